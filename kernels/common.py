@@ -1,0 +1,200 @@
+"""What every kernel file shares: interpreter-safe device helpers, argument checks, and the record of one launch."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+# True when this process runs kernels in Triton's CPU interpreter (TRITON_INTERPRET=1 at import).
+INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MAX_RANK = 256
+
+
+def device_function(fn):
+    """``triton.jit`` for a helper called from kernels. Under the interpreter it stays plain Python,
+    which the patched ``tl`` serves just as well, without re-patching ``tl`` on every call."""
+    return fn if INTERPRET.value else triton.jit(fn)
+
+
+@device_function
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a @ b in fp32. The interpreter's own dot reads bf16 as raw integers, hence the upcast."""
+    if INTERPRET:
+        acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
+    else:
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    return acc
+
+
+@device_function
+def cast(x, DTYPE: tl.constexpr):
+    """x in DTYPE, rounded to nearest even. The interpreter truncates fp32 -> bf16, so it is done on the bits."""
+    if INTERPRET:
+        if DTYPE == tl.bfloat16 and x.dtype == tl.float32:
+            bits = x.to(tl.uint32, bitcast=True)
+            up = bits + 0x7FFF + ((bits >> 16) & 1)
+            x = tl.where(x == x, up, bits).to(tl.float32, bitcast=True)
+    return x.to(DTYPE)
+
+
+@device_function
+def keep_tile(words_ptr, row, row_ok, col0, WORDS, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Keep mask [BLOCK_M, BLOCK_K] (int1) of columns col0.. (a multiple of 32) out of packed words [M, WORDS].
+
+    One word is loaded for 32 columns and spread in registers; columns past the last word read as dropped.
+    """
+    word = col0 // 32 + tl.arange(0, BLOCK_K // 32)
+    packed = tl.load(
+        words_ptr + row.to(tl.int64)[:, None] * WORDS + word[None, :],
+        mask=row_ok[:, None] & (word < WORDS)[None, :],
+        other=0,
+    )  # [BLOCK_M, BLOCK_K / 32]
+    spread = (packed[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1
+    return tl.reshape(spread, (BLOCK_M, BLOCK_K)) != 0
+
+
+class Launch(NamedTuple):
+    """One kernel launch, ready to run; ``benchmarks.static`` compiles the same record without running it."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    meta: dict[str, Any]  # constexprs, num_warps, num_stages
+
+    def run(self) -> None:
+        self.kernel[self.grid](*self.args, **self.meta)
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How fp32 operands multiply: as torch is told to (``torch.set_float32_matmul_precision``)."""
+    if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+        return "tf32"
+    return "ieee"
+
+
+def next_pow2(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+class Arch(NamedTuple):
+    """What default configs depend on: multiprocessors, compute capability (90 for 9.0), shared bytes a program may have."""
+
+    sms: int
+    capability: int
+    shared: int
+
+
+@functools.lru_cache(maxsize=None)
+def _cuda_arch(index: int) -> Arch:
+    p = torch.cuda.get_device_properties(index)
+    return Arch(p.multi_processor_count, 10 * p.major + p.minor, p.shared_memory_per_block_optin)
+
+
+def arch_of(device: torch.device) -> Arch:
+    """The device's Arch. Off CUDA: a small one on the CPU (interpreter), so that splits happen on small shapes."""
+    if device.type == "cuda":
+        return _cuda_arch(torch.cuda.current_device() if device.index is None else device.index)
+    return Arch(4 if device.type == "cpu" else 132, 90, 232448)
+
+
+def is_power_of_two(n: int) -> bool:
+    return n > 0 and n & (n - 1) == 0
+
+
+def check_blocks(config: Any, low: int = 16, **blocks: int) -> None:
+    """Shared validity of a config: blocks are powers of two >= low, warps a power of two <= 16, stages >= 1."""
+    for name, value in blocks.items():
+        if not is_power_of_two(value) or value < low:
+            raise ValueError(
+                f"{type(config).__name__}.{name} is {value}; allowed: a power of two, at least {low}"
+            )
+    if not is_power_of_two(config.num_warps) or config.num_warps > 16:
+        raise ValueError(
+            f"{type(config).__name__}.num_warps is {config.num_warps}; allowed: 1, 2, 4, 8, 16"
+        )
+    if config.num_stages < 1:
+        raise ValueError(f"{type(config).__name__}.num_stages is {config.num_stages}; allowed: 1 or more")
+
+
+def rows(name: str, t: torch.Tensor, dtypes: Sequence[torch.dtype] = DTYPES) -> torch.Tensor:
+    """``t`` checked to be a float matrix, with unit stride along its rows (copied only where it has none)."""
+    check_matrix(name, t)
+    if t.dtype not in dtypes:
+        allowed = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise TypeError(f"{name} has dtype {t.dtype}; allowed: {allowed}")
+    if t.stride(1) == 1 or t.shape[1] <= 1:
+        return t
+    return t.contiguous()
+
+
+def check_matrix(name: str, t: torch.Tensor) -> None:
+    if not isinstance(t, torch.Tensor) or t.dim() != 2:
+        got = f"shape {tuple(t.shape)}" if isinstance(t, torch.Tensor) else f"type {type(t).__name__}"
+        raise ValueError(f"{name} has {got}; allowed: a matrix (2 dimensions)")
+
+
+def row_stride(t: torch.Tensor) -> int:
+    """Elements from one row to the next (torch reports an arbitrary value where there is at most one row)."""
+    return t.stride(0) if t.shape[0] > 1 else max(t.shape[1], 1)
+
+
+def check_shape(name: str, t: torch.Tensor, want: tuple[int, ...], why: str) -> None:
+    if tuple(t.shape) != want:
+        raise ValueError(f"{name} has shape {tuple(t.shape)}; allowed: {want} ({why})")
+
+
+def check_rank(name: str, r: int) -> None:
+    if not 1 <= r <= MAX_RANK:
+        raise ValueError(f"{name} has rank {r}; allowed: 1 to {MAX_RANK}")
+
+
+def check_adapter_dtype(name: str, t: torch.Tensor, activation: torch.dtype) -> None:
+    if t.dtype not in (torch.float32, activation):
+        raise TypeError(
+            f"{name} has dtype {t.dtype}; allowed: torch.float32 or the activation's {activation}"
+        )
+
+
+def check_device(**tensors: torch.Tensor | None) -> torch.device:
+    """One device for all tensors, and one that Triton can run on."""
+    given = [(n, t) for n, t in tensors.items() if t is not None]
+    first, device = given[0][0], given[0][1].device
+    for name, t in given[1:]:
+        if t.device != device:
+            raise ValueError(f"{name} is on {t.device}; allowed: {device}, where {first} is")
+    if device.type not in ("cuda", "meta") and not INTERPRET.value:
+        raise ValueError(
+            f"{first} is on {device}; allowed: a CUDA device (or the CPU, with TRITON_INTERPRET=1 set before import)"
+        )
+    return device
+
+
+def check_words(name: str, t: torch.Tensor | None, M: int, K: int) -> torch.Tensor | None:
+    """Packed keep bits int32 [M, ceil(K / 32)], contiguous, or None for no mask."""
+    if t is None:
+        return None
+    if t.dtype != torch.int32:
+        raise TypeError(f"{name} has dtype {t.dtype}; allowed: torch.int32 (packed by bits.pack_bits)")
+    check_shape(name, t, (M, cdiv(K, 32)), "packed words of [M, K]")
+    return t.contiguous()
+
+
+def per_adapter(name: str, value: Any, count: int) -> list[Any]:
+    """``value`` as a list with one entry per adapter: None and single values repeat."""
+    if value is None or isinstance(value, (int, float, torch.Tensor)):
+        return [value] * count
+    value = list(value)
+    if len(value) != count:
+        raise ValueError(f"{name} has {len(value)} entries; allowed: {count}, one for each adapter")
+    return value

@@ -1,0 +1,343 @@
+"""The fused GEMM: base product and low-rank part in one accumulator, forward and backward.
+
+    Y  [M, N] = X Wᵀ + S Bᵀ + bias
+    dX [M, K] = sum over a group of dY_i W_i + mask_i * (dS_i A_i)
+
+Both are out = sum_i X_i W_iᵀ + mask_i * (L_i R_i) + bias, with W_i read as [N, K] or [K, N] by its strides. The low-rank part starts
+the accumulator: after the loop over K it would be a second product into an accumulator in flight, which does not compile for
+sm_100 in a flattened loop, and keeps registers alive that the loop needs. The mask is read as packed bits, never made here.
+
+With ``tma`` tiles come through tensor descriptors (bulk copies) and the grid is persistent; without, through pointers: for
+sm_80, and for operands a descriptor cannot describe (unaligned rows or base).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .common import (
+    Arch,
+    Launch,
+    arch_of,
+    cast,
+    cdiv,
+    check_adapter_dtype,
+    check_blocks,
+    check_device,
+    check_matrix,
+    check_rank,
+    check_shape,
+    check_words,
+    dot,
+    keep_tile,
+    next_pow2,
+    per_adapter,
+    precision,
+    row_stride,
+    rows,
+)
+
+
+@dataclass(frozen=True)
+class GemmConfig:
+    """Output tile, K step, rows of tiles walked together (for L2), low-rank chunk, and how tiles are loaded."""
+
+    block_m: int = 128
+    block_n: int = 128
+    block_k: int = 64
+    block_r: int = 16
+    group_m: int = 8
+    tma: bool = False
+    flatten: bool = False
+    num_warps: int = 8
+    num_stages: int = 3
+
+    def __post_init__(self) -> None:
+        check_blocks(self, block_m=self.block_m, block_k=self.block_k, block_r=self.block_r)
+        check_blocks(self, low=32, block_n=self.block_n)  # whole mask words
+        if self.group_m < 1:
+            raise ValueError(f"GemmConfig.group_m is {self.group_m}; allowed: 1 or more")
+
+    def shared_bytes(self, itemsize: int) -> int:
+        """What the pipeline of X and W tiles takes; the compiler adds a little, and the output tile with ``tma``."""
+        return self.num_stages * (self.block_m + self.block_n) * self.block_k * itemsize
+
+
+def default_config(
+    M: int, N: int, r: int, arch: Arch, *, group: int = 1, masked: bool = False, itemsize: int = 2
+) -> GemmConfig:
+    """The tile each architecture's matrix unit likes, narrowed where a masked group needs a second accumulator."""
+    block_m = 128 if M > 64 else 64
+    if itemsize == 4:
+        return GemmConfig(64, 64, 32, num_warps=4, num_stages=2)
+    if arch.capability in (90, 100) and block_m == 128:
+        if masked and group > 1:
+            return GemmConfig(128, 128, 64, tma=True)
+        # One loop for all: the next tile's first copies fly during this tile's store. Only a single inner loop can be flattened.
+        flatten = group == 1 and r <= 16
+        return GemmConfig(128, 256 if N >= 256 else 128, 64, tma=True, flatten=flatten)
+    return GemmConfig(
+        block_m,
+        64 if masked and group > 1 else 128,
+        32 if arch.shared < 160_000 else 64,
+        tma=arch.capability >= 90,
+        num_warps=8 if block_m == 128 else 4,
+    )
+
+
+@triton.jit
+def _gemm_kernel(
+    y, xs, ws, Ls, Rs, words, bias, ranks, l_strides, r_strides, n_strides,
+    M, N, Ks, x_strides, w_n_strides, w_k_strides, y_stride, WORDS, RANK_END,
+    G: tl.constexpr, TMA: tl.constexpr, W_KN: tl.constexpr, FLATTEN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    GROUP_M: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=FLATTEN):
+        # GROUP_M rows of tiles are walked column by column, so that W tiles are met again while in L2.
+        band = tile // (GROUP_M * tiles_n)
+        in_band = tl.minimum(tiles_m - band * GROUP_M, GROUP_M)
+        pid_m = band * GROUP_M + (tile % (GROUP_M * tiles_n)) % in_band
+        pid_n = (tile % (GROUP_M * tiles_n)) // in_band
+        m0, n0 = pid_m * BLOCK_M, pid_n * BLOCK_N
+        row, col = m0 + tl.arange(0, BLOCK_M), n0 + tl.arange(0, BLOCK_N)
+        row_ok, col_ok = row < M, col < N
+        row64, col64 = row.to(tl.int64), col.to(tl.int64)
+
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for i in tl.static_range(len(Ls)):
+            part = tl.zeros((BLOCK_M, BLOCK_N), tl.float32) if words[i] is not None else acc
+            for r0 in tl.range(0, RANK_END, BLOCK_R, num_stages=1):
+                rank = r0 + tl.arange(0, BLOCK_R)
+                rank_ok = rank < ranks[i]
+                left = tl.load(
+                    Ls[i] + row64[:, None] * l_strides[i] + rank[None, :],
+                    mask=row_ok[:, None] & rank_ok[None, :],
+                    other=0.0,
+                )
+                right = tl.load(
+                    Rs[i] + rank.to(tl.int64)[:, None] * r_strides[i] + col64[None, :] * n_strides[i],
+                    mask=rank_ok[:, None] & col_ok[None, :],
+                    other=0.0,
+                )
+                part = dot(left, cast(right, left.dtype), part, PRECISION)
+            if words[i] is not None:
+                keep = keep_tile(words[i], row, row_ok, n0, WORDS, BLOCK_M, BLOCK_N)
+                part = acc + tl.where(keep, part, 0.0)
+            acc = part
+        if bias is not None:
+            acc += tl.load(bias + col, mask=col_ok, other=0.0).to(tl.float32)[None, :]
+
+        for i in tl.static_range(G):
+            for k0 in range(0, Ks[i], BLOCK_K):
+                if TMA:
+                    x_tile = xs[i].load([m0, k0])
+                    if W_KN:
+                        w_tile = ws[i].load([k0, n0])
+                    else:
+                        w_tile = tl.trans(ws[i].load([n0, k0]))
+                else:
+                    k = k0 + tl.arange(0, BLOCK_K)
+                    k_ok = k < Ks[i]
+                    x_tile = tl.load(
+                        xs[i] + row64[:, None] * x_strides[i] + k[None, :],
+                        mask=row_ok[:, None] & k_ok[None, :],
+                        other=0.0,
+                    )
+                    w_tile = tl.load(
+                        ws[i] + k.to(tl.int64)[:, None] * w_k_strides[i] + col64[None, :] * w_n_strides[i],
+                        mask=k_ok[:, None] & col_ok[None, :],
+                        other=0.0,
+                    )
+                acc = dot(x_tile, w_tile, acc, PRECISION)
+
+        if TMA:
+            y.store([m0, n0], cast(acc, y.dtype))
+        else:
+            tl.store(
+                y + row64[:, None] * y_stride + col[None, :],
+                cast(acc, y.dtype.element_ty),
+                mask=row_ok[:, None] & col_ok[None, :],
+            )
+
+
+def _describable(t: torch.Tensor) -> bool:
+    """Whether a tensor descriptor can hold ``t``: unit inner stride, base and rows on 16 bytes."""
+    return (
+        t.stride(1) == 1
+        and t.stride(0) * t.element_size() % 16 == 0
+        and t.stride(0) >= t.shape[1]
+        and t.data_ptr() % 16 == 0
+    )
+
+
+def plan_gemm(
+    y: torch.Tensor,
+    xs: Sequence[torch.Tensor],
+    ws: Sequence[torch.Tensor],
+    Ls: Sequence[torch.Tensor],
+    Rs: Sequence[torch.Tensor],
+    words: Sequence[torch.Tensor | None],
+    bias: torch.Tensor | None,
+    arch: Arch,
+    config: GemmConfig,
+) -> list[Launch]:
+    """The launch that fills ``y`` [M, N]: xs[i] [M, K_i], ws[i] [N, K_i] any strides, Ls[i] [M, r_i], Rs[i] [r_i, N].
+
+    Falls back to pointers where an operand cannot have a descriptor; arguments already checked.
+    """
+    M, N = y.shape
+    w_kn = all(w.stride(1) != 1 and w.stride(0) == 1 for w in ws)
+    tma = config.tma and all(_describable(t) for t in (y, *xs, *((w.T for w in ws) if w_kn else ws)))
+    tiles = cdiv(M, config.block_m) * cdiv(N, config.block_n)
+    # One chunk of ranks and one adapter: a constant bound dissolves the loop, as flattening needs. Otherwise a bound known only
+    # at run time keeps it a loop: unrolled products each take tensor memory on sm_100, and past 512 columns the
+    # compiler emits an empty kernel.
+    rank_end: int | tl.constexpr = cdiv(max((r.shape[0] for r in Rs), default=1), config.block_r) * config.block_r
+    if len(Rs) == 1 and rank_end == config.block_r:
+        rank_end = tl.constexpr(rank_end)
+    args = (
+        _described(y, config.block_m, config.block_n) if tma else y,
+        tuple(_described(x, config.block_m, config.block_k) if tma else x for x in xs),
+        tuple(_weight(w, w_kn, config) if tma else w for w in ws),
+        tuple(Ls), tuple(Rs), tuple(words), bias, tuple(r.shape[0] for r in Rs),
+        tuple(row_stride(v) for v in Ls), tuple(r.stride(0) for r in Rs), tuple(r.stride(1) for r in Rs),
+        M, N, tuple(x.shape[1] for x in xs), tuple(row_stride(x) for x in xs),
+        tuple(w.stride(0) for w in ws), tuple(w.stride(1) for w in ws), row_stride(y), cdiv(N, 32), rank_end,
+    )  # fmt: skip
+    meta = dict(
+        G=len(xs), TMA=tma, W_KN=w_kn,
+        FLATTEN=config.flatten, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
+        BLOCK_R=config.block_r, GROUP_M=config.group_m, PRECISION=precision(xs[0].dtype),
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    return [Launch(_gemm_kernel, (min(tiles, arch.sms) if tma else tiles,), args, meta)]
+
+
+def _described(t: torch.Tensor, *block: int) -> TensorDescriptor:
+    return TensorDescriptor(t, list(t.shape), [t.stride(0), 1], list(block))
+
+
+def _weight(w: torch.Tensor, w_kn: bool, config: GemmConfig) -> TensorDescriptor:
+    if w_kn:
+        return _described(w.T, config.block_k, config.block_n)
+    return _described(w, config.block_n, config.block_k)
+
+
+def _fused(xs, ws, Ls, Rs, words, bias, config) -> torch.Tensor:
+    """Plans and runs on checked arguments, all of one device."""
+    M, N = xs[0].shape[0], ws[0].shape[0]
+    y = xs[0].new_empty((M, N))
+    if not y.numel():
+        return y
+    arch = arch_of(y.device)
+    if config is None:
+        masked = any(w is not None for w in words)
+        rank = max((r.shape[0] for r in Rs), default=16)
+        config = default_config(M, N, rank, arch, group=len(Ls), masked=masked, itemsize=y.element_size())
+    if config.shared_bytes(y.element_size()) > arch.shared:
+        raise ValueError(
+            f"config needs {config.shared_bytes(y.element_size())} bytes of shared memory; allowed: {arch.shared} here"
+        )
+    for launch in plan_gemm(y, xs, ws, Ls, Rs, words, bias, arch, config):
+        launch.run()
+    return y
+
+
+def _check_weight(name: str, w: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype, why: str) -> None:
+    check_matrix(name, w)
+    check_shape(name, w, shape, why)
+    if w.dtype != dtype:
+        raise TypeError(f"{name} has dtype {w.dtype}; allowed: {dtype}, that of the activation")
+
+
+def fused_linear(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    s: torch.Tensor | None = None,
+    b: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    *,
+    config: GemmConfig | None = None,
+) -> torch.Tensor:
+    """Y [M, N] in x's dtype = x Wᵀ + S Bᵀ + bias, one launch.
+
+    x [M, K] fp16/bf16/fp32, any row stride; w [N, K] x's dtype, any strides (Conv1D's [K, N]: pass its transpose);
+    s [M, r] x's dtype, scale included; b [N, r] fp32 or x's dtype, any strides; r from 1 to 256; bias [N].
+    Errors: TypeError, ValueError, before any launch.
+    """
+    x = rows("x", x)
+    M, K = x.shape
+    check_matrix("w", w)
+    N = w.shape[0]
+    _check_weight("w", w, (N, K), x.dtype, "[N, K], K as x")
+    if (s is None) != (b is None):
+        raise ValueError("s and b: allowed: both, or neither")
+    Ls, Rs = [], []
+    if s is not None and b is not None:
+        s = rows("s", s, (x.dtype,))
+        check_rank("s", s.shape[1])
+        check_shape("s", s, (M, s.shape[1]), "x has M rows")
+        check_matrix("b", b)
+        check_shape("b", b, (N, s.shape[1]), "[rows of w, columns of s]")
+        check_adapter_dtype("b", b, x.dtype)
+        Ls, Rs = [s], [b.T]
+    if bias is not None:
+        check_shape("bias", bias, (N,), "w has N rows")
+        bias = bias.contiguous()
+    check_device(x=x, w=w, s=s, b=b, bias=bias)
+    return _fused([x], [w], Ls, Rs, [None] * len(Ls), bias, config)
+
+
+def fused_grad_input(
+    dys: Sequence[torch.Tensor],
+    ws: Sequence[torch.Tensor],
+    ds: Sequence[torch.Tensor],
+    As: Sequence[torch.Tensor],
+    bits: torch.Tensor | Sequence[torch.Tensor | None] | None = None,
+    *,
+    config: GemmConfig | None = None,
+) -> torch.Tensor:
+    """dX [M, K] in dY's dtype = sum over the group of dY_i W_i + mask_i * (dS_i A_i), one launch, one write.
+
+    dys[i] [M, N_i] fp16/bf16/fp32, any row stride; ws[i] [N_i, K] the same dtype, any strides; ds[j] [M, r_j] the same
+    dtype, As[j] [r_j, K] fp32 or that dtype: as many adapters as there are (a projection may have none); bits: packed keep masks int32
+    [M, ceil(K / 32)], one for all adapters or one (or None) for each. Errors: TypeError, ValueError.
+    """
+    dys = [rows(f"dys[{i}]", d) for i, d in enumerate(dys)]
+    ws, As = list(ws), list(As)
+    if not dys or len(dys) != len(ws):
+        raise ValueError(f"dys has {len(dys)} entries, ws {len(ws)}; allowed: equal counts, at least 1")
+    if len(ds) != len(As):
+        raise ValueError(f"ds has {len(ds)} entries, As {len(As)}; allowed: equal counts")
+    M, dtype = dys[0].shape[0], dys[0].dtype
+    check_matrix("ws[0]", ws[0])
+    K = ws[0].shape[1]
+    for i, (d, w) in enumerate(zip(dys, ws, strict=True)):
+        if d.dtype != dtype:
+            raise TypeError(f"dys[{i}] has dtype {d.dtype}; allowed: {dtype}, that of dys[0]")
+        check_shape(f"dys[{i}]", d, (M, d.shape[1]), "M rows as dys[0]")
+        _check_weight(f"ws[{i}]", w, (d.shape[1], K), dtype, "[columns of dys[i], K]")
+    ds = [rows(f"ds[{i}]", d, (dtype,)) for i, d in enumerate(ds)]
+    for i, (d, a) in enumerate(zip(ds, As, strict=True)):
+        check_rank(f"ds[{i}]", d.shape[1])
+        check_shape(f"ds[{i}]", d, (M, d.shape[1]), "M rows as dys[0]")
+        check_matrix(f"As[{i}]", a)
+        check_shape(f"As[{i}]", a, (d.shape[1], K), "[columns of ds[i], K]")
+        check_adapter_dtype(f"As[{i}]", a, dtype)
+    if len({a.dtype for a in As}) > 1:
+        As = [a.float() for a in As]
+    words = [check_words(f"bits[{i}]", w, M, K) for i, w in enumerate(per_adapter("bits", bits, len(As)))]
+    check_device(
+        **{f"dys[{i}]": t for i, t in enumerate(dys)}, **{f"ws[{i}]": t for i, t in enumerate(ws)},
+        **{f"ds[{i}]": t for i, t in enumerate(ds)}, **{f"As[{i}]": t for i, t in enumerate(As)},
+        **{f"bits[{i}]": t for i, t in enumerate(words)},
+    )  # fmt: skip
+    return _fused(dys, [w.T for w in ws], ds, As, words, None, config)

@@ -1,0 +1,39 @@
+"""The second stage of every split sum: fp32 partials [P, n] -> [n], added in index order, so two runs agree bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+from .common import Launch, cast, cdiv
+
+BLOCK = 1024
+
+
+@triton.jit
+def _sum_kernel(partials, outs, counts, sizes, G: tl.constexpr, BLOCK: tl.constexpr):
+    segment = tl.program_id(1)
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    for i in tl.static_range(G):
+        if segment == i:
+            ok = at < sizes[i]
+            total = tl.zeros((BLOCK,), tl.float32)
+            source = partials[i] + at
+            for _ in range(counts[i]):
+                total += tl.load(source, mask=ok, other=0.0)
+                source += sizes[i]
+            tl.store(outs[i] + at, cast(total, outs[i].dtype.element_ty), mask=ok)
+
+
+def plan_sum(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Launch:
+    """One launch that sums each contiguous fp32 partial [P, ...] into its contiguous out [...], in out's dtype."""
+    partials = tuple(p for p, _ in pairs)
+    outs = tuple(o for _, o in pairs)
+    counts = tuple(p.shape[0] for p in partials)
+    sizes = tuple(o.numel() for o in outs)
+    grid = (cdiv(max(sizes), BLOCK), len(outs))
+    meta = dict(G=len(outs), BLOCK=BLOCK, num_warps=4, num_stages=1)
+    return Launch(_sum_kernel, grid, (partials, outs, counts, sizes), meta)

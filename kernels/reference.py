@@ -1,0 +1,137 @@
+"""What the kernels compute, written as float64 torch formulas, and the layout of the packed dropout mask.
+
+Shapes: X [M, K], W [N, K], A [r, K], B [N, r], S [M, r], Y [M, N]; a mask is bool [M, K], True where an element is kept.
+The scale of an adapter (alpha / r, times 1 / (1 - p) under dropout) enters once in each direction: in S, and in dS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def _wide(t: Tensor) -> Tensor:
+    return t.detach().to(torch.float64)
+
+
+def _masked(t: Tensor, keep: Tensor | None) -> Tensor:
+    return t if keep is None else t * keep.to(t.dtype)
+
+
+def shrink(x: Tensor, a: Tensor, scale: float, keep: Tensor | None = None) -> Tensor:
+    """S [M, r] = scale * (X masked) Aᵀ."""
+    return scale * (_masked(_wide(x), keep) @ _wide(a).T)
+
+
+def expand(s: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """[M, N] = S Bᵀ + bias."""
+    y = _wide(s) @ _wide(b).T
+    return y if bias is None else y + _wide(bias)
+
+
+def linear(
+    x: Tensor, w: Tensor, s: Tensor | None = None, b: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
+    """Y [M, N] = X Wᵀ + S Bᵀ + bias."""
+    y = _wide(x) @ _wide(w).T
+    if s is not None and b is not None:
+        y = y + _wide(s) @ _wide(b).T
+    return y if bias is None else y + _wide(bias)
+
+
+def low_rank_grad_input(
+    ds: Sequence[Tensor], a: Sequence[Tensor], keep: Sequence[Tensor | None]
+) -> Tensor:
+    """[M, K] = sum over adapters of mask_i * (dS_i A_i)."""
+    return sum(_masked(_wide(d) @ _wide(v), m) for d, v, m in zip(ds, a, keep, strict=True))
+
+
+def grad_input(
+    dy: Sequence[Tensor],
+    w: Sequence[Tensor],
+    ds: Sequence[Tensor],
+    a: Sequence[Tensor],
+    keep: Sequence[Tensor | None],
+) -> Tensor:
+    """dX [M, K] = sum over projections of dY_i W_i + mask_i * (dS_i A_i)."""
+    base = sum(_wide(d) @ _wide(v) for d, v in zip(dy, w, strict=True))
+    return base + low_rank_grad_input(ds, a, keep)
+
+
+def grad_s(dy: Tensor, b: Tensor, scale: float) -> Tensor:
+    """dS [M, r] = scale * dY B: the gradient before the mask of X Aᵀ, scale included."""
+    return scale * (_wide(dy) @ _wide(b))
+
+
+def grad_b(dy: Tensor, s: Tensor) -> Tensor:
+    """dB [N, r] = dYᵀ S."""
+    return _wide(dy).T @ _wide(s)
+
+
+def grad_a(x: Tensor, ds: Tensor, keep: Tensor | None = None) -> Tensor:
+    """dA [r, K] = dSᵀ (X masked)."""
+    return _wide(ds).T @ _masked(_wide(x), keep)
+
+
+def decode_mixed(
+    x: Tensor,
+    w: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scales: Tensor,
+    index: Tensor,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Y [M, N] of a batch whose row m uses adapter index[m] of stacked A [L, r, K], B [L, N, r] (-1: none)."""
+    y = linear(x, w, bias=bias)
+    for m, i in enumerate(index.tolist()):
+        if i >= 0:
+            y[m] += float(scales[i]) * (_wide(b[i]) @ (_wide(a[i]) @ _wide(x[m])))
+    return y
+
+
+def pack_bits(keep: Tensor) -> Tensor:
+    """bool [M, K] -> int32 words [M, ceil(K / 32)]: bit j of word w is column 32 w + j; spare bits are 0."""
+    if keep.dtype != torch.bool or keep.dim() != 2:
+        raise TypeError(f"keep is {keep.dtype} {tuple(keep.shape)}; allowed: torch.bool [M, K]")
+    M, K = keep.shape
+    words = -(-K // 32)
+    octets = torch.nn.functional.pad(keep, (0, 32 * words - K)).reshape(M, words, 4, 8)
+    # Eight bools seen as one int64 hold a bit in each byte; the multiply gathers them in the top byte.
+    lanes = octets.contiguous().view(torch.int64).reshape(M, words, 4)
+    octet = ((lanes * 0x0102040810204080) >> 56) & 0xFF  # [M, words, 4]
+    return octet.to(torch.uint8).view(torch.int32).reshape(M, words)
+
+
+def unpack_bits(words: Tensor, K: int) -> Tensor:
+    """int32 words [M, ceil(K / 32)] -> bool [M, K], the inverse of :func:`pack_bits`."""
+    if words.dtype != torch.int32 or words.dim() != 2 or words.shape[1] != -(-K // 32):
+        raise TypeError(
+            f"words is {words.dtype} {tuple(words.shape)}; allowed: torch.int32 [M, {-(-K // 32)}] for K = {K}"
+        )
+    shift = torch.arange(32, dtype=torch.int32, device=words.device)
+    return ((words[:, :, None] >> shift) & 1).bool().flatten(1)[:, :K]
+
+
+def philox_words(seed: int, row: Tensor, word: Tensor, call: int, group: int, rounds: int) -> list[Tensor]:
+    """Four streams of 32 random bits (as int64) of Philox-4x32 at counter (word, row, call, group), key = seed."""
+    low = 0xFFFFFFFF
+    row, word = torch.broadcast_tensors(row.to(torch.int64), word.to(torch.int64))
+    c0, c1 = word & low, row & low
+    c2, c3 = torch.full_like(c0, call), torch.full_like(c0, group)
+    k0, k1 = seed & low, (seed >> 32) & low
+
+    def product(constant: int, c: Tensor) -> tuple[Tensor, Tensor]:
+        # 32 x 32 -> 64 bits by halves: int64 would overflow its sign in one multiply.
+        lo = constant * (c & 0xFFFF)
+        hi = constant * (c >> 16) + (lo >> 16)
+        return hi >> 16, ((hi & 0xFFFF) << 16) | (lo & 0xFFFF)
+
+    for _ in range(rounds):
+        hi_a, lo_a = product(0xD2511F53, c0)
+        hi_b, lo_b = product(0xCD9E8D57, c2)
+        c0, c1, c2, c3 = hi_b ^ c1 ^ k0, lo_b, hi_a ^ c3 ^ k1, lo_a
+        k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
+    return [c0, c1, c2, c3]

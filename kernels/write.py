@@ -1,0 +1,202 @@
+"""The low-rank part written to a new matrix, on which the vendor GEMM then accumulates (``addmm_``): the hybrid order.
+
+Forward: S Bᵀ + bias. Backward: sum over the group of mask_i * (dS_i A_i). Both are one kernel: out [M, N] = sum_i mask_i *
+(L_i R_i) + bias + add, with L_i [M, r_i] and R_i [r_i, N] read through strides (so R may be Bᵀ or A itself).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from .common import (
+    Launch,
+    cast,
+    cdiv,
+    check_adapter_dtype,
+    check_blocks,
+    check_device,
+    check_rank,
+    check_shape,
+    check_words,
+    dot,
+    keep_tile,
+    next_pow2,
+    per_adapter,
+    precision,
+    row_stride,
+    rows,
+)
+
+
+@dataclass(frozen=True)
+class WriteConfig:
+    """Tile of the output [block_m, block_n]; ranks above block_r are summed in chunks of it."""
+
+    block_m: int = 64
+    block_n: int = 128
+    block_r: int = 64
+    num_warps: int = 8
+    num_stages: int = 2
+
+    def __post_init__(self) -> None:
+        check_blocks(self, block_m=self.block_m, block_r=self.block_r)
+        check_blocks(self, low=32, block_n=self.block_n)  # whole mask words
+
+
+@triton.jit
+def _write_kernel(
+    out, Ls, Rs, words, bias, add, ranks, l_strides, r_strides, n_strides,
+    M, N, out_stride, add_stride, WORDS,
+    G: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    pid = tl.program_id(0)
+    row = (pid // tiles_n) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n0 = (pid % tiles_n) * BLOCK_N
+    col = n0 + tl.arange(0, BLOCK_N)
+    row_ok, col_ok = row < M, col < N
+    row64, col64 = row.to(tl.int64), col.to(tl.int64)
+    ok = row_ok[:, None] & col_ok[None, :]
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if bias is not None:
+        acc += tl.load(bias + col, mask=col_ok, other=0.0).to(tl.float32)[None, :]
+    if add is not None:
+        acc += tl.load(add + row64[:, None] * add_stride + col[None, :], mask=ok, other=0.0).to(tl.float32)
+    for i in tl.static_range(G):
+        part = tl.zeros((BLOCK_M, BLOCK_N), tl.float32) if words[i] is not None else acc
+        for r0 in tl.range(0, CHUNKS * BLOCK_R, BLOCK_R, num_stages=1):
+            rank = r0 + tl.arange(0, BLOCK_R)
+            rank_ok = rank < ranks[i]
+            left = tl.load(
+                Ls[i] + row64[:, None] * l_strides[i] + rank[None, :],
+                mask=row_ok[:, None] & rank_ok[None, :],
+                other=0.0,
+            )  # [BLOCK_M, BLOCK_R]
+            right = tl.load(
+                Rs[i] + rank.to(tl.int64)[:, None] * r_strides[i] + col64[None, :] * n_strides[i],
+                mask=rank_ok[:, None] & col_ok[None, :],
+                other=0.0,
+            )  # [BLOCK_R, BLOCK_N]
+            part = dot(left, cast(right, left.dtype), part, PRECISION)
+        if words[i] is not None:
+            keep = keep_tile(words[i], row, row_ok, n0, WORDS, BLOCK_M, BLOCK_N)
+            part = acc + tl.where(keep, part, 0.0)
+        acc = part
+    tl.store(out + row64[:, None] * out_stride + col[None, :], cast(acc, out.dtype.element_ty), mask=ok)
+
+
+def default_config(M: int, ranks: Sequence[int]) -> WriteConfig:
+    """A write-bound kernel: 64x128 tiles, shorter for few rows; rank chunks no wider than the ranks."""
+    block_m = 64 if M > 32 else max(16, next_pow2(M))
+    return WriteConfig(block_m=block_m, num_warps=8 if block_m == 64 else 4, block_r=min(64, max(16, next_pow2(max(ranks)))))
+
+
+def plan_write(
+    out: torch.Tensor,
+    Ls: Sequence[torch.Tensor],
+    Rs: Sequence[torch.Tensor],
+    words: Sequence[torch.Tensor | None],
+    bias: torch.Tensor | None,
+    add: torch.Tensor | None,
+    config: WriteConfig,
+) -> list[Launch]:
+    """The launch that fills ``out`` [M, N]; arguments already checked, Rs any strides."""
+    M, N = out.shape
+    args = (
+        out, tuple(Ls), tuple(Rs), tuple(words), bias, add, tuple(r.shape[0] for r in Rs),
+        tuple(row_stride(v) for v in Ls), tuple(r.stride(0) for r in Rs), tuple(r.stride(1) for r in Rs),
+        M, N, row_stride(out), 0 if add is None else row_stride(add), cdiv(N, 32),
+    )  # fmt: skip
+    meta = dict(
+        G=len(Ls), CHUNKS=cdiv(max(r.shape[0] for r in Rs), config.block_r),
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_R=config.block_r, PRECISION=precision(Ls[0].dtype), num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    grid = (cdiv(M, config.block_m) * cdiv(N, config.block_n),)
+    return [Launch(_write_kernel, grid, args, meta)]
+
+
+def expand(
+    s: torch.Tensor,
+    b: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    add: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    config: WriteConfig | None = None,
+) -> torch.Tensor:
+    """[M, N] = S Bᵀ (+ bias) (+ add), a new tensor in ``out_dtype`` (default S's).
+
+    s [M, r] fp16/bf16/fp32, any row stride (a column slice of a group's S); b [N, r] fp32 or s's dtype, any strides; bias [N];
+    add [M, N], e.g. the output of a base layer that no kernel of ours can read. Errors: TypeError, ValueError.
+    """
+    s = rows("s", s)
+    M, r = s.shape
+    check_rank("s", r)
+    if b.dim() != 2:
+        raise ValueError(f"b has shape {tuple(b.shape)}; allowed: [N, r]")
+    N = b.shape[0]
+    check_shape("b", b, (N, r), "s has r columns")
+    check_adapter_dtype("b", b, s.dtype)
+    if bias is not None:
+        check_shape("bias", bias, (N,), "b has N rows")
+        bias = bias.contiguous()
+    if add is not None:
+        check_shape("add", add, (M, N), "[rows of s, rows of b]")
+        add = rows("add", add)
+    check_device(s=s, b=b, bias=bias, add=add)
+    out = s.new_empty((M, N), dtype=out_dtype or s.dtype)
+    if out.numel():
+        for launch in plan_write(out, [s], [b.T], [None], bias, add, config or default_config(M, [r])):
+            launch.run()
+    return out
+
+
+def low_rank_grad_input(
+    ds: Sequence[torch.Tensor],
+    As: Sequence[torch.Tensor],
+    bits: torch.Tensor | Sequence[torch.Tensor | None] | None = None,
+    *,
+    out_dtype: torch.dtype | None = None,
+    config: WriteConfig | None = None,
+) -> torch.Tensor:
+    """[M, K] = sum over adapters of mask_i * (dS_i A_i), a new tensor in ``out_dtype`` (default dS's).
+
+    ds[i] [M, r_i] fp16/bf16/fp32, any row stride; As[i] [r_i, K] fp32 or that dtype; bits as in :func:`shrink.shrink`.
+    The base part, sum of dY_i W_i, is then accumulated on it. Errors: TypeError, ValueError.
+    """
+    ds = [rows(f"ds[{i}]", d) for i, d in enumerate(ds)]
+    As = list(As)
+    if not ds or len(ds) != len(As):
+        raise ValueError(f"ds has {len(ds)} entries, As {len(As)}; allowed: equal counts, at least 1")
+    M = ds[0].shape[0]
+    if As[0].dim() != 2:
+        raise ValueError(f"As[0] has shape {tuple(As[0].shape)}; allowed: [r, K]")
+    K = As[0].shape[1]
+    for i, (d, a) in enumerate(zip(ds, As, strict=True)):
+        check_rank(f"ds[{i}]", d.shape[1])
+        check_shape(f"ds[{i}]", d, (M, d.shape[1]), "M rows as ds[0]")
+        check_shape(f"As[{i}]", a, (d.shape[1], K), "[columns of ds[i], K]")
+        if d.dtype != ds[0].dtype:
+            raise TypeError(f"ds[{i}] has dtype {d.dtype}; allowed: {ds[0].dtype}, that of ds[0]")
+        check_adapter_dtype(f"As[{i}]", a, d.dtype)
+    if len({a.dtype for a in As}) > 1:
+        As = [a.float() for a in As]
+    words = [check_words(f"bits[{i}]", w, M, K) for i, w in enumerate(per_adapter("bits", bits, len(As)))]
+    check_device(
+        **{f"ds[{i}]": d for i, d in enumerate(ds)},
+        **{f"As[{i}]": a for i, a in enumerate(As)},
+        **{f"bits[{i}]": w for i, w in enumerate(words)},
+    )
+    out = ds[0].new_empty((M, K), dtype=out_dtype or ds[0].dtype)
+    if out.numel():
+        config = config or default_config(M, [d.shape[1] for d in ds])
+        for launch in plan_write(out, ds, As, words, None, None, config):
+            launch.run()
+    return out

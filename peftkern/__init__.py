@@ -1,0 +1,98 @@
+"""peftkern: HF PEFT's adapters on fused operations. Same API, same numbers, same checkpoints.
+
+Names are imported when they are first asked for, so that ``import peftkern`` costs nothing beyond
+``import torch`` and never touches the network.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from ._version import __version__
+
+if TYPE_CHECKING:
+    from .config import PeftConfig as PeftConfig
+    from .config import PromptLearningConfig as PromptLearningConfig
+    from .explain import explain as explain
+    from .mapping import get_peft_config as get_peft_config
+    from .mapping import get_peft_model as get_peft_model
+    from .mapping import inject_adapter_in_model as inject_adapter_in_model
+    from .ops.backend import use_backend as use_backend
+    from .ops.lora import lora_linear as lora_linear
+    from .peft_model import PeftModel as PeftModel
+    from .tasks import (
+        PeftModelForCausalLM as PeftModelForCausalLM,
+    )
+    from .tasks import (
+        PeftModelForFeatureExtraction as PeftModelForFeatureExtraction,
+    )
+    from .tasks import (
+        PeftModelForQuestionAnswering as PeftModelForQuestionAnswering,
+    )
+    from .tasks import (
+        PeftModelForSeq2SeqLM as PeftModelForSeq2SeqLM,
+    )
+    from .tasks import (
+        PeftModelForSequenceClassification as PeftModelForSequenceClassification,
+    )
+    from .tasks import (
+        PeftModelForTokenClassification as PeftModelForTokenClassification,
+    )
+    from .tuners.lora import LoraConfig as LoraConfig
+    from .tuners.lora import LoraModel as LoraModel
+    from .tuners.p_tuning import PromptEncoderConfig as PromptEncoderConfig
+    from .tuners.prefix_tuning import PrefixTuningConfig as PrefixTuningConfig
+    from .tuners.prompt_tuning import PromptTuningConfig as PromptTuningConfig
+    from .utils.peft_types import PeftType as PeftType
+    from .utils.peft_types import TaskType as TaskType
+    from .utils.save_and_load import (
+        get_peft_model_state_dict as get_peft_model_state_dict,
+    )
+    from .utils.save_and_load import (
+        load_peft_weights as load_peft_weights,
+    )
+    from .utils.save_and_load import (
+        set_peft_model_state_dict as set_peft_model_state_dict,
+    )
+
+_WHERE = {
+    ".config": "PeftConfig PromptLearningConfig",
+    ".explain": "explain",
+    ".mapping": (
+        "get_peft_config get_peft_model inject_adapter_in_model PEFT_TYPE_TO_CONFIG_MAPPING "
+        "PEFT_TYPE_TO_TUNER_MAPPING PEFT_TYPE_TO_PREFIX_MAPPING"
+    ),
+    ".ops.backend": "use_backend",
+    ".ops.lora": "lora_linear",
+    ".peft_model": "PeftModel",
+    ".tasks": (
+        "PeftModelForCausalLM PeftModelForFeatureExtraction PeftModelForQuestionAnswering "
+        "PeftModelForSeq2SeqLM "
+        "PeftModelForSequenceClassification PeftModelForTokenClassification "
+        "MODEL_TYPE_TO_PEFT_MODEL_MAPPING"
+    ),
+    ".tuners.lora": "LoraConfig LoraModel LoraRuntimeConfig",
+    ".tuners.p_tuning": "PromptEncoderConfig PromptEncoderReparameterizationType",
+    ".tuners.prefix_tuning": "PrefixTuningConfig",
+    ".tuners.prompt_tuning": "PromptTuningConfig PromptTuningInit",
+    ".utils.constants": "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING",
+    ".utils.other": "ModulesToSaveWrapper",
+    ".utils.peft_types": "PeftType TaskType",
+    ".utils.save_and_load": "get_peft_model_state_dict load_peft_weights set_peft_model_state_dict",
+}
+_LAZY = {name: module for module, names in _WHERE.items() for name in names.split()}
+
+__all__ = ["__version__", *_LAZY]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_LAZY[name], __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

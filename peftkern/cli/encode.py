@@ -1,0 +1,161 @@
+"""Records -> token ids, and lists of examples -> padded batches.
+
+An encoded example is a dict of plain lists: ``input_ids`` and ``labels`` (for ``seq_cls`` an int).
+A label of -100 stands where no loss is taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .data import Record
+from .errors import UserError
+
+Example = dict[str, Any]
+IGNORE = -100
+
+
+@dataclass
+class Encoded:
+    """Encoded examples, and how many records were cut to the maximal length or left without a
+    target.
+    """
+
+    examples: list[Example]
+    cut: int
+    unusable: int
+
+
+def encode(
+    records: Sequence[Record],
+    tokenizer: Any,
+    task: str,
+    max_length: int,
+    label_names: Sequence[str],
+) -> Encoded:
+    """Encode records for ``task``; no example is longer than ``max_length`` tokens.
+
+    A plain text longer than that becomes several examples; everything else is cut at its end.
+    """
+    ids = {name: i for i, name in enumerate(label_names)}
+    out = Encoded([], 0, 0)
+    for record in records:
+        if task == "causal_lm" and record.completion is None:
+            examples, cut = _windows(tokenizer, record.text, max_length), False
+        elif task == "causal_lm":
+            examples, cut = _completion(tokenizer, record, max_length)
+        elif task == "seq_2_seq_lm":
+            examples, cut = _seq2seq(tokenizer, record, max_length)
+        elif task == "seq_cls":
+            full = tokenizer(record.text)["input_ids"]
+            kept = tokenizer(record.text, truncation=True, max_length=max_length)["input_ids"]
+            examples, cut = (
+                [{"input_ids": kept, "labels": ids[str(record.label)]}],
+                len(kept) < len(full),
+            )
+        else:
+            examples, cut = _token_labels(tokenizer, record, max_length, ids)
+        out.examples += examples
+        out.cut += cut
+        out.unusable += not examples
+    return out
+
+
+def pad_id(tokenizer: Any) -> int:
+    """The id to pad with: the tokenizer's, else its end-of-text, else 0 (it is masked anyway)."""
+    for value in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if value is not None:
+            return int(value)
+    return 0
+
+
+def collator(pad: int) -> Callable[[list[Example]], dict[str, torch.Tensor]]:
+    """A function from n examples to int64 tensors ``input_ids``, ``attention_mask`` [n, L] and
+    ``labels``.
+
+    ``labels`` is [n] when a label is an int, else [n, length of the longest label list].
+    """
+
+    def collate(examples: list[Example]) -> dict[str, torch.Tensor]:
+        rows = [e["input_ids"] for e in examples]
+        length = max(map(len, rows))
+        labels = [e["labels"] for e in examples]
+        if isinstance(labels[0], list):
+            width = max(map(len, labels))
+            labels = [row + [IGNORE] * (width - len(row)) for row in labels]
+        return {
+            "input_ids": torch.tensor([row + [pad] * (length - len(row)) for row in rows]),
+            "attention_mask": torch.tensor([[1] * len(r) + [0] * (length - len(r)) for r in rows]),
+            "labels": torch.tensor(labels),
+        }
+
+    return collate
+
+
+def target_count(labels: torch.Tensor, task: str) -> int:
+    """How many targets a batch's mean loss was taken over (causal models do not predict the first
+    token).
+    """
+    if task == "causal_lm":
+        labels = labels[:, 1:]
+    return int((labels != IGNORE).sum())
+
+
+def _with_end(tokenizer: Any, ids: list[int]) -> list[int]:
+    end = tokenizer.eos_token_id
+    return ids if end is None or (ids and ids[-1] == end) else [*ids, end]
+
+
+def _windows(tokenizer: Any, text: str, max_length: int) -> list[Example]:
+    ids = _with_end(tokenizer, tokenizer(text, verbose=False)["input_ids"])
+    pieces = [ids[i : i + max_length] for i in range(0, len(ids), max_length)]
+    # one token alone has nothing to predict
+    return [{"input_ids": p, "labels": list(p)} for p in pieces if len(p) > 1]
+
+
+def _completion(tokenizer: Any, record: Record, max_length: int) -> tuple[list[Example], bool]:
+    prompt = tokenizer(record.prompt, verbose=False)["input_ids"]
+    if prompt and prompt[-1] == tokenizer.eos_token_id:
+        prompt = prompt[:-1]  # some tokenizers close every text; the completion is still to come
+    ids = tokenizer(record.completion, add_special_tokens=False, verbose=False)["input_ids"]
+    completion = _with_end(tokenizer, ids)
+    ids = (prompt + completion)[:max_length]
+    labels = ([IGNORE] * len(prompt) + completion)[:max_length]
+    usable = any(label != IGNORE for label in labels[1:])
+    cut = len(prompt) + len(completion) > max_length
+    return ([{"input_ids": ids, "labels": labels}] if usable else []), cut
+
+
+def _seq2seq(tokenizer: Any, record: Record, max_length: int) -> tuple[list[Example], bool]:
+    source = tokenizer(record.prompt, verbose=False)["input_ids"]
+    target = _with_end(
+        tokenizer, tokenizer(text_target=record.completion, verbose=False)["input_ids"]
+    )
+    cut = max(len(source), len(target)) > max_length
+    if not source:
+        return [], cut
+    return [{"input_ids": source[:max_length], "labels": target[:max_length]}], cut
+
+
+def _token_labels(
+    tokenizer: Any, record: Record, max_length: int, ids: dict[str, int]
+) -> tuple[list[Example], bool]:
+    """A word's label stands on its first piece; the other pieces and special tokens carry none."""
+    if not tokenizer.is_fast:
+        raise UserError("--task token_cls needs a fast tokenizer, which this model does not have")
+    coded = tokenizer(
+        record.tokens, is_split_into_words=True, truncation=True, max_length=max_length
+    )
+    labels, last, seen = [], None, 0
+    for word in coded.word_ids():
+        first = word is not None and word != last
+        labels.append(ids[record.labels[word]] if first else IGNORE)
+        seen += first
+        last = word if word is not None else last
+    if not seen:
+        return [], seen < len(record.tokens)
+    return [{"input_ids": coded["input_ids"], "labels": labels}], seen < len(record.tokens)

@@ -1,0 +1,136 @@
+"""transformers' Trainer, taught to save and load adapters alone.
+
+Trainer does so by itself only for instances of ``peft.PeftModel``, that is when HF peft is
+installed; without it, it would write and read the whole model. This subclass asks nobody.
+"""
+
+from __future__ import annotations
+
+import inspect
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import PrinterCallback
+
+from . import resume
+from .encode import target_count
+from .errors import RunError, UserError
+
+
+class AdapterTrainer(Trainer):
+    """Trains the adapters of a peftkern ``PeftModel``; its checkpoints hold no base weights.
+
+    ``identity`` and ``notes`` (JSON values) go into the manifest of each checkpoint; ``keep``
+    complete checkpoints stay on disk.
+    """
+
+    def __init__(
+        self, *args: Any, identity: dict[str, Any], notes: dict[str, Any], keep: int, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.remove_callback(PrinterCallback)
+        self._identity, self._notes, self._keep = identity, notes, keep
+        self._run_dir: str | None = None
+        # Without HF peft, Trainer asks the wrapper instead of the model how it takes its loss.
+        base = self.model.get_base_model()
+        kinds = [p.kind for p in inspect.signature(base.forward).parameters.values()]
+        self.model_accepts_loss_kwargs = getattr(
+            base, "accepts_loss_kwargs", inspect.Parameter.VAR_KEYWORD in kinds
+        )
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self._run_dir or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        out = Path(self.args.output_dir)
+        partial = out / resume.PARTIAL
+        shutil.rmtree(partial, ignore_errors=True)
+        self._run_dir = str(partial)
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._run_dir = None
+        written = partial / f"checkpoint-{self.state.global_step}"
+        resume.seal(written, self._identity, self._notes)
+        resume.publish(written, out)
+        partial.rmdir()
+        resume.rotate(out, self._keep)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        save_adapter(self.model, output_dir or self.args.output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        from ..utils.save_and_load import load_peft_weights, set_peft_model_state_dict
+
+        state = load_peft_weights(resume_from_checkpoint, device="cpu")
+        model = self.model if model is None else model
+        wanted = {n for n, p in model.named_parameters() if p.requires_grad}
+        if len(state) != len(wanted):
+            raise UserError(
+                f"{resume_from_checkpoint} holds {len(state)} tensors, this adapter has "
+                f"{len(wanted)}"
+            )
+        set_peft_model_state_dict(model, state)
+
+
+def save_adapter(model: Any, folder: str | Path) -> None:
+    """Write the adapter (weights, configuration, card) into ``folder``; the base is never written.
+
+    The embedding is left out too: the command never resizes it, and looking up whether it was
+    resized would ask the network.
+    """
+    model.save_pretrained(str(folder), save_embedding_layers=False)
+
+
+class Watch(TrainerCallback):
+    """Moves the progress bar and stops a run whose loss is no longer a number."""
+
+    def __init__(self, progress: Any, task_id: Any) -> None:
+        self.progress, self.task_id = progress, task_id
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.progress.update(self.task_id, total=state.max_steps, completed=state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if not logs or "loss" not in logs:
+            return
+        loss = float(logs["loss"])
+        # Trainer saves after it logs, so no checkpoint with ruined weights can be written.
+        if not torch.isfinite(torch.tensor(loss)):
+            raise RunError(
+                f"the loss became {loss} at step {state.global_step}: try a smaller --lr. "
+                "Nothing was saved since the last checkpoint"
+            )
+        self.progress.update(self.task_id, completed=state.global_step, loss=f"loss {loss:.4f}")
+
+
+@torch.no_grad()
+def held_out(model: Any, batches: Sequence[dict[str, Any]], task: str) -> dict[str, float]:
+    """Mean loss over all targets of ``batches`` and, for classification, the share of right
+    answers.
+
+    The model is left in the mode (train or eval) it was in; no random numbers are drawn.
+    """
+    was_training = model.training
+    model.eval()
+    loss_sum = right = targets = 0.0
+    try:
+        for batch in batches:
+            batch = {name: value.to(model.device) for name, value in batch.items()}
+            output = model(**batch)
+            count = target_count(batch["labels"], task)
+            loss_sum += float(output.loss) * count
+            targets += count
+            if task in ("seq_cls", "token_cls"):
+                # a padded place carries the label -100, which no prediction equals
+                right += float((output.logits.argmax(-1) == batch["labels"]).sum())
+    finally:
+        model.train(was_training)
+    result = {"loss": loss_sum / targets}
+    if task in ("seq_cls", "token_cls"):
+        result["accuracy"] = right / targets
+    return result

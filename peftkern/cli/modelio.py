@@ -1,0 +1,129 @@
+"""Finding and loading a base model and its tokenizer, from a Hugging Face folder or from a GGUF
+file.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .errors import UserError, first_line
+
+AUTO_CLASSES = {
+    "causal_lm": "AutoModelForCausalLM",
+    "seq_cls": "AutoModelForSequenceClassification",
+    "token_cls": "AutoModelForTokenClassification",
+    "seq_2_seq_lm": "AutoModelForSeq2SeqLM",
+}
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def locate_model(model: str, gguf_file: str | None = None) -> tuple[str, str | None]:
+    """What ``from_pretrained`` takes for ``--model``: (folder or hub id, name of the GGUF file or
+    None).
+
+    A folder with no config.json and exactly one .gguf file is a GGUF model. Raises UserError when
+    there is nothing at the path, or nothing that could be a model.
+    """
+    path = Path(model)
+    if path.is_file() and path.suffix == ".gguf":
+        return str(path.parent), path.name
+    if path.is_dir():
+        if gguf_file is not None:
+            if not (path / gguf_file).is_file():
+                raise UserError(f"--gguf-file {gguf_file}: no such file in {model}")
+            return model, gguf_file
+        if (path / "config.json").is_file():
+            return model, None
+        found = sorted(p.name for p in path.glob("*.gguf"))
+        if len(found) == 1:
+            return model, found[0]
+        if found:
+            names = ", ".join(found)
+            raise UserError(
+                f"--model {model} holds several GGUF files; choose with --gguf-file: {names}"
+            )
+        raise UserError(f"--model {model}: the folder holds neither config.json nor a .gguf file")
+    if path.exists():
+        raise UserError(f"--model {model}: must be a folder or a .gguf file")
+    # "owner/name" may be a model on the hub, unless "owner" is a folder here: then a name was
+    # mistyped.
+    if _HUB_ID.fullmatch(model) and not path.parent.is_dir():
+        return model, gguf_file
+    raise UserError(f"--model {model}: no such folder")
+
+
+def load_tokenizer(folder: str, gguf_file: str | None = None) -> Any:
+    """The tokenizer of a model folder; UserError when it cannot be read."""
+    from transformers import AutoTokenizer
+
+    return _loading("tokenizer", folder, AutoTokenizer.from_pretrained, _gguf(gguf_file))
+
+
+def load_model(
+    folder: str,
+    task: str,
+    gguf_file: str | None = None,
+    label_names: list[str] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Any:
+    """The base model with the head of ``task``, on the CPU; UserError when it cannot be read."""
+    import transformers
+
+    options: dict[str, Any] = {"dtype": dtype, **_gguf(gguf_file)}
+    if gguf_file is not None and hasattr(transformers, "GgufConfig"):
+        # Newer transformers may keep the blocks packed, and such a model can neither be trained nor
+        # saved.
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    if label_names:
+        # With these, from_pretrained makes a head of the right width.
+        options["id2label"] = dict(enumerate(label_names))
+        options["label2id"] = {name: i for i, name in enumerate(label_names)}
+        options["ignore_mismatched_sizes"] = True
+    load = getattr(transformers, AUTO_CLASSES[task]).from_pretrained
+    return _loading("model", folder, load, options)
+
+
+def hush_transformers() -> None:
+    """No loading bars and no advice on stderr: this program prints its own progress and errors."""
+    import warnings
+
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    # Trainer's and accelerate's notes to programmers; nothing a user of the command could act on
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|accelerate")
+
+
+def _gguf(gguf_file: str | None) -> dict[str, Any]:
+    if gguf_file is None:
+        return {}
+    try:
+        import gguf  # noqa: F401
+    except ImportError:
+        raise UserError("a GGUF model needs the package 'gguf': pip install gguf") from None
+    return {"gguf_file": gguf_file}
+
+
+def _loading(what: str, folder: str, load: Any, options: dict[str, Any]) -> Any:
+    try:
+        return load(folder, **options)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
+        raise UserError(
+            f"--model {folder}: the {what} cannot be loaded: {first_line(error)}"
+        ) from error
+    except Exception as error:
+        # safetensors and tokenizers raise classes of their own, right below Exception
+        if type(error).__module__.split(".")[0] not in (
+            "safetensors",
+            "safetensors_rust",
+            "builtins",
+        ):
+            raise
+        raise UserError(
+            f"--model {folder}: the {what} cannot be loaded: {first_line(error)}"
+        ) from error

@@ -1,0 +1,176 @@
+"""Checkpoints that survive a kill at any moment: which are complete, which to go on from.
+
+A checkpoint is written to ``OUT/.partial/``, gets a manifest with the size of every file, is
+flushed to disk and only then renamed to ``OUT/checkpoint-N``. So a folder without a manifest, or
+whose files do not match it, is the remains of an interrupted save, or damaged, and is never
+continued from.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .._io import write_text_atomically
+from .errors import UserError
+from .settings import first_difference
+
+MANIFEST = "peftkern_checkpoint.json"
+PARTIAL = ".partial"
+FINISHED = "training.json"
+_NAME = re.compile(r"checkpoint-(\d+)")
+# What Trainer needs besides the adapter to go on exactly where it was.
+_STATE_FILES = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth")
+
+
+@dataclass
+class Checkpoint:
+    """A complete checkpoint: its folder, its step, and what its manifest says."""
+
+    path: Path
+    step: int
+    identity: dict[str, Any]
+    notes: dict[str, Any]
+
+
+def seal(folder: Path, identity: dict[str, Any], notes: dict[str, Any]) -> None:
+    """Flush every file of a written checkpoint to disk and add its manifest."""
+    sizes = {}
+    for file in sorted(p for p in folder.rglob("*") if p.is_file()):
+        with open(file, "rb+") as f:
+            os.fsync(f.fileno())
+            sizes[file.relative_to(folder).as_posix()] = os.fstat(f.fileno()).st_size
+    absent = [name for name in _STATE_FILES if name not in sizes]
+    if absent:
+        raise RuntimeError(
+            f"Trainer wrote no {', '.join(absent)} into {folder}: it could not be resumed"
+        )
+    manifest = {"identity": identity, "notes": notes, "files": sizes}
+    write_text_atomically(folder / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+
+
+def publish(folder: Path, out: Path) -> Path:
+    """Rename a sealed checkpoint into ``out``; the remains of an older one of the same step go
+    first.
+    """
+    target = out / folder.name
+    if target.exists():
+        shutil.rmtree(target)
+    os.replace(folder, target)
+    _sync_folder(out)
+    return target
+
+
+def rotate(out: Path, keep: int) -> None:
+    """Delete all but the newest ``keep`` complete checkpoints."""
+    complete = [c for c in _folders(out) if _why_incomplete(c[1]) is None]
+    for _, path in complete[:-keep]:
+        # without its manifest a half-deleted checkpoint cannot pass for a complete one
+        (path / MANIFEST).unlink()
+        shutil.rmtree(path)
+
+
+def find(out: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest complete checkpoint in ``out``, and a message for each folder skipped for it."""
+    messages: list[str] = []
+    if (out / PARTIAL).is_dir():
+        names = sorted(p.name for p in (out / PARTIAL).iterdir())
+        messages += [f"{n}: the run was killed while writing it; skipped" for n in names]
+    for step, path in reversed(_folders(out)):
+        reason = _why_incomplete(path)
+        if reason is not None:
+            messages.append(
+                f"{path.name}: {reason}; skipped, the run replaces it when it gets there"
+            )
+            continue
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        return Checkpoint(path, step, manifest["identity"], manifest["notes"]), messages
+    return None, messages
+
+
+def finished(out: Path) -> dict[str, Any] | None:
+    """The record of a run that came to its end in ``out``; None when there is none."""
+    try:
+        record = json.loads((out / FINISHED).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (ValueError, OSError) as error:
+        raise UserError(
+            f"{out / FINISHED} cannot be read ({error}); pass --fresh to start over"
+        ) from None
+    if not isinstance(record, dict) or not isinstance(record.get("identity"), dict):
+        raise UserError(f"{out / FINISHED} was not written by peftkern train; choose another --out")
+    return record
+
+
+def refuse_other_settings(was: dict[str, Any], now: dict[str, Any], where: str) -> None:
+    """Raise UserError when a run would be continued with settings it was not begun with."""
+    difference = first_difference(was, now)
+    if difference:
+        raise UserError(
+            f"{where} was made with other settings: {difference}. Give the same settings to go on, "
+            "or --fresh to start over, or another --out"
+        )
+
+
+def refuse_foreign_adapter(out: Path) -> None:
+    """Raise UserError when saving into ``out`` would replace an adapter that this command did not
+    make.
+    """
+    ours = (out / FINISHED).exists() or any((path / MANIFEST).exists() for _, path in _folders(out))
+    if (out / "adapter_config.json").exists() and not ours:
+        raise UserError(
+            f"--out {out} holds an adapter that peftkern train did not make; choose another"
+        )
+
+
+def clear(out: Path) -> None:
+    """Delete what an earlier run left in ``out`` (``--fresh``): checkpoints, record and adapter,
+    nothing else.
+    """
+    for name in (FINISHED, "adapter_config.json", "adapter_model.safetensors"):
+        (out / name).unlink(missing_ok=True)
+    for _, path in _folders(out):
+        (path / MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(path)
+    shutil.rmtree(out / PARTIAL, ignore_errors=True)
+
+
+def _folders(out: Path) -> list[tuple[int, Path]]:
+    if not out.is_dir():
+        return []
+    found = [(_NAME.fullmatch(p.name), p) for p in out.iterdir() if p.is_dir()]
+    return sorted((int(match[1]), p) for match, p in found if match)
+
+
+def _why_incomplete(path: Path) -> str | None:
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        files = dict(manifest["files"])
+        dict(manifest["identity"])
+    except FileNotFoundError:
+        return f"half-written (no {MANIFEST})"
+    except (ValueError, KeyError, TypeError):
+        return f"damaged ({MANIFEST} cannot be read)"
+    for name, size in files.items():
+        file = path / name
+        if not file.is_file():
+            return f"incomplete ({name} is missing)"
+        if file.stat().st_size != size:
+            return f"damaged ({name} has {file.stat().st_size} bytes, not {size})"
+    return None
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename in ``folder`` durable, where the system can (Windows cannot open a folder)."""
+    if os.name == "posix":
+        fd = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)

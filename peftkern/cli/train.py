@@ -1,0 +1,252 @@
+"""``peftkern train``: from checked settings to a saved adapter; can be killed at any moment."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from .._io import write_text_atomically
+from . import resume
+from .data import Dataset, read_data, split_records
+from .encode import Example, collator, encode, pad_id
+from .errors import UserError, first_line
+from .modelio import hush_transformers, load_model, load_tokenizer, locate_model
+from .settings import TrainSettings, option
+
+
+def train(
+    settings: TrainSettings, fresh: bool = False, console: Console | None = None
+) -> dict[str, Any]:
+    """Run (or go on with) the training that ``settings`` describe; return the record of the
+    finished run.
+
+    Everything that can be wrong with the input is found before the first byte is written. Raises
+    UserError for such input and RunError when the training itself goes wrong.
+    """
+    console = console or Console()
+    settings.validate()
+    out = Path(settings.out)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out}: exists and is not a folder")
+    resume.refuse_foreign_adapter(out)
+    folder, gguf_file = locate_model(settings.model, settings.gguf_file)
+    data = read_data(settings.data, settings.task)
+    settings.bf16 = _resolve_bf16(settings)
+    settings.gguf_file = gguf_file
+    identity = settings.identity(data.sha256)
+
+    checkpoint = None
+    if not fresh:
+        done = resume.finished(out)
+        if done is not None:
+            resume.refuse_other_settings(done["identity"], identity, f"the finished run in {out}")
+            console.print(f"Already trained: {out} holds the adapter. --fresh trains it again.")
+            return done
+        checkpoint, messages = resume.find(out)
+        for message in messages:
+            console.print(f"[yellow]{message}[/yellow]")
+        if checkpoint is not None:
+            resume.refuse_other_settings(checkpoint.identity, identity, str(checkpoint.path))
+
+    hush_transformers()
+    tokenizer = load_tokenizer(folder, gguf_file)
+    training, held = _prepare_data(settings, data, tokenizer, console)
+    model = _make_model(settings, folder, gguf_file, data.label_names, pad_id(tokenizer))
+
+    # From here on the input is known to be good.
+    if fresh:
+        resume.clear(out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be made: {error.strerror}") from None
+    return _run(settings, identity, checkpoint, model, tokenizer, training, held, console)
+
+
+def _resolve_bf16(settings: TrainSettings) -> bool:
+    """bf16 unless told otherwise on a GPU that has it; a CPU computes bf16 slower than fp32."""
+    gpu = torch.cuda.is_available() and not settings.cpu
+    if settings.bf16 is None:
+        return gpu and torch.cuda.is_bf16_supported()
+    if settings.bf16 and gpu and not torch.cuda.is_bf16_supported():
+        raise UserError("--bf16: this GPU has no bfloat16; leave the option out")
+    return settings.bf16
+
+
+def _prepare_data(
+    settings: TrainSettings, data: Dataset, tokenizer: Any, console: Console
+) -> tuple[list[Example], list[Example]]:
+    training, held = split_records(data.records, settings.eval_split, settings.seed)
+    parts = [
+        encode(part, tokenizer, settings.task, settings.max_length, data.label_names)
+        for part in (training, held)
+    ]
+    if not parts[0].examples:
+        raise UserError(
+            f"--data {settings.data}: none of the {len(training)} training examples keeps a target "
+            f"within --max-length {settings.max_length}"
+        )
+    console.print(
+        f"{len(parts[0].examples)} training and {len(parts[1].examples)} held-out examples"
+        + (f", {len(data.label_names)} labels" if data.label_names else "")
+    )
+    for count, what in (
+        (data.empty, "left out: no text"),
+        (
+            sum(p.unusable for p in parts),
+            f"left out: no target within {settings.max_length} tokens",
+        ),
+        (sum(p.cut for p in parts), f"cut to {settings.max_length} tokens (--max-length)"),
+    ):
+        if count:
+            console.print(f"[yellow]{count} examples {what}[/yellow]")
+    return parts[0].examples, parts[1].examples
+
+
+def _make_model(
+    settings: TrainSettings, folder: str, gguf_file: str | None, label_names: list[str], pad: int
+) -> Any:
+    """The base model with fresh adapters, the same for the same seed."""
+    from transformers import set_seed
+
+    from ..mapping import get_peft_model
+    from ..tuners.lora import LoraConfig
+
+    set_seed(settings.seed)  # a new classification head and the A matrices are random
+    dtype = torch.bfloat16 if settings.bf16 else torch.float32
+    base = load_model(folder, settings.task, gguf_file, label_names, dtype)
+    if base.config.pad_token_id is None:
+        base.config.pad_token_id = pad  # classifiers on decoder models look for the last real token
+    try:
+        config = LoraConfig(
+            task_type=settings.task.upper(),
+            r=settings.lora_r,
+            lora_alpha=settings.lora_alpha,
+            lora_dropout=settings.lora_dropout,
+            target_modules=settings.target_list(),
+            use_rslora=settings.rslora,
+        )
+        return get_peft_model(base, config)
+    except ValueError as error:
+        message = f"{option('target_modules')} {settings.target_modules}: {first_line(error)}"
+        raise UserError(message) from error
+
+
+def _run(
+    settings: TrainSettings,
+    identity: dict[str, Any],
+    checkpoint: resume.Checkpoint | None,
+    model: Any,
+    tokenizer: Any,
+    training: list[Example],
+    held: list[Example],
+    console: Console,
+) -> dict[str, Any]:
+    from .engine import AdapterTrainer, Watch, held_out, save_adapter
+
+    collate = collator(pad_id(tokenizer))
+    notes: dict[str, Any] = checkpoint.notes if checkpoint else {}
+    trainer = AdapterTrainer(
+        model=model,
+        args=_training_arguments(settings),
+        data_collator=collate,
+        train_dataset=training,
+        identity=identity,
+        notes=notes,
+        keep=settings.keep,
+    )
+    size = settings.batch_size
+    batches = [collate(held[i : i + size]) for i in range(0, len(held), size)]
+
+    def measure() -> dict[str, float]:
+        with trainer.autocast_smart_context_manager():
+            return held_out(model, batches, settings.task)
+
+    if batches and "before" not in notes:
+        notes["before"] = measure()
+        console.print(f"held out, before: {_said(notes['before'])}")
+    if checkpoint:
+        console.print(f"going on from {checkpoint.path.name}")
+    started = time.perf_counter()
+    with _progress(console) as progress:
+        trainer.add_callback(Watch(progress, progress.add_task("training", total=None, loss="")))
+        trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
+    seconds = time.perf_counter() - started
+    first_step = checkpoint.step if checkpoint else 0
+    record = {
+        "identity": identity,
+        "steps": trainer.state.global_step,
+        "losses": [[e["step"], e["loss"]] for e in trainer.state.log_history if "loss" in e],
+        "before": notes.get("before"),
+        "after": measure() if batches else None,
+        "seconds_of_this_call": seconds,
+        "steps_of_this_call": trainer.state.global_step - first_step,
+    }
+    if batches:
+        console.print(f"held out, after:  {_said(record['after'])}")
+    out = Path(settings.out)
+    save_adapter(model, out)
+    tokenizer.save_pretrained(out)
+    # Written last: its presence says that all the rest is there.
+    write_text_atomically(
+        out / resume.FINISHED, json.dumps(record, indent=1, sort_keys=True) + "\n"
+    )
+    console.print(f"adapter saved in {out}")
+    return record
+
+
+def _training_arguments(settings: TrainSettings) -> Any:
+    from transformers import TrainingArguments
+
+    options: dict[str, Any] = {}
+    if settings.gradient_checkpointing:
+        options["gradient_checkpointing"] = True
+        options["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
+    return TrainingArguments(
+        output_dir=settings.out,
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.grad_accumulation,
+        learning_rate=settings.lr,
+        lr_scheduler_type=settings.scheduler,
+        warmup_steps=settings.warmup_steps,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        num_train_epochs=settings.epochs,
+        max_steps=settings.steps if settings.steps is not None else -1,
+        save_strategy="steps",
+        save_steps=settings.save_every,
+        logging_steps=1,
+        logging_nan_inf_filter=False,  # it would hide a broken run
+        seed=settings.seed,
+        bf16=bool(settings.bf16),
+        use_cpu=settings.cpu,
+        # The columns are ours already; Trainer would judge them by the signature of the wrapper.
+        remove_unused_columns=False,
+        label_names=["labels"],
+        report_to="none",
+        disable_tqdm=True,
+        log_level="error",
+        dataloader_pin_memory=torch.cuda.is_available() and not settings.cpu,
+        **options,
+    )
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[loss]}"),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
+def _said(measured: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4f}" for name, value in measured.items())

@@ -1,0 +1,267 @@
+"""``PeftConfig``: what an adapter is, as a dataclass and as ``adapter_config.json``."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import os
+import warnings
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import PushToHubMixin
+
+from ._io import write_text_atomically
+from ._version import PEFT_COMPAT_VERSION
+from .utils.constants import CONFIG_NAME
+from .utils.peft_types import PeftType, TaskType
+
+
+def _one_of(enum_cls: type, value: Any, what: str) -> Any:
+    """``value`` as a member of the string enum ``enum_cls``, or a ValueError naming what is
+    allowed."""
+    try:
+        return enum_cls(value)
+    except ValueError:
+        allowed = ", ".join(member.value for member in enum_cls)  # type: ignore[attr-defined]
+        raise ValueError(f"Invalid {what}: {value!r}. Must be one of: {allowed}.") from None
+
+
+def config_class_for(peft_type: Any) -> type[PeftConfig]:
+    """The configuration class of a ``peft_type``; ValueError when peftkern does not have the
+    method."""
+    from .mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    return PEFT_TYPE_TO_CONFIG_MAPPING[_one_of(PeftType, peft_type, "peft_type")]
+
+
+def build_config(cls: type[PeftConfig], values: dict[str, Any], source: str) -> PeftConfig:
+    """Make ``cls`` from a dict that may hold keys of other PEFT versions.
+
+    A key that ``cls`` lacks is dropped silently when it is None (old versions wrote such keys) and
+    with a warning that names it when it has a value.
+    """
+    known = {f.name for f in dataclasses.fields(cls) if f.init}
+    unknown = sorted(k for k, v in values.items() if k not in known and v is not None)
+    if unknown:
+        warnings.warn(
+            f"{source}: unexpected keys {unknown} for {cls.__name__} are ignored. They may come "
+            "from "
+            "another version of PEFT, and what they ask for is not done.",
+            stacklevel=3,
+        )
+    return cls(**{k: v for k, v in values.items() if k in known})
+
+
+def locate_file(model_id: str | os.PathLike[str], name: str, **hub: Any) -> str | None:
+    """Path of ``name`` in the local folder ``model_id``, or fetched from the hub; None when it is
+    in neither.
+
+    A local folder is always taken first, and the hub is asked only when there is none.
+    """
+    model_id = os.fspath(model_id)
+    subfolder = hub.get("subfolder")
+    folder = os.path.join(model_id, subfolder) if subfolder else model_id
+    path = os.path.join(folder, name)
+    if os.path.isfile(path):
+        return path
+    if os.path.isdir(model_id) or os.path.isabs(model_id) or model_id.startswith("."):
+        return None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+
+    try:
+        return hf_hub_download(model_id, name, **hub)
+    except (EntryNotFoundError, HFValidationError):
+        return None
+
+
+def split_hub_kwargs(kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """``kwargs`` parted into what ``hf_hub_download`` takes and the rest."""
+    from huggingface_hub import hf_hub_download
+
+    names = inspect.signature(hf_hub_download).parameters
+    kwargs = dict(kwargs)
+    if "use_auth_token" in kwargs:  # the old name, which PEFT's callers still use
+        kwargs.setdefault("token", kwargs.pop("use_auth_token"))
+    hub = {k: v for k, v in kwargs.items() if k in names}
+    return hub, {k: v for k, v in kwargs.items() if k not in names}
+
+
+@dataclass
+class PeftConfigMixin(PushToHubMixin):
+    """Reading and writing of ``adapter_config.json``, common to all methods.
+
+    Args:
+        task_type: one of :class:`TaskType`, or None for a model without a task.
+        peft_type: one of :class:`PeftType`.
+        auto_mapping: base model class and library, written for models without a task type.
+        peft_version: the version of HF PEFT whose format this follows; filled in when None.
+    """
+
+    task_type: TaskType | str | None = field(default=None)
+    peft_type: PeftType | str | None = field(default=None)
+    auto_mapping: dict | None = field(default=None)
+    peft_version: str | None = field(default=None)
+
+    def __post_init__(self) -> None:
+        if self.task_type is not None:
+            _one_of(TaskType, self.task_type, "task type")
+        if self.peft_version is None:
+            self.peft_version = PEFT_COMPAT_VERSION
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as plain Python values."""
+        return asdict(self)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Write ``adapter_config.json`` into ``save_directory`` (made when missing), in one step.
+
+        Args:
+            save_directory: a folder; AssertionError when it is a file.
+            **kwargs: ``auto_mapping_dict`` replaces ``auto_mapping``; others are for
+            ``push_to_hub``.
+        """
+        if os.path.isfile(save_directory):
+            raise AssertionError(
+                f"Provided path ({save_directory}) should be a directory, not a file"
+            )
+        os.makedirs(save_directory, exist_ok=True)
+        values = {k: sorted(v) if isinstance(v, set) else v for k, v in self.to_dict().items()}
+        if kwargs.get("auto_mapping_dict") is not None:
+            values["auto_mapping"] = kwargs["auto_mapping_dict"]
+        text = json.dumps(values, indent=2, sort_keys=True)
+        write_text_atomically(Path(save_directory) / CONFIG_NAME, text)
+
+    @classmethod
+    def from_json_file(
+        cls, path_json_file: str | os.PathLike[str], **kwargs: Any
+    ) -> dict[str, Any]:
+        """The dict in a config file. ValueError, naming the file, when it is not a JSON object."""
+        try:
+            values = json.loads(Path(path_json_file).read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as exc:
+            raise ValueError(f"{os.fspath(path_json_file)} is not valid JSON: {exc}") from exc
+        if not isinstance(values, dict):
+            kind = type(values).__name__
+            raise ValueError(f"{os.fspath(path_json_file)} must hold a JSON object, got {kind}")
+        if "runtime_config" in values:  # only valid at run time, never from disk
+            warnings.warn(
+                f"{os.fspath(path_json_file)}: `runtime_config` is ignored.", stacklevel=2
+            )
+            del values["runtime_config"]
+        return values
+
+    @classmethod
+    def from_peft_type(cls, **kwargs: Any) -> PeftConfig:
+        """The configuration of the class that ``peft_type`` names (or of this class without
+        one)."""
+        target = config_class_for(kwargs["peft_type"]) if kwargs.get("peft_type") else cls
+        return build_config(target, kwargs, target.__name__)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        subfolder: str | None = None,
+        **kwargs: Any,
+    ) -> PeftConfig:
+        """Read the configuration from a local folder or a hub repository.
+
+        Args:
+            pretrained_model_name_or_path: folder, or ``owner/name`` on the hub.
+            subfolder: folder inside it.
+            **kwargs: passed to ``hf_hub_download`` (``revision``, ``token``, ``cache_dir``, …).
+
+        Raises:
+            ValueError: no such file, bad JSON, or another ``peft_type`` than this class has.
+        """
+        hub, rest = split_hub_kwargs({**kwargs, "subfolder": subfolder})
+        where = os.fspath(pretrained_model_name_or_path)
+        file = locate_file(where, CONFIG_NAME, **hub)
+        if file is None:
+            raise ValueError(f"Can't find '{CONFIG_NAME}' at '{where}'")
+        values = cls.from_json_file(file)
+        values = {**{k: v for k, v in rest.items() if k in _field_names(cls)}, **values}
+        if not values.get("peft_type"):
+            raise ValueError(
+                f"{file} lacks the key `peft_type`, so it is not an adapter configuration"
+            )
+        try:
+            target = config_class_for(values["peft_type"])
+            if not issubclass(target, cls):
+                raise ValueError(
+                    f"`peft_type` is {values['peft_type']!r}, which is not {cls.__name__}'s"
+                )
+            return build_config(target, values, file)
+        except (ValueError, TypeError) as exc:
+            raise ValueError(f"{file}: {exc}") from exc
+
+    @property
+    def is_prompt_learning(self) -> bool:
+        """Whether the method trains virtual tokens rather than weights."""
+        return False
+
+    @property
+    def is_adaption_prompt(self) -> bool:
+        """Always False: peftkern has no adaption prompt."""
+        return False
+
+
+def _field_names(cls: type) -> set[str]:
+    return {f.name for f in dataclasses.fields(cls)}
+
+
+@dataclass
+class PeftConfig(PeftConfigMixin):
+    """What every adapter configuration has.
+
+    Args:
+        base_model_name_or_path: the model that the adapter belongs to.
+        revision: its revision on the hub.
+        inference_mode: True when the adapter is loaded frozen.
+    """
+
+    base_model_name_or_path: str | None = field(default=None)
+    revision: str | None = field(default=None)
+    inference_mode: bool = field(default=False)
+
+    def check_supported(self) -> None:
+        """Raise one NotImplementedError that names everything asked for that peftkern cannot do."""
+        raise NotImplementedError(
+            f"{type(self).__name__} alone describes no adapter that can be built"
+        )
+
+
+@dataclass
+class PromptLearningConfig(PeftConfig):
+    """What prefix tuning, prompt tuning and p-tuning share.
+
+    Args:
+        num_virtual_tokens: length of the learned prompt, in tokens.
+        token_dim: size of one virtual token; inferred from the model when None.
+        num_transformer_submodules: 1, or 2 for encoder-decoder models.
+        num_attention_heads: heads of keys and values.
+        num_layers: layers of the base model.
+        modules_to_save: modules trained and saved in full beside the prompt.
+    """
+
+    num_virtual_tokens: int | None = field(default=None)
+    token_dim: int | None = field(default=None)
+    num_transformer_submodules: int | None = field(default=None)
+    num_attention_heads: int | None = field(default=None)
+    num_layers: int | None = field(default=None)
+    modules_to_save: list[str] | None = field(default=None)
+
+    @property
+    def is_prompt_learning(self) -> bool:
+        return True
+
+    def check_supported(self) -> None:
+        raise NotImplementedError(
+            f"peft_type={PeftType(self.peft_type).value} is not supported yet by peftkern: its "
+            "configuration "
+            "can be read and written, but no model can be made from it. Supported now: LORA."
+        )

@@ -1,0 +1,78 @@
+"""``explain``: a table of every adapted layer, the backend that runs it, and why."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from .ops.backend import describe
+from .tuners.lora.base import LoraLayer
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One row: a layer's name, kind, shape (K, N), adapters with ranks, backend and reason."""
+
+    name: str
+    kind: str
+    shape: tuple[int, int]
+    ranks: dict[str, int]
+    fused: bool
+    backend: str
+    reason: str
+
+
+class Explanation(list[LayerReport]):
+    """The rows; printed as a table, with a summary below."""
+
+    def __str__(self) -> str:
+        head = ("layer", "kind", "K x N", "r", "runs as", "why")
+        rows = [
+            (
+                row.name,
+                row.kind,
+                f"{row.shape[0]} x {row.shape[1]}",
+                " ".join(f"{name}:{r}" for name, r in row.ranks.items()),
+                row.backend,
+                row.reason,
+            )
+            for row in self
+        ]
+        widths = [max(len(line[i]) for line in [head, *rows]) for i in range(len(head))]
+        lines = [
+            "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip()
+            for line in [head, *rows]
+        ]
+        lines.insert(1, "  ".join("-" * w for w in widths))
+        counts = Counter(row.backend for row in self)
+        total = ", ".join(f"{count} {name}" for name, count in counts.most_common())
+        return "\n".join([*lines, f"{len(self)} adapted layers: {total or 'none'}"])
+
+
+def explain(model: nn.Module) -> Explanation:
+    """What runs each adapted layer of ``model``, as it stands now, and why.
+
+    ``print(peftkern.explain(model))`` shows the table; the rows are :class:`LayerReport`.
+    """
+    backend, why = describe()
+    rows = Explanation()
+    for name, module in model.named_modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        layer: Any = module
+        reason = layer.decline_reason()
+        rows.append(
+            LayerReport(
+                name=name,
+                kind=type(layer.get_base_layer()).__name__,
+                shape=(layer.in_features, layer.out_features),
+                ranks=dict(layer.r),
+                fused=reason is None,
+                backend=f"{backend} fused" if reason is None else "base layer + update",
+                reason=why if reason is None else reason,
+            )
+        )
+    return rows

@@ -1,0 +1,1 @@
+"""Operations: one function each; they pick a backend and know tensors only."""

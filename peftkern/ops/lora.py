@@ -1,0 +1,159 @@
+"""One operation for a frozen linear and its low-rank update, forward and backward.
+
+    Y = X Wᵀ + bias + scale · drop(X) Aᵀ Bᵀ          (Hu et al., 2021, eq. 3)
+
+For the backward it keeps X once, S [M, r] and the dropout mask as bits: never the dropped X, never
+a mask of bytes, never a scaled copy of Y.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from . import backend as _backend
+from .bits import unpack_bits
+
+
+class _LoraLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        scale: float,
+        p: float,
+        transposed: bool,
+    ) -> Tensor:
+        x2 = x.reshape(-1, x.shape[-1])
+        w = weight if transposed else weight.t()  # [K, N]
+        y, s, bits = (_backend.active or _backend.select()).forward(x2, w, bias, A, B, scale, p)
+        needs_x, needs_w, _, needs_a, needs_b = ctx.needs_input_grad[:5]
+        # x is an input and not the view x2, so that a second derivative finds its graph
+        keep_x = needs_a or needs_w
+        ctx.save_for_backward(
+            x if keep_x else None, weight, A, B, s if needs_b else None, bits, bias
+        )
+        ctx.x_like = (x.shape, x.dtype)
+        ctx.scale, ctx.p, ctx.transposed = scale, p, transposed
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, A, B, s, bits, bias = ctx.saved_tensors
+        needs_x, needs_w, needs_bias, needs_a, needs_b = ctx.needs_input_grad[:5]
+        if torch.is_grad_enabled():  # create_graph=True
+            if x is not None:
+                return _differentiable_backward(ctx, dy)
+            if needs_b:  # S alone is kept, and S has no graph
+                raise RuntimeError(
+                    "lora_linear: second derivatives with a frozen A and a trained B are not kept; "
+                    "let A require a gradient as well"
+                )
+        shape, dtype = ctx.x_like
+        w = weight if ctx.transposed else weight.t()  # [K, N]
+        dy2 = dy.reshape(-1, dy.shape[-1])
+        # without a gradient for A, only the shape and dtype of x are asked for
+        x2 = (
+            x.reshape(-1, shape[-1])
+            if x is not None
+            else dy2.new_empty((0, shape[-1]), dtype=dtype)
+        )
+        dx, da, db = (_backend.active or _backend.select()).backward(
+            dy2, x2, w, A, B, s, bits, ctx.scale, ctx.p, (needs_x, needs_a, needs_b)
+        )
+        dw = dbias = None
+        if needs_w:
+            dw = x2.t() @ dy2 if ctx.transposed else dy2.t() @ x2
+        if needs_bias:
+            dbias = dy2.sum(0)
+        return (dx.view(shape) if dx is not None else None), dw, dbias, da, db, None, None, None
+
+
+def _differentiable_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients as a graph of their own, from the plain formula, for second derivatives."""
+    x, weight, A, B, _, bits, bias = ctx.saved_tensors
+    with torch.enable_grad():
+        mask = unpack_bits(bits, x.shape[-1], x.dtype).view(x.shape) if bits is not None else None
+        y = _plain(x, weight, bias, A, B, ctx.scale, mask, ctx.p, ctx.transposed)
+        inputs = [x, weight, bias, A, B]
+        wanted = [i for i in range(5) if ctx.needs_input_grad[i]]
+        grads = torch.autograd.grad(y, [inputs[i] for i in wanted], dy, create_graph=True)
+    found = dict(zip(wanted, grads, strict=True))
+    return tuple(found.get(i) for i in range(8))
+
+
+def _plain(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scale: float,
+    mask: Tensor | None,
+    p: float,
+    transposed: bool,
+) -> Tensor:
+    y = linear(x, weight.t() if transposed else weight, bias)
+    dropped = (x if mask is None else x * mask).to(A.dtype)
+    return (y + linear(linear(dropped, A), B) * (scale / (1.0 - p))).to(y.dtype)
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scale: float,
+    p: float = 0.0,
+    transposed: bool = False,
+) -> Tensor:
+    """A linear layer with a low-rank update, as one operation.
+
+    Args:
+        x: [..., K], floating point.
+        weight: [N, K], or [K, N] when ``transposed`` (transformers' ``Conv1D``); x's dtype.
+        bias: [N] or None.
+        A: [r, K], x's dtype or float32.
+        B: [N, r], A's dtype.
+        scale: factor of the update (``lora_alpha / r``).
+        p: dropout probability of A's input, in [0, 1); 0 when not training.
+        transposed: layout of ``weight``.
+
+    Returns:
+        [..., N] in x's dtype (autocast's, where that is on). Products accumulate in float32; A's
+        and B's gradients have A's dtype. Differentiable in x, weight, bias, A, B, twice.
+
+    Raises:
+        RuntimeError: shapes, devices or dtypes that torch's matrix product refuses.
+    """
+    # x.device.type costs as much as a small product; the flags do not
+    device = "cpu" if x.is_cpu else "cuda" if x.is_cuda else x.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        if x.dtype != torch.float64:
+            x, weight, A, B = x.to(dtype), weight.to(dtype), A.to(dtype), B.to(dtype)
+            bias = bias.to(dtype) if bias is not None else None
+    if torch.is_grad_enabled() and (
+        x.requires_grad
+        or A.requires_grad
+        or B.requires_grad
+        or weight.requires_grad
+        or (bias is not None and bias.requires_grad)
+    ):
+        return _LoraLinear.apply(x, weight, bias, A, B, scale, p, transposed)
+    if p == 0.0:
+        return (_backend.active or _backend.select()).infer(
+            x, weight, bias, A, B, scale, transposed
+        )
+    x2 = x.reshape(-1, x.shape[-1])
+    w = weight if transposed else weight.t()
+    y, _, _ = (_backend.active or _backend.select()).forward(x2, w, bias, A, B, scale, p)
+    return y.view(*x.shape[:-1], y.shape[-1])

@@ -1,0 +1,134 @@
+"""The LoRA linear on torch's own matrix products: runs on every device, and is the fallback
+everywhere.
+
+Shapes: x [M, K], w [K, N] (a view), bias [N] or None, A [r, K], B [N, r], S [M, r], Y [M, N].
+
+    S = (x ∘ mask) Aᵀ · c        c = scale / (1 - p)
+    Y = S Bᵀ + bias, then Y += x w      (hybrid order: the base product accumulates onto the update)
+
+The mask is drawn exactly as ``torch.nn.functional.dropout`` draws it, so that on a CPU the same
+seed drops the same elements as HF PEFT, and is kept as one bit per element.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from .bits import pack_bits, unpack_bits
+
+name = "torch"
+
+# up to this many rows the extra pass over Y costs less than two more views (host time dominates)
+_FEW_ROWS = 32
+
+
+def _low_rank_dtype(x: Tensor, A: Tensor) -> torch.dtype:
+    """The dtype of the low-rank products.
+
+    On CUDA the activation dtype, so that float32 adapters under a bf16 model run on the matrix
+    units; elsewhere the adapter's, which is what HF PEFT does and costs nothing where there are
+    none.
+    """
+    return x.dtype if x.is_cuda else A.dtype
+
+
+def _scaled_mm(a: Tensor, b: Tensor, alpha: float) -> Tensor:
+    """a b · alpha with the factor applied before the one rounding to the result's dtype."""
+    out = a.new_empty((a.shape[0], b.shape[1]))
+    return torch.addmm(out, a, b, beta=0, alpha=alpha)
+
+
+def _mm_to(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a b in ``dtype``, without rounding to a narrower one on the way."""
+    if a.dtype == dtype:
+        return torch.mm(a, b)
+    if a.is_cuda and dtype == torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.mm(a.to(dtype), b.to(dtype))
+
+
+def forward(
+    x: Tensor, w: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float, p: float
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Y [M, N] in x's dtype, S [M, r] and the packed mask (None when ``p`` is 0)."""
+    low = _low_rank_dtype(x, A)
+    dropped, bits = x.to(low), None
+    if p > 0.0:
+        noise = torch.empty_like(dropped).bernoulli_(1.0 - p)
+        bits = pack_bits(noise.bool())
+        dropped = noise.mul_(dropped)
+        scale = scale / (1.0 - p)
+    s = _scaled_mm(dropped, A.to(low).t(), scale)
+    del dropped
+    bt = B.to(low).t()
+    if low == x.dtype:
+        y = torch.mm(s, bt) if bias is None else torch.addmm(bias, s, bt)
+        return y.addmm_(x, w), s, bits
+    # wider low-rank part: rounding it to x's dtype before the base product would lose what it is
+    # wide for
+    y = torch.mm(x, w) if bias is None else torch.addmm(bias, x, w)
+    return torch.addmm(y.to(low), s, bt).to(x.dtype), s, bits
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    w: Tensor,
+    A: Tensor,
+    B: Tensor,
+    s: Tensor | None,
+    bits: Tensor | None,
+    scale: float,
+    p: float,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dX [M, K], dA [r, K], dB [N, r] for dY [M, N]; ``needs`` says which of the three are
+    wanted."""
+    needs_x, needs_a, needs_b = needs
+    low = _low_rank_dtype(x, A)
+    c = scale / (1.0 - p)
+    dx = da = db = None
+    dyl = dy.to(low)
+    if needs_b and s is not None:
+        db = _mm_to(dyl.t(), s, B.dtype)
+    if needs_x or needs_a:
+        ds = _scaled_mm(dyl, B.to(low), c)  # [M, r]
+        mask = unpack_bits(bits, x.shape[1], low) if bits is not None else None
+        if needs_x:
+            dx = torch.mm(ds, A.to(low))
+            if mask is not None:
+                dx.mul_(mask)
+            if low == dy.dtype:
+                dx.addmm_(dy, w.t())
+            else:
+                dx = dx.add_(torch.mm(dy, w.t())).to(x.dtype)
+        if needs_a:
+            xl = x.to(low)
+            da = _mm_to(ds.t(), xl if mask is None else mask.mul_(xl), A.dtype)
+    return dx, da, db
+
+
+def infer(
+    x: Tensor, w: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float, transposed: bool
+) -> Tensor:
+    """Y for x [..., K] without gradients or dropout; ``w`` as stored, [K, N] when
+    ``transposed``."""
+    K = A.shape[1]
+    if A.dtype is x.dtype and x.numel() <= _FEW_ROWS * K:
+        stored = w.t() if transposed else w
+        if x.dtype is torch.float32 and x.is_cpu and x.numel() == K:
+            # one row: matrix-vector products need no transposed views and cost half the host time
+            v = x.view(K)
+            y = torch.mv(stored, v) if bias is None else torch.addmv(bias, stored, v)
+            y.addmv_(B, torch.mv(A, v), alpha=scale)
+            dims = x.dim()  # the usual ones without the cost of slicing a shape
+            if dims == 3:
+                return y.view(1, 1, -1)
+            return y.view(1, -1) if dims == 2 else y.view(*x.shape[:-1], -1)
+        y = linear(x, stored, bias)
+        return y.add_(linear(linear(x, A), B), alpha=scale)
+    x2 = x.reshape(-1, K)
+    y, _, _ = forward(x2, w if transposed else w.t(), bias, A, B, scale, 0.0)
+    return y.view(*x.shape[:-1], y.shape[-1])

@@ -1,0 +1,337 @@
+"""``PeftModel``: an adapted model that calls, generates, saves and loads like the model it
+wraps."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.utils import PushToHubMixin
+
+from .config import PeftConfig
+from .mapping import PEFT_TYPE_TO_TUNER_MAPPING, check_adapter_name
+from .saving import AdapterFiles
+from .tuners.tuners_utils import BaseTuner
+from .utils.other import ModulesToSaveWrapper
+from .utils.peft_types import PeftType
+
+_claimed: dict[tuple[type, type], type] = {}
+
+
+def _with_hf_peft(cls: type) -> type:
+    """``cls``, joined with HF PEFT's class of the same name when HF PEFT is loaded.
+
+    Trainer, accelerate and TRL decide by ``isinstance(model, peft.PeftModel)``. Whoever asks has
+    imported peft, so looking into ``sys.modules`` is enough and nothing is imported here.
+    """
+    peft = sys.modules.get("peft")
+    theirs = getattr(peft, cls.__name__, None) or getattr(peft, "PeftModel", None)
+    if not isinstance(theirs, type) or not issubclass(theirs, nn.Module) or issubclass(cls, theirs):
+        return cls
+    if (cls, theirs) not in _claimed:
+        names = {"__module__": cls.__module__, "__doc__": cls.__doc__}
+        _claimed[cls, theirs] = type(cls.__name__, (cls, theirs), names)
+    return _claimed[cls, theirs]
+
+
+def _new(cls: Any) -> Any:
+    return cls.__new__(cls)
+
+
+class PeftModel(AdapterFiles, PushToHubMixin, nn.Module):
+    """A base model with adapters in it.
+
+    Args:
+        model: the base model, changed in place.
+        peft_config: the first adapter.
+        adapter_name: its name; no dots.
+        autocast_adapter_dtype: keep adapter weights in float32 under a float16 or bfloat16 model.
+        low_cpu_mem_usage: make the adapter's weights on the meta device, to be loaded afterwards.
+
+    Attributes:
+        base_model: the tuner; ``base_model.model`` is the adapted model.
+        peft_config: {adapter name: configuration}.
+        active_adapter: the adapter that calls go through.
+
+    Raises:
+        ValueError, NotImplementedError: as :func:`peftkern.get_peft_model`; the model is left as it
+            was.
+    """
+
+    # data of the task classes, see tasks.py
+    forward_args: tuple[str, ...] = ()
+    head_names: tuple[str, ...] = ()
+
+    base_model: Any
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig,
+        adapter_name: str = "default",
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+    ) -> None:
+        super().__init__()
+        check_adapter_name(adapter_name)
+        peft_config.check_supported()
+        self._add_heads(peft_config)
+        self.active_adapter = adapter_name
+        self.peft_type = PeftType(peft_config.peft_type)
+        self.special_peft_forward_args = {"adapter_names"}
+        self._is_prompt_learning = False
+        self._adapters_disabled = False
+        tuner: type[BaseTuner] = PEFT_TYPE_TO_TUNER_MAPPING[self.peft_type]
+        self.base_model = tuner(
+            model,
+            {adapter_name: peft_config},
+            adapter_name,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+            autocast_adapter_dtype=autocast_adapter_dtype,  # type: ignore[call-arg]
+        )
+        self._note_head_layer()
+        # transformers renamed the property in 5.x; a model without either gets the hook, as in PEFT
+        renamed = (
+            "is_activation_checkpointing"
+            if hasattr(type(model), "is_activation_checkpointing")
+            else None
+        )
+        if getattr(model, renamed or "is_gradient_checkpointing", True):
+            self._prepare_model_for_gradient_checkpointing(model)
+        config: Any = getattr(model, "config", None)
+        if hasattr(config, "pretraining_tp"):
+            config.pretraining_tp = 1  # the split changes numbers, for parity with TP training only
+
+    # isinstance() looks at this when type(model) does not match
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return _with_hf_peft(type(self))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _new, (type(self),), self.__dict__
+
+    def _add_heads(self, config: Any) -> None:
+        """The task's head trains in full and is saved with the adapter."""
+        if self.head_names:
+            have = list(config.modules_to_save or [])
+            config.modules_to_save = have + [n for n in self.head_names if n not in have]
+
+    def _note_head_layer(self) -> None:
+        for name, module in self.get_base_model().named_children():
+            if isinstance(module, ModulesToSaveWrapper):
+                self.cls_layer_name = name
+                break
+
+    @staticmethod
+    def _prepare_model_for_gradient_checkpointing(model: Any) -> None:
+        """Let the embeddings' output require a gradient: checkpointed blocks pass none on
+        otherwise."""
+        if any(
+            getattr(model, f"is_{how}", False)
+            for how in ("loaded_in_8bit", "loaded_in_4bit", "quantized")
+        ):
+            return
+        if hasattr(model, "enable_input_require_grads"):
+            model.enable_input_require_grads()
+        elif hasattr(model, "get_input_embeddings"):
+            model.get_input_embeddings().register_forward_hook(
+                lambda m, i, out: out.requires_grad_(True)
+            )
+
+    # ---------------------------------------------------------------- what it is
+
+    @property
+    def peft_config(self) -> dict[str, Any]:
+        return self.base_model.peft_config
+
+    @peft_config.setter
+    def peft_config(self, value: dict[str, Any]) -> None:
+        self.base_model.peft_config = value
+
+    @property
+    def active_peft_config(self) -> Any:
+        name = self.active_adapter
+        return self.peft_config[name if isinstance(name, str) else name[0]]
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return self.base_model.active_adapters
+
+    @property
+    def base_model_torch_dtype(self) -> torch.dtype | None:
+        return getattr(self.base_model, "dtype", None)
+
+    @property
+    def has_active_enabled_adapter(self) -> bool:
+        return not self._adapters_disabled and bool(self.active_adapters)
+
+    @property
+    def modules_to_save(self) -> set[str] | None:
+        """Every name in the adapters' ``modules_to_save``, or None when there is none."""
+        names = {
+            n
+            for c in self.peft_config.values()
+            for n in (getattr(c, "modules_to_save", None) or ())
+        }
+        return names or None
+
+    def get_base_model(self) -> nn.Module:
+        """The model that was wrapped, adapter layers included."""
+        return self.base_model.model
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_model":  # not built yet
+                raise
+            return getattr(self.base_model, name)
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """(trainable, all) parameters. Packed 4-bit weights count as the numbers they stand for."""
+        trainable = total = 0
+        for parameter in self.parameters():
+            count = parameter.numel() or getattr(
+                parameter, "ds_numel", 0
+            )  # DeepSpeed shards are empty
+            if type(parameter).__name__ == "Params4bit":
+                storage = getattr(parameter, "quant_storage", None)
+                count *= 2 * (storage.itemsize if storage is not None else parameter.element_size())
+            total += count
+            if parameter.requires_grad:
+                trainable += count
+        return trainable, total
+
+    def print_trainable_parameters(self) -> None:
+        """Print trainable and all parameters, and their ratio in percent."""
+        trainable, total = self.get_nb_trainable_parameters()
+        share = 100 * trainable / total
+        print(
+            f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}"
+        )
+
+    # ---------------------------------------------------------------- calling it
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is None or not self.has_active_enabled_adapter:
+            yield
+            return
+        with self.base_model._enable_peft_forward_hooks(*args, **kwargs):
+            yield
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the base model. Positional arguments are the task's (``forward_args``), keywords the
+        base's.
+
+        ``adapter_names`` gives each row of the batch its own adapter ("__base__" for none).
+        """
+        if self.forward_args:
+            if len(args) > len(self.forward_args):
+                raise TypeError(
+                    f"forward takes at most {len(self.forward_args)} positional arguments"
+                )
+            kwargs.update(
+                (n, v) for n, v in zip(self.forward_args, args, strict=False) if v is not None
+            )
+            args = ()
+            kwargs.pop("task_ids", None)  # for adapter methods that learn several tasks at once
+        if kwargs.get("adapter_names") is None:
+            kwargs.pop("adapter_names", None)
+            return self.base_model.model(*args, **kwargs)
+        with self._enable_peft_forward_hooks(*args, **kwargs):
+            kwargs.pop("adapter_names")
+            return self.base_model.model(*args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's ``generate``, through the active adapter or the one named for each
+        row."""
+        with self._enable_peft_forward_hooks(*args, **kwargs):
+            kwargs.pop("adapter_names", None)
+            return self.base_model.model.generate(*args, **kwargs)
+
+    # ---------------------------------------------------------------- adapters
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Within the block the model is the base model (but for biases that were trained)."""
+        was = self._adapters_disabled
+        layers = list(self.base_model.adapter_layers())
+        states = {layer.disable_adapters for layer in layers}
+        if len(states) > 1:
+            warnings.warn(
+                "The model contains some adapter layers that are enabled and others that are "
+                "disabled. This is "
+                "most likely unintentional. After exiting the disable_adapter context, all "
+                "adapters will be enabled",
+                stacklevel=3,
+            )
+        try:
+            self.base_model.disable_adapter_layers()
+            self._adapters_disabled = True
+            yield
+        finally:
+            if states != {True}:
+                self.base_model.enable_adapter_layers()
+            self._adapters_disabled = was
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: PeftConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
+        """Add an untrained adapter, inactive and frozen until :meth:`set_adapter`.
+
+        Raises:
+            ValueError: the name is taken or holds a dot, the method is another one, or nothing
+                matches.
+            NotImplementedError: the configuration asks for something not built yet.
+            The model is then as it was.
+        """
+        check_adapter_name(adapter_name, self.peft_config)
+        if PeftType(peft_config.peft_type) != self.peft_type:
+            raise ValueError(
+                f"Cannot combine adapters with different peft types. Found {self.peft_type.value} "
+                "and "
+                f"{PeftType(peft_config.peft_type).value}."
+            )
+        peft_config.check_supported()
+        self._add_heads(peft_config)
+        self.peft_config[adapter_name] = peft_config
+        self.base_model.__dict__["_autocast_dtype"] = autocast_adapter_dtype
+        try:
+            self.base_model.inject_adapter(
+                self.base_model.model, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage
+            )
+        except Exception:
+            self.peft_config.pop(adapter_name, None)
+            raise
+
+    def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
+        """Make ``adapter_name`` the active adapter; it trains unless ``inference_mode``, the others
+        do not."""
+        if not isinstance(adapter_name, str) or adapter_name not in self.peft_config:
+            raise ValueError(
+                f"Adapter {adapter_name} not found. There are {sorted(self.peft_config)}."
+            )
+        self.active_adapter = adapter_name
+        self.base_model.set_adapter(adapter_name, inference_mode=inference_mode)
+
+    def set_requires_grad(
+        self, adapter_names: str | Sequence[str], requires_grad: bool = True
+    ) -> None:
+        """Let the parameters of these adapters train, or freeze them."""
+        self.base_model.set_requires_grad(adapter_names, requires_grad)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter; when it was active, the first one left becomes active."""
+        self.base_model.delete_adapter(adapter_name)
+        if len(self.active_adapters) == 1:
+            self.active_adapter = self.active_adapters[0]

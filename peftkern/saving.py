@@ -1,0 +1,277 @@
+"""Saving and loading of adapters: what ``PeftModel`` does with files and the hub."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from ._io import write_atomically
+from .card import create_or_update_model_card
+from .config import PeftConfig, split_hub_kwargs
+from .utils.constants import SAFETENSORS_WEIGHTS_NAME
+from .utils.save_and_load import (
+    LoadResult,
+    check_keys,
+    get_peft_model_state_dict,
+    load_peft_weights,
+    set_peft_model_state_dict,
+)
+
+
+def _without_aliases(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors, each with storage of its own, as the safetensors format wants them."""
+    seen: set[tuple[Any, ...]] = set()
+    out = {}
+    for key, value in tensors.items():
+        value = value.detach().contiguous()
+        place = (value.device, value.untyped_storage().data_ptr())
+        if value.numel() and place in seen:
+            value = value.clone()
+        seen.add((value.device, value.untyped_storage().data_ptr()))
+        out[key] = value
+    return out
+
+
+class AdapterFiles:
+    """Mixed into :class:`PeftModel`."""
+
+    def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
+        """Write the adapter's ``README.md``, or bring it up to date."""
+        create_or_update_model_card(self, output_dir)
+
+    def save_pretrained(
+        self: Any,
+        save_directory: str | os.PathLike[str],
+        safe_serialization: bool = True,
+        selected_adapters: list[str] | None = None,
+        save_embedding_layers: bool | Literal["auto"] = "auto",
+        is_main_process: bool = True,
+        path_initial_model_for_weight_conversion: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Save adapters: weights, configuration and model card. Each file is replaced in one step.
+
+        The adapter "default" goes to ``save_directory``, any other to a folder of its name inside
+        it.
+
+        Args:
+            save_directory: folder, made when missing.
+            safe_serialization: must be True; peftkern writes safetensors only.
+            selected_adapters: names; None saves all.
+            save_embedding_layers: see :func:`get_peft_model_state_dict`.
+            is_main_process: other processes write nothing.
+            path_initial_model_for_weight_conversion: not supported, must be None.
+            **kwargs: ``state_dict``, to save from instead of the model's own.
+
+        Raises:
+            ValueError: the folder is a file, an adapter is unknown, or pickle was asked for.
+        """
+        if os.path.isfile(save_directory):
+            raise ValueError(f"Provided path ({save_directory}) should be a directory, not a file")
+        if not safe_serialization:
+            raise ValueError(
+                "safe_serialization=False is not supported: peftkern writes safetensors only"
+            )
+        if path_initial_model_for_weight_conversion is not None:
+            raise NotImplementedError(
+                "path_initial_model_for_weight_conversion is not supported: no initialisation of "
+                "this version "
+                "changes the base weights"
+            )
+        names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
+        if unknown := [n for n in names if n not in self.peft_config]:
+            raise ValueError(
+                f"You passed an invalid `selected_adapters` arguments, current supported adapter "
+                "names are "
+                f"{list(self.peft_config)} - got {unknown}."
+            )
+        tensors = {
+            name: get_peft_model_state_dict(
+                self, kwargs.get("state_dict"), name, save_embedding_layers=save_embedding_layers
+            )
+            for name in names
+        }
+        if not is_main_process:
+            return
+        from safetensors.torch import save_file
+
+        os.makedirs(save_directory, exist_ok=True)
+        self.create_or_update_model_card(save_directory)
+        for name, found in tensors.items():
+            folder = (
+                os.fspath(save_directory)
+                if name == "default"
+                else os.path.join(save_directory, name)
+            )
+            os.makedirs(folder, exist_ok=True)
+            whole = _without_aliases(found)
+            write_atomically(
+                os.path.join(folder, SAFETENSORS_WEIGHTS_NAME),
+                lambda tmp, whole=whole: save_file(whole, tmp, metadata={"format": "pt"}),  # type: ignore[misc]
+            )
+            self._save_config(self.peft_config[name], folder)
+
+    def _save_config(self: Any, config: PeftConfig, folder: str) -> None:
+        base = self.get_base_model()
+        if config.base_model_name_or_path is None:
+            config.base_model_name_or_path = base.__dict__.get("name_or_path")
+        mapping = None
+        if config.task_type is None:
+            mapping = {
+                "base_model_class": type(base).__name__,
+                "parent_library": type(base).__module__,
+            }
+        mode, config.inference_mode = config.inference_mode, True
+        try:
+            config.save_pretrained(folder, auto_mapping_dict=mapping)
+        finally:
+            config.inference_mode = mode
+
+    @classmethod
+    def from_pretrained(
+        cls: Any,
+        model: nn.Module,
+        model_id: str | os.PathLike[str],
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: PeftConfig | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: dict[str, str] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Wrap ``model`` with a saved adapter.
+
+        Args:
+            model: the base model, changed in place.
+            model_id: folder of the adapter, or ``owner/name`` on the hub; a folder is taken first.
+            adapter_name: its name in this model.
+            is_trainable: let it train on; otherwise it is frozen.
+            config: take this configuration instead of the saved one.
+            autocast_adapter_dtype: keep adapter weights in float32 under a float16 or bfloat16
+                model.
+            ephemeral_gpu_offload: not supported, must be False.
+            low_cpu_mem_usage: put the loaded tensors in place instead of copying them.
+            key_mapping: regular expression -> replacement for names in the file.
+            **kwargs: ``torch_device``, ``ignore_mismatched_sizes`` and what ``hf_hub_download``
+            takes.
+
+        Raises:
+            ValueError: files missing, damaged, of another method, not finite, or with missing or
+                extra keys.
+            RuntimeError: shapes differ from the model's.
+            Either way the base model is as it was.
+        """
+        from .mapping import check_adapter_name
+        from .tasks import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+
+        check_adapter_name(adapter_name)
+        if ephemeral_gpu_offload:
+            raise NotImplementedError("ephemeral_gpu_offload=True is not supported")
+        hub, rest = split_hub_kwargs(kwargs)
+        if config is None:
+            config = PeftConfig.from_pretrained(model_id, **hub)
+        elif not isinstance(config, PeftConfig):
+            raise ValueError(f"The input config must be a PeftConfig, got {config.__class__}")
+        if config.is_prompt_learning and is_trainable:
+            raise ValueError(
+                "Cannot set a prompt learning adapter to trainable when loading pretrained adapter."
+            )
+        config.inference_mode = not is_trainable
+        config.check_supported()
+        if key_mapping is None:
+            key_mapping = getattr(model, "_checkpoint_conversion_mapping", None)
+        weights = load_peft_weights(model_id, rest.get("torch_device"), key_mapping, **hub)
+        flags = [(p, p.requires_grad) for p in model.parameters()]
+        peft_model = None
+        try:
+            peft_model = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, cls)(
+                model,
+                config,
+                adapter_name,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+                low_cpu_mem_usage=low_cpu_mem_usage,
+            )
+            peft_model._fill(weights, adapter_name, model_id, low_cpu_mem_usage, rest)
+        except Exception:
+            if peft_model is not None:
+                peft_model.base_model.unload()
+                del model.peft_config
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
+            raise
+        if not is_trainable:
+            peft_model.eval()
+        return peft_model
+
+    def load_adapter(
+        self: Any,
+        model_id: str | os.PathLike[str],
+        adapter_name: str,
+        is_trainable: bool = False,
+        torch_device: str | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: dict[str, str] | None = None,
+        **kwargs: Any,
+    ) -> LoadResult:
+        """Load a saved adapter beside the others, or new weights into the one of that name.
+
+        It is not made active. Arguments and errors are those of :meth:`from_pretrained`; after an
+        error no adapter was added and no weight was changed.
+
+        Returns:
+            ``missing_keys``, ``unexpected_keys``, ``mismatched_keys`` (empty, but for what
+            ``ignore_mismatched_sizes`` allowed).
+        """
+        if ephemeral_gpu_offload:
+            raise NotImplementedError("ephemeral_gpu_offload=True is not supported")
+        hub, rest = split_hub_kwargs(kwargs)
+        new = adapter_name not in self.peft_config
+        if new:
+            config = PeftConfig.from_pretrained(model_id, **hub)
+            config.inference_mode = not is_trainable
+        if key_mapping is None:
+            key_mapping = getattr(self.get_base_model(), "_checkpoint_conversion_mapping", None)
+        weights = load_peft_weights(model_id, torch_device, key_mapping, **hub)
+        if new:
+            self.add_adapter(
+                adapter_name,
+                config,
+                low_cpu_mem_usage=low_cpu_mem_usage,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+            )
+        try:
+            result = self._fill(weights, adapter_name, model_id, low_cpu_mem_usage, rest)
+        except Exception:
+            if new:
+                self.delete_adapter(adapter_name)
+                self.base_model.unload(only_empty=True)
+            raise
+        if new and is_trainable:
+            self.set_requires_grad(adapter_name)
+        if not is_trainable:
+            self.eval()
+        return result
+
+    def _fill(
+        self: Any,
+        weights: dict[str, Tensor],
+        adapter_name: str,
+        source: Any,
+        assign: bool,
+        options: dict[str, Any],
+    ) -> LoadResult:
+        """Check names and shapes of all ``weights`` against the adapter, then put them in."""
+        check_keys(self, weights, adapter_name, os.fspath(source))
+        return set_peft_model_state_dict(
+            self,
+            weights,
+            adapter_name,
+            ignore_mismatched_sizes=options.get("ignore_mismatched_sizes", False),
+            low_cpu_mem_usage=assign,
+        )

@@ -1,0 +1,1 @@
+"""Adapter methods: what changes in a model, and where."""

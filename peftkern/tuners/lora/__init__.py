@@ -1,0 +1,9 @@
+"""LoRA (Hu et al., 2021, arXiv 2106.09685) on fused operations."""
+
+from .base import LoraLayer
+from .config import LoraConfig, LoraRuntimeConfig
+from .embedding import Embedding
+from .layer import Linear
+from .model import LoraModel
+
+__all__ = ["Embedding", "Linear", "LoraConfig", "LoraLayer", "LoraModel", "LoraRuntimeConfig"]

@@ -1,0 +1,175 @@
+"""What every LoRA layer holds: its adapters by name, in PEFT's attributes."""
+
+from __future__ import annotations
+
+import logging
+import math
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..tuners_utils import BaseTunerLayer
+from .config import LoraConfig
+
+logger = logging.getLogger("peftkern")
+
+# what a kind of layer never holds; read-only, so that sharing one is safe
+NOTHING: Any = MappingProxyType({})
+
+
+def in_out_features(base: Any) -> tuple[int, int]:
+    """(K, N) of a layer that can be adapted."""
+    if hasattr(base, "in_features") and hasattr(base, "out_features"):
+        return base.in_features, base.out_features
+    if isinstance(base, nn.Embedding):
+        return base.num_embeddings, base.embedding_dim
+    if hasattr(base, "nf"):  # Conv1D: weight is [K, N]
+        k, n = base.weight.shape
+        return k, n
+    raise ValueError(f"{type(base).__name__} has no known number of features")
+
+
+class LoraLayer(BaseTunerLayer):
+    """The state of a LoRA layer: its adapters by name, in PEFT's attributes.
+
+    ``lora_A[name].weight`` is [r, K], ``lora_B[name].weight`` [N, r]; an embedding keeps
+    ``lora_embedding_A[name]`` [r, num_embeddings] and ``lora_embedding_B[name]`` [embedding_dim,
+    r].
+    """
+
+    adapter_layer_names = (
+        "lora_A",
+        "lora_B",
+        "lora_embedding_A",
+        "lora_embedding_B",
+        "lora_magnitude_vector",
+    )
+    other_param_names = (
+        "r",
+        "lora_alpha",
+        "scaling",
+        "lora_dropout",
+        "use_dora",
+        "use_rslora",
+        "lora_bias",
+    )
+
+    # filled by _init_lora
+    r: dict[str, int]
+    lora_alpha: dict[str, float]
+    scaling: dict[str, float]
+    lora_dropout: nn.ModuleDict
+    use_dora: dict[str, bool]
+    use_rslora: dict[str, bool]
+    lora_bias: dict[str, bool]
+    _noted_reason: str | None
+    training: bool
+
+    def _init_lora(self, base_layer: nn.Module, **stores: nn.Module) -> None:
+        """Set up an empty layer around ``base_layer``; ``stores`` are the {adapter: weight} modules
+        it has.
+
+        A model has hundreds of these and nn.Module's __setattr__ looks at every value, so the
+        values go to where it would put them.
+        """
+        module: Any = self
+        module._modules.update(base_layer=base_layer, lora_dropout=nn.ModuleDict(), **stores)
+        names = ("r", "lora_alpha", "scaling", "use_dora", "use_rslora", "lora_bias")
+        self.__dict__.update({name: {} for name in names})
+        self.__dict__.update(
+            merged_adapters=[],
+            _disable_adapters=False,
+            _active_adapter=[],
+            _noted_reason=None,
+            _plan=None,
+        )
+        self.in_features, self.out_features = in_out_features(self.get_base_layer())
+        if not base_layer.training:
+            module.train(False)
+
+    def _adapter_placement(self, autocast_dtype: bool, meta: bool) -> dict[str, Any]:
+        """device and dtype of new adapter weights: the base layer's, float16 and bfloat16 widened
+        if asked."""
+        base = self.get_base_layer()
+        weight = getattr(base, "weight", None)
+        if not isinstance(weight, Tensor):
+            weight = next(base.parameters(), torch.empty(0))
+        dtype = weight.dtype if weight.is_floating_point() else torch.float32
+        if weight.dtype.itemsize == 1 or (
+            autocast_dtype and dtype in (torch.float16, torch.bfloat16)
+        ):
+            dtype = torch.float32
+        return {"device": "meta" if meta else weight.device, "dtype": dtype}
+
+    def update_layer(
+        self,
+        adapter_name: str,
+        r: int,
+        lora_alpha: float,
+        config: LoraConfig,
+        autocast_dtype: bool = True,
+        meta: bool = False,
+        trainable: bool = True,
+    ) -> None:
+        """Add an adapter of rank ``r``; which adapter is active stays as it is.
+
+        Args:
+            adapter_name: its name; an adapter of that name is replaced.
+            r: rank, at least 1.
+            lora_alpha: numerator of the scaling.
+            config: where dropout, bias, scaling rule and initialisation come from.
+            autocast_dtype: keep float32 weights under a float16 or bfloat16 base.
+            meta: make the weights on the meta device, to be assigned from a checkpoint.
+            trainable: whether its weights require a gradient.
+        """
+        if r <= 0:
+            raise ValueError(f"`r` should be a positive integer value but the value passed is {r}")
+        self.r[adapter_name] = r
+        self.lora_alpha[adapter_name] = lora_alpha
+        self.scaling[adapter_name] = lora_alpha / (math.sqrt(r) if config.use_rslora else r)
+        self.use_rslora[adapter_name] = config.use_rslora
+        self.use_dora[adapter_name] = config.use_dora
+        self.lora_bias[adapter_name] = config.lora_bias
+        p = config.lora_dropout
+        dropout: nn.Module = nn.Dropout(p=p) if p > 0.0 else nn.Identity()
+        if not self.training:
+            dropout.training = False
+        self.lora_dropout._modules[adapter_name] = dropout
+        with torch.no_grad():
+            place = self._adapter_placement(autocast_dtype, meta)
+            self._make_weights(adapter_name, r, config, place, trainable)
+
+    def _make_weights(
+        self, name: str, r: int, config: LoraConfig, place: dict[str, Any], trainable: bool
+    ) -> None:
+        raise NotImplementedError
+
+    # ---------------------------------------------------------------- why a call is fused, or not
+
+    def decline_reason(self) -> str | None:
+        """Why calls are not fused at present, in a few words; None when they are."""
+        raise NotImplementedError
+
+    def _note_decline(self) -> None:
+        """Log the reason of a slow call, once for each new reason of this layer."""
+        reason = self.decline_reason()
+        if reason != self._noted_reason:
+            self._noted_reason = reason
+            if reason is not None:
+                logger.info("a %s layer is not fused: %s", type(self).__name__, reason)
+
+    def _check_adapter_names(self, x: Tensor, adapter_names: list[str]) -> None:
+        if len(x) != len(adapter_names):
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {len(x)} respectively."
+            )
+        if self.merged:
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please unmerge first."
+            )
+        unknown = sorted(set(adapter_names) - self._get_available_adapters() - {"__base__"})
+        if unknown and self.training:
+            raise ValueError(f"`adapter_names` holds {unknown}, which this model does not have")

@@ -1,0 +1,90 @@
+"""LoRA on ``nn.Embedding``: Y = W[i] + scaling · (A[:, i])ᵀ Bᵀ."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .base import NOTHING, LoraLayer
+from .config import LoraConfig
+
+
+class Embedding(nn.Module, LoraLayer):
+    """A frozen embedding with low-rank updates. A row of Aᵀ is gathered, so the cost is r numbers a
+    token."""
+
+    # attributes of PEFT's layers that this kind does not fill
+    lora_A = lora_B = lora_magnitude_vector = NOTHING
+    lora_embedding_A: nn.ParameterDict
+    lora_embedding_B: nn.ParameterDict
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self._init_lora(
+            base_layer, lora_embedding_A=nn.ParameterDict(), lora_embedding_B=nn.ParameterDict()
+        )
+        self.fan_in_fan_out = False
+
+    def _make_weights(
+        self, name: str, r: int, config: LoraConfig, place: dict[str, Any], trainable: bool
+    ) -> None:
+        if config.lora_bias:
+            raise ValueError(f"lora_bias=True is not supported for {type(self).__name__}.")
+        A = torch.zeros((r, self.in_features), **place)
+        B = torch.empty((self.out_features, r), **place).normal_()
+        if config.init_lora_weights is False:
+            A.normal_()
+        self.lora_embedding_A[name] = nn.Parameter(A, requires_grad=trainable)
+        self.lora_embedding_B[name] = nn.Parameter(B, requires_grad=trainable)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        adapter_names = kwargs.pop("adapter_names", None)
+        if adapter_names is not None:
+            self._check_adapter_names(x, adapter_names)
+        y = self.base_layer(x, *args, **kwargs)
+        if self._disable_adapters or self.merged:
+            return y
+        dtype = y.dtype
+        if adapter_names is None:
+            for name in self.active_adapters:
+                if name in self.lora_embedding_A:
+                    y = y + self._update(name, x, y)
+            return y.to(dtype)
+        for name in set(adapter_names) & set(self.lora_embedding_A.keys()):
+            where = torch.tensor(
+                [i for i, n in enumerate(adapter_names) if n == name], device=x.device
+            )
+            y = y.index_add(0, where, self._update(name, x[where], y).to(dtype))
+        return y
+
+    def _update(self, name: str, x: Tensor, y: Tensor) -> Tensor:
+        base: Any = self.get_base_layer()
+        rows = F.embedding(
+            x,
+            self.lora_embedding_A[name].T,
+            padding_idx=base.padding_idx,
+            max_norm=base.max_norm,
+            norm_type=base.norm_type,
+            scale_grad_by_freq=base.scale_grad_by_freq,
+            sparse=base.sparse,
+        )
+        update = (rows @ self.lora_embedding_B[name].T) * self.scaling[name]
+        scale = getattr(base, "embed_scale", None)  # Gemma's embedding scales in its own forward
+        if scale is None:
+            return update
+        return update * (scale.to(update.dtype) if isinstance(scale, Tensor) else scale)
+
+    def decline_reason(self) -> str | None:
+        if self._disable_adapters:
+            return "adapters are disabled"
+        if self.merged:
+            return f"merged: {', '.join(self.merged_adapters)}"
+        if not any(n in self.lora_embedding_A for n in self.active_adapters):
+            return "no active adapter has weights here"
+        return "an embedding gathers r numbers a token; there is no product to fuse"
+
+    def __repr__(self) -> str:
+        return "lora." + super().__repr__()

@@ -1,0 +1,258 @@
+"""``LoraModel``: puts LoRA layers into a model in place, and takes them out again."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ...utils.other import (
+    AuxiliaryTrainingWrapper,
+    ModulesToSaveWrapper,
+    find_modules_to_save,
+    get_pattern_key,
+    get_submodules,
+    wrap_modules_to_save,
+)
+from ..targets import match_targets, resolve_targets
+from ..tuners_utils import BaseTuner, BaseTunerLayer
+from .base import LoraLayer
+from .config import LoraConfig
+from .embedding import Embedding
+from .layer import Linear
+
+
+def layer_class(base: nn.Module) -> Callable[[nn.Module], LoraLayer]:
+    """What makes the LoRA layer for a base layer. ValueError for a class that cannot be adapted."""
+    if isinstance(base, Conv1D):
+        return lambda m: Linear(m, fan_in_fan_out=True)
+    if isinstance(base, nn.Linear):
+        return Linear
+    if isinstance(base, nn.Embedding):
+        return Embedding
+    raise ValueError(
+        f"Target module {type(base).__name__} is not supported. Currently, only the following "
+        "modules are "
+        "supported: `torch.nn.Linear`, `torch.nn.Embedding`, `transformers.pytorch_utils.Conv1D`."
+    )
+
+
+class LoraModel(BaseTuner):
+    """A model with LoRA layers in the places that the configuration names.
+
+    Args:
+        model: the base model, changed in place.
+        peft_config: a :class:`LoraConfig`, or {adapter name: LoraConfig}.
+        adapter_name: the adapter to make.
+        low_cpu_mem_usage: make its weights on the meta device, to be assigned from a checkpoint.
+
+    Raises:
+        NotImplementedError: the configuration asks for something not built yet.
+        ValueError: nothing matches, or a match cannot be adapted. The model is then as it was.
+    """
+
+    prefix = "lora_"
+    tuner_layer_cls = LoraLayer
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: Any,
+        adapter_name: str,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
+        # not a module, so it may be set before nn.Module.__init__
+        self.__dict__["_autocast_dtype"] = autocast_adapter_dtype
+        super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage)
+
+    # ---------------------------------------------------------------- putting adapters in
+
+    def _plan(self, model: nn.Module, config: LoraConfig, name: str) -> tuple[list[Any], list[str]]:
+        """All that can go wrong, before anything is changed: the matches with rank and alpha, and
+        the names of the modules to train in full."""
+        config.check_supported()
+        others = [c for n, c in self.peft_config.items() if n != name]
+        if config.bias != "none" and any(getattr(c, "bias", "none") != "none" for c in others):
+            raise ValueError(
+                "LoraModel supports only 1 adapter with bias. When using multiple adapters, set "
+                "bias to "
+                "'none' for all adapters."
+            )
+        config.target_modules = resolve_targets(config, model)
+        matches = []
+        if config.target_modules:
+            matches = match_targets(config, model, config.target_modules)
+        elif not config.modules_to_save:
+            raise ValueError("`target_modules` is empty and there is nothing else to train.")
+        plan = []
+        for key, module in matches:
+            make = None if isinstance(module, LoraLayer) else layer_class(module)
+            r = config.rank_pattern.get(get_pattern_key(config.rank_pattern, key), config.r)
+            alpha = config.alpha_pattern.get(
+                get_pattern_key(config.alpha_pattern, key), config.lora_alpha
+            )
+            plan.append((key, module, make, r, alpha))
+        self._check_patterns(config, [key for key, *_ in plan])
+        self._check_fan_in_fan_out(config, [m for _, m, make, *_ in plan if make is not None])
+        saved = find_modules_to_save(model, config.modules_to_save)
+        for key in saved:
+            _, module, _ = get_submodules(model, key)
+            if isinstance(module, BaseTunerLayer):
+                raise TypeError(
+                    f"modules_to_save cannot be applied to `{key}`, which has an adapter already"
+                )
+        return plan, saved
+
+    @staticmethod
+    def _check_patterns(config: LoraConfig, keys: list[str]) -> None:
+        for attribute in ("rank_pattern", "alpha_pattern"):
+            unused = sorted(
+                pattern
+                for pattern in getattr(config, attribute)
+                if not any(re.match(rf"(.*\.)?({pattern})$", key) for key in keys)
+            )
+            if unused:
+                warnings.warn(
+                    f"The following {attribute} keys did not match any targeted module and were "
+                    f"ignored: {unused}.",
+                    RuntimeWarning,
+                    stacklevel=4,
+                )
+
+    @staticmethod
+    def _check_fan_in_fan_out(config: LoraConfig, modules: list[nn.Module]) -> None:
+        """The layer's class decides; a flag that says otherwise is put right, with PEFT's
+        warning."""
+        for module in modules:
+            if isinstance(module, nn.Linear) and config.fan_in_fan_out:
+                warnings.warn(
+                    "fan_in_fan_out is set to True but the target module is `torch.nn.Linear`. "
+                    "Setting "
+                    "fan_in_fan_out to False.",
+                    stacklevel=4,
+                )
+                config.fan_in_fan_out = False
+            elif hasattr(module, "nf") and not config.fan_in_fan_out:
+                warnings.warn(
+                    "fan_in_fan_out is set to False but the target module is `Conv1D`. Setting "
+                    "fan_in_fan_out "
+                    "to True.",
+                    stacklevel=4,
+                )
+                config.fan_in_fan_out = True
+
+    def inject_adapter(
+        self, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool = False
+    ) -> None:
+        config = self.peft_config[adapter_name]
+        assert isinstance(config, LoraConfig)
+        plan, saved = self._plan(model, config, adapter_name)
+        first = not any(
+            isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper)) for m in model.modules()
+        )
+        active = adapter_name in self.active_adapters
+        if first:
+            for parameter in model.parameters():
+                parameter.requires_grad_(False)
+        trainable = active and not config.inference_mode
+        for key, module, make, r, alpha in plan:
+            layer = module
+            if make is not None:
+                layer = make(module)
+                layer._active_adapter = self.active_adapters
+                parent, _, name = get_submodules(model, key)
+                setattr(parent, name, layer)
+            layer.update_layer(
+                adapter_name, r, alpha, config, self._autocast_dtype, low_cpu_mem_usage, trainable
+            )
+        wrap_modules_to_save(model, adapter_name, saved, config.inference_mode, activate=active)
+        for key, *_ in plan:
+            if key not in self.targeted_module_names:
+                self.targeted_module_names.append(key)
+
+    def _train_biases(self, model: nn.Module, config: LoraConfig) -> None:
+        if config.bias == "all":
+            for name, parameter in model.named_parameters():
+                if name == "bias" or name.endswith(".bias"):
+                    parameter.requires_grad_(True)
+        elif config.bias == "lora_only":
+            for module in model.modules():
+                if isinstance(module, LoraLayer):
+                    bias = getattr(module.get_base_layer(), "bias", None)
+                    if bias is not None:
+                        bias.requires_grad_(True)
+
+    # ---------------------------------------------------------------- taking them out
+
+    def unload(self, only_empty: bool = False) -> nn.Module:
+        """The base model with the LoRA layers and fully trained copies taken out again.
+
+        Args:
+            only_empty: take out only those in which no adapter is left.
+        """
+        for name, module in list(self.model.named_modules()):
+            if isinstance(module, (LoraLayer, ModulesToSaveWrapper)):
+                if only_empty and module._get_available_adapters():
+                    continue
+                original = (
+                    module.base_layer if isinstance(module, LoraLayer) else module.original_module
+                )
+                parent, _, last = get_submodules(self.model, name)
+                setattr(parent, last, original)
+        return self.model
+
+    # ---------------------------------------------------------------- a name for each row of the
+    # batch
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Hand ``adapter_names`` to every layer for the calls within the block."""
+        adapter_names = kwargs.get("adapter_names")
+        if adapter_names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        have = set(self.peft_config) | {"__base__"}
+        unknown = sorted(set(adapter_names) - have)
+        if unknown:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+        beams = (
+            kwargs.get("num_beams")
+            or getattr(kwargs.get("generation_config"), "num_beams", None)
+            or 1
+        )
+        names = (
+            [n for n in adapter_names for _ in range(beams)] if beams > 1 else list(adapter_names)
+        )
+        model: Any = self.model
+        encoder = model.get_encoder() if hasattr(model, "get_encoder") else None
+        encoder = None if encoder is self.model else encoder
+        in_encoder = {id(m) for m in encoder.modules()} if encoder is not None else set()
+
+        def give(rows: list[str]) -> Callable[..., Any]:
+            def hook(module: nn.Module, hook_args: Any, hook_kwargs: dict[str, Any]) -> Any:
+                return hook_args, {**hook_kwargs, "adapter_names": rows}
+
+            return hook
+
+        handles = []
+        try:
+            for module in self.adapter_layers():
+                # generate() runs the encoder once for each row, before the rows are repeated for
+                # the beams
+                rows = list(adapter_names) if id(module) in in_encoder else names
+                handles.append(module.register_forward_pre_hook(give(rows), with_kwargs=True))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+__all__ = ["LoraModel", "layer_class"]

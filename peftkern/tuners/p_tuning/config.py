@@ -1,0 +1,39 @@
+"""Configuration of p-tuning."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+from ...config import PromptLearningConfig
+from ...utils.peft_types import PeftType
+
+
+class PromptEncoderReparameterizationType(str, enum.Enum):
+    """The network that makes the prompt."""
+
+    MLP = "MLP"
+    LSTM = "LSTM"
+
+
+@dataclass
+class PromptEncoderConfig(PromptLearningConfig):
+    """Trained embeddings in front of the input, made by a small network.
+
+    Args:
+        encoder_reparameterization_type: MLP or LSTM.
+        encoder_hidden_size: its hidden size.
+        encoder_num_layers: its layers.
+        encoder_dropout: its dropout probability.
+    """
+
+    encoder_reparameterization_type: str | PromptEncoderReparameterizationType = field(
+        default=PromptEncoderReparameterizationType.MLP
+    )
+    encoder_hidden_size: int | None = field(default=None)
+    encoder_num_layers: int = field(default=2)
+    encoder_dropout: float = field(default=0.0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.P_TUNING

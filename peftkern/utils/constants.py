@@ -1,0 +1,44 @@
+"""File names and per-architecture defaults; what HF PEFT writes, so that either can read the
+other."""
+
+from __future__ import annotations
+
+CONFIG_NAME = "adapter_config.json"
+SAFETENSORS_WEIGHTS_NAME = "adapter_model.safetensors"
+WEIGHTS_NAME = "adapter_model.bin"
+
+INCLUDE_LINEAR_LAYERS_SHORTHAND = "all-linear"
+EMBEDDING_LAYER_NAMES = ("embed_tokens", "lm_head")
+# attribute names under which transformers keeps a sequence classification head
+SEQ_CLS_HEAD_NAMES = ("score", "classifier")
+
+# Default LoRA targets by `config.model_type`, grouped by the projections they share.
+_LORA_TARGETS: dict[tuple[str, ...], str] = {
+    ("q", "v"): "t5 mt5",
+    ("q_proj", "v_proj"): (
+        "bart opt gptj gpt_neo llama llama4 mistral mixtral stablelm gemma gemma2 gemma3_text "
+        "qwen2 qwen3"
+    ),
+    ("query", "value"): "bert roberta xlm-roberta electra layoutlm",
+    ("query_key_value",): "bloom gpt_neox chatglm RefinedWebModel RefinedWeb falcon",
+    ("c_attn",): "gpt2 gpt_bigcode",
+    ("c_proj", "c_attn"): "btlm",
+    ("q", "v", "q_proj", "v_proj"): "blip-2",
+    ("query_proj", "value_proj"): "deberta-v2",
+    ("in_proj",): "deberta",
+    ("Wqkv",): "mpt",
+    ("qkv_proj",): "codegen",
+    ("q_proj", "v_proj", "fc1", "fc2"): "phi",
+    ("q_proj", "k_proj", "v_proj", "o_proj"): "nemotron_h",
+    ("key", "value", "receptance", "output"): "rwkv",
+    ("r_proj", "k_proj", "v_proj", "o_proj", "key", "value"): "rwkv7",
+}
+
+TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING: dict[str, list[str] | str] = {
+    model_type: list(targets)
+    for targets, model_types in _LORA_TARGETS.items()
+    for model_type in model_types.split()
+}
+TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING["gemma4"] = (
+    r".*language_model\..*\.(q_proj|v_proj)"
+)

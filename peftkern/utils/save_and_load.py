@@ -1,0 +1,390 @@
+"""Adapter checkpoints: HF PEFT's keys and files, read with every check before a weight is
+touched."""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections import namedtuple
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..config import locate_file
+from ..tuners.targets import targets_embedding
+from ..tuners.tuners_utils import BaseTunerLayer
+from .constants import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from .other import ModulesToSaveWrapper, infer_device
+
+PREFIX = "base_model.model."
+LoadResult = namedtuple("LoadResult", ["missing_keys", "unexpected_keys", "mismatched_keys"])
+
+
+class Slot(namedtuple("Slot", ["model_key", "key", "owner", "attribute"])):
+    """One tensor of an adapter: its names in the model and on disk, and the module that holds
+    it."""
+
+    @property
+    def tensor(self) -> Tensor:
+        owner = self.owner
+        found = owner._parameters.get(self.attribute)
+        return found if found is not None else owner._buffers[self.attribute]
+
+    def assign(self, value: Tensor) -> None:
+        """Put ``value`` in place of the present tensor, which may be on the meta device."""
+        owner, old = self.owner, self.tensor
+        if self.attribute in owner._parameters:
+            owner._parameters[self.attribute] = nn.Parameter(value, requires_grad=old.requires_grad)
+        else:
+            owner._buffers[self.attribute] = value
+
+
+def _tensors(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module, str]]:
+    for name, sub in module.named_modules():
+        place = f"{prefix}.{name}" if name else prefix
+        for attribute, value in [*sub._parameters.items(), *sub._buffers.items()]:
+            if value is not None and attribute not in sub._non_persistent_buffers_set:
+                yield f"{place}.{attribute}", sub, attribute
+
+
+def adapter_slots(model: nn.Module, adapter_name: str) -> Iterator[Slot]:
+    """Every tensor that belongs to the adapter, found by structure and never by name."""
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            for attribute in module.adapter_layer_names:
+                store = getattr(module, attribute)
+                if adapter_name not in store:
+                    continue
+                at = f"{name}.{attribute}"
+                if isinstance(store, nn.ParameterDict):
+                    yield Slot(f"{at}.{adapter_name}", _clean(at), store, adapter_name)
+                    continue
+                inner = f"{at}.{adapter_name}"
+                for key, owner, last in _tensors(store[adapter_name], inner):
+                    yield Slot(key, _clean(at + key[len(inner) :]), owner, last)
+        elif isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
+            inner = f"{name}.modules_to_save.{adapter_name}"
+            for key, owner, last in _tensors(module.modules_to_save[adapter_name], inner):
+                yield Slot(key, _clean(name + key[len(inner) :]), owner, last)
+
+
+def _clean(key: str) -> str:
+    """A name without what torch.compile puts in front of wrapped modules."""
+    return key.replace("_orig_mod.", "")
+
+
+def _bias_keys(model: nn.Module, config: Any) -> Iterator[str]:
+    bias = getattr(config, "bias", "none")
+    if bias == "none":
+        return
+    for name, module in model.named_modules():
+        if bias == "lora_only":
+            if (
+                isinstance(module, BaseTunerLayer)
+                and getattr(module.base_layer, "bias", None) is not None
+            ):
+                yield f"{name}.base_layer.bias"
+        elif module._parameters.get("bias") is not None and not re.search(
+            r"\.(lora_[AB]|modules_to_save)\.", f".{name}."
+        ):
+            yield f"{name}.bias" if name else "bias"
+
+
+def _embedding_prefixes(model: Any, targeted: bool) -> Iterator[str]:
+    for get in ("get_input_embeddings", "get_output_embeddings"):
+        layer = getattr(model, get)()
+        wrapped = isinstance(layer, BaseTunerLayer)
+        if layer is None or (targeted and not wrapped):
+            continue
+        wanted = layer.base_layer if targeted else layer
+        for name, module in model.named_modules():
+            if module is wanted:
+                yield f"{name}."
+                break
+
+
+def _vocabulary_was_resized(model: Any, config: Any) -> bool:
+    """Whether the base model's own config.json, where one is on this machine, has another
+    vocab_size."""
+    size = getattr(getattr(model, "config", None), "vocab_size", None)
+    model_id = getattr(config, "base_model_name_or_path", None)
+    if not size or not model_id:
+        return False
+    try:
+        file = locate_file(model_id, "config.json", local_files_only=True)
+    except OSError:
+        file = None
+    if file is None:
+        return False
+    return type(model.config).from_pretrained(os.path.dirname(file)).vocab_size != size
+
+
+def get_peft_model_state_dict(
+    model: Any,
+    state_dict: dict[str, Tensor] | None = None,
+    adapter_name: str = "default",
+    unwrap_compiled: bool = False,
+    save_embedding_layers: bool | Literal["auto"] = "auto",
+) -> dict[str, Tensor]:
+    """The adapter's tensors by their names on disk (the adapter's own name left out).
+
+    Args:
+        model: a PeftModel, or a model with injected adapters.
+        state_dict: take the tensors from here (names as in ``model.state_dict()``); None: from the
+            model.
+        adapter_name: which adapter.
+        unwrap_compiled: look through the wrapper of ``torch.compile``.
+        save_embedding_layers: add the embeddings' own weights; "auto" does so when they are adapted
+            or when the vocabulary was resized.
+
+    Raises:
+        ValueError: no adapter of that name.
+    """
+    if unwrap_compiled:
+        model = getattr(model, "_orig_mod", model)
+    if adapter_name not in model.peft_config:
+        raise ValueError(
+            f"no adapter named {adapter_name!r}; there are {sorted(model.peft_config)}"
+        )
+    config = model.peft_config[adapter_name]
+    if state_dict is None:
+        found = {slot.key: slot.tensor.detach() for slot in adapter_slots(model, adapter_name)}
+    else:
+        found = {
+            slot.key: state_dict[slot.model_key] for slot in adapter_slots(model, adapter_name)
+        }
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    targeted = targets_embedding(config, base)
+    if save_embedding_layers == "auto":
+        save_embedding_layers = False
+        if targeted:
+            warnings.warn(
+                "Setting `save_embedding_layers` to `True` as embedding layers found in "
+                "`target_modules`.",
+                stacklevel=2,
+            )
+            save_embedding_layers = True
+        elif _vocabulary_was_resized(model, config):
+            warnings.warn(
+                "Setting `save_embedding_layers` to `True` as the embedding layer has been resized "
+                "during "
+                "finetuning.",
+                stacklevel=2,
+            )
+            save_embedding_layers = True
+    extra = list(_bias_keys(model, config))
+    prefixes: tuple[str, ...] = ()
+    if save_embedding_layers and hasattr(model, "get_input_embeddings"):
+        prefixes = tuple(_embedding_prefixes(model, targeted))
+    elif save_embedding_layers:
+        warnings.warn(
+            "Could not identify embedding layer(s) because the model is not a transformers model.",
+            stacklevel=2,
+        )
+    if extra or prefixes:
+        full = state_dict if state_dict is not None else model.state_dict()
+        found.update({_clean(k): full[k] for k in extra if k in full})
+        found.update({_clean(k): v for k, v in full.items() if k.startswith(prefixes or ("\0",))})
+    return found
+
+
+# -------------------------------------------------------------------- reading files
+
+
+def read_weights_file(path: str, device: str | torch.device = "cpu") -> dict[str, Tensor]:
+    """The tensors of an adapter file, ``.safetensors`` or (weights only, never code) a torch
+    pickle.
+
+    Raises:
+        ValueError: truncated, not of the format that its name says, not a dict of tensors, or a
+            tensor with NaN or infinity in it. The message names the file and the key.
+    """
+    try:
+        if path.endswith(".safetensors"):
+            from safetensors.torch import load_file
+
+            weights = load_file(path, device=str(device))
+        else:
+            weights = torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as exc:  # safetensors, zip and unpickling errors share no base class
+        kind = "safetensors file" if path.endswith(".safetensors") else "file of tensors alone"
+        raise ValueError(f"{path} is truncated, damaged or no {kind}: {exc}") from exc
+    if not isinstance(weights, dict):
+        raise ValueError(f"{path} must hold a dict of tensors, got {type(weights).__name__}")
+    for key, value in weights.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise ValueError(f"{path}: key {key!r} holds a {type(value).__name__}, not a tensor")
+        if value.is_floating_point() and not _all_finite(value):
+            raise ValueError(f"{path}: tensor {key!r} has NaN or infinite values")
+    return weights
+
+
+def _all_finite(value: Tensor) -> bool:
+    if value.dtype.itemsize == 1:  # float8 has no reductions of its own
+        value = value.float()
+    # the extremes are finite only when every element is: two reductions, no temporary of the full
+    # size
+    return value.numel() == 0 or bool(torch.isfinite(torch.stack(value.aminmax())).all())
+
+
+def load_peft_weights(
+    model_id: str | os.PathLike[str],
+    device: str | torch.device | None = None,
+    key_mapping: dict[str, str] | None = None,
+    **hub: Any,
+) -> dict[str, Tensor]:
+    """The tensors of a saved adapter, from a local folder or the hub.
+
+    Args:
+        model_id: folder, or ``owner/name``.
+        device: where to put them; None: the accelerator, or the CPU.
+        key_mapping: regular expression -> replacement for names (without ``base_model.model.``).
+        **hub: for ``hf_hub_download`` (``subfolder``, ``revision``, ``token``, …).
+
+    Raises:
+        ValueError: there is no such file, or it cannot be read; see :func:`read_weights_file`.
+    """
+    where = os.fspath(model_id)
+    for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME):
+        file = locate_file(where, name, **hub)
+        if file is not None:
+            break
+    else:
+        raise ValueError(
+            f"Can't find weights for {where} in {where} or in the Hugging Face Hub. Please check "
+            "that the file "
+            f"{WEIGHTS_NAME} or {SAFETENSORS_WEIGHTS_NAME} is present at {where}."
+        )
+    weights = read_weights_file(file, infer_device() if device is None else device)
+    if not key_mapping:
+        return weights
+    return {_map_key(key, key_mapping): value for key, value in weights.items()}
+
+
+def _map_key(key: str, mapping: dict[str, str]) -> str:
+    prefix = next((p for p in (PREFIX, "base_model.") if key.startswith(p)), "")
+    name = key[len(prefix) :]
+    for pattern, replacement in mapping.items():
+        name, count = re.subn(pattern, replacement, name)
+        if count:
+            break
+    return prefix + name
+
+
+# -------------------------------------------------------------------- putting weights in
+
+
+class Match(namedtuple("Match", ["pairs", "missing", "unexpected", "mismatched"])):
+    """Saved tensors beside their places: [(slot, tensor)], and what did not fit (names as on
+    disk)."""
+
+
+def match_weights(model: Any, weights: dict[str, Tensor], adapter_name: str) -> Match:
+    """Find the place of every saved tensor. Nothing is changed."""
+    if adapter_name not in model.peft_config:
+        raise ValueError(
+            f"no adapter named {adapter_name!r}; there are {sorted(model.peft_config)}"
+        )
+    slots = {slot.key.removeprefix(PREFIX): slot for slot in adapter_slots(model, adapter_name)}
+    missing = dict(slots)
+    pairs, unexpected, mismatched = [], [], []
+    others: dict[str, Slot] | None = None
+    for key, value in weights.items():
+        short = _clean(key).removeprefix(PREFIX)
+        slot = slots.get(short)
+        missing.pop(short, None)
+        if slot is None:
+            if others is None:  # biases and embeddings of the base model, saved beside the adapter
+                others = {
+                    _clean(k).removeprefix("." + PREFIX).removeprefix("."): Slot(k, k, owner, last)
+                    for k, owner, last in _tensors(model, "")
+                }
+            slot = others.get(short)
+        if slot is None:
+            # with bias="all" HF PEFT writes the biases of fully trained modules twice, once under
+            # this name
+            if short.replace(".modules_to_save.", ".") not in slots:
+                unexpected.append(key)
+        elif slot.tensor.shape != value.shape:
+            mismatched.append((key, tuple(value.shape), tuple(slot.tensor.shape)))
+        else:
+            pairs.append((slot, value))
+    return Match(pairs, [slot.key for slot in missing.values()], unexpected, mismatched)
+
+
+def _few(names: list[str]) -> str:
+    shown = ", ".join(names[:5])
+    return shown + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def check_keys(model: Any, weights: dict[str, Tensor], adapter_name: str, source: str) -> None:
+    """Raise one ValueError, naming the source, when a file lacks keys of the adapter or has
+    others."""
+    match = match_weights(model, weights, adapter_name)
+    said = []
+    if match.missing:
+        said.append(f"missing keys: {_few(match.missing)}")
+    if match.unexpected:
+        said.append(f"unexpected keys: {_few(match.unexpected)}")
+    if said:
+        raise ValueError(
+            f"The weights in {source} do not fit the adapter {adapter_name!r} that its "
+            "configuration describes: "
+            + "; ".join(said)
+            + ". Is it for another base model, or from an incomplete copy?"
+        )
+
+
+def set_peft_model_state_dict(
+    model: Any,
+    peft_model_state_dict: dict[str, Tensor],
+    adapter_name: str = "default",
+    ignore_mismatched_sizes: bool = False,
+    low_cpu_mem_usage: bool = False,
+) -> LoadResult:
+    """Copy saved tensors into an adapter. Shapes are all checked before the first one is copied.
+
+    Args:
+        model: a PeftModel, or a model with injected adapters.
+        peft_model_state_dict: names as on disk (with or without ``base_model.model.``).
+        adapter_name: the adapter to fill; it may have another name than when it was saved.
+        ignore_mismatched_sizes: leave out tensors of another shape, with a warning.
+        low_cpu_mem_usage: put the tensors themselves in place instead of copying (adapters on
+            "meta").
+
+    Returns:
+        ``missing_keys`` (of this adapter), ``unexpected_keys`` and ``mismatched_keys``, names as on
+        disk.
+
+    Raises:
+        ValueError: no adapter of that name.
+        RuntimeError: a tensor has another shape than the model's.
+    """
+    match = match_weights(model, peft_model_state_dict, adapter_name)
+    wrong = [
+        f"size mismatch for {key}: copying a param with shape {saved} from checkpoint, the shape "
+        "in current "
+        f"model is {here}."
+        for key, saved, here in match.mismatched
+    ]
+    if wrong and not ignore_mismatched_sizes:
+        raise RuntimeError("Error(s) in loading the adapter:\n\t" + "\n\t".join(wrong))
+    if wrong:
+        warnings.warn(
+            "Some weights were not loaded because their shapes do not match "
+            "(ignore_mismatched_sizes=True): " + " ".join(wrong),
+            stacklevel=2,
+        )
+    with torch.no_grad():
+        for slot, value in match.pairs:
+            target = slot.tensor
+            if low_cpu_mem_usage or target.is_meta:
+                slot.assign(value.to(target.dtype))
+            else:
+                target.copy_(value)
+    return LoadResult(match.missing, match.unexpected, match.mismatched)

@@ -1,0 +1,394 @@
+"""``peftkern train`` on tiny random models: it learns, survives kills, and ends with the same weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from peftkern.cli import resume
+from peftkern.cli.app import run
+from peftkern.cli.errors import RunError
+from peftkern.cli.settings import TrainSettings
+from peftkern.cli.train import train
+
+ROOT = Path(__file__).resolve().parents[1]
+WORDS = 60
+VOCAB = {"<pad>": 0, "</s>": 1, "<unk>": 2, **{f"w{i}": i + 3 for i in range(WORDS)}}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders llama, bert and t5 with tiny random models, and lm.jsonl, cls.jsonl, tok.jsonl, s2s.jsonl."""
+    root = tmp_path_factory.mktemp("train")
+    inner = Tokenizer(models.WordLevel(VOCAB, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner, unk_token="<unk>", pad_token="<pad>", eos_token="</s>"
+    )
+    sizes = {"vocab_size": len(VOCAB), "pad_token_id": 0, "eos_token_id": 1}
+    wide = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    torch.manual_seed(0)
+    for name, model in {
+        "llama": LlamaForCausalLM(
+            LlamaConfig(**sizes, **wide, num_attention_heads=2, max_position_embeddings=64)
+        ),
+        "bert": BertForSequenceClassification(
+            BertConfig(**sizes, **wide, num_attention_heads=2, max_position_embeddings=64)
+        ),
+        "t5": T5ForConditionalGeneration(
+            T5Config(**sizes, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2,
+                     decoder_start_token_id=0)
+        ),
+    }.items():  # fmt: skip
+        model.save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
+    write = {"lm": [], "cls": [], "tok": [], "s2s": []}
+    for i in range(30):
+        words = [f"w{(i + k) % WORDS}" for k in range(3 + i % 4)]
+        text = " ".join(words)
+        write["lm"].append({"prompt": text, "completion": f"w{(i + 9) % WORDS} w1"})
+        write["cls"].append({"text": text, "label": "even" if i % 2 == 0 else "odd"})
+        write["tok"].append({"tokens": words, "labels": [f"L{len(w) % 2}" for w in words]})
+        write["s2s"].append({"prompt": text, "completion": " ".join(words[::-1])})
+    for name, rows in write.items():
+        (root / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return root
+
+
+def settings(folder: Path, out: Path, **changes: Any) -> TrainSettings:
+    """Ten steps through a bit more than two epochs of seven batches, with dropout, a checkpoint every 2."""
+    values: dict[str, Any] = {
+        "model": str(folder / "llama"),
+        "data": str(folder / "lm.jsonl"),
+        "out": str(out),
+        "steps": 10,
+        "save_every": 2,
+        "batch_size": 2,
+        "grad_accumulation": 2,
+        "lora_r": 4,
+        "lora_dropout": 0.3,
+        "lr": 1e-2,
+        "scheduler": "cosine",
+        "warmup_steps": 2,
+        "eval_split": 0.2,
+        "max_length": 32,
+        "keep": 3,
+        "cpu": True,
+    }
+    return TrainSettings(**{**values, **changes})
+
+
+def command(folder: Path, out: Path) -> list[str]:
+    """The command line that means ``settings(folder, out)``."""
+    args = ["train"]
+    for name, value in vars(settings(folder, out)).items():
+        if name == "cpu":
+            args.append("--cpu")
+        elif value is not None and value is not False:
+            args += ["--" + name.replace("_", "-"), str(value)]
+    return args
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "adapter_model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def reference(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """The uninterrupted run that every interrupted one has to equal."""
+    out = tmp_path_factory.mktemp("reference") / "out"
+    return out, train(settings(folder, out))
+
+
+def assert_equal_runs(out: Path, record: dict[str, Any], reference: Any) -> None:
+    wanted, wanted_record = reference
+    ours, theirs = weights(out), weights(wanted)
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        assert torch.equal(ours[name], value), name
+    assert any(value.abs().max() > 0 for name, value in ours.items() if "lora_B" in name)
+    for key in ("losses", "before", "after", "steps"):
+        assert record[key] == wanted_record[key]
+
+
+def test_training_learns_and_saves_the_adapter_alone(folder: Path, reference: Any) -> None:
+    out, record = reference
+    assert record["steps"] == 10 and len(record["losses"]) == 10
+    assert record["after"]["loss"] < record["before"]["loss"]
+    base = len(load_file(folder / "llama" / "model.safetensors"))
+    checkpoints = sorted(p.name for p in out.glob("checkpoint-*"))
+    assert checkpoints == ["checkpoint-10", "checkpoint-6", "checkpoint-8"]  # --keep 3
+    for place in (out, out / "checkpoint-10"):
+        state = load_file(place / "adapter_model.safetensors")
+        assert len(state) == 2 * 7 * 2 and all("lora_" in name for name in state)
+        assert not (place / "model.safetensors").exists()
+    assert base > 0
+    total = sum(p.stat().st_size for p in (out / "checkpoint-10").glob("*.safetensors"))
+    assert total == (out / "adapter_model.safetensors").stat().st_size
+    for name, value in load_file(out / "checkpoint-10" / "adapter_model.safetensors").items():
+        assert torch.equal(value, weights(out)[name])
+
+
+def test_adapter_loads_again(folder: Path, reference: Any) -> None:
+    import peft
+
+    import peftkern
+
+    ids = torch.arange(3, 12)[None]
+    logits = []
+    for library in (peftkern, peft):
+        base = LlamaForCausalLM.from_pretrained(folder / "llama")
+        model = library.PeftModel.from_pretrained(base, str(reference[0])).eval()
+        with torch.no_grad():
+            logits.append(model(input_ids=ids).logits)
+    torch.testing.assert_close(logits[0], logits[1], rtol=0, atol=1e-5)
+    with torch.no_grad():
+        plain = LlamaForCausalLM.from_pretrained(folder / "llama").eval()(input_ids=ids).logits
+    assert (plain - logits[0]).abs().max() > 1e-3
+
+
+# Run in a child: HF peft cannot be imported (argument 1), and the n-th save ends in a SIGKILL (argument 2)
+# after Trainer has written its files and before the checkpoint is sealed.
+CHILD = """
+import os, signal, sys
+if sys.argv[1] == "no-peft":
+    sys.modules["peft"] = None
+from peftkern.cli import app, resume
+die_at, seal, calls = int(sys.argv[2]), resume.seal, []
+def deadly(*args):
+    calls.append(1)
+    if len(calls) == die_at:
+        os.kill(os.getpid(), signal.SIGKILL)
+    seal(*args)
+resume.seal = deadly
+sys.exit(app.run(sys.argv[3:]))
+"""
+
+
+def child(peft: str, die_at: int, args: list[str]) -> subprocess.Popen[str]:
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    return subprocess.Popen(
+        [sys.executable, "-c", CHILD, peft, str(die_at), *args],
+        env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def test_killed_while_saving_without_peft_then_resumed_with_it(
+    folder: Path, tmp_path: Path, reference: Any, capsys: Any
+) -> None:
+    out = tmp_path / "out"
+    process = child("no-peft", 3, command(folder, out))
+    _, errors = process.communicate(timeout=200)
+    assert process.returncode == -signal.SIGKILL, errors
+    assert sorted(p.name for p in out.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+    half = out / resume.PARTIAL / "checkpoint-6"
+    assert (half / "optimizer.pt").exists()
+    # without HF peft, Trainer itself would have written the whole model
+    names = {p.name for p in half.iterdir()} | {p.name for p in (out / "checkpoint-4").iterdir()}
+    assert "model.safetensors" not in names and "training_args.bin" not in names
+    state = load_file(out / "checkpoint-4" / "adapter_model.safetensors")
+    assert state and all("lora_" in name for name in state)
+
+    record = train(settings(folder, out))
+    printed = capsys.readouterr().out
+    assert "checkpoint-6: the run was killed while writing it; skipped" in printed
+    assert "going on from checkpoint-4" in printed
+    assert record["steps_of_this_call"] == 6
+    assert not (out / resume.PARTIAL).exists()
+    assert_equal_runs(out, record, reference)
+
+
+def test_killed_from_outside_then_resumed_without_peft(
+    folder: Path, tmp_path: Path, reference: Any
+) -> None:
+    out = tmp_path / "out"
+    args = command(folder, out)
+    process = child("peft", -1, args)
+    # at the first checkpoint, wherever the process then is
+    deadline = time.monotonic() + 200
+    while not (out / "checkpoint-2").exists():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.002)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    again = child("no-peft", -1, args)
+    printed, errors = again.communicate(timeout=200)
+    assert again.returncode == 0, errors
+    assert "going on from checkpoint-" in printed
+    assert_equal_runs(out, json.loads((out / resume.FINISHED).read_text()), reference)
+
+
+def test_damaged_and_half_written_checkpoints_are_skipped(
+    folder: Path, tmp_path: Path, reference: Any, capsys: Any
+) -> None:
+    out = tmp_path / "out"
+    train(settings(folder, out))
+    for name in (resume.FINISHED, "adapter_model.safetensors"):
+        (out / name).unlink()
+    (out / "checkpoint-10" / resume.MANIFEST).unlink()
+    optimizer = out / "checkpoint-8" / "optimizer.pt"
+    optimizer.write_bytes(optimizer.read_bytes()[:100])
+    capsys.readouterr()
+    record = train(settings(folder, out))
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "checkpoint-10: half-written (no peftkern_checkpoint.json); skipped" in printed
+    assert "checkpoint-8: damaged (optimizer.pt has 100 bytes, not " in printed
+    assert "going on from checkpoint-6" in printed
+    assert_equal_runs(out, record, reference)
+
+
+def test_resume_at_the_end_of_an_epoch(folder: Path, tmp_path: Path) -> None:
+    # 24 training examples in batches of 4: the checkpoints of the steps 6 and 12 end an epoch
+    changes = {"batch_size": 4, "grad_accumulation": 1, "save_every": 6, "steps": 14}
+    whole = train(settings(folder, tmp_path / "whole", **changes))
+    out = tmp_path / "cut"
+    train(settings(folder, out, **changes))
+    (out / resume.FINISHED).unlink()
+    (out / "checkpoint-14" / "rng_state.pth").unlink()
+    record = train(settings(folder, out, **changes))
+    assert record["steps_of_this_call"] == 2
+    assert_equal_runs(out, record, (tmp_path / "whole", whole))
+
+
+def test_other_settings_are_refused_and_named(
+    folder: Path, tmp_path: Path, reference: Any, capsys: Any
+) -> None:
+    out, _ = reference
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
+    args = command(folder, out)
+    assert run(args) == 0
+    assert "Already trained" in capsys.readouterr().out
+    assert run([*args, "--lr", "0.5"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "--lr was 0.01 there and is 0.5 now" in error
+    other = tmp_path / "other.jsonl"
+    other.write_text((folder / "lm.jsonl").read_text() + '{"text": "w1 w2"}\n')
+    assert run([*args, "--data", str(other)]) == 2
+    assert "the content of --data has changed since" in capsys.readouterr().err
+    assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == before
+
+    half = tmp_path / "half"
+    (half / "checkpoint-6").mkdir(parents=True)
+    for file in (out / "checkpoint-6").iterdir():
+        (half / "checkpoint-6" / file.name).write_bytes(file.read_bytes())
+    assert run([*command(folder, half), "--lora-r", "5"]) == 2
+    error = capsys.readouterr().err
+    assert "checkpoint-6 was made with other settings: --lora-r was 4 there and is 5 now" in error
+
+
+def test_fresh_starts_over(folder: Path, tmp_path: Path, reference: Any) -> None:
+    out = tmp_path / "out"
+    train(settings(folder, out, seed=3, steps=4))
+    (out / "mine.txt").write_text("not the command's")
+    record = train(settings(folder, out), fresh=True)
+    assert record["steps_of_this_call"] == 10
+    assert (out / "mine.txt").exists()
+    assert_equal_runs(out, record, reference)
+
+
+def test_an_adapter_of_another_program_is_not_overwritten(
+    folder: Path, tmp_path: Path, capsys: Any
+) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert run(command(folder, tmp_path)) == 2
+    assert "holds an adapter that peftkern train did not make" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["adapter_config.json"]
+
+
+@pytest.mark.parametrize(
+    "task, model, data, extra",
+    [
+        ("seq_cls", "bert", "cls.jsonl", {}),
+        ("seq_cls", "llama", "cls.jsonl", {"rslora": True}),
+        ("token_cls", "bert", "tok.jsonl", {"target_modules": "query,value"}),
+        ("seq_2_seq_lm", "t5", "s2s.jsonl", {"gradient_checkpointing": True}),
+        ("causal_lm", "llama", "lm.jsonl", {"gradient_checkpointing": True, "bf16": True}),
+    ],
+)
+def test_every_task_trains(
+    folder: Path, tmp_path: Path, task: str, model: str, data: str, extra: dict[str, Any]
+) -> None:
+    out = tmp_path / "out"
+    changes = {"model": str(folder / model), "data": str(folder / data), "task": task, **extra}
+    record = train(settings(folder, out, steps=6, scheduler="constant", **changes))
+    assert record["after"]["loss"] < record["before"]["loss"]
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert config["task_type"] == task.upper()
+    state = weights(out)
+    heads = {name for name in state if "lora_" not in name}
+    assert bool(heads) == (task in ("seq_cls", "token_cls"))
+    if heads:
+        assert 0 <= record["after"]["accuracy"] <= 1
+        width = {state[n].shape[0] for n in heads}
+        assert width == {2}
+    # all of it comes back: the head, too
+    (out / resume.FINISHED).unlink()
+    again = train(settings(folder, out, steps=6, scheduler="constant", **changes))
+    assert again["steps_of_this_call"] == 0
+    assert again["after"] == record["after"]
+
+
+def test_gradient_checkpointing_changes_nothing(
+    folder: Path, tmp_path: Path, reference: Any
+) -> None:
+    record = train(settings(folder, tmp_path / "out", gradient_checkpointing=True))
+    losses = torch.tensor([loss for _, loss in record["losses"]])
+    wanted = torch.tensor([loss for _, loss in reference[1]["losses"]])
+    torch.testing.assert_close(losses, wanted, rtol=0, atol=1e-5)
+
+
+def test_a_loss_that_is_no_number_stops_the_run(folder: Path, tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / "out"
+    broken = tmp_path / "model"
+    broken.mkdir()
+    for file in (folder / "llama").iterdir():
+        (broken / file.name).write_bytes(file.read_bytes())
+    model = LlamaForCausalLM.from_pretrained(folder / "llama")
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("nan"))
+    model.save_pretrained(broken)
+    with pytest.raises(RunError, match="the loss became nan at step 1: try a smaller --lr"):
+        train(settings(folder, out, model=str(broken), eval_split=0.0))
+    assert not list(out.glob("checkpoint-*")) and not (out / "adapter_model.safetensors").exists()
+
+
+def test_bad_models_and_targets(folder: Path, tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / "out"
+    args = command(folder, out)
+    assert run([*args, "--target-modules", "no_such_layer"]) == 2
+    error = capsys.readouterr().err
+    assert "--target-modules no_such_layer: " in error and error.count("\n") == 1
+    cut = tmp_path / "cut"
+    cut.mkdir()
+    for file in (folder / "llama").iterdir():
+        (cut / file.name).write_bytes(file.read_bytes()[: 2000 if "model" in file.name else None])
+    assert run([*args, "--model", str(cut)]) == 2
+    error = capsys.readouterr().err
+    assert f"--model {cut}: the model cannot be loaded" in error and error.count("\n") == 1
+    assert run([*args, "--model", str(folder / "bert"), "--task", "seq_2_seq_lm",
+                "--data", str(folder / "s2s.jsonl")]) == 2  # fmt: skip
+    assert "cannot be loaded" in capsys.readouterr().err
+    assert run([*args, "--max-length", "2"]) == 2
+    assert "keeps a target within --max-length 2" in capsys.readouterr().err
+    assert not out.exists()

@@ -1,0 +1,280 @@
+"""The operation against float64: shapes, ranks, dtypes, strides; its gradients; what it keeps for them."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+
+import peft
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+import peftkern
+from peftkern import lora_linear
+from peftkern.ops.backend import describe
+from peftkern.ops.bits import pack_bits, unpack_bits, words_per_row
+
+# no deadline: the first call of a dtype is slow; derandomized: the same examples in every run
+relaxed = settings(deadline=None, max_examples=60, derandomize=True)
+EPS = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+
+
+def draw(*shape, g, dtype=torch.float64):
+    return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
+
+
+def case(M, K, N, r, seed, dtype=torch.float64, low=None, bias=True, transposed=False):
+    """x, weight, bias, A, B of an op's call; values on the grid of ``dtype``."""
+    g = torch.Generator().manual_seed(seed)
+    x = draw(*(M if isinstance(M, tuple) else (M,)), K, g=g, dtype=dtype)
+    w = draw(*((K, N) if transposed else (N, K)), g=g, dtype=dtype)
+    b = draw(N, g=g, dtype=dtype) if bias else None
+    return x, w, b, draw(r, K, g=g, dtype=low or dtype), draw(N, r, g=g, dtype=low or dtype)
+
+
+def formula(x, w, b, A, B, scale, mask=None, p=0.0, transposed=False):
+    """The definition, in the arguments' dtype."""
+    dropped = x if mask is None else x * mask / (1 - p)
+    return F.linear(x, w.t() if transposed else w, b) + scale * F.linear(F.linear(dropped, A), B)
+
+
+def mask_of(shape, p, dtype, seed):
+    """The elements that torch's own dropout keeps after this seed."""
+    torch.manual_seed(seed)
+    return (F.dropout(torch.ones(shape, dtype=dtype), p) != 0).double()
+
+
+sizes = st.sampled_from([1, 2, 3, 5, 8, 17, 31, 32, 33, 40, 41, 63, 64, 65, 96])
+ranks = st.integers(1, 64)
+dtypes = st.sampled_from([(torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, torch.float32),
+                          (torch.float16, None), (torch.float16, torch.float32), (torch.float64, None)])  # fmt: skip
+
+
+@relaxed
+@given(
+    M=st.sampled_from([0, 1, 2, 7, 33, 40, (2, 3), (1, 1, 1), (2, 0), (3, 1, 5), ()]),
+    K=sizes, N=sizes, r=ranks, dt=dtypes, p=st.sampled_from([0.0, 0.1, 0.5, 0.9]),
+    bias=st.booleans(), transposed=st.booleans(), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_output_and_gradients_follow_the_formula(M, K, N, r, dt, p, bias, transposed, seed):
+    """Any shape, with the mask that torch's dropout draws; errors are measured against float64."""
+    dtype, low = dt
+    M = M if isinstance(M, tuple) else (M,)
+    args = [t.requires_grad_() if t is not None else None for t in case(M, K, N, r, seed, dtype, low, bias, transposed)]
+    x, w, b, A, B = args
+    mask = mask_of(x.shape, p, low or dtype, seed) if p else None
+    wide = [t.detach().double().requires_grad_() if t is not None else None for t in args]
+    torch.manual_seed(seed)
+    y = lora_linear(x, w, b, A, B, 0.7, p, transposed)
+    exact = formula(*wide, 0.7, mask, p, transposed)
+    assert y.dtype == dtype and y.shape == (*M, N) == exact.shape
+    dy = draw(*y.shape, g=torch.Generator().manual_seed(seed), dtype=dtype)
+    y.backward(dy)
+    exact.backward(dy.double())
+    names = ("y", "x", "weight", "bias", "A", "B")
+    for name, got, right in zip(names, [y, *args], [exact, *wide], strict=True):
+        if got is None:
+            continue
+        if name != "y":
+            assert got.grad is not None, name
+            assert got.grad.shape == got.shape and got.grad.dtype == got.dtype, name
+            got, right = got.grad, right.grad
+        error = (got.detach().double() - right.detach()).norm()
+        assert error <= 4 * EPS[dtype] * (right.norm() + 1e-9 + (name == "y") * K), f"{name}: {error}"
+    with torch.no_grad():  # inference goes another way
+        if p == 0:
+            assert (lora_linear(x, w, b, A, B, 0.7, 0.0, transposed) - exact).norm() <= 4 * EPS[dtype] * (exact.norm() + K)
+
+
+@relaxed
+@given(K=sizes, N=sizes, r=st.integers(1, 16), seed=st.integers(0, 99), data=st.data())
+def test_strides_do_not_matter(K, N, r, seed, data):
+    """Transposed, expanded, sliced and offset tensors give what their contiguous copies give."""
+    x, w, b, A, B = case((4, 6), K, N, r, seed)
+    views = {
+        "x": [x, x.transpose(0, 1), x[:, :1].expand(4, 6, K), x[::2, 1::2], x.flip(0), x[1]],
+        "w": [w, w.t().contiguous().t(), torch.cat([w, w])[N:], torch.cat([w, w], 1)[:, K:]],
+        "A": [A, A.t().contiguous().t(), torch.cat([A, A], 1)[:, :K]],
+        "B": [B, B.t().contiguous().t(), torch.cat([B, B], 1)[:, r:]],
+    }
+    chosen = {k: data.draw(st.sampled_from(range(len(v))), label=k) for k, v in views.items()}
+    x, w, A, B = (views[k][i].detach().requires_grad_() for k, i in chosen.items())
+    dy = torch.ones(1, dtype=torch.float64).expand(*x.shape[:-1], N)  # what .sum() sends back
+    results = []
+    for args in ((x, w, b, A, B), [t.detach().contiguous().requires_grad_() for t in (x, w, b, A, B)]):
+        y = lora_linear(*args, 1.5)
+        results.append([y, *torch.autograd.grad(y, [args[i] for i in (0, 1, 3, 4)], dy)])
+        with torch.no_grad():
+            torch.testing.assert_close(lora_linear(*args, 1.5), y)
+    for a, c in zip(*results, strict=True):
+        torch.testing.assert_close(a, c)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.4])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("frozen", [(), (0,), (1, 2), (0, 1, 2, 4), (1, 2, 3, 4)], ids=str)
+def test_gradcheck_and_second_derivatives(p, transposed, frozen):
+    """Numerical first and second derivatives, for every set of inputs that need them."""
+    args = case(3, 9, 5, 2, 0, transposed=transposed)
+    for i, t in enumerate(args):
+        t.requires_grad_(i not in frozen)
+
+    def run(*tensors):
+        torch.manual_seed(4)  # one mask for all evaluations
+        return lora_linear(*tensors, 0.6, p, transposed)
+
+    assert torch.autograd.gradcheck(run, args)
+    assert torch.autograd.gradgradcheck(run, args)
+
+
+def test_second_derivative_with_frozen_A_is_right_or_refused():
+    """S alone is kept then, and S has no graph: an error is better than a wrong number."""
+    x, w, b, A, B = case(3, 9, 5, 2, 0)
+    x.requires_grad_(), B.requires_grad_()
+    y = lora_linear(x, w, b, A, B, 0.6)
+    try:
+        (gx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    except RuntimeError as error:
+        assert "second derivative" in str(error)
+    else:
+        (got,) = torch.autograd.grad(gx.square().sum(), B)
+        (gx,) = torch.autograd.grad(formula(x, w, b, A, B, 0.6).square().sum(), x, create_graph=True)
+        torch.testing.assert_close(got, torch.autograd.grad(gx.square().sum(), B)[0])
+
+
+def kept_for_backward(call):
+    """The tensors that autograd keeps for the graph of ``call()``."""
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = call()
+    assert y.requires_grad
+    return kept
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize(("dtype", "low"), [(torch.float32, None), (torch.bfloat16, torch.float32)], ids=str)
+def test_keeps_x_s_and_bits_only(dtype, low, p):
+    """Beyond its own arguments: S [M, r] and one bit per element of x. No dropped X, no mask of bytes."""
+    M, K, N, r = 64, 200, 48, 6
+    x, w, b, A, B = case((4, M // 4), K, N, r, 0, dtype, low)
+    x.requires_grad_(), A.requires_grad_(), B.requires_grad_()
+    kept = kept_for_backward(lambda: lora_linear(x, w, b, A, B, 1.0, p))
+    own = {t.untyped_storage().data_ptr() for t in (x, w, b, A, B)}
+    extra = [t for t in kept if t.untyped_storage().data_ptr() not in own]
+    s = [t for t in extra if tuple(t.shape) == (M, r)]
+    bits = [t for t in extra if t.dtype == torch.int32]
+    assert len(s) == 1 and len(bits) == (1 if p else 0) and len(extra) == len(s) + len(bits)
+    if p:
+        assert tuple(bits[0].shape) == (M, words_per_row(K))
+    held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in extra}
+    assert sum(held.values()) == s[0].numel() * s[0].element_size() + (M * words_per_row(K) * 4 if p else 0)
+
+
+def test_keeps_nothing_that_no_gradient_needs():
+    x, w, b, A, B = case(64, 32, 48, 4, 0)
+    x.requires_grad_()  # everything frozen: neither x nor S
+    shapes = [tuple(t.shape) for t in kept_for_backward(lambda: lora_linear(x, w, b, A, B, 1.0))]
+    assert (64, 32) not in shapes and (64, 4) not in shapes
+    A.requires_grad_()
+    shapes = [tuple(t.shape) for t in kept_for_backward(lambda: lora_linear(x, w, b, A, B, 1.0))]
+    assert (64, 32) in shapes and (64, 4) not in shapes
+    assert not lora_linear(x.detach(), w, b, A.detach(), B, 1.0).requires_grad
+
+
+def test_inputs_are_never_written_to():
+    args = case(40, 64, 48, 4, 0, torch.float32)
+    before = [t.clone() for t in args]
+    for t in (args[0], args[3], args[4]):
+        t.requires_grad_()
+    y = lora_linear(*args, 1.0, 0.3)
+    dy = torch.randn_like(y)
+    sent = dy.clone()
+    y.backward(dy, retain_graph=True)
+    first = args[3].grad.clone()
+    y.backward(dy)  # the same graph once more: what was kept is whole
+    torch.testing.assert_close(args[3].grad, 2 * first)
+    assert torch.equal(dy, sent) and all(torch.equal(a, b) for a, b in zip(args, before, strict=True))
+
+
+@relaxed
+@given(rows=st.integers(0, 9), columns=st.integers(1, 130), seed=st.integers(0, 99))
+def test_bits_hold_the_mask(rows, columns, seed):
+    mask = torch.rand(rows, columns, generator=torch.Generator().manual_seed(seed)) < 0.6
+    words = pack_bits(mask)
+    assert words.dtype == torch.int32 and words.shape == (rows, words_per_row(columns))
+    assert torch.equal(unpack_bits(words, columns, torch.float32), mask.float())
+    for m, k in mask.nonzero().tolist()[:5]:  # the layout, which the kernels share
+        assert words[m, k // 32].item() >> (k % 32) & 1
+
+
+@pytest.mark.parametrize(
+    ("dtype", "wide", "autocast"),
+    [
+        (torch.bfloat16, True, False), (torch.bfloat16, False, False), (torch.float16, True, False),
+        (torch.float16, False, False), (torch.float32, True, True), (torch.bfloat16, True, True),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_errors_against_float64_are_at_most_pefts(dtype, wide, autocast):
+    """Y, dX, dA, dB of one linear, summed over draws; 1% for the order of float32 sums."""
+
+    def results(model, x, dy, on):
+        x = x.clone().requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=on):
+            y = model(x)
+        y.backward(dy.to(y.dtype))
+        layer = model.base_model.model[0]
+        return y, x.grad, layer.lora_A.default.weight.grad, layer.lora_B.default.weight.grad
+
+    mine, other = torch.zeros(4, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
+    for seed in range(8):
+        M, K, N, r = ((48, 96, 64, 8), (7, 64, 128, 5))[seed % 2]
+        torch.manual_seed(seed)
+        base = nn.Sequential(nn.Linear(K, N)).to(dtype)
+        config = {"r": r, "lora_alpha": 12, "target_modules": ["0"], "init_lora_weights": False}
+        theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**config), autocast_adapter_dtype=wide)
+        ours = peftkern.get_peft_model(base, peftkern.LoraConfig(**config), autocast_adapter_dtype=wide)
+        ours.load_state_dict(theirs.state_dict())
+        x, dy = torch.randn(M, K).to(dtype), torch.randn(M, N).to(torch.bfloat16 if autocast else dtype)
+        exact = results(copy.deepcopy(theirs).double(), x.double(), dy.double(), False)
+        for total, model in ((mine, ours), (other, theirs)):
+            got = results(model, x, dy, autocast)
+            total += torch.stack([(a.double() - e).norm() / e.norm() for a, e in zip(got, exact, strict=True)])
+    assert (mine <= 1.01 * other).all(), (mine / other).tolist()
+
+
+def test_backend_is_chosen_in_one_place(monkeypatch):
+    for name in ("auto", "torch"):
+        with peftkern.use_backend(name):
+            assert describe()[0] == "torch"
+            lora_linear(*case(2, 3, 4, 1, 0), 1.0)
+    with peftkern.use_backend("torch"):
+        assert describe() == ("torch", "PEFTKERN_BACKEND=torch")
+    with pytest.raises(ValueError, match=r"abacus.*auto, torch"), peftkern.use_backend("abacus"):
+        raise AssertionError("the block must not run")
+    lora_linear(*case(2, 3, 4, 1, 0), 1.0)  # as before
+    for name in ("torch", "TORCH", ""):
+        monkeypatch.setenv("PEFTKERN_BACKEND", name)
+        assert describe()[0] == "torch"
+    monkeypatch.setenv("PEFTKERN_BACKEND", "abacus")
+    with pytest.raises(ValueError, match=r"PEFTKERN_BACKEND='abacus'.*auto, torch"):
+        describe()
+    code = "import torch, peftkern; x = torch.ones(2, 2); peftkern.lora_linear(x, x, None, x, x, 1.0)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ))
+    assert done.returncode == 1 and "PEFTKERN_BACKEND='abacus'" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("which", [0, 1, 3, 4])
+def test_wrong_shapes_are_refused(which):
+    args = list(case(3, 8, 5, 2, 0))
+    args[which] = args[which][..., :-1]
+    for grad in (False, True):
+        args[3].requires_grad_(grad) if args[3].is_leaf else None
+        with pytest.raises(RuntimeError):
+            lora_linear(*args, 1.0)
