@@ -1,11 +1,14 @@
-"""Ring 3: compile every shipped kernel configuration for every architecture, without a GPU, and read what came out.
+"""Ring 3: compile every shipped kernel configuration for every architecture, without a GPU, and
+read what came out.
 
     python -m benchmarks.static [--arch sm_90 ...] [--only TEXT] [--json] [--no-cache]
 
-Prints kernel case, warps, registers, spilled bytes, stack, shared memory against the limit, occupancy and the matrix and copy
-instructions in the machine code. Exits 1 on a compile error, a spill, shared or tensor memory over the limit, or a matrix-bound
-case without the architecture's matrix instruction (wgmma on sm_90, tcgen05 on sm_100). Results are cached by the hash of
-the sources and of Triton's version, so a repeat takes seconds. It says nothing about speed or results: rings 2 and 4 do.
+Prints kernel case, warps, registers, spilled bytes, stack, shared memory against the limit,
+occupancy and the matrix and copy instructions in the machine code. Exits 1 on a compile error, a
+spill, shared or tensor memory over the limit, or a matrix-bound case without the architecture's
+matrix instruction (wgmma on sm_90, tcgen05 on sm_100). Results are cached by the hash of the
+sources and of Triton's version, so a repeat takes seconds. It says nothing about speed or results:
+rings 2 and 4 do.
 """
 
 from __future__ import annotations
@@ -20,20 +23,24 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import triton
-from peftkern.kernels.common import Arch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from benchmarks.static_cases import Case, cases
+from peftkern.kernels.common import Arch
 
 
 class Target(NamedTuple):
-    """An architecture: what default configs see of it, and what bounds the programs on one multiprocessor."""
+    """An architecture: what default configs see of it, and what bounds the programs on one
+    multiprocessor.
+    """
 
     arch: Arch
     threads: int
@@ -108,7 +115,8 @@ def _read_cuda(compiled: Any) -> dict[str, Any]:
         cubin.write_bytes(compiled.asm["cubin"])
         usage = _run(_tool("cuobjdump"), "-res-usage", str(cubin))
         stack = int(re.search(r"STACK:(\d+)", usage)[1])
-        # A stack frame may be spills or not; only the assembler can say, so it runs again for the few that have one.
+        # A stack frame may be spills or not; only the assembler can say, so it runs again for the
+        # few that have one.
         spilled = _ptxas_spills(compiled, Path(folder)) if stack else 0
     return {
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),
@@ -134,7 +142,7 @@ def _read_hip(compiled: Any) -> dict[str, Any]:
 
 
 def occupancy(target: Target, registers: int, warps: int, shared: int) -> float:
-    """Share of a multiprocessor's threads that resident programs fill (NVIDIA's allocation units)."""
+    """Share of a multiprocessor's threads that resident programs fill (NVIDIA's granularity)."""
     threads = 32 * warps
     per_warp = -(-registers * 32 // 256) * 256
     fits = [target.threads // threads, 32, 65536 // (per_warp * warps) if registers else 32]
@@ -158,12 +166,18 @@ def measure(case: Case, name: str) -> dict[str, Any]:
     """One row: the case compiled for architecture ``name``."""
     target = TARGETS[name]
     hip = target.backend == "hip"
-    driver.set_active(_NoDevice(GPUTarget("hip", name, 64) if hip else GPUTarget("cuda", target.arch.capability, 32)))
+    driver.set_active(
+        _NoDevice(
+            GPUTarget("hip", name, 64) if hip else GPUTarget("cuda", target.arch.capability, 32)
+        )
+    )
     row: dict[str, Any] = {"case": case.name, "kernel": case.launch.kernel.__name__, "arch": name}
     row["config"] = {k: v for k, v in case.launch.meta.items()}
     start = time.perf_counter()
     try:
-        compiled = case.launch.kernel.warmup(*case.launch.args, grid=case.launch.grid, **case.launch.meta)
+        compiled = case.launch.kernel.warmup(
+            *case.launch.args, grid=case.launch.grid, **case.launch.meta
+        )
         facts = _facts(compiled, name, hip)
     except Exception as error:  # whatever the compiler raises is this row's result
         lines = str(error).strip().splitlines()
@@ -179,12 +193,26 @@ def measure(case: Case, name: str) -> dict[str, Any]:
         problems.append(f"spills {row['spilled']} bytes")
     if shared > target.arch.shared:
         problems.append(f"shared {shared} over {target.arch.shared}")
-    # More tensor memory than there is does not stop the compiler: it emits an empty kernel, and the launch fails.
+    # More tensor memory than there is does not stop the compiler: it emits an empty kernel, and the
+    # launch fails.
     if (tensor_memory := getattr(compiled.metadata, "tmem_size", None) or 0) > TENSOR_MEMORY:
         problems.append(f"tensor memory {tensor_memory} columns over {TENSOR_MEMORY}")
     if case.matrix_bound and MATRIX.get(name, "") not in ("", *row["instructions"]):
         problems.append(f"no {MATRIX[name]}")
     return row | ({"problem": "; ".join(problems)} if problems else {})
+
+
+def _measure_run(run: list[tuple[str, str]]) -> dict[str, Any]:
+    """Rows of (architecture, case name) pairs, in a worker process."""
+    rows = {}
+    for name in dict.fromkeys(n for n, _ in run):
+        wanted = {c for n, c in run if n == name}
+        rows |= {
+            f"{name} {c.name}": measure(c, name)
+            for c in cases(TARGETS[name].arch)
+            if c.name in wanted
+        }
+    return rows
 
 
 @functools.cache
@@ -197,7 +225,9 @@ def source_hash() -> str:
 
 
 def _cache_file() -> Path:
-    base = os.environ.get("PEFTKERN_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "peftkern")
+    base = os.environ.get("PEFTKERN_CACHE") or Path(
+        os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "peftkern"
+    )
     return Path(base) / "static.json"
 
 
@@ -224,47 +254,64 @@ def _line(row: dict[str, Any]) -> str:
     share = "-" if row["occupancy"] is None else f"{row['occupancy']:.0%}"
     return (
         f"{head} {row['warps']:5d} {row['registers']:5d} {row['spilled']:5d} {row['stack']:5d}"
-        f" {row['shared']:7d}/{row['limit']:<6d} {share:>5s}  {used}{'  <- ' + row['problem'] if 'problem' in row else ''}"
+        f" {row['shared']:7d}/{row['limit']:<6d} {share:>5s}  {used}"
+        + (f"  <- {row['problem']}" if "problem" in row else "")
     )
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.static", description=__doc__.splitlines()[0])
-    parser.add_argument("--arch", nargs="+", choices=sorted(TARGETS), default=[n for n in TARGETS if n != "gfx942"])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.static", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument(
+        "--arch", nargs="+", choices=sorted(TARGETS), default=[n for n in TARGETS if n != "gfx942"]
+    )
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compiler processes")
     parser.add_argument("--no-cache", action="store_true", help="compile again")
     options = parser.parse_args(argv)
     if triton.knobs.runtime.interpret:
-        parser.error("TRITON_INTERPRET is set: kernels would be interpreted, not compiled; unset it")
+        parser.error(
+            "TRITON_INTERPRET is set: kernels would be interpreted, not compiled; unset it"
+        )
 
     cache = {} if options.no_cache else _load_cache(_cache_file())
-    start, compiled, rows = time.perf_counter(), 0, []
+    start = time.perf_counter()
+    keys = {
+        name: [c.name for c in cases(TARGETS[name].arch) if options.only in c.name]
+        for name in options.arch
+    }
+    missing = [(n, c) for n, names in keys.items() for c in names if f"{n} {c}" not in cache]
+    # Neighbouring cases often specialise to one kernel, so a process takes runs of them, not every
+    # other one.
+    runs = [missing[i : i + 25] for i in range(0, len(missing), 25)]
+    with ProcessPoolExecutor(max_workers=options.jobs, mp_context=get_context("spawn")) as pool:
+        for done in pool.map(_measure_run, runs):
+            cache |= done
+            _save_cache(_cache_file(), cache)
+    rows = [cache[f"{name} {case}"] for name, names in keys.items() for case in names]
     if not options.json:
-        print(f"{'arch':7s} {'case':38s} warps  regs spill stack  shared/limit  occup.  instructions")
-    for name in options.arch:
-        for case in cases(TARGETS[name].arch):
-            if options.only not in case.name:
-                continue
-            key = f"{name} {case.name}"
-            if key not in cache:
-                cache[key] = measure(case, name)
-                compiled += 1
-                if compiled % 50 == 0:
-                    _save_cache(_cache_file(), cache)
-            rows.append(cache[key])
-            if not options.json:
-                print(_line(cache[key]), flush=True)
-    if compiled:
-        _save_cache(_cache_file(), cache)
+        print(
+            f"{'arch':7s} {'case':38s} warps  regs spill stack  shared/limit  occup.  instructions"
+        )
+        print("\n".join(map(_line, rows)))
     # gfx942 is reported, not required: nobody has run it.
     bad = [r for r in rows if ("error" in r or "problem" in r) and not r["arch"].startswith("gfx")]
     if options.json:
-        json.dump({"triton": triton.__version__, "torch": torch.__version__, "failed": len(bad), "rows": rows}, sys.stdout)
+        json.dump(
+            {
+                "triton": triton.__version__,
+                "torch": torch.__version__,
+                "failed": len(bad),
+                "rows": rows,
+            },
+            sys.stdout,
+        )
         print()
     else:
         took = time.perf_counter() - start
-        print(f"{len(rows)} compiled cases ({compiled} new) in {took:.0f} s; {len(bad)} failed")
+        print(f"{len(rows)} compiled cases ({len(missing)} new) in {took:.0f} s; {len(bad)} failed")
     return 1 if bad else 0
 
 

@@ -1,4 +1,6 @@
-"""The launches that ship, on meta tensors: what ``benchmarks.static`` compiles. One case a kernel, shape class, rank and mask."""
+"""The launches that ship, on meta tensors: what ``benchmarks.static`` compiles. One case a kernel,
+shape class, rank and mask.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +8,16 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+
 from peftkern.kernels import bits, gemm, outer, shrink, small, write
 from peftkern.kernels.common import Arch, Launch
 
 BF16, FP16, FP32, INT32 = torch.bfloat16, torch.float16, torch.float32, torch.int32
-M, K, N = 8192, 4096, 4096  # the shape DESIGN counts with; specialisation sees only divisibility by 16
+M, K, N = (
+    8192,
+    4096,
+    4096,
+)  # the shape DESIGN counts with; specialisation sees only divisibility by 16
 
 
 class Case(NamedTuple):
@@ -28,27 +35,38 @@ def _named(name: str, launches: list[Launch], matrix_bound: bool = False) -> Ite
         yield Case(name if i == 0 else f"{name} +{i}", launch, matrix_bound)
 
 
-def _tag(rank: int, group: int = 1, masked: bool = False, dtype: torch.dtype = BF16, adapter: torch.dtype = FP32) -> str:
+def _tag(
+    rank: int,
+    group: int = 1,
+    masked: bool = False,
+    dtype: torch.dtype = BF16,
+    adapter: torch.dtype = FP32,
+) -> str:
     short = {BF16: "bf16", FP16: "fp16", FP32: "fp32"}
-    return f"r{rank}{f'x{group}' if group > 1 else ''}{' mask' if masked else ''} {short[dtype]}/{short[adapter]}"
+    ranks = f"r{rank}x{group}" if group > 1 else f"r{rank}"
+    return f"{ranks}{' mask' if masked else ''} {short[dtype]}/{short[adapter]}"
 
 
 def low_rank_cases(arch: Arch) -> Iterator[Case]:
     """bits, shrink, outer, grad_a and write."""
-    yield from _named("bits p=0.1", bits.plan_bits(meta(1, M, K // 32, dtype=INT32), K, 0.1, 7, bits.BitsConfig()))
+    yield from _named(
+        "bits p=0.1", bits.plan_bits(meta(1, M, K // 32, dtype=INT32), K, 0.1, 7, bits.BitsConfig())
+    )
     adapters = [(r, 1, masked, BF16, FP32) for r in (16, 64, 128) for masked in (False, True)]
     adapters += [(16, 3, False, BF16, FP32), (16, 3, True, BF16, FP32), (64, 2, True, BF16, BF16)]
     adapters += [(16, 1, True, FP16, FP32), (16, 1, True, FP32, FP32)]
     for r, group, masked, dtype, adapter in adapters:
         tag = _tag(r, group, masked, dtype, adapter)
         a = [meta(r, K, dtype=adapter)] * group
-        for m in (M, 128):
+        for m in (M, 128) if dtype == BF16 and r in (16, 128) else (M,):
             words = [meta(m, K // 32, dtype=INT32) if masked else None] * group
             x = meta(m, K, dtype=dtype)
             s = meta(m, r * group, dtype=dtype)
             ds = [s[:, i * r : i * r + r] for i in range(group)]
             config = shrink.default_config(m, K, [r] * group, arch)
-            yield from _named(f"shrink M{m} {tag}", shrink.plan_shrink(x, a, words, [1.0] * group, s, config))
+            yield from _named(
+                f"shrink M{m} {tag}", shrink.plan_shrink(x, a, words, [1.0] * group, s, config)
+            )
             b = meta(N, r, dtype=adapter)
             y, bias = meta(m, N, dtype=dtype), meta(N, dtype=dtype)
             if group == 1 and not masked:
@@ -65,9 +83,14 @@ def low_rank_cases(arch: Arch) -> Iterator[Case]:
             da = [meta(r, K, dtype=FP32)] * group
             yield from _named(f"grad_a {tag}", outer.plan_grad_a(x, ds, words, da, grad_config))
             write_config = write.default_config(m, [r] * group)
-            yield from _named(f"write dX {tag}", write.plan_write(x, ds, a, words, None, None, write_config))
+            yield from _named(
+                f"write dX {tag}", write.plan_write(x, ds, a, words, None, None, write_config)
+            )
             if group == 1 and not masked:
-                yield from _named(f"write Y {tag}", write.plan_write(y, ds, [b.T], [None], bias, None, write_config))
+                yield from _named(
+                    f"write Y {tag}",
+                    write.plan_write(y, ds, [b.T], [None], bias, None, write_config),
+                )
 
 
 def gemm_cases(arch: Arch) -> Iterator[Case]:
@@ -85,8 +108,12 @@ def gemm_cases(arch: Arch) -> Iterator[Case]:
         w, a, b = meta(N, K, dtype=dtype), meta(r, K, dtype=FP32), meta(N, r, dtype=FP32)
         words = [meta(M, K // 32, dtype=INT32) if masked else None] * group
         fast = dtype != FP32  # fp32 multiplies exactly by default, off the matrix units
-        config = gemm.default_config(M, N, r, arch, group=group, masked=masked, itemsize=dtype.itemsize)
-        launches = gemm.plan_gemm(x, [y] * group, [w.T] * group, [s] * group, [a] * group, words, None, arch, config)
+        config = gemm.default_config(
+            M, N, r, arch, group=group, masked=masked, itemsize=dtype.itemsize
+        )
+        launches = gemm.plan_gemm(
+            x, [y] * group, [w.T] * group, [s] * group, [a] * group, words, None, arch, config
+        )
         yield from _named(f"gemm dX {tag}", launches, fast)
         if group > 1:
             continue
@@ -98,11 +125,15 @@ def gemm_cases(arch: Arch) -> Iterator[Case]:
             launches = gemm.plan_gemm(y, [x], [conv1d], [s], [b.T], [None], meta(N), arch, config)
             yield from _named(f"gemm Y [K,N] bias {tag.replace(' mask', '')}", launches, fast)
             few, one = meta(64, K), gemm.default_config(64, N, r, arch)
-            launches = gemm.plan_gemm(meta(64, N), [few], [w], [meta(64, r)], [b.T], [None], None, arch, one)
+            launches = gemm.plan_gemm(
+                meta(64, N), [few], [w], [meta(64, r)], [b.T], [None], None, arch, one
+            )
             yield from _named(f"gemm Y M64 {tag.replace(' mask', '')}", launches, fast)
     pointers = gemm.GemmConfig(128, 128, 32 if arch.shared < 160_000 else 64)
     odd = meta(M, K + 1)[:, :K]  # rows off 16 bytes: no descriptor can hold them
-    launches = gemm.plan_gemm(meta(M, N), [odd], [meta(N, K)], [meta(M, 16)], [meta(16, N)], [None], None, arch, pointers)
+    launches = gemm.plan_gemm(
+        meta(M, N), [odd], [meta(N, K)], [meta(M, 16)], [meta(16, N)], [None], None, arch, pointers
+    )
     yield from _named("gemm Y pointers r16 bf16/bf16", launches)
 
 
@@ -118,17 +149,24 @@ def decode_cases(arch: Arch) -> Iterator[Case]:
             (16, False, FP32, FP32),
         ):
             lead = (8,) if mixed else (1,)
-            index, scales = (meta(m, dtype=torch.int64), meta(8, dtype=FP32)) if mixed else (None, None)
+            index, scales = (
+                (meta(m, dtype=torch.int64), meta(8, dtype=FP32)) if mixed else (None, None)
+            )
             launches = small.plan_small(
                 meta(m, N, dtype=dtype), meta(m, K, dtype=dtype), meta(N, K, dtype=dtype),
                 meta(*lead, r, K, dtype=adapter), meta(*lead, N, r, dtype=adapter),
                 None, None, index, scales, 1.0, small.default_config(m, N, r, arch),
             )  # fmt: skip
-            yield from _named(f"decode M{m} {_tag(r, 1, False, dtype, adapter)}{' mixed' if mixed else ''}", launches)
+            yield from _named(
+                f"decode M{m} {_tag(r, 1, False, dtype, adapter)}{' mixed' if mixed else ''}",
+                launches,
+            )
 
 
 def cases(arch: Arch) -> Iterator[Case]:
-    """Every case for ``arch``; names are unique, equal launches (same kernel and specialisation) may repeat."""
+    """Every case for ``arch``; names are unique, equal launches (same kernel and specialisation)
+    may repeat.
+    """
     yield from low_rank_cases(arch)
     yield from decode_cases(arch)
     yield from gemm_cases(arch)

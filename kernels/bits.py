@@ -1,10 +1,12 @@
-"""The packed dropout mask: int32 [M, ceil(K / 32)], bit j of word w = 1 where column 32 w + j is kept.
+"""The packed dropout mask: int32 [M, ceil(K / 32)], bit j of word w = 1 where column 32 w + j is
+kept.
 
-A word is made whole, by one thread, without ever materialising 32 random numbers: to draw 32 independent bits that are 1
-with probability q = 0.b1 b2 ... bd (binary), start from 0 and, from the last digit to the first, combine with a fresh
-random word: `w = b ? (r | w) : (r & w)`. Each step halves the probability and adds the digit, so d random words
-give 32 exact draws. Randomness is Philox-4x32 at counter (word, row, call, group): a function of seed and
-position alone, so a recomputed mask is the same mask whatever the launch shape.
+A word is made whole, by one thread, without ever materialising 32 random numbers: to draw 32
+independent bits that are 1 with probability q = 0.b1 b2 ... bd (binary), start from 0 and, from the
+last digit to the first, combine with a fresh random word: `w = b ? (r | w) : (r & w)`. Each step
+halves the probability and adds the digit, so d random words give 32 exact draws. Randomness is
+Philox-4x32 at counter (word, row, call, group): a function of seed and position alone, so a
+recomputed mask is the same mask whatever the launch shape.
 """
 
 from __future__ import annotations
@@ -37,8 +39,9 @@ class BitsConfig:
 
 
 def digits_of(p: float) -> tuple[int, int]:
-    """(threshold, digits) with keep probability threshold / 2**digits: the fewest digits (a multiple of 4)
-    that hold 1 - p with p off by at most 1 part in 10,000."""
+    """(threshold, digits) with keep probability threshold / 2**digits: the fewest digits (a
+    multiple of 4) that hold 1 - p with p off by at most 1 part in 10,000.
+    """
     if not 0.0 <= p < 1.0:
         raise ValueError(f"p is {p}; allowed: 0 <= p < 1")
     for digits in range(4, 33, 4):
@@ -62,7 +65,9 @@ def _bits_kernel(
     group = tl.program_id(1)
     row = flat // WORDS
     word = flat % WORDS
-    if seed_ptr is not None:  # a seed that lives on the device: a CUDA graph draws anew on each replay
+    if (
+        seed_ptr is not None
+    ):  # a seed that lives on the device: a CUDA graph draws anew on each replay
         seed = tl.load(seed_ptr).to(tl.uint64)
     else:
         low = seed_lo.to(tl.uint32).to(tl.uint64)
@@ -81,7 +86,9 @@ def _bits_kernel(
     left = K - word * 32  # columns of this word that exist; a shift by 32 or more is undefined
     tail = (1 << tl.minimum(tl.maximum(left, 0), 31).to(tl.uint32)) - 1
     keep = tl.where(left >= 32, keep, keep & tail.to(tl.uint32))
-    tl.store(out + group.to(tl.int64) * total + flat, keep.to(tl.int32, bitcast=True), mask=flat < total)
+    tl.store(
+        out + group.to(tl.int64) * total + flat, keep.to(tl.int32, bitcast=True), mask=flat < total
+    )
 
 
 def plan_bits(
@@ -112,19 +119,25 @@ def dropout_bits(
     device: torch.device | str,
     config: BitsConfig = BitsConfig(),
 ) -> torch.Tensor:
-    """Packed keep mask int32 [M, ceil(K / 32)] (or [groups, M, ceil(K / 32)], independent masks, one launch).
+    """Packed keep mask int32 [M, ceil(K / 32)] (or [groups, M, ceil(K / 32)], independent masks,
+    one launch).
 
-    Each element is kept with probability 1 - p. ``seed`` is an int, or an int64 tensor of one element on the device (read by
-    the kernel, so nothing syncs). The same (seed, p, M, K) gives the same mask on every launch and every device.
-    Errors: ValueError for p outside [0, 1) or negative sizes; TypeError for a seed of another type.
+    Each element is kept with probability 1 - p. ``seed`` is an int, or an int64 tensor of one
+    element on the device (read by the kernel, so nothing syncs). The same (seed, p, M, K) gives the
+    same mask on every launch and every device. Errors: ValueError for p outside [0, 1) or negative
+    sizes; TypeError for a seed of another type.
     """
     if M < 0 or K < 0:
         raise ValueError(f"M, K are {M}, {K}; allowed: 0 or more")
     if isinstance(seed, torch.Tensor):
         if seed.dtype != torch.int64 or seed.numel() != 1:
-            raise TypeError(f"seed is {seed.dtype} {tuple(seed.shape)}; allowed: torch.int64 with one element")
+            raise TypeError(
+                f"seed is {seed.dtype} {tuple(seed.shape)}; allowed: torch.int64 with one element"
+            )
     elif not isinstance(seed, int):
-        raise TypeError(f"seed is {type(seed).__name__}; allowed: int or an int64 tensor of one element")
+        raise TypeError(
+            f"seed is {type(seed).__name__}; allowed: int or an int64 tensor of one element"
+        )
     if M * cdiv(K, 32) > 2**31 - 2**16:
         raise ValueError(f"M, K are {M}, {K}; allowed: M * ceil(K / 32) below 2**31")
     out = torch.empty((groups or 1, M, cdiv(K, 32)), dtype=torch.int32, device=device)
@@ -136,8 +149,12 @@ def dropout_bits(
     return out if groups is not None else out[0]
 
 
-def reference_bits(M: int, K: int, p: float, seed: int, *, group: int = 0, rounds: int = 7) -> torch.Tensor:
-    """The same words from torch alone (CPU, int64 arithmetic), for tests and for machines without Triton."""
+def reference_bits(
+    M: int, K: int, p: float, seed: int, *, group: int = 0, rounds: int = 7
+) -> torch.Tensor:
+    """The same words from torch alone (CPU, int64 arithmetic), for tests and for machines without
+    Triton.
+    """
     threshold, digits = digits_of(p)
     words = cdiv(K, 32)
     row, word = torch.arange(M)[:, None], torch.arange(words)[None, :]

@@ -1,4 +1,6 @@
-"""What every kernel file shares: interpreter-safe device helpers, argument checks, and the record of one launch."""
+"""What every kernel file shares: interpreter-safe device helpers, argument checks, and the record
+of one launch.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,7 @@ def device_function(fn):
 
 @device_function
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a @ b in fp32. The interpreter's own dot reads bf16 as raw integers, hence the upcast."""
+    """acc + a @ b in fp32; upcast in the interpreter, whose dot reads bf16 as raw integers."""
     if INTERPRET:
         acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
     else:
@@ -35,7 +37,9 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 @device_function
 def cast(x, DTYPE: tl.constexpr):
-    """x in DTYPE, rounded to nearest even. The interpreter truncates fp32 -> bf16, so it is done on the bits."""
+    """x in DTYPE, rounded to nearest even. The interpreter truncates fp32 -> bf16, so it is done on
+    the bits.
+    """
     if INTERPRET:
         if DTYPE == tl.bfloat16 and x.dtype == tl.float32:
             bits = x.to(tl.uint32, bitcast=True)
@@ -46,9 +50,11 @@ def cast(x, DTYPE: tl.constexpr):
 
 @device_function
 def keep_tile(words_ptr, row, row_ok, col0, WORDS, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Keep mask [BLOCK_M, BLOCK_K] (int1) of columns col0.. (a multiple of 32) out of packed words [M, WORDS].
+    """Keep mask [BLOCK_M, BLOCK_K] (int1) of columns col0.. (a multiple of 32) out of packed words
+    [M, WORDS].
 
-    One word is loaded for 32 columns and spread in registers; columns past the last word read as dropped.
+    One word is loaded for 32 columns and spread in registers; columns past the last word read as
+    dropped.
     """
     word = col0 // 32 + tl.arange(0, BLOCK_K // 32)
     packed = tl.load(
@@ -61,7 +67,9 @@ def keep_tile(words_ptr, row, row_ok, col0, WORDS, BLOCK_M: tl.constexpr, BLOCK_
 
 
 class Launch(NamedTuple):
-    """One kernel launch, ready to run; ``benchmarks.static`` compiles the same record without running it."""
+    """One kernel launch, ready to run; ``benchmarks.static`` compiles the same record without
+    running it.
+    """
 
     kernel: Any
     grid: tuple[int, ...]
@@ -79,6 +87,17 @@ def precision(dtype: torch.dtype) -> str:
     return "ieee"
 
 
+def rank_end(ranks: Sequence[int], block_r: int) -> int | tl.constexpr:
+    """Where a kernel's loop over chunks of ranks ends: the largest rank rounded up to whole chunks.
+
+    One chunk of one adapter: a constant, which dissolves the loop. Otherwise a number known only at
+    run time, which keeps it a loop: unrolled products each take tensor memory on sm_100, and past
+    512 columns the compiler emits an empty kernel.
+    """
+    end = cdiv(max(ranks, default=1), block_r) * block_r
+    return tl.constexpr(end) if len(ranks) == 1 and end == block_r else end
+
+
 def next_pow2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
@@ -88,21 +107,32 @@ def cdiv(a: int, b: int) -> int:
 
 
 class Arch(NamedTuple):
-    """What default configs depend on: multiprocessors, compute capability (90 for 9.0), shared bytes a program may have."""
+    """What default configs depend on: multiprocessors, compute capability (90 for 9.0), shared
+    bytes a program may have.
+    """
 
     sms: int
     capability: int
     shared: int
 
+    @property
+    def warpgroups(self) -> bool:
+        """Matrix instructions that read operands from shared memory (wgmma, tcgen05), so wide tiles
+        cost no registers.
+        """
+        return 90 <= self.capability < 120
 
-@functools.lru_cache(maxsize=None)
+
+@functools.cache
 def _cuda_arch(index: int) -> Arch:
     p = torch.cuda.get_device_properties(index)
     return Arch(p.multi_processor_count, 10 * p.major + p.minor, p.shared_memory_per_block_optin)
 
 
 def arch_of(device: torch.device) -> Arch:
-    """The device's Arch. Off CUDA: a small one on the CPU (interpreter), so that splits happen on small shapes."""
+    """The device's Arch. Off CUDA: a small one on the CPU (interpreter), so that splits happen on
+    small shapes.
+    """
     if device.type == "cuda":
         return _cuda_arch(torch.cuda.current_device() if device.index is None else device.index)
     return Arch(4 if device.type == "cpu" else 132, 90, 232448)
@@ -113,22 +143,29 @@ def is_power_of_two(n: int) -> bool:
 
 
 def check_blocks(config: Any, low: int = 16, **blocks: int) -> None:
-    """Shared validity of a config: blocks are powers of two >= low, warps a power of two <= 16, stages >= 1."""
+    """Shared validity of a config: blocks are powers of two >= low, warps a power of two <= 16,
+    stages >= 1.
+    """
     for name, value in blocks.items():
         if not is_power_of_two(value) or value < low:
             raise ValueError(
-                f"{type(config).__name__}.{name} is {value}; allowed: a power of two, at least {low}"
+                f"{type(config).__name__}.{name} is {value}; "
+                f"allowed: a power of two, at least {low}"
             )
     if not is_power_of_two(config.num_warps) or config.num_warps > 16:
         raise ValueError(
             f"{type(config).__name__}.num_warps is {config.num_warps}; allowed: 1, 2, 4, 8, 16"
         )
     if config.num_stages < 1:
-        raise ValueError(f"{type(config).__name__}.num_stages is {config.num_stages}; allowed: 1 or more")
+        raise ValueError(
+            f"{type(config).__name__}.num_stages is {config.num_stages}; allowed: 1 or more"
+        )
 
 
 def rows(name: str, t: torch.Tensor, dtypes: Sequence[torch.dtype] = DTYPES) -> torch.Tensor:
-    """``t`` checked to be a float matrix, with unit stride along its rows (copied only where it has none)."""
+    """``t`` checked to be a float matrix, with unit stride along its rows (copied only where it has
+    none).
+    """
     check_matrix(name, t)
     if t.dtype not in dtypes:
         allowed = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
@@ -140,12 +177,16 @@ def rows(name: str, t: torch.Tensor, dtypes: Sequence[torch.dtype] = DTYPES) -> 
 
 def check_matrix(name: str, t: torch.Tensor) -> None:
     if not isinstance(t, torch.Tensor) or t.dim() != 2:
-        got = f"shape {tuple(t.shape)}" if isinstance(t, torch.Tensor) else f"type {type(t).__name__}"
+        got = (
+            f"shape {tuple(t.shape)}" if isinstance(t, torch.Tensor) else f"type {type(t).__name__}"
+        )
         raise ValueError(f"{name} has {got}; allowed: a matrix (2 dimensions)")
 
 
 def row_stride(t: torch.Tensor) -> int:
-    """Elements from one row to the next (torch reports an arbitrary value where there is at most one row)."""
+    """Elements from one row to the next (torch reports an arbitrary value where there is at most
+    one row).
+    """
     return t.stride(0) if t.shape[0] > 1 else max(t.shape[1], 1)
 
 
@@ -175,7 +216,8 @@ def check_device(**tensors: torch.Tensor | None) -> torch.device:
             raise ValueError(f"{name} is on {t.device}; allowed: {device}, where {first} is")
     if device.type not in ("cuda", "meta") and not INTERPRET.value:
         raise ValueError(
-            f"{first} is on {device}; allowed: a CUDA device (or the CPU, with TRITON_INTERPRET=1 set before import)"
+            f"{first} is on {device}; allowed: a CUDA device "
+            "(or the CPU, with TRITON_INTERPRET=1 set before import)"
         )
     return device
 
@@ -185,7 +227,9 @@ def check_words(name: str, t: torch.Tensor | None, M: int, K: int) -> torch.Tens
     if t is None:
         return None
     if t.dtype != torch.int32:
-        raise TypeError(f"{name} has dtype {t.dtype}; allowed: torch.int32 (packed by bits.pack_bits)")
+        raise TypeError(
+            f"{name} has dtype {t.dtype}; allowed: torch.int32 (packed by bits.pack_bits)"
+        )
     check_shape(name, t, (M, cdiv(K, 32)), "packed words of [M, K]")
     return t.contiguous()
 

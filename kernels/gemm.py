@@ -3,12 +3,14 @@
     Y  [M, N] = X Wᵀ + S Bᵀ + bias
     dX [M, K] = sum over a group of dY_i W_i + mask_i * (dS_i A_i)
 
-Both are out = sum_i X_i W_iᵀ + mask_i * (L_i R_i) + bias, with W_i read as [N, K] or [K, N] by its strides. The low-rank part starts
-the accumulator: after the loop over K it would be a second product into an accumulator in flight, which does not compile for
-sm_100 in a flattened loop, and keeps registers alive that the loop needs. The mask is read as packed bits, never made here.
+Both are out = sum_i X_i W_iᵀ + mask_i * (L_i R_i) + bias, with W_i read as [N, K] or [K, N] by its
+strides. The low-rank part starts the accumulator: after the loop over K it would be a second
+product into an accumulator in flight, which does not compile for sm_100 in a flattened loop, and
+keeps registers alive that the loop needs. The mask is read as packed bits, never made here.
 
-With ``tma`` tiles come through tensor descriptors (bulk copies) and the grid is persistent; without, through pointers: for
-sm_80, and for operands a descriptor cannot describe (unaligned rows or base).
+With ``tma`` tiles come through tensor descriptors (bulk copies) and the grid is persistent;
+without, through pointers: for sm_80, and for operands a descriptor cannot describe (unaligned rows
+or base).
 """
 
 from __future__ import annotations
@@ -36,9 +38,9 @@ from .common import (
     check_words,
     dot,
     keep_tile,
-    next_pow2,
     per_adapter,
     precision,
+    rank_end,
     row_stride,
     rows,
 )
@@ -46,7 +48,9 @@ from .common import (
 
 @dataclass(frozen=True)
 class GemmConfig:
-    """Output tile, K step, rows of tiles walked together (for L2), low-rank chunk, and how tiles are loaded."""
+    """Output tile, K step, rows of tiles walked together (for L2), low-rank chunk, and how tiles
+    are loaded.
+    """
 
     block_m: int = 128
     block_n: int = 128
@@ -65,21 +69,26 @@ class GemmConfig:
             raise ValueError(f"GemmConfig.group_m is {self.group_m}; allowed: 1 or more")
 
     def shared_bytes(self, itemsize: int) -> int:
-        """What the pipeline of X and W tiles takes; the compiler adds a little, and the output tile with ``tma``."""
+        """What the pipeline of X and W tiles takes; the compiler adds a little, and the output tile
+        with ``tma``.
+        """
         return self.num_stages * (self.block_m + self.block_n) * self.block_k * itemsize
 
 
 def default_config(
     M: int, N: int, r: int, arch: Arch, *, group: int = 1, masked: bool = False, itemsize: int = 2
 ) -> GemmConfig:
-    """The tile each architecture's matrix unit likes, narrowed where a masked group needs a second accumulator."""
+    """The tile each architecture's matrix unit likes, narrowed where a masked group needs a second
+    accumulator.
+    """
     block_m = 128 if M > 64 else 64
     if itemsize == 4:
         return GemmConfig(64, 64, 32, num_warps=4, num_stages=2)
     if arch.capability in (90, 100) and block_m == 128:
         if masked and group > 1:
             return GemmConfig(128, 128, 64, tma=True)
-        # One loop for all: the next tile's first copies fly during this tile's store. Only a single inner loop can be flattened.
+        # One loop for all: the next tile's first copies fly during this tile's store. Only a single
+        # inner loop can be flattened.
         flatten = group == 1 and r <= 16
         return GemmConfig(128, 256 if N >= 256 else 128, 64, tma=True, flatten=flatten)
     return GemmConfig(
@@ -101,7 +110,8 @@ def _gemm_kernel(
 ):  # fmt: skip
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=FLATTEN):
-        # GROUP_M rows of tiles are walked column by column, so that W tiles are met again while in L2.
+        # GROUP_M rows of tiles are walked column by column, so that W tiles are met again while in
+        # L2.
         band = tile // (GROUP_M * tiles_n)
         in_band = tl.minimum(tiles_m - band * GROUP_M, GROUP_M)
         pid_m = band * GROUP_M + (tile % (GROUP_M * tiles_n)) % in_band
@@ -123,7 +133,9 @@ def _gemm_kernel(
                     other=0.0,
                 )
                 right = tl.load(
-                    Rs[i] + rank.to(tl.int64)[:, None] * r_strides[i] + col64[None, :] * n_strides[i],
+                    Rs[i]
+                    + rank.to(tl.int64)[:, None] * r_strides[i]
+                    + col64[None, :] * n_strides[i],
                     mask=rank_ok[:, None] & col_ok[None, :],
                     other=0.0,
                 )
@@ -152,7 +164,9 @@ def _gemm_kernel(
                         other=0.0,
                     )
                     w_tile = tl.load(
-                        ws[i] + k.to(tl.int64)[:, None] * w_k_strides[i] + col64[None, :] * w_n_strides[i],
+                        ws[i]
+                        + k.to(tl.int64)[:, None] * w_k_strides[i]
+                        + col64[None, :] * w_n_strides[i],
                         mask=k_ok[:, None] & col_ok[None, :],
                         other=0.0,
                     )
@@ -189,32 +203,32 @@ def plan_gemm(
     arch: Arch,
     config: GemmConfig,
 ) -> list[Launch]:
-    """The launch that fills ``y`` [M, N]: xs[i] [M, K_i], ws[i] [N, K_i] any strides, Ls[i] [M, r_i], Rs[i] [r_i, N].
+    """The launch that fills ``y`` [M, N]: xs[i] [M, K_i], ws[i] [N, K_i] any strides, Ls[i] [M,
+    r_i], Rs[i] [r_i, N].
 
     Falls back to pointers where an operand cannot have a descriptor; arguments already checked.
     """
     M, N = y.shape
     w_kn = all(w.stride(1) != 1 and w.stride(0) == 1 for w in ws)
-    tma = config.tma and all(_describable(t) for t in (y, *xs, *((w.T for w in ws) if w_kn else ws)))
+    tma = config.tma and all(
+        _describable(t) for t in (y, *xs, *((w.T for w in ws) if w_kn else ws))
+    )
     tiles = cdiv(M, config.block_m) * cdiv(N, config.block_n)
-    # One chunk of ranks and one adapter: a constant bound dissolves the loop, as flattening needs. Otherwise a bound known only
-    # at run time keeps it a loop: unrolled products each take tensor memory on sm_100, and past 512 columns the
-    # compiler emits an empty kernel.
-    rank_end: int | tl.constexpr = cdiv(max((r.shape[0] for r in Rs), default=1), config.block_r) * config.block_r
-    if len(Rs) == 1 and rank_end == config.block_r:
-        rank_end = tl.constexpr(rank_end)
+    ranks = [r.shape[0] for r in Rs]
     args = (
         _described(y, config.block_m, config.block_n) if tma else y,
         tuple(_described(x, config.block_m, config.block_k) if tma else x for x in xs),
         tuple(_weight(w, w_kn, config) if tma else w for w in ws),
-        tuple(Ls), tuple(Rs), tuple(words), bias, tuple(r.shape[0] for r in Rs),
-        tuple(row_stride(v) for v in Ls), tuple(r.stride(0) for r in Rs), tuple(r.stride(1) for r in Rs),
+        tuple(Ls), tuple(Rs), tuple(words), bias, tuple(ranks),
+        tuple(row_stride(v) for v in Ls),
+        tuple(r.stride(0) for r in Rs), tuple(r.stride(1) for r in Rs),
         M, N, tuple(x.shape[1] for x in xs), tuple(row_stride(x) for x in xs),
-        tuple(w.stride(0) for w in ws), tuple(w.stride(1) for w in ws), row_stride(y), cdiv(N, 32), rank_end,
+        tuple(w.stride(0) for w in ws), tuple(w.stride(1) for w in ws),
+        row_stride(y), cdiv(N, 32), rank_end(ranks, config.block_r),
     )  # fmt: skip
     meta = dict(
-        G=len(xs), TMA=tma, W_KN=w_kn,
-        FLATTEN=config.flatten, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
+        G=len(xs), TMA=tma, W_KN=w_kn, FLATTEN=config.flatten,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
         BLOCK_R=config.block_r, GROUP_M=config.group_m, PRECISION=precision(xs[0].dtype),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
@@ -241,17 +255,22 @@ def _fused(xs, ws, Ls, Rs, words, bias, config) -> torch.Tensor:
     if config is None:
         masked = any(w is not None for w in words)
         rank = max((r.shape[0] for r in Rs), default=16)
-        config = default_config(M, N, rank, arch, group=len(Ls), masked=masked, itemsize=y.element_size())
+        config = default_config(
+            M, N, rank, arch, group=len(Ls), masked=masked, itemsize=y.element_size()
+        )
     if config.shared_bytes(y.element_size()) > arch.shared:
         raise ValueError(
-            f"config needs {config.shared_bytes(y.element_size())} bytes of shared memory; allowed: {arch.shared} here"
+            f"config needs {config.shared_bytes(y.element_size())} bytes of shared memory; "
+            f"allowed: {arch.shared} here"
         )
     for launch in plan_gemm(y, xs, ws, Ls, Rs, words, bias, arch, config):
         launch.run()
     return y
 
 
-def _check_weight(name: str, w: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype, why: str) -> None:
+def _check_weight(
+    name: str, w: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype, why: str
+) -> None:
     check_matrix(name, w)
     check_shape(name, w, shape, why)
     if w.dtype != dtype:
@@ -269,9 +288,9 @@ def fused_linear(
 ) -> torch.Tensor:
     """Y [M, N] in x's dtype = x Wᵀ + S Bᵀ + bias, one launch.
 
-    x [M, K] fp16/bf16/fp32, any row stride; w [N, K] x's dtype, any strides (Conv1D's [K, N]: pass its transpose);
-    s [M, r] x's dtype, scale included; b [N, r] fp32 or x's dtype, any strides; r from 1 to 256; bias [N].
-    Errors: TypeError, ValueError, before any launch.
+    x [M, K] fp16/bf16/fp32, any row stride; w [N, K] x's dtype, any strides (Conv1D's [K, N]: pass
+    its transpose); s [M, r] x's dtype, scale included; b [N, r] fp32 or x's dtype, any strides; r
+    from 1 to 256; bias [N]. Errors: TypeError, ValueError, before any launch.
     """
     x = rows("x", x)
     M, K = x.shape
@@ -305,16 +324,20 @@ def fused_grad_input(
     *,
     config: GemmConfig | None = None,
 ) -> torch.Tensor:
-    """dX [M, K] in dY's dtype = sum over the group of dY_i W_i + mask_i * (dS_i A_i), one launch, one write.
+    """dX [M, K] in dY's dtype = sum over the group of dY_i W_i + mask_i * (dS_i A_i), one launch,
+    one write.
 
-    dys[i] [M, N_i] fp16/bf16/fp32, any row stride; ws[i] [N_i, K] the same dtype, any strides; ds[j] [M, r_j] the same
-    dtype, As[j] [r_j, K] fp32 or that dtype: as many adapters as there are (a projection may have none); bits: packed keep masks int32
-    [M, ceil(K / 32)], one for all adapters or one (or None) for each. Errors: TypeError, ValueError.
+    dys[i] [M, N_i] fp16/bf16/fp32, any row stride; ws[i] [N_i, K] the same dtype, any strides;
+    ds[j] [M, r_j] the same dtype, As[j] [r_j, K] fp32 or that dtype: as many adapters as there are
+    (a projection may have none); bits: packed keep masks int32 [M, ceil(K / 32)], one for all
+    adapters or one (or None) for each. Errors: TypeError, ValueError.
     """
     dys = [rows(f"dys[{i}]", d) for i, d in enumerate(dys)]
     ws, As = list(ws), list(As)
     if not dys or len(dys) != len(ws):
-        raise ValueError(f"dys has {len(dys)} entries, ws {len(ws)}; allowed: equal counts, at least 1")
+        raise ValueError(
+            f"dys has {len(dys)} entries, ws {len(ws)}; allowed: equal counts, at least 1"
+        )
     if len(ds) != len(As):
         raise ValueError(f"ds has {len(ds)} entries, As {len(As)}; allowed: equal counts")
     M, dtype = dys[0].shape[0], dys[0].dtype
@@ -334,7 +357,9 @@ def fused_grad_input(
         check_adapter_dtype(f"As[{i}]", a, dtype)
     if len({a.dtype for a in As}) > 1:
         As = [a.float() for a in As]
-    words = [check_words(f"bits[{i}]", w, M, K) for i, w in enumerate(per_adapter("bits", bits, len(As)))]
+    words = [
+        check_words(f"bits[{i}]", w, M, K) for i, w in enumerate(per_adapter("bits", bits, len(As)))
+    ]
     check_device(
         **{f"dys[{i}]": t for i, t in enumerate(dys)}, **{f"ws[{i}]": t for i, t in enumerate(ws)},
         **{f"ds[{i}]": t for i, t in enumerate(ds)}, **{f"As[{i}]": t for i, t in enumerate(As)},

@@ -1,8 +1,10 @@
-"""Gradients of the adapters. One pass over dY gives dS = scale * dY B and dB = dYᵀ S; one pass over X gives every dA of a group.
+"""Gradients of the adapters. One pass over dY gives dS = scale * dY B and dB = dYᵀ S; one pass over
+X gives every dA of a group.
 
-dY [M, N], B [N, r], S and dS [M, r], X [M, K], A [r, K]. The sums over N (for dS) and over M (for dB, dA) are split
-over programs, which write fp32 partials; a second kernel adds them in fixed order. No atomics: two runs agree bit for bit.
-dS leaves in the activation's dtype, dA and dB in fp32. The 1 / (1 - p) of dropout is part of ``scale`` here, as it is in S.
+dY [M, N], B [N, r], S and dS [M, r], X [M, K], A [r, K]. The sums over N (for dS) and over M (for
+dB, dA) are split over programs, which write fp32 partials; a second kernel adds them in fixed
+order. No atomics: two runs agree bit for bit. dS leaves in the activation's dtype, dA and dB in
+fp32. The 1 / (1 - p) of dropout is part of ``scale`` here, as it is in S.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ from .reduce import plan_sum
 from .shrink import default_config as default_shrink_config
 from .shrink import plan_shrink
 
-BLOCK_R_MAX = 128  # ranks one program accumulates; beyond it dY (X) is read again
+BLOCK_R_MAX = 128  # ranks one program accumulates; beyond it X (or dY) is read again
 GROUP_RANK = 128  # padded ranks one grad_a launch accumulates, over its adapters
 
 
@@ -75,15 +77,23 @@ class GradAConfig:
             raise ValueError(f"GradAConfig.split_m is {self.split_m}; allowed: 1 or more")
 
 
-def default_outer_config(M: int, N: int, r: int, arch: Arch, itemsize: int = 2) -> OuterConfig | None:
-    """Tall tiles keep the dB partials few (M / block_m of them); N is split until the device is full.
+def default_outer_config(
+    M: int, N: int, r: int, arch: Arch, itemsize: int = 2
+) -> OuterConfig | None:
+    """Tall tiles keep the dB partials few (M / block_m of them); N is split until the device is
+    full.
 
-    None where two passes over dY move fewer bytes than one pass with its partials: about r > 32 at large M.
+    None where two passes over dY are better: at large M from about r > 32, where they move fewer
+    bytes than one pass with its partials, and always above 64, where one pass holds two wide
+    accumulators in registers and spills.
     """
+    if r > 64:
+        return None
     stages = 3 if arch.shared > 160_000 else 2
-    block_m = min(256 if r <= 32 else 128, max(16, next_pow2(M)))
-    if arch.capability < 90 and r > 32:
-        block_m = min(block_m, 64)  # mma.sync keeps operands in registers: taller tiles spill
+    tall = 256 if r <= 32 else 128
+    if not arch.warpgroups and r > 32:
+        tall = 64  # mma.sync keeps operands in registers: taller tiles spill
+    block_m = min(tall, max(16, next_pow2(M)))
     blocks = cdiv(M, block_m)
     split = max(1, min(arch.sms // blocks, cdiv(N, 256)))
     partials = (8 * r * N * blocks if blocks > 1 else 0) + (8 * r * M * split if split > 1 else 0)
@@ -91,10 +101,10 @@ def default_outer_config(M: int, N: int, r: int, arch: Arch, itemsize: int = 2) 
         return None
     return OuterConfig(
         block_m=block_m,
-        block_n=64 if block_m * itemsize < 512 or stages > 2 else 32,
+        block_n=64 if stages > 2 or block_m * itemsize < 512 else 32,
         split_n=split,
         num_warps=8 if block_m >= 64 else 4,
-        num_stages=stages if r <= 64 else 2,
+        num_stages=stages,
     )
 
 
@@ -102,7 +112,9 @@ def default_grad_a_config(M: int, K: int, arch: Arch, ranks: Sequence[int] = (16
     """Column strips of X; M is split until the device is full, in parts of at least 256 rows."""
     split = max(1, min(arch.sms // max(1, cdiv(K, 64)), cdiv(M, 256)))
     held = min(GROUP_RANK, sum(max(16, next_pow2(r)) for r in ranks))
-    return GradAConfig(split_m=split, num_warps=8 if held > 64 else 4, num_stages=3 if held <= 64 else 2)
+    return GradAConfig(
+        split_m=split, num_warps=8 if held > 64 else 4, num_stages=3 if held <= 64 else 2
+    )
 
 
 @triton.jit
@@ -118,7 +130,9 @@ def _outer_kernel(
     row64 = row.to(tl.int64)
     dy_row = dy + row64[:, None] * dy_stride
     s_tile = tl.load(
-        s + row64[:, None] * s_stride + rank[None, :], mask=row_ok[:, None] & rank_ok[None, :], other=0.0
+        s + row64[:, None] * s_stride + rank[None, :],
+        mask=row_ok[:, None] & rank_ok[None, :],
+        other=0.0,
     )  # [BLOCK_M, BLOCK_R]
     db_part = db_out + block.to(tl.int64) * db_part_stride
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
@@ -130,9 +144,13 @@ def _outer_kernel(
         n64 = n.to(tl.int64)
         g = tl.load(dy_row + n[None, :], mask=row_ok[:, None] & n_ok[None, :], other=0.0)
         nr_ok = n_ok[:, None] & rank_ok[None, :]
-        b_tile = tl.load(b + n64[:, None] * b_n_stride + rank[None, :] * b_r_stride, mask=nr_ok, other=0.0)
+        b_tile = tl.load(
+            b + n64[:, None] * b_n_stride + rank[None, :] * b_r_stride, mask=nr_ok, other=0.0
+        )
         acc = dot(g, cast(b_tile, g.dtype), acc, PRECISION)
-        db = dot(tl.trans(g), s_tile.to(g.dtype), tl.zeros((BLOCK_N, BLOCK_R), tl.float32), PRECISION)
+        db = dot(
+            tl.trans(g), s_tile.to(g.dtype), tl.zeros((BLOCK_N, BLOCK_R), tl.float32), PRECISION
+        )
         tl.store(db_part + n64[:, None] * R + rank[None, :], db, mask=nr_ok)
     ds_part = ds_out + part.to(tl.int64) * ds_part_stride
     tl.store(
@@ -144,7 +162,8 @@ def _outer_kernel(
 
 @triton.jit
 def _grad_a_kernel(
-    x, ds, words, outs, ranks, ds_strides, part_strides, r_strides, k_strides, M, K, M_PART, x_stride, WORDS,
+    x, ds, words, outs, ranks, ds_strides, part_strides, r_strides, k_strides,
+    M, K, M_PART, x_stride, WORDS,
     G: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -154,7 +173,7 @@ def _grad_a_kernel(
     k_ok = k < K
     rank = tl.arange(0, BLOCK_R)
     acc = ()
-    for i in tl.static_range(G):
+    for _ in tl.static_range(G):
         acc = acc + (tl.zeros((BLOCK_K, BLOCK_R), tl.float32),)
     first = part * M_PART
     last = tl.minimum(first + M_PART, M)
@@ -162,7 +181,11 @@ def _grad_a_kernel(
         row = m0 + tl.arange(0, BLOCK_M)
         row_ok = row < last
         row64 = row.to(tl.int64)
-        xs = tl.load(x + row64[:, None] * x_stride + k[None, :], mask=row_ok[:, None] & k_ok[None, :], other=0.0)
+        xs = tl.load(
+            x + row64[:, None] * x_stride + k[None, :],
+            mask=row_ok[:, None] & k_ok[None, :],
+            other=0.0,
+        )
         new = ()
         for i in tl.static_range(G):
             d = tl.load(
@@ -172,8 +195,11 @@ def _grad_a_kernel(
             )  # [BLOCK_M, BLOCK_R]
             kept = xs
             if words[i] is not None:
-                kept = tl.where(keep_tile(words[i], row, row_ok, k0, WORDS, BLOCK_M, BLOCK_K), xs, 0.0)
-            # X transposed is the wide operand: a tall [BLOCK_K, rank] product fills the tensor core, the other way wastes it.
+                kept = tl.where(
+                    keep_tile(words[i], row, row_ok, k0, WORDS, BLOCK_M, BLOCK_K), xs, 0.0
+                )
+            # X transposed is the wide operand: a tall [BLOCK_K, rank] product fills the tensor
+            # core, the other way wastes it.
             new = new + (dot(tl.trans(kept.to(xs.dtype)), d, acc[i], PRECISION),)
         acc = new
     for i in tl.static_range(G):
@@ -194,7 +220,9 @@ def plan_outer(
     db: torch.Tensor,
     config: OuterConfig,
 ) -> list[Launch]:
-    """Launches that fill ds [M, r] and db [N, r] (fp32), both contiguous; arguments already checked."""
+    """Launches that fill ds [M, r] and db [N, r] (fp32), both contiguous; arguments already
+    checked.
+    """
     (M, N), r = dy.shape, b.shape[1]
     n_part = cdiv(cdiv(N, config.split_n), config.block_n) * config.block_n
     split, blocks = cdiv(N, n_part), cdiv(M, config.block_m)
@@ -206,7 +234,8 @@ def plan_outer(
         row_stride(dy), b.stride(0), b.stride(1), row_stride(s), M * r, N * r,
     )  # fmt: skip
     meta = dict(
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_R=block_r, PRECISION=precision(dy.dtype),
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_R=block_r,
+        PRECISION=precision(dy.dtype),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     launches = [Launch(_outer_kernel, (blocks, split, cdiv(r, block_r)), args, meta)]
@@ -229,7 +258,9 @@ def plan_grad_a(
     split = cdiv(M, m_part)
     # A partial repeats its output's layout, so that the sum runs over memory in order.
     partials = [
-        o if split == 1 else o.new_empty(split * o.numel()).as_strided((split, *o.shape), (o.numel(), *o.stride()))
+        o
+        if split == 1
+        else o.new_empty(split * o.numel()).as_strided((split, *o.shape), (o.numel(), *o.stride()))
         for o in outs
     ]
     # Each piece: at most BLOCK_R_MAX ranks of one adapter, a row range of its output.
@@ -241,12 +272,15 @@ def plan_grad_a(
     launches = []
     while pieces:
         held, take = 0, []
-        while pieces and (not take or held + max(16, next_pow2(pieces[0][0].shape[1])) <= GROUP_RANK):
+        while pieces and (
+            not take or held + max(16, next_pow2(pieces[0][0].shape[1])) <= GROUP_RANK
+        ):
             take.append(pieces.pop(0))
             held += max(16, next_pow2(take[-1][0].shape[1]))
         ranks = tuple(t[0].shape[1] for t in take)
         args = (
-            x, tuple(t[0] for t in take), tuple(t[1] for t in take), tuple(t[2] for t in take), ranks,
+            x, tuple(t[0] for t in take), tuple(t[1] for t in take),
+            tuple(t[2] for t in take), ranks,
             tuple(row_stride(t[0]) for t in take), tuple(t[3] for t in take),
             tuple(t[2].stride(-2) for t in take), tuple(t[2].stride(-1) for t in take),
             M, K, m_part, row_stride(x), cdiv(K, 32),
@@ -271,7 +305,9 @@ def plan_two_pass(
     db: torch.Tensor,
     arch: Arch,
 ) -> list[Launch]:
-    """The same outputs with dY read twice and nothing in partials but what fills the device: for large r."""
+    """The same outputs with dY read twice and nothing in partials but what fills the device: for
+    large r.
+    """
     (M, N), r = dy.shape, b.shape[1]
     down = plan_shrink(dy, [b.T], [None], [scale], ds, default_shrink_config(M, N, [r], arch))
     return down + plan_grad_a(dy, [s], [None], [db.T], default_grad_a_config(M, N, arch, [r]))
@@ -285,10 +321,12 @@ def grad_output(
     *,
     config: OuterConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(dS [M, r] in dY's dtype, dB [N, r] fp32) = (scale * dY B, dYᵀ S), dY read once (twice for large r).
+    """(dS [M, r] in dY's dtype, dB [N, r] fp32) = (scale * dY B, dYᵀ S), dY read once (twice for
+    large r).
 
-    dy [M, N] fp16/bf16/fp32, any row stride; b [N, r] fp32 or dy's dtype, any strides; s [M, r] dy's dtype, any row
-    stride, its scale already in it; r from 1 to 256. Errors: TypeError, ValueError, before any launch.
+    dy [M, N] fp16/bf16/fp32, any row stride; b [N, r] fp32 or dy's dtype, any strides; s [M, r]
+    dy's dtype, any row stride, its scale already in it; r from 1 to 256. Errors: TypeError,
+    ValueError, before any launch.
     """
     dy, s = rows("dy", dy), rows("s", s, (dy.dtype,))
     (M, N), r = dy.shape, s.shape[1]
@@ -321,8 +359,8 @@ def grad_a(
 ) -> list[torch.Tensor]:
     """[dA_i [r_i, K] fp32] = dS_iᵀ (mask_i X) for each adapter of a group; X is read once for all.
 
-    x [M, K] fp16/bf16/fp32, any row stride; ds[i] [M, r_i] x's dtype, any row stride; bits as in :func:`shrink.shrink`.
-    Errors: TypeError, ValueError, before any launch.
+    x [M, K] fp16/bf16/fp32, any row stride; ds[i] [M, r_i] x's dtype, any row stride; bits as in
+    :func:`shrink.shrink`. Errors: TypeError, ValueError, before any launch.
     """
     x = rows("x", x)
     M, K = x.shape
@@ -332,9 +370,13 @@ def grad_a(
     for i, d in enumerate(ds):
         check_rank(f"ds[{i}]", d.shape[1])
         check_shape(f"ds[{i}]", d, (M, d.shape[1]), "x has M rows")
-    words = [check_words(f"bits[{i}]", w, M, K) for i, w in enumerate(per_adapter("bits", bits, len(ds)))]
+    words = [
+        check_words(f"bits[{i}]", w, M, K) for i, w in enumerate(per_adapter("bits", bits, len(ds)))
+    ]
     check_device(
-        x=x, **{f"ds[{i}]": d for i, d in enumerate(ds)}, **{f"bits[{i}]": w for i, w in enumerate(words)}
+        x=x,
+        **{f"ds[{i}]": d for i, d in enumerate(ds)},
+        **{f"bits[{i}]": w for i, w in enumerate(words)},
     )
     outs = [x.new_empty((d.shape[1], K), dtype=torch.float32) for d in ds]
     if M == 0 or K == 0:

@@ -1,4 +1,6 @@
-"""The second stage of every split sum: fp32 partials [P, n] -> [n], added in index order, so two runs agree bit for bit."""
+"""The second stage of every split sum: fp32 partials [P, n] -> [n], added in index order, so two
+runs agree bit for bit.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ def _sum_kernel(partials, outs, counts, sizes, G: tl.constexpr, BLOCK: tl.conste
 
 
 def plan_sum(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Launch:
-    """One launch that sums each contiguous fp32 partial [P, ...] into its contiguous out [...], in out's dtype."""
+    """One launch that sums each contiguous fp32 partial [P, ...] into its contiguous out [...], in
+    out's dtype.
+    """
     partials = tuple(p for p, _ in pairs)
     outs = tuple(o for _, o in pairs)
     counts = tuple(p.shape[0] for p in partials)

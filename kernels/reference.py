@@ -1,7 +1,9 @@
-"""What the kernels compute, written as float64 torch formulas, and the layout of the packed dropout mask.
+"""What the kernels compute, written as float64 torch formulas, and the layout of the packed dropout
+mask.
 
-Shapes: X [M, K], W [N, K], A [r, K], B [N, r], S [M, r], Y [M, N]; a mask is bool [M, K], True where an element is kept.
-The scale of an adapter (alpha / r, times 1 / (1 - p) under dropout) enters once in each direction: in S, and in dS.
+Shapes: X [M, K], W [N, K], A [r, K], B [N, r], S [M, r], Y [M, N]; a mask is bool [M, K], True
+where an element is kept. The scale of an adapter (alpha / r, times 1 / (1 - p) under dropout)
+enters once in each direction: in S, and in dS.
 """
 
 from __future__ import annotations
@@ -32,7 +34,11 @@ def expand(s: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def linear(
-    x: Tensor, w: Tensor, s: Tensor | None = None, b: Tensor | None = None, bias: Tensor | None = None
+    x: Tensor,
+    w: Tensor,
+    s: Tensor | None = None,
+    b: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Y [M, N] = X Wᵀ + S Bᵀ + bias."""
     y = _wide(x) @ _wide(w).T
@@ -84,7 +90,9 @@ def decode_mixed(
     index: Tensor,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """Y [M, N] of a batch whose row m uses adapter index[m] of stacked A [L, r, K], B [L, N, r] (-1: none)."""
+    """Y [M, N] of a batch whose row m uses adapter index[m] of stacked A [L, r, K], B [L, N, r]
+    (-1: none).
+    """
     y = linear(x, w, bias=bias)
     for m, i in enumerate(index.tolist()):
         if i >= 0:
@@ -93,13 +101,16 @@ def decode_mixed(
 
 
 def pack_bits(keep: Tensor) -> Tensor:
-    """bool [M, K] -> int32 words [M, ceil(K / 32)]: bit j of word w is column 32 w + j; spare bits are 0."""
+    """bool [M, K] -> int32 words [M, ceil(K / 32)]: bit j of word w is column 32 w + j; spare bits
+    are 0.
+    """
     if keep.dtype != torch.bool or keep.dim() != 2:
         raise TypeError(f"keep is {keep.dtype} {tuple(keep.shape)}; allowed: torch.bool [M, K]")
     M, K = keep.shape
     words = -(-K // 32)
     octets = torch.nn.functional.pad(keep, (0, 32 * words - K)).reshape(M, words, 4, 8)
-    # Eight bools seen as one int64 hold a bit in each byte; the multiply gathers them in the top byte.
+    # Eight bools seen as one int64 hold a bit in each byte; the multiply gathers them in the top
+    # byte.
     lanes = octets.contiguous().view(torch.int64).reshape(M, words, 4)
     octet = ((lanes * 0x0102040810204080) >> 56) & 0xFF  # [M, words, 4]
     return octet.to(torch.uint8).view(torch.int32).reshape(M, words)
@@ -109,14 +120,19 @@ def unpack_bits(words: Tensor, K: int) -> Tensor:
     """int32 words [M, ceil(K / 32)] -> bool [M, K], the inverse of :func:`pack_bits`."""
     if words.dtype != torch.int32 or words.dim() != 2 or words.shape[1] != -(-K // 32):
         raise TypeError(
-            f"words is {words.dtype} {tuple(words.shape)}; allowed: torch.int32 [M, {-(-K // 32)}] for K = {K}"
+            f"words is {words.dtype} {tuple(words.shape)}; "
+            f"allowed: torch.int32 [M, {-(-K // 32)}] for K = {K}"
         )
     shift = torch.arange(32, dtype=torch.int32, device=words.device)
     return ((words[:, :, None] >> shift) & 1).bool().flatten(1)[:, :K]
 
 
-def philox_words(seed: int, row: Tensor, word: Tensor, call: int, group: int, rounds: int) -> list[Tensor]:
-    """Four streams of 32 random bits (as int64) of Philox-4x32 at counter (word, row, call, group), key = seed."""
+def philox_words(
+    seed: int, row: Tensor, word: Tensor, call: int, group: int, rounds: int
+) -> list[Tensor]:
+    """Four streams of 32 random bits (as int64) of Philox-4x32 at counter (word, row, call, group),
+    key = seed.
+    """
     low = 0xFFFFFFFF
     row, word = torch.broadcast_tensors(row.to(torch.int64), word.to(torch.int64))
     c0, c1 = word & low, row & low

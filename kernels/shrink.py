@@ -1,7 +1,8 @@
 """S_i = scale_i * (mask_i X) A_iᵀ for a group of adapters that read the same X, which is read once.
 
-X [M, K]; A_i [r_i, K]; S [M, sum r_i], the adapters side by side in columns. Small M is split over K: fp32 partials, then a
-sum in fixed order (no atomics). A stays in the dtype the user keeps it in and is cast to X's in the kernel.
+X [M, K]; A_i [r_i, K]; S [M, sum r_i], the adapters side by side in columns. Small M is split over
+K: fp32 partials, then a sum in fixed order (no atomics). A stays in the dtype the user keeps it in
+and is cast to X's in the kernel.
 """
 
 from __future__ import annotations
@@ -58,12 +59,14 @@ class ShrinkConfig:
 
 
 def default_config(M: int, K: int, ranks: Sequence[int], arch: Arch) -> ShrinkConfig:
-    """Enough programs to fill the device: narrower row blocks first, then K split in parts of at least 512."""
-    block_m = 64
+    """Enough programs to fill the device: narrower row blocks first, then K split in parts of at
+    least 512.
+    """
+    held = min(LAUNCH_RANK, sum(max(16, next_pow2(r)) for r in ranks))
+    block_m = 64 if held <= 64 or arch.warpgroups else 32
     while block_m > 16 and cdiv(M, block_m) < arch.sms * 3 // 4:
         block_m //= 2
     split = max(1, min(arch.sms // cdiv(M, block_m), K // 512))
-    held = min(LAUNCH_RANK, sum(max(16, next_pow2(r)) for r in ranks))
     return ShrinkConfig(
         block_m=block_m,
         block_k=128 if block_m <= 32 and held <= 32 else 64,
@@ -87,7 +90,7 @@ def _shrink_kernel(
     x_row = x + row.to(tl.int64)[:, None] * x_stride
 
     acc = ()
-    for i in tl.static_range(G):
+    for _ in tl.static_range(G):
         acc = acc + (tl.zeros((BLOCK_M, BLOCK_R), tl.float32),)
     first = part * K_PART
     last = tl.minimum(first + K_PART, K)
@@ -98,13 +101,17 @@ def _shrink_kernel(
         new = ()
         for i in tl.static_range(G):
             a = tl.load(
-                As[i] + rank.to(tl.int64)[None, :] * a_r_strides[i] + k.to(tl.int64)[:, None] * a_k_strides[i],
+                As[i]
+                + rank.to(tl.int64)[None, :] * a_r_strides[i]
+                + k.to(tl.int64)[:, None] * a_k_strides[i],
                 mask=(rank < ranks[i])[None, :] & k_ok[:, None],
                 other=0.0,
             )  # [BLOCK_K, BLOCK_R]
             kept = xs
             if words[i] is not None:
-                kept = tl.where(keep_tile(words[i], row, row_ok, k0, WORDS, BLOCK_M, BLOCK_K), xs, 0.0)
+                kept = tl.where(
+                    keep_tile(words[i], row, row_ok, k0, WORDS, BLOCK_M, BLOCK_K), xs, 0.0
+                )
             new = new + (dot(kept.to(xs.dtype), cast(a, xs.dtype), acc[i], PRECISION),)
         acc = new
 
@@ -184,11 +191,13 @@ def shrink(
     out_dtype: torch.dtype | None = None,
     config: ShrinkConfig | None = None,
 ) -> torch.Tensor:
-    """S [M, sum r_i] in ``out_dtype`` (default X's): columns of adapter i hold scale_i * (mask_i X) A_iᵀ.
+    """S [M, sum r_i] in ``out_dtype`` (default X's): columns of adapter i hold scale_i * (mask_i X)
+    A_iᵀ.
 
-    x [M, K] fp16/bf16/fp32, any row stride; A_i [r_i, K] fp32 or x's dtype, any strides, r_i from 1 to 256; bits: packed
-    keep masks int32 [M, ceil(K / 32)], one for all or one (or None) for each. Fold 1 / (1 - p) into scale_i.
-    Errors: TypeError or ValueError naming the argument, before any launch.
+    x [M, K] fp16/bf16/fp32, any row stride; A_i [r_i, K] fp32 or x's dtype, any strides, r_i from 1
+    to 256; bits: packed keep masks int32 [M, ceil(K / 32)], one for all or one (or None) for each.
+    Fold 1 / (1 - p) into scale_i. Errors: TypeError or ValueError naming the argument, before any
+    launch.
     """
     x = rows("x", x)
     As = list(As)
@@ -202,16 +211,27 @@ def shrink(
         check_adapter_dtype(f"As[{i}]", a, x.dtype)
     if len({a.dtype for a in As}) > 1:
         As = [a.float() for a in As]  # one signature for the group; mixed dtypes are rare
-    words = [check_words(f"bits[{i}]", w, M, K) for i, w in enumerate(per_adapter("bits", bits, len(As)))]
+    words = [
+        check_words(f"bits[{i}]", w, M, K) for i, w in enumerate(per_adapter("bits", bits, len(As)))
+    ]
     factors = per_adapter("scales", scales, len(As))
     check_device(
-        x=x, **{f"As[{i}]": a for i, a in enumerate(As)}, **{f"bits[{i}]": w for i, w in enumerate(words)}
+        x=x,
+        **{f"As[{i}]": a for i, a in enumerate(As)},
+        **{f"bits[{i}]": w for i, w in enumerate(words)},
     )
     out = x.new_empty((M, sum(a.shape[0] for a in As)), dtype=out_dtype or x.dtype)
     if M == 0:
         return out
     if K == 0:
         return out.zero_()
-    for launch in plan_shrink(x, As, words, factors, out, config or default_config(M, K, [a.shape[0] for a in As], arch_of(x.device))):
+    for launch in plan_shrink(
+        x,
+        As,
+        words,
+        factors,
+        out,
+        config or default_config(M, K, [a.shape[0] for a in As], arch_of(x.device)),
+    ):
         launch.run()
     return out

@@ -1,10 +1,11 @@
 """Decode: Y = X Wᵀ + scale * (X Aᵀ) Bᵀ + bias for M <= 16 rows, in one launch over raw pointers.
 
-Every program owns block_n outputs and streams its rows of W once; the low-rank S is computed again by each program beside
-it (A is small and stays in L2), which costs no second launch and no exchange between programs. Where that repetition is the
-larger traffic (large r, wide N), pass ``s`` from :func:`shrink.shrink`. Nothing is allocated but the output, nothing syncs, so the launch
-can be captured in a CUDA graph. With ``index``, row m uses adapter index[m] of stacked A [L, r, K], B [L, N, r]
-(ranks padded with zeros); -1 is the base layer alone.
+Every program owns block_n outputs and streams its rows of W once; the low-rank S is computed again
+by each program beside it (A is small and stays in L2), which costs no second launch and no exchange
+between programs. Where that repetition is the larger traffic (large r, wide N), pass ``s`` from
+:func:`shrink.shrink`. Nothing is allocated but the output, nothing syncs, so the launch can be
+captured in a CUDA graph. With ``index``, row m uses adapter index[m] of stacked A [L, r, K], B [L,
+N, r] (ranks padded with zeros); -1 is the base layer alone.
 """
 
 from __future__ import annotations
@@ -56,11 +57,17 @@ def default_config(M: int, N: int, r: int, arch: Arch) -> SmallConfig:
     """The widest block that still gives every multiprocessor a program."""
     if M == 1 and r <= VECTOR_RANK:
         block_n = 16 if cdiv(N, 16) >= arch.sms else 8 if cdiv(N, 8) >= arch.sms else 4
-        return SmallConfig(block_n=block_n, block_k=512 if r <= 32 else 256, num_warps=8)
+        return SmallConfig(
+            block_n=block_n, block_k=512 if r <= 32 and arch.capability >= 90 else 256, num_warps=8
+        )
     block_n = 64
     while block_n > 16 and cdiv(N, block_n) < arch.sms:
         block_n //= 2
-    return SmallConfig(block_n=block_n, block_k=128 if r <= 64 else 64, num_stages=3 if r <= 64 else 2)
+    return SmallConfig(
+        block_n=block_n,
+        block_k=128 if r <= 64 else 64,
+        num_stages=3 if r <= (64 if arch.shared > 80_000 else 16) else 2,
+    )
 
 
 @triton.jit
@@ -69,7 +76,7 @@ def _gemv_kernel(
     w_n_stride, w_k_stride, a_l_stride, a_r_stride, b_l_stride, b_n_stride, b_r_stride,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """One row, no tensor core: products are kept apart by column of K and summed once at the end."""
+    """One row, no tensor core: products stay apart by column of K and are summed at the end."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     rank = tl.arange(0, BLOCK_R)
     n_ok, rank_ok = n < N, rank < R
@@ -90,7 +97,11 @@ def _gemv_kernel(
         k = k0 + tl.arange(0, BLOCK_K)
         k_ok = k < K
         xs = tl.load(x + k, mask=k_ok, other=0.0)
-        ws = tl.load(w_row + k.to(tl.int64)[None, :] * w_k_stride, mask=n_ok[:, None] & k_ok[None, :], other=0.0)
+        ws = tl.load(
+            w_row + k.to(tl.int64)[None, :] * w_k_stride,
+            mask=n_ok[:, None] & k_ok[None, :],
+            other=0.0,
+        )
         wide = xs.to(tl.float32)[None, :]
         y_acc += ws.to(tl.float32) * wide
         if s is None:
@@ -123,7 +134,9 @@ def _rows_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Up to 16 rows. The products are transposed (W tile times Xᵀ), so that W is the tall operand of the tensor core."""
+    """Up to 16 rows. The products are transposed (W tile times Xᵀ), so that W is the tall operand
+    of the tensor core.
+    """
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.arange(0, BLOCK_M)
     rank = tl.arange(0, BLOCK_R)
@@ -140,11 +153,17 @@ def _rows_kernel(
         k = k0 + tl.arange(0, BLOCK_K)
         k_ok = k < K
         xs = tl.trans(tl.load(x_row + k[None, :], mask=m_ok[:, None] & k_ok[None, :], other=0.0))
-        ws = tl.load(w_row + k.to(tl.int64)[None, :] * w_k_stride, mask=n_ok[:, None] & k_ok[None, :], other=0.0)
+        ws = tl.load(
+            w_row + k.to(tl.int64)[None, :] * w_k_stride,
+            mask=n_ok[:, None] & k_ok[None, :],
+            other=0.0,
+        )
         y_acc = dot(ws, xs, y_acc, PRECISION)
         if s is None and index is None:
             a_tile = tl.load(
-                a + rank64[:, None] * a_r_stride + k[None, :], mask=rank_ok[:, None] & k_ok[None, :], other=0.0
+                a + rank64[:, None] * a_r_stride + k[None, :],
+                mask=rank_ok[:, None] & k_ok[None, :],
+                other=0.0,
             )
             s_acc = dot(cast(a_tile, dtype), xs, s_acc, PRECISION)
 
@@ -172,7 +191,11 @@ def _rows_kernel(
                     for k0 in range(0, K, BLOCK_K):
                         k = k0 + tl.arange(0, BLOCK_K)
                         k_ok = k < K
-                        xs = tl.trans(tl.load(x_row + k[None, :], mask=m_ok[:, None] & k_ok[None, :], other=0.0))
+                        xs = tl.trans(
+                            tl.load(
+                                x_row + k[None, :], mask=m_ok[:, None] & k_ok[None, :], other=0.0
+                            )
+                        )
                         a_tile = tl.load(
                             a + adapter * a_l_stride + rank64[:, None] * a_r_stride + k[None, :],
                             mask=rank_ok[:, None] & k_ok[None, :],
@@ -213,7 +236,9 @@ def plan_small(
     scale: float,
     config: SmallConfig,
 ) -> list[Launch]:
-    """The one launch that fills ``y`` [M, N] (contiguous); arguments already checked, a [L, r, K] and b [L, N, r]."""
+    """The one launch that fills ``y`` [M, N] (contiguous); arguments already checked, a [L, r, K]
+    and b [L, N, r].
+    """
     (M, K), N, r = x.shape, w.shape[0], b.shape[2]
     a_strides = (0, 0) if a is None else (a.stride(0), a.stride(1))
     tail = (w.stride(0), w.stride(1), *a_strides, b.stride(0), b.stride(1), b.stride(2))
@@ -225,7 +250,26 @@ def plan_small(
         meta |= dict(BLOCK_N=config.block_n, BLOCK_K=config.block_k, BLOCK_R=block_r)
         return [Launch(_gemv_kernel, grid, args, meta)]
     s_stride = 0 if s is None else row_stride(s)
-    args = (y, x, w, a, b, s, bias, index, scales, scale, M, N, K, r, b.shape[0], row_stride(x), s_stride, *tail)
+    args = (
+        y,
+        x,
+        w,
+        a,
+        b,
+        s,
+        bias,
+        index,
+        scales,
+        scale,
+        M,
+        N,
+        K,
+        r,
+        b.shape[0],
+        row_stride(x),
+        s_stride,
+        *tail,
+    )
     meta |= dict(
         BLOCK_M=16, BLOCK_N=max(16, config.block_n), BLOCK_K=config.block_k, BLOCK_R=block_r,
         PRECISION=precision(x.dtype),
@@ -234,9 +278,11 @@ def plan_small(
 
 
 def check_index(index: torch.Tensor, M: int, L: int) -> None:
-    """Shape and dtype always; the values (-1 to L - 1) where they can be seen without a sync, i.e. on the CPU.
+    """Shape and dtype always; the values (-1 to L - 1) where they can be seen without a sync, i.e.
+    on the CPU.
 
-    Call it on the host copy before moving an index to the GPU: the kernels treat an index out of range as -1.
+    Call it on the host copy before moving an index to the GPU: the kernels treat an index out of
+    range as -1.
     """
     if index.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"index has dtype {index.dtype}; allowed: torch.int32, torch.int64")
@@ -261,15 +307,18 @@ def decode(
 ) -> torch.Tensor:
     """Y [M, N] in x's dtype = x Wᵀ + scale * (x Aᵀ) Bᵀ + bias, M <= 16, one launch.
 
-    x [M, K] fp16/bf16/fp32; w [N, K] x's dtype, any strides (for Conv1D's [K, N] pass its transpose);
-    a [r, K], b [N, r] fp32 or x's dtype, r from 1 to 256; bias [N]. Mixed batch: index int32/int64 [M] of -1..L-1, a [L, r, K],
-    b [L, N, r], scales fp32 [L] in place of scale. s [M, r] x's dtype, scale included, replaces a where given.
-    Errors: TypeError, ValueError, before any launch.
+    x [M, K] fp16/bf16/fp32; w [N, K] x's dtype, any strides (for Conv1D's [K, N] pass its
+    transpose); a [r, K], b [N, r] fp32 or x's dtype, r from 1 to 256; bias [N]. Mixed batch: index
+    int32/int64 [M] of -1..L-1, a [L, r, K], b [L, N, r], scales fp32 [L] in place of scale. s [M,
+    r] x's dtype, scale included, replaces a where given. Errors: TypeError, ValueError, before any
+    launch.
     """
     x = rows("x", x)
     M, K = x.shape
     if M > MAX_ROWS:
-        raise ValueError(f"x has {M} rows; allowed: at most {MAX_ROWS} (use the gemm or write kernels)")
+        raise ValueError(
+            f"x has {M} rows; allowed: at most {MAX_ROWS} (use the gemm or write kernels)"
+        )
     check_matrix("w", w)
     N = w.shape[0]
     check_shape("w", w, (N, K), "[N, K], K as x")
@@ -305,7 +354,10 @@ def decode(
         check_index(index, M, L)
         index = index.contiguous()
         if scales is None or scales.dtype != torch.float32:
-            raise TypeError(f"scales is {None if scales is None else scales.dtype}; allowed with index: torch.float32")
+            raise TypeError(
+                f"scales is {None if scales is None else scales.dtype}; "
+                "allowed with index: torch.float32"
+            )
         check_shape("scales", scales, (L,), "one for each adapter")
     check_device(x=x, w=w, a=a, b=b, bias=bias, index=index, scales=scales, s=s)
     y = x.new_empty((M, N))

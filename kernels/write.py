@@ -1,7 +1,9 @@
-"""The low-rank part written to a new matrix, on which the vendor GEMM then accumulates (``addmm_``): the hybrid order.
+"""The low-rank part written to a new matrix, on which the vendor GEMM then accumulates
+(``addmm_``): the hybrid order.
 
-Forward: S Bᵀ + bias. Backward: sum over the group of mask_i * (dS_i A_i). Both are one kernel: out [M, N] = sum_i mask_i *
-(L_i R_i) + bias + add, with L_i [M, r_i] and R_i [r_i, N] read through strides (so R may be Bᵀ or A itself).
+Forward: S Bᵀ + bias. Backward: sum over the group of mask_i * (dS_i A_i). Both are one kernel: out
+[M, N] = sum_i mask_i * (L_i R_i) + bias + add, with L_i [M, r_i] and R_i [r_i, N] read through
+strides (so R may be Bᵀ or A itself).
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from .common import (
     next_pow2,
     per_adapter,
     precision,
+    rank_end,
     row_stride,
     rows,
 )
@@ -51,8 +54,8 @@ class WriteConfig:
 @triton.jit
 def _write_kernel(
     out, Ls, Rs, words, bias, add, ranks, l_strides, r_strides, n_strides,
-    M, N, out_stride, add_stride, WORDS,
-    G: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    M, N, out_stride, add_stride, WORDS, RANK_END,
+    G: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     tiles_n = tl.cdiv(N, BLOCK_N)
@@ -68,10 +71,12 @@ def _write_kernel(
     if bias is not None:
         acc += tl.load(bias + col, mask=col_ok, other=0.0).to(tl.float32)[None, :]
     if add is not None:
-        acc += tl.load(add + row64[:, None] * add_stride + col[None, :], mask=ok, other=0.0).to(tl.float32)
+        acc += tl.load(add + row64[:, None] * add_stride + col[None, :], mask=ok, other=0.0).to(
+            tl.float32
+        )
     for i in tl.static_range(G):
         part = tl.zeros((BLOCK_M, BLOCK_N), tl.float32) if words[i] is not None else acc
-        for r0 in tl.range(0, CHUNKS * BLOCK_R, BLOCK_R, num_stages=1):
+        for r0 in tl.range(0, RANK_END, BLOCK_R, num_stages=1):
             rank = r0 + tl.arange(0, BLOCK_R)
             rank_ok = rank < ranks[i]
             left = tl.load(
@@ -89,13 +94,21 @@ def _write_kernel(
             keep = keep_tile(words[i], row, row_ok, n0, WORDS, BLOCK_M, BLOCK_N)
             part = acc + tl.where(keep, part, 0.0)
         acc = part
-    tl.store(out + row64[:, None] * out_stride + col[None, :], cast(acc, out.dtype.element_ty), mask=ok)
+    tl.store(
+        out + row64[:, None] * out_stride + col[None, :], cast(acc, out.dtype.element_ty), mask=ok
+    )
 
 
 def default_config(M: int, ranks: Sequence[int]) -> WriteConfig:
-    """A write-bound kernel: 64x128 tiles, shorter for few rows; rank chunks no wider than the ranks."""
+    """A write-bound kernel: 64x128 tiles, shorter for few rows; rank chunks no wider than the
+    ranks.
+    """
     block_m = 64 if M > 32 else max(16, next_pow2(M))
-    return WriteConfig(block_m=block_m, num_warps=8 if block_m == 64 else 4, block_r=min(64, max(16, next_pow2(max(ranks)))))
+    return WriteConfig(
+        block_m=block_m,
+        num_warps=8 if block_m == 64 else 4,
+        block_r=min(64, max(16, next_pow2(max(ranks)))),
+    )
 
 
 def plan_write(
@@ -109,14 +122,18 @@ def plan_write(
 ) -> list[Launch]:
     """The launch that fills ``out`` [M, N]; arguments already checked, Rs any strides."""
     M, N = out.shape
+    ranks = [r.shape[0] for r in Rs]
     args = (
-        out, tuple(Ls), tuple(Rs), tuple(words), bias, add, tuple(r.shape[0] for r in Rs),
-        tuple(row_stride(v) for v in Ls), tuple(r.stride(0) for r in Rs), tuple(r.stride(1) for r in Rs),
+        out, tuple(Ls), tuple(Rs), tuple(words), bias, add, tuple(ranks),
+        tuple(row_stride(v) for v in Ls),
+        tuple(r.stride(0) for r in Rs), tuple(r.stride(1) for r in Rs),
         M, N, row_stride(out), 0 if add is None else row_stride(add), cdiv(N, 32),
+        rank_end(ranks, config.block_r),
     )  # fmt: skip
     meta = dict(
-        G=len(Ls), CHUNKS=cdiv(max(r.shape[0] for r in Rs), config.block_r),
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_R=config.block_r, PRECISION=precision(Ls[0].dtype), num_warps=config.num_warps, num_stages=config.num_stages,
+        G=len(Ls), BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_R=config.block_r,
+        PRECISION=precision(Ls[0].dtype),
+        num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     grid = (cdiv(M, config.block_m) * cdiv(N, config.block_n),)
     return [Launch(_write_kernel, grid, args, meta)]
@@ -133,8 +150,9 @@ def expand(
 ) -> torch.Tensor:
     """[M, N] = S Bᵀ (+ bias) (+ add), a new tensor in ``out_dtype`` (default S's).
 
-    s [M, r] fp16/bf16/fp32, any row stride (a column slice of a group's S); b [N, r] fp32 or s's dtype, any strides; bias [N];
-    add [M, N], e.g. the output of a base layer that no kernel of ours can read. Errors: TypeError, ValueError.
+    s [M, r] fp16/bf16/fp32, any row stride (a column slice of a group's S); b [N, r] fp32 or s's
+    dtype, any strides; bias [N]; add [M, N], e.g. the output of a base layer that no kernel of ours
+    can read. Errors: TypeError, ValueError.
     """
     s = rows("s", s)
     M, r = s.shape
@@ -153,7 +171,9 @@ def expand(
     check_device(s=s, b=b, bias=bias, add=add)
     out = s.new_empty((M, N), dtype=out_dtype or s.dtype)
     if out.numel():
-        for launch in plan_write(out, [s], [b.T], [None], bias, add, config or default_config(M, [r])):
+        for launch in plan_write(
+            out, [s], [b.T], [None], bias, add, config or default_config(M, [r])
+        ):
             launch.run()
     return out
 
@@ -166,15 +186,19 @@ def low_rank_grad_input(
     out_dtype: torch.dtype | None = None,
     config: WriteConfig | None = None,
 ) -> torch.Tensor:
-    """[M, K] = sum over adapters of mask_i * (dS_i A_i), a new tensor in ``out_dtype`` (default dS's).
+    """[M, K] = sum over adapters of mask_i * (dS_i A_i), a new tensor in ``out_dtype`` (default
+    dS's).
 
-    ds[i] [M, r_i] fp16/bf16/fp32, any row stride; As[i] [r_i, K] fp32 or that dtype; bits as in :func:`shrink.shrink`.
-    The base part, sum of dY_i W_i, is then accumulated on it. Errors: TypeError, ValueError.
+    ds[i] [M, r_i] fp16/bf16/fp32, any row stride; As[i] [r_i, K] fp32 or that dtype; bits as in
+    :func:`shrink.shrink`. The base part, sum of dY_i W_i, is then accumulated on it. Errors:
+    TypeError, ValueError.
     """
     ds = [rows(f"ds[{i}]", d) for i, d in enumerate(ds)]
     As = list(As)
     if not ds or len(ds) != len(As):
-        raise ValueError(f"ds has {len(ds)} entries, As {len(As)}; allowed: equal counts, at least 1")
+        raise ValueError(
+            f"ds has {len(ds)} entries, As {len(As)}; allowed: equal counts, at least 1"
+        )
     M = ds[0].shape[0]
     if As[0].dim() != 2:
         raise ValueError(f"As[0] has shape {tuple(As[0].shape)}; allowed: [r, K]")
@@ -188,7 +212,9 @@ def low_rank_grad_input(
         check_adapter_dtype(f"As[{i}]", a, d.dtype)
     if len({a.dtype for a in As}) > 1:
         As = [a.float() for a in As]
-    words = [check_words(f"bits[{i}]", w, M, K) for i, w in enumerate(per_adapter("bits", bits, len(As)))]
+    words = [
+        check_words(f"bits[{i}]", w, M, K) for i, w in enumerate(per_adapter("bits", bits, len(As)))
+    ]
     check_device(
         **{f"ds[{i}]": d for i, d in enumerate(ds)},
         **{f"As[{i}]": a for i, a in enumerate(As)},

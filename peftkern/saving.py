@@ -41,6 +41,11 @@ class AdapterFiles:
         """Write the adapter's ``README.md``, or bring it up to date."""
         create_or_update_model_card(self, output_dir)
 
+    def _upload_modified_files(self, working_dir: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+        # transformers' push_to_hub has put a card of its own, or the hub's, over the one just saved
+        self.create_or_update_model_card(working_dir)
+        return super()._upload_modified_files(working_dir, *args, **kwargs)  # type: ignore[misc]
+
     def save_pretrained(
         self: Any,
         save_directory: str | os.PathLike[str],
@@ -116,7 +121,7 @@ class AdapterFiles:
     def _save_config(self: Any, config: PeftConfig, folder: str) -> None:
         base = self.get_base_model()
         if config.base_model_name_or_path is None:
-            config.base_model_name_or_path = base.__dict__.get("name_or_path")
+            config.base_model_name_or_path = base.__dict__.get("name_or_path") or None
         mapping = None
         if config.task_type is None:
             mapping = {

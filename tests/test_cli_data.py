@@ -1,4 +1,4 @@
-"""``peftkern train``: reading data, refusing bad data and bad options, turning text into token ids."""
+"""``peftkern train``: reading data, refusing bad data and options, making token ids of text."""
 
 from __future__ import annotations
 
@@ -166,7 +166,9 @@ def test_token_labels_and_batches(tokenizer: Any) -> None:
     assert batch["attention_mask"].tolist() == [[1, 1], [1, 0]]
     assert batch["labels"].tolist() == [[1, 0], [0, -100]]
     assert target_count(batch["labels"], "token_cls") == 3
-    assert target_count(batch["labels"], "causal_lm") == 1  # the first place of a row predicts nothing
+    assert (
+        target_count(batch["labels"], "causal_lm") == 1
+    )  # the first place of a row predicts nothing
     rows = [Record("1", text="a0 a1 a2", label="B"), Record("2", text="a3", label="A")]
     coded = encode(rows, tokenizer, "seq_cls", 2, ["A", "B"])
     assert coded.cut == 1
@@ -232,7 +234,7 @@ def test_locating_models(tmp_path: Path) -> None:
         ({"--model": "/no/such/model"}, "--model /no/such/model: no such folder"),
         ({"--data": "nowhere.jsonl"}, "--data nowhere.jsonl: no such file or folder"),
         ({"--lora-r": "0"}, "--lora-r is 0; it must be at least 1"),
-        ({"--lora-r": "many"}, "'many' is not a valid int"),
+        ({"--lora-r": "many"}, "Invalid value for '--lora-r'"),
         ({"--nonsense": "1"}, "--nonsense"),
         ({"--out": None}, "--out"),
     ],

@@ -114,9 +114,10 @@ def _subclass(layer):
     layer.base_layer.__class__ = Twice
 
 
-def _swap_a(layer):
-    layer.lora_A["default"] = nn.Linear(K, R, bias=False)
-    layer.lora_A["default"].weight.data = _noise(R, K)
+def _a():
+    a = nn.Linear(K, R, bias=False)
+    a.weight.data = _noise(R, K)
+    return a
 
 
 def _swap_base(layer):
@@ -148,9 +149,14 @@ CHANGES = {
     "new_base_parameter": lambda m: setattr(m.base_layer, "weight", nn.Parameter(_noise(N, K))),
     "no_more_bias": lambda m: setattr(m.base_layer, "bias", None),
     "other_rank": _other_rank,
-    "swap_a": _swap_a,
+    "swap_a": lambda m: m.lora_A.update({"default": _a()}),
     "swap_base": _swap_base,
     "scaling": lambda m: m.scaling.update(default=7.5),
+    "new_scaling": lambda m: setattr(m, "scaling", {**m.scaling, "default": 7.5}),
+    "b_bias": lambda m: setattr(m.lora_B["default"], "bias", nn.Parameter(_noise(N))),
+    "swap_a_dict": lambda m: setattr(m, "lora_A", nn.ModuleDict({**copy.deepcopy(m.lora_A), "default": _a()})),
+    "swap_dropouts": lambda m: setattr(m, "lora_dropout", nn.ModuleDict({"default": nn.Dropout(0.7)})),
+    "a_subclass": lambda m: setattr(m.lora_A["default"], "__class__", Twice),
     "trained_base": lambda m: m.base_layer.requires_grad_(True),
     "frozen_a": _freeze_a,
     "frozen": lambda m: m.requires_grad_(False),
@@ -159,6 +165,7 @@ CHANGES = {
     "dropout_eval": lambda m: (m.lora_dropout.update({"default": nn.Dropout(0.7)}), m.lora_dropout.eval()),
     "dropout_all": lambda m: m.lora_dropout.update({"default": nn.Dropout(1.0)}),
     "dropout_other": lambda m: m.lora_dropout.update({"default": Doubled()}),
+    "dropout_patched": lambda m: setattr(m.lora_dropout["default"], "forward", lambda x: 3 * x),
     "dropout_hook": lambda m: m.lora_dropout["default"].register_forward_hook(lambda *a: 2 * a[-1]),
     "base_hook": lambda m: m.base_layer.register_forward_hook(lambda *a: a[-1] + 1),
     "base_pre_hook": lambda m: m.base_layer.register_forward_pre_hook(lambda _, a: (2 * a[0],)),
@@ -182,11 +189,12 @@ CHANGES = {
 
 # the changes after which a call is not fused, and a part of what explain() says
 REASONS = {
+    "b_bias": "lora_bias", "a_subclass": "lora_A", "dropout_patched": "lora_dropout",
     "dropout_other": "dropout is a Doubled", "dropout_hook": "lora_dropout has hooks",
     "base_hook": "base layer has hooks", "base_pre_hook": "base layer has hooks",
     "base_backward_hook": "base layer has hooks", "a_hook": "lora_A has hooks", "b_pre_hook": "lora_B has hooks",
     "patched_forward": "overridden forward", "patched_a": "overridden forward",
-    "subclass": "Twice", "parametrised": "Linear", "offloaded": "base layer has", "fsdp1": "lora_A",
+    "subclass": "Twice", "parametrised": "not a plain Parameter", "offloaded": "base layer has", "fsdp1": "lora_A",
     "weight_is_buffer": "not a plain Parameter",
     "disabled": "disabled", "both_active": "several adapters are active: default, other",
     "none_active": "no active adapter",
@@ -195,14 +203,14 @@ REASONS = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_nothing_is_remembered(change):
-    ours, theirs = layer_pair(dropout=0.3 if change in ("nothing", "dropout_hook") else 0.0)
+    ours, theirs = layer_pair(dropout=0.3 if change in ("nothing", "dropout_hook", "dropout_patched") else 0.0)
     before = assert_agree(ours, theirs)
     for model in (ours, theirs):
         CHANGES[change](layer_of(model))
     # a trained base weight gets its gradient from both; PEFT alone trains nothing when all is frozen
     after = assert_agree(ours, theirs)
     if change not in ("nothing", "trained_base", "frozen_a", "frozen", "double", "offloaded", "fsdp1", "dropout_eval",
-                      "dropout_p", "dropout_all", "dropout_hook"):  # fmt: skip
+                      "dropout_p", "dropout_all", "dropout_hook", "swap_dropouts"):  # fmt: skip
         same = after["again"].shape == before["again"].shape and torch.allclose(after["again"], before["again"])
         assert not same or change == "base_backward_hook", "the change changed nothing, so it proves nothing"
 
@@ -227,8 +235,15 @@ def test_a_global_hook_sees_the_inner_modules():
     finally:
         handle.remove()
     assert seen.count(nn.Linear) == 3
+    handle = nn.modules.module.register_module_full_backward_hook(lambda module, *rest: seen.append(type(module)))
     seen.clear()
-    ours(torch.ones(1, K))
+    try:
+        ours(torch.ones(1, K)).sum().backward()
+    finally:
+        handle.remove()
+    assert seen.count(nn.Linear) == 3
+    seen.clear()
+    ours(torch.ones(1, K)).sum().backward()
     assert not seen
 
 
@@ -278,6 +293,21 @@ def test_backward_keeps_no_dropped_x_and_no_mask(kind, p):
         assert held(theirs) > 64 * K * 4
 
 
+def test_dropout_alone_in_training_mode():
+    """Monte Carlo dropout: the model is in evaluation mode but for its dropout modules."""
+    ours, theirs = layer_pair(dropout=0.5)
+    x, out = torch.randn(5, K), []
+    for model in (ours.eval(), theirs.eval()):
+        model(x)
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.train()
+        torch.manual_seed(2)
+        with torch.no_grad():
+            out.append(model(x))
+    torch.testing.assert_close(*out)
+
+
 def test_mixed_batch_checks_its_names():
     ours, _ = layer_pair()
     x = torch.randn(3, K)
@@ -314,6 +344,6 @@ def test_sharded_by_fsdp2(tmp_path):
                 mine = got[key].full_tensor() if hasattr(got[key], "full_tensor") else got[key]
                 torch.testing.assert_close(mine, value, rtol=1e-5, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}")
             if alone:  # otherwise the block's hooks bring plain weights before this layer runs
-                assert "hooks" in peftkern.explain(ours)[0].reason
+                assert "DTensor" in peftkern.explain(ours)[0].reason
     finally:
         dist.destroy_process_group()

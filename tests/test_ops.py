@@ -255,7 +255,7 @@ def test_backend_is_chosen_in_one_place(monkeypatch):
             assert describe()[0] == "torch"
             lora_linear(*case(2, 3, 4, 1, 0), 1.0)
     with peftkern.use_backend("torch"):
-        assert describe() == ("torch", "PEFTKERN_BACKEND=torch")
+        assert "PEFTKERN_BACKEND=torch" in describe()[1]
     with pytest.raises(ValueError, match=r"abacus.*auto, torch"), peftkern.use_backend("abacus"):
         raise AssertionError("the block must not run")
     lora_linear(*case(2, 3, 4, 1, 0), 1.0)  # as before

@@ -97,10 +97,12 @@ def test_settings_build_what_peft_builds(name):
     ours, theirs = pair(family, task, **settings)
     assert_same_parameters(ours, theirs)
     assert set(ours.base_model.targeted_module_names) == set(theirs.base_model.targeted_module_names)
-    for (key, a), (_, b) in zip(ours.named_modules(), theirs.named_modules(), strict=True):
-        if isinstance(a, LoraLayer):
-            assert (a.scaling, a.r, a.lora_alpha) == (b.scaling, b.r, b.lora_alpha), key
-            assert a.fan_in_fan_out == b.fan_in_fan_out, key
+    built = [(n, m) for n, m in ours.named_modules() if isinstance(m, LoraLayer)]
+    assert built
+    for key, mine in built:
+        other = theirs.get_submodule(key)
+        for what in ("scaling", "r", "lora_alpha", "fan_in_fan_out", "in_features", "out_features", "active_adapters"):
+            assert getattr(mine, what) == getattr(other, what), (key, what)
     batch = inputs(family, task)
     tolerance = EXACT if settings.get("dtype") is None else {"rtol": 0.02, "atol": 0.02}
     torch.testing.assert_close(first(ours(**batch)), first(theirs(**batch)), **tolerance)

@@ -6,14 +6,14 @@ installed; without it, it would write and read the whole model. This subclass as
 
 from __future__ import annotations
 
-import inspect
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_callback import PrinterCallback
 
 from . import resume
@@ -29,18 +29,46 @@ class AdapterTrainer(Trainer):
     """
 
     def __init__(
-        self, *args: Any, identity: dict[str, Any], notes: dict[str, Any], keep: int, **kwargs: Any
+        self,
+        *args: Any,
+        task: str,
+        identity: dict[str, Any],
+        notes: dict[str, Any],
+        keep: int,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.remove_callback(PrinterCallback)
-        self._identity, self._notes, self._keep = identity, notes, keep
+        self._task, self._identity, self._notes, self._keep = task, identity, notes, keep
         self._run_dir: str | None = None
-        # Without HF peft, Trainer asks the wrapper instead of the model how it takes its loss.
-        base = self.model.get_base_model()
-        kinds = [p.kind for p in inspect.signature(base.forward).parameters.values()]
-        self.model_accepts_loss_kwargs = getattr(
-            base, "accepts_loss_kwargs", inspect.Parameter.VAR_KEYWORD in kinds
-        )
+        self.model_accepts_loss_kwargs = True  # older versions of Trainer read this ...
+        self.loss_is_scaled_for_ga = True  # ... and newer ones this: see compute_loss
+
+    def get_batch_samples(
+        self, epoch_iterator: Any, num_batches: int, device: Any
+    ) -> tuple[list[dict[str, torch.Tensor]], int]:
+        """The micro-batches of one optimizer step, and how many targets they hold together."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        return batches, sum(target_count(batch["labels"], self._task) for batch in batches)
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The micro-batch's share of the mean loss over all targets of the optimizer step.
+
+        Trainer leaves the scaling to models whose forward takes keywords. Several of them (BERT's
+        classifiers, T5) take the count and ignore it, which multiplies loss and gradients by the
+        number of micro-batches.
+        """
+        outputs = model(**inputs)
+        loss = outputs.loss
+        if num_items_in_batch is not None:
+            loss = loss * (target_count(inputs["labels"], self._task) / num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
 
     def _get_output_dir(self, trial: Any) -> str:
         return self._run_dir or super()._get_output_dir(trial)
@@ -75,6 +103,11 @@ class AdapterTrainer(Trainer):
                 f"{len(wanted)}"
             )
         set_peft_model_state_dict(model, state)
+
+    def restore(self, checkpoint: str) -> None:
+        """Take over the adapter and the log of a checkpoint that needs no further step."""
+        self._load_from_checkpoint(checkpoint)
+        self.state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
 
 
 def save_adapter(model: Any, folder: str | Path) -> None:

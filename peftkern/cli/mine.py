@@ -123,9 +123,9 @@ def split_by_module(
 ) -> tuple[list[Mined], list[Mined]]:
     """(training, held-out) examples from disjoint sets of files, each shuffled with ``seed``.
 
-    Files are drawn until ``held_out`` examples are together (of each target, ``by_target``). At
-    most ``per_module`` examples are taken from a drawn file and the rest of it is not used at all;
-    a file that holds far more than is still needed stays in training.
+    Files are drawn until ``held_out`` examples are together (of each target, ``by_target``), at
+    most ``per_module`` from each; the rest of a drawn file is not used at all. The drawn files hold
+    no more than a third of what there is.
     """
     rng = random.Random(seed)
     held: list[Mined] = []
@@ -138,9 +138,11 @@ def split_by_module(
         modules = sorted(by_module)
         rng.shuffle(modules)
         missing = held_out
+        spare = sum(map(len, by_module.values())) // 3
         for module in modules:
             own = by_module[module]
-            if missing > 0 and len(own) <= max(2 * missing, per_module):
+            if missing > 0 and len(own) <= spare:
+                spare -= len(own)
                 chosen = rng.sample(own, min(len(own), per_module, missing))
                 held += chosen
                 missing -= len(chosen)

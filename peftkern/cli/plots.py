@@ -125,9 +125,12 @@ def _figure(
 
 
 def _encode(figure: Any, kind: str) -> str:
+    import matplotlib
+
     buffer = io.BytesIO()
-    # no date in the file: the same run gives the same bytes
+    # no date in the file and fixed names of its parts: the same run gives the same bytes
     metadata = {"Date": None} if kind == "svg" else None
-    figure.savefig(buffer, format=kind, dpi=150, metadata=metadata)
+    with matplotlib.rc_context({"svg.hashsalt": "peftkern"}):
+        figure.savefig(buffer, format=kind, dpi=150, metadata=metadata)
     mime = {"svg": "image/svg+xml", "png": "image/png"}[kind]
     return f"data:{mime};base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -34,6 +34,7 @@ class Checkpoint:
 
     path: Path
     step: int
+    last: bool  # no step is left to be taken
     identity: dict[str, Any]
     notes: dict[str, Any]
 
@@ -89,7 +90,9 @@ def find(out: Path) -> tuple[Checkpoint | None, list[str]]:
             )
             continue
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        return Checkpoint(path, step, manifest["identity"], manifest["notes"]), messages
+        state = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+        last = step >= state["max_steps"]
+        return Checkpoint(path, step, last, manifest["identity"], manifest["notes"]), messages
     return None, messages
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ def train(
     """
     console = console or Console()
     settings.validate()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("train runs in one process; start it without torchrun or accelerate launch")
     out = Path(settings.out)
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: exists and is not a folder")
@@ -157,6 +160,7 @@ def _run(
         args=_training_arguments(settings),
         data_collator=collate,
         train_dataset=training,
+        task=settings.task,
         identity=identity,
         notes=notes,
         keep=settings.keep,
@@ -165,7 +169,7 @@ def _run(
     batches = [collate(held[i : i + size]) for i in range(0, len(held), size)]
 
     def measure() -> dict[str, float]:
-        with trainer.autocast_smart_context_manager():
+        with trainer.accelerator.autocast():
             return held_out(model, batches, settings.task)
 
     if batches and "before" not in notes:
@@ -174,9 +178,14 @@ def _run(
     if checkpoint:
         console.print(f"going on from {checkpoint.path.name}")
     started = time.perf_counter()
-    with _progress(console) as progress:
-        trainer.add_callback(Watch(progress, progress.add_task("training", total=None, loss="")))
-        trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
+    if checkpoint and checkpoint.last:
+        # only the final save is missing; Trainer would take one step too many here
+        trainer.restore(str(checkpoint.path))
+    else:
+        with _progress(console) as progress:
+            task = progress.add_task("training", total=None, loss="")
+            trainer.add_callback(Watch(progress, task))
+            trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
     seconds = time.perf_counter() - started
     first_step = checkpoint.step if checkpoint else 0
     record = {
@@ -208,7 +217,7 @@ def _training_arguments(settings: TrainSettings) -> Any:
     if settings.gradient_checkpointing:
         options["gradient_checkpointing"] = True
         options["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
-    return TrainingArguments(
+    args = TrainingArguments(
         output_dir=settings.out,
         per_device_train_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.grad_accumulation,
@@ -235,6 +244,9 @@ def _training_arguments(settings: TrainSettings) -> Any:
         dataloader_pin_memory=torch.cuda.is_available() and not settings.cpu,
         **options,
     )
+    if args.n_gpu > 1:
+        args._n_gpu = 1  # else Trainer would split batches with nn.DataParallel
+    return args
 
 
 def _progress(console: Console) -> Progress:

@@ -1,7 +1,8 @@
 """Which implementation runs the operations: the one place where that is decided.
 
-``PEFTKERN_BACKEND`` is read at the first use: ``auto`` (default) takes the fastest that is proven
-for the device, ``torch`` forces torch's own products. A backend is a module with ``forward``,
+``PEFTKERN_BACKEND`` is read at the first use: ``torch`` forces torch's own products, ``triton`` the
+kernels of ``kernels/``, and ``auto`` (default) takes the fastest that was measured on the device. No
+GPU measurement exists yet, so ``auto`` is torch everywhere. A backend is a module with ``forward``,
 ``backward`` and ``infer`` of the signatures in :mod:`peftkern.ops.torch_backend`.
 """
 
@@ -15,11 +16,10 @@ from types import ModuleType
 from . import torch_backend
 
 ENV = "PEFTKERN_BACKEND"
-CHOICES = ("auto", "torch")
+CHOICES = ("auto", "torch", "triton")
 
 _forced: str | None = None
-# the module in use; None until the first operation. Read it as `backend.active or
-# backend.select()`.
+# the module in use; None until the first operation: read `backend.active or backend.select()`
 active: ModuleType | None = None
 
 
@@ -31,13 +31,7 @@ def requested() -> str:
     """
     choice = _forced or os.environ.get(ENV, "auto").lower() or "auto"
     if choice not in CHOICES:
-        hint = (
-            " The Triton backend is not built into this version yet." if choice == "triton" else ""
-        )
-        raise ValueError(
-            f"{ENV}={choice!r} is not a backend of this version; allowed: "
-            f"{', '.join(CHOICES)}.{hint}"
-        )
+        raise ValueError(f"{ENV}={choice!r} is no backend; allowed: {', '.join(CHOICES)}")
     return choice
 
 
@@ -54,16 +48,25 @@ def use_backend(choice: str) -> Iterator[None]:
 
 
 def select() -> ModuleType:
-    """Decide on the backend and make it :data:`active`. Every choice of this version is torch's."""
+    """Decide on the backend and make it :data:`active`.
+
+    Raises:
+        ValueError: the choice is none of ``CHOICES``.
+        ImportError: ``triton`` was asked for and is not installed.
+    """
     global active
-    requested()
-    active = torch_backend
+    if requested() == "triton":
+        from . import triton_backend
+
+        active = triton_backend
+    else:
+        active = torch_backend
     return active
 
 
 def describe() -> tuple[str, str]:
     """(backend, why it was taken), for ``explain``."""
     choice = requested()
-    if choice == "torch":
-        return "torch", f"{ENV}=torch"
-    return "torch", "the only backend of this version"
+    if choice == "auto":
+        return "torch", "auto: the Triton kernels have not been measured on a GPU yet"
+    return choice, f"asked for: {ENV}={choice}"

@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
+# modules that hold others and have no forward to copy
+CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
+
 
 def infer_device() -> str:
     """The accelerator of this process, or "cpu"."""
@@ -62,9 +65,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
 
     def __init__(self, module_to_save: nn.Module, adapter_name: str) -> None:
         super().__init__()
-        if isinstance(
-            module_to_save, (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
-        ):
+        if isinstance(module_to_save, CONTAINERS):
             raise TypeError(
                 f"modules_to_save cannot be applied to modules of type {type(module_to_save)}"
             )

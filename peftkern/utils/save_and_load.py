@@ -187,6 +187,12 @@ def get_peft_model_state_dict(
     if extra or prefixes:
         full = state_dict if state_dict is not None else model.state_dict()
         found.update({_clean(k): full[k] for k in extra if k in full})
+        if config.bias == "all":
+            # HF PEFT's files hold the bias of a fully trained module twice, under this name as well
+            own = f".modules_to_save.{adapter_name}."
+            for slot in adapter_slots(model, adapter_name):
+                if own in slot.model_key and slot.model_key.endswith(".bias"):
+                    found[_clean(slot.model_key).replace(own, ".modules_to_save.")] = found[slot.key]
         found.update({_clean(k): v for k, v in full.items() if k.startswith(prefixes or ("\0",))})
     return found
 

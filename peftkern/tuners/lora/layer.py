@@ -56,6 +56,10 @@ class _Plan:
     b: nn.Module
     a_store: Any
     b_store: Any
+    drop_store: Any
+    kind: type
+    drop: Any  # nn.Dropout or nn.Identity
+    drops: bool
     base_params: dict[str, Any]
     a_params: dict[str, Any]
     b_params: dict[str, Any]
@@ -76,7 +80,13 @@ class _Plan:
         plan.name, plan.active, plan.base, plan.transposed = names[0], active, base, transposed
         plan.a_store, plan.b_store = layer.lora_A._modules, layer.lora_B._modules
         plan.a, plan.b = layer.lora_A[plan.name], layer.lora_B[plan.name]
+        plan.kind = type(base)
+        plan.drop_store = layer.lora_dropout._modules
+        plan.drop = plan.drop_store[plan.name]
+        plan.drops = type(plan.drop) is nn.Dropout
         if type(plan.a) is not nn.Linear or type(plan.b) is not nn.Linear:
+            return None
+        if not plan.drops and type(plan.drop) is not nn.Identity:
             return None
         if plan.b._parameters.get("bias") is not None or "bias" not in base._parameters:
             return None
@@ -86,7 +96,7 @@ class _Plan:
             plan.b._parameters,
         )
         plan.scaling = layer.scaling
-        modules = (base, plan.a, plan.b)
+        modules = (base, plan.a, plan.b, plan.drop)
         if any("forward" in m.__dict__ for m in modules):
             return None
         plan.hooks = _GLOBAL_HOOKS + tuple(hooks for m in modules for hooks in _hook_dicts(m))
@@ -101,9 +111,12 @@ class _Plan:
             and state["_modules"]["base_layer"] is self.base
             and self.a_store.get(name) is self.a
             and self.b_store.get(name) is self.b
+            and self.drop_store.get(name) is self.drop
+            and self.base.__class__ is self.kind  # a parametrization changes the class in place
             and "forward" not in self.base.__dict__
             and "forward" not in self.a.__dict__
             and "forward" not in self.b.__dict__
+            and "forward" not in self.drop.__dict__
         )
 
 
@@ -191,10 +204,8 @@ class Linear(nn.Module, LoraLayer):
         if x.dtype is not dtype or low is not dtype or B.dtype is not dtype:
             if not _dtypes_fit(x, dtype, low, B.dtype):
                 return self._forward_general(x)
-        p: float | None = 0.0
-        if state["training"]:
-            p = _dropout_probability(self.lora_dropout[plan.name])
-        if p is None:
+        p = plan.drop.p if plan.drops and plan.drop.training else 0.0
+        if p >= 1.0:  # drops everything, which no factor 1 / (1 - p) expresses
             return self._forward_general(x)
         return lora_linear(
             x, weight, params["bias"], A, B, plan.scaling[plan.name], p, plan.transposed
@@ -285,15 +296,3 @@ def _dtypes_fit(x: Tensor, dtype: torch.dtype, low: torch.dtype, low_b: torch.dt
     if x.dtype == dtype:
         return low == dtype or low == torch.float32
     return torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
-
-
-def _dropout_probability(drop: nn.Module) -> float | None:
-    """What a training forward drops; None when the module is more than a plain dropout."""
-    if is_hooked(drop):
-        return None
-    if drop.__class__ is nn.Identity:
-        return 0.0
-    if drop.__class__ is nn.Dropout:
-        p = drop.p if drop.training else 0.0
-        return p if p < 1.0 else None
-    return None

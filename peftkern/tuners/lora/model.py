@@ -12,6 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ...utils.other import (
+    CONTAINERS,
     AuxiliaryTrainingWrapper,
     ModulesToSaveWrapper,
     find_modules_to_save,
@@ -107,6 +108,11 @@ class LoraModel(BaseTuner):
                 raise TypeError(
                     f"modules_to_save cannot be applied to `{key}`, which has an adapter already"
                 )
+            if isinstance(module, CONTAINERS):
+                raise TypeError(
+                    f"modules_to_save cannot be applied to `{key}`: a {type(module).__name__} has no "
+                    "forward of its own"
+                )
         return plan, saved
 
     @staticmethod
@@ -171,6 +177,9 @@ class LoraModel(BaseTuner):
             layer.update_layer(
                 adapter_name, r, alpha, config, self._autocast_dtype, low_cpu_mem_usage, trainable
             )
+        if active:
+            # before the copies: in a module trained in full the copy's bias trains, never the original's
+            self._train_biases(model, config)
         wrap_modules_to_save(model, adapter_name, saved, config.inference_mode, activate=active)
         for key, *_ in plan:
             if key not in self.targeted_module_names:

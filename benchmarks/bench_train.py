@@ -1,0 +1,60 @@
+"""A training step, forward and backward, of a Llama on a CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+from .llama import MEDIUM, SMALL, Shape, build, tokens, trio
+from .measure import BARE, OURS, PEFT, Work, check_equal
+
+BATCH, LENGTH = 2, 128
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1], ids="p{}".format)
+@pytest.mark.parametrize("shape", [SMALL, MEDIUM], ids=str)
+def test_step(compare: Callable[..., Any], shape: Shape, p: float) -> None:
+    models = trio(build(shape), "all-linear", p)
+    ids = tokens(shape, BATCH, LENGTH)
+    # the frozen model has nothing to train: its floor is the gradient of its embeddings, which
+    # passes through every layer
+    embedded = models[BARE].get_input_embeddings()(ids).requires_grad_()
+    inputs = {name: {"input_ids": ids} for name in (PEFT, OURS)}
+    inputs[BARE] = {"inputs_embeds": embedded}
+
+    def step(name: str) -> torch.Tensor:
+        loss = models[name](**inputs[name], labels=ids, use_cache=False).loss
+        loss.backward()
+        return loss
+
+    def forget(name: str) -> tuple[()]:
+        embedded.grad = None
+        models[name].train().zero_grad()
+        torch.manual_seed(3)
+        return ()
+
+    losses = {}
+    for name in (PEFT, OURS):
+        forget(name)
+        losses[name] = step(name)
+    check_equal("loss", losses[OURS], losses[PEFT])
+    theirs = dict(models[PEFT].named_parameters())
+    trained = [n for n, q in models[OURS].named_parameters() if q.requires_grad]
+    assert trained, "nothing is trained"
+    for parameter in trained:
+        ours = models[OURS].get_parameter(parameter).grad
+        scale = theirs[parameter].grad.abs().max()
+        assert scale > 0, f"no gradient for {parameter}"
+        check_equal(parameter, ours / scale, theirs[parameter].grad / scale, 1e-4)
+
+    compare(
+        f"training step {shape}, dropout {p}",
+        {name: Work(partial(step, name), partial(forget, name)) for name in models},
+        target=1.0,
+        rounds=21 if shape is SMALL else 15,
+        note=f"batch {BATCH} x {LENGTH}, all-linear, r=8; bare: gradient of the embeddings",
+    )

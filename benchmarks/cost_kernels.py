@@ -1,0 +1,199 @@
+"""What one launch moves: the record that every count is made of, and its value for each of our
+Triton kernels, read off the launch's own arguments and grid.
+
+``read`` and ``written`` are bytes of device memory under the rule that holds for vendor kernels
+too: each operand once for every sweep over it. Programs that run at the same time share what they
+load through the L2 cache, so a tile that many of them load counts once; a rank chunk that walks the
+whole of dY a second time counts it twice. ``requested`` is the other end: bytes that all programs
+together ask for, repeats included, with masked lanes left out; the hardware's L2 counters should
+show it (ring 4). It is 0 where a kernel is the vendor's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Traffic(NamedTuple):
+    """Device traffic of ``launches`` kernel launches: bytes and floating-point operations."""
+
+    name: str
+    launches: int
+    read: int
+    written: int
+    flops: int = 0
+    unit: str = "none"  # which rate the flops run at: matrix, fp32, or none
+    requested: int = 0
+
+    @property
+    def bytes(self) -> int:
+        return self.read + self.written
+
+
+def unit_of(dtype: torch.dtype) -> str:
+    """Products of two-byte floats run on the matrix unit; fp32 products do not, as torch is set."""
+    return "matrix" if dtype.itemsize <= 2 else "fp32"
+
+
+def nbytes(t: Any) -> int:
+    """Bytes of a tensor's elements, of what a tensor descriptor describes, or 0 for None."""
+    if t is None:
+        return 0
+    base = getattr(t, "base", t)  # a TensorDescriptor keeps its tensor there
+    return math.prod(t.shape) * base.element_size()
+
+
+def _total(ts: Iterable[Any]) -> int:
+    return sum(nbytes(t) for t in ts)
+
+
+def _once(ts: Iterable[Any]) -> int:
+    """Bytes of the tensors in ``ts``, one that is there several times counted once."""
+    return _total({id(t): t for t in ts if t is not None}.values())
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+Facts = dict[str, Any]  # a launch's arguments and constants by name, and "grid"
+
+
+def _bits(f: Facts) -> Traffic:
+    seed = nbytes(f["seed_ptr"])
+    return Traffic("bits", 1, seed, nbytes(f["out"]), requested=seed * math.prod(f["grid"]))
+
+
+def _shrink(f: Facts) -> Traffic:
+    x, As, words, (blocks, split) = f["x"], f["As"], f["words"], f["grid"]
+    rank = sum(f["ranks"])
+    return Traffic(
+        "shrink", 1,
+        read=nbytes(x) + _total(As) + _once(words),
+        written=split * f["M"] * rank * f["out"].element_size(),
+        flops=2 * f["M"] * f["K"] * rank,
+        unit=unit_of(x.dtype),
+        requested=nbytes(x) + blocks * _total(As) + _total(words),
+    )  # fmt: skip
+
+
+def _sum(f: Facts) -> Traffic:
+    read = _total(f["partials"])
+    return Traffic("sum", 1, read, _total(f["outs"]), requested=read)
+
+
+def _outer(f: Facts) -> Traffic:
+    dy, b, s, (blocks, split, chunks) = f["dy"], f["b"], f["s"], f["grid"]
+    return Traffic(
+        "outer", 1,
+        read=nbytes(dy) * chunks + nbytes(b) + nbytes(s),
+        written=nbytes(f["ds_out"]) + nbytes(f["db_out"]),
+        flops=4 * f["M"] * f["N"] * f["R"],
+        unit=unit_of(dy.dtype),
+        requested=nbytes(dy) * chunks + nbytes(b) * blocks + nbytes(s) * split,
+    )  # fmt: skip
+
+
+def _grad_a(f: Facts) -> Traffic:
+    x, ds, words = f["x"], f["ds"], f["words"]
+    return Traffic(
+        "grad_a", 1,
+        read=nbytes(x) + _total(ds) + _once(words),
+        written=_total(f["outs"]),
+        flops=2 * f["M"] * f["K"] * sum(f["ranks"]),
+        unit=unit_of(x.dtype),
+        requested=nbytes(x) + f["grid"][0] * _total(ds) + _total(words),
+    )  # fmt: skip
+
+
+def _low_rank(f: Facts) -> tuple[int, int, int]:
+    """(read, requested, flops) of the part that write and gemm share: Ls, Rs, words, bias."""
+    tiles_m, tiles_n = _cdiv(f["M"], f["BLOCK_M"]), _cdiv(f["N"], f["BLOCK_N"])
+    left, right, bias = _total(f["Ls"]), _total(f["Rs"]), nbytes(f["bias"])
+    return (
+        left + right + _once(f["words"]) + bias,
+        left * tiles_n + right * tiles_m + _total(f["words"]) + bias * tiles_m,
+        2 * f["M"] * f["N"] * sum(f["ranks"]),
+    )
+
+
+def _write(f: Facts) -> Traffic:
+    read, requested, flops = _low_rank(f)
+    add = nbytes(f["add"])
+    unit = unit_of(f["Ls"][0].dtype)
+    return Traffic("write", 1, read + add, nbytes(f["out"]), flops, unit, requested + add)
+
+
+def _gemm(f: Facts) -> Traffic:
+    read, requested, flops = _low_rank(f)
+    xs, ws = _total(f["xs"]), _total(f["ws"])
+    tiles_m, tiles_n = _cdiv(f["M"], f["BLOCK_M"]), _cdiv(f["N"], f["BLOCK_N"])
+    x = f["xs"][0]
+    return Traffic(
+        "gemm", 1,
+        read=read + _once(f["xs"]) + _once(f["ws"]),
+        written=nbytes(f["y"]),
+        flops=flops + 2 * f["M"] * f["N"] * sum(f["Ks"]),
+        unit=unit_of(getattr(x, "base", x).dtype),
+        requested=requested + xs * tiles_n + ws * tiles_m,
+    )  # fmt: skip
+
+
+def _small(f: Facts) -> Traffic:
+    """The decode kernels. With an index, at most one of the stacked adapters a row is read."""
+    x, w, s, index = f["x"], f["w"], f["s"], f["index"]
+    M, (programs,) = f.get("M", 1), f["grid"]
+    used, of = (1, 1) if index is None else (min(M, f["L"]), f["L"])
+    a, b = nbytes(f["a"]) * used // of, nbytes(f["b"]) * used // of
+    per_row = nbytes(x) * (1 if index is None or s is not None else 1 + used)
+    rest = nbytes(f["bias"]) + nbytes(index) + nbytes(f["scales"])
+    N, K, R = f["N"], f["K"], f["R"]
+    low = (2 * M * K * R * programs if s is None else 0) + 2 * M * N * R
+    return Traffic(
+        "small", 1,
+        read=nbytes(x) + nbytes(w) + a + b + nbytes(s) + rest,
+        written=nbytes(f["y"]),
+        flops=2 * M * N * K + low,
+        unit="fp32" if M == 1 else unit_of(x.dtype),
+        requested=nbytes(w) + b + programs * (per_row + a + nbytes(s)) + rest,
+    )  # fmt: skip
+
+
+_KERNELS: dict[str, Callable[[Facts], Traffic]] = {
+    "_bits_kernel": _bits,
+    "_shrink_kernel": _shrink,
+    "_sum_kernel": _sum,
+    "_outer_kernel": _outer,
+    "_grad_a_kernel": _grad_a,
+    "_write_kernel": _write,
+    "_gemm_kernel": _gemm,
+    "_gemv_kernel": _small,
+    "_rows_kernel": _small,
+}
+
+
+def traffic(launch: Any) -> Traffic:
+    """Traffic of one ``peftkern.kernels.common.Launch``; its tensors may be on the meta device.
+
+    Raises:
+        KeyError: the kernel has no rule here.
+    """
+    kernel = launch.kernel.__name__
+    if kernel not in _KERNELS:
+        known = ", ".join(_KERNELS)
+        raise KeyError(f"kernel {kernel} has no traffic rule; benchmarks.cost_kernels has {known}")
+    arguments = dict(zip(launch.kernel.arg_names, launch.args, strict=False))  # constants follow
+    return _KERNELS[kernel](arguments | launch.meta | {"grid": launch.grid})
+
+
+def vendor_gemm(M: int, N: int, K: int, dtype: torch.dtype, accumulate: bool) -> Traffic:
+    """The vendor's product [M, K] x [K, N]; ``accumulate``: onto its destination (``addmm_``)."""
+    size = dtype.itemsize
+    out = M * N * size
+    read = (M * K + K * N) * size + (out if accumulate else 0)
+    name = "vendor addmm_" if accumulate else "vendor mm"
+    return Traffic(name, 1, read, out, 2 * M * N * K, unit_of(dtype))

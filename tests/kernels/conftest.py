@@ -1,0 +1,40 @@
+"""Ring 2: the kernels themselves, run by Triton's CPU interpreter, against the float64 formulas
+beside them.
+"""
+
+import importlib
+import os
+import sys
+
+import pytest
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+
+def _interpret() -> None:
+    """Triton looks at TRITON_INTERPRET when a function is decorated. Its own library is decorated
+    at import, and transformers imports it, so in a process that ran other tests first that library
+    is decorated again.
+    """
+    import triton.language as tl
+    from triton.runtime.jit import JITFunction
+
+    if isinstance(tl.zeros, JITFunction):
+        for name in (
+            "triton.language.standard",
+            "triton.language.math",
+            "triton.language.random",
+            "triton.language",
+        ):
+            importlib.reload(sys.modules[name])
+
+
+_interpret()
+
+from peftkern.kernels import common  # noqa: E402
+
+if not common.INTERPRET.value:
+    raise pytest.UsageError(
+        "peftkern.kernels was imported for the compiler before tests/kernels; "
+        "run them in a process of their own, or set TRITON_INTERPRET=1"
+    )

@@ -1,0 +1,67 @@
+"""How kernel tests judge: by the error of the same formula in torch, in the same dtype, against
+float64.
+"""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import HealthCheck, Phase, settings
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+# Interpreted kernels take tens of milliseconds and more; shrinking a failure would take minutes for
+# little.
+few = settings(
+    max_examples=6,
+    deadline=None,
+    derandomize=True,
+    phases=[Phase.explicit, Phase.generate],
+    suppress_health_check=[HealthCheck.too_slow],
+)
+
+
+def assert_as_good_as_torch(kernel: Tensor, torch_result: Tensor, exact: Tensor) -> None:
+    """max |kernel - exact| <= 2 max |torch - exact|, or two roundings of the output where torch
+    happens to be exact.
+    """
+    assert kernel.shape == exact.shape, (
+        f"shape {tuple(kernel.shape)}, expected {tuple(exact.shape)}"
+    )
+    if not exact.numel():
+        return
+    error = (kernel.double() - exact).abs().max().item()
+    reference = (torch_result.double() - exact).abs().max().item()
+    rounding = 2 * torch.finfo(torch_result.dtype).eps * exact.abs().max().item()
+    assert error <= max(2 * reference, rounding), (
+        f"error {error:.3e}, torch's {reference:.3e}, rounding {rounding:.3e}"
+    )
+
+
+def matrix(
+    rows: int, columns: int, dtype: torch.dtype, *, seed: int, offset: int = 0, scale: float = 1.0
+) -> Tensor:
+    """A random matrix; with ``offset`` its rows are a slice of longer ones, so they are neither
+    dense nor aligned.
+    """
+    g = torch.Generator().manual_seed(seed)
+    wide = torch.randn(rows, columns + 2 * offset, generator=g) * scale
+    return wide.to(dtype)[:, offset : offset + columns]
+
+
+def keep_mask(rows: int, columns: int, seed: int) -> Tensor:
+    g = torch.Generator().manual_seed(seed)
+    return torch.rand(rows, columns, generator=g) > 0.3
+
+
+def masked(t: Tensor, keep: Tensor | None) -> Tensor:
+    return t if keep is None else t * keep
+
+
+def far_rows(rows: int, columns: int, seed: int) -> Tensor:
+    """fp16 rows 2**30 elements apart: the third one starts past int32. Only touched pages take
+    memory.
+    """
+    storage = torch.empty(2**31 + 4096, dtype=torch.float16)
+    far = storage.as_strided((rows, columns), (2**30, 1))
+    return far.copy_(matrix(rows, columns, torch.float16, seed=seed))

@@ -1,0 +1,136 @@
+"""Ring 2 through the front door: models on ``PEFTKERN_BACKEND=triton`` in Triton's interpreter."""
+
+import copy
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import peftkern
+from peftkern.ops import backend, bits, torch_backend, triton_backend
+
+
+@pytest.fixture(params=["hybrid", "fused"])
+def product(request, monkeypatch):
+    monkeypatch.setattr(triton_backend, "product", request.param)
+
+
+def tiny_llama():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=50,
+    )
+    return LlamaForCausalLM(config)
+
+
+def adapted(base, **settings):
+    torch.manual_seed(1)
+    config = peftkern.LoraConfig(
+        task_type="CAUSAL_LM", target_modules="all-linear", init_lora_weights=False, **settings
+    )
+    return peftkern.get_peft_model(copy.deepcopy(base), config)
+
+
+def train(model, ids, steps):
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3)
+    losses = []
+    for _ in range(steps):
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def test_a_tiny_llama_trains_as_on_the_torch_backend(product):
+    base, ids = tiny_llama(), torch.randint(0, 50, (2, 9))
+    found = {}
+    for choice in ("torch", "triton"):
+        model = adapted(base, r=5)
+        with peftkern.use_backend(choice):
+            assert peftkern.explain(model)[0].backend == f"{choice} fused"
+            losses = train(model, ids, 5)
+            with torch.no_grad():
+                one = model.eval()(ids[:1, :1]).logits  # the decode kernel
+                many = model(ids).logits
+        found[choice] = losses, one, many
+    assert found["torch"][0] == pytest.approx(found["triton"][0], abs=2e-6)
+    assert found["torch"][0][0] - found["torch"][0][-1] > 1e-3  # it did learn
+    for ours, want in zip(found["triton"][1:], found["torch"][1:], strict=True):
+        torch.testing.assert_close(ours, want, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_drops_the_same_elements_again(reentrant):
+    ids = torch.randint(0, 50, (2, 9))
+    with peftkern.use_backend("triton"):
+        model = adapted(tiny_llama(), r=3, lora_dropout=0.3)
+        grads = []
+        for checkpoint in (False, True):
+            if checkpoint:
+                model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            torch.manual_seed(3)
+            model(input_ids=ids, labels=ids).loss.backward()
+            grads.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
+            model.zero_grad()
+    for plain, again in zip(*grads, strict=True):
+        assert torch.equal(plain, again)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("p", [0.0, 0.25])
+def test_the_operation_beside_the_torch_backend(product, dtype, p):
+    """The same mask given to both backends gives the same products."""
+    torch.manual_seed(0)
+    M, K, N, r = 21, 70, 33, 6
+    x, w = torch.randn(M, K).to(dtype), torch.randn(K, N).to(dtype) / K**0.5
+    bias, A, B = torch.randn(N).to(dtype), torch.randn(r, K) / K**0.5, torch.randn(N, r)
+    y, s, words = triton_backend.forward(x, w, bias, A, B, 0.5, p)
+    wide = [t.double() for t in (x, w, bias, A, B)]
+    mask = bits.unpack_bits(words, K, torch.float64) if words is not None else 1.0
+    xd, wd, bd, ad, Bd = wide
+    s64 = (xd * mask) @ ad.T * (0.5 / (1 - p))
+    want = xd @ wd + bd + s64 @ Bd.T
+    error = 2e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(y.double(), want, atol=error * 3, rtol=error)
+    dy = torch.randn(M, N).to(dtype)
+    dx, da, db = triton_backend.backward(dy, x, w, A, B, s, words, 0.5, p, (True, True, True))
+    assert da.dtype == db.dtype == torch.float32
+    ds64 = dy.double() @ Bd * (0.5 / (1 - p))
+    for got, ref in (
+        (dx, dy.double() @ wd.T + ds64 @ ad * mask),
+        (da, ds64.T @ (xd * mask)),
+        (db, dy.double().T @ s64),
+    ):
+        torch.testing.assert_close(got.double(), ref, atol=error * ref.abs().max(), rtol=error)
+    if p:
+        assert 0.6 < mask.mean() < 0.9
+
+
+def test_what_the_kernels_do_not_take_goes_to_torch(caplog):
+    x = torch.randn(4, 8, dtype=torch.float64)
+    w, A, B = x.new_ones(8, 3), x.new_ones(2, 8), x.new_ones(3, 2)
+    caplog.set_level("INFO", logger="peftkern")
+    triton_backend._noted.clear()
+    for _ in range(2):
+        y = triton_backend.infer(x, w, None, A, B, 1.0, True)
+    torch.testing.assert_close(y, torch_backend.infer(x, w, None, A, B, 1.0, True))
+    assert caplog.text.count("float64") == 1
+    assert triton_backend.why_not(x.float(), A.float()) is None
+    assert "rank" in triton_backend.why_not(x.float(), torch.ones(300, 8))
+
+
+def test_the_choice_is_made_in_one_place(monkeypatch):
+    monkeypatch.setattr(backend, "active", None)
+    monkeypatch.setenv("PEFTKERN_BACKEND", "triton")
+    assert backend.select() is triton_backend and backend.describe()[0] == "triton"
+    monkeypatch.setenv("PEFTKERN_BACKEND", "cublas")
+    with pytest.raises(ValueError, match="PEFTKERN_BACKEND='cublas'.*auto, torch, triton"):
+        backend.select()
