@@ -59,7 +59,7 @@ test-all: lint
 	$(RUN_TESTS) -m "not gpu" $(ARGS)
 
 bench: $(READY)
-	HF_HUB_OFFLINE=1 $(PY) -m pytest benchmarks --benchmark-only $(ARGS)
+	HF_HUB_OFFLINE=1 $(PY) -m pytest benchmarks --benchmark-only --benchmark-quiet $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

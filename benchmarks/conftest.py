@@ -117,7 +117,7 @@ def pytest_terminal_summary(
     if not results:
         return
     terminalreporter.section(
-        f"peftkern / HF PEFT / bare, {torch.get_num_threads()} threads, "
+        f"peftkern / HF PEFT / bare; torch threads: {torch.get_num_threads()}; "
         f"load {', '.join(f'{x:.1f}' for x in os.getloadavg())}"
     )
     for line in report.table(results):

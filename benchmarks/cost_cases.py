@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
+from torch import Tensor, nn
+
 from peftkern.kernels import common, gemm, outer, shrink, small
 from peftkern.ops import bits as mask_bits
-from torch import Tensor, nn
 
 from . import cost_plan
 from .cost_count import Count, count, record
@@ -32,7 +33,8 @@ class Shape(NamedTuple):
 
 
 class Provider(NamedTuple):
-    """Who computes it. kind: plain | peft | torch | hybrid | fused | floor | plan hybrid | …"""
+    """Who computes it. ``kind``: "peft", "plain" (no adapters), "torch", "hybrid", "fused"
+    (peftkern's layers on a backend), or "floor", "plan hybrid", "plan fused" (``cost_plan``)."""
 
     name: str
     kind: str
@@ -116,7 +118,7 @@ def _build(case: str, shape: Shape) -> tuple[nn.Module, Tensor, list[str]]:
 
 
 class _Planned(torch.autograd.Function):
-    """Stands for a group: launches and keeps what the plan says, makes outputs of the right shape."""
+    """Stands for a group: launches and keeps what the plan says, makes empty outputs."""
 
     @staticmethod
     def forward(ctx: Any, module: PlannedGroup, x: Tensor, *weights: Tensor) -> Any:
@@ -145,7 +147,10 @@ class PlannedGroup(nn.Module):
     def __init__(self, group: cost_plan.Group, order: str, arch: common.Arch) -> None:
         super().__init__()
         self.group, self.order = group, order
-        self.launches = cost_plan.forward(group, order, arch), cost_plan.backward(group, order, arch)
+        self.launches = (
+            cost_plan.forward(group, order, arch),
+            cost_plan.backward(group, order, arch),
+        )
         for i, n in enumerate(group.Ns):
             for name, rows, cols in (("w", n, group.K), ("A", group.r, group.K), ("B", n, group.r)):
                 dtype = BF16 if name == "w" else group.adapter
@@ -193,7 +198,9 @@ def _plan(
             setattr(owner, name, _Member(planned, i))
 
 
-def _adapt(library: Any, model: nn.Module, targets: list[str], who: Provider, r: int, p: float) -> None:
+def _adapt(
+    library: Any, model: nn.Module, targets: list[str], who: Provider, r: int, p: float
+) -> None:
     config = library.LoraConfig(r=r, lora_alpha=2 * r, lora_dropout=p, target_modules=targets)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

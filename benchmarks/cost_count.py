@@ -6,8 +6,8 @@ many kernels it launches there and what they read and write. Autograd runs as it
 
 FakeTensors on "cuda" would be the obvious stand-in, but where torch is built without CUDA its
 autograd cannot use them: the forward aborts in the device guard, the backward asks for an
-accelerator. Three decisions on our way depend on the device being CUDA; :func:`as_cuda` takes
-them: ``Tensor.is_cuda``, ``Tensor.is_meta``, and dropout's choice of the fused CUDA kernel.
+accelerator. Four decisions on our way depend on the device being CUDA; :func:`as_cuda` takes
+them: ``Tensor.is_cuda``, ``Tensor.is_meta``, whether autocast is on, and dropout's choice of the fused CUDA kernel.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .cost_kernels import Traffic, unit_of
 
 # How many kernels an operation launches on CUDA, by class. Views and allocation launch none. The
 # copy in an out-of-place addmm onto a full matrix is added in `_product`.
-_FREE, _PRODUCT, _FILL, _ONE = "free", "product", "fill", "one"
+_FREE, _PRODUCT, _FILL, _ONE, _PLACE = "free", "product", "fill", "one", "place"
 _TABLE: dict[str, tuple[str, int]] = {}
 for _kind, _launches, _names in (
     (_FREE, 0, "empty empty_like empty_strided new_empty new_empty_strided _unsafe_view detach"),
@@ -42,6 +42,8 @@ for _kind, _launches, _names in (
     (_ONE, 1, "_scaled_dot_product_flash_attention"),
     # dO·O rows, then the main kernel, then dQ out of its fp32 accumulator
     (_ONE, 3, "_scaled_dot_product_flash_attention_backward"),
+    # zeros, then the gradient copied into its place
+    (_PLACE, 2, "slice_backward select_backward"),
 ):
     _TABLE |= dict.fromkeys(_names.split(), (_kind, _launches))
 
@@ -141,6 +143,8 @@ def operation(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) 
     changed = writes or [t for t in _tensors(out) if t.numel()]
     if kind == _FILL:
         reads = []
+    elif kind == _PLACE:
+        changed = [*changed, *reads]
     if name in ("embedding", "index_select", "gather"):
         # rows that are picked often come from the cache: at most the whole table is read
         table, *index = reads
@@ -160,9 +164,7 @@ class Counter(TorchDispatchMode):
         super().__init__()
         self.launches: list[Traffic] = []
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         tensors = [*_tensors(args), *_tensors(list(kwargs.values())), *_tensors(out)]
@@ -202,10 +204,16 @@ def as_cuda() -> Iterator[None]:
     """Within the block meta tensors answer as CUDA tensors do."""
     here = torch._C.TensorBase.is_meta.__get__
     there = torch._C.TensorBase.is_cuda.__get__
+    autocast = torch.is_autocast_enabled  # knows no meta device
+
+    def is_autocast_enabled(*device: str) -> bool:
+        return autocast(*("cuda" if d == "meta" else d for d in device))
+
     with (
         mock.patch.object(torch.Tensor, "is_cuda", property(lambda t: here(t) or there(t))),
         mock.patch.object(torch.Tensor, "is_meta", property(lambda t: False)),
         mock.patch.object(torch.nn.functional, "dropout", _dropout),
+        mock.patch.object(torch, "is_autocast_enabled", is_autocast_enabled),
     ):
         yield
 

@@ -26,9 +26,7 @@ _BANDWIDTH, _MATRIX = 0.90, 0.80
 
 def _sheet(bandwidth: float, matrix: float, fp32: float, *arch: int) -> Gpu:
     sms, capability, shared = arch
-    return Gpu(
-        _BANDWIDTH * bandwidth, _MATRIX * matrix, _MATRIX * fp32, (sms, capability, shared)
-    )
+    return Gpu(_BANDWIDTH * bandwidth, _MATRIX * matrix, _MATRIX * fp32, (sms, capability, shared))
 
 
 GPUS = {

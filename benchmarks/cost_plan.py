@@ -2,9 +2,9 @@
 
 The plan is a target for the backend, made of the launches the kernels ship, with their default
 configs for the GPU. It differs from calling their public functions one by one in two ways: X is
-read once for all projections of the group, and the second stages that nothing in the step waits
-for (dB, dA) share one launch, which writes the parameters' dtype. What the backend really does is
-counted by running it (``cost_cases``).
+read once for all projections of the group, and sums that follow each other share one launch, which
+writes gradients in the parameters' dtype. What the backend really does is counted by running it
+(``cost_cases``).
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
+
 from peftkern.kernels import bits, gemm, outer, shrink, write
 from peftkern.kernels.common import Arch, Launch
 from peftkern.kernels.reduce import plan_sum
-from torch import Tensor
 
 from .cost_kernels import Traffic, nbytes, traffic, unit_of, vendor_gemm
 
@@ -96,17 +97,17 @@ def backward(g: Group, order: str, arch: Arch) -> list[Traffic]:
         reads = [t.x, *t.ys, *t.ws, *t.As, *t.Bs, t.s]
         return [_floor(g, reads, [t.dx, *t.As, *t.Bs], passes=2)]
     ds = [_meta(g.M, g.r, dtype=g.dtype) for _ in g.Ns]
-    launches: list[Launch] = []
+    over_dy: list[Launch] = []
     for n, dy, b, s, d, db in zip(g.Ns, t.ys, t.Bs, t.s_of, ds, dBs, strict=True):
         config = outer.default_outer_config(g.M, n, g.r, arch, g.dtype.itemsize)
         if config is None:
-            launches += outer.plan_two_pass(dy, b, s, 1.0, d, db, arch)
+            over_dy += outer.plan_two_pass(dy, b, s, 1.0, d, db, arch)
         else:
-            launches += outer.plan_outer(dy, b, s, 1.0, d, db, config)
+            over_dy += outer.plan_outer(dy, b, s, 1.0, d, db, config)
     ranks = [g.r] * len(g.Ns)
     config_a = outer.default_grad_a_config(g.M, g.K, arch, ranks)
-    launches += outer.plan_grad_a(t.x, ds, t.masks(), dAs, config_a)
-    done = _joined(launches, [*dAs, *dBs], g.adapter)
+    over_x = outer.plan_grad_a(t.x, ds, t.masks(), dAs, config_a)
+    done = [*_stage(over_dy, dBs, g.adapter), *_stage(over_x, dAs, g.adapter)]
     if order == "fused":
         tile = gemm.default_config(
             g.M, g.K, g.r, arch, group=len(ds), masked=g.p > 0, itemsize=g.dtype.itemsize
@@ -119,30 +120,22 @@ def backward(g: Group, order: str, arch: Arch) -> list[Traffic]:
     return [*done, *(vendor_gemm(g.M, g.K, n, g.dtype, accumulate=True) for n in g.Ns)]
 
 
-def _joined(launches: list[Launch], grads: list[Tensor], dtype: torch.dtype) -> list[Traffic]:
-    """The launches with every sum that only makes a gradient put into one at the end, where it
-    also casts to ``dtype``; gradients that no sum makes are cast by a launch each."""
-    done: list[Traffic] = []
-    pairs: list[tuple[Tensor, Tensor]] = []
-    waiting = list(grads)
+def _stage(launches: list[Launch], grads: list[Tensor], dtype: torch.dtype) -> list[Traffic]:
+    """The launches with all their sums put into one at the end, which writes ``grads`` in
+    ``dtype``; a gradient that no sum makes is cast by a launch of its own."""
+    done, pairs = [], []
     for launch in launches:
         if launch.kernel.__name__ != "_sum_kernel":
             done.append(traffic(launch))
             continue
-        now = []
         for partial, out in zip(launch.args[0], launch.args[1], strict=True):
-            rest = [t for t in waiting if not _shares(t, out)]
-            if len(rest) == len(waiting):  # dS: the step waits for it
-                now.append((partial, out))
-            else:
-                pairs.append((partial, torch.empty_like(out, dtype=dtype)))
-            waiting = rest
-        if now:
-            done.append(traffic(plan_sum(now)))
+            rest = [t for t in grads if not _shares(t, out)]
+            is_grad, grads = len(rest) < len(grads), rest
+            pairs.append((partial, torch.empty_like(out, dtype=dtype) if is_grad else out))
     if pairs:
         done.append(traffic(plan_sum(pairs)))
     if dtype != torch.float32:
-        done += [Traffic("cast", 1, nbytes(t), nbytes(t.to(dtype))) for t in waiting]
+        done += [Traffic("cast", 1, nbytes(t), nbytes(t.to(dtype))) for t in grads]
     return done
 
 
@@ -151,9 +144,7 @@ def _shares(a: Tensor, b: Tensor) -> bool:
     return a.untyped_storage()._cdata == b.untyped_storage()._cdata
 
 
-def _floor(
-    g: Group, reads: Sequence[Tensor], writes: Sequence[Tensor], passes: int
-) -> Traffic:
+def _floor(g: Group, reads: Sequence[Tensor], writes: Sequence[Tensor], passes: int) -> Traffic:
     """Every input read once, every result written once, in one launch; a mask made anew is free.
 
     ``passes`` low-rank products of each kind: one forward; dS with dB, dA with dX's part backward.

@@ -1,9 +1,9 @@
 """The Llama shapes that are measured, and one model in the hands of each provider.
 
 Proportions are those of Llama 3: heads of 64, four query heads to a key/value head, an MLP 3.5
-times as wide as the model. The vocabulary is cut down with the width, so that the output head has about
-15% of the products' weights, as in a model in use (8B: 7%, 1B: 21%); with 128256 tokens the head,
-which nobody adapts, would be most of a model this narrow.
+times as wide as the model. The vocabulary is cut down with the width, so that the output head has
+about 15% of the products' weights, as in a model in use (8B: 7%, 1B: 21%); with 128256 tokens the
+head, which nobody adapts, would be most of a model this narrow.
 """
 
 from __future__ import annotations

@@ -85,6 +85,13 @@ class Result:
             compare(self.kind, dict(zip(names, times, strict=True))) for times in rounds
         )
 
+    def floor(self) -> float | None:
+        """bare / PEFT by the wall clock: the ratio of an adapter that costs nothing. None where
+        nothing was timed, or bare is left out already."""
+        if not self.samples or BARE not in self.values or self.kind == "added":
+            return None
+        return self.values[BARE] / self.values[PEFT]
+
     def verdict(self) -> str:
         """The word for the table: "unclear" when the two ratios of the wall clock disagree."""
         if self.target is None:
@@ -105,6 +112,7 @@ class Result:
             "ratio": self.ratio(),
             "paired_ratio": self.paired_ratio(),
             "cpu_ratio": self.cpu_ratio(),
+            "floor": self.floor(),
             "target": self.target,
             "verdict": self.verdict(),
             "rounds": {n: {"wall": s.wall, "cpu": s.cpu} for n, s in self.samples.items()},

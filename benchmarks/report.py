@@ -17,7 +17,7 @@ import torch
 from .measure import PROVIDERS, Result, quantiles
 
 RESULTS = Path(__file__).parent / "results" / "cpu"
-_HEADINGS = ("row", *PROVIDERS, "ratio", "paired", "CPU", "target", "")
+_HEADINGS = ("row", *PROVIDERS, "ratio", "paired", "CPU", "floor", "target", "")
 _SCALES = {
     "s": ((1.0, "s"), (1e-3, "ms"), (1e-6, "us")),
     "B": ((2.0**20, "MiB"), (2.0**10, "KiB"), (1.0, "B")),
@@ -47,6 +47,7 @@ def _cells(result: Result) -> tuple[str, ...]:
         _number(result.ratio()),
         _number(result.paired_ratio()),
         _number(result.cpu_ratio()),
+        _number(result.floor()),
         f"<= {result.target:.2f}" if result.target is not None else "-",
         result.verdict(),
     )
@@ -70,10 +71,10 @@ def _value(result: Result, provider: str) -> str:
 def explain(results: list[Result]) -> list[str]:
     """What the columns mean, for the lines below the table."""
     lines = [
-        "medians of the wall clock [p20 p80]; ratio: peftkern / PEFT of the medians; paired: median of",
-        "the rounds' own ratios; CPU: ratio of the medians of CPU time; 'added': what peftkern adds",
-        "to the bare layer / what PEFT adds; *: computed. A target is met when ratio and paired both",
-        "are.",
+        "Medians of the wall clock [p20 p80]. ratio: peftkern / PEFT of the medians; 'added': what",
+        "peftkern adds to the bare layer / what PEFT adds. paired: median of the rounds' ratios.",
+        "CPU: ratio of the medians of CPU time. floor: bare / PEFT, what an adapter that costs",
+        "nothing would reach. *: computed. A target is met when ratio and paired both are.",
     ]
     missed = [r.name for r in results if r.verdict() not in ("", "met")]
     if missed:

@@ -286,7 +286,9 @@ def main(argv: list[str] | None = None) -> int:
     # Neighbouring cases often specialise to one kernel, so a process takes runs of them, not every
     # other one.
     runs = [missing[i : i + 25] for i in range(0, len(missing), 25)]
-    with ProcessPoolExecutor(max_workers=options.jobs, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(
+        max_workers=max(1, options.jobs), mp_context=get_context("spawn")
+    ) as pool:
         for done in pool.map(_measure_run, runs):
             cache |= done
             _save_cache(_cache_file(), cache)

@@ -48,49 +48,50 @@ def _tag(
 
 
 def low_rank_cases(arch: Arch) -> Iterator[Case]:
-    """bits, shrink, outer, grad_a and write."""
+    """bits, shrink, grad_a and write."""
     yield from _named(
         "bits p=0.1", bits.plan_bits(meta(1, M, K // 32, dtype=INT32), K, 0.1, 7, bits.BitsConfig())
     )
-    adapters = [(r, 1, masked, BF16, FP32) for r in (16, 64, 128) for masked in (False, True)]
+    yield from outer_cases(arch)
+    adapters = [(16, 1, False, BF16, FP32), (16, 1, True, BF16, FP32), (64, 1, True, BF16, FP32)]
+    adapters += [(128, 1, False, BF16, FP32), (128, 1, True, BF16, FP32)]
     adapters += [(16, 3, False, BF16, FP32), (16, 3, True, BF16, FP32), (64, 2, True, BF16, BF16)]
-    adapters += [(16, 1, True, FP16, FP32), (16, 1, True, FP32, FP32)]
+    adapters += [(16, 1, True, FP32, FP32)]
     for r, group, masked, dtype, adapter in adapters:
         tag = _tag(r, group, masked, dtype, adapter)
         a = [meta(r, K, dtype=adapter)] * group
-        for m in (M, 128) if dtype == BF16 and r in (16, 128) else (M,):
+        for m in (M, 128) if r == 16 and dtype == BF16 else (M,):
             words = [meta(m, K // 32, dtype=INT32) if masked else None] * group
-            x = meta(m, K, dtype=dtype)
-            s = meta(m, r * group, dtype=dtype)
-            ds = [s[:, i * r : i * r + r] for i in range(group)]
+            x, s = meta(m, K, dtype=dtype), meta(m, r * group, dtype=dtype)
             config = shrink.default_config(m, K, [r] * group, arch)
-            yield from _named(
-                f"shrink M{m} {tag}", shrink.plan_shrink(x, a, words, [1.0] * group, s, config)
-            )
-            b = meta(N, r, dtype=adapter)
-            y, bias = meta(m, N, dtype=dtype), meta(N, dtype=dtype)
-            if group == 1 and not masked:
-                db = meta(N, r, dtype=FP32)
-                outer_config = outer.default_outer_config(m, N, r, arch)
-                if outer_config is None:
-                    launches = outer.plan_two_pass(y, b, ds[0], 1.0, ds[0], db, arch)
-                else:
-                    launches = outer.plan_outer(y, b, ds[0], 1.0, s, db, outer_config)
-                yield from _named(f"outer M{m} {tag}", launches)
-            if m != M:
-                continue  # the kernels below do not change with M
-            grad_config = outer.default_grad_a_config(m, K, arch, [r] * group)
-            da = [meta(r, K, dtype=FP32)] * group
-            yield from _named(f"grad_a {tag}", outer.plan_grad_a(x, ds, words, da, grad_config))
-            write_config = write.default_config(m, [r] * group)
-            yield from _named(
-                f"write dX {tag}", write.plan_write(x, ds, a, words, None, None, write_config)
-            )
-            if group == 1 and not masked:
-                yield from _named(
-                    f"write Y {tag}",
-                    write.plan_write(y, ds, [b.T], [None], bias, None, write_config),
-                )
+            launches = shrink.plan_shrink(x, a, words, [1.0] * group, s, config)
+            yield from _named(f"shrink M{m} {tag}", launches)
+        # The kernels below do not change with M.
+        x, s = meta(M, K, dtype=dtype), meta(M, r * group, dtype=dtype)
+        words = [meta(M, K // 32, dtype=INT32) if masked else None] * group
+        ds = [s[:, i * r : i * r + r] for i in range(group)]
+        grad_config = outer.default_grad_a_config(M, K, arch, [r] * group)
+        da = [meta(r, K, dtype=FP32)] * group
+        yield from _named(f"grad_a {tag}", outer.plan_grad_a(x, ds, words, da, grad_config))
+        config = write.default_config(M, [r] * group)
+        launches = write.plan_write(x, ds, a, words, None, None, config)
+        yield from _named(f"write dX {tag}", launches)
+        if group == 1 and not masked:
+            b, y, bias = meta(N, r, dtype=adapter), meta(M, N, dtype=dtype), meta(N, dtype=dtype)
+            launches = write.plan_write(y, ds, [b.T], [None], bias, None, config)
+            yield from _named(f"write Y {tag}", launches)
+
+
+def outer_cases(arch: Arch) -> Iterator[Case]:
+    """dS and dB in one pass, or in two where the default says so."""
+    for r, m in ((16, M), (16, 128), (32, M), (64, 128), (128, M)):
+        y, b, s = meta(m, N), meta(N, r, dtype=FP32), meta(m, r)
+        db, config = meta(N, r, dtype=FP32), outer.default_outer_config(m, N, r, arch)
+        if config is None:
+            launches = outer.plan_two_pass(y, b, s, 1.0, meta(m, r), db, arch)
+        else:
+            launches = outer.plan_outer(y, b, s, 1.0, meta(m, r), db, config)
+        yield from _named(f"outer M{m} {_tag(r)}", launches)
 
 
 def gemm_cases(arch: Arch) -> Iterator[Case]:

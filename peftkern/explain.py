@@ -64,6 +64,8 @@ def explain(model: nn.Module) -> Explanation:
             continue
         layer: Any = module
         reason = layer.decline_reason()
+        group = layer.__dict__.get("_group")
+        together = "" if reason or group is None else "; " + group.describe(layer)
         rows.append(
             LayerReport(
                 name=name,
@@ -72,7 +74,7 @@ def explain(model: nn.Module) -> Explanation:
                 ranks=dict(layer.r),
                 fused=reason is None,
                 backend=f"{backend} fused" if reason is None else "base layer + update",
-                reason=why if reason is None else reason,
+                reason=why + together if reason is None else reason,
             )
         )
     return rows

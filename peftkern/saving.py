@@ -41,7 +41,9 @@ class AdapterFiles:
         """Write the adapter's ``README.md``, or bring it up to date."""
         create_or_update_model_card(self, output_dir)
 
-    def _upload_modified_files(self, working_dir: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+    def _upload_modified_files(
+        self, working_dir: str | os.PathLike[str], *args: Any, **kwargs: Any
+    ) -> Any:
         # transformers' push_to_hub has put a card of its own, or the hub's, over the one just saved
         self.create_or_update_model_card(working_dir)
         return super()._upload_modified_files(working_dir, *args, **kwargs)  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""Model cards, and the hub: a stand-in on the loopback address, the cache, and local folders first."""
+"""Model cards; the hub (a stand-in on the loopback address), its cache, local folders first."""
 
 from __future__ import annotations
 
@@ -44,7 +44,8 @@ def test_card_has_what_pefts_has(tmp_path):
 def test_card_of_the_user_is_kept_and_updated_once(tmp_path):
     ours, _ = pair("bert", "SEQ_CLS")
     (tmp_path / "README.md").write_text(
-        "---\nlicense: mit\ntags: [mine]\npipeline_tag: text-ranking\n---\n\n# My adapter\n\nKept words.\n"
+        "---\nlicense: mit\ntags: [mine]\npipeline_tag: text-ranking\n---\n\n"
+        "# My adapter\n\nKept words.\n"
     )
     for _ in range(3):
         ours.create_or_update_model_card(tmp_path)
@@ -75,7 +76,7 @@ def test_card_of_a_plain_module_and_of_a_quantised_model(tmp_path):
 
 
 class Hub(BaseHTTPRequestHandler):
-    """The few endpoints of a hub that files are read and written through. ``files``: {(repo, name): bytes}."""
+    """The endpoint of a hub that files are read from. ``files``: {(repository, name): bytes}."""
 
     protocol_version = "HTTP/1.1"
     files: dict
@@ -100,7 +101,9 @@ class Hub(BaseHTTPRequestHandler):
         repo, found, rest = path.partition("/resolve/")
         name = rest.partition("/")[2]
         if not found:
-            return self.reply(200, json.dumps({"id": "x", "sha": self.sha, "siblings": []}).encode())
+            return self.reply(
+                200, json.dumps({"id": "x", "sha": self.sha, "siblings": []}).encode()
+            )
         if not any(r == repo for r, _ in self.files):
             return self.reply(404, X_Error_Code="RepoNotFound")
         if (repo, name) not in self.files:
@@ -114,7 +117,7 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """(arguments that lead to it, its files, what it was asked): a hub with a good and a half adapter."""
+    """A hub with a good and a half adapter: arguments that lead to it, and what it was asked."""
     ours, _ = pair("llama")
     ours.save_pretrained(tmp_path / "adapter")
     names = os.listdir(tmp_path / "adapter")
@@ -130,7 +133,11 @@ def hub(tmp_path, monkeypatch):
     monkeypatch.setenv("NO_PROXY", "*")
     huggingface_hub.close_session()
     url = f"http://127.0.0.1:{server.server_address[1]}"
-    yield {"endpoint": url, "cache_dir": str(tmp_path / "cache"), "token": False}, files, handler.asked
+    yield (
+        {"endpoint": url, "cache_dir": str(tmp_path / "cache"), "token": False},
+        files,
+        handler.asked,
+    )
     server.shutdown()
     server.server_close()
     huggingface_hub.close_session()
@@ -147,9 +154,14 @@ def test_from_the_hub(hub, tmp_path):
         model.load_adapter("owner/lora", "second", **where, **more)
         for name in ("default", "second"):
             state = peftkern.get_peft_model_state_dict(model, adapter_name=name)
-            assert state.keys() == saved.keys() and all(torch.equal(state[k], v) for k, v in saved.items())
+            assert state.keys() == saved.keys() and all(
+                torch.equal(state[k], v) for k, v in saved.items()
+            )
         folder = "sub/" if "subfolder" in more else ""
-        assert all(path.startswith(f"owner/lora/resolve/main/{folder}adapter_") for path in asked) and asked
+        assert (
+            all(path.startswith(f"owner/lora/resolve/main/{folder}adapter_") for path in asked)
+            and asked
+        )
 
 
 @pytest.mark.parametrize("repository", ["owner/half", "owner/nothing"])
@@ -217,7 +229,9 @@ def test_local_work_asks_nobody(no_network, tmp_path):
     ours.save_pretrained(tmp_path)
     again = peftkern.PeftModel.from_pretrained(make("llama"), str(tmp_path))
     again.load_adapter(tmp_path, "second")
-    assert peftkern.PeftConfig.from_pretrained(str(tmp_path)).base_model_name_or_path == "owner/base"
+    assert (
+        peftkern.PeftConfig.from_pretrained(str(tmp_path)).base_model_name_or_path == "owner/base"
+    )
     for incomplete in (WEIGHTS, CONFIG):
         os.remove(tmp_path / incomplete)
         untouched = make("llama")
@@ -233,13 +247,17 @@ def uploads(monkeypatch):
     sent = []
 
     def create_repo(self, repo_id, **kwargs):
-        return huggingface_hub.RepoUrl(f"http://127.0.0.1:9/{repo_id}", endpoint="http://127.0.0.1:9")
+        return huggingface_hub.RepoUrl(
+            f"http://127.0.0.1:9/{repo_id}", endpoint="http://127.0.0.1:9"
+        )
 
     def create_commit(self, repo_id, operations, **kwargs):
         files = {}
         for operation in operations:
             source = operation.path_or_fileobj
-            files[operation.path_in_repo] = source if isinstance(source, bytes) else Path(source).read_bytes()
+            files[operation.path_in_repo] = (
+                source if isinstance(source, bytes) else Path(source).read_bytes()
+            )
         sent.append((repo_id, files, kwargs))
 
     def nothing_there(*args, **kwargs):

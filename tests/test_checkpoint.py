@@ -33,7 +33,9 @@ def perturb(*models):
         with torch.no_grad():
             for _, parameter in model.named_parameters():
                 if parameter.requires_grad:
-                    parameter.add_(0.1 * torch.randn(parameter.shape, generator=g).to(parameter.dtype))
+                    parameter.add_(
+                        0.1 * torch.randn(parameter.shape, generator=g).to(parameter.dtype)
+                    )
 
 
 def both_directions(tmp_path, family, task, **settings):
@@ -41,7 +43,10 @@ def both_directions(tmp_path, family, task, **settings):
     perturb(ours, theirs)
     quietly(ours.save_pretrained, tmp_path / "ours")
     quietly(theirs.save_pretrained, tmp_path / "theirs")
-    saved, expected = load_file(tmp_path / "ours" / WEIGHTS), load_file(tmp_path / "theirs" / WEIGHTS)
+    saved, expected = (
+        load_file(tmp_path / "ours" / WEIGHTS),
+        load_file(tmp_path / "theirs" / WEIGHTS),
+    )
     assert saved.keys() == expected.keys()
     for key, value in expected.items():
         assert torch.equal(saved[key], value) and saved[key].dtype == value.dtype, key
@@ -52,13 +57,20 @@ def both_directions(tmp_path, family, task, **settings):
     logits = first(theirs.eval()(**batch))
     for folder in ("ours", "theirs"):
         for library in (peftkern, peft):
-            model = library.PeftModel.from_pretrained(make(family, task, dtype), tmp_path / folder, **how)
-            assert not model.training and not any(p.requires_grad for n, p in model.named_parameters() if "lora_" in n)
+            model = library.PeftModel.from_pretrained(
+                make(family, task, dtype), tmp_path / folder, **how
+            )
+            assert not model.training and not any(
+                p.requires_grad for n, p in model.named_parameters() if "lora_" in n
+            )
             torch.testing.assert_close(first(model(**batch)), logits, **tolerance)
             if library is peftkern:
                 quietly(model.save_pretrained, tmp_path / "again")
                 again = load_file(tmp_path / "again" / WEIGHTS)
-                assert all(torch.equal(again[k], v) for k, v in expected.items()) and again.keys() == expected.keys()
+                assert (
+                    all(torch.equal(again[k], v) for k, v in expected.items())
+                    and again.keys() == expected.keys()
+                )
 
 
 @pytest.mark.parametrize(("family", "task"), CASES)
@@ -66,7 +78,9 @@ def test_every_task_in_both_directions(tmp_path, family, task):
     both_directions(tmp_path, family, task)
 
 
-@pytest.mark.parametrize("name", [n for n in SETTINGS if n not in ("no_init", "gaussian", "inference_mode")])
+@pytest.mark.parametrize(
+    "name", [n for n in SETTINGS if n not in ("no_init", "gaussian", "inference_mode")]
+)
 def test_every_setting_in_both_directions(tmp_path, name):
     family, task, settings = SETTINGS[name]
     both_directions(tmp_path, family, task, **settings)
@@ -96,13 +110,18 @@ def test_the_file_is_plain_safetensors(tmp_path):
 def test_other_adapters_go_to_folders_of_their_names(tmp_path):
     both = pair("llama")
     for library, model in zip((peftkern, peft), both, strict=True):
-        model.add_adapter("second", library.LoraConfig(r=2, target_modules=["k_proj"], task_type="CAUSAL_LM"))
+        model.add_adapter(
+            "second", library.LoraConfig(r=2, target_modules=["k_proj"], task_type="CAUSAL_LM")
+        )
         fill(model)
         model.save_pretrained(tmp_path / library.__name__)
         model.save_pretrained(tmp_path / f"{library.__name__}_one", selected_adapters=["second"])
     for kind in ("", "_one"):
         seen = [
-            {p.relative_to(tmp_path / f"{n}{kind}"): load_file(p) for p in (tmp_path / f"{n}{kind}").rglob(WEIGHTS)}
+            {
+                p.relative_to(tmp_path / f"{n}{kind}"): load_file(p)
+                for p in (tmp_path / f"{n}{kind}").rglob(WEIGHTS)
+            }
             for n in ("peftkern", "peft")
         ]
         assert seen[0].keys() == seen[1].keys() and len(seen[0]) == (1 if kind else 2)
@@ -139,7 +158,9 @@ def test_config_given_by_the_caller(tmp_path):
     config = peftkern.PeftConfig.from_pretrained(tmp_path)
     config.lora_alpha = 80
     model = peftkern.PeftModel.from_pretrained(make("llama"), tmp_path, config=config)
-    assert next(m for n, m in model.named_modules() if n.endswith("q_proj")).scaling == {"default": 20.0}
+    assert next(m for n, m in model.named_modules() if n.endswith("q_proj")).scaling == {
+        "default": 20.0
+    }
     with pytest.raises(ValueError, match="PeftConfig.*dict"):
         peftkern.PeftModel.from_pretrained(make("llama"), tmp_path, config={"r": 4})
 
@@ -156,7 +177,9 @@ def test_weights_take_the_place_or_are_copied(tmp_path, low_cpu_mem_usage):
     for name in ("default", "second"):
         model.set_adapter(name)
         assert not any(p.is_meta for p in model.parameters())
-        torch.testing.assert_close(first(model.eval()(**batch)), first(ours.eval()(**batch)), **EXACT)
+        torch.testing.assert_close(
+            first(model.eval()(**batch)), first(ours.eval()(**batch)), **EXACT
+        )
     model.train()(**batch).loss.backward()
 
 
@@ -174,7 +197,9 @@ def test_state_dict_functions_speak_with_pefts():
     torch.testing.assert_close(first(theirs(**batch)), first(ours(**batch)), **EXACT)
     # names of the adapter are left out on disk, so it may be loaded under another
     ours.add_adapter("other", peftkern.LoraConfig(r=4, task_type="SEQ_CLS"))
-    peftkern.set_peft_model_state_dict(ours, {k: v for k, v in state.items() if "lora_" in k}, "other")
+    peftkern.set_peft_model_state_dict(
+        ours, {k: v for k, v in state.items() if "lora_" in k}, "other"
+    )
     again = peftkern.get_peft_model_state_dict(ours, adapter_name="other")
     assert all(torch.equal(v, state[k]) for k, v in again.items() if "lora_" in k)
     with pytest.raises(ValueError, match=r"nobody.*default"):
@@ -203,7 +228,9 @@ def test_compiled_models_save_the_same_keys(tmp_path):
 
 def test_adapter_named_like_a_module_loses_nothing(tmp_path):
     """HF PEFT drops tensors when the adapter has the name of a module (its issue 3584)."""
-    model = peftkern.get_peft_model(make("llama"), peftkern.LoraConfig(task_type="CAUSAL_LM"), "q_proj")
+    model = peftkern.get_peft_model(
+        make("llama"), peftkern.LoraConfig(task_type="CAUSAL_LM"), "q_proj"
+    )
     fill(model)
     model.save_pretrained(tmp_path)
     assert len(load_file(tmp_path / "q_proj" / WEIGHTS)) == 8
@@ -218,14 +245,22 @@ def test_a_torch_pickle_of_tensors_is_read(tmp_path):
     torch.save(load_file(tmp_path / WEIGHTS), tmp_path / "adapter_model.bin")
     os.remove(tmp_path / WEIGHTS)
     model = peftkern.PeftModel.from_pretrained(make("llama"), tmp_path)
-    torch.testing.assert_close(first(model(**inputs("llama"))), first(ours.eval()(**inputs("llama"))), **EXACT)
+    torch.testing.assert_close(
+        first(model(**inputs("llama"))), first(ours.eval()(**inputs("llama"))), **EXACT
+    )
 
 
 def test_embeddings_are_saved_when_asked_or_resized(tmp_path):
     make("llama").save_pretrained(tmp_path / "base")
     import transformers
 
-    for how, resized, expected in [(True, 0, 10), (False, 0, 8), ("auto", 0, 8), ("auto", 5, 10), (False, 5, 8)]:
+    for how, resized, expected in [
+        (True, 0, 10),
+        (False, 0, 8),
+        ("auto", 0, 8),
+        ("auto", 5, 10),
+        (False, 5, 8),
+    ]:
         counts = []
         for library in (peftkern, peft):
             base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
@@ -241,9 +276,15 @@ def test_key_mapping(tmp_path):
     ours, _ = pair("llama")
     ours.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / WEIGHTS)
-    save_file({k.replace(".layers.", ".blocks."): v for k, v in tensors.items()}, tmp_path / WEIGHTS)
-    model = peftkern.PeftModel.from_pretrained(make("llama"), tmp_path, key_mapping={r"\.blocks\.": ".layers."})
-    torch.testing.assert_close(first(model(**inputs("llama"))), first(ours.eval()(**inputs("llama"))), **EXACT)
+    save_file(
+        {k.replace(".layers.", ".blocks."): v for k, v in tensors.items()}, tmp_path / WEIGHTS
+    )
+    model = peftkern.PeftModel.from_pretrained(
+        make("llama"), tmp_path, key_mapping={r"\.blocks\.": ".layers."}
+    )
+    torch.testing.assert_close(
+        first(model(**inputs("llama"))), first(ours.eval()(**inputs("llama"))), **EXACT
+    )
 
 
 def test_new_weights_into_the_same_adapter(tmp_path):

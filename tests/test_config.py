@@ -1,4 +1,4 @@
-"""Configurations: PEFT's fields and defaults, files that each library reads, and what is refused."""
+"""Configurations: PEFT's fields and defaults, files for both libraries, and what is refused."""
 
 from __future__ import annotations
 
@@ -19,42 +19,89 @@ CLASSES = ("LoraConfig", "PrefixTuningConfig", "PromptTuningConfig", "PromptEnco
 # The dicts in the documentation of PEFT's task classes, keys of old versions included.
 DOCUMENTED = {
     "feature_extraction": {
-        "peft_type": "LORA", "task_type": "FEATURE_EXTRACTION", "inference_mode": False, "r": 16,
-        "target_modules": ["query", "value"], "lora_alpha": 32, "lora_dropout": 0.05,
-        "fan_in_fan_out": False, "bias": "none",
+        "peft_type": "LORA",
+        "task_type": "FEATURE_EXTRACTION",
+        "inference_mode": False,
+        "r": 16,
+        "target_modules": ["query", "value"],
+        "lora_alpha": 32,
+        "lora_dropout": 0.05,
+        "fan_in_fan_out": False,
+        "bias": "none",
     },
     "question_answering": {
-        "peft_type": "LORA", "task_type": "QUESTION_ANS", "inference_mode": False, "r": 16,
-        "target_modules": ["query", "value"], "lora_alpha": 32, "lora_dropout": 0.05,
-        "fan_in_fan_out": False, "bias": "none",
+        "peft_type": "LORA",
+        "task_type": "QUESTION_ANS",
+        "inference_mode": False,
+        "r": 16,
+        "target_modules": ["query", "value"],
+        "lora_alpha": 32,
+        "lora_dropout": 0.05,
+        "fan_in_fan_out": False,
+        "bias": "none",
     },
     "seq2seq": {
-        "peft_type": "LORA", "task_type": "SEQ_2_SEQ_LM", "inference_mode": False, "r": 8,
-        "target_modules": ["q", "v"], "lora_alpha": 32, "lora_dropout": 0.1,
-        "fan_in_fan_out": False, "enable_lora": None, "bias": "none",
+        "peft_type": "LORA",
+        "task_type": "SEQ_2_SEQ_LM",
+        "inference_mode": False,
+        "r": 8,
+        "target_modules": ["q", "v"],
+        "lora_alpha": 32,
+        "lora_dropout": 0.1,
+        "fan_in_fan_out": False,
+        "enable_lora": None,
+        "bias": "none",
     },
     "causal_lm_prefix": {
-        "peft_type": "PREFIX_TUNING", "task_type": "CAUSAL_LM", "inference_mode": False,
-        "num_virtual_tokens": 20, "token_dim": 1280, "num_transformer_submodules": 1,
-        "num_attention_heads": 20, "num_layers": 36, "encoder_hidden_size": 1280,
-        "prefix_projection": False, "postprocess_past_key_value_function": None,
+        "peft_type": "PREFIX_TUNING",
+        "task_type": "CAUSAL_LM",
+        "inference_mode": False,
+        "num_virtual_tokens": 20,
+        "token_dim": 1280,
+        "num_transformer_submodules": 1,
+        "num_attention_heads": 20,
+        "num_layers": 36,
+        "encoder_hidden_size": 1280,
+        "prefix_projection": False,
+        "postprocess_past_key_value_function": None,
     },
     "seq_cls_prefix": {
-        "peft_type": "PREFIX_TUNING", "task_type": "SEQ_CLS", "inference_mode": False,
-        "num_virtual_tokens": 20, "token_dim": 768, "num_transformer_submodules": 1,
-        "num_attention_heads": 12, "num_layers": 12, "encoder_hidden_size": 768,
-        "prefix_projection": False, "postprocess_past_key_value_function": None,
+        "peft_type": "PREFIX_TUNING",
+        "task_type": "SEQ_CLS",
+        "inference_mode": False,
+        "num_virtual_tokens": 20,
+        "token_dim": 768,
+        "num_transformer_submodules": 1,
+        "num_attention_heads": 12,
+        "num_layers": 12,
+        "encoder_hidden_size": 768,
+        "prefix_projection": False,
+        "postprocess_past_key_value_function": None,
     },
-}  # fmt: skip
+}
 
 # LoraConfig of PEFT 0.6.2, with values that differ from the defaults
 OLD_JSON = {
-    "alpha_pattern": {"q_proj": 4}, "auto_mapping": None, "base_model_name_or_path": "some/model", "bias": "none",
-    "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True, "layers_pattern": None,
-    "layers_to_transform": [1], "loftq_config": {}, "lora_alpha": 32, "lora_dropout": 0.05,
-    "modules_to_save": ["lm_head"], "peft_type": "LORA", "r": 16, "rank_pattern": {"v_proj": 2}, "revision": None,
-    "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM",
-}  # fmt: skip
+    "alpha_pattern": {"q_proj": 4},
+    "auto_mapping": None,
+    "base_model_name_or_path": "some/model",
+    "bias": "none",
+    "fan_in_fan_out": False,
+    "inference_mode": True,
+    "init_lora_weights": True,
+    "layers_pattern": None,
+    "layers_to_transform": [1],
+    "loftq_config": {},
+    "lora_alpha": 32,
+    "lora_dropout": 0.05,
+    "modules_to_save": ["lm_head"],
+    "peft_type": "LORA",
+    "r": 16,
+    "rank_pattern": {"v_proj": 2},
+    "revision": None,
+    "target_modules": ["q_proj", "v_proj"],
+    "task_type": "CAUSAL_LM",
+}
 
 UNSUPPORTED = {
     "use_dora": True,
@@ -89,7 +136,11 @@ def test_every_field_of_peft_is_here_with_its_default(name):
     mine = {f.name: f for f in dataclasses.fields(getattr(peftkern, name))}
     for field in dataclasses.fields(getattr(peft, name)):
         assert field.name in mine, field.name
-        if field.init and field.default_factory is dataclasses.MISSING and field.default is dataclasses.MISSING:
+        if (
+            field.init
+            and field.default_factory is dataclasses.MISSING
+            and field.default is dataclasses.MISSING
+        ):
             continue
         assert default_of(mine[field.name]) == default_of(field), field.name
     kwargs = {"num_virtual_tokens": 4} if name != "LoraConfig" else {}
@@ -108,11 +159,37 @@ def test_enums_have_pefts_values():
     "settings",
     [
         {},
-        {"r": 3, "lora_alpha": 1.5, "target_modules": ["b", "a"], "exclude_modules": ["c"], "bias": "all"},
-        {"target_modules": r".*\.q", "use_rslora": True, "init_lora_weights": "gaussian", "lora_dropout": 0.5},
-        {"rank_pattern": {"a": 2}, "alpha_pattern": {"b": 3.5}, "modules_to_save": ["x"], "lora_bias": True},
-        {"target_modules": ["q"], "layers_to_transform": [0, 2], "layers_pattern": "layers", "task_type": "SEQ_CLS"},
-        {"revision": "main", "base_model_name_or_path": "a/b", "inference_mode": True, "fan_in_fan_out": True},
+        {
+            "r": 3,
+            "lora_alpha": 1.5,
+            "target_modules": ["b", "a"],
+            "exclude_modules": ["c"],
+            "bias": "all",
+        },
+        {
+            "target_modules": r".*\.q",
+            "use_rslora": True,
+            "init_lora_weights": "gaussian",
+            "lora_dropout": 0.5,
+        },
+        {
+            "rank_pattern": {"a": 2},
+            "alpha_pattern": {"b": 3.5},
+            "modules_to_save": ["x"],
+            "lora_bias": True,
+        },
+        {
+            "target_modules": ["q"],
+            "layers_to_transform": [0, 2],
+            "layers_pattern": "layers",
+            "task_type": "SEQ_CLS",
+        },
+        {
+            "revision": "main",
+            "base_model_name_or_path": "a/b",
+            "inference_mode": True,
+            "fan_in_fan_out": True,
+        },
     ],
     ids=range(6),
 )
@@ -129,7 +206,9 @@ def test_json_written_by_each_is_read_by_the_other(tmp_path, settings):
                 assert read.to_dict() == mine.to_dict()
             read = peft.PeftConfig.from_pretrained(tmp_path / folder)
             assert read.to_dict() == theirs.to_dict()
-    raw = [json.loads((tmp_path / f / "adapter_config.json").read_text()) for f in ("mine", "theirs")]
+    raw = [
+        json.loads((tmp_path / f / "adapter_config.json").read_text()) for f in ("mine", "theirs")
+    ]
     for value in raw:  # sets have no order of their own
         for key in ("target_modules", "exclude_modules"):
             value[key] = sorted(value[key]) if isinstance(value[key], list) else value[key]
@@ -151,7 +230,9 @@ def test_documented_dicts_are_read_without_a_word(name):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         config = get_peft_config(DOCUMENTED[name])
-    assert type(config).__name__ == ("LoraConfig" if "lora_alpha" in DOCUMENTED[name] else "PrefixTuningConfig")
+    assert type(config).__name__ == (
+        "LoraConfig" if "lora_alpha" in DOCUMENTED[name] else "PrefixTuningConfig"
+    )
     for key, value in DOCUMENTED[name].items():
         if hasattr(config, key):
             got = getattr(config, key)
@@ -201,13 +282,18 @@ def test_unsupported_settings_are_refused_and_nothing_is_touched(key):
 
 
 def test_one_error_names_all_that_is_unsupported():
-    names = {k: UNSUPPORTED[k] for k in ("use_dora", "init_lora_weights", "target_parameters", "use_qalora")}
+    names = {
+        k: UNSUPPORTED[k]
+        for k in ("use_dora", "init_lora_weights", "target_parameters", "use_qalora")
+    }
     with pytest.raises(NotImplementedError) as error:
         get_peft_model(make("llama"), LoraConfig(**names))
     assert all(f"{name}=" in str(error.value) for name in names)
     model = get_peft_model(make("llama"), LoraConfig(r=2))
     before = snapshot(model)
-    with pytest.raises(NotImplementedError, match="use_dora=True, init_lora_weights='pissa'|pissa.*use_dora"):
+    with pytest.raises(
+        NotImplementedError, match="use_dora=True, init_lora_weights='pissa'|pissa.*use_dora"
+    ):
         model.add_adapter("second", LoraConfig(use_dora=True, init_lora_weights="pissa"))
     assert_same(model, before)
 
@@ -227,17 +313,27 @@ def test_methods_without_a_tuner_yet_are_refused(config):
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"r": 0}, "`r`.*0"), ({"r": -4}, "`r`.*-4"), ({"r": 2.5}, "`r`.*2.5"), ({"r": True}, "`r`"),
-        ({"lora_dropout": 1.0}, "lora_dropout.*1.0"), ({"lora_dropout": -0.1}, "lora_dropout.*-0.1"),
-        ({"lora_dropout": float("nan")}, "lora_dropout.*nan"), ({"lora_dropout": "0.1"}, "lora_dropout"),
-        ({"bias": "some"}, "bias.*some"), ({"lora_alpha": "16"}, "lora_alpha.*16"),
-        ({"rank_pattern": {"q": 0}}, "rank_pattern.*q.*0"), ({"alpha_pattern": {"q": None}}, "alpha_pattern.*q"),
-        ({"target_modules": "q", "layers_to_transform": [0]}, "layers_to_transform.*target_modules"),
+        ({"r": 0}, "`r`.*0"),
+        ({"r": -4}, "`r`.*-4"),
+        ({"r": 2.5}, "`r`.*2.5"),
+        ({"r": True}, "`r`"),
+        ({"lora_dropout": 1.0}, "lora_dropout.*1.0"),
+        ({"lora_dropout": -0.1}, "lora_dropout.*-0.1"),
+        ({"lora_dropout": float("nan")}, "lora_dropout.*nan"),
+        ({"lora_dropout": "0.1"}, "lora_dropout"),
+        ({"bias": "some"}, "bias.*some"),
+        ({"lora_alpha": "16"}, "lora_alpha.*16"),
+        ({"rank_pattern": {"q": 0}}, "rank_pattern.*q.*0"),
+        ({"alpha_pattern": {"q": None}}, "alpha_pattern.*q"),
+        (
+            {"target_modules": "q", "layers_to_transform": [0]},
+            "layers_to_transform.*target_modules",
+        ),
         ({"target_modules": "q", "layers_pattern": "h"}, "layers_pattern.*target_modules"),
         ({"target_modules": ["q"], "layers_pattern": "h"}, "layers_to_transform"),
         ({"task_type": "POETRY"}, "POETRY.*CAUSAL_LM"),
     ],
-)  # fmt: skip
+)
 def test_bad_values_name_the_field(settings, says):
     with pytest.raises(ValueError, match=says):
         LoraConfig(**settings)
@@ -255,6 +351,11 @@ def test_names_of_targets_become_a_set_and_dtypes_stay():
     config = LoraConfig(target_modules=["q", "q", "v"], exclude_modules=("k",))
     assert config.target_modules == {"q", "v"} and config.exclude_modules == {"k"}
     assert LoraConfig(target_modules=["q"]) == LoraConfig(target_modules={"q"})
-    assert config.runtime_config.ephemeral_gpu_offload is False and "runtime_config" not in config.to_dict()
-    model = get_peft_model(make("llama", dtype=torch.float16), LoraConfig(r=2), autocast_adapter_dtype=False)
+    assert (
+        config.runtime_config.ephemeral_gpu_offload is False
+        and "runtime_config" not in config.to_dict()
+    )
+    model = get_peft_model(
+        make("llama", dtype=torch.float16), LoraConfig(r=2), autocast_adapter_dtype=False
+    )
     assert {p.dtype for n, p in model.named_parameters() if "lora_" in n} == {torch.float16}

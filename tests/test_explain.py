@@ -9,9 +9,8 @@ import torch
 
 import peftkern
 from peftkern import explain
-from tests.test_layers import CHANGES, KINDS, REASONS, K, N, R, layer_of, layer_pair
+from tests.changes import CHANGES, KINDS, REASONS, K, N, R, layer_of, layer_pair
 from tests.tiny import inputs, pair
-
 
 
 def test_rows_are_the_adapted_layers():
@@ -37,7 +36,11 @@ def test_table_holds_every_row_and_a_summary():
     assert len(lines) == len(rows) + 3
     for row in rows:
         line = next(line for line in lines if line.startswith(row.name + " "))
-        assert row.backend in line and row.reason in line and f"{row.shape[0]} x {row.shape[1]}" in line
+        assert (
+            row.backend in line
+            and row.reason in line
+            and f"{row.shape[0]} x {row.shape[1]}" in line
+        )
         assert "default:4" in line
     assert lines[-1].startswith(f"{len(rows)} adapted layers: {len(rows)} ")
     empty = explain(torch.nn.Linear(2, 2))
@@ -83,7 +86,9 @@ def test_reasons_of_settings():
     layer_of(ours).base_layer.float()
     assert "dtypes" in explain(ours)[0].reason
     model = peftkern.get_peft_model(
-        torch.nn.Sequential(KINDS["linear"]()), peftkern.LoraConfig(target_modules=["0"]), low_cpu_mem_usage=True
+        torch.nn.Sequential(KINDS["linear"]()),
+        peftkern.LoraConfig(target_modules=["0"]),
+        low_cpu_mem_usage=True,
     )
     assert "meta" in explain(model)[0].reason
 

@@ -12,6 +12,7 @@ import textwrap
 import peft
 import pytest
 import torch
+import transformers
 
 import peftkern
 from tests.tiny import CASES, first, inputs, make, pair
@@ -24,7 +25,10 @@ def test_is_both_ours_and_pefts(task):
     ours, theirs = pair(BY_TASK[task], task)
     assert isinstance(ours, peft.PeftModel) and isinstance(ours, peftkern.PeftModel)
     assert isinstance(ours, type(theirs)) and isinstance(ours, torch.nn.Module)
-    assert type(ours).__module__.startswith("peftkern") and type(ours).__name__ == type(theirs).__name__
+    assert (
+        type(ours).__module__.startswith("peftkern")
+        and type(ours).__name__ == type(theirs).__name__
+    )
     assert not isinstance(ours, peft.PeftMixedModel) and not isinstance(theirs, peftkern.PeftModel)
     if task != "CAUSAL_LM":
         assert not isinstance(ours, peft.PeftModelForCausalLM)
@@ -40,6 +44,46 @@ def test_what_trainer_and_accelerate_ask():
     ours, _ = pair("llama")
     assert unwrap_peft_model(ours) is ours.get_base_model()
     assert extract_model_from_parallel(ours) is ours
+
+
+def test_trainer_saves_and_resumes_the_adapter_alone(tmp_path):
+    """transformers' Trainer: HF PEFT's losses, adapter files alone in a checkpoint, and resuming."""
+    batch = inputs("llama", batch=4)
+    data = [{k: v[i] for k, v in batch.items()} for i in range(4)]
+    losses, states = [], []
+    for name, model in zip(("ours", "theirs"), pair("llama", lora_dropout=0.1), strict=True):
+
+        def train(model, steps, resume=None, name=name):
+            arguments = transformers.TrainingArguments(
+                output_dir=tmp_path / name,
+                max_steps=steps,
+                save_steps=2,
+                logging_steps=1,
+                per_device_train_batch_size=2,
+                learning_rate=1e-2,
+                lr_scheduler_type="constant",
+                use_cpu=True,
+                report_to=[],
+                seed=3,
+                disable_tqdm=True,
+            )
+            trainer = transformers.Trainer(model=model, args=arguments, train_dataset=data)
+            trainer.train(resume_from_checkpoint=resume)
+            return [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+        losses.append(train(model, 4))
+        states.append({n: p.detach().clone() for n, p in model.named_parameters() if "lora_" in n})
+        saved = {p.name for p in (tmp_path / name / "checkpoint-2").iterdir()}
+        assert "adapter_model.safetensors" in saved and "model.safetensors" not in saved
+        if name == "ours":
+            again, _ = pair("llama", lora_dropout=0.1)
+            train(again, 4, resume=tmp_path / name / "checkpoint-2")
+            for key, value in again.named_parameters():
+                if "lora_" in key:
+                    torch.testing.assert_close(value, states[0][key], rtol=0, atol=1e-6)
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4) and len(losses[0]) == 4
+    for key, value in states[1].items():
+        torch.testing.assert_close(states[0][key], value, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
@@ -70,7 +114,11 @@ def run(code, block):
     prelude = f"import sys\nsys.modules.update(dict.fromkeys({block!r}))\n"
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", prelude + textwrap.dedent(code)], capture_output=True, text=True, env=env, timeout=120
+        [sys.executable, "-c", prelude + textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        env=env,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
 
@@ -83,7 +131,8 @@ def test_without_hf_peft(tmp_path):
     from transformers import AutoModelForCausalLM
     os.chdir({str(tmp_path)!r})
     base = lambda: AutoModelForCausalLM.from_pretrained("base")
-    model = peftkern.get_peft_model(base(), peftkern.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False))
+    config = peftkern.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False)
+    model = peftkern.get_peft_model(base(), config)
     assert model.__class__ is type(model) is peftkern.PeftModelForCausalLM
     assert isinstance(model, peftkern.PeftModel)
     ids = torch.arange(6)[None]
@@ -92,7 +141,8 @@ def test_without_hf_peft(tmp_path):
     model.save_pretrained("adapter")
     again = peftkern.PeftModel.from_pretrained(base(), "adapter")
     assert torch.equal(again(ids).logits, model(ids).logits)
-    assert torch.equal(pickle.loads(pickle.dumps(model))(ids).logits, copy.deepcopy(model)(ids).logits)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin(ids).logits, model(ids).logits)
     torch.save(model(ids).logits, "logits.pt")
     assert len(peftkern.explain(model)) == 4 and sys.modules["peft"] is None
     """
@@ -105,11 +155,12 @@ def test_without_hf_peft(tmp_path):
 def test_peft_imported_after_the_model_was_made():
     code = """
     import torch, peftkern
-    model = peftkern.get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), peftkern.LoraConfig(target_modules=["0"]))
+    config = peftkern.LoraConfig(target_modules=["0"])
+    model = peftkern.get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), config)
     assert "peft" not in sys.modules
     before = model.__class__
     import peft
-    assert before is peftkern.PeftModel and isinstance(model, peft.PeftModel) and type(model) is before
+    assert before is type(model) is peftkern.PeftModel and isinstance(model, peft.PeftModel)
     model(torch.ones(1, 4)).sum().backward()
     """
     run(code, [])

@@ -1,4 +1,4 @@
-"""The operation against float64: shapes, ranks, dtypes, strides; its gradients; what it keeps for them."""
+"""The operation against float64: any shape, rank, dtype, stride; gradients; what it keeps."""
 
 from __future__ import annotations
 
@@ -52,21 +52,38 @@ def mask_of(shape, p, dtype, seed):
 
 sizes = st.sampled_from([1, 2, 3, 5, 8, 17, 31, 32, 33, 40, 41, 63, 64, 65, 96])
 ranks = st.integers(1, 64)
-dtypes = st.sampled_from([(torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, torch.float32),
-                          (torch.float16, None), (torch.float16, torch.float32), (torch.float64, None)])  # fmt: skip
+dtypes = st.sampled_from(
+    [
+        (torch.float32, None),
+        (torch.bfloat16, None),
+        (torch.bfloat16, torch.float32),
+        (torch.float16, None),
+        (torch.float16, torch.float32),
+        (torch.float64, None),
+    ]
+)
 
 
 @relaxed
 @given(
     M=st.sampled_from([0, 1, 2, 7, 33, 40, (2, 3), (1, 1, 1), (2, 0), (3, 1, 5), ()]),
-    K=sizes, N=sizes, r=ranks, dt=dtypes, p=st.sampled_from([0.0, 0.1, 0.5, 0.9]),
-    bias=st.booleans(), transposed=st.booleans(), seed=st.integers(0, 99),
-)  # fmt: skip
+    K=sizes,
+    N=sizes,
+    r=ranks,
+    dt=dtypes,
+    p=st.sampled_from([0.0, 0.1, 0.5, 0.9]),
+    bias=st.booleans(),
+    transposed=st.booleans(),
+    seed=st.integers(0, 99),
+)
 def test_output_and_gradients_follow_the_formula(M, K, N, r, dt, p, bias, transposed, seed):
     """Any shape, with the mask that torch's dropout draws; errors are measured against float64."""
     dtype, low = dt
     M = M if isinstance(M, tuple) else (M,)
-    args = [t.requires_grad_() if t is not None else None for t in case(M, K, N, r, seed, dtype, low, bias, transposed)]
+    args = [
+        t.requires_grad_() if t is not None else None
+        for t in case(M, K, N, r, seed, dtype, low, bias, transposed)
+    ]
     x, w, b, A, B = args
     mask = mask_of(x.shape, p, low or dtype, seed) if p else None
     wide = [t.detach().double().requires_grad_() if t is not None else None for t in args]
@@ -86,10 +103,14 @@ def test_output_and_gradients_follow_the_formula(M, K, N, r, dt, p, bias, transp
             assert got.grad.shape == got.shape and got.grad.dtype == got.dtype, name
             got, right = got.grad, right.grad
         error = (got.detach().double() - right.detach()).norm()
-        assert error <= 4 * EPS[dtype] * (right.norm() + 1e-9 + (name == "y") * K), f"{name}: {error}"
+        assert error <= 4 * EPS[dtype] * (right.norm() + 1e-9 + (name == "y") * K), (
+            f"{name}: {error}"
+        )
     with torch.no_grad():  # inference goes another way
         if p == 0:
-            assert (lora_linear(x, w, b, A, B, 0.7, 0.0, transposed) - exact).norm() <= 4 * EPS[dtype] * (exact.norm() + K)
+            assert (lora_linear(x, w, b, A, B, 0.7, 0.0, transposed) - exact).norm() <= 4 * EPS[
+                dtype
+            ] * (exact.norm() + K)
 
 
 @relaxed
@@ -107,7 +128,10 @@ def test_strides_do_not_matter(K, N, r, seed, data):
     x, w, A, B = (views[k][i].detach().requires_grad_() for k, i in chosen.items())
     dy = torch.ones(1, dtype=torch.float64).expand(*x.shape[:-1], N)  # what .sum() sends back
     results = []
-    for args in ((x, w, b, A, B), [t.detach().contiguous().requires_grad_() for t in (x, w, b, A, B)]):
+    for args in (
+        (x, w, b, A, B),
+        [t.detach().contiguous().requires_grad_() for t in (x, w, b, A, B)],
+    ):
         y = lora_linear(*args, 1.5)
         results.append([y, *torch.autograd.grad(y, [args[i] for i in (0, 1, 3, 4)], dy)])
         with torch.no_grad():
@@ -121,7 +145,7 @@ def test_strides_do_not_matter(K, N, r, seed, data):
 @pytest.mark.parametrize("frozen", [(), (0,), (1, 2), (0, 1, 2, 4), (1, 2, 3, 4)], ids=str)
 def test_gradcheck_and_second_derivatives(p, transposed, frozen):
     """Numerical first and second derivatives, for every set of inputs that need them."""
-    args = case(3, 9, 5, 2, 0, transposed=transposed)
+    args = case(2, 5, 3, 2, 0, transposed=transposed)
     for i, t in enumerate(args):
         t.requires_grad_(i not in frozen)
 
@@ -135,7 +159,7 @@ def test_gradcheck_and_second_derivatives(p, transposed, frozen):
 
 def test_second_derivative_with_frozen_A_is_right_or_refused():
     """S alone is kept then, and S has no graph: an error is better than a wrong number."""
-    x, w, b, A, B = case(3, 9, 5, 2, 0)
+    x, w, b, A, B = case(2, 5, 3, 2, 0)
     x.requires_grad_(), B.requires_grad_()
     y = lora_linear(x, w, b, A, B, 0.6)
     try:
@@ -144,7 +168,9 @@ def test_second_derivative_with_frozen_A_is_right_or_refused():
         assert "second derivative" in str(error)
     else:
         (got,) = torch.autograd.grad(gx.square().sum(), B)
-        (gx,) = torch.autograd.grad(formula(x, w, b, A, B, 0.6).square().sum(), x, create_graph=True)
+        (gx,) = torch.autograd.grad(
+            formula(x, w, b, A, B, 0.6).square().sum(), x, create_graph=True
+        )
         torch.testing.assert_close(got, torch.autograd.grad(gx.square().sum(), B)[0])
 
 
@@ -158,9 +184,11 @@ def kept_for_backward(call):
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1])
-@pytest.mark.parametrize(("dtype", "low"), [(torch.float32, None), (torch.bfloat16, torch.float32)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "low"), [(torch.float32, None), (torch.bfloat16, torch.float32)], ids=str
+)
 def test_keeps_x_s_and_bits_only(dtype, low, p):
-    """Beyond its own arguments: S [M, r] and one bit per element of x. No dropped X, no mask of bytes."""
+    """Beyond its arguments: S [M, r] and one bit per element of x. No dropped X, no byte mask."""
     M, K, N, r = 64, 200, 48, 6
     x, w, b, A, B = case((4, M // 4), K, N, r, 0, dtype, low)
     x.requires_grad_(), A.requires_grad_(), B.requires_grad_()
@@ -173,7 +201,9 @@ def test_keeps_x_s_and_bits_only(dtype, low, p):
     if p:
         assert tuple(bits[0].shape) == (M, words_per_row(K))
     held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in extra}
-    assert sum(held.values()) == s[0].numel() * s[0].element_size() + (M * words_per_row(K) * 4 if p else 0)
+    assert sum(held.values()) == s[0].numel() * s[0].element_size() + (
+        M * words_per_row(K) * 4 if p else 0
+    )
 
 
 def test_keeps_nothing_that_no_gradient_needs():
@@ -199,7 +229,9 @@ def test_inputs_are_never_written_to():
     first = args[3].grad.clone()
     y.backward(dy)  # the same graph once more: what was kept is whole
     torch.testing.assert_close(args[3].grad, 2 * first)
-    assert torch.equal(dy, sent) and all(torch.equal(a, b) for a, b in zip(args, before, strict=True))
+    assert torch.equal(dy, sent) and all(
+        torch.equal(a, b) for a, b in zip(args, before, strict=True)
+    )
 
 
 @relaxed
@@ -216,11 +248,15 @@ def test_bits_hold_the_mask(rows, columns, seed):
 @pytest.mark.parametrize(
     ("dtype", "wide", "autocast"),
     [
-        (torch.bfloat16, True, False), (torch.bfloat16, False, False), (torch.float16, True, False),
-        (torch.float16, False, False), (torch.float32, True, True), (torch.bfloat16, True, True),
+        (torch.bfloat16, True, False),
+        (torch.bfloat16, False, False),
+        (torch.float16, True, False),
+        (torch.float16, False, False),
+        (torch.float32, True, True),
+        (torch.bfloat16, True, True),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_errors_against_float64_are_at_most_pefts(dtype, wide, autocast):
     """Y, dX, dA, dB of one linear, summed over draws; 1% for the order of float32 sums."""
 
@@ -238,14 +274,23 @@ def test_errors_against_float64_are_at_most_pefts(dtype, wide, autocast):
         torch.manual_seed(seed)
         base = nn.Sequential(nn.Linear(K, N)).to(dtype)
         config = {"r": r, "lora_alpha": 12, "target_modules": ["0"], "init_lora_weights": False}
-        theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**config), autocast_adapter_dtype=wide)
-        ours = peftkern.get_peft_model(base, peftkern.LoraConfig(**config), autocast_adapter_dtype=wide)
+        theirs = peft.get_peft_model(
+            copy.deepcopy(base), peft.LoraConfig(**config), autocast_adapter_dtype=wide
+        )
+        ours = peftkern.get_peft_model(
+            base, peftkern.LoraConfig(**config), autocast_adapter_dtype=wide
+        )
         ours.load_state_dict(theirs.state_dict())
-        x, dy = torch.randn(M, K).to(dtype), torch.randn(M, N).to(torch.bfloat16 if autocast else dtype)
+        x, dy = (
+            torch.randn(M, K).to(dtype),
+            torch.randn(M, N).to(torch.bfloat16 if autocast else dtype),
+        )
         exact = results(copy.deepcopy(theirs).double(), x.double(), dy.double(), False)
         for total, model in ((mine, ours), (other, theirs)):
             got = results(model, x, dy, autocast)
-            total += torch.stack([(a.double() - e).norm() / e.norm() for a, e in zip(got, exact, strict=True)])
+            total += torch.stack(
+                [(a.double() - e).norm() / e.norm() for a, e in zip(got, exact, strict=True)]
+            )
     assert (mine <= 1.01 * other).all(), (mine / other).tolist()
 
 
@@ -265,8 +310,12 @@ def test_backend_is_chosen_in_one_place(monkeypatch):
     monkeypatch.setenv("PEFTKERN_BACKEND", "abacus")
     with pytest.raises(ValueError, match=r"PEFTKERN_BACKEND='abacus'.*auto, torch"):
         describe()
-    code = "import torch, peftkern; x = torch.ones(2, 2); peftkern.lora_linear(x, x, None, x, x, 1.0)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ))
+    code = (
+        "import torch, peftkern; x = torch.ones(2, 2); peftkern.lora_linear(x, x, None, x, x, 1.0)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ)
+    )
     assert done.returncode == 1 and "PEFTKERN_BACKEND='abacus'" in done.stderr.splitlines()[-1]
 
 

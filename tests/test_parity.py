@@ -22,7 +22,11 @@ SETTINGS = {
         "CAUSAL_LM",
         {
             "target_modules": ["q_proj", "k_proj", "down_proj"],
-            "rank_pattern": {"q_proj": 2, r"layers\.1\.mlp\.down_proj": 7, "^model.layers.0.self_attn.k_proj": 5},
+            "rank_pattern": {
+                "q_proj": 2,
+                r"layers\.1\.mlp\.down_proj": 7,
+                "^model.layers.0.self_attn.k_proj": 5,
+            },
             "alpha_pattern": {"k_proj": 5, "model.layers.1.self_attn.q_proj": 0.5},
         },
     ),
@@ -31,7 +35,11 @@ SETTINGS = {
     "bias_all_t5": ("t5", "SEQ_2_SEQ_LM", {"bias": "all"}),
     "bias_lora_only": ("bert", "TOKEN_CLS", {"bias": "lora_only"}),
     "bias_lora_only_gpt2": ("gpt2", "CAUSAL_LM", {"bias": "lora_only", "fan_in_fan_out": True}),
-    "conv1d_all": ("gpt2", "CAUSAL_LM", {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}),
+    "conv1d_all": (
+        "gpt2",
+        "CAUSAL_LM",
+        {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True},
+    ),
     "lora_bias": ("llama", "CAUSAL_LM", {"lora_bias": True, "init_lora_weights": False}),
     "embedding": ("llama", "CAUSAL_LM", {"target_modules": ["embed_tokens", "q_proj"]}),
     "embedding_gpt2": ("gpt2", "CAUSAL_LM", {"target_modules": ["wte", "wpe", "c_attn"]}),
@@ -42,17 +50,33 @@ SETTINGS = {
     "modules_to_save": ("llama", "CAUSAL_LM", {"modules_to_save": ["lm_head", "embed_tokens"]}),
     "modules_to_save_norm": ("bert", "SEQ_CLS", {"modules_to_save": ["LayerNorm"]}),
     "all_linear": ("llama", "CAUSAL_LM", {"target_modules": "all-linear"}),
-    "all_linear_gpt2": ("gpt2", "SEQ_CLS", {"target_modules": "all-linear", "fan_in_fan_out": True}),
+    "all_linear_gpt2": (
+        "gpt2",
+        "SEQ_CLS",
+        {"target_modules": "all-linear", "fan_in_fan_out": True},
+    ),
     "all_linear_t5": ("t5", "SEQ_2_SEQ_LM", {"target_modules": "all-linear"}),
     "regex": ("qwen2", "CAUSAL_LM", {"target_modules": r".*\.1\.(self_attn\.[qk]|mlp\.up)_proj"}),
-    "layers": ("llama", "CAUSAL_LM", {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1]}),
-    "exclude": ("qwen2", "CAUSAL_LM", {"target_modules": "all-linear", "exclude_modules": r".*\.0\..*"}),
+    "layers": (
+        "llama",
+        "CAUSAL_LM",
+        {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1]},
+    ),
+    "exclude": (
+        "qwen2",
+        "CAUSAL_LM",
+        {"target_modules": "all-linear", "exclude_modules": r".*\.0\..*"},
+    ),
     "no_init": ("llama", "CAUSAL_LM", {"init_lora_weights": False}),
     "gaussian": ("llama", "CAUSAL_LM", {"init_lora_weights": "gaussian"}),
     "inference_mode": ("llama", "CAUSAL_LM", {"inference_mode": True}),
     "no_task": ("bert", None, {}),
     "half": ("llama", "CAUSAL_LM", {"dtype": torch.bfloat16}),
-    "half_adapters": ("llama", "CAUSAL_LM", {"dtype": torch.float16, "autocast_adapter_dtype": False}),
+    "half_adapters": (
+        "llama",
+        "CAUSAL_LM",
+        {"dtype": torch.float16, "autocast_adapter_dtype": False},
+    ),
 }
 
 
@@ -96,12 +120,22 @@ def test_settings_build_what_peft_builds(name):
     family, task, settings = SETTINGS[name]
     ours, theirs = pair(family, task, **settings)
     assert_same_parameters(ours, theirs)
-    assert set(ours.base_model.targeted_module_names) == set(theirs.base_model.targeted_module_names)
+    assert set(ours.base_model.targeted_module_names) == set(
+        theirs.base_model.targeted_module_names
+    )
     built = [(n, m) for n, m in ours.named_modules() if isinstance(m, LoraLayer)]
     assert built
     for key, mine in built:
         other = theirs.get_submodule(key)
-        for what in ("scaling", "r", "lora_alpha", "fan_in_fan_out", "in_features", "out_features", "active_adapters"):
+        for what in (
+            "scaling",
+            "r",
+            "lora_alpha",
+            "fan_in_fan_out",
+            "in_features",
+            "out_features",
+            "active_adapters",
+        ):
             assert getattr(mine, what) == getattr(other, what), (key, what)
     batch = inputs(family, task)
     tolerance = EXACT if settings.get("dtype") is None else {"rtol": 0.02, "atol": 0.02}
@@ -110,7 +144,7 @@ def test_settings_build_what_peft_builds(name):
 
 @pytest.mark.parametrize("init", [True, False, "gaussian"])
 def test_initial_weights_have_the_distribution_of_peft(init):
-    """No two libraries need draw the same numbers, but B is zero where PEFT's is and spreads are alike."""
+    """They need not be the same numbers, but B is zero where PEFT's is and spreads are alike."""
     base = torch.nn.Sequential(torch.nn.Linear(256, 192), torch.nn.Embedding(50, 128))
     config = {"r": 16, "target_modules": ["0", "1"], "init_lora_weights": init}
     ours = peftkern.get_peft_model(copy.deepcopy(base), peftkern.LoraConfig(**config))
@@ -142,7 +176,10 @@ def test_heads_of_the_tasks_train_in_full():
         name = f"base_model.model.{head}.modules_to_save.default.weight"
         assert dict(ours.named_parameters())[name].requires_grad
         assert ours.modules_to_save == theirs.modules_to_save
-        assert ours.peft_config["default"].modules_to_save == theirs.peft_config["default"].modules_to_save
+        assert (
+            ours.peft_config["default"].modules_to_save
+            == theirs.peft_config["default"].modules_to_save
+        )
 
 
 def test_positional_arguments_follow_the_task():
@@ -166,13 +203,21 @@ def test_tuples_hidden_states_and_embeddings_as_inputs():
     ids = batch.pop("input_ids")
     embedded = ours.get_input_embeddings()(ids).detach()
     torch.testing.assert_close(
-        first(ours(inputs_embeds=embedded, **batch)), first(theirs(inputs_embeds=embedded, **batch)), **EXACT
+        first(ours(inputs_embeds=embedded, **batch)),
+        first(theirs(inputs_embeds=embedded, **batch)),
+        **EXACT,
     )
 
 
 @pytest.mark.parametrize(
     "how",
-    [{}, {"num_beams": 3}, {"do_sample": True, "top_k": 20}, {"use_cache": False}, {"num_return_sequences": 2, "num_beams": 2}],
+    [
+        {},
+        {"num_beams": 3},
+        {"do_sample": True, "top_k": 20},
+        {"use_cache": False},
+        {"num_return_sequences": 2, "num_beams": 2},
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
@@ -196,8 +241,9 @@ def _error(model, exact, batch):
 @pytest.mark.parametrize("wide", [True, False], ids=["fp32_adapters", "bf16_adapters"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "qwen2", "gemma", "t5"])
 def test_bf16_is_as_close_to_float64_as_peft(family, wide):
-    """With float32 adapters the same roundings. With bf16 ones fewer, which test_ops shows on the layer;
-    in a whole model the rest of it rounds by chance, so errors of several draws are added and some slack left.
+    """With float32 adapters the same roundings. With bf16 ones fewer (test_ops shows it on the
+    layer); the rest of a whole model rounds by chance: errors of several draws are added, and
+    there is slack.
     """
     task = {"bert": "TOKEN_CLS", "t5": "SEQ_2_SEQ_LM"}.get(family, "CAUSAL_LM")
     ours, theirs = pair(family, task, dtype=torch.bfloat16, autocast_adapter_dtype=wide)

@@ -1,4 +1,4 @@
-"""The life of a PeftModel: several adapters, switched, mixed in a batch, disabled, deleted; as in HF PEFT."""
+"""The life of a PeftModel as in HF PEFT: adapters switched, mixed, disabled, deleted."""
 
 from __future__ import annotations
 
@@ -60,11 +60,17 @@ STEPS = {
     "delete_both": lambda m: (m.delete_adapter("third"), m.delete_adapter("default")),
     "delete_then_set": lambda m: (m.delete_adapter("default"), m.set_adapter("third")),
     "disable_layers": lambda m: m.base_model.disable_adapter_layers(),
-    "disable_enable": lambda m: (m.base_model.disable_adapter_layers(), m.base_model.enable_adapter_layers()),
+    "disable_enable": lambda m: (
+        m.base_model.disable_adapter_layers(),
+        m.base_model.enable_adapter_layers(),
+    ),
     "disable_set_enable": lambda m: (
-        m.base_model.disable_adapter_layers(), m.set_adapter("second"), m.base_model.enable_adapter_layers()),
+        m.base_model.disable_adapter_layers(),
+        m.set_adapter("second"),
+        m.base_model.enable_adapter_layers(),
+    ),
     "train_eval": lambda m: (m.eval(), m.train(), m.eval()),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -86,9 +92,11 @@ def test_switching(step):
 def test_switching_trained_modules(step):
     """modules_to_save follow the adapter; one of the three has none of its own."""
     ours, theirs = three(
-        "bert", "SEQ_CLS",
-        second={"r": 2, "target_modules": ["key"], "modules_to_save": ["pooler"]}, third={"r": 2},
-    )  # fmt: skip
+        "bert",
+        "SEQ_CLS",
+        second={"r": 2, "target_modules": ["key"], "modules_to_save": ["pooler"]},
+        third={"r": 2},
+    )
     g = torch.Generator().manual_seed(3)
     for (name, p), (_, q) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
         if "modules_to_save" in name:
@@ -111,7 +119,7 @@ def test_deleting_the_active_adapter_makes_the_first_one_left_active(family, tas
 
 
 def test_deleting_the_active_adapter_activates_the_same_one_in_every_layer():
-    """HF PEFT lets each layer pick one, so that with other targets several adapters mix in one model."""
+    """HF PEFT lets each layer pick one, so that with other targets several mix in one model."""
     ours, _ = three()
     batch = inputs("llama")
     ours.set_adapter("second")
@@ -139,7 +147,9 @@ def test_a_module_with_no_copy_for_the_active_adapter_is_the_original():
     assert not base.lm_head.modules_to_save["default"].weight.requires_grad
 
 
-@pytest.mark.parametrize(("family", "task"), [("llama", "CAUSAL_LM"), ("gpt2", "SEQ_CLS"), ("bert", "TOKEN_CLS")])
+@pytest.mark.parametrize(
+    ("family", "task"), [("llama", "CAUSAL_LM"), ("gpt2", "SEQ_CLS"), ("bert", "TOKEN_CLS")]
+)
 def test_disable_adapter(family, task):
     ours, theirs = pair(family, task, lora_dropout=0.4)
     batch = inputs(family, task)
@@ -168,7 +178,10 @@ def test_disable_adapter_with_trained_biases_warns():
         for model in (ours, theirs):
             model.get_submodule("base_model.model.bert.pooler.dense").bias.add_(1)
     for model in (ours, theirs):
-        with pytest.warns(UserWarning, match="bias configured to be 'all'"), model.disable_adapter():
+        with (
+            pytest.warns(UserWarning, match="bias configured to be 'all'"),
+            model.disable_adapter(),
+        ):
             logits = first(model(**inputs("bert", "SEQ_CLS")))
     with quiet(), ours.disable_adapter():
         torch.testing.assert_close(first(ours(**inputs("bert", "SEQ_CLS"))), logits, **EXACT)
@@ -195,7 +208,9 @@ def test_an_adapter_for_each_row(family, task):
             alone = first(ours(**row))
         torch.testing.assert_close(mixed[i : i + 1], alone, rtol=0, atol=3e-5)
     # and nothing of it stays
-    torch.testing.assert_close(first(ours(**batch)), first(ours(**batch, adapter_names=["default"] * 6)), **EXACT)
+    torch.testing.assert_close(
+        first(ours(**batch)), first(ours(**batch, adapter_names=["default"] * 6)), **EXACT
+    )
     with ours.disable_adapter():
         bare = first(ours(**batch))
         torch.testing.assert_close(first(ours(**batch, adapter_names=MIXED)), bare, **EXACT)
@@ -206,13 +221,19 @@ def test_an_adapter_for_each_row_of_embeddings_and_conv1d(family):
     task = "SEQ_2_SEQ_LM" if family == "t5" else "CAUSAL_LM"
     targets = ["shared", "q"] if family == "t5" else ["wte", "c_attn"]
     ours, theirs = three(
-        family, task, target_modules=targets, second={"target_modules": targets[:1]}, third={"target_modules": targets}
+        family,
+        task,
+        target_modules=targets,
+        second={"target_modules": targets[:1]},
+        third={"target_modules": targets},
     )
     batch = inputs(family, task, batch=6)
     for model in (ours, theirs):
         model.eval()
     torch.testing.assert_close(
-        first(ours(**batch, adapter_names=MIXED)), first(theirs(**batch, adapter_names=MIXED)), **EXACT
+        first(ours(**batch, adapter_names=MIXED)),
+        first(theirs(**batch, adapter_names=MIXED)),
+        **EXACT,
     )
 
 
@@ -228,17 +249,26 @@ def test_generate_with_an_adapter_for_each_row(family, beams):
         model.eval()
         out.append(
             model.generate(
-                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], adapter_names=MIXED,
-                num_beams=beams, max_new_tokens=5, min_new_tokens=5, do_sample=False,
+                input_ids=batch["input_ids"],
+                attention_mask=batch["attention_mask"],
+                adapter_names=MIXED,
+                num_beams=beams,
+                max_new_tokens=5,
+                min_new_tokens=5,
+                do_sample=False,
             )
-        )  # fmt: skip
+        )
     assert torch.equal(*out)
     config = model.generation_config
     config.num_beams, config.max_new_tokens = beams, 5  # the beams may also come this way
     again = ours.generate(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], adapter_names=MIXED,
-        generation_config=config, min_new_tokens=5, do_sample=False,
-    )  # fmt: skip
+        input_ids=batch["input_ids"],
+        attention_mask=batch["attention_mask"],
+        adapter_names=MIXED,
+        generation_config=config,
+        min_new_tokens=5,
+        do_sample=False,
+    )
     assert torch.equal(again, out[0])
 
 
@@ -262,7 +292,9 @@ def test_adapters_added_loaded_and_deleted_again(tmp_path):
     assert any(".second." in n for n in trainable)
     reloaded.set_adapter("second")
     ours.set_adapter("second")
-    torch.testing.assert_close(first(reloaded.eval()(**batch)), first(ours(**batch)), rtol=0, atol=0)
+    torch.testing.assert_close(
+        first(reloaded.eval()(**batch)), first(ours(**batch)), rtol=0, atol=0
+    )
 
 
 @pytest.mark.parametrize("trainable", [True, False])
@@ -293,7 +325,10 @@ def test_what_a_peft_model_answers():
         for model in (ours, theirs):
             model.eval()
         assert str(ours.peft_type.value) == str(theirs.peft_type.value) == "LORA"
-        assert ours.active_adapter == theirs.active_adapter and ours.active_adapters == theirs.active_adapters
+        assert (
+            ours.active_adapter == theirs.active_adapter
+            and ours.active_adapters == theirs.active_adapters
+        )
         assert ours.active_peft_config is ours.peft_config["default"]
         assert ours.modules_to_save == theirs.modules_to_save
         assert ours.base_model_torch_dtype == theirs.base_model_torch_dtype == torch.float32
@@ -321,7 +356,9 @@ def test_name_and_revision_of_the_base_model():
     with pytest.warns(UserWarning) as seen:
         peftkern.get_peft_model(base, config, revision="v2")
     said = [str(w.message) for w in seen]
-    assert any("other/base" in s and "owner/base" in s for s in said) and any("v1" in s and "v2" in s for s in said)
+    assert any("other/base" in s and "owner/base" in s for s in said) and any(
+        "v1" in s and "v2" in s for s in said
+    )
     assert (config.base_model_name_or_path, config.revision) == ("owner/base", "v2")
 
 

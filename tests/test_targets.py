@@ -52,17 +52,34 @@ WAYS = {
     "layers_exact_name": {"target_modules": ["layers.5.mlp", "q"], "layers_to_transform": [1]},
     "layers_empty": {"target_modules": ["q"], "layers_to_transform": []},
     "pattern": {"target_modules": ["q"], "layers_to_transform": [1], "layers_pattern": "layers"},
-    "pattern_list": {"target_modules": ["q"], "layers_to_transform": [1], "layers_pattern": ["layers", "h"]},
-    "pattern_other": {"target_modules": ["mlp"], "layers_to_transform": [0], "layers_pattern": ["h"]},
+    "pattern_list": {
+        "target_modules": ["q"],
+        "layers_to_transform": [1],
+        "layers_pattern": ["layers", "h"],
+    },
+    "pattern_other": {
+        "target_modules": ["mlp"],
+        "layers_to_transform": [0],
+        "layers_pattern": ["h"],
+    },
     "exclude_suffix": {"target_modules": ["q", "kq"], "exclude_modules": ["kq"]},
     "exclude_name": {"target_modules": ["mlp"], "exclude_modules": ["layers.1.mlp", "h.0.mlp"]},
     "exclude_regex": {"target_modules": ["q", "mlp"], "exclude_modules": r"layers\..*"},
     "exclude_from_all": {"target_modules": "all-linear", "exclude_modules": ["q", "experts.0"]},
     "saved_is_not_adapted": {"target_modules": ["q", "mlp", "head.0"], "modules_to_save": ["head"]},
-    "saved_by_suffix": {"target_modules": ["q", "mlp"], "modules_to_save": ["layers.1.mlp", "norm"]},
-    "rank_patterns": {"target_modules": ["q", "mlp"], "rank_pattern": {"layers.1.mlp": 3, "^mlp": 5, "h.0.attn.q": 2}},
-    "alpha_patterns": {"target_modules": ["q", "kq"], "alpha_pattern": {"q": 3, r"layers\.\d+\.attn\.kq": 5}},
-}  # fmt: skip
+    "saved_by_suffix": {
+        "target_modules": ["q", "mlp"],
+        "modules_to_save": ["layers.1.mlp", "norm"],
+    },
+    "rank_patterns": {
+        "target_modules": ["q", "mlp"],
+        "rank_pattern": {"layers.1.mlp": 3, "^mlp": 5, "h.0.attn.q": 2},
+    },
+    "alpha_patterns": {
+        "target_modules": ["q", "kq"],
+        "alpha_pattern": {"q": 3, r"layers\.\d+\.attn\.kq": 5},
+    },
+}
 
 
 def built(library, model, config):
@@ -90,7 +107,13 @@ def test_defaults_are_pefts():
     assert {k: sorted(v) for k, v in DEFAULTS.items()} == {k: sorted(v) for k, v in theirs.items()}
 
 
-_SMALL = {"vocab_size": 32, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+_SMALL = {
+    "vocab_size": 32,
+    "hidden_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 8,
+}
 MORE_MODELS = {
     "opt": lambda: tf.OPTConfig(**_SMALL, ffn_dim=8, word_embed_proj_dim=8),
     "mistral": lambda: tf.MistralConfig(**_SMALL, num_key_value_heads=1),
@@ -101,9 +124,17 @@ MORE_MODELS = {
     "gptj": lambda: tf.GPTJConfig(vocab_size=32, n_embd=8, n_layer=1, n_head=2, rotary_dim=4),
     "roberta": lambda: tf.RobertaConfig(**_SMALL),
     "deberta-v2": lambda: tf.DebertaV2Config(**_SMALL),
-    "bart": lambda: tf.BartConfig(vocab_size=32, d_model=8, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=8,
-                                  decoder_ffn_dim=8, encoder_attention_heads=2, decoder_attention_heads=2),
-}  # fmt: skip
+    "bart": lambda: tf.BartConfig(
+        vocab_size=32,
+        d_model=8,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_ffn_dim=8,
+        decoder_ffn_dim=8,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+    ),
+}
 
 
 @pytest.mark.parametrize("name", MORE_MODELS)
@@ -111,20 +142,28 @@ MORE_MODELS = {
 def test_default_targets_of_more_models(name, targets):
     if targets is None:
         assert name in DEFAULTS
-    found = built(peftkern, tf.AutoModel.from_config(MORE_MODELS[name]()), {"target_modules": targets})
-    assert found == built(peft, tf.AutoModel.from_config(MORE_MODELS[name]()), {"target_modules": targets})
+    found = built(
+        peftkern, tf.AutoModel.from_config(MORE_MODELS[name]()), {"target_modules": targets}
+    )
+    assert found == built(
+        peft, tf.AutoModel.from_config(MORE_MODELS[name]()), {"target_modules": targets}
+    )
     assert found[0]
 
 
 @pytest.mark.parametrize("family", ["llama", "bert", "gpt2", "t5"])
 def test_all_linear_leaves_the_classification_head(family):
     ours, theirs = pair(family, "SEQ_CLS", target_modules="all-linear")
-    assert set(ours.base_model.targeted_module_names) == set(theirs.base_model.targeted_module_names)
+    assert set(ours.base_model.targeted_module_names) == set(
+        theirs.base_model.targeted_module_names
+    )
 
 
-@pytest.mark.parametrize(("task", "head"), [("TOKEN_CLS", "classifier"), ("QUESTION_ANS", "qa_outputs")])
+@pytest.mark.parametrize(
+    ("task", "head"), [("TOKEN_CLS", "classifier"), ("QUESTION_ANS", "qa_outputs")]
+)
 def test_all_linear_leaves_heads_that_peft_fails_on(task, head):
-    """HF PEFT adapts these heads, then refuses to train them in full as well. Here they train in full."""
+    """HF PEFT adapts these heads, then refuses to train them in full. Here they train in full."""
     config = peftkern.LoraConfig(task_type=task, target_modules="all-linear")
     model = peftkern.get_peft_model(make("bert", task), config)
     assert isinstance(getattr(model.get_base_model(), head), peftkern.ModulesToSaveWrapper)
@@ -132,7 +171,7 @@ def test_all_linear_leaves_heads_that_peft_fails_on(task, head):
 
 
 def test_the_config_of_the_caller_gets_the_targets():
-    """As PEFT does: what was matched by default is written into the config, and so into the file."""
+    """As in PEFT: what was matched by default is written into the config, and so into the file."""
     config = peftkern.LoraConfig()
     peftkern.get_peft_model(make("llama"), config)
     assert config.target_modules == {"q_proj", "v_proj"}
@@ -141,14 +180,22 @@ def test_the_config_of_the_caller_gets_the_targets():
 NOTHING = {
     "no_such_name": ({"target_modules": ["nothing_here"]}, r"nothing_here.*not found"),
     "no_such_regex": ({"target_modules": r"x\.y"}, r"x\\\\\.y.*not found|x\\\.y.*not found"),
-    "no_such_layer": ({"target_modules": ["q_proj"], "layers_to_transform": [99]}, r"layers_to_transform.*99"),
+    "no_such_layer": (
+        {"target_modules": ["q_proj"], "layers_to_transform": [99]},
+        r"layers_to_transform.*99",
+    ),
     "no_such_pattern": (
-        {"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": "blocks"}, r"blocks"),
-    "all_excluded": ({"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, r"exclude_modules"),
+        {"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": "blocks"},
+        r"blocks",
+    ),
+    "all_excluded": (
+        {"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]},
+        r"exclude_modules",
+    ),
     "empty_list": ({"target_modules": []}, r"target_modules"),
     "unsupported_class": ({"target_modules": ["norm"]}, r"LlamaRMSNorm.*nn\.Linear"),
     "one_of_two_unsupported": ({"target_modules": ["q_proj", "mlp"]}, r"LlamaMLP"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", NOTHING)
@@ -162,7 +209,9 @@ def test_targets_that_match_nothing_or_cannot_be_adapted(name):
     assert_same(model, before)
     with pytest.raises(ValueError):  # what HF PEFT refuses, no more
         peft.get_peft_model(make("llama"), peft.LoraConfig(**config))
-    adapted = peftkern.get_peft_model(model, peftkern.LoraConfig(target_modules=["v_proj"], modules_to_save=["lm_head"]))
+    adapted = peftkern.get_peft_model(
+        model, peftkern.LoraConfig(target_modules=["v_proj"], modules_to_save=["lm_head"])
+    )
     before = snapshot(adapted)
     with pytest.raises(ValueError, match=says):
         adapted.add_adapter("second", peftkern.LoraConfig(**config))
@@ -189,12 +238,16 @@ def test_tensor_modules_that_hold_several_are_not_saved_in_full():
     model = Odd()
     before = snapshot(model)
     with pytest.raises(TypeError, match=r"modules_to_save.*ModuleList"):
-        peftkern.get_peft_model(model, peftkern.LoraConfig(target_modules=["q"], modules_to_save=["experts"]))
+        peftkern.get_peft_model(
+            model, peftkern.LoraConfig(target_modules=["q"], modules_to_save=["experts"])
+        )
     assert_same(model, before)
 
 
 def test_unused_patterns_are_named():
-    config = peftkern.LoraConfig(target_modules=["q"], rank_pattern={"zebra": 2}, alpha_pattern={"yak": 2})
+    config = peftkern.LoraConfig(
+        target_modules=["q"], rank_pattern={"zebra": 2}, alpha_pattern={"yak": 2}
+    )
     with pytest.warns(RuntimeWarning) as seen:
         peftkern.get_peft_model(Odd(), config)
     said = " ".join(str(w.message) for w in seen)
@@ -207,7 +260,9 @@ def test_fan_in_fan_out_is_put_right(family, flag):
     with pytest.warns(UserWarning, match="fan_in_fan_out"):
         model = peftkern.get_peft_model(make(family), config)
     assert config.fan_in_fan_out is not flag
-    assert all(m.fan_in_fan_out is not flag for m in model.modules() if hasattr(m, "fan_in_fan_out"))
+    assert all(
+        m.fan_in_fan_out is not flag for m in model.modules() if hasattr(m, "fan_in_fan_out")
+    )
 
 
 def test_a_single_layer_is_no_model():
@@ -223,5 +278,7 @@ def test_inject_into_a_plain_module():
     same = peftkern.inject_adapter_in_model(peftkern.LoraConfig(**config), model, "mine")
     peft.inject_adapter_in_model(peft.LoraConfig(**config), other, "mine")
     assert same is model and list(model.state_dict()) == list(other.state_dict())
-    assert [p.requires_grad for p in model.parameters()] == [p.requires_grad for p in other.parameters()]
+    assert [p.requires_grad for p in model.parameters()] == [
+        p.requires_grad for p in other.parameters()
+    ]
     assert model.layers[0].attn["q"](torch.ones(1, 4)).shape == (1, 4)

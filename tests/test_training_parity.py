@@ -1,4 +1,4 @@
-"""Training parity: gradients, dropout, checkpointing, autocast and optimiser steps as with HF PEFT."""
+"""Training parity with HF PEFT: gradients, dropout, checkpointing, autocast, optimiser steps."""
 
 from __future__ import annotations
 
@@ -35,10 +35,14 @@ def test_gradients(family, task):
     ours, theirs = pair(family, task)
     mine = assert_same_gradients(ours.train(), theirs.train(), inputs(family, task))
     assert {n for n in mine if "lora_" in n}
-    assert all(p.requires_grad == (n in mine) or "lora_" not in n for n, p in ours.named_parameters())
+    assert all(
+        p.requires_grad == (n in mine) or "lora_" not in n for n, p in ours.named_parameters()
+    )
 
 
-@pytest.mark.parametrize("name", [n for n, (_, _, s) in SETTINGS.items() if "dtype" not in s and n != "inference_mode"])
+@pytest.mark.parametrize(
+    "name", [n for n, (_, _, s) in SETTINGS.items() if "dtype" not in s and n != "inference_mode"]
+)
 def test_gradients_of_every_setting_with_dropout(name):
     family, task, settings = SETTINGS[name]
     ours, theirs = pair(family, task, lora_dropout=0.25, **settings)
@@ -46,7 +50,9 @@ def test_gradients_of_every_setting_with_dropout(name):
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
-@pytest.mark.parametrize(("family", "task"), [("llama", "CAUSAL_LM"), ("gpt2", "CAUSAL_LM"), ("t5", "SEQ_2_SEQ_LM")])
+@pytest.mark.parametrize(
+    ("family", "task"), [("llama", "CAUSAL_LM"), ("gpt2", "CAUSAL_LM"), ("t5", "SEQ_2_SEQ_LM")]
+)
 def test_dropout_draws_the_mask_of_peft(family, task, p):
     """The same seed drops the same elements, in the first step and in the second."""
     ours, theirs = pair(family, task, lora_dropout=p)
@@ -70,13 +76,18 @@ def test_dropout_draws_the_mask_of_peft(family, task, p):
 
 
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not_reentrant"])
-@pytest.mark.parametrize(("family", "task"), [("llama", "CAUSAL_LM"), ("gpt2", "SEQ_CLS"), ("bert", "TOKEN_CLS"), ("t5", "SEQ_2_SEQ_LM")])
+@pytest.mark.parametrize(
+    ("family", "task"),
+    [("llama", "CAUSAL_LM"), ("gpt2", "SEQ_CLS"), ("bert", "TOKEN_CLS"), ("t5", "SEQ_2_SEQ_LM")],
+)
 def test_gradient_checkpointing(family, task, reentrant):
     ours, theirs = pair(family, task, lora_dropout=0.3)
     batch = inputs(family, task)
     plain = assert_same_gradients(ours.train(), theirs.train(), batch)
     for model in (ours, theirs):
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        model.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": reentrant}
+        )
         model.enable_input_require_grads()
     checkpointed = assert_same_gradients(ours, theirs, batch)
     assert plain.keys() == checkpointed.keys()
@@ -85,7 +96,7 @@ def test_gradient_checkpointing(family, task, reentrant):
 
 
 def test_a_model_that_checkpoints_already_gets_gradients():
-    """get_peft_model makes the embeddings' output require a gradient: a reentrant block passes none otherwise."""
+    """Its embeddings' output must require a gradient: a reentrant block passes none otherwise."""
     from tests.tiny import make
 
     base = make("llama")
@@ -100,7 +111,9 @@ def _under_autocast(model, batch):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = model(**batch)
     loss_of(output).backward()
-    return first(output).detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return first(output).detach(), {
+        n: p.grad for n, p in model.named_parameters() if p.grad is not None
+    }
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -114,7 +127,10 @@ def test_autocast(family, dtype):
         for model in (ours.train(), theirs.train()):
             fill(model, seed=seed)
         _, exact = gradients(copy.deepcopy(theirs).double(), batch)
-        (a, mine_grads), (b, other_grads) = _under_autocast(ours, batch), _under_autocast(theirs, batch)
+        (a, mine_grads), (b, other_grads) = (
+            _under_autocast(ours, batch),
+            _under_autocast(theirs, batch),
+        )
         assert a.dtype == b.dtype
         assert mine_grads.keys() == other_grads.keys() == exact.keys()
         for name, grad in exact.items():
@@ -128,7 +144,9 @@ def test_autocast_draws_the_mask_of_peft():
     ours, theirs = pair("gpt2", lora_dropout=0.5)
     batch = inputs("gpt2")
     (a, _), (b, _) = (_under_autocast(m.train(), batch) for m in (ours, theirs))
-    with_other_mask = _under_autocast(theirs.train(), {**batch, "input_ids": batch["input_ids"].flip(0)})[0].flip(0)
+    with_other_mask = _under_autocast(
+        theirs.train(), {**batch, "input_ids": batch["input_ids"].flip(0)}
+    )[0].flip(0)
     assert (a - b).norm() < 0.05 * b.norm() < 0.3 * (with_other_mask - b).norm()
 
 

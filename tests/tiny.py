@@ -1,7 +1,7 @@
 """Tiny models made from configurations, their inputs, and pairs adapted by peftkern and by HF PEFT.
 
-The pairs start from the same numbers: one base model is copied, and B, which LoRA starts at zero, is
-drawn at random so that the update takes part in every comparison.
+The pairs start from the same numbers: one base model is copied, and B, which LoRA starts at zero,
+is drawn at random so that the update takes part in every comparison.
 """
 
 from __future__ import annotations
@@ -43,20 +43,46 @@ _CONFIGS = {
     "qwen2": lambda: _decoder(tf.Qwen2Config),
     "gemma": lambda: _decoder(tf.GemmaConfig, head_dim=8),
     "gpt2": lambda: tf.GPT2Config(
-        vocab_size=VOCAB, n_positions=64, n_embd=WIDTH, n_layer=LAYERS, n_head=HEADS, num_labels=LABELS,
-        initializer_range=0.2, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **_TOKENS,
+        vocab_size=VOCAB,
+        n_positions=64,
+        n_embd=WIDTH,
+        n_layer=LAYERS,
+        n_head=HEADS,
+        num_labels=LABELS,
+        initializer_range=0.2,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        **_TOKENS,
     ),
     "bert": lambda: tf.BertConfig(
-        vocab_size=VOCAB, hidden_size=WIDTH, intermediate_size=24, num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS, max_position_embeddings=64, num_labels=LABELS,
-        initializer_range=0.2, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **_TOKENS,
+        vocab_size=VOCAB,
+        hidden_size=WIDTH,
+        intermediate_size=24,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        max_position_embeddings=64,
+        num_labels=LABELS,
+        initializer_range=0.2,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        **_TOKENS,
     ),
     "t5": lambda: tf.T5Config(
-        vocab_size=VOCAB, d_model=WIDTH, d_kv=8, d_ff=24, num_layers=LAYERS, num_heads=HEADS,
-        dropout_rate=0.0, classifier_dropout=0.0, num_labels=LABELS, decoder_start_token_id=0,
-        pad_token_id=0, eos_token_id=2,
+        vocab_size=VOCAB,
+        d_model=WIDTH,
+        d_kv=8,
+        d_ff=24,
+        num_layers=LAYERS,
+        num_heads=HEADS,
+        dropout_rate=0.0,
+        classifier_dropout=0.0,
+        num_labels=LABELS,
+        decoder_start_token_id=0,
+        pad_token_id=0,
+        eos_token_id=2,
     ),
-}  # fmt: skip
+}
 
 _CLASSES = {
     "CAUSAL_LM": tf.AutoModelForCausalLM,
@@ -70,8 +96,14 @@ _CLASSES = {
 
 # every family with every task that it has a head for
 CASES = [
-    *[("llama", t) for t in ("CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")],
-    *[("gpt2", t) for t in ("CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")],
+    *[
+        ("llama", t)
+        for t in ("CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+    ],
+    *[
+        ("gpt2", t)
+        for t in ("CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+    ],
     *[("bert", t) for t in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")],
     *[("t5", t) for t in ("SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")],
     *[("qwen2", t) for t in ("CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS")],
@@ -98,7 +130,9 @@ def make(family: str, task: str | None = "CAUSAL_LM", dtype: torch.dtype = torch
     return copy.deepcopy(_original(family, task)).to(dtype)
 
 
-def inputs(family: str, task: str | None = "CAUSAL_LM", batch: int = 3, length: int = 7) -> dict[str, Tensor]:
+def inputs(
+    family: str, task: str | None = "CAUSAL_LM", batch: int = 3, length: int = 7
+) -> dict[str, Tensor]:
     """Token ids, a mask with padding in it, and the labels of the task. Same values each time."""
     g = torch.Generator().manual_seed(1)
     ids = torch.randint(3, VOCAB, (batch, length), generator=g)
@@ -166,11 +200,15 @@ def loss_of(output: Any) -> Tensor:
     if loss is not None:
         return loss
     hidden = first(output)
-    weights = torch.linspace(-1, 1, hidden.numel(), dtype=hidden.dtype).cos()  # no symmetry that a norm hides
+    weights = torch.linspace(
+        -1, 1, hidden.numel(), dtype=hidden.dtype
+    ).cos()  # no symmetry that a norm hides
     return (hidden * weights.view_as(hidden)).mean()
 
 
-def gradients(model: nn.Module, batch: dict[str, Any], seed: int = 5) -> tuple[Tensor, dict[str, Tensor]]:
+def gradients(
+    model: nn.Module, batch: dict[str, Any], seed: int = 5
+) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss and every gradient, by parameter name; the generator starts from ``seed``."""
     model.zero_grad(set_to_none=True)
     torch.manual_seed(seed)

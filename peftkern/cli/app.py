@@ -16,11 +16,27 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="LoRA adapters on fused kernels: train one on your own text, or see the demo.",
 )
 _LORA = "The adapter"
 _LOOP = "The training"
 _PLACE = "Saving and going on"
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from .._version import __version__
+
+        print(f"peftkern {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options_of_all_commands(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """LoRA adapters on fused kernels: train one on your own text, or see the demo."""
 
 
 @app.command("train")
@@ -83,7 +99,7 @@ def train_command(
         bool | None,
         typer.Option(
             "--bf16/--no-bf16",
-            help="Base in bfloat16 [default: on a GPU that has it].",
+            help="Base in bfloat16 (default: on a GPU that has it).",
             rich_help_panel=_LOOP,
         ),
     ] = None,
@@ -113,9 +129,15 @@ def train_command(
 ) -> None:
     """Train a LoRA adapter on your own text.
 
-    A line of a .jsonl file holds {"text"} or {"prompt", "completion"} for causal_lm; {"text",
-    "label"} for seq_cls; {"tokens", "labels"} for token_cls; {"prompt", "completion"} for
-    seq_2_seq_lm. The same command goes on where a killed run stopped.
+    The same command goes on where a killed run stopped. A line of a .jsonl file holds:
+
+    - causal_lm: {"text"} or {"prompt", "completion"}
+
+    - seq_cls: {"text", "label"}
+
+    - token_cls: {"tokens", "labels"}
+
+    - seq_2_seq_lm: {"prompt", "completion"}
     """
     given: dict[str, Any] = dict(locals())
     fresh = not given.pop("resume")

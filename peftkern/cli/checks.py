@@ -12,7 +12,7 @@ from .peers import NAMES
 # float32, the same numbers in another order of summation. Losses drift a little further apart with
 # each step, because Adam divides by the size of the gradient; logits of one and the same adapter do
 # not.
-LOSS_TOLERANCE = 5e-3  # relative
+LOSS_TOLERANCE = 1e-3  # relative
 DROPOUT_TOLERANCE = 0.15  # relative, of the mean: the two libraries may drop different elements
 LOGIT_TOLERANCE = 1e-4  # relative to the largest logit
 

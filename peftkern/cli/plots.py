@@ -34,7 +34,8 @@ def loss_curves(run: dict[str, Any], kind: str = "svg") -> str:
         top.annotate(
             f"{text}\n{ours[key]['loss']:.3f}", (x, ours[key]["loss"]), textcoords="offset points",
             xytext=(9, 7) if key == "before" else (-6, 12),
-            ha="left" if key == "before" else "right", fontsize=8.5, color=_INK,
+            ha="left" if key == "before" else "right", fontsize=8.5, color=_INK, zorder=6,
+            bbox={"fc": "white", "ec": "none", "alpha": 0.85, "pad": 1.5},
         )  # fmt: skip
     top.set_ylabel("loss")
     top.margins(y=0.18)

@@ -1,9 +1,9 @@
 """Which implementation runs the operations: the one place where that is decided.
 
 ``PEFTKERN_BACKEND`` is read at the first use: ``torch`` forces torch's own products, ``triton`` the
-kernels of ``kernels/``, and ``auto`` (default) takes the fastest that was measured on the device. No
-GPU measurement exists yet, so ``auto`` is torch everywhere. A backend is a module with ``forward``,
-``backward`` and ``infer`` of the signatures in :mod:`peftkern.ops.torch_backend`.
+kernels of ``kernels/``, and ``auto`` (default) takes the fastest that was measured on the device.
+No GPU measurement exists yet, so ``auto`` is torch everywhere. A backend is a module with
+``forward``, ``backward`` and ``infer`` of the signatures in :mod:`peftkern.ops.torch_backend`.
 """
 
 from __future__ import annotations
@@ -68,5 +68,5 @@ def describe() -> tuple[str, str]:
     """(backend, why it was taken), for ``explain``."""
     choice = requested()
     if choice == "auto":
-        return "torch", "auto: the Triton kernels have not been measured on a GPU yet"
+        return "torch", "auto: torch until the Triton kernels are measured"
     return choice, f"asked for: {ENV}={choice}"

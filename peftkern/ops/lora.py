@@ -17,6 +17,9 @@ from torch.nn.functional import linear
 from . import backend as _backend
 from .bits import unpack_bits
 
+# as torch's own linear does: a view that leaves a custom Function may not be written to by callers
+_reshaped = torch.ops.aten._unsafe_view.default
+
 
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
@@ -42,7 +45,7 @@ class _LoraLinear(torch.autograd.Function):
         )
         ctx.x_like = (x.shape, x.dtype)
         ctx.scale, ctx.p, ctx.transposed = scale, p, transposed
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return y if x.dim() == 2 else _reshaped(y, (*x.shape[:-1], y.shape[-1]))
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -81,7 +84,7 @@ def _differentiable_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, A, B, _, bits, bias = ctx.saved_tensors
     with torch.enable_grad():
         mask = unpack_bits(bits, x.shape[-1], x.dtype).view(x.shape) if bits is not None else None
-        y = _plain(x, weight, bias, A, B, ctx.scale, mask, ctx.p, ctx.transposed)
+        y = plain(x, weight, bias, A, B, ctx.scale, mask, ctx.p, ctx.transposed)
         inputs = [x, weight, bias, A, B]
         wanted = [i for i in range(5) if ctx.needs_input_grad[i]]
         grads = torch.autograd.grad(y, [inputs[i] for i in wanted], dy, create_graph=True)
@@ -89,7 +92,7 @@ def _differentiable_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     return tuple(found.get(i) for i in range(8))
 
 
-def _plain(
+def plain(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -100,6 +103,7 @@ def _plain(
     p: float,
     transposed: bool,
 ) -> Tensor:
+    """The formula itself, operation by operation; ``mask`` holds 0 and 1."""
     y = linear(x, weight.t() if transposed else weight, bias)
     dropped = (x if mask is None else x * mask).to(A.dtype)
     return (y + linear(linear(dropped, A), B) * (scale / (1.0 - p))).to(y.dtype)

@@ -12,6 +12,8 @@ seed drops the same elements as HF PEFT, and is kept as one bit per element.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
@@ -108,6 +110,46 @@ def backward(
             xl = x.to(low)
             da = _mm_to(ds.t(), xl if mask is None else mask.mul_(xl), A.dtype)
     return dx, da, db
+
+
+def group_forward(x: Tensor, members: list[Any]) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+    """(Y_i, S_i, mask_i) of several projections of one x [M, K]; see :mod:`.lora_group`."""
+    return [forward(x, m.w, m.bias, m.A, m.B, m.scale, m.p) for m in members]
+
+
+def group_backward(
+    x: Tensor, parts: list[Any], needs_x: bool
+) -> tuple[Tensor | None, list[tuple[Tensor | None, Tensor | None]]]:
+    """One dX [M, K] for all projections, accumulated in place, and (dA_i, dB_i) of each."""
+    low = _low_rank_dtype(x, parts[0].A)
+    dx, pairs, xl = None, [], x.to(low)
+    for part in parts:
+        dyl = part.dy.to(low)
+        da = db = None
+        if part.needs_b and part.s is not None:
+            db = _mm_to(dyl.t(), part.s, part.B.dtype)
+        ds = _scaled_mm(dyl, part.B.to(low), part.scale / (1.0 - part.p))
+        mask = unpack_bits(part.bits, x.shape[1], low) if part.bits is not None else None
+        if needs_x:
+            dx = _add_low_rank(dx, ds, part.A.to(low), mask)
+            if low == part.dy.dtype:
+                dx.addmm_(part.dy, part.w.t())
+            else:
+                dx.add_(torch.mm(part.dy, part.w.t()))
+        if part.needs_a:
+            da = _mm_to(ds.t(), xl if mask is None else mask.mul_(xl), part.A.dtype)
+        pairs.append((da, db))
+    return (dx.to(x.dtype) if dx is not None else None), pairs
+
+
+def _add_low_rank(dx: Tensor | None, ds: Tensor, A: Tensor, mask: Tensor | None) -> Tensor:
+    """dx + mask ∘ (dS A), in dx's memory where there is one."""
+    if dx is not None and mask is None:
+        return dx.addmm_(ds, A)
+    update = torch.mm(ds, A)
+    if mask is not None:
+        update.mul_(mask)
+    return update if dx is None else dx.add_(update)
 
 
 def infer(

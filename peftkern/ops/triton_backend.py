@@ -1,32 +1,35 @@
 """The LoRA linear on the Triton kernels of ``kernels/``; signatures as in :mod:`.torch_backend`.
 
-What the kernels do not take (float64, ranks above 256, a CPU outside Triton's interpreter) goes to the
-torch backend, and :func:`why_not` says so. Not measured on a GPU yet, so ``auto`` does not choose it.
+What the kernels do not take (float64, ranks above 256, a CPU outside Triton's interpreter) goes to
+the torch backend, and :func:`why_not` says so. Not measured on a GPU yet, so ``auto`` does not
+choose it.
 
 The mask is a function of a seed drawn from torch's CPU generator, which gradient checkpointing
-restores: the recomputed forward drops the same elements. It has the distribution of torch's dropout, not
-its elements.
+restores: the recomputed forward drops the same elements. It has the distribution of torch's
+dropout, not its elements.
 """
 
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..kernels import bits as _bits
-from ..kernels import common as _common
-from ..kernels import gemm as _gemm
-from ..kernels import outer as _outer
-from ..kernels import shrink as _shrink
-from ..kernels import small as _small
-from ..kernels import write as _write
+from ..kernels.bits import dropout_bits
+from ..kernels.common import DTYPES, INTERPRET, MAX_RANK
+from ..kernels.gemm import fused_grad_input, fused_linear
+from ..kernels.outer import grad_a, grad_output
+from ..kernels.shrink import shrink
+from ..kernels.small import MAX_ROWS, decode
+from ..kernels.write import expand, low_rank_grad_input
 from . import torch_backend
 
 name = "triton"
 
-# "hybrid": write the low-rank part, let the vendor's product accumulate onto it. "fused": one kernel.
+# "hybrid": write the low-rank part, let the vendor's product accumulate onto it. "fused": one
+# kernel.
 product = "hybrid"
 
 _noted: set[str] = set()
@@ -34,12 +37,12 @@ _noted: set[str] = set()
 
 def why_not(x: Tensor, A: Tensor) -> str | None:
     """Why a call with these tensors goes to the torch backend; None when the kernels take it."""
-    if not (x.is_cuda or _common.INTERPRET.value):
+    if not (x.is_cuda or INTERPRET.value):
         return f"the tensors are on {x.device.type}, and Triton's interpreter is off"
-    if x.dtype not in _common.DTYPES:
+    if x.dtype not in DTYPES:
         return f"dtype {x.dtype}"
-    if A.shape[0] > _common.MAX_RANK:
-        return f"rank {A.shape[0]} is above {_common.MAX_RANK}"
+    if A.shape[0] > MAX_RANK:
+        return f"rank {A.shape[0]} is above {MAX_RANK}"
     if A.dtype not in (x.dtype, torch.float32):
         return f"adapters in {A.dtype} under {x.dtype}"
     return None
@@ -68,11 +71,11 @@ def forward(
         return torch_backend.forward(x, w, bias, A, B, scale, p)
     words = None
     if p > 0.0:
-        words = _bits.dropout_bits(*x.shape, p, _seed(x.device), device=x.device)
-    s = _shrink.shrink(x, [A], scale / (1.0 - p), words)
+        words = dropout_bits(*x.shape, p, _seed(x.device), device=x.device)
+    s = shrink(x, [A], scale / (1.0 - p), words)
     if product == "fused":
-        return _gemm.fused_linear(x, w.t(), s, B, bias), s, words
-    return _write.expand(s, B, bias).addmm_(x, w), s, words
+        return fused_linear(x, w.t(), s, B, bias), s, words
+    return expand(s, B, bias).addmm_(x, w), s, words
 
 
 def backward(
@@ -94,29 +97,88 @@ def backward(
     c = scale / (1.0 - p)
     dx = da = db = None
     if needs_b and s is not None:
-        ds, db = _outer.grad_output(dy, B, s, c)
+        ds, db = grad_output(dy, B, s, c)
         db = db.to(B.dtype)
     else:
-        ds = _shrink.shrink(dy, [B.t()], c)
+        ds = shrink(dy, [B.t()], c)
     if needs_a:
-        da = _outer.grad_a(x, [ds], bits)[0].to(A.dtype)
+        da = grad_a(x, [ds], bits)[0].to(A.dtype)
     if needs_x:
         if product == "fused":
-            dx = _gemm.fused_grad_input([dy], [w.t()], [ds], [A], bits)
+            dx = fused_grad_input([dy], [w.t()], [ds], [A], bits)
         else:
-            dx = _write.low_rank_grad_input([ds], [A], bits).addmm_(dy, w.t())
+            dx = low_rank_grad_input([ds], [A], bits).addmm_(dy, w.t())
     return dx, da, db
+
+
+def group_forward(x: Tensor, members: list[Any]) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+    """(Y_i, S_i, mask_i) of several projections of one x [M, K], which the shrink reads once."""
+    if any(_declines(x, m.A) for m in members):
+        return torch_backend.group_forward(x, members)
+    words: list[Tensor | None] = [
+        dropout_bits(*x.shape, m.p, _seed(x.device), device=x.device) if m.p > 0.0 else None
+        for m in members
+    ]
+    scales = [m.scale / (1.0 - m.p) for m in members]
+    side_by_side = shrink(x, [m.A for m in members], scales, words)
+    done = []
+    for m, s, bits in zip(
+        members, side_by_side.split([m.A.shape[0] for m in members], 1), words, strict=True
+    ):
+        if product == "fused":
+            y = fused_linear(x, m.w.t(), s, m.B, m.bias)
+        else:
+            y = expand(s, m.B, m.bias).addmm_(x, m.w)
+        done.append((y, s, bits))
+    return done
+
+
+def group_backward(
+    x: Tensor, parts: list[Any], needs_x: bool
+) -> tuple[Tensor | None, list[tuple[Tensor | None, Tensor | None]]]:
+    """One dX [M, K] for all projections, X read once for every dA, and (dA_i, dB_i) of each."""
+    if any(_declines(x, part.A) for part in parts):
+        return torch_backend.group_backward(x, parts, needs_x)
+    ds: list[Tensor] = []
+    dbs: list[Tensor | None] = []
+    for part in parts:
+        c = part.scale / (1.0 - part.p)
+        if part.needs_b and part.s is not None:
+            d, db = grad_output(part.dy, part.B, part.s, c)
+            dbs.append(db.to(part.B.dtype))
+        else:
+            d = shrink(part.dy, [part.B.t()], c)
+            dbs.append(None)
+        ds.append(d)
+    das: list[Tensor | None] = [None] * len(parts)
+    wanted = [i for i, part in enumerate(parts) if part.needs_a]
+    if wanted:
+        found = grad_a(x, [ds[i] for i in wanted], [parts[i].bits for i in wanted])
+        for i, da in zip(wanted, found, strict=True):
+            das[i] = da.to(parts[i].A.dtype)
+    dx = None
+    if needs_x:
+        bits = [part.bits for part in parts]
+        As, dys = [part.A for part in parts], [part.dy for part in parts]
+        if product == "fused":
+            dx = fused_grad_input(dys, [part.w.t() for part in parts], ds, As, bits)
+        else:
+            dx = low_rank_grad_input(ds, As, bits)
+            for part in parts:
+                dx.addmm_(part.dy, part.w.t())
+    return dx, list(zip(das, dbs, strict=True))
 
 
 def infer(
     x: Tensor, w: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float, transposed: bool
 ) -> Tensor:
-    """Y for x [..., K] without gradients or dropout; ``w`` as stored, [K, N] when ``transposed``."""
+    """Y for x [..., K] without gradients or dropout; ``w`` as stored, [K, N] when
+    ``transposed``."""
     if _declines(x, A):
         return torch_backend.infer(x, w, bias, A, B, scale, transposed)
     x2 = x.reshape(-1, x.shape[-1])
-    if x2.shape[0] <= _small.MAX_ROWS:
-        y = _small.decode(x2, w.t() if transposed else w, A, B, scale, bias)
+    if x2.shape[0] <= MAX_ROWS:
+        y = decode(x2, w.t() if transposed else w, A, B, scale, bias)
     else:
         y, _, _ = forward(x2, w if transposed else w.t(), bias, A, B, scale, 0.0)
     return y.view(*x.shape[:-1], y.shape[-1])

@@ -192,7 +192,9 @@ def get_peft_model_state_dict(
             own = f".modules_to_save.{adapter_name}."
             for slot in adapter_slots(model, adapter_name):
                 if own in slot.model_key and slot.model_key.endswith(".bias"):
-                    found[_clean(slot.model_key).replace(own, ".modules_to_save.")] = found[slot.key]
+                    found[_clean(slot.model_key).replace(own, ".modules_to_save.")] = found[
+                        slot.key
+                    ]
         found.update({_clean(k): v for k, v in full.items() if k.startswith(prefixes or ("\0",))})
     return found
 

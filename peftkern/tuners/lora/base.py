@@ -84,6 +84,7 @@ class LoraLayer(BaseTunerLayer):
             _active_adapter=[],
             _noted_reason=None,
             _plan=None,
+            _group=None,
         )
         self.in_features, self.out_features = in_out_features(self.get_base_layer())
         if not base_layer.training:

@@ -2,122 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as _nn_module
 from torch.nn.parameter import Parameter
 
 from ...ops.lora import lora_linear
 from .base import NOTHING, LoraLayer
 from .config import LoraConfig
-
-# torch's own dicts of global hooks; a call that skips a module's __call__ must not skip these
-_GLOBAL_HOOKS = (_nn_module._global_forward_hooks, _nn_module._global_forward_pre_hooks)
-
-
-@functools.cache
-def weight_layout(base_cls: Any) -> bool | None:
-    """False when the class computes x Wᵀ with W [N, K], True with W [K, N], None when that is not
-    known."""
-    forward = base_cls.forward
-    if forward is nn.Linear.forward:
-        return False
-    if base_cls.__name__ == "Conv1D" and base_cls.__module__ == "transformers.pytorch_utils":
-        return True
-    return None
-
-
-def _hook_dicts(module: nn.Module) -> tuple[Any, ...]:
-    return (
-        module._forward_hooks,
-        module._forward_pre_hooks,
-        module._backward_hooks,
-        module._backward_pre_hooks,
-    )
-
-
-def is_hooked(module: nn.Module) -> bool:
-    """Whether calling the module does more than its class's forward."""
-    return any(_hook_dicts(module)) or "forward" in module.__dict__
-
-
-class _Plan:
-    """Where a layer with one active adapter finds what it computes with: dicts that live as long as
-    their modules. Made again when a module was replaced or another adapter became active."""
-
-    name: str
-    active: Any
-    base: nn.Module
-    a: nn.Module
-    b: nn.Module
-    a_store: Any
-    b_store: Any
-    drop_store: Any
-    kind: type
-    drop: Any  # nn.Dropout or nn.Identity
-    drops: bool
-    base_params: dict[str, Any]
-    a_params: dict[str, Any]
-    b_params: dict[str, Any]
-    scaling: dict[str, float]
-    hooks: tuple[Any, ...]
-    transposed: bool
-
-    @classmethod
-    def of(cls, layer: Linear) -> _Plan | None:
-        """The plan of a layer, or None when its calls cannot be fused whatever its weights are."""
-        active = layer.__dict__["_active_adapter"]
-        names = layer.active_adapters
-        base: Any = layer.base_layer
-        transposed = weight_layout(base.__class__)
-        if len(names) != 1 or names[0] not in layer.lora_A or transposed is None:
-            return None
-        plan = cls()
-        plan.name, plan.active, plan.base, plan.transposed = names[0], active, base, transposed
-        plan.a_store, plan.b_store = layer.lora_A._modules, layer.lora_B._modules
-        plan.a, plan.b = layer.lora_A[plan.name], layer.lora_B[plan.name]
-        plan.kind = type(base)
-        plan.drop_store = layer.lora_dropout._modules
-        plan.drop = plan.drop_store[plan.name]
-        plan.drops = type(plan.drop) is nn.Dropout
-        if type(plan.a) is not nn.Linear or type(plan.b) is not nn.Linear:
-            return None
-        if not plan.drops and type(plan.drop) is not nn.Identity:
-            return None
-        if plan.b._parameters.get("bias") is not None or "bias" not in base._parameters:
-            return None
-        plan.base_params, plan.a_params, plan.b_params = (
-            base._parameters,
-            plan.a._parameters,
-            plan.b._parameters,
-        )
-        plan.scaling = layer.scaling
-        modules = (base, plan.a, plan.b, plan.drop)
-        if any("forward" in m.__dict__ for m in modules):
-            return None
-        plan.hooks = _GLOBAL_HOOKS + tuple(hooks for m in modules for hooks in _hook_dicts(m))
-        return plan
-
-    def holds(self, state: dict[str, Any]) -> bool:
-        """Whether the layer with this ``__dict__`` still has the modules that the plan was made
-        for."""
-        name = self.name
-        return (
-            state["_active_adapter"] is self.active
-            and state["_modules"]["base_layer"] is self.base
-            and self.a_store.get(name) is self.a
-            and self.b_store.get(name) is self.b
-            and self.drop_store.get(name) is self.drop
-            and self.base.__class__ is self.kind  # a parametrization changes the class in place
-            and "forward" not in self.base.__dict__
-            and "forward" not in self.a.__dict__
-            and "forward" not in self.b.__dict__
-            and "forward" not in self.drop.__dict__
-        )
+from .group import Group
+from .plan import GLOBAL_HOOKS, Plan, is_hooked, weight_layout
 
 
 def bare_linear(weight: Tensor, bias: Tensor | None, trainable: bool) -> nn.Linear:
@@ -143,7 +39,8 @@ class Linear(nn.Module, LoraLayer):
     lora_embedding_A = lora_embedding_B = lora_magnitude_vector = NOTHING
     lora_A: nn.ModuleDict
     lora_B: nn.ModuleDict
-    _plan: _Plan | None
+    _plan: Plan | None
+    _group: Group | None
 
     def __init__(self, base_layer: nn.Module, fan_in_fan_out: bool = False) -> None:
         super().__init__()
@@ -169,29 +66,36 @@ class Linear(nn.Module, LoraLayer):
         self.lora_B._modules[name] = bare_linear(B, bias, trainable)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        call = None if args or kwargs else self.fused_call(x)
+        if call is None:
+            return self._forward_general(x, *args, **kwargs)
+        group = self.__dict__["_group"]
+        if group is not None and not group.off and torch.is_grad_enabled():
+            y = group.output(self, x, call)
+            if y is not None:
+                return y
+        return lora_linear(x, *call)
+
+    def fused_call(self, x: Tensor) -> tuple[Any, ...] | None:
+        """The arguments of :func:`lora_linear` after x for a call with x [..., K], or None when it
+        cannot be fused; :meth:`decline_reason` says why in words, and must be kept in step."""
         # This runs hundreds of times a token. The plan holds *where* weights, scaling and hooks
-        # live, never the weights: replaced tensors, changed scalings and new hooks are seen at the
-        # next call. Keep in step with `decline_reason`, which says the same in words.
+        # live, never the weights: what was replaced, rescaled or hooked is seen at the next call.
         state = self.__dict__
         plan = state["_plan"]
         if plan is None or not plan.holds(state):
-            plan = state["_plan"] = _Plan.of(self)
+            plan = state["_plan"] = Plan.of(self)
         if (
             plan is None
-            or args
-            or kwargs
             or state["_disable_adapters"]
             or state["merged_adapters"]
             or any(plan.hooks)
             or torch.compiler.is_compiling()
         ):
-            return self._forward_general(x, *args, **kwargs)
+            return None
         params = plan.base_params
-        weight, A, B = (
-            params.get("weight"),
-            plan.a_params.get("weight"),
-            plan.b_params.get("weight"),
-        )
+        weight = params.get("weight")
+        A, B = plan.a_params.get("weight"), plan.b_params.get("weight")
         if (
             weight.__class__ is not Parameter
             or A.__class__ is not Parameter
@@ -199,17 +103,15 @@ class Linear(nn.Module, LoraLayer):
             or weight.is_meta
             or A.is_meta
         ):
-            return self._forward_general(x)
+            return None
         dtype, low = weight.dtype, A.dtype
         if x.dtype is not dtype or low is not dtype or B.dtype is not dtype:
             if not _dtypes_fit(x, dtype, low, B.dtype):
-                return self._forward_general(x)
+                return None
         p = plan.drop.p if plan.drops and plan.drop.training else 0.0
         if p >= 1.0:  # drops everything, which no factor 1 / (1 - p) expresses
-            return self._forward_general(x)
-        return lora_linear(
-            x, weight, params["bias"], A, B, plan.scaling[plan.name], p, plan.transposed
-        )
+            return None
+        return weight, params["bias"], A, B, state["scaling"][plan.name], p, plan.transposed
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_plan": None}  # a copy has its own modules
@@ -270,7 +172,10 @@ class Linear(nn.Module, LoraLayer):
                 return f"the weight of {what} is a {found}, not a plain Parameter"
             if is_hooked(module):
                 return f"{what} has hooks or an overridden forward"
-        if any(_GLOBAL_HOOKS):
+        for what, module in (("lora_A", A), ("lora_B", B)):
+            if type(module) is not nn.Linear:
+                return f"{what} is a {type(module).__name__}, not an nn.Linear"
+        if any(GLOBAL_HOOKS):
             return "torch has global module hooks"
         if B._parameters.get("bias") is not None:
             return "lora_bias"

@@ -25,6 +25,7 @@ from ..tuners_utils import BaseTuner, BaseTunerLayer
 from .base import LoraLayer
 from .config import LoraConfig
 from .embedding import Embedding
+from .group import form_groups
 from .layer import Linear
 
 
@@ -110,7 +111,8 @@ class LoraModel(BaseTuner):
                 )
             if isinstance(module, CONTAINERS):
                 raise TypeError(
-                    f"modules_to_save cannot be applied to `{key}`: a {type(module).__name__} has no "
+                    f"modules_to_save cannot be applied to `{key}`: a {type(module).__name__} has "
+                    "no "
                     "forward of its own"
                 )
         return plan, saved
@@ -178,9 +180,11 @@ class LoraModel(BaseTuner):
                 adapter_name, r, alpha, config, self._autocast_dtype, low_cpu_mem_usage, trainable
             )
         if active:
-            # before the copies: in a module trained in full the copy's bias trains, never the original's
+            # before the copies: in a module trained in full the copy's bias trains, never the
+            # original's
             self._train_biases(model, config)
         wrap_modules_to_save(model, adapter_name, saved, config.inference_mode, activate=active)
+        form_groups(model, Linear)
         for key, *_ in plan:
             if key not in self.targeted_module_names:
                 self.targeted_module_names.append(key)

@@ -1,0 +1,128 @@
+"""When a call of a LoRA layer can be fused, and where it then finds what it computes with."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from torch.nn.modules import module as _nn_module
+
+if TYPE_CHECKING:
+    from .layer import Linear
+
+# torch's own dicts of global hooks; a call that skips a module's __call__ must not skip these
+GLOBAL_HOOKS: tuple[Any, ...] = (
+    _nn_module._global_forward_hooks,
+    _nn_module._global_forward_pre_hooks,
+    _nn_module._global_backward_hooks,
+    _nn_module._global_backward_pre_hooks,
+)
+
+
+@functools.cache
+def weight_layout(base_cls: Any) -> bool | None:
+    """False when the class computes x Wᵀ with W [N, K], True with W [K, N], None when that is not
+    known."""
+    forward = base_cls.forward
+    if forward is nn.Linear.forward:
+        return False
+    if base_cls.__name__ == "Conv1D" and base_cls.__module__ == "transformers.pytorch_utils":
+        return True
+    return None
+
+
+def hook_dicts(module: nn.Module) -> tuple[Any, ...]:
+    return (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether calling the module does more than its class's forward."""
+    return any(hook_dicts(module)) or "forward" in module.__dict__
+
+
+class Plan:
+    """Where a layer with one active adapter finds what it computes with: dicts that live as long as
+    their modules. Made again when a module was replaced or another adapter became active."""
+
+    name: str
+    active: Any
+    base: nn.Module
+    a: nn.Module
+    b: nn.Module
+    dicts: tuple[Any, Any, Any]
+    a_store: Any
+    b_store: Any
+    drop_store: Any
+    kind: type
+    drop: Any  # nn.Dropout or nn.Identity
+    drops: bool
+    base_params: dict[str, Any]
+    a_params: dict[str, Any]
+    b_params: dict[str, Any]
+    hooks: tuple[Any, ...]
+    transposed: bool
+
+    @classmethod
+    def of(cls, layer: Linear) -> Plan | None:
+        """The plan of a layer, or None when its calls cannot be fused whatever its weights are."""
+        active = layer.__dict__["_active_adapter"]
+        names = layer.active_adapters
+        base: Any = layer.base_layer
+        transposed = weight_layout(base.__class__)
+        if len(names) != 1 or names[0] not in layer.lora_A or transposed is None:
+            return None
+        plan = cls()
+        plan.name, plan.active, plan.base, plan.transposed = names[0], active, base, transposed
+        plan.dicts = (layer.lora_A, layer.lora_B, layer.lora_dropout)
+        plan.a_store, plan.b_store = layer.lora_A._modules, layer.lora_B._modules
+        plan.a, plan.b = layer.lora_A[plan.name], layer.lora_B[plan.name]
+        plan.kind = type(base)
+        plan.drop_store = layer.lora_dropout._modules
+        plan.drop = plan.drop_store[plan.name]
+        plan.drops = type(plan.drop) is nn.Dropout
+        if type(plan.a) is not nn.Linear or type(plan.b) is not nn.Linear:
+            return None
+        if not plan.drops and type(plan.drop) is not nn.Identity:
+            return None
+        if plan.b._parameters.get("bias") is not None or "bias" not in base._parameters:
+            return None
+        plan.base_params, plan.a_params, plan.b_params = (
+            base._parameters,
+            plan.a._parameters,
+            plan.b._parameters,
+        )
+        modules = (base, plan.a, plan.b, plan.drop)
+        if any("forward" in m.__dict__ for m in modules):
+            return None
+        plan.hooks = GLOBAL_HOOKS + tuple(hooks for m in modules for hooks in hook_dicts(m))
+        return plan
+
+    def holds(self, state: dict[str, Any]) -> bool:
+        """Whether the layer with this ``__dict__`` still has the modules that the plan was made
+        for."""
+        name, modules, dicts = self.name, state["_modules"], self.dicts
+        return (
+            state["_active_adapter"] is self.active
+            and modules["base_layer"] is self.base
+            and modules["lora_A"] is dicts[0]
+            and modules["lora_B"] is dicts[1]
+            and modules["lora_dropout"] is dicts[2]
+            and self.a_store.get(name) is self.a
+            and self.b_store.get(name) is self.b
+            and self.drop_store.get(name) is self.drop
+            # a parametrization or FSDP changes the class in place
+            and self.base.__class__ is self.kind
+            and self.a.__class__ is nn.Linear
+            and self.b.__class__ is nn.Linear
+            and self.b_params.get("bias") is None
+            and "forward" not in self.base.__dict__
+            and "forward" not in self.a.__dict__
+            and "forward" not in self.b.__dict__
+            and "forward" not in self.drop.__dict__
+        )

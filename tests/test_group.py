@@ -1,0 +1,232 @@
+"""Projections that share their input train as one operation, with the numbers of separate ones."""
+
+import copy
+import pickle
+
+import peft
+import pytest
+import torch
+from torch import nn
+
+import peftkern
+from peftkern.ops.lora import lora_linear
+from peftkern.ops.lora_group import Projection, lora_group
+from peftkern.tuners.lora import group as module
+from peftkern.tuners.lora.layer import Linear
+
+K = 12
+
+
+class Attention(nn.Module):
+    """Reads one tensor three times, or (``cross``) keys and values from another one."""
+
+    def __init__(self, cross=False):
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(K, n) for n in (8, 6, 6))
+        self.cross = cross
+        self.order = ("q_proj", "k_proj", "v_proj")
+
+    def forward(self, x):
+        other = x * 1.5 if self.cross else x
+        out = {name: getattr(self, name)(x if name == "q_proj" else other) for name in self.order}
+        return torch.cat([out[name] for name in ("q_proj", "k_proj", "v_proj")], -1)
+
+
+def pair(cross=False, dropout=0.0, targets=("q_proj", "k_proj", "v_proj"), **settings):
+    torch.manual_seed(0)
+    base = Attention(cross)
+    settings = dict(
+        r=3, target_modules=list(targets), lora_dropout=dropout, init_lora_weights=False, **settings
+    )
+    ours = peftkern.get_peft_model(copy.deepcopy(base), peftkern.LoraConfig(**settings))
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**settings))
+    theirs.load_state_dict(ours.state_dict())
+    return ours, theirs
+
+
+def group_of(model):
+    return model.base_model.model.q_proj._group
+
+
+@pytest.fixture
+def operations(monkeypatch):
+    """Sizes of the groups that are computed."""
+    sizes = []
+    real = module.lora_group
+    monkeypatch.setattr(
+        module, "lora_group", lambda x, members: sizes.append(len(members)) or real(x, members)
+    )
+    return sizes
+
+
+def step(model, x, seed=3):
+    torch.manual_seed(seed)
+    x = x.clone().requires_grad_(True)
+    y = model(x)
+    y.square().sum().backward()
+    grads = [p.grad.clone() for p in model.parameters() if p.requires_grad]
+    model.zero_grad()
+    return [y.detach(), x.grad, *grads]
+
+
+def assert_same(ours, theirs, x, steps=3, tolerance=2e-5):
+    for i in range(steps):
+        for a, b in zip(step(ours, x, i), step(theirs, x, i), strict=True):
+            torch.testing.assert_close(a, b, atol=tolerance, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("bias", ["none", "lora_only"])
+def test_a_group_is_proven_then_computed_at_once(operations, dropout, bias):
+    ours, theirs = pair(dropout=dropout, bias=bias)
+    x = torch.randn(2, 5, K)
+    assert_same(ours, theirs, x)
+    assert operations == [3, 3]  # the first step only looked
+    assert "trains as one operation with k_proj, v_proj" in peftkern.explain(ours)[0].reason
+    assert group_of(ours)._local.__dict__["stash"] is None  # nothing is kept after a step
+
+
+def test_inputs_that_differ_are_never_grouped(operations):
+    ours, theirs = pair(cross=True)
+    assert_same(ours, theirs, torch.randn(2, 5, K), steps=4)
+    assert operations == []
+
+
+def test_a_group_that_stops_sharing_falls_apart(operations):
+    ours, theirs = pair()
+    x = torch.randn(2, 5, K)
+    assert_same(ours, theirs, x, steps=2)
+    for model in (ours, theirs):
+        model.base_model.model.cross = True
+    assert_same(ours, theirs, x, steps=3)
+    assert operations == [3, 3]  # one broken promise, then it watches again and never proves it
+    for _ in range(6):  # now and then shared: given up for good
+        for model in (ours, theirs):
+            model.base_model.model.cross = not model.base_model.model.cross
+        assert_same(ours, theirs, x, steps=2)
+    assert group_of(ours).off
+    assert "inputs differ" in peftkern.explain(ours)[0].reason
+
+
+def test_order_and_members_do_not_matter(operations):
+    ours, theirs = pair()
+    for model in (ours, theirs):
+        model.base_model.model.order = ("v_proj", "q_proj", "k_proj")
+    assert_same(ours, theirs, torch.randn(4, K))
+    assert operations == [3, 3]
+    ours, theirs = pair(targets=("q_proj", "v_proj"))
+    assert_same(ours, theirs, torch.randn(4, K))
+    assert operations == [3, 3, 2, 2]
+
+
+def test_another_rank_and_a_hook_on_one_member(operations):
+    ours, theirs = pair(rank_pattern={"k_proj": 5})
+    x = torch.randn(4, K)
+    assert_same(ours, theirs, x, steps=2)
+    seen = []
+    for model in (ours, theirs):
+        model.base_model.model.k_proj.register_forward_hook(lambda m, i, out: out * 2)
+        model.base_model.model.v_proj.base_layer.register_forward_hook(
+            lambda m, i, out: seen.append(1)
+        )
+    assert_same(ours, theirs, x, steps=2)
+    assert operations == [3, 2, 2] and len(seen) == 4  # v calls its base layer, so the hook runs
+
+
+def test_an_input_changed_in_between_is_seen(operations):
+    ours, theirs = pair()
+    x = torch.randn(4, K)
+    assert_same(ours, theirs, x, steps=2)
+    results = []
+    for model in (ours, theirs):
+        inner, z = model.base_model.model, x.clone()
+        q = inner.q_proj(z)
+        z.mul_(2)
+        results.append(torch.cat([q, inner.k_proj(z)], -1))
+    torch.testing.assert_close(*results)
+
+
+def test_outputs_nobody_uses_and_second_derivatives():
+    torch.manual_seed(0)
+    x = torch.randn(3, K, dtype=torch.float64, requires_grad=True)
+
+    def leaf(*shape):
+        return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+    members = [
+        Projection(leaf(n, K), leaf(n), leaf(2, K), leaf(n, 2), 0.5, p, False)
+        for n, p in ((4, 0.0), (5, 0.3))
+    ]
+    leaves = [x] + [t for m in members for t in m[:4]]
+
+    def run(*tensors):
+        torch.manual_seed(1)
+        built = [
+            m._replace(
+                **dict(zip(("weight", "bias", "A", "B"), tensors[1 + 4 * i :][:4], strict=True))
+            )
+            for i, m in enumerate(members)
+        ]
+        return lora_group(tensors[0], built)
+
+    assert torch.autograd.gradcheck(run, leaves)
+    assert torch.autograd.gradgradcheck(run, leaves)
+    torch.manual_seed(1)
+    first, _ = lora_group(x, members)
+    torch.manual_seed(1)
+    alone = lora_linear(x, *members[0])
+    torch.testing.assert_close(
+        torch.autograd.grad(first.sum(), x), torch.autograd.grad(alone.sum(), x)
+    )
+
+
+def test_no_grad_threads_copies_and_checkpointing(operations):
+    ours, theirs = pair(dropout=0.2)
+    x = torch.randn(4, K)
+    assert_same(ours, theirs, x, steps=2)
+    ours.eval(), theirs.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), theirs(x))
+    assert operations == [3]  # without gradients each is computed by itself
+    for other in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        inner = other.base_model.model
+        assert group_of(other).layers == [inner.q_proj, inner.k_proj, inner.v_proj]
+        assert group_of(other) is not group_of(ours)
+    ours.train()
+    plain = step(ours, x)
+    torch.manual_seed(3)
+    z = x.clone().requires_grad_(True)
+    y = torch.utils.checkpoint.checkpoint(ours, z, use_reentrant=False)
+    y.square().sum().backward()
+    torch.testing.assert_close(z.grad, plain[1])
+
+
+def test_sets_are_found_in_models():
+    from transformers import BertConfig, BertModel, T5Config, T5ForConditionalGeneration
+
+    small = dict(num_attention_heads=2, hidden_size=8, intermediate_size=8, num_hidden_layers=1)
+    bert = BertModel(BertConfig(vocab_size=10, **small))
+    model = peftkern.get_peft_model(bert, peftkern.LoraConfig(target_modules="all-linear"))
+    layers = [m for m in model.modules() if isinstance(m, Linear)]
+    assert sorted(len(m._group.layers) for m in layers if m._group) == [3, 3, 3]
+    t5 = T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=10,
+            d_model=8,
+            d_kv=4,
+            d_ff=8,
+            num_layers=1,
+            num_heads=2,
+            decoder_start_token_id=0,
+        )
+    )
+    model = peftkern.get_peft_model(
+        t5, peftkern.LoraConfig(target_modules=["q", "k", "v"], task_type="SEQ_2_SEQ_LM")
+    )
+    ids = torch.tensor([[1, 2, 3]])
+    for _ in range(3):
+        model(input_ids=ids, labels=ids).loss.backward()
+    decoder = model.base_model.model.decoder.block[0]
+    assert decoder.layer[0].SelfAttention.q._group.proven
+    cross = decoder.layer[1].EncDecAttention.q._group
+    assert not cross.proven and cross.misses == 0
