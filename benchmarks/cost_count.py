@@ -7,7 +7,9 @@ many kernels it launches there and what they read and write. Autograd runs as it
 FakeTensors on "cuda" would be the obvious stand-in, but where torch is built without CUDA its
 autograd cannot use them: the forward aborts in the device guard, the backward asks for an
 accelerator. Four decisions on our way depend on the device being CUDA; :func:`as_cuda` takes
-them: ``Tensor.is_cuda``, ``Tensor.is_meta``, whether autocast is on, and dropout's choice of the fused CUDA kernel.
+them: ``Tensor.is_cuda``, ``Tensor.is_meta``, whether autocast is on, and dropout's choice of the
+fused kernel (without it HF PEFT would be charged torch's three-kernel dropout: 8 launches forward,
+1.04 GB).
 """
 
 from __future__ import annotations

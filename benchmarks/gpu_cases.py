@@ -5,7 +5,7 @@ the card at hand.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -82,8 +82,16 @@ class Case:
         return replace(self, model="tiny", M=min(self.M, 5), r=min(self.r, 4))
 
 
+def first_of_each(cases: Iterable[Any], key: Callable[[Any], Any]) -> list[Any]:
+    """Cases in order, those left out whose key was there before."""
+    found: dict[Any, Any] = {}
+    for case in cases:
+        found.setdefault(key(case), case)
+    return list(found.values())
+
+
 def _unique(cases: Iterable[Case]) -> list[Case]:
-    return list({c.key: c for c in reversed(list(cases))}.values())[::-1]
+    return first_of_each(cases, lambda case: case.key)
 
 
 def linear_cases() -> list[Case]:

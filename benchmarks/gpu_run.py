@@ -16,6 +16,7 @@ from . import gpu_numerics
 from .gpu_cases import Case, floor
 from .gpu_device import Device, randn
 from .gpu_providers import PEFT_COMPILED, PLAIN, Provider, providers
+from .gpu_store import Broken, Watch
 from .gpu_timing import Timed, interleave
 
 MOST_COPIES = 24
@@ -29,7 +30,7 @@ def copies_for(case: Case, device: Device) -> int:
     flows = case.M * sum(K + N for K, N in case.shapes.values())
     footprint = size * (weights + flows)
     if device.dry:
-        return 2
+        return 1
     return max(1, min(MOST_COPIES, -(-3 * device.l2 // footprint)))
 
 
@@ -78,10 +79,17 @@ def step(provider: Provider, xs: list[Any], dys: list[Any], case: Case) -> Calla
 
 
 def measure(
-    case: Case, device: Device, ceilings: dict[str, float], *, seconds: float, left_s: float
+    case: Case,
+    device: Device,
+    ceilings: dict[str, float],
+    *,
+    seconds: float,
+    left_s: float,
+    watch: Watch | None = None,
 ) -> dict[str, Any]:
-    """The row of a case. ``seconds``: for the timed rounds; ``left_s``: of the part's budget."""
+    """The row of a case; :class:`Broken` when the device is unusable after it. ``seconds``: for the timed rounds; ``left_s``: of the part's budget."""
     began = time.monotonic()
+    watch = watch or Watch()
     shown = case
     if device.dry:
         case = case.tiny()
@@ -112,15 +120,19 @@ def measure(
             row["missing"][name] = "it has no dropout"
             del row["providers"][name]
             continue
+        if name in watch.banned:
+            entry["error"] = f"left out after: {watch.banned[name]}"
+            continue
+        watch.at(name)
         try:
             entry.update(gpu_numerics.check(provider, plain[0], xs[0], dys[0], case, device))
             if entry["ok"]:
                 works[name] = _timed(provider, xs, dys, case, device)
         except Exception as e:
             if device.is_broken():
-                raise
+                raise Broken(name, e) from e
             entry["error"] = f"{type(e).__name__}: {str(e)[:300]}"
-        gc.collect()
+    watch.at(None)
     if works:
         for name, q in interleave(works, device, seconds).items():
             row["providers"][name]["us"] = q

@@ -52,6 +52,29 @@ def commit() -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
+class Broken(RuntimeError):
+    """The device is unusable after ``culprit`` ran: this process must end."""
+
+    def __init__(self, culprit: str, error: BaseException) -> None:
+        super().__init__(f"{type(error).__name__}: {str(error)[:300]}")
+        self.culprit = culprit
+
+
+class Watch:
+    """What a measurement tells while it runs, and whom it must leave out: providers that broke the
+    device, or hung, in an earlier try at this very case."""
+
+    def __init__(self, banned: dict[str, str] | None = None, store: Store | None = None) -> None:
+        self.banned = banned or {}
+        self._store = store
+
+    def at(self, culprit: str | None) -> None:
+        """``culprit`` is running now; None: several at once."""
+        if self._store is not None and self._store.data["current"] is not None:
+            self._store.data["current"]["culprit"] = culprit
+            self._store.write()
+
+
 class Store:
     """One results file, open for writing."""
 
@@ -72,6 +95,7 @@ class Store:
             "current": None,
             "not_run": [],
             "notes": [],
+            "banned": {},
             "rows": [],
         }
         store = cls(path, data)
@@ -116,13 +140,27 @@ class Store:
         self.data["current"] = None
         self.write()
 
-    def blame(self, why: str) -> str | None:
-        """Close the case under way with an error; returns its key."""
+    def watch(self, key: str) -> Watch:
+        return Watch(self.data["banned"].get(key), self)
+
+    def blame(self, why: str, culprit: str | None = None) -> str | None:
+        """The case under way ended its process. With a culprit, known or given, it is left out of the
+        next try at the case; without one, or for the third time, the case is closed with an error.
+
+        Returns who was blamed, None when no case was under way.
+        """
         current = self.data["current"]
         if current is None:
             return None
-        self.put({"key": current["key"], "part": self.data["part"], "error": why})
-        return current["key"]
+        key, culprit = current["key"], culprit or current.get("culprit")
+        banned = self.data["banned"].setdefault(key, {})
+        if culprit is None or len(banned) >= 3:
+            self.put({"key": key, "part": self.data["part"], "error": why})
+            return key
+        banned[culprit] = why
+        self.data["current"] = None
+        self.write()
+        return f"{culprit} in {key}"
 
     def note(self, text: str) -> None:
         if text not in self.data["notes"]:

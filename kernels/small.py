@@ -89,7 +89,7 @@ def _gemv_kernel(
         if a is not None:
             a += adapter * a_l_stride
         b += adapter * b_l_stride
-        rank_ok = rank_ok & used
+        rank_ok = rank < tl.where(used, R, 0)  # no adapter: nothing of it is read
     w_row = w + n64[:, None] * w_n_stride
     y_acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     s_acc = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)

@@ -16,6 +16,7 @@ from transformers.utils import PushToHubMixin
 from .config import PeftConfig
 from .mapping import PEFT_TYPE_TO_TUNER_MAPPING, check_adapter_name
 from .saving import AdapterFiles
+from .tuners.lora.group import settle
 from .tuners.tuners_utils import BaseTuner
 from .utils.other import ModulesToSaveWrapper
 from .utils.peft_types import PeftType
@@ -241,6 +242,7 @@ class PeftModel(AdapterFiles, PushToHubMixin, nn.Module):
             )
             args = ()
             kwargs.pop("task_ids", None)  # for adapter methods that learn several tasks at once
+        settle()
         if kwargs.get("adapter_names") is None:
             kwargs.pop("adapter_names", None)
             return self.base_model.model(*args, **kwargs)

@@ -278,6 +278,8 @@ def test_targets_that_are_met(rows: list[cost.Row]) -> None:
             assert found["linear", name, target].met, found["linear", name, target]
     for target in [*shares, "launches bwd", "kept beyond X, MB"]:
         assert found["group", "plan fused", target].met, found["group", "plan fused", target]
+        backend = found["group", "triton fused fp32", target]  # the real layers, grouped
+        assert backend.met and backend.value <= found["linear", "triton fused fp32", target].value
     kept = {r.who.name: r.count.kept for r in rows if (r.case, r.p) == ("linear", 0.1)}
     assert kept["HF PEFT bf16"] == pytest.approx(101e6, rel=1e-2)
     assert kept["triton hybrid"] == 8192 * 4096 // 8 + 8192 * 16 * 2  # bits and S, nothing else

@@ -47,7 +47,7 @@ def test_what_trainer_and_accelerate_ask():
 
 
 def test_trainer_saves_and_resumes_the_adapter_alone(tmp_path):
-    """transformers' Trainer: HF PEFT's losses, adapter files alone in a checkpoint, and resuming."""
+    """transformers' Trainer: HF PEFT's losses, adapter files alone in checkpoints, and resuming."""
     batch = inputs("llama", batch=4)
     data = [{k: v[i] for k, v in batch.items()} for i in range(4)]
     losses, states = [], []

@@ -167,6 +167,9 @@ def test_disable_adapter(family, task):
     ours.train(), theirs.train()
     before["training"] = snapshot(ours)["training"]
     assert_same(ours, before)
+    assert ours.has_active_enabled_adapter and theirs.has_active_enabled_adapter
+    assert not torch.allclose(bare, first(ours.eval()(**batch, adapter_names=["default"] * 3)))
+    ours.train()
     with pytest.raises(RuntimeError, match="mine"), ours.disable_adapter():
         raise RuntimeError("mine")
     assert_same(ours, before)

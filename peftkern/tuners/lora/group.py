@@ -1,17 +1,17 @@
 """Projections that read the same tensor (q, k, v; gate, up) computed together when they train.
 
-Which may belong together is known from their names; that they do is proven at run time: the members
-were called with the very same tensor object, one after the other. From then on the first one called
-computes all of them (:func:`peftkern.ops.lora_group.lora_group`) and the others fetch their output.
-A member that comes with another tensor, or not at all, is computed by itself, and a set that keeps
-doing so is never grouped again.
+Which belong together is known from their names and their parent's; at every call it is checked that
+they do. The first one called computes all of them (:func:`peftkern.ops.lora_group.lora_group`) and
+the others fetch their output, if they come with the very same tensor. A set of which one came with
+another tensor is left ungrouped from the next forward of the model on: not at once, because a
+checkpointed block must be recomputed as it was computed.
 """
 
 from __future__ import annotations
 
 import logging
+import re
 import threading
-import weakref
 from typing import Any
 
 import torch
@@ -28,7 +28,11 @@ SETS = (
     ("gate_proj", "up_proj"),
     ("wi_0", "wi_1"),
 )
-_PATIENCE = 3  # broken promises after which a set is left ungrouped for good
+# parents whose queries read another tensor than their keys and values
+_CROSS = re.compile(r"cross|encdec|encoder_attn|encoder_decoder", re.IGNORECASE)
+
+# sets that broke their promise since the last forward of a model
+_broken: list[Any] = []
 
 
 class _Stash:
@@ -53,8 +57,7 @@ class Group:
 
     def __init__(self, names: list[str], layers: list[Any]) -> None:
         self.names, self.layers = names, layers
-        self.proven = False
-        self.misses = 0
+        self.off = False
         self._local = threading.local()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -64,18 +67,11 @@ class Group:
         self.__dict__.update(state)
         self._local = threading.local()
 
-    @property
-    def off(self) -> bool:
-        """Whether the set was found not to share its input."""
-        return self.misses >= _PATIENCE
-
     def describe(self, layer: Any) -> str:
         """What ``explain`` adds to the reason of a member."""
         others = [n for n, other in zip(self.names, self.layers, strict=True) if other is not layer]
         if self.off:
             return f"not grouped with {', '.join(others)}: their inputs differ"
-        if not self.proven:
-            return f"to be grouped with {', '.join(others)} once they are seen to share their input"
         return f"trains as one operation with {', '.join(others)}"
 
     def output(self, layer: Any, x: Tensor, call: tuple[Any, ...]) -> Tensor | None:
@@ -90,16 +86,17 @@ class Group:
         stash = local.get("stash")
         index = self.layers.index(layer)
         if stash is not None:
-            if stash.fits(x) and index in stash.outputs:
+            waiting = index in stash.outputs
+            if waiting and stash.fits(x):
                 y = stash.outputs.pop(index)
                 if not stash.outputs:
                     local["stash"] = None
                 return y
             local["stash"] = None
-            self._miss()
-        if not self.proven:
-            self._watch(local, index, x)
-            return None
+            if waiting:
+                # computed as a group all the same: whether a call is grouped may depend on nothing
+                # that differs between a checkpointed block and its recomputation
+                _broken.append(self)
         calls = {index: call}
         for i, other in enumerate(self.layers):
             if i != index and (found := other.fused_call(x)) is not None:
@@ -110,29 +107,23 @@ class Group:
         local["stash"] = _Stash(x, dict(zip(list(calls)[1:], rest, strict=True)))
         return first
 
-    def _watch(self, local: dict[str, Any], index: int, x: Tensor) -> None:
-        """Note who was called with what; the set is proven when all were called with one tensor."""
-        seen = local.get("seen")
-        if seen is not None and seen[0]() is x and seen[1] == x._version:
-            seen[2].add(index)
-            if len(seen[2]) == len(self.layers):
-                self.proven = True
-                local["seen"] = None
-        else:
-            local["seen"] = (weakref.ref(x), x._version, {index})
 
-    def _miss(self) -> None:
-        self.proven = False
-        self.misses += 1
-        if self.off:
+def settle() -> None:
+    """Leave sets ungrouped that broke their promise. For the start of a model's forward."""
+    while _broken:
+        group = _broken.pop()
+        if not group.off:
+            group.off = True
             logging.getLogger("peftkern").info(
-                "%s are not grouped: they were called with different inputs", ", ".join(self.names)
+                "%s are not grouped: they were called with different inputs", ", ".join(group.names)
             )
 
 
 def form_groups(model: nn.Module, layer_cls: type) -> None:
     """Give each set of adapted siblings in ``model`` a :class:`Group`, unless it has one."""
-    for module in model.modules():
+    for name, module in model.named_modules():
+        if _CROSS.search(name):
+            continue
         children = module._modules
         for names in SETS:
             if names[0] not in children and names[-1] not in children:

@@ -1,0 +1,327 @@
+"""What the race runs: for each operation and bucket of shapes, a bounded list of configs, how to
+launch one, and what comes out in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftkern.kernels import bits, gemm, outer, reference, shrink, small, tuning, write
+
+from .gpu_cases import LLAMA_8B, LLAMA_70B, TINY
+from .gpu_device import Device, randn
+
+SCALE = 2.0
+
+
+@dataclass(frozen=True)
+class RaceCase:
+    """One operation on one bucket; ``n``, ``k`` are 0 where it has no such dimension."""
+
+    op: str
+    m: int
+    n: int
+    k: int
+    r: int
+    mask: bool = False
+    dtype: str = "bfloat16"
+    adapter_dtype: str = "float32"
+    group: int = 1
+
+    @property
+    def table_key(self) -> tuning.Key:
+        return tuning.Key(
+            self.op, self.dtype, self.adapter_dtype, tuning.bucket(self.m), self.n, self.k, self.r,
+            self.group, self.mask,
+        )  # fmt: skip
+
+    @property
+    def key(self) -> str:
+        tail = f"{' mask' if self.mask else ''}{f' x{self.group}' if self.group > 1 else ''}"
+        return f"{self.op} m={self.m} n={self.n} k={self.k} r={self.r}{tail}"
+
+    def tiny(self) -> RaceCase:
+        """The same on shapes that Triton's interpreter takes in no time."""
+        n, k = (TINY.hidden if v else 0 for v in (self.n, self.k))
+        case = asdict(self) | {"m": min(self.m, 8), "n": n, "k": k, "r": min(self.r, 4)}
+        return RaceCase(**case)
+
+
+Make = Callable[[Any], Callable[[int], Any]]  # config -> (buffer index -> outputs)
+
+
+@dataclass
+class Contest:
+    """Tensors of one case, ``copies`` times, and what to do with them."""
+
+    run: Callable[[Any, int], Any]  # (config or choice, copy) -> outputs
+    exact: Callable[[], list[Tensor]]  # of copy 0
+    entrants: dict[str, Any]  # label -> config object, None (default), or choice
+
+
+def _configs(cls: Any, names: str, rows: list[tuple[Any, ...]]) -> list[Any]:
+    fields = names.split()
+    return [cls(**dict(zip(fields, row, strict=True))) for row in rows]
+
+
+def config_list(case: RaceCase) -> list[Any]:
+    """At most a dozen configs; the kernel's own default comes on top."""
+    op, M = case.op, case.m
+    if op == "shrink":
+        rows = [
+            (16, 128, 1, 4, 4), (32, 128, 1, 4, 3), (64, 64, 1, 4, 3), (64, 64, 1, 4, 4),
+            (64, 128, 1, 8, 3), (128, 64, 1, 8, 3), (64, 64, 2, 4, 3), (64, 128, 4, 4, 3),
+            (16, 128, 4, 4, 4), (16, 128, 8, 4, 4), (16, 256, 16, 4, 3), (32, 64, 8, 4, 4),
+        ]  # fmt: skip
+        keep = [r for r in rows if (r[2] <= 4 or M <= 2048) and r[0] <= max(16, 2 * M)]
+        return _configs(shrink.ShrinkConfig, "block_m block_k split_k num_warps num_stages", keep)
+    if op in ("expand", "low_rank_grad_input"):
+        rows = [
+            (64, 128, 8, 2), (64, 128, 4, 2), (128, 128, 8, 2), (32, 256, 4, 2), (64, 256, 8, 2),
+            (32, 128, 4, 1), (16, 256, 4, 1), (128, 64, 4, 2),
+        ]  # fmt: skip
+        block_r = min(64, max(16, 1 << (case.r - 1).bit_length()))
+        return [
+            write.WriteConfig(m, n, block_r, warps, stages)
+            for m, n, warps, stages in rows
+            if m <= max(16, 2 * M)
+        ]
+    if op == "outer":
+        rows = [
+            (128, 64, 1, 8, 3), (128, 64, 2, 8, 3), (256, 64, 2, 8, 2), (256, 64, 4, 8, 3),
+            (128, 128, 2, 8, 2), (64, 128, 1, 4, 3), (64, 64, 2, 4, 4), (32, 64, 4, 4, 3),
+        ]  # fmt: skip
+        return _configs(
+            outer.OuterConfig, "block_m block_n split_n num_warps num_stages",
+            [r for r in rows if r[0] <= max(16, 2 * M)],
+        )  # fmt: skip
+    if op == "grad_a":
+        rows = [
+            (64, 64, 1, 4, 3), (64, 64, 2, 4, 3), (64, 64, 4, 4, 3), (128, 64, 4, 4, 3),
+            (64, 128, 4, 4, 3), (64, 128, 8, 4, 3), (128, 32, 2, 4, 4), (64, 32, 2, 4, 4),
+            (64, 64, 8, 4, 4), (64, 64, 16, 4, 3), (128, 128, 8, 8, 2),
+        ]  # fmt: skip
+        return _configs(
+            outer.GradAConfig, "block_m block_k split_m num_warps num_stages",
+            [r for r in rows if r[2] * r[0] <= max(64, M)],
+        )  # fmt: skip
+    if op in ("gemm", "gemm_grad_input"):
+        rows = [
+            (128, 256, 64, 16, 8, True, True, 8, 3), (128, 256, 64, 16, 8, True, False, 8, 3),
+            (128, 256, 64, 16, 8, True, False, 8, 4), (128, 128, 64, 16, 8, True, True, 8, 4),
+            (128, 128, 64, 16, 8, True, False, 4, 4), (128, 128, 128, 16, 8, True, False, 8, 3),
+            (256, 128, 64, 16, 8, True, True, 8, 3), (128, 256, 64, 16, 16, True, True, 8, 3),
+            (64, 256, 64, 16, 8, True, False, 4, 4), (64, 128, 64, 16, 8, True, False, 4, 4),
+            (128, 128, 64, 16, 8, False, False, 8, 3), (64, 128, 64, 16, 8, False, False, 4, 4),
+        ]  # fmt: skip
+        names = "block_m block_n block_k block_r group_m tma flatten num_warps num_stages"
+        rows = [r for r in rows if (r[0] <= M or r[0] <= 64) and (case.r <= 16 or not r[6])]
+        return _configs(gemm.GemmConfig, names, rows)
+    if op == "small":
+        one = [(4, 512, 8, 3), (8, 512, 8, 3), (16, 512, 8, 3), (4, 1024, 8, 2), (8, 256, 4, 3),
+               (16, 256, 4, 3), (4, 512, 4, 4), (2, 1024, 8, 3)]  # fmt: skip
+        few = [(16, 128, 4, 4), (16, 256, 4, 3), (32, 128, 4, 3), (32, 256, 8, 3), (64, 128, 4, 3),
+               (64, 64, 4, 4), (16, 256, 2, 3), (32, 64, 4, 5)]  # fmt: skip
+        return _configs(small.SmallConfig, "block_n block_k num_warps num_stages", one if M == 1 else few)
+    return []
+
+
+def race_cases() -> list[RaceCase]:
+    """The buckets, ordered by what a training step of Llama-8B spends its time on."""
+    h, wide, kv = LLAMA_8B.hidden, LLAMA_8B.wide, LLAMA_8B.kv
+
+    def low_rank(M: int, r: int, mask: bool, size: int) -> Iterator[RaceCase]:
+        yield RaceCase("shrink", M, 0, size, r, mask)
+        yield RaceCase("low_rank_grad_input", M, 0, size, r, mask)
+        yield RaceCase("grad_a", M, 0, size, r, mask)
+        if not mask:
+            yield RaceCase("expand", M, size, 0, r)
+            yield RaceCase("outer", M, size, 0, r)
+
+    def products(M: int, r: int, n: int, k: int) -> Iterator[RaceCase]:
+        yield RaceCase("gemm", M, n, k, r)
+        yield RaceCase("gemm_grad_input", M, n, k, r, True)
+        yield RaceCase("gemm_grad_input", M, n, k, r, False)
+
+    def order() -> Iterator[RaceCase]:
+        for M in (8192, 2048):
+            for mask in (True, False):
+                yield from low_rank(M, 16, mask, h)
+            yield from products(M, 16, h, h)
+        for M in (1, 16):
+            for n, k in ((h, h), (wide, h), (h, wide), (kv, h)):
+                yield RaceCase("small", M, n, k, 16)
+        for size in (wide, kv):
+            for mask in (True, False):
+                yield from low_rank(8192, 16, mask, size)
+        for n, k in ((wide, h), (h, wide), (kv, h)):
+            yield from products(8192, 16, n, k)
+        for M in (512, 128):
+            for mask in (True, False):
+                yield from low_rank(M, 16, mask, h)
+            yield from products(M, 16, h, h)
+        for mask in (True, False):  # q, k, v share X
+            yield RaceCase("shrink", 8192, 0, h, 16, mask, group=3)
+            yield RaceCase("grad_a", 8192, 0, h, 16, mask, group=3)
+            yield RaceCase("low_rank_grad_input", 8192, 0, h, 16, mask, group=3)
+        for r in (64, 128, 8):
+            for mask in (True, False):
+                yield from low_rank(8192, r, mask, h)
+            yield from products(8192, r, h, h)
+        for M in (8192, 2048):
+            for mask in (True, False):
+                yield from low_rank(M, 16, mask, LLAMA_70B.hidden)
+            yield from products(M, 16, LLAMA_70B.hidden, LLAMA_70B.hidden)
+        for M in (1, 16):
+            for r in (64, 128, 8):
+                yield RaceCase("small", M, h, h, r)
+
+    return list(dict.fromkeys(order()))
+
+
+def contest(case: RaceCase, device: Device, copies: int) -> Contest:
+    """Tensors and launches for a case of :func:`race_cases`."""
+    torch.manual_seed(3)
+    dtype, adapter = (getattr(torch, d) for d in (case.dtype, case.adapter_dtype))
+    M, N, K, r, G = case.m, case.n, case.k, case.r, case.group
+
+    def some(*shape: int, dtype: torch.dtype = dtype, scale: float = 1.0) -> list[Tensor]:
+        return [randn(device, *shape, dtype=dtype, scale=scale) for _ in range(copies)]
+
+    def adapters(*shape: int) -> list[Tensor]:  # bf16 values, whatever dtype holds them
+        return [t.bfloat16().to(adapter) for t in some(*shape, dtype=torch.float32, scale=0.1)]
+
+    words = keeps = None
+    if case.mask:
+        words = list(bits.dropout_bits(M, K, 0.1, 11, groups=G, device=device.torch))
+        keeps = [bits.unpack_bits(w, K) for w in words]
+    none = [None] * G
+    entrants: dict[str, Any] = {"default": None}
+    entrants |= {_label(c): c for c in config_list(case)}
+    if case.op == "shrink":
+        x, As = some(M, K), [adapters(r, K) for _ in range(G)]
+        return Contest(
+            lambda c, i: [shrink.shrink(x[i], [a[i] for a in As], SCALE, words, config=c)],
+            lambda: [
+                torch.cat(
+                    [
+                        reference.shrink(x[0], a[0], SCALE, m)
+                        for a, m in zip(As, keeps or none, strict=True)
+                    ],
+                    dim=1,
+                )
+            ],
+            entrants,
+        )
+    if case.op == "expand":
+        s, b = some(M, r), adapters(N, r)
+        return Contest(
+            lambda c, i: [write.expand(s[i], b[i], config=c)],
+            lambda: [reference.expand(s[0], b[0])],
+            entrants,
+        )
+    if case.op == "low_rank_grad_input":
+        ds, As = [some(M, r) for _ in range(G)], [adapters(r, K) for _ in range(G)]
+        return Contest(
+            lambda c, i: [
+                write.low_rank_grad_input([d[i] for d in ds], [a[i] for a in As], words, config=c)
+            ],
+            lambda: [
+                reference.low_rank_grad_input(
+                    [d[0] for d in ds], [a[0] for a in As], keeps or none
+                )
+            ],
+            entrants,
+        )
+    if case.op == "outer":
+        dy, b, s = some(M, N), adapters(N, r), some(M, r)
+        return Contest(
+            lambda c, i: _outer(dy[i], b[i], s[i], c),
+            lambda: [reference.grad_s(dy[0], b[0], SCALE), reference.grad_b(dy[0], s[0])],
+            entrants | {"two_pass": "two_pass"},
+        )
+    if case.op == "grad_a":
+        x, ds = some(M, K), [some(M, r) for _ in range(G)]
+        return Contest(
+            lambda c, i: outer.grad_a(x[i], [d[i] for d in ds], words, config=c),
+            lambda: [
+                reference.grad_a(x[0], d[0], m) for d, m in zip(ds, keeps or none, strict=True)
+            ],
+            entrants,
+        )
+    weights = some(N, K, scale=K**-0.5)
+    if case.op == "gemm":
+        x, s, b = some(M, K), some(M, r), adapters(N, r)
+        return Contest(
+            lambda c, i: [_gemm_forward(x[i], weights[i], s[i], b[i], c)],
+            lambda: [reference.linear(x[0], weights[0], s[0], b[0])],
+            entrants | {"torch": "torch", "hybrid": "hybrid"},
+        )
+    if case.op == "gemm_grad_input":
+        dy, ds, a = some(M, N), some(M, r), adapters(r, K)
+        word, keep = (words[0], keeps[0]) if words and keeps else (None, None)
+        return Contest(
+            lambda c, i: [_gemm_backward(dy[i], weights[i], ds[i], a[i], word, c)],
+            lambda: [reference.grad_input([dy[0]], [weights[0]], [ds[0]], [a[0]], [keep])],
+            entrants | {"torch": "torch", "hybrid": "hybrid"},
+        )
+    if case.op == "small":
+        x, a, b = some(M, K), adapters(r, K), adapters(N, r)
+        return Contest(
+            lambda c, i: [_decode(x[i], weights[i], a[i], b[i], c)],
+            lambda: [
+                reference.linear(x[0], weights[0], reference.shrink(x[0], a[0], SCALE), b[0])
+            ],
+            entrants | {"torch": "torch", "hybrid": "hybrid"},
+        )
+    raise ValueError(f"op {case.op} is not raced")
+
+
+def _label(config: Any) -> str:
+    return " ".join(f"{k}={int(v)}" for k, v in asdict(config).items())
+
+
+def _outer(dy: Tensor, b: Tensor, s: Tensor, how: Any) -> list[Tensor]:
+    if how != "two_pass":
+        return list(outer.grad_output(dy, b, s, SCALE, config=how))
+    ds = shrink.shrink(dy, [b.t()], SCALE)
+    return [ds, outer.grad_a(dy, [s])[0].t()]
+
+
+def _gemm_forward(x: Tensor, w: Tensor, s: Tensor, b: Tensor, how: Any) -> Tensor:
+    if how == "torch":
+        return torch.mm(s, b.to(s.dtype).t()).addmm_(x, w.t())
+    if how == "hybrid":
+        return write.expand(s, b).addmm_(x, w.t())
+    return gemm.fused_linear(x, w, s, b, config=how)
+
+
+def _gemm_backward(
+    dy: Tensor, w: Tensor, ds: Tensor, a: Tensor, words: Tensor | None, how: Any
+) -> Tensor:
+    if how == "torch":
+        dx = torch.mm(ds, a.to(ds.dtype))
+        if words is not None:
+            from peftkern.ops.bits import unpack_bits
+
+            dx.mul_(unpack_bits(words, a.shape[1], ds.dtype))
+        return dx.addmm_(dy, w)
+    if how == "hybrid":
+        return write.low_rank_grad_input([ds], [a], words).addmm_(dy, w)
+    return gemm.fused_grad_input([dy], [w], [ds], [a], words, config=how)
+
+
+def _decode(x: Tensor, w: Tensor, a: Tensor, b: Tensor, how: Any) -> Tensor:
+    if how == "torch":
+        low = torch.nn.functional.linear(x, a.to(x.dtype))
+        y = torch.nn.functional.linear(x, w)
+        return y.addmm_(low, b.to(x.dtype).t(), alpha=SCALE)
+    if how == "hybrid":
+        s = shrink.shrink(x, [a], SCALE)
+        return write.expand(s, b).addmm_(x, w.t())
+    return small.decode(x, w, a, b, SCALE, config=how)

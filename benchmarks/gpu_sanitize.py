@@ -1,0 +1,85 @@
+"""Launches every kernel once or twice on the smallest shapes: what compute-sanitizer runs.
+
+    compute-sanitizer --tool memcheck python -m benchmarks.gpu_sanitize
+
+Shapes are odd, so that every mask at an edge is needed, and splits are forced, so that partials and
+their sum run. Vendor products are left out: they would take the tool's time. Prints the number of
+launches and exits 1 when a result is not finite.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from peftkern.kernels import bits, gemm, outer, shrink, small, write
+
+
+def runs(device: str) -> Iterator[tuple[str, list[Tensor]]]:
+    """(what ran, its outputs)."""
+    torch.manual_seed(0)
+    M, K, N, r = 37, 80, 72, 5
+
+    def some(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.randn(*shape).to(dtype).to(device)
+
+    x, w, b = some(M, K), some(N, K), some(N, r, dtype=torch.float32)
+    a, s, dy = some(r, K, dtype=torch.float32), some(M, r), some(M, N)
+    words = bits.dropout_bits(M, K, 0.1, 7, device=device)
+    yield "bits", [words.float()]
+    seed = torch.tensor([7], device=device)
+    yield "bits, three masks, seed on the device", [
+        bits.dropout_bits(M, K, 0.3, seed, groups=3, device=device).float()
+    ]
+    for split in (1, 2):
+        config = shrink.ShrinkConfig(16, 32, split, 4, 2)
+        yield f"shrink split {split}", [shrink.shrink(x, [a, a], 2.0, words, config=config)]
+    yield "expand", [write.expand(s, b, some(N), config=write.WriteConfig(16, 32, 16, 4, 1))]
+    yield "dX low-rank", [write.low_rank_grad_input([s, s], [a, a], words)]
+    for split in (1, 2):
+        config = outer.OuterConfig(16, 32, split, 4, 2)
+        yield f"outer split {split}", list(outer.grad_output(dy, b, s, 2.0, config=config))
+        grad = outer.GradAConfig(16, 32, split, 4, 2)
+        yield f"grad_a split {split}", outer.grad_a(x, [s, s], words, config=grad)
+    wide = some(N, 100, dtype=torch.float32)
+    yield "outer, two passes", list(outer.grad_output(dy, wide, some(M, 100), 2.0))
+    for tma in (False, True):
+        config = gemm.GemmConfig(64, 64, 32, tma=tma, group_m=2, num_warps=4, num_stages=2)
+        yield f"gemm tma={tma}", [gemm.fused_linear(x, w, s, b, config=config)]
+        yield f"gemm dX tma={tma}", [
+            gemm.fused_grad_input([dy, dy], [w, w], [s, s], [a, a], words, config=config)
+        ]
+        conv1d = some(K, N).t()
+        yield f"gemm [K, N] tma={tma}", [gemm.fused_linear(x, conv1d, s, b, config=config)]
+    flat = gemm.GemmConfig(64, 64, 32, tma=True, flatten=True, num_warps=4, num_stages=2)
+    yield "gemm flattened", [gemm.fused_linear(x, w, s, b, config=flat)]
+    scales = torch.ones(2, device=device)
+    for rows in (1, 3):
+        yield f"small M={rows}", [small.decode(x[:rows], w, a, b, 2.0)]
+        yield f"small M={rows}, S given", [small.decode(x[:rows], w, None, b, s=s[:rows])]
+        index = torch.tensor([1, -1, 0][:rows], device=device)
+        stacked = torch.stack([a, a]), torch.stack([b, b])
+        yield f"small M={rows}, mixed", [
+            small.decode(x[:rows], w, *stacked, index=index, scales=scales)
+        ]
+
+
+def main() -> int:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    done = 0
+    for name, outs in runs(device):
+        bad = [o for o in outs if not bool(o.isfinite().all())]
+        if bad:
+            print(f"{name}: not finite", file=sys.stderr)
+            return 1
+        done += 1
+        print(f"ran {name}", flush=True)
+    print(f"{done} launches of every kernel, all finite")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
