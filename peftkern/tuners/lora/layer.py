@@ -89,7 +89,7 @@ class Linear(nn.Module, LoraLayer):
             plan is None
             or state["_disable_adapters"]
             or state["merged_adapters"]
-            or any(plan.hooks)
+            or plan.is_hooked()
             or torch.compiler.is_compiling()
         ):
             return None

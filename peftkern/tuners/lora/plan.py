@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.nn.modules import module as _nn_module
+from torch.utils.hooks import RemovableHandle
 
 if TYPE_CHECKING:
     from .layer import Linear
@@ -66,6 +67,7 @@ class Plan:
     a_params: dict[str, Any]
     b_params: dict[str, Any]
     hooks: tuple[Any, ...]
+    hooks_seen: int
     transposed: bool
 
     @classmethod
@@ -100,8 +102,23 @@ class Plan:
         modules = (base, plan.a, plan.b, plan.drop)
         if any("forward" in m.__dict__ for m in modules):
             return None
+        plan.hooks_seen = -1
         plan.hooks = GLOBAL_HOOKS + tuple(hooks for m in modules for hooks in hook_dicts(m))
         return plan
+
+    def is_hooked(self) -> bool:
+        """Whether a hook is on one of the modules, or on all.
+
+        Looked up only when a hook was registered anywhere since the last time that there was none:
+        every registration takes a number, and twenty dicts cost as much as a product of one row.
+        """
+        number = RemovableHandle.next_id
+        if number == self.hooks_seen:
+            return False
+        if any(self.hooks):
+            return True
+        self.hooks_seen = number
+        return False
 
     def holds(self, state: dict[str, Any]) -> bool:
         """Whether the layer with this ``__dict__`` still has the modules that the plan was made
