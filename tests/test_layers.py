@@ -104,8 +104,8 @@ def test_the_output_may_be_changed_in_place(kind, shape):
         grads.append(
             torch.autograd.grad(y.square().sum(), [x, layer_of(model).lora_A["default"].weight])
         )
-    for mine, other in zip(*grads, strict=True):
-        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
+    for mine, other in zip(*grads, strict=True):  # of the largest: sums run in another order
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5 * other.abs().max().item())
 
 
 def test_a_global_hook_sees_the_inner_modules():

@@ -258,7 +258,8 @@ def test_bits_hold_the_mask(rows, columns, seed):
     ids=str,
 )
 def test_errors_against_float64_are_at_most_pefts(dtype, wide, autocast):
-    """Y, dX, dA, dB of one linear, summed over draws; 1% for the order of float32 sums."""
+    """Y, dX, dA, dB of one linear, summed over draws. 1% and, for the eight draws together, four
+    roundings of float32 are for the order of sums: gradients of float32 adapters err by no more."""
 
     def results(model, x, dy, on):
         x = x.clone().requires_grad_()
@@ -291,7 +292,8 @@ def test_errors_against_float64_are_at_most_pefts(dtype, wide, autocast):
             total += torch.stack(
                 [(a.double() - e).norm() / e.norm() for a, e in zip(got, exact, strict=True)]
             )
-    assert (mine <= 1.01 * other).all(), (mine / other).tolist()
+    order = 4 * torch.finfo(torch.float32).eps
+    assert (mine <= 1.01 * other + order).all(), (mine / other).tolist()
 
 
 def test_backend_is_chosen_in_one_place(monkeypatch):

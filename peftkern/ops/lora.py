@@ -133,7 +133,8 @@ def lora_linear(
 
     Returns:
         [..., N] in x's dtype (autocast's, where that is on). Products accumulate in float32; A's
-        and B's gradients have A's dtype. Differentiable in x, weight, bias, A, B, twice.
+        and B's gradients have A's dtype. Differentiable in x, weight, bias, A and B, and twice (not
+        with a frozen A and a trained B: refused).
 
     Raises:
         RuntimeError: shapes, devices or dtypes that torch's matrix product refuses.
