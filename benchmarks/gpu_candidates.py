@@ -127,7 +127,9 @@ def config_list(case: RaceCase) -> list[Any]:
                (16, 256, 4, 3), (4, 512, 4, 4), (2, 1024, 8, 3)]  # fmt: skip
         few = [(16, 128, 4, 4), (16, 256, 4, 3), (32, 128, 4, 3), (32, 256, 8, 3), (64, 128, 4, 3),
                (64, 64, 4, 4), (16, 256, 2, 3), (32, 64, 4, 5)]  # fmt: skip
-        return _configs(small.SmallConfig, "block_n block_k num_warps num_stages", one if M == 1 else few)
+        return _configs(
+            small.SmallConfig, "block_n block_k num_warps num_stages", one if M == 1 else few
+        )
     return []
 
 
@@ -232,9 +234,7 @@ def contest(case: RaceCase, device: Device, copies: int) -> Contest:
                 write.low_rank_grad_input([d[i] for d in ds], [a[i] for a in As], words, config=c)
             ],
             lambda: [
-                reference.low_rank_grad_input(
-                    [d[0] for d in ds], [a[0] for a in As], keeps or none
-                )
+                reference.low_rank_grad_input([d[0] for d in ds], [a[0] for a in As], keeps or none)
             ],
             entrants,
         )
@@ -274,9 +274,7 @@ def contest(case: RaceCase, device: Device, copies: int) -> Contest:
         x, a, b = some(M, K), adapters(r, K), adapters(N, r)
         return Contest(
             lambda c, i: [_decode(x[i], weights[i], a[i], b[i], c)],
-            lambda: [
-                reference.linear(x[0], weights[0], reference.shrink(x[0], a[0], SCALE), b[0])
-            ],
+            lambda: [reference.linear(x[0], weights[0], reference.shrink(x[0], a[0], SCALE), b[0])],
             entrants | {"torch": "torch", "hybrid": "hybrid"},
         )
     raise ValueError(f"op {case.op} is not raced")

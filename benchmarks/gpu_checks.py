@@ -102,11 +102,17 @@ def sanitizer(store: Store, until: float, dry: bool, env: dict[str, str]) -> Non
     # without the tool first: a plain failure is told apart, and everything is compiled then
     plain = _one(script, env, min(until, time.time() + 0.4 * (until - time.time())))
     ran = plain["status"] == 0
-    store.put({"key": "without a tool", "part": "sanitizer", "outcome": "passed" if ran else "failed", **plain})
+    store.put(
+        {
+            "key": "without a tool",
+            "part": "sanitizer",
+            "outcome": "passed" if ran else "failed",
+            **plain,
+        }
+    )
     tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     # memory from the driver, block by block, so that the tool sees where each one ends
     env = env | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    env.pop("PYTORCH_CUDA_ALLOC_CONF", None)
     for i, name in enumerate(TOOLS):
         row = {"key": name, "part": "sanitizer"}
         limit = (until - time.time()) / (len(TOOLS) - i)
@@ -117,7 +123,16 @@ def sanitizer(store: Store, until: float, dry: bool, env: dict[str, str]) -> Non
         elif limit < 5:
             store.put({**row, "outcome": "not run", "why": "no time is left"})
         else:
-            command = [tool, "--tool", name, "--error-exitcode", "86", "--print-limit", "20", *script]
+            command = [
+                tool,
+                "--tool",
+                name,
+                "--error-exitcode",
+                "86",
+                "--print-limit",
+                "20",
+                *script,
+            ]
             found = _one(command, env, time.time() + limit)
             store.put({**row, **found, "outcome": _verdict(found)})
         print(f"{name}: {store.rows[-1]['outcome']}", flush=True)

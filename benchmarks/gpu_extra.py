@@ -4,7 +4,6 @@ whose rows name different adapters.
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass

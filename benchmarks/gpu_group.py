@@ -19,7 +19,9 @@ class _Group(torch.autograd.Function):
     """Arguments: x, p, product, then W, A and B of each projection. Returns every Y."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, p: float, product: str, *weights: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, x: Tensor, p: float, product: str, *weights: Tensor
+    ) -> tuple[Tensor, ...]:
         from peftkern.kernels import bits, gemm, shrink, write
 
         count = len(weights) // 3

@@ -125,9 +125,7 @@ def prepared(model: Any, case: ModelCase) -> Any:
     model.train()
     model.enable_input_require_grads()  # gradients flow to the bottom, as checkpointing needs
     if case.checkpointing:
-        model.gradient_checkpointing_enable(
-            gradient_checkpointing_kwargs={"use_reentrant": False}
-        )
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     else:
         model.gradient_checkpointing_disable()
     return model
@@ -171,11 +169,25 @@ def _makers(base: nn.Module, case: ModelCase) -> dict[str, tuple[Any, Any]]:
     return made
 
 
+def floor_us(case: ModelCase, shape: Llama, layers: int, tokens: int, rate: float) -> float:
+    """The products alone at ``rate`` FLOP/s: forward and dX, forward twice with checkpointing.
+    Attention, norms and the optimizer are left out."""
+    passes = 3 if case.checkpointing else 2
+    each = sum(K * N + 2 * case.r * (K + N) for K, N in shape.linears().values())
+    head = 2 * shape.vocab * shape.hidden
+    return 2e6 * tokens * (passes * layers * each + head) / rate
+
+
 def measure(
-    case: ModelCase, device: Device, *, seconds: float, watch: Watch | None = None
+    case: ModelCase,
+    device: Device,
+    rate: float = 1e12,
+    *,
+    seconds: float,
+    watch: Watch | None = None,
 ) -> dict[str, Any]:
     """The row of a case; a provider that runs out of memory says so in its entry. :class:`Broken` when
-    the device is unusable after it."""
+    the device is unusable after it. ``rate``: measured bf16 FLOP/s."""
     began = time.monotonic()
     watch = watch or Watch()
     base, shape, layers = base_model(device)
@@ -186,6 +198,7 @@ def measure(
         "key": case.key,
         "part": "e2e",
         "case": {**asdict(case), "model": shape.name, "layers": layers, "tokens": batch * length},
+        "floor": {"us": floor_us(case, shape, layers, batch * length, rate)},
         "providers": {},
         "missing": {},
     }

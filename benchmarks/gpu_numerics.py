@@ -200,9 +200,7 @@ def _compare(
     return {"errors": {k: e if math.isfinite(e) else None for k, e in errors.items()}}  # JSON
 
 
-def memory(
-    provider: Provider, x: Tensor, dys: Any, case: Case, device: Device
-) -> dict[str, int]:
+def memory(provider: Provider, x: Tensor, dys: Any, case: Case, device: Device) -> dict[str, int]:
     """{"kept_bytes", "peak_bytes"} of one call of copy 0, beyond what lived before."""
     with provider.mode():
         device.synchronize()

@@ -86,7 +86,8 @@ def _model_cases() -> Sequence[Any]:
 def _model(case: Any, device: Device, store: Store, left: float, watch: Watch) -> dict[str, Any]:
     from . import gpu_model
 
-    return gpu_model.measure(case, device, seconds=min(20.0, left / 4), watch=watch)
+    rate = store.data["ceilings"]["bf16_tflop_s"] * 1e12
+    return gpu_model.measure(case, device, rate, seconds=min(20.0, left / 4), watch=watch)
 
 
 PARTS = {

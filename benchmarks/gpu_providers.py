@@ -124,7 +124,9 @@ def weights_of(block: nn.Module, case: Case) -> dict[str, tuple[Tensor, Tensor]]
 
 
 def _module_provider(name: str, modules: list[nn.Module], case: Case, **more: Any) -> Provider:
-    return Provider(name, list(modules), [weights_of(m, case) for m in modules], modules=modules, **more)
+    return Provider(
+        name, list(modules), [weights_of(m, case) for m in modules], modules=modules, **more
+    )
 
 
 def providers(

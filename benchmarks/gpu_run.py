@@ -69,7 +69,9 @@ def step(provider: Provider, xs: list[Any], dys: list[Any], case: Case) -> Calla
                     provider.calls[i](xs[i])
 
         return infer
-    wanted = [[xs[i], *(t for ab in provider.adapters[i].values() for t in ab)] for i in range(copies)]
+    wanted = [
+        [xs[i], *(t for ab in provider.adapters[i].values() for t in ab)] for i in range(copies)
+    ]
 
     def train() -> None:
         for i in range(copies):

@@ -31,9 +31,10 @@ def runs(device: str) -> Iterator[tuple[str, list[Tensor]]]:
     words = bits.dropout_bits(M, K, 0.1, 7, device=device)
     yield "bits", [words.float()]
     seed = torch.tensor([7], device=device)
-    yield "bits, three masks, seed on the device", [
-        bits.dropout_bits(M, K, 0.3, seed, groups=3, device=device).float()
-    ]
+    yield (
+        "bits, three masks, seed on the device",
+        [bits.dropout_bits(M, K, 0.3, seed, groups=3, device=device).float()],
+    )
     for split in (1, 2):
         config = shrink.ShrinkConfig(16, 32, split, 4, 2)
         yield f"shrink split {split}", [shrink.shrink(x, [a, a], 2.0, words, config=config)]
@@ -49,9 +50,10 @@ def runs(device: str) -> Iterator[tuple[str, list[Tensor]]]:
     for tma in (False, True):
         config = gemm.GemmConfig(64, 64, 32, tma=tma, group_m=2, num_warps=4, num_stages=2)
         yield f"gemm tma={tma}", [gemm.fused_linear(x, w, s, b, config=config)]
-        yield f"gemm dX tma={tma}", [
-            gemm.fused_grad_input([dy, dy], [w, w], [s, s], [a, a], words, config=config)
-        ]
+        yield (
+            f"gemm dX tma={tma}",
+            [gemm.fused_grad_input([dy, dy], [w, w], [s, s], [a, a], words, config=config)],
+        )
         conv1d = some(K, N).t()
         yield f"gemm [K, N] tma={tma}", [gemm.fused_linear(x, conv1d, s, b, config=config)]
     flat = gemm.GemmConfig(64, 64, 32, tma=True, flatten=True, num_warps=4, num_stages=2)
@@ -62,9 +64,10 @@ def runs(device: str) -> Iterator[tuple[str, list[Tensor]]]:
         yield f"small M={rows}, S given", [small.decode(x[:rows], w, None, b, s=s[:rows])]
         index = torch.tensor([1, -1, 0][:rows], device=device)
         stacked = torch.stack([a, a]), torch.stack([b, b])
-        yield f"small M={rows}, mixed", [
-            small.decode(x[:rows], w, *stacked, index=index, scales=scales)
-        ]
+        yield (
+            f"small M={rows}, mixed",
+            [small.decode(x[:rows], w, *stacked, index=index, scales=scales)],
+        )
 
 
 def main() -> int:

@@ -137,7 +137,9 @@ class Table:
 
     def as_json(self) -> dict[str, Any]:
         rows = []
-        for e in sorted(self.entries.values(), key=lambda e: tuple(map(str, asdict(e.key).items()))):
+        for e in sorted(
+            self.entries.values(), key=lambda e: tuple(map(str, asdict(e.key).items()))
+        ):
             rest = {k: v for k, v in asdict(e).items() if k != "key"}
             rows.append({**asdict(e.key), **rest})
         return {

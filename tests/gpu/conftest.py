@@ -1,0 +1,48 @@
+"""Ring 4: the compiled kernels on a CUDA device. Run by themselves: ``make gpu PART=tests``.
+
+tests/kernels runs the same kernels in Triton's interpreter, and one process can only do one of the
+two; so this folder is not even looked at where ``-m "not gpu"`` is asked for.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+
+def pytest_ignore_collect(collection_path, config):
+    if "not gpu" in (config.option.markexpr or "") and collection_path.suffix == ".py":
+        return True
+    return None
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "tests/gpu" in item.nodeid or "gpu" in Path(str(item.path)).parts:
+            item.add_marker(pytest.mark.gpu)
+
+
+_controller = True
+
+
+def pytest_configure(config):
+    global _controller
+    _controller = not hasattr(config, "workerinput")  # under xdist it hears of every test
+
+
+def pytest_runtest_logreport(report):
+    """A line for every test that ended, so that a run that is cut off leaves what it found."""
+    log = os.environ.get("PEFTKERN_GPU_LOG")
+    if not (log and _controller) or (report.when != "call" and report.passed):
+        return
+    outcome = "error" if report.failed and report.when != "call" else report.outcome
+    why = str(report.longrepr)[-2000:] if report.failed else ""
+    line = {
+        "key": report.nodeid,
+        "outcome": outcome,
+        "seconds": round(report.duration, 2),
+        "why": why,
+    }
+    with open(log, "a", encoding="utf-8") as f:
+        f.write(json.dumps(line) + "\n")

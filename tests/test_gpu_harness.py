@@ -1,0 +1,215 @@
+"""The harness of ring 4, on a machine without a GPU: a dry run through the real command, its file,
+continuing after a cut, culprits, the tuning table, the table of results.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks import gpu_cases, gpu_report, gpu_store
+from benchmarks.gpu_store import Store
+
+ROOT = Path(__file__).resolve().parents[1]
+FIELDS = {"schema", "part", "sources", "gpu", "versions", "ceilings", "started", "finished",
+          "not_run", "notes", "banned", "rows", "dry", "budget_s", "current"}  # fmt: skip
+
+
+def gpu(*args, check=True):
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("PEFTKERN", "TRITON"))}
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu", *args],
+        cwd=ROOT,
+        env={**env, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def in_process(code):
+    """Runs code in a process of its own: it imports kernels/, which this one must not."""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=100,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_a_dry_run_continues_what_was_cut_off(tmp_path):
+    # as an earlier run left it when its machine went away within a case
+    cut = Store.create(
+        tmp_path / "2026-01-01T000000Z-linear.json", "linear", gpu={"name": "dry run"}
+    )
+    cut.data |= {"dry": True, "versions": {}, "ceilings": {}, "budget_s": 1}
+    cut.put({"key": "measured before", "part": "linear", "providers": {}})
+    cut.begin("cut within", 10)
+
+    only = "M=512 r=16 p=0 infer"
+    dry = ("--part", "linear", "--dry-run", "--only", only, "--out", str(tmp_path))
+    out = gpu(*dry, check=False).stdout  # a case that was cut counts as failed
+    assert "A dry run: the clock is fake" in out and "== goals of DESIGN 6" in out
+    (path,) = tmp_path.glob("*-linear.json")
+    assert path == cut.path
+    data = json.loads(path.read_text())
+    assert set(data) >= FIELDS and data["finished"] and data["schema"] == gpu_store.SCHEMA
+    rows = {r["key"]: r for r in data["rows"]}
+    row = rows.pop("q_proj 8B M=512 r=16 p=0 infer graph")
+    assert set(rows) == {"measured before", "cut within"} and "error" in rows["cut within"]
+    measured = row["providers"]
+    assert {"plain frozen", "PEFT bf16", "PEFT default (fp32)"} < set(measured)
+    for name in ("peftkern torch", "peftkern hybrid", "peftkern fused"):
+        entry = measured[name]
+        assert entry["ok"] and 0 < entry["errors"]["y"] < entry["limit"], (name, entry)
+        assert entry["us"]["p20"] <= entry["us"]["p50"] <= entry["us"]["p80"]
+    assert "unsloth" in row["missing"] or "unsloth" in measured
+
+
+def test_without_a_device_the_parts_say_so(tmp_path):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    done = gpu("--part", "layer", "--out", str(tmp_path), check=False)
+    assert done.returncode == 2 and "no CUDA device; --dry-run" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_culprit_is_left_out_and_without_one_the_case_is_closed(tmp_path):
+    store = Store.create(tmp_path / "1-linear.json", "linear", gpu={"name": "g"}, dry=True)
+    store.begin("case", 10)
+    store.watch("case").at("peftkern fused")
+    assert store.blame("hung") == "peftkern fused in case"
+    again = Store.open(store.path)
+    assert again.watch("case").banned == {"peftkern fused": "hung"} and not again.done()
+    again.begin("case", 10)
+    assert again.blame("ended with status -11") == "case"
+    assert again.rows[0]["error"] == "ended with status -11" and again.blame("nothing runs") is None
+
+
+def test_only_results_of_the_same_code_and_card_are_continued(tmp_path):
+    for name, changes in (("1", {}), ("2", {"sources": "other"}), ("3", {"gpu": {"name": "h"}})):
+        store = Store.create(tmp_path / f"{name}-race.json", "race", gpu={"name": "g"})
+        store.data |= changes
+        store.write()
+    (tmp_path / "4-race.json").write_text("{")
+    found = gpu_store.earlier("race", "g", [tmp_path, tmp_path])
+    assert [s.path.name for s in found] == ["1-race.json"]
+
+
+def test_a_hang_is_ended(tmp_path):
+    from benchmarks import gpu as harness
+
+    store = Store.create(tmp_path / "1-linear.json", "linear")
+    store.begin("case", 0.5)
+    sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    status, why = harness._watch(sleeper, store.path, time.time() + 30)
+    assert status is None and why.startswith("hung") and sleeper.poll() is not None
+    sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    assert harness._watch(sleeper, store.path, time.time()) == (None, "budget")
+
+
+def test_cases_come_in_order_without_repeats():
+    for make in gpu_cases.CASES.values():
+        keys = [c.key for c in make()]
+        assert len(keys) == len(set(keys))
+    first = gpu_cases.linear_cases()[:2]
+    assert [c.key for c in first] == [f"q_proj 8B M=8192 r=16 p={p} train" for p in ("0.1", "0")]
+    wanted = {(c.M, c.r, c.p) for c in gpu_cases.linear_cases()}
+    assert {m for m, _, _ in wanted} == {1, 16, 128, 512, 2048, 4095, 8192}
+    assert {r for _, r, _ in wanted} == {8, 16, 64, 128} and {p for *_, p in wanted} == {0.0, 0.1}
+
+
+def test_the_floor_is_the_roofline():
+    case = gpu_cases.Case("linear", "linear", "8B", 8192, 16, 0.0, "infer")
+    flops = 2 * 8192 * (4096 * 4096 + 16 * 8192)
+    slow_memory = gpu_cases.floor(case, {"copy_tb_s": 1e-3, "bf16_tflop_s": 1e9})
+    assert slow_memory["bytes"] == 2 * (2 * 8192 * 4096 + 4096 * 4096 + 16 * 8192)
+    assert slow_memory["us"] == pytest.approx(slow_memory["bytes"] / 1e9 * 1e6)
+    slow_units = gpu_cases.floor(case, {"copy_tb_s": 1e9, "bf16_tflop_s": 1.0})
+    assert slow_units["us"] == pytest.approx(flops / 1e12 * 1e6)
+
+
+def row(key, times, **more):
+    timed = {n: {"ok": True, "us": {"p20": t, "p50": t, "p80": t}} for n, t in times.items()}
+    return {"key": key, "part": "linear", "providers": timed, "floor": {"us": 1.0}, **more}
+
+
+def test_goals_and_losses_are_said_plainly():
+    key = "q_proj 8B M=8192 r=16 p=0.1 train"
+    slow = row(
+        key, {"plain frozen": 700, "PEFT bf16": 900, "peftkern torch": 1000, "peftkern hybrid": 950}
+    )
+    slow["providers"]["peftkern fused"] = {"ok": False, "errors": {"y": 0.5}}
+    text = "\n".join(gpu_report.goals([slow], "NVIDIA H200"))
+    assert "NOT met       linear fwd+bwd, M=8192, 4096^2, p=0.1: 950 us, <= 770" in text
+    assert "not measured  decode M=1 in a graph" in text
+    assert gpu_report.losses([slow]) == [f"{key}: PEFT bf16 900.0 us, peftkern hybrid 950.0 us"]
+    assert gpu_report.wrong([slow]) == [f"{key}, peftkern fused: {{'y': 0.5}}"]
+    fast = row(
+        key, {"plain frozen": 700, "PEFT bf16": 900, "peftkern torch": 890, "peftkern hybrid": 740}
+    )
+    assert gpu_report.losses([fast]) == [] and gpu_report.wrong([fast]) == []
+    assert "met           linear fwd+bwd, M=8192, 4096^2, p=0.1: 740 us" in "\n".join(
+        gpu_report.goals([fast], "NVIDIA H200")
+    )
+    assert "microseconds" not in "".join(gpu_report.goals([fast], "NVIDIA L4"))
+    assert not any(" us, <= 770" in line for line in gpu_report.goals([fast], "NVIDIA L4"))
+
+
+TABLE = """
+import json, sys
+from pathlib import Path
+from benchmarks import gpu_race, gpu_table
+from benchmarks.gpu_store import Store
+from peftkern.kernels import tuning
+from peftkern.kernels.gemm import GemmConfig
+from peftkern.kernels.shrink import ShrinkConfig
+folder = Path(sys.argv[1])
+us = lambda t: {"p20": t, "p50": t, "p80": t, "rounds": 9}
+case = dict(op="gemm", m=4095, n=64, k=64, r=16, mask=False, dtype="bfloat16",
+            adapter_dtype="float32", group=1)
+config = dict(block_m=64, block_n=64, block_k=32, tma=True)
+row = dict(key="a", part="race", case=case, entrants={
+    "default": dict(config=None, ok=True, us=us(30.0)), "c": dict(config=config, ok=True, us=us(20.0)),
+    "hybrid": dict(config=None, ok=True, us=us(10.0)), "bad": dict(config=config, ok=False)})
+store = Store.create(folder / "1-race.json", "race", versions={"torch": "x"},
+                     gpu={"name": "NVIDIA H200", "capability": [9, 0], "sms": 132, "memory_bytes": 1})
+store.put(row)
+path = gpu_table.write([store.path], folder)
+assert path.name == "device_name=NVIDIA_H200.json", path
+table = tuning.load(path)
+key = tuning.Key("gemm", "bfloat16", "float32", tuning.bucket(4095), 64, 64, 16)
+entry = table.find(key)
+assert key.m == 4096 and entry.us["p50"] == 20 and entry.default_us == 30 and entry.candidates == 2
+assert entry.make(GemmConfig) == GemmConfig(64, 64, 32, tma=True)
+choice = tuning.Key("forward", "bfloat16", "float32", 4096, 64, 64, 16)
+assert table.find(choice).choice == "hybrid" and table.find(choice).make(GemmConfig) is None
+near = tuning.Key("gemm", "bfloat16", "float32", 512, 64, 64, 16)
+assert table.find(near) is None and table.find_near(near) is entry
+for change in (dict(schema=2), dict(entries=[dict(table.as_json()["entries"][0], op="dance")])):
+    try:
+        tuning.from_json(table.as_json() | change, "T")
+    except ValueError as e:
+        print(e)
+try:
+    entry.make(ShrinkConfig)
+except ValueError as e:
+    print(e)
+assert gpu_table.main([str(path), "--show"]) == 0
+"""
+
+
+def test_a_race_becomes_a_tuning_table(tmp_path):
+    out = in_process(TABLE.replace("sys.argv[1]", repr(str(tmp_path))))
+    assert "T has schema 2; allowed: 1" in out
+    assert "T: op is 'dance'; allowed: shrink," in out
+    assert "config of gemm has block_n, tma; allowed for ShrinkConfig" in out
+    assert "1.50x default" in out and "hybrid" in out
