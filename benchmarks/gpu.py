@@ -3,12 +3,11 @@
     python -m benchmarks.gpu --part tests|sanitizer|race|linear|group|layer|e2e|decode|all
     python -m benchmarks.gpu --part linear --dry-run        on a CPU: every line but the clock
 
-This process never touches the device. Each part runs in a process of its own that writes a row at a
-time (see :mod:`benchmarks.gpu_store`); when a case hangs or breaks the device, that process is ended,
-the culprit noted and left out, and another one goes on. A part continues what an earlier run of the
-same code left. Files: ``--out``, else $OUT, else benchmarks/results/<gpu>; docs/gpu.md says what is
-in them.
-"""
+This process never touches the device. Each part runs in a process of its own that writes a row at
+a time (see :mod:`benchmarks.gpu_store`); when a case hangs or breaks the device, that process is
+ended, the culprit noted and left out, and another one goes on. A part continues what an earlier
+run of the same code left. Files: ``--out``, else $OUT, else benchmarks/results/<gpu>; docs/gpu.md
+says what is in them."""
 
 from __future__ import annotations
 
@@ -29,6 +28,7 @@ from .gpu_store import Store
 
 ORDER = ("tests", "sanitizer", "linear", "race", "group", "decode", "layer", "e2e")
 BUDGETS = {"tests": 200, "sanitizer": 90} | {n: p.budget_s for n, p in gpu_parts.PARTS.items()}
+ALL_S = 510  # what `--part all` takes together: one command on the machine may take 9 minutes
 GRACE_S = 10
 RESTARTS = 12
 
@@ -147,7 +147,8 @@ def _supervise(names: list[str], args: argparse.Namespace) -> int:
     folder = gpu_store.results_folder(slug(gpu), args.out)
     print(f"{gpu}; {header['versions']}; {header['ceilings']}; results in {folder}", flush=True)
     planned = sum(BUDGETS[n] for n in names)
-    share = (args.budget - (time.time() - began)) / planned if args.budget else 1.0
+    total = args.budget or (ALL_S if args.part == "all" else planned)
+    share = (total - (time.time() - began)) / planned
     contents, bad = [], False
     for name in names:
         store = open_store(name, gpu, folder, header, args)
@@ -160,16 +161,14 @@ def _supervise(names: list[str], args: argparse.Namespace) -> int:
         store = Store.open(store.path)
         contents.append(store.data)
         if name == "race" and not args.dry_run:
-            _write_table(store, folder)
+            _write_table(store)
         bad = bad or any(r.get("outcome") in ("failed", "error") for r in store.rows)
     print("\n".join(gpu_report.report(contents)), flush=True)
     return 1 if bad or any(gpu_report.wrong(d["rows"]) for d in contents) else 0
 
 
-def _write_table(store: Store, folder: Path) -> None:
-    """The tuning table, in the checkout, and beside the results under a name that travels."""
-    from peftkern.kernels import tuning
-
+def _write_table(store: Store) -> None:
+    """The tuning table in the checkout; ``benchmarks.gpu_table`` makes it from results again."""
     from . import gpu_table
 
     try:
@@ -177,9 +176,7 @@ def _write_table(store: Store, folder: Path) -> None:
     except ValueError as e:
         print(f"no tuning table: {e}", flush=True)
         return
-    copy = folder / f"tuning-{slug(store.data['gpu']['name'])}.json"
-    tuning.load(path).save(copy)
-    print(f"tuning table: {path} and {copy}", flush=True)
+    print(f"tuning table: {path}", flush=True)
 
 
 def open_store(
@@ -193,9 +190,10 @@ def open_store(
         before = [s for s in before if s.data.get("dry") == args.dry_run]
     if before and before[-1].path.parent == folder and not before[-1].data["finished"]:
         store = before.pop()
-        store.data["not_run"] = []
-        if culprit := store.blame("the run was cut off here"):
-            store.note(f"continued after a cut in {culprit}")
+        if current := store.data["current"]:  # not its fault: hangs are ended by the supervisor
+            store.note(f"continued after a cut within {current['key']}")
+        store.data |= {**header, "current": None, "not_run": []}
+        store.write()
     else:
         path = folder / f"{gpu_store.stamp()}-{part}.json"
         store = Store.create(path, part, **header, budget_s=args.budget or BUDGETS[part])

@@ -193,11 +193,10 @@ CASES = {
 def floor(case: Case, ceilings: dict[str, float]) -> dict[str, float]:
     """{"us", "bytes", "flops"}: the least that any implementation moves and computes.
 
-    Inputs of the block are read once and outputs written once, in each direction; weights likewise;
-    the mask is written as bits forward and read backward. Attention and norms of a layer, and what a
-    block keeps between its own linears, are left out, so for blocks of several steps this is lower
-    than what can be reached.
-    """
+    Inputs of the block are read once and outputs written once, in each direction; weights
+    likewise; the mask is written as bits forward and read backward. Attention and norms of a
+    layer, and what a block keeps between its own linears, are left out, so for blocks of several
+    steps this is lower than what can be reached."""
     size = 4 if case.dtype == "float32" else 2
     rate = {"float32": "fp32", "float16": "fp16"}.get(case.dtype, "bf16")
     M, r = case.M, case.r

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -32,9 +33,8 @@ def run(part: str, store: Store, until: float, dry: bool, env: dict[str, str]) -
 def tests(store: Store, until: float, dry: bool, env: dict[str, str]) -> None:
     """pytest over tests/gpu in several processes; every test is a row as soon as it has run. A dry
     run collects them only."""
-    log = store.path.with_name(store.path.stem + ".log")
-    lines = store.path.with_name(store.path.stem + ".jsonl")
-    lines.unlink(missing_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix="peftkern-gpu-tests-"))
+    log, lines = scratch / "log", scratch / "lines"
     command = [
         sys.executable, "-m", "pytest", "tests/gpu", "-m", "gpu", "-q",
         "-o", "addopts=--import-mode=importlib --strict-markers -ra", "-p", "no:cacheprovider",
@@ -59,7 +59,6 @@ def tests(store: Store, until: float, dry: bool, env: dict[str, str]) -> None:
         cut = child.poll() is None
         if cut:
             _end(child)
-    lines.unlink(missing_ok=True)
     print(_tail(log), flush=True)
     if cut:
         store.note("the budget ended before all tests had run")

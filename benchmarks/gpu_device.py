@@ -1,13 +1,13 @@
 """The device that ``benchmarks.gpu`` measures on, and a stand-in that lets all of it run without.
 
-:class:`Cuda` is the real one. :class:`Dry` has the same methods on CPU tensors: its events come from
-a counter, its graphs are plain calls, so that a dry run goes through every line but measures
-nothing.
-"""
+:class:`Cuda` is the real one. :class:`Dry` has the same methods on CPU tensors: its events come
+from a counter, its graphs are plain calls, so that a dry run goes through every line but measures
+nothing."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import platform
 import subprocess
 from collections.abc import Callable
@@ -33,6 +33,11 @@ class Cuda:
 
     def synchronize(self) -> None:
         torch.cuda.synchronize()
+
+    def occupy(self) -> None:
+        """About 0.2 ms of work, so that the host is ahead of the device when the clock starts."""
+        if hasattr(torch.cuda, "_sleep"):
+            torch.cuda._sleep(400_000)
 
     def capture(self, run: Callable[[], Any]) -> Callable[[], Any]:
         """``run`` as a CUDA graph; returns its replay. What the last run returned stays alive."""
@@ -67,8 +72,8 @@ class Cuda:
         return torch.cuda.max_memory_allocated()
 
     def poison(self, nbytes: int) -> None:
-        """Fill memory with NaN and give it back to the allocator, which hands it to what comes next:
-        an output that was not written shows."""
+        """Fill memory with NaN and give it back to the allocator, which hands it to what comes
+        next: an output that was not written shows."""
         nbytes = min(nbytes, self.free() // 4)
         blocks = [torch.full((nbytes // 8,), float("nan"), device=self.torch) for _ in range(2)]
         del blocks
@@ -93,7 +98,7 @@ class Cuda:
         size = int(min(2**32, self.free() // 8))
         source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=self.torch)
         target = torch.empty_like(source)
-        copy = self._best(lambda: target.copy_(source))
+        copy = self._best(functools.partial(target.copy_, source))
         del source, target
         found = {"copy_tb_s": 2 * size / copy / 1e12}
         for name, n, dtype in (
@@ -161,6 +166,9 @@ class Dry:
         return _FakeEvent()
 
     def synchronize(self) -> None:
+        pass
+
+    def occupy(self) -> None:
         pass
 
     def capture(self, run: Callable[[], Any]) -> Callable[[], Any]:

@@ -57,7 +57,8 @@ def cases() -> list[ModelCase]:
 
 
 def layers_that_fit(shape: Llama, free: int) -> int:
-    """Layers of which weights, and a checkpointed step of 8192 tokens, take at most 60% of ``free``."""
+    """Layers of which weights, and a checkpointed step of 8192 tokens, take at most 60% of
+    ``free``."""
     linears = sum(K * N for K, N in shape.linears().values())
     ends = 2 * shape.vocab * shape.hidden
     step = 8192 * (10 * shape.vocab + 40 * shape.hidden + 12 * shape.wide)
@@ -186,8 +187,8 @@ def measure(
     seconds: float,
     watch: Watch | None = None,
 ) -> dict[str, Any]:
-    """The row of a case; a provider that runs out of memory says so in its entry. :class:`Broken` when
-    the device is unusable after it. ``rate``: measured bf16 FLOP/s."""
+    """The row of a case; a provider that runs out of memory says so in its entry. :class:`Broken`
+    when the device is unusable after it. ``rate``: measured bf16 FLOP/s."""
     began = time.monotonic()
     watch = watch or Watch()
     base, shape, layers = base_model(device)

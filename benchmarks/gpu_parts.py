@@ -1,4 +1,4 @@
-"""The parts of ``benchmarks.gpu`` that measure in a process of their own, one case after another."""
+"""The parts of ``benchmarks.gpu`` that measure, in a process of their own, case after case."""
 
 from __future__ import annotations
 
@@ -186,7 +186,7 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def warm(part: Part, share: tuple[int, int], until: float, dry: bool) -> None:
-    """Compile every ``share[1]``-th kind of case, from number ``share[0]``, until the time is up."""
+    """Compile every ``share[1]``-th kind of case, from number ``share[0]``, until time is up."""
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     if part.warm is None:
         return

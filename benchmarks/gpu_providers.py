@@ -33,7 +33,7 @@ ALPHA = 2  # lora_alpha / r
 
 @dataclass
 class Provider:
-    """One way to compute a block. ``calls[i]`` takes X and returns the outputs, on weight copy i."""
+    """One way to compute a block. ``calls[i]``: X to the outputs, on weight copy i."""
 
     name: str
     calls: list[Callable[[Tensor], tuple[Tensor, ...]]]
@@ -185,8 +185,8 @@ def _compiled(case: Case, device: Device, modules: list[nn.Module]) -> Provider:
 
 
 def _peer(name: str, case: Case, plain: list[nn.Module], drawn: Any) -> Provider:
-    """A peer's LoRA linear. Only what imports is measured, and only Unsloth's training linear has an
-    interface that can be called outside its own models."""
+    """A peer's LoRA linear. Only what imports is measured, and only Unsloth's training linear has
+    an interface that can be called outside its own models."""
     importlib.import_module(name)
     if name != "unsloth":
         raise NotImplementedError("it imports, but has no LoRA linear that stands alone")

@@ -1,9 +1,9 @@
-"""The race: every candidate config of a kernel on one bucket of shapes, wrong ones thrown out first,
-then timed in CUDA graphs; and hybrid against fused against torch with what won.
+"""The race: every candidate config of a kernel on one bucket of shapes, wrong ones thrown out
+first, then timed in CUDA graphs; and hybrid against fused against torch with what won.
 
-A case gives one row of the results and one or two entries of the tuning table (:mod:`kernels.tuning`):
-the best config of the kernel itself, and for the products the implementation to choose.
-"""
+A case gives one row of the results and one or two entries of the tuning table
+(:mod:`kernels.tuning`): the best config of the kernel itself, and for the products the
+implementation to choose."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def copies_for(case: RaceCase, device: Device) -> int:
 def measure(
     case: RaceCase, device: Device, *, seconds: float, watch: Watch | None = None
 ) -> dict[str, Any]:
-    """The row: for each entrant its error and quantiles of us, or why it is out; :class:`Broken` when
-    the device is unusable after it."""
+    """The row: for each entrant its error and quantiles of us, or why it is out; :class:`Broken`
+    when the device is unusable after it."""
     began = time.monotonic()
     watch = watch or Watch()
     shown = case

@@ -28,6 +28,11 @@ MIXED = "peftkern small, mixed"
 LOOP = "loop over adapters"
 OWN = (*OURS.values(), AUTO, MIXED)  # GROUPS go by no public layer: said apart
 RIVALS = (PEFT_BF16, PEFT_FP32, LOOP, PEFT_COMPILED, *PEERS)
+LEGEND = (
+    "us of one call, medians; floor: roofline from the measured ceilings; peftkern: the best of",
+    "its backends, named under 'by'; '/ PEFT': against PEFT's faster form. A provider whose",
+    "numbers are off is not timed.",
+)
 HEADINGS = (
     "case", "floor", "plain", "PEFT bf16", "PEFT fp32", "best peer", "peftkern",
     "by", "/ PEFT", "/ plain", "kept MB",
@@ -147,8 +152,8 @@ def wrong(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def goals(rows: list[dict[str, Any]], gpu: str) -> list[str]:
-    """DESIGN 6, each met, NOT met or not measured. Its microseconds are an H100's: on other cards only
-    the ratios count."""
+    """DESIGN 6, each met, NOT met or not measured. Its microseconds are an H100's: on other cards
+    only the ratios count."""
     by_key = {row["key"]: row for row in rows if "providers" in row}
     same_card = "H100" in gpu or "H200" in gpu
     lines = []
@@ -247,9 +252,7 @@ def report(contents: list[dict[str, Any]]) -> list[str]:
         lines += [f"note: {note}" for note in data["notes"]]
     measured = [r for r in rows if r.get("part") not in ("tests", "sanitizer")]
     if any("providers" in r for r in measured):
-        lines += ["", "us of one call, medians; floor: roofline from the ceilings; peftkern: the best",
-                  "of its backends, named under 'by'; '/ PEFT': against PEFT's faster form. A provider",
-                  "whose numbers are off is not timed.", "", "== goals of DESIGN 6"]  # fmt: skip
+        lines += ["", *LEGEND, "", "== goals of DESIGN 6"]
         lines += goals(measured, gpu)
         lost = losses(measured)
         lines += ["", f"== where peftkern loses: {len(lost)} of {len(measured)} rows", *lost]

@@ -15,7 +15,7 @@ import torch
 from . import gpu_numerics
 from .gpu_cases import Case, floor
 from .gpu_device import Device, randn
-from .gpu_providers import PEFT_COMPILED, PLAIN, Provider, providers
+from .gpu_providers import PEFT_BF16, PEFT_COMPILED, PLAIN, Provider, providers
 from .gpu_store import Broken, Watch
 from .gpu_timing import Timed, interleave
 
@@ -89,7 +89,8 @@ def measure(
     left_s: float,
     watch: Watch | None = None,
 ) -> dict[str, Any]:
-    """The row of a case; :class:`Broken` when the device is unusable after it. ``seconds``: for the timed rounds; ``left_s``: of the part's budget."""
+    """The row of a case; :class:`Broken` when the device is unusable after it. ``seconds``: for
+    the timed rounds; ``left_s``: of the part's budget."""
     began = time.monotonic()
     watch = watch or Watch()
     shown = case
@@ -127,7 +128,10 @@ def measure(
             continue
         watch.at(name)
         try:
-            entry.update(gpu_numerics.check(provider, plain[0], xs[0], dys[0], case, device))
+            beside = row["providers"].get(PEFT_BF16, {}).get("errors")
+            entry.update(
+                gpu_numerics.check(provider, plain[0], xs[0], dys[0], case, device, beside)
+            )
             if entry["ok"]:
                 works[name] = _timed(provider, xs, dys, case, device)
         except Exception as e:

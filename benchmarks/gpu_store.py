@@ -144,8 +144,9 @@ class Store:
         return Watch(self.data["banned"].get(key), self)
 
     def blame(self, why: str, culprit: str | None = None) -> str | None:
-        """The case under way ended its process. With a culprit, known or given, it is left out of the
-        next try at the case; without one, or for the third time, the case is closed with an error.
+        """The case under way ended its process. With a culprit, known or given, it is left out of
+        the next try at the case; without one, or for the third time, the case is closed with an
+        error.
 
         Returns who was blamed, None when no case was under way.
         """

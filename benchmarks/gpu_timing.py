@@ -13,7 +13,7 @@ from typing import Any
 
 from .gpu_device import Device
 
-REGION_S = 5e-4  # what events bracket at least, so that their own cost does not count
+REGION_S = 2e-3  # what events bracket at least, so that their own cost does not count
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,7 @@ def _time(work: Timed, repeats: int, device: Device) -> float:
     start, end = device.event(), device.event()
     with work.mode():
         device.synchronize()
+        device.occupy()
         start.record()
         for _ in range(repeats):
             work.run()

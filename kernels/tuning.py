@@ -125,8 +125,8 @@ class Table:
         return self.entries.get(key)
 
     def find_near(self, key: Key) -> Entry | None:
-        """The entry of this key, or else of the nearest M-bucket with all else equal (the smaller of
-        two as near)."""
+        """The entry of this key, or else of the nearest M-bucket with all else equal (the smaller
+        of two as near)."""
         if (exact := self.find(key)) is not None:
             return exact
         same = {k.m: e for k, e in self.entries.items() if _without_m(k) == _without_m(key)}

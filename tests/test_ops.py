@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 import peftkern
 from peftkern import lora_linear
+from peftkern.ops import torch_backend
 from peftkern.ops.backend import describe
 from peftkern.ops.bits import pack_bits, unpack_bits, words_per_row
 
@@ -294,6 +295,18 @@ def test_errors_against_float64_are_at_most_pefts(dtype, wide, autocast):
             )
     order = 4 * torch.finfo(torch.float32).eps
     assert (mine <= 1.01 * other + order).all(), (mine / other).tolist()
+
+
+def test_both_ways_of_dropping_draw_and_scale_alike():
+    """One is for CUDA, where torch has a kernel for all of it; on a CPU both draw the same."""
+    x = torch.randn(7, 40)
+    found = []
+    for drop in (torch_backend._drop, torch_backend._drop_fused):
+        torch.manual_seed(5)
+        dropped, keep, factor = drop(x, 0.3)
+        found.append((dropped * factor, keep))
+    torch.testing.assert_close(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1]) and 0 < keep.sum() < x.numel()
 
 
 def test_backend_is_chosen_in_one_place(monkeypatch):

@@ -57,6 +57,19 @@ def _mm_to(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mm(a, b)
 
 
+def _drop(x: Tensor, p: float) -> tuple[Tensor, Tensor, float]:
+    """(x with dropped elements 0, which are kept, the factor still to be applied), drawn as torch's
+    dropout draws on a CPU."""
+    noise = torch.empty_like(x).bernoulli_(1.0 - p)
+    keep = noise.bool()
+    return noise.mul_(x), keep, 1.0 / (1.0 - p)
+
+
+def _drop_fused(x: Tensor, p: float) -> tuple[Tensor, Tensor, float]:
+    """The same in the one kernel that torch's dropout is on CUDA, which scales as well."""
+    return *torch.native_dropout(x, p, True), 1.0
+
+
 def forward(
     x: Tensor, w: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float, p: float
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -64,10 +77,9 @@ def forward(
     low = _low_rank_dtype(x, A)
     dropped, bits = x.to(low), None
     if p > 0.0:
-        noise = torch.empty_like(dropped).bernoulli_(1.0 - p)
-        bits = pack_bits(noise.bool())
-        dropped = noise.mul_(dropped)
-        scale = scale / (1.0 - p)
+        dropped, keep, factor = (_drop_fused if x.is_cuda else _drop)(dropped, p)
+        bits = pack_bits(keep)
+        scale = scale * factor
     s = _scaled_mm(dropped, A.to(low).t(), scale)
     del dropped
     bt = B.to(low).t()

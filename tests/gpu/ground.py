@@ -1,3 +1,4 @@
+# ruff: noqa: E402
 """What the tests on a device share. Skips the importing module where there is none.
 
 ``PEFTKERN_GPU_TESTS_ON_CPU=1 TRITON_INTERPRET=1`` runs them on CPU tensors, shapes cut down: it
@@ -17,29 +18,11 @@ if not ON_CPU and not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
 # after the skip: where tests/kernels runs in this process too, nobody else may import these
-from peftkern.kernels import (  # noqa: E402
-    bits as bits,
-)
-from peftkern.kernels import (
-    gemm as gemm,
-)
-from peftkern.kernels import (
-    outer as outer,
-)
-from peftkern.kernels import (
-    reference as reference,
-)
-from peftkern.kernels import (
-    shrink as shrink,
-)
-from peftkern.kernels import (
-    small as small,
-)
-from peftkern.kernels import (
-    write as write,
-)
-from peftkern.ops import backend as backend  # noqa: E402
-from peftkern.ops import triton_backend as triton_backend
+from peftkern.kernels import bits, gemm, outer, reference, shrink, small, write
+from peftkern.ops import backend, triton_backend
+
+__all__ = ["backend", "bits", "gemm", "outer", "reference", "shrink", "small", "triton_backend"]
+__all__ += ["write"]
 
 DEVICE = torch.device("cpu" if ON_CPU else "cuda")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -84,7 +67,7 @@ def relative(got: Tensor, want: Tensor) -> float:
 
 
 def as_good_as_torch(got: Tensor, plain: Tensor, exact: Tensor, factor: float = 2.0) -> None:
-    """‖got - exact‖ at most ``factor`` times torch's in the same dtype, or the output's rounding."""
+    """‖got - exact‖ at most ``factor`` times torch's in this dtype, or the output's rounding."""
     assert got.shape == exact.shape and bool(got.isfinite().all())
     if not exact.numel():
         return

@@ -1,4 +1,4 @@
-"""A tiny Llama on the device: both backends train alike, and checkpointing redraws the same mask."""
+"""A tiny Llama on the device: both backends train alike, checkpointing redraws the same mask."""
 
 import copy
 

@@ -138,7 +138,7 @@ def errors_of(layer, x, dy):
 
 
 def errors_beside(adapters_fp32):
-    """(peftkern's errors, HF PEFT's) on the same case, each with the weights that its layer holds."""
+    """(peftkern's errors, HF PEFT's) on the same case, by the weights that each layer holds."""
     M, K, N, r = cut(2048, 2048, 2048, 16)
     x, dy = some(M, K).requires_grad_(), some(M, N, seed=4)
     return [
@@ -155,7 +155,7 @@ def test_bf16_adapters_are_as_exact_as_hf_pefts(product):
 
 @pytest.mark.xfail(
     strict=True,
-    reason="DESIGN 3 asks for it, and for low-rank products in bf16; PEFT's default does them in fp32",
+    reason="DESIGN 3 asks for it, and for low-rank products in bf16; PEFT's default uses fp32",
 )
 def test_fp32_adapters_on_bf16_are_as_exact_as_hf_pefts(product):
     ours, theirs = errors_beside(True)
