@@ -185,7 +185,7 @@ def open_store(
     """A results file for this part: the one that was cut off in ``folder``, or a new one that takes
     over the rows of earlier runs of the same code, here and in benchmarks/results/<gpu>."""
     before = []
-    if not args.fresh:
+    if not args.fresh and part in gpu_parts.PARTS:  # tests and tools run whole
         before = gpu_store.earlier(part, gpu, [gpu_store.RESULTS / slug(gpu), folder])
         before = [s for s in before if s.data.get("dry") == args.dry_run]
     if before and before[-1].path.parent == folder and not before[-1].data["finished"]:

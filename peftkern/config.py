@@ -70,12 +70,14 @@ def locate_file(model_id: str | os.PathLike[str], name: str, **hub: Any) -> str 
     if os.path.isdir(model_id) or os.path.isabs(model_id) or model_id.startswith("."):
         return None
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 
     try:
         return hf_hub_download(model_id, name, **hub)
     except (EntryNotFoundError, HFValidationError):
         return None
+    except (HfHubHTTPError, OSError) as exc:
+        raise ValueError(f"cannot get '{name}' of '{model_id}' from the hub: {exc}") from exc
 
 
 def split_hub_kwargs(kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -65,7 +65,7 @@ def explain(model: nn.Module) -> Explanation:
         layer: Any = module
         reason = layer.decline_reason()
         group = layer.__dict__.get("_group")
-        together = "" if reason or group is None else "; " + group.describe(layer)
+        together = "" if reason or group is None else group.describe(layer)
         rows.append(
             LayerReport(
                 name=name,

@@ -237,12 +237,14 @@ class PeftModel(AdapterFiles, PushToHubMixin, nn.Module):
                 raise TypeError(
                     f"forward takes at most {len(self.forward_args)} positional arguments"
                 )
-            kwargs.update(
-                (n, v) for n, v in zip(self.forward_args, args, strict=False) if v is not None
-            )
+            for name, value in zip(self.forward_args, args, strict=False):
+                if name in kwargs:
+                    raise TypeError(f"forward got multiple values for argument {name!r}")
+                if value is not None:
+                    kwargs[name] = value
             args = ()
             kwargs.pop("task_ids", None)  # for adapter methods that learn several tasks at once
-        settle()
+        settle(self.base_model.model)
         if kwargs.get("adapter_names") is None:
             kwargs.pop("adapter_names", None)
             return self.base_model.model(*args, **kwargs)

@@ -205,7 +205,7 @@ class AdapterFiles:
             peft_model._fill(weights, adapter_name, model_id, low_cpu_mem_usage, rest)
         except Exception:
             if peft_model is not None:
-                peft_model.base_model.unload()
+                peft_model.base_model._take_out()
                 del model.peft_config
             for parameter, flag in flags:
                 parameter.requires_grad_(flag)
@@ -257,7 +257,7 @@ class AdapterFiles:
         except Exception:
             if new:
                 self.delete_adapter(adapter_name)
-                self.base_model.unload(only_empty=True)
+                self.base_model._take_out(only_empty=True)
             raise
         if new and is_trainable:
             self.set_requires_grad(adapter_name)

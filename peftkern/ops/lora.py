@@ -53,12 +53,15 @@ class _LoraLinear(torch.autograd.Function):
         needs_x, needs_w, needs_bias, needs_a, needs_b = ctx.needs_input_grad[:5]
         if torch.is_grad_enabled():  # create_graph=True
             if x is not None:
-                return _differentiable_backward(ctx, dy)
+                return _differentiable_backward(ctx, dy, x)
             if needs_b:  # S alone is kept, and S has no graph
                 raise RuntimeError(
                     "lora_linear: second derivatives with a frozen A and a trained B are not kept; "
                     "let A require a gradient as well"
                 )
+            # dX does not depend on x, so any x will do
+            x = dy.new_zeros(ctx.x_like[0], dtype=ctx.x_like[1])
+            return _differentiable_backward(ctx, dy, x)
         shape, dtype = ctx.x_like
         w = weight if ctx.transposed else weight.t()  # [K, N]
         dy2 = dy.reshape(-1, dy.shape[-1])
@@ -79,9 +82,9 @@ class _LoraLinear(torch.autograd.Function):
         return (dx.view(shape) if dx is not None else None), dw, dbias, da, db, None, None, None
 
 
-def _differentiable_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiable_backward(ctx: Any, dy: Tensor, x: Tensor) -> tuple[Tensor | None, ...]:
     """The gradients as a graph of their own, from the plain formula, for second derivatives."""
-    x, weight, A, B, _, bits, bias = ctx.saved_tensors
+    _, weight, A, B, _, bits, bias = ctx.saved_tensors
     with torch.enable_grad():
         mask = unpack_bits(bits, x.shape[-1], x.dtype).view(x.shape) if bits is not None else None
         y = plain(x, weight, bias, A, B, ctx.scale, mask, ctx.p, ctx.transposed)

@@ -52,10 +52,9 @@ class Part(NamedTuple):
 
 class _LoraGroup(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, settings: tuple[Any, ...], *tensors: Any
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, settings: Any, *tensors: Any) -> tuple[Tensor, ...]:
         x2 = x.reshape(-1, x.shape[-1])
+        settings, ctx.token = settings
         members = _members(settings, tensors)
         done = (_backend.active or _backend.select()).group_forward(x2, members)
         needs = ctx.needs_input_grad
@@ -73,6 +72,7 @@ class _LoraGroup(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
         x, *saved = ctx.saved_tensors
+        ctx.token = None
         if torch.is_grad_enabled():  # create_graph=True
             return _differentiable_backward(ctx, x, saved, dys)
         needs = ctx.needs_input_grad
@@ -132,13 +132,14 @@ def _differentiable_backward(
     return tuple(found.get(i) for i in range(len(inputs)))
 
 
-def lora_group(x: Tensor, members: list[Projection]) -> tuple[Tensor, ...]:
+def lora_group(x: Tensor, members: list[Projection], token: Any = None) -> tuple[Tensor, ...]:
     """Several linears with low-rank updates on one input, as one operation.
 
     Args:
         x: [..., K], floating point.
         members: two projections or more; tensors as for :func:`.lora.lora_linear`. Masks are drawn
             in this order.
+        token: an object to keep alive until the backward has run.
 
     Returns:
         One [..., N_i] for each member, equal to calling them one by one. Differentiable twice.
@@ -157,4 +158,4 @@ def lora_group(x: Tensor, members: list[Projection]) -> tuple[Tensor, ...]:
             for m in members
         ]
     settings = tuple((m.scale, m.p, m.transposed) for m in members)
-    return _LoraGroup.apply(x, settings, *(t for m in members for t in m[:4]))
+    return _LoraGroup.apply(x, (settings, token), *(t for m in members for t in m[:4]))

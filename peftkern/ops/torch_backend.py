@@ -178,7 +178,7 @@ def infer(
     K = A.shape[1]
     if A.dtype is x.dtype and x.numel() <= _FEW_ROWS * K:
         stored = w.t() if transposed else w
-        if x.dtype is torch.float32 and x.is_cpu and x.numel() == K:
+        if x.dtype is torch.float32 and x.is_cpu and x.numel() == K == x.size(-1):
             # one row: matrix-vector products need no transposed views and cost half the host time
             v = x.view(K)
             y = torch.mv(stored, v) if bias is None else torch.addmv(bias, stored, v)

@@ -40,7 +40,13 @@ def default_targets(config: Any, model: nn.Module) -> set[str] | str:
 
 def all_linear(config: Any, model: Any) -> set[str]:
     """Names of every linear layer but the output layer (or the classification head)."""
-    found = {n: m for n, m in model.named_modules() if _is_linear(m)}
+    found: dict[str, nn.Module] = {}
+    inside: str | None = None  # an adapter layer, whose own linear layers are no targets
+    for name, module in model.named_modules():
+        if inside is None or not name.startswith(inside):
+            inside = f"{name}." if isinstance(module, BaseTunerLayer) else None
+            if _is_linear(module):
+                found[name] = module
     heads: list[Any] = []
     if hasattr(model, "get_output_embeddings"):
         output = model.get_output_embeddings()

@@ -74,6 +74,20 @@ class BaseTunerLayer:
     def _get_available_adapters(self) -> set[str]:
         return {key for store in self._stores() for key in store.keys()}
 
+    def move_adapter_to_base_layer(self, adapter_name: str) -> None:
+        """Put an adapter's weights on the device of the base weight (unless that is "meta")."""
+        weight = next(self.get_base_layer().parameters(), None)
+        if weight is None or weight.is_meta:
+            return
+        for store in self._stores():
+            if adapter_name not in store:
+                continue
+            layer = store[adapter_name]
+            if isinstance(layer, nn.Module):
+                layer.to(weight.device)
+            else:
+                layer.data = layer.data.to(weight.device)
+
     def enable_adapters(self, enabled: bool) -> None:
         """Switch the adapters on (the active ones train again) or off (nothing trains)."""
         if enabled:
@@ -156,8 +170,12 @@ class BaseTuner(nn.Module):
     ):
         super().__init__()
         self.model = model
-        self.peft_config: dict[str, PeftConfig] = (
-            dict(peft_config) if isinstance(peft_config, dict) else {adapter_name: peft_config}
+        # a model that was wrapped before brings its adapters along
+        before = getattr(model, "peft_config", None)
+        known = isinstance(before, dict) and all(isinstance(c, PeftConfig) for c in before.values())
+        self.peft_config: dict[str, PeftConfig] = dict(before) if known else {}  # type: ignore[arg-type]
+        self.peft_config.update(
+            peft_config if isinstance(peft_config, dict) else {adapter_name: peft_config}
         )
         self.active_adapter: str | list[str] = adapter_name
         self.targeted_module_names: list[str] = []

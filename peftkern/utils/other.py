@@ -97,7 +97,8 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
     def _get_available_adapters(self) -> set[str]:
         return set(self.modules_to_save.keys())
 
-    def _in_use(self) -> nn.Module:
+    def in_use(self) -> nn.Module:
+        """The active adapter's copy, or the original module when none is active."""
         if not self._disable_adapters and self._active_adapter:
             return self.modules_to_save[self._active_adapter[0]]
         return self.original_module
@@ -108,12 +109,12 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         except AttributeError:
             if "_modules" not in self.__dict__ or "modules_to_save" not in self._modules:
                 raise
-            return getattr(self._in_use(), name)
+            return getattr(self.in_use(), name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         adapter_names = kwargs.pop("adapter_names", None)
         if adapter_names is None or self._disable_adapters:
-            return self._in_use()(*args, **kwargs)
+            return self.in_use()(*args, **kwargs)
         return self._mixed_batch(*args, adapter_names=adapter_names, **kwargs)
 
     def _mixed_batch(

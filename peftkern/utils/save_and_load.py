@@ -115,7 +115,7 @@ def _vocabulary_was_resized(model: Any, config: Any) -> bool:
         return False
     try:
         file = locate_file(model_id, "config.json", local_files_only=True)
-    except OSError:
+    except (OSError, ValueError):
         file = None
     if file is None:
         return False
@@ -153,9 +153,10 @@ def get_peft_model_state_dict(
     if state_dict is None:
         found = {slot.key: slot.tensor.detach() for slot in adapter_slots(model, adapter_name)}
     else:
-        found = {
-            slot.key: state_dict[slot.model_key] for slot in adapter_slots(model, adapter_name)
-        }
+        slots = list(adapter_slots(model, adapter_name))
+        if absent := [s.model_key for s in slots if s.model_key not in state_dict]:
+            raise ValueError(f"`state_dict` lacks tensors of {adapter_name!r}: {_few(absent)}")
+        found = {slot.key: state_dict[slot.model_key] for slot in slots}
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     targeted = targets_embedding(config, base)
     if save_embedding_layers == "auto":
@@ -395,4 +396,8 @@ def set_peft_model_state_dict(
                 slot.assign(value.to(target.dtype))
             else:
                 target.copy_(value)
+    if low_cpu_mem_usage:
+        for module in model.modules():
+            if isinstance(module, BaseTunerLayer):
+                module.move_adapter_to_base_layer(adapter_name)
     return LoadResult(match.missing, match.unexpected, match.mismatched)

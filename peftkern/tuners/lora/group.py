@@ -3,7 +3,7 @@
 Which belong together is known from their names and their parent's; at every call it is checked that
 they do. The first one called computes all of them (:func:`peftkern.ops.lora_group.lora_group`) and
 the others fetch their output, if they come with the very same tensor. A set of which one came with
-another tensor is left ungrouped from the next forward of the model on: not at once, because a
+another tensor is left ungrouped from a later forward of the model on: not at once, because a
 checkpointed block must be recomputed as it was computed.
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import re
 import threading
+import weakref
 from typing import Any
 
 import torch
@@ -31,25 +32,38 @@ SETS = (
 # parents whose queries read another tensor than their keys and values
 _CROSS = re.compile(r"cross|encdec|encoder_attn|encoder_decoder", re.IGNORECASE)
 
-# sets that broke their promise since the last forward of a model
-_broken: list[Any] = []
+# how often any set broke its promise; tells `settle` whether there may be something to do
+_breaks = 0
 
 
 class _Stash:
     """Outputs waiting for their layers, and what they were computed from."""
 
-    __slots__ = ("x", "version", "autocast", "outputs")
+    __slots__ = ("x", "version", "mode", "outputs")
 
-    def __init__(self, x: Tensor, outputs: dict[int, Tensor]) -> None:
-        self.x, self.version, self.outputs = x, x._version, outputs
-        self.autocast = torch.is_autocast_enabled(x.device.type)
+    def __init__(self, x: Tensor, outputs: dict[int, tuple[Tensor, Any]]) -> None:
+        self.x, self.version, self.mode, self.outputs = x, x._version, _mode(x), outputs
 
-    def fits(self, x: Tensor) -> bool:
-        return (
-            self.x is x
-            and self.version == x._version
-            and self.autocast == torch.is_autocast_enabled(x.device.type)
-        )
+    def take(self, index: int, x: Tensor, call: tuple[Any, ...]) -> Tensor | None:
+        """The output of member ``index``, if it would be computed from the same things now."""
+        y, was = self.outputs[index]
+        if self.x is not x or self.version != x._version or self.mode != _mode(x):
+            return None
+        return y if was == _fingerprint(call) else None
+
+
+def _mode(x: Tensor) -> tuple[bool, bool]:
+    return torch.is_grad_enabled(), torch.is_autocast_enabled(x.device.type)
+
+
+def _fingerprint(call: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Which tensors a call takes, in which version, and its numbers."""
+    tensors = tuple((id(t), t._version) for t in call[:4] if t is not None)
+    return tensors + call[4:]
+
+
+class _Open:
+    """Lives from the forward of a grouped operation until its backward, or its graph's end."""
 
 
 class Group:
@@ -57,22 +71,32 @@ class Group:
 
     def __init__(self, names: list[str], layers: list[Any]) -> None:
         self.names, self.layers = names, layers
-        self.off = False
+        self.off = self.broken = False
+        self._fresh()
+
+    def _fresh(self) -> None:
         self._local = threading.local()
+        self._open: weakref.WeakSet[_Open] = weakref.WeakSet()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_local": None}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_local", "_open")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._local = threading.local()
+        self._fresh()
 
     def describe(self, layer: Any) -> str:
         """What ``explain`` adds to the reason of a member."""
-        others = [n for n, other in zip(self.names, self.layers, strict=True) if other is not layer]
+        others = [
+            n
+            for n, other in zip(self.names, self.layers, strict=True)
+            if other is not layer and other.decline_reason() is None
+        ]
+        if not others:
+            return ""
         if self.off:
-            return f"not grouped with {', '.join(others)}: their inputs differ"
-        return f"trains as one operation with {', '.join(others)}"
+            return f"; not grouped with {', '.join(others)}: their inputs differ"
+        return f"; trains as one operation with {', '.join(others)}"
 
     def output(self, layer: Any, x: Tensor, call: tuple[Any, ...]) -> Tensor | None:
         """The layer's output for x, or None when it is to be computed by itself.
@@ -86,37 +110,66 @@ class Group:
         stash = local.get("stash")
         index = self.layers.index(layer)
         if stash is not None:
-            waiting = index in stash.outputs
-            if waiting and stash.fits(x):
-                y = stash.outputs.pop(index)
-                if not stash.outputs:
-                    local["stash"] = None
-                return y
+            if index in stash.outputs:
+                y = stash.take(index, x, call)
+                if y is not None:
+                    del stash.outputs[index]
+                    if not stash.outputs:
+                        local["stash"] = None
+                    return y
+            # Somebody came with another tensor, or never came. This call is grouped all the same:
+            # that may depend on nothing that differs between a checkpointed block and its
+            # recomputation.
             local["stash"] = None
-            if waiting:
-                # computed as a group all the same: whether a call is grouped may depend on nothing
-                # that differs between a checkpointed block and its recomputation
-                _broken.append(self)
+            self._break()
         calls = {index: call}
         for i, other in enumerate(self.layers):
             if i != index and (found := other.fused_call(x)) is not None:
                 calls[i] = found
         if len(calls) < 2:
             return None
-        first, *rest = lora_group(x, [Projection(*found) for found in calls.values()])
-        local["stash"] = _Stash(x, dict(zip(list(calls)[1:], rest, strict=True)))
+        token = _Open()
+        if torch.is_grad_enabled():
+            self._open.add(token)
+        first, *rest = lora_group(x, [Projection(*found) for found in calls.values()], token)
+        waiting = list(calls.items())[1:]
+        local["stash"] = _Stash(
+            x, {i: (y, _fingerprint(c)) for (i, c), y in zip(waiting, rest, strict=True)}
+        )
         return first
 
+    def _break(self) -> None:
+        global _breaks
+        if torch.is_grad_enabled() and not self.broken:
+            self.broken = True
+            _breaks += 1
 
-def settle() -> None:
-    """Leave sets ungrouped that broke their promise. For the start of a model's forward."""
-    while _broken:
-        group = _broken.pop()
-        if not group.off:
-            group.off = True
-            logging.getLogger("peftkern").info(
-                "%s are not grouped: they were called with different inputs", ", ".join(group.names)
-            )
+    def settle(self) -> bool:
+        """Leave a broken set ungrouped, unless a graph that it is part of waits for its backward.
+        False when it has to wait."""
+        if not self.broken or self.off:
+            return True
+        if len(self._open):
+            return False
+        self.off = True
+        logging.getLogger("peftkern").info(
+            "%s are not grouped: they were called with different inputs", ", ".join(self.names)
+        )
+        return True
+
+
+def settle(model: nn.Module) -> None:
+    """Leave sets of ``model`` ungrouped that broke their promise. For the start of its forward."""
+    state = model.__dict__
+    if state.get("_breaks_seen", 0) == _breaks:
+        return
+    seen, groups = _breaks, {id(g): g for m in model.modules() if (g := _group_of(m)) is not None}
+    if all([group.settle() for group in groups.values()]):
+        state["_breaks_seen"] = seen
+
+
+def _group_of(module: nn.Module) -> Group | None:
+    return module.__dict__.get("_group")
 
 
 def form_groups(model: nn.Module, layer_cls: type) -> None:

@@ -70,7 +70,9 @@ class Linear(nn.Module, LoraLayer):
         if call is None:
             return self._forward_general(x, *args, **kwargs)
         group = self.__dict__["_group"]
-        if group is not None and not group.off and torch.is_grad_enabled():
+        # without gradients only where masks are drawn: the first pass of a reentrant checkpoint
+        # must draw them in the order of the second
+        if group is not None and not group.off and (call[5] > 0.0 or torch.is_grad_enabled()):
             y = group.output(self, x, call)
             if y is not None:
                 return y
@@ -91,6 +93,7 @@ class Linear(nn.Module, LoraLayer):
             or state["merged_adapters"]
             or plan.is_hooked()
             or torch.compiler.is_compiling()
+            or torch._C._are_functorch_transforms_active()
         ):
             return None
         params = plan.base_params
@@ -182,8 +185,11 @@ class Linear(nn.Module, LoraLayer):
         if weight.is_meta or A.weight.is_meta:
             return "a weight is on the meta device (offloaded or not loaded yet)"
         dtype = weight.dtype
-        if not weight.is_floating_point() or A.weight.dtype not in (dtype, torch.float32):
-            return f"dtypes: base {dtype}, adapter {A.weight.dtype}"
+        low = A.weight.dtype
+        if not weight.is_floating_point() or low not in (dtype, torch.float32):
+            return f"dtypes: base {dtype}, adapter {low}"
+        if B.weight.dtype != low:
+            return f"dtypes: lora_A {low}, lora_B {B.weight.dtype}"
         if type(self.lora_dropout[active[0]]) not in (nn.Dropout, nn.Identity):
             return f"dropout is a {type(self.lora_dropout[active[0]]).__name__}"
         if is_hooked(self.lora_dropout[active[0]]):

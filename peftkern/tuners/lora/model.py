@@ -99,6 +99,8 @@ class LoraModel(BaseTuner):
             alpha = config.alpha_pattern.get(
                 get_pattern_key(config.alpha_pattern, key), config.lora_alpha
             )
+            if config.lora_bias and isinstance(module, (nn.Embedding, Embedding)):
+                raise ValueError(f"lora_bias=True is not supported for the embedding `{key}`.")
             plan.append((key, module, make, r, alpha))
         self._check_patterns(config, [key for key, *_ in plan])
         self._check_fan_in_fan_out(config, [m for _, m, make, *_ in plan if make is not None])
@@ -161,6 +163,29 @@ class LoraModel(BaseTuner):
         config = self.peft_config[adapter_name]
         assert isinstance(config, LoraConfig)
         plan, saved = self._plan(model, config, adapter_name)
+        flags = [(p, p.requires_grad) for p in model.parameters()]
+        try:
+            self._put_in(model, config, adapter_name, plan, saved, low_cpu_mem_usage)
+        except BaseException:
+            for layer in self.adapter_layers():
+                layer.delete_adapter(adapter_name)
+            self._take_out(only_empty=True)
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
+            raise
+        for key, *_ in plan:
+            if key not in self.targeted_module_names:
+                self.targeted_module_names.append(key)
+
+    def _put_in(
+        self,
+        model: nn.Module,
+        config: LoraConfig,
+        adapter_name: str,
+        plan: list[Any],
+        saved: list[str],
+        low_cpu_mem_usage: bool,
+    ) -> None:
         first = not any(
             isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper)) for m in model.modules()
         )
@@ -185,9 +210,8 @@ class LoraModel(BaseTuner):
             self._train_biases(model, config)
         wrap_modules_to_save(model, adapter_name, saved, config.inference_mode, activate=active)
         form_groups(model, Linear)
-        for key, *_ in plan:
-            if key not in self.targeted_module_names:
-                self.targeted_module_names.append(key)
+        if active and not first:  # the layers of earlier adapters were on those
+            self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _train_biases(self, model: nn.Module, config: LoraConfig) -> None:
         if config.bias == "all":
@@ -203,22 +227,33 @@ class LoraModel(BaseTuner):
 
     # ---------------------------------------------------------------- taking them out
 
-    def unload(self, only_empty: bool = False) -> nn.Module:
-        """The base model with the LoRA layers and fully trained copies taken out again.
+    def unload(self) -> nn.Module:
+        """The base model without LoRA layers; modules that were trained in full stay as trained."""
+        return self._take_out(trained=True)
 
-        Args:
-            only_empty: take out only those in which no adapter is left.
-        """
+    def _take_out(self, only_empty: bool = False, trained: bool = False) -> nn.Module:
+        """Put the original modules back: all, or only where no adapter is left. ``trained``: what
+        was trained in full comes back as the active adapter's copy."""
         for name, module in list(self.model.named_modules()):
-            if isinstance(module, (LoraLayer, ModulesToSaveWrapper)):
-                if only_empty and module._get_available_adapters():
-                    continue
-                original = (
-                    module.base_layer if isinstance(module, LoraLayer) else module.original_module
-                )
-                parent, _, last = get_submodules(self.model, name)
-                setattr(parent, last, original)
+            if not isinstance(module, (LoraLayer, ModulesToSaveWrapper)):
+                continue
+            if only_empty and module._get_available_adapters():
+                continue
+            if isinstance(module, LoraLayer):
+                original = module.base_layer
+            else:
+                original = module.in_use() if trained else module.original_module
+            parent, _, last = get_submodules(self.model, name)
+            setattr(parent, last, original)
         return self.model
+
+    def _merging(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError(
+            "Merging and combining adapters is not supported yet by peftkern. HF PEFT can merge "
+            "the saved adapter."
+        )
+
+    merge_and_unload = merge_adapter = unmerge_adapter = add_weighted_adapter = _merging
 
     # ---------------------------------------------------------------- a name for each row of the
     # batch
