@@ -68,8 +68,7 @@ _WHERE = {
     ".peft_model": "PeftModel",
     ".tasks": (
         "PeftModelForCausalLM PeftModelForFeatureExtraction PeftModelForQuestionAnswering "
-        "PeftModelForSeq2SeqLM "
-        "PeftModelForSequenceClassification PeftModelForTokenClassification "
+        "PeftModelForSeq2SeqLM PeftModelForSequenceClassification PeftModelForTokenClassification "
         "MODEL_TYPE_TO_PEFT_MODEL_MAPPING"
     ),
     ".tuners.lora": "LoraConfig LoraModel LoraRuntimeConfig",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 
@@ -30,6 +32,19 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[str], object
         if os.path.exists(tmp):
             os.unlink(tmp)
         raise
+
+
+@contextlib.contextmanager
+def replaced_together(folder: str | os.PathLike[str]) -> Iterator[str]:
+    """A temporary folder inside ``folder``; what is in it at the end of the block replaces the
+    files of the same names, one rename after the other. After an error nothing is replaced."""
+    staged = tempfile.mkdtemp(prefix=".saving-", dir=folder)
+    try:
+        yield staged
+        for name in sorted(os.listdir(staged), reverse=True):
+            os.replace(os.path.join(staged, name), os.path.join(folder, name))
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
 
 
 def write_text_atomically(path: str | os.PathLike[str], text: str) -> None:

@@ -16,8 +16,8 @@ _QUANTISED = "The base model was quantised with this configuration:"
 
 
 def card_tags(model: Any) -> list[str]:
-    """Sorted tags: the base model's own, the method, where the adapter belongs, and who wrote
-    it."""
+    """Sorted tags: the base model's own, the method, where the adapter belongs,
+    and who wrote it."""
     import transformers
 
     base = model.get_base_model()

@@ -20,8 +20,8 @@ from .utils.peft_types import PeftType, TaskType
 
 
 def _one_of(enum_cls: type, value: Any, what: str) -> Any:
-    """``value`` as a member of the string enum ``enum_cls``, or a ValueError naming what is
-    allowed."""
+    """``value`` as a member of the string enum ``enum_cls``,
+    or a ValueError naming what is allowed."""
     try:
         return enum_cls(value)
     except ValueError:
@@ -30,8 +30,8 @@ def _one_of(enum_cls: type, value: Any, what: str) -> Any:
 
 
 def config_class_for(peft_type: Any) -> type[PeftConfig]:
-    """The configuration class of a ``peft_type``; ValueError when peftkern does not have the
-    method."""
+    """The configuration class of a ``peft_type``;
+    ValueError when peftkern does not have the method."""
     from .mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     return PEFT_TYPE_TO_CONFIG_MAPPING[_one_of(PeftType, peft_type, "peft_type")]
@@ -48,8 +48,7 @@ def build_config(cls: type[PeftConfig], values: dict[str, Any], source: str) -> 
     if unknown:
         warnings.warn(
             f"{source}: unexpected keys {unknown} for {cls.__name__} are ignored. They may come "
-            "from "
-            "another version of PEFT, and what they ask for is not done.",
+            "from another version of PEFT, and what they ask for is not done.",
             stacklevel=3,
         )
     return cls(**{k: v for k, v in values.items() if k in known})
@@ -123,8 +122,7 @@ class PeftConfigMixin(PushToHubMixin):
 
         Args:
             save_directory: a folder; AssertionError when it is a file.
-            **kwargs: ``auto_mapping_dict`` replaces ``auto_mapping``; others are for
-            ``push_to_hub``.
+            **kwargs: ``auto_mapping_dict`` replaces ``auto_mapping``.
         """
         if os.path.isfile(save_directory):
             raise AssertionError(
@@ -158,8 +156,8 @@ class PeftConfigMixin(PushToHubMixin):
 
     @classmethod
     def from_peft_type(cls, **kwargs: Any) -> PeftConfig:
-        """The configuration of the class that ``peft_type`` names (or of this class without
-        one)."""
+        """The configuration of the class that ``peft_type`` names (or
+        of this class without one)."""
         target = config_class_for(kwargs["peft_type"]) if kwargs.get("peft_type") else cls
         return build_config(target, kwargs, target.__name__)
 
@@ -264,6 +262,6 @@ class PromptLearningConfig(PeftConfig):
     def check_supported(self) -> None:
         raise NotImplementedError(
             f"peft_type={PeftType(self.peft_type).value} is not supported yet by peftkern: its "
-            "configuration "
-            "can be read and written, but no model can be made from it. Supported now: LORA."
+            "configuration can be read and written, but no model can be made from it. Supported "
+            "now: LORA."
         )

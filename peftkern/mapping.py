@@ -48,9 +48,8 @@ def check_adapter_name(adapter_name: Any, existing: Any = ()) -> None:
         raise ValueError(f"`adapter_name` must be a non-empty string, got {adapter_name!r}")
     if "." in adapter_name or "/" in adapter_name or "\\" in adapter_name:
         raise ValueError(
-            f"`adapter_name` must not hold a dot or a slash (it becomes part of parameter and "
-            "folder names), "
-            f"got {adapter_name!r}"
+            "`adapter_name` must not hold a dot or a slash (it becomes part of parameter and "
+            f"folder names), got {adapter_name!r}"
         )
     if adapter_name in existing:
         raise ValueError(f"Adapter with name '{adapter_name}' already exists.")
@@ -122,8 +121,8 @@ def get_peft_model(
     if old_name is not None and old_name != new_name:
         warnings.warn(
             f"The PEFT config's `base_model_name_or_path` was renamed from '{old_name}' to "
-            f"'{new_name}'. "
-            "Please ensure that the correct base model is loaded when loading this checkpoint.",
+            f"'{new_name}'. Please ensure that the correct base model is loaded when loading this "
+            "checkpoint.",
             stacklevel=2,
         )
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
@@ -137,8 +136,7 @@ def get_peft_model(
         if peft_config.revision not in (None, revision):
             warnings.warn(
                 f"peft config has already set base model revision to {peft_config.revision}, "
-                "overwriting with "
-                f"revision {revision}",
+                f"overwriting with revision {revision}",
                 stacklevel=2,
             )
         peft_config.revision = revision

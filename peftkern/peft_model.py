@@ -130,8 +130,8 @@ class PeftModel(AdapterFiles, PushToHubMixin, nn.Module):
 
     @staticmethod
     def _prepare_model_for_gradient_checkpointing(model: Any) -> None:
-        """Let the embeddings' output require a gradient: checkpointed blocks pass none on
-        otherwise."""
+        """Let the embeddings' output require a gradient:
+        checkpointed blocks pass none on otherwise."""
         if any(
             getattr(model, f"is_{how}", False)
             for how in ("loaded_in_8bit", "loaded_in_4bit", "quantized")
@@ -253,8 +253,8 @@ class PeftModel(AdapterFiles, PushToHubMixin, nn.Module):
             return self.base_model.model(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The base model's ``generate``, through the active adapter or the one named for each
-        row."""
+        """The base model's ``generate``, through the active adapter or
+        the one named for each row."""
         with self._enable_peft_forward_hooks(*args, **kwargs):
             kwargs.pop("adapter_names", None)
             return self.base_model.model.generate(*args, **kwargs)
@@ -303,8 +303,7 @@ class PeftModel(AdapterFiles, PushToHubMixin, nn.Module):
         if PeftType(peft_config.peft_type) != self.peft_type:
             raise ValueError(
                 f"Cannot combine adapters with different peft types. Found {self.peft_type.value} "
-                "and "
-                f"{PeftType(peft_config.peft_type).value}."
+                f"and {PeftType(peft_config.peft_type).value}."
             )
         peft_config.check_supported()
         self._add_heads(peft_config)
@@ -319,8 +318,8 @@ class PeftModel(AdapterFiles, PushToHubMixin, nn.Module):
             raise
 
     def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
-        """Make ``adapter_name`` the active adapter; it trains unless ``inference_mode``, the others
-        do not."""
+        """Make ``adapter_name`` the active adapter; it trains unless ``inference_mode``,
+        the others do not."""
         if not isinstance(adapter_name, str) or adapter_name not in self.peft_config:
             raise ValueError(
                 f"Adapter {adapter_name} not found. There are {sorted(self.peft_config)}."

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from ._io import write_atomically
+from ._io import replaced_together, write_atomically
 from .card import create_or_update_model_card
 from .config import PeftConfig, split_hub_kwargs
 from .utils.constants import SAFETENSORS_WEIGHTS_NAME
@@ -58,7 +58,7 @@ class AdapterFiles:
         path_initial_model_for_weight_conversion: str | None = None,
         **kwargs: Any,
     ) -> None:
-        """Save adapters: weights, configuration and model card. Each file is replaced in one step.
+        """Save adapters: weights, configuration and model card, written aside and renamed.
 
         The adapter "default" goes to ``save_directory``, any other to a folder of its name inside
         it.
@@ -84,15 +84,13 @@ class AdapterFiles:
         if path_initial_model_for_weight_conversion is not None:
             raise NotImplementedError(
                 "path_initial_model_for_weight_conversion is not supported: no initialisation of "
-                "this version "
-                "changes the base weights"
+                "this version changes the base weights"
             )
         names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
         if unknown := [n for n in names if n not in self.peft_config]:
             raise ValueError(
-                f"You passed an invalid `selected_adapters` arguments, current supported adapter "
-                "names are "
-                f"{list(self.peft_config)} - got {unknown}."
+                "You passed an invalid `selected_adapters` arguments, current supported adapter "
+                f"names are {list(self.peft_config)} - got {unknown}."
             )
         tensors = {
             name: get_peft_model_state_dict(
@@ -105,7 +103,6 @@ class AdapterFiles:
         from safetensors.torch import save_file
 
         os.makedirs(save_directory, exist_ok=True)
-        self.create_or_update_model_card(save_directory)
         for name, found in tensors.items():
             folder = (
                 os.fspath(save_directory)
@@ -114,11 +111,13 @@ class AdapterFiles:
             )
             os.makedirs(folder, exist_ok=True)
             whole = _without_aliases(found)
-            write_atomically(
-                os.path.join(folder, SAFETENSORS_WEIGHTS_NAME),
-                lambda tmp, whole=whole: save_file(whole, tmp, metadata={"format": "pt"}),  # type: ignore[misc]
-            )
-            self._save_config(self.peft_config[name], folder)
+            with replaced_together(folder) as staged:  # weights and configuration belong together
+                write_atomically(
+                    os.path.join(staged, SAFETENSORS_WEIGHTS_NAME),
+                    lambda tmp, whole=whole: save_file(whole, tmp, metadata={"format": "pt"}),  # type: ignore[misc]
+                )
+                self._save_config(self.peft_config[name], staged)
+        self.create_or_update_model_card(save_directory)
 
     def _save_config(self: Any, config: PeftConfig, folder: str) -> None:
         base = self.get_base_model()
@@ -163,8 +162,8 @@ class AdapterFiles:
             ephemeral_gpu_offload: not supported, must be False.
             low_cpu_mem_usage: put the loaded tensors in place instead of copying them.
             key_mapping: regular expression -> replacement for names in the file.
-            **kwargs: ``torch_device``, ``ignore_mismatched_sizes`` and what ``hf_hub_download``
-            takes.
+            **kwargs: ``torch_device``, ``ignore_mismatched_sizes`` and what
+                ``hf_hub_download`` takes.
 
         Raises:
             ValueError: files missing, damaged, of another method, not finite, or with missing or

@@ -17,8 +17,8 @@ _TEXT = ("input_ids", "attention_mask", "inputs_embeds")
 
 
 def _forward(names: tuple[str, ...]) -> Any:
-    """PeftModel's forward with a signature that names the task's arguments, for callers that
-    inspect it."""
+    """PeftModel's forward with a signature that names the task's arguments,
+    for callers that inspect it."""
 
     def forward(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
         return PeftModel.forward(self, *args, **kwargs)

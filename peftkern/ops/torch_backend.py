@@ -104,8 +104,8 @@ def backward(
     p: float,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dX [M, K], dA [r, K], dB [N, r] for dY [M, N]; ``needs`` says which of the three are
-    wanted."""
+    """dX [M, K], dA [r, K], dB [N, r] for dY [M, N];
+    ``needs`` says which of the three are wanted."""
     needs_x, needs_a, needs_b = needs
     low = _low_rank_dtype(x, A)
     c = scale / (1.0 - p)
@@ -173,8 +173,8 @@ def _add_low_rank(dx: Tensor | None, ds: Tensor, A: Tensor, mask: Tensor | None)
 def infer(
     x: Tensor, w: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float, transposed: bool
 ) -> Tensor:
-    """Y for x [..., K] without gradients or dropout; ``w`` as stored, [K, N] when
-    ``transposed``."""
+    """Y for x [..., K] without gradients or dropout; ``w`` as stored,
+    [K, N] when ``transposed``."""
     K = A.shape[1]
     if A.dtype is x.dtype and x.numel() <= _FEW_ROWS * K:
         stored = w.t() if transposed else w

@@ -172,8 +172,8 @@ def group_backward(
 def infer(
     x: Tensor, w: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float, transposed: bool
 ) -> Tensor:
-    """Y for x [..., K] without gradients or dropout; ``w`` as stored, [K, N] when
-    ``transposed``."""
+    """Y for x [..., K] without gradients or dropout; ``w`` as stored,
+    [K, N] when ``transposed``."""
     if _declines(x, A):
         return torch_backend.infer(x, w, bias, A, B, scale, transposed)
     x2 = x.reshape(-1, x.shape[-1])

@@ -31,9 +31,8 @@ def default_targets(config: Any, model: nn.Module) -> set[str] | str:
     found = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_type)
     if found is None:
         raise ValueError(
-            f"Please specify `target_modules` in `peft_config`: there are no defaults for "
-            "model_type "
-            f"{model_type!r}."
+            "Please specify `target_modules` in `peft_config`: there are no defaults for "
+            f"model_type {model_type!r}."
         )
     return found if isinstance(found, str) else set(found)
 

@@ -100,8 +100,8 @@ class BaseTunerLayer:
             self._disable_adapters = True
 
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Make these the active adapters; they train unless ``inference_mode``, the others do
-        not."""
+        """Make these the active adapters; they train unless ``inference_mode``,
+        the others do not."""
         names = as_names(adapter_names)
         for store in self._stores():
             for key, layer in store.items():
@@ -111,8 +111,8 @@ class BaseTunerLayer:
     def set_requires_grad(
         self, adapter_names: str | Sequence[str], requires_grad: bool = True
     ) -> None:
-        """Let the parameters of these adapters train, or freeze them; the others stay as they
-        are."""
+        """Let the parameters of these adapters train, or freeze them;
+        the others stay as they are."""
         names = as_names(adapter_names)
         for store in self._stores():
             for key, layer in store.items():
@@ -136,8 +136,7 @@ class BaseTunerLayer:
                 if active:
                     warnings.warn(
                         f"Adapter {adapter_name} was active which is now deleted. Setting active "
-                        "adapter "
-                        f"to {active[0]}.",
+                        f"adapter to {active[0]}.",
                         stacklevel=2,
                     )
             if active:
@@ -234,8 +233,7 @@ class BaseTuner(nn.Module):
             if bias != "none":
                 warnings.warn(
                     f"Careful, disabling adapter layers with bias configured to be '{bias}' does "
-                    "not produce "
-                    "the same output as the base model would without adaption.",
+                    "not produce the same output as the base model would without adaption.",
                     stacklevel=3,
                 )
 

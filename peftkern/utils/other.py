@@ -31,8 +31,8 @@ def set_layer_requires_grad(layer: nn.Module | nn.Parameter, requires_grad: bool
 
 
 def get_pattern_key(patterns: Iterable[str], key: str) -> str:
-    """The first of ``patterns`` that is ``key`` or the end of it (as names or regular expressions),
-    or ``key``."""
+    """The first of ``patterns`` that is ``key`` or the end of it (as names or
+    regular expressions), or ``key``."""
     for pattern in patterns:
         if re.match(rf"(.*\.)?({pattern})$", key):
             return pattern
@@ -47,8 +47,8 @@ def get_submodules(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module, st
 
 
 class AuxiliaryTrainingWrapper(nn.Module):
-    """A module that an adapter trains by other means than its own method; see
-    :class:`ModulesToSaveWrapper`."""
+    """A module that an adapter trains by other means than its own method;
+    see :class:`ModulesToSaveWrapper`."""
 
     def _get_available_adapters(self) -> set[str]:
         raise NotImplementedError
@@ -169,8 +169,8 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
 
 
 def find_modules_to_save(model: nn.Module, names: Sequence[str] | None) -> list[str]:
-    """Names of the modules that ``modules_to_save`` matches (a name that ends so), tied ones
-    included."""
+    """Names of the modules that ``modules_to_save`` matches (a name that ends so),
+    tied ones included."""
     if not names:
         return []
     return [

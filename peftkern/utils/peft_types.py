@@ -6,8 +6,8 @@ import enum
 
 
 class PeftType(str, enum.Enum):
-    """Adapter methods that peftkern knows by name; the value is what ``peft_type`` holds on
-    disk."""
+    """Adapter methods that peftkern knows by name;
+    the value is what ``peft_type`` holds on disk."""
 
     LORA = "LORA"
     PREFIX_TUNING = "PREFIX_TUNING"

@@ -24,8 +24,8 @@ LoadResult = namedtuple("LoadResult", ["missing_keys", "unexpected_keys", "misma
 
 
 class Slot(namedtuple("Slot", ["model_key", "key", "owner", "attribute"])):
-    """One tensor of an adapter: its names in the model and on disk, and the module that holds
-    it."""
+    """One tensor of an adapter: its names in the model and on disk,
+    and the module that holds it."""
 
     @property
     def tensor(self) -> Tensor:
@@ -107,8 +107,8 @@ def _embedding_prefixes(model: Any, targeted: bool) -> Iterator[str]:
 
 
 def _vocabulary_was_resized(model: Any, config: Any) -> bool:
-    """Whether the base model's own config.json, where one is on this machine, has another
-    vocab_size."""
+    """Whether the base model's own config.json, where one is on this machine,
+    has another vocab_size."""
     size = getattr(getattr(model, "config", None), "vocab_size", None)
     model_id = getattr(config, "base_model_name_or_path", None)
     if not size or not model_id:
@@ -170,9 +170,8 @@ def get_peft_model_state_dict(
             save_embedding_layers = True
         elif _vocabulary_was_resized(model, config):
             warnings.warn(
-                "Setting `save_embedding_layers` to `True` as the embedding layer has been resized "
-                "during "
-                "finetuning.",
+                "Setting `save_embedding_layers` to `True` as the embedding layer has been "
+                "resized during finetuning.",
                 stacklevel=2,
             )
             save_embedding_layers = True
@@ -289,8 +288,8 @@ def _map_key(key: str, mapping: dict[str, str]) -> str:
 
 
 class Match(namedtuple("Match", ["pairs", "missing", "unexpected", "mismatched"])):
-    """Saved tensors beside their places: [(slot, tensor)], and what did not fit (names as on
-    disk)."""
+    """Saved tensors beside their places: [(slot, tensor)],
+    and what did not fit (names as on disk)."""
 
 
 def match_weights(model: Any, weights: dict[str, Tensor], adapter_name: str) -> Match:
@@ -332,8 +331,8 @@ def _few(names: list[str]) -> str:
 
 
 def check_keys(model: Any, weights: dict[str, Tensor], adapter_name: str, source: str) -> None:
-    """Raise one ValueError, naming the source, when a file lacks keys of the adapter or has
-    others."""
+    """Raise one ValueError, naming the source,
+    when a file lacks keys of the adapter or has others."""
     match = match_weights(model, weights, adapter_name)
     said = []
     if match.missing:
@@ -377,8 +376,7 @@ def set_peft_model_state_dict(
     match = match_weights(model, peft_model_state_dict, adapter_name)
     wrong = [
         f"size mismatch for {key}: copying a param with shape {saved} from checkpoint, the shape "
-        "in current "
-        f"model is {here}."
+        f"in current model is {here}."
         for key, saved, here in match.mismatched
     ]
     if wrong and not ignore_mismatched_sizes:

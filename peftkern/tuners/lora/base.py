@@ -91,8 +91,8 @@ class LoraLayer(BaseTunerLayer):
             module.train(False)
 
     def _adapter_placement(self, autocast_dtype: bool, meta: bool) -> dict[str, Any]:
-        """device and dtype of new adapter weights: the base layer's, float16 and bfloat16 widened
-        if asked."""
+        """device and dtype of new adapter weights: the base layer's,
+        float16 and bfloat16 widened if asked."""
         base = self.get_base_layer()
         weight = getattr(base, "weight", None)
         if not isinstance(weight, Tensor):

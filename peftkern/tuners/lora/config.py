@@ -141,10 +141,9 @@ class LoraConfig(PeftConfig):
         """Every setting, as ``name=value``, that peftkern cannot honour yet."""
         names = (
             "megatron_config trainable_token_indices loftq_config eva_config corda_config "
-            "lora_ga_config "
-            "use_dora velora_config alora_invocation_tokens use_qalora monteclora_config "
-            "layer_replication "
-            "target_parameters use_bdlora arrow_config kasa_config ensure_weight_tying"
+            "lora_ga_config use_dora velora_config alora_invocation_tokens use_qalora "
+            "monteclora_config layer_replication target_parameters use_bdlora arrow_config "
+            "kasa_config ensure_weight_tying"
         ).split()
         found = [f"{name}={getattr(self, name)!r}" for name in names if getattr(self, name)]
         if self.init_lora_weights not in INIT_SUPPORTED:

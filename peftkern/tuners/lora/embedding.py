@@ -13,8 +13,8 @@ from .config import LoraConfig
 
 
 class Embedding(nn.Module, LoraLayer):
-    """A frozen embedding with low-rank updates. A row of Aᵀ is gathered, so the cost is r numbers a
-    token."""
+    """A frozen embedding with low-rank updates. A row of Aᵀ is gathered,
+    so the cost is r numbers a token."""
 
     # attributes of PEFT's layers that this kind does not fill
     lora_A = lora_B = lora_magnitude_vector = NOTHING

@@ -17,8 +17,8 @@ from .plan import GLOBAL_HOOKS, Plan, is_hooked, weight_layout
 
 
 def bare_linear(weight: Tensor, bias: Tensor | None, trainable: bool) -> nn.Linear:
-    """An ``nn.Linear`` around a given weight [out, in], without drawing one that would be thrown
-    away."""
+    """An ``nn.Linear`` around a given weight [out, in],
+    without drawing one that would be thrown away."""
     linear = nn.Linear.__new__(nn.Linear)
     nn.Module.__init__(linear)
     linear.__dict__["out_features"], linear.__dict__["in_features"] = weight.shape

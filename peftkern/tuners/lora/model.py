@@ -39,8 +39,8 @@ def layer_class(base: nn.Module) -> Callable[[nn.Module], LoraLayer]:
         return Embedding
     raise ValueError(
         f"Target module {type(base).__name__} is not supported. Currently, only the following "
-        "modules are "
-        "supported: `torch.nn.Linear`, `torch.nn.Embedding`, `transformers.pytorch_utils.Conv1D`."
+        "modules are supported: `torch.nn.Linear`, `torch.nn.Embedding`, "
+        "`transformers.pytorch_utils.Conv1D`."
     )
 
 
@@ -83,8 +83,7 @@ class LoraModel(BaseTuner):
         if config.bias != "none" and any(getattr(c, "bias", "none") != "none" for c in others):
             raise ValueError(
                 "LoraModel supports only 1 adapter with bias. When using multiple adapters, set "
-                "bias to "
-                "'none' for all adapters."
+                "bias to 'none' for all adapters."
             )
         config.target_modules = resolve_targets(config, model)
         matches = []
@@ -114,8 +113,7 @@ class LoraModel(BaseTuner):
             if isinstance(module, CONTAINERS):
                 raise TypeError(
                     f"modules_to_save cannot be applied to `{key}`: a {type(module).__name__} has "
-                    "no "
-                    "forward of its own"
+                    "no forward of its own"
                 )
         return plan, saved
 
@@ -137,22 +135,20 @@ class LoraModel(BaseTuner):
 
     @staticmethod
     def _check_fan_in_fan_out(config: LoraConfig, modules: list[nn.Module]) -> None:
-        """The layer's class decides; a flag that says otherwise is put right, with PEFT's
-        warning."""
+        """The layer's class decides; a flag that says otherwise is put right,
+        with PEFT's warning."""
         for module in modules:
             if isinstance(module, nn.Linear) and config.fan_in_fan_out:
                 warnings.warn(
                     "fan_in_fan_out is set to True but the target module is `torch.nn.Linear`. "
-                    "Setting "
-                    "fan_in_fan_out to False.",
+                    "Setting fan_in_fan_out to False.",
                     stacklevel=4,
                 )
                 config.fan_in_fan_out = False
             elif hasattr(module, "nf") and not config.fan_in_fan_out:
                 warnings.warn(
                     "fan_in_fan_out is set to False but the target module is `Conv1D`. Setting "
-                    "fan_in_fan_out "
-                    "to True.",
+                    "fan_in_fan_out to True.",
                     stacklevel=4,
                 )
                 config.fan_in_fan_out = True

@@ -23,8 +23,8 @@ GLOBAL_HOOKS: tuple[Any, ...] = (
 
 @functools.cache
 def weight_layout(base_cls: Any) -> bool | None:
-    """False when the class computes x Wᵀ with W [N, K], True with W [K, N], None when that is not
-    known."""
+    """False when the class computes x Wᵀ with W [N, K], True with W [K, N],
+    None when that is not known."""
     forward = base_cls.forward
     if forward is nn.Linear.forward:
         return False
@@ -121,8 +121,8 @@ class Plan:
         return False
 
     def holds(self, state: dict[str, Any]) -> bool:
-        """Whether the layer with this ``__dict__`` still has the modules that the plan was made
-        for."""
+        """Whether the layer with this ``__dict__`` still has the modules
+        that the plan was made for."""
         name, modules, dicts = self.name, state["_modules"], self.dicts
         return (
             state["_active_adapter"] is self.active
