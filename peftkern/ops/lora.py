@@ -60,7 +60,7 @@ class _LoraLinear(torch.autograd.Function):
                     "let A require a gradient as well"
                 )
             # dX does not depend on x, so any x will do
-            x = dy.new_zeros(ctx.x_like[0], dtype=ctx.x_like[1])
+            x = dy.new_zeros(ctx.x_like[0], dtype=ctx.x_like[1]).requires_grad_()
             return _differentiable_backward(ctx, dy, x)
         shape, dtype = ctx.x_like
         w = weight if ctx.transposed else weight.t()  # [K, N]
