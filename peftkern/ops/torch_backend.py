@@ -20,8 +20,6 @@ from torch.nn.functional import linear
 
 from .bits import pack_bits, unpack_bits
 
-name = "torch"
-
 # up to this many rows the extra pass over Y costs less than two more views (host time dominates)
 _FEW_ROWS = 32
 

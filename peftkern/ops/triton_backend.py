@@ -26,8 +26,6 @@ from ..kernels.small import MAX_ROWS, decode
 from ..kernels.write import expand, low_rank_grad_input
 from . import torch_backend
 
-name = "triton"
-
 # "hybrid": write the low-rank part, let the vendor's product accumulate onto it. "fused": one
 # kernel.
 product = "hybrid"
