@@ -10,7 +10,8 @@ from torch import nn
 
 import peftkern
 from peftkern.ops.lora import lora_linear
-from peftkern.ops.lora_group import Projection, lora_group
+from peftkern.ops.lora_group import lora_group
+from peftkern.ops.projection import Projection
 from peftkern.tuners.lora import group as module
 from peftkern.tuners.lora.layer import Linear
 

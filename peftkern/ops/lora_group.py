@@ -8,7 +8,7 @@ X is kept once, and one dX is written where separate operations write one each a
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,38 +16,7 @@ from torch import Tensor
 from . import backend as _backend
 from .bits import unpack_bits
 from .lora import plain
-
-
-class Projection(NamedTuple):
-    """One linear of a group; the arguments of :func:`.lora.lora_linear` beside x."""
-
-    weight: Tensor  # [N, K], or [K, N] when transposed
-    bias: Tensor | None
-    A: Tensor  # [r, K]
-    B: Tensor  # [N, r]
-    scale: float
-    p: float
-    transposed: bool
-
-    @property
-    def w(self) -> Tensor:
-        """The weight as [K, N]."""
-        return self.weight if self.transposed else self.weight.t()
-
-
-class Part(NamedTuple):
-    """What the backward of one projection needs."""
-
-    dy: Tensor  # [M, N]
-    w: Tensor  # [K, N]
-    A: Tensor
-    B: Tensor
-    s: Tensor | None  # [M, r]
-    bits: Tensor | None
-    scale: float
-    p: float
-    needs_a: bool
-    needs_b: bool
+from .projection import Part, Projection
 
 
 class _LoraGroup(torch.autograd.Function):

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from .bits import pack_bits, unpack_bits
+from .projection import Part
 
 # up to this many rows the extra pass over Y costs less than two more views (host time dominates)
 _FEW_ROWS = 32
@@ -105,26 +106,8 @@ def backward(
     """dX [M, K], dA [r, K], dB [N, r] for dY [M, N];
     ``needs`` says which of the three are wanted."""
     needs_x, needs_a, needs_b = needs
-    low = _low_rank_dtype(x, A)
-    c = scale / (1.0 - p)
-    dx = da = db = None
-    dyl = dy.to(low)
-    if needs_b and s is not None:
-        db = _mm_to(dyl.t(), s, B.dtype)
-    if needs_x or needs_a:
-        ds = _scaled_mm(dyl, B.to(low), c)  # [M, r]
-        mask = unpack_bits(bits, x.shape[1], low) if bits is not None else None
-        if needs_x:
-            dx = torch.mm(ds, A.to(low))
-            if mask is not None:
-                dx.mul_(mask)
-            if low == dy.dtype:
-                dx.addmm_(dy, w.t())
-            else:
-                dx = dx.add_(torch.mm(dy, w.t())).to(x.dtype)
-        if needs_a:
-            xl = x.to(low)
-            da = _mm_to(ds.t(), xl if mask is None else mask.mul_(xl), A.dtype)
+    part = Part(dy, w, A, B, s, bits, scale, p, needs_a, needs_b)
+    dx, [(da, db)] = group_backward(x, [part], needs_x)
     return dx, da, db
 
 

@@ -25,6 +25,7 @@ from ..kernels.shrink import shrink
 from ..kernels.small import MAX_ROWS, decode
 from ..kernels.write import expand, low_rank_grad_input
 from . import torch_backend
+from .projection import Part
 
 # "hybrid": write the low-rank part, let the vendor's product accumulate onto it. "fused": one
 # kernel.
@@ -89,23 +90,9 @@ def backward(
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dX [M, K], dA [r, K], dB [N, r]; two calls with the same tensors agree bit for bit."""
-    if _declines(x, A):
-        return torch_backend.backward(dy, x, w, A, B, s, bits, scale, p, needs)
     needs_x, needs_a, needs_b = needs
-    c = scale / (1.0 - p)
-    dx = da = db = None
-    if needs_b and s is not None:
-        ds, db = grad_output(dy, B, s, c)
-        db = db.to(B.dtype)
-    else:
-        ds = shrink(dy, [B.t()], c)
-    if needs_a:
-        da = grad_a(x, [ds], bits)[0].to(A.dtype)
-    if needs_x:
-        if product == "fused":
-            dx = fused_grad_input([dy], [w.t()], [ds], [A], bits)
-        else:
-            dx = low_rank_grad_input([ds], [A], bits).addmm_(dy, w.t())
+    part = Part(dy, w, A, B, s, bits, scale, p, needs_a, needs_b)
+    dx, [(da, db)] = group_backward(x, [part], needs_x)
     return dx, da, db
 
 

@@ -155,6 +155,8 @@ class LoraLayer(BaseTunerLayer):
 
     def _note_decline(self) -> None:
         """Log the reason of a slow call, once for each new reason of this layer."""
+        if not logger.isEnabledFor(logging.INFO):  # the words cost more than a small product
+            return
         reason = self.decline_reason()
         if reason != self._noted_reason:
             self._noted_reason = reason
@@ -171,6 +173,3 @@ class LoraLayer(BaseTunerLayer):
             raise ValueError(
                 "Cannot pass `adapter_names` when there are merged adapters, please unmerge first."
             )
-        unknown = sorted(set(adapter_names) - self._get_available_adapters() - {"__base__"})
-        if unknown and self.training:
-            raise ValueError(f"`adapter_names` holds {unknown}, which this model does not have")

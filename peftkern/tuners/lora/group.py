@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...ops.lora_group import Projection, lora_group
+from ...ops.lora_group import lora_group
+from ...ops.projection import Projection
 
 # names of children that commonly read one input, in the order in which models call them
 SETS = (
