@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -153,9 +154,16 @@ def _compile(missing: list[tuple[str, str, str]], tables: Path, jobs: int) -> di
             initargs=(folder,),
         ) as pool,
     ):
-        for done in pool.map(_compile_run, runs, [tables] * len(runs)):
-            found |= done
-            store.add_to_user({k: facts for k, facts in done.items() if "error" not in facts})
+        try:
+            for done in pool.map(_compile_run, runs, [tables] * len(runs)):
+                found |= done
+                store.add_to_user({k: facts for k, facts in done.items() if "error" not in facts})
+        except BrokenProcessPool:  # LLVM ends its process where it meets what it does not expect
+            left = [f"{name} {case}" for name, case, key in missing if key not in found]
+            raise SystemExit(
+                f"a compiler process died on one of: {', '.join(left[: 8 * jobs])}; "
+                "--jobs 1 --only finds which"
+            ) from None
     return found
 
 

@@ -6,8 +6,9 @@ import shutil
 import sys
 
 import pytest
+import triton
 
-from tests.kernels.compiler import ROOT, python
+from tests.kernels.compiler import RESULTS, ROOT, python
 
 
 def test_a_case_compiles_for_sm_90_with_wgmma_and_the_repeat_is_cached(tmp_path):
@@ -100,6 +101,18 @@ def keys(root, cache):
 @pytest.fixture(scope="module")
 def before(tmp_path_factory):
     return keys(ROOT, tmp_path_factory.mktemp("cache"))
+
+
+def test_the_committed_file_holds_no_row_that_nothing_asks_for(before):
+    path = RESULTS / f"triton-{triton.__version__}.json"
+    if not path.exists():
+        pytest.skip(f"no results are committed for Triton {triton.__version__}")
+    stale = [
+        f"{row['arch']} {row['case']}"
+        for row in json.loads(path.read_text())["rows"]
+        if row["key"] not in {key for _, key in before.values()}
+    ]
+    assert not stale, "run `python -m benchmarks.static --refresh`"
 
 
 def edited(tmp_path, *edits):
