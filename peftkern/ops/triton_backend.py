@@ -27,9 +27,14 @@ from ..kernels.write import expand, low_rank_grad_input
 from . import torch_backend
 from .projection import Part
 
-# "hybrid": write the low-rank part, let the vendor's product accumulate onto it. "fused": one
-# kernel.
+# How the base product and the update come together:
+#   hybrid   the low-rank part is written, the vendor's product accumulates onto it
+#   fused    one kernel of ours does both
+# An operation that is not told (``how=None``) takes ``product``.
+PRODUCTS = ("hybrid", "fused")
 product = "hybrid"
+# without gradients, up to MAX_ROWS rows, there is also one launch for everything
+INFER = ("small", *PRODUCTS)
 
 _noted: set[str] = set()
 
@@ -63,16 +68,23 @@ def _seed(device: torch.device) -> int | Tensor:
 
 
 def forward(
-    x: Tensor, w: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float, p: float
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scale: float,
+    p: float,
+    how: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Y [M, N], S [M, r] and the packed mask; ``w`` is [K, N]."""
+    """Y [M, N], S [M, r] and the packed mask; ``w`` is [K, N], ``how`` one of ``PRODUCTS``."""
     if _declines(x, A):
         return torch_backend.forward(x, w, bias, A, B, scale, p)
     words = None
     if p > 0.0:
         words = dropout_bits(*x.shape, p, _seed(x.device), device=x.device)
     s = shrink(x, [A], scale / (1.0 - p), words)
-    if product == "fused":
+    if (how or product) == "fused":
         return fused_linear(x, w.t(), s, B, bias), s, words
     return expand(s, B, bias).addmm_(x, w), s, words
 
@@ -88,15 +100,18 @@ def backward(
     scale: float,
     p: float,
     needs: tuple[bool, bool, bool],
+    how: str | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dX [M, K], dA [r, K], dB [N, r]; two calls with the same tensors agree bit for bit."""
     needs_x, needs_a, needs_b = needs
     part = Part(dy, w, A, B, s, bits, scale, p, needs_a, needs_b)
-    dx, [(da, db)] = group_backward(x, [part], needs_x)
+    dx, [(da, db)] = group_backward(x, [part], needs_x, how)
     return dx, da, db
 
 
-def group_forward(x: Tensor, members: list[Any]) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+def group_forward(
+    x: Tensor, members: list[Any], how: str | None = None
+) -> list[tuple[Tensor, Tensor, Tensor | None]]:
     """(Y_i, S_i, mask_i) of several projections of one x [M, K], which the shrink reads once."""
     if any(_declines(x, m.A) for m in members):
         return torch_backend.group_forward(x, members)
@@ -110,7 +125,7 @@ def group_forward(x: Tensor, members: list[Any]) -> list[tuple[Tensor, Tensor, T
     for m, s, bits in zip(
         members, side_by_side.split([m.A.shape[0] for m in members], 1), words, strict=True
     ):
-        if product == "fused":
+        if (how or product) == "fused":
             y = fused_linear(x, m.w.t(), s, m.B, m.bias)
         else:
             y = expand(s, m.B, m.bias).addmm_(x, m.w)
@@ -119,7 +134,7 @@ def group_forward(x: Tensor, members: list[Any]) -> list[tuple[Tensor, Tensor, T
 
 
 def group_backward(
-    x: Tensor, parts: list[Any], needs_x: bool
+    x: Tensor, parts: list[Any], needs_x: bool, how: str | None = None
 ) -> tuple[Tensor | None, list[tuple[Tensor | None, Tensor | None]]]:
     """One dX [M, K] for all projections, X read once for every dA, and (dA_i, dB_i) of each."""
     if any(_declines(x, part.A) for part in parts):
@@ -145,7 +160,7 @@ def group_backward(
     if needs_x:
         bits = [part.bits for part in parts]
         As, dys = [part.A for part in parts], [part.dy for part in parts]
-        if product == "fused":
+        if (how or product) == "fused":
             dx = fused_grad_input(dys, [part.w.t() for part in parts], ds, As, bits)
         else:
             dx = low_rank_grad_input(ds, As, bits)
@@ -155,15 +170,22 @@ def group_backward(
 
 
 def infer(
-    x: Tensor, w: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float, transposed: bool
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scale: float,
+    transposed: bool,
+    how: str | None = None,
 ) -> Tensor:
-    """Y for x [..., K] without gradients or dropout; ``w`` as stored,
-    [K, N] when ``transposed``."""
+    """Y for x [..., K] without gradients or dropout; ``w`` as stored, [K, N] when ``transposed``;
+    ``how`` one of ``INFER``, by default "small" for as many rows as that takes."""
     if _declines(x, A):
         return torch_backend.infer(x, w, bias, A, B, scale, transposed)
     x2 = x.reshape(-1, x.shape[-1])
-    if x2.shape[0] <= MAX_ROWS:
+    if x2.shape[0] <= MAX_ROWS and how in (None, "small"):
         y = decode(x2, w.t() if transposed else w, A, B, scale, bias)
     else:
-        y, _, _ = forward(x2, w if transposed else w.t(), bias, A, B, scale, 0.0)
+        y, _, _ = forward(x2, w if transposed else w.t(), bias, A, B, scale, 0.0, how)
     return y.view(*x.shape[:-1], y.shape[-1])
