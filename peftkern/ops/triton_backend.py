@@ -17,22 +17,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels import pair, update
 from ..kernels.bits import dropout_bits
-from ..kernels.common import DTYPES, INTERPRET, MAX_RANK
+from ..kernels.common import DTYPES, INTERPRET, MAX_RANK, arch_of
 from ..kernels.gemm import fused_grad_input, fused_linear
-from ..kernels.outer import grad_a, grad_output
+from ..kernels.outer import grad_a, grad_outputs
 from ..kernels.shrink import shrink
 from ..kernels.small import MAX_ROWS, decode
 from ..kernels.write import expand, low_rank_grad_input
 from . import torch_backend
-from .projection import Part
+from .projection import Part, Projection
 
 # How the base product and the update come together:
 #   hybrid   the low-rank part is written, the vendor's product accumulates onto it
-#   fused    one kernel of ours does both
-# An operation that is not told (``how=None``) takes ``product``.
-PRODUCTS = ("hybrid", "fused")
-product = "hybrid"
+#   joined   the same, written by the kernel that makes S (backward: dA), in one launch less;
+#            hybrid where that kernel does not hold the ranks
+#   fused    one kernel of ours does both products
+# An operation that is not told (``how=None``) takes ``product``, or, where that is None, the order
+# that its shape suggests; which is fastest on a device only a race tells.
+PRODUCTS = ("hybrid", "joined", "fused")
+product: str | None = None
 # without gradients, up to MAX_ROWS rows, there is also one launch for everything
 INFER = ("small", *PRODUCTS)
 
@@ -67,6 +71,17 @@ def _seed(device: torch.device) -> int | Tensor:
     return int(torch.randint(2**62, (1,)))
 
 
+def _order(how: str | None, M: int, ranks: list[int], device: torch.device) -> str:
+    """One of PRODUCTS for these rows and ranks."""
+    how = how or product
+    if how == "joined" or how is None:
+        held = pair.fits(ranks)
+        if how is None and held:
+            held = update.fits(M, ranks, arch_of(device))
+        return "joined" if held else "hybrid"
+    return how
+
+
 def forward(
     x: Tensor,
     w: Tensor,
@@ -80,13 +95,7 @@ def forward(
     """Y [M, N], S [M, r] and the packed mask; ``w`` is [K, N], ``how`` one of ``PRODUCTS``."""
     if _declines(x, A):
         return torch_backend.forward(x, w, bias, A, B, scale, p)
-    words = None
-    if p > 0.0:
-        words = dropout_bits(*x.shape, p, _seed(x.device), device=x.device)
-    s = shrink(x, [A], scale / (1.0 - p), words)
-    if (how or product) == "fused":
-        return fused_linear(x, w.t(), s, B, bias), s, words
-    return expand(s, B, bias).addmm_(x, w), s, words
+    return group_forward(x, [Projection(w, bias, A, B, scale, p, True)], how)[0]
 
 
 def backward(
@@ -112,25 +121,37 @@ def backward(
 def group_forward(
     x: Tensor, members: list[Any], how: str | None = None
 ) -> list[tuple[Tensor, Tensor, Tensor | None]]:
-    """(Y_i, S_i, mask_i) of several projections of one x [M, K], which the shrink reads once."""
+    """(Y_i, S_i, mask_i) of several projections of one x [M, K], which is read once for every S."""
     if any(_declines(x, m.A) for m in members):
         return torch_backend.group_forward(x, members)
-    words: list[Tensor | None] = [
-        dropout_bits(*x.shape, m.p, _seed(x.device), device=x.device) if m.p > 0.0 else None
-        for m in members
-    ]
+    words = _draw(x, [m.p for m in members])
     scales = [m.scale / (1.0 - m.p) for m in members]
-    side_by_side = shrink(x, [m.A for m in members], scales, words)
+    As, ranks = [m.A for m in members], [m.A.shape[0] for m in members]
+    order = _order(how, x.shape[0], ranks, x.device)
+    if order == "joined":
+        s, ys = update.update(
+            x, As, [m.B for m in members], scales, words, [m.bias for m in members]
+        )
+        ys = [y.addmm_(x, m.w) for y, m in zip(ys, members, strict=True)]
+        return list(zip(ys, s.split(ranks, 1), words, strict=True))
     done = []
-    for m, s, bits in zip(
-        members, side_by_side.split([m.A.shape[0] for m in members], 1), words, strict=True
-    ):
-        if (how or product) == "fused":
+    parts = shrink(x, As, scales, words).split(ranks, 1)
+    for m, s, bits in zip(members, parts, words, strict=True):
+        if order == "fused":
             y = fused_linear(x, m.w.t(), s, m.B, m.bias)
         else:
             y = expand(s, m.B, m.bias).addmm_(x, m.w)
         done.append((y, s, bits))
     return done
+
+
+def _draw(x: Tensor, ps: list[float]) -> list[Tensor | None]:
+    """A mask for each projection that drops, in one launch where they drop alike."""
+    if len(ps) > 1 and len(set(ps)) == 1 and ps[0] > 0.0:
+        return list(dropout_bits(*x.shape, ps[0], _seed(x.device), groups=len(ps), device=x.device))
+    return [
+        dropout_bits(*x.shape, p, _seed(x.device), device=x.device) if p > 0.0 else None for p in ps
+    ]
 
 
 def group_backward(
@@ -139,34 +160,49 @@ def group_backward(
     """One dX [M, K] for all projections, X read once for every dA, and (dA_i, dB_i) of each."""
     if any(_declines(x, part.A) for part in parts):
         return torch_backend.group_backward(x, parts, needs_x)
-    ds: list[Tensor] = []
-    dbs: list[Tensor | None] = []
-    for part in parts:
-        c = part.scale / (1.0 - part.p)
-        if part.needs_b and part.s is not None:
-            d, db = grad_output(part.dy, part.B, part.s, c)
-            dbs.append(db.to(part.B.dtype))
-        else:
-            d = shrink(part.dy, [part.B.t()], c)
-            dbs.append(None)
-        ds.append(d)
+    ds, dbs = _over_dy(parts)
+    As, bits = [part.A for part in parts], [part.bits for part in parts]
+    order = _order(how, parts[0].dy.shape[0], [a.shape[0] for a in As], x.device)
     das: list[Tensor | None] = [None] * len(parts)
-    wanted = [i for i, part in enumerate(parts) if part.needs_a]
-    if wanted:
-        found = grad_a(x, [ds[i] for i in wanted], [parts[i].bits for i in wanted])
-        for i, da in zip(wanted, found, strict=True):
-            das[i] = da.to(parts[i].A.dtype)
     dx = None
-    if needs_x:
-        bits = [part.bits for part in parts]
-        As, dys = [part.A for part in parts], [part.dy for part in parts]
-        if (how or product) == "fused":
-            dx = fused_grad_input(dys, [part.w.t() for part in parts], ds, As, bits)
-        else:
-            dx = low_rank_grad_input(ds, As, bits)
-            for part in parts:
-                dx.addmm_(part.dy, part.w.t())
+    wanted = [i for i, part in enumerate(parts) if part.needs_a]
+    if order == "joined" and needs_x and len(wanted) == len(parts):
+        dx, found = pair.grad_pair(x, ds, As, bits, out_dtypes=[a.dtype for a in As])
+        das = list(found)
+    elif wanted:
+        found = grad_a(
+            x, [ds[i] for i in wanted], [bits[i] for i in wanted],
+            out_dtypes=[As[i].dtype for i in wanted],
+        )  # fmt: skip
+        for i, da in zip(wanted, found, strict=True):
+            das[i] = da
+    if needs_x and order == "fused":
+        dys, ws = [part.dy for part in parts], [part.w.t() for part in parts]
+        dx = fused_grad_input(dys, ws, ds, As, bits)
+    elif needs_x:
+        dx = low_rank_grad_input(ds, As, bits) if dx is None else dx
+        for part in parts:
+            dx.addmm_(part.dy, part.w.t())
     return dx, list(zip(das, dbs, strict=True))
+
+
+def _over_dy(parts: list[Any]) -> tuple[list[Tensor], list[Tensor | None]]:
+    """dS_i of every part, dB_i where it is wanted: what reads dY_i alone."""
+    ds: list[Any] = [None] * len(parts)
+    dbs: list[Tensor | None] = [None] * len(parts)
+    both = []
+    for i, part in enumerate(parts):
+        if part.needs_b and part.s is not None:
+            both.append(i)
+        else:
+            ds[i] = shrink(part.dy, [part.B.t()], part.scale / (1.0 - part.p))
+    done = grad_outputs(
+        [(q.dy, q.B, q.s, q.scale / (1.0 - q.p)) for q in (parts[i] for i in both)],
+        [parts[i].B.dtype for i in both],
+    )
+    for i, (d, db) in zip(both, done, strict=True):
+        ds[i], dbs[i] = d, db
+    return ds, dbs
 
 
 def infer(
