@@ -123,7 +123,7 @@ def default_grad_a_config(M: int, K: int, arch: Arch, ranks: Sequence[int] = (16
     block_k, split = strips(M, K, arch)
     held = min(GROUP_RANK, sum(max(16, next_pow2(r)) for r in ranks))
     return GradAConfig(
-        block_m=128 if block_k == 32 and held <= 64 else 64,
+        block_m=128 if block_k == 32 and held <= 32 else 64,
         block_k=block_k,
         split_m=split,
         num_warps=8 if held > 64 else 4,

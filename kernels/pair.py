@@ -65,10 +65,16 @@ def fits(ranks: Sequence[int]) -> bool:
     return sum(max(16, next_pow2(r)) for r in ranks) <= GROUP_RANK
 
 
-def default_config(M: int, K: int, ranks: Sequence[int], arch: Arch) -> PairConfig:
-    """Strips as for ``grad_a``; fewer tiles in flight where A and its gradient fill registers."""
+def default_config(
+    M: int, K: int, ranks: Sequence[int], arch: Arch, itemsize: int = 2
+) -> PairConfig:
+    """Strips as for ``grad_a``, but narrow where several adapters or fp32 products would not leave
+    registers for wide ones; fewer tiles in flight where A and its gradient fill them.
+    """
     held = sum(max(16, next_pow2(r)) for r in ranks)
     block_k, split = strips(M, K, arch)
+    if len(ranks) > 1 or itemsize == 4:
+        block_k, split = 32, max(1, min(arch.sms // cdiv(K, 32), cdiv(M, 256)))
     block_m = 64 if held <= 64 else 32
     return PairConfig(
         block_m=block_m,
@@ -231,7 +237,7 @@ def grad_pair(
     d_out = x.new_empty((M, K))
     if M == 0 or K == 0:
         return d_out, [o.zero_() for o in das]
-    config = config or default_config(M, K, ranks, arch_of(x.device))
+    config = config or default_config(M, K, ranks, arch_of(x.device), x.element_size())
     for launch in plan_pair(x, ds, As, words, d_out, das, config):
         launch.run()
     return d_out, das
