@@ -17,19 +17,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels import pair, update
 from ..kernels.bits import dropout_bits
-from ..kernels.common import DTYPES, INTERPRET, MAX_RANK
+from ..kernels.common import DTYPES, INTERPRET, MAX_RANK, arch_of
 from ..kernels.gemm import fused_grad_input, fused_linear
-from ..kernels.outer import grad_a, grad_output
+from ..kernels.outer import grad_a, grad_outputs
 from ..kernels.shrink import shrink
 from ..kernels.small import MAX_ROWS, decode
 from ..kernels.write import expand, low_rank_grad_input
 from . import torch_backend
-from .projection import Part
+from .projection import Part, Projection
 
-# "hybrid": write the low-rank part, let the vendor's product accumulate onto it. "fused": one
-# kernel.
-product = "hybrid"
+# How the base product and the update come together:
+#   hybrid   the low-rank part is written, the vendor's product accumulates onto it
+#   joined   the same, written by the kernel that makes S (backward: dA), in one launch less;
+#            hybrid where that kernel does not hold the ranks
+#   fused    one kernel of ours does both products
+# An operation that is not told (``how=None``) takes ``product``, or, where that is None, the order
+# that its shape suggests; which is fastest on a device only a race tells.
+PRODUCTS = ("hybrid", "joined", "fused")
+product: str | None = None
+# without gradients, up to MAX_ROWS rows, there is also one launch for everything
+INFER = ("small", *PRODUCTS)
 
 _noted: set[str] = set()
 
@@ -62,19 +71,31 @@ def _seed(device: torch.device) -> int | Tensor:
     return int(torch.randint(2**62, (1,)))
 
 
+def _order(how: str | None, M: int, ranks: list[int], device: torch.device) -> str:
+    """One of PRODUCTS for these rows and ranks."""
+    how = how or product
+    if how == "joined" or how is None:
+        held = pair.fits(ranks)
+        if how is None and held:
+            held = update.fits(M, ranks, arch_of(device))
+        return "joined" if held else "hybrid"
+    return how
+
+
 def forward(
-    x: Tensor, w: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float, p: float
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scale: float,
+    p: float,
+    how: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Y [M, N], S [M, r] and the packed mask; ``w`` is [K, N]."""
+    """Y [M, N], S [M, r] and the packed mask; ``w`` is [K, N], ``how`` one of ``PRODUCTS``."""
     if _declines(x, A):
         return torch_backend.forward(x, w, bias, A, B, scale, p)
-    words = None
-    if p > 0.0:
-        words = dropout_bits(*x.shape, p, _seed(x.device), device=x.device)
-    s = shrink(x, [A], scale / (1.0 - p), words)
-    if product == "fused":
-        return fused_linear(x, w.t(), s, B, bias), s, words
-    return expand(s, B, bias).addmm_(x, w), s, words
+    return group_forward(x, [Projection(w, bias, A, B, scale, p, True)], how)[0]
 
 
 def backward(
@@ -88,29 +109,35 @@ def backward(
     scale: float,
     p: float,
     needs: tuple[bool, bool, bool],
+    how: str | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dX [M, K], dA [r, K], dB [N, r]; two calls with the same tensors agree bit for bit."""
     needs_x, needs_a, needs_b = needs
     part = Part(dy, w, A, B, s, bits, scale, p, needs_a, needs_b)
-    dx, [(da, db)] = group_backward(x, [part], needs_x)
+    dx, [(da, db)] = group_backward(x, [part], needs_x, how)
     return dx, da, db
 
 
-def group_forward(x: Tensor, members: list[Any]) -> list[tuple[Tensor, Tensor, Tensor | None]]:
-    """(Y_i, S_i, mask_i) of several projections of one x [M, K], which the shrink reads once."""
+def group_forward(
+    x: Tensor, members: list[Any], how: str | None = None
+) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+    """(Y_i, S_i, mask_i) of several projections of one x [M, K], which is read once for every S."""
     if any(_declines(x, m.A) for m in members):
         return torch_backend.group_forward(x, members)
-    words: list[Tensor | None] = [
-        dropout_bits(*x.shape, m.p, _seed(x.device), device=x.device) if m.p > 0.0 else None
-        for m in members
-    ]
+    words = _draw(x, [m.p for m in members])
     scales = [m.scale / (1.0 - m.p) for m in members]
-    side_by_side = shrink(x, [m.A for m in members], scales, words)
+    As, ranks = [m.A for m in members], [m.A.shape[0] for m in members]
+    order = _order(how, x.shape[0], ranks, x.device)
+    if order == "joined":
+        s, ys = update.update(
+            x, As, [m.B for m in members], scales, words, [m.bias for m in members]
+        )
+        ys = [y.addmm_(x, m.w) for y, m in zip(ys, members, strict=True)]
+        return list(zip(ys, s.split(ranks, 1), words, strict=True))
     done = []
-    for m, s, bits in zip(
-        members, side_by_side.split([m.A.shape[0] for m in members], 1), words, strict=True
-    ):
-        if product == "fused":
+    parts = shrink(x, As, scales, words).split(ranks, 1)
+    for m, s, bits in zip(members, parts, words, strict=True):
+        if order == "fused":
             y = fused_linear(x, m.w.t(), s, m.B, m.bias)
         else:
             y = expand(s, m.B, m.bias).addmm_(x, m.w)
@@ -118,52 +145,83 @@ def group_forward(x: Tensor, members: list[Any]) -> list[tuple[Tensor, Tensor, T
     return done
 
 
+def _draw(x: Tensor, ps: list[float]) -> list[Tensor | None]:
+    """A mask for each projection that drops, in one launch where they drop alike."""
+    if len(ps) > 1 and len(set(ps)) == 1 and ps[0] > 0.0:
+        return list(dropout_bits(*x.shape, ps[0], _seed(x.device), groups=len(ps), device=x.device))
+    return [
+        dropout_bits(*x.shape, p, _seed(x.device), device=x.device) if p > 0.0 else None for p in ps
+    ]
+
+
 def group_backward(
-    x: Tensor, parts: list[Any], needs_x: bool
+    x: Tensor, parts: list[Any], needs_x: bool, how: str | None = None
 ) -> tuple[Tensor | None, list[tuple[Tensor | None, Tensor | None]]]:
     """One dX [M, K] for all projections, X read once for every dA, and (dA_i, dB_i) of each."""
     if any(_declines(x, part.A) for part in parts):
         return torch_backend.group_backward(x, parts, needs_x)
-    ds: list[Tensor] = []
-    dbs: list[Tensor | None] = []
-    for part in parts:
-        c = part.scale / (1.0 - part.p)
-        if part.needs_b and part.s is not None:
-            d, db = grad_output(part.dy, part.B, part.s, c)
-            dbs.append(db.to(part.B.dtype))
-        else:
-            d = shrink(part.dy, [part.B.t()], c)
-            dbs.append(None)
-        ds.append(d)
+    ds, dbs = _over_dy(parts)
+    As, bits = [part.A for part in parts], [part.bits for part in parts]
+    order = _order(how, parts[0].dy.shape[0], [a.shape[0] for a in As], x.device)
     das: list[Tensor | None] = [None] * len(parts)
-    wanted = [i for i, part in enumerate(parts) if part.needs_a]
-    if wanted:
-        found = grad_a(x, [ds[i] for i in wanted], [parts[i].bits for i in wanted])
-        for i, da in zip(wanted, found, strict=True):
-            das[i] = da.to(parts[i].A.dtype)
     dx = None
-    if needs_x:
-        bits = [part.bits for part in parts]
-        As, dys = [part.A for part in parts], [part.dy for part in parts]
-        if product == "fused":
-            dx = fused_grad_input(dys, [part.w.t() for part in parts], ds, As, bits)
-        else:
-            dx = low_rank_grad_input(ds, As, bits)
-            for part in parts:
-                dx.addmm_(part.dy, part.w.t())
+    wanted = [i for i, part in enumerate(parts) if part.needs_a]
+    if order == "joined" and needs_x and len(wanted) == len(parts):
+        dx, found = pair.grad_pair(x, ds, As, bits, out_dtypes=[a.dtype for a in As])
+        das = list(found)
+    elif wanted:
+        found = grad_a(
+            x, [ds[i] for i in wanted], [bits[i] for i in wanted],
+            out_dtypes=[As[i].dtype for i in wanted],
+        )  # fmt: skip
+        for i, da in zip(wanted, found, strict=True):
+            das[i] = da
+    if needs_x and order == "fused":
+        dys, ws = [part.dy for part in parts], [part.w.t() for part in parts]
+        dx = fused_grad_input(dys, ws, ds, As, bits)
+    elif needs_x:
+        dx = low_rank_grad_input(ds, As, bits) if dx is None else dx
+        for part in parts:
+            dx.addmm_(part.dy, part.w.t())
     return dx, list(zip(das, dbs, strict=True))
 
 
+def _over_dy(parts: list[Any]) -> tuple[list[Tensor], list[Tensor | None]]:
+    """dS_i of every part, dB_i where it is wanted: what reads dY_i alone."""
+    ds: list[Any] = [None] * len(parts)
+    dbs: list[Tensor | None] = [None] * len(parts)
+    both = []
+    for i, part in enumerate(parts):
+        if part.needs_b and part.s is not None:
+            both.append(i)
+        else:
+            ds[i] = shrink(part.dy, [part.B.t()], part.scale / (1.0 - part.p))
+    done = grad_outputs(
+        [(q.dy, q.B, q.s, q.scale / (1.0 - q.p)) for q in (parts[i] for i in both)],
+        [parts[i].B.dtype for i in both],
+    )
+    for i, (d, db) in zip(both, done, strict=True):
+        ds[i], dbs[i] = d, db
+    return ds, dbs
+
+
 def infer(
-    x: Tensor, w: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float, transposed: bool
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scale: float,
+    transposed: bool,
+    how: str | None = None,
 ) -> Tensor:
-    """Y for x [..., K] without gradients or dropout; ``w`` as stored,
-    [K, N] when ``transposed``."""
+    """Y for x [..., K] without gradients or dropout; ``w`` as stored, [K, N] when ``transposed``;
+    ``how`` one of ``INFER``, by default "small" for as many rows as that takes."""
     if _declines(x, A):
         return torch_backend.infer(x, w, bias, A, B, scale, transposed)
     x2 = x.reshape(-1, x.shape[-1])
-    if x2.shape[0] <= MAX_ROWS:
+    if x2.shape[0] <= MAX_ROWS and how in (None, "small"):
         y = decode(x2, w.t() if transposed else w, A, B, scale, bias)
     else:
-        y, _, _ = forward(x2, w if transposed else w.t(), bias, A, B, scale, 0.0)
+        y, _, _ = forward(x2, w if transposed else w.t(), bias, A, B, scale, 0.0, how)
     return y.view(*x.shape[:-1], y.shape[-1])
