@@ -8,6 +8,7 @@ import sys
 import pytest
 import triton
 
+from benchmarks.static import TARGETS, occupancy
 from tests.kernels.compiler import RESULTS, ROOT, python
 
 
@@ -313,6 +314,21 @@ def test_configs_of_tuning_tables_are_compiled_for_their_architecture(tmp_path):
     table.write_text(table.read_text().replace('"block_k": 128', '"block_q": 128'))
     done = python(*command, "--most", "0", cache=tmp_path)
     assert done.returncode == 2 and "block_q" in done.stderr and table.name in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arch, warps, registers, shared, resident",
+    [
+        ("sm_90", 8, 128, 1000, 2),  # 65,536 registers
+        ("sm_90", 4, 32, 100_000, 2),  # 228 KB of shared memory, 1 KB of it taken by each program
+        ("sm_90", 8, 32, 0, 8),  # 2,048 threads
+        ("sm_86", 1, 16, 0, 16),  # 16 programs
+    ],
+)
+def test_occupancy_is_bounded_by_what_runs_out_first(arch, warps, registers, shared, resident):
+    target = TARGETS[arch]
+    row = {"warps": warps, "registers": registers, "shared": shared}
+    assert occupancy(target, row) == resident * 32 * warps / target.threads
 
 
 def test_interpreting_is_refused(tmp_path):
