@@ -17,13 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels import pair, update
 from ..kernels.bits import dropout_bits
 from ..kernels.common import DTYPES, INTERPRET, MAX_RANK, arch_of
 from ..kernels.gemm import fused_grad_input, fused_linear
 from ..kernels.outer import grad_a, grad_outputs
+from ..kernels.pair import fits as pair_fits
+from ..kernels.pair import grad_pair
 from ..kernels.shrink import shrink
 from ..kernels.small import MAX_ROWS, decode
+from ..kernels.update import fits as update_fits
+from ..kernels.update import update
 from ..kernels.write import expand, low_rank_grad_input
 from . import torch_backend
 from .projection import Part, Projection
@@ -75,9 +78,9 @@ def _order(how: str | None, M: int, ranks: list[int], device: torch.device) -> s
     """One of PRODUCTS for these rows and ranks."""
     how = how or product
     if how == "joined" or how is None:
-        held = pair.fits(ranks)
+        held = pair_fits(ranks)
         if how is None and held:
-            held = update.fits(M, ranks, arch_of(device))
+            held = update_fits(M, ranks, arch_of(device))
         return "joined" if held else "hybrid"
     return how
 
@@ -129,9 +132,7 @@ def group_forward(
     As, ranks = [m.A for m in members], [m.A.shape[0] for m in members]
     order = _order(how, x.shape[0], ranks, x.device)
     if order == "joined":
-        s, ys = update.update(
-            x, As, [m.B for m in members], scales, words, [m.bias for m in members]
-        )
+        s, ys = update(x, As, [m.B for m in members], scales, words, [m.bias for m in members])
         ys = [y.addmm_(x, m.w) for y, m in zip(ys, members, strict=True)]
         return list(zip(ys, s.split(ranks, 1), words, strict=True))
     done = []
@@ -167,7 +168,7 @@ def group_backward(
     dx = None
     wanted = [i for i, part in enumerate(parts) if part.needs_a]
     if order == "joined" and needs_x and len(wanted) == len(parts):
-        dx, found = pair.grad_pair(x, ds, As, bits, out_dtypes=[a.dtype for a in As])
+        dx, found = grad_pair(x, ds, As, bits, out_dtypes=[a.dtype for a in As])
         das = list(found)
     elif wanted:
         found = grad_a(
