@@ -22,6 +22,7 @@ import json
 import os
 import sys
 import tempfile
+import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -126,8 +127,15 @@ def all_cases(name: str, tables: Path) -> list[Case]:
     return [*cases(target.arch), *tuned]
 
 
-def _start_worker(folder: str) -> None:
+def _start_worker(folder: str, parent: int) -> None:
     triton.knobs.cache.dir = folder  # Triton's own cache would answer in place of the compiler
+
+    def leave_with_parent() -> None:  # one that was killed tells its workers nothing
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=leave_with_parent, daemon=True).start()
 
 
 def _compile_run(run: list[tuple[str, str, str]], tables: Path) -> dict[str, dict[str, Any]]:
@@ -151,7 +159,7 @@ def _compile(missing: list[tuple[str, str, str]], tables: Path, jobs: int) -> di
             max_workers=max(1, min(jobs, len(runs))),
             mp_context=get_context("spawn"),
             initializer=_start_worker,
-            initargs=(folder,),
+            initargs=(folder, os.getpid()),
         ) as pool,
     ):
         try:
