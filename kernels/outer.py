@@ -42,6 +42,7 @@ from .shrink import plan_shrink
 
 BLOCK_R_MAX = 128  # ranks one program accumulates; beyond it X (or dY) is read again
 GROUP_RANK = 128  # padded ranks one grad_a launch accumulates, over its adapters
+TWO_PASS = "two_pass"  # in place of a config of grad_output
 
 
 @dataclass(frozen=True)
@@ -319,10 +320,10 @@ def grad_output(
     s: torch.Tensor,
     scale: float = 1.0,
     *,
-    config: OuterConfig | None = None,
+    config: OuterConfig | str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(dS [M, r] in dY's dtype, dB [N, r] fp32) = (scale * dY B, dYᵀ S), dY read once (twice for
-    large r).
+    large r, and with ``config=TWO_PASS``).
 
     dy [M, N] fp16/bf16/fp32, any row stride; b [N, r] fp32 or dy's dtype, any strides; s [M, r]
     dy's dtype, any row stride, its scale already in it; r from 1 to 256. Errors: TypeError,
@@ -341,7 +342,7 @@ def grad_output(
         return ds.zero_(), db.zero_()
     arch = arch_of(dy.device)
     config = config or default_outer_config(M, N, r, arch, dy.element_size())
-    if config is not None:
+    if isinstance(config, OuterConfig):
         launches = plan_outer(dy, b, s, scale, ds, db, config)
     else:
         launches = plan_two_pass(dy, b, s, scale, ds, db, arch)
