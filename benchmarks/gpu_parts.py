@@ -68,7 +68,8 @@ def _race_cases() -> Sequence[Any]:
 def _race(case: Any, device: Device, store: Store, left: float, watch: Watch) -> dict[str, Any]:
     from . import gpu_race
 
-    return gpu_race.measure(case, device, seconds=0.25, watch=watch)
+    found = gpu_race.table(store.data) if case.whole else None
+    return gpu_race.measure(case, device, seconds=0.25, watch=watch, found=found)
 
 
 def _warm_race(case: Any, device: Device) -> None:
@@ -93,7 +94,7 @@ def _model(case: Any, device: Device, store: Store, left: float, watch: Watch) -
 PARTS = {
     part.name: part
     for part in (
-        Part("race", 240, 90, 4, _race_cases, _race, _warm_race,
+        Part("race", 300, 90, 4, _race_cases, _race, _warm_race,
              lambda c: (c.op, c.r, c.mask, c.group, c.m > 16, c.m > 2048)),
         Part("linear", 200, 120, 5, gpu_cases.linear_cases, _block, _warm_block),
         Part("group", 120, 120, 6, gpu_cases.group_cases, _block, _warm_block),
@@ -124,7 +125,7 @@ def kinds(part: Part) -> list[Any]:
         if isinstance(case, gpu_cases.Case):
             return case.block, case.what, case.graph, case.p > 0
         if part.name == "race":
-            return case.op, case.mask, case.group > 1
+            return case.op, case.mask, case.group > 1, case.graph
         return getattr(case, "checkpointing", type(case).__name__)
 
     return gpu_cases.first_of_each(part.cases(), kind)
@@ -175,10 +176,13 @@ def _line(row: dict[str, Any]) -> str:
     """A sign of life for the log."""
     entries = row.get("providers") or row.get("entrants") or {}
     timed = {name: e["us"]["p50"] for name, e in entries.items() if "us" in e}
-    wrong = [name for name, e in entries.items() if e.get("ok") is False or "error" in e]
+    # in a race "error" is a number
+    failed = {name for name, e in entries.items() if isinstance(e.get("error"), str)}
+    wrong = [name for name, e in entries.items() if e.get("ok") is False or name in failed]
     if row["part"] == "race" and timed:
         best = min(timed, key=lambda n: timed[n])
-        timed = {"default": timed.get("default", float("nan")), best: timed[best]}
+        base = "default" if "default" in timed else "torch"
+        timed = {base: timed.get(base, float("nan")), best: timed[best]}
         wrong = [f"{len(wrong)} of {len(entries)}"] if wrong else []
     text = "  ".join(f"{name} {t:.1f}" for name, t in timed.items())
     tail = f"  OUT: {', '.join(wrong)}" if wrong else ""

@@ -82,10 +82,6 @@ def races_off() -> str | None:
     return f"{RACE_ENV}=0" if os.environ.get(RACE_ENV, "1") == "0" else None
 
 
-def _capturing(x: Tensor) -> bool:
-    return x.is_cuda and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-
-
 def _foreign(x: Tensor) -> bool:
     kind: Any = type(x)
     return kind not in _PLAIN or torch._C._are_functorch_transforms_active()
@@ -93,7 +89,7 @@ def _foreign(x: Tensor) -> bool:
 
 def _no_race_here(x: Tensor) -> str | None:
     """Why this call may not race, None when it may."""
-    if _capturing(x):
+    if tuned.capturing(x):
         return "inside a CUDA graph capture"
     if torch.compiler.is_compiling():
         return "torch.compile is tracing"
@@ -151,7 +147,7 @@ def _known(*numbers: Any) -> Decision | None:
 def _decide(case: _Case, ways: Callable[[str], race.Run]) -> Decision:
     """The decision for a call that is not known yet; ``ways`` gives what to run, by name."""
     index = case.like.get_device()
-    if index not in tuned.open_books and _capturing(case.like):
+    if index not in tuned.open_books and tuned.capturing(case.like):
         return Decision(TORCH, TORCH, "inside a CUDA graph capture, before any table was read")
     if case.M == 0:
         return Decision(TORCH, TORCH, "there are no rows")
@@ -187,8 +183,7 @@ def _decide_new(case: _Case, ways: Callable[[str], race.Run], book: tuned.Book) 
 
 def _declines(case: _Case) -> str | None:
     """Why the kernels do not take such a call."""
-    A = torch.empty((case.r, 0), dtype=case.adapter, device="meta")
-    reason = why_not(case.like, A)
+    reason = triton_backend.refusal(case.like, case.adapter, case.r)
     if reason is not None and case.like.device.type == "cuda":
         log.info("auto hands a call to torch: %s", reason)
     return reason
@@ -354,6 +349,6 @@ def infer(
         lambda name: lambda: choices.infer(name, x, w, bias, A, B, scale, transposed),
     )
     how = decision.how
-    if decision.in_graph is not how and decision.in_graph != how and _capturing(x):
+    if decision.in_graph is not how and decision.in_graph != how and tuned.capturing(x):
         how = decision.in_graph
     return choices.infer(how, x, w, bias, A, B, scale, transposed)

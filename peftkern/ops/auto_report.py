@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import auto_backend, choices, tuned
+from . import auto_backend, choices, triton_backend, tuned
 
 
 def describe(
@@ -23,7 +23,7 @@ def describe(
         shapes: (sum of N, K, largest r, group size) under which the layer may be called: by itself,
             and in its group.
     """
-    wanted = {tuple(shape) for shape in shapes}
+    wanted = set(shapes)
     book = tuned.book(like.get_device())
     told: dict[str, None] = {}
     reasons: dict[str, None] = {}
@@ -35,7 +35,7 @@ def describe(
                 reasons[decision.why] = None
     if told:
         return f"auto: {', '.join(told)}: {', '.join(reasons)}"
-    reason = auto_backend.why_not(like, torch.empty((1, 0), dtype=adapter, device="meta"))
+    reason = triton_backend.refusal(like, adapter, max((r for _, _, r, _ in wanted), default=1))
     if reason is not None:
         return f"auto: torch, {reason}"
     return f"auto: {_not_seen(book, like, adapter, wanted)}"
@@ -51,7 +51,9 @@ def _line(op: str, rows: int, mask: bool, group: int, decision: Any) -> str:
     return f"{op}{together} M<={rows}{with_mask} {how}{gain}"
 
 
-def _not_seen(book: Any, like: Tensor, adapter: torch.dtype, wanted: set[Any]) -> str:
+def _not_seen(
+    book: Any, like: Tensor, adapter: torch.dtype, wanted: set[tuple[int, int, int, int]]
+) -> str:
     names = (tuned.products_in(like.dtype), tuned.name_of(adapter))
     known = [
         key.m

@@ -42,14 +42,19 @@ _noted: set[str] = set()
 
 def why_not(x: Tensor, A: Tensor) -> str | None:
     """Why a call with these tensors goes to the torch backend; None when the kernels take it."""
+    return refusal(x, A.dtype, A.shape[0])
+
+
+def refusal(x: Tensor, adapter: torch.dtype, r: int) -> str | None:
+    """The same for adapters of this dtype and rank."""
     if not (x.is_cuda or INTERPRET.value):
         return f"the tensors are on {x.device.type}, and Triton's interpreter is off"
     if x.dtype not in DTYPES:
         return f"dtype {x.dtype}"
-    if A.shape[0] > MAX_RANK:
-        return f"rank {A.shape[0]} is above {MAX_RANK}"
-    if A.dtype not in (x.dtype, torch.float32):
-        return f"adapters in {A.dtype} under {x.dtype}"
+    if r > MAX_RANK:
+        return f"rank {r} is above {MAX_RANK}"
+    if adapter not in (x.dtype, torch.float32):
+        return f"adapters in {adapter} under {x.dtype}"
     return None
 
 

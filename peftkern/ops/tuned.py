@@ -157,7 +157,7 @@ class Book:
             return empty
         try:
             found = load(self.path)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return empty
         except (OSError, ValueError) as e:
             self._tell(f"{self.path} is not used, and written anew after the next race: {e}")
@@ -187,6 +187,7 @@ class Book:
                 merged.save(self.path)
         except OSError as e:
             self._tell(f"races are not kept on disk: {e}")
+            self.path = None
             return
         self.cached = merged
 
@@ -286,8 +287,9 @@ def measured_with(table: Table) -> Iterator[None]:
         _found.update(before[2])
 
 
-def _capturing(index: int) -> bool:
-    return index >= 0 and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+def capturing(x: Tensor) -> bool:
+    """Whether what is launched for ``x`` now goes into a CUDA graph."""
+    return x.is_cuda and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -320,7 +322,7 @@ def config(
         return _found[at]
     except KeyError:
         pass
-    if index not in open_books and _capturing(index):
+    if index not in open_books and capturing(like):
         return None
     key = Key(op, name_of(like.dtype), name_of(adapter), bucket(rows), n, k, r, group, mask)
     # a tile that holds adapters in float32 holds narrower ones too
@@ -361,7 +363,7 @@ def best_of(
         return _found[at]
     except KeyError:
         pass
-    if index not in open_books and _capturing(index):
+    if index not in open_books and capturing(like):
         return None
     names = products_in(like.dtype), name_of(adapter)
     key = Key(op, *names, bucket(rows), n, k, r, group, mask, grads)
