@@ -265,11 +265,12 @@ def _warm(part: gpu_parts.Part, store: Store, until: float, env: dict[str, str])
     end = began + 0.25 * (until - began)
     memory = store.data["gpu"]["memory_bytes"] // (12 * 2**30)
     count = max(1, min(10, (os.cpu_count() or 2) // 2, memory))
+    # the dispatcher races only where nothing else is on the device
+    env = env | {"OMP_NUM_THREADS": "1", "PEFTKERN_RACE": "0"}
     started = [
         subprocess.Popen(
             _command("--part", part.name, "--share", f"{i}/{count}", "--until", str(end)),
-            # the dispatcher races only where nothing else is on the device
-            env=env | {"OMP_NUM_THREADS": "1", "PEFTKERN_RACE": "0"}, cwd=gpu_store.ROOT, stdout=subprocess.DEVNULL,
+            env=env, cwd=gpu_store.ROOT, stdout=subprocess.DEVNULL,
         )
         for i in range(count)
     ]  # fmt: skip

@@ -85,11 +85,12 @@ def _decided(layer: Any, group: Any) -> str:
     """What the dispatcher decided for a fused layer, by itself and in its group."""
     from .ops.auto_report import describe as in_words
 
-    shapes = [_numbers([layer])]
+    together = None
     if group is not None and not group.off:
-        shapes.append(_numbers([m for m in group.layers if m.decline_reason() is None]))
+        members = [m for m in group.layers if m.decline_reason() is None]
+        together = _numbers(members) if len(members) > 1 else None
     adapter = layer.lora_A[next(n for n in layer.active_adapters if n in layer.lora_A)]
-    return in_words(layer.weight, adapter.weight.dtype, shapes)
+    return in_words(layer.weight, adapter.weight.dtype, _numbers([layer]), together)
 
 
 def _numbers(layers: list[Any]) -> tuple[int, int, int, int]:

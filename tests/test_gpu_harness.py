@@ -16,7 +16,8 @@ from benchmarks.gpu_store import Store
 
 ROOT = Path(__file__).resolve().parents[1]
 FIELDS = {"schema", "part", "sources", "kernels", "gpu", "versions", "ceilings", "started",
-          "finished", "not_run", "notes", "banned", "rows", "dry", "budget_s", "current"}  # fmt: skip
+          "finished", "not_run", "notes", "banned", "rows", "dry", "budget_s",
+          "current"}  # fmt: skip
 
 
 def gpu(*args, check=True):

@@ -32,13 +32,15 @@ from torch import Tensor
 
 from ..kernels.common import INTERPRET
 from ..kernels.tuning import Entry, Key
-from . import choices, race, torch_backend, triton_backend, tuned
+from . import choices, device, race, torch_backend, triton_backend, tuned
 from .choices import TORCH
+from .device import on_its_device
 from .projection import Part, Projection
 
 log = logging.getLogger("peftkern")
 
 RACE_ENV = "PEFTKERN_RACE"
+TRIES = 100  # how often a race that could not decide is run again
 _PLAIN = frozenset({Tensor, torch.nn.Parameter})
 _anew = False  # see `anew`
 clock: Any = race.WallClock() if INTERPRET.value else race.CudaClock()
@@ -89,7 +91,7 @@ def _foreign(x: Tensor) -> bool:
 
 def _no_race_here(x: Tensor) -> str | None:
     """Why this call may not race, None when it may."""
-    if tuned.capturing(x):
+    if device.capturing(x):
         return "inside a CUDA graph capture"
     if torch.compiler.is_compiling():
         return "torch.compile is tracing"
@@ -147,7 +149,7 @@ def _known(*numbers: Any) -> Decision | None:
 def _decide(case: _Case, ways: Callable[[str], race.Run]) -> Decision:
     """The decision for a call that is not known yet; ``ways`` gives what to run, by name."""
     index = case.like.get_device()
-    if index not in tuned.open_books and tuned.capturing(case.like):
+    if index not in tuned.open_books and device.capturing(case.like):
         return Decision(TORCH, TORCH, "inside a CUDA graph capture, before any table was read")
     if case.M == 0:
         return Decision(TORCH, TORCH, "there are no rows")
@@ -170,6 +172,8 @@ def _decide_new(case: _Case, ways: Callable[[str], race.Run], book: tuned.Book) 
             if memo in book.decisions:  # another thread raced it meanwhile
                 return book.decisions[memo]
             decision, for_good = _race(case, ways, book)
+            book.tries[memo] += 1
+            for_good = for_good or book.tries[memo] >= TRIES
         finally:
             book.racing.release()
     else:
@@ -269,6 +273,7 @@ def forward(
     return group_forward(x, [member], None if words is None else [words])[0]
 
 
+@on_its_device
 def group_forward(
     x: Tensor, members: list[Any], words: list[Tensor | None] | None = None
 ) -> list[tuple[Tensor, Tensor, Tensor | None]]:
@@ -316,6 +321,7 @@ def backward(
     return dx, da, db
 
 
+@on_its_device
 def group_backward(
     x: Tensor, parts: list[Any], needs_x: bool
 ) -> tuple[Tensor | None, list[tuple[Tensor | None, Tensor | None]]]:
@@ -334,6 +340,7 @@ def group_backward(
     return choices.backward(decision.how, x, parts, needs_x)
 
 
+@on_its_device
 def infer(
     x: Tensor, w: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float, transposed: bool
 ) -> Tensor:
@@ -349,6 +356,6 @@ def infer(
         lambda name: lambda: choices.infer(name, x, w, bias, A, B, scale, transposed),
     )
     how = decision.how
-    if decision.in_graph is not how and decision.in_graph != how and tuned.capturing(x):
+    if decision.in_graph is not how and decision.in_graph != how and device.capturing(x):
         how = decision.in_graph
     return choices.infer(how, x, w, bias, A, B, scale, transposed)

@@ -25,6 +25,7 @@ from ..kernels.shrink import shrink
 from ..kernels.small import MAX_ROWS, decode
 from ..kernels.write import expand, low_rank_grad_input
 from . import torch_backend, tuned
+from .device import capturing, on_its_device
 from .projection import Part, Projection
 
 # How the base product and the update come together:
@@ -66,16 +67,16 @@ def _declines(x: Tensor, A: Tensor) -> bool:
     return reason is not None
 
 
-def _seed(device: torch.device) -> int | Tensor:
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+def _seed(x: Tensor) -> int | Tensor:
+    if capturing(x):
         # replays of a graph draw anew only from the device's own generator
-        return torch.randint(2**62, (1,), device=device)
+        return torch.randint(2**62, (1,), device=x.device)
     return int(torch.randint(2**62, (1,)))
 
 
 def words_of(x: Tensor, p: float) -> Tensor | None:
     """A new packed mask for x [M, K], None when ``p`` is 0."""
-    return dropout_bits(*x.shape, p, _seed(x.device), device=x.device) if p > 0.0 else None
+    return dropout_bits(*x.shape, p, _seed(x), device=x.device) if p > 0.0 else None
 
 
 def forward(
@@ -117,6 +118,7 @@ def backward(
     return dx, da, db
 
 
+@on_its_device
 def group_forward(
     x: Tensor,
     members: list[Any],
@@ -156,6 +158,7 @@ def group_forward(
     return done
 
 
+@on_its_device
 def group_backward(
     x: Tensor, parts: list[Any], needs_x: bool, how: str | None = None
 ) -> tuple[Tensor | None, list[tuple[Tensor | None, Tensor | None]]]:
@@ -230,6 +233,7 @@ def _grad_input(parts: list[Any], ds: list[Tensor], how: str) -> Tensor:
     return dx
 
 
+@on_its_device
 def infer(
     x: Tensor,
     w: Tensor,

@@ -17,6 +17,7 @@ import importlib
 import logging
 import os
 import threading
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from importlib import metadata
@@ -27,6 +28,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.tuning import FOLDER, Entry, Key, Table, bucket, load, path_for
+from . import device
 
 log = logging.getLogger("peftkern")
 
@@ -124,6 +126,7 @@ class Book:
         self.racing = threading.Lock()
         self.decisions: dict[Any, Any] = {}  # the dispatcher's, by the numbers of a call
         self.provisional: dict[Any, Any] = {}
+        self.tries: Counter[Any] = Counter()
         self._mine: dict[Key, Entry] = {}  # raced by this process
         self._told: set[str] = set()
         self.path: Path | None = None
@@ -174,7 +177,8 @@ class Book:
     def keep(self, entries: Iterable[Entry]) -> None:
         """Remember what was raced, on disk too where that can be written."""
         self._mine.update({e.key: e for e in entries})
-        self.cached.add(self._mine.values())
+        # a new table: other threads may be looking through the old one
+        self.cached = replace(self.cached, entries={**self.cached.entries, **self._mine})
         _found.clear()
         if self.path is None:
             return
@@ -287,11 +291,6 @@ def measured_with(table: Table) -> Iterator[None]:
         _found.update(before[2])
 
 
-def capturing(x: Tensor) -> bool:
-    """Whether what is launched for ``x`` now goes into a CUDA graph."""
-    return x.is_cuda and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-
-
 def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -322,7 +321,7 @@ def config(
         return _found[at]
     except KeyError:
         pass
-    if index not in open_books and capturing(like):
+    if index not in open_books and device.capturing(like):
         return None
     key = Key(op, name_of(like.dtype), name_of(adapter), bucket(rows), n, k, r, group, mask)
     # a tile that holds adapters in float32 holds narrower ones too
@@ -363,7 +362,7 @@ def best_of(
         return _found[at]
     except KeyError:
         pass
-    if index not in open_books and capturing(like):
+    if index not in open_books and device.capturing(like):
         return None
     names = products_in(like.dtype), name_of(adapter)
     key = Key(op, *names, bucket(rows), n, k, r, group, mask, grads)

@@ -11,7 +11,16 @@ from torch.utils.checkpoint import checkpoint
 
 import peftkern
 from peftkern.kernels import common
-from peftkern.ops import auto_backend, backend, choices, race, torch_backend, triton_backend, tuned
+from peftkern.ops import (
+    auto_backend,
+    backend,
+    choices,
+    device,
+    race,
+    torch_backend,
+    triton_backend,
+    tuned,
+)
 from peftkern.ops.lora_group import lora_group
 from peftkern.ops.projection import Projection
 from tests.kernels.racing import FakeClock, decided, dispatcher, drawn, entry, ship, step
@@ -139,7 +148,7 @@ def test_a_choice_that_this_code_does_not_know_is_raced_again(clock):
 
 def test_within_a_capture_nothing_is_raced_or_read_and_later_it_is(clock, ran, monkeypatch):
     capturing = [True]
-    monkeypatch.setattr(tuned, "capturing", lambda x: capturing[0])
+    monkeypatch.setattr(device, "capturing", lambda x: capturing[0])
     tuned.forget()
     monkeypatch.setattr(tuned, "load", lambda path: pytest.fail("a file is read"))
     step(*drawn())
@@ -156,7 +165,7 @@ def test_within_a_capture_nothing_is_raced_or_read_and_later_it_is(clock, ran, m
 
 
 def test_in_a_graph_another_way_may_be_faster(monkeypatch, tmp_path, ran):
-    monkeypatch.setattr(tuned, "capturing", lambda x: capturing)
+    monkeypatch.setattr(device, "capturing", lambda x: capturing)
     capturing = False
     x, w, A, B = drawn(grad=False)
     with dispatcher(monkeypatch, tmp_path, FakeClock("torch", in_graph="small")) as clock:
@@ -200,7 +209,7 @@ def test_a_checkpointed_call_drops_the_same_elements_whatever_is_decided_between
 ):
     """Forward without a race (torch), its recomputation raced (fused)."""
     capturing = [True]
-    monkeypatch.setattr(tuned, "capturing", lambda x: capturing[0])
+    monkeypatch.setattr(device, "capturing", lambda x: capturing[0])
     tuned.book(-1)
     x, w, A, B = drawn()
     found = []
@@ -522,3 +531,45 @@ def test_auto_is_torch_itself_without_a_gpu(monkeypatch):
     monkeypatch.setattr(backend, "_no_choice", lambda: None)
     with peftkern.use_backend("auto"):
         assert backend.active is auto_backend and backend.describe()[0] == "auto"
+
+
+def test_a_call_runs_with_its_own_device_current(clock, monkeypatch):
+    """Triton launches on the current device, whatever device the tensors are on."""
+    current = []
+
+    class Device:
+        def __init__(self, where):
+            self.where = where
+
+        def __enter__(self):
+            current.append(self.where)
+
+        def __exit__(self, *error):
+            current.pop()
+
+    seen = []
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    monkeypatch.setattr(device, "elsewhere", lambda x: not current)
+    for name in ("shrink", "grad_a", "decode"):
+        real = getattr(triton_backend, name)
+        monkeypatch.setattr(
+            triton_backend,
+            name,
+            lambda *a, real=real, **k: seen.append(current[:]) or real(*a, **k),
+        )
+    for choice in ("auto", "triton"):
+        with peftkern.use_backend(choice):
+            step(*drawn())
+            peftkern.lora_linear(*drawn(grad=False)[:2], None, *drawn(grad=False)[2:], 2.0)
+    assert len(seen) >= 6 and all(where == [torch.device("cpu")] for where in seen)
+
+
+def test_numbers_that_are_never_finite_end_the_tries(clock, monkeypatch):
+    monkeypatch.setattr(auto_backend, "TRIES", 3)
+    x, w, A, B = drawn(grad=False)
+    x[0, 0] = float("nan")
+    for tried in (1, 2, 3, 3):
+        peftkern.lora_linear(x, w, None, A, B, 2.0)
+        (count,) = tuned.book(-1).tries.values()
+        assert count == tried
+    assert "not finite" in decided("infer").why
