@@ -5,6 +5,7 @@ import logging
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,17 @@ def test_a_race_is_found_by_the_next_process(folder):
         assert again.find_near(other) is None
     (path,) = folder.rglob("*.json")
     assert json.loads(path.read_text())["versions"]["torch"] and not list(folder.rglob("*.tmp"))
+
+
+def test_a_config_for_one_row_is_none_for_several():
+    """They are two kernels, one with tensor cores and one without."""
+    table = tuned.Table({}, {}, "", "")
+    key = Key("small", "bfloat16", "float32", 1, 64, 32, 8)
+    table.add([Entry(key, None, {"block_n": 4}, US)])
+    assert table.find_near(key) and not table.find_near(replace(key, m=2))
+    other = replace(key, op="shrink", m=2)
+    table.add([Entry(other, None, None, US)])
+    assert table.find_near(replace(other, m=1))
 
 
 @pytest.mark.parametrize("what", ["gpu", "driver", "torch", "triton"])

@@ -279,7 +279,7 @@ def spoil(monkeypatch, how, change):
     monkeypatch.setattr(triton_backend, "group_forward", group_forward)
 
 
-@pytest.mark.parametrize("what", ["one element", "unwritten", "infinite", "another shape"])
+@pytest.mark.parametrize("what", ["one element", "unwritten", "infinite", "NaN", "another shape"])
 def test_a_way_with_other_numbers_is_thrown_out(clock, monkeypatch, caplog, what):
     def change(done):
         (y, s, bits) = done[0]
@@ -289,6 +289,8 @@ def test_a_way_with_other_numbers_is_thrown_out(clock, monkeypatch, caplog, what
             y = torch.empty_like(y)  # the allocator gives the block that torch's result was in
         elif what == "infinite":
             s[0, 0] = float("inf")
+        elif what == "NaN":
+            s[-1, -1] = float("nan")
         else:
             y = y[:-1]
         return [(y, s, bits)]
@@ -557,6 +559,8 @@ def test_a_call_runs_with_its_own_device_current(clock, monkeypatch):
             name,
             lambda *a, real=real, **k: seen.append(current[:]) or real(*a, **k),
         )
+    timed = clock.seconds
+    clock.seconds = lambda *args: seen.append(current[:]) or timed(*args)
     for choice in ("auto", "triton"):
         with peftkern.use_backend(choice):
             step(*drawn())
