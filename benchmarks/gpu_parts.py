@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -136,8 +138,27 @@ def chosen(part: Part, dry: bool, only: str | None, most: int | None) -> list[An
     return cases[:most]
 
 
+@contextlib.contextmanager
+def _auto_decides() -> Iterator[None]:
+    """In a dry run too ``auto`` races, in Triton's interpreter; nothing of it is kept."""
+    from peftkern.kernels.tuning import Table
+    from peftkern.ops import backend, race, tuned
+
+    with (
+        mock.patch.object(backend, "_no_choice", lambda: None),
+        mock.patch.object(race, "BUDGET_S", 0.0),
+        tuned.measured_with(Table({}, {}, "", "")),
+    ):
+        yield
+
+
 def work(part: Part, store: Store, cases: Sequence[Any], until: float, dry: bool) -> int:
     """Measure cases until the time is up; returns the exit status (:data:`BROKEN`, or 0)."""
+    with _auto_decides() if dry else contextlib.nullcontext():
+        return _work(part, store, cases, until, dry)
+
+
+def _work(part: Part, store: Store, cases: Sequence[Any], until: float, dry: bool) -> int:
     device = device_of(dry)
     torch.backends.cuda.matmul.allow_tf32 = False
     gc.freeze()

@@ -67,7 +67,7 @@ def test_a_dry_run_continues_what_was_cut_off(tmp_path):
     assert data["notes"] == ["continued after a cut within cut within"]
     measured = row["providers"]
     assert {"plain frozen", "PEFT bf16", "PEFT default (fp32)"} < set(measured)
-    for name in ("peftkern torch", "peftkern hybrid", "peftkern fused"):
+    for name in ("peftkern torch", "peftkern hybrid", "peftkern fused", "peftkern auto"):
         entry = measured[name]
         assert entry["ok"] and 0 < entry["errors"]["y"] < entry["limit"], (name, entry)
         assert entry["us"]["p20"] <= entry["us"]["p50"] <= entry["us"]["p80"]
