@@ -52,8 +52,9 @@ def tune(settings: TuneSettings) -> None:
         return
     index = -1 if device.index is None else device.index
     if settings.races:
-        if os.environ.get("PEFTKERN_RACE") == "0":
-            raise UserError("PEFTKERN_RACE is 0, which forbids races; unset it")
+        if os.environ.get("PEFTKERN_RACE") not in (None, "", "1"):
+            given = os.environ["PEFTKERN_RACE"]
+            raise UserError(f"PEFTKERN_RACE is {given}; tune needs it unset, or 1")
         jobs = list(jobs_of(settings))
         console.print(f"{len(jobs)} operations on {tuned.machine(index).gpu}")
         _race(jobs, settings, device, console)

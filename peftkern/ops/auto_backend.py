@@ -80,8 +80,15 @@ class _Case(NamedTuple):
 
 
 def races_off() -> str | None:
-    """Why no race is ever run in this process, None when they are."""
-    return f"{RACE_ENV}=0" if os.environ.get(RACE_ENV, "1") == "0" else None
+    """Why no race is ever run in this process, None when they are.
+
+    Raises:
+        ValueError: the variable holds something else than 0 or 1.
+    """
+    given = os.environ.get(RACE_ENV) or "1"
+    if given not in ("0", "1"):
+        raise ValueError(f"{RACE_ENV}={given!r} is not known; allowed: 0, 1")
+    return f"{RACE_ENV}=0" if given == "0" else None
 
 
 def _foreign(x: Tensor) -> bool:
@@ -235,7 +242,9 @@ def _race(case: _Case, ways: Callable[[str], race.Run], book: tuned.Book) -> tup
             plain, graphed = race.run(named, case.like.dtype, clock, graphs=graph_key != key)
     except race.Undecided as e:
         log.info("no race for %s: %s", key, e)
-        return _nearest(case, book, str(e)), e.for_good
+        if e.for_good:
+            return Decision(TORCH, TORCH, f"{e}: torch"), True
+        return _nearest(case, book, str(e)), False
     except Exception as e:  # a race is an extra: whatever is wrong with it, the call goes on
         log.warning("a race failed, torch is taken for %s: %s: %s", key, type(e).__name__, e)
         return Decision(TORCH, TORCH, f"race failed: {type(e).__name__}: {str(e)[:100]}"), True

@@ -192,6 +192,12 @@ def test_races_can_be_switched_off(clock, ran, monkeypatch):
     assert "nearest bucket, raced here on 2020-01-02" in decided("backward").why
 
 
+def test_a_switch_that_is_neither_on_nor_off_is_refused(clock, monkeypatch):
+    monkeypatch.setenv("PEFTKERN_RACE", "off")
+    with pytest.raises(ValueError, match="PEFTKERN_RACE='off' is not known; allowed: 0, 1"):
+        step(*drawn())
+
+
 def test_a_race_moves_no_generator(clock):
     states = []
     for _ in range(2):  # with a race, and without
@@ -322,10 +328,14 @@ def test_out_of_memory_is_torch_for_this_process_only(clock, monkeypatch, ran):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     spoil(monkeypatch, "fused", change)
+    tuned.book(-1).keep([entry("forward", "hybrid", M=64)])  # near, and no way to go now
     step(*drawn())
     step(*drawn())
     assert decided("forward").how == "torch" and "out of memory" in decided("forward").why
-    assert [k.op for k in tuned.book(-1).cached.entries] == ["backward"]
+    assert [(k.op, k.m) for k in tuned.book(-1).cached.entries] == [
+        ("forward", 64),
+        ("backward", 16),
+    ]
     assert [how for op, how in ran if op == "forward"].count("fused") == 1  # not tried again
 
 
