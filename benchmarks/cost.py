@@ -5,10 +5,10 @@
 Three cases, forward and backward, dropout 0 and 0.1, bf16 activations: one LoRA linear, three
 projections of one X, one Llama-8B layer with an adapter on every linear (its own widths; M tokens).
 HF PEFT's and peftkern's real modules run on tensors without data (``cost_count``); Triton launches
-report their traffic from their grids (``cost_kernels``); ``plan`` rows are what the kernels allow a
-backend that plans a group together (``cost_plan``). Times are rooflines: lower bounds of what the
-launches need on the named GPU, as if every product reached the matrix rate (so ``fused`` is charged
-nothing for a product slower than the vendor's), launch overhead left out. No speed was measured.
+report their traffic from their grids (``cost_kernels``). Times are rooflines: lower bounds of what
+the launches need on the named GPU, as if every product reached the matrix rate (so ``fused`` is
+charged nothing for a product slower than the vendor's), launch overhead left out. No speed was
+measured.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ TITLES = {
     "group": "q, k, v of one X",
     "layer": "Llama-8B layer, 7 adapters",
 }
-JUDGED = ("torch", "hybrid", "fused", "plan hybrid", "plan fused")
+JUDGED = ("torch", "hybrid", "joined", "fused")
 KEPT_AT = (8192, 4096)  # the M, K that the limit on kept bytes is for
 
 

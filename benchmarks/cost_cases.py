@@ -11,10 +11,10 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from peftkern.kernels import common, gemm, outer, shrink, small
+from peftkern.kernels import common, gemm, outer, pair, shrink, small, update
 from peftkern.ops import bits as mask_bits
 
-from . import cost_plan
+from . import cost_floor
 from .cost_count import Count, count, record
 from .cost_kernels import traffic
 
@@ -33,8 +33,8 @@ class Shape(NamedTuple):
 
 
 class Provider(NamedTuple):
-    """Who computes it. ``kind``: "peft", "plain" (no adapters), "torch", "hybrid", "fused"
-    (peftkern's layers on a backend), or "floor", "plan hybrid", "plan fused" (``cost_plan``)."""
+    """Who computes it. ``kind``: "peft", "plain" (no adapters), "torch", "hybrid", "joined",
+    "fused" (peftkern's layers on a backend), or "floor" (``cost_floor``)."""
 
     name: str
     kind: str
@@ -50,10 +50,10 @@ PROVIDERS = (
     Provider("torch backend fp32", "torch", FP32),
     Provider("triton hybrid", "hybrid"),
     Provider("triton hybrid fp32", "hybrid", FP32),
+    Provider("triton joined", "joined"),
+    Provider("triton joined fp32", "joined", FP32),
     Provider("triton fused", "fused"),
     Provider("triton fused fp32", "fused", FP32),
-    Provider("plan hybrid", "plan hybrid"),
-    Provider("plan fused", "plan fused"),
 )
 
 
@@ -117,14 +117,14 @@ def _build(case: str, shape: Shape) -> tuple[nn.Module, Tensor, list[str]]:
     return model, torch.empty(size, dtype=BF16, device="meta", requires_grad=True), targets
 
 
-class _Planned(torch.autograd.Function):
-    """Stands for a group: launches and keeps what the plan says, makes empty outputs."""
+class _Floor(torch.autograd.Function):
+    """Stands for a group: launches the floor, keeps X alone, makes empty outputs."""
 
     @staticmethod
-    def forward(ctx: Any, module: PlannedGroup, x: Tensor, *weights: Tensor) -> Any:
+    def forward(ctx: Any, module: FloorGroup, x: Tensor, *weights: Tensor) -> Any:
         g, rows = module.group, x.shape[:-1]
-        record(module.launches[0])
-        ctx.save_for_backward(x, *(() if module.order == "floor" else cost_plan.kept(g)), *weights)
+        record([cost_floor.forward(g)])
+        ctx.save_for_backward(x, *weights)
         ctx.module, ctx.shapes = module, [tuple(w.shape) for w in weights]
         return tuple(x.new_empty((*rows, n)) for n in g.Ns)
 
@@ -133,7 +133,7 @@ class _Planned(torch.autograd.Function):
         x = ctx.saved_tensors[0]
         for dy in dys:
             dy.reshape(-1, dy.shape[-1])  # a copy, and counted, where the layout asks for one
-        record(ctx.module.launches[1])
+        record([cost_floor.backward(ctx.module.group)])
         grads = [
             x.new_empty(shape, dtype=ctx.module.group.adapter) if needed else None
             for shape, needed in zip(ctx.shapes, ctx.needs_input_grad[2:], strict=True)
@@ -141,16 +141,12 @@ class _Planned(torch.autograd.Function):
         return None, torch.empty_like(x), *grads
 
 
-class PlannedGroup(nn.Module):
-    """Projections of one X whose launches come from ``cost_plan``."""
+class FloorGroup(nn.Module):
+    """Projections of one X, at their floor."""
 
-    def __init__(self, group: cost_plan.Group, order: str, arch: common.Arch) -> None:
+    def __init__(self, group: cost_floor.Group) -> None:
         super().__init__()
-        self.group, self.order = group, order
-        self.launches = (
-            cost_plan.forward(group, order, arch),
-            cost_plan.backward(group, order, arch),
-        )
+        self.group = group
         for i, n in enumerate(group.Ns):
             for name, rows, cols in (("w", n, group.K), ("A", group.r, group.K), ("B", n, group.r)):
                 dtype = BF16 if name == "w" else group.adapter
@@ -161,7 +157,7 @@ class PlannedGroup(nn.Module):
     def member(self, i: int, x: Tensor) -> Tensor:
         """Output i; the first one asked for an X makes them all."""
         if self.outputs[0] is not x:
-            self.outputs = (x, list(_Planned.apply(self, x, *self.parameters())))
+            self.outputs = (x, list(_Floor.apply(self, x, *self.parameters())))
         y = self.outputs[1][i]
         if i == len(self.group.Ns) - 1:
             self.outputs = (None, [])
@@ -169,7 +165,7 @@ class PlannedGroup(nn.Module):
 
 
 class _Member(nn.Module):
-    def __init__(self, group: PlannedGroup, i: int) -> None:
+    def __init__(self, group: FloorGroup, i: int) -> None:
         super().__init__()
         self.group, self.i = group, i
 
@@ -177,10 +173,8 @@ class _Member(nn.Module):
         return self.group.member(self.i, x)
 
 
-def _plan(
-    case: str, model: nn.Module, order: str, shape: Shape, p: float, arch: common.Arch
-) -> None:
-    """Replace the projections of ``model`` by planned ones, those that share an X together."""
+def _to_floor(model: nn.Module, shape: Shape) -> None:
+    """Replace the projections of ``model`` by floors, those that share an X together."""
     groups: list[tuple[nn.Module, list[str]]]
     if isinstance(model, LlamaLayer):
         attention, mlp = model.layer.self_attn, model.layer.mlp
@@ -192,10 +186,10 @@ def _plan(
         groups = [(model, model.names)]
     for owner, names in groups:
         Ns = tuple(getattr(owner, name).out_features for name in names)
-        group = cost_plan.Group(shape.M, getattr(owner, names[0]).in_features, Ns, shape.r, p)
-        planned = PlannedGroup(group, order, arch)
+        K = getattr(owner, names[0]).in_features
+        floor = FloorGroup(cost_floor.Group(shape.M, K, Ns, shape.r))
         for i, name in enumerate(names):
-            setattr(owner, name, _Member(planned, i))
+            setattr(owner, name, _Member(floor, i))
 
 
 def _adapt(
@@ -223,7 +217,7 @@ def _backend(kind: str, arch: common.Arch) -> Iterator[None]:
             stack.enter_context(
                 mock.patch.object(common.Launch, "run", lambda self: record([traffic(self)]))
             )
-            for module in (shrink, gemm, outer, small):
+            for module in (gemm, outer, pair, shrink, small, update, triton_backend):
                 stack.enter_context(mock.patch.object(module, "arch_of", lambda device: arch))
         yield
 
@@ -242,7 +236,7 @@ def measure(who: Provider, case: str, shape: Shape, p: float, arch: common.Arch)
 
         _adapt(peft, model, targets, who, shape.r, p)
         return count(model.train(), x)
-    if who.kind in ("torch", "hybrid", "fused"):
+    if who.kind != "floor":
         import peftkern
 
         _adapt(peftkern, model, targets, who, shape.r, p)
@@ -251,5 +245,5 @@ def measure(who: Provider, case: str, shape: Shape, p: float, arch: common.Arch)
         if (who.kind != "torch") != any(t.requested for t in result.forward):
             raise RuntimeError(f"{who.name}: the layers did not take the {who.kind} path")
         return result
-    _plan(case, model, who.kind.removeprefix("plan "), shape, p, arch)
+    _to_floor(model, shape)
     return count(model, x)

@@ -81,6 +81,19 @@ def _shrink(f: Facts) -> Traffic:
     )  # fmt: skip
 
 
+def _update(f: Facts) -> Traffic:
+    x, As, Bs, words, (blocks,) = f["x"], f["As"], f["Bs"], f["words"], f["grid"]
+    once = _total(Bs) + _total(f["biases"])
+    return Traffic(
+        "update", 1,
+        read=nbytes(x) + _total(As) + _once(words) + once,
+        written=nbytes(f["s_out"]) + _total(f["ys"]),
+        flops=2 * f["M"] * sum(r * (f["K"] + n) for r, n in zip(f["ranks"], f["Ns"], strict=True)),
+        unit=unit_of(x.dtype),
+        requested=nbytes(x) + blocks * (_total(As) + once) + _total(words),
+    )  # fmt: skip
+
+
 def _sum(f: Facts) -> Traffic:
     read = _total(f["partials"])
     return Traffic("sum", 1, read, _total(f["outs"]), requested=read)
@@ -107,6 +120,19 @@ def _grad_a(f: Facts) -> Traffic:
         flops=2 * f["M"] * f["K"] * sum(f["ranks"]),
         unit=unit_of(x.dtype),
         requested=nbytes(x) + f["grid"][0] * _total(ds) + _total(words),
+    )  # fmt: skip
+
+
+def _pair(f: Facts) -> Traffic:
+    x, ds, As, words = f["x"], f["ds"], f["As"], f["words"]
+    strips, blocks = f["grid"][0], _cdiv(f["M"], f["BLOCK_M"])
+    return Traffic(
+        "pair", 1,
+        read=nbytes(x) + _total(ds) + _total(As) + _once(words),
+        written=nbytes(f["d_out"]) + _total(f["outs"]),
+        flops=4 * f["M"] * f["K"] * sum(f["ranks"]),
+        unit=unit_of(x.dtype),
+        requested=nbytes(x) + strips * _total(ds) + blocks * _total(As) + _total(words),
     )  # fmt: skip
 
 
@@ -166,9 +192,11 @@ def _small(f: Facts) -> Traffic:
 _KERNELS: dict[str, Callable[[Facts], Traffic]] = {
     "_bits_kernel": _bits,
     "_shrink_kernel": _shrink,
+    "_update_kernel": _update,
     "_sum_kernel": _sum,
     "_outer_kernel": _outer,
     "_grad_a_kernel": _grad_a,
+    "_pair_kernel": _pair,
     "_write_kernel": _write,
     "_gemm_kernel": _gemm,
     "_gemv_kernel": _small,
@@ -188,12 +216,3 @@ def traffic(launch: Any) -> Traffic:
         raise KeyError(f"kernel {kernel} has no traffic rule; benchmarks.cost_kernels has {known}")
     arguments = dict(zip(launch.kernel.arg_names, launch.args, strict=False))  # constants follow
     return _KERNELS[kernel](arguments | launch.meta | {"grid": launch.grid})
-
-
-def vendor_gemm(M: int, N: int, K: int, dtype: torch.dtype, accumulate: bool) -> Traffic:
-    """The vendor's product [M, K] x [K, N]; ``accumulate``: onto its destination (``addmm_``)."""
-    size = dtype.itemsize
-    out = M * N * size
-    read = (M * K + K * N) * size + (out if accumulate else 0)
-    name = "vendor addmm_" if accumulate else "vendor mm"
-    return Traffic(name, 1, read, out, 2 * M * N * K, unit_of(dtype))

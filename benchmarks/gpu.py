@@ -1,6 +1,6 @@
 """Ring 4: everything that needs a CUDA device, in parts that leave their results when cut off.
 
-    python -m benchmarks.gpu --part tests|sanitizer|race|linear|group|layer|e2e|decode|all
+    python -m benchmarks.gpu --part tests|sanitizer|counters|race|linear|group|layer|e2e|decode|all
     python -m benchmarks.gpu --part linear --dry-run        on a CPU: every line but the clock
 
 This process never touches the device. Each part runs in a process of its own that writes a row at
@@ -26,8 +26,10 @@ from . import gpu_checks, gpu_parts, gpu_report, gpu_store
 from .gpu_device import slug, versions
 from .gpu_store import Store
 
-ORDER = ("tests", "sanitizer", "linear", "race", "group", "decode", "layer", "e2e")
-BUDGETS = {"tests": 200, "sanitizer": 90} | {n: p.budget_s for n, p in gpu_parts.PARTS.items()}
+ORDER = ("tests", "sanitizer", "counters", "linear", "race", "group", "decode", "layer", "e2e")
+BUDGETS = {"tests": 200, "sanitizer": 90, "counters": 60} | {
+    n: p.budget_s for n, p in gpu_parts.PARTS.items()
+}
 ALL_S = 510  # what `--part all` takes together: one command on the machine may take 9 minutes
 GRACE_S = 10
 RESTARTS = 12

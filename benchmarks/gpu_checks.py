@@ -1,5 +1,5 @@
-"""The parts of ``benchmarks.gpu`` that are no measurements: the tests marked gpu, and NVIDIA's
-compute-sanitizer over every kernel.
+"""The parts of ``benchmarks.gpu`` that are no measurements: the tests marked gpu, NVIDIA's
+compute-sanitizer over every kernel, and its counters beside the traffic we report.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from . import gpu_counters
 from .gpu_store import ROOT, Store
 
 TOOLS = ("memcheck", "racecheck")
@@ -26,6 +27,8 @@ TAIL = 4000
 def run(part: str, store: Store, until: float, dry: bool, env: dict[str, str]) -> None:
     if part == "tests":
         tests(store, until, dry, env)
+    elif part == "counters":
+        gpu_counters.check(store, until, dry, env)
     else:
         sanitizer(store, until, dry, env)
 

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,9 +25,9 @@ from .gpu_device import Device
 
 PLAIN = "plain frozen"
 PEFT_BF16, PEFT_FP32, PEFT_COMPILED = "PEFT bf16", "PEFT default (fp32)", "PEFT compiled"
-OURS = {"torch": "peftkern torch", "hybrid": "peftkern hybrid", "fused": "peftkern fused"}
+PRODUCTS = ("hybrid", "joined", "fused")  # of the Triton backend
+OURS = {name: f"peftkern {name}" for name in ("torch", *PRODUCTS)}
 AUTO = "peftkern auto"
-GROUPS = {"hybrid": "kernels, group hybrid", "fused": "kernels, group fused"}
 PEERS = ("unsloth", "vllm", "liger_kernel", "lorafusion")
 ALPHA = 2  # lora_alpha / r
 
@@ -64,8 +65,7 @@ def peftkern_mode(backend: str, product: str | None = None) -> Iterator[None]:
 
 MODES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     OURS["torch"]: lambda: peftkern_mode("torch"),
-    OURS["hybrid"]: lambda: peftkern_mode("triton", "hybrid"),
-    OURS["fused"]: lambda: peftkern_mode("triton", "fused"),
+    **{OURS[name]: partial(peftkern_mode, "triton", name) for name in PRODUCTS},
     AUTO: lambda: peftkern_mode("auto"),
 }
 
@@ -167,11 +167,6 @@ def providers(
             return _module_provider(name, ours, case, mode=mode)
 
         add(name, make)
-    if case.block == "qkv" and case.what == "train":
-        from .gpu_group import group_provider
-
-        for product, name in GROUPS.items():
-            add(name, lambda p=product, n=name: group_provider(n, p, case, plain, drawn, device))
     for peer in PEERS:
         add(peer, lambda peer=peer: _peer(peer, case, plain, drawn))
     return found, plain, missing

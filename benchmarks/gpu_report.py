@@ -14,7 +14,6 @@ from typing import Any
 
 from .gpu_providers import (
     AUTO,
-    GROUPS,
     OURS,
     PEERS,
     PEFT_BF16,
@@ -26,7 +25,7 @@ from .gpu_providers import (
 NOISE = 1.02  # a ratio up to here is no loss
 MIXED = "peftkern small, mixed"
 LOOP = "loop over adapters"
-OWN = (*OURS.values(), AUTO, MIXED)  # GROUPS go by no public layer: said apart
+OWN = (*OURS.values(), AUTO, MIXED)
 RIVALS = (PEFT_BF16, PEFT_FP32, LOOP, PEFT_COMPILED, *PEERS)
 LEGEND = (
     "us of one call, medians; floor: roofline from the measured ceilings; peftkern: the best of",
@@ -143,7 +142,7 @@ def wrong(rows: list[dict[str, Any]]) -> list[str]:
         if "error" in row:
             found.append(f"{row['key']}: {row['error']}")
         for name, entry in row.get("providers", {}).items():
-            if name in (*OWN, *GROUPS.values()) and (entry.get("ok") is False or "error" in entry):
+            if name in OWN and (entry.get("ok") is False or "error" in entry):
                 found.append(f"{row['key']}, {name}: {entry.get('error') or entry.get('errors')}")
         for name, entry in row.get("entrants", {}).items():
             if not entry.get("ok") and "OutOfResources" not in entry.get("why", ""):
@@ -193,9 +192,6 @@ def goals(rows: list[dict[str, Any]], gpu: str) -> list[str]:
         1.0,
         "x",
     )
-    bare = best(row, GROUPS.values()) if row else None
-    text = "the same straight over the group kernels, by no layer yet"
-    say(text, ratio(bare[1] if bare else None, us(row, PLAIN) if row else None), 1.0, "x")
     row = by_key.get("q_proj 8B M=1 r=16 p=0 infer graph")
     if same_card:
         say("decode M=1 in a graph", ours(row), 12.5, "us")

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from peftkern.kernels import bits, gemm, outer, shrink, small, write
+from peftkern.kernels import bits, gemm, outer, pair, shrink, small, update, write
 
 
 def runs(device: str) -> Iterator[tuple[str, list[Tensor]]]:
@@ -45,6 +45,12 @@ def runs(device: str) -> Iterator[tuple[str, list[Tensor]]]:
         yield f"outer split {split}", list(outer.grad_output(dy, b, s, 2.0, config=config))
         grad = outer.GradAConfig(16, 32, split, 4, 2)
         yield f"grad_a split {split}", outer.grad_a(x, [s, s], words, config=grad)
+        joined = pair.PairConfig(16, 32, split, 4, 2)
+        low, das = pair.grad_pair(x, [s, s], [a, a], words, config=joined)
+        yield f"pair split {split}", [low, *das]
+    tall = update.UpdateConfig(16, 32, 32, 4, 2)
+    done, ys = update.update(x, [a, a], [b, b], 2.0, words, [some(N), None], config=tall)
+    yield "update", [done, *ys]
     wide = some(N, 100, dtype=torch.float32)
     yield "outer, two passes", list(outer.grad_output(dy, wide, some(M, 100), 2.0))
     for tma in (False, True):

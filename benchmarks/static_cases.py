@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from peftkern.kernels import bits, gemm, outer, shrink, small, write
+from peftkern.kernels import bits, gemm, outer, pair, shrink, small, update, write
 from peftkern.kernels.common import Arch, Launch
 
 BF16, FP16, FP32, INT32 = torch.bfloat16, torch.float16, torch.float32, torch.int32
@@ -70,9 +70,13 @@ def low_rank_cases(arch: Arch) -> Iterator[Case]:
         x, s = meta(M, K, dtype=dtype), meta(M, r * group, dtype=dtype)
         words = [meta(M, K // 32, dtype=INT32) if masked else None] * group
         ds = [s[:, i * r : i * r + r] for i in range(group)]
-        grad_config = outer.default_grad_a_config(M, K, arch, [r] * group)
-        da = [meta(r, K, dtype=FP32)] * group
-        yield from _named(f"grad_a {tag}", outer.plan_grad_a(x, ds, words, da, grad_config))
+        for k in (K, 14336):  # narrow strips, and wide ones
+            xs = meta(M, k, dtype=dtype)
+            keep = [meta(M, k // 32, dtype=INT32) if masked else None] * group
+            grad_config = outer.default_grad_a_config(M, k, arch, [r] * group)
+            da = [meta(r, k, dtype=FP32)] * group
+            launches = outer.plan_grad_a(xs, ds, keep, da, grad_config)
+            yield from _named(f"grad_a K{k} {tag}", launches)
         config = write.default_config(M, [r] * group)
         launches = write.plan_write(x, ds, a, words, None, None, config)
         yield from _named(f"write dX {tag}", launches)
@@ -80,6 +84,37 @@ def low_rank_cases(arch: Arch) -> Iterator[Case]:
             b, y, bias = meta(N, r, dtype=adapter), meta(M, N, dtype=dtype), meta(N, dtype=dtype)
             launches = write.plan_write(y, ds, [b.T], [None], bias, None, config)
             yield from _named(f"write Y {tag}", launches)
+
+
+def joined_cases(arch: Arch) -> Iterator[Case]:
+    """update and pair, where they apply: ranks of at most 128 together."""
+    for r, group, masked, dtype, adapter in (
+        (16, 1, False, BF16, FP32),
+        (16, 1, True, BF16, FP32),
+        (16, 3, True, BF16, FP32),
+        (64, 2, True, BF16, BF16),
+        (128, 1, True, BF16, FP32),
+        (16, 1, True, FP32, FP32),
+    ):
+        tag = _tag(r, group, masked, dtype, adapter)
+        x, s = meta(M, K, dtype=dtype), meta(M, r * group, dtype=dtype)
+        a, b = [meta(r, K, dtype=adapter)] * group, [meta(N, r, dtype=adapter)] * group
+        words = [meta(M, K // 32, dtype=INT32) if masked else None] * group
+        ys, biases = [meta(M, N, dtype=dtype)] * group, [meta(N, dtype=dtype), *[None] * group]
+        for m in (M, 4096):  # fewer rows a program below
+            config = update.default_config(m, [r] * group, arch)
+            launches = update.plan_update(
+                x, a, b, words, biases[:group], [1.0] * group, s, ys, config
+            )
+            yield from _named(f"update M{m} {tag}", launches)
+        ds = [s[:, i * r : i * r + r] for i in range(group)]
+        for k in (K, 14336):
+            words = [meta(M, k // 32, dtype=INT32) if masked else None] * group
+            xs, low = meta(M, k, dtype=dtype), [meta(r, k, dtype=adapter)] * group
+            das = [meta(r, k, dtype=FP32)] * group
+            config_p = pair.default_config(M, k, [r] * group, arch, dtype.itemsize)
+            launches = pair.plan_pair(xs, ds, low, words, meta(M, k, dtype=dtype), das, config_p)
+            yield from _named(f"pair K{k} {tag}", launches)
 
 
 def outer_cases(arch: Arch) -> Iterator[Case]:
@@ -169,5 +204,6 @@ def cases(arch: Arch) -> Iterator[Case]:
     may repeat.
     """
     yield from low_rank_cases(arch)
+    yield from joined_cases(arch)
     yield from decode_cases(arch)
     yield from gemm_cases(arch)

@@ -36,7 +36,7 @@ from .common import (
     row_stride,
     rows,
 )
-from .reduce import plan_sum
+from .reduce import plan_sum, sums_last
 from .shrink import default_config as default_shrink_config
 from .shrink import plan_shrink
 
@@ -109,12 +109,26 @@ def default_outer_config(
     )
 
 
+def strips(M: int, K: int, arch: Arch) -> tuple[int, int]:
+    """(columns of X a program owns, parts that M is cut in). Narrow strips where they fill the
+    device and wide ones do not: M in one part needs no second stage. Otherwise M is split until
+    the device is full, in parts of at least 256 rows.
+    """
+    if cdiv(K, 64) < arch.sms * 3 // 4 <= cdiv(K, 32) <= arch.sms * 2:
+        return 32, 1
+    return 64, max(1, min(arch.sms // max(1, cdiv(K, 64)), cdiv(M, 256)))
+
+
 def default_grad_a_config(M: int, K: int, arch: Arch, ranks: Sequence[int] = (16,)) -> GradAConfig:
-    """Column strips of X; M is split until the device is full, in parts of at least 256 rows."""
-    split = max(1, min(arch.sms // max(1, cdiv(K, 64)), cdiv(M, 256)))
+    """Column strips of X, see :func:`strips`; tall tiles where they are narrow."""
+    block_k, split = strips(M, K, arch)
     held = min(GROUP_RANK, sum(max(16, next_pow2(r)) for r in ranks))
     return GradAConfig(
-        split_m=split, num_warps=8 if held > 64 else 4, num_stages=3 if held <= 64 else 2
+        block_m=128 if block_k == 32 and held <= 32 else 64,
+        block_k=block_k,
+        split_m=split,
+        num_warps=8 if held > 64 else 4,
+        num_stages=3 if held <= 64 else 2,
     )
 
 
@@ -152,7 +166,11 @@ def _outer_kernel(
         db = dot(
             tl.trans(g), s_tile.to(g.dtype), tl.zeros((BLOCK_N, BLOCK_R), tl.float32), PRECISION
         )
-        tl.store(db_part + n64[:, None] * R + rank[None, :], db, mask=nr_ok)
+        tl.store(
+            db_part + n64[:, None] * R + rank[None, :],
+            cast(db, db_out.dtype.element_ty),
+            mask=nr_ok,
+        )
     ds_part = ds_out + part.to(tl.int64) * ds_part_stride
     tl.store(
         ds_part + row64[:, None] * R + rank[None, :],
@@ -207,7 +225,7 @@ def _grad_a_kernel(
         at = outs[i] + part.to(tl.int64) * part_strides[i]
         tl.store(
             at + rank.to(tl.int64)[None, :] * r_strides[i] + k.to(tl.int64)[:, None] * k_strides[i],
-            acc[i],
+            cast(acc[i], outs[i].dtype.element_ty),
             mask=k_ok[:, None] & (rank < ranks[i])[None, :],
         )
 
@@ -221,15 +239,13 @@ def plan_outer(
     db: torch.Tensor,
     config: OuterConfig,
 ) -> list[Launch]:
-    """Launches that fill ds [M, r] and db [N, r] (fp32), both contiguous; arguments already
-    checked.
-    """
+    """Launches that fill ds [M, r] and db [N, r], both contiguous; arguments already checked."""
     (M, N), r = dy.shape, b.shape[1]
     n_part = cdiv(cdiv(N, config.split_n), config.block_n) * config.block_n
     split, blocks = cdiv(N, n_part), cdiv(M, config.block_m)
     block_r = min(BLOCK_R_MAX, max(16, next_pow2(r)))
     ds_parts = ds if split == 1 else ds.new_empty((split, M, r), dtype=torch.float32)
-    db_parts = db if blocks == 1 else db.new_empty((blocks, N, r))
+    db_parts = db if blocks == 1 else db.new_empty((blocks, N, r), dtype=torch.float32)
     args = (
         dy, b, s, ds_parts, db_parts, float(scale), M, N, r, n_part,
         row_stride(dy), b.stride(0), b.stride(1), row_stride(s), M * r, N * r,
@@ -253,7 +269,7 @@ def plan_grad_a(
     outs: Sequence[torch.Tensor],
     config: GradAConfig,
 ) -> list[Launch]:
-    """Launches that fill outs[i] [r_i, K] (fp32, dense in any order); arguments already checked."""
+    """Launches that fill outs[i] [r_i, K] (dense in any order); arguments already checked."""
     M, K = x.shape
     m_part = cdiv(cdiv(M, config.split_m), config.block_m) * config.block_m
     split = cdiv(M, m_part)
@@ -261,7 +277,9 @@ def plan_grad_a(
     partials = [
         o
         if split == 1
-        else o.new_empty(split * o.numel()).as_strided((split, *o.shape), (o.numel(), *o.stride()))
+        else o.new_empty(split * o.numel(), dtype=torch.float32).as_strided(
+            (split, *o.shape), (o.numel(), *o.stride())
+        )
         for o in outs
     ]
     # Each piece: at most BLOCK_R_MAX ranks of one adapter, a row range of its output.
@@ -314,21 +332,15 @@ def plan_two_pass(
     return down + plan_grad_a(dy, [s], [None], [db.T], default_grad_a_config(M, N, arch, [r]))
 
 
-def grad_output(
+def _plan_grad_output(
     dy: torch.Tensor,
     b: torch.Tensor,
     s: torch.Tensor,
-    scale: float = 1.0,
-    *,
-    config: OuterConfig | str | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(dS [M, r] in dY's dtype, dB [N, r] fp32) = (scale * dY B, dYᵀ S), dY read once (twice for
-    large r, and with ``config=TWO_PASS``).
-
-    dy [M, N] fp16/bf16/fp32, any row stride; b [N, r] fp32 or dy's dtype, any strides; s [M, r]
-    dy's dtype, any row stride, its scale already in it; r from 1 to 256. Errors: TypeError,
-    ValueError, before any launch.
-    """
+    scale: float,
+    out_dtype: torch.dtype,
+    config: OuterConfig | str | None,
+) -> tuple[torch.Tensor, torch.Tensor, list[Launch]]:
+    """(dS, dB, the launches that fill them), after all checks."""
     dy, s = rows("dy", dy), rows("s", s, (dy.dtype,))
     (M, N), r = dy.shape, s.shape[1]
     check_rank("s", r)
@@ -336,19 +348,53 @@ def grad_output(
     check_shape("b", b, (N, r), "[columns of dy, columns of s]")
     check_adapter_dtype("b", b, dy.dtype)
     check_device(dy=dy, b=b, s=s)
-    ds = dy.new_empty((M, r))
-    db = dy.new_empty((N, r), dtype=torch.float32)
+    ds, db = dy.new_empty((M, r)), dy.new_empty((N, r), dtype=out_dtype)
     if M == 0 or N == 0:
-        return ds.zero_(), db.zero_()
+        return ds.zero_(), db.zero_(), []
     arch = arch_of(dy.device)
     config = config or default_outer_config(M, N, r, arch, dy.element_size())
     if isinstance(config, OuterConfig):
-        launches = plan_outer(dy, b, s, scale, ds, db, config)
-    else:
-        launches = plan_two_pass(dy, b, s, scale, ds, db, arch)
-    for launch in launches:
+        return ds, db, plan_outer(dy, b, s, scale, ds, db, config)
+    return ds, db, plan_two_pass(dy, b, s, scale, ds, db, arch)
+
+
+def grad_output(
+    dy: torch.Tensor,
+    b: torch.Tensor,
+    s: torch.Tensor,
+    scale: float = 1.0,
+    *,
+    out_dtype: torch.dtype = torch.float32,
+    config: OuterConfig | str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(dS [M, r] in dY's dtype, dB [N, r] in ``out_dtype``) = (scale * dY B, dYᵀ S), dY read once
+    (twice for large r, and with ``config=TWO_PASS``).
+
+    dy [M, N] fp16/bf16/fp32, any row stride; b [N, r] fp32 or dy's dtype, any strides; s [M, r]
+    dy's dtype, any row stride, its scale already in it; r from 1 to 256. Errors: TypeError,
+    ValueError, before any launch.
+    """
+    ds, db, launches = _plan_grad_output(dy, b, s, scale, out_dtype, config)
+    for launch in sums_last(launches):
         launch.run()
     return ds, db
+
+
+def grad_outputs(
+    parts: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]],
+    out_dtypes: Sequence[torch.dtype],
+    configs: Sequence[OuterConfig | str | None] | None = None,
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """:func:`grad_output` of every (dY, B, S, scale), all their second stages in one launch."""
+    plans = [
+        _plan_grad_output(*part, dtype, config)
+        for part, dtype, config in zip(
+            parts, out_dtypes, per_adapter("configs", configs, len(parts)), strict=True
+        )
+    ]
+    for launch in sums_last([launch for *_, launches in plans for launch in launches]):
+        launch.run()
+    return [(ds, db) for ds, db, _ in plans]
 
 
 def grad_a(
@@ -356,9 +402,11 @@ def grad_a(
     ds: Sequence[torch.Tensor],
     bits: torch.Tensor | Sequence[torch.Tensor | None] | None = None,
     *,
+    out_dtypes: Sequence[torch.dtype] | None = None,
     config: GradAConfig | None = None,
 ) -> list[torch.Tensor]:
-    """[dA_i [r_i, K] fp32] = dS_iᵀ (mask_i X) for each adapter of a group; X is read once for all.
+    """[dA_i [r_i, K] in out_dtypes[i], default fp32] = dS_iᵀ (mask_i X) for each adapter of a
+    group; X is read once for all.
 
     x [M, K] fp16/bf16/fp32, any row stride; ds[i] [M, r_i] x's dtype, any row stride; bits as in
     :func:`shrink.shrink`. Errors: TypeError, ValueError, before any launch.
@@ -379,7 +427,8 @@ def grad_a(
         **{f"ds[{i}]": d for i, d in enumerate(ds)},
         **{f"bits[{i}]": w for i, w in enumerate(words)},
     )
-    outs = [x.new_empty((d.shape[1], K), dtype=torch.float32) for d in ds]
+    dtypes = list(out_dtypes) if out_dtypes is not None else [torch.float32] * len(ds)
+    outs = [x.new_empty((d.shape[1], K), dtype=t) for d, t in zip(ds, dtypes, strict=True)]
     if M == 0 or K == 0:
         return [o.zero_() for o in outs]
     config = config or default_grad_a_config(M, K, arch_of(x.device), [d.shape[1] for d in ds])

@@ -41,3 +41,14 @@ def plan_sum(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Launch:
     grid = (cdiv(max(sizes), BLOCK), len(outs))
     meta = dict(G=len(outs), BLOCK=BLOCK, num_warps=4, num_stages=1)
     return Launch(_sum_kernel, grid, (partials, outs, counts, sizes), meta)
+
+
+def sums_last(launches: Sequence[Launch]) -> list[Launch]:
+    """The same launches with all their sums in one at the end. For launches of which none reads
+    what a sum writes.
+    """
+    sums = [launch for launch in launches if launch.kernel is _sum_kernel]
+    if len(sums) < 2:
+        return list(launches)
+    pairs = [pair for launch in sums for pair in zip(*launch.args[:2], strict=True)]
+    return [launch for launch in launches if launch.kernel is not _sum_kernel] + [plan_sum(pairs)]

@@ -28,6 +28,7 @@ from .common import (
     check_rank,
     check_shape,
     check_words,
+    device_function,
     dot,
     keep_tile,
     next_pow2,
@@ -76,24 +77,19 @@ def default_config(M: int, K: int, ranks: Sequence[int], arch: Arch) -> ShrinkCo
     )
 
 
-@triton.jit
-def _shrink_kernel(
-    x, As, words, out, ranks, columns, scales, a_r_strides, a_k_strides,
-    M, K, K_PART, x_stride, out_stride, part_stride, WORDS,
+@device_function
+def accumulate(
+    x_row, As, words, ranks, a_r_strides, a_k_strides, row, row_ok, first, last, WORDS,
     G: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    part = tl.program_id(1)
-    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    row_ok = row < M
+    """A tuple of G fp32 tiles [BLOCK_M, BLOCK_R]: (mask_i X) A_iᵀ of some rows, over columns
+    first to last of X, which are loaded once for all.
+    """
     rank = tl.arange(0, BLOCK_R)
-    x_row = x + row.to(tl.int64)[:, None] * x_stride
-
     acc = ()
     for _ in tl.static_range(G):
         acc = acc + (tl.zeros((BLOCK_M, BLOCK_R), tl.float32),)
-    first = part * K_PART
-    last = tl.minimum(first + K_PART, K)
     for k0 in range(first, last, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
         k_ok = k < last
@@ -114,7 +110,26 @@ def _shrink_kernel(
                 )
             new = new + (dot(kept.to(xs.dtype), cast(a, xs.dtype), acc[i], PRECISION),)
         acc = new
+    return acc
 
+
+@triton.jit
+def _shrink_kernel(
+    x, As, words, out, ranks, columns, scales, a_r_strides, a_k_strides,
+    M, K, K_PART, x_stride, out_stride, part_stride, WORDS,
+    G: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    part = tl.program_id(1)
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_ok = row < M
+    rank = tl.arange(0, BLOCK_R)
+    first = part * K_PART
+    acc = accumulate(
+        x + row.to(tl.int64)[:, None] * x_stride, As, words, ranks, a_r_strides, a_k_strides,
+        row, row_ok, first, tl.minimum(first + K_PART, K), WORDS,
+        G, BLOCK_M, BLOCK_K, BLOCK_R, PRECISION,
+    )  # fmt: skip
     out_row = out + part.to(tl.int64) * part_stride + row.to(tl.int64)[:, None] * out_stride
     for i in tl.static_range(G):
         tl.store(

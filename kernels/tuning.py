@@ -43,8 +43,8 @@ LARGEST_BUCKET = 8192
 
 # Kernels, of which an entry holds the best config; "outer" also chooses between PASSES over dY.
 KERNELS = (
-    "shrink", "expand", "low_rank_grad_input", "outer", "grad_a", "gemm", "gemm_grad_input",
-    "small",
+    "shrink", "expand", "update", "outer", "grad_a", "low_rank_grad_input", "pair", "gemm",
+    "gemm_grad_input", "small",
 )  # fmt: skip
 PASSES = ("one_pass", "two_pass")
 # Operations of which an entry chooses the implementation. Their names belong to the dispatcher,

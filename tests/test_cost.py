@@ -14,10 +14,10 @@ from benchmarks import cost
 from benchmarks.cost_cases import PROVIDERS, Shape, measure
 from benchmarks.cost_count import Counter, as_cuda, count, record
 from benchmarks.cost_gpus import GPUS, microseconds
-from benchmarks.cost_kernels import Traffic, traffic, vendor_gemm
+from benchmarks.cost_kernels import Traffic, traffic
 from benchmarks.static_cases import cases as shipped
 from peftkern.kernels import bits as kernel_bits
-from peftkern.kernels import gemm, outer, reduce, shrink, small, write
+from peftkern.kernels import gemm, outer, pair, reduce, shrink, small, update, write
 from peftkern.kernels.common import Arch, Launch
 
 BF16, FP32, INT32 = torch.bfloat16, torch.float32, torch.int32
@@ -166,7 +166,7 @@ def test_flops_do_not_depend_on_who_computes() -> None:
             name: sum(
                 t.flops for t in getattr(measure(BY_NAME[name], "group", shape, 0.1, ARCH), which)
             )
-            for name in ("floor", "HF PEFT bf16", "torch backend", "triton hybrid", "plan fused")
+            for name in ("floor", "HF PEFT bf16", "torch backend", "triton joined", "triton fused")
         }
         assert len(set(flops.values())) == 1, (which, flops)
 
@@ -188,8 +188,8 @@ def test_kernel_traffic_by_hand() -> None:
     (launch,) = shrink.plan_shrink(x, [a], [words], [1.0], s, config)
     assert byte_counts(launch) == (65536 + 4096 + 4096, 8192, 65536 + 4 * 4096 + 4096)
     # two adapters with one mask: X and the mask move once; K in two parts: fp32 partials, a sum
-    config, pair = shrink.ShrinkConfig(block_m=64, block_k=64, split_k=2), meta(256, 32)
-    first, second = shrink.plan_shrink(x, [a, meta(16, 128)], [words] * 2, [1.0] * 2, pair, config)
+    config, two = shrink.ShrinkConfig(block_m=64, block_k=64, split_k=2), meta(256, 32)
+    first, second = shrink.plan_shrink(x, [a, meta(16, 128)], [words] * 2, [1.0] * 2, two, config)
     assert byte_counts(first)[:2] == (65536 + 2 * 4096 + 4096, 2 * 256 * 32 * 4)
     assert byte_counts(second) == (2 * 256 * 32 * 4, 256 * 32 * 2, 2 * 256 * 32 * 4)
 
@@ -213,6 +213,21 @@ def test_kernel_traffic_by_hand() -> None:
     assert byte_counts(second)[:2] == (2 * 4096, 4096)
     (launch,) = outer.plan_grad_a(x, [ds], [words], [da], outer.GradAConfig(block_k=32))
     assert byte_counts(launch) == (65536 + 8192 + 4096, 8192, 65536 + 4 * 8192 + 4096)
+
+    # two projections with one mask: X and the mask once, both Y and S written
+    tall = update.UpdateConfig(block_m=64, block_k=64)
+    (launch,) = update.plan_update(
+        x, [a] * 2, [b] * 2, [words] * 2, [None, meta(64)], [1.0] * 2, meta(256, 32), [y, y], tall
+    )
+    once = 2 * 4096 + 2 * 2048 + 128
+    wanted = (65536 + 4096 + once, 2 * 32768 + 2 * 8192, 65536 + 4 * once + 2 * 4096)
+    assert byte_counts(launch) == wanted
+    assert traffic(launch).flops == 2 * 2 * 256 * 16 * (128 + 64)
+    strip = pair.PairConfig(block_m=64, block_k=32)
+    (launch,) = pair.plan_pair(x, [ds], [a], [words], meta(256, 128), [da], strip)
+    wanted = (65536 + 8192 + 4096 + 4096, 65536 + 8192, 65536 + 4 * 8192 + 4 * 4096 + 4096)
+    assert byte_counts(launch) == wanted
+    assert traffic(launch).flops == 2 * 2 * 256 * 128 * 16
 
 
 def test_decode_traffic_by_hand() -> None:
@@ -245,7 +260,8 @@ def test_every_shipped_launch_has_a_rule(gpu: str) -> None:
         found = traffic(case.launch)
         seen.add(found.name)
         assert found.written > 0 and found.requested >= found.read >= 0, case.name
-    assert seen == {"bits", "shrink", "sum", "outer", "grad_a", "write", "gemm", "small"}
+    kernels = {"bits", "shrink", "sum", "outer", "grad_a", "write", "gemm", "small"}
+    assert seen == kernels | {"update", "pair"}
 
 
 def test_a_kernel_without_a_rule_is_an_error() -> None:
@@ -258,7 +274,7 @@ def test_a_kernel_without_a_rule_is_an_error() -> None:
 
 
 def test_roofline_takes_the_longer_of_memory_and_arithmetic() -> None:
-    product = vendor_gemm(8192, 4096, 4096, BF16, accumulate=False)
+    product = Traffic("mm", 1, 100_000_000, 67_000_000, 2 * 8192 * 4096**2, "matrix")
     copy = Traffic("copy", 1, 3_000_000, 3_000_000)
     assert microseconds([copy], H100) == pytest.approx(2.0)
     assert microseconds([product, copy], H100) == pytest.approx(2.0 + 2 * 8192 * 4096**2 / 790e6)
@@ -272,14 +288,18 @@ def rows() -> list[cost.Row]:
 def test_targets_that_are_met(rows: list[cost.Row]) -> None:
     """Pinned where they hold; `python -m benchmarks.cost` prints those that do not."""
     found = {(v.case, v.provider, v.target): v for v in cost.verdicts(rows, DESIGN)}
-    shares = ["launches fwd", "launches fwd p=0.1", "fwd bytes / PEFT", "bwd bytes / PEFT"]
-    for target in [*shares, "kept beyond X, MB"]:
-        for name in ("triton fused", "triton fused fp32", "plan fused"):
-            assert found["linear", name, target].met, found["linear", name, target]
-    for target in [*shares, "launches bwd", "kept beyond X, MB"]:
-        assert found["group", "plan fused", target].met, found["group", "plan fused", target]
-        backend = found["group", "triton fused fp32", target]  # the real layers, grouped
-        assert backend.met and backend.value <= found["linear", "triton fused fp32", target].value
+    targets = list(dict.fromkeys(target for *_, target in found))
+    assert len(targets) == 6
+    for name in ("triton fused", "triton fused fp32", "triton joined", "triton joined fp32"):
+        for target in targets:
+            one, three = found["linear", name, target], found["group", name, target]
+            assert three.met and three.value <= one.value + 1e-9, three
+            if "joined" in name and target == "fwd bytes / PEFT":
+                # X twice, W once, Y three times is 0.458 of PEFT's already: whoever lets the
+                # vendor's product come last cannot meet 0.45 for a single projection
+                assert 0.458 < one.value < 0.472, one
+            else:
+                assert one.met, one
     kept = {r.who.name: r.count.kept for r in rows if (r.case, r.p) == ("linear", 0.1)}
     assert kept["HF PEFT bf16"] == pytest.approx(101e6, rel=1e-2)
     assert kept["triton hybrid"] == 8192 * 4096 // 8 + 8192 * 16 * 2  # bits and S, nothing else
@@ -315,7 +335,7 @@ def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert peft["forward"]["bytes_to_peft"] == 1.0
     assert cost.main(size) == 0
     out = capsys.readouterr().out
-    assert "Counted, not measured" in out and "NOT met" in out and "plan fused" in out
+    assert "Counted, not measured" in out and "NOT met" in out and "triton fused" in out
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,8 @@ def test_a_dry_run_continues_what_was_cut_off(tmp_path):
     assert data["notes"] == ["continued after a cut within cut within"]
     measured = row["providers"]
     assert {"plain frozen", "PEFT bf16", "PEFT default (fp32)"} < set(measured)
-    for name in ("peftkern torch", "peftkern hybrid", "peftkern fused", "peftkern auto"):
+    names = ("torch", "hybrid", "joined", "fused", "auto")
+    for name in (f"peftkern {way}" for way in names):
         entry = measured[name]
         assert entry["ok"] and 0 < entry["errors"]["y"] < entry["limit"], (name, entry)
         assert entry["us"]["p20"] <= entry["us"]["p50"] <= entry["us"]["p80"]
@@ -233,3 +234,44 @@ def test_a_race_becomes_a_tuning_table(tmp_path):
     assert "T: op is 'dance'; allowed: shrink," in out
     assert "config of gemm has block_n, tma; allowed for ShrinkConfig" in out
     assert "1.50x default" in out and "hybrid" in out
+
+
+COUNTERS = """
+import json, os, subprocess, sys
+from benchmarks import gpu_counters as g
+from peftkern.kernels.common import Launch
+done = subprocess.run([sys.executable, "-m", "benchmarks.gpu_counters"], text=True,
+                      capture_output=True, env={**os.environ, "TRITON_INTERPRET": "1"})
+(line,) = [s for s in done.stdout.splitlines() if s.startswith(g.REPORT)]
+reports = json.loads(line.removeprefix(g.REPORT))
+assert {r["name"] for r in reports} == {
+    "bits", "shrink", "write", "update", "outer", "grad_a", "pair", "gemm", "small", "sum"}
+wrong = next(i for i, r in enumerate(reports) if r["name"] == "pair")
+rows = ['"ID","Kernel Name","%s","%s"' % g.METRICS, '"","","byte","sector"']
+for i, r in enumerate(reports):
+    read = f"{r['read'] * (2 if i == wrong else 1):,}"
+    rows.append(f'"{i}","_{r["name"]}_kernel","{read}","{r["written"] // g.SECTOR}"')
+table = "==PROF== Connected\\n" + "\\n".join(rows)
+found = g.compare(reports, g.read_csv(table))
+assert [i for i, r in enumerate(found) if r["outcome"] == "failed"] == [wrong], found
+assert found[wrong]["ratios"]["read"] == 2 and found[0]["ratios"]["read"] is None
+cut = table.rpartition("\\n")[0]
+for bad, said in ((table.replace('"ID"', "ID"), "no table"), (cut, "counted")):
+    try:
+        g.compare(reports, g.read_csv(bad))
+    except ValueError as e:
+        assert said in str(e), e
+    else:
+        raise AssertionError(said)
+"""
+
+
+def test_reported_traffic_is_compared_with_what_ncu_counts():
+    in_process(COUNTERS)
+
+
+def test_without_ncu_that_is_said(tmp_path):
+    gpu("--part", "counters", "--dry-run", "--out", str(tmp_path))
+    (path,) = tmp_path.glob("*-counters.json")
+    (row,) = json.loads(path.read_text())["rows"]
+    assert row["outcome"] == "absent" and "ncu" in row["why"]

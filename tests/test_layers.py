@@ -249,3 +249,15 @@ def test_sharded_by_fsdp2(tmp_path):
                 assert "DTensor" in peftkern.explain(ours)[0].reason
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_model_without_data_goes_through_and_a_mixed_device_is_named(grad):
+    """On meta, which knows no autocast: shapes come out; a lone meta input is torch's own error."""
+    model, _ = layer_pair()
+    x = torch.ones(2, 5, K, device="meta")
+    with torch.set_grad_enabled(grad):
+        with pytest.raises(RuntimeError, match="meta"):
+            model(x)
+        model.to("meta")
+        assert model(x).shape == (2, 5, N)

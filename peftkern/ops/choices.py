@@ -55,7 +55,7 @@ def key_of(
 
 def words_for(x: Tensor, members: list[Any]) -> list[Tensor | None]:
     """The packed mask of each projection of x [M, K], drawn in their order."""
-    return [triton_backend.words_of(x, m.p) for m in members]
+    return triton_backend.words_of(x, [m.p for m in members])
 
 
 def forward(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from . import autocast
 from . import backend as _backend
 from .bits import unpack_bits
 
@@ -143,8 +144,8 @@ def lora_linear(
         RuntimeError: shapes, devices or dtypes that torch's matrix product refuses.
     """
     # x.device.type costs as much as a small product; the flags do not
-    device = "cpu" if x.is_cpu else "cuda" if x.is_cuda else x.device.type
-    if torch.is_autocast_enabled(device):
+    device = "cpu" if x.is_cpu else "cuda" if x.is_cuda else autocast.elsewhere(x)
+    if device and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         if x.dtype != torch.float64:
             x, weight, A, B = x.to(dtype), weight.to(dtype), A.to(dtype), B.to(dtype)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import autocast
 from . import backend as _backend
 from .bits import unpack_bits
 from .lora import plain
@@ -113,9 +114,8 @@ def lora_group(x: Tensor, members: list[Projection], token: Any = None) -> tuple
     Returns:
         One [..., N_i] for each member, equal to calling them one by one. Differentiable twice.
     """
-    device = "cpu" if x.is_cpu else "cuda" if x.is_cuda else x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
+    if autocast.is_on(x) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
         x = x.to(dtype)
         members = [
             m._replace(

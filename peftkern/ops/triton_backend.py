@@ -12,17 +12,21 @@ dropout, not its elements.
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..kernels.bits import dropout_bits
-from ..kernels.common import DTYPES, INTERPRET, MAX_RANK
+from ..kernels.common import DTYPES, INTERPRET, MAX_RANK, arch_of
 from ..kernels.gemm import fused_grad_input, fused_linear
-from ..kernels.outer import grad_a, grad_output
+from ..kernels.outer import grad_a, grad_outputs
+from ..kernels.pair import fits as pair_fits
+from ..kernels.pair import grad_pair
 from ..kernels.shrink import shrink
 from ..kernels.small import MAX_ROWS, decode
+from ..kernels.update import fits as update_fits
+from ..kernels.update import update
 from ..kernels.write import expand, low_rank_grad_input
 from . import torch_backend, tuned
 from .device import capturing, on_its_device
@@ -30,10 +34,12 @@ from .projection import Part, Projection
 
 # How the base product and the update come together:
 #   hybrid   the low-rank part is written, the vendor's product accumulates onto it
-#   fused    one kernel of ours does both
-# An operation that is not told (``how=None``) takes ``product``; where that is None, the fastest in
-# this GPU's tables, or else the first.
-PRODUCTS = ("hybrid", "fused")
+#   joined   the same, written by the kernel that makes S (backward: dA), in one launch less;
+#            hybrid where that kernel does not hold the ranks
+#   fused    one kernel of ours does both products
+# An operation that is not told (``how=None``) takes ``product``, or, where that is None, the
+# fastest in this GPU's tables, or else the order that its shape suggests.
+PRODUCTS = ("hybrid", "joined", "fused")
 product: str | None = None
 # without gradients, up to MAX_ROWS rows, there is also one launch for everything
 INFER = ("small", *PRODUCTS)
@@ -74,9 +80,45 @@ def _seed(x: Tensor) -> int | Tensor:
     return int(torch.randint(2**62, (1,)))
 
 
-def words_of(x: Tensor, p: float) -> Tensor | None:
-    """A new packed mask for x [M, K], None when ``p`` is 0."""
-    return dropout_bits(*x.shape, p, _seed(x), device=x.device) if p > 0.0 else None
+def words_of(x: Tensor, ps: list[float]) -> list[Tensor | None]:
+    """A packed mask of x [M, K] for each projection that drops, in one launch where they drop
+    alike."""
+    if len(ps) > 1 and len(set(ps)) == 1 and ps[0] > 0.0:
+        return list(dropout_bits(*x.shape, ps[0], _seed(x), groups=len(ps), device=x.device))
+    return [dropout_bits(*x.shape, p, _seed(x), device=x.device) if p > 0.0 else None for p in ps]
+
+
+class _Numbers(NamedTuple):
+    """What configs and ways are looked up by."""
+
+    like: Tensor  # M rows in the activations' dtype
+    adapter: torch.dtype
+    n: int
+    k: int
+    ranks: list[int]
+    masked: bool
+    grads: str = ""
+
+    def config(self, op: str, n: int, k: int) -> Any:
+        """Of a kernel that does all projections at once."""
+        count = len(self.ranks)
+        return tuned.config(op, self.like, self.adapter, n, k, max(self.ranks), count, self.masked)
+
+    def order(self, how: str | None) -> str:
+        """One of PRODUCTS."""
+        how = how or product
+        if how is None:
+            op = "backward" if self.grads else "forward"
+            how = tuned.best_of(
+                PRODUCTS, op, self.like, self.adapter, self.n, self.k, max(self.ranks),
+                len(self.ranks), self.masked, self.grads,
+            )  # fmt: skip
+        if how == "joined" or how is None:
+            held = pair_fits(self.ranks)
+            if how is None and held:
+                held = update_fits(self.like.shape[0], self.ranks, arch_of(self.like.device))
+            return "joined" if held else "hybrid"
+        return how
 
 
 def forward(
@@ -94,7 +136,7 @@ def forward(
     [K, N], ``how`` one of ``PRODUCTS``."""
     if _declines(x, A):
         return torch_backend.forward(x, w, bias, A, B, scale, p, words)
-    given = [words if words is not None else words_of(x, p)]
+    given: list[Tensor | None] | None = None if words is None else [words]
     return group_forward(x, [Projection(w, bias, A, B, scale, p, True)], how, given)[0]
 
 
@@ -125,34 +167,32 @@ def group_forward(
     how: str | None = None,
     words: list[Tensor | None] | None = None,
 ) -> list[tuple[Tensor, Tensor, Tensor | None]]:
-    """(Y_i, S_i, mask_i) of several projections of one x [M, K], which the shrink reads once."""
+    """(Y_i, S_i, mask_i) of several projections of one x [M, K], which is read once for every S."""
     if any(_declines(x, m.A) for m in members):
         return torch_backend.group_forward(x, members, words)
     if words is None:
-        words = [words_of(x, m.p) for m in members]
-    masked = any(bits is not None for bits in words)
-    K, low = x.shape[1], members[0].A.dtype
-    ranks = [m.A.shape[0] for m in members]
-    r, count = max(ranks), len(members)
-    how = how or product
-    if how is None:
-        n = sum(m.B.shape[0] for m in members)
-        how = tuned.best_of(PRODUCTS, "forward", x, low, n, K, r, count, masked) or PRODUCTS[0]
-    side_by_side = shrink(
-        x,
-        [m.A for m in members],
-        [m.scale / (1.0 - m.p) for m in members],
-        words,
-        config=tuned.config("shrink", x, low, 0, K, r, count, masked),
-    )
+        words = words_of(x, [m.p for m in members])
+    K, low, n = x.shape[1], members[0].A.dtype, sum(m.B.shape[0] for m in members)
+    scales = [m.scale / (1.0 - m.p) for m in members]
+    As, ranks = [m.A for m in members], [m.A.shape[0] for m in members]
+    numbers = _Numbers(x, low, n, K, ranks, any(bits is not None for bits in words))
+    order = numbers.order(how)
+    if order == "joined":
+        Bs, biases = [m.B for m in members], [m.bias for m in members]
+        config = numbers.config("update", n, K)
+        s, ys = update(x, As, Bs, scales, words, biases, config=config)
+        ys = [y.addmm_(x, m.w) for y, m in zip(ys, members, strict=True)]
+        return list(zip(ys, s.split(ranks, 1), words, strict=True))
     done = []
-    for m, s, bits in zip(members, side_by_side.split(ranks, 1), words, strict=True):
-        N, rank = m.B.shape
-        if how == "fused":
-            config = tuned.config("gemm", x, low, N, K, rank)
+    config = numbers.config("shrink", 0, K)
+    parts = shrink(x, As, scales, words, config=config).split(ranks, 1)
+    for m, s, bits in zip(members, parts, words, strict=True):
+        N, r = m.B.shape
+        if order == "fused":
+            config = tuned.config("gemm", x, low, N, K, r)
             y = fused_linear(x, m.w.t(), s, m.B, m.bias, config=config)
         else:
-            config = tuned.config("expand", x, low, N, 0, rank)
+            config = tuned.config("expand", x, low, N, 0, r)
             y = expand(s, m.B, m.bias, config=config).addmm_(x, m.w)
         done.append((y, s, bits))
     return done
@@ -165,33 +205,42 @@ def group_backward(
     """One dX [M, K] for all projections, X read once for every dA, and (dA_i, dB_i) of each."""
     if any(_declines(x, part.A) for part in parts):
         return torch_backend.group_backward(x, parts, needs_x)
-    K, low = parts[0].w.shape[0], parts[0].A.dtype
-    ds: list[Tensor] = []
-    dbs: list[Tensor | None] = []
-    for part in parts:
-        c = part.scale / (1.0 - part.p)
-        N, rank = part.B.shape
-        if part.needs_b and part.s is not None:
-            config = tuned.config("outer", part.dy, low, N, 0, rank)
-            d, db = grad_output(part.dy, part.B, part.s, c, config=config)
-            dbs.append(db.to(part.B.dtype))
-        else:
-            config = tuned.config("shrink", part.dy, low, 0, N, rank)
-            d = shrink(part.dy, [part.B.t()], c, config=config)
-            dbs.append(None)
-        ds.append(d)
+    ds, dbs = _over_dy(parts)
+    As, bits = [part.A for part in parts], [part.bits for part in parts]
+    K, n = parts[0].w.shape[0], sum(part.dy.shape[1] for part in parts)
+    numbers = _Numbers(
+        parts[0].dy, As[0].dtype, n, K, [a.shape[0] for a in As],
+        any(word is not None for word in bits), grads_of(parts, needs_x),
+    )  # fmt: skip
+    order = numbers.order(how)
     das: list[Tensor | None] = [None] * len(parts)
-    wanted = [i for i, part in enumerate(parts) if part.needs_a]
-    if wanted:
-        bits = [parts[i].bits for i in wanted]
-        r, masked = max(ds[i].shape[1] for i in wanted), any(b is not None for b in bits)
-        config = tuned.config("grad_a", x, low, 0, K, r, len(wanted), masked)
-        found = grad_a(x, [ds[i] for i in wanted], bits, config=config)
-        for i, da in zip(wanted, found, strict=True):
-            das[i] = da.to(parts[i].A.dtype)
     dx = None
-    if needs_x:
-        dx = _grad_input(parts, ds, _product_of(parts, how, needs_x))
+    wanted = [i for i, part in enumerate(parts) if part.needs_a]
+    if order == "joined" and needs_x and len(wanted) == len(parts):
+        config = numbers.config("pair", 0, K)
+        dx, found = grad_pair(x, ds, As, bits, out_dtypes=[a.dtype for a in As], config=config)
+        das = list(found)
+    elif wanted:
+        ours = numbers._replace(
+            ranks=[numbers.ranks[i] for i in wanted],
+            masked=any(bits[i] is not None for i in wanted),
+        )
+        found = grad_a(
+            x, [ds[i] for i in wanted], [bits[i] for i in wanted],
+            out_dtypes=[As[i].dtype for i in wanted], config=ours.config("grad_a", 0, K),
+        )  # fmt: skip
+        for i, da in zip(wanted, found, strict=True):
+            das[i] = da
+    if needs_x and order == "fused":
+        dys, ws = [part.dy for part in parts], [part.w.t() for part in parts]
+        config = numbers.config("gemm_grad_input", n, K)
+        dx = fused_grad_input(dys, ws, ds, As, bits, config=config)
+    elif needs_x:
+        if dx is None:
+            config = numbers.config("low_rank_grad_input", 0, K)
+            dx = low_rank_grad_input(ds, As, bits, config=config)
+        for part in parts:
+            dx.addmm_(part.dy, part.w.t())
     return dx, list(zip(das, dbs, strict=True))
 
 
@@ -204,33 +253,27 @@ def grads_of(parts: list[Any], needs_x: bool) -> str:
     )
 
 
-def _product_of(parts: list[Any], how: str | None, needs_x: bool) -> str:
-    if (how := how or product) is not None:
-        return how
-    dy, low, K = parts[0].dy, parts[0].A.dtype, parts[0].w.shape[0]
-    n, r = sum(part.dy.shape[1] for part in parts), max(part.A.shape[0] for part in parts)
-    masked = any(part.bits is not None for part in parts)
-    grads = grads_of(parts, needs_x)
-    best = tuned.best_of(PRODUCTS, "backward", dy, low, n, K, r, len(parts), masked, grads)
-    return best or PRODUCTS[0]
-
-
-def _grad_input(parts: list[Any], ds: list[Tensor], how: str) -> Tensor:
-    """dX [M, K] out of every dY and dS."""
-    bits = [part.bits for part in parts]
-    As, dys = [part.A for part in parts], [part.dy for part in parts]
-    dy, low, K = dys[0], As[0].dtype, parts[0].w.shape[0]
-    r, masked = max(d.shape[1] for d in ds), any(b is not None for b in bits)
-    if how == "fused":
-        n = sum(d.shape[1] for d in dys)
-        config = tuned.config("gemm_grad_input", dy, low, n, K, r, len(parts), masked)
-        ws = [part.w.t() for part in parts]
-        return fused_grad_input(dys, ws, ds, As, bits, config=config)
-    config = tuned.config("low_rank_grad_input", dy, low, 0, K, r, len(parts), masked)
-    dx = low_rank_grad_input(ds, As, bits, config=config)
-    for part in parts:
-        dx.addmm_(part.dy, part.w.t())
-    return dx
+def _over_dy(parts: list[Any]) -> tuple[list[Tensor], list[Tensor | None]]:
+    """dS_i of every part, dB_i where it is wanted: what reads dY_i alone."""
+    ds: list[Any] = [None] * len(parts)
+    dbs: list[Tensor | None] = [None] * len(parts)
+    both, configs = [], []
+    for i, part in enumerate(parts):
+        N, r = part.B.shape
+        if part.needs_b and part.s is not None:
+            both.append(i)
+            configs.append(tuned.config("outer", part.dy, part.B.dtype, N, 0, r))
+        else:
+            config = tuned.config("shrink", part.dy, part.B.dtype, 0, N, r)
+            ds[i] = shrink(part.dy, [part.B.t()], part.scale / (1.0 - part.p), config=config)
+    done = grad_outputs(
+        [(q.dy, q.B, q.s, q.scale / (1.0 - q.p)) for q in (parts[i] for i in both)],
+        [parts[i].B.dtype for i in both],
+        configs,
+    )
+    for i, (d, db) in zip(both, done, strict=True):
+        ds[i], dbs[i] = d, db
+    return ds, dbs
 
 
 @on_its_device

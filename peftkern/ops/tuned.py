@@ -46,6 +46,8 @@ _CONFIG_OF = {  # op of a table -> (module of kernels/, class)
     "low_rank_grad_input": ("write", "WriteConfig"),
     "outer": ("outer", "OuterConfig"),
     "grad_a": ("outer", "GradAConfig"),
+    "update": ("update", "UpdateConfig"),
+    "pair": ("pair", "PairConfig"),
     "gemm": ("gemm", "GemmConfig"),
     "gemm_grad_input": ("gemm", "GemmConfig"),
     "small": ("small", "SmallConfig"),

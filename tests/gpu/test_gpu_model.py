@@ -45,7 +45,7 @@ def train(model, ids, steps=5):
     return losses
 
 
-@pytest.mark.parametrize("product", ["hybrid", "fused"])
+@pytest.mark.parametrize("product", triton_backend.PRODUCTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_both_backends_train_alike(dtype, product, monkeypatch):
     monkeypatch.setattr(triton_backend, "product", product)

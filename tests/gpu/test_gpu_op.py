@@ -25,7 +25,7 @@ BF16, FP32 = torch.bfloat16, torch.float32
 LIMIT = {torch.bfloat16: 6e-3, torch.float16: 1e-3, torch.float32: 1e-5}
 
 
-@pytest.fixture(params=["hybrid", "fused"])
+@pytest.fixture(params=triton_backend.PRODUCTS)
 def product(request, monkeypatch):
     monkeypatch.setattr(triton_backend, "product", request.param)
     with backend.use_backend("triton"):

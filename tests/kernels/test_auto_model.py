@@ -22,7 +22,7 @@ class Changing(FakeClock):
         self.turns = itertools.cycle(reversed(WAYS))
 
     def seconds(self, name, run, repeats):
-        if name == "torch" and repeats == 1:
+        if name == "torch" and repeats == 2:  # once a race, before the rounds
             self.fastest = next(self.turns)
         return super().seconds(name, run, repeats)
 

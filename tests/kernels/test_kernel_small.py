@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from peftkern.kernels import reference
 from peftkern.kernels.small import MAX_ROWS, SmallConfig, decode
-from tests.kernels.oracle import DTYPES, assert_as_good_as_torch, far_rows, few, matrix
+from tests.kernels.oracle import DTYPES, assert_as_good_as_torch, blas, far_rows, few, matrix
 
 
 def base(M, K, N, dtype, conv1d, bias):
@@ -31,7 +31,15 @@ def check(M, K, N, r, dtype, adapter, conv1d=False, bias=False, given_s=False, c
     else:
         out = decode(x, w, a, b, 2.0, c, config=config)
     plain = x @ w.T + low @ b.to(dtype).T
-    plain = plain if c is None else plain + c
+    plain = [plain if c is None else plain + c]
+    if dtype == torch.float32:
+        # as the kernel's tiles are: W and B on the left, never fewer than 16 rows of x or outputs
+        xs = torch.nn.functional.pad(x, (0, 0, 0, 16 - M)).T
+        low = low.T if given_s else 2.0 * blas(a, xs)[:, :M]
+        low = torch.nn.functional.pad(low, (0, 16 - M))
+        wide = 16 * -(-N // 16) // N + 1
+        y = (blas(b.repeat(wide, 1), low) + blas(w.repeat(wide, 1), xs))[:N, :M].T
+        plain.append(y if c is None else y + c)
     assert_as_good_as_torch(out, plain, reference.linear(x, w, s, b, c))
 
 

@@ -10,7 +10,7 @@ import peftkern
 from peftkern.ops import backend, bits, torch_backend, triton_backend
 
 
-@pytest.fixture(params=["hybrid", "fused"])
+@pytest.fixture(params=triton_backend.PRODUCTS)
 def product(request, monkeypatch):
     monkeypatch.setattr(triton_backend, "product", request.param)
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...ops import autocast
 from ...ops.lora_group import lora_group
 from ...ops.projection import Projection
 
@@ -54,7 +55,7 @@ class _Stash:
 
 
 def _mode(x: Tensor) -> tuple[bool, bool]:
-    return torch.is_grad_enabled(), torch.is_autocast_enabled(x.device.type)
+    return torch.is_grad_enabled(), autocast.is_on(x)
 
 
 def _fingerprint(call: tuple[Any, ...]) -> tuple[Any, ...]:

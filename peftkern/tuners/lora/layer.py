@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 
+from ...ops import autocast
 from ...ops.lora import lora_linear
 from .base import NOTHING, LoraLayer
 from .config import LoraConfig
@@ -139,7 +140,7 @@ class Linear(nn.Module, LoraLayer):
 
     def _update(self, name: str, x: Tensor) -> Tensor:
         A: Any = self.lora_A[name]
-        if not torch.is_autocast_enabled(x.device.type):
+        if not autocast.is_on(x):
             x = x.to(A.weight.dtype)
         return self.lora_B[name](A(self.lora_dropout[name](x))) * self.scaling[name]
 
@@ -206,4 +207,4 @@ def _dtypes_fit(x: Tensor, dtype: torch.dtype, low: torch.dtype, low_b: torch.dt
         return False
     if x.dtype == dtype:
         return low == dtype or low == torch.float32
-    return torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+    return autocast.is_on(x) and x.dtype != torch.float64

@@ -1,0 +1,243 @@
+"""Everything of the backward that the mask touches, in one pass over X:
+
+    dA_i [r_i, K] = dS_iᵀ (mask_i X)                  for each adapter of a group
+    D    [M, K]   = sum over i of mask_i * (dS_i A_i)   the low-rank part of dX
+
+on which the vendor's products dY_i W_i then accumulate. A program owns a strip of columns of X and
+walks down its rows: the mask and dS are read once for both results, and a launch is saved beside
+:func:`.outer.grad_a` with :func:`.write.low_rank_grad_input`. M is not split where the strips fill
+the device, so that dA needs no second stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from .common import (
+    Arch,
+    Launch,
+    arch_of,
+    cast,
+    cdiv,
+    check_adapter_dtype,
+    check_blocks,
+    check_device,
+    check_matrix,
+    check_rank,
+    check_shape,
+    check_words,
+    dot,
+    keep_tile,
+    next_pow2,
+    per_adapter,
+    precision,
+    row_stride,
+    rows,
+)
+from .outer import GROUP_RANK, strips
+from .reduce import plan_sum
+
+
+@dataclass(frozen=True)
+class PairConfig:
+    """Tiles of X [block_m, block_k]; M cut in split_m parts (1: no second stage)."""
+
+    block_m: int = 64
+    block_k: int = 64
+    split_m: int = 1
+    num_warps: int = 4
+    num_stages: int = 3
+
+    def __post_init__(self) -> None:
+        check_blocks(self, block_m=self.block_m)
+        check_blocks(self, low=32, block_k=self.block_k)  # whole mask words
+        if self.split_m < 1:
+            raise ValueError(f"PairConfig.split_m is {self.split_m}; allowed: 1 or more")
+
+
+def fits(ranks: Sequence[int]) -> bool:
+    """Whether one launch holds the accumulators of these ranks."""
+    return sum(max(16, next_pow2(r)) for r in ranks) <= GROUP_RANK
+
+
+def default_config(
+    M: int, K: int, ranks: Sequence[int], arch: Arch, itemsize: int = 2
+) -> PairConfig:
+    """Strips as for ``grad_a``, but narrow where several adapters or fp32 products would not leave
+    registers for wide ones; fewer tiles in flight where A and its gradient fill them.
+    """
+    held = sum(max(16, next_pow2(r)) for r in ranks)
+    block_k, split = strips(M, K, arch)
+    if len(ranks) > 1 or itemsize == 4:
+        block_k, split = 32, max(1, min(arch.sms // cdiv(K, 32), cdiv(M, 256)))
+    block_m = 64 if held <= 64 else 32
+    return PairConfig(
+        block_m=block_m,
+        block_k=block_k,
+        split_m=split,
+        num_warps=8 if held > 64 else 4,
+        num_stages=3 if held <= 64 and arch.shared > 160_000 else 2,
+    )
+
+
+@triton.jit
+def _pair_kernel(
+    x, ds, As, words, d_out, outs, ranks, ds_strides, a_r_strides, a_k_strides,
+    part_strides, r_strides, k_strides, M, K, M_PART, x_stride, d_stride, WORDS,
+    G: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    part = tl.program_id(1)
+    k0 = tl.program_id(0) * BLOCK_K
+    k = k0 + tl.arange(0, BLOCK_K)
+    k_ok = k < K
+    k64 = k.to(tl.int64)
+    rank = tl.arange(0, BLOCK_R)
+    rank64 = rank.to(tl.int64)
+    acc = ()
+    for _ in tl.static_range(G):
+        acc = acc + (tl.zeros((BLOCK_K, BLOCK_R), tl.float32),)
+    first = part * M_PART
+    last = tl.minimum(first + M_PART, M)
+    for m0 in range(first, last, BLOCK_M):
+        row = m0 + tl.arange(0, BLOCK_M)
+        row_ok = row < last
+        row64 = row.to(tl.int64)
+        ok = row_ok[:, None] & k_ok[None, :]
+        xs = tl.load(x + row64[:, None] * x_stride + k[None, :], mask=ok, other=0.0)
+        total = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+        new = ()
+        for i in tl.static_range(G):
+            rank_ok = rank < ranks[i]
+            d = tl.load(
+                ds[i] + row64[:, None] * ds_strides[i] + rank[None, :],
+                mask=row_ok[:, None] & rank_ok[None, :],
+                other=0.0,
+            )  # [BLOCK_M, BLOCK_R]
+            # A is small and its strip stays in the nearest cache; held in registers it would spill
+            a = tl.load(
+                As[i] + rank64[:, None] * a_r_strides[i] + k64[None, :] * a_k_strides[i],
+                mask=rank_ok[:, None] & k_ok[None, :],
+                other=0.0,
+            )  # [BLOCK_R, BLOCK_K]
+            kept = xs
+            if words[i] is not None:
+                keep = keep_tile(words[i], row, row_ok, k0, WORDS, BLOCK_M, BLOCK_K)
+                kept = tl.where(keep, xs, 0.0)
+                low = dot(d, cast(a, d.dtype), tl.zeros((BLOCK_M, BLOCK_K), tl.float32), PRECISION)
+                total += tl.where(keep, low, 0.0)
+            else:
+                total = dot(d, cast(a, d.dtype), total, PRECISION)
+            new = new + (dot(tl.trans(kept.to(xs.dtype)), d, acc[i], PRECISION),)
+        acc = new
+        tl.store(
+            d_out + row64[:, None] * d_stride + k[None, :],
+            cast(total, d_out.dtype.element_ty),
+            mask=ok,
+        )
+    for i in tl.static_range(G):
+        at = outs[i] + part.to(tl.int64) * part_strides[i]
+        tl.store(
+            at + rank64[None, :] * r_strides[i] + k64[:, None] * k_strides[i],
+            cast(acc[i], outs[i].dtype.element_ty),
+            mask=k_ok[:, None] & (rank < ranks[i])[None, :],
+        )
+
+
+def plan_pair(
+    x: torch.Tensor,
+    ds: Sequence[torch.Tensor],
+    As: Sequence[torch.Tensor],
+    words: Sequence[torch.Tensor | None],
+    d_out: torch.Tensor,
+    das: Sequence[torch.Tensor],
+    config: PairConfig,
+) -> list[Launch]:
+    """Launches that fill ``d_out`` [M, K] and das[i] [r_i, K] (contiguous); arguments already
+    checked, ranks held by one launch.
+    """
+    M, K = x.shape
+    m_part = cdiv(cdiv(M, config.split_m), config.block_m) * config.block_m
+    split = cdiv(M, m_part)
+    partials = [
+        o if split == 1 else o.new_empty((split, *o.shape), dtype=torch.float32) for o in das
+    ]
+    ranks = tuple(d.shape[1] for d in ds)
+    args = (
+        x, tuple(ds), tuple(As), tuple(words), d_out, tuple(partials), ranks,
+        tuple(row_stride(d) for d in ds),
+        tuple(a.stride(0) for a in As), tuple(a.stride(1) for a in As),
+        tuple(o.numel() for o in das),
+        tuple(p.stride(-2) for p in partials), tuple(p.stride(-1) for p in partials),
+        M, K, m_part, row_stride(x), row_stride(d_out), cdiv(K, 32),
+    )  # fmt: skip
+    meta = dict(
+        G=len(ds), BLOCK_M=config.block_m, BLOCK_K=config.block_k,
+        BLOCK_R=max(16, next_pow2(max(ranks))), PRECISION=precision(x.dtype),
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    launches = [Launch(_pair_kernel, (cdiv(K, config.block_k), split), args, meta)]
+    if split > 1:
+        launches.append(plan_sum(list(zip(partials, das, strict=True))))
+    return launches
+
+
+def grad_pair(
+    x: torch.Tensor,
+    ds: Sequence[torch.Tensor],
+    As: Sequence[torch.Tensor],
+    bits: torch.Tensor | Sequence[torch.Tensor | None] | None = None,
+    *,
+    out_dtypes: Sequence[torch.dtype] | None = None,
+    config: PairConfig | None = None,
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """(D [M, K] in x's dtype, [dA_i [r_i, K]]): D = sum over i of mask_i * (dS_i A_i), dA_i =
+    dS_iᵀ (mask_i X) in out_dtypes[i] (default fp32); X, dS and the masks are read once.
+
+    x [M, K] fp16/bf16/fp32, any row stride; ds[i] [M, r_i] x's dtype, any row stride; As[i] [r_i,
+    K] fp32 or x's dtype, any strides; ranks as for :func:`.update.update`; bits as in
+    :func:`.shrink.shrink`. Errors: TypeError, ValueError naming the argument, before any launch.
+    """
+    x = rows("x", x)
+    M, K = x.shape
+    ds, As = [rows(f"ds[{i}]", d, (x.dtype,)) for i, d in enumerate(ds)], list(As)
+    if not ds or len(ds) != len(As):
+        raise ValueError(
+            f"ds has {len(ds)} entries, As {len(As)}; allowed: equal counts, 1 or more"
+        )
+    for i, (d, a) in enumerate(zip(ds, As, strict=True)):
+        check_rank(f"ds[{i}]", d.shape[1])
+        check_shape(f"ds[{i}]", d, (M, d.shape[1]), "x has M rows")
+        check_matrix(f"As[{i}]", a)
+        check_shape(f"As[{i}]", a, (d.shape[1], K), f"[columns of ds[{i}], columns of x]")
+        check_adapter_dtype(f"As[{i}]", a, x.dtype)
+    ranks = [d.shape[1] for d in ds]
+    if not fits(ranks):
+        raise ValueError(
+            f"ds have ranks {ranks}; allowed: {GROUP_RANK} together, each padded to a power of two "
+            "of at least 16 (use grad_a and low_rank_grad_input)"
+        )
+    if len({a.dtype for a in As}) > 1:
+        As = [a.float() for a in As]
+    words = [
+        check_words(f"bits[{i}]", w, M, K) for i, w in enumerate(per_adapter("bits", bits, len(ds)))
+    ]
+    check_device(
+        x=x,
+        **{f"ds[{i}]": d for i, d in enumerate(ds)}, **{f"As[{i}]": a for i, a in enumerate(As)},
+        **{f"bits[{i}]": w for i, w in enumerate(words)},
+    )  # fmt: skip
+    dtypes = list(out_dtypes) if out_dtypes is not None else [torch.float32] * len(ds)
+    das = [x.new_empty((r, K), dtype=t) for r, t in zip(ranks, dtypes, strict=True)]
+    d_out = x.new_empty((M, K))
+    if M == 0 or K == 0:
+        return d_out, [o.zero_() for o in das]
+    config = config or default_config(M, K, ranks, arch_of(x.device), x.element_size())
+    for launch in plan_pair(x, ds, As, words, d_out, das, config):
+        launch.run()
+    return d_out, das

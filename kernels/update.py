@@ -1,0 +1,221 @@
+"""Shrink and write in one launch, for the order in which the vendor's product comes last:
+
+    S_i [M, r_i] = scale_i * (mask_i X) A_iᵀ
+    Y_i [M, N_i] = S_i B_iᵀ + bias_i        for every projection i that reads X
+
+A program keeps its rows of S in registers and walks over the columns of each Y with them, so S is
+not read back and one launch is saved. It needs all of K for a row before the first column of Y:
+with few rows there are too few programs, and :mod:`.shrink` (K split) with :mod:`.write` is better.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from .common import (
+    Arch,
+    Launch,
+    arch_of,
+    cast,
+    cdiv,
+    check_adapter_dtype,
+    check_blocks,
+    check_device,
+    check_matrix,
+    check_rank,
+    check_shape,
+    check_words,
+    dot,
+    next_pow2,
+    per_adapter,
+    precision,
+    row_stride,
+    rows,
+)
+from .shrink import LAUNCH_RANK, accumulate
+
+
+@dataclass(frozen=True)
+class UpdateConfig:
+    """Tiles of X [block_m, block_k] on the way down, of Y [block_m, block_n] on the way up."""
+
+    block_m: int = 64
+    block_k: int = 64
+    block_n: int = 128
+    num_warps: int = 4
+    num_stages: int = 3
+
+    def __post_init__(self) -> None:
+        check_blocks(self, block_m=self.block_m, block_n=self.block_n)
+        check_blocks(self, low=32, block_k=self.block_k)  # whole mask words
+
+
+def fits(M: int, ranks: Sequence[int], arch: Arch) -> bool:
+    """Whether one launch holds these ranks, and M rows make enough programs for the device."""
+    held = sum(max(16, next_pow2(r)) for r in ranks)
+    return held <= LAUNCH_RANK and cdiv(M, 32) >= arch.sms * 3 // 4
+
+
+def default_config(M: int, ranks: Sequence[int], arch: Arch) -> UpdateConfig:
+    """Rows a program: as many as still give every multiprocessor a program."""
+    held = sum(max(16, next_pow2(r)) for r in ranks)
+    block_m = 64 if cdiv(M, 64) >= arch.sms * 3 // 4 else 32
+    if not arch.warpgroups and held > 64:
+        block_m = 32
+    return UpdateConfig(
+        block_m=block_m,
+        block_k=128 if block_m <= 32 and held <= 32 else 64,
+        block_n=128 if held <= 64 else 64,
+        num_warps=8 if held > 64 else 4,
+        num_stages=3 if arch.shared > 160_000 or held <= 64 else 2,
+    )
+
+
+@triton.jit
+def _update_kernel(
+    x, As, words, s_out, Bs, biases, ys, ranks, columns, scales,
+    a_r_strides, a_k_strides, b_n_strides, b_r_strides, y_strides, Ns,
+    M, K, x_stride, s_stride, WORDS,
+    G: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_ok = row < M
+    row64 = row.to(tl.int64)
+    rank = tl.arange(0, BLOCK_R)
+    acc = accumulate(
+        x + row64[:, None] * x_stride, As, words, ranks, a_r_strides, a_k_strides,
+        row, row_ok, 0, K, WORDS, G, BLOCK_M, BLOCK_K, BLOCK_R, PRECISION,
+    )  # fmt: skip
+    for i in tl.static_range(G):
+        rank_ok = rank < ranks[i]
+        s = cast(acc[i] * scales[i], s_out.dtype.element_ty)
+        tl.store(
+            s_out + row64[:, None] * s_stride + (columns[i] + rank)[None, :],
+            s,
+            mask=row_ok[:, None] & rank_ok[None, :],
+        )
+        y_row = ys[i] + row64[:, None] * y_strides[i]
+        for n0 in range(0, Ns[i], BLOCK_N):
+            n = n0 + tl.arange(0, BLOCK_N)
+            n_ok = n < Ns[i]
+            b = tl.load(
+                Bs[i]
+                + rank.to(tl.int64)[:, None] * b_r_strides[i]
+                + n.to(tl.int64)[None, :] * b_n_strides[i],
+                mask=rank_ok[:, None] & n_ok[None, :],
+                other=0.0,
+            )  # [BLOCK_R, BLOCK_N]
+            y = dot(s, cast(b, s.dtype), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
+            if biases[i] is not None:
+                y += tl.load(biases[i] + n, mask=n_ok, other=0.0).to(tl.float32)[None, :]
+            tl.store(
+                y_row + n[None, :],
+                cast(y, ys[i].dtype.element_ty),
+                mask=row_ok[:, None] & n_ok[None, :],
+            )
+
+
+def plan_update(
+    x: torch.Tensor,
+    As: Sequence[torch.Tensor],
+    Bs: Sequence[torch.Tensor],
+    words: Sequence[torch.Tensor | None],
+    biases: Sequence[torch.Tensor | None],
+    scales: Sequence[float],
+    s: torch.Tensor,
+    ys: Sequence[torch.Tensor],
+    config: UpdateConfig,
+) -> list[Launch]:
+    """The launch that fills ``s`` [M, sum r] (contiguous) and ys[i] [M, N_i]; arguments already
+    checked, ranks held by one launch.
+    """
+    (M, K), ranks = x.shape, tuple(a.shape[0] for a in As)
+    columns = tuple(sum(ranks[:i]) for i in range(len(ranks)))
+    args = (
+        x, tuple(As), tuple(words), s, tuple(Bs), tuple(biases), tuple(ys),
+        ranks, columns, tuple(float(c) for c in scales),
+        tuple(a.stride(0) for a in As), tuple(a.stride(1) for a in As),
+        tuple(b.stride(0) for b in Bs), tuple(b.stride(1) for b in Bs),
+        tuple(row_stride(y) for y in ys), tuple(y.shape[1] for y in ys),
+        M, K, row_stride(x), s.shape[1], cdiv(K, 32),
+    )  # fmt: skip
+    meta = dict(
+        G=len(As), BLOCK_M=config.block_m, BLOCK_K=config.block_k, BLOCK_N=config.block_n,
+        BLOCK_R=max(16, next_pow2(max(ranks))), PRECISION=precision(x.dtype),
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    return [Launch(_update_kernel, (cdiv(M, config.block_m),), args, meta)]
+
+
+def update(
+    x: torch.Tensor,
+    As: Sequence[torch.Tensor],
+    Bs: Sequence[torch.Tensor],
+    scales: float | Sequence[float] = 1.0,
+    bits: torch.Tensor | Sequence[torch.Tensor | None] | None = None,
+    biases: Sequence[torch.Tensor | None] | None = None,
+    *,
+    config: UpdateConfig | None = None,
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """(S [M, sum r_i], [Y_i [M, N_i]]) in x's dtype, one launch: columns of adapter i of S hold
+    scale_i * (mask_i X) A_iᵀ, and Y_i = S_i B_iᵀ + bias_i.
+
+    x [M, K] fp16/bf16/fp32, any row stride; A_i [r_i, K], B_i [N_i, r_i] fp32 or x's dtype, any
+    strides, ranks from 1 and, each rounded up to a power of two of at least 16, 128 together; bits
+    as in :func:`.shrink.shrink`; bias_i [N_i] or None. Errors: TypeError or ValueError naming the
+    argument, before any launch.
+    """
+    x = rows("x", x)
+    As, Bs = list(As), list(Bs)
+    M, K = x.shape
+    if not As or len(As) != len(Bs):
+        raise ValueError(
+            f"As has {len(As)} entries, Bs {len(Bs)}; allowed: equal counts, 1 or more"
+        )
+    for i, (a, b) in enumerate(zip(As, Bs, strict=True)):
+        check_matrix(f"As[{i}]", a)
+        check_rank(f"As[{i}]", a.shape[0])
+        check_shape(f"As[{i}]", a, (a.shape[0], K), "x has K columns")
+        check_matrix(f"Bs[{i}]", b)
+        check_shape(f"Bs[{i}]", b, (b.shape[0], a.shape[0]), f"[N, rows of As[{i}]]")
+        check_adapter_dtype(f"As[{i}]", a, x.dtype)
+        check_adapter_dtype(f"Bs[{i}]", b, x.dtype)
+    held = sum(max(16, next_pow2(a.shape[0])) for a in As)
+    if held > LAUNCH_RANK:
+        raise ValueError(
+            f"As have ranks {[a.shape[0] for a in As]}, {held} with padding; allowed: "
+            f"{LAUNCH_RANK} together (use shrink and expand)"
+        )
+    if len({t.dtype for t in As}) > 1:
+        As = [a.float() for a in As]  # one signature for the group; mixed dtypes are rare
+    if len({t.dtype for t in Bs}) > 1:
+        Bs = [b.float() for b in Bs]
+    words = [
+        check_words(f"bits[{i}]", w, M, K) for i, w in enumerate(per_adapter("bits", bits, len(As)))
+    ]
+    biases = per_adapter("biases", biases, len(As))
+    for i, (c, b) in enumerate(zip(biases, Bs, strict=True)):
+        if c is not None:
+            check_shape(f"biases[{i}]", c, (b.shape[0],), f"Bs[{i}] has N rows")
+    biases = [None if c is None else c.contiguous() for c in biases]
+    check_device(
+        x=x,
+        **{f"As[{i}]": t for i, t in enumerate(As)}, **{f"Bs[{i}]": t for i, t in enumerate(Bs)},
+        **{f"bits[{i}]": t for i, t in enumerate(words)},
+        **{f"biases[{i}]": t for i, t in enumerate(biases)},
+    )  # fmt: skip
+    ranks = [a.shape[0] for a in As]
+    s = x.new_empty((M, sum(ranks)))
+    ys = [x.new_empty((M, b.shape[0])) for b in Bs]
+    if M:
+        config = config or default_config(M, ranks, arch_of(x.device))
+        factors = per_adapter("scales", scales, len(As))
+        for launch in plan_update(x, As, Bs, words, biases, factors, s, ys, config):
+            launch.run()
+    return s, ys
