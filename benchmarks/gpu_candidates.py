@@ -11,7 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftkern.kernels import bits, gemm, outer, reference, shrink, small, tuning, write
+from peftkern.kernels import (
+    bits,
+    gemm,
+    outer,
+    pair,
+    reference,
+    shrink,
+    small,
+    tuning,
+    update,
+    write,
+)
 
 from .gpu_cases import LLAMA_8B, LLAMA_70B, TINY
 from .gpu_device import Device, randn
@@ -32,7 +43,7 @@ class RaceCase:
     dtype: str = "bfloat16"
     adapter_dtype: str = "float32"
     group: int = 1
-    ns: tuple[int, ...] = ()  # of the projections of a whole operation; n is their sum
+    ns: tuple[int, ...] = ()  # of each projection, for whole operations and "update"; n: their sum
     graph: bool = False  # a whole operation in a CUDA graph; kernels always are
 
     @property
@@ -100,6 +111,25 @@ def config_list(case: RaceCase) -> list[Any]:
             for m, n, warps, stages in rows
             if m <= max(16, 2 * M)
         ]
+    if op == "update":
+        rows = [
+            (64, 64, 128, 4, 3), (32, 64, 128, 4, 3), (32, 128, 128, 4, 3), (64, 64, 64, 4, 3),
+            (64, 128, 128, 8, 3), (128, 64, 128, 8, 3), (64, 64, 256, 8, 3), (16, 128, 128, 4, 3),
+        ]  # fmt: skip
+        return _configs(
+            update.UpdateConfig, "block_m block_k block_n num_warps num_stages",
+            [r for r in rows if r[0] <= max(16, 2 * M)],
+        )  # fmt: skip
+    if op == "pair":
+        rows = [
+            (64, 64, 1, 4, 3), (64, 64, 2, 4, 3), (64, 64, 4, 4, 3), (64, 32, 1, 4, 3),
+            (64, 32, 2, 4, 3), (128, 32, 2, 4, 3), (128, 64, 4, 8, 3), (32, 64, 4, 4, 3),
+            (64, 128, 8, 8, 2), (64, 64, 8, 4, 3),
+        ]  # fmt: skip
+        return _configs(
+            pair.PairConfig, "block_m block_k split_m num_warps num_stages",
+            [r for r in rows if r[2] * r[0] <= max(64, M)],
+        )  # fmt: skip
     if op == "outer":
         rows = [
             (128, 64, 1, 8, 3), (128, 64, 2, 8, 3), (256, 64, 2, 8, 2), (256, 64, 4, 8, 3),
@@ -154,6 +184,11 @@ def race_cases() -> list[RaceCase]:
             yield RaceCase("expand", M, size, 0, r)
             yield RaceCase("outer", M, size, 0, r)
 
+    def joined(M: int, r: int, mask: bool, k: int, *ns: int) -> Iterator[RaceCase]:
+        if pair.fits([r] * len(ns)):
+            yield RaceCase("update", M, sum(ns), k, r, mask, group=len(ns), ns=ns)
+            yield RaceCase("pair", M, 0, k, r, mask, group=len(ns))
+
     def products(M: int, r: int, n: int, k: int) -> Iterator[RaceCase]:
         yield RaceCase("gemm", M, n, k, r)
         yield RaceCase("gemm_grad_input", M, n, k, r, True)
@@ -172,6 +207,7 @@ def race_cases() -> list[RaceCase]:
         for M in (8192, 2048):
             for mask in (True, False):
                 yield from low_rank(M, 16, mask, h)
+                yield from joined(M, 16, mask, h, h)
             yield from products(M, 16, h, h)
             yield from train(M, 16, h, h)
         for M in (1, 16):
@@ -194,12 +230,15 @@ def race_cases() -> list[RaceCase]:
             yield RaceCase("shrink", 8192, 0, h, 16, mask, group=3)
             yield RaceCase("grad_a", 8192, 0, h, 16, mask, group=3)
             yield RaceCase("low_rank_grad_input", 8192, 0, h, 16, mask, group=3)
+            yield from joined(8192, 16, mask, h, h, kv, kv)
+            yield from joined(8192, 16, mask, h, wide, wide)
         for M in (8192, 2048):
             yield from train(M, 16, h, h, kv, kv)
             yield from train(M, 16, h, wide, wide)  # gate and up
         for r in (64, 128, 8):
             for mask in (True, False):
                 yield from low_rank(8192, r, mask, h)
+                yield from joined(8192, r, mask, h, h)
             yield from products(8192, r, h, h)
             yield from train(8192, r, h, h)
         for M in (8192, 2048):
@@ -271,6 +310,37 @@ def contest(case: RaceCase, device: Device, copies: int) -> Contest:
             ],
             entrants,
         )
+    if case.op == "update":
+        x, As = some(M, K), [adapters(r, K) for _ in range(G)]
+        Bs = [adapters(n, r) for n in case.ns]
+
+        def joined_exact() -> list[Tensor]:
+            pairs = zip(As, keeps or none, strict=True)
+            parts = [reference.shrink(x[0], a[0], SCALE, m) for a, m in pairs]
+            ys = [reference.expand(s, b[0]) for s, b in zip(parts, Bs, strict=True)]
+            return [torch.cat(parts, dim=1), *ys]
+
+        def joined(c: Any, i: int) -> list[Tensor]:
+            each = [a[i] for a in As], [b[i] for b in Bs]
+            s, ys = update.update(x[i], *each, SCALE, words, config=c)
+            return [s, *ys]
+
+        return Contest(joined, joined_exact, entrants)
+    if case.op == "pair":
+        x, ds = some(M, K), [some(M, r) for _ in range(G)]
+        As = [adapters(r, K) for _ in range(G)]
+
+        def paired(c: Any, i: int) -> list[Tensor]:
+            d, das = pair.grad_pair(x[i], [d[i] for d in ds], [a[i] for a in As], words, config=c)
+            return [d, *das]
+
+        def paired_exact() -> list[Tensor]:
+            masks, first = keeps or none, [d[0] for d in ds]
+            d = reference.low_rank_grad_input(first, [a[0] for a in As], masks)
+            das = [reference.grad_a(x[0], v, m) for v, m in zip(first, masks, strict=True)]
+            return [d, *das]
+
+        return Contest(paired, paired_exact, entrants)
     if case.op == "outer":
         dy, b, s = some(M, N), adapters(N, r), some(M, r)
         return Contest(
