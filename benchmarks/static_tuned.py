@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftkern.kernels import gemm, outer, shrink, small, tuning, write
+from peftkern.kernels import gemm, outer, pair, shrink, small, tuning, update, write
 from peftkern.kernels.common import Arch, Launch
 
 from .static_cases import FP32, INT32, Case, meta
@@ -56,6 +56,21 @@ def _low_rank_grad_input(t: _Tensors, config: Any, arch: Arch) -> list[Launch]:
     return write.plan_write(t("m", "k"), ds, As, t.words(), None, None, config)
 
 
+def _update(t: _Tensors, config: Any, arch: Arch) -> list[Launch]:
+    k, g = t.key, t.key.group
+    s = meta(k.m, k.r * g, dtype=t.dtype)
+    # n is the sum over the group; how it is shared out does not matter to the compiler
+    Bs, ys = [t.low("n", "r")] * g, [t("m", "n")] * g
+    As, scales = [t.low("r", "k")] * g, [1.0] * g
+    return update.plan_update(t("m", "k"), As, Bs, t.words(), [None] * g, scales, s, ys, config)
+
+
+def _pair(t: _Tensors, config: Any, arch: Arch) -> list[Launch]:
+    g = t.key.group
+    ds, As, das = [t("m", "r")] * g, [t.low("r", "k")] * g, [t.grad("r", "k")] * g
+    return pair.plan_pair(t("m", "k"), ds, As, t.words(), t("m", "k"), das, config)
+
+
 def _outer(t: _Tensors, config: Any, arch: Arch) -> list[Launch]:
     dy, b, s = t("m", "n"), t.low("n", "r"), t("m", "r")
     return outer.plan_outer(dy, b, s, 1.0, t("m", "r"), t.grad("n", "r"), config)
@@ -85,26 +100,23 @@ def _small(t: _Tensors, config: Any, arch: Arch) -> list[Launch]:
 
 
 Plan = Callable[[_Tensors, Any, Arch], list[Launch]]
-# An op that chooses an implementation has a config where the kernel was chosen.
 PLANS: dict[str, tuple[type, Plan]] = {
     "shrink": (shrink.ShrinkConfig, _shrink),
     "expand": (write.WriteConfig, _expand),
     "low_rank_grad_input": (write.WriteConfig, _low_rank_grad_input),
+    "update": (update.UpdateConfig, _update),
+    "pair": (pair.PairConfig, _pair),
     "outer": (outer.OuterConfig, _outer),
-    "grad_output": (outer.OuterConfig, _outer),
     "grad_a": (outer.GradAConfig, _grad_a),
     "gemm": (gemm.GemmConfig, _gemm),
-    "forward": (gemm.GemmConfig, _gemm),
     "gemm_grad_input": (gemm.GemmConfig, _gemm_grad_input),
-    "grad_input": (gemm.GemmConfig, _gemm_grad_input),
     "small": (small.SmallConfig, _small),
-    "decode": (small.SmallConfig, _small),
 }
 
 
 def tuned_cases(arch: Arch, folder: Path = tuning.FOLDER) -> Iterator[Case]:
     """A case for each launch of each config in the tables for ``arch``'s capability; entries that
-    keep the default or name no kernel of ours have none.
+    keep the default, or choose a way to run a whole operation, have none.
 
     Raises:
         ValueError: a table, an entry or its config is not valid; names the file.

@@ -42,6 +42,7 @@ from .shrink import plan_shrink
 
 BLOCK_R_MAX = 128  # ranks one program accumulates; beyond it X (or dY) is read again
 GROUP_RANK = 128  # padded ranks one grad_a launch accumulates, over its adapters
+TWO_PASS = "two_pass"  # in place of a config of grad_output
 
 
 @dataclass(frozen=True)
@@ -339,7 +340,7 @@ def _plan_grad_output(
     s: torch.Tensor,
     scale: float,
     out_dtype: torch.dtype,
-    config: OuterConfig | None,
+    config: OuterConfig | str | None,
 ) -> tuple[torch.Tensor, torch.Tensor, list[Launch]]:
     """(dS, dB, the launches that fill them), after all checks."""
     dy, s = rows("dy", dy), rows("s", s, (dy.dtype,))
@@ -354,7 +355,7 @@ def _plan_grad_output(
         return ds.zero_(), db.zero_(), []
     arch = arch_of(dy.device)
     config = config or default_outer_config(M, N, r, arch, dy.element_size())
-    if config is not None:
+    if isinstance(config, OuterConfig):
         return ds, db, plan_outer(dy, b, s, scale, ds, db, config)
     return ds, db, plan_two_pass(dy, b, s, scale, ds, db, arch)
 
@@ -366,10 +367,10 @@ def grad_output(
     scale: float = 1.0,
     *,
     out_dtype: torch.dtype = torch.float32,
-    config: OuterConfig | None = None,
+    config: OuterConfig | str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(dS [M, r] in dY's dtype, dB [N, r] in ``out_dtype``) = (scale * dY B, dYᵀ S), dY read once
-    (twice for large r).
+    (twice for large r, and with ``config=TWO_PASS``).
 
     dy [M, N] fp16/bf16/fp32, any row stride; b [N, r] fp32 or dy's dtype, any strides; s [M, r]
     dy's dtype, any row stride, its scale already in it; r from 1 to 256. Errors: TypeError,
@@ -384,7 +385,7 @@ def grad_output(
 def grad_outputs(
     parts: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]],
     out_dtypes: Sequence[torch.dtype],
-    configs: Sequence[OuterConfig | None] | None = None,
+    configs: Sequence[OuterConfig | str | None] | None = None,
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """:func:`grad_output` of every (dY, B, S, scale), all their second stages in one launch."""
     plans = [

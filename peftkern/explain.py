@@ -66,6 +66,7 @@ def explain(model: nn.Module) -> Explanation:
         reason = layer.decline_reason()
         group = layer.__dict__.get("_group")
         together = "" if reason or group is None else group.describe(layer)
+        decided = _decided(layer, group) if backend == "auto" and reason is None else why
         rows.append(
             LayerReport(
                 name=name,
@@ -74,7 +75,26 @@ def explain(model: nn.Module) -> Explanation:
                 ranks=dict(layer.r),
                 fused=reason is None,
                 backend=f"{backend} fused" if reason is None else "base layer + update",
-                reason=why + together if reason is None else reason,
+                reason=decided + together if reason is None else reason,
             )
         )
     return rows
+
+
+def _decided(layer: Any, group: Any) -> str:
+    """What the dispatcher decided for a fused layer, by itself and in its group."""
+    from .ops.auto_report import describe as in_words
+
+    together = None
+    if group is not None and not group.off:
+        members = [m for m in group.layers if m.decline_reason() is None]
+        together = _numbers(members) if len(members) > 1 else None
+    adapter = layer.lora_A[next(n for n in layer.active_adapters if n in layer.lora_A)]
+    return in_words(layer.weight, adapter.weight.dtype, _numbers([layer]), together)
+
+
+def _numbers(layers: list[Any]) -> tuple[int, int, int, int]:
+    """(sum of N, K, largest active rank, how many)."""
+    ranks = [layer.r[name] for layer in layers for name in layer.active_adapters if name in layer.r]
+    n = sum(layer.out_features for layer in layers)
+    return n, layers[0].in_features, max(ranks, default=0), len(layers)

@@ -70,12 +70,23 @@ def _drop_fused(x: Tensor, p: float) -> tuple[Tensor, Tensor, float]:
 
 
 def forward(
-    x: Tensor, w: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float, p: float
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scale: float,
+    p: float,
+    words: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Y [M, N] in x's dtype, S [M, r] and the packed mask (None when ``p`` is 0)."""
+    """Y [M, N] in x's dtype, S [M, r] and the packed mask (None when ``p`` is 0), which is
+    ``words`` where they are given."""
     low = _low_rank_dtype(x, A)
-    dropped, bits = x.to(low), None
-    if p > 0.0:
+    dropped, bits = x.to(low), words
+    if words is not None:
+        dropped = unpack_bits(words, x.shape[1], low).mul_(dropped)
+        scale = scale / (1.0 - p)
+    elif p > 0.0:
         dropped, keep, factor = (_drop_fused if x.is_cuda else _drop)(dropped, p)
         bits = pack_bits(keep)
         scale = scale * factor
@@ -111,9 +122,15 @@ def backward(
     return dx, da, db
 
 
-def group_forward(x: Tensor, members: list[Any]) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+def group_forward(
+    x: Tensor, members: list[Any], words: list[Tensor | None] | None = None
+) -> list[tuple[Tensor, Tensor, Tensor | None]]:
     """(Y_i, S_i, mask_i) of several projections of one x [M, K]; see :mod:`.lora_group`."""
-    return [forward(x, m.w, m.bias, m.A, m.B, m.scale, m.p) for m in members]
+    given = words if words is not None else [None] * len(members)
+    return [
+        forward(x, m.w, m.bias, m.A, m.B, m.scale, m.p, bits)
+        for m, bits in zip(members, given, strict=True)
+    ]
 
 
 def group_backward(

@@ -274,23 +274,25 @@ from benchmarks.static import TARGETS, specify
 from benchmarks.static_tuned import PLANS, tuned_cases
 from peftkern.kernels import tuning
 folder = Path(sys.argv[1])
-chosen = {"forward": "fused", "grad_input": "fused", "grad_output": "one_pass", "decode": "small"}
+chosen = {"outer": "one_pass"}
 us = {"p20": 1.0, "p50": 1.0, "p80": 1.0}
 table = tuning.Table({"name": "Test", "capability": [9, 0]}, {}, "", "")
-for op in tuning.OPS:
+for op in tuning.KERNELS:
     config = vars(PLANS[op][0]())
-    group = 2 if op in ("shrink", "grad_a", "gemm_grad_input", "low_rank_grad_input") else 1
+    group = 1 if op in ("expand", "outer", "gemm", "small") else 2
     key = tuning.Key(op, "bfloat16", "float32", 16, 512, 512, 16, group, group > 1)
     table.add([tuning.Entry(key, chosen.get(op), config, us)])
 odd = {"block_m": 64, "block_n": 64, "block_k": 128, "tma": True, "num_warps": 4}
 key = tuning.Key("gemm", "bfloat16", "float32", 2048, 512, 512, 16)
 table.add([tuning.Entry(key, None, odd, us)])
 table.add([tuning.Entry(tuning.Key("shrink", "bfloat16", "float32", 1, 0, 64, 8), None, None, us)])
+whole = tuning.Key("forward", "bfloat16", "float32", 2048, 512, 512, 16)
+table.add([tuning.Entry(whole, "fused", None, us)])  # nothing of its own to compile
 table.save(tuning.path_for("Test", folder))
 print(json.dumps({
     name: [specify(c, name) for c in tuned_cases(TARGETS[name].arch, folder)]
     for name in ("sm_80", "sm_90")
-} | {"ops": tuning.OPS}))
+} | {"ops": tuning.KERNELS}))
 """
 
 
