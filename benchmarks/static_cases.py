@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from peftkern.kernels import bits, gemm, outer, shrink, small, write
+from peftkern.kernels import bits, gemm, mixed, outer, shrink, small, write
 from peftkern.kernels.common import Arch, Launch
 
 BF16, FP16, FP32, INT32 = torch.bfloat16, torch.float16, torch.float32, torch.int32
@@ -164,10 +164,46 @@ def decode_cases(arch: Arch) -> Iterator[Case]:
             )
 
 
+def mixed_cases(arch: Arch) -> Iterator[Case]:
+    """A batch that names adapters: decode of 1 and 16 samples, and prefill of 8."""
+    for m, samples, ranks, dtype, adapter in (
+        (1, 1, (16,), BF16, FP32),
+        (1, 1, (16,) * 4, BF16, FP32),
+        (16, 16, (16,), BF16, FP32),
+        (16, 16, (8, 16, 32, 64), BF16, FP32),
+        (16, 16, (16,) * 8, BF16, BF16),
+        (16, 16, (256,) * 8, BF16, FP32),
+        (16, 16, (64,) * 64, BF16, FP32),
+        (16, 16, (8, 16, 32, 64), FP32, FP32),
+        (48, 48, (16,) * 8, BF16, FP32),
+        (M, 8, (16,), BF16, FP32),
+        (M, 8, (8, 16, 32, 64), BF16, FP32),
+        (M, 8, (16,) * 8, FP16, FP16),
+        (M, 8, (128,) * 8, BF16, FP32),
+        (M, M // 16, (16,) * 8, BF16, FP32),  # many short samples: tiles of many adapters
+        (M, 8, (8, 16, 32, 64), FP32, FP32),
+    ):
+        As = [meta(r, K, dtype=adapter) for r in ranks]
+        Bs = [meta(N, r, dtype=adapter) for r in ranks]
+        config = mixed.default_config(
+            m, N, m // samples, ranks, arch,
+            itemsize=dtype.itemsize, adapter_itemsize=adapter.itemsize,
+        )  # fmt: skip
+        launches = mixed.plan_mixed(
+            meta(m, N, dtype=dtype), meta(m, K, dtype=dtype), meta(N, K, dtype=dtype),
+            As, Bs, [1.0] * len(ranks), meta(samples, dtype=INT32), None, config,
+        )  # fmt: skip
+        several = "x".join(map(str, sorted(set(ranks))))
+        tag = _tag(0, 1, False, dtype, adapter).removeprefix("r0 ")
+        name = f"mixed M{m} T{m // samples} L{len(ranks)} r{several} {tag}"
+        yield from _named(name, launches, m == M and dtype != FP32)
+
+
 def cases(arch: Arch) -> Iterator[Case]:
     """Every case for ``arch``; names are unique, equal launches (same kernel and specialisation)
     may repeat.
     """
     yield from low_rank_cases(arch)
     yield from decode_cases(arch)
+    yield from mixed_cases(arch)
     yield from gemm_cases(arch)
