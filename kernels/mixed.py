@@ -112,9 +112,7 @@ def default_config(
     warps = 8 if block_m > 16 or block_r == 128 else 4
     stages = 2 if exact else 3
     while True:
-        config = MixedConfig(
-            block_m, block_n, block_k, block_r, num_warps=warps, num_stages=stages
-        )
+        config = MixedConfig(block_m, block_n, block_k, block_r, num_warps=warps, num_stages=stages)
         if config.shared_bytes(itemsize, adapter_itemsize) <= arch.shared:
             return config
         if stages > 2 and block_k <= 64:
@@ -126,9 +124,7 @@ def default_config(
 
 
 @device_function
-def adapter_table(
-    As, Bs, ranks, a_strides, b_strides, scales, used, K, P: tl.constexpr
-):
+def adapter_table(As, Bs, ranks, a_strides, b_strides, scales, used, K, P: tl.constexpr):
     """What a tile that uses the adapters in the bits of ``used`` needs of each, as [P] tensors:
     where A and B would start if their first lane were lane 0 (addresses), their strides, scale, the
     first lane past them; and the number of lanes. The tuples' integers come times 16, so that their
@@ -249,9 +245,7 @@ def _mixed_kernel(
         )  # [BLOCK_K, BLOCK_R]
         acc = dot(x_tile, w_tile, acc, PRECISION)
         low = dot(x_tile, cast(a_tile, dtype), low, PRECISION)
-    acc = add_updates(
-        acc, low, 0, table, Bs[0], adapters, col, col_ok, dtype, BLOCK_R, PRECISION
-    )
+    acc = add_updates(acc, low, 0, table, Bs[0], adapters, col, col_ok, dtype, BLOCK_R, PRECISION)
     if not ONE_CHUNK:
         for c0 in tl.range(BLOCK_R, table[6], BLOCK_R, num_stages=1):
             a_lane, lane_ok = a_lanes(c0, table, As[0], BLOCK_R, ALIGNED)
@@ -327,17 +321,6 @@ def plan_mixed(
     return [Launch(_mixed_kernel, grid, args, meta)]
 
 
-def check_choice(choice: Sequence[int], adapters: int) -> None:
-    """The host's side of an index, before it goes to a device: the kernel takes what is out of
-    range for -1."""
-    for i, v in enumerate(choice):
-        if not -1 <= v < adapters:
-            raise ValueError(
-                f"index[{i}] is {v}; allowed: -1 (base only) to {adapters - 1}, "
-                f"for {adapters} adapters"
-            )
-
-
 def _check_adapters(
     x: torch.Tensor, N: int, As: list[torch.Tensor | None], Bs: list[torch.Tensor | None]
 ) -> None:
@@ -379,7 +362,7 @@ def mixed(
     w [N, K] x's dtype, any strides (for Conv1D's [K, N] pass its transpose); As[i] [r_i, K], Bs[i]
     [N, r_i] fp32 or x's dtype, r_i from 1 to 256, up to 64 of them, None for an adapter that has
     no weights here; scales[i] the factor of update i; index int32 [samples] of -1 (base only) to
-    len(As) - 1: see :func:`check_choice`; bias [N]. Errors: TypeError, ValueError, before any
+    len(As) - 1, out of range counting as -1; bias [N]. Errors: TypeError, ValueError, before any
     launch.
     """
     x = rows("x", x)
