@@ -197,6 +197,7 @@ def _mixed(arch, x, w, As, Bs, samples, bias) -> list[Launch]:
     config = mixed.default_config(
         m, N, m // samples, [a.shape[0] for a in As], arch,
         itemsize=x.element_size(), adapter_itemsize=As[0].element_size(),
+        aligned=mixed.rows_aligned(x, *As),
     )  # fmt: skip
     y, index = meta(m, N, dtype=x.dtype), meta(samples, dtype=INT32)
     return mixed.plan_mixed(y, x, w, As, Bs, [1.0] * len(As), index, bias, config)

@@ -90,9 +90,11 @@ def default_config(
     *,
     itemsize: int = 2,
     adapter_itemsize: int = 4,
+    aligned: bool = True,
 ) -> MixedConfig:
     """Tiles as tall as the batch, up to 128 rows, and narrowed until most multiprocessors have a
-    program. What bounds tile and chunk are registers: the compiler spills beyond these."""
+    program. What bounds tile and chunk are registers: the compiler spills beyond these, earlier
+    where rows are not ``aligned`` on 16 bytes."""
 
     def programs(block_m: int, block_n: int) -> int:
         return cdiv(M, block_m) * cdiv(N, block_n)
@@ -102,7 +104,7 @@ def default_config(
     if block_m == 128 and (exact or programs(128, 128) < arch.sms):
         block_m = 64
     lanes = max(16, next_pow2(lanes_of(ranks, block_m, T)))
-    block_n = 128 if block_m == 128 and lanes <= 32 else 64
+    block_n = 128 if block_m == 128 and lanes <= 32 and aligned else 64
     while block_n > 16 and programs(block_m, block_n) < arch.sms * 3 // 4:
         block_n //= 2
     block_r = min(lanes, 32 if exact else 128 if block_m == 16 else 64)
@@ -121,6 +123,11 @@ def default_config(
             block_k //= 2
         else:
             block_r //= 2
+
+
+def rows_aligned(*ts: torch.Tensor) -> bool:
+    """Whether every row starts on 16 bytes, so that 16 bytes can be read at a time."""
+    return all(t.data_ptr() % 16 == 0 and row_stride(t) * t.element_size() % 16 == 0 for t in ts)
 
 
 @device_function
@@ -300,10 +307,6 @@ def plan_mixed(
         not r or (row_stride(a) == K and row_stride(b) == r)
         for r, a, b in zip(ranks, a_all, b_all, strict=True)
     )
-    # the kernel reads 16 bytes of A at a time where every row starts on 16 bytes
-    aligned = all(
-        a.data_ptr() % 16 == 0 and row_stride(a) * a.element_size() % 16 == 0 for a in a_all
-    )
     args = (
         y, x, w, tuple(a_all), tuple(b_all), bias, index, tuple(16 * r for r in ranks),
         None if dense else tuple(16 * row_stride(a) for a in a_all),
@@ -313,7 +316,8 @@ def plan_mixed(
     )  # fmt: skip
     meta = dict(
         P=P, ONE_CHUNK=lanes_of(ranks, config.block_m, T) <= config.block_r,
-        ALIGNED=aligned, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
+        ALIGNED=rows_aligned(*a_all),
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
         BLOCK_R=config.block_r, GROUP_M=config.group_m, PRECISION=precision(x.dtype),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
@@ -402,6 +406,7 @@ def mixed(
             config = default_config(
                 M, N, M // index.shape[0], ranks, arch_of(x.device),
                 itemsize=x.element_size(), adapter_itemsize=wide,
+                aligned=rows_aligned(x, *(a for a in As if a is not None)),
             )  # fmt: skip
         for launch in plan_mixed(y, x, w, As, Bs, scales, index.contiguous(), bias, config):
             launch.run()
