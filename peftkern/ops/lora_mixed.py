@@ -69,8 +69,8 @@ class SampleIndex:
             if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                 raise RuntimeError(
                     "the index of adapter_names is not on the device yet, and a CUDA graph being "
-                    "captured cannot copy it there; call index.on(device) of the AdapterNames that "
-                    "you pass before the capture"
+                    "captured cannot copy it there; before the capture, call samples.on(device) of "
+                    "the AdapterNames that you pass"
                 )
             found = self._index[device] = torch.tensor(
                 self.choice, dtype=torch.int32, device=device
@@ -81,14 +81,14 @@ class SampleIndex:
         """For each adapter the numbers of its samples, int64 on ``device``; None where it has none,
         so that nobody waits for the device to hear that."""
         found = self._rows.get(device)
-        if found is None:
+        if found is None or torch.compiler.is_compiling():
             of: list[list[int]] = [[] for _ in range(self.adapters)]
             for sample, i in enumerate(self.choice):
                 if i >= 0:
                     of[i].append(sample)
-            found = self._rows[device] = [
-                torch.tensor(samples, device=device) if samples else None for samples in of
-            ]
+            found = [torch.tensor(samples, device=device) if samples else None for samples in of]
+            if not torch.compiler.is_compiling():  # what a traced graph makes is its own
+                self._rows[device] = found
         return found
 
 
@@ -140,7 +140,7 @@ def lora_mixed(
     """
     if x.dim() < 2 or len(index) != x.shape[0]:
         raise ValueError(
-            f"index has {len(index)} entries; allowed: one for each row of x {x.shape}"
+            f"index has {len(index)} entries; allowed: one for each sample of x, {tuple(x.shape)}"
         )
     if len(adapters) != index.adapters:
         raise ValueError(

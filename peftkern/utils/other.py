@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .mixed import OPEN, hand_over
+from .mixed import HERE, hand_over
 
 # modules that hold others and have no forward to copy
 CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
@@ -114,7 +114,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
             return getattr(self.in_use(), name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if OPEN:
+        if HERE.blocks:
             kwargs = hand_over(self, kwargs)
         adapter_names = kwargs.pop("adapter_names", None)
         if adapter_names is None or self._disable_adapters:

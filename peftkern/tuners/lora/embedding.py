@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...utils.mixed import OPEN, hand_over
+from ...utils.mixed import HERE, hand_over
 from .base import NOTHING, LoraLayer
 from .config import LoraConfig
 from .mixed import AdapterNames
@@ -43,7 +43,7 @@ class Embedding(nn.Module, LoraLayer):
         self.lora_embedding_B[name] = nn.Parameter(B, requires_grad=trainable)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if OPEN:
+        if HERE.blocks:
             kwargs = hand_over(self, kwargs)
         adapter_names = kwargs.pop("adapter_names", None)
         if adapter_names is not None:
@@ -58,7 +58,7 @@ class Embedding(nn.Module, LoraLayer):
                     y = y + self._update(name, x, y)
             return y.to(dtype)
         names = AdapterNames.of(adapter_names)
-        for name, rows in zip(names.order, names.index.rows(x.device), strict=True):
+        for name, rows in zip(names.order, names.samples.rows(x.device), strict=True):
             if rows is not None and name in self.lora_embedding_A:
                 y = y.index_add(0, rows, self._update(name, x[rows], y).to(dtype))
         return y

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 
 from ...ops.lora import lora_linear
-from ...utils.mixed import OPEN, hand_over
+from ...utils.mixed import HERE, hand_over
 from .base import NOTHING, LoraLayer
 from .config import LoraConfig
 from .group import Group
@@ -68,7 +68,7 @@ class Linear(nn.Module, LoraLayer):
         self.lora_B._modules[name] = bare_linear(B, bias, trainable)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if OPEN:
+        if HERE.blocks:
             kwargs = hand_over(self, kwargs)
         call = None if args or kwargs else self.fused_call(x)
         if call is None:

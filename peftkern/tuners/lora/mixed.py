@@ -30,11 +30,11 @@ class AdapterNames(tuple[str, ...]):
 
     Attributes:
         order: the distinct names without "__base__", as they come.
-        index: which of them each row takes.
+        samples: which of them each row takes; ``samples.on(device)`` is the index.
     """
 
     order: tuple[str, ...]
-    index: SampleIndex
+    samples: SampleIndex
 
     def __new__(cls, names: Iterable[str]) -> AdapterNames:
         self = super().__new__(cls, names)
@@ -42,7 +42,7 @@ class AdapterNames(tuple[str, ...]):
         for name in self:
             numbers.setdefault(name, len(numbers) - 1)
         self.order = tuple(numbers)[1:]
-        self.index = SampleIndex([numbers[name] for name in self], len(self.order))
+        self.samples = SampleIndex([numbers[name] for name in self], len(self.order))
         return self
 
     @classmethod
@@ -69,14 +69,14 @@ def forward_mixed(layer: Linear, x: Tensor, names: AdapterNames, args: Any, kwar
         ]
         params = base._parameters
         transposed = bool(weight_layout(base.__class__))
-        return lora_mixed(x, params["weight"], params["bias"], adapters, names.index, transposed)
+        return lora_mixed(x, params["weight"], params["bias"], adapters, names.samples, transposed)
     if not disabled and not torch.compiler.is_compiling():
         _note(layer, reason)
     y = layer.base_layer(x, *args, **kwargs)
     if disabled:
         return y
     dtype = y.dtype
-    for name, rows in zip(names.order, names.index.rows(y.device), strict=True):
+    for name, rows in zip(names.order, names.samples.rows(y.device), strict=True):
         if rows is not None and name in layer.lora_A:
             y = y.index_add(0, rows, layer._update(name, x[rows]).to(y.dtype))
     return y.to(dtype)
