@@ -74,10 +74,10 @@ class MixedConfig:
         return self.block_k * (self.num_stages * tiles + self.block_r * itemsize)
 
 
-def lanes_of(ranks: Sequence[int], block_m: int, T: int) -> int:
-    """The most lanes that a tile of block_m rows can need: it touches few of the samples when each
-    has T rows."""
-    samples = cdiv(block_m - 1, T) + 1
+def lanes_of(ranks: Sequence[int], rows: int, T: int) -> int:
+    """The most lanes that a tile of so many rows can need, whatever the index: with T rows to a
+    sample it touches few samples."""
+    samples = cdiv(rows - 1, T) + 1
     return sum(sorted(ranks)[-samples:])
 
 
@@ -103,7 +103,7 @@ def default_config(
     exact = itemsize == 4  # products off the matrix unit
     if block_m == 128 and (exact or programs(128, 128) < arch.sms):
         block_m = 64
-    lanes = max(16, next_pow2(lanes_of(ranks, block_m, T)))
+    lanes = max(16, next_pow2(lanes_of(ranks, min(M, block_m), T)))
     block_n = 128 if block_m == 128 and lanes <= 32 and aligned else 64
     while block_n > 16 and programs(block_m, block_n) < arch.sms * 3 // 4:
         block_n //= 2
@@ -205,7 +205,7 @@ def add_updates(
     return dot(cast(low, DTYPE), tl.trans(b_tile), acc, PRECISION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "T", "L"])
 def _mixed_kernel(
     y, x, w, As, Bs, bias, index, ranks, a_strides, b_strides, scales,
     M, N, K, T, L, x_stride, w_n_stride, w_k_stride,
@@ -315,7 +315,7 @@ def plan_mixed(
         M, N, K, T, len(As), row_stride(x), w.stride(0), w.stride(1),
     )  # fmt: skip
     meta = dict(
-        P=P, ONE_CHUNK=lanes_of(ranks, config.block_m, T) <= config.block_r,
+        P=P, ONE_CHUNK=lanes_of(ranks, min(M, config.block_m), T) <= config.block_r,
         ALIGNED=rows_aligned(*a_all),
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
         BLOCK_R=config.block_r, GROUP_M=config.group_m, PRECISION=precision(x.dtype),
