@@ -81,22 +81,25 @@ def grad_a(x: Tensor, ds: Tensor, keep: Tensor | None = None) -> Tensor:
     return _wide(ds).T @ _masked(_wide(x), keep)
 
 
-def decode_mixed(
+def mixed(
     x: Tensor,
     w: Tensor,
-    a: Tensor,
-    b: Tensor,
-    scales: Tensor,
-    index: Tensor,
+    As: Sequence[Tensor | None],
+    Bs: Sequence[Tensor | None],
+    scales: Sequence[float],
+    index: Sequence[int],
     bias: Tensor | None = None,
 ) -> Tensor:
-    """Y [M, N] of a batch whose row m uses adapter index[m] of stacked A [L, r, K], B [L, N, r]
-    (-1: none).
+    """Y [M, N] of a batch whose sample j, rows j T to j T + T - 1, has the update scale_i (X A_iᵀ)
+    B_iᵀ of adapter i = index[j] (-1, or one without weights: none); T = M / len(index).
     """
     y = linear(x, w, bias=bias)
-    for m, i in enumerate(index.tolist()):
-        if i >= 0:
-            y[m] += float(scales[i]) * (_wide(b[i]) @ (_wide(a[i]) @ _wide(x[m])))
+    T = x.shape[0] // max(len(index), 1)
+    for j, i in enumerate(index):
+        a, b = (As[i], Bs[i]) if i >= 0 else (None, None)
+        if a is not None and b is not None:
+            part = slice(j * T, j * T + T)
+            y[part] += expand(shrink(x[part], a, scales[i]), b)
     return y
 
 

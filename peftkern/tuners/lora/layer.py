@@ -11,9 +11,11 @@ from torch.nn.parameter import Parameter
 
 from ...ops import autocast
 from ...ops.lora import lora_linear
+from ...utils.mixed import HERE, hand_over
 from .base import NOTHING, LoraLayer
 from .config import LoraConfig
 from .group import Group
+from .mixed import AdapterNames, forward_mixed
 from .plan import GLOBAL_HOOKS, Plan, is_hooked, weight_layout
 
 
@@ -67,6 +69,8 @@ class Linear(nn.Module, LoraLayer):
         self.lora_B._modules[name] = bare_linear(B, bias, trainable)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if HERE.blocks:
+            kwargs = hand_over(self, kwargs)
         call = None if args or kwargs else self.fused_call(x)
         if call is None:
             return self._forward_general(x, *args, **kwargs)
@@ -123,16 +127,15 @@ class Linear(nn.Module, LoraLayer):
     def _forward_general(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Any base layer, any adapters: the base's own call, then each update on top."""
         adapter_names = kwargs.pop("adapter_names", None)
-        if not torch.compiler.is_compiling():
-            self._note_decline()
         if adapter_names is not None:
             self._check_adapter_names(x, adapter_names)
+            return forward_mixed(self, x, AdapterNames.of(adapter_names), args, kwargs)
+        if not torch.compiler.is_compiling():
+            self._note_decline()
         y = self.base_layer(x, *args, **kwargs)
         if self._disable_adapters or self.merged:
             return y
         dtype = y.dtype
-        if adapter_names is not None:
-            return self._add_mixed(x, y, adapter_names).to(dtype)
         for name in self.active_adapters:
             if name in self.lora_A:
                 y = y + self._update(name, x)
@@ -143,16 +146,6 @@ class Linear(nn.Module, LoraLayer):
         if not autocast.is_on(x):
             x = x.to(A.weight.dtype)
         return self.lora_B[name](A(self.lora_dropout[name](x))) * self.scaling[name]
-
-    def _add_mixed(self, x: Tensor, y: Tensor, adapter_names: list[str]) -> Tensor:
-        rows: dict[str, list[int]] = {}
-        for i, name in enumerate(adapter_names):
-            if name in self.lora_A:
-                rows.setdefault(name, []).append(i)
-        for name, index in rows.items():
-            where = torch.tensor(index, device=y.device)
-            y = y.index_add(0, where, self._update(name, x[where]).to(y.dtype))
-        return y
 
     def decline_reason(self) -> str | None:
         active = [n for n in self.active_adapters if n in self.lora_A]
