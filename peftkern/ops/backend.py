@@ -19,8 +19,15 @@ ENV = "PEFTKERN_BACKEND"
 CHOICES = ("auto", "torch", "triton")
 
 _forced: str | None = None
-# the module in use; None until the first operation: read `backend.active or backend.select()`
-active: ModuleType | None = None
+# The module in use. Not there until somebody reads it, which decides: a decision that falls while
+# a model is being compiled is then not a change of state, for which it would be compiled again.
+active: ModuleType
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name == "active":
+        return select()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def requested() -> str:
@@ -38,13 +45,14 @@ def requested() -> str:
 @contextlib.contextmanager
 def use_backend(choice: str) -> Iterator[None]:
     """Force a backend within a block, whatever the environment says."""
-    global _forced, active
+    global _forced
     before, _forced = _forced, choice
     try:
         select()
         yield
     finally:
-        _forced, active = before, None
+        _forced = before
+        globals().pop("active", None)
 
 
 def select() -> ModuleType:

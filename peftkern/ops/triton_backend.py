@@ -85,6 +85,19 @@ def _order(how: str | None, M: int, ranks: list[int], device: torch.device) -> s
     return how
 
 
+def draw(M: int, K: int, p: float, seed: Tensor) -> Tensor:
+    """The packed mask [M, ceil(K / 32)] that belongs to ``seed`` (int64, one element), on its
+    device."""
+    if not (seed.is_cuda or INTERPRET.value):
+        return torch_backend.draw(M, K, p, seed)
+    return dropout_bits(M, K, p, seed, device=seed.device)
+
+
+def low_rank_dtype(x: Tensor, A: Tensor) -> torch.dtype:
+    """The dtype of S."""
+    return x.dtype if why_not(x, A) is None else torch_backend.low_rank_dtype(x, A)
+
+
 def forward(
     x: Tensor,
     w: Tensor,
@@ -94,11 +107,14 @@ def forward(
     scale: float,
     p: float,
     how: str | None = None,
+    words: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Y [M, N], S [M, r] and the packed mask; ``w`` is [K, N], ``how`` one of ``PRODUCTS``."""
+    """Y [M, N], S [M, r] and the packed mask, which is ``words`` where they are given; ``w`` is
+    [K, N], ``how`` one of ``PRODUCTS``."""
     if _declines(x, A):
-        return torch_backend.forward(x, w, bias, A, B, scale, p)
-    return group_forward(x, [Projection(w, bias, A, B, scale, p, True)], how)[0]
+        return torch_backend.forward(x, w, bias, A, B, scale, p, words)
+    given = None if words is None else [words]
+    return group_forward(x, [Projection(w, bias, A, B, scale, p, True)], how, given)[0]
 
 
 def backward(
@@ -122,12 +138,17 @@ def backward(
 
 
 def group_forward(
-    x: Tensor, members: list[Any], how: str | None = None
+    x: Tensor,
+    members: list[Any],
+    how: str | None = None,
+    words: list[Tensor | None] | None = None,
 ) -> list[tuple[Tensor, Tensor, Tensor | None]]:
-    """(Y_i, S_i, mask_i) of several projections of one x [M, K], which is read once for every S."""
+    """(Y_i, S_i, mask_i) of several projections of one x [M, K], which is read once for every S;
+    the masks are ``words`` where they are given."""
     if any(_declines(x, m.A) for m in members):
         return torch_backend.group_forward(x, members)
-    words = _draw(x, [m.p for m in members])
+    if words is None:
+        words = _draw(x, [m.p for m in members])
     scales = [m.scale / (1.0 - m.p) for m in members]
     As, ranks = [m.A for m in members], [m.A.shape[0] for m in members]
     order = _order(how, x.shape[0], ranks, x.device)
