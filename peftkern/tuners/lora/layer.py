@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import MethodType
 from typing import Any
 
 import torch
@@ -137,6 +138,9 @@ class Linear(nn.Module, LoraLayer):
         p = drop.p if drop.training and isinstance(drop, nn.Dropout) else 0.0
         if (
             p >= 1.0
+            # decline_reason looked for replaced forwards as well, in a way that compilers set no
+            # guard for; with this one a forward that is replaced later is seen
+            or not all(isinstance(m.forward, MethodType) for m in (base, a, b, drop))
             or not _dtypes_fit(x, base.weight.dtype, a.weight.dtype, b.weight.dtype)
             or why_formula(x, a.weight) is not None
         ):
