@@ -113,7 +113,7 @@ def forward(
     [K, N], ``how`` one of ``PRODUCTS``."""
     if _declines(x, A):
         return torch_backend.forward(x, w, bias, A, B, scale, p, words)
-    given = None if words is None else [words]
+    given: list[Tensor | None] | None = None if words is None else [words]
     return group_forward(x, [Projection(w, bias, A, B, scale, p, True)], how, given)[0]
 
 
