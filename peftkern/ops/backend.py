@@ -3,7 +3,8 @@
 ``PEFTKERN_BACKEND`` is read at the first use: ``torch`` forces torch's own products, ``triton`` the
 kernels of ``kernels/``, and ``auto`` (default) takes the fastest that was measured on the device.
 No GPU measurement exists yet, so ``auto`` is torch everywhere. A backend is a module with
-``forward``, ``backward`` and ``infer`` of the signatures in :mod:`peftkern.ops.torch_backend`.
+``forward``, ``backward``, ``infer``, ``draw`` and ``low_rank_dtype`` of the signatures in
+:mod:`peftkern.ops.torch_backend`.
 """
 
 from __future__ import annotations
