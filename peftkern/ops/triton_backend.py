@@ -123,6 +123,19 @@ class _Numbers(NamedTuple):
         return how
 
 
+def draw(M: int, K: int, p: float, seed: Tensor) -> Tensor:
+    """The packed mask [M, ceil(K / 32)] that belongs to ``seed`` (int64, one element), on its
+    device."""
+    if not (seed.is_cuda or INTERPRET.value):
+        return torch_backend.draw(M, K, p, seed)
+    return dropout_bits(M, K, p, seed, device=seed.device)
+
+
+def low_rank_dtype(x: Tensor, A: Tensor) -> torch.dtype:
+    """The dtype of S."""
+    return x.dtype if why_not(x, A) is None else torch_backend.low_rank_dtype(x, A)
+
+
 def forward(
     x: Tensor,
     w: Tensor,
@@ -169,7 +182,8 @@ def group_forward(
     how: str | None = None,
     words: list[Tensor | None] | None = None,
 ) -> list[tuple[Tensor, Tensor, Tensor | None]]:
-    """(Y_i, S_i, mask_i) of several projections of one x [M, K], which is read once for every S."""
+    """(Y_i, S_i, mask_i) of several projections of one x [M, K], which is read once for every S;
+    the masks are ``words`` where they are given."""
     if any(_declines(x, m.A) for m in members):
         return torch_backend.group_forward(x, members, words)
     if words is None:

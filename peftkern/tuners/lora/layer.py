@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.nn.parameter import Parameter
 
 from ...ops import autocast
+from ...ops.library import traced_lora_linear, why_formula
 from ...ops.lora import lora_linear
 from ...utils.mixed import HERE, hand_over
 from .base import NOTHING, LoraLayer
@@ -71,6 +74,11 @@ class Linear(nn.Module, LoraLayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if HERE.blocks:
             kwargs = hand_over(self, kwargs)
+        if is_compiling():
+            call = None if args or kwargs else self.traced_call(x)
+            if call is None:
+                return self._forward_general(x, *args, **kwargs)
+            return traced_lora_linear(x, *call)
         call = None if args or kwargs else self.fused_call(x)
         if call is None:
             return self._forward_general(x, *args, **kwargs)
@@ -97,7 +105,6 @@ class Linear(nn.Module, LoraLayer):
             or state["_disable_adapters"]
             or state["merged_adapters"]
             or plan.is_hooked()
-            or torch.compiler.is_compiling()
             or torch._C._are_functorch_transforms_active()
         ):
             return None
@@ -120,6 +127,30 @@ class Linear(nn.Module, LoraLayer):
         if p >= 1.0:  # drops everything, which no factor 1 / (1 - p) expresses
             return None
         return weight, params["bias"], A, B, state["scaling"][plan.name], p, plan.transposed
+
+    def traced_call(self, x: Tensor) -> tuple[Any, ...] | None:
+        """:meth:`fused_call` for a compiler, or None when it gets the plain formula. Nothing is
+        written and everything is read from the modules, so that the compiler sees what the answer
+        depends on."""
+        if self.decline_reason() is not None or torch._C._are_functorch_transforms_active():
+            return None
+        name = self.active_adapters[0]
+        base: Any = self.base_layer
+        a: Any = self.lora_A[name]
+        b: Any = self.lora_B[name]
+        drop: Any = self.lora_dropout[name]
+        p = drop.p if drop.training and isinstance(drop, nn.Dropout) else 0.0
+        if (
+            p >= 1.0
+            # decline_reason looked for replaced forwards as well, in a way that compilers set no
+            # guard for; with this one a forward that is replaced later is seen
+            or not all(isinstance(m.forward, MethodType) for m in (base, a, b, drop))
+            or not _dtypes_fit(x, base.weight.dtype, a.weight.dtype, b.weight.dtype)
+            or why_formula(x, a.weight) is not None
+        ):
+            return None
+        transposed = weight_layout(base.__class__)
+        return base.weight, base.bias, a.weight, b.weight, self.scaling[name], p, transposed
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_plan": None}  # a copy has its own modules

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 
+from ...ops import autocast
 from ...ops.lora_mixed import Adapter, SampleIndex, lora_mixed
 from .plan import GLOBAL_HOOKS, is_hooked, weight_layout
 
@@ -122,8 +123,7 @@ def mixed_reason(layer: Linear, x: Tensor, names: AdapterNames) -> str | None:
             return f"dtypes: base {weight.dtype}, {what} {w.dtype}"
     if not weight.dtype.is_floating_point:
         return f"dtypes: base {weight.dtype}"
-    autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
-    if x.dtype != weight.dtype and not autocast:
+    if x.dtype != weight.dtype and not (autocast.is_on(x) and x.dtype != torch.float64):
         return f"dtypes: input {x.dtype}, base {weight.dtype}"
     return None
 
