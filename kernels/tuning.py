@@ -53,6 +53,7 @@ WHOLE = (
     "forward",  # X to Y and S, the mask being given
     "backward",  # dY to dX, dA and dB
     "infer",  # X to Y, nothing dropped, nothing kept
+    "mixed",  # the same, samples naming different adapters: r the largest, group how many
 )
 OPS = KERNELS + WHOLE
 

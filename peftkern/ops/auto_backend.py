@@ -367,7 +367,26 @@ def infer(
         _Case(*numbers),
         lambda name: lambda: choices.infer(name, x, w, bias, A, B, scale, transposed),
     )
-    how = decision.how
-    if decision.in_graph is not how and decision.in_graph != how and device.capturing(x):
-        how = decision.in_graph
-    return choices.infer(how, x, w, bias, A, B, scale, transposed)
+    return choices.infer(_now(decision, x), x, w, bias, A, B, scale, transposed)
+
+
+@on_its_device
+def mixed(x: Tensor, w: Tensor, bias: Tensor | None, adapters: Any, samples: Any) -> Tensor:
+    """Y [M, N] for x [M, K], w [N, K] and an adapter for each sample; see :mod:`.lora_mixed`."""
+    weights = [a for a in adapters if a is not None]
+    if _foreign(x) or not weights or triton_backend.why_not_mixed(x, adapters) is not None:
+        return torch_backend.mixed(x, w, bias, adapters, samples)
+    (M, K), r = x.shape, max(a.A.shape[0] for a in weights)
+    count = 1 << (len(weights) - 1).bit_length()  # as many kernels are compiled
+    numbers = ("mixed", x, weights[0].A.dtype, M, w.shape[0], K, r, count)
+    decision = _known(*numbers) or _decide(
+        _Case(*numbers), lambda name: lambda: choices.mixed(name, x, w, bias, adapters, samples)
+    )
+    return choices.mixed(_now(decision, x), x, w, bias, adapters, samples)
+
+
+def _now(decision: Decision, x: Tensor) -> str:
+    """The way that a call takes, captured in a CUDA graph or not."""
+    if decision.in_graph != decision.how and device.capturing(x):
+        return decision.in_graph
+    return decision.how

@@ -21,6 +21,8 @@ NOISE = 0.02  # what is not faster than torch by more than this is no reason to 
 
 def names(op: str, M: int) -> tuple[str, ...]:
     """The ways to run ``op`` of :data:`kernels.tuning.WHOLE` on M rows; torch comes first."""
+    if op == "mixed":
+        return TORCH, "mixed"
     few = op == "infer" and M <= MAX_ROWS
     return (TORCH, *(triton_backend.INFER if few else triton_backend.PRODUCTS))
 
@@ -48,7 +50,7 @@ def key_of(
 ) -> Key:
     """The key of a table; ``n`` is the sum over a group's projections, ``r`` their largest rank.
     A CUDA graph makes a difference where the host's time does, with few rows."""
-    graph = graph and op == "infer" and M <= MAX_ROWS
+    graph = graph and op in ("infer", "mixed") and M <= MAX_ROWS
     names = products_in(dtype), name_of(adapter)
     return Key(op, *names, bucket(M), n, k, r, group, mask, grads, graph)
 
@@ -92,6 +94,14 @@ def infer(
     if how != TORCH:
         return triton_backend.infer(x, w, bias, A, B, scale, transposed, how)
     return torch_backend.infer(x, w, bias, A, B, scale, transposed)
+
+
+def mixed(
+    how: str, x: Tensor, w: Tensor, bias: Tensor | None, adapters: Any, samples: Any
+) -> Tensor:
+    """Y for x [M, K], w [N, K] and an adapter for each sample."""
+    backend = torch_backend if how == TORCH else triton_backend
+    return backend.mixed(x, w, bias, adapters, samples)
 
 
 def tensors(result: Any) -> list[Tensor]:

@@ -2,21 +2,20 @@
 
     Y[b] = X[b] Wᵀ + bias + scale_i · X[b] A_iᵀ B_iᵀ      i = index[b], nothing added for -1
 
-On the Triton backend one launch (``kernels/mixed.py``); otherwise, and where gradients are wanted,
-the base product once and then each adapter on its own samples.
+One launch where the backend has a kernel for it (``kernels/mixed.py``); otherwise, and where
+gradients are wanted, the base product once and then each adapter on its own samples.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
-from . import autocast
+from . import autocast, torch_backend
 from . import backend as _backend
 
 _noted: set[str] = set()
@@ -93,25 +92,6 @@ class SampleIndex:
         return found
 
 
-def _kernel(
-    x: Tensor, weight: Tensor, bias: Tensor | None, adapters: Sequence[Adapter | None]
-) -> Any:
-    """The backend's one launch, or None where it has none or must not take this call."""
-    backend = _backend.active or _backend.select()
-    run = getattr(backend, "mixed", None)
-    if run is None:
-        return None
-    tensors = [x, weight, bias, *(t for a in adapters if a is not None for t in a[:2])]
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        reason = "gradients are wanted"
-    else:
-        reason = backend.why_not_mixed(x, adapters)
-    if reason is not None and reason not in _noted:
-        _noted.add(reason)
-        logging.getLogger("peftkern").info("a mixed batch runs adapter by adapter: %s", reason)
-    return run if reason is None else None
-
-
 def lora_mixed(
     x: Tensor,
     weight: Tensor,
@@ -152,20 +132,21 @@ def lora_mixed(
         x, weight = x.to(dtype), weight.to(dtype)
         bias = bias.to(dtype) if bias is not None else None
     found = [None if a is None else Adapter(*a) for a in adapters]
-    run = _kernel(x, weight, bias, found) if any(found) else None
-    if run is not None:
-        y = run(
-            x.reshape(-1, x.shape[-1]),
-            weight.t() if transposed else weight,
-            bias,
-            found,
-            index.on(x.device),
-        )
-        return y.view(*x.shape[:-1], y.shape[-1])
-    y = linear(x, weight.t() if transposed else weight, bias)
-    for adapter, rows in zip(found, index.rows(x.device), strict=True):
-        if adapter is not None and rows is not None:
-            A, B, scale = adapter
-            part = x.index_select(0, rows).to(A.dtype)
-            y = y.index_add(0, rows, (linear(linear(part, A), B) * scale).to(y.dtype))
-    return y
+    backend = _backend.active or _backend.select()
+    tensors = [x, weight, bias, *(t for a in found if a is not None for t in a[:2])]
+    if not any(found):
+        backend = torch_backend  # the base product alone
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        if backend is not torch_backend:
+            _note("gradients are wanted")
+        backend = torch_backend
+    y = backend.mixed(
+        x.reshape(-1, x.shape[-1]), weight.t() if transposed else weight, bias, found, index
+    )
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _note(reason: str) -> None:
+    if reason not in _noted:
+        _noted.add(reason)
+        logging.getLogger("peftkern").info("a mixed batch runs adapter by adapter: %s", reason)

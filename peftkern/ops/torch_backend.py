@@ -197,3 +197,17 @@ def infer(
     x2 = x.reshape(-1, K)
     y, _, _ = forward(x2, w if transposed else w.t(), bias, A, B, scale, 0.0)
     return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def mixed(x: Tensor, w: Tensor, bias: Tensor | None, adapters: Any, samples: Any) -> Tensor:
+    """Y [M, N] for x [M, K], w [N, K]: the base product once, then each adapter on the rows of its
+    own samples; see :mod:`.lora_mixed`."""
+    y = linear(x, w, bias)
+    count, T = len(samples), x.shape[0] // max(len(samples), 1)
+    by_sample, out = x.view(count, T, x.shape[1]), y.view(count, T, y.shape[1])
+    for adapter, rows in zip(adapters, samples.rows(x.device), strict=True):
+        if adapter is not None and rows is not None:
+            A, B, scale = adapter
+            part = by_sample.index_select(0, rows).to(A.dtype)
+            out = out.index_add(0, rows, (linear(linear(part, A), B) * scale).to(out.dtype))
+    return out.view(y.shape)

@@ -69,10 +69,15 @@ def refusal(x: Tensor, adapter: torch.dtype, r: int) -> str | None:
 
 def _declines(x: Tensor, A: Tensor) -> bool:
     reason = why_not(x, A)
-    if reason is not None and reason not in _noted:
+    if reason is not None:
+        _note(reason)
+    return reason is not None
+
+
+def _note(reason: str) -> None:
+    if reason not in _noted:
         _noted.add(reason)
         logging.getLogger("peftkern").info("the Triton backend hands a call to torch: %s", reason)
-    return reason is not None
 
 
 def _seed(x: Tensor) -> int | Tensor:
@@ -324,16 +329,22 @@ def infer(
 
 
 def why_not_mixed(x: Tensor, adapters: Any) -> str | None:
-    """Why :func:`mixed` cannot take a batch with these adapters; None when it can."""
+    """Why :func:`mixed` hands such a batch to torch; None when the kernel takes it."""
     if len(adapters) > MAX_ADAPTERS:
         return f"{len(adapters)} adapters in one batch are more than {MAX_ADAPTERS}"
     weights = [t for a in adapters if a is not None for t in (a.A, a.B.t())]
     return next((r for t in weights if (r := why_not(x, t)) is not None), None)
 
 
-def mixed(x: Tensor, w: Tensor, bias: Tensor | None, adapters: Any, index: Tensor) -> Tensor:
-    """Y [M, N] for x [M, K], w [N, K] and an adapter for each sample, without gradients."""
+@on_its_device
+def mixed(x: Tensor, w: Tensor, bias: Tensor | None, adapters: Any, samples: Any) -> Tensor:
+    """Y [M, N] for x [M, K], w [N, K] and an adapter for each sample, without gradients, in one
+    launch; see :mod:`.lora_mixed`."""
+    reason = why_not_mixed(x, adapters)
+    if reason is not None:
+        _note(f"a mixed batch: {reason}")
+        return torch_backend.mixed(x, w, bias, adapters, samples)
     As = [None if a is None else a.A for a in adapters]
     Bs = [None if a is None else a.B for a in adapters]
     scales = [0.0 if a is None else a.scale for a in adapters]
-    return _mixed(x, w, As, Bs, scales, index, bias)
+    return _mixed(x, w, As, Bs, scales, samples.on(x.device), bias)

@@ -22,6 +22,7 @@ from peftkern.ops import (
     tuned,
 )
 from peftkern.ops.lora_group import lora_group
+from peftkern.ops.lora_mixed import SampleIndex, lora_mixed
 from peftkern.ops.projection import Projection
 from tests.kernels.racing import FakeClock, decided, dispatcher, drawn, entry, ship, step
 
@@ -39,7 +40,7 @@ def clock(monkeypatch, tmp_path):
 def ran(monkeypatch):
     """(operation, way) of everything that ran."""
     seen = []
-    for op in ("forward", "backward", "infer"):
+    for op in ("forward", "backward", "infer", "mixed"):
         real = getattr(choices, op)
 
         def spy(how, *args, real=real, op=op):
@@ -115,6 +116,26 @@ def test_groups_are_raced_as_groups(clock, ran):
     assert (keys["forward"].n, keys["forward"].r, keys["forward"].group) == (34, 4, 2)
     assert keys["forward"].mask and keys["backward"].mask and keys["backward"].grads == "xab"
     assert ran[-1] == ("backward", "fused")
+
+
+@pytest.mark.parametrize("fastest", ["torch", "mixed"])
+def test_a_batch_of_several_adapters_is_raced_by_how_many_they_are(clock, ran, fastest):
+    clock.fastest = fastest
+    x, w, A, B = drawn(M=6, grad=False)
+    adapters = [(A, B, 0.5), (A[:2], B[:, :2], 2.0), (A, B, 1.0)]
+    want = None
+    for count, races in ((3, 1), (3, 1), (2, 2)):
+        index = SampleIndex([0, -1, count - 1], count)
+        ran.clear()
+        y = lora_mixed(x.view(3, 2, -1), w, None, adapters[:count], index)
+        assert clock.races == races and ran[-1] == ("mixed", fastest)
+        assert len(ran) == (1 if want is not None and count == 3 else 3)
+        with peftkern.use_backend("torch"):
+            want = lora_mixed(x.view(3, 2, -1), w, None, adapters[:count], index)
+        torch.testing.assert_close(y, want, atol=2e-5, rtol=2e-5)
+        peftkern.ops.backend.select()
+    keys = [k for k in tuned.book(-1).cached.entries if k.op == "mixed"]
+    assert {(k.m, k.n, k.k, k.r, k.group) for k in keys} == {(8, 24, 40, 4, 4), (8, 24, 40, 4, 2)}
 
 
 def test_the_disk_comes_before_the_shipped_table_and_that_before_a_race(clock, tmp_path, ran):

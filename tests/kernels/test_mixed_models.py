@@ -223,7 +223,7 @@ def test_gradients_in_eval_mode_take_the_differentiable_path(launches, caplog):
 def test_what_the_kernel_does_not_take_is_said_and_still_right(launches, caplog):
     layer, x = layer_of(), torch.randn(5, 12)
     caplog.set_level("INFO", logger="peftkern")
-    peftkern.ops.lora_mixed._noted.clear()
+    peftkern.ops.triton_backend._noted.clear()
     with peftkern.use_backend("triton"), torch.no_grad():
         fast = layer(x, adapter_names=NAMES)
         assert len(launches) == 1 and not caplog.text
