@@ -70,7 +70,7 @@ def default_config(
 ) -> PairConfig:
     """Strips as for ``grad_a``, but narrow where several adapters or fp32 products would not leave
     registers for wide ones; fewer tiles in flight where A and its gradient fill them. Exact fp32
-    products hold operands in registers: on 4 warps they spill (sm_80, Triton 3.9).
+    products hold operands in registers: on sm_80 4 warps spill them (Triton 3.9), elsewhere 8 do.
     """
     held = sum(max(16, next_pow2(r)) for r in ranks)
     block_k, split = strips(M, K, arch)
@@ -83,7 +83,7 @@ def default_config(
         block_m=block_m,
         block_k=block_k,
         split_m=split,
-        num_warps=8 if held > 64 or itemsize == 4 else 4,
+        num_warps=8 if held > 64 or (itemsize == 4 and arch.capability == 80) else 4,
         num_stages=3 if held <= 64 and arch.shared > 160_000 else 2,
     )
 
