@@ -23,7 +23,7 @@ from .gpu_providers import (
 )
 
 NOISE = 1.02  # a ratio up to here is no loss
-MIXED = "peftkern small, mixed"
+MIXED = "peftkern mixed"
 LOOP = "loop over adapters"
 OWN = (*OURS.values(), AUTO, MIXED)
 RIVALS = (PEFT_BF16, PEFT_FP32, LOOP, PEFT_COMPILED, *PEERS)

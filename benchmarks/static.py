@@ -128,7 +128,7 @@ def all_cases(name: str, tables: Path) -> list[Case]:
 
 
 def _start_worker(folder: str, parent: int) -> None:
-    triton.knobs.cache.dir = folder  # Triton's own cache would answer in place of the compiler
+    triton.knobs.cache.dir = folder  # not a cache for anybody: hundreds of megabytes
 
     def leave_with_parent() -> None:  # one that was killed tells its workers nothing
         while os.getppid() == parent:

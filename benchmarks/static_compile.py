@@ -7,10 +7,10 @@ else.
 
 from __future__ import annotations
 
+import contextlib
+import io
+import itertools
 import re
-import subprocess
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import triton
@@ -49,6 +49,9 @@ class NoDevice:
         return 0
 
 
+_compilations = itertools.count()
+
+
 def gpu_target(name: str) -> GPUTarget:
     """Triton's target for "sm_90", "gfx942", ..."""
     if name.startswith("gfx"):
@@ -56,44 +59,23 @@ def gpu_target(name: str) -> GPUTarget:
     return GPUTarget("cuda", int(name.removeprefix("sm_")), 32)
 
 
-def _tool(name: str) -> str:
-    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    path = folder / name
-    if not path.exists():
-        raise FileNotFoundError(f"{name} is not in {folder}; this Triton build does not ship it")
-    return str(path)
+def _read_cuda(compiled: Any, log: str) -> tuple[dict[str, int], str]:
+    """From what ptxas told Triton: the very run that made the code, with the options it had."""
+
+    def bytes_of(what: str) -> int:
+        found = re.findall(rf"(\d+) bytes {what}", log)
+        if not found:
+            raise RuntimeError(f"ptxas named no bytes of {what}")
+        return sum(map(int, found))
+
+    return {
+        "registers": int(re.search(r"Used (\d+) registers", log)[1]),
+        "spilled": bytes_of("spill stores") + bytes_of("spill loads"),
+        "stack": bytes_of("stack frame"),
+    }, compiled.asm["ptx"]
 
 
-def _run(*command: str) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-
-def _ptxas_spills(compiled: Any, folder: Path) -> int:
-    """Bytes of spill stores and loads a thread, as ptxas reports them."""
-    source = folder / "kernel.ptx"
-    source.write_text(compiled.asm["ptx"])
-    capability = compiled.metadata.target.arch
-    name = f"sm_{capability}{'a' if capability >= 90 else ''}"
-    tool = _tool("ptxas-blackwell" if capability >= 100 else "ptxas")
-    command = [tool, "-v", f"--gpu-name={name}", str(source), "-o", str(folder / "again.cubin")]
-    log = subprocess.run(command, check=True, capture_output=True, text=True).stderr
-    return sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", log))
-
-
-def _read_cuda(compiled: Any) -> tuple[dict[str, int], str]:
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder, "kernel.cubin")
-        cubin.write_bytes(compiled.asm["cubin"])
-        usage = _run(_tool("cuobjdump"), "-res-usage", str(cubin))
-        registers = int(re.search(r"REG:(\d+)", usage)[1])
-        stack = int(re.search(r"STACK:(\d+)", usage)[1])
-        # A stack frame may be spills or not; only the assembler can say, so it runs again for the
-        # few that have one.
-        spilled = _ptxas_spills(compiled, Path(folder)) if stack else 0
-    return {"registers": registers, "spilled": spilled, "stack": stack}, compiled.asm["ptx"]
-
-
-def _read_hip(compiled: Any) -> tuple[dict[str, int], str]:
+def _read_hip(compiled: Any, log: str) -> tuple[dict[str, int], str]:
     text = compiled.asm["amdgcn"]
 
     def field(name: str) -> int:
@@ -114,10 +96,16 @@ def compile_launch(launch: Launch, name: str) -> dict[str, Any]:
     instruction of INSTRUCTIONS occurs. ``{"error": ...}`` where the compiler gives up.
     """
     target = gpu_target(name)
-    driver.set_active(NoDevice(target))
+    # Nothing may answer in place of the compiler: no device is met twice, no file is read.
+    driver.set_active(NoDevice(target, label=f"{next(_compilations)} "))
+    triton.knobs.compilation.always_compile = True
+    triton.knobs.nvidia.dump_ptxas_log = True
     try:
-        compiled = launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.meta)
-        read, text = (_read_hip if target.backend == "hip" else _read_cuda)(compiled)
+        with contextlib.redirect_stdout(io.StringIO()) as log:
+            compiled = launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.meta)
+        read, text = (_read_hip if target.backend == "hip" else _read_cuda)(
+            compiled, log.getvalue()
+        )
     except Exception as error:  # whatever the compiler raises is the result
         lines = str(error).strip().splitlines()
         return {"error": f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]}

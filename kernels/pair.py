@@ -69,18 +69,21 @@ def default_config(
     M: int, K: int, ranks: Sequence[int], arch: Arch, itemsize: int = 2
 ) -> PairConfig:
     """Strips as for ``grad_a``, but narrow where several adapters or fp32 products would not leave
-    registers for wide ones; fewer tiles in flight where A and its gradient fill them.
+    registers for wide ones; fewer tiles in flight where A and its gradient fill them. Exact fp32
+    products hold operands in registers: on 4 warps they spill (sm_80, Triton 3.9).
     """
     held = sum(max(16, next_pow2(r)) for r in ranks)
     block_k, split = strips(M, K, arch)
     if len(ranks) > 1 or itemsize == 4:
         block_k, split = 32, max(1, min(arch.sms // cdiv(K, 32), cdiv(M, 256)))
-    block_m = 64 if held <= 64 else 32
+    # Short tiles where wide accumulators fill the registers, which on sm_90 they do in wide strips
+    # alone (in narrow ones ptxas of Triton 3.9 spills with the short tile).
+    block_m = 64 if held <= 64 or (block_k == 32 and arch.capability == 90) else 32
     return PairConfig(
         block_m=block_m,
         block_k=block_k,
         split_m=split,
-        num_warps=8 if held > 64 else 4,
+        num_warps=8 if held > 64 or itemsize == 4 else 4,
         num_stages=3 if held <= 64 and arch.shared > 160_000 else 2,
     )
 

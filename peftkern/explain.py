@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from .ops.backend import describe
+from .ops.library import why_formula
 from .tuners.lora.base import LoraLayer
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One row: a layer's name, kind, shape (K, N), adapters with ranks, backend and reason."""
+    """One row: a layer's name, kind, shape (K, N), adapters with ranks, backend and reason;
+    ``compiled`` is what ``torch.compile`` makes of it."""
 
     name: str
     kind: str
@@ -23,6 +26,7 @@ class LayerReport:
     fused: bool
     backend: str
     reason: str
+    compiled: str
 
 
 class Explanation(list[LayerReport]):
@@ -47,9 +51,22 @@ class Explanation(list[LayerReport]):
             for line in [head, *rows]
         ]
         lines.insert(1, "  ".join("-" * w for w in widths))
-        counts = Counter(row.backend for row in self)
-        total = ", ".join(f"{count} {name}" for name, count in counts.most_common())
+        total = _counted(row.backend for row in self)
+        if self:
+            total += f"; under torch.compile: {_counted(row.compiled for row in self)}"
         return "\n".join([*lines, f"{len(self)} adapted layers: {total or 'none'}"])
+
+
+def _counted(names: Iterable[str]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in Counter(names).most_common())
+
+
+def _compiled(layer: Any) -> str:
+    """What ``torch.compile`` makes of a layer that is fused; its input is taken to be of the
+    weight's dtype and on its device."""
+    A = layer.lora_A[layer.active_adapters[0]].weight
+    why = why_formula(layer.base_layer.weight, A)
+    return "one operator" if why is None else f"plain formula ({why})"
 
 
 def explain(model: nn.Module) -> Explanation:
@@ -76,6 +93,7 @@ def explain(model: nn.Module) -> Explanation:
                 fused=reason is None,
                 backend=f"{backend} fused" if reason is None else "base layer + update",
                 reason=decided + together if reason is None else reason,
+                compiled=_compiled(layer) if reason is None else "plain formula",
             )
         )
     return rows

@@ -46,6 +46,9 @@ _anew = False  # see `anew`
 clock: Any = race.WallClock() if INTERPRET.value else race.CudaClock()
 
 why_not = triton_backend.why_not
+# where the kernels take a call, every way gives S in x's dtype and gets its mask given
+draw = triton_backend.draw
+low_rank_dtype = triton_backend.low_rank_dtype
 
 
 class Decision(NamedTuple):

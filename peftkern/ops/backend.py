@@ -3,8 +3,8 @@
 ``PEFTKERN_BACKEND`` is read at the first use: ``torch`` forces torch's own products, ``triton`` the
 kernels of ``kernels/``, and ``auto`` (default) takes, call by call, the fastest that was measured
 on the device (:mod:`.auto_backend`); without a CUDA device or without triton that is torch, at no
-cost. A backend is a module with ``forward``, ``backward``, ``group_forward``, ``group_backward``
-and ``infer`` of the signatures in :mod:`peftkern.ops.torch_backend`.
+cost. A backend is a module with ``forward``, ``backward``, ``group_forward``, ``group_backward``,
+``infer``, ``draw`` and ``low_rank_dtype`` of the signatures in :mod:`peftkern.ops.torch_backend`.
 """
 
 from __future__ import annotations
@@ -23,8 +23,15 @@ ENV = "PEFTKERN_BACKEND"
 CHOICES = ("auto", "torch", "triton")
 
 _forced: str | None = None
-# the module in use; None until the first operation: read `backend.active or backend.select()`
-active: ModuleType | None = None
+# The module in use. Not there until somebody reads it, which decides: a decision that falls while
+# a model is being compiled is then not a change of state, for which it would be compiled again.
+active: ModuleType
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name == "active":
+        return select()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def requested() -> str:
@@ -42,13 +49,14 @@ def requested() -> str:
 @contextlib.contextmanager
 def use_backend(choice: str) -> Iterator[None]:
     """Force a backend within a block, whatever the environment says."""
-    global _forced, active
+    global _forced
     before, _forced = _forced, choice
     try:
         select()
         yield
     finally:
-        _forced, active = before, None
+        _forced = before
+        globals().pop("active", None)
 
 
 def select() -> ModuleType:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from ..kernels.reference import reference_bits
 from .bits import pack_bits, unpack_bits
 from .projection import Part
 
@@ -25,7 +26,7 @@ from .projection import Part
 _FEW_ROWS = 32
 
 
-def _low_rank_dtype(x: Tensor, A: Tensor) -> torch.dtype:
+def low_rank_dtype(x: Tensor, A: Tensor) -> torch.dtype:
     """The dtype of the low-rank products.
 
     On CUDA the activation dtype, so that float32 adapters under a bf16 model run on the matrix
@@ -69,6 +70,12 @@ def _drop_fused(x: Tensor, p: float) -> tuple[Tensor, Tensor, float]:
     return *torch.native_dropout(x, p, True), 1.0
 
 
+def draw(M: int, K: int, p: float, seed: Tensor) -> Tensor:
+    """The packed mask [M, ceil(K / 32)] that belongs to ``seed`` (int64, one element), on its
+    device: the same words as the Triton backend's."""
+    return reference_bits(M, K, p, seed)
+
+
 def forward(
     x: Tensor,
     w: Tensor,
@@ -81,7 +88,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Y [M, N] in x's dtype, S [M, r] and the packed mask (None when ``p`` is 0), which is
     ``words`` where they are given."""
-    low = _low_rank_dtype(x, A)
+    low = low_rank_dtype(x, A)
     dropped, bits = x.to(low), words
     if words is not None:
         dropped = unpack_bits(words, x.shape[1], low).mul_(dropped)
@@ -137,7 +144,7 @@ def group_backward(
     x: Tensor, parts: list[Any], needs_x: bool
 ) -> tuple[Tensor | None, list[tuple[Tensor | None, Tensor | None]]]:
     """One dX [M, K] for all projections, accumulated in place, and (dA_i, dB_i) of each."""
-    low = _low_rank_dtype(x, parts[0].A)
+    low = low_rank_dtype(x, parts[0].A)
     dx, pairs, xl = None, [], x.to(low)
     for part in parts:
         dyl = part.dy.to(low)

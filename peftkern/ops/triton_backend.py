@@ -20,6 +20,8 @@ from torch import Tensor
 from ..kernels.bits import dropout_bits
 from ..kernels.common import DTYPES, INTERPRET, MAX_RANK, arch_of
 from ..kernels.gemm import fused_grad_input, fused_linear
+from ..kernels.mixed import MAX_ADAPTERS
+from ..kernels.mixed import mixed as _mixed
 from ..kernels.outer import grad_a, grad_outputs
 from ..kernels.pair import fits as pair_fits
 from ..kernels.pair import grad_pair
@@ -121,6 +123,19 @@ class _Numbers(NamedTuple):
         return how
 
 
+def draw(M: int, K: int, p: float, seed: Tensor) -> Tensor:
+    """The packed mask [M, ceil(K / 32)] that belongs to ``seed`` (int64, one element), on its
+    device."""
+    if not (seed.is_cuda or INTERPRET.value):
+        return torch_backend.draw(M, K, p, seed)
+    return dropout_bits(M, K, p, seed, device=seed.device)
+
+
+def low_rank_dtype(x: Tensor, A: Tensor) -> torch.dtype:
+    """The dtype of S."""
+    return x.dtype if why_not(x, A) is None else torch_backend.low_rank_dtype(x, A)
+
+
 def forward(
     x: Tensor,
     w: Tensor,
@@ -167,7 +182,8 @@ def group_forward(
     how: str | None = None,
     words: list[Tensor | None] | None = None,
 ) -> list[tuple[Tensor, Tensor, Tensor | None]]:
-    """(Y_i, S_i, mask_i) of several projections of one x [M, K], which is read once for every S."""
+    """(Y_i, S_i, mask_i) of several projections of one x [M, K], which is read once for every S;
+    the masks are ``words`` where they are given."""
     if any(_declines(x, m.A) for m in members):
         return torch_backend.group_forward(x, members, words)
     if words is None:
@@ -305,3 +321,19 @@ def infer(
         how = how if how in PRODUCTS else None
         y, _, _ = forward(x2, w if transposed else w.t(), bias, A, B, scale, 0.0, how)
     return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def why_not_mixed(x: Tensor, adapters: Any) -> str | None:
+    """Why :func:`mixed` cannot take a batch with these adapters; None when it can."""
+    if len(adapters) > MAX_ADAPTERS:
+        return f"{len(adapters)} adapters in one batch are more than {MAX_ADAPTERS}"
+    weights = [t for a in adapters if a is not None for t in (a.A, a.B.t())]
+    return next((r for t in weights if (r := why_not(x, t)) is not None), None)
+
+
+def mixed(x: Tensor, w: Tensor, bias: Tensor | None, adapters: Any, index: Tensor) -> Tensor:
+    """Y [M, N] for x [M, K], w [N, K] and an adapter for each sample, without gradients."""
+    As = [None if a is None else a.A for a in adapters]
+    Bs = [None if a is None else a.B for a in adapters]
+    scales = [0.0 if a is None else a.scale for a in adapters]
+    return _mixed(x, w, As, Bs, scales, index, bias)
