@@ -1,6 +1,5 @@
 """The dispatcher in Triton's interpreter, with real races on a clock that is told who wins."""
 
-import logging
 import threading
 from dataclasses import replace
 
@@ -10,13 +9,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import peftkern
-from peftkern.kernels import common
 from peftkern.ops import (
     auto_backend,
     backend,
     choices,
     device,
-    race,
     torch_backend,
     triton_backend,
     tuned,
@@ -295,97 +292,6 @@ def test_tensors_that_are_not_plain_go_to_torch(clock):
     assert clock.races == 0
 
 
-def spoil(monkeypatch, how, change):
-    """The forward of one way gives something else."""
-    real = triton_backend.group_forward
-
-    def group_forward(x, members, way=None, words=None):
-        done = real(x, members, way, words)
-        return change(done) if way == how else done
-
-    monkeypatch.setattr(triton_backend, "group_forward", group_forward)
-
-
-@pytest.mark.parametrize("what", ["one element", "unwritten", "infinite", "NaN", "another shape"])
-def test_a_way_with_other_numbers_is_thrown_out(clock, monkeypatch, caplog, what):
-    def change(done):
-        (y, s, bits) = done[0]
-        if what == "one element":
-            y[5, 7] += 0.1 * y.norm()
-        elif what == "unwritten":
-            y = torch.empty_like(y)  # the allocator gives the block that torch's result was in
-        elif what == "infinite":
-            s[0, 0] = float("inf")
-        elif what == "NaN":
-            s[-1, -1] = float("nan")
-        else:
-            y = y[:-1]
-        return [(y, s, bits)]
-
-    spoil(monkeypatch, "fused", change)
-    with caplog.at_level(logging.WARNING, logger="peftkern"):
-        y, *_ = step(*drawn())
-    assert decided("forward").how == "torch"  # no other is faster
-    assert "fused is left out of a race: its result differs" in caplog.text
-    assert decided("forward").why.endswith("without fused")
-    found = tuned.book(-1).cached.find(entry("forward", "torch").key)
-    assert set(found.times) == set(WAYS) - {"fused"} and "differs" in found.left_out["fused"]
-    x, w, A, B = drawn()
-    torch.testing.assert_close(y, torch_backend.infer(x, w, None, A, B, 2.0, False))
-
-
-def test_a_way_that_fails_is_left_out(clock, monkeypatch):
-    def change(done):
-        raise RuntimeError("out of resource: shared memory")
-
-    spoil(monkeypatch, "fused", change)
-    clock.times = {"hybrid": 0.11}
-    step(*drawn())
-    assert decided("forward").how == "hybrid" and "without fused" in decided("forward").why
-
-
-def test_out_of_memory_is_torch_for_this_process_only(clock, monkeypatch, ran):
-    def change(done):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    spoil(monkeypatch, "fused", change)
-    tuned.book(-1).keep([entry("forward", "hybrid", M=64)])  # near, and no way to go now
-    step(*drawn())
-    step(*drawn())
-    assert decided("forward").how == "torch" and "out of memory" in decided("forward").why
-    assert [(k.op, k.m) for k in tuned.book(-1).cached.entries] == [
-        ("forward", 64),
-        ("backward", 16),
-    ]
-    assert [how for op, how in ran if op == "forward"].count("fused") == 1  # not tried again
-
-
-def test_numbers_that_are_not_finite_decide_nothing(clock):
-    x, w, A, B = drawn()
-    with torch.no_grad():
-        x[0, 0] = float("inf")
-    step(x, w, A, B)
-    assert clock.races == 0 and decided("forward") is None
-    step(*drawn())
-    assert clock.races == 2 and decided("forward").how == "fused"
-
-
-def test_a_gradient_of_zeros_can_be_raced(clock):
-    x, w, A, B = drawn()
-    with torch.no_grad():
-        B.zero_()  # as LoRA starts: dA is zero, and so is the update
-    step(x, w, A, B)
-    assert clock.races == 2 and decided("backward").how == "fused"
-    assert decided("backward").why == decided("forward").why  # nobody left out
-
-
-def test_a_call_that_is_wrong_says_so_itself(clock):
-    x, w, A, B = drawn(grad=False)
-    with pytest.raises(RuntimeError, match="shape|size|mat"):
-        peftkern.lora_linear(x, w[:, :-1], None, A, B, 2.0)
-    assert decided("infer") is None
-
-
 def test_while_one_thread_races_the_others_go_on(clock, monkeypatch, ran):
     racing, go_on = threading.Event(), threading.Event()
     real = clock.seconds
@@ -455,106 +361,6 @@ def test_only_clearly_faster_leaves_torch():
     assert choices.names("infer", 16) == ("torch", *triton_backend.INFER)
 
 
-def test_a_sketch_measures_what_it_stands_for():
-    a = torch.randn(300, 70, generator=torch.Generator().manual_seed(0))
-    estimate = race.sketch(a).norm() / a.norm()
-    assert abs(estimate.item() - 1) < 0.1
-    assert race.sketch(torch.zeros(0, 5)).shape == (0, 8)
-    rows = a.t()[:, ::2]  # any strides
-    assert torch.equal(race.sketch(rows), race.sketch(rows.contiguous()))
-    race._sketches((a, None, [torch.ones(2, dtype=torch.int32)]))
-    assert a.isnan().all()  # nobody finds the right numbers in freed memory
-    assert race.sketch(torch.ones(5)).shape == (1, 8)
-
-
-def launches(monkeypatch):
-    seen = {}
-    real = common.Launch.run
-
-    def run(self):
-        seen.setdefault(self.kernel.fn.__name__, []).append(self.meta)
-        real(self)
-
-    monkeypatch.setattr(common.Launch, "run", run)
-    return seen
-
-
-def config(op, fields, M=12, N=0, K=0, **more):
-    choice = "one_pass" if op == "outer" else None
-    return entry(op, choice, M=M, N=N, K=K, config=fields, **more)
-
-
-def test_kernels_run_with_the_configs_of_a_table(monkeypatch, tmp_path):
-    with dispatcher(monkeypatch, tmp_path, FakeClock()):
-        ship(tmp_path, [
-            config("shrink", {"block_m": 16, "block_k": 32, "split_k": 1, "num_warps": 2}, K=40),
-            config("expand", {"block_m": 16, "block_n": 32, "num_warps": 1}, N=24),
-            config("outer", {"block_m": 16, "block_n": 16, "num_warps": 1}, N=24),
-            config("grad_a", {"block_m": 16, "block_k": 32, "num_warps": 1}, K=40),
-            config("low_rank_grad_input", {"block_m": 16, "block_n": 64, "num_warps": 2}, K=40),
-            config("gemm", {"block_m": 16, "block_n": 32, "block_k": 16}, N=24, K=40),
-            config("gemm_grad_input", {"block_m": 32, "block_n": 32, "block_k": 16}, N=24, K=40),
-            config("small", {"block_n": 8, "block_k": 16, "num_warps": 1}, N=24, K=40),
-            config("small", {"block_n": 4, "block_k": 64, "num_warps": 1}, M=1, N=24, K=40),
-            # too far from 12 rows: the kernel's own default knows better
-            config("shrink", {"block_m": 128, "block_k": 128}, M=4096, K=48),
-        ])  # fmt: skip
-        seen = launches(monkeypatch)
-        for product in ("hybrid", "fused"):
-            monkeypatch.setattr(triton_backend, "product", product)
-            with peftkern.use_backend("triton"):
-                step(*drawn())
-                x, w, A, B = drawn(grad=False)
-                peftkern.lora_linear(x, w, None, A, B, 2.0)
-                peftkern.lora_linear(x[:1], w, None, A, B, 2.0)
-        assert {m["BLOCK_K"] for m in seen["_shrink_kernel"]} == {32}
-        assert {m["num_warps"] for m in seen["_shrink_kernel"]} == {2}
-        assert [m["BLOCK_N"] for m in seen["_write_kernel"]] == [32, 64]  # expand, dX
-        assert {m["BLOCK_N"] for m in seen["_outer_kernel"]} == {16}
-        assert {m["BLOCK_K"] for m in seen["_grad_a_kernel"]} == {32}
-        assert [m["BLOCK_M"] for m in seen["_gemm_kernel"]] == [16, 32]
-        assert {m["BLOCK_K"] for m in seen["_rows_kernel"]} == {16}
-        assert {m["BLOCK_N"] for m in seen["_gemv_kernel"]} == {4}
-        seen.clear()
-        with peftkern.use_backend("triton"):
-            step(*drawn(K=48))
-        assert seen["_shrink_kernel"][0]["BLOCK_M"] != 128
-
-
-def test_two_passes_over_dy_where_the_table_says_so(monkeypatch, tmp_path):
-    with dispatcher(monkeypatch, tmp_path, FakeClock()):
-        ship(tmp_path, [entry("outer", "two_pass", K=0)])
-        seen = launches(monkeypatch)
-        with peftkern.use_backend("triton"):
-            step(*drawn())
-        assert "_outer_kernel" not in seen and len(seen["_grad_a_kernel"]) == 2
-
-
-def test_a_config_that_a_kernel_refuses_is_ignored(monkeypatch, tmp_path, caplog):
-    with dispatcher(monkeypatch, tmp_path, FakeClock()):
-        ship(tmp_path, [config("shrink", {"block_m": 17}, K=40)])
-        with peftkern.use_backend("triton"):
-            step(*drawn())
-        assert "a config of a tuning table is ignored: ShrinkConfig.block_m is 17" in caplog.text
-
-
-def test_the_triton_backend_takes_its_product_from_a_table_and_never_races(clock, monkeypatch):
-    seen = launches(monkeypatch)
-    times = {"torch": 1.0, "hybrid": 3.0, "fused": 2.0}
-    tuned.book(-1).keep([entry("forward", "torch", times=times)])
-    with peftkern.use_backend("triton"):
-        step(*drawn())
-        assert "_gemm_kernel" in seen and len(seen["_write_kernel"]) == 1  # dX by the default
-        x, w, A, B = drawn(grad=False)
-        peftkern.lora_linear(x, w, None, A, B, 2.0)
-        assert "_rows_kernel" in seen  # the default
-        tuned.book(-1).keep([entry("infer", "hybrid", M=8)])  # the nearest bucket
-        seen.clear()
-        peftkern.lora_linear(x, w, None, A, B, 2.0)
-        assert "_write_kernel" in seen and "_rows_kernel" not in seen
-    assert clock.races == 0
-
-
 def test_auto_is_torch_itself_without_a_gpu(monkeypatch):
     if torch.cuda.is_available():
         pytest.skip("there is one")
@@ -597,14 +403,3 @@ def test_a_call_runs_with_its_own_device_current(clock, monkeypatch):
             step(*drawn())
             peftkern.lora_linear(*drawn(grad=False)[:2], None, *drawn(grad=False)[2:], 2.0)
     assert len(seen) >= 6 and all(where == [torch.device("cpu")] for where in seen)
-
-
-def test_numbers_that_are_never_finite_end_the_tries(clock, monkeypatch):
-    monkeypatch.setattr(auto_backend, "TRIES", 3)
-    x, w, A, B = drawn(grad=False)
-    x[0, 0] = float("nan")
-    for tried in (1, 2, 3, 3):
-        peftkern.lora_linear(x, w, None, A, B, 2.0)
-        (count,) = tuned.book(-1).tries.values()
-        assert count == tried
-    assert "not finite" in decided("infer").why
