@@ -183,6 +183,7 @@ def test_kernels_are_few_whatever_the_ranks():
         )  # fmt: skip
         named = dict(zip(launch.kernel.arg_names, launch.args, strict=False))
         assert all(v % 16 == 0 for v in named["ranks"]) and named["a_strides"] is None
+        assert launch.meta["ALIGNED"]  # A is read 16 bytes at a time
         return launch.meta, len(named["As"])
 
     assert key((1, 16, 5)) == key((16, 7, 1, 8))
