@@ -14,6 +14,7 @@ from torch import Tensor
 from peftkern.kernels import (
     bits,
     gemm,
+    grad_a,
     outer,
     pair,
     reference,
@@ -146,7 +147,7 @@ def config_list(case: RaceCase) -> list[Any]:
             (64, 64, 8, 4, 4), (64, 64, 16, 4, 3), (128, 128, 8, 8, 2),
         ]  # fmt: skip
         return _configs(
-            outer.GradAConfig, "block_m block_k split_m num_warps num_stages",
+            grad_a.GradAConfig, "block_m block_k split_m num_warps num_stages",
             [r for r in rows if r[2] * r[0] <= max(64, M)],
         )  # fmt: skip
     if op in ("gemm", "gemm_grad_input"):
@@ -351,7 +352,7 @@ def contest(case: RaceCase, device: Device, copies: int) -> Contest:
     if case.op == "grad_a":
         x, ds = some(M, K), [some(M, r) for _ in range(G)]
         return Contest(
-            lambda c, i: outer.grad_a(x[i], [d[i] for d in ds], words, config=c),
+            lambda c, i: grad_a.grad_a(x[i], [d[i] for d in ds], words, config=c),
             lambda: [
                 reference.grad_a(x[0], d[0], m) for d, m in zip(ds, keeps or none, strict=True)
             ],

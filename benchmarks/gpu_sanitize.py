@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from peftkern.kernels import bits, gemm, mixed, outer, pair, shrink, small, update, write
+from peftkern.kernels import bits, gemm, grad_a, mixed, outer, pair, shrink, small, update, write
 
 
 def runs(device: str) -> Iterator[tuple[str, list[Tensor]]]:
@@ -43,8 +43,8 @@ def runs(device: str) -> Iterator[tuple[str, list[Tensor]]]:
     for split in (1, 2):
         config = outer.OuterConfig(16, 32, split, 4, 2)
         yield f"outer split {split}", list(outer.grad_output(dy, b, s, 2.0, config=config))
-        grad = outer.GradAConfig(16, 32, split, 4, 2)
-        yield f"grad_a split {split}", outer.grad_a(x, [s, s], words, config=grad)
+        grad = grad_a.GradAConfig(16, 32, split, 4, 2)
+        yield f"grad_a split {split}", grad_a.grad_a(x, [s, s], words, config=grad)
         joined = pair.PairConfig(16, 32, split, 4, 2)
         low, das = pair.grad_pair(x, [s, s], [a, a], words, config=joined)
         yield f"pair split {split}", [low, *das]

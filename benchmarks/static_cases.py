@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from peftkern.kernels import bits, gemm, mixed, outer, pair, shrink, small, update, write
+from peftkern.kernels import bits, gemm, grad_a, mixed, outer, pair, shrink, small, update, write
 from peftkern.kernels.common import Arch, Launch
 
 BF16, FP16, FP32, INT32 = torch.bfloat16, torch.float16, torch.float32, torch.int32
@@ -73,9 +73,9 @@ def low_rank_cases(arch: Arch) -> Iterator[Case]:
         for k in (K, 14336):  # narrow strips, and wide ones
             xs = meta(M, k, dtype=dtype)
             keep = [meta(M, k // 32, dtype=INT32) if masked else None] * group
-            grad_config = outer.default_grad_a_config(M, k, arch, [r] * group)
+            grad_config = grad_a.default_config(M, k, arch, [r] * group)
             da = [meta(r, k, dtype=FP32)] * group
-            launches = outer.plan_grad_a(xs, ds, keep, da, grad_config)
+            launches = grad_a.plan_grad_a(xs, ds, keep, da, grad_config)
             yield from _named(f"grad_a K{k} {tag}", launches)
         config = write.default_config(M, [r] * group)
         launches = write.plan_write(x, ds, a, words, None, None, config)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftkern.kernels import gemm, outer, pair, shrink, small, tuning, update, write
+from peftkern.kernels import gemm, grad_a, outer, pair, shrink, small, tuning, update, write
 from peftkern.kernels.common import Arch, Launch
 
 from .static_cases import FP32, INT32, Case, meta
@@ -78,7 +78,7 @@ def _outer(t: _Tensors, config: Any, arch: Arch) -> list[Launch]:
 
 def _grad_a(t: _Tensors, config: Any, arch: Arch) -> list[Launch]:
     ds, da = [t("m", "r")] * t.key.group, [t.grad("r", "k")] * t.key.group
-    return outer.plan_grad_a(t("m", "k"), ds, t.words(), da, config)
+    return grad_a.plan_grad_a(t("m", "k"), ds, t.words(), da, config)
 
 
 def _gemm(t: _Tensors, config: Any, arch: Arch) -> list[Launch]:
@@ -95,8 +95,8 @@ def _gemm_grad_input(t: _Tensors, config: Any, arch: Arch) -> list[Launch]:
 
 def _small(t: _Tensors, config: Any, arch: Arch) -> list[Launch]:
     y, x, w = t("m", "n"), t("m", "k"), t("n", "k")
-    a, b = t.low("r", "k")[None], t.low("n", "r")[None]
-    return small.plan_small(y, x, w, a, b, None, None, None, None, 1.0, config)
+    a, b = t.low("r", "k"), t.low("n", "r")
+    return small.plan_small(y, x, w, a, b, None, None, 1.0, config)
 
 
 Plan = Callable[[_Tensors, Any, Arch], list[Launch]]
@@ -107,7 +107,7 @@ PLANS: dict[str, tuple[type, Plan]] = {
     "update": (update.UpdateConfig, _update),
     "pair": (pair.PairConfig, _pair),
     "outer": (outer.OuterConfig, _outer),
-    "grad_a": (outer.GradAConfig, _grad_a),
+    "grad_a": (grad_a.GradAConfig, _grad_a),
     "gemm": (gemm.GemmConfig, _gemm),
     "gemm_grad_input": (gemm.GemmConfig, _gemm_grad_input),
     "small": (small.SmallConfig, _small),

@@ -5,7 +5,7 @@
 
 on which the vendor's products dY_i W_i then accumulate. A program owns a strip of columns of X and
 walks down its rows: the mask and dS are read once for both results, and a launch is saved beside
-:func:`.outer.grad_a` with :func:`.write.low_rank_grad_input`. M is not split where the strips fill
+:func:`.grad_a.grad_a` with :func:`.write.low_rank_grad_input`. M is not split where the strips fill
 the device, so that dA needs no second stage.
 """
 
@@ -39,7 +39,7 @@ from .common import (
     row_stride,
     rows,
 )
-from .outer import GROUP_RANK, strips
+from .grad_a import GROUP_RANK, strips
 from .reduce import plan_sum
 
 

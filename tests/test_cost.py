@@ -17,7 +17,7 @@ from benchmarks.cost_gpus import GPUS, microseconds
 from benchmarks.cost_kernels import Traffic, traffic
 from benchmarks.static_cases import cases as shipped
 from peftkern.kernels import bits as kernel_bits
-from peftkern.kernels import gemm, mixed, outer, pair, reduce, shrink, small, update, write
+from peftkern.kernels import gemm, grad_a, mixed, outer, pair, reduce, shrink, small, update, write
 from peftkern.kernels.common import Arch, Launch
 
 BF16, FP32, INT32 = torch.bfloat16, torch.float32, torch.int32
@@ -211,7 +211,7 @@ def test_kernel_traffic_by_hand() -> None:
     wanted = (32768 + 2048 + 8192, 8192 + 2 * 4096, 32768 + 2 * 2048 + 8192)
     assert byte_counts(first) == wanted
     assert byte_counts(second)[:2] == (2 * 4096, 4096)
-    (launch,) = outer.plan_grad_a(x, [ds], [words], [da], outer.GradAConfig(block_k=32))
+    (launch,) = grad_a.plan_grad_a(x, [ds], [words], [da], grad_a.GradAConfig(block_k=32))
     assert byte_counts(launch) == (65536 + 8192 + 4096, 8192, 65536 + 4 * 8192 + 4096)
 
     # two projections with one mask: X and the mask once, both Y and S written

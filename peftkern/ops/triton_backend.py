@@ -20,9 +20,10 @@ from torch import Tensor
 from ..kernels.bits import dropout_bits
 from ..kernels.common import DTYPES, INTERPRET, MAX_RANK, arch_of
 from ..kernels.gemm import fused_grad_input, fused_linear
+from ..kernels.grad_a import grad_a
 from ..kernels.mixed import MAX_ADAPTERS
 from ..kernels.mixed import mixed as _mixed
-from ..kernels.outer import grad_a, grad_outputs
+from ..kernels.outer import grad_outputs
 from ..kernels.pair import fits as pair_fits
 from ..kernels.pair import grad_pair
 from ..kernels.shrink import shrink

@@ -45,7 +45,7 @@ _CONFIG_OF = {  # op of a table -> (module of kernels/, class)
     "expand": ("write", "WriteConfig"),
     "low_rank_grad_input": ("write", "WriteConfig"),
     "outer": ("outer", "OuterConfig"),
-    "grad_a": ("outer", "GradAConfig"),
+    "grad_a": ("grad_a", "GradAConfig"),
     "update": ("update", "UpdateConfig"),
     "pair": ("pair", "PairConfig"),
     "gemm": ("gemm", "GemmConfig"),

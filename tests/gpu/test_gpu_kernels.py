@@ -11,6 +11,7 @@ from tests.gpu.ground import (
     bits,
     cut,
     gemm,
+    grad_a,
     mixed,
     outer,
     poison,
@@ -77,7 +78,7 @@ def test_low_rank_kernels(shape, dtype, mask):
     assert db.dtype == FP32
     as_good_as_torch(db, (dy.T @ s).float(), exact_db)
 
-    (da,) = outer.grad_a(x, [ds], words)
+    (da,) = grad_a.grad_a(x, [ds], words)
     as_good_as_torch(da, (ds.T @ masked(x, keep)).float(), reference.grad_a(x, ds, keep))
 
     dx = write.low_rank_grad_input([ds, s], [A, A], words)
@@ -96,7 +97,7 @@ def test_every_rank(r):
     ds, db = outer.grad_output(dy, B, s)
     as_good_as_torch(ds, dy @ B.bfloat16(), reference.grad_s(dy, B, 1.0))
     as_good_as_torch(db, (dy.T @ s).float(), reference.grad_b(dy, s))
-    (da,) = outer.grad_a(x, [ds], words)
+    (da,) = grad_a.grad_a(x, [ds], words)
     as_good_as_torch(da, (ds.T @ masked(x, keep)).float(), reference.grad_a(x, ds, keep))
     w = some(N, K, seed=5, scale=K**-0.5)
     y = gemm.fused_linear(x, w, s, B)
@@ -205,7 +206,7 @@ def test_no_rows():
     assert gemm.fused_linear(x, some(32, 64), s, B).shape == (0, 32)
     ds, db = outer.grad_output(some(0, 32), B, s)
     assert ds.shape == (0, 4) and not db.any()
-    assert not outer.grad_a(x, [ds])[0].any()
+    assert not grad_a.grad_a(x, [ds])[0].any()
     assert small.decode(x, some(32, 64), A, B).shape == (0, 32)
     assert bits.dropout_bits(0, 64, 0.1, 1, device=DEVICE).shape == (0, 2)
 
@@ -226,7 +227,7 @@ def test_offsets_past_int32():
         as_good_as_torch(y, near @ w.T + s @ B.T, reference.linear(near, w, s, B))
     ds, db = outer.grad_output(far, some(512, 16, seed=3), s)
     as_good_as_torch(db, (near.T @ s).float(), reference.grad_b(near, s))
-    (da,) = outer.grad_a(far, [ds], words)
+    (da,) = grad_a.grad_a(far, [ds], words)
     as_good_as_torch(da, (ds.T @ (near * keep)).float(), reference.grad_a(near, ds, keep))
     y = small.decode(far, w, A, B)
     low = reference.shrink(near, A, 1.0)

@@ -156,7 +156,7 @@ def test_keys_follow_helpers(before, tmp_path):
         tmp_path, helper, ("kernels/common.py", "        words_ptr + row", "        words_at + row")
     )
     changed = {before[case][0] for case in before if after[case] != before[case]}
-    callers = {"shrink._shrink_kernel", "outer._grad_a_kernel", "write._write_kernel"}
+    callers = {"shrink._shrink_kernel", "grad_a._grad_a_kernel", "write._write_kernel"}
     assert callers | {"gemm._gemm_kernel"} <= changed
     assert not changed & {"bits._bits_kernel", "small._gemv_kernel", "outer._outer_kernel"}
 
