@@ -70,14 +70,15 @@ def default_config(M: int, K: int, arch: Arch, ranks: Sequence[int] = (16,)) -> 
     """Column strips of X, see :func:`strips`; tall tiles where they are narrow."""
     block_k, split = strips(M, K, arch)
     held = min(GROUP_RANK, sum(max(16, next_pow2(r)) for r in ranks))
-    # On sm_90 ptxas gives three stages of a narrow strip too few registers (Triton 3.9).
-    deep = held <= (32 if block_k == 32 and arch.capability == 90 else 64)
+    # On sm_90 ptxas gives narrow strips of several adapters too few registers: with three stages
+    # under Triton 3.9, on four warps under 3.6.
+    tight = block_k == 32 and arch.capability == 90 and held > 32
     return GradAConfig(
         block_m=128 if block_k == 32 and held <= 32 else 64,
         block_k=block_k,
         split_m=split,
-        num_warps=8 if held > 64 else 4,
-        num_stages=3 if deep else 2,
+        num_warps=8 if held > 64 or tight else 4,
+        num_stages=3 if held <= 64 and not tight else 2,
     )
 
 
