@@ -1,11 +1,12 @@
-"""Attention over a prefix and own keys in float32 or float64 on a CPU: one softmax over two
-sources, in blocks of scores that stay in the cache.
+"""Attention over a prefix and own keys on a CPU: one softmax over two sources, in blocks of
+float32 scores (float64 for float64) that stay in the cache.
 
 Beside the vendor's CPU attention this leaves out the blocks that causality, a window or padding
 hide (torch's kernel computes the whole square up to 512 keys), hands BLAS larger products, and
 takes one softmax over both sources, so nothing is merged. A sequence's heads are the batch of each
 product; the G query heads that share a key head are rows beside each other, [H_kv, T G, D]. Scores
-are in base 2, because torch's exp2 takes a third of the time of its exp on a CPU.
+are in base 2, because torch's exp2 takes a third of the time of its exp on a CPU. Half precision is
+widened head by head: torch's kernel is slower in it than in float32 (fp16 backward: ten times).
 
 Distances: query t has coordinate ``offset`` + t, own key s has s, prefix key p has p - P; a causal
 query sees distances d = query - key with 0 <= d, under a window also d < window.
@@ -36,8 +37,6 @@ def why_not(q: Tensor, k: Tensor, rule: Rule) -> str | None:
     """Why a call is not for these blocks; None when it is."""
     if not q.is_cpu:
         return f"tensors on {q.device.type}"
-    if q.dtype not in (torch.float32, torch.float64):
-        return f"dtype {q.dtype}, whose products would be rounded"
     if isinstance(rule.offset, Tensor):
         return "an offset known to the device alone"
     if rule.window is None and q.shape[2] < ROWS:
@@ -99,23 +98,30 @@ class _Hide:
             distance = base + torch.arange(j - i)[:, None] - torch.arange(d - c)
             hidden = (distance < 0) if below else (distance >= 0)
             mask = torch.zeros(hidden.shape, dtype=self.dtype).masked_fill_(hidden, -math.inf)
-            mask = self.made[key] = mask[:, None]
-        s.unflatten(1, (-1, self.G))[:, i:j, :, c:d].add_(mask)
+            mask = self.made[key] = mask.repeat_interleave(self.G, 0)
+        s[:, i * self.G : j * self.G, c:d].add_(mask)
 
 
 class _Scratch:
-    """Memory of the blocks, taken once a call."""
+    """Memory of the blocks, taken once a call; most blocks have one of a few shapes."""
 
-    def __init__(self, like: Tensor, size: int) -> None:
-        self.memory = like.new_empty(size)
+    def __init__(self, size: int, dtype: torch.dtype) -> None:
+        self.memory = torch.empty(size, dtype=dtype)
+        self.views: dict[tuple[int, int, int], Tensor] = {}
 
-    def __call__(self, *shape: int) -> Tensor:
-        return self.memory[: math.prod(shape)].view(shape)
+    def __call__(self, n: int, m: int, c: int) -> Tensor:
+        view = self.views.get((n, m, c))
+        if view is None:
+            view = self.views[n, m, c] = self.memory[: n * m * c].view(n, m, c)
+        return view
 
 
-def _rows(x: Tensor, G: int) -> Tensor:
-    """[H, T, D] as [H_kv, T G, D]; a view where G is 1."""
-    return x if G == 1 else x.unflatten(0, (-1, G)).transpose(1, 2).flatten(1, 2)
+def _rows(x: Tensor, G: int, dtype: torch.dtype) -> Tensor:
+    """[H, T, D] as [H_kv, T G, D] in ``dtype``; a view where G is 1 and x has that dtype."""
+    if G == 1:
+        return x.to(dtype)
+    split = _split(x, G)
+    return torch.empty(split.shape, dtype=dtype).copy_(split).flatten(1, 2)
 
 
 def _split(x: Tensor, G: int) -> Tensor:
@@ -125,7 +131,7 @@ def _split(x: Tensor, G: int) -> Tensor:
 
 def _heads_at_once(H_kv: int, G: int, keys: int, itemsize: int) -> int:
     """Key heads that are the batch of one product, so that their scores fit the cache."""
-    return max(1, min(H_kv, CACHE // (BLOCK * G * keys * itemsize)))
+    return max(1, min(H_kv, CACHE // (BLOCK * G * max(1, keys) * itemsize)))
 
 
 def forward(
@@ -137,24 +143,29 @@ def forward(
     G = H // H_kv
     offset, window = int(rule.offset), rule.window
     o = q.new_empty(B, T, H, D).transpose(1, 2)
-    lse = q.new_empty(B, H_kv, T * G, 1)
-    step = _heads_at_once(H_kv, G, S, q.itemsize)
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    lse = q.new_empty(B, H_kv, T * G, 1, dtype=dtype)
+    kp, vp = kp.to(dtype), vp.to(dtype)
+    step = _heads_at_once(H_kv, G, S, dtype.itemsize)
     rows = min(BLOCK, T)
-    own, front = _Scratch(q, step * rows * G * S), _Scratch(q, step * rows * G * P)
-    out = _Scratch(q, step * rows * G * D)
-    hide = _Hide(rule, q.dtype, G)
+    own, front = (_Scratch(step * rows * G * n, dtype) for n in (S, P))
+    out = _Scratch(step * rows * G * D, dtype)
+    hide = _Hide(rule, dtype, G)
     c = rule.scale * LOG2E
-    spans = _spans(rule.keep, B, S, q.dtype)
+    spans = _spans(rule.keep, B, S, dtype)
     bare = rule.no_prefix.tolist() if rule.no_prefix is not None else None
+    blind = bare is not None or window is not None  # whether a row may see nothing
     for b in range(B):
         span = spans[b]
         alone = bare is not None and bare[b]
         for h in range(0, H_kv, step):
             heads = slice(h, h + step)
-            q_ = _rows(q[b, h * G : (h + step) * G], G)
+            q_ = _rows(q[b, h * G : (h + step) * G], G, dtype)
             o_ = _split(o[b, h * G : (h + step) * G], G)
-            kt, v_, lse_ = k[b, heads].transpose(1, 2), v[b, heads], lse[b, heads]
+            kt, v_ = k[b, heads].to(dtype).transpose(1, 2), v[b, heads].to(dtype)
+            lse_ = lse[b, heads]
             kp_, vp_ = (x[heads] if x.dim() == 3 else x[b, heads] for x in (kp, vp))
+            kpt = kp_.transpose(1, 2)
             N = kt.shape[0]
             for t in range(0, T, BLOCK):
                 end = min(T, t + BLOCK)
@@ -165,11 +176,10 @@ def forward(
                 pieces = []
                 if far < 0 and not alone:
                     s = front(N, M, -far)
-                    keys = kp_[:, P + far :].transpose(1, 2)
-                    torch.baddbmm(s, qb, keys, beta=0, alpha=c, out=s)
+                    torch.baddbmm(s, qb, kpt[:, :, far:], beta=0, alpha=c, out=s)
                     if window is not None:
                         hide(s, near - far)
-                    pieces.append((s, vp_[:, P + far :]))
+                    pieces.append((s, vp_[:, far:]))
                 first = max(span.first, far)
                 last = min(span.last, offset + end) if rule.causal else span.last
                 if first < last:
@@ -186,7 +196,8 @@ def forward(
                 top = pieces[0][0].amax(-1, keepdim=True)
                 for s, _ in pieces[1:]:
                     top = torch.maximum(top, s.amax(-1, keepdim=True))
-                top.clamp_(min=NOTHING)  # -inf - -inf would be NaN
+                if blind:
+                    top.clamp_(min=NOTHING)  # -inf - -inf would be NaN
                 acc, total = out(N, M, D), None
                 for s, values in pieces:
                     s.sub_(top).exp2_()
@@ -197,8 +208,12 @@ def forward(
                         total.add_(s.sum(-1, keepdim=True))
                         torch.baddbmm(acc, s, values, out=acc)
                 assert total is not None
-                total.clamp_(min=1.0)  # the largest counts 1; 0 is a row that sees nothing
-                torch.div(acc.unflatten(1, (-1, G)), total.unflatten(1, (-1, G)), out=o_[:, t:end])
+                if blind:
+                    total.clamp_(min=1.0)  # the largest counts 1; 0 is a row that sees nothing
+                if G > 1:
+                    o_[:, t:end] = acc.div_(total).view(N, end - t, G, D)
+                else:
+                    torch.div(acc, total, out=o_[:, t:end, 0])
                 lse_[:, part] = top.add_(total.log2_())
     return o, lse
 
@@ -225,16 +240,18 @@ def backward(
     dq = q.new_empty(B, T, H, D).transpose(1, 2) if needs_q else None
     dk = torch.empty_like(k) if needs_k else None
     dv = torch.empty_like(v) if needs_v else None
-    dkp = torch.zeros_like(kp, memory_format=torch.contiguous_format) if needs_kp else None
-    dvp = torch.zeros_like(vp, memory_format=torch.contiguous_format) if needs_vp else None
-    step = _heads_at_once(H_kv, G, T, q.itemsize)
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    kp, vp = kp.to(dtype), vp.to(dtype)
+    dkp = torch.zeros(kp.shape, dtype=dtype) if needs_kp else None
+    dvp = torch.zeros(vp.shape, dtype=dtype) if needs_vp else None
+    step = _heads_at_once(H_kv, G, T, dtype.itemsize)
     width = min(BLOCK, S)
-    probs, dscores = (_Scratch(q, step * T * G * max(width, P)) for _ in range(2))
-    acc = _Scratch(q, step * T * G * D)
-    some = _Scratch(q, step * max(T * G, width) * D)
-    hide = _Hide(rule, q.dtype, G)
+    probs, dscores = (_Scratch(step * T * G * max(width, P), dtype) for _ in range(2))
+    acc = _Scratch(step * T * G * D, dtype)
+    some = _Scratch(step * max(T * G, width) * D, dtype)
+    hide = _Hide(rule, dtype, G)
     c = rule.scale * LOG2E
-    spans = _spans(rule.keep, B, S, q.dtype)
+    spans = _spans(rule.keep, B, S, dtype)
     bare = rule.no_prefix.tolist() if rule.no_prefix is not None else None
 
     def scores_of(
@@ -259,8 +276,8 @@ def backward(
         alone = bare is not None and bare[b]
         for h in range(0, H_kv, step):
             heads, wide = slice(h, h + step), slice(h * G, (h + step) * G)
-            q_, do_, lse_ = _rows(q[b, wide], G), _rows(do[b, wide], G), lse[b, heads]
-            k_, v_ = k[b, heads], v[b, heads]
+            q_, do_ = _rows(q[b, wide], G, dtype), _rows(do[b, wide], G, dtype)
+            k_, v_, lse_ = k[b, heads].to(dtype), v[b, heads].to(dtype), lse[b, heads]
             kp_, vp_ = (x[heads] if shared else x[b, heads] for x in (kp, vp))
             N = k_.shape[0]
             product = some(N, T * G, D).unflatten(1, (T, G))
@@ -317,5 +334,5 @@ def backward(
                 x = _split(dq[b, wide], G)
                 torch.mul(grad.unflatten(1, (T, G)), rule.scale, out=x)
     if dkp is not None:
-        dkp.mul_(rule.scale)
-    return dq, dk, dv, dkp, dvp
+        dkp = dkp.mul_(rule.scale).to(q.dtype)
+    return dq, dk, dv, dkp, dvp.to(q.dtype) if dvp is not None else None
