@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from peftkern.tuners.prefix_tuning.inject import PrefixInjection
 
 VOCAB, WIDTH, HEADS, LAYERS, LABELS, P = 64, 32, 4, 2, 3, 5
+_ABSENT = object()  # a setting that a class would keep without having a use for it
 _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 
@@ -36,7 +37,8 @@ def _decoder(cls: type, **more: Any) -> Any:
         "num_labels": LABELS,
         **_TOKENS,
     }
-    return cls(**{**settings, **more})
+    settings |= more
+    return cls(**{name: value for name, value in settings.items() if value is not _ABSENT})
 
 
 _MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
@@ -51,9 +53,7 @@ def _gpt2(cls: type, **more: Any) -> Any:
 
 def _bert(cls: type, **more: Any) -> Any:
     drop = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    mine = {"num_key_value_heads": HEADS, **drop, **more}
-    config = _decoder(cls, **mine)
-    return config
+    return _decoder(cls, num_key_value_heads=_ABSENT, **drop, **more)
 
 
 def _bart(cls: type) -> Any:
@@ -73,8 +73,9 @@ def _t5(cls: type) -> Any:
 
 def _falcon(**more: Any) -> Any:
     drop = {"hidden_dropout": 0.0, "attention_dropout": 0.0}
-    names = {"num_key_value_heads": None, "num_kv_heads": 2, **drop, **more}
-    return _decoder(tf.FalconConfig, **names)
+    return _decoder(
+        tf.FalconConfig, num_key_value_heads=_ABSENT, num_kv_heads=2, **drop, **more
+    )
 
 
 CONFIGS: dict[str, Callable[[], Any]] = {
@@ -99,9 +100,19 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "mixtral": lambda: _decoder(tf.MixtralConfig, num_local_experts=4, sliding_window=None),
     "phi3": lambda: _decoder(tf.Phi3Config, resid_pdrop=0.0, embd_pdrop=0.0),
     "opt": lambda: _decoder(
-        tf.OPTConfig, ffn_dim=24, word_embed_proj_dim=WIDTH, init_std=0.3, dropout=0.0
+        tf.OPTConfig,
+        num_key_value_heads=_ABSENT,
+        ffn_dim=24,
+        word_embed_proj_dim=WIDTH,
+        init_std=0.3,
+        dropout=0.0,
     ),
-    "gpt_neox": lambda: _decoder(tf.GPTNeoXConfig, hidden_dropout=0.0, attention_dropout=0.0),
+    "gpt_neox": lambda: _decoder(
+        tf.GPTNeoXConfig,
+        num_key_value_heads=_ABSENT,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+    ),
     "gpt_oss": lambda: _decoder(
         tf.GptOssConfig,
         head_dim=8,
@@ -113,7 +124,9 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "roberta": lambda: _bert(tf.RobertaConfig),
     "electra": lambda: _bert(tf.ElectraConfig, embedding_size=WIDTH),
     "mbart": lambda: _bart(tf.MBartConfig),
-    "bloom": lambda: _decoder(tf.BloomConfig, n_layer=LAYERS, n_head=HEADS),
+    "bloom": lambda: _decoder(
+        tf.BloomConfig, num_key_value_heads=_ABSENT, n_layer=LAYERS, n_head=HEADS
+    ),
     "gptj": lambda: _gpt2(tf.GPTJConfig, rotary_dim=4),
     "codegen": lambda: _gpt2(tf.CodeGenConfig, rotary_dim=4),
     "gpt_neo": lambda: tf.GPTNeoConfig(
