@@ -74,7 +74,7 @@ def _t5(cls: type) -> Any:
 def _falcon(**more: Any) -> Any:
     drop = {"hidden_dropout": 0.0, "attention_dropout": 0.0}
     return _decoder(
-        tf.FalconConfig, num_key_value_heads=_ABSENT, num_kv_heads=2, **drop, **more
+        tf.FalconConfig, **{"num_key_value_heads": _ABSENT, "num_kv_heads": 2, **drop, **more}
     )
 
 
@@ -86,11 +86,16 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "bart": lambda: _bart(tf.BartConfig),
     "mistral": lambda: _decoder(tf.MistralConfig, sliding_window=8),
     "gemma2": lambda: _decoder(
-        tf.Gemma2Config, head_dim=8, sliding_window=8, attn_logit_softcapping=5.0
+        tf.Gemma2Config,
+        head_dim=8,
+        sliding_window=8,
+        attn_logit_softcapping=5.0,
+        tie_word_embeddings=False,  # tied, a random model repeats its last token
     ),
     "gemma3": lambda: _decoder(
         tf.Gemma3TextConfig,
         head_dim=8,
+        tie_word_embeddings=False,
         sliding_window=8,
         layer_types=["sliding_attention", "full_attention"],
     ),
@@ -146,7 +151,9 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     ),
     "falcon": lambda: _falcon(new_decoder_architecture=True),
     "falcon_mqa": lambda: _falcon(new_decoder_architecture=False, multi_query=True),
-    "falcon_alibi": lambda: _falcon(new_decoder_architecture=False, multi_query=False, alibi=True),
+    "falcon_alibi": lambda: _falcon(
+        new_decoder_architecture=False, multi_query=False, alibi=True, num_kv_heads=HEADS
+    ),
     "mpt": lambda: tf.MptConfig(
         vocab_size=VOCAB,
         d_model=WIDTH,
@@ -256,8 +263,10 @@ class Pair:
             self.heads, width = config.num_attention_heads, config.token_dim
             self.peft.eval()
         else:
-            self.heads, width = HEADS, WIDTH
-            encoder = None
+            self.heads, encoder = HEADS, None
+            sizes = getattr(self.base.config, "num_key_value_heads", None)
+            self.heads = sizes or HEADS
+            width = self.heads * (getattr(self.base.config, "head_dim", None) or WIDTH // HEADS)
         layers = config.num_layers or LAYERS
         weight = torch.randn(virtual, 2 * layers * width)
         if encoder is not None:
