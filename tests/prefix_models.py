@@ -265,7 +265,7 @@ class Pair:
         else:
             self.heads, encoder = HEADS, None
             sizes = getattr(self.base.config, "num_key_value_heads", None)
-            self.heads = sizes or HEADS
+            self.heads = 1 if family == "falcon_mqa" else sizes or HEADS
             width = self.heads * (getattr(self.base.config, "head_dim", None) or WIDTH // HEADS)
         layers = config.num_layers or LAYERS
         weight = torch.randn(virtual, 2 * layers * width)

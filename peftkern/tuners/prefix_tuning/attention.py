@@ -24,6 +24,7 @@ from .state import PrefixState
 KEYWORD = "peftkern_prefix"
 SLOT = "_peftkern_prefix_slot"
 _NAME = "peftkern_prefix_"
+REGISTERED: set[str] = set()
 
 # Keywords that reach the attention function and do not change what it computes.
 _NEUTRAL = frozenset(
@@ -42,6 +43,7 @@ def register(original: str) -> str:
     original's is spelt in hexadecimal: a copied or unpickled model finds its way back.
     """
     name = _NAME + original.encode().hex()
+    REGISTERED.add(name)
     AttentionInterface.register(name, functools.partial(attention, original))
     AttentionMaskInterface.register(name, functools.partial(prefix_mask, original))
     return name

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import attention, blocks, positions
+from . import attention, blocks, positions, reentrant
 from .families import find, refuse
 from .state import (
     ActivePrefix,
@@ -88,6 +88,8 @@ class PrefixInjection:
             seen.update({id(m.config): m.config for m in self.attentions if hasattr(m, "config")})
             self._configs = list(seen.values())
             self._stand_before()
+        first = self.layers[0]
+        self._handles.append(first.register_forward_pre_hook(self._at_first, with_kwargs=True))
         if self.family.positions == "table":
             table = self.stack.embed_positions
             self._handles.append(table.register_forward_pre_hook(self._at_table, with_kwargs=True))
@@ -100,7 +102,7 @@ class PrefixInjection:
         """Before whatever attention implementation is set now, a user's later choice included."""
         for config in self._configs:
             name = config._attn_implementation
-            if attention.original_of(name) is None:
+            if name not in attention.REGISTERED:
                 config._attn_implementation_internal = attention.register(name or "eager")
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -200,6 +202,8 @@ class PrefixInjection:
             blocks.prepare(self.family, self.stack, kwargs, state)
         elif hasattr(self.attentions[0], "compute_bias"):
             state.bias_module = self.attentions[0]
+        if torch.is_grad_enabled() and reentrant.is_reentrant(self.layers[0]):
+            reentrant.use_leaves(state)
         kwargs[attention.KEYWORD] = state
         set_current(self, state)
         return (), kwargs
@@ -217,6 +221,15 @@ class PrefixInjection:
                 "what it computed is not what was asked for, and prefix tuning of this model is "
                 "not supported"
             )
+
+    def _at_first(
+        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Before the first layer, outside its checkpoint."""
+        state = current_of(self)
+        if state is None or state.collected is None:
+            return None
+        return (reentrant.collect(args[0], state), *args[1:]), kwargs
 
     def _at_table(
         self, table: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

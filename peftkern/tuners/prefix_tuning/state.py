@@ -39,6 +39,7 @@ class PrefixState:
     positions: Tensor | None = None  # of a packed batch's tokens, P included
     bias_module: Any = None  # T5: the layer that holds the relative bias of all
     alibi: Tensor | None = None  # Falcon: [B * H, 1, P + S]
+    collected: tuple[list[Tensor], list[Tensor]] | None = None  # leaves and what they stand for
     hits: set[int] = field(default_factory=set)  # slots that have seen their prefix
 
     @property
