@@ -180,6 +180,16 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "stablelm": lambda: _decoder(tf.StableLmConfig),
 }
 
+IN_BLOCKS = (
+    "bloom",
+    "gptj",
+    "gpt_neo",
+    "codegen",
+    "falcon",
+    "falcon_mqa",
+    "falcon_alibi",
+    "mpt",
+)
 ENCODERS = ("bert", "roberta", "electra", "distilbert")
 SEQ2SEQ = ("t5", "bart", "mbart")
 # what PEFT has to be told, because it would infer it wrongly or not at all
@@ -318,3 +328,25 @@ def inputs(family: str, padding: str | None = "right", task: str | None = None) 
     else:
         batch["labels"] = ids.masked_fill(ids == 0, -100)
     return batch
+
+
+def alone(family: str, **more: Any) -> Pair:
+    """A pair without its PEFT half."""
+    return Pair(family, peft_too=False, **more)
+
+
+def sizes(pair: Pair) -> dict[str, int]:
+    """What :class:`PrefixInjection` was told for this pair."""
+    injection = pair.injection
+    return {
+        "num_layers": pair.layers,
+        "kv_heads": injection.kv_heads,
+        "head_dim": injection.head_dim,
+        "num_virtual_tokens": injection.num_virtual_tokens,
+    }
+
+
+def assert_close(a: Tensor, b: Tensor, tolerance: float = 1e-4) -> None:
+    """Within ``tolerance`` of the largest number of ``b``."""
+    scale = max(1e-3, float(b.detach().abs().max()))
+    assert float((a - b).detach().abs().max()) <= tolerance * scale

@@ -19,12 +19,13 @@ from tests.prefix_models import (
     VOCAB,
     P,
     Pair,
+    alone,
+    assert_close,
     inputs,
     make,
     task_of,
 )
 
-TOLERANCE = 1e-4
 NOT_IN_PEFT = ("distilbert", "stablelm")  # PEFT refuses the one; the other swallows keywords
 FAMILIES = [f for f in CONFIGS if f not in NOT_IN_PEFT]
 CAUSAL = [f for f in FAMILIES if task_of(f) == "CAUSAL_LM"]
@@ -42,11 +43,6 @@ def real(batch: dict[str, Any], logits: Tensor) -> Tensor:
     if mask is None or logits.dim() != 3 or logits.shape[1] != mask.shape[1]:
         return logits
     return logits[mask.bool()]
-
-
-def assert_close(ours: Tensor, theirs: Tensor, tolerance: float = TOLERANCE) -> None:
-    scale = max(1e-3, float(theirs.detach().abs().max()))
-    assert float((ours - theirs).detach().abs().max()) <= tolerance * scale
 
 
 def unmoved(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,7 +197,7 @@ class _WithPrefix(torch.nn.Module):
 
 
 def test_distilbert_which_peft_refuses() -> None:
-    pair = Pair("distilbert", peft_too=False)
+    pair = alone("distilbert")
     batch = inputs("distilbert")
     model = make("distilbert")
     for layer, prefix in zip(model.distilbert.transformer.layer, pair.prefixes(), strict=True):

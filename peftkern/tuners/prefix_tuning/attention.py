@@ -113,11 +113,12 @@ def _with_prefix(
     pair = state.prefixes[slot]
     assert pair is not None
     prefix_key, prefix_value = (t.to(device=key.device, dtype=key.dtype) for t in pair)
-    if prefix_key.shape[-3] != key.shape[1] or prefix_key.shape[-1] != key.shape[-1]:
+    shapes = (key.shape[1], key.shape[-1]), (value.shape[1], value.shape[-1])
+    if shapes != ((prefix_key.shape[-3], prefix_key.shape[-1]),) * 2:
         raise ValueError(
             f"the prefix of layer {slot} has {prefix_key.shape[-3]} heads of "
             f"{prefix_key.shape[-1]}; the keys of {type(module).__name__} have {key.shape[1]} of "
-            f"{key.shape[-1]}"
+            f"{key.shape[-1]}, its values {value.shape[1]} of {value.shape[-1]}"
         )
     T, S = query.shape[2], key.shape[2]
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
@@ -138,13 +139,15 @@ def _with_prefix(
     if own is None and position_bias is not None:
         own = _causal_mask(T, S, causal, query.device)
     if own is not None:
-        seen = prefix_visible(
-            state.virtual, T, state.past, window, state.positions, causal, query.device
-        )
-        plan = {
-            "causal": False,
-            "bias": _with_bias(own, seen, position_bias, module, state, query),
-        }
+        kept = mask.joined if isinstance(mask, MaskSpec) and position_bias is None else {}
+        bias = kept.get(window)
+        if bias is None:
+            seen = prefix_visible(
+                state.virtual, T, state.past, window, state.positions, causal, query.device
+            )
+            bias = _with_bias(own, seen, position_bias, module, state, query)
+            kept[window] = bias
+        plan = {"causal": False, "bias": bias}
     output = prefix_attention(
         query,
         key,
@@ -182,10 +185,11 @@ def _refuse_unknown(module: nn.Module, mask: Any, rest: dict[str, Any]) -> None:
 def _check_length(mask: MaskSpec, S: int, state: PrefixState) -> None:
     """A mask that covers the prefix as well would be taken for one with more own tokens."""
     width = None if mask.padding is None else mask.padding.shape[-1]
-    if mask.kv_length == S and (
-        width is None or isinstance(mask.q_offset, Tensor) or width == mask.q_offset + mask.q_length
-    ):
-        return
+    if mask.kv_length == S:
+        if width is None or isinstance(mask.q_offset, Tensor):
+            return
+        if width in (mask.q_offset + mask.q_length, mask.kv_offset + mask.kv_length):
+            return  # the second: a static cache's whole length
     own = S if isinstance(mask.q_offset, Tensor) else mask.q_offset + mask.q_length
     raise ValueError(
         f"attention_mask covers {mask.kv_length if width is None else width} tokens, the sequence "
@@ -226,7 +230,9 @@ def _with_bias(
     if position_bias is None:
         return _join(front, own)
     # T5 bins the distance to a key: that of prefix token j to query t is j - (P + past + t).
-    holder = module if getattr(module, "has_relative_attention_bias", False) else state.bias_module
+    holder: Any = (
+        module if getattr(module, "has_relative_attention_bias", False) else state.bias_module
+    )
     T, P = query.shape[2], state.virtual
     near = holder.compute_bias(T, P, device=query.device, past_seen_tokens=state.past + P)
     return _join(front + near.to(front), own + position_bias)

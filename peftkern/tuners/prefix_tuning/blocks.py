@@ -57,15 +57,22 @@ def prepare(
     mask = kwargs.get("attention_mask")
     tokens = tokens_of(kwargs)
     B, T = tokens.shape[:2]
-    if isinstance(mask, Tensor) and mask.dim() == 2 and not isinstance(state.past, Tensor):
+    static = getattr(kwargs.get("past_key_values"), "is_compileable", False)
+    if isinstance(mask, Tensor) and mask.dim() == 2 and not static:
         if mask.shape[1] != state.past + T:
             raise ValueError(
                 f"attention_mask covers {mask.shape[1]} tokens, the sequence has {state.past + T}: "
                 f"give a mask of the tokens alone, without the {state.virtual} virtual ones"
             )
-    if getattr(stack, "use_alibi", False):  # rounded to bfloat16, so it has to be counted as PEFT's
+    alibi = getattr(stack, "use_alibi", False)
+    if static and (alibi or stack.config.model_type == "gpt_neo"):
+        raise ValueError(
+            f"{type(stack).__name__} takes the length of a static cache for that of the sequence, "
+            "with a prefix or without: use a dynamic cache"
+        )
+    if alibi:  # rounded to bfloat16, so it has to be counted as PEFT's
         if mask is None:
-            mask = torch.ones(B, state.past + T, dtype=torch.long, device=tokens.device)
+            mask = torch.ones(B, int(state.past) + T, dtype=torch.long, device=tokens.device)
         if mask.dim() != 2:
             raise ValueError(
                 f"attention_mask has {mask.dim()} dimensions; {type(stack).__name__} counts its "

@@ -119,10 +119,10 @@ def find(model: nn.Module, num_layers: int) -> Found:
     Raises:
         ValueError: names the model's class and why it is not supported.
     """
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     found = [f for name, m in model.named_modules() if (f := _candidate(name, m)) is not None]
     if getattr(config, "is_encoder_decoder", False) and len(found) > 1:
-        found = [f for f in found if f.name.split(".")[-1] == "decoder"]
+        found = [f for f in found if "decoder" in f.name.split(".")]
     # of a model that sees or hears too, the part that reads
     if len(found) > 1 and hasattr(config, "get_text_config"):
         text = config.get_text_config()
@@ -138,6 +138,8 @@ def find(model: nn.Module, num_layers: int) -> Found:
     config = here.stack.config
     if getattr(config, "attention_chunk_size", None) is not None:
         raise refuse(model, "its attention works in chunks, in which a prefix has no place")
+    if getattr(config, "num_kv_shared_layers", 0):
+        raise refuse(model, "some of its layers attend to the keys of others")
     if here.family.block is None:
         for layer in here.attentions:
             if not _uses_interface(layer):

@@ -50,6 +50,8 @@ class MaskSpec:
             and not arguments.get("use_vmap", False)
         )
         self.plain = known or windowed
+        self.joined: dict[int | None, Tensor] = {}  # by window: with the prefix in front
+        self._keep: tuple[Tensor | None] | None = None
         self._visible: Tensor | None = None
         self._unprefixed: Any = None
 
@@ -62,6 +64,11 @@ class MaskSpec:
 
     def keep(self) -> Tensor | None:
         """[B, S], False on padding; None when there is none (not looked at under tracing)."""
+        if self._keep is None:  # asked by every layer, and looking costs a GPU a stop
+            self._keep = (self._padding(),)
+        return self._keep[0]
+
+    def _padding(self) -> Tensor | None:
         if self.padding is None:
             return None
         if not torch.compiler.is_compiling() and bool(self.padding.all()):

@@ -86,10 +86,11 @@ def check_room(
 
 def _room(family: Family, stack: PreTrainedModel) -> int:
     assert family.table is not None
-    table = at(stack, family.table)
+    table: Any = at(stack, family.table)
     if not isinstance(table, nn.Module):
         return int(getattr(stack.config, family.table))
-    rows = int(table.weight.shape[0]) - int(getattr(table, "offset", 0))  # type: ignore[union-attr,arg-type]
+    weight: Any = table.weight
+    rows = int(weight.shape[0]) - int(getattr(table, "offset", 0))
     if family.positions == "tokens":
         rows -= stack.config.pad_token_id + 1  # positions begin behind the padding's
     return rows

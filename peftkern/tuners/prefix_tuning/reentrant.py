@@ -35,7 +35,7 @@ class _Collect(torch.autograd.Function):
         return hidden.view_as(hidden)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         sums = []
         for leaf in ctx.leaves:
             sums.append(leaf.grad)

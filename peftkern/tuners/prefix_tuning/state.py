@@ -11,11 +11,18 @@ from torch import Tensor
 
 Prefix = tuple[Tensor, Tensor]  # keys and values, each [H_kv, P, D] or [B, H_kv, P, D]
 
+
 # Per thread, and not a context variable: torch.compile reads and guards a thread-local, and breaks
 # the graph at a context variable. It is read once, when a forward call begins; from there on the
 # state is handed along as a keyword, so that a replay under gradient checkpointing (in whatever
 # thread, after whatever other call) sees the state of its own forward.
-_local = threading.local()
+class _Local(threading.local):
+    def __init__(self) -> None:  # in each thread, when it first looks
+        self.active: tuple[ActivePrefix, ...] = ()
+        self.current: tuple[tuple[Any, PrefixState], ...] = ()
+
+
+_local = _Local()
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +59,7 @@ class PrefixState:
 
 def active_in(owner: Any) -> ActivePrefix | None:
     """The innermost active prefixes of this injection in this thread."""
-    for entry in getattr(_local, "active", ()):
+    for entry in _local.active:
         if entry.owner is owner:
             return entry
     return None
@@ -60,7 +67,7 @@ def active_in(owner: Any) -> ActivePrefix | None:
 
 def push(entry: ActivePrefix) -> tuple[ActivePrefix, ...]:
     """Makes ``entry`` the innermost; returns what :func:`restore` takes."""
-    before = getattr(_local, "active", ())
+    before = _local.active
     _local.active = (entry, *before)
     return before
 
@@ -71,12 +78,12 @@ def restore(before: tuple[ActivePrefix, ...]) -> None:
 
 def set_current(owner: Any, state: PrefixState | None) -> None:
     """Names the forward call of ``owner`` that runs in this thread, for hooks deeper in it."""
-    others = tuple(c for c in getattr(_local, "current", ()) if c[0] is not owner)
+    others = tuple(c for c in _local.current if c[0] is not owner)
     _local.current = others if state is None else (*others, (owner, state))
 
 
 def current_of(owner: Any) -> PrefixState | None:
-    for held, state in getattr(_local, "current", ()):
+    for held, state in _local.current:
         if held is owner:
             return state
     return None
