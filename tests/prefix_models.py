@@ -177,8 +177,39 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         num_labels=LABELS,
         pad_token_id=0,
     ),
+    "modernbert": lambda: _decoder(
+        tf.ModernBertConfig,
+        num_key_value_heads=_ABSENT,
+        layer_types=["full_attention", "sliding_attention"],
+        local_attention=8,
+        cls_token_id=1,
+        sep_token_id=2,
+    ),
     "stablelm": lambda: _decoder(tf.StableLmConfig),
+    "phi": lambda: _decoder(tf.PhiConfig, embd_pdrop=0.0, resid_pdrop=0.0),
+    "cohere": lambda: _decoder(tf.CohereConfig, logit_scale=1.0),
+    "cohere2": lambda: _decoder(
+        tf.Cohere2Config,
+        logit_scale=1.0,
+        sliding_window=8,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
+    "olmo2": lambda: _decoder(tf.Olmo2Config),
+    "granite": lambda: _decoder(tf.GraniteConfig),
+    "starcoder2": lambda: _decoder(
+        tf.Starcoder2Config, sliding_window=8, residual_dropout=0.0, embedding_dropout=0.0
+    ),
+    "smollm3": lambda: _decoder(tf.SmolLM3Config),
+    "gemma": lambda: _decoder(tf.GemmaConfig, head_dim=8, tie_word_embeddings=False),
+    "gpt_bigcode": lambda: _gpt2(tf.GPTBigCodeConfig),
+    "qwen2_moe": lambda: _decoder(tf.Qwen2MoeConfig, shared_expert_intermediate_size=16, **_MOE),
+    "mt5": lambda: _t5(tf.MT5Config),
+    "xlm-roberta": lambda: _bert(tf.XLMRobertaConfig),
+    "marian": lambda: _bart(tf.MarianConfig),
+    "pegasus": lambda: _bart(tf.PegasusConfig),
+    "blenderbot": lambda: _bart(tf.BlenderbotConfig),
 }
+TAIL = tuple(CONFIGS)[list(CONFIGS).index("phi") :]
 
 IN_BLOCKS = (
     "bloom",
@@ -190,10 +221,11 @@ IN_BLOCKS = (
     "falcon_alibi",
     "mpt",
 )
-ENCODERS = ("bert", "roberta", "electra", "distilbert")
-SEQ2SEQ = ("t5", "bart", "mbart")
+ENCODERS = ("bert", "roberta", "electra", "distilbert", "xlm-roberta")
+SEQ2SEQ = ("t5", "bart", "mbart", "mt5", "marian", "pegasus", "blenderbot")
 # what PEFT has to be told, because it would infer it wrongly or not at all
 SIZES = {
+    "gpt_bigcode": {"num_attention_heads": 1, "token_dim": WIDTH // HEADS},
     "falcon_mqa": {"num_attention_heads": 1, "token_dim": WIDTH // HEADS},
     "mpt": {"num_attention_heads": HEADS},
 }
@@ -206,7 +238,7 @@ _CLASSES = {
 
 
 def task_of(family: str) -> str:
-    if family in ENCODERS:
+    if family in (*ENCODERS, "modernbert"):
         return "SEQ_CLS"
     return "SEQ_2_SEQ_LM" if family in SEQ2SEQ else "CAUSAL_LM"
 
