@@ -31,14 +31,7 @@ from tests.prefix_models import (
 # PEFT refuses the first two; the third swallows keywords; the others get one slow test each
 NOT_HERE = ("distilbert", "modernbert", "stablelm", *TAIL)
 FAMILIES = [f for f in CONFIGS if f not in NOT_HERE]
-CAUSAL = [f for f in FAMILIES if task_of(f) == "CAUSAL_LM"]
-BY_DISTANCE = (
-    "t5",
-    "mt5",
-    "bloom",
-    "falcon_alibi",
-    "mpt",
-)  # positions are not counted, only distances
+BY_DISTANCE = ("t5", "mt5", "bloom", "falcon_alibi", "mpt")  # where no position is counted
 CASES = [(f, None) for f in FAMILIES] + [
     ("bert", "TOKEN_CLS"),
     ("llama", "SEQ_CLS"),

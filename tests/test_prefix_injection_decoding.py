@@ -157,7 +157,9 @@ def test_compiled_static_decode(family: str) -> None:
         expected = pair.model(ids).logits
         cache = tf.StaticCache(config=pair.model.config, max_cache_len=16)
         pair.model(ids[:, :4], past_key_values=cache)
-        for t in range(4, 9):
+        for t in range(
+            4, 8
+        ):  # at 8 a sliding cache is full, and compiles anew without a prefix too
             where = torch.full((3, 1), t)
             stance = "default" if t < 6 else "fail_on_recompile"
             with torch.compiler.set_stance(stance):

@@ -30,7 +30,8 @@ REGISTERED: set[str] = set()
 _NEUTRAL = frozenset(
     "position_ids position_embeddings cache_position use_cache past_key_values layer_past "
     "output_attentions output_hidden_states output_router_logits return_dict num_items_in_batch "
-    "token_type_ids logits_to_keep max_length_q max_length_k layer_idx head_dim deterministic".split()
+    "token_type_ids logits_to_keep max_length_q max_length_k layer_idx head_dim "
+    "deterministic".split()
 )
 # These say how a batch is packed; the mask says it too, if position_ids were given with them.
 _PACKED = frozenset("cu_seq_lens_q cu_seq_lens_k seq_idx".split())
