@@ -60,6 +60,19 @@ def test_gradient_checkpointing(family: str, reentrant: bool) -> None:
     assert_close(found, expected)
 
 
+def test_a_second_backward_through_reentrant_checkpoints() -> None:
+    pair = alone("llama")
+    pair.model.requires_grad_(False).train()
+    pair.model.gradient_checkpointing_enable({"use_reentrant": True})
+    batch = inputs("llama")
+    with pair.active():
+        loss = pair.model(**batch).loss
+    loss.backward(retain_graph=True)
+    once = pair.weight.grad.clone()
+    loss.backward()
+    assert_close(pair.weight.grad, 2 * once)
+
+
 @pytest.mark.parametrize("family", ["llama", "bert", "gpt2"])
 def test_attention_dropout(family: str) -> None:
     pair = Pair(family)

@@ -140,14 +140,15 @@ def _with_prefix(
     if own is None and position_bias is not None:
         own = _causal_mask(T, S, causal, query.device)
     if own is not None:
-        kept = mask.joined if isinstance(mask, MaskSpec) and position_bias is None else {}
-        bias = kept.get(window)
+        shared = isinstance(mask, MaskSpec) and position_bias is None
+        bias = mask.joined if shared else None
         if bias is None:
             seen = prefix_visible(
                 state.virtual, T, state.past, window, state.positions, causal, query.device
             )
             bias = _with_bias(own, seen, position_bias, module, state, query)
-            kept[window] = bias
+            if shared:
+                mask.joined = bias
         plan = {"causal": False, "bias": bias}
     output = prefix_attention(
         query,

@@ -50,7 +50,7 @@ class MaskSpec:
             and not arguments.get("use_vmap", False)
         )
         self.plain = known or windowed
-        self.joined: dict[int | None, Tensor] = {}  # by window: with the prefix in front
+        self.joined: Tensor | None = None  # [B, 1, T, P + S], kept here for the other layers
         self._keep: tuple[Tensor | None] | None = None
         self._visible: Tensor | None = None
         self._unprefixed: Any = None
