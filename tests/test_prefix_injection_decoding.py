@@ -56,17 +56,28 @@ def test_static_cache_where_the_model_itself_is_wrong(family: str) -> None:
         pair.model(ids, past_key_values=cache)
 
 
+@pytest.mark.parametrize("padding", ["left", None])
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "gpt2", "opt", *IN_BLOCKS])
-def test_a_callers_own_cache(family: str) -> None:
+def test_a_callers_own_cache(family: str, padding: str | None) -> None:
     """Continued from it, and it holds the tokens alone."""
     pair = Pair(family)
-    ids = inputs(family, None)["input_ids"]
+    batch = inputs(family, padding)
+    ids, mask = batch["input_ids"], batch.get("attention_mask")
+    caches = [tf.DynamicCache(config=pair.model.config)]
+    # Bloom's own bias wants a mask as long as a static cache
+    if family in STATIC and (family, padding) != ("bloom", "left"):
+        caches.append(tf.StaticCache(config=pair.model.config, max_cache_len=16))
     with torch.no_grad(), pair.active():
-        whole = pair.model(ids).logits
-        cache = tf.DynamicCache(config=pair.model.config)
-        parts = [pair.model(ids[:, a:b], past_key_values=cache).logits for a, b in ((0, 4), (4, 9))]
-    assert cache.get_seq_length() == 9
-    assert_close(torch.cat(parts, dim=1), whole)
+        whole = pair.model(ids, attention_mask=mask).logits
+        for cache in caches:
+            parts = []
+            for a, b in ((0, 4), (4, 8), (8, 9)):
+                seen = None if mask is None else mask[:, :b]
+                call = {"attention_mask": seen, "past_key_values": cache}
+                parts.append(pair.model(ids[:, a:b], **call).logits)
+            assert cache.get_seq_length() == 9
+            real = slice(None) if mask is None else mask.bool()
+            assert_close(torch.cat(parts, dim=1)[real], whole[real])
 
 
 @pytest.mark.parametrize("family", ["llama", "bart", "t5", "bert", "bloom", "falcon_alibi", "opt"])

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as tf
 from torch import Tensor
 
 from peftkern.tuners.prefix_tuning import attention
@@ -58,6 +59,35 @@ def test_gradient_checkpointing(family: str, reentrant: bool) -> None:
     assert expected.abs().max() > 1e-3
     assert_close(again, losses, 1e-6)
     assert_close(found, expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom", "gptj"])
+def test_checkpointing_beside_a_cache(family: str) -> None:
+    """A replay must not write to a caller's cache again: as in transformers, none is used."""
+    pair = alone(family)
+    pair.model.requires_grad_(False).train()
+    pair.model.gradient_checkpointing_enable()
+    batch = inputs(family)
+    _, expected = gradients(pair, batch)
+    cache = tf.DynamicCache(config=pair.model.config)
+    _, found = gradients(pair, {**batch, "past_key_values": cache})
+    assert cache.get_seq_length() == 0
+    assert_close(found, expected)
+    with torch.no_grad():  # nor where there is no prefix
+        pair.model(**batch, past_key_values=cache)
+    assert cache.get_seq_length() == 0
+
+
+@pytest.mark.parametrize("family", ["bart", "opt"])
+def test_layers_dropped_in_training_are_not_missed(family: str) -> None:
+    pair = alone(family)
+    pair.injection.stack.layerdrop = 0.5
+    batch = inputs(family)
+    with torch.no_grad(), pair.active():
+        pair.model.train()
+        torch.manual_seed(0)
+        losses = {float(pair.model(**batch).loss) for _ in range(8)}
+    assert len(losses) > 1
 
 
 def test_a_second_backward_through_reentrant_checkpoints() -> None:

@@ -44,10 +44,7 @@ class MaskSpec:
         known = function is (causal_mask_function if self.causal else bidirectional_mask_function)
         # A skip is not allowed once anything was laid over the pattern, a packed batch included.
         windowed = (
-            self.causal
-            and self.window is not None
-            and arguments.get("allow_is_causal_skip", False)
-            and not arguments.get("use_vmap", False)
+            self.causal and self.window is not None and arguments.get("allow_is_causal_skip", False)
         )
         self.plain = known or windowed
         self.joined: Tensor | None = None  # [B, 1, T, P + S], kept here for the other layers
