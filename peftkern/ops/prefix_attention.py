@@ -65,7 +65,7 @@ def _unit(x: Tensor) -> Tensor:
 
 
 def _note(reason: str) -> None:
-    if reason not in _noted:
+    if reason not in _noted and not torch.compiler.is_compiling():
         _noted.add(reason)
         logging.getLogger("peftkern").info(
             "prefix attention runs on concatenated keys and values: %s", reason
