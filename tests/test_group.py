@@ -295,3 +295,68 @@ def test_sets_are_found_in_models():
     decoder = model.base_model.model.decoder.block[0]
     assert not decoder.layer[0].SelfAttention.q._group.off
     assert decoder.layer[1].EncDecAttention.q._group is None
+
+
+DECODER = dict(
+    vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+    num_attention_heads=4, num_key_value_heads=2, pad_token_id=0,
+)  # fmt: skip
+# configuration, and how many layers the sets of one block hold
+FAMILIES = {
+    "llama": (lambda t: t.LlamaConfig(**DECODER), [3, 2]),
+    "qwen2": (lambda t: t.Qwen2Config(**DECODER), [3, 2]),
+    "qwen3": (lambda t: t.Qwen3Config(**DECODER, head_dim=4), [3, 2]),
+    "mistral": (lambda t: t.MistralConfig(**DECODER), [3, 2]),
+    "gemma": (lambda t: t.GemmaConfig(**DECODER, head_dim=4), [3, 2]),
+    "gemma2": (lambda t: t.Gemma2Config(**DECODER, head_dim=4), [3, 2]),
+    "phi3": (lambda t: t.Phi3Config(**DECODER), []),  # fused already: qkv_proj, gate_up_proj
+    "gpt2": (lambda t: t.GPT2Config(vocab_size=32, n_embd=16, n_layer=2, n_head=4), []),  # c_attn
+    "bert": (
+        lambda t: t.BertConfig(
+            vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+            num_attention_heads=4, is_decoder=True,
+        ),
+        [3],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_group_what_shares_its_input_with_the_numbers_of_separate_layers(
+    operations, family, dropout
+):
+    import transformers
+
+    make, sizes = FAMILIES[family]
+    torch.manual_seed(0)
+    base = transformers.AutoModelForCausalLM.from_config(make(transformers))
+    config = peftkern.LoraConfig(
+        task_type="CAUSAL_LM", target_modules="all-linear", r=3, lora_dropout=dropout,
+        init_lora_weights=False, fan_in_fan_out=family == "gpt2",
+    )  # fmt: skip
+    ours = peftkern.get_peft_model(base, config)
+    layers = [m for m in ours.modules() if isinstance(m, Linear)]
+    groups = {id(m._group): m._group for m in layers if m._group is not None}
+    assert sorted(len(g.layers) for g in groups.values()) == sorted(sizes * 2)
+    ids = torch.tensor([[1, 5, 7, 9, 2], [3, 3, 8, 1, 4]])
+    found = []
+    for together in (True, False):
+        if not together:
+            for layer in layers:
+                layer.__dict__["_group"] = None
+        ours.zero_grad()
+        torch.manual_seed(3)
+        operations.clear()
+        out = ours(input_ids=ids, labels=ids)
+        assert len(operations) == (2 * len(sizes) if together else 0)
+        out.loss.backward()
+        found.append({n: p.grad.clone() for n, p in ours.named_parameters() if p.grad is not None})
+        found[-1]["logits"] = out.logits.detach()
+        assert not any(g.off or g.broken for g in groups.values())
+    grouped, apart = found
+    assert grouped.keys() == apart.keys()
+    for name, want in apart.items():
+        torch.testing.assert_close(
+            grouped[name], want, rtol=1e-5, atol=1e-6 * max(1.0, want.abs().max().item())
+        )
