@@ -218,6 +218,16 @@ def test_bias_with_rows_without_a_prefix(kind):
     assert not weights[0, ..., :5].any() and weights[1, ..., :5].any()
 
 
+def test_rows_that_see_nothing_are_0_with_weights_too():
+    tensors = inputs(2, 4, 2, 5, 5, 3, 8)
+    keep, bare = torch.tensor([[False] * 5, [True] * 5]), torch.tensor([True, False])
+    out, weights = prefix_attention(
+        *tensors, scale=SCALE, causal=True, keep=keep, no_prefix=bare, return_weights=True
+    )
+    assert not out[0].any() and not weights[0].any() and out[1].any()
+    assert not any(g[0].any() for g in gradients(out, tensors)[:4])
+
+
 @pytest.mark.parametrize("weights", [False, True])
 def test_dropout_draws_as_torch_does(weights):
     """The same seed drops what torch's own attention (or eager formula) drops."""
