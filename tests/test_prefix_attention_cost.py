@@ -323,7 +323,8 @@ def test_bad_input(case):
 def test_compiles_to_one_graph():
     """Training, and decoding with the offset in a tensor; nothing recompiles for new values."""
     compiled = torch.compile(prefix_attention, backend="aot_eager", fullgraph=True)
-    for T, options in ((200, {}), (1, {"q_offset": torch.tensor(30)})):
+    window = {"window": 50}  # on concatenated keys, whose reason would be logged
+    for T, options in ((200, {}), (100, window), (1, {"q_offset": torch.tensor(30)})):
         tensors = inputs(2, 4, 2, T, 200, 5, 8)
         expected = gradients(truth(tensors, options), tensors)
         found = gradients(compiled(*tensors, scale=SCALE, causal=True, **options), tensors)

@@ -65,6 +65,8 @@ def _unit(x: Tensor) -> Tensor:
 
 
 def _note(reason: str) -> None:
+    if torch.compiler.is_compiling():
+        return  # a logger is nothing to compile; the same call without compiling says why
     if reason not in _noted:
         _noted.add(reason)
         logging.getLogger("peftkern").info(
