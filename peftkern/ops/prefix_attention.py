@@ -65,17 +65,19 @@ def _unit(x: Tensor) -> Tensor:
 
 
 def _note(reason: str) -> None:
-    if reason not in _noted and not torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        return  # a logger is nothing to compile; the same call without compiling says why
+    if reason not in _noted:
         _noted.add(reason)
         logging.getLogger("peftkern").info(
             "prefix attention runs on concatenated keys and values: %s", reason
         )
 
 
-def _choose(query: Tensor, key: Tensor, rule: Rule) -> ModuleType | str:
+def _choose(query: Tensor, rule: Rule) -> ModuleType | str:
     """The implementation for a call without bias, softcap, sinks, dropout or weights, or why none
     takes it."""
-    if not torch.compiler.is_compiling() and prefix_blocked.why_not(query, key, rule) is None:
+    if not torch.compiler.is_compiling() and prefix_blocked.why_not(query, rule) is None:
         return prefix_blocked
     reason = prefix_merge.why_not(query, rule)
     return prefix_merge if reason is None else reason
@@ -218,7 +220,7 @@ def prefix_attention(
     implementation: ModuleType | None = None
     if reason is None:
         rule = Rule(scale, causal, offset, keep, window, no_prefix)
-        chosen = _choose(query, key, rule)
+        chosen = _choose(query, rule)
         if isinstance(chosen, str):
             reason = chosen
         else:

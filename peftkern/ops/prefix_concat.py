@@ -40,10 +40,12 @@ def attend(
     keys = torch.cat([prefix_key.expand(B, -1, -1, -1), key], 2)
     values = torch.cat([prefix_value.expand(B, -1, -1, -1), value], 2)
     mask = bias
-    if bias is None:
+    if bias is not None:
+        mask = bias = bias[(None,) * (4 - bias.dim())]
+    else:
         rule = Rule(scale, causal, offset, keep, window, no_prefix)
         mask = mask_of(B, T, S, P, rule, query.device)
-    elif no_prefix is not None:
+    if bias is not None and no_prefix is not None:
         mask = _without_prefix(bias, no_prefix, P, S)
     if softcap is None and sinks is None and not weights and query.numel():
         grouped = H != H_kv

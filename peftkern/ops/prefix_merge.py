@@ -13,7 +13,6 @@ copied nor expanded, and its gradients come out reduced over the batch.
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +25,8 @@ _cpu = _aten._scaled_dot_product_flash_attention_for_cpu.default
 _cpu_backward = _aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 _cuda = _aten._scaled_dot_product_flash_attention.default
 _cuda_backward = _aten._scaled_dot_product_flash_attention_backward.default
+# whether torch's CPU attention takes fewer key heads than query heads, backward too
+_KNOWS_GROUPS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
 
 
 def why_not(q: Tensor, rule: Rule) -> str | None:
@@ -33,7 +34,7 @@ def why_not(q: Tensor, rule: Rule) -> str | None:
     if rule.window is not None:
         return "a sliding window that hides keys"
     if q.is_cpu:
-        return None if _knows_groups() else "torch's CPU attention before 2.13 repeats the keys"
+        return None if _KNOWS_GROUPS else "torch before 2.13: its CPU attention takes no groups"
     if not q.is_cuda:
         return f"no attention that returns its log-sum-exp is known on {q.device.type}"
     if q.dtype not in (torch.float16, torch.bfloat16):
@@ -43,13 +44,6 @@ def why_not(q: Tensor, rule: Rule) -> str | None:
     if rule.keep is not None or isinstance(rule.offset, Tensor):
         return "flash attention on CUDA takes no mask"
     return None
-
-
-@functools.cache
-def _knows_groups() -> bool:
-    """Whether torch's CPU attention takes fewer key heads than query heads, backward too."""
-    major, minor = torch.__version__.split(".")[:2]
-    return (int(major), int(minor)) >= (2, 13)
 
 
 class _Part(NamedTuple):

@@ -136,7 +136,7 @@ def _flags(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
 def _check_bias(bias: Tensor, shape: tuple[int, ...], causal: bool, keep: Any, window: Any) -> None:
     if causal or keep is not None or window is not None:
         raise ValueError(
-            "bias stands in place of causal, keep and window; allowed: one or the other"
+            "bias is given with causal, keep or window; allowed: it stands in their place"
         )
     if bias.dtype != torch.bool and not bias.dtype.is_floating_point:
         raise TypeError(f"bias has dtype {bias.dtype}; allowed: torch.bool or a floating dtype")
