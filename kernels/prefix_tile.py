@@ -150,7 +150,7 @@ def strides(t: torch.Tensor, shared: bool = False) -> tuple[int, int, int]:
     return (0 if shared else t.stride(0), t.stride(1), t.stride(2))
 
 
-def _unit_rows(t: torch.Tensor) -> torch.Tensor:
+def unit_rows(t: torch.Tensor) -> torch.Tensor:
     return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()
 
 
@@ -254,6 +254,6 @@ def check(
     if shared:
         prefix_key, prefix_value = prefix_key[None], prefix_value[None]
     return Problem(
-        *map(_unit_rows, (q, k, v, prefix_key, prefix_value)), keep, no_prefix, sinks, q_offset_at,
+        *map(unit_rows, (q, k, v, prefix_key, prefix_value)), keep, no_prefix, sinks, q_offset_at,
         int(q_offset), window, float(scale), float(softcap or 0.0), bool(causal), shared,
     )  # fmt: skip
