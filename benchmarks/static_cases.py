@@ -201,8 +201,17 @@ def decode_cases(arch: Arch) -> Iterator[Case]:
 
 
 def prefix_problem(
-    T: int, S: int, D: int, dtype: torch.dtype = BF16, *, shared: bool = True, padded: bool = False,
-    B: int = 8, heads: tuple[int, int] = (32, 8), P: int = 128, **options: Any,
+    T: int,
+    S: int,
+    D: int,
+    dtype: torch.dtype = BF16,
+    *,
+    shared: bool = True,
+    padded: bool = False,
+    B: int = 8,
+    heads: tuple[int, int] = (32, 8),
+    P: int = 128,
+    **options: Any,
 ) -> prefix_tile.Problem:
     """q, k and v as transformers has them: [B, rows, heads, D] seen transposed."""  # fmt: skip
     H, H_kv = heads

@@ -17,16 +17,18 @@ import triton.language as tl
 
 from .common import Arch, Launch, arch_of, cast, cdiv, check_blocks, device_function, dot
 from .prefix_tile import (
-    LN2,
-    LOG2E,
     Problem,
     check,
+    from_natural,
     kept,
-    log2_scores,
+    logarithm,
     offset_of,
+    power,
+    scores,
     store_tile,
     strides,
     tile,
+    to_natural,
     visible,
 )
 
@@ -61,18 +63,18 @@ def default_config(D: int, arch: Arch, itemsize: int = 2) -> AttendConfig:
 def online_step(
     q, k_base, v_base, k_stride, v_stride, n, ok, see, top, total, acc, scale, softcap,
     D: tl.constexpr, BLOCK_D: tl.constexpr, SOFTCAP: tl.constexpr, MASKED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    NATURAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One block of keys in the online softmax: top, total (of base 2) [M], acc [M, BLOCK_D]."""
+    """One block of keys in the online softmax: top, total (in power's unit) [M], acc [M, BLOCK_D]."""
     k = tile(k_base, n, ok, k_stride, D, BLOCK_D)
     products = dot(q, tl.trans(k), tl.zeros((q.shape[0], n.shape[0]), tl.float32), PRECISION)
-    s = log2_scores(products, scale, softcap, SOFTCAP)
+    s = scores(products, scale, softcap, SOFTCAP, NATURAL)
     if MASKED:
         s = tl.where(see, s, float("-inf"))
     top_new = tl.maximum(top, tl.max(s, 1))
     safe = tl.where(top_new == float("-inf"), 0.0, top_new)  # no row of -inf becomes NaN
-    p = tl.exp2(s - safe[:, None])
-    shrink = tl.exp2(top - safe)
+    p = power(s - safe[:, None], NATURAL)
+    shrink = power(top - safe, NATURAL)
     v = tile(v_base, n, ok, v_stride, D, BLOCK_D)
     acc = dot(cast(p, v.dtype), v, acc * shrink[:, None], PRECISION)
     return top_new, total * shrink + tl.sum(p, 1), acc
@@ -83,7 +85,8 @@ def walk(
     q, k_base, v_base, k_stride, v_stride, keep, first, last, shift, query, row_ok, window,
     top, total, acc, scale, softcap,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, MASKED: tl.constexpr, NATURAL: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Keys first to last of one source, in blocks; key n has coordinate n - shift. Without MASKED
     all of them are there and seen by every row."""
@@ -100,7 +103,7 @@ def walk(
             see = ok
         top, total, acc = online_step(
             q, k_base, v_base, k_stride, v_stride, n, ok, see, top, total, acc, scale, softcap,
-            D, BLOCK_D, SOFTCAP, MASKED, PRECISION,
+            D, BLOCK_D, SOFTCAP, MASKED, NATURAL, PRECISION,
         )  # fmt: skip
     return top, total, acc
 
@@ -127,7 +130,8 @@ def _attend_kernel(
     q_strides, k_strides, v_strides, pk_strides, pv_strides, o_strides, keep_stride,
     q_offset, offset_stride, window, scale, softcap, G, T, S, P,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, NATURAL: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     # the longest rows first, so that no long one starts when the others are done
     t0 = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
@@ -143,7 +147,8 @@ def _attend_kernel(
     rows = tile(q + b * q_strides[0] + h * q_strides[1], t, row_ok, q_strides[2], D, BLOCK_D)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     if sinks is not None:  # a key with this score and a value of 0
-        top = tl.full((BLOCK_M,), 0.0, tl.float32) + tl.load(sinks + h).to(tl.float32) * LOG2E
+        sink = from_natural(tl.load(sinks + h).to(tl.float32), NATURAL)
+        top = tl.full((BLOCK_M,), 0.0, tl.float32) + sink
         total = tl.full((BLOCK_M,), 1.0, tl.float32)
     else:
         top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
@@ -156,7 +161,8 @@ def _attend_kernel(
         rows, prefix_key + b * pk_strides[0] + hk * pk_strides[1],
         prefix_value + b * pv_strides[0] + hk * pv_strides[1], pk_strides[2], pv_strides[2], None,
         first, last, P, query, row_ok, window, top, total, acc, scale, softcap,
-        D, BLOCK_D, BLOCK_N, CAUSAL, WINDOW, SOFTCAP, True, PRECISION,
+        D, BLOCK_D, BLOCK_N, CAUSAL, WINDOW, SOFTCAP, True, NATURAL,
+        PRECISION,
     )  # fmt: skip
 
     k_base = k + b * k_strides[0] + hk * k_strides[1]
@@ -173,13 +179,15 @@ def _attend_kernel(
         top, total, acc = walk(
             rows, k_base, v_base, k_strides[2], v_strides[2], None, 0, whole, 0, query, row_ok,
             window, top, total, acc, scale, softcap,
-            D, BLOCK_D, BLOCK_N, CAUSAL, WINDOW, SOFTCAP, False, PRECISION,
+            D, BLOCK_D, BLOCK_N, CAUSAL, WINDOW, SOFTCAP, False, NATURAL,
+            PRECISION,
         )  # fmt: skip
         first = whole
     top, total, acc = walk(
         rows, k_base, v_base, k_strides[2], v_strides[2], own_keep, first, last, 0, query, row_ok,
         window, top, total, acc, scale, softcap,
-        D, BLOCK_D, BLOCK_N, CAUSAL, WINDOW, SOFTCAP, True, PRECISION,
+        D, BLOCK_D, BLOCK_N, CAUSAL, WINDOW, SOFTCAP, True, NATURAL,
+        PRECISION,
     )  # fmt: skip
 
     total = tl.where(total > 0.0, total, 1.0)
@@ -187,7 +195,7 @@ def _attend_kernel(
     out = cast(acc / total[:, None], o.dtype.element_ty)
     store_tile(at, t, row_ok, o_strides[2], out, D, BLOCK_D)
     lse_row = lse + (b * tl.num_programs(1) + h) * T
-    tl.store(lse_row + t, (top + tl.log2(total)) * LN2, mask=row_ok)
+    tl.store(lse_row + t, to_natural(top + logarithm(total, NATURAL), NATURAL), mask=row_ok)
 
 
 def plan_attend(

@@ -31,15 +31,17 @@ from .common import (
 )
 from .prefix_attention import key_range
 from .prefix_tile import (
-    LOG2E,
     Problem,
     check,
+    from_natural,
     kept,
-    log2_scores,
     offset_of,
+    power,
+    scores,
     store_tile,
     strides,
     tile,
+    to_natural,
     unit_rows,
     visible,
 )
@@ -101,16 +103,17 @@ def default_config(
 
 @device_function
 def grad_scores(
-    products, grads, lse, delta, see, scale, softcap, SOFTCAP: tl.constexpr, MASKED: tl.constexpr
-):
-    """(weights, gradient of scale * products) from Q Kᵀ and dO Vᵀ; lse in base 2, finite."""
-    s = log2_scores(products, scale, softcap, SOFTCAP)
-    p = tl.exp2(s - lse)
+    products, grads, lse, delta, see, scale, softcap, SOFTCAP: tl.constexpr, MASKED: tl.constexpr,
+    NATURAL: tl.constexpr,
+):  # fmt: skip
+    """(weights, gradient of scale * products) from Q Kᵀ and dO Vᵀ; lse finite, in power's unit."""
+    s = scores(products, scale, softcap, SOFTCAP, NATURAL)
+    p = power(s - lse, NATURAL)
     if MASKED:
         p = tl.where(see, p, 0.0)
     ds = p * (grads - delta)
     if SOFTCAP:
-        ratio = s / (softcap * LOG2E)  # tanh
+        ratio = to_natural(s, NATURAL) / softcap  # tanh
         ds = ds * (1.0 - ratio * ratio)
         if MASKED:  # keys that are not there may have any score
             ds = tl.where(see, ds, 0.0)
@@ -122,7 +125,8 @@ def grad_walk(
     rows, grad, lse, delta, k_base, v_base, k_stride, v_stride, keep, first, last, shift, query,
     row_ok, window, acc, scale, softcap,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, MASKED: tl.constexpr, NATURAL: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """acc [M, BLOCK_D] + dS K over keys first to last of one source (see prefix_attention.walk)."""
     for n0 in range(first, last, BLOCK_N):
@@ -142,8 +146,9 @@ def grad_walk(
         products = dot(rows, tl.trans(k), zeros, PRECISION)
         grads = dot(grad, tl.trans(v), zeros, PRECISION)
         _, ds = grad_scores(
-            products, grads, lse[:, None], delta[:, None], see, scale, softcap, SOFTCAP, MASKED
-        )
+            products, grads, lse[:, None], delta[:, None], see, scale, softcap, SOFTCAP, MASKED,
+            NATURAL,
+        )  # fmt: skip
         acc = dot(cast(ds, k.dtype), k, acc, PRECISION)
     return acc
 
@@ -154,7 +159,8 @@ def _grad_rows_kernel(
     q_strides, k_strides, v_strides, pk_strides, pv_strides, o_strides, go_strides, gq_strides,
     keep_stride, q_offset, offset_stride, window, scale, softcap, G, T, S, P,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, NATURAL: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     t0 = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
     h = tl.program_id(1).to(tl.int64)
@@ -173,7 +179,7 @@ def _grad_rows_kernel(
     )
     inner = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
     tl.store(delta + at + t, inner, mask=row_ok)
-    row_lse = tl.load(lse + at + t, mask=row_ok, other=0.0) * LOG2E
+    row_lse = from_natural(tl.load(lse + at + t, mask=row_ok, other=0.0), NATURAL)
     row_lse = tl.where(row_lse == float("-inf"), 0.0, row_lse)  # rows that see nothing
     rows = tile(q + b * q_strides[0] + h * q_strides[1], t, row_ok, q_strides[2], D, BLOCK_D)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
@@ -185,7 +191,8 @@ def _grad_rows_kernel(
         rows, grad, row_lse, inner, prefix_key + b * pk_strides[0] + hk * pk_strides[1],
         prefix_value + b * pv_strides[0] + hk * pv_strides[1], pk_strides[2], pv_strides[2], None,
         first, last, P, query, row_ok, window, acc, scale, softcap,
-        D, BLOCK_D, BLOCK_N, CAUSAL, WINDOW, SOFTCAP, True, PRECISION,
+        D, BLOCK_D, BLOCK_N, CAUSAL, WINDOW, SOFTCAP, True, NATURAL,
+        PRECISION,
     )  # fmt: skip
     k_base = k + b * k_strides[0] + hk * k_strides[1]
     v_base = v + b * v_strides[0] + hk * v_strides[1]
@@ -201,13 +208,15 @@ def _grad_rows_kernel(
         acc = grad_walk(
             rows, grad, row_lse, inner, k_base, v_base, k_strides[2], v_strides[2], None,
             0, whole, 0, query, row_ok, window, acc, scale, softcap,
-            D, BLOCK_D, BLOCK_N, CAUSAL, WINDOW, SOFTCAP, False, PRECISION,
+            D, BLOCK_D, BLOCK_N, CAUSAL, WINDOW, SOFTCAP, False, NATURAL,
+            PRECISION,
         )  # fmt: skip
         first = whole
     acc = grad_walk(
         rows, grad, row_lse, inner, k_base, v_base, k_strides[2], v_strides[2], own_keep,
         first, last, 0, query, row_ok, window, acc, scale, softcap,
-        D, BLOCK_D, BLOCK_N, CAUSAL, WINDOW, SOFTCAP, True, PRECISION,
+        D, BLOCK_D, BLOCK_N, CAUSAL, WINDOW, SOFTCAP, True, NATURAL,
+        PRECISION,
     )  # fmt: skip
     store_tile(
         grad_q + b * gq_strides[0] + h * gq_strides[1], t, row_ok, gq_strides[2],
@@ -223,7 +232,8 @@ def _grad_keys_kernel(
     gp_strides, keep_stride, q_offset, offset_stride, window, scale, softcap, B, H, H_KV, T, S, P,
     PROGRAMS_P, B_PART,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, NATURAL: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     G = H // H_KV
@@ -287,7 +297,7 @@ def _grad_keys_kernel(
             row_ok = t < T
             rows = tile(q_base, t, row_ok, q_strides[2], D, BLOCK_D)
             grad = tile(go_base, t, row_ok, go_strides[2], D, BLOCK_D)
-            row_lse = tl.load(lse + at + t, mask=row_ok, other=0.0) * LOG2E
+            row_lse = from_natural(tl.load(lse + at + t, mask=row_ok, other=0.0), NATURAL)
             row_lse = tl.where(row_lse == float("-inf"), 0.0, row_lse)
             inner = tl.load(delta + at + t, mask=row_ok, other=0.0)
             see = visible(
@@ -299,7 +309,7 @@ def _grad_keys_kernel(
             grads = dot(values, tl.trans(grad), zeros, PRECISION)
             p, ds = grad_scores(
                 products, grads, row_lse[None, :], inner[None, :], see, scale, softcap, SOFTCAP,
-                True,
+                True, NATURAL,
             )  # fmt: skip
             acc_v = dot(cast(p, grad.dtype), grad, acc_v, PRECISION)
             acc_k = dot(cast(ds, rows.dtype), rows, acc_k, PRECISION)
@@ -443,7 +453,5 @@ def attend_backward(
         share = torch.exp(problem.sinks.float()[None, :, None] - lse)
         grads = grads._replace(sinks=-(share * delta).sum((0, 2)))
     if problem.shared:
-        grads = grads._replace(
-            prefix_key=grads.prefix_key[0], prefix_value=grads.prefix_value[0]
-        )
+        grads = grads._replace(prefix_key=grads.prefix_key[0], prefix_value=grads.prefix_value[0])
     return grads

@@ -28,7 +28,17 @@ from .common import (
     next_pow2,
 )
 from .prefix_attention import attend, key_range, walk
-from .prefix_tile import LN2, LOG2E, Problem, check, store_tile, strides, tile
+from .prefix_tile import (
+    Problem,
+    check,
+    from_natural,
+    logarithm,
+    power,
+    store_tile,
+    strides,
+    tile,
+    to_natural,
+)
 
 FEW_ROWS = 64  # query rows of a key/value head up to which splitting over keys pays
 LEAST_KEYS = 128  # of a split
@@ -95,7 +105,8 @@ def stretch(
     q_strides, unit, block, hk, n0, n_end, count, shift, split,
     q_offset, offset_stride, window, scale, softcap, B, H, G, T, U,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, NATURAL: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """O and LSE of one tile of rows over keys n0 to n_end of one source.
 
@@ -127,12 +138,13 @@ def stretch(
         tl.maximum(first, n0), tl.minimum(last, n_end), shift, query, sees, window,
         tl.full((BLOCK_M,), float("-inf"), tl.float32), tl.full((BLOCK_M,), 0.0, tl.float32),
         tl.zeros((BLOCK_M, BLOCK_D), tl.float32), scale, softcap,
-        D, BLOCK_D, BLOCK_N, CAUSAL, WINDOW, SOFTCAP, True, PRECISION,
+        D, BLOCK_D, BLOCK_N, CAUSAL, WINDOW, SOFTCAP, True, NATURAL,
+        PRECISION,
     )  # fmt: skip
     total = tl.where(total > 0.0, total, 1.0)
     out = (split * B + b.to(tl.int64)) * H * T + h * T + t  # rows of [splits, B, H, T]
     store_tile(part_o, out, row_ok, D, acc / total[:, None], D, BLOCK_D)
-    tl.store(part_lse + out, top + tl.log2(total), mask=row_ok)
+    tl.store(part_lse + out, top + logarithm(total, NATURAL), mask=row_ok)
 
 
 @triton.jit
@@ -143,7 +155,7 @@ def _decode_kernel(
     PROGRAMS_P, BLOCKS_P, SPLITS_P, PART_P, BLOCKS_S, SPLITS_S, PART_S,
     SHARED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    SOFTCAP: tl.constexpr, NATURAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     G = H // H_KV
@@ -162,7 +174,8 @@ def _decode_kernel(
             None, no_prefix, q_offset_at, part_o, part_lse, q_strides, unit, block, hk,
             n0, n0 + PART_P, P, P, SPLITS_S + split, q_offset, offset_stride, window, scale,
             softcap, B, H, G, T, U,
-            D, BLOCK_D, BLOCK_R, BLOCK_N, CAUSAL, WINDOW, SOFTCAP, PRECISION,
+            D, BLOCK_D, BLOCK_R, BLOCK_N, CAUSAL, WINDOW, SOFTCAP, NATURAL,
+            PRECISION,
         )  # fmt: skip
     else:
         program -= PROGRAMS_P
@@ -180,14 +193,15 @@ def _decode_kernel(
             own_keep, None, q_offset_at, part_o, part_lse, q_strides, unit, block, hk,
             n0, n0 + PART_S, S, 0, split, q_offset, offset_stride, window, scale,
             softcap, B, H, G, T, G * T,
-            D, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, WINDOW, SOFTCAP, PRECISION,
+            D, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, WINDOW, SOFTCAP, NATURAL,
+            PRECISION,
         )  # fmt: skip
 
 
 @triton.jit
 def _merge_kernel(
     part_o, part_lse, sinks, o, lse, o_strides, H, T, ROWS, SPLITS,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SPLITS: tl.constexpr, NATURAL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)  # of B * H * T
     h = row // T % H
@@ -196,22 +210,22 @@ def _merge_kernel(
     top = tl.max(parts, 0)
     sink = top
     if sinks is not None:
-        sink = tl.load(sinks + h).to(tl.float32) * LOG2E
+        sink = from_natural(tl.load(sinks + h).to(tl.float32), NATURAL)
         top = tl.maximum(top, sink)
     safe = tl.where(top == float("-inf"), 0.0, top)
-    total = tl.sum(tl.exp2(parts - safe), 0)
+    total = tl.sum(power(parts - safe, NATURAL), 0)
     if sinks is not None:
-        total += tl.exp2(sink - safe)
+        total += power(sink - safe, NATURAL)
     total = tl.where(total > 0.0, total, 1.0)
     d = tl.arange(0, BLOCK_D)
     acc = tl.zeros((BLOCK_D,), tl.float32)
     for split in range(0, SPLITS):
         at = split * ROWS + row
-        weight = tl.exp2(tl.load(part_lse + at) - safe)
+        weight = power(tl.load(part_lse + at) - safe, NATURAL)
         acc += weight * tl.load(part_o + at * D + d, mask=d < D, other=0.0)
     at = o + row // (H * T) * o_strides[0] + h * o_strides[1] + row % T * o_strides[2]
     tl.store(at + d, cast(acc / total, o.dtype.element_ty), mask=d < D)
-    tl.store(lse + row, (top + tl.log2(total)) * LN2)
+    tl.store(lse + row, to_natural(top + logarithm(total, NATURAL), NATURAL))
 
 
 def _stretches(count: int, splits: int, block_n: int) -> tuple[int, int]:
@@ -255,8 +269,8 @@ def plan_decode(
         Launch(_decode_kernel, (programs_p + programs_s,), args, meta),
         Launch(
             _merge_kernel, (B * H * T,), merge,
-            dict(D=D, BLOCK_D=meta["BLOCK_D"], BLOCK_SPLITS=next_pow2(splits), num_warps=1,
-                 num_stages=1),
+            dict(D=D, BLOCK_D=meta["BLOCK_D"], BLOCK_SPLITS=next_pow2(splits),
+                 NATURAL=meta["NATURAL"], num_warps=1, num_stages=1),
         ),
     ]  # fmt: skip
 

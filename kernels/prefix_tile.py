@@ -62,13 +62,51 @@ def tanh(x):
 
 
 @device_function
-def log2_scores(products, scale, softcap, SOFTCAP: tl.constexpr):
-    """Scores times log2(e), so that exp2 makes the weights, out of the products Q Kᵀ."""
-    if SOFTCAP:
-        out = tanh(products * (scale / softcap)) * (softcap * LOG2E)
+def scores(products, scale, softcap, SOFTCAP: tl.constexpr, NATURAL: tl.constexpr):
+    """Scores out of the products Q Kᵀ, in the unit of :func:`power`. Two-byte inputs: base 2, a
+    multiply an element less. fp32: natural, two roundings less, which there can be seen."""
+    if NATURAL:
+        unit = 1.0
     else:
-        out = products * (scale * LOG2E)
+        unit = LOG2E
+    if SOFTCAP:
+        out = tanh(products * (scale / softcap)) * (softcap * unit)
+    else:
+        out = products * (scale * unit)
     return out
+
+
+@device_function
+def power(x, NATURAL: tl.constexpr):
+    if NATURAL:
+        out = tl.exp(x)
+    else:
+        out = tl.exp2(x)
+    return out
+
+
+@device_function
+def logarithm(x, NATURAL: tl.constexpr):
+    if NATURAL:
+        out = tl.log(x)
+    else:
+        out = tl.log2(x)
+    return out
+
+
+@device_function
+def from_natural(x, NATURAL: tl.constexpr):
+    """A natural logarithm (or a score) in the unit of :func:`power`."""
+    if not NATURAL:
+        x = x * LOG2E
+    return x
+
+
+@device_function
+def to_natural(x, NATURAL: tl.constexpr):
+    if not NATURAL:
+        x = x * LN2
+    return x
 
 
 @device_function
@@ -136,7 +174,7 @@ class Problem(NamedTuple):
         return dict(
             D=self.q.shape[3], BLOCK_D=max(16, next_pow2(self.q.shape[3])), CAUSAL=self.causal,
             WINDOW=self.window is not None, SOFTCAP=self.softcap > 0,
-            PRECISION=precision(self.q.dtype),
+            NATURAL=self.q.dtype == torch.float32, PRECISION=precision(self.q.dtype),
         )  # fmt: skip
 
     def rows_like_q(self) -> torch.Tensor:
