@@ -9,8 +9,20 @@ from typing import Any, NamedTuple
 
 import torch
 
-from peftkern.kernels import bits, gemm, outer, pair, shrink, small, update, write
-from peftkern.kernels import prefix_attention, prefix_backward, prefix_decode, prefix_tile
+from peftkern.kernels import (
+    bits,
+    gemm,
+    outer,
+    pair,
+    prefix_attention,
+    prefix_backward,
+    prefix_decode,
+    prefix_tile,
+    shrink,
+    small,
+    update,
+    write,
+)
 from peftkern.kernels.common import Arch, Launch
 
 BF16, FP16, FP32, INT32 = torch.bfloat16, torch.float16, torch.float32, torch.int32
@@ -269,6 +281,8 @@ def prefix_cases(arch: Arch) -> Iterator[Case]:
         fast = dtype != FP32 and D in (64, 128)
         forward, backward = prefix_training(x, arch)
         yield from _named(f"prefix fwd {tag}", forward, fast)
+        if prefix_backward.declines(dtype, D):
+            continue
         for launch, what in zip(backward, ("rows", "keys", "sum"), strict=False):
             yield Case(f"prefix bwd {what} {tag}", launch, fast and what != "sum")
     for D, T, name, options in (

@@ -1,10 +1,10 @@
-"""O = softmax(scale * Q [Kp; K]ᵀ) [Vp; V] over two sources of keys and values, the prefix and the own
-ones, in one online softmax: nothing is concatenated, expanded over the batch, or repeated over the
-heads of a group.
+"""O = softmax(scale * Q [Kp; K]ᵀ) [Vp; V] over two sources of keys and values, the prefix and the
+own ones, in one online softmax: nothing is concatenated, expanded over the batch, or repeated over
+the heads of a group.
 
-Q [B, H, T, D]; own K, V [B, H_kv, S, D]; prefix Kp, Vp [H_kv, P, D], shared by the batch, or [B, H_kv,
-P, D]. A program has a tile of query rows of one head: it walks over the prefix, then over the own
-keys that its rows can see; blocks that causality or a sliding window hides are never loaded.
+Q [B, H, T, D]; own K, V [B, H_kv, S, D]; prefix Kp, Vp [H_kv, P, D], shared by the batch, or [B,
+H_kv, P, D]. A program has a tile of query rows of one head: it walks over the prefix, then over the
+own keys that its rows can see; blocks that causality or a sliding window hides are never loaded.
 """
 
 from __future__ import annotations
@@ -53,10 +53,12 @@ def default_config(D: int, arch: Arch, itemsize: int = 2) -> AttendConfig:
     if itemsize == 4:  # exact fp32 products keep their operands in registers too
         return AttendConfig(32, 32 if D <= 128 else 16, 4 if D <= 64 else 8, 1)
     if D <= 64:
-        return AttendConfig(128, 64, 4, 3)
+        return AttendConfig(128, 64 if arch.warpgroups else 32, 4, 3)
     if D <= 128:
         return AttendConfig(128, 64 if roomy else 32, 8, 3 if arch.warpgroups else 2)
-    return AttendConfig(64, 64 if roomy else 32, 8 if not arch.warpgroups else 4, 2)
+    if arch.warpgroups:
+        return AttendConfig(128, 32, 8, 2)
+    return AttendConfig(64, 32, 8, 2 if roomy else 1)
 
 
 @device_function
@@ -65,7 +67,8 @@ def online_step(
     D: tl.constexpr, BLOCK_D: tl.constexpr, SOFTCAP: tl.constexpr, MASKED: tl.constexpr,
     NATURAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One block of keys in the online softmax: top, total (in power's unit) [M], acc [M, BLOCK_D]."""
+    """One block of keys in the online softmax: top [M] (in power's unit), total [M], acc [M,
+    BLOCK_D]."""
     k = tile(k_base, n, ok, k_stride, D, BLOCK_D)
     products = dot(q, tl.trans(k), tl.zeros((q.shape[0], n.shape[0]), tl.float32), PRECISION)
     s = scores(products, scale, softcap, SOFTCAP, NATURAL)
@@ -93,7 +96,7 @@ def walk(
     for n0 in range(first, last, BLOCK_N):
         n = n0 + tl.arange(0, BLOCK_N)
         if MASKED:
-            ok = kept(keep, n, n < last)
+            ok = kept(keep, n, n < last, 1)
             see = visible(
                 query[:, None], (n - shift)[None, :], row_ok[:, None] & ok[None, :], window,
                 CAUSAL, WINDOW,

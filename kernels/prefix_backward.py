@@ -1,11 +1,11 @@
-"""The backward of prefix attention: dQ, dK, dV, dKp, dVp, from Q, K, V, O, LSE and dO, nothing of size
-T x (P + S) kept or made.
+"""The backward of prefix attention: dQ, dK, dV, dKp, dVp, from Q, K, V, O, LSE and dO, nothing of
+size T x (P + S) kept or made.
 
 Two launches. Rows: a program has a tile of query rows, makes delta = rowsum(dO * O) and dQ. Keys: a
 program has a tile of keys, of the own ones or of the prefix, walks down the query rows of all heads
-of its group and keeps dK and dV in registers. A prefix that the batch shares sums over the batch too;
-where that leaves too few programs, stretches of the batch give fp32 partials, added in fixed order.
-No atomics: two runs agree bit for bit.
+of its group and keeps dK and dV in registers. A prefix that the batch shares sums over the batch
+too; where that leaves too few programs, stretches of the batch give fp32 partials, added in fixed
+order. No atomics: two runs agree bit for bit.
 """
 
 from __future__ import annotations
@@ -82,23 +82,32 @@ class BackwardConfig:
 def default_config(
     sizes: tuple[int, int, int, int, int, int, int], shared: bool, arch: Arch, itemsize: int = 2
 ) -> BackwardConfig:
-    """``sizes``: B, H, H_kv, T, S, P, D. Parts of the batch until a shared prefix's programs fill the
-    device."""
+    """``sizes``: B, H, H_kv, T, S, P, D. Parts of the batch until a shared prefix's programs fill
+    the device."""
     B, _, H_kv, _, _, P, D = sizes
-    roomy = arch.shared > 160_000
+    # block_m, block_n, key_m, key_n, num_warps, num_stages, key_warps, key_stages
     if itemsize == 4:
-        tiles = (32, 32, 32, 32, 4, 1, 4, 1) if D <= 64 else (16, 16, 16, 16, 4, 1, 4, 1)
+        tiles = (16, 16, 16, 16, 4, 1, 4, 1)
     elif D <= 64:
-        tiles = (64, 64, 64, 64, 4, 2, 4, 2)
+        tiles = (64, 64, 32, 128, 4, 2, 8, 2) if arch.warpgroups else (64, 64, 64, 64, 4, 2, 4, 1)
     elif D <= 128:
-        tiles = (64, 64, 64, 64, 4, 2, 8, 2) if roomy else (64, 32, 32, 64, 4, 2, 8, 2)
+        tiles = (64, 64, 32, 128, 4, 2, 8, 1) if arch.warpgroups else (64, 32, 32, 64, 4, 2, 8, 2)
+    elif arch.warpgroups:
+        tiles = (64, 32, 64, 32, 8, 2, 8, 2)
     else:
-        tiles = (64, 32, 32, 64, 8, 2, 8, 1) if roomy else (32, 32, 32, 32, 8, 1, 8, 1)
+        tiles = (32, 32, 32, 32, 8, 1, 8, 1)
     block_m, block_n, key_m, key_n, num_warps, num_stages, key_warps, key_stages = tiles
     parts = max(1, min(B, cdiv(arch.sms, max(1, cdiv(P, key_n) * H_kv)))) if shared else 1
     return BackwardConfig(
         block_m, block_n, key_m, key_n, parts, num_warps, num_stages, key_warps, key_stages
     )
+
+
+def declines(dtype: torch.dtype, D: int) -> str | None:
+    """Why this backward should not be chosen on a device, where it would be right and slow."""
+    if dtype == torch.float32 and D > 64:
+        return f"float32 with head dimension {D}: over 64 its exact products spill registers"
+    return None
 
 
 @device_function
@@ -122,8 +131,8 @@ def grad_scores(
 
 @device_function
 def grad_walk(
-    rows, grad, lse, delta, k_base, v_base, k_stride, v_stride, keep, first, last, shift, query,
-    row_ok, window, acc, scale, softcap,
+    rows, grad, lse, delta, k_base, v_base, k_stride, v_stride, keep, own, first, last, shift,
+    query, row_ok, window, acc, scale, softcap,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, MASKED: tl.constexpr, NATURAL: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -132,7 +141,7 @@ def grad_walk(
     for n0 in range(first, last, BLOCK_N):
         n = n0 + tl.arange(0, BLOCK_N)
         if MASKED:
-            ok = kept(keep, n, n < last)
+            ok = kept(keep, n, n < last, own)
             see = visible(
                 query[:, None], (n - shift)[None, :], row_ok[:, None] & ok[None, :], window,
                 CAUSAL, WINDOW,
@@ -184,40 +193,45 @@ def _grad_rows_kernel(
     rows = tile(q + b * q_strides[0] + h * q_strides[1], t, row_ok, q_strides[2], D, BLOCK_D)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
 
-    first, last = key_range(low, high, P, P, window, BLOCK_N, CAUSAL, WINDOW)
-    if no_prefix is not None:
-        last = tl.where(tl.load(no_prefix + b) != 0, 0, last)
-    acc = grad_walk(
-        rows, grad, row_lse, inner, prefix_key + b * pk_strides[0] + hk * pk_strides[1],
-        prefix_value + b * pv_strides[0] + hk * pv_strides[1], pk_strides[2], pv_strides[2], None,
-        first, last, P, query, row_ok, window, acc, scale, softcap,
-        D, BLOCK_D, BLOCK_N, CAUSAL, WINDOW, SOFTCAP, True, NATURAL,
-        PRECISION,
-    )  # fmt: skip
-    k_base = k + b * k_strides[0] + hk * k_strides[1]
-    v_base = v + b * v_strides[0] + hk * v_strides[1]
-    first, last = key_range(low, high, S, 0, window, BLOCK_N, CAUSAL, WINDOW)
-    own_keep = None
-    if keep is not None:
-        own_keep = keep + b * keep_stride
-    elif not WINDOW:
+    own_k = k + b * k_strides[0] + hk * k_strides[1]
+    own_v = v + b * v_strides[0] + hk * v_strides[1]
+    own_first, own_last = key_range(low, high, S, 0, window, BLOCK_N, CAUSAL, WINDOW)
+    if keep is None and not WINDOW and not NATURAL:  # blocks that every row sees whole
         whole = S
         if CAUSAL:
             whole = tl.minimum(S, low + 1)
-        whole = whole // BLOCK_N * BLOCK_N
+        own_first = whole // BLOCK_N * BLOCK_N
         acc = grad_walk(
-            rows, grad, row_lse, inner, k_base, v_base, k_strides[2], v_strides[2], None,
-            0, whole, 0, query, row_ok, window, acc, scale, softcap,
-            D, BLOCK_D, BLOCK_N, CAUSAL, WINDOW, SOFTCAP, False, NATURAL,
-            PRECISION,
+            rows, grad, row_lse, inner, own_k, own_v, k_strides[2], v_strides[2], None, 1,
+            0, own_first, 0, query, row_ok, window, acc, scale, softcap,
+            D, BLOCK_D, BLOCK_N, CAUSAL, WINDOW, SOFTCAP, False, NATURAL, PRECISION,
         )  # fmt: skip
-        first = whole
-    acc = grad_walk(
-        rows, grad, row_lse, inner, k_base, v_base, k_strides[2], v_strides[2], own_keep,
-        first, last, 0, query, row_ok, window, acc, scale, softcap,
-        D, BLOCK_D, BLOCK_N, CAUSAL, WINDOW, SOFTCAP, True, NATURAL,
-        PRECISION,
-    )  # fmt: skip
+    own_keep = None
+    if keep is not None:
+        own_keep = keep + b * keep_stride
+    first, last = key_range(low, high, P, P, window, BLOCK_N, CAUSAL, WINDOW)
+    if no_prefix is not None:
+        last = tl.where(tl.load(no_prefix + b) != 0, 0, last)
+    k_base = prefix_key + b * pk_strides[0] + hk * pk_strides[1]
+    v_base = prefix_value + b * pv_strides[0] + hk * pv_strides[1]
+    k_stride = pk_strides[2]
+    v_stride = pv_strides[2]
+    shift = P
+    # one loop body for both sources: it takes fewer registers than two
+    for own in range(0, 2):
+        if own == 1:
+            k_base = own_k
+            v_base = own_v
+            k_stride = k_strides[2]
+            v_stride = v_strides[2]
+            first = own_first
+            last = own_last
+            shift = P * 0
+        acc = grad_walk(
+            rows, grad, row_lse, inner, k_base, v_base, k_stride, v_stride, own_keep, own,
+            first, last, shift, query, row_ok, window, acc, scale, softcap,
+            D, BLOCK_D, BLOCK_N, CAUSAL, WINDOW, SOFTCAP, True, NATURAL, PRECISION,
+        )  # fmt: skip
     store_tile(
         grad_q + b * gq_strides[0] + h * gq_strides[1], t, row_ok, gq_strides[2],
         cast(acc * scale, grad_q.dtype.element_ty), D, BLOCK_D,
@@ -266,10 +280,10 @@ def _grad_keys_kernel(
         v_stride = v_strides[2]
     n = n0 + tl.arange(0, BLOCK_N)
     there = n < count
-    ok = there
-    if keep is not None:  # of the own keys only
-        flags = tl.load(keep + part * keep_stride + n, mask=there & (of_prefix == 0), other=1)
-        ok = there & (flags != 0)
+    own_keep = None
+    if keep is not None:
+        own_keep = keep + part * keep_stride
+    ok = kept(own_keep, n, there, of_prefix == 0)
     keys = tile(k_base, n, ok, k_stride, D, BLOCK_D)
     values = tile(v_base, n, ok, v_stride, D, BLOCK_D)
     key = n - shift
@@ -347,8 +361,8 @@ def plan_backward(
     grads: Grads,
     config: BackwardConfig,
 ) -> list[Launch]:
-    """Launches that fill ``grads`` (the prefix's contiguous, [1 or B, H_kv, P, D]) and ``delta`` [B,
-    H, T] fp32; o and grad_o have unit stride along D, lse is contiguous."""
+    """Launches that fill ``grads`` (the prefix's contiguous, [1 or B, H_kv, P, D]) and ``delta``
+    [B, H, T] fp32; o and grad_o have unit stride along D, lse is contiguous."""
     x, c = problem, config
     B, H, H_kv, T, S, P, D = x.sizes
     at, offset, offset_stride = x.offsets()
@@ -417,9 +431,9 @@ def attend_backward(
     """Gradients of :func:`.prefix_attention.attend` for dO ``grad_o`` [B, H, T, D], given its ``o``
     and ``lse``; two runs agree bit for bit.
 
-    dQ, dK, dV come in q's dtype, laid out as [B, rows, heads, D]; dKp, dVp in ``prefix_dtype`` (default
-    q's), summed over the batch where it shares the prefix; the sinks' in fp32. Further arguments and
-    errors as there.
+    dQ, dK, dV come in q's dtype, laid out as [B, rows, heads, D]; dKp, dVp in ``prefix_dtype``
+    (default q's), summed over the batch where it shares the prefix; the sinks' in fp32. Further
+    arguments and errors as there.
     """
     problem = check(q, k, v, prefix_key, prefix_value, **options)  # type: ignore[arg-type]
     B, H, H_kv, T, S, P, D = problem.sizes

@@ -5,8 +5,8 @@ prefix is shared, the tile of its part holds those rows for the whole batch: the
 and not B times. Both parts run in one launch, each program over one stretch of keys of one source;
 each writes O and LSE of its stretch in fp32, and a second launch merges them in fixed order.
 
-q_offset may be a device tensor: keys past it cost nothing, nothing waits for it, and the launches do
-not depend on it, so that a CUDA graph over a StaticCache replays.
+q_offset may be a device tensor: keys past it cost nothing, nothing waits for it, and the launches
+do not depend on it, so that a CUDA graph over a StaticCache replays.
 """
 
 from __future__ import annotations
@@ -66,36 +66,31 @@ class DecodeConfig:
 
 
 def few_rows(T: int, group: int) -> bool:
-    """Whether T query rows of ``group`` heads to a key/value head are few enough for this kernel."""
+    """Whether T query rows of ``group`` heads to a key/value head are few enough for it."""
     return T * group <= FEW_ROWS and T <= 16
 
 
 def default_config(
     sizes: tuple[int, int, int, int, int, int, int], shared: bool, arch: Arch, itemsize: int = 2
 ) -> DecodeConfig:
-    """Enough stretches of keys for two programs a multiprocessor; ``sizes``: B, H, H_kv, T, S, P, D.
-
-    The prefix is cut finer than the own keys: its programs are few, and carry more rows each.
+    """Enough stretches of keys for two programs a multiprocessor; ``sizes``: B, H, H_kv, T, S, P,
+    D. The prefix is cut finer than the own keys: its programs are few, and carry more rows each.
     """
     B, H, H_kv, T, S, P, D = sizes
     rows = H // max(H_kv, 1) * T
-    block_m = min(64, max(16, next_pow2(rows)))
-    packed = min(64, max(16, next_pow2(rows * B))) if shared else block_m
-    if D > 128 or itemsize == 4:
-        packed = max(block_m, min(packed, 32))
+    widest = 32 if D <= 128 and itemsize == 2 else 16  # rows of a tile, for its accumulator
+    block_m = min(widest, max(16, next_pow2(rows)))
+    packed = min(widest, max(16, next_pow2(rows * B))) if shared else block_m
     programs = B * H_kv * cdiv(rows, block_m)
     splits = max(1, min(cdiv(2 * arch.sms, max(programs, 1)), S // LEAST_KEYS))
-    block_n = 64 if itemsize == 2 and (D <= 128 or arch.shared > 160_000) else 32
-    if itemsize == 4 and D > 128:
-        block_n = 16
     return DecodeConfig(
         block_m=block_m,
         block_r=packed,
-        block_n=block_n,
+        block_n=32 if itemsize == 2 else 16,
         splits=splits,
         prefix_splits=max(1, min(16, cdiv(P, LEAST_KEYS // 2))),
-        num_warps=4,
-        num_stages=2 if itemsize == 2 else 1,
+        num_warps=4 if D <= 128 else 8,
+        num_stages=3 if itemsize == 2 and D <= 128 else 2 if itemsize == 2 else 1,
     )
 
 

@@ -1,8 +1,8 @@
 """Attention over a prefix and own keys in one softmax, as a float64 torch formula.
 
-Shapes: Q [B, H, T, D]; own K, V [B, H_kv, S, D]; prefix K, V [H_kv, P, D] or [B, H_kv, P, D]; O as Q;
-LSE [B, H, T], the natural logarithm of each row's sum. The prefix takes positions 0 to P - 1, own
-key s position P + s, own query t position P + q_offset + t.
+Shapes: Q [B, H, T, D]; own K, V [B, H_kv, S, D]; prefix K, V [H_kv, P, D] or [B, H_kv, P, D]; O as
+Q; LSE [B, H, T], the natural logarithm of each row's sum. The prefix takes positions 0 to P - 1,
+own key s position P + s, own query t position P + q_offset + t.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What the kernels of prefix attention share: the checked problem, and the pieces of a tile.
 
-Coordinates inside the kernels are those of the own keys: own key s is at s, prefix key p at p - P, and
-own query t at q_offset + t. Causal order and sliding window are then one comparison for both
+Coordinates inside the kernels are those of the own keys: own key s is at s, prefix key p at p - P,
+and own query t at q_offset + t. Causal order and sliding window are then one comparison for both
 sources.
 """
 
@@ -131,10 +131,11 @@ def offset_of(b, q_offset_at, q_offset, offset_stride):
 
 
 @device_function
-def kept(keep, n, ok):
-    """ok, and no padding by ``keep`` (int8, at this row of the batch; None: no padding)."""
+def kept(keep, n, ok, own):
+    """ok, and no padding by ``keep`` (int8, at this row of the batch; None: no padding), which is of
+    the own keys."""
     if keep is not None:
-        ok = ok & (tl.load(keep + n, mask=ok, other=0) != 0)
+        ok = ok & (tl.load(keep + n, mask=ok & (own != 0), other=1) != 0)
     return ok
 
 
@@ -178,7 +179,7 @@ class Problem(NamedTuple):
         )  # fmt: skip
 
     def rows_like_q(self) -> torch.Tensor:
-        """Room for O or dQ: [B, H, T, D] as a view of [B, T, H, D], which the layers around want."""
+        """Room for O or dQ: [B, H, T, D] as a view of [B, T, H, D], as the layers around want it."""
         B, H, T, D = self.q.shape
         return self.q.new_empty((B, T, H, D)).transpose(1, 2)
 
