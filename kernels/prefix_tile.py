@@ -132,8 +132,8 @@ def offset_of(b, q_offset_at, q_offset, offset_stride):
 
 @device_function
 def kept(keep, n, ok, own):
-    """ok, and no padding by ``keep`` (int8, at this row of the batch; None: no padding), which is of
-    the own keys."""
+    """ok, and no padding by ``keep`` (int8, at this row of the batch; None: no padding), which is
+    of the own keys."""
     if keep is not None:
         ok = ok & (tl.load(keep + n, mask=ok & (own != 0), other=1) != 0)
     return ok
@@ -179,7 +179,7 @@ class Problem(NamedTuple):
         )  # fmt: skip
 
     def rows_like_q(self) -> torch.Tensor:
-        """Room for O or dQ: [B, H, T, D] as a view of [B, T, H, D], as the layers around want it."""
+        """Room for O or dQ: [B, H, T, D], a view of [B, T, H, D], as layers around want it."""
         B, H, T, D = self.q.shape
         return self.q.new_empty((B, T, H, D)).transpose(1, 2)
 
