@@ -262,6 +262,10 @@ def prefix_decoding(x: prefix_tile.Problem, arch: Arch) -> list[Launch]:
 def prefix_cases(arch: Arch) -> Iterator[Case]:
     """Prefix attention: training shapes, masks, a prefix a row, and decoding."""
     window: dict[str, Any] = dict(window=256)
+    everything = window | dict(
+        padded=True, softcap=50.0, sinks=meta(32, dtype=BF16), q_offset=meta(1, dtype=INT32),
+        no_prefix=meta(8, dtype=torch.bool),
+    )  # fmt: skip
     for D, dtype, name, options in (
         (128, BF16, "causal", {}),
         (64, BF16, "causal", {}),
@@ -271,6 +275,9 @@ def prefix_cases(arch: Arch) -> Iterator[Case]:
         (128, BF16, "window", window),
         (256, BF16, "window softcap padded", window | dict(softcap=50.0, padded=True)),
         (64, BF16, "window sinks padded", window | dict(sinks=meta(32, dtype=BF16), padded=True)),
+        (64, BF16, "all", everything),
+        (128, BF16, "all", everything),
+        (256, BF16, "all", everything),
         (96, FP16, "padded per row", dict(padded=True, shared=False)),
         (64, FP32, "padded", dict(padded=True)),
         (128, FP32, "padded", dict(padded=True)),
@@ -292,6 +299,8 @@ def prefix_cases(arch: Arch) -> Iterator[Case]:
         (128, 1, "offset on the device", dict(q_offset=meta(1, dtype=INT32), padded=True)),
         (128, 1, "per row", dict(shared=False)),
         (128, 8, "softcap", dict(softcap=50.0)),
+        (128, 1, "all", everything),
+        (256, 1, "all", everything),
         (256, 1, "fp32", dict(dtype=FP32)),
     ):
         x = prefix_problem(T, 512, D, **options)

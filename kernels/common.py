@@ -123,6 +123,11 @@ class Arch(NamedTuple):
         """
         return 90 <= self.capability < 120
 
+    @property
+    def blackwell(self) -> bool:
+        """tcgen05: accumulators in tensor memory, which pass through registers."""
+        return 100 <= self.capability < 120
+
 
 @functools.cache
 def _cuda_arch(index: int) -> Arch:

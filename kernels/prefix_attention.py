@@ -53,7 +53,7 @@ def default_config(D: int, arch: Arch, itemsize: int = 2) -> AttendConfig:
     if itemsize == 4:  # exact fp32 products keep their operands in registers too
         return AttendConfig(32, 32 if D <= 128 else 16, 4 if D <= 64 else 8, 1)
     if D <= 64:
-        return AttendConfig(128, 64 if arch.warpgroups else 32, 4, 3)
+        return AttendConfig(128, 64 if arch.warpgroups else 32, 8 if arch.blackwell else 4, 3)
     if D <= 128:
         return AttendConfig(128, 64 if roomy else 32, 8, 3 if arch.warpgroups else 2)
     if arch.warpgroups:

@@ -87,13 +87,13 @@ def default_config(
     B, _, H_kv, _, _, P, D = sizes
     # block_m, block_n, key_m, key_n, num_warps, num_stages, key_warps, key_stages
     if itemsize == 4:
-        tiles = (16, 16, 16, 16, 4, 1, 4, 1)
+        tiles = (32, 16, 16, 16, 8, 1, 4, 1)
     elif D <= 64:
-        tiles = (64, 64, 32, 128, 4, 2, 8, 2) if arch.warpgroups else (64, 64, 64, 64, 4, 2, 4, 1)
+        tiles = (64, 64, 32, 128, 4, 2, 8, 2) if arch.warpgroups else (64, 64, 32, 64, 4, 2, 4, 1)
     elif D <= 128:
         tiles = (64, 64, 32, 128, 4, 2, 8, 1) if arch.warpgroups else (64, 32, 32, 64, 4, 2, 8, 2)
     elif arch.warpgroups:
-        tiles = (64, 32, 64, 32, 8, 2, 8, 2)
+        tiles = (64, 32, 64, 32, 8, 1 if arch.blackwell else 2, 8, 2)
     else:
         tiles = (32, 32, 32, 32, 8, 1, 8, 1)
     block_m, block_n, key_m, key_n, num_warps, num_stages, key_warps, key_stages = tiles

@@ -89,7 +89,7 @@ def default_config(
         block_n=32 if itemsize == 2 else 16,
         splits=splits,
         prefix_splits=max(1, min(16, cdiv(P, LEAST_KEYS // 2))),
-        num_warps=4 if D <= 128 else 8,
+        num_warps=4 if D <= 128 or itemsize == 4 else 8,
         num_stages=3 if itemsize == 2 and D <= 128 else 2 if itemsize == 2 else 1,
     )
 
