@@ -1,5 +1,5 @@
-"""Prefix attention, forward and backward: every mask, group, head dimension and dtype against float64
-autograd; what is never read; what is refused. Decoding: test_kernel_prefix_decode."""
+"""Prefix attention, forward and backward: every mask, group, head dimension and dtype against
+float64 autograd; what is never read; what is refused. Decoding: test_kernel_prefix_decode."""
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from tests.kernels.oracle import DTYPES, assert_as_good_as_torch, far_rows, few
 
 SMALL = AttendConfig(16, 16, 4, 1)
 BACK = BackwardConfig(16, 16, 16, 16, 2, 4, 1, 4, 1)
+MASK = ("causal", "q_offset", "window", "keep", "no_prefix")
 NAMES = ("q", "k", "v", "prefix_key", "prefix_value", "sinks")
 
 
@@ -41,6 +42,38 @@ def by_torch(tensors, grad_o, dtype, options):
     return o.detach(), lse.detach(), grads
 
 
+def by_vendor(tensors, grad_o, options):
+    """(O, gradients) by torch's own fused attention on the concatenated sources: in fp32 a backward
+    from O and LSE, as the kernel's, errs more than autograd through the softmax. None where it
+    cannot."""
+    mask = {k: v for k, v in options.items() if k in MASK}
+    if tensors[0].dtype != torch.float32 or set(options) - set(MASK):
+        return None
+    q, k, v, pk, pv = leaves = [t.detach().clone().requires_grad_() for t in tensors]
+    B, H, T, _ = q.shape
+    q = q.contiguous()
+    see = prefix_reference.visible(T, k.shape[2], pk.shape[-2], **mask).expand(B, H, -1, -1)
+    if not bool(see.any(-1).all()):
+        return None
+    keys, values = (
+        torch.cat([p.expand(B, *p.shape[-3:]), own], 2).repeat_interleave(H // k.shape[1], 1)
+        for p, own in ((pk, k), (pv, v))
+    )
+    bias = torch.zeros(see.shape).masked_fill(~see, float("-inf"))
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
+        o = torch.nn.functional.scaled_dot_product_attention(q, keys, values, attn_mask=bias)
+    return o.detach(), torch.autograd.grad(o, leaves, grad_o)
+
+
+def assert_gradient(name, got, by_torch, exact):
+    """In the norm: the largest of a few hundred errors behind four products is chance."""
+    assert got.shape == exact.shape, name
+    error = (got.double() - exact).norm().item()
+    theirs = max((t.double() - exact).norm().item() for t in by_torch)
+    rounding = torch.finfo(by_torch[0].dtype).eps * exact.norm().item()
+    assert error <= max(2 * theirs, rounding), f"{name}: {error:.2e}, torch's {theirs:.2e}"
+
+
 def assert_lse(lse, tensors, exact, options):
     assert lse.dtype == torch.float32
     seen = exact > float("-inf")
@@ -61,14 +94,12 @@ def verify(tensors, options, config=SMALL, back=BACK):
     assert_as_good_as_torch(o, plain[0], exact[0])
     assert_lse(lse, tensors, exact[1], options)
 
+    vendor = by_vendor(tensors, grad_o, options)
     grads = attend_backward(grad_o, *tensors, o, lse, **options, config=back)
-    for name, got, want, rough in zip(NAMES, grads, exact[2], plain[2], strict=False):
+    for i, (name, got, want) in enumerate(zip(NAMES, grads, exact[2], strict=False)):
         if name != "sinks":
             assert got.dtype == q.dtype
-        try:
-            assert_as_good_as_torch(got, rough, want)
-        except AssertionError as e:
-            raise AssertionError(f"gradient of {name}: {e}") from None
+        assert_gradient(name, got, [plain[2][i]] + ([vendor[1][i]] if vendor else []), want)
     again = attend_backward(grad_o, *tensors, o, lse, **options, config=back)
     assert all(a is b or torch.equal(a, b) for a, b in zip(grads, again, strict=True))
     assert all(torch.equal(t, b) for t, b in zip(tensors, before, strict=True))
@@ -261,14 +292,14 @@ GOOD = dict(
         (dict(q=torch.ones(4)), ValueError, r"q has shape \(4,\); allowed: a tensor of 4 dim"),
         (dict(prefix_key=torch.ones(4, 2)), ValueError, r"prefix_key has .* of 3 or 4 dimensions"),
         (dict(q=torch.ones(2, 4, 3, 16).double()), TypeError, "q has dtype torch.float64; allowed"),
-        (dict(v=torch.ones(2, 2, 5, 16).half()), TypeError, "v has dtype torch.float16; allowed: t"),
+        (dict(v=torch.ones(2, 2, 5, 16).half()), TypeError, "v has dtype torch.float16; allo"),
         (dict(prefix_value=torch.ones(2, 6, 16).bfloat16()), TypeError, "prefix_value has dtype"),
-        (dict(k=torch.ones(2, 2, 5, 8)), ValueError, r"k has shape \(2, 2, 5, 8\); allowed: \(2, 2"),
+        (dict(k=torch.ones(2, 2, 5, 8)), ValueError, r"k has shape \(2, 2, 5, 8\); allowed"),
         (dict(v=torch.ones(2, 2, 4, 16)), ValueError, r"v has shape \(2, 2, 4, 16\)"),
-        (dict(k=torch.ones(2, 3, 5, 16), v=torch.ones(2, 3, 5, 16)), ValueError, "q has 4 heads; a"),
+        (dict(k=torch.ones(2, 3, 5, 16), v=torch.ones(2, 3, 5, 16)), ValueError, "q has 4 heads"),
         (dict(prefix_key=torch.ones(3, 6, 16)), ValueError, r"prefix_key has shape \(3, 6, 16\)"),
         (dict(prefix_key=torch.ones(1, 2, 6, 16)), ValueError, r"allowed: \(2, 2, 6, 16\)"),
-        (dict(prefix_value=torch.ones(2, 7, 16)), ValueError, r"prefix_value has shape \(2, 7, 16\)"),
+        (dict(prefix_value=torch.ones(2, 7, 16)), ValueError, r"prefix_value has shape \(2, 7, 16"),
         (dict(window=0), ValueError, "window is 0; allowed: 1 or more"),
         (dict(window=4, causal=False), ValueError, "window is 4 with causal=False; allowed"),
         (dict(softcap=-1.0), ValueError, "softcap is -1.0; allowed: more than 0"),
@@ -276,9 +307,9 @@ GOOD = dict(
         (dict(sinks=torch.ones(4).int()), TypeError, "sinks has dtype torch.int32"),
         (dict(q_offset=-1), ValueError, "q_offset is -1; allowed: 0 or more"),
         (dict(q_offset=torch.ones(2)), TypeError, "q_offset has dtype torch.float32"),
-        (dict(q_offset=torch.ones(3).int()), ValueError, r"q_offset has shape \(3,\); allowed: one"),
-        (dict(keep=torch.ones(2, 5)), TypeError, "keep has dtype torch.float32; allowed: torch.bool"),
-        (dict(keep=torch.ones(2, 4).bool()), ValueError, r"keep has shape \(2, 4\); allowed: \(2, 5"),
+        (dict(q_offset=torch.ones(3).int()), ValueError, r"q_offset has shape \(3,\); allowed"),
+        (dict(keep=torch.ones(2, 5)), TypeError, "keep has dtype torch.float32; allowed"),
+        (dict(keep=torch.ones(2, 4).bool()), ValueError, r"keep has shape \(2, 4\); allowed"),
         (dict(no_prefix=torch.ones(3).bool()), ValueError, r"no_prefix has shape \(3,\)"),
         (dict(v=torch.ones(2, 2, 5, 16, device="meta")), ValueError, "v is on meta; allowed: cpu"),
         (dict(q=torch.ones(2, 4, 6, 16)), ValueError, "q_offset is -1; .* S - T, 5 - 6 here"),
