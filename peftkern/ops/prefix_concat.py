@@ -1,0 +1,133 @@
+"""Attention over a prefix and own keys, concatenated: HF PEFT's own formula, with its numbers.
+
+What the other implementations do not take goes here: a bias, softcap, sinks, dropout, returned
+weights. It copies the prefix over the batch beside the own keys, and autograd keeps that copy.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .prefix_rule import Rule
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix_key: Tensor,
+    prefix_value: Tensor,
+    *,
+    scale: float,
+    causal: bool,
+    offset: int | Tensor,
+    keep: Tensor | None = None,
+    bias: Tensor | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dropout: float = 0.0,
+    no_prefix: Tensor | None = None,
+    weights: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """O [B, H, T, D], and the weights [B, H, T, P + S] if asked for; arguments as in
+    :func:`peftkern.ops.prefix_attention.prefix_attention`. Differentiable by autograd, twice where
+    ``scaled_dot_product_attention`` is not used."""
+    B, H, T, _ = query.shape
+    H_kv, S, P = key.shape[1], key.shape[2], prefix_key.shape[-2]
+    keys = torch.cat([prefix_key.expand(B, -1, -1, -1), key], 2)
+    values = torch.cat([prefix_value.expand(B, -1, -1, -1), value], 2)
+    mask = bias
+    if bias is None:
+        rule = Rule(scale, causal, offset, keep, window, no_prefix)
+        mask = mask_of(B, T, S, P, rule, query.device)
+    elif no_prefix is not None:
+        mask = _without_prefix(bias, no_prefix, P, S)
+    if softcap is None and sinks is None and not weights and query.numel():
+        grouped = H != H_kv
+        if grouped and mask is not None and not query.is_cpu:
+            # only the CPU's attention takes groups and a mask at once without repeating the keys
+            keys, values = (x.repeat_interleave(H // H_kv, 1) for x in (keys, values))
+            grouped = False
+        if mask is not None and mask.dtype != torch.bool:
+            mask = mask.to(query.dtype)
+        out = F.scaled_dot_product_attention(
+            query, keys, values, attn_mask=mask, dropout_p=dropout, scale=scale, enable_gqa=grouped
+        )
+        return out, None
+    return formula(query, keys, values, scale, mask, softcap, sinks, dropout)
+
+
+def formula(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scale: float,
+    mask: Tensor | None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dropout: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """The definition, operation by operation: O and the weights [B, H, T, P + S], softmax in at
+    least float32. A row that sees nothing, for a bool mask, is 0."""
+    G = query.shape[1] // keys.shape[1]
+    if G > 1:
+        keys, values = keys.repeat_interleave(G, 1), values.repeat_interleave(G, 1)
+    scores = query @ keys.transpose(2, 3) * scale
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    hidden = None
+    if mask is not None and mask.dtype == torch.bool:
+        hidden = ~mask
+        scores = scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
+    elif mask is not None:
+        scores = scores + mask
+    if sinks is not None:
+        extra = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, extra], 3)
+        # as the models with sinks do: softmax in the scores' dtype, after their maximum
+        scores = scores - scores.amax(3, keepdim=True)
+        weights = scores.softmax(3)[..., :-1]
+    else:
+        dtype = torch.promote_types(scores.dtype, torch.float32)
+        weights = scores.softmax(3, dtype=dtype).to(query.dtype)
+    if hidden is not None:
+        weights = weights.masked_fill(hidden, 0)
+    if dropout > 0.0:
+        weights = F.dropout(weights, dropout)
+    out = weights.to(values.dtype) @ values
+    # as [B, T, H, D] in memory, which is how callers read it
+    return out.transpose(1, 2).contiguous().transpose(1, 2), weights
+
+
+def mask_of(B: int, T: int, S: int, P: int, rule: Rule, device: torch.device) -> Tensor | None:
+    """bool [B or 1, 1, T or 1, P + S], True where a query sees a key; None where all see all."""
+    causal, offset, window = rule.causal, rule.offset, rule.window
+    if causal and T == 1 and isinstance(offset, int) and offset + 1 >= S and window is None:
+        causal = False  # one row, that sees everything
+    seen = None
+    if causal or window is not None:
+        t = torch.arange(T, device=device)[:, None]
+        if isinstance(offset, Tensor):
+            t = t + offset.reshape(-1, 1, 1, 1)
+        else:
+            t = (t + offset)[None, None]
+        distance = t - torch.arange(-P, S, device=device)
+        seen = distance >= 0
+        if window is not None:
+            seen = seen & (distance < window)
+    if rule.keep is not None:
+        kept = F.pad(rule.keep, (P, 0), value=True)[:, None, None]
+        seen = kept if seen is None else seen & kept
+    return seen if rule.no_prefix is None else _without_prefix(seen, rule.no_prefix, P, S)
+
+
+def _without_prefix(mask: Tensor | None, no_prefix: Tensor, P: int, S: int) -> Tensor:
+    seen = ~no_prefix[:, None, None, None] | (torch.arange(P + S, device=no_prefix.device) >= P)
+    if mask is None:
+        return seen
+    if mask.dtype == torch.bool:
+        return mask & seen
+    return mask.masked_fill(~seen, -torch.inf)

@@ -1,0 +1,292 @@
+"""Attention over a prefix and own keys with the vendor's attention, called once for each part.
+
+Every part has its own softmax; outputs and log-sum-exps are merged,
+
+    w = sigmoid(lse₂ - lse₁),  O = O₁ + w (O₂ - O₁),  lse = log(exp lse₁ + exp lse₂),
+
+and the vendor's backward, called for each part with the *merged* O and lse, returns the part's
+exact share: it computes P = exp(scores - lse) and dS = P (dP - rowsum(dO O)) from what it is given.
+
+The queries of all the batch are rows of one call over a shared prefix, so the prefix is neither
+copied nor expanded, and its gradients come out reduced over the batch.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .prefix_rule import Grads, Needs, Rule
+
+_aten = torch.ops.aten
+_cpu = _aten._scaled_dot_product_flash_attention_for_cpu.default
+_cpu_backward = _aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+_cuda = _aten._scaled_dot_product_flash_attention.default
+_cuda_backward = _aten._scaled_dot_product_flash_attention_backward.default
+
+
+def why_not(q: Tensor, rule: Rule) -> str | None:
+    """Why the vendor's attention cannot take the parts of a call; None when it can."""
+    if rule.window is not None:
+        return "a sliding window that hides keys"
+    if q.is_cpu:
+        return None if _knows_groups() else "torch's CPU attention before 2.13 repeats the keys"
+    if not q.is_cuda:
+        return f"no attention that returns its log-sum-exp is known on {q.device.type}"
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return f"{q.dtype} on CUDA"
+    if q.shape[-1] % 8 or q.shape[-1] > 256:
+        return f"head_dim {q.shape[-1]} on CUDA (multiples of 8 up to 256)"
+    if rule.keep is not None or isinstance(rule.offset, Tensor):
+        return "flash attention on CUDA takes no mask"
+    return None
+
+
+@functools.cache
+def _knows_groups() -> bool:
+    """Whether torch's CPU attention takes fewer key heads than query heads, backward too."""
+    major, minor = torch.__version__.split(".")[:2]
+    return (int(major), int(minor)) >= (2, 13)
+
+
+class _Part(NamedTuple):
+    """Own keys ``first`` to ``last``; ``mask`` [B or 1, 1, 1 or T, last - first] is added."""
+
+    first: int
+    last: int
+    causal: bool
+    mask: Tensor | None
+
+
+def _parts(T: int, S: int, rule: Rule, like: Tensor) -> list[_Part]:
+    """Own keys in parts whose causality is none or that of a square."""
+    offset = rule.offset
+    if isinstance(offset, Tensor):
+        return [_Part(0, S, False, _mask_at(T, S, offset, rule.keep, like))]
+    mask = _additive(rule.keep[:, None, None], like) if rule.keep is not None else None
+    if not rule.causal or (T == 1 and offset + 1 >= S):
+        spans = [(0, S, False)]
+    elif T == 1:
+        spans = [(0, min(S, offset + 1), False)]
+    elif offset == 0:
+        spans = [(0, min(S, T), True)]
+    else:
+        spans = [(0, min(S, offset), False), (offset, min(S, offset + T), True)]
+    return [
+        _Part(a, b, causal, mask[..., a:b] if mask is not None else None)
+        for a, b, causal in spans
+        if a < b
+    ]
+
+
+def _mask_at(T: int, S: int, offset: Tensor, keep: Tensor | None, like: Tensor) -> Tensor:
+    """[B or 1, 1, T, S] for a causal offset that only the device knows."""
+    t = torch.arange(T, device=like.device)[:, None] + offset.reshape(-1, 1, 1, 1)
+    seen = torch.arange(S, device=like.device) <= t
+    return _additive(seen if keep is None else seen & keep[:, None, None], like)
+
+
+def _additive(seen: Tensor, like: Tensor) -> Tensor:
+    """0 where seen, else so low that exp makes it 0 beside any score.
+
+    Not -inf: torch's CPU kernel gives the log-sum-exp 0 to a row that sees nothing, and a part of
+    that weight would spoil the merge.
+    """
+    low = -6e4 if like.dtype == torch.float16 else -1e30
+    return torch.zeros(seen.shape, dtype=like.dtype, device=like.device).masked_fill_(~seen, low)
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = False, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor, Any]:
+    """O [B, H, T, D], lse [B, H, T] in float32 (float64 for float64), and what backward wants."""
+    if q.is_cpu:
+        o, lse = _cpu(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
+        return o, lse, None
+    # by the operator's schema; run under fake tensors only, never on a device
+    o, lse, *rest = _cuda(q, k, v, 0.0, causal, False, scale=scale)
+    return o, lse, rest[:6]
+
+
+def _attend_backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    scale: float,
+    causal: bool = False,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if q.is_cpu:
+        return _cpu_backward(do, q, k, v, o, lse, 0.0, causal, attn_mask=mask, scale=scale)
+    # never run on a device; without dropout the random state is not read
+    state = torch.empty((), dtype=torch.int64, device=q.device)
+    return _cuda_backward(
+        do, q, k, v, o, lse, None, None, q.shape[2], k.shape[2], 0.0, causal, state, state,
+        scale=scale,
+    )  # fmt: skip
+
+
+def _folds(x: Tensor) -> bool:
+    """Whether [B, H, T, D] lies in memory such that batch and rows are one dimension."""
+    return x.shape[0] == 1 or x.stride(0) == x.shape[2] * x.stride(2)
+
+
+def _fold(x: Tensor) -> Tensor:
+    """[B, H, T, ...] as [1, H, B T, ...], a view where it folds."""
+    return x.transpose(1, 2).flatten(0, 1).transpose(0, 1).unsqueeze(0)
+
+
+def _unfold(x: Tensor, B: int) -> Tensor:
+    """[1, H, B T, ...] as [B, H, T, ...], a view."""
+    return x.squeeze(0).unflatten(1, (B, -1)).transpose(0, 1)
+
+
+def _over_prefix(q: Tensor, kp: Tensor, vp: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    B = q.shape[0]
+    if kp.dim() == 3 and _folds(q):
+        o, lse, _ = _attend(_fold(q), kp.unsqueeze(0), vp.unsqueeze(0), scale)
+        return _unfold(o, B), _unfold(lse, B)
+    # stride 0 over the batch where the prefix is shared: read in place, not copied
+    o, lse, _ = _attend(q, kp.expand(B, -1, -1, -1), vp.expand(B, -1, -1, -1), scale)
+    return o, lse
+
+
+def _mix(o: Tensor, other: Tensor, w: Tensor) -> Tensor:
+    """o + w (other - o); in float32 for half precision, whose own arithmetic would round w."""
+    if o.dtype == w.dtype:
+        return o.lerp_(other, w)
+    return o.copy_(torch.lerp(o.to(w.dtype), other.to(w.dtype), w))
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, kp: Tensor, vp: Tensor, rule: Rule
+) -> tuple[Tensor, Tensor]:
+    """O [B, H, T, D] and lse [B, H, T], which is +inf where a query sees nothing."""
+    o, lse = _over_prefix(q, kp, vp, rule.scale)
+    if rule.no_prefix is not None:
+        lse = lse.masked_fill(rule.no_prefix[:, None, None], -torch.inf)
+    for part in _parts(q.shape[2], k.shape[2], rule, q):
+        keys, values = k[:, :, part.first : part.last], v[:, :, part.first : part.last]
+        o2, lse2, _ = _attend(q, keys, values, rule.scale, part.causal, part.mask)
+        o = _mix(o, o2, torch.sigmoid(lse2 - lse).unsqueeze(-1))
+        lse = torch.logaddexp(lse, lse2)
+    if rule.no_prefix is not None and (rule.keep is not None or isinstance(rule.offset, Tensor)):
+        blind = _blind(q.shape[2], k.shape[2], rule)
+        # exp(score - inf) is 0: such a row gets no gradient and gives none
+        o, lse = o.masked_fill_(blind.unsqueeze(-1), 0), lse.masked_fill(blind, torch.inf)
+    return o, lse
+
+
+def _blind(T: int, S: int, rule: Rule) -> Tensor:
+    """bool [B, 1, T]: rows that see neither the prefix nor a key of their own."""
+    assert rule.no_prefix is not None
+    B, device = rule.no_prefix.shape[0], rule.no_prefix.device
+    keep = rule.keep
+    if keep is None:
+        keep = torch.ones(B, S, dtype=torch.bool, device=device)
+    if rule.causal:
+        offset = torch.as_tensor(rule.offset, device=device)[..., None]
+        last = torch.arange(T, device=device) + offset
+        so_far = keep.cummax(1).values
+        seen = so_far.gather(1, last.clamp(0, S - 1).expand(B, T))
+    else:
+        seen = keep.any(1, keepdim=True).expand(B, T)
+    return (rule.no_prefix[:, None] & ~seen)[:, None]
+
+
+def decode(q: Tensor, k: Tensor, v: Tensor, kp: Tensor, vp: Tensor, rule: Rule) -> Tensor:
+    """:func:`forward` for one query row and no ``no_prefix``, without lse, in few calls: at this
+    size the calls are the cost."""
+    B, H, _, D = q.shape
+    H_kv, S, scale = k.shape[1], k.shape[2], rule.scale
+    mask = None
+    if isinstance(rule.offset, Tensor):
+        mask = _mask_at(1, S, rule.offset, rule.keep, q)
+    else:
+        if rule.causal and rule.offset + 1 < S:
+            S = rule.offset + 1
+            k, v = k[:, :, :S], v[:, :, :S]
+        if rule.keep is not None:
+            mask = _additive(rule.keep[:, None, None, :S], q)
+    G = H // H_kv
+    q = q.view(B, H_kv, G, D)  # the heads of a group are rows
+    o, lse, _ = _attend(q, k, v, scale, mask=mask)
+    if kp.dim() == 3:  # batch and group change places: views, and the prefix is read once a group
+        kp, vp = (x.unsqueeze(0) if G == 1 else x.expand(G, -1, -1, -1) for x in (kp, vp))
+        o2, lse2, _ = _attend(q.transpose(0, 2), kp, vp, scale)
+        o2, lse2 = o2.transpose(0, 2), lse2.transpose(0, 2)
+    else:
+        o2, lse2, _ = _attend(q, kp, vp, scale)
+    return _mix(o, o2, torch.sigmoid(lse2 - lse).unsqueeze(-1)).reshape(B, H, 1, D)
+
+
+def backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kp: Tensor,
+    vp: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    rule: Rule,
+    needs: Needs,
+) -> Grads:
+    """dQ, dK, dV and, reduced over the batch where the prefix is shared, dKp and dVp; None for what
+    ``needs`` does not ask for."""
+    needs_q, needs_k, needs_v, needs_kp, needs_vp = needs
+    dq: Tensor | None = None
+    dk: Tensor | None = None
+    dv: Tensor | None = None
+    dkp: Tensor | None = None
+    dvp: Tensor | None = None
+    if needs_q or needs_kp or needs_vp:
+        seen = lse
+        if rule.no_prefix is not None:  # exp(score - inf) is 0: no gradient to or from the prefix
+            seen = lse.masked_fill(rule.no_prefix[:, None, None], torch.inf)
+        dq, dkp, dvp = _over_prefix_backward(do, q, kp, vp, o, seen, rule.scale)
+    if needs_q or needs_k or needs_v:
+        own, dk, dv = _over_own_backward(do, q, k, v, o, lse, rule)
+        dq = own if dq is None else dq.add_(own)
+    found = (dq, dk, dv, dkp, dvp)
+    dq, dk, dv, dkp, dvp = (g if need else None for g, need in zip(found, needs, strict=True))
+    return dq, dk, dv, dkp, dvp
+
+
+def _over_own_backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, rule: Rule
+) -> tuple[Tensor, Tensor, Tensor]:
+    S, scale = k.shape[2], rule.scale
+    parts = _parts(q.shape[2], S, rule, q)
+    if len(parts) == 1 and parts[0].last - parts[0].first == S:
+        _, _, causal, mask = parts[0]
+        return _attend_backward(do, q, k, v, o, lse, scale, causal, mask)
+    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    for first, last, causal, mask in parts:
+        keys, values = k[:, :, first:last], v[:, :, first:last]
+        dq2, dk[:, :, first:last], dv[:, :, first:last] = _attend_backward(
+            do, q, keys, values, o, lse, scale, causal, mask
+        )
+        dq.add_(dq2)
+    return dq, dk, dv
+
+
+def _over_prefix_backward(
+    do: Tensor, q: Tensor, kp: Tensor, vp: Tensor, o: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    B = q.shape[0]
+    if kp.dim() == 3 and _folds(q):
+        do, o, lse = _fold(do), _fold(o), _fold(lse)
+        dq, dkp, dvp = _attend_backward(
+            do, _fold(q), kp.unsqueeze(0), vp.unsqueeze(0), o, lse, scale
+        )
+        return _unfold(dq, B), dkp.squeeze(0), dvp.squeeze(0)
+    keys, values = kp.expand(B, -1, -1, -1), vp.expand(B, -1, -1, -1)
+    dq, dkp, dvp = _attend_backward(do, q, keys, values, o, lse, scale)
+    return (dq, dkp.sum(0), dvp.sum(0)) if kp.dim() == 3 else (dq, dkp, dvp)

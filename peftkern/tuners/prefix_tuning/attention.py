@@ -1,0 +1,250 @@
+"""The attention function that transformers calls in place of a model's own implementation.
+
+It is registered once for each implementation it stands before. Modules that carry a slot number
+(``SLOT``) attend to their prefix as well; all others, and all calls without a prefix, go to that
+implementation, with the mask it would have been given.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ...ops.prefix_attention import prefix_attention
+from .masks import MaskSpec, prefix_mask, prefix_visible
+from .state import PrefixState
+
+KEYWORD = "peftkern_prefix"
+SLOT = "_peftkern_prefix_slot"
+_NAME = "peftkern_prefix_"
+REGISTERED: set[str] = set()
+
+# Keywords that reach the attention function and do not change what it computes.
+_NEUTRAL = frozenset(
+    "position_ids position_embeddings cache_position use_cache past_key_values layer_past "
+    "output_attentions output_hidden_states output_router_logits return_dict num_items_in_batch "
+    "token_type_ids logits_to_keep max_length_q max_length_k layer_idx head_dim "
+    "deterministic".split()
+)
+# These say how a batch is packed; the mask says it too, if position_ids were given with them.
+_PACKED = frozenset("cu_seq_lens_q cu_seq_lens_k seq_idx".split())
+
+
+def register(original: str) -> str:
+    """Registers the attention and mask function standing before ``original``; their name.
+
+    The name holds no word that transformers looks for in one ("sdpa", "flash", "/", ...), so the
+    original's is spelt in hexadecimal: a copied or unpickled model finds its way back.
+    """
+    name = _NAME + original.encode().hex()
+    REGISTERED.add(name)
+    AttentionInterface.register(name, functools.partial(attention, original))
+    AttentionMaskInterface.register(name, functools.partial(prefix_mask, original))
+    return name
+
+
+def original_of(name: str | None) -> str | None:
+    """The implementation behind a name that :func:`register` gave; None for any other."""
+    if name is None or not name.startswith(_NAME):
+        return None
+    return bytes.fromhex(name[len(_NAME) :]).decode()
+
+
+def _implementation(original: str, module: nn.Module) -> Callable[..., Any]:
+    if original != "eager":
+        return ALL_ATTENTION_FUNCTIONS[original]
+    if getattr(module, "reorder_and_upcast_attn", False):  # GPT-2's second eager attention
+        return lambda module, q, k, v, mask, **_: module._upcast_and_reordered_attn(q, k, v, mask)
+    for owner in type(module).__mro__:  # eager functions live beside the classes that call them
+        function = getattr(sys.modules.get(owner.__module__), "eager_attention_forward", None)
+        if function is not None:
+            return function
+    raise RuntimeError(f"{type(module).__name__} has no eager attention function beside it")
+
+
+def attention(
+    original: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    *args: Any,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """query [B, H, T, D], key and value [B, H_kv, S, D] -> [B, T, H, D] and the weights or None."""
+    state: PrefixState | None = kwargs.pop(KEYWORD, None)
+    slot = getattr(module, SLOT, None)
+    if state is None or slot is None or state.prefixes[slot] is None:
+        if state is not None and slot is not None:
+            state.hits.add(slot)
+        if isinstance(attention_mask, MaskSpec):
+            attention_mask = attention_mask.unprefixed()
+        run = _implementation(original, module)
+        return run(module, query, key, value, attention_mask, *args, **kwargs)
+    state.hits.add(slot)
+    return _with_prefix(module, query, key, value, attention_mask, state, slot, **kwargs)
+
+
+def _with_prefix(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Any,
+    state: PrefixState,
+    slot: int,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    **rest: Any,
+) -> tuple[Tensor, Tensor | None]:
+    _refuse_unknown(module, mask, rest)
+    pair = state.prefixes[slot]
+    assert pair is not None
+    prefix_key, prefix_value = (t.to(device=key.device, dtype=key.dtype) for t in pair)
+    shapes = (key.shape[1], key.shape[-1]), (value.shape[1], value.shape[-1])
+    if shapes != ((prefix_key.shape[-3], prefix_key.shape[-1]),) * 2:
+        raise ValueError(
+            f"the prefix of layer {slot} has {prefix_key.shape[-3]} heads of "
+            f"{prefix_key.shape[-1]}; the keys of {type(module).__name__} have {key.shape[1]} of "
+            f"{key.shape[-1]}, its values {value.shape[1]} of {value.shape[-1]}"
+        )
+    T, S = query.shape[2], key.shape[2]
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    plan: dict[str, Any] = {"causal": causal and T > 1, "window": sliding_window}
+    own: Tensor | None = None  # what is visible or added, where a description is not enough
+    window = sliding_window
+    if isinstance(mask, MaskSpec):
+        _check_length(mask, S, state)
+        causal = mask.causal
+        window = mask.window  # not the module's word for it: without a prefix the mask decides
+        plan = {"causal": causal, "window": window, "q_offset": mask.q_offset - mask.kv_offset}
+        if mask.plain and position_bias is None:
+            plan["keep"] = mask.keep()
+        else:
+            own = mask.visible()
+    elif mask is not None:
+        own = _checked_mask(mask, S)
+    if own is None and position_bias is not None:
+        own = _causal_mask(T, S, causal, query.device)
+    if own is not None:
+        shared = isinstance(mask, MaskSpec) and position_bias is None
+        bias = mask.joined if shared else None
+        if bias is None:
+            seen = prefix_visible(
+                state.virtual, T, state.past, window, state.positions, causal, query.device
+            )
+            bias = _with_bias(own, seen, position_bias, module, state, query)
+            if shared:
+                mask.joined = bias
+        plan = {"causal": False, "bias": bias}
+    output = prefix_attention(
+        query,
+        key,
+        value,
+        prefix_key,
+        prefix_value,
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        softcap=softcap,
+        sinks=s_aux,
+        dropout=dropout,
+        no_prefix=state.no_prefix,
+        return_weights=state.weights,
+        **plan,
+    )
+    weights = None
+    if isinstance(output, tuple):
+        output, weights = output
+    return output.transpose(1, 2).contiguous(), weights
+
+
+def _refuse_unknown(module: nn.Module, mask: Any, rest: dict[str, Any]) -> None:
+    given = {name for name, value in rest.items() if value is not None} - _NEUTRAL
+    packed = given & _PACKED
+    if packed and (not isinstance(mask, MaskSpec) or not mask.plain):
+        packed = set()
+    unknown = sorted((given - _PACKED) | packed)
+    if unknown:
+        reason = "; a packed batch needs its position_ids as well" if packed else ""
+        raise ValueError(
+            f"{type(module).__name__} hands {', '.join(unknown)} to its attention, which the "
+            f"attention with a prefix does not know{reason}"
+        )
+
+
+def _check_length(mask: MaskSpec, S: int, state: PrefixState) -> None:
+    """A mask that covers the prefix as well would be taken for one with more own tokens."""
+    width = None if mask.padding is None else mask.padding.shape[-1]
+    if mask.kv_length == S:
+        if width is None or isinstance(mask.q_offset, Tensor):
+            return
+        if width in (mask.q_offset + mask.q_length, mask.kv_offset + mask.kv_length):
+            return  # the second: a static cache's whole length
+    own = S if isinstance(mask.q_offset, Tensor) else mask.q_offset + mask.q_length
+    raise ValueError(
+        f"attention_mask covers {mask.kv_length if width is None else width} tokens, the sequence "
+        f"has {own}: give a mask of the tokens alone, without the {state.virtual} virtual ones"
+    )
+
+
+def _checked_mask(mask: Any, S: int) -> Tensor:
+    if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.shape[-1] != S:
+        shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(
+            f"attention_mask reaches the attention as {shape}; with a prefix it must be "
+            f"[batch, 1 or heads, queries, {S}], over the tokens alone, without the virtual ones"
+        )
+    return mask
+
+
+def _causal_mask(T: int, S: int, causal: bool, device: torch.device) -> Tensor:
+    mask = torch.ones(T, S, dtype=torch.bool, device=device)
+    return (mask.tril(S - T) if causal else mask)[None, None]
+
+
+def _with_bias(
+    own: Tensor,
+    seen: Tensor,
+    position_bias: Tensor | None,
+    module: nn.Module,
+    state: PrefixState,
+    query: Tensor,
+) -> Tensor:
+    """What the operation takes as ``bias``: the prefix part ``seen`` before the own part."""
+    if own.dtype == torch.bool and position_bias is None:
+        return _join(seen, own)
+    lowest = torch.finfo(query.dtype).min
+    if own.dtype == torch.bool:
+        own = torch.zeros((), dtype=query.dtype, device=own.device).where(own, lowest)
+    front = torch.zeros((), dtype=own.dtype, device=own.device).where(seen, lowest)
+    if position_bias is None:
+        return _join(front, own)
+    # T5 bins the distance to a key: that of prefix token j to query t is j - (P + past + t).
+    holder: Any = (
+        module if getattr(module, "has_relative_attention_bias", False) else state.bias_module
+    )
+    T, P = query.shape[2], state.virtual
+    near = holder.compute_bias(T, P, device=query.device, past_seen_tokens=state.past + P)
+    return _join(front + near.to(front), own + position_bias)
+
+
+def _join(front: Tensor, own: Tensor) -> Tensor:
+    """[B, h, T, P] before [B, h, T, S], either broadcastable to the other."""
+    lead = torch.broadcast_shapes(front.shape[:-1], own.shape[:-1])
+    return torch.cat([front.expand(*lead, -1), own.expand(*lead, -1)], dim=-1)
+
+
+for _original in ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"):
+    register(_original)  # models that were pickled name one of these

@@ -1,0 +1,161 @@
+"""Layers that compute attention themselves: Bloom, Falcon, GPT-J, GPT-Neo, CodeGen, MPT.
+
+Their attention asks one object for the keys of earlier tokens, and adds one mask. A hook before
+each layer hands it an object that puts the prefix before those keys, and a mask that is P columns
+wider. The cache itself never holds the prefix. transformers checkpoints the layer's ``forward``,
+inside the hook, so a replay is given the very same objects.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .families import Family, at
+from .positions import tokens_of
+from .state import PrefixState
+
+
+class PrefixedPast:
+    """Stands for ``layer_past``: takes a layer's new keys, returns prefix, past and new ones."""
+
+    def __init__(self, past: Any, state: PrefixState, slot: int) -> None:
+        self.past = past
+        self.state = state
+        self.slot = slot
+
+    def update(self, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        if self.past is not None:
+            key, value = self.past.update(key, value, *args, **kwargs)
+        self.state.hits.add(self.slot)
+        pair = self.state.prefixes[self.slot]
+        assert pair is not None
+        out = []
+        for prefix, own in zip(pair, (key, value), strict=True):
+            prefix = prefix.to(device=own.device, dtype=own.dtype)
+            if prefix.shape[-3] != own.shape[1] or prefix.shape[-1] != own.shape[-1]:
+                raise ValueError(
+                    f"the prefix of layer {self.slot} has {prefix.shape[-3]} heads of "
+                    f"{prefix.shape[-1]}; the layer's keys have {own.shape[1]} of {own.shape[-1]}"
+                )
+            out.append(torch.cat([prefix.expand(own.shape[0], -1, -1, -1), own], dim=2))
+        return out[0], out[1]
+
+    def get_seq_length(self, *args: Any) -> Any:
+        return 0 if self.past is None else self.past.get_seq_length(*args)
+
+
+def prepare(
+    family: Family, stack: PreTrainedModel, kwargs: dict[str, Any], state: PrefixState
+) -> None:
+    """Before a call of ``stack``: checks its mask; Falcon's bias for prefix and own tokens."""
+    mask = kwargs.get("attention_mask")
+    tokens = tokens_of(kwargs)
+    B, T = tokens.shape[:2]
+    static = getattr(kwargs.get("past_key_values"), "is_compileable", False)
+    if isinstance(mask, Tensor) and mask.dim() == 2 and not static:
+        if mask.shape[1] != state.past + T:
+            raise ValueError(
+                f"attention_mask covers {mask.shape[1]} tokens, the sequence has {state.past + T}: "
+                f"give a mask of the tokens alone, without the {state.virtual} virtual ones"
+            )
+    alibi = getattr(stack, "use_alibi", False)
+    if static and (alibi or stack.config.model_type == "gpt_neo"):
+        raise ValueError(
+            f"{type(stack).__name__} takes the length of a static cache for that of the sequence, "
+            "with a prefix or without: use a dynamic cache"
+        )
+    if alibi:  # rounded to bfloat16, so it has to be counted as PEFT's
+        if mask is None:
+            mask = torch.ones(B, int(state.past) + T, dtype=torch.long, device=tokens.device)
+        if mask.dim() != 2:
+            raise ValueError(
+                f"attention_mask has {mask.dim()} dimensions; {type(stack).__name__} counts its "
+                "bias by distance over a mask [batch, tokens]"
+            )
+        whole = torch.cat([mask.new_ones(B, state.virtual), mask], dim=1)
+        build = sys.modules[type(stack).__module__].build_alibi_tensor
+        state.alibi = build(whole, stack.num_heads, dtype=_dtype(stack))
+
+
+def _dtype(stack: PreTrainedModel) -> torch.dtype:
+    return stack.get_input_embeddings().weight.dtype
+
+
+def enter(
+    family: Family, block: nn.Module, slot: int, kwargs: dict[str, Any], state: PrefixState | None
+) -> dict[str, Any]:
+    """The keywords to call a layer with in place of ``kwargs``."""
+    kwargs = dict(kwargs)
+    past = kwargs.get("layer_past")
+    if block.gradient_checkpointing and block.training:
+        past = None  # a replay would write to the cache again; transformers drops it likewise
+        if kwargs.get("use_cache"):
+            kwargs["use_cache"] = False
+    kwargs["layer_past"] = past
+    if state is None:
+        return kwargs
+    if state.prefixes[slot] is None:
+        state.hits.add(slot)
+        return kwargs
+    kwargs["layer_past"] = PrefixedPast(past, state, slot)
+    own = kwargs.get("attention_mask")
+    inverted = family.block == "position_bias"  # MPT's mask is True where nothing is seen
+    if own is None or own.dim() != 4:
+        raise RuntimeError(f"{type(block).__name__} was called without a mask [B, 1, T, S]")
+    alibi = kwargs.get("alibi") if family.block == "alibi" else None
+    if alibi is not None and state.alibi is not None:  # Falcon
+        whole = state.alibi.view(own.shape[0], -1, 1, state.alibi.shape[-1])
+        head_dim = at(block, family.attention).head_dim
+        return {
+            **kwargs,
+            "alibi": whole,
+            "attention_mask": _with_alibi(own, whole, head_dim, state),
+        }
+    kwargs["attention_mask"] = _wider(own, state, inverted)
+    if alibi is not None:
+        kwargs["alibi"] = _bloom(alibi, own.shape[0], state)
+    return kwargs
+
+
+def _wider(own: Tensor, state: PrefixState, inverted: bool) -> Tensor:
+    """P more columns in front, visible but to the rows that have no prefix."""
+    B, h, T, _ = own.shape
+    visible: Any = 0.0
+    hidden: Any = torch.finfo(own.dtype).min if own.is_floating_point() else True
+    if own.dtype == torch.bool:
+        visible, hidden = (False, True) if inverted else (True, False)
+    front = torch.full((B, h, T, state.virtual), visible, dtype=own.dtype, device=own.device)
+    if state.no_prefix is not None:
+        front = front.masked_fill(state.no_prefix[:, None, None, None], hidden)
+    return torch.cat([front, own], dim=-1)
+
+
+def _bloom(alibi: Tensor, batch: int, state: PrefixState) -> Tensor:
+    """alibi [B * H, 1, S] is slope * position; only differences count, so prefix token j gets
+    slope * (j - P) and the own tokens keep theirs."""
+    from transformers.models.bloom.modeling_bloom import build_alibi_tensor
+
+    heads = alibi.shape[0] // batch
+    two = torch.ones(1, 2, device=alibi.device)
+    slopes = build_alibi_tensor(two, heads, torch.float32)[:, 0, 1]  # [H]
+    steps = torch.arange(-state.virtual, 0, device=alibi.device)
+    front = (slopes[:, None] * steps).repeat(batch, 1)[:, None].to(alibi.dtype)
+    return torch.cat([front, alibi], dim=-1)
+
+
+def _with_alibi(own: Tensor, alibi: Tensor, head_dim: int, state: PrefixState) -> Tensor:
+    """Falcon lays its bias into the mask [B, H, T, S]: the same over P + S columns.
+
+    alibi: [B, H, 1, P + S].
+    """
+    lowest = torch.finfo(own.dtype).min
+    hidden = torch.nn.functional.pad(own == lowest, (state.virtual, 0), value=False)
+    if state.no_prefix is not None:
+        hidden[..., : state.virtual] |= state.no_prefix[:, None, None, None]
+    return (alibi / math.sqrt(head_dim)).masked_fill(hidden, lowest)

@@ -1,0 +1,157 @@
+"""Which module of a model owns the layers, where a layer keeps its self-attention, how it counts.
+
+Two kinds. Most models call their attention through transformers' ``AttentionInterface``; these
+need to say only where the attention is. The others compute it inside the layer, and get the
+prefix through the cache object and the mask that their layers are called with (blocks.py).
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where things are, as attribute paths.
+
+    Args:
+        layers: from the module that owns the layers to the list of them.
+        attention: from a layer to its self-attention.
+        positions: "ids" (``position_ids``, counted from the cache), "mask" (OPT: counted over the
+            mask), "tokens" (RoBERTa: counted over what is no padding), "table" (BART: counted
+            inside, at the table ``embed_positions``), "none" (a bias by distance alone).
+        table: the learned positions, or the attribute of the configuration that bounds them.
+        block: for layers that compute attention themselves, the name that the bias by distance
+            has among their arguments ("" when there is none); None for the others.
+    """
+
+    layers: str
+    attention: str
+    positions: str = "ids"
+    table: str | None = None
+    block: str | None = None
+
+
+_DECODER = Family("layers", "self_attn")
+_BERT = Family("encoder.layer", "attention.self", table="embeddings.position_embeddings")
+_ROBERTA = Family("encoder.layer", "attention.self", "tokens", "embeddings.position_embeddings")
+_BART = Family("layers", "self_attn", "table", "embed_positions")
+_T5 = Family("block", "layer.0.SelfAttention", "none")
+_GPT2 = Family("h", "attn", table="wpe")
+
+FAMILIES: dict[str, Family] = {
+    "gpt2": _GPT2,
+    "gpt_bigcode": _GPT2,
+    "opt": Family("layers", "self_attn", "mask", "embed_positions"),
+    "gpt_neox": Family("layers", "attention"),
+    "bert": _BERT,
+    "electra": _BERT,
+    "roberta": _ROBERTA,
+    "xlm-roberta": _ROBERTA,
+    "camembert": _ROBERTA,
+    "distilbert": Family("transformer.layer", "attention", table="embeddings.position_embeddings"),
+    "modernbert": Family("layers", "attn"),
+    "t5": _T5,
+    "mt5": _T5,
+    "bart": _BART,
+    "mbart": _BART,
+    "marian": _BART,
+    "pegasus": _BART,
+    "blenderbot": _BART,
+    "bloom": Family("h", "self_attention", "none", block="alibi"),
+    "falcon": Family("h", "self_attention", block="alibi"),
+    "gptj": Family("h", "attn", table="max_position_embeddings", block=""),
+    "codegen": Family("h", "attn", table="max_position_embeddings", block=""),
+    "gpt_neo": Family("h", "attn.attention", table="wpe", block=""),
+    "mpt": Family("blocks", "attn", "none", table="max_seq_len", block="position_bias"),
+}
+
+
+def at(module: Any, path: str) -> Any:
+    """The attribute at a dotted path, a digit being an index; None if there is none."""
+    for name in path.split("."):
+        module = getattr(module, name, None)
+        if module is None:
+            return None
+    return module
+
+
+@dataclass(frozen=True)
+class Found:
+    """The module that owns the layers, and what is in it."""
+
+    stack: PreTrainedModel
+    name: str  # of the stack in the model
+    family: Family
+    layers: tuple[nn.Module, ...]
+    attentions: tuple[nn.Module, ...]
+
+
+def refuse(model: nn.Module, why: str) -> ValueError:
+    return ValueError(f"prefix tuning does not support {type(model).__name__}: {why}")
+
+
+def _candidate(name: str, stack: nn.Module) -> Found | None:
+    if not isinstance(stack, PreTrainedModel):
+        return None
+    family = FAMILIES.get(getattr(stack.config, "model_type", ""), _DECODER)
+    layers = at(stack, family.layers)
+    if not isinstance(layers, nn.ModuleList) or len(layers) == 0:
+        return None
+    attentions = tuple(at(layer, family.attention) for layer in layers)
+    if not all(isinstance(a, nn.Module) for a in attentions):
+        return None
+    return Found(stack, name, family, tuple(layers), attentions)
+
+
+def _uses_interface(attention: nn.Module) -> bool:
+    try:
+        source = inspect.getsource(type(attention).forward)
+    except (OSError, TypeError):
+        return False
+    return "ALL_ATTENTION_FUNCTIONS" in source
+
+
+def find(model: nn.Module, num_layers: int) -> Found:
+    """The layers that get a prefix: the decoder's, or the only ones there are.
+
+    Raises:
+        ValueError: names the model's class and why it is not supported.
+    """
+    config: Any = getattr(model, "config", None)
+    found = [f for name, m in model.named_modules() if (f := _candidate(name, m)) is not None]
+    if getattr(config, "is_encoder_decoder", False) and len(found) > 1:
+        found = [f for f in found if "decoder" in f.name.split(".")]
+    # of a model that sees or hears too, the part that reads
+    if len(found) > 1 and hasattr(config, "get_text_config"):
+        text = config.get_text_config()
+        found = [f for f in found if f.stack.config is text]
+    if not found:
+        raise refuse(model, "no layers with a self-attention module of a known name were found")
+    if len(found) > 1:
+        names = ", ".join(f.name for f in found)
+        raise refuse(model, f"several parts of it could take the prefix ({names})")
+    here = found[0]
+    if len(here.layers) != num_layers:
+        raise refuse(model, f"num_layers is {num_layers}, it has {len(here.layers)} layers")
+    config = here.stack.config
+    if getattr(config, "attention_chunk_size", None) is not None:
+        raise refuse(model, "its attention works in chunks, in which a prefix has no place")
+    if getattr(config, "num_kv_shared_layers", 0):
+        raise refuse(model, "some of its layers attend to the keys of others")
+    if here.family.block is None:
+        for layer in here.attentions:
+            if not _uses_interface(layer):
+                reason = f"{type(layer).__name__} does not call transformers' AttentionInterface"
+                raise refuse(model, reason)
+    if here.family.positions == "ids":
+        parameters = inspect.signature(here.stack.forward).parameters
+        if "position_ids" not in parameters:
+            reason = f"{type(here.stack).__name__} takes no position_ids to move by the prefix"
+            raise refuse(model, reason)
+    return here

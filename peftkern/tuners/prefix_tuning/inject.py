@@ -1,0 +1,265 @@
+"""Prefixes reach the attention of every layer: not as tokens, not in the cache, not over the batch.
+
+``PrefixInjection`` puts hooks on the module of a transformers model that owns the layers (or its
+decoder's), and stands before its attention implementation. Nothing of that shows until
+``active`` hands it prefixes, and ``remove`` takes it back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import attention, blocks, positions, reentrant
+from .families import find, refuse
+from .state import (
+    ActivePrefix,
+    Prefix,
+    PrefixState,
+    active_in,
+    begin,
+    current_of,
+    push,
+    restore,
+    set_current,
+)
+
+
+class PrefixInjection:
+    """The hooks and marks by which a model takes prefixes.
+
+    Args:
+        model: a transformers model (with or without a head); it keeps its weights and its class.
+        num_layers: how many layers the prefixes are for.
+        kv_heads: heads of the keys (H_kv).
+        head_dim: their width (D).
+        num_virtual_tokens: length of the prefix (P).
+
+    Raises:
+        ValueError: the model is not supported, or the numbers are not its own; names its class.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        num_layers: int,
+        kv_heads: int,
+        head_dim: int,
+        num_virtual_tokens: int,
+    ) -> None:
+        if num_virtual_tokens <= 0:
+            raise ValueError(f"num_virtual_tokens must be positive, got {num_virtual_tokens}")
+        found = find(model, num_layers)
+        if any(hasattr(m, attention.SLOT) for m in found.attentions):
+            raise refuse(model, "it takes prefixes already; remove the first injection")
+        self.kv_heads = kv_heads
+        self.head_dim = head_dim
+        self.num_virtual_tokens = num_virtual_tokens
+        self.family = found.family
+        self.stack = found.stack
+        self.layers = found.layers
+        self.attentions = found.attentions
+        self._model_name = type(model).__name__
+        self._parameters = tuple(inspect.signature(found.stack.forward).parameters)
+        self._blocks = found.family.block is not None
+        self._handles: list[Any] = []
+        self._configs: list[Any] = []
+        self._install()
+
+    # -------------------------------------------------------------------------- on and off
+
+    def _install(self) -> None:
+        for slot, module in enumerate(self.attentions):
+            setattr(module, attention.SLOT, slot)
+        if self._blocks:
+            for slot, block in enumerate(self.layers):
+                # A replay may use the object that stands for the cache: it writes to none.
+                block._can_checkpoint_with_cache = True  # type: ignore[assignment]
+                hook = _BlockHook(self, slot)
+                self._handles.append(block.register_forward_pre_hook(hook, with_kwargs=True))
+        else:
+            seen: dict[int, Any] = {id(self.stack.config): self.stack.config}
+            seen.update({id(m.config): m.config for m in self.attentions if hasattr(m, "config")})
+            self._configs = list(seen.values())
+            self._stand_before()
+        first = self.layers[0]
+        self._handles.append(first.register_forward_pre_hook(self._at_first, with_kwargs=True))
+        if self.family.positions == "table":
+            table = self.stack.embed_positions
+            self._handles.append(table.register_forward_pre_hook(self._at_table, with_kwargs=True))
+            self._handles.append(table.register_forward_hook(self._after_table, with_kwargs=True))
+        stack = self.stack
+        self._handles.append(stack.register_forward_pre_hook(self._before, with_kwargs=True))
+        self._handles.append(stack.register_forward_hook(self._after, with_kwargs=True))
+
+    def _stand_before(self) -> None:
+        """Before whatever attention implementation is set now, a user's later choice included."""
+        for config in self._configs:
+            name = config._attn_implementation
+            if name not in attention.REGISTERED:
+                config._attn_implementation_internal = attention.register(name or "eager")
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        for config in self._configs:  # in another process its name is not registered yet
+            original = attention.original_of(config._attn_implementation)
+            if original is not None:
+                attention.register(original)
+
+    def remove(self) -> None:
+        """Leaves the model as it was before: hooks, marks and attention implementation."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        for module in self.attentions:
+            if hasattr(module, attention.SLOT):
+                delattr(module, attention.SLOT)
+        if self._blocks:
+            for block in self.layers:
+                block.__dict__.pop("_can_checkpoint_with_cache", None)
+        for config in self._configs:
+            original = attention.original_of(config._attn_implementation)
+            if original is not None:
+                config._attn_implementation_internal = original
+        self._configs.clear()
+
+    # ----------------------------------------------------------------------------- prefixes
+
+    @contextlib.contextmanager
+    def active(
+        self, prefixes: list[Prefix | None], *, no_prefix: Tensor | None = None
+    ) -> Iterator[None]:
+        """Calls of the model by this thread within the block see the prefixes.
+
+        Args:
+            prefixes: for each layer keys and values, each [H_kv, P, D] for all rows or
+                [B, H_kv, P, D]; None for a layer without. A batch of n * B rows (beams) takes
+                each row's n times.
+            no_prefix: bool [B], rows that see none and keep their positions.
+
+        Raises:
+            ValueError: their number or a shape is not that of the model; within the block, a
+                call that cannot be right with a prefix.
+            RuntimeError: within the block, a layer of the model did not see its prefix.
+        """
+        self._check(prefixes, no_prefix)
+        before = push(ActivePrefix(self, tuple(prefixes), no_prefix))
+        try:
+            yield
+        finally:
+            restore(before)
+
+    def _check(self, prefixes: list[Prefix | None], no_prefix: Tensor | None) -> None:
+        if not self._handles:
+            raise RuntimeError("this injection was removed from its model")
+        if len(prefixes) != len(self.attentions):
+            raise ValueError(
+                f"prefixes has {len(prefixes)} entries; {self._model_name} has "
+                f"{len(self.attentions)} layers that take one"
+            )
+        tail = (self.kv_heads, self.num_virtual_tokens, self.head_dim)
+        for slot, pair in enumerate(prefixes):
+            for tensor in pair or ():
+                if tensor.dim() not in (3, 4) or tuple(tensor.shape[-3:]) != tail:
+                    raise ValueError(
+                        f"prefixes[{slot}] has shape {tuple(tensor.shape)}; allowed is "
+                        f"{tail} or (batch, {', '.join(map(str, tail))})"
+                    )
+        if no_prefix is not None and (no_prefix.dim() != 1 or no_prefix.dtype != torch.bool):
+            raise ValueError(
+                f"no_prefix must be bool [batch], got {no_prefix.dtype} {tuple(no_prefix.shape)}"
+            )
+
+    # -------------------------------------------------------------------------------- hooks
+
+    def _before(
+        self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        entry = active_in(self)
+        if entry is None:
+            set_current(self, None)
+            return None
+        kwargs = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
+        if not self._blocks:
+            self._stand_before()
+        tokens = positions.tokens_of(kwargs)
+        cache = kwargs.get("past_key_values")
+        past = 0 if cache is None else cache.get_seq_length()
+        state = begin(entry, tokens.shape[0], self.num_virtual_tokens, past)
+        wanted = kwargs.get("output_attentions")
+        config = self.stack.config
+        state.weights = bool(
+            getattr(config, "output_attentions", False) if wanted is None else wanted
+        )
+        positions.move(self.family, self.stack, kwargs, state)
+        if self._blocks:
+            blocks.prepare(self.family, self.stack, kwargs, state)
+        elif hasattr(self.attentions[0], "compute_bias"):
+            state.bias_module = self.attentions[0]
+        if torch.is_grad_enabled() and reentrant.is_reentrant(self.layers[0]):
+            reentrant.use_leaves(state)
+        kwargs[attention.KEYWORD] = state
+        set_current(self, state)
+        return (), kwargs
+
+    def _after(self, stack: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        state: PrefixState | None = kwargs.get(attention.KEYWORD)
+        if state is None:
+            return
+        set_current(self, None)
+        dropped = getattr(stack, "layerdrop", 0.0) > 0.0 and stack.training
+        missed = [slot for slot in range(len(self.attentions)) if slot not in state.hits]
+        if missed and not dropped:
+            raise RuntimeError(
+                f"{self._model_name} did not hand the prefix to the attention of layers {missed}: "
+                "what it computed is not what was asked for, and prefix tuning of this model is "
+                "not supported"
+            )
+
+    def _at_first(
+        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Before the first layer, outside its checkpoint."""
+        state = current_of(self)
+        if state is None or state.collected is None:
+            return None
+        return (reentrant.collect(args[0], state), *args[1:]), kwargs
+
+    def _at_table(
+        self, table: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        state = current_of(self)
+        if state is None:
+            return None
+        return positions.move_in_table(args, kwargs, self.num_virtual_tokens)
+
+    def _after_table(
+        self, table: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> Tensor | None:
+        """Rows without a prefix keep their positions: the table takes one row for all."""
+        state = current_of(self)
+        if state is None or state.no_prefix is None:
+            return None
+        stay = {**kwargs, "position_ids": kwargs["position_ids"] - self.num_virtual_tokens}
+        plain = type(table).forward(table, *args, **stay)
+        return torch.where(state.no_prefix[:, None, None], plain, output)
+
+
+class _BlockHook:
+    """The hook of one layer that computes attention itself."""
+
+    def __init__(self, injection: PrefixInjection, slot: int) -> None:
+        self.injection = injection
+        self.slot = slot
+
+    def __call__(
+        self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        state = current_of(self.injection)
+        return args, blocks.enter(self.injection.family, block, self.slot, kwargs, state)

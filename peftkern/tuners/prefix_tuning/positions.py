@@ -1,0 +1,108 @@
+"""Own tokens stand behind the prefix: their positions are P more than the model would count."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .families import Family, at
+from .masks import MaskSpec
+from .state import PrefixState
+
+
+def tokens_of(kwargs: dict[str, Any]) -> Tensor:
+    """input_ids [B, T] or inputs_embeds [B, T, d] of a call."""
+    for name in ("input_ids", "inputs_embeds"):
+        if kwargs.get(name) is not None:
+            return kwargs[name]
+    raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+
+
+def move(
+    family: Family, stack: PreTrainedModel, kwargs: dict[str, Any], state: PrefixState
+) -> None:
+    """Moves the positions of a call of ``stack`` behind the prefix, in ``kwargs``.
+
+    Raises:
+        ValueError: the positions go beyond what the model has.
+    """
+    tokens = tokens_of(kwargs)
+    T = tokens.shape[1]
+    ids = kwargs.get("position_ids")
+    padded = kwargs.get("attention_mask")
+    check_room(family, stack, T, state, ids)
+    if family.positions in ("none", "table"):
+        return
+    if ids is not None:
+        if padded is None and kwargs.get("past_key_values") is None and _is_packed(ids):
+            state.positions = ids + state.offset
+        kwargs["position_ids"] = ids + state.offset
+        return
+    if family.positions == "tokens" and kwargs.get("input_ids") is not None:
+        pad = stack.config.pad_token_id
+        real = tokens.ne(pad).long()
+        counted = torch.cumsum(real, dim=1) + state.past + state.offset
+        kwargs["position_ids"] = counted * real + pad
+        return
+    if isinstance(padded, MaskSpec):
+        padded = padded.padding
+    if family.positions == "mask" and padded is not None and padded.dim() == 2:
+        real = padded.long()
+        counted = torch.cumsum(real, dim=1) - 1 + state.offset
+        kwargs["position_ids"] = torch.where(real.bool(), counted, -1)[:, -T:]
+        return
+    start = stack.config.pad_token_id + 1 if family.positions == "tokens" else 0
+    counted = torch.arange(start, start + T, device=tokens.device)[None] + state.past
+    kwargs["position_ids"] = counted + state.offset
+
+
+def _is_packed(ids: Tensor) -> bool:
+    """Whether positions start again within a row; always, where they cannot be looked at."""
+    if torch.compiler.is_compiling():
+        return True
+    return bool((torch.diff(ids, dim=-1) != 1).any())
+
+
+def check_room(
+    family: Family, stack: PreTrainedModel, T: int, state: PrefixState, ids: Tensor | None
+) -> None:
+    if family.table is None or isinstance(state.past, Tensor):
+        return
+    room = _room(family, stack)
+    need = state.virtual + state.past + T
+    if need <= room:
+        return
+    if ids is not None and int(ids.max()) + state.virtual < room:
+        return  # padded on the left: the positions end earlier than the row
+    name = "max_seq_len" if family.table == "max_seq_len" else "max_position_embeddings"
+    raise ValueError(
+        f"{state.virtual} virtual tokens and {state.past + T} tokens need {need} positions; "
+        f"{type(stack).__name__} has {room} ({name})"
+    )
+
+
+def _room(family: Family, stack: PreTrainedModel) -> int:
+    assert family.table is not None
+    table: Any = at(stack, family.table)
+    if not isinstance(table, nn.Module):
+        return int(getattr(stack.config, family.table))
+    weight: Any = table.weight
+    rows = int(weight.shape[0]) - int(getattr(table, "offset", 0))
+    if family.positions == "tokens":
+        rows -= stack.config.pad_token_id + 1  # positions begin behind the padding's
+    return rows
+
+
+def move_in_table(
+    args: tuple[Any, ...], kwargs: dict[str, Any], offset: int
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments for a call of BART's ``embed_positions(ids, past, position_ids=[T])``."""
+    names = ("input_ids", "past_key_values_length", "position_ids")
+    kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+    if kwargs.get("position_ids") is None:
+        raise RuntimeError("embed_positions was called without the positions to move")
+    kwargs["position_ids"] = kwargs["position_ids"] + offset
+    return tuple(kwargs.pop(name) for name in names[:1] if name in kwargs), kwargs

@@ -1,0 +1,117 @@
+"""What travels: the prefixes that are active in a thread, and the state of one forward call."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Prefix = tuple[Tensor, Tensor]  # keys and values, each [H_kv, P, D] or [B, H_kv, P, D]
+
+
+# Per thread, and not a context variable: torch.compile reads and guards a thread-local, and breaks
+# the graph at a context variable. It is read once, when a forward call begins; from there on the
+# state is handed along as a keyword, so that a replay under gradient checkpointing (in whatever
+# thread, after whatever other call) sees the state of its own forward.
+class _Local(threading.local):
+    def __init__(self) -> None:  # in each thread, when it first looks
+        self.active: tuple[ActivePrefix, ...] = ()
+        self.current: tuple[tuple[Any, PrefixState], ...] = ()
+
+
+_local = _Local()
+
+
+@dataclass(frozen=True, eq=False)
+class ActivePrefix:
+    """The prefixes within one ``PrefixInjection.active`` block."""
+
+    owner: Any
+    prefixes: tuple[Prefix | None, ...]
+    no_prefix: Tensor | None
+
+
+@dataclass(eq=False)
+class PrefixState:
+    """One forward call: everything the attention of its layers needs to know about the prefix."""
+
+    prefixes: tuple[Prefix | None, ...]
+    no_prefix: Tensor | None  # bool [B]
+    virtual: int  # P
+    past: int | Tensor  # own tokens that are in the cache already
+    weights: bool = False  # attention weights were asked for
+    positions: Tensor | None = None  # of a packed batch's tokens, P included
+    bias_module: Any = None  # T5: the layer that holds the relative bias of all
+    alibi: Tensor | None = None  # Falcon: [B * H, 1, P + S]
+    collected: tuple[list[Tensor], list[Tensor]] | None = None  # leaves and what they stand for
+    hits: set[int] = field(default_factory=set)  # slots that have seen their prefix
+
+    @property
+    def offset(self) -> int | Tensor:
+        """What to add to positions: P, or by row, [B, 1], where some rows have no prefix."""
+        if self.no_prefix is None:
+            return self.virtual
+        return (~self.no_prefix).long()[:, None] * self.virtual
+
+
+def active_in(owner: Any) -> ActivePrefix | None:
+    """The innermost active prefixes of this injection in this thread."""
+    for entry in _local.active:
+        if entry.owner is owner:
+            return entry
+    return None
+
+
+def push(entry: ActivePrefix) -> tuple[ActivePrefix, ...]:
+    """Makes ``entry`` the innermost; returns what :func:`restore` takes."""
+    before = _local.active
+    _local.active = (entry, *before)
+    return before
+
+
+def restore(before: tuple[ActivePrefix, ...]) -> None:
+    _local.active = before
+
+
+def set_current(owner: Any, state: PrefixState | None) -> None:
+    """Names the forward call of ``owner`` that runs in this thread, for hooks deeper in it."""
+    others = tuple(c for c in _local.current if c[0] is not owner)
+    _local.current = others if state is None else (*others, (owner, state))
+
+
+def current_of(owner: Any) -> PrefixState | None:
+    for held, state in _local.current:
+        if held is owner:
+            return state
+    return None
+
+
+def by_row(tensor: Tensor, batch: int, what: str) -> Tensor:
+    """[B0, ...] for a batch of B0 rows, or of n * B0 (beams, several returned sequences)."""
+    rows = tensor.shape[0]
+    if rows == batch:
+        return tensor
+    if batch % rows:
+        raise ValueError(
+            f"{what} is for {rows} rows; the batch has {batch}, which is no multiple of it"
+        )
+    return tensor.repeat_interleave(batch // rows, dim=0)
+
+
+def begin(entry: ActivePrefix, batch: int, virtual: int, past: int | Tensor) -> PrefixState:
+    """The state of a forward call on ``batch`` rows, of which ``past`` tokens are cached."""
+    prefixes = tuple(
+        pair
+        if pair is None or pair[0].dim() == 3
+        else (by_row(pair[0], batch, "prefixes"), by_row(pair[1], batch, "prefixes"))
+        for pair in entry.prefixes
+    )
+    no_prefix = entry.no_prefix
+    if no_prefix is not None:
+        no_prefix = by_row(no_prefix, batch, "no_prefix")
+    if isinstance(past, torch.Tensor):
+        past = past.clone()  # a static cache counts on in this very tensor
+    return PrefixState(prefixes, no_prefix, virtual, past)

@@ -1,0 +1,178 @@
+"""Decoding behind a prefix that no cache holds: any cache or none, beams, rows, torch.compile."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+
+from tests.prefix_models import (
+    IN_BLOCKS,
+    SEQ2SEQ,
+    Pair,
+    alone,
+    assert_close,
+    inputs,
+    split,
+)
+
+# ------------------------------------------------------------------------------------- decoding
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gpt2", "t5", "bart", "opt", *IN_BLOCKS])
+def test_generation_without_a_cache(family: str) -> None:
+    pair = alone(family) if family != "falcon_mqa" else Pair(family)
+    batch = inputs(family, "left")
+    del batch["labels"]
+    with pair.active():
+        cached = pair.model.generate(**batch, max_new_tokens=6)
+        assert torch.equal(pair.model.generate(**batch, max_new_tokens=6, use_cache=False), cached)
+
+
+STATIC = ["llama", "mistral", "gemma2", "gemma3", "gpt2", "opt", "t5", "bart"]
+STATIC += ["bloom", "gptj", "codegen", "falcon", "falcon_mqa", "mpt"]
+
+
+@pytest.mark.parametrize("family", STATIC)
+def test_static_cache(family: str) -> None:
+    pair = alone(family)
+    batch = inputs(family, "left")
+    del batch["labels"]
+    with pair.active():
+        dynamic = pair.model.generate(**batch, max_new_tokens=8)
+        static = pair.model.generate(**batch, max_new_tokens=8, cache_implementation="static")
+    assert torch.equal(static, dynamic)
+    assert not torch.equal(pair.base.generate(**batch, max_new_tokens=8), dynamic)
+
+
+@pytest.mark.parametrize("family", ["gpt_neo", "falcon_alibi"])
+def test_static_cache_where_the_model_itself_is_wrong(family: str) -> None:
+    pair = alone(family)
+    ids = inputs(family, None)["input_ids"]
+    cache = tf.StaticCache(config=pair.model.config, max_cache_len=16)
+    with pair.active(), pytest.raises(ValueError, match="use a dynamic cache"):
+        pair.model(ids, past_key_values=cache)
+
+
+@pytest.mark.parametrize("padding", ["left", None])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "gpt2", "opt", *IN_BLOCKS])
+def test_a_callers_own_cache(family: str, padding: str | None) -> None:
+    """Continued from it, and it holds the tokens alone."""
+    pair = Pair(family)
+    batch = inputs(family, padding)
+    ids, mask = batch["input_ids"], batch.get("attention_mask")
+    caches = [tf.DynamicCache(config=pair.model.config)]
+    # Bloom's own bias wants a mask as long as a static cache
+    if family in STATIC and (family, padding) != ("bloom", "left"):
+        caches.append(tf.StaticCache(config=pair.model.config, max_cache_len=16))
+    with torch.no_grad(), pair.active():
+        whole = pair.model(ids, attention_mask=mask).logits
+        for cache in caches:
+            parts = []
+            for a, b in ((0, 4), (4, 8), (8, 9)):
+                seen = None if mask is None else mask[:, :b]
+                call = {"attention_mask": seen, "past_key_values": cache}
+                parts.append(pair.model(ids[:, a:b], **call).logits)
+            assert cache.get_seq_length() == 9
+            real = slice(None) if mask is None else mask.bool()
+            assert_close(torch.cat(parts, dim=1)[real], whole[real])
+
+
+@pytest.mark.parametrize("family", ["llama", "bart", "t5", "bert", "bloom", "falcon_alibi", "opt"])
+def test_rows_without_a_prefix(family: str) -> None:
+    """They are what the model alone makes of them, positions included; the others are not."""
+    pair = alone(family)
+    batch = inputs(family)
+    rows = torch.tensor([True, False, True])
+    with torch.no_grad():
+        with pair.active():
+            full = pair.model(**batch).logits
+        with pair.active(no_prefix=rows):
+            mixed = pair.model(**batch).logits
+        bare = pair.base(**batch).logits
+    seen = batch["attention_mask"].bool() if mixed.shape[:2] == (3, 9) else None
+    for row in range(3):
+        wanted = bare if rows[row] else full
+        a, b = mixed[row], wanted[row]
+        if seen is not None:
+            a, b = a[seen[row]], b[seen[row]]
+        assert_close(a, b)
+    assert (bare - full).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bart", "bloom"])
+def test_a_prefix_for_each_row_with_beams(family: str) -> None:
+    pair = alone(family)
+    batch = inputs(family, "left")
+    del batch["labels"]
+    weights = [pair.weight.detach() * s for s in (1.0, -1.0, 0.5)]
+    rows = [split(w, pair.heads, pair.layers, pair.seq2seq) for w in weights]
+    each = [
+        tuple(torch.stack([rows[b][layer][i] for b in range(3)]) for i in (0, 1))
+        for layer in range(pair.layers)
+    ]
+    none = torch.tensor([False, False, True])
+    how = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 5}
+    with pair.injection.active(each, no_prefix=none):
+        together = pair.model.generate(**batch, **how)
+    for b in range(3):
+        one = {k: v[b : b + 1] for k, v in batch.items()}
+        with pair.injection.active(rows[b], no_prefix=none[b : b + 1]):
+            assert torch.equal(pair.model.generate(**one, **how), together[2 * b : 2 * b + 2])
+    with pair.injection.active(each), pytest.raises(ValueError, match="for 3 rows"):
+        pair.model(**{k: v[:2] for k, v in inputs(family).items()})
+
+
+# ------------------------------------------------------------------------------- torch.compile
+
+
+def slow(*families: str) -> list[Any]:
+    return [pytest.param(family, marks=pytest.mark.slow) for family in families]
+
+
+@pytest.mark.parametrize("family", ["llama", *slow("gpt2", "bert", "t5", "mistral", "bloom")])
+def test_compiled_forward_and_backward(family: str) -> None:
+    torch._dynamo.reset()
+    pair = alone(family)
+    pair.model.requires_grad_(False)
+    batch = inputs(family)
+    if family in SEQ2SEQ:
+        batch["decoder_input_ids"] = batch["labels"]
+    del batch["labels"]
+    compiled = torch.compile(pair.model, backend="aot_eager", fullgraph=True)
+
+    def both(factor: float) -> None:
+        found = []
+        for model in (pair.model, compiled):
+            with pair.injection.active(pair.prefixes(pair.weight * factor)):
+                out = model(**batch).logits
+            loss = (out * torch.linspace(-1, 1, out.numel()).cos().view_as(out)).sum()
+            found.append((out, torch.autograd.grad(loss, pair.weight)[0]))
+        for eager, other in zip(*found, strict=True):
+            assert_close(other, eager)
+
+    both(1.0)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        both(-1.0)  # another prefix is another input, not a constant of the graph
+
+
+@pytest.mark.parametrize("family", ["llama", *slow("gemma2", "gpt2", "gptj")])
+def test_compiled_static_decode(family: str) -> None:
+    torch._dynamo.reset()
+    pair = alone(family)
+    ids = inputs(family, None)["input_ids"]
+    step = torch.compile(pair.model, backend="aot_eager", fullgraph=True)
+    with torch.no_grad(), pair.active():
+        expected = pair.model(ids).logits
+        cache = tf.StaticCache(config=pair.model.config, max_cache_len=16)
+        pair.model(ids[:, :4], past_key_values=cache)
+        for t in range(
+            4, 8
+        ):  # at 8 a sliding cache is full, and compiles anew without a prefix too
+            where = torch.full((3, 1), t)
+            stance = "default" if t < 6 else "fail_on_recompile"
+            with torch.compiler.set_stance(stance):
+                got = step(ids[:, t : t + 1], past_key_values=cache, position_ids=where).logits
+            assert_close(got[:, 0], expected[:, t])

@@ -1,0 +1,262 @@
+"""The injection keeps to itself: threads, copies, removal, and errors where it cannot be right."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from torch import Tensor
+
+from peftkern.tuners.prefix_tuning import attention
+from peftkern.tuners.prefix_tuning.inject import PrefixInjection
+from tests.prefix_models import (
+    HEADS,
+    LAYERS,
+    VOCAB,
+    WIDTH,
+    P,
+    Pair,
+    alone,
+    assert_close,
+    inputs,
+    make,
+    sizes,
+)
+
+# -------------------------------------------------------------------- around it: safe and clean
+
+
+def test_threads_do_not_see_each_other() -> None:
+    pair = alone("llama")
+    batch = inputs("llama")
+    weights = [pair.weight.detach() * s for s in (1.0, -1.0, 0.3)]
+    with torch.no_grad():
+        expected = [pair.base(**batch).logits]
+        for w in weights:
+            with pair.injection.active(pair.prefixes(w)):
+                expected.append(pair.model(**batch).logits)
+    wrong: list[int] = []
+    gate = threading.Barrier(4)
+
+    def work(i: int) -> None:
+        gate.wait()
+        for _ in range(15):
+            with torch.no_grad():
+                if i == 0:
+                    got = pair.model(**batch).logits
+                else:
+                    with pair.injection.active(pair.prefixes(weights[i - 1])):
+                        got = pair.model(**batch).logits
+            if not torch.allclose(got, expected[i], atol=1e-5):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not wrong
+    assert (expected[1] - expected[2]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("family", ["stablelm", "nemotron"])
+def test_a_model_that_swallows_the_prefix(family: str) -> None:
+    pair = alone("stablelm") if family == "stablelm" else None
+    if pair is None:
+        config = tf.NemotronConfig(
+            vocab_size=VOCAB,
+            hidden_size=WIDTH,
+            intermediate_size=24,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=HEADS,
+            num_key_value_heads=2,
+        )
+        model = tf.AutoModelForCausalLM.from_config(config)
+        try:
+            injection = PrefixInjection(
+                model, num_layers=2, kv_heads=2, head_dim=8, num_virtual_tokens=P
+            )
+        except ValueError as error:
+            assert "NemotronForCausalLM" in str(error)
+            return
+        prefixes = [(torch.randn(2, P, 8), torch.randn(2, P, 8))] * 2
+    else:
+        model, injection, prefixes = pair.model, pair.injection, pair.prefixes()
+    ids = torch.full((1, 5), 7)
+    model(ids)
+    with injection.active(prefixes), pytest.raises(RuntimeError, match=type(model).__name__):
+        model(ids)
+
+
+def test_a_later_choice_of_implementation() -> None:
+    """It becomes the one that stands behind; the prefix is not lost."""
+    pair = Pair("llama")
+    batch = inputs("llama")
+    pair.model.set_attn_implementation("eager")
+    with pair.active():
+        ours = pair.model(**batch, output_attentions=True)
+    assert_close(ours.logits, pair.peft(**batch).logits)
+    assert attention.original_of(pair.model.config._attn_implementation) == "eager"
+    pair.injection.remove()
+    assert pair.model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("family", ["llama", "bart", "t5", "bloom", "gpt2"])
+def test_without_a_prefix_and_after_removal(family: str) -> None:
+    pair = alone(family)
+    model, batch = pair.model, inputs(family)
+    fresh = make(family)
+
+    def traces(m: Any) -> list[Any]:
+        found: list[Any] = []
+        for name, module in m.named_modules():
+            hooks = len(module._forward_pre_hooks), len(module._forward_hooks)
+            marks = [k for k in module.__dict__ if "peftkern" in k or "checkpoint_with" in k]
+            config = getattr(module, "config", None)
+            found.append((name, hooks, marks, getattr(config, "_attn_implementation", None)))
+        return found
+
+    assert traces(model) != traces(fresh)
+    assert model.config.to_dict() == fresh.config.to_dict()
+    with torch.no_grad():
+        expected = pair.base(**batch).logits
+        assert torch.equal(model(**batch).logits, expected)
+        with pair.active():
+            assert not torch.equal(model(**batch).logits, expected)
+        pair.injection.remove()
+        assert torch.equal(model(**batch).logits, expected)
+    assert traces(model) == traces(fresh)
+    assert model.config.to_dict() == fresh.config.to_dict()
+    with pytest.raises(RuntimeError, match="removed"), pair.active():
+        pass
+    PrefixInjection(model, **sizes(pair))  # there is room for another now
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+@pytest.mark.parametrize("family", ["llama", "bloom", "bart"])
+def test_copies_stand_alone(family: str, how: str) -> None:
+    pair = alone(family)
+    batch = inputs(family)
+    both = {"model": pair.model, "injection": pair.injection}
+    if how == "deepcopy":
+        twin = copy.deepcopy(both)
+    else:
+        kept = pickle.dumps(both)
+        name = pair.model.config._attn_implementation
+        if attention.original_of(name) is not None:  # a new process may not know it
+            for interface in (tf.AttentionInterface, tf.AttentionMaskInterface):
+                del interface._global_mapping[name]
+        twin = pickle.loads(kept)
+    with torch.no_grad():
+        with pair.active():
+            expected = pair.model(**batch).logits
+            assert torch.equal(twin["model"](**batch).logits, pair.base(**batch).logits)
+        with twin["injection"].active(pair.prefixes()):
+            assert torch.equal(twin["model"](**batch).logits, expected)
+            assert torch.equal(pair.model(**batch).logits, pair.base(**batch).logits)
+        twin["injection"].remove()
+        assert torch.equal(twin["model"](**batch).logits, pair.base(**batch).logits)
+        with pair.active():
+            assert torch.equal(pair.model(**batch).logits, expected)
+
+
+def test_an_error_inside_leaves_nothing_behind() -> None:
+    pair = alone("llama")
+    with pytest.raises(ValueError), pair.active():
+        pair.model(**inputs("llama"), head_mask=torch.ones(1))
+    batch = inputs("llama")
+    with torch.no_grad():
+        assert torch.equal(pair.model(**batch).logits, pair.base(**batch).logits)
+
+
+def test_layers_without_a_prefix() -> None:
+    pair = alone("llama")
+    batch = inputs("llama")
+    prefixes = pair.prefixes()
+    with torch.no_grad():
+        with pair.injection.active([None, None]):
+            # positions still stand behind: relative ones, so it is the model alone
+            assert_close(pair.model(**batch).logits, pair.base(**batch).logits)
+        with pair.injection.active([prefixes[0], None]):
+            half = pair.model(**batch).logits
+        with pair.active():
+            assert not torch.allclose(half, pair.model(**batch).logits, atol=1e-2)
+
+
+def test_the_operation_gets_no_mask_and_no_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without padding: no mask of any kind, one prefix for all rows, keys not repeated."""
+    pair = alone("llama")
+    seen = []
+    run = attention.prefix_attention
+
+    def spy(q: Tensor, k: Tensor, v: Tensor, pk: Tensor, pv: Tensor, **more: Any) -> Any:
+        seen.append((k.shape, pk, more))
+        return run(q, k, v, pk, pv, **more)
+
+    monkeypatch.setattr(attention, "prefix_attention", spy)
+    batch = inputs("llama", None)
+    with pair.active():
+        pair.model(**batch)
+        pair.model(**batch, attention_mask=torch.ones(3, 9))
+        pair.model(**inputs("llama"))
+    for i, (shape, prefix, more) in enumerate(seen):
+        assert tuple(shape) == (3, 2, 9, 8) and tuple(prefix.shape) == (2, P, 8)
+        assert prefix.untyped_storage().data_ptr() == pair.weight.untyped_storage().data_ptr()
+        assert more["causal"] and more.get("bias") is None
+        assert (more["keep"] is not None) == (i >= 2 * LAYERS)
+    assert len(seen) == 3 * LAYERS
+
+
+# ------------------------------------------------------------------------------------ bad input
+
+
+class Odd(torch.nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def test_models_that_are_not_supported() -> None:
+    four = {"num_layers": LAYERS, "kv_heads": HEADS, "head_dim": 8, "num_virtual_tokens": P}
+    with pytest.raises(ValueError, match="does not support Odd"):
+        PrefixInjection(Odd(), **four)
+    config = tf.DebertaV2Config(
+        vocab_size=VOCAB,
+        hidden_size=WIDTH,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        intermediate_size=24,
+    )
+    model = tf.AutoModel.from_config(config)
+    before = [(n, len(m._forward_pre_hooks)) for n, m in model.named_modules()]
+    with pytest.raises(ValueError, match="DebertaV2Model"):
+        PrefixInjection(model, **four)
+    assert before == [(n, len(m._forward_pre_hooks)) for n, m in model.named_modules()]
+    with pytest.raises(ValueError, match="num_layers is 3"):
+        PrefixInjection(make("llama"), **{**four, "num_layers": 3})
+    with pytest.raises(ValueError, match="must be positive, got 0"):
+        PrefixInjection(make("llama"), **{**four, "num_virtual_tokens": 0})
+    pair = alone("llama")
+    with pytest.raises(ValueError, match="takes prefixes already"):
+        PrefixInjection(pair.model, **sizes(pair))
+
+
+def test_prefixes_that_do_not_fit() -> None:
+    pair = alone("llama")
+    prefixes = pair.prefixes()
+    with pytest.raises(ValueError, match="1 entries"), pair.injection.active(prefixes[:1]):
+        pass
+    short = [(k[:, 1:], v[:, 1:]) for k, v in prefixes]
+    with pytest.raises(ValueError, match="allowed is"), pair.injection.active(short):
+        pass
+    with pytest.raises(ValueError, match="bool"), pair.active(no_prefix=torch.ones(3)):
+        pass
+    model = make("llama")
+    wrong = PrefixInjection(model, num_layers=2, kv_heads=4, head_dim=8, num_virtual_tokens=P)
+    many = [(torch.randn(4, P, 8), torch.randn(4, P, 8))] * 2
+    with wrong.active(many), pytest.raises(ValueError, match="4 heads of 8; the keys"):
+        model(**inputs("llama"))
