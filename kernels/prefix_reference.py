@@ -21,12 +21,13 @@ def visible(
     window: int | None = None,
     keep: Tensor | None = None,
     no_prefix: Tensor | None = None,
+    device: torch.device | None = None,
 ) -> Tensor:
     """bool [B or 1, 1, T, P + S]: what each query sees."""
-    offset = torch.as_tensor(S - T if q_offset is None else q_offset).reshape(-1, 1, 1)
-    query = P + offset + torch.arange(T)[:, None]  # [B or 1, T, 1]
-    key = torch.arange(P + S)
-    see = torch.ones(offset.shape[0], T, P + S, dtype=torch.bool)
+    offset = torch.as_tensor(S - T if q_offset is None else q_offset, device=device)
+    query = P + offset.reshape(-1, 1, 1) + torch.arange(T, device=device)[:, None]  # [B or 1, T, 1]
+    key = torch.arange(P + S, device=device)
+    see = torch.ones(len(query), T, P + S, dtype=torch.bool, device=device)
     if causal:
         see = see & (key <= query)
     if window is not None:
@@ -61,7 +62,7 @@ def attend(
         return torch.cat([prefix, own.to(dtype)], 2).repeat_interleave(group, 1)
 
     keys, values = source(k, prefix_key), source(v, prefix_value)
-    see = visible(T, k.shape[2], prefix_key.shape[-2], **mask)  # type: ignore[arg-type]
+    see = visible(T, k.shape[2], prefix_key.shape[-2], device=q.device, **mask)  # type: ignore[arg-type]
     keys, values = (t.masked_fill(~see.any(2)[..., None], 0) for t in (keys, values))
     scores = q.to(dtype) @ keys.mT * (D**-0.5 if scale is None else scale)
     if softcap:
