@@ -89,9 +89,11 @@ def default_config(
     if itemsize == 4:
         tiles = (32, 16, 16, 16, 8, 1, 4, 1)
     elif D <= 64:
-        tiles = (64, 64, 32, 128, 4, 2, 8, 2) if arch.warpgroups else (64, 64, 32, 64, 4, 2, 4, 1)
+        tiles = (64, 64, 32, 128, 4, 2, 8, 2) if arch.warpgroups else (64, 64, 32, 64, 4, 2, 8, 1)
     elif D <= 128:
-        tiles = (64, 64, 32, 128, 4, 2, 8, 1) if arch.warpgroups else (64, 32, 32, 64, 4, 2, 8, 2)
+        stages = 1 if arch.blackwell else 2
+        tiles = (64, 64, 32, 128, 4, 2, 8, stages)
+        tiles = tiles if arch.warpgroups else (64, 32, 32, 64, 4, 2, 8, 2)
     elif arch.warpgroups:
         tiles = (64, 32, 64, 32, 8, 1 if arch.blackwell else 2, 8, 2)
     else:
