@@ -4,6 +4,7 @@
 
 Three cases, forward and backward, dropout 0 and 0.1, bf16 activations: one LoRA linear, three
 projections of one X, one Llama-8B layer with an adapter on every linear (its own widths; M tokens).
+A fourth, ``--case prefix``, is a prefix inside attention (``cost_prefix``).
 HF PEFT's and peftkern's real modules run on tensors without data (``cost_count``); Triton launches
 report their traffic from their grids (``cost_kernels``). Times are rooflines: lower bounds of what
 the launches need on the named GPU, as if every product reached the matrix rate (so ``fused`` is
@@ -25,6 +26,7 @@ from rich.table import Table
 
 from peftkern.kernels.common import MAX_RANK, Arch
 
+from . import cost_prefix
 from .cost_cases import CASES, FP32, PROVIDERS, Provider, Shape, measure
 from .cost_count import Count
 from .cost_gpus import GPUS, Gpu, microseconds
@@ -224,19 +226,30 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--gpu", choices=sorted(GPUS), default="H100")
     for name, value in Shape()._asdict().items():
         parser.add_argument(f"--{name}", type=_positive, default=value, help=f"default {value}")
-    parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES))
+    every = [*CASES, "prefix"]
+    parser.add_argument("--case", nargs="+", choices=every, default=every)
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     parser.add_argument("--launches", action="store_true", help="with --json: list every launch")
     options = parser.parse_args(argv)
     if options.r > MAX_RANK:
         parser.error(f"argument --r: {options.r}; allowed: 1 to {MAX_RANK}, what the kernels take")
     shape = Shape(options.M, options.K, options.N, options.r)
-    rows = table(shape, GPUS[options.gpu], options.case)
+    rows = table(shape, GPUS[options.gpu], [c for c in options.case if c in CASES])
+    wide = cost_prefix.PrefixShape()
+    prefix = []
+    if "prefix" in options.case:
+        prefix = cost_prefix.table(wide, Arch(*GPUS[options.gpu].arch))
     if options.json:
-        json.dump(as_json(rows, shape, options.gpu, options.launches), sys.stdout)
+        data = as_json(rows, shape, options.gpu, options.launches)
+        if prefix:
+            data["prefix"] = cost_prefix.as_json(prefix, wide)
+        json.dump(data, sys.stdout)
         print()
-    else:
+        return 0
+    if rows:
         _show(rows, shape, options.gpu)
+    if prefix:
+        print("\n".join(cost_prefix.lines(prefix, wide)))
     return 0
 
 

@@ -210,6 +210,109 @@ def _mixed(f: Facts) -> Traffic:
     )  # fmt: skip
 
 
+def _pairs(f: Facts) -> int:
+    """(query, key) pairs of one head that see each other; an offset on the device counts as its
+    default, padding and rows without a prefix as seen."""
+    T, S, P = f["T"], f["S"], f["P"]
+    if not f["CAUSAL"]:
+        return T * (S + P)
+    offset = f["q_offset"] if f["q_offset_at"] is None else S - T
+    total = 0
+    for t in range(T):
+        last = P + min(S, offset + t + 1)
+        first = max(0, P + offset + t + 1 - f["window"]) if f["WINDOW"] else 0
+        total += max(0, last - first)
+    return total
+
+
+def _sources(f: Facts) -> tuple[int, int, int]:
+    """Bytes of the own keys and values, of the prefix's, and of the small things beside them."""
+    own, prefix = nbytes(f["k"]) + nbytes(f["v"]), nbytes(f["prefix_key"]) * 2
+    rest = _total(f[n] for n in ("keep", "no_prefix", "q_offset_at"))
+    return own, prefix, rest
+
+
+def _per_program(f: Facts, rows: int) -> int:
+    """Bytes of keys and values that all programs with a tile of ``rows`` query rows ask for."""
+    B, H, T, _ = f["q"].shape
+    size = 2 * f["D"] * f["q"].element_size()
+    offset = f["q_offset"] if f["q_offset_at"] is None else f["S"] - T
+    keys = 0
+    for t0 in range(0, T, rows):
+        last = min(t0 + rows, T) - 1
+        seen = min(f["S"], offset + last + 1) if f["CAUSAL"] else f["S"]
+        first = f["P"] + offset + t0 - f["window"] + 1 if f["WINDOW"] else 0
+        hidden = max(0, first) // f["BLOCK_N"] * f["BLOCK_N"]
+        keys += max(0, seen + f["P"] - hidden)
+    return B * H * keys * size
+
+
+def _attend(f: Facts) -> Traffic:
+    q, (own, prefix, rest) = nbytes(f["q"]), _sources(f)
+    B, H, _, D = f["q"].shape
+    return Traffic(
+        "attend", 1,
+        read=q + own + prefix + rest + nbytes(f["sinks"]),
+        written=nbytes(f["o"]) + nbytes(f["lse"]),
+        flops=4 * B * H * D * _pairs(f),
+        unit=unit_of(f["q"].dtype),
+        requested=q + rest + _per_program(f, f["BLOCK_M"]),
+    )  # fmt: skip
+
+
+def _decode(f: Facts) -> Traffic:
+    q, (own, prefix, rest) = nbytes(f["q"]), _sources(f)
+    B, H, _, D = f["q"].shape
+    splits = f["SPLITS_S"] + (f["SPLITS_P"] if f["P"] else 0)
+    return Traffic(
+        "decode", 1,
+        read=q + own + prefix + rest,
+        written=nbytes(f["part_o"]) + nbytes(f["part_lse"]),
+        flops=4 * B * H * D * _pairs(f),
+        unit=unit_of(f["q"].dtype),
+        requested=q * splits + own * f["BLOCKS_S"] + prefix * f["BLOCKS_P"] + rest,
+    )  # fmt: skip
+
+
+def _merge(f: Facts) -> Traffic:
+    read = nbytes(f["part_o"]) + nbytes(f["part_lse"])
+    written = nbytes(f["o"]) + nbytes(f["lse"])
+    return Traffic("merge", 1, read, written, requested=read + nbytes(f["part_lse"]))
+
+
+def _grad_rows(f: Facts) -> Traffic:
+    own, prefix, rest = _sources(f)
+    rows = nbytes(f["q"]) + nbytes(f["o"]) + nbytes(f["grad_o"]) + nbytes(f["lse"])
+    B, H, _, D = f["q"].shape
+    return Traffic(
+        "grad_rows", 1,
+        read=rows + own + prefix + rest,
+        written=nbytes(f["grad_q"]) + nbytes(f["delta"]),
+        flops=6 * B * H * D * _pairs(f),
+        unit=unit_of(f["q"].dtype),
+        requested=rows + rest + _per_program(f, f["BLOCK_M"]),
+    )  # fmt: skip
+
+
+def _grad_keys(f: Facts) -> Traffic:
+    """The rows are walked once for the own keys and once for the prefix, by programs that share
+    them as far as they run together."""
+    own, prefix, rest = _sources(f)
+    rows = nbytes(f["q"]) + nbytes(f["grad_o"]) + nbytes(f["lse"]) + nbytes(f["delta"])
+    B, H, _, D = f["q"].shape
+    tiles_p, tiles_s = _cdiv(f["P"], f["BLOCK_N"]), _cdiv(f["S"], f["BLOCK_N"])
+    gradients = ("grad_k", "grad_v", "grad_pk", "grad_pv")
+    return Traffic(
+        "grad_keys", 1,
+        read=rows * (bool(tiles_p) + bool(tiles_s)) + own + prefix + rest,
+        written=_total(f[name] for name in gradients),
+        flops=8 * B * H * D * _pairs(f),
+        unit=unit_of(f["q"].dtype),
+        # half of what lies under the diagonal is skipped in whole tiles; bounded by all of it
+        requested=rows * (tiles_p + tiles_s) + own + prefix + rest,
+    )  # fmt: skip
+
+
 _KERNELS: dict[str, Callable[[Facts], Traffic]] = {
     "_bits_kernel": _bits,
     "_shrink_kernel": _shrink,
@@ -223,6 +326,11 @@ _KERNELS: dict[str, Callable[[Facts], Traffic]] = {
     "_gemv_kernel": _small,
     "_rows_kernel": _small,
     "_mixed_kernel": _mixed,
+    "_attend_kernel": _attend,
+    "_decode_kernel": _decode,
+    "_merge_kernel": _merge,
+    "_grad_rows_kernel": _grad_rows,
+    "_grad_keys_kernel": _grad_keys,
 }
 
 

@@ -1,6 +1,6 @@
 """Ring 4: everything that needs a CUDA device, in parts that leave their results when cut off.
 
-    python -m benchmarks.gpu --part tests|sanitizer|counters|race|linear|group|layer|e2e|decode|all
+    python -m benchmarks.gpu --part tests|sanitizer|counters|race|linear|group|layer|e2e|...|all
     python -m benchmarks.gpu --part linear --dry-run        on a CPU: every line but the clock
 
 This process never touches the device. Each part runs in a process of its own that writes a row at
@@ -26,7 +26,8 @@ from . import gpu_checks, gpu_parts, gpu_report, gpu_store
 from .gpu_device import slug, versions
 from .gpu_store import Store
 
-ORDER = ("tests", "sanitizer", "counters", "linear", "race", "group", "decode", "layer", "e2e")
+ORDER = ("tests", "sanitizer", "counters", "linear", "race", "group", "decode", "prefix",
+         "layer", "e2e")  # fmt: skip
 BUDGETS = {"tests": 200, "sanitizer": 90, "counters": 60} | {
     n: p.budget_s for n, p in gpu_parts.PARTS.items()
 }

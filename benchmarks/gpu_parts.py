@@ -93,6 +93,18 @@ def _model(case: Any, device: Device, store: Store, left: float, watch: Watch) -
     return gpu_model.measure(case, device, rate, seconds=min(20.0, left / 4), watch=watch)
 
 
+def _prefix_cases() -> Sequence[Any]:
+    from . import gpu_prefix
+
+    return gpu_prefix.cases()
+
+
+def _prefix(case: Any, device: Device, store: Store, left: float, watch: Watch) -> dict[str, Any]:
+    from . import gpu_prefix
+
+    return gpu_prefix.measure(case, device, store.data["ceilings"], seconds=0.3, watch=watch)
+
+
 PARTS = {
     part.name: part
     for part in (
@@ -103,6 +115,7 @@ PARTS = {
         Part("layer", 100, 150, 12, gpu_cases.layer_cases, _block, _warm_block),
         Part("e2e", 180, 150, 25, _model_cases, _model),
         Part("decode", 70, 60, 4, _decode_cases, _block, _warm_block),
+        Part("prefix", 60, 60, 4, _prefix_cases, _prefix),
     )
 }  # fmt: skip
 
@@ -128,6 +141,8 @@ def kinds(part: Part) -> list[Any]:
             return case.block, case.what, case.graph, case.p > 0
         if part.name == "race":
             return case.op, case.mask, case.group > 1, case.graph
+        if part.name == "prefix":
+            return case.what
         return getattr(case, "checkpointing", type(case).__name__)
 
     return gpu_cases.first_of_each(part.cases(), kind)

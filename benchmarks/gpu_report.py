@@ -24,9 +24,10 @@ from .gpu_providers import (
 
 NOISE = 1.02  # a ratio up to here is no loss
 MIXED = "peftkern mixed"
+PREFIX, JOINED = "peftkern prefix", "prefix in a static cache"
 LOOP = "loop over adapters"
-OWN = (*OURS.values(), AUTO, MIXED)
-RIVALS = (PEFT_BF16, PEFT_FP32, LOOP, PEFT_COMPILED, *PEERS)
+OWN = (*OURS.values(), AUTO, MIXED, PREFIX)
+RIVALS = (PEFT_BF16, PEFT_FP32, LOOP, PEFT_COMPILED, JOINED, *PEERS)
 LEGEND = (
     "us of one call, medians; floor: roofline from the measured ceilings; peftkern: the best of",
     "its backends, named under 'by'; '/ PEFT': against PEFT's faster form. A provider whose",
@@ -59,7 +60,7 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
             continue
         ours, plain = best(row, OWN), us(row, PLAIN)
         peft = [t for n in (PEFT_BF16, PEFT_FP32, LOOP) if (t := us(row, n)) is not None]
-        peer = best(row, (PEFT_COMPILED, *PEERS))
+        peer = best(row, (PEFT_COMPILED, JOINED, *PEERS))
         kept = row["providers"].get(ours[0], {}).get("kept_bytes") if ours else None
         cells.append(
             (
@@ -201,6 +202,9 @@ def goals(rows: list[dict[str, Any]], gpu: str) -> list[str]:
         1.1,
         "x",
     )
+    row = by_key.get("prefix decode B=8 T=1 S=512 P=128 32/8x128")
+    if same_card:
+        say("prefix decode, B=8, P=128, T=512, a layer, in a graph", ours(row), 7.0, "us")
     row = by_key.get("host cost 64x64 infer")
     over = [e["over_plain_us"] for n, e in (row or {}).get("providers", {}).items() if n in OWN]
     say("host cost of a linear over nn.Linear, no grad", min(over, default=None), 6.0, "us")

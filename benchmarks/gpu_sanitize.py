@@ -11,11 +11,26 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from peftkern.kernels import bits, gemm, grad_a, mixed, outer, pair, shrink, small, update, write
+from peftkern.kernels import (
+    bits,
+    gemm,
+    grad_a,
+    mixed,
+    outer,
+    pair,
+    prefix_backward,
+    prefix_decode,
+    shrink,
+    small,
+    update,
+    write,
+)
+from peftkern.kernels import prefix_attention as prefix
 
 
 def runs(device: str) -> Iterator[tuple[str, list[Tensor]]]:
@@ -77,6 +92,41 @@ def runs(device: str) -> Iterator[tuple[str, list[Tensor]]]:
                 f"mixed M={rows} of {samples} samples",
                 [mixed.mixed(x[:rows], w, *adapters, [2.0] * 3, index, config=config)],
             )
+    yield from prefix_runs(device)
+
+
+def prefix_runs(device: str) -> Iterator[tuple[str, list[Tensor]]]:
+    """Prefix attention: edges in every dimension, every mask, tiles smaller than the problem."""
+    B, H, H_kv, S, P, D = 2, 4, 2, 37, 19, 24
+
+    def some(*shape: int) -> Tensor:
+        return torch.randn(*shape).bfloat16().to(device)
+
+    k, v = (some(B, S, H_kv, D).transpose(1, 2) for _ in range(2))
+    keep = torch.arange(S, device=device)[None] >= torch.tensor([[0], [20]], device=device)
+    masks: dict[str, dict[str, Any]] = {
+        "causal": {},
+        "both ways, padded": dict(causal=False, keep=keep),
+        "all": dict(
+            keep=keep, window=30, softcap=5.0, sinks=some(H),
+            no_prefix=torch.tensor([True, False], device=device),
+            q_offset=torch.tensor([3, 9], dtype=torch.int32, device=device),
+        ),
+    }  # fmt: skip
+    for name, options in masks.items():
+        for lead in ((), (B,)):
+            pk, pv = some(*lead, H_kv, P, D), some(*lead, H_kv, P, D)
+            q, grad = some(B, H, 21, D), some(B, H, 21, D)
+            config = prefix.AttendConfig(16, 16, 4, 2)
+            o, lse = prefix.attend(q, k, v, pk, pv, **options, config=config)
+            back = prefix_backward.BackwardConfig(16, 16, 16, 16, 2)
+            grads = prefix_backward.attend_backward(
+                grad, q, k, v, pk, pv, o, lse, **options, config=back
+            )
+            split = prefix_decode.DecodeConfig(16, 16, 16, 2, 2)
+            one, _ = prefix_decode.decode(q[:, :, :2], k, v, pk, pv, **options, config=split)
+            shared = "a prefix a row" if lead else "a shared prefix"
+            yield f"prefix attention {name}, {shared}", [o, *grads[:5], one]
 
 
 def main() -> int:

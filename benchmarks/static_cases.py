@@ -5,11 +5,26 @@ shape class, rank and mask.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from peftkern.kernels import bits, gemm, grad_a, mixed, outer, pair, shrink, small, update, write
+from peftkern.kernels import (
+    bits,
+    gemm,
+    grad_a,
+    mixed,
+    outer,
+    pair,
+    prefix_attention,
+    prefix_backward,
+    prefix_decode,
+    prefix_tile,
+    shrink,
+    small,
+    update,
+    write,
+)
 from peftkern.kernels.common import Arch, Launch
 
 BF16, FP16, FP32, INT32 = torch.bfloat16, torch.float16, torch.float32, torch.int32
@@ -238,6 +253,101 @@ def _mixed(arch, x, w, As, Bs, samples, bias) -> list[Launch]:
     return mixed.plan_mixed(y, x, w, As, Bs, [1.0] * len(As), index, bias, config)
 
 
+def prefix_problem(
+    T: int,
+    S: int,
+    D: int,
+    dtype: torch.dtype = BF16,
+    *,
+    shared: bool = True,
+    padded: bool = False,
+    B: int = 8,
+    heads: tuple[int, int] = (32, 8),
+    P: int = 128,
+    **options: Any,
+) -> prefix_tile.Problem:
+    """q, k and v as transformers has them: [B, rows, heads, D] seen transposed."""
+    H, H_kv = heads
+    q, k, v = (
+        meta(B, n, h, D, dtype=dtype).transpose(1, 2) for n, h in ((T, H), (S, H_kv), (S, H_kv))
+    )
+    prefix = [meta(*(() if shared else (B,)), H_kv, P, D, dtype=dtype) for _ in range(2)]
+    keep = meta(B, S, dtype=torch.bool) if padded else None
+    return prefix_tile.check(q, k, v, *prefix, keep=keep, **options)
+
+
+def prefix_training(x: prefix_tile.Problem, arch: Arch) -> tuple[list[Launch], list[Launch]]:
+    """Forward and backward launches with the default configs."""
+    B, H, _, T, _, _, D = x.sizes
+    o, lse, size = x.rows_like_q(), meta(B, H, T, dtype=FP32), x.q.element_size()
+    forward = prefix_attention.plan_attend(
+        x, o, lse, prefix_attention.default_config(D, arch, size)
+    )
+    grads = prefix_backward.Grads(
+        x.rows_like_q(), torch.empty_like(x.k), torch.empty_like(x.v),
+        *(torch.empty_like(x.prefix_key, dtype=FP32) for _ in range(2)),
+    )  # fmt: skip
+    config = prefix_backward.default_config(x.sizes, x.shared, arch, size)
+    backward = prefix_backward.plan_backward(
+        x, o, lse, torch.empty_like(o), torch.empty_like(lse), grads, config
+    )
+    return forward, backward
+
+
+def prefix_decoding(x: prefix_tile.Problem, arch: Arch) -> list[Launch]:
+    B, H, _, T, _, _, _ = x.sizes
+    config = prefix_decode.default_config(x.sizes, x.shared, arch, x.q.element_size())
+    return prefix_decode.plan_decode(x, x.rows_like_q(), meta(B, H, T, dtype=FP32), config)
+
+
+def prefix_cases(arch: Arch) -> Iterator[Case]:
+    """Prefix attention: training shapes, masks, a prefix a row, and decoding."""
+    window: dict[str, Any] = dict(window=256)
+    everything = window | dict(
+        padded=True, softcap=50.0, sinks=meta(32, dtype=BF16), q_offset=meta(1, dtype=INT32),
+        no_prefix=meta(8, dtype=torch.bool),
+    )  # fmt: skip
+    for D, dtype, name, options in (
+        (128, BF16, "causal", {}),
+        (64, BF16, "causal", {}),
+        (256, BF16, "causal", {}),
+        (128, BF16, "padded", dict(padded=True)),
+        (64, BF16, "both ways padded per row", dict(padded=True, causal=False, shared=False)),
+        (128, BF16, "window", window),
+        (256, BF16, "window softcap padded", window | dict(softcap=50.0, padded=True)),
+        (64, BF16, "window sinks padded", window | dict(sinks=meta(32, dtype=BF16), padded=True)),
+        (64, BF16, "all", everything),
+        (128, BF16, "all", everything),
+        (256, BF16, "all", everything),
+        (96, FP16, "padded per row", dict(padded=True, shared=False)),
+        (64, FP32, "padded", dict(padded=True)),
+        (128, FP32, "padded", dict(padded=True)),
+        (256, FP32, "causal", {}),
+    ):
+        tag = f"D{D} {name} {str(dtype).removeprefix('torch.')}"
+        x = prefix_problem(1024, 1024, D, dtype, **options)
+        fast = dtype != FP32 and D in (64, 128)
+        forward, backward = prefix_training(x, arch)
+        yield from _named(f"prefix fwd {tag}", forward, fast)
+        if prefix_backward.declines(dtype, D):
+            continue
+        for launch, what in zip(backward, ("rows", "keys", "sum"), strict=False):
+            yield Case(f"prefix bwd {what} {tag}", launch, fast and what != "sum")
+    for D, T, name, options in (
+        (128, 1, "causal", {}),
+        (64, 1, "padded", dict(padded=True)),
+        (256, 1, "window padded", window | dict(padded=True)),
+        (128, 1, "offset on the device", dict(q_offset=meta(1, dtype=INT32), padded=True)),
+        (128, 1, "per row", dict(shared=False)),
+        (128, 8, "softcap", dict(softcap=50.0)),
+        (128, 1, "all", everything),
+        (256, 1, "all", everything),
+        (256, 1, "fp32", dict(dtype=FP32)),
+    ):
+        x = prefix_problem(T, 512, D, **options)
+        yield from _named(f"prefix decode D{D} T{T} {name}", prefix_decoding(x, arch))
+
+
 def cases(arch: Arch) -> Iterator[Case]:
     """Every case for ``arch``; names are unique, equal launches (same kernel and specialisation)
     may repeat.
@@ -247,3 +357,4 @@ def cases(arch: Arch) -> Iterator[Case]:
     yield from decode_cases(arch)
     yield from mixed_cases(arch)
     yield from gemm_cases(arch)
+    yield from prefix_cases(arch)

@@ -75,6 +75,36 @@ def test_a_dry_run_continues_what_was_cut_off(tmp_path):
     assert "unsloth" in row["missing"] or "unsloth" in measured
 
 
+def test_a_dry_run_of_the_prefix_checks_all_ways_against_float64(tmp_path):
+    out = gpu("--part", "prefix", "--dry-run", "--out", str(tmp_path)).stdout
+    assert "prefix decode B=8 T=1 S=512 P=128 32/8x128" in out
+    (path,) = tmp_path.glob("*-prefix.json")
+    rows = {r["case"]["what"]: r["providers"] for r in json.loads(path.read_text())["rows"]}
+    assert set(rows) == {"decode", "train", "prefill"}
+    for what, providers in rows.items():
+        names = {"plain frozen", "PEFT bf16", "peftkern prefix"}
+        assert set(providers) == names | (
+            {"prefix in a static cache"} if what == "decode" else set()
+        )
+        for name in set(providers) - {"plain frozen"}:
+            entry = providers[name]
+            assert entry["ok"] and entry["checked"] == "float64" and entry["us"]["p50"] > 0
+            wanted = {"y", "dq", "dk", "dv", "dpk", "dpv"} if what == "train" else {"y"}
+            assert set(entry["errors"]) == wanted and min(entry["errors"].values()) > 0
+
+
+def test_the_prefix_goal_is_judged_on_its_card():
+    row = {
+        "key": "prefix decode B=8 T=1 S=512 P=128 32/8x128",
+        "providers": {"peftkern prefix": {"us": {"p50": 6.5}}},
+    }
+    text = "prefix decode, B=8, P=128, T=512, a layer, in a graph"
+    assert f"met           {text}: 6.5 us, <= 7" in gpu_report.goals([row], "NVIDIA H100")
+    row["providers"]["peftkern prefix"]["us"]["p50"] = 7.5
+    assert f"NOT met       {text}: 7.5 us, <= 7" in gpu_report.goals([row], "NVIDIA H100")
+    assert not any(text in line for line in gpu_report.goals([row], "NVIDIA A100"))
+
+
 def test_without_a_device_it_says_so():
     import torch
 

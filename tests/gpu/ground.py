@@ -18,11 +18,26 @@ if not ON_CPU and not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
 # after the skip: where tests/kernels runs in this process too, nobody else may import these
-from peftkern.kernels import bits, gemm, grad_a, mixed, outer, reference, shrink, small, write
+from peftkern.kernels import (
+    bits,
+    gemm,
+    grad_a,
+    mixed,
+    outer,
+    prefix_attention,
+    prefix_backward,
+    prefix_decode,
+    prefix_reference,
+    reference,
+    shrink,
+    small,
+    write,
+)
 from peftkern.ops import backend, triton_backend
 
 __all__ = ["backend", "bits", "gemm", "grad_a", "mixed", "outer", "reference", "shrink", "small"]
 __all__ += ["triton_backend", "write"]
+__all__ += ["prefix_attention", "prefix_backward", "prefix_decode", "prefix_reference"]
 
 DEVICE = torch.device("cpu" if ON_CPU else "cuda")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

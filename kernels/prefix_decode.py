@@ -1,0 +1,296 @@
+"""Prefix attention for a few query rows over many keys: split over the keys, then merged.
+
+The query heads of one key/value head, and the few rows of each, are the rows of one tile. Where the
+prefix is shared, the tile of its part holds those rows for the whole batch: the prefix is read once
+and not B times. Both parts run in one launch, each program over one stretch of keys of one source;
+each writes O and LSE of its stretch in fp32, and a second launch merges them in fixed order.
+
+q_offset may be a device tensor: keys past it cost nothing, nothing waits for it, and the launches
+do not depend on it, so that a CUDA graph over a StaticCache replays.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from .common import (
+    Arch,
+    Launch,
+    arch_of,
+    cast,
+    cdiv,
+    check_blocks,
+    device_function,
+    next_pow2,
+)
+from .prefix_attention import attend, key_range, walk
+from .prefix_tile import (
+    Problem,
+    check,
+    from_natural,
+    logarithm,
+    power,
+    store_tile,
+    strides,
+    tile,
+    to_natural,
+)
+
+FEW_ROWS = 64  # query rows of a key/value head up to which splitting over keys pays
+LEAST_KEYS = 128  # of a split
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """``block_m``: rows of a tile over own keys; ``block_r``: over the prefix, for the whole batch
+    where it is shared; ``block_n``: keys of a block; ``splits``, ``prefix_splits``: stretches of
+    keys."""
+
+    block_m: int = 16
+    block_r: int = 16
+    block_n: int = 64
+    splits: int = 1
+    prefix_splits: int = 1
+    num_warps: int = 4
+    num_stages: int = 2
+
+    def __post_init__(self) -> None:
+        check_blocks(self, block_m=self.block_m, block_r=self.block_r, block_n=self.block_n)
+        for name, value in (("splits", self.splits), ("prefix_splits", self.prefix_splits)):
+            if value < 1:
+                raise ValueError(f"DecodeConfig.{name} is {value}; allowed: 1 or more")
+
+
+def few_rows(T: int, group: int) -> bool:
+    """Whether T query rows of ``group`` heads to a key/value head are few enough for it."""
+    return T * group <= FEW_ROWS and T <= 16
+
+
+def default_config(
+    sizes: tuple[int, int, int, int, int, int, int], shared: bool, arch: Arch, itemsize: int = 2
+) -> DecodeConfig:
+    """Enough stretches of keys for two programs a multiprocessor; ``sizes``: B, H, H_kv, T, S, P,
+    D. The prefix is cut finer than the own keys: its programs are few, and carry more rows each.
+    """
+    B, H, H_kv, T, S, P, D = sizes
+    rows = H // max(H_kv, 1) * T
+    widest = 32 if D <= 128 and itemsize == 2 else 16  # rows of a tile, for its accumulator
+    block_m = min(widest, max(16, next_pow2(rows)))
+    packed = min(widest, max(16, next_pow2(rows * B))) if shared else block_m
+    programs = B * H_kv * cdiv(rows, block_m)
+    splits = max(1, min(cdiv(2 * arch.sms, max(programs, 1)), S // LEAST_KEYS))
+    return DecodeConfig(
+        block_m=block_m,
+        block_r=packed,
+        block_n=32 if itemsize == 2 else 16,
+        splits=splits,
+        prefix_splits=max(1, min(16, cdiv(P, LEAST_KEYS // 2))),
+        num_warps=4 if D <= 128 or itemsize == 4 else 8,
+        num_stages=3 if itemsize == 2 and D <= 128 else 2 if itemsize == 2 else 1,
+    )
+
+
+@device_function
+def stretch(
+    q, k_base, v_base, k_stride, v_stride, keep, no_prefix, q_offset_at, part_o, part_lse,
+    q_strides, unit, block, hk, n0, n_end, count, shift, split,
+    q_offset, offset_stride, window, scale, softcap, B, H, G, T, U,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, NATURAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """O and LSE of one tile of rows over keys n0 to n_end of one source.
+
+    The rows of key/value head hk are counted over batch, head of the group and row; a unit of them,
+    U rows (those of one row of the batch, or all), shares the keys.
+    """
+    r = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_ok = r < U
+    flat = unit * U + r
+    b = flat // (G * T)
+    h = hk * G + flat % (G * T) // T
+    t = flat % T
+    b = tl.where(row_ok, b, 0)
+    if q_offset_at is None:
+        query = q_offset + t
+    else:
+        query = t + tl.load(q_offset_at + b * offset_stride).to(tl.int32)
+    low = tl.min(tl.where(row_ok, query, 2147483647), 0)
+    high = tl.max(tl.where(row_ok, query, -2147483648), 0)
+    first, last = key_range(low, high, count, shift, window, BLOCK_N, CAUSAL, WINDOW)
+    sees = row_ok
+    if no_prefix is not None:
+        sees = sees & (tl.load(no_prefix + b) == 0)
+    row = b.to(tl.int64) * q_strides[0] + h.to(tl.int64) * q_strides[1]
+    row += t.to(tl.int64) * q_strides[2]
+    rows = tile(q, row, row_ok, 1, D, BLOCK_D)
+    top, total, acc = walk(
+        rows, k_base, v_base, k_stride, v_stride, keep,
+        tl.maximum(first, n0), tl.minimum(last, n_end), shift, query, sees, window,
+        tl.full((BLOCK_M,), float("-inf"), tl.float32), tl.full((BLOCK_M,), 0.0, tl.float32),
+        tl.zeros((BLOCK_M, BLOCK_D), tl.float32), scale, softcap,
+        D, BLOCK_D, BLOCK_N, CAUSAL, WINDOW, SOFTCAP, True, NATURAL,
+        PRECISION,
+    )  # fmt: skip
+    total = tl.where(total > 0.0, total, 1.0)
+    out = (split * B + b.to(tl.int64)) * H * T + h * T + t  # rows of [splits, B, H, T]
+    store_tile(part_o, out, row_ok, D, acc / total[:, None], D, BLOCK_D)
+    tl.store(part_lse + out, top + logarithm(total, NATURAL), mask=row_ok)
+
+
+@triton.jit
+def _decode_kernel(
+    q, k, v, prefix_key, prefix_value, keep, no_prefix, q_offset_at, part_o, part_lse,
+    q_strides, k_strides, v_strides, pk_strides, pv_strides, keep_stride,
+    q_offset, offset_stride, window, scale, softcap, B, H, H_KV, T, S, P,
+    PROGRAMS_P, BLOCKS_P, SPLITS_P, PART_P, BLOCKS_S, SPLITS_S, PART_S,
+    SHARED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr, NATURAL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    G = H // H_KV
+    if program < PROGRAMS_P:  # the prefix first: its programs carry the most rows
+        block = program % BLOCKS_P
+        split = program // BLOCKS_P % SPLITS_P
+        hk = (program // (BLOCKS_P * SPLITS_P) % H_KV).to(tl.int64)
+        unit = (program // (BLOCKS_P * SPLITS_P * H_KV)).to(tl.int64)
+        U = G * T
+        if SHARED:
+            U = B * G * T
+        n0 = split * PART_P
+        stretch(
+            q, prefix_key + unit * pk_strides[0] + hk * pk_strides[1],
+            prefix_value + unit * pv_strides[0] + hk * pv_strides[1], pk_strides[2], pv_strides[2],
+            None, no_prefix, q_offset_at, part_o, part_lse, q_strides, unit, block, hk,
+            n0, n0 + PART_P, P, P, SPLITS_S + split, q_offset, offset_stride, window, scale,
+            softcap, B, H, G, T, U,
+            D, BLOCK_D, BLOCK_R, BLOCK_N, CAUSAL, WINDOW, SOFTCAP, NATURAL,
+            PRECISION,
+        )  # fmt: skip
+    else:
+        program -= PROGRAMS_P
+        block = program % BLOCKS_S
+        split = program // BLOCKS_S % SPLITS_S
+        hk = (program // (BLOCKS_S * SPLITS_S) % H_KV).to(tl.int64)
+        unit = (program // (BLOCKS_S * SPLITS_S * H_KV)).to(tl.int64)
+        own_keep = None
+        if keep is not None:
+            own_keep = keep + unit * keep_stride
+        n0 = split * PART_S
+        stretch(
+            q, k + unit * k_strides[0] + hk * k_strides[1],
+            v + unit * v_strides[0] + hk * v_strides[1], k_strides[2], v_strides[2],
+            own_keep, None, q_offset_at, part_o, part_lse, q_strides, unit, block, hk,
+            n0, n0 + PART_S, S, 0, split, q_offset, offset_stride, window, scale,
+            softcap, B, H, G, T, G * T,
+            D, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, WINDOW, SOFTCAP, NATURAL,
+            PRECISION,
+        )  # fmt: skip
+
+
+@triton.jit
+def _merge_kernel(
+    part_o, part_lse, sinks, o, lse, o_strides, H, T, ROWS, SPLITS,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SPLITS: tl.constexpr, NATURAL: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)  # of B * H * T
+    h = row // T % H
+    i = tl.arange(0, BLOCK_SPLITS)
+    parts = tl.load(part_lse + i * ROWS + row, mask=i < SPLITS, other=float("-inf"))
+    top = tl.max(parts, 0)
+    sink = top
+    if sinks is not None:
+        sink = from_natural(tl.load(sinks + h).to(tl.float32), NATURAL)
+        top = tl.maximum(top, sink)
+    safe = tl.where(top == float("-inf"), 0.0, top)
+    total = tl.sum(power(parts - safe, NATURAL), 0)
+    if sinks is not None:
+        total += power(sink - safe, NATURAL)
+    total = tl.where(total > 0.0, total, 1.0)
+    d = tl.arange(0, BLOCK_D)
+    acc = tl.zeros((BLOCK_D,), tl.float32)
+    for split in range(0, SPLITS):
+        at = split * ROWS + row
+        weight = power(tl.load(part_lse + at) - safe, NATURAL)
+        acc += weight * tl.load(part_o + at * D + d, mask=d < D, other=0.0)
+    at = o + row // (H * T) * o_strides[0] + h * o_strides[1] + row % T * o_strides[2]
+    tl.store(at + d, cast(acc / total, o.dtype.element_ty), mask=d < D)
+    tl.store(lse + row, to_natural(top + logarithm(total, NATURAL), NATURAL))
+
+
+def _stretches(count: int, splits: int, block_n: int) -> tuple[int, int]:
+    """(keys a stretch, whole blocks; number of stretches): none where there are no keys."""
+    part = max(1, cdiv(cdiv(count, splits), block_n)) * block_n
+    return part, cdiv(count, part)
+
+
+def plan_decode(
+    problem: Problem, o: torch.Tensor, lse: torch.Tensor, config: DecodeConfig
+) -> list[Launch]:
+    """Two launches that fill ``o`` [B, H, T, D] and ``lse`` [B, H, T] (contiguous); there is at
+    least one key."""
+    x = problem
+    B, H, H_kv, T, S, P, D = x.sizes
+    rows = H // H_kv * T
+    part_p, splits_p = _stretches(P, config.prefix_splits, config.block_n)
+    part_s, splits_s = _stretches(S, config.splits, config.block_n)
+    units_p, blocks_p = (1, cdiv(B * rows, config.block_r)) if x.shared else (
+        B, cdiv(rows, config.block_r))  # fmt: skip
+    blocks_s = cdiv(rows, config.block_m)
+    programs_p = units_p * blocks_p * splits_p * H_kv
+    programs_s = B * blocks_s * splits_s * H_kv
+    splits = splits_p + splits_s
+    part_o = x.q.new_empty((splits, B, H, T, D), dtype=torch.float32)
+    part_lse = x.q.new_empty((splits, B, H, T), dtype=torch.float32)
+    at, offset, offset_stride = x.offsets()
+    args = (
+        x.q, x.k, x.v, x.prefix_key, x.prefix_value, x.keep, x.no_prefix, at, part_o, part_lse,
+        strides(x.q), strides(x.k), strides(x.v), strides(x.prefix_key, x.shared),
+        strides(x.prefix_value, x.shared), 0 if x.keep is None else x.keep.stride(0),
+        offset, offset_stride, x.window or 0, x.scale, x.softcap, B, H, H_kv, T, S, P,
+        programs_p, blocks_p, max(1, splits_p), part_p, blocks_s, splits_s, part_s,
+    )  # fmt: skip
+    meta = x.meta() | dict(
+        SHARED=x.shared, BLOCK_M=config.block_m, BLOCK_R=config.block_r, BLOCK_N=config.block_n,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    merge = (part_o, part_lse, x.sinks, o, lse, strides(o), H, T, B * H * T, splits)
+    return [
+        Launch(_decode_kernel, (programs_p + programs_s,), args, meta),
+        Launch(
+            _merge_kernel, (B * H * T,), merge,
+            dict(D=D, BLOCK_D=meta["BLOCK_D"], BLOCK_SPLITS=next_pow2(splits),
+                 NATURAL=meta["NATURAL"], num_warps=1, num_stages=1),
+        ),
+    ]  # fmt: skip
+
+
+def decode(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    prefix_key: torch.Tensor,
+    prefix_value: torch.Tensor,
+    *,
+    config: DecodeConfig | None = None,
+    **options: object,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What :func:`.prefix_attention.attend` computes, arguments and errors included, split over the
+    keys: for the T of :func:`few_rows`. Any T is right."""
+    problem = check(q, k, v, prefix_key, prefix_value, **options)  # type: ignore[arg-type]
+    B, H, H_kv, T, S, P, D = problem.sizes
+    if S + P == 0:
+        return attend(q, k, v, prefix_key, prefix_value, **options)  # type: ignore[arg-type]
+    o, lse = problem.rows_like_q(), q.new_empty(q.shape[:3], dtype=torch.float32)
+    if o.numel():
+        config = config or default_config(
+            problem.sizes, problem.shared, arch_of(q.device), q.element_size()
+        )
+        for launch in plan_decode(problem, o, lse, config):
+            launch.run()
+    return o, lse
