@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -247,6 +248,7 @@ def _prepared_by(model: Any, rows: list[str] | None) -> Iterator[None]:
     base = innermost(model)
     own = base.__dict__.get("prepare_inputs_for_generation")
 
+    @functools.wraps(model.base_model_prepare_inputs_for_generation)  # generate() reads its names
     def prepare(*args: Any, **kwargs: Any) -> dict[str, Any]:
         return prepare_step(model, rows, args, kwargs)
 

@@ -43,6 +43,12 @@ def _make_encoder(config: Any, word_embeddings: nn.Module | None) -> BasePromptE
     return PromptEmbedding(config, word_embeddings)
 
 
+def _names_inside(model: Any) -> list[str]:
+    """Names of the adapters of a PeftModel that a prompt is put on; none for another model."""
+    inside: Any = model if isinstance(model, Prompts) else None
+    return [] if inside is None else list(inside.peft_config)
+
+
 class PromptLearning(Prompts):
     """Mixed into :class:`PeftModel`; used when its adapters are prompts.
 
@@ -105,7 +111,7 @@ class PromptLearning(Prompts):
         config = self.peft_config[adapter_name]
         base: Any = innermost(self)
         model: Any = self.base_model
-        if isinstance(model, Prompts) and adapter_name in model.peft_config:
+        if adapter_name in _names_inside(model):
             raise ValueError(
                 f"`adapter_name`: {adapter_name!r} is the name of an adapter of the model inside; "
                 "a prompt on top of it needs another, so that both can be saved"

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ._io import replaced_together, write_atomically
 from .card import create_or_update_model_card
 from .config import PeftConfig, split_hub_kwargs
+from .prompts import innermost
 from .utils.constants import SAFETENSORS_WEIGHTS_NAME
 from .utils.save_and_load import (
     LoadResult,
@@ -133,7 +134,7 @@ class AdapterFiles:
         self.create_or_update_model_card(save_directory)
 
     def _save_config(self: Any, config: PeftConfig, folder: str) -> None:
-        base = self.get_base_model()
+        base = innermost(self)
         if config.base_model_name_or_path is None:
             config.base_model_name_or_path = base.__dict__.get("name_or_path") or None
         mapping = None
