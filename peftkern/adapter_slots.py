@@ -69,12 +69,11 @@ class PromptSlot(Slot):
         )
 
     def saved(self, state_dict: dict[str, Tensor] | None) -> Tensor:
-        with torch.no_grad():
-            if state_dict is None:
-                return self.encoder.prompt().detach()
-            names = [name for name, _ in self.encoder.named_parameters()]
-            weights = {f"encoder.{n}": state_dict[f"{self.model_key}.{n}"] for n in names}
-            return torch.func.functional_call(_Prompt(self.encoder), weights, ()).detach()
+        if state_dict is None:
+            return self.encoder.prompt().detach()
+        names = [name for name, _ in self.encoder.named_parameters()]
+        weights = {f"encoder.{n}": state_dict[f"{self.model_key}.{n}"] for n in names}
+        return torch.func.functional_call(_Prompt(self.encoder), weights, ()).detach()
 
 
 class _Prompt(nn.Module):

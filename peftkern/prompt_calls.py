@@ -186,7 +186,7 @@ def prompted_generate(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
         if rows is not None and set(rows) == {BASE}:
             return base.generate(*args, **kwargs)
         if isinstance(model.active_peft_config, PrefixTuningConfig):
-            return _prefixed_generate(model, args, kwargs, batch * times, rows, times)
+            return _prefixed_generate(model, args, kwargs, batch, rows)
         model._room.check(model._virtual_tokens(rows), tokens)
         if model.prompt_in_encoder:
             return _encoder_generate(model, args, kwargs, model._prompts(batch, rows))
@@ -195,14 +195,11 @@ def prompted_generate(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
             return base.generate(*args, **kwargs)
 
 
-def _prefixed_generate(
-    model: Any, args: Any, kwargs: dict[str, Any], batch: int, rows: Any, times: int
-) -> Any:
+def _prefixed_generate(model: Any, args: Any, kwargs: dict[str, Any], batch: int, rows: Any) -> Any:
     if not model.keeps_token_types:
         _drop(kwargs, "token_type_ids", "Token type ids")
     _check_prefix_room(model, kwargs, rows, batch_and_length(kwargs)[1])
-    repeated = None if rows is None else [name for name in rows for _ in range(times)]
-    with prefixed(model, batch, repeated):
+    with prefixed(model, batch, rows):  # each row's for all of its beams
         return model.base_model.generate(*args, **kwargs)
 
 

@@ -39,8 +39,8 @@ class Prompts:
         A prefix is [P, num_layers * 2 * token_dim]; a prompt [P * num_transformer_submodules,
         token_dim].
         """
-        with torch.no_grad():
-            return self.prompt_encoder[adapter_name].prompt().detach().cpu()
+        # with gradients, as in training: an LSTM's last bits depend on it
+        return self.prompt_encoder[adapter_name].prompt().detach().clone().cpu()
 
     def _rows(self: Any, adapter_names: Sequence[str] | None, batch_size: int) -> list[str] | None:
         """The adapter of each row of the batch; None when all take the active one.

@@ -92,7 +92,6 @@ class PeftModelForQuestionAnswering(PeftModel):
     """Start and end of an answer; the head ``qa_outputs`` trains with the adapter."""
 
     head_names = ("qa_outputs",)
-    keeps_token_types = True
     forward_args = (
         "input_ids",
         "attention_mask",
