@@ -144,10 +144,14 @@ def prompted_forward(model: Any, kwargs: dict[str, Any]) -> Any:
 def _check_prefix_room(model: Any, kwargs: dict[str, Any], rows: Any, tokens: int) -> None:
     if kwargs.get("position_ids") is not None or kwargs.get("past_key_values") is not None:
         return  # then positions are not counted from the input's length
-    if getattr(innermost(model).config, "is_encoder_decoder", False):
-        given = (kwargs.get(n) for n in ("decoder_input_ids", "decoder_inputs_embeds", "labels"))
+    if getattr(innermost(model).config, "is_encoder_decoder", False):  # the decoder's, then
+        labels = ("labels",) if model.prompt_in_encoder else ()
+        given = (kwargs.get(n) for n in ("decoder_input_ids", "decoder_inputs_embeds", *labels))
         target = next((x for x in given if x is not None), None)
-        tokens = 1 if target is None else target.shape[1]
+        if target is not None:
+            tokens = target.shape[1]
+        elif model.prompt_in_encoder:  # generation starts with one; other tasks with the input
+            tokens = 1
     model._room.check(model._virtual_tokens(rows), tokens)
 
 

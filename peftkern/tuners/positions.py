@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from .prompt_sizes import text_config
+
 # modules that hold one vector for each position, by the last part of their names
 TABLES = ("wpe", "position_embeddings", "embed_positions")
 
@@ -20,10 +22,12 @@ class Room:
 
     def __init__(self, model: Any, decoder: bool) -> None:
         self.owner = type(model).__name__
-        self.config = model.config
+        self.config = text_config(model)
         part = model
-        if getattr(model.config, "is_encoder_decoder", False):
+        if getattr(self.config, "is_encoder_decoder", False):
             part = model.get_decoder() if decoder else model.get_encoder()
+        elif self.config is not model.config and hasattr(model, "get_decoder"):
+            part = model.get_decoder()  # of a model of text and images the part for text
         self.tables = [
             module
             for name, module in part.named_modules()
