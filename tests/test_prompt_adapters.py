@@ -121,7 +121,7 @@ def test_disabling_gives_the_base_model(kind):
 
 ROWS = {
     "one": ["b", "b", "b"],
-    "mixed": ["b", "default", "b"],
+    "mixed": ["b", "b", "default"],
     "base": ["__base__"] * 3,
     "mixed_base": ["b", "__base__", "default"],
     "one_or_base": ["__base__", "b", "__base__"],
@@ -201,13 +201,27 @@ def test_generating_with_a_prompt_for_each_row(family, kind, beams):
     model = several(kind, family, task)
     ids = inputs(family, task)["input_ids"].clamp(min=3)
     how = {"max_new_tokens": 5, "min_new_tokens": 5, "num_beams": beams}
-    names = ["b", "default", "b"]
+    names = ["b", "b", "default"]
     together = model.generate(input_ids=ids, adapter_names=names, **how)
     for i, name in enumerate(names):
         model.set_adapter(name)
         assert torch.equal(together[i : i + 1], model.generate(input_ids=ids[i : i + 1], **how))
     alone = model.generate(input_ids=ids, adapter_names=["__base__"] * 3, **how)
     assert torch.equal(alone, make(family, task).generate(input_ids=ids, **how))
+
+
+def test_heads_of_each_row_in_a_beam_search():
+    """generate() repeats the rows for the beams; each keeps its own adapter's head."""
+    model = several("prompt", names=("default", "b"), modules_to_save=["lm_head"])
+    for seed, head in enumerate(model.base_model.lm_head.modules_to_save.values()):
+        torch.manual_seed(seed)
+        torch.nn.init.normal_(head.weight)
+    ids = inputs("llama")["input_ids"].clamp(min=3)
+    how = {"max_new_tokens": 5, "min_new_tokens": 5, "num_beams": 2}
+    together = model.generate(ids, adapter_names=["b", "b", "default"], **how)
+    for i, name in enumerate(["b", "b", "default"]):
+        model.set_adapter(name)
+        assert torch.equal(together[i : i + 1], model.generate(ids[i : i + 1], **how))
 
 
 def test_embeddings_that_train_in_full():
