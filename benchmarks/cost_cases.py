@@ -11,7 +11,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from peftkern.kernels import common, gemm, outer, pair, shrink, small, update
+from peftkern.kernels import common, gemm, grad_a, outer, pair, shrink, small, update
 from peftkern.ops import bits as mask_bits
 
 from . import cost_floor
@@ -217,7 +217,7 @@ def _backend(kind: str, arch: common.Arch) -> Iterator[None]:
             stack.enter_context(
                 mock.patch.object(common.Launch, "run", lambda self: record([traffic(self)]))
             )
-            for module in (gemm, outer, pair, shrink, small, update, triton_backend):
+            for module in (gemm, grad_a, outer, pair, shrink, small, update, triton_backend):
                 stack.enter_context(mock.patch.object(module, "arch_of", lambda device: arch))
         yield
 

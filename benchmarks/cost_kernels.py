@@ -170,22 +170,43 @@ def _gemm(f: Facts) -> Traffic:
 
 
 def _small(f: Facts) -> Traffic:
-    """The decode kernels. With an index, at most one of the stacked adapters a row is read."""
-    x, w, s, index = f["x"], f["w"], f["s"], f["index"]
+    """The decode kernels."""
+    x, w, s, a, b = f["x"], f["w"], f["s"], nbytes(f["a"]), nbytes(f["b"])
     M, (programs,) = f.get("M", 1), f["grid"]
-    used, of = (1, 1) if index is None else (min(M, f["L"]), f["L"])
-    a, b = nbytes(f["a"]) * used // of, nbytes(f["b"]) * used // of
-    per_row = nbytes(x) * (1 if index is None or s is not None else 1 + used)
-    rest = nbytes(f["bias"]) + nbytes(index) + nbytes(f["scales"])
     N, K, R = f["N"], f["K"], f["R"]
     low = (2 * M * K * R * programs if s is None else 0) + 2 * M * N * R
     return Traffic(
         "small", 1,
-        read=nbytes(x) + nbytes(w) + a + b + nbytes(s) + rest,
+        read=nbytes(x) + nbytes(w) + a + b + nbytes(s) + nbytes(f["bias"]),
         written=nbytes(f["y"]),
         flops=2 * M * N * K + low,
         unit="fp32" if M == 1 else unit_of(x.dtype),
-        requested=nbytes(w) + b + programs * (per_row + a + nbytes(s)) + rest,
+        requested=nbytes(w) + b + programs * (nbytes(x) + a + nbytes(s)) + nbytes(f["bias"]),
+    )  # fmt: skip
+
+
+def _mixed(f: Facts) -> Traffic:
+    """A batch that names adapters. What is read depends on the index, which is data: counted is
+    the worst, every tile meeting as many of the largest adapters as it touches samples."""
+    x, w, index, ranks = f["x"], f["w"], f["index"], [r // 16 for r in f["ranks"]]
+    M, N, K, T = f["M"], f["N"], f["K"], f["T"]
+    tiles_m, tiles_n = _cdiv(M, f["BLOCK_M"]), _cdiv(N, f["BLOCK_N"])
+
+    def lanes(rows: int) -> int:
+        return sum(sorted(ranks)[-(_cdiv(rows - 1, T) + 1) :])
+
+    here, all_of = lanes(min(M, f["BLOCK_M"])), lanes(M)
+    a, b = K * f["As"][0].element_size(), N * f["Bs"][0].element_size()
+    walks = max(1, _cdiv(here, f["BLOCK_R"]))  # X is walked once for each chunk of lanes
+    once = nbytes(w) + nbytes(f["bias"])
+    return Traffic(
+        "mixed", 1,
+        read=nbytes(x) + once + nbytes(index) + all_of * (a + b),
+        written=nbytes(f["y"]),
+        flops=2 * M * N * K + 2 * M * here * (K * tiles_n + N),
+        unit=unit_of(x.dtype),
+        requested=tiles_n * (walks * nbytes(x) + nbytes(index) + tiles_m * here * a)
+        + tiles_m * (once + here * b),
     )  # fmt: skip
 
 
@@ -201,6 +222,7 @@ _KERNELS: dict[str, Callable[[Facts], Traffic]] = {
     "_gemm_kernel": _gemm,
     "_gemv_kernel": _small,
     "_rows_kernel": _small,
+    "_mixed_kernel": _mixed,
 }
 
 

@@ -107,7 +107,8 @@ def environment(dry: bool) -> dict[str, str]:
     env = dict(os.environ, PYTHONUNBUFFERED="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(gpu_store.ROOT), env.get("PYTHONPATH")]))
     env.setdefault("PYTHONWARNINGS", "ignore")
-    env.pop("PEFTKERN_BACKEND", None)
+    for name in ("PEFTKERN_BACKEND", "PEFTKERN_RACE"):
+        env.pop(name, None)
     if dry:
         env |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     return env
@@ -170,15 +171,17 @@ def _supervise(names: list[str], args: argparse.Namespace) -> int:
 
 
 def _write_table(store: Store) -> None:
-    """The tuning table in the checkout; ``benchmarks.gpu_table`` makes it from results again."""
+    """The tuning table in the checkout, ready to be committed, and beside results that are to be
+    taken elsewhere; ``benchmarks.gpu_table`` makes it from results again."""
     from . import gpu_table
 
+    beside = [] if gpu_store.RESULTS in store.path.parents else [store.path.parent]
     try:
-        path = gpu_table.write([store.path])
-    except ValueError as e:
+        paths = [gpu_table.write([store.path], to) for to in (gpu_table.tuning.FOLDER, *beside)]
+    except (OSError, ValueError) as e:
         print(f"no tuning table: {e}", flush=True)
         return
-    print(f"tuning table: {path}", flush=True)
+    print(f"tuning table: {', '.join(map(str, paths))}", flush=True)
 
 
 def open_store(
@@ -264,10 +267,12 @@ def _warm(part: gpu_parts.Part, store: Store, until: float, env: dict[str, str])
     end = began + 0.25 * (until - began)
     memory = store.data["gpu"]["memory_bytes"] // (12 * 2**30)
     count = max(1, min(10, (os.cpu_count() or 2) // 2, memory))
+    # the dispatcher races only where nothing else is on the device
+    env = env | {"OMP_NUM_THREADS": "1", "PEFTKERN_RACE": "0"}
     started = [
         subprocess.Popen(
             _command("--part", part.name, "--share", f"{i}/{count}", "--until", str(end)),
-            env=env | {"OMP_NUM_THREADS": "1"}, cwd=gpu_store.ROOT, stdout=subprocess.DEVNULL,
+            env=env, cwd=gpu_store.ROOT, stdout=subprocess.DEVNULL,
         )
         for i in range(count)
     ]  # fmt: skip

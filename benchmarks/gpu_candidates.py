@@ -1,5 +1,5 @@
-"""What the race runs: for each operation and bucket of shapes, a bounded list of configs, how to
-launch one, and what comes out in float64.
+"""What the race runs, case by case; and for each kernel and bucket of shapes a bounded list of
+configs, how to launch one, and what comes out in float64. Whole operations: :mod:`.gpu_whole`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftkern.kernels import bits, gemm, outer, reference, shrink, small, tuning, write
+from peftkern.kernels import (
+    bits,
+    gemm,
+    grad_a,
+    outer,
+    pair,
+    reference,
+    shrink,
+    small,
+    tuning,
+    update,
+    write,
+)
 
 from .gpu_cases import LLAMA_8B, LLAMA_70B, TINY
 from .gpu_device import Device, randn
@@ -32,24 +44,33 @@ class RaceCase:
     dtype: str = "bfloat16"
     adapter_dtype: str = "float32"
     group: int = 1
+    ns: tuple[int, ...] = ()  # of each projection, for whole operations and "update"; n: their sum
+    graph: bool = False  # a whole operation in a CUDA graph; kernels always are
+
+    @property
+    def whole(self) -> bool:
+        return self.op in tuning.WHOLE
 
     @property
     def table_key(self) -> tuning.Key:
+        grads = "xab" if self.op == "backward" else ""
         return tuning.Key(
             self.op, self.dtype, self.adapter_dtype, tuning.bucket(self.m), self.n, self.k, self.r,
-            self.group, self.mask,
+            self.group, self.mask, grads, self.graph,
         )  # fmt: skip
 
     @property
     def key(self) -> str:
         tail = f"{' mask' if self.mask else ''}{f' x{self.group}' if self.group > 1 else ''}"
+        tail += " graph" if self.graph else ""
         return f"{self.op} m={self.m} n={self.n} k={self.k} r={self.r}{tail}"
 
     def tiny(self) -> RaceCase:
         """The same on shapes that Triton's interpreter takes in no time."""
         n, k = (TINY.hidden if v else 0 for v in (self.n, self.k))
-        case = asdict(self) | {"m": min(self.m, 8), "n": n, "k": k, "r": min(self.r, 4)}
-        return RaceCase(**case)
+        ns = (TINY.hidden,) * len(self.ns)
+        case = asdict(self) | {"m": min(self.m, 8), "n": sum(ns) or n, "k": k, "ns": ns}
+        return RaceCase(**case | {"r": min(self.r, 4)})
 
 
 Make = Callable[[Any], Callable[[int], Any]]  # config -> (buffer index -> outputs)
@@ -91,6 +112,25 @@ def config_list(case: RaceCase) -> list[Any]:
             for m, n, warps, stages in rows
             if m <= max(16, 2 * M)
         ]
+    if op == "update":
+        rows = [
+            (64, 64, 128, 4, 3), (32, 64, 128, 4, 3), (32, 128, 128, 4, 3), (64, 64, 64, 4, 3),
+            (64, 128, 128, 8, 3), (128, 64, 128, 8, 3), (64, 64, 256, 8, 3), (16, 128, 128, 4, 3),
+        ]  # fmt: skip
+        return _configs(
+            update.UpdateConfig, "block_m block_k block_n num_warps num_stages",
+            [r for r in rows if r[0] <= max(16, 2 * M)],
+        )  # fmt: skip
+    if op == "pair":
+        rows = [
+            (64, 64, 1, 4, 3), (64, 64, 2, 4, 3), (64, 64, 4, 4, 3), (64, 32, 1, 4, 3),
+            (64, 32, 2, 4, 3), (128, 32, 2, 4, 3), (128, 64, 4, 8, 3), (32, 64, 4, 4, 3),
+            (64, 128, 8, 8, 2), (64, 64, 8, 4, 3),
+        ]  # fmt: skip
+        return _configs(
+            pair.PairConfig, "block_m block_k split_m num_warps num_stages",
+            [r for r in rows if r[2] * r[0] <= max(64, M)],
+        )  # fmt: skip
     if op == "outer":
         rows = [
             (128, 64, 1, 8, 3), (128, 64, 2, 8, 3), (256, 64, 2, 8, 2), (256, 64, 4, 8, 3),
@@ -107,7 +147,7 @@ def config_list(case: RaceCase) -> list[Any]:
             (64, 64, 8, 4, 4), (64, 64, 16, 4, 3), (128, 128, 8, 8, 2),
         ]  # fmt: skip
         return _configs(
-            outer.GradAConfig, "block_m block_k split_m num_warps num_stages",
+            grad_a.GradAConfig, "block_m block_k split_m num_warps num_stages",
             [r for r in rows if r[2] * r[0] <= max(64, M)],
         )  # fmt: skip
     if op in ("gemm", "gemm_grad_input"):
@@ -145,49 +185,82 @@ def race_cases() -> list[RaceCase]:
             yield RaceCase("expand", M, size, 0, r)
             yield RaceCase("outer", M, size, 0, r)
 
+    def joined(M: int, r: int, mask: bool, k: int, *ns: int) -> Iterator[RaceCase]:
+        if pair.fits([r] * len(ns)):
+            yield RaceCase("update", M, sum(ns), k, r, mask, group=len(ns), ns=ns)
+            yield RaceCase("pair", M, 0, k, r, mask, group=len(ns))
+
     def products(M: int, r: int, n: int, k: int) -> Iterator[RaceCase]:
         yield RaceCase("gemm", M, n, k, r)
         yield RaceCase("gemm_grad_input", M, n, k, r, True)
         yield RaceCase("gemm_grad_input", M, n, k, r, False)
 
+    def train(M: int, r: int, k: int, *ns: int) -> Iterator[RaceCase]:
+        for mask in (True, False):
+            for op in ("forward", "backward"):
+                yield RaceCase(op, M, sum(ns), k, r, mask, group=len(ns), ns=ns)
+
+    def infer(M: int, r: int, k: int, n: int) -> Iterator[RaceCase]:
+        for graph in (True, False) if M <= small.MAX_ROWS else (False,):
+            yield RaceCase("infer", M, n, k, r, ns=(n,), graph=graph)
+
     def order() -> Iterator[RaceCase]:
         for M in (8192, 2048):
             for mask in (True, False):
                 yield from low_rank(M, 16, mask, h)
+                yield from joined(M, 16, mask, h, h)
             yield from products(M, 16, h, h)
+            yield from train(M, 16, h, h)
         for M in (1, 16):
             for n, k in ((h, h), (wide, h), (h, wide), (kv, h)):
                 yield RaceCase("small", M, n, k, 16)
+                yield from infer(M, 16, k, n)
         for size in (wide, kv):
             for mask in (True, False):
                 yield from low_rank(8192, 16, mask, size)
         for n, k in ((wide, h), (h, wide), (kv, h)):
             yield from products(8192, 16, n, k)
+            yield from train(8192, 16, k, n)
         for M in (512, 128):
             for mask in (True, False):
                 yield from low_rank(M, 16, mask, h)
             yield from products(M, 16, h, h)
+            yield from train(M, 16, h, h)
+            yield from infer(M, 16, h, h)
         for mask in (True, False):  # q, k, v share X
             yield RaceCase("shrink", 8192, 0, h, 16, mask, group=3)
             yield RaceCase("grad_a", 8192, 0, h, 16, mask, group=3)
             yield RaceCase("low_rank_grad_input", 8192, 0, h, 16, mask, group=3)
+            yield from joined(8192, 16, mask, h, h, kv, kv)
+            yield from joined(8192, 16, mask, h, wide, wide)
+        for M in (8192, 2048):
+            yield from train(M, 16, h, h, kv, kv)
+            yield from train(M, 16, h, wide, wide)  # gate and up
         for r in (64, 128, 8):
             for mask in (True, False):
                 yield from low_rank(8192, r, mask, h)
+                yield from joined(8192, r, mask, h, h)
             yield from products(8192, r, h, h)
+            yield from train(8192, r, h, h)
         for M in (8192, 2048):
             for mask in (True, False):
                 yield from low_rank(M, 16, mask, LLAMA_70B.hidden)
             yield from products(M, 16, LLAMA_70B.hidden, LLAMA_70B.hidden)
+            yield from train(M, 16, LLAMA_70B.hidden, LLAMA_70B.hidden)
         for M in (1, 16):
             for r in (64, 128, 8):
                 yield RaceCase("small", M, h, h, r)
+                yield from infer(M, r, h, h)
 
     return list(dict.fromkeys(order()))
 
 
 def contest(case: RaceCase, device: Device, copies: int) -> Contest:
     """Tensors and launches for a case of :func:`race_cases`."""
+    if case.whole:
+        from .gpu_whole import contest as whole
+
+        return whole(case, device, copies)
     torch.manual_seed(3)
     dtype, adapter = (getattr(torch, d) for d in (case.dtype, case.adapter_dtype))
     M, N, K, r, G = case.m, case.n, case.k, case.r, case.group
@@ -238,17 +311,48 @@ def contest(case: RaceCase, device: Device, copies: int) -> Contest:
             ],
             entrants,
         )
+    if case.op == "update":
+        x, As = some(M, K), [adapters(r, K) for _ in range(G)]
+        Bs = [adapters(n, r) for n in case.ns]
+
+        def joined_exact() -> list[Tensor]:
+            pairs = zip(As, keeps or none, strict=True)
+            parts = [reference.shrink(x[0], a[0], SCALE, m) for a, m in pairs]
+            ys = [reference.expand(s, b[0]) for s, b in zip(parts, Bs, strict=True)]
+            return [torch.cat(parts, dim=1), *ys]
+
+        def joined(c: Any, i: int) -> list[Tensor]:
+            each = [a[i] for a in As], [b[i] for b in Bs]
+            s, ys = update.update(x[i], *each, SCALE, words, config=c)
+            return [s, *ys]
+
+        return Contest(joined, joined_exact, entrants)
+    if case.op == "pair":
+        x, ds = some(M, K), [some(M, r) for _ in range(G)]
+        As = [adapters(r, K) for _ in range(G)]
+
+        def paired(c: Any, i: int) -> list[Tensor]:
+            d, das = pair.grad_pair(x[i], [d[i] for d in ds], [a[i] for a in As], words, config=c)
+            return [d, *das]
+
+        def paired_exact() -> list[Tensor]:
+            masks, first = keeps or none, [d[0] for d in ds]
+            d = reference.low_rank_grad_input(first, [a[0] for a in As], masks)
+            das = [reference.grad_a(x[0], v, m) for v, m in zip(first, masks, strict=True)]
+            return [d, *das]
+
+        return Contest(paired, paired_exact, entrants)
     if case.op == "outer":
         dy, b, s = some(M, N), adapters(N, r), some(M, r)
         return Contest(
-            lambda c, i: _outer(dy[i], b[i], s[i], c),
+            lambda c, i: list(outer.grad_output(dy[i], b[i], s[i], SCALE, config=c)),
             lambda: [reference.grad_s(dy[0], b[0], SCALE), reference.grad_b(dy[0], s[0])],
-            entrants | {"two_pass": "two_pass"},
+            entrants | {outer.TWO_PASS: outer.TWO_PASS},
         )
     if case.op == "grad_a":
         x, ds = some(M, K), [some(M, r) for _ in range(G)]
         return Contest(
-            lambda c, i: outer.grad_a(x[i], [d[i] for d in ds], words, config=c),
+            lambda c, i: grad_a.grad_a(x[i], [d[i] for d in ds], words, config=c),
             lambda: [
                 reference.grad_a(x[0], d[0], m) for d, m in zip(ds, keeps or none, strict=True)
             ],
@@ -258,68 +362,29 @@ def contest(case: RaceCase, device: Device, copies: int) -> Contest:
     if case.op == "gemm":
         x, s, b = some(M, K), some(M, r), adapters(N, r)
         return Contest(
-            lambda c, i: [_gemm_forward(x[i], weights[i], s[i], b[i], c)],
+            lambda c, i: [gemm.fused_linear(x[i], weights[i], s[i], b[i], config=c)],
             lambda: [reference.linear(x[0], weights[0], s[0], b[0])],
-            entrants | {"torch": "torch", "hybrid": "hybrid"},
+            entrants,
         )
     if case.op == "gemm_grad_input":
         dy, ds, a = some(M, N), some(M, r), adapters(r, K)
-        word, keep = (words[0], keeps[0]) if words and keeps else (None, None)
+        keep = keeps[0] if keeps else None
         return Contest(
-            lambda c, i: [_gemm_backward(dy[i], weights[i], ds[i], a[i], word, c)],
+            lambda c, i: [
+                gemm.fused_grad_input([dy[i]], [weights[i]], [ds[i]], [a[i]], words, config=c)
+            ],
             lambda: [reference.grad_input([dy[0]], [weights[0]], [ds[0]], [a[0]], [keep])],
-            entrants | {"torch": "torch", "hybrid": "hybrid"},
+            entrants,
         )
     if case.op == "small":
         x, a, b = some(M, K), adapters(r, K), adapters(N, r)
         return Contest(
-            lambda c, i: [_decode(x[i], weights[i], a[i], b[i], c)],
+            lambda c, i: [small.decode(x[i], weights[i], a[i], b[i], SCALE, config=c)],
             lambda: [reference.linear(x[0], weights[0], reference.shrink(x[0], a[0], SCALE), b[0])],
-            entrants | {"torch": "torch", "hybrid": "hybrid"},
+            entrants,
         )
     raise ValueError(f"op {case.op} is not raced")
 
 
 def _label(config: Any) -> str:
     return " ".join(f"{k}={int(v)}" for k, v in asdict(config).items())
-
-
-def _outer(dy: Tensor, b: Tensor, s: Tensor, how: Any) -> list[Tensor]:
-    if how != "two_pass":
-        return list(outer.grad_output(dy, b, s, SCALE, config=how))
-    ds = shrink.shrink(dy, [b.t()], SCALE)
-    return [ds, outer.grad_a(dy, [s])[0].t()]
-
-
-def _gemm_forward(x: Tensor, w: Tensor, s: Tensor, b: Tensor, how: Any) -> Tensor:
-    if how == "torch":
-        return torch.mm(s, b.to(s.dtype).t()).addmm_(x, w.t())
-    if how == "hybrid":
-        return write.expand(s, b).addmm_(x, w.t())
-    return gemm.fused_linear(x, w, s, b, config=how)
-
-
-def _gemm_backward(
-    dy: Tensor, w: Tensor, ds: Tensor, a: Tensor, words: Tensor | None, how: Any
-) -> Tensor:
-    if how == "torch":
-        dx = torch.mm(ds, a.to(ds.dtype))
-        if words is not None:
-            from peftkern.ops.bits import unpack_bits
-
-            dx.mul_(unpack_bits(words, a.shape[1], ds.dtype))
-        return dx.addmm_(dy, w)
-    if how == "hybrid":
-        return write.low_rank_grad_input([ds], [a], words).addmm_(dy, w)
-    return gemm.fused_grad_input([dy], [w], [ds], [a], words, config=how)
-
-
-def _decode(x: Tensor, w: Tensor, a: Tensor, b: Tensor, how: Any) -> Tensor:
-    if how == "torch":
-        low = torch.nn.functional.linear(x, a.to(x.dtype))
-        y = torch.nn.functional.linear(x, w)
-        return y.addmm_(low, b.to(x.dtype).t(), alpha=SCALE)
-    if how == "hybrid":
-        s = shrink.shrink(x, [a], SCALE)
-        return write.expand(s, b).addmm_(x, w.t())
-    return small.decode(x, w, a, b, SCALE, config=how)

@@ -24,7 +24,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from peftkern.kernels import bits, common, gemm, outer, pair, shrink, small, update, write
+from peftkern.kernels import bits, common, gemm, grad_a, outer, pair, shrink, small, update, write
 
 from .cost_kernels import Traffic, traffic
 from .gpu_store import ROOT, Store
@@ -51,7 +51,7 @@ def runs(device: str, M: int, K: int) -> Iterator[Callable[[], Any]]:
     yield lambda: update.update(x, [a], [b], 2.0, words)
     yield lambda: write.low_rank_grad_input([s], [a], words)
     yield lambda: outer.grad_output(dy, b, s, 2.0)
-    yield lambda: outer.grad_a(x, [s], words)
+    yield lambda: grad_a.grad_a(x, [s], words)
     yield lambda: pair.grad_pair(x, [s], [a], words)
     yield lambda: gemm.fused_linear(x, w, s, b)
     yield lambda: gemm.fused_grad_input([dy], [w], [s], [a], words)

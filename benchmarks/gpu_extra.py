@@ -31,19 +31,24 @@ class HostCase:
 
 @dataclass(frozen=True)
 class MixedCase:
-    """A decode batch of M rows over ``adapters`` adapters; one row in four has none."""
+    """A batch of M rows, T to a sample, over ``adapters`` adapters; one sample in four has none."""
 
     M: int = 16
+    T: int = 1
     adapters: int = 8
     r: int = 16
 
     @property
     def key(self) -> str:
-        return f"mixed q_proj 8B M={self.M} r={self.r} adapters={self.adapters}"
+        return f"mixed q_proj 8B M={self.M} T={self.T} r={self.r} adapters={self.adapters}"
+
+    @property
+    def samples(self) -> int:
+        return self.M // self.T
 
 
 def cases() -> list[HostCase | MixedCase]:
-    return [HostCase(), MixedCase(16), MixedCase(1)]
+    return [HostCase(), MixedCase(16), MixedCase(1), MixedCase(4096, 512), MixedCase(64)]
 
 
 def measure_host(case: HostCase, device: Device) -> dict[str, Any]:
@@ -89,7 +94,7 @@ def _host_seconds(layer: nn.Module, x: Tensor, calls: int, device: Device) -> fl
 
 def measure_mixed(case: MixedCase, device: Device, seconds: float) -> dict[str, Any]:
     """The mixed kernel in a graph, beside the bare product and HF PEFT's loop over adapters."""
-    from peftkern.kernels import reference, small
+    from peftkern.kernels import mixed, reference
 
     size = 64 if device.dry else 4096
     L, M, r = case.adapters, case.M, case.r
@@ -97,13 +102,14 @@ def measure_mixed(case: MixedCase, device: Device, seconds: float) -> dict[str, 
     copies = 1 if device.dry else 8
     x = randn(device, M, size, dtype=torch.bfloat16)
     ws = [randn(device, size, size, dtype=torch.bfloat16, scale=size**-0.5) for _ in range(copies)]
-    a = (0.05 * torch.randn(L, r, size, device=device.torch)).bfloat16()
-    b = (0.3 * torch.randn(L, size, r, device=device.torch)).bfloat16()
-    index = torch.tensor([i % L if i % 4 else -1 for i in range(1, M + 1)], device=device.torch)
-    scales = torch.full((L,), 2.0, device=device.torch)
+    a = [(0.05 * torch.randn(r, size, device=device.torch)).bfloat16() for _ in range(L)]
+    b = [(0.3 * torch.randn(size, r, device=device.torch)).bfloat16() for _ in range(L)]
+    choice = [i % L if i % 4 else -1 for i in range(1, case.samples + 1)]
+    index = torch.tensor(choice, dtype=torch.int32, device=device.torch)
+    scales, T = [2.0] * L, M // case.samples
 
     def kernel() -> Tensor:
-        return [small.decode(x, w, a, b, index=index, scales=scales) for w in ws][0]
+        return [mixed.mixed(x, w, a, b, scales, index) for w in ws][0]
 
     def product() -> Tensor:
         return [torch.nn.functional.linear(x, w) for w in ws][0]
@@ -118,16 +124,16 @@ def measure_mixed(case: MixedCase, device: Device, seconds: float) -> dict[str, 
             outs.append(y)
         return outs[0]
 
-    where = {j: [m for m, v in enumerate(index.tolist()) if v == j] for j in range(L)}
+    where = {j: [m for m in range(M) if choice[m // T] == j] for j in range(L)}
     groups = [(j, torch.tensor(v, device=device.torch)) for j, v in where.items() if v]
-    exact = reference.decode_mixed(x, ws[0], a, b, scales, index)
+    exact = reference.mixed(x, ws[0], a, b, scales, choice)
     row: dict[str, Any] = {
         "key": case.key, "part": "decode", "providers": {}, "missing": {},
-        "case": {"M": M, "r": r, "adapters": L, "K": size, "N": size, "graph": True},
+        "case": {"M": M, "T": T, "r": r, "adapters": L, "K": size, "N": size, "graph": True},
     }  # fmt: skip
     works: dict[str, Timed] = {}
     entrants: dict[str, Callable[[], Tensor]] = {
-        gpu_providers.PLAIN: product, "loop over adapters": loop, "peftkern small, mixed": kernel,
+        gpu_providers.PLAIN: product, "loop over adapters": loop, "peftkern mixed": kernel,
     }  # fmt: skip
     with torch.no_grad():
         for name, run in entrants.items():

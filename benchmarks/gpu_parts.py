@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -68,7 +70,8 @@ def _race_cases() -> Sequence[Any]:
 def _race(case: Any, device: Device, store: Store, left: float, watch: Watch) -> dict[str, Any]:
     from . import gpu_race
 
-    return gpu_race.measure(case, device, seconds=0.25, watch=watch)
+    found = gpu_race.table(store.data) if case.whole else None
+    return gpu_race.measure(case, device, seconds=0.25, watch=watch, found=found)
 
 
 def _warm_race(case: Any, device: Device) -> None:
@@ -93,7 +96,7 @@ def _model(case: Any, device: Device, store: Store, left: float, watch: Watch) -
 PARTS = {
     part.name: part
     for part in (
-        Part("race", 240, 90, 4, _race_cases, _race, _warm_race,
+        Part("race", 300, 90, 4, _race_cases, _race, _warm_race,
              lambda c: (c.op, c.r, c.mask, c.group, c.m > 16, c.m > 2048)),
         Part("linear", 200, 120, 5, gpu_cases.linear_cases, _block, _warm_block),
         Part("group", 120, 120, 6, gpu_cases.group_cases, _block, _warm_block),
@@ -124,7 +127,7 @@ def kinds(part: Part) -> list[Any]:
         if isinstance(case, gpu_cases.Case):
             return case.block, case.what, case.graph, case.p > 0
         if part.name == "race":
-            return case.op, case.mask, case.group > 1
+            return case.op, case.mask, case.group > 1, case.graph
         return getattr(case, "checkpointing", type(case).__name__)
 
     return gpu_cases.first_of_each(part.cases(), kind)
@@ -135,8 +138,27 @@ def chosen(part: Part, dry: bool, only: str | None, most: int | None) -> list[An
     return cases[:most]
 
 
+@contextlib.contextmanager
+def _auto_decides() -> Iterator[None]:
+    """In a dry run too ``auto`` races, in Triton's interpreter; nothing of it is kept."""
+    from peftkern.kernels.tuning import Table
+    from peftkern.ops import backend, race, tuned
+
+    with (
+        mock.patch.object(backend, "_no_choice", lambda: None),
+        mock.patch.object(race, "BUDGET_S", 0.0),
+        tuned.measured_with(Table({}, {}, "", "")),
+    ):
+        yield
+
+
 def work(part: Part, store: Store, cases: Sequence[Any], until: float, dry: bool) -> int:
     """Measure cases until the time is up; returns the exit status (:data:`BROKEN`, or 0)."""
+    with _auto_decides() if dry else contextlib.nullcontext():
+        return _work(part, store, cases, until, dry)
+
+
+def _work(part: Part, store: Store, cases: Sequence[Any], until: float, dry: bool) -> int:
     device = device_of(dry)
     torch.backends.cuda.matmul.allow_tf32 = False
     gc.freeze()
@@ -175,10 +197,13 @@ def _line(row: dict[str, Any]) -> str:
     """A sign of life for the log."""
     entries = row.get("providers") or row.get("entrants") or {}
     timed = {name: e["us"]["p50"] for name, e in entries.items() if "us" in e}
-    wrong = [name for name, e in entries.items() if e.get("ok") is False or "error" in e]
+    # in a race "error" is a number
+    failed = {name for name, e in entries.items() if isinstance(e.get("error"), str)}
+    wrong = [name for name, e in entries.items() if e.get("ok") is False or name in failed]
     if row["part"] == "race" and timed:
         best = min(timed, key=lambda n: timed[n])
-        timed = {"default": timed.get("default", float("nan")), best: timed[best]}
+        base = "default" if "default" in timed else "torch"
+        timed = {base: timed.get(base, float("nan")), best: timed[best]}
         wrong = [f"{len(wrong)} of {len(entries)}"] if wrong else []
     text = "  ".join(f"{name} {t:.1f}" for name, t in timed.items())
     tail = f"  OUT: {', '.join(wrong)}" if wrong else ""

@@ -1,18 +1,20 @@
 """The race: every candidate config of a kernel on one bucket of shapes, wrong ones thrown out
-first, then timed in CUDA graphs; and hybrid against fused against torch with what won.
+first, then timed in CUDA graphs; and every way to run a whole operation, with the configs that won
+so far, timed as a user calls it (or in a graph, where the case says so).
 
-A case gives one row of the results and one or two entries of the tuning table
-(:mod:`kernels.tuning`): the best config of the kernel itself, and for the products the
-implementation to choose."""
+A case gives one row of the results and one entry of the tuning table (:mod:`kernels.tuning`)."""
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import time
 from dataclasses import asdict
 from typing import Any
 
 from peftkern.kernels import tuning
+from peftkern.kernels.outer import TWO_PASS
+from peftkern.ops import choices, tuned
 
 from .gpu_candidates import Contest, RaceCase, contest
 from .gpu_device import Device
@@ -21,14 +23,6 @@ from .gpu_store import Broken, Watch
 from .gpu_timing import Timed, interleave
 
 MOST_COPIES = 16
-# a raced op with implementations beside its configs -> (op of the choice, name of the kernel's own)
-CHOICE_OF = {
-    "gemm": ("forward", "fused"),
-    "gemm_grad_input": ("grad_input", "fused"),
-    "small": ("decode", "small"),
-    "outer": ("grad_output", "one_pass"),
-}
-IMPLEMENTATIONS = ("torch", "hybrid", "two_pass")
 
 
 def copies_for(case: RaceCase, device: Device) -> int:
@@ -39,10 +33,22 @@ def copies_for(case: RaceCase, device: Device) -> int:
 
 
 def measure(
-    case: RaceCase, device: Device, *, seconds: float, watch: Watch | None = None
+    case: RaceCase,
+    device: Device,
+    *,
+    seconds: float,
+    watch: Watch | None = None,
+    found: tuning.Table | None = None,
 ) -> dict[str, Any]:
     """The row: for each entrant its error and quantiles of us, or why it is out; :class:`Broken`
-    when the device is unusable after it."""
+    when the device is unusable after it. Whole operations run with the configs of ``found``."""
+    with contextlib.ExitStack() as stack:
+        if case.whole and found is not None:
+            stack.enter_context(tuned.measured_with(found))
+        return _measure(case, device, seconds, watch)
+
+
+def _measure(case: RaceCase, device: Device, seconds: float, watch: Watch | None) -> dict[str, Any]:
     began = time.monotonic()
     watch = watch or Watch()
     shown = case
@@ -77,7 +83,7 @@ def measure(
             entry["error"] = error if error == error else None
             entry["ok"] = error <= LIMITS[case.dtype]
             if entry["ok"]:
-                works[label] = Timed(_graph(held, config, copies, device), copies)
+                works[label] = _timed(held, config, copies, device, case)
         except Exception as e:
             if device.is_broken():
                 raise Broken(label, e) from e
@@ -94,12 +100,15 @@ def measure(
     return row
 
 
-def _graph(held: Contest, config: Any, copies: int, device: Device) -> Any:
+def _timed(held: Contest, config: Any, copies: int, device: Device, case: RaceCase) -> Timed:
     def run() -> None:
         for i in range(copies):
             held.run(config, i)
 
-    return device.capture(run)
+    if case.whole and not case.graph:
+        run()
+        return Timed(run, copies, host=True)
+    return Timed(device.capture(run), copies)
 
 
 def warm(case: RaceCase, device: Device) -> None:
@@ -120,32 +129,37 @@ def entries(row: dict[str, Any]) -> list[tuning.Entry]:
         return []
     case = RaceCase(**row["case"])
     timed = {n: e for n, e in row["entrants"].items() if "us" in e}
-    configs = {n: e for n, e in timed.items() if n not in IMPLEMENTATIONS}
-    key = case.table_key
-    found = []
+    times = {n: e["us"]["p50"] for n, e in timed.items()}
 
-    def p50(name: str) -> float:
-        return timed[name]["us"]["p50"]
-
-    def entry(op: str, choice: str | None, name: str, count: int) -> tuning.Entry:
+    def entry(name: str, choice: str | None, beside: str, **more: Any) -> tuning.Entry:
+        us = {q: timed[name]["us"][q] for q in ("p20", "p50", "p80")}
+        config = timed[name]["config"]
         return tuning.Entry(
-            tuning.Key(**asdict(key) | {"op": op}), choice, timed[name]["config"],
-            {q: timed[name]["us"][q] for q in ("p20", "p50", "p80")},
-            p50("default") if "default" in timed else None, count,
-        )  # fmt: skip
+            case.table_key, choice, config, us, times.get(beside), len(timed), **more
+        )
 
-    if configs:
-        found.append(entry(case.op, None, min(configs, key=p50), len(configs)))
-    if case.op in CHOICE_OF and timed:
-        op, own = CHOICE_OF[case.op]
-        best = min(timed, key=p50)
-        found.append(entry(op, best if best in IMPLEMENTATIONS else own, best, len(timed)))
-    return found
+    if case.whole:
+        if choices.TORCH not in times:
+            return []
+        best = choices.winner(times)
+        out = {
+            n: str(e.get("why") or f"error {e.get('error')}")
+            for n, e in row["entrants"].items()
+            if n not in times
+        }
+        return [entry(best, best, choices.TORCH, times=times, left_out=out)]
+    if not times:
+        return []
+    best = min(times, key=lambda name: times[name])
+    choice = None
+    if case.op == "outer":
+        choice = TWO_PASS if best == TWO_PASS else "one_pass"
+    return [entry(best, choice, "default")]
 
 
 def table(data: dict[str, Any]) -> tuning.Table:
     """The tuning table out of a results file's content."""
-    made = tuning.Table(data["gpu"], data["versions"], data["sources"], data["updated"])
+    made = tuning.Table(data["gpu"], data["versions"], data["kernels"], data["updated"])
     for row in data["rows"]:
         made.add(entries(row))
     return made

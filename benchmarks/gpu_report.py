@@ -23,7 +23,7 @@ from .gpu_providers import (
 )
 
 NOISE = 1.02  # a ratio up to here is no loss
-MIXED = "peftkern small, mixed"
+MIXED = "peftkern mixed"
 LOOP = "loop over adapters"
 OWN = (*OURS.values(), AUTO, MIXED)
 RIVALS = (PEFT_BF16, PEFT_FP32, LOOP, PEFT_COMPILED, *PEERS)
@@ -100,10 +100,10 @@ def race_lines(rows: list[dict[str, Any]]) -> list[str]:
             lines.append(f"{row['key']}: {row.get('error', 'no entrant was right')}")
             continue
         name = min(timed, key=lambda n: timed[n])
-        gain = f"{timed['default'] / timed[name]:.2f}x default" if "default" in timed else ""
-        beside = "  ".join(
-            f"{n} {timed[n]:.1f}" for n in ("torch", "hybrid", "two_pass") if n in timed
-        )
+        base = "default" if "default" in timed else "torch"
+        gain = f"{timed[base] / timed[name]:.2f}x {base}" if base in timed else ""
+        # whoever is no config of a kernel
+        beside = "  ".join(f"{n} {t:.1f}" for n, t in timed.items() if "=" not in n and n != base)
         out = [n for n, e in entrants.items() if not e.get("ok")]
         wrong = [n for n in out if entrants[n].get("error") is not None or "why" not in entrants[n]]
         lines.append(
@@ -115,7 +115,7 @@ def race_lines(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def losses(rows: list[dict[str, Any]]) -> list[str]:
-    """Where a rival is faster than the best of peftkern, or than today's default (torch)."""
+    """Where a rival is faster than the best of peftkern, or than its default (auto)."""
     found = []
     for row in rows:
         rival, ours = best(row, RIVALS), best(row, OWN)
@@ -129,7 +129,7 @@ def losses(rows: list[dict[str, Any]]) -> list[str]:
             default = us(row, AUTO) or us(row, OURS["torch"])
             if default is not None and default > NOISE * rival[1]:
                 found.append(
-                    f"{row['key']}: {rival[0]} {rival[1]:.1f} us, today's default {default:.1f} us"
+                    f"{row['key']}: {rival[0]} {rival[1]:.1f} us, its default {default:.1f} us"
                     f" ({ours[0]} would take {ours[1]:.1f})"
                 )
     return found

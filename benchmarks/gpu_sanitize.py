@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from peftkern.kernels import bits, gemm, outer, pair, shrink, small, update, write
+from peftkern.kernels import bits, gemm, grad_a, mixed, outer, pair, shrink, small, update, write
 
 
 def runs(device: str) -> Iterator[tuple[str, list[Tensor]]]:
@@ -43,8 +43,8 @@ def runs(device: str) -> Iterator[tuple[str, list[Tensor]]]:
     for split in (1, 2):
         config = outer.OuterConfig(16, 32, split, 4, 2)
         yield f"outer split {split}", list(outer.grad_output(dy, b, s, 2.0, config=config))
-        grad = outer.GradAConfig(16, 32, split, 4, 2)
-        yield f"grad_a split {split}", outer.grad_a(x, [s, s], words, config=grad)
+        grad = grad_a.GradAConfig(16, 32, split, 4, 2)
+        yield f"grad_a split {split}", grad_a.grad_a(x, [s, s], words, config=grad)
         joined = pair.PairConfig(16, 32, split, 4, 2)
         low, das = pair.grad_pair(x, [s, s], [a, a], words, config=joined)
         yield f"pair split {split}", [low, *das]
@@ -64,16 +64,19 @@ def runs(device: str) -> Iterator[tuple[str, list[Tensor]]]:
         yield f"gemm [K, N] tma={tma}", [gemm.fused_linear(x, conv1d, s, b, config=config)]
     flat = gemm.GemmConfig(64, 64, 32, tma=True, flatten=True, num_warps=4, num_stages=2)
     yield "gemm flattened", [gemm.fused_linear(x, w, s, b, config=flat)]
-    scales = torch.ones(2, device=device)
     for rows in (1, 3):
         yield f"small M={rows}", [small.decode(x[:rows], w, a, b, 2.0)]
         yield f"small M={rows}, S given", [small.decode(x[:rows], w, None, b, s=s[:rows])]
-        index = torch.tensor([1, -1, 0][:rows], device=device)
-        stacked = torch.stack([a, a]), torch.stack([b, b])
-        yield (
-            f"small M={rows}, mixed",
-            [small.decode(x[:rows], w, *stacked, index=index, scales=scales)],
-        )
+    wide_a = some(20, K, dtype=torch.float32)
+    adapters = [a, wide_a, None], [b, some(N, 20, dtype=torch.float32), None]
+    for samples, choice in ((1, [1]), (4, [1, -1, 0, 7]), (36, [1, -1, 0, 2] * 9)):
+        index = torch.tensor(choice, dtype=torch.int32, device=device)  # 7: out of range, none
+        for rows in (samples, 36):
+            config = mixed.MixedConfig(16, 32, 32, 16, group_m=2)
+            yield (
+                f"mixed M={rows} of {samples} samples",
+                [mixed.mixed(x[:rows], w, *adapters, [2.0] * 3, index, config=config)],
+            )
 
 
 def main() -> int:

@@ -17,6 +17,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from peftkern.ops import tuned
+
 SCHEMA = 1
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -87,6 +89,7 @@ class Store:
             "schema": SCHEMA,
             "part": part,
             "sources": sources(),
+            "kernels": tuned.sources(),  # what a tuning table made of this is a statement about
             "commit": commit(),
             "started": now(),
             "updated": now(),

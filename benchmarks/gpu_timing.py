@@ -18,11 +18,13 @@ REGION_S = 2e-3  # what events bracket at least, so that their own cost does not
 
 @dataclass(frozen=True)
 class Timed:
-    """``run`` does ``inner`` calls (one on each rotated buffer) within ``mode``."""
+    """``run`` does ``inner`` calls (one on each rotated buffer) within ``mode``. ``host``: what the
+    host takes counts, because the device waits for it."""
 
     run: Callable[[], Any]
     inner: int = 1
     mode: Callable[[], AbstractContextManager[Any]] = nullcontext
+    host: bool = False
 
 
 def quantiles(times: list[float]) -> dict[str, float]:
@@ -79,7 +81,8 @@ def _time(work: Timed, repeats: int, device: Device) -> float:
     start, end = device.event(), device.event()
     with work.mode():
         device.synchronize()
-        device.occupy()
+        if not work.host:
+            device.occupy()
         start.record()
         for _ in range(repeats):
             work.run()

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from peftkern.kernels import bits, gemm, outer, pair, shrink, small, update, write
+from peftkern.kernels import bits, gemm, grad_a, mixed, outer, pair, shrink, small, update, write
 from peftkern.kernels.common import Arch, Launch
 
 BF16, FP16, FP32, INT32 = torch.bfloat16, torch.float16, torch.float32, torch.int32
@@ -73,9 +73,9 @@ def low_rank_cases(arch: Arch) -> Iterator[Case]:
         for k in (K, 14336):  # narrow strips, and wide ones
             xs = meta(M, k, dtype=dtype)
             keep = [meta(M, k // 32, dtype=INT32) if masked else None] * group
-            grad_config = outer.default_grad_a_config(M, k, arch, [r] * group)
+            grad_config = grad_a.default_config(M, k, arch, [r] * group)
             da = [meta(r, k, dtype=FP32)] * group
-            launches = outer.plan_grad_a(xs, ds, keep, da, grad_config)
+            launches = grad_a.plan_grad_a(xs, ds, keep, da, grad_config)
             yield from _named(f"grad_a K{k} {tag}", launches)
         config = write.default_config(M, [r] * group)
         launches = write.plan_write(x, ds, a, words, None, None, config)
@@ -174,29 +174,68 @@ def gemm_cases(arch: Arch) -> Iterator[Case]:
 
 
 def decode_cases(arch: Arch) -> Iterator[Case]:
-    """small: one row, sixteen rows, mixed batches."""
+    """small: one row and sixteen."""
     for m in (1, 16):
-        for r, mixed, dtype, adapter in (
-            (16, False, BF16, FP32),
-            (16, False, BF16, BF16),
-            (64, False, BF16, FP32),
-            (128, False, BF16, FP32),
-            (16, True, BF16, FP32),
-            (16, False, FP32, FP32),
+        for r, dtype, adapter in (
+            (16, BF16, FP32),
+            (16, BF16, BF16),
+            (64, BF16, FP32),
+            (128, BF16, FP32),
+            (16, FP32, FP32),
         ):
-            lead = (8,) if mixed else (1,)
-            index, scales = (
-                (meta(m, dtype=torch.int64), meta(8, dtype=FP32)) if mixed else (None, None)
-            )
             launches = small.plan_small(
                 meta(m, N, dtype=dtype), meta(m, K, dtype=dtype), meta(N, K, dtype=dtype),
-                meta(*lead, r, K, dtype=adapter), meta(*lead, N, r, dtype=adapter),
-                None, None, index, scales, 1.0, small.default_config(m, N, r, arch),
+                meta(r, K, dtype=adapter), meta(N, r, dtype=adapter),
+                None, None, 1.0, small.default_config(m, N, r, arch),
             )  # fmt: skip
-            yield from _named(
-                f"decode M{m} {_tag(r, 1, False, dtype, adapter)}{' mixed' if mixed else ''}",
-                launches,
-            )
+            yield from _named(f"decode M{m} {_tag(r, 1, False, dtype, adapter)}", launches)
+
+
+def mixed_cases(arch: Arch) -> Iterator[Case]:
+    """A batch that names adapters: decode of 1 and 16 samples, and prefill of 8."""
+    for m, samples, ranks, dtype, adapter in (
+        (1, 1, (16,), BF16, FP32),
+        (1, 1, (16,) * 4, BF16, FP32),
+        (16, 16, (16,), BF16, FP32),
+        (16, 16, (8, 16, 32, 64), BF16, FP32),
+        (16, 16, (16,) * 8, BF16, BF16),
+        (16, 16, (256,) * 8, BF16, FP32),
+        (16, 16, (64,) * 64, BF16, FP32),
+        (16, 16, (8, 16, 32, 64), FP32, FP32),
+        (48, 48, (16,) * 8, BF16, FP32),
+        (M, 8, (16,), BF16, FP32),
+        (M, 8, (8, 16, 32, 64), BF16, FP32),
+        (M, 8, (16,) * 8, FP16, FP16),
+        (M, 8, (128,) * 8, BF16, FP32),
+        (M, M // 16, (16,) * 8, BF16, FP32),  # many short samples: tiles of many adapters
+        (M, 8, (8, 16, 32, 64), FP32, FP32),
+    ):
+        As = [meta(r, K, dtype=adapter) for r in ranks]
+        Bs = [meta(N, r, dtype=adapter) for r in ranks]
+        several = "x".join(map(str, sorted(set(ranks))))
+        tag = _tag(0, 1, False, dtype, adapter).removeprefix("r0 ")
+        name = f"mixed M{m} T{m // samples} L{len(ranks)} r{several} {tag}"
+        x, w = meta(m, K, dtype=dtype), meta(N, K, dtype=dtype)
+        launches = _mixed(arch, x, w, As, Bs, samples, None)
+        yield from _named(name, launches, m == M and dtype != FP32)
+    # rows off 16 bytes everywhere, slices of longer ones: nothing can be read 16 bytes at a time
+    for m, samples in ((16, 16), (M, 8)):
+        x, w = meta(m, K + 1)[:, :K], meta(K, N + 1)[:, :N].T
+        As = [meta(r, K + 1, dtype=FP32)[:, :K] for r in (8, 24)]
+        Bs = [meta(N, 32, dtype=FP32)[:, :r] for r in (8, 24)]
+        launches = _mixed(arch, x, w, As, Bs, samples, meta(N))
+        yield from _named(f"mixed M{m} T{m // samples} L2 slices [K,N] bias", launches)
+
+
+def _mixed(arch, x, w, As, Bs, samples, bias) -> list[Launch]:
+    m = x.shape[0]
+    config = mixed.default_config(
+        m, N, m // samples, [a.shape[0] for a in As], arch,
+        itemsize=x.element_size(), adapter_itemsize=As[0].element_size(),
+        aligned=mixed.rows_aligned(x, *As),
+    )  # fmt: skip
+    y, index = meta(m, N, dtype=x.dtype), meta(samples, dtype=INT32)
+    return mixed.plan_mixed(y, x, w, As, Bs, [1.0] * len(As), index, bias, config)
 
 
 def cases(arch: Arch) -> Iterator[Case]:
@@ -206,4 +245,5 @@ def cases(arch: Arch) -> Iterator[Case]:
     yield from low_rank_cases(arch)
     yield from joined_cases(arch)
     yield from decode_cases(arch)
+    yield from mixed_cases(arch)
     yield from gemm_cases(arch)

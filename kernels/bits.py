@@ -18,9 +18,17 @@ import triton
 import triton.language as tl
 
 from .common import Launch, cdiv, check_blocks, check_device, device_function
-from .reference import pack_bits, philox_words, unpack_bits
+from .reference import digits_of, pack_bits, reference_bits, unpack_bits
 
-__all__ = ["BitsConfig", "digits_of", "dropout_bits", "pack_bits", "plan_bits", "unpack_bits"]
+__all__ = [
+    "BitsConfig",
+    "digits_of",
+    "dropout_bits",
+    "pack_bits",
+    "plan_bits",
+    "reference_bits",
+    "unpack_bits",
+]
 
 
 @dataclass(frozen=True)
@@ -36,19 +44,6 @@ class BitsConfig:
         check_blocks(self, block=self.block)
         if not 7 <= self.rounds <= 10:
             raise ValueError(f"BitsConfig.rounds is {self.rounds}; allowed: 7 to 10")
-
-
-def digits_of(p: float) -> tuple[int, int]:
-    """(threshold, digits) with keep probability threshold / 2**digits: the fewest digits (a
-    multiple of 4) that hold 1 - p with p off by at most 1 part in 10,000.
-    """
-    if not 0.0 <= p < 1.0:
-        raise ValueError(f"p is {p}; allowed: 0 <= p < 1")
-    for digits in range(4, 33, 4):
-        dropped = round(p * 2**digits)
-        if abs(dropped / 2**digits - p) <= 1e-4 * p and dropped < 2**digits:
-            break
-    return 2**digits - dropped, digits
 
 
 @device_function
@@ -147,23 +142,3 @@ def dropout_bits(
         for launch in plan_bits(out, K, p, seed, config):
             launch.run()
     return out if groups is not None else out[0]
-
-
-def reference_bits(
-    M: int, K: int, p: float, seed: int, *, group: int = 0, rounds: int = 7
-) -> torch.Tensor:
-    """The same words from torch alone (CPU, int64 arithmetic), for tests and for machines without
-    Triton.
-    """
-    threshold, digits = digits_of(p)
-    words = cdiv(K, 32)
-    row, word = torch.arange(M)[:, None], torch.arange(words)[None, :]
-    keep = torch.zeros(M, words, dtype=torch.int64)
-    for call in range(digits // 4):
-        for j, fresh in enumerate(philox_words(seed, row, word, call, group, rounds)):
-            keep = fresh | keep if threshold >> (4 * call + j) & 1 else fresh & keep
-    if threshold >> digits:
-        keep = torch.full_like(keep, 0xFFFFFFFF)
-    left = (K - 32 * word).clamp(0, 32)
-    keep = keep & ((1 << left) - 1)
-    return torch.where(keep >= 2**31, keep - 2**32, keep).to(torch.int32)

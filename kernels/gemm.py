@@ -83,7 +83,8 @@ def default_config(
     """
     block_m = 128 if M > 64 else 64
     if itemsize == 4:
-        return GemmConfig(64, 64, 32, num_warps=4, num_stages=2)
+        # Exact products hold operands in registers; on 4 warps they spill (sm_80, Triton 3.9).
+        return GemmConfig(64, 64, 32, num_warps=8, num_stages=2)
     if arch.capability in (90, 100) and block_m == 128:
         if masked and group > 1:
             return GemmConfig(128, 128, 64, tma=True)

@@ -1,10 +1,9 @@
-"""Gradients of the adapters. One pass over dY gives dS = scale * dY B and dB = dYᵀ S; one pass over
-X gives every dA of a group.
+"""One pass over dY gives dS = scale * dY B and the gradient of B, dB = dYᵀ S.
 
-dY [M, N], B [N, r], S and dS [M, r], X [M, K], A [r, K]. The sums over N (for dS) and over M (for
-dB, dA) are split over programs, which write fp32 partials; a second kernel adds them in fixed
-order. No atomics: two runs agree bit for bit. dS leaves in the activation's dtype, dA and dB in
-fp32. The 1 / (1 - p) of dropout is part of ``scale`` here, as it is in S.
+dY [M, N], B [N, r], S and dS [M, r]. The sums over N (for dS) and over M (for dB) are split over
+programs, which write fp32 partials; a second kernel adds them in fixed order. No atomics: two runs
+agree bit for bit. dS leaves in the activation's dtype. The 1 / (1 - p) of dropout is part of
+``scale`` here, as it is in S.
 """
 
 from __future__ import annotations
@@ -27,21 +26,21 @@ from .common import (
     check_device,
     check_rank,
     check_shape,
-    check_words,
     dot,
-    keep_tile,
     next_pow2,
     per_adapter,
     precision,
     row_stride,
     rows,
 )
+from .grad_a import default_config as default_grad_a_config
+from .grad_a import plan_grad_a
 from .reduce import plan_sum, sums_last
 from .shrink import default_config as default_shrink_config
 from .shrink import plan_shrink
 
-BLOCK_R_MAX = 128  # ranks one program accumulates; beyond it X (or dY) is read again
-GROUP_RANK = 128  # padded ranks one grad_a launch accumulates, over its adapters
+BLOCK_R_MAX = 128  # ranks one program accumulates; beyond it dY is read again
+TWO_PASS = "two_pass"  # in place of a config of grad_output
 
 
 @dataclass(frozen=True)
@@ -58,23 +57,6 @@ class OuterConfig:
         check_blocks(self, block_m=self.block_m, block_n=self.block_n)
         if self.split_n < 1:
             raise ValueError(f"OuterConfig.split_n is {self.split_n}; allowed: 1 or more")
-
-
-@dataclass(frozen=True)
-class GradAConfig:
-    """Tiles of X [block_m, block_k]; M cut in split_m parts (1: no second stage)."""
-
-    block_m: int = 64
-    block_k: int = 64
-    split_m: int = 1
-    num_warps: int = 4
-    num_stages: int = 3
-
-    def __post_init__(self) -> None:
-        check_blocks(self, block_m=self.block_m)
-        check_blocks(self, low=32, block_k=self.block_k)  # whole mask words
-        if self.split_m < 1:
-            raise ValueError(f"GradAConfig.split_m is {self.split_m}; allowed: 1 or more")
 
 
 def default_outer_config(
@@ -105,29 +87,6 @@ def default_outer_config(
         split_n=split,
         num_warps=8 if block_m >= 64 else 4,
         num_stages=stages,
-    )
-
-
-def strips(M: int, K: int, arch: Arch) -> tuple[int, int]:
-    """(columns of X a program owns, parts that M is cut in). Narrow strips where they fill the
-    device and wide ones do not: M in one part needs no second stage. Otherwise M is split until
-    the device is full, in parts of at least 256 rows.
-    """
-    if cdiv(K, 64) < arch.sms * 3 // 4 <= cdiv(K, 32) <= arch.sms * 2:
-        return 32, 1
-    return 64, max(1, min(arch.sms // max(1, cdiv(K, 64)), cdiv(M, 256)))
-
-
-def default_grad_a_config(M: int, K: int, arch: Arch, ranks: Sequence[int] = (16,)) -> GradAConfig:
-    """Column strips of X, see :func:`strips`; tall tiles where they are narrow."""
-    block_k, split = strips(M, K, arch)
-    held = min(GROUP_RANK, sum(max(16, next_pow2(r)) for r in ranks))
-    return GradAConfig(
-        block_m=128 if block_k == 32 and held <= 32 else 64,
-        block_k=block_k,
-        split_m=split,
-        num_warps=8 if held > 64 else 4,
-        num_stages=3 if held <= 64 else 2,
     )
 
 
@@ -178,57 +137,6 @@ def _outer_kernel(
     )
 
 
-@triton.jit
-def _grad_a_kernel(
-    x, ds, words, outs, ranks, ds_strides, part_strides, r_strides, k_strides,
-    M, K, M_PART, x_stride, WORDS,
-    G: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    part = tl.program_id(1)
-    k0 = tl.program_id(0) * BLOCK_K
-    k = k0 + tl.arange(0, BLOCK_K)
-    k_ok = k < K
-    rank = tl.arange(0, BLOCK_R)
-    acc = ()
-    for _ in tl.static_range(G):
-        acc = acc + (tl.zeros((BLOCK_K, BLOCK_R), tl.float32),)
-    first = part * M_PART
-    last = tl.minimum(first + M_PART, M)
-    for m0 in range(first, last, BLOCK_M):
-        row = m0 + tl.arange(0, BLOCK_M)
-        row_ok = row < last
-        row64 = row.to(tl.int64)
-        xs = tl.load(
-            x + row64[:, None] * x_stride + k[None, :],
-            mask=row_ok[:, None] & k_ok[None, :],
-            other=0.0,
-        )
-        new = ()
-        for i in tl.static_range(G):
-            d = tl.load(
-                ds[i] + row64[:, None] * ds_strides[i] + rank[None, :],
-                mask=row_ok[:, None] & (rank < ranks[i])[None, :],
-                other=0.0,
-            )  # [BLOCK_M, BLOCK_R]
-            kept = xs
-            if words[i] is not None:
-                kept = tl.where(
-                    keep_tile(words[i], row, row_ok, k0, WORDS, BLOCK_M, BLOCK_K), xs, 0.0
-                )
-            # X transposed is the wide operand: a tall [BLOCK_K, rank] product fills the tensor
-            # core, the other way wastes it.
-            new = new + (dot(tl.trans(kept.to(xs.dtype)), d, acc[i], PRECISION),)
-        acc = new
-    for i in tl.static_range(G):
-        at = outs[i] + part.to(tl.int64) * part_strides[i]
-        tl.store(
-            at + rank.to(tl.int64)[None, :] * r_strides[i] + k.to(tl.int64)[:, None] * k_strides[i],
-            cast(acc[i], outs[i].dtype.element_ty),
-            mask=k_ok[:, None] & (rank < ranks[i])[None, :],
-        )
-
-
 def plan_outer(
     dy: torch.Tensor,
     b: torch.Tensor,
@@ -261,59 +169,6 @@ def plan_outer(
     return launches
 
 
-def plan_grad_a(
-    x: torch.Tensor,
-    ds: Sequence[torch.Tensor],
-    words: Sequence[torch.Tensor | None],
-    outs: Sequence[torch.Tensor],
-    config: GradAConfig,
-) -> list[Launch]:
-    """Launches that fill outs[i] [r_i, K] (dense in any order); arguments already checked."""
-    M, K = x.shape
-    m_part = cdiv(cdiv(M, config.split_m), config.block_m) * config.block_m
-    split = cdiv(M, m_part)
-    # A partial repeats its output's layout, so that the sum runs over memory in order.
-    partials = [
-        o
-        if split == 1
-        else o.new_empty(split * o.numel(), dtype=torch.float32).as_strided(
-            (split, *o.shape), (o.numel(), *o.stride())
-        )
-        for o in outs
-    ]
-    # Each piece: at most BLOCK_R_MAX ranks of one adapter, a row range of its output.
-    pieces = [
-        (d[:, r0 : r0 + BLOCK_R_MAX], w, p[..., r0 : r0 + BLOCK_R_MAX, :], o.numel())
-        for d, w, p, o in zip(ds, words, partials, outs, strict=True)
-        for r0 in range(0, d.shape[1], BLOCK_R_MAX)
-    ]
-    launches = []
-    while pieces:
-        held, take = 0, []
-        while pieces and (
-            not take or held + max(16, next_pow2(pieces[0][0].shape[1])) <= GROUP_RANK
-        ):
-            take.append(pieces.pop(0))
-            held += max(16, next_pow2(take[-1][0].shape[1]))
-        ranks = tuple(t[0].shape[1] for t in take)
-        args = (
-            x, tuple(t[0] for t in take), tuple(t[1] for t in take),
-            tuple(t[2] for t in take), ranks,
-            tuple(row_stride(t[0]) for t in take), tuple(t[3] for t in take),
-            tuple(t[2].stride(-2) for t in take), tuple(t[2].stride(-1) for t in take),
-            M, K, m_part, row_stride(x), cdiv(K, 32),
-        )  # fmt: skip
-        meta = dict(
-            G=len(take), BLOCK_M=config.block_m, BLOCK_K=config.block_k,
-            BLOCK_R=max(16, next_pow2(max(ranks))), PRECISION=precision(x.dtype),
-            num_warps=config.num_warps, num_stages=config.num_stages,
-        )  # fmt: skip
-        launches.append(Launch(_grad_a_kernel, (cdiv(K, config.block_k), split), args, meta))
-    if split > 1:
-        launches.append(plan_sum(list(zip(partials, outs, strict=True))))
-    return launches
-
-
 def plan_two_pass(
     dy: torch.Tensor,
     b: torch.Tensor,
@@ -337,7 +192,7 @@ def _plan_grad_output(
     s: torch.Tensor,
     scale: float,
     out_dtype: torch.dtype,
-    config: OuterConfig | None,
+    config: OuterConfig | str | None,
 ) -> tuple[torch.Tensor, torch.Tensor, list[Launch]]:
     """(dS, dB, the launches that fill them), after all checks."""
     dy, s = rows("dy", dy), rows("s", s, (dy.dtype,))
@@ -352,7 +207,7 @@ def _plan_grad_output(
         return ds.zero_(), db.zero_(), []
     arch = arch_of(dy.device)
     config = config or default_outer_config(M, N, r, arch, dy.element_size())
-    if config is not None:
+    if isinstance(config, OuterConfig):
         return ds, db, plan_outer(dy, b, s, scale, ds, db, config)
     return ds, db, plan_two_pass(dy, b, s, scale, ds, db, arch)
 
@@ -364,10 +219,10 @@ def grad_output(
     scale: float = 1.0,
     *,
     out_dtype: torch.dtype = torch.float32,
-    config: OuterConfig | None = None,
+    config: OuterConfig | str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(dS [M, r] in dY's dtype, dB [N, r] in ``out_dtype``) = (scale * dY B, dYᵀ S), dY read once
-    (twice for large r).
+    (twice for large r, and with ``config=TWO_PASS``).
 
     dy [M, N] fp16/bf16/fp32, any row stride; b [N, r] fp32 or dy's dtype, any strides; s [M, r]
     dy's dtype, any row stride, its scale already in it; r from 1 to 256. Errors: TypeError,
@@ -382,7 +237,7 @@ def grad_output(
 def grad_outputs(
     parts: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]],
     out_dtypes: Sequence[torch.dtype],
-    configs: Sequence[OuterConfig | None] | None = None,
+    configs: Sequence[OuterConfig | str | None] | None = None,
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """:func:`grad_output` of every (dY, B, S, scale), all their second stages in one launch."""
     plans = [
@@ -394,43 +249,3 @@ def grad_outputs(
     for launch in sums_last([launch for *_, launches in plans for launch in launches]):
         launch.run()
     return [(ds, db) for ds, db, _ in plans]
-
-
-def grad_a(
-    x: torch.Tensor,
-    ds: Sequence[torch.Tensor],
-    bits: torch.Tensor | Sequence[torch.Tensor | None] | None = None,
-    *,
-    out_dtypes: Sequence[torch.dtype] | None = None,
-    config: GradAConfig | None = None,
-) -> list[torch.Tensor]:
-    """[dA_i [r_i, K] in out_dtypes[i], default fp32] = dS_iᵀ (mask_i X) for each adapter of a
-    group; X is read once for all.
-
-    x [M, K] fp16/bf16/fp32, any row stride; ds[i] [M, r_i] x's dtype, any row stride; bits as in
-    :func:`shrink.shrink`. Errors: TypeError, ValueError, before any launch.
-    """
-    x = rows("x", x)
-    M, K = x.shape
-    ds = [rows(f"ds[{i}]", d, (x.dtype,)) for i, d in enumerate(ds)]
-    if not ds:
-        raise ValueError("ds is empty; allowed: one adapter or more")
-    for i, d in enumerate(ds):
-        check_rank(f"ds[{i}]", d.shape[1])
-        check_shape(f"ds[{i}]", d, (M, d.shape[1]), "x has M rows")
-    words = [
-        check_words(f"bits[{i}]", w, M, K) for i, w in enumerate(per_adapter("bits", bits, len(ds)))
-    ]
-    check_device(
-        x=x,
-        **{f"ds[{i}]": d for i, d in enumerate(ds)},
-        **{f"bits[{i}]": w for i, w in enumerate(words)},
-    )
-    dtypes = list(out_dtypes) if out_dtypes is not None else [torch.float32] * len(ds)
-    outs = [x.new_empty((d.shape[1], K), dtype=t) for d, t in zip(ds, dtypes, strict=True)]
-    if M == 0 or K == 0:
-        return [o.zero_() for o in outs]
-    config = config or default_grad_a_config(M, K, arch_of(x.device), [d.shape[1] for d in ds])
-    for launch in plan_grad_a(x, ds, words, outs, config):
-        launch.run()
-    return outs

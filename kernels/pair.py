@@ -5,7 +5,7 @@
 
 on which the vendor's products dY_i W_i then accumulate. A program owns a strip of columns of X and
 walks down its rows: the mask and dS are read once for both results, and a launch is saved beside
-:func:`.outer.grad_a` with :func:`.write.low_rank_grad_input`. M is not split where the strips fill
+:func:`.grad_a.grad_a` with :func:`.write.low_rank_grad_input`. M is not split where the strips fill
 the device, so that dA needs no second stage.
 """
 
@@ -39,7 +39,7 @@ from .common import (
     row_stride,
     rows,
 )
-from .outer import GROUP_RANK, strips
+from .grad_a import GROUP_RANK, strips
 from .reduce import plan_sum
 
 
@@ -69,18 +69,21 @@ def default_config(
     M: int, K: int, ranks: Sequence[int], arch: Arch, itemsize: int = 2
 ) -> PairConfig:
     """Strips as for ``grad_a``, but narrow where several adapters or fp32 products would not leave
-    registers for wide ones; fewer tiles in flight where A and its gradient fill them.
+    registers for wide ones; fewer tiles in flight where A and its gradient fill them. Exact fp32
+    products hold operands in registers: on sm_80 4 warps spill them (Triton 3.9), elsewhere 8 do.
     """
     held = sum(max(16, next_pow2(r)) for r in ranks)
     block_k, split = strips(M, K, arch)
     if len(ranks) > 1 or itemsize == 4:
         block_k, split = 32, max(1, min(arch.sms // cdiv(K, 32), cdiv(M, 256)))
-    block_m = 64 if held <= 64 else 32
+    # Short tiles where wide accumulators fill the registers, which on sm_90 they do in wide strips
+    # alone (in narrow ones ptxas of Triton 3.9 spills with the short tile).
+    block_m = 64 if held <= 64 or (block_k == 32 and arch.capability == 90) else 32
     return PairConfig(
         block_m=block_m,
         block_k=block_k,
         split_m=split,
-        num_warps=8 if held > 64 else 4,
+        num_warps=8 if held > 64 or (itemsize == 4 and arch.capability == 80) else 4,
         num_stages=3 if held <= 64 and arch.shared > 160_000 else 2,
     )
 

@@ -81,22 +81,25 @@ def grad_a(x: Tensor, ds: Tensor, keep: Tensor | None = None) -> Tensor:
     return _wide(ds).T @ _masked(_wide(x), keep)
 
 
-def decode_mixed(
+def mixed(
     x: Tensor,
     w: Tensor,
-    a: Tensor,
-    b: Tensor,
-    scales: Tensor,
-    index: Tensor,
+    As: Sequence[Tensor | None],
+    Bs: Sequence[Tensor | None],
+    scales: Sequence[float],
+    index: Sequence[int],
     bias: Tensor | None = None,
 ) -> Tensor:
-    """Y [M, N] of a batch whose row m uses adapter index[m] of stacked A [L, r, K], B [L, N, r]
-    (-1: none).
+    """Y [M, N] of a batch whose sample j, rows j T to j T + T - 1, has the update scale_i (X A_iᵀ)
+    B_iᵀ of adapter i = index[j] (-1, or one without weights: none); T = M / len(index).
     """
     y = linear(x, w, bias=bias)
-    for m, i in enumerate(index.tolist()):
-        if i >= 0:
-            y[m] += float(scales[i]) * (_wide(b[i]) @ (_wide(a[i]) @ _wide(x[m])))
+    T = x.shape[0] // max(len(index), 1)
+    for j, i in enumerate(index):
+        a, b = (As[i], Bs[i]) if i >= 0 else (None, None)
+        if a is not None and b is not None:
+            part = slice(j * T, j * T + T)
+            y[part] += expand(shrink(x[part], a, scales[i]), b)
     return y
 
 
@@ -127,8 +130,21 @@ def unpack_bits(words: Tensor, K: int) -> Tensor:
     return ((words[:, :, None] >> shift) & 1).bool().flatten(1)[:, :K]
 
 
+def digits_of(p: float) -> tuple[int, int]:
+    """(threshold, digits) with keep probability threshold / 2**digits: the fewest digits (a
+    multiple of 4) that hold 1 - p with p off by at most 1 part in 10,000.
+    """
+    if not 0.0 <= p < 1.0:
+        raise ValueError(f"p is {p}; allowed: 0 <= p < 1")
+    for digits in range(4, 33, 4):
+        dropped = round(p * 2**digits)
+        if abs(dropped / 2**digits - p) <= 1e-4 * p and dropped < 2**digits:
+            break
+    return 2**digits - dropped, digits
+
+
 def philox_words(
-    seed: int, row: Tensor, word: Tensor, call: int, group: int, rounds: int
+    seed: int | Tensor, row: Tensor, word: Tensor, call: int, group: int, rounds: int
 ) -> list[Tensor]:
     """Four streams of 32 random bits (as int64) of Philox-4x32 at counter (word, row, call, group),
     key = seed.
@@ -151,3 +167,26 @@ def philox_words(
         c0, c1, c2, c3 = hi_b ^ c1 ^ k0, lo_b, hi_a ^ c3 ^ k1, lo_a
         k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
     return [c0, c1, c2, c3]
+
+
+def reference_bits(
+    M: int, K: int, p: float, seed: int | Tensor, *, group: int = 0, rounds: int = 7
+) -> Tensor:
+    """The words of :func:`.bits.dropout_bits` from torch alone (int64 arithmetic), for tests and
+    for what runs without Triton. A seed that is a tensor is not read on the host; the words are
+    made on its device.
+    """
+    threshold, digits = digits_of(p)
+    words = -(-K // 32)
+    device = seed.device if isinstance(seed, Tensor) else None
+    row = torch.arange(M, device=device)[:, None]
+    word = torch.arange(words, device=device)[None, :]
+    keep = torch.zeros(M, words, dtype=torch.int64, device=device)
+    for call in range(digits // 4):
+        for j, fresh in enumerate(philox_words(seed, row, word, call, group, rounds)):
+            keep = fresh | keep if threshold >> (4 * call + j) & 1 else fresh & keep
+    if threshold >> digits:
+        keep = torch.full_like(keep, 0xFFFFFFFF)
+    left = (K - 32 * word).clamp(0, 32)
+    keep = keep & ((1 << left) - 1)
+    return torch.where(keep >= 2**31, keep - 2**32, keep).to(torch.int32)

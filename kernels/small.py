@@ -4,8 +4,7 @@ Every program owns block_n outputs and streams its rows of W once; the low-rank 
 by each program beside it (A is small and stays in L2), which costs no second launch and no exchange
 between programs. Where that repetition is the larger traffic (large r, wide N), pass ``s`` from
 :func:`shrink.shrink`. Nothing is allocated but the output, nothing syncs, so the launch can be
-captured in a CUDA graph. With ``index``, row m uses adapter index[m] of stacked A [L, r, K], B [L,
-N, r] (ranks padded with zeros); -1 is the base layer alone.
+captured in a CUDA graph. A batch whose rows name different adapters: :mod:`.mixed`.
 """
 
 from __future__ import annotations
@@ -72,8 +71,8 @@ def default_config(M: int, N: int, r: int, arch: Arch) -> SmallConfig:
 
 @triton.jit
 def _gemv_kernel(
-    y, x, w, a, b, s, bias, index, scales, scale, N, K, R, L,
-    w_n_stride, w_k_stride, a_l_stride, a_r_stride, b_l_stride, b_n_stride, b_r_stride,
+    y, x, w, a, b, s, bias, scale, N, K, R,
+    w_n_stride, w_k_stride, a_r_stride, b_n_stride, b_r_stride,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """One row, no tensor core: products stay apart by column of K and are summed at the end."""
@@ -81,15 +80,6 @@ def _gemv_kernel(
     rank = tl.arange(0, BLOCK_R)
     n_ok, rank_ok = n < N, rank < R
     n64 = n.to(tl.int64)
-    if index is not None:
-        adapter = tl.load(index).to(tl.int64)
-        used = (adapter >= 0) & (adapter < L)
-        adapter = tl.where(used, adapter, 0)
-        scale = tl.load(scales + adapter)
-        if a is not None:
-            a += adapter * a_l_stride
-        b += adapter * b_l_stride
-        rank_ok = rank < tl.where(used, R, 0)  # no adapter: nothing of it is read
     w_row = w + n64[:, None] * w_n_stride
     y_acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     s_acc = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
@@ -129,8 +119,8 @@ def _gemv_kernel(
 
 @triton.jit
 def _rows_kernel(
-    y, x, w, a, b, s, bias, index, scales, scale, M, N, K, R, L, x_stride, s_stride,
-    w_n_stride, w_k_stride, a_l_stride, a_r_stride, b_l_stride, b_n_stride, b_r_stride,
+    y, x, w, a, b, s, bias, scale, M, N, K, R, x_stride, s_stride,
+    w_n_stride, w_k_stride, a_r_stride, b_n_stride, b_r_stride,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -159,7 +149,7 @@ def _rows_kernel(
             other=0.0,
         )
         y_acc = dot(ws, xs, y_acc, PRECISION)
-        if s is None and index is None:
+        if s is None:
             a_tile = tl.load(
                 a + rank64[:, None] * a_r_stride + k[None, :],
                 mask=rank_ok[:, None] & k_ok[None, :],
@@ -167,53 +157,17 @@ def _rows_kernel(
             )
             s_acc = dot(cast(a_tile, dtype), xs, s_acc, PRECISION)
 
-    if index is None:
-        if s is None:
-            low = cast(s_acc * scale, dtype)
-        else:
-            low = tl.trans(
-                tl.load(
-                    s + m.to(tl.int64)[:, None] * s_stride + rank[None, :],
-                    mask=m_ok[:, None] & rank_ok[None, :],
-                    other=0.0,
-                )
-            )
-        y_acc = dot(cast(tl.load(b_tiles, mask=b_ok, other=0.0), dtype), low, y_acc, PRECISION)
+    if s is None:
+        low = cast(s_acc * scale, dtype)
     else:
-        adapters = tl.load(index + m, mask=m_ok, other=-1).to(tl.int64)
-        for j in range(0, M):
-            # Each distinct adapter once, at its first row, for all rows that name it.
-            adapter = tl.load(index + j).to(tl.int64)
-            seen = tl.sum(((adapters == adapter) & (m < j)).to(tl.int32), 0)
-            if (adapter >= 0) & (adapter < L) & (seen == 0):
-                if s is None:
-                    part = tl.zeros((BLOCK_R, BLOCK_M), tl.float32)
-                    for k0 in range(0, K, BLOCK_K):
-                        k = k0 + tl.arange(0, BLOCK_K)
-                        k_ok = k < K
-                        xs = tl.trans(
-                            tl.load(
-                                x_row + k[None, :], mask=m_ok[:, None] & k_ok[None, :], other=0.0
-                            )
-                        )
-                        a_tile = tl.load(
-                            a + adapter * a_l_stride + rank64[:, None] * a_r_stride + k[None, :],
-                            mask=rank_ok[:, None] & k_ok[None, :],
-                            other=0.0,
-                        )
-                        part = dot(cast(a_tile, dtype), xs, part, PRECISION)
-                    low = cast(part * tl.load(scales + adapter), dtype)
-                else:
-                    low = tl.trans(
-                        tl.load(
-                            s + m.to(tl.int64)[:, None] * s_stride + rank[None, :],
-                            mask=m_ok[:, None] & rank_ok[None, :],
-                            other=0.0,
-                        )
-                    )
-                low = tl.where((adapters == adapter)[None, :], low, 0.0).to(dtype)
-                b_tile = tl.load(b_tiles + adapter * b_l_stride, mask=b_ok, other=0.0)
-                y_acc = dot(cast(b_tile, dtype), low, y_acc, PRECISION)
+        low = tl.trans(
+            tl.load(
+                s + m.to(tl.int64)[:, None] * s_stride + rank[None, :],
+                mask=m_ok[:, None] & rank_ok[None, :],
+                other=0.0,
+            )
+        )
+    y_acc = dot(cast(tl.load(b_tiles, mask=b_ok, other=0.0), dtype), low, y_acc, PRECISION)
     if bias is not None:
         y_acc += tl.load(bias + n, mask=n_ok, other=0.0).to(tl.float32)[:, None]
     tl.store(
@@ -231,65 +185,27 @@ def plan_small(
     b: torch.Tensor,
     s: torch.Tensor | None,
     bias: torch.Tensor | None,
-    index: torch.Tensor | None,
-    scales: torch.Tensor | None,
     scale: float,
     config: SmallConfig,
 ) -> list[Launch]:
-    """The one launch that fills ``y`` [M, N] (contiguous); arguments already checked, a [L, r, K]
-    and b [L, N, r].
-    """
-    (M, K), N, r = x.shape, w.shape[0], b.shape[2]
-    a_strides = (0, 0) if a is None else (a.stride(0), a.stride(1))
-    tail = (w.stride(0), w.stride(1), *a_strides, b.stride(0), b.stride(1), b.stride(2))
+    """The one launch that fills ``y`` [M, N] (contiguous); arguments already checked."""
+    (M, K), (N, r) = x.shape, b.shape
+    a_stride = 0 if a is None else a.stride(0)
+    tail = (w.stride(0), w.stride(1), a_stride, b.stride(0), b.stride(1))
     block_r = max(16, next_pow2(r))
     meta = dict(num_warps=config.num_warps, num_stages=config.num_stages)
-    grid = (cdiv(N, config.block_n),)
     if M == 1 and r <= VECTOR_RANK:
-        args = (y, x, w, a, b, s, bias, index, scales, scale, N, K, r, b.shape[0], *tail)
+        args = (y, x, w, a, b, s, bias, scale, N, K, r, *tail)
         meta |= dict(BLOCK_N=config.block_n, BLOCK_K=config.block_k, BLOCK_R=block_r)
-        return [Launch(_gemv_kernel, grid, args, meta)]
+        return [Launch(_gemv_kernel, (cdiv(N, config.block_n),), args, meta)]
     s_stride = 0 if s is None else row_stride(s)
-    args = (
-        y,
-        x,
-        w,
-        a,
-        b,
-        s,
-        bias,
-        index,
-        scales,
-        scale,
-        M,
-        N,
-        K,
-        r,
-        b.shape[0],
-        row_stride(x),
-        s_stride,
-        *tail,
-    )
+    args = (y, x, w, a, b, s, bias, scale, M, N, K, r, row_stride(x), s_stride, *tail)
+    block_n = max(16, config.block_n)
     meta |= dict(
-        BLOCK_M=16, BLOCK_N=max(16, config.block_n), BLOCK_K=config.block_k, BLOCK_R=block_r,
+        BLOCK_M=16, BLOCK_N=block_n, BLOCK_K=config.block_k, BLOCK_R=block_r,
         PRECISION=precision(x.dtype),
     )  # fmt: skip
-    return [Launch(_rows_kernel, (cdiv(N, max(16, config.block_n)),), args, meta)]
-
-
-def check_index(index: torch.Tensor, M: int, L: int) -> None:
-    """Shape and dtype always; the values (-1 to L - 1) where they can be seen without a sync, i.e.
-    on the CPU.
-
-    Call it on the host copy before moving an index to the GPU: the kernels treat an index out of
-    range as -1.
-    """
-    if index.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"index has dtype {index.dtype}; allowed: torch.int32, torch.int64")
-    check_shape("index", index, (M,), "one adapter for each row of x")
-    if index.device.type == "cpu" and M and not -1 <= int(index.min()) <= int(index.max()) < L:
-        bad = int(index.min()) if int(index.min()) < -1 else int(index.max())
-        raise ValueError(f"index holds {bad}; allowed: -1 (base only) to {L - 1}, for {L} adapters")
+    return [Launch(_rows_kernel, (cdiv(N, block_n),), args, meta)]
 
 
 def decode(
@@ -300,18 +216,14 @@ def decode(
     scale: float = 1.0,
     bias: torch.Tensor | None = None,
     *,
-    index: torch.Tensor | None = None,
-    scales: torch.Tensor | None = None,
     s: torch.Tensor | None = None,
     config: SmallConfig | None = None,
 ) -> torch.Tensor:
     """Y [M, N] in x's dtype = x Wᵀ + scale * (x Aᵀ) Bᵀ + bias, M <= 16, one launch.
 
     x [M, K] fp16/bf16/fp32; w [N, K] x's dtype, any strides (for Conv1D's [K, N] pass its
-    transpose); a [r, K], b [N, r] fp32 or x's dtype, r from 1 to 256; bias [N]. Mixed batch: index
-    int32/int64 [M] of -1..L-1, a [L, r, K], b [L, N, r], scales fp32 [L] in place of scale. s [M,
-    r] x's dtype, scale included, replaces a where given. Errors: TypeError, ValueError, before any
-    launch.
+    transpose); a [r, K], b [N, r] fp32 or x's dtype, r from 1 to 256; bias [N]. s [M, r] x's dtype,
+    scale included, replaces a where given. Errors: TypeError, ValueError, before any launch.
     """
     x = rows("x", x)
     M, K = x.shape
@@ -326,23 +238,16 @@ def decode(
         raise TypeError(f"w has dtype {w.dtype}; allowed: {x.dtype}, that of x")
     if (a is None) == (s is None):
         raise ValueError("a and s: allowed: exactly one of them")
-    dims = 2 if index is None else 3
-    for name, t in (("a", a), ("b", b)):
-        if t is not None and t.dim() != dims:
-            shape = "[r, K], [N, r]" if index is None else "[L, r, K], [L, N, r] with index"
-            raise ValueError(f"{name} has shape {tuple(t.shape)}; allowed: a, b of {shape}")
-    r = b.shape[-1]
+    check_matrix("b", b)
+    r = b.shape[1]
     check_rank("b", r)
     check_adapter_dtype("b", b, x.dtype)
-    if index is None:
-        b = b[None]
-        a = None if a is None else a[None]
-    L = b.shape[0]
-    check_shape("b", b, (L, N, r), "N rows as w")
+    check_shape("b", b, (N, r), "N rows as w")
     if a is not None:
-        check_shape("a", a, (L, r, K), "adapters and rank as b, K as x")
+        check_matrix("a", a)
+        check_shape("a", a, (r, K), "rank as b, K as x")
         check_adapter_dtype("a", a, x.dtype)
-        if a.stride(2) != 1 and K > 1:
+        if a.stride(1) != 1 and K > 1:
             a = a.contiguous()
     if s is not None:
         s = rows("s", s, (x.dtype,))
@@ -350,19 +255,10 @@ def decode(
     if bias is not None:
         check_shape("bias", bias, (N,), "w has N rows")
         bias = bias.contiguous()
-    if index is not None:
-        check_index(index, M, L)
-        index = index.contiguous()
-        if scales is None or scales.dtype != torch.float32:
-            raise TypeError(
-                f"scales is {None if scales is None else scales.dtype}; "
-                "allowed with index: torch.float32"
-            )
-        check_shape("scales", scales, (L,), "one for each adapter")
-    check_device(x=x, w=w, a=a, b=b, bias=bias, index=index, scales=scales, s=s)
+    check_device(x=x, w=w, a=a, b=b, bias=bias, s=s)
     y = x.new_empty((M, N))
     if y.numel():
         config = config or default_config(M, N, r, arch_of(x.device))
-        for launch in plan_small(y, x, w, a, b, s, bias, index, scales, float(scale), config):
+        for launch in plan_small(y, x, w, a, b, s, bias, float(scale), config):
             launch.run()
     return y

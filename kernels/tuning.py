@@ -1,24 +1,31 @@
 """Tuning tables: what a race measured on one GPU, as JSON that ships beside the kernels.
 
 One file a GPU, ``tuning/device_name=NVIDIA_H200.json``. Reading and writing only: nothing here
-times, launches or decides (``benchmarks.gpu`` writes tables, a dispatcher reads them).
+times, launches or decides (``benchmarks.gpu`` and ``peftkern tune`` write tables, the dispatcher in
+``peftkern/ops`` reads them and keeps what it races itself in files of the same schema).
 
     {"schema": 1,
      "gpu": {"name": str, "capability": [major, minor], "sms": int, "memory_bytes": int, ...},
      "versions": {"driver": str, "cuda": str, "torch": str, "triton": str, ...},
-     "sources": str,            # hash of the kernels that were raced
+     "sources": str,            # hash of the code that was raced
      "date": str,               # ISO 8601, UTC
      "entries": [{"op": str,    # one of OPS
                   "dtype": "bfloat16", "adapter_dtype": "float32",
                   "m": int,     # bucket of M, see bucket()
                   "n": int, "k": int, "r": int, "group": int, "mask": bool,
-                  "choice": str | null,          # a name of CHOICES[op], for ops that have any
+                  "grads": str,                  # backward: which of x, a, b, e.g. "xab"
+                  "graph": bool,                 # infer, few rows: replayed in a CUDA graph
+                  "choice": str | null,          # for ops of WHOLE, and for "outer"
                   "config": {field: value} | null,  # of the op's *Config; null: its default
                   "us": {"p20": float, "p50": float, "p80": float},
                   "default_us": float | null,    # median of the kernel's own default config
-                  "candidates": int}]}           # how many were right and timed
+                  "candidates": int,             # how many were right and timed
+                  "times": {choice: us},         # medians of all of them, for ops of WHOLE
+                  "left_out": {choice: why},
+                  "date": str}]}                 # of this entry, ISO 8601, UTC
 
-A dimension that an op does not have is 0 (shrink has no n). Readers ignore fields they do not know.
+A dimension that an op does not have is 0 (shrink has no n). For a group, n is the sum of its
+projections' and r the largest. Readers ignore fields they do not know.
 """
 
 from __future__ import annotations
@@ -26,7 +33,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,17 +41,21 @@ SCHEMA = 1
 FOLDER = Path(__file__).with_name("tuning")
 LARGEST_BUCKET = 8192
 
-# `forward`, `grad_input` and `grad_output` choose an implementation; the others only a config.
-OPS = (
-    "shrink", "expand", "low_rank_grad_input", "outer", "grad_a", "gemm", "gemm_grad_input",
-    "small", "forward", "grad_input", "grad_output", "decode",
+# Kernels, of which an entry holds the best config; "outer" also chooses between PASSES over dY.
+KERNELS = (
+    "shrink", "expand", "update", "outer", "grad_a", "low_rank_grad_input", "pair", "gemm",
+    "gemm_grad_input", "small",
 )  # fmt: skip
-CHOICES = {
-    "forward": ("torch", "hybrid", "fused"),  # Y = X Wᵀ + S Bᵀ, given S
-    "grad_input": ("torch", "hybrid", "fused"),  # dX, given dS
-    "grad_output": ("one_pass", "two_pass"),  # dS and dB
-    "decode": ("torch", "small", "hybrid"),  # Y for M <= 16, from X
-}
+PASSES = ("one_pass", "two_pass")
+# Operations of which an entry chooses the implementation. Their names belong to the dispatcher,
+# which ignores one that it does not know.
+WHOLE = (
+    "forward",  # X to Y and S, the mask being given
+    "backward",  # dY to dX, dA and dB
+    "infer",  # X to Y, nothing dropped, nothing kept
+    "mixed",  # the same, samples naming different adapters: r the largest, group how many
+)
+OPS = KERNELS + WHOLE
 
 C = TypeVar("C")
 
@@ -62,6 +73,8 @@ class Key:
     r: int
     group: int = 1
     mask: bool = False
+    grads: str = ""
+    graph: bool = False
 
     def __post_init__(self) -> None:
         if self.op not in OPS:
@@ -80,13 +93,19 @@ class Entry:
     us: dict[str, float]
     default_us: float | None = None
     candidates: int = 1
+    times: dict[str, float] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+    date: str = ""
 
     def __post_init__(self) -> None:
-        allowed = CHOICES.get(self.key.op, ())
-        if self.choice not in (allowed or (None,)):
-            raise ValueError(
-                f"choice of {self.key.op} is {self.choice!r}; allowed: {', '.join(allowed) or None}"
-            )
+        op, choice = self.key.op, self.choice
+        allowed = "a name" if op in WHOLE else "None"
+        if op == "outer":
+            fine, allowed = choice in PASSES, ", ".join(PASSES)
+        else:
+            fine = (isinstance(choice, str) and choice != "") if op in WHOLE else choice is None
+        if not fine:
+            raise ValueError(f"choice of {op} is {choice!r}; allowed: {allowed}")
         if missing := {"p20", "p50", "p80"} - set(self.us):
             raise ValueError(f"us of {self.key.op} lacks {', '.join(sorted(missing))}")
 
@@ -124,16 +143,15 @@ class Table:
         """The entry of exactly this key."""
         return self.entries.get(key)
 
-    def find_near(self, key: Key) -> Entry | None:
+    def find_near(self, key: Key, steps: int | None = None) -> Entry | None:
         """The entry of this key, or else of the nearest M-bucket with all else equal (the smaller
-        of two as near)."""
+        of two as near), at most ``steps`` powers of two away."""
         if (exact := self.find(key)) is not None:
             return exact
-        same = {k.m: e for k, e in self.entries.items() if _without_m(k) == _without_m(key)}
-        if not same:
-            return None
-        steps = {m: abs(m.bit_length() - key.m.bit_length()) for m in same}
-        return same[min(same, key=lambda m: (steps[m], m))]
+        same = {k.m: e for k, e in self.entries.items() if _alike(k, key)}
+        away = {m: abs(m.bit_length() - key.m.bit_length()) for m in same}
+        near = [m for m in same if steps is None or away[m] <= steps]
+        return same[min(near, key=lambda m: (away[m], m))] if near else None
 
     def as_json(self) -> dict[str, Any]:
         rows = []
@@ -159,8 +177,12 @@ class Table:
         temporary.replace(path)
 
 
-def _without_m(key: Key) -> tuple[Any, ...]:
-    return (key.op, key.dtype, key.adapter_dtype, key.n, key.k, key.r, key.group, key.mask)
+def _alike(a: Key, b: Key) -> bool:
+    """Whether two keys differ in M alone, and not between one row and several for "small", which
+    are two kernels."""
+    if a.op == "small" and (a.m == 1) != (b.m == 1):
+        return False
+    return replace(a, m=b.m) == b
 
 
 def bucket(M: int) -> int:
@@ -188,8 +210,14 @@ def from_json(data: Any, source: str = "table") -> Table:
         for row in data["entries"]:
             key = Key(**{f.name: row[f.name] for f in fields(Key)})
             us = {k: float(v) for k, v in row["us"].items()}
-            default_us, count = row.get("default_us"), row.get("candidates", 1)
-            table.add([Entry(key, row["choice"], row["config"], us, default_us, count)])
+            times = {k: float(v) for k, v in row.get("times", {}).items()}
+            table.add([
+                Entry(
+                    key, row["choice"], row["config"], us, row.get("default_us"),
+                    row.get("candidates", 1), times, dict(row.get("left_out", {})),
+                    str(row.get("date", "")),
+                )
+            ])  # fmt: skip
     except KeyError as e:
         raise ValueError(f"{source} lacks the field {e}") from None
     except (TypeError, AttributeError, ValueError) as e:

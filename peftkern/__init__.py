@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from .tasks import (
         PeftModelForTokenClassification as PeftModelForTokenClassification,
     )
+    from .tuners.lora import AdapterNames as AdapterNames
     from .tuners.lora import LoraConfig as LoraConfig
     from .tuners.lora import LoraModel as LoraModel
     from .tuners.p_tuning import PromptEncoder as PromptEncoder
@@ -74,7 +75,7 @@ _WHERE = {
         "PeftModelForSeq2SeqLM PeftModelForSequenceClassification PeftModelForTokenClassification "
         "MODEL_TYPE_TO_PEFT_MODEL_MAPPING"
     ),
-    ".tuners.lora": "LoraConfig LoraModel LoraRuntimeConfig",
+    ".tuners.lora": "AdapterNames LoraConfig LoraModel LoraRuntimeConfig",
     ".tuners.p_tuning": "PromptEncoder PromptEncoderConfig PromptEncoderReparameterizationType",
     ".tuners.prefix_tuning": "PrefixEncoder PrefixTuningConfig",
     ".tuners.prompt_tuning": "PromptEmbedding PromptTuningConfig PromptTuningInit",

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from .ops.backend import describe
+from .ops.library import why_formula
 from .tuners.lora.base import LoraLayer
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One row: a layer's name, kind, shape (K, N), adapters with ranks, backend and reason."""
+    """One row: a layer's name, kind, shape (K, N), adapters with ranks, backend and reason;
+    ``compiled`` is what ``torch.compile`` makes of it."""
 
     name: str
     kind: str
@@ -23,6 +26,7 @@ class LayerReport:
     fused: bool
     backend: str
     reason: str
+    compiled: str
 
 
 class Explanation(list[LayerReport]):
@@ -47,9 +51,22 @@ class Explanation(list[LayerReport]):
             for line in [head, *rows]
         ]
         lines.insert(1, "  ".join("-" * w for w in widths))
-        counts = Counter(row.backend for row in self)
-        total = ", ".join(f"{count} {name}" for name, count in counts.most_common())
+        total = _counted(row.backend for row in self)
+        if self:
+            total += f"; under torch.compile: {_counted(row.compiled for row in self)}"
         return "\n".join([*lines, f"{len(self)} adapted layers: {total or 'none'}"])
+
+
+def _counted(names: Iterable[str]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in Counter(names).most_common())
+
+
+def _compiled(layer: Any) -> str:
+    """What ``torch.compile`` makes of a layer that is fused; its input is taken to be of the
+    weight's dtype and on its device."""
+    A = layer.lora_A[layer.active_adapters[0]].weight
+    why = why_formula(layer.base_layer.weight, A)
+    return "one operator" if why is None else f"plain formula ({why})"
 
 
 def explain(model: nn.Module) -> Explanation:
@@ -66,6 +83,7 @@ def explain(model: nn.Module) -> Explanation:
         reason = layer.decline_reason()
         group = layer.__dict__.get("_group")
         together = "" if reason or group is None else group.describe(layer)
+        decided = _decided(layer, group) if backend == "auto" and reason is None else why
         rows.append(
             LayerReport(
                 name=name,
@@ -74,7 +92,27 @@ def explain(model: nn.Module) -> Explanation:
                 ranks=dict(layer.r),
                 fused=reason is None,
                 backend=f"{backend} fused" if reason is None else "base layer + update",
-                reason=why + together if reason is None else reason,
+                reason=decided + together if reason is None else reason,
+                compiled=_compiled(layer) if reason is None else "plain formula",
             )
         )
     return rows
+
+
+def _decided(layer: Any, group: Any) -> str:
+    """What the dispatcher decided for a fused layer, by itself and in its group."""
+    from .ops.auto_report import describe as in_words
+
+    together = None
+    if group is not None and not group.off:
+        members = [m for m in group.layers if m.decline_reason() is None]
+        together = _numbers(members) if len(members) > 1 else None
+    adapter = layer.lora_A[next(n for n in layer.active_adapters if n in layer.lora_A)]
+    return in_words(layer.weight, adapter.weight.dtype, _numbers([layer]), together)
+
+
+def _numbers(layers: list[Any]) -> tuple[int, int, int, int]:
+    """(sum of N, K, largest active rank, how many)."""
+    ranks = [layer.r[name] for layer in layers for name in layer.active_adapters if name in layer.r]
+    n = sum(layer.out_features for layer in layers)
+    return n, layers[0].in_features, max(ranks, default=0), len(layers)

@@ -17,7 +17,7 @@ from benchmarks.cost_gpus import GPUS, microseconds
 from benchmarks.cost_kernels import Traffic, traffic
 from benchmarks.static_cases import cases as shipped
 from peftkern.kernels import bits as kernel_bits
-from peftkern.kernels import gemm, outer, pair, reduce, shrink, small, update, write
+from peftkern.kernels import gemm, grad_a, mixed, outer, pair, reduce, shrink, small, update, write
 from peftkern.kernels.common import Arch, Launch
 
 BF16, FP32, INT32 = torch.bfloat16, torch.float32, torch.int32
@@ -211,7 +211,7 @@ def test_kernel_traffic_by_hand() -> None:
     wanted = (32768 + 2048 + 8192, 8192 + 2 * 4096, 32768 + 2 * 2048 + 8192)
     assert byte_counts(first) == wanted
     assert byte_counts(second)[:2] == (2 * 4096, 4096)
-    (launch,) = outer.plan_grad_a(x, [ds], [words], [da], outer.GradAConfig(block_k=32))
+    (launch,) = grad_a.plan_grad_a(x, [ds], [words], [da], grad_a.GradAConfig(block_k=32))
     assert byte_counts(launch) == (65536 + 8192 + 4096, 8192, 65536 + 4 * 8192 + 4096)
 
     # two projections with one mask: X and the mask once, both Y and S written
@@ -232,16 +232,28 @@ def test_kernel_traffic_by_hand() -> None:
 
 def test_decode_traffic_by_hand() -> None:
     x, w, y = meta(1, 128), meta(64, 128), meta(1, 64)
-    a, b = meta(4, 16, 128), meta(4, 64, 16)  # four adapters of 4096 and 2048 bytes
+    a, b = meta(16, 128), meta(64, 16)
     config = small.SmallConfig(block_n=16)
-    index, scales = meta(1, dtype=torch.int64), meta(4, dtype=FP32)
-    args = (None, None, index, scales, 1.0, config)
-    (launch,) = small.plan_small(y, x, w, a, b, *args)
-    assert byte_counts(launch)[:2] == (256 + 16384 + 4096 + 2048 + 8 + 16, 128)
-    (launch,) = small.plan_small(y, x, w, a[:1], b[:1], None, None, None, None, 1.0, config)
+    (launch,) = small.plan_small(y, x, w, a, b, None, None, 1.0, config)
     assert byte_counts(launch) == (
         256 + 16384 + 4096 + 2048, 128, 16384 + 2048 + 4 * (256 + 4096)
     )  # fmt: skip
+
+
+def test_mixed_traffic_by_hand() -> None:
+    """Four samples of 8 rows in two tiles: each tile meets two adapters at most, and together they
+    meet three of rank 4, 8 and 16: lanes of 256 bytes of A and 128 bytes of B."""
+    x, w, y, index = meta(32, 128), meta(64, 128), meta(32, 64), meta(4, dtype=torch.int32)
+    As, Bs = [meta(r, 128) for r in (4, 16, 8)], [meta(64, r) for r in (4, 16, 8)]
+    config = mixed.MixedConfig(block_m=16, block_n=32, block_r=16)
+    (launch,) = mixed.plan_mixed(y, x, w, As, Bs, [1.0] * 3, index, None, config)
+    assert byte_counts(launch) == (
+        8192 + 16384 + 16 + 28 * (256 + 128),
+        4096,
+        # two chunks of 16 lanes for up to 28 lanes (a tile off a sample's start touches three)
+        2 * (2 * 8192 + 16 + 2 * 28 * 256) + 2 * (16384 + 28 * 128),
+    )
+    assert launch.grid == (4,) and not launch.meta["ONE_CHUNK"]
 
 
 def test_a_rank_chunk_reads_dy_again() -> None:
@@ -261,7 +273,7 @@ def test_every_shipped_launch_has_a_rule(gpu: str) -> None:
         seen.add(found.name)
         assert found.written > 0 and found.requested >= found.read >= 0, case.name
     kernels = {"bits", "shrink", "sum", "outer", "grad_a", "write", "gemm", "small"}
-    assert seen == kernels | {"update", "pair"}
+    assert seen == kernels | {"update", "pair", "mixed"}
 
 
 def test_a_kernel_without_a_rule_is_an_error() -> None:

@@ -15,8 +15,9 @@ from benchmarks import gpu_cases, gpu_report, gpu_store
 from benchmarks.gpu_store import Store
 
 ROOT = Path(__file__).resolve().parents[1]
-FIELDS = {"schema", "part", "sources", "gpu", "versions", "ceilings", "started", "finished",
-          "not_run", "notes", "banned", "rows", "dry", "budget_s", "current"}  # fmt: skip
+FIELDS = {"schema", "part", "sources", "kernels", "gpu", "versions", "ceilings", "started",
+          "finished", "not_run", "notes", "banned", "rows", "dry", "budget_s",
+          "current"}  # fmt: skip
 
 
 def gpu(*args, check=True):
@@ -66,7 +67,8 @@ def test_a_dry_run_continues_what_was_cut_off(tmp_path):
     assert data["notes"] == ["continued after a cut within cut within"]
     measured = row["providers"]
     assert {"plain frozen", "PEFT bf16", "PEFT default (fp32)"} < set(measured)
-    for name in ("peftkern torch", "peftkern hybrid", "peftkern joined", "peftkern fused"):
+    names = ("torch", "hybrid", "joined", "fused", "auto")
+    for name in (f"peftkern {way}" for way in names):
         entry = measured[name]
         assert entry["ok"] and 0 < entry["errors"]["y"] < entry["limit"], (name, entry)
         assert entry["us"]["p20"] <= entry["us"]["p50"] <= entry["us"]["p80"]
@@ -171,6 +173,7 @@ import json, sys
 from pathlib import Path
 from benchmarks import gpu_race, gpu_table
 from benchmarks.gpu_store import Store
+from peftkern.ops import tuned
 from peftkern.kernels import tuning
 from peftkern.kernels.gemm import GemmConfig
 from peftkern.kernels.shrink import ShrinkConfig
@@ -181,11 +184,21 @@ case = dict(op="gemm", m=4095, n=64, k=64, r=16, mask=False, dtype="bfloat16",
 config = dict(block_m=64, block_n=64, block_k=32, tma=True)
 row = dict(key="a", part="race", case=case, entrants={
     "default": dict(config=None, ok=True, us=us(30.0)),
-    "c": dict(config=config, ok=True, us=us(20.0)),
-    "hybrid": dict(config=None, ok=True, us=us(10.0)), "bad": dict(config=config, ok=False)})
+    "c": dict(config=config, ok=True, us=us(20.0)), "bad": dict(config=config, ok=False)})
+way = dict(key="b", part="race", case=case | dict(op="forward", ns=[64]), entrants={
+    "torch": dict(config=None, ok=True, us=us(10.0)),
+    "hybrid": dict(config=None, ok=True, us=us(5.0)),
+    "fused": dict(config=None, ok=False, why="OutOfResources: x")})
+close = dict(key="c", part="race", case=case | dict(op="infer", ns=[64], graph=True, m=1),
+    entrants={"torch": dict(config=None, ok=True, us=us(10.0)),
+              "small": dict(config=None, ok=True, us=us(9.9))})
+passes = dict(key="d", part="race", case=case | dict(op="outer", k=0), entrants={
+    "default": dict(config=None, ok=True, us=us(30.0)),
+    "two_pass": dict(config=None, ok=True, us=us(20.0))})
 card = {"name": "NVIDIA H200", "capability": [9, 0], "sms": 132, "memory_bytes": 1}
 store = Store.create(folder / "1-race.json", "race", versions={"torch": "x"}, gpu=card)
-store.put(row)
+for one in (row, way, close, passes):
+    store.put(one)
 path = gpu_table.write([store.path], folder)
 assert path.name == "device_name=NVIDIA_H200.json", path
 table = tuning.load(path)
@@ -193,8 +206,13 @@ key = tuning.Key("gemm", "bfloat16", "float32", tuning.bucket(4095), 64, 64, 16)
 entry = table.find(key)
 assert key.m == 4096 and entry.us["p50"] == 20 and entry.default_us == 30 and entry.candidates == 2
 assert entry.make(GemmConfig) == GemmConfig(64, 64, 32, tma=True)
-choice = tuning.Key("forward", "bfloat16", "float32", 4096, 64, 64, 16)
-assert table.find(choice).choice == "hybrid" and table.find(choice).make(GemmConfig) is None
+choice = table.find(tuning.Key("forward", "bfloat16", "float32", 4096, 64, 64, 16))
+assert choice.choice == "hybrid" and choice.times == {"torch": 10, "hybrid": 5}
+assert choice.left_out == {"fused": "OutOfResources: x"} and choice.default_us == 10
+key1 = tuning.Key("infer", "bfloat16", "float32", 1, 64, 64, 16, graph=True)
+assert table.find(key1).choice == "torch"  # 1% is noise
+assert table.find(tuning.Key("outer", "bfloat16", "float32", 4096, 64, 0, 16)).choice == "two_pass"
+assert table.sources == tuned.sources() != store.data["sources"]
 near = tuning.Key("gemm", "bfloat16", "float32", 512, 64, 64, 16)
 assert table.find(near) is None and table.find_near(near) is entry
 for change in (dict(schema=2), dict(entries=[dict(table.as_json()["entries"][0], op="dance")])):

@@ -1,3 +1,3 @@
-"""The command line: ``peftkern train`` and ``peftkern demo``. Nothing here is imported by the
+"""The command line: ``peftkern train``, ``tune`` and ``demo``. Nothing here is imported by the
 library.
 """

@@ -1,5 +1,5 @@
-"""The ``peftkern`` command: options and their help. The work is done in ``train.py`` and
-``demo.py``.
+"""The ``peftkern`` command: options and their help. The work is done in ``train.py``, ``tune.py``
+and ``demo.py``.
 """
 
 from __future__ import annotations
@@ -172,6 +172,46 @@ def demo_command(
     from .demo import DemoSettings, demo
 
     demo(DemoSettings(**given))
+
+
+@app.command("tune")
+def tune_command(
+    model: Annotated[
+        str | None, typer.Option(help="Folder of a model: its config.json gives the shapes.")
+    ] = None,
+    shapes: Annotated[
+        str | None, typer.Option(help="OUTxIN of weights instead: 4096x4096,14336x4096.")
+    ] = None,
+    r: Annotated[int, typer.Option(help="Rank of the adapters.")] = 16,
+    rows: Annotated[
+        str, typer.Option(help="Tokens in a batch; each stands for its power of two.")
+    ] = "1,16,2048,8192",
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    adapter_dtype: Annotated[str, typer.Option(help="float32, or that of --dtype.")] = "float32",
+    dropout: Annotated[
+        str, typer.Option(help="Dropout of A's input; only 0 or not 0 matters.")
+    ] = "0,0.1",
+    targets: Annotated[str, typer.Option(help="all-linear, or names with commas.")] = "all-linear",
+    show: Annotated[
+        bool, typer.Option("--show", help="Print what is known for this GPU, and race nothing.")
+    ] = False,
+    export: Annotated[
+        str | None, typer.Option(help="Write what is known to a file, as tables ship.")
+    ] = None,
+) -> None:
+    """Find the fastest way for each operation on this GPU, before the first step has to.
+
+    What is found is kept in $PEFTKERN_CACHE (else ~/.cache/peftkern) for this GPU, driver, torch,
+    triton and version of the kernels.
+    """
+    given: dict[str, Any] = dict(locals())
+    from .tune_settings import TuneSettings
+
+    settings = TuneSettings(**given)
+    settings.validate()  # before torch is loaded
+    from .tune import tune
+
+    tune(settings)
 
 
 def main(args: list[str] | None = None) -> None:

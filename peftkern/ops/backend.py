@@ -1,17 +1,21 @@
 """Which implementation runs the operations: the one place where that is decided.
 
 ``PEFTKERN_BACKEND`` is read at the first use: ``torch`` forces torch's own products, ``triton`` the
-kernels of ``kernels/``, and ``auto`` (default) takes the fastest that was measured on the device.
-No GPU measurement exists yet, so ``auto`` is torch everywhere. A backend is a module with
-``forward``, ``backward`` and ``infer`` of the signatures in :mod:`peftkern.ops.torch_backend`.
+kernels of ``kernels/``, and ``auto`` (default) takes, call by call, the fastest that was measured
+on the device (:mod:`.auto_backend`); without a CUDA device or without triton that is torch, at no
+cost. A backend is a module with ``forward``, ``backward``, ``group_forward``, ``group_backward``,
+``infer``, ``draw`` and ``low_rank_dtype`` of the signatures in :mod:`peftkern.ops.torch_backend`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 from collections.abc import Iterator
 from types import ModuleType
+
+import torch
 
 from . import torch_backend
 
@@ -19,8 +23,15 @@ ENV = "PEFTKERN_BACKEND"
 CHOICES = ("auto", "torch", "triton")
 
 _forced: str | None = None
-# the module in use; None until the first operation: read `backend.active or backend.select()`
-active: ModuleType | None = None
+# The module in use. Not there until somebody reads it, which decides: a decision that falls while
+# a model is being compiled is then not a change of state, for which it would be compiled again.
+active: ModuleType
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name == "active":
+        return select()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def requested() -> str:
@@ -38,13 +49,14 @@ def requested() -> str:
 @contextlib.contextmanager
 def use_backend(choice: str) -> Iterator[None]:
     """Force a backend within a block, whatever the environment says."""
-    global _forced, active
+    global _forced
     before, _forced = _forced, choice
     try:
         select()
         yield
     finally:
-        _forced, active = before, None
+        _forced = before
+        globals().pop("active", None)
 
 
 def select() -> ModuleType:
@@ -55,18 +67,33 @@ def select() -> ModuleType:
         ImportError: ``triton`` was asked for and is not installed.
     """
     global active
-    if requested() == "triton":
+    choice = requested()
+    if choice == "triton":
         from . import triton_backend
 
         active = triton_backend
+    elif choice == "auto" and _no_choice() is None:
+        from . import auto_backend
+
+        active = auto_backend
     else:
         active = torch_backend
     return active
+
+
+def _no_choice() -> str | None:
+    """Why ``auto`` has nothing but torch here, None when it has."""
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    return None
 
 
 def describe() -> tuple[str, str]:
     """(backend, why it was taken), for ``explain``."""
     choice = requested()
     if choice == "auto":
-        return "torch", "auto: torch until the Triton kernels are measured"
+        nothing_else = _no_choice()
+        return ("torch", f"auto: {nothing_else}") if nothing_else else ("auto", "auto")
     return choice, f"asked for: {ENV}={choice}"

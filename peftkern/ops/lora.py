@@ -53,16 +53,7 @@ class _LoraLinear(torch.autograd.Function):
         x, weight, A, B, s, bits, bias = ctx.saved_tensors
         needs_x, needs_w, needs_bias, needs_a, needs_b = ctx.needs_input_grad[:5]
         if torch.is_grad_enabled():  # create_graph=True
-            if x is not None:
-                return _differentiable_backward(ctx, dy, x)
-            if needs_b:  # S alone is kept, and S has no graph
-                raise RuntimeError(
-                    "lora_linear: second derivatives with a frozen A and a trained B are not kept; "
-                    "let A require a gradient as well"
-                )
-            # dX does not depend on x, so any x will do
-            x = dy.new_zeros(ctx.x_like[0], dtype=ctx.x_like[1]).requires_grad_()
-            return _differentiable_backward(ctx, dy, x)
+            return second_derivatives(ctx, dy)
         shape, dtype = ctx.x_like
         w = weight if ctx.transposed else weight.t()  # [K, N]
         dy2 = dy.reshape(-1, dy.shape[-1])
@@ -83,9 +74,19 @@ class _LoraLinear(torch.autograd.Function):
         return (dx.view(shape) if dx is not None else None), dw, dbias, da, db, None, None, None
 
 
-def _differentiable_backward(ctx: Any, dy: Tensor, x: Tensor) -> tuple[Tensor | None, ...]:
-    """The gradients as a graph of their own, from the plain formula, for second derivatives."""
-    _, weight, A, B, _, bits, bias = ctx.saved_tensors
+def second_derivatives(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients as a graph of their own, from the plain formula. ``ctx`` is that of a forward
+    with x, weight, bias, A and B as its first arguments, which kept what :class:`_LoraLinear` does.
+    """
+    x, weight, A, B, _, bits, bias = ctx.saved_tensors
+    if x is None:
+        if ctx.needs_input_grad[4]:  # S alone is kept, and S has no graph
+            raise RuntimeError(
+                "lora_linear: second derivatives with a frozen A and a trained B are not kept; "
+                "let A require a gradient as well"
+            )
+        # dX does not depend on x, so any x will do
+        x = dy.new_zeros(ctx.x_like[0], dtype=ctx.x_like[1]).requires_grad_()
     with torch.enable_grad():
         mask = unpack_bits(bits, x.shape[-1], x.dtype).view(x.shape) if bits is not None else None
         y = plain(x, weight, bias, A, B, ctx.scale, mask, ctx.p, ctx.transposed)
@@ -111,6 +112,18 @@ def plain(
     y = linear(x, weight.t() if transposed else weight, bias)
     dropped = (x if mask is None else x * mask).to(A.dtype)
     return (y + linear(linear(dropped, A), B) * (scale / (1.0 - p))).to(y.dtype)
+
+
+def to_autocast(
+    device: str, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
+    """The tensors of a call in the dtype of ``device``'s autocast, which is on; float64 as it is,
+    as in torch's own products."""
+    if x.dtype == torch.float64:
+        return x, weight, bias, A, B
+    dtype = torch.get_autocast_dtype(device)
+    narrow = bias.to(dtype) if bias is not None else None
+    return x.to(dtype), weight.to(dtype), narrow, A.to(dtype), B.to(dtype)
 
 
 def lora_linear(
@@ -146,10 +159,7 @@ def lora_linear(
     # x.device.type costs as much as a small product; the flags do not
     device = "cpu" if x.is_cpu else "cuda" if x.is_cuda else autocast.elsewhere(x)
     if device and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        if x.dtype != torch.float64:
-            x, weight, A, B = x.to(dtype), weight.to(dtype), A.to(dtype), B.to(dtype)
-            bias = bias.to(dtype) if bias is not None else None
+        x, weight, bias, A, B = to_autocast(device, x, weight, bias, A, B)
     if torch.is_grad_enabled() and (
         x.requires_grad
         or A.requires_grad

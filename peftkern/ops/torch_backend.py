@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from ..kernels.reference import reference_bits
 from .bits import pack_bits, unpack_bits
 from .projection import Part
 
@@ -25,7 +26,7 @@ from .projection import Part
 _FEW_ROWS = 32
 
 
-def _low_rank_dtype(x: Tensor, A: Tensor) -> torch.dtype:
+def low_rank_dtype(x: Tensor, A: Tensor) -> torch.dtype:
     """The dtype of the low-rank products.
 
     On CUDA the activation dtype, so that float32 adapters under a bf16 model run on the matrix
@@ -69,13 +70,30 @@ def _drop_fused(x: Tensor, p: float) -> tuple[Tensor, Tensor, float]:
     return *torch.native_dropout(x, p, True), 1.0
 
 
+def draw(M: int, K: int, p: float, seed: Tensor) -> Tensor:
+    """The packed mask [M, ceil(K / 32)] that belongs to ``seed`` (int64, one element), on its
+    device: the same words as the Triton backend's."""
+    return reference_bits(M, K, p, seed)
+
+
 def forward(
-    x: Tensor, w: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float, p: float
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scale: float,
+    p: float,
+    words: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Y [M, N] in x's dtype, S [M, r] and the packed mask (None when ``p`` is 0)."""
-    low = _low_rank_dtype(x, A)
-    dropped, bits = x.to(low), None
-    if p > 0.0:
+    """Y [M, N] in x's dtype, S [M, r] and the packed mask (None when ``p`` is 0), which is
+    ``words`` where they are given."""
+    low = low_rank_dtype(x, A)
+    dropped, bits = x.to(low), words
+    if words is not None:
+        dropped = unpack_bits(words, x.shape[1], low).mul_(dropped)
+        scale = scale / (1.0 - p)
+    elif p > 0.0:
         dropped, keep, factor = (_drop_fused if x.is_cuda else _drop)(dropped, p)
         bits = pack_bits(keep)
         scale = scale * factor
@@ -111,16 +129,22 @@ def backward(
     return dx, da, db
 
 
-def group_forward(x: Tensor, members: list[Any]) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+def group_forward(
+    x: Tensor, members: list[Any], words: list[Tensor | None] | None = None
+) -> list[tuple[Tensor, Tensor, Tensor | None]]:
     """(Y_i, S_i, mask_i) of several projections of one x [M, K]; see :mod:`.lora_group`."""
-    return [forward(x, m.w, m.bias, m.A, m.B, m.scale, m.p) for m in members]
+    given = words if words is not None else [None] * len(members)
+    return [
+        forward(x, m.w, m.bias, m.A, m.B, m.scale, m.p, bits)
+        for m, bits in zip(members, given, strict=True)
+    ]
 
 
 def group_backward(
     x: Tensor, parts: list[Any], needs_x: bool
 ) -> tuple[Tensor | None, list[tuple[Tensor | None, Tensor | None]]]:
     """One dX [M, K] for all projections, accumulated in place, and (dA_i, dB_i) of each."""
-    low = _low_rank_dtype(x, parts[0].A)
+    low = low_rank_dtype(x, parts[0].A)
     dx, pairs, xl = None, [], x.to(low)
     for part in parts:
         dyl = part.dy.to(low)
@@ -173,3 +197,17 @@ def infer(
     x2 = x.reshape(-1, K)
     y, _, _ = forward(x2, w if transposed else w.t(), bias, A, B, scale, 0.0)
     return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def mixed(x: Tensor, w: Tensor, bias: Tensor | None, adapters: Any, samples: Any) -> Tensor:
+    """Y [M, N] for x [M, K], w [N, K]: the base product once, then each adapter on the rows of its
+    own samples; see :mod:`.lora_mixed`."""
+    y = linear(x, w, bias)
+    count, T = len(samples), x.shape[0] // max(len(samples), 1)
+    by_sample, out = x.view(count, T, x.shape[1]), y.view(count, T, y.shape[1])
+    for adapter, rows in zip(adapters, samples.rows(x.device), strict=True):
+        if adapter is not None and rows is not None:
+            A, B, scale = adapter
+            part = by_sample.index_select(0, rows).to(A.dtype)
+            out = out.index_add(0, rows, (linear(linear(part, A), B) * scale).to(out.dtype))
+    return out.view(y.shape)

@@ -1,8 +1,8 @@
 """The LoRA linear on the Triton kernels of ``kernels/``; signatures as in :mod:`.torch_backend`.
 
 What the kernels do not take (float64, ranks above 256, a CPU outside Triton's interpreter) goes to
-the torch backend, and :func:`why_not` says so. Not measured on a GPU yet, so ``auto`` does not
-choose it.
+the torch backend, and :func:`why_not` says so. Kernels run with the configs that a tuning table has
+for this GPU, or else with their own defaults (:mod:`.tuned`).
 
 The mask is a function of a seed drawn from torch's CPU generator, which gradient checkpointing
 restores: the recomputed forward drops the same elements. It has the distribution of torch's
@@ -12,7 +12,7 @@ dropout, not its elements.
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,10 @@ from torch import Tensor
 from ..kernels.bits import dropout_bits
 from ..kernels.common import DTYPES, INTERPRET, MAX_RANK, arch_of
 from ..kernels.gemm import fused_grad_input, fused_linear
-from ..kernels.outer import grad_a, grad_outputs
+from ..kernels.grad_a import grad_a
+from ..kernels.mixed import MAX_ADAPTERS
+from ..kernels.mixed import mixed as _mixed
+from ..kernels.outer import grad_outputs
 from ..kernels.pair import fits as pair_fits
 from ..kernels.pair import grad_pair
 from ..kernels.shrink import shrink
@@ -28,7 +31,8 @@ from ..kernels.small import MAX_ROWS, decode
 from ..kernels.update import fits as update_fits
 from ..kernels.update import update
 from ..kernels.write import expand, low_rank_grad_input
-from . import torch_backend
+from . import torch_backend, tuned
+from .device import capturing, on_its_device
 from .projection import Part, Projection
 
 # How the base product and the update come together:
@@ -36,8 +40,8 @@ from .projection import Part, Projection
 #   joined   the same, written by the kernel that makes S (backward: dA), in one launch less;
 #            hybrid where that kernel does not hold the ranks
 #   fused    one kernel of ours does both products
-# An operation that is not told (``how=None``) takes ``product``, or, where that is None, the order
-# that its shape suggests; which is fastest on a device only a race tells.
+# An operation that is not told (``how=None``) takes ``product``, or, where that is None, the
+# fastest in this GPU's tables, or else the order that its shape suggests.
 PRODUCTS = ("hybrid", "joined", "fused")
 product: str | None = None
 # without gradients, up to MAX_ROWS rows, there is also one launch for everything
@@ -48,41 +52,94 @@ _noted: set[str] = set()
 
 def why_not(x: Tensor, A: Tensor) -> str | None:
     """Why a call with these tensors goes to the torch backend; None when the kernels take it."""
+    return refusal(x, A.dtype, A.shape[0])
+
+
+def refusal(x: Tensor, adapter: torch.dtype, r: int) -> str | None:
+    """The same for adapters of this dtype and rank."""
     if not (x.is_cuda or INTERPRET.value):
         return f"the tensors are on {x.device.type}, and Triton's interpreter is off"
     if x.dtype not in DTYPES:
         return f"dtype {x.dtype}"
-    if A.shape[0] > MAX_RANK:
-        return f"rank {A.shape[0]} is above {MAX_RANK}"
-    if A.dtype not in (x.dtype, torch.float32):
-        return f"adapters in {A.dtype} under {x.dtype}"
+    if r > MAX_RANK:
+        return f"rank {r} is above {MAX_RANK}"
+    if adapter not in (x.dtype, torch.float32):
+        return f"adapters in {adapter} under {x.dtype}"
     return None
 
 
 def _declines(x: Tensor, A: Tensor) -> bool:
     reason = why_not(x, A)
-    if reason is not None and reason not in _noted:
-        _noted.add(reason)
-        logging.getLogger("peftkern").info("the Triton backend hands a call to torch: %s", reason)
+    if reason is not None:
+        _note(reason)
     return reason is not None
 
 
-def _seed(device: torch.device) -> int | Tensor:
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+def _note(reason: str) -> None:
+    if reason not in _noted:
+        _noted.add(reason)
+        logging.getLogger("peftkern").info("the Triton backend hands a call to torch: %s", reason)
+
+
+def _seed(x: Tensor) -> int | Tensor:
+    if capturing(x):
         # replays of a graph draw anew only from the device's own generator
-        return torch.randint(2**62, (1,), device=device)
+        return torch.randint(2**62, (1,), device=x.device)
     return int(torch.randint(2**62, (1,)))
 
 
-def _order(how: str | None, M: int, ranks: list[int], device: torch.device) -> str:
-    """One of PRODUCTS for these rows and ranks."""
-    how = how or product
-    if how == "joined" or how is None:
-        held = pair_fits(ranks)
-        if how is None and held:
-            held = update_fits(M, ranks, arch_of(device))
-        return "joined" if held else "hybrid"
-    return how
+def words_of(x: Tensor, ps: list[float]) -> list[Tensor | None]:
+    """A packed mask of x [M, K] for each projection that drops, in one launch where they drop
+    alike."""
+    if len(ps) > 1 and len(set(ps)) == 1 and ps[0] > 0.0:
+        return list(dropout_bits(*x.shape, ps[0], _seed(x), groups=len(ps), device=x.device))
+    return [dropout_bits(*x.shape, p, _seed(x), device=x.device) if p > 0.0 else None for p in ps]
+
+
+class _Numbers(NamedTuple):
+    """What configs and ways are looked up by."""
+
+    like: Tensor  # M rows in the activations' dtype
+    adapter: torch.dtype
+    n: int
+    k: int
+    ranks: list[int]
+    masked: bool
+    grads: str = ""
+
+    def config(self, op: str, n: int, k: int) -> Any:
+        """Of a kernel that does all projections at once."""
+        count = len(self.ranks)
+        return tuned.config(op, self.like, self.adapter, n, k, max(self.ranks), count, self.masked)
+
+    def order(self, how: str | None) -> str:
+        """One of PRODUCTS."""
+        how = how or product
+        if how is None:
+            op = "backward" if self.grads else "forward"
+            how = tuned.best_of(
+                PRODUCTS, op, self.like, self.adapter, self.n, self.k, max(self.ranks),
+                len(self.ranks), self.masked, self.grads,
+            )  # fmt: skip
+        if how == "joined" or how is None:
+            held = pair_fits(self.ranks)
+            if how is None and held:
+                held = update_fits(self.like.shape[0], self.ranks, arch_of(self.like.device))
+            return "joined" if held else "hybrid"
+        return how
+
+
+def draw(M: int, K: int, p: float, seed: Tensor) -> Tensor:
+    """The packed mask [M, ceil(K / 32)] that belongs to ``seed`` (int64, one element), on its
+    device."""
+    if not (seed.is_cuda or INTERPRET.value):
+        return torch_backend.draw(M, K, p, seed)
+    return dropout_bits(M, K, p, seed, device=seed.device)
+
+
+def low_rank_dtype(x: Tensor, A: Tensor) -> torch.dtype:
+    """The dtype of S."""
+    return x.dtype if why_not(x, A) is None else torch_backend.low_rank_dtype(x, A)
 
 
 def forward(
@@ -94,11 +151,14 @@ def forward(
     scale: float,
     p: float,
     how: str | None = None,
+    words: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Y [M, N], S [M, r] and the packed mask; ``w`` is [K, N], ``how`` one of ``PRODUCTS``."""
+    """Y [M, N], S [M, r] and the packed mask, which is ``words`` where they are given; ``w`` is
+    [K, N], ``how`` one of ``PRODUCTS``."""
     if _declines(x, A):
-        return torch_backend.forward(x, w, bias, A, B, scale, p)
-    return group_forward(x, [Projection(w, bias, A, B, scale, p, True)], how)[0]
+        return torch_backend.forward(x, w, bias, A, B, scale, p, words)
+    given: list[Tensor | None] | None = None if words is None else [words]
+    return group_forward(x, [Projection(w, bias, A, B, scale, p, True)], how, given)[0]
 
 
 def backward(
@@ -121,40 +181,46 @@ def backward(
     return dx, da, db
 
 
+@on_its_device
 def group_forward(
-    x: Tensor, members: list[Any], how: str | None = None
+    x: Tensor,
+    members: list[Any],
+    how: str | None = None,
+    words: list[Tensor | None] | None = None,
 ) -> list[tuple[Tensor, Tensor, Tensor | None]]:
-    """(Y_i, S_i, mask_i) of several projections of one x [M, K], which is read once for every S."""
+    """(Y_i, S_i, mask_i) of several projections of one x [M, K], which is read once for every S;
+    the masks are ``words`` where they are given."""
     if any(_declines(x, m.A) for m in members):
-        return torch_backend.group_forward(x, members)
-    words = _draw(x, [m.p for m in members])
+        return torch_backend.group_forward(x, members, words)
+    if words is None:
+        words = words_of(x, [m.p for m in members])
+    K, low, n = x.shape[1], members[0].A.dtype, sum(m.B.shape[0] for m in members)
     scales = [m.scale / (1.0 - m.p) for m in members]
     As, ranks = [m.A for m in members], [m.A.shape[0] for m in members]
-    order = _order(how, x.shape[0], ranks, x.device)
+    numbers = _Numbers(x, low, n, K, ranks, any(bits is not None for bits in words))
+    order = numbers.order(how)
     if order == "joined":
-        s, ys = update(x, As, [m.B for m in members], scales, words, [m.bias for m in members])
+        Bs, biases = [m.B for m in members], [m.bias for m in members]
+        config = numbers.config("update", n, K)
+        s, ys = update(x, As, Bs, scales, words, biases, config=config)
         ys = [y.addmm_(x, m.w) for y, m in zip(ys, members, strict=True)]
         return list(zip(ys, s.split(ranks, 1), words, strict=True))
     done = []
-    parts = shrink(x, As, scales, words).split(ranks, 1)
+    config = numbers.config("shrink", 0, K)
+    parts = shrink(x, As, scales, words, config=config).split(ranks, 1)
     for m, s, bits in zip(members, parts, words, strict=True):
+        N, r = m.B.shape
         if order == "fused":
-            y = fused_linear(x, m.w.t(), s, m.B, m.bias)
+            config = tuned.config("gemm", x, low, N, K, r)
+            y = fused_linear(x, m.w.t(), s, m.B, m.bias, config=config)
         else:
-            y = expand(s, m.B, m.bias).addmm_(x, m.w)
+            config = tuned.config("expand", x, low, N, 0, r)
+            y = expand(s, m.B, m.bias, config=config).addmm_(x, m.w)
         done.append((y, s, bits))
     return done
 
 
-def _draw(x: Tensor, ps: list[float]) -> list[Tensor | None]:
-    """A mask for each projection that drops, in one launch where they drop alike."""
-    if len(ps) > 1 and len(set(ps)) == 1 and ps[0] > 0.0:
-        return list(dropout_bits(*x.shape, ps[0], _seed(x.device), groups=len(ps), device=x.device))
-    return [
-        dropout_bits(*x.shape, p, _seed(x.device), device=x.device) if p > 0.0 else None for p in ps
-    ]
-
-
+@on_its_device
 def group_backward(
     x: Tensor, parts: list[Any], needs_x: bool, how: str | None = None
 ) -> tuple[Tensor | None, list[tuple[Tensor | None, Tensor | None]]]:
@@ -163,49 +229,76 @@ def group_backward(
         return torch_backend.group_backward(x, parts, needs_x)
     ds, dbs = _over_dy(parts)
     As, bits = [part.A for part in parts], [part.bits for part in parts]
-    order = _order(how, parts[0].dy.shape[0], [a.shape[0] for a in As], x.device)
+    K, n = parts[0].w.shape[0], sum(part.dy.shape[1] for part in parts)
+    numbers = _Numbers(
+        parts[0].dy, As[0].dtype, n, K, [a.shape[0] for a in As],
+        any(word is not None for word in bits), grads_of(parts, needs_x),
+    )  # fmt: skip
+    order = numbers.order(how)
     das: list[Tensor | None] = [None] * len(parts)
     dx = None
     wanted = [i for i, part in enumerate(parts) if part.needs_a]
     if order == "joined" and needs_x and len(wanted) == len(parts):
-        dx, found = grad_pair(x, ds, As, bits, out_dtypes=[a.dtype for a in As])
+        config = numbers.config("pair", 0, K)
+        dx, found = grad_pair(x, ds, As, bits, out_dtypes=[a.dtype for a in As], config=config)
         das = list(found)
     elif wanted:
+        ours = numbers._replace(
+            ranks=[numbers.ranks[i] for i in wanted],
+            masked=any(bits[i] is not None for i in wanted),
+        )
         found = grad_a(
             x, [ds[i] for i in wanted], [bits[i] for i in wanted],
-            out_dtypes=[As[i].dtype for i in wanted],
+            out_dtypes=[As[i].dtype for i in wanted], config=ours.config("grad_a", 0, K),
         )  # fmt: skip
         for i, da in zip(wanted, found, strict=True):
             das[i] = da
     if needs_x and order == "fused":
         dys, ws = [part.dy for part in parts], [part.w.t() for part in parts]
-        dx = fused_grad_input(dys, ws, ds, As, bits)
+        config = numbers.config("gemm_grad_input", n, K)
+        dx = fused_grad_input(dys, ws, ds, As, bits, config=config)
     elif needs_x:
-        dx = low_rank_grad_input(ds, As, bits) if dx is None else dx
+        if dx is None:
+            config = numbers.config("low_rank_grad_input", 0, K)
+            dx = low_rank_grad_input(ds, As, bits, config=config)
         for part in parts:
             dx.addmm_(part.dy, part.w.t())
     return dx, list(zip(das, dbs, strict=True))
+
+
+def grads_of(parts: list[Any], needs_x: bool) -> str:
+    """Which gradients a backward makes, as in the keys of tables: letters of "xab"."""
+    return (
+        ("x" if needs_x else "")
+        + ("a" if any(part.needs_a for part in parts) else "")
+        + ("b" if any(part.needs_b for part in parts) else "")
+    )
 
 
 def _over_dy(parts: list[Any]) -> tuple[list[Tensor], list[Tensor | None]]:
     """dS_i of every part, dB_i where it is wanted: what reads dY_i alone."""
     ds: list[Any] = [None] * len(parts)
     dbs: list[Tensor | None] = [None] * len(parts)
-    both = []
+    both, configs = [], []
     for i, part in enumerate(parts):
+        N, r = part.B.shape
         if part.needs_b and part.s is not None:
             both.append(i)
+            configs.append(tuned.config("outer", part.dy, part.B.dtype, N, 0, r))
         else:
-            ds[i] = shrink(part.dy, [part.B.t()], part.scale / (1.0 - part.p))
+            config = tuned.config("shrink", part.dy, part.B.dtype, 0, N, r)
+            ds[i] = shrink(part.dy, [part.B.t()], part.scale / (1.0 - part.p), config=config)
     done = grad_outputs(
         [(q.dy, q.B, q.s, q.scale / (1.0 - q.p)) for q in (parts[i] for i in both)],
         [parts[i].B.dtype for i in both],
+        configs,
     )
     for i, (d, db) in zip(both, done, strict=True):
         ds[i], dbs[i] = d, db
     return ds, dbs
 
 
+@on_its_device
 def infer(
     x: Tensor,
     w: Tensor,
@@ -217,12 +310,42 @@ def infer(
     how: str | None = None,
 ) -> Tensor:
     """Y for x [..., K] without gradients or dropout; ``w`` as stored, [K, N] when ``transposed``;
-    ``how`` one of ``INFER``, by default "small" for as many rows as that takes."""
+    ``how`` one of ``INFER``, by default "small" for as many rows as that takes, unless a table
+    knows better."""
     if _declines(x, A):
         return torch_backend.infer(x, w, bias, A, B, scale, transposed)
     x2 = x.reshape(-1, x.shape[-1])
-    if x2.shape[0] <= MAX_ROWS and how in (None, "small"):
-        y = decode(x2, w.t() if transposed else w, A, B, scale, bias)
+    few = x2.shape[0] <= MAX_ROWS
+    N, r = B.shape
+    if few and how is None:
+        K = x2.shape[1]
+        how = tuned.best_of(INFER, "infer", x2, A.dtype, N, K, r) or INFER[0]
+    if few and how == "small":
+        config = tuned.config("small", x2, A.dtype, N, x2.shape[1], r)
+        y = decode(x2, w.t() if transposed else w, A, B, scale, bias, config=config)
     else:
+        how = how if how in PRODUCTS else None
         y, _, _ = forward(x2, w if transposed else w.t(), bias, A, B, scale, 0.0, how)
     return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def why_not_mixed(x: Tensor, adapters: Any) -> str | None:
+    """Why :func:`mixed` hands such a batch to torch; None when the kernel takes it."""
+    if len(adapters) > MAX_ADAPTERS:
+        return f"{len(adapters)} adapters in one batch are more than {MAX_ADAPTERS}"
+    weights = [t for a in adapters if a is not None for t in (a.A, a.B.t())]
+    return next((r for t in weights if (r := why_not(x, t)) is not None), None)
+
+
+@on_its_device
+def mixed(x: Tensor, w: Tensor, bias: Tensor | None, adapters: Any, samples: Any) -> Tensor:
+    """Y [M, N] for x [M, K], w [N, K] and an adapter for each sample, without gradients, in one
+    launch; see :mod:`.lora_mixed`."""
+    reason = why_not_mixed(x, adapters)
+    if reason is not None:
+        _note(f"a mixed batch: {reason}")
+        return torch_backend.mixed(x, w, bias, adapters, samples)
+    As = [None if a is None else a.A for a in adapters]
+    Bs = [None if a is None else a.B for a in adapters]
+    scales = [0.0 if a is None else a.scale for a in adapters]
+    return _mixed(x, w, As, Bs, scales, samples.on(x.device), bias)

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .mixed import HERE, hand_over
+
 # modules that hold others and have no forward to copy
 CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
 
@@ -112,13 +114,15 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
             return getattr(self.in_use(), name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if HERE.blocks:
+            kwargs = hand_over(self, kwargs)
         adapter_names = kwargs.pop("adapter_names", None)
         if adapter_names is None or self._disable_adapters:
             return self.in_use()(*args, **kwargs)
         return self._mixed_batch(*args, adapter_names=adapter_names, **kwargs)
 
     def _mixed_batch(
-        self, x: torch.Tensor, *args: Any, adapter_names: list[str], **kwargs: Any
+        self, x: torch.Tensor, *args: Any, adapter_names: Sequence[str], **kwargs: Any
     ) -> torch.Tensor:
         """Row i of the batch goes through the copy of ``adapter_names[i]``."""
         rows: dict[str, list[int]] = {}

@@ -18,11 +18,11 @@ if not ON_CPU and not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
 # after the skip: where tests/kernels runs in this process too, nobody else may import these
-from peftkern.kernels import bits, gemm, outer, reference, shrink, small, write
+from peftkern.kernels import bits, gemm, grad_a, mixed, outer, reference, shrink, small, write
 from peftkern.ops import backend, triton_backend
 
-__all__ = ["backend", "bits", "gemm", "outer", "reference", "shrink", "small", "triton_backend"]
-__all__ += ["write"]
+__all__ = ["backend", "bits", "gemm", "grad_a", "mixed", "outer", "reference", "shrink", "small"]
+__all__ += ["triton_backend", "write"]
 
 DEVICE = torch.device("cpu" if ON_CPU else "cuda")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

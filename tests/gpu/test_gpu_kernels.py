@@ -11,6 +11,8 @@ from tests.gpu.ground import (
     bits,
     cut,
     gemm,
+    grad_a,
+    mixed,
     outer,
     poison,
     reference,
@@ -76,7 +78,7 @@ def test_low_rank_kernels(shape, dtype, mask):
     assert db.dtype == FP32
     as_good_as_torch(db, (dy.T @ s).float(), exact_db)
 
-    (da,) = outer.grad_a(x, [ds], words)
+    (da,) = grad_a.grad_a(x, [ds], words)
     as_good_as_torch(da, (ds.T @ masked(x, keep)).float(), reference.grad_a(x, ds, keep))
 
     dx = write.low_rank_grad_input([ds, s], [A, A], words)
@@ -95,7 +97,7 @@ def test_every_rank(r):
     ds, db = outer.grad_output(dy, B, s)
     as_good_as_torch(ds, dy @ B.bfloat16(), reference.grad_s(dy, B, 1.0))
     as_good_as_torch(db, (dy.T @ s).float(), reference.grad_b(dy, s))
-    (da,) = outer.grad_a(x, [ds], words)
+    (da,) = grad_a.grad_a(x, [ds], words)
     as_good_as_torch(da, (ds.T @ masked(x, keep)).float(), reference.grad_a(x, ds, keep))
     w = some(N, K, seed=5, scale=K**-0.5)
     y = gemm.fused_linear(x, w, s, B)
@@ -156,21 +158,45 @@ def test_decode(M, dtype):
         as_good_as_torch(y, plain, reference.linear(x, w, reference.shrink(x, A, 2.0), B, bias))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("T", [1, 3, 150])
 @pytest.mark.parametrize("index", [[0], [-1], [2, -1, 0, 1, 2, 2, -1, 0, 1]])
-def test_decode_of_a_mixed_batch(index):
+def test_a_mixed_batch(index, T, dtype):
     K, N = cut(1024, 520)
-    M = len(index)
-    x, w = some(M, K), some(N, K, seed=1, scale=K**-0.5)
-    A, B = some(3, 12, K, seed=2, scale=0.1), some(3, N, 12, seed=3, scale=0.2)
-    scales = torch.tensor([0.5, 1.0, 2.0], device=DEVICE)
-    where = torch.tensor(index, device=DEVICE)
+    x, w = some(len(index) * T, K, dtype=dtype), some(N, K, dtype=dtype, seed=1, scale=K**-0.5)
+    ranks, scales = (8, 20, 64), [0.5, 1.0, 2.0]
+    As = [some(r, K, dtype=FP32, seed=2 + r, scale=0.1) for r in ranks]
+    Bs = [some(N, r, dtype=FP32, seed=3 + r, scale=0.2) for r in ranks]
+    where = torch.tensor(index, dtype=torch.int32, device=DEVICE)
     poison()
-    y = small.decode(x, w, A, B, index=where, scales=scales)
+    y = mixed.mixed(x, w, As, Bs, scales, where)
     plain = x @ w.T
-    for m, i in enumerate(index):
+    for j, i in enumerate(index):
         if i >= 0:
-            plain[m] += (scales[i].item() * (x[m] @ A[i].T)) @ B[i].T
-    as_good_as_torch(y, plain, reference.decode_mixed(x, w, A, B, scales, where))
+            part = slice(j * T, j * T + T)
+            plain[part] += (scales[i] * (x[part] @ As[i].to(dtype).T)) @ Bs[i].to(dtype).T
+    as_good_as_torch(y, plain, reference.mixed(x, w, As, Bs, scales, index))
+
+
+def test_an_index_rewritten_between_replays_of_a_graph():
+    K, N = cut(256, 128)
+    x, w = some(4, K), some(N, K, seed=1, scale=K**-0.5)
+    As, Bs = [some(r, K, seed=r) for r in (4, 16)], [some(N, r, seed=9 + r) for r in (4, 16)]
+    index = torch.tensor([0, 1, -1, 0], dtype=torch.int32, device=DEVICE)
+    if DEVICE.type == "cuda":
+        mixed.mixed(x, w, As, Bs, [1.0, 1.0], index)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = mixed.mixed(x, w, As, Bs, [1.0, 1.0], index)
+    for choice in ([0, 1, -1, 0], [1, -1, 9, 0]):  # 9 is out of range: the base alone
+        index.copy_(torch.tensor(choice, dtype=torch.int32))
+        if DEVICE.type == "cuda":
+            graph.replay()
+            got = y.clone()
+        else:
+            got = mixed.mixed(x, w, As, Bs, [1.0, 1.0], index)
+        fresh = torch.tensor([c if c < 2 else -1 for c in choice], dtype=torch.int32, device=DEVICE)
+        assert torch.equal(got, mixed.mixed(x, w, As, Bs, [1.0, 1.0], fresh))
 
 
 def test_no_rows():
@@ -180,7 +206,7 @@ def test_no_rows():
     assert gemm.fused_linear(x, some(32, 64), s, B).shape == (0, 32)
     ds, db = outer.grad_output(some(0, 32), B, s)
     assert ds.shape == (0, 4) and not db.any()
-    assert not outer.grad_a(x, [ds])[0].any()
+    assert not grad_a.grad_a(x, [ds])[0].any()
     assert small.decode(x, some(32, 64), A, B).shape == (0, 32)
     assert bits.dropout_bits(0, 64, 0.1, 1, device=DEVICE).shape == (0, 2)
 
@@ -201,7 +227,7 @@ def test_offsets_past_int32():
         as_good_as_torch(y, near @ w.T + s @ B.T, reference.linear(near, w, s, B))
     ds, db = outer.grad_output(far, some(512, 16, seed=3), s)
     as_good_as_torch(db, (near.T @ s).float(), reference.grad_b(near, s))
-    (da,) = outer.grad_a(far, [ds], words)
+    (da,) = grad_a.grad_a(far, [ds], words)
     as_good_as_torch(da, (ds.T @ (near * keep)).float(), reference.grad_a(near, ds, keep))
     y = small.decode(far, w, A, B)
     low = reference.shrink(near, A, 1.0)

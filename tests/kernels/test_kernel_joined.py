@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 from peftkern.kernels import common, pair, reference, update
 from peftkern.kernels.bits import pack_bits
 from peftkern.kernels.common import Arch
-from peftkern.kernels.outer import GradAConfig, default_grad_a_config, grad_a, grad_outputs
+from peftkern.kernels.grad_a import GradAConfig, grad_a
+from peftkern.kernels.grad_a import default_config as default_grad_a_config
+from peftkern.kernels.outer import grad_outputs
 from peftkern.kernels.pair import PairConfig, grad_pair
 from peftkern.kernels.update import UpdateConfig
 from tests.kernels.oracle import (

@@ -10,11 +10,10 @@ from hypothesis import strategies as st
 from peftkern.kernels import reference
 from peftkern.kernels.bits import pack_bits
 from peftkern.kernels.common import Arch
+from peftkern.kernels.grad_a import GradAConfig, grad_a
 from peftkern.kernels.outer import (
-    GradAConfig,
     OuterConfig,
     default_outer_config,
-    grad_a,
     grad_output,
 )
 from tests.kernels.oracle import (

@@ -60,14 +60,14 @@ def formula(layer, x, keep, dtype):
 @pytest.fixture
 def masks(monkeypatch):
     """The words of every mask that is drawn, in order."""
-    drawn, draw = [], triton_backend._draw
+    drawn, draw = [], triton_backend.words_of
 
     def noted(*args):
         words = draw(*args)
         drawn.extend(words)
         return words
 
-    monkeypatch.setattr(triton_backend, "_draw", noted)
+    monkeypatch.setattr(triton_backend, "words_of", noted)
     return drawn
 
 

@@ -4,6 +4,15 @@ from .base import LoraLayer
 from .config import LoraConfig, LoraRuntimeConfig
 from .embedding import Embedding
 from .layer import Linear
+from .mixed import AdapterNames
 from .model import LoraModel
 
-__all__ = ["Embedding", "Linear", "LoraConfig", "LoraLayer", "LoraModel", "LoraRuntimeConfig"]
+__all__ = [
+    "AdapterNames",
+    "Embedding",
+    "Linear",
+    "LoraConfig",
+    "LoraLayer",
+    "LoraModel",
+    "LoraRuntimeConfig",
+]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -163,7 +164,7 @@ class LoraLayer(BaseTunerLayer):
             if reason is not None:
                 logger.info("a %s layer is not fused: %s", type(self).__name__, reason)
 
-    def _check_adapter_names(self, x: Tensor, adapter_names: list[str]) -> None:
+    def _check_adapter_names(self, x: Tensor, adapter_names: Sequence[str]) -> None:
         if len(x) != len(adapter_names):
             raise ValueError(
                 "Length of `adapter_names` should be the same as the number of inputs, but got "

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...utils.mixed import HERE, hand_over
 from .base import NOTHING, LoraLayer
 from .config import LoraConfig
+from .mixed import AdapterNames
 
 
 class Embedding(nn.Module, LoraLayer):
@@ -41,6 +43,8 @@ class Embedding(nn.Module, LoraLayer):
         self.lora_embedding_B[name] = nn.Parameter(B, requires_grad=trainable)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if HERE.blocks:
+            kwargs = hand_over(self, kwargs)
         adapter_names = kwargs.pop("adapter_names", None)
         if adapter_names is not None:
             self._check_adapter_names(x, adapter_names)
@@ -53,11 +57,10 @@ class Embedding(nn.Module, LoraLayer):
                 if name in self.lora_embedding_A:
                     y = y + self._update(name, x, y)
             return y.to(dtype)
-        for name in set(adapter_names) & set(self.lora_embedding_A.keys()):
-            where = torch.tensor(
-                [i for i, n in enumerate(adapter_names) if n == name], device=x.device
-            )
-            y = y.index_add(0, where, self._update(name, x[where], y).to(dtype))
+        names = AdapterNames.of(adapter_names)
+        for name, rows in zip(names.order, names.samples.rows(x.device), strict=True):
+            if rows is not None and name in self.lora_embedding_A:
+                y = y.index_add(0, rows, self._update(name, x[rows], y).to(dtype))
         return y
 
     def _update(self, name: str, x: Tensor, y: Tensor) -> Tensor:

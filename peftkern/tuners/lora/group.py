@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from ...ops import autocast
 from ...ops.lora_group import lora_group
@@ -162,6 +163,8 @@ class Group:
 
 def settle(model: nn.Module) -> None:
     """Leave sets of ``model`` ungrouped that broke their promise. For the start of its forward."""
+    if is_compiling():  # projections are not grouped in a compiled graph
+        return
     state = model.__dict__
     if state.get("_breaks_seen", 0) == _breaks:
         return

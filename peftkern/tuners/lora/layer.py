@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import math
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.nn.parameter import Parameter
 
 from ...ops import autocast
+from ...ops.library import traced_lora_linear, why_formula
 from ...ops.lora import lora_linear
+from ...utils.mixed import HERE, hand_over
 from .base import NOTHING, LoraLayer
 from .config import LoraConfig
 from .group import Group
+from .mixed import AdapterNames, forward_mixed
 from .plan import GLOBAL_HOOKS, Plan, is_hooked, weight_layout
 
 
@@ -67,6 +72,13 @@ class Linear(nn.Module, LoraLayer):
         self.lora_B._modules[name] = bare_linear(B, bias, trainable)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if HERE.blocks:
+            kwargs = hand_over(self, kwargs)
+        if is_compiling():
+            call = None if args or kwargs else self.traced_call(x)
+            if call is None:
+                return self._forward_general(x, *args, **kwargs)
+            return traced_lora_linear(x, *call)
         call = None if args or kwargs else self.fused_call(x)
         if call is None:
             return self._forward_general(x, *args, **kwargs)
@@ -93,7 +105,6 @@ class Linear(nn.Module, LoraLayer):
             or state["_disable_adapters"]
             or state["merged_adapters"]
             or plan.is_hooked()
-            or torch.compiler.is_compiling()
             or torch._C._are_functorch_transforms_active()
         ):
             return None
@@ -117,22 +128,45 @@ class Linear(nn.Module, LoraLayer):
             return None
         return weight, params["bias"], A, B, state["scaling"][plan.name], p, plan.transposed
 
+    def traced_call(self, x: Tensor) -> tuple[Any, ...] | None:
+        """:meth:`fused_call` for a compiler, or None when it gets the plain formula. Nothing is
+        written and everything is read from the modules, so that the compiler sees what the answer
+        depends on."""
+        if self.decline_reason() is not None or torch._C._are_functorch_transforms_active():
+            return None
+        name = self.active_adapters[0]
+        base: Any = self.base_layer
+        a: Any = self.lora_A[name]
+        b: Any = self.lora_B[name]
+        drop: Any = self.lora_dropout[name]
+        p = drop.p if drop.training and isinstance(drop, nn.Dropout) else 0.0
+        if (
+            p >= 1.0
+            # decline_reason looked for replaced forwards as well, in a way that compilers set no
+            # guard for; with this one a forward that is replaced later is seen
+            or not all(isinstance(m.forward, MethodType) for m in (base, a, b, drop))
+            or not _dtypes_fit(x, base.weight.dtype, a.weight.dtype, b.weight.dtype)
+            or why_formula(x, a.weight) is not None
+        ):
+            return None
+        transposed = weight_layout(base.__class__)
+        return base.weight, base.bias, a.weight, b.weight, self.scaling[name], p, transposed
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_plan": None}  # a copy has its own modules
 
     def _forward_general(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Any base layer, any adapters: the base's own call, then each update on top."""
         adapter_names = kwargs.pop("adapter_names", None)
-        if not torch.compiler.is_compiling():
-            self._note_decline()
         if adapter_names is not None:
             self._check_adapter_names(x, adapter_names)
+            return forward_mixed(self, x, AdapterNames.of(adapter_names), args, kwargs)
+        if not torch.compiler.is_compiling():
+            self._note_decline()
         y = self.base_layer(x, *args, **kwargs)
         if self._disable_adapters or self.merged:
             return y
         dtype = y.dtype
-        if adapter_names is not None:
-            return self._add_mixed(x, y, adapter_names).to(dtype)
         for name in self.active_adapters:
             if name in self.lora_A:
                 y = y + self._update(name, x)
@@ -143,16 +177,6 @@ class Linear(nn.Module, LoraLayer):
         if not autocast.is_on(x):
             x = x.to(A.weight.dtype)
         return self.lora_B[name](A(self.lora_dropout[name](x))) * self.scaling[name]
-
-    def _add_mixed(self, x: Tensor, y: Tensor, adapter_names: list[str]) -> Tensor:
-        rows: dict[str, list[int]] = {}
-        for i, name in enumerate(adapter_names):
-            if name in self.lora_A:
-                rows.setdefault(name, []).append(i)
-        for name, index in rows.items():
-            where = torch.tensor(index, device=y.device)
-            y = y.index_add(0, where, self._update(name, x[where]).to(y.dtype))
-        return y
 
     def decline_reason(self) -> str | None:
         active = [n for n in self.active_adapters if n in self.lora_A]

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ...utils.mixed import handing
 from ...utils.other import (
     CONTAINERS,
     AuxiliaryTrainingWrapper,
@@ -27,6 +28,7 @@ from .config import LoraConfig
 from .embedding import Embedding
 from .group import form_groups
 from .layer import Linear
+from .mixed import AdapterNames
 
 
 def layer_class(base: nn.Module) -> Callable[[nn.Module], LoraLayer]:
@@ -272,31 +274,17 @@ class LoraModel(BaseTuner):
             or getattr(kwargs.get("generation_config"), "num_beams", None)
             or 1
         )
-        names = (
-            [n for n in adapter_names for _ in range(beams)] if beams > 1 else list(adapter_names)
-        )
+        once = AdapterNames.of(adapter_names)
+        names = AdapterNames(n for n in once for _ in range(beams)) if beams > 1 else once
         model: Any = self.model
         encoder = model.get_encoder() if hasattr(model, "get_encoder") else None
         encoder = None if encoder is self.model else encoder
         in_encoder = {id(m) for m in encoder.modules()} if encoder is not None else set()
 
-        def give(rows: list[str]) -> Callable[..., Any]:
-            def hook(module: nn.Module, hook_args: Any, hook_kwargs: dict[str, Any]) -> Any:
-                return hook_args, {**hook_kwargs, "adapter_names": rows}
-
-            return hook
-
-        handles = []
-        try:
-            for module in self.adapter_layers():
-                # generate() runs the encoder once for each row, before the rows are repeated for
-                # the beams
-                rows = list(adapter_names) if id(module) in in_encoder else names
-                handles.append(module.register_forward_pre_hook(give(rows), with_kwargs=True))
+        # generate() runs the encoder once for each row, before the rows are repeated for the beams
+        given = {m: once if id(m) in in_encoder else names for m in self.adapter_layers()}
+        with handing(given):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 __all__ = ["LoraModel", "layer_class"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -21,7 +20,6 @@ GLOBAL_HOOKS: tuple[Any, ...] = (
 )
 
 
-@functools.cache
 def weight_layout(base_cls: Any) -> bool | None:
     """False when the class computes x Wᵀ with W [N, K], True with W [K, N],
     None when that is not known."""

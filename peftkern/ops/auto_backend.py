@@ -1,0 +1,392 @@
+"""The dispatcher: every whole operation goes the way that is fastest for its shape on this GPU.
+Signatures as in :mod:`.torch_backend`.
+
+For a call whose numbers (operation, dtypes, M-bucket, N, K, r, group, mask, gradients) were met
+before, the decision is one lookup in a dict. Otherwise, in this order:
+
+1. a race that this machine ran earlier (the file on disk, see :mod:`.tuned`);
+2. the table that ships for this GPU;
+3. a race, now, on the tensors of the call (:mod:`.race`);
+4. where none may be run (a CUDA graph is being captured, ``PEFTKERN_RACE=0``, a trace, another
+   thread is racing): what is known for the nearest M-bucket, else torch.
+
+A decision never changes while the process lives, except one of the fourth kind, which the next call
+that may race replaces. Even then the same elements are dropped: masks are drawn here, from a seed
+out of torch's generator, and given to whichever way computes. So a checkpointed block is recomputed
+with the mask that it had.
+
+Tensors that are not plain (FakeTensors, DTensors, inside a torch.func transform) go to torch, which
+knows what they are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..kernels.common import INTERPRET
+from ..kernels.tuning import Entry, Key
+from . import choices, device, race, torch_backend, triton_backend, tuned
+from .choices import TORCH
+from .device import on_its_device
+from .projection import Part, Projection
+
+log = logging.getLogger("peftkern")
+
+RACE_ENV = "PEFTKERN_RACE"
+TRIES = 100  # how often a race that could not decide is run again
+_PLAIN = frozenset({Tensor, torch.nn.Parameter})
+_anew = False  # see `anew`
+clock: Any = race.WallClock() if INTERPRET.value else race.CudaClock()
+
+why_not = triton_backend.why_not
+# where the kernels take a call, every way gives S in x's dtype and gets its mask given
+draw = triton_backend.draw
+low_rank_dtype = triton_backend.low_rank_dtype
+
+
+class Decision(NamedTuple):
+    """Which way a call takes, and why."""
+
+    how: str
+    in_graph: str  # the same, while a CUDA graph is captured
+    why: str
+    gain: float | None = None  # torch's time over its own
+    declined: bool = False  # the kernels do not take it: the torch backend, its masks included
+
+
+class _Case(NamedTuple):
+    """The numbers of a call."""
+
+    op: str
+    like: Tensor  # its activations: device and dtype
+    adapter: torch.dtype
+    M: int
+    n: int
+    k: int
+    r: int
+    group: int = 1
+    mask: bool = False
+    grads: str = ""
+
+    def key(self, graph: bool = False) -> Key:
+        return choices.key_of(
+            self.op, self.like.dtype, self.adapter, self.M, self.n, self.k, self.r, self.group,
+            self.mask, self.grads, graph,
+        )  # fmt: skip
+
+
+def races_off() -> str | None:
+    """Why no race is ever run in this process, None when they are.
+
+    Raises:
+        ValueError: the variable holds something else than 0 or 1.
+    """
+    given = os.environ.get(RACE_ENV) or "1"
+    if given not in ("0", "1"):
+        raise ValueError(f"{RACE_ENV}={given!r} is not known; allowed: 0, 1")
+    return f"{RACE_ENV}=0" if given == "0" else None
+
+
+def _foreign(x: Tensor) -> bool:
+    kind: Any = type(x)
+    return kind not in _PLAIN or torch._C._are_functorch_transforms_active()
+
+
+def _no_race_here(x: Tensor) -> str | None:
+    """Why this call may not race, None when it may."""
+    if device.capturing(x):
+        return "inside a CUDA graph capture"
+    if torch.compiler.is_compiling():
+        return "torch.compile is tracing"
+    return None
+
+
+def _unseen() -> contextlib.AbstractContextManager[Any]:
+    """Dispatch modes (selective checkpointing, counters) see the operation, not the race."""
+    if torch._C._len_torch_dispatch_stack() == 0:
+        return contextlib.nullcontext()
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    return _disable_current_modes()
+
+
+@contextlib.contextmanager
+def anew() -> Iterator[None]:
+    """Within the block the first call of every kind is raced, whatever is known (``peftkern
+    tune``)."""
+    global _anew
+    for book in tuned.books():
+        book.decisions.clear()
+    _anew = True
+    try:
+        yield
+    finally:
+        _anew = False
+
+
+def _memo(
+    op: str,
+    like: Tensor,
+    adapter: torch.dtype,
+    M: int,
+    n: int,
+    k: int,
+    r: int,
+    group: int = 1,
+    mask: bool = False,
+    grads: str = "",
+) -> tuple[Any, ...]:
+    """The numbers of a call as the key of a book's decisions: cheaper to make than a table's."""
+    bits = (M - 1).bit_length()  # of kernels.tuning.bucket
+    dtype = like.dtype
+    exact = torch.get_float32_matmul_precision() if dtype is torch.float32 else None
+    return op, dtype, adapter, bits if bits < 13 else 13, n, k, r, group, mask, grads, exact
+
+
+def _known(*numbers: Any) -> Decision | None:
+    """What was decided before for a call with these numbers (of :class:`_Case`); reads no file."""
+    book = tuned.open_books.get(numbers[1].get_device())
+    return book.decisions.get(_memo(*numbers)) if book is not None else None
+
+
+def _decide(case: _Case, ways: Callable[[str], race.Run]) -> Decision:
+    """The decision for a call that is not known yet; ``ways`` gives what to run, by name."""
+    index = case.like.get_device()
+    if index not in tuned.open_books and device.capturing(case.like):
+        return Decision(TORCH, TORCH, "inside a CUDA graph capture, before any table was read")
+    if case.M == 0:
+        return Decision(TORCH, TORCH, "there are no rows")
+    return _decide_new(case, ways, tuned.book(index))
+
+
+def _decide_new(case: _Case, ways: Callable[[str], race.Run], book: tuned.Book) -> Decision:
+    memo = _memo(*case)
+    reason = _declines(case)
+    if reason is not None:
+        return book.decisions.setdefault(memo, Decision(TORCH, TORCH, reason, declined=True))
+    if not _anew and (known := _from_tables(case, book)) is not None:
+        return book.decisions.setdefault(memo, known)
+    off = races_off()
+    blocked = off or _no_race_here(case.like)
+    if blocked is None and not book.racing.acquire(blocking=False):
+        blocked = "another thread is racing"
+    if blocked is None:
+        try:
+            if memo in book.decisions:  # another thread raced it meanwhile
+                return book.decisions[memo]
+            decision, for_good = _race(case, ways, book)
+            book.tries[memo] += 1
+            for_good = for_good or book.tries[memo] >= TRIES
+        finally:
+            book.racing.release()
+    else:
+        decision, for_good = _nearest(case, book, blocked), off is not None
+    if for_good:
+        book.provisional.pop(memo, None)
+        return book.decisions.setdefault(memo, decision)
+    book.provisional[memo] = decision
+    return decision
+
+
+def _declines(case: _Case) -> str | None:
+    """Why the kernels do not take such a call."""
+    reason = triton_backend.refusal(case.like, case.adapter, case.r)
+    if reason is not None and case.like.device.type == "cuda":
+        log.info("auto hands a call to torch: %s", reason)
+    return reason
+
+
+def _from_tables(case: _Case, book: tuned.Book) -> Decision | None:
+    """What the disk or the shipped table says of exactly this key."""
+    allowed = choices.names(case.op, case.M)
+    found: list[tuple[Entry, str]] = []
+    for graph in (False, True):
+        hit = book.find(case.key(graph))
+        if hit is None or hit[0].choice not in allowed:
+            if graph and found:  # it could not be captured when it was raced
+                found.append(found[0])
+                continue
+            return None
+        found.append(hit)
+    (plain, why), (graphed, _) = found
+    return Decision(str(plain.choice), str(graphed.choice), why, _gain(plain))
+
+
+def _gain(entry: Entry) -> float | None:
+    times, choice = entry.times, str(entry.choice)
+    return times[TORCH] / times[choice] if TORCH in times and choice in times else None
+
+
+def _nearest(case: _Case, book: tuned.Book, blocked: str) -> Decision:
+    allowed = choices.names(case.op, case.M)
+    ways = []
+    for graph in (False, True):
+        hit = book.find_near(case.key(graph))
+        usable = hit is not None and hit[0].choice in allowed
+        ways.append(str(hit[0].choice) if hit is not None and usable else TORCH)
+        if not graph:
+            where = f"nearest bucket, {hit[1]}" if hit is not None and usable else "torch"
+    return Decision(ways[0], ways[1], f"{blocked}: {where}")
+
+
+def _race(case: _Case, ways: Callable[[str], race.Run], book: tuned.Book) -> tuple[Decision, bool]:
+    """(the decision, whether it is for good)."""
+    named = {name: ways(name) for name in choices.names(case.op, case.M)}
+    key, graph_key = case.key(), case.key(graph=True)
+    try:
+        with _unseen(), torch.no_grad():
+            plain, graphed = race.run(named, case.like.dtype, clock, graphs=graph_key != key)
+    except race.Undecided as e:
+        log.info("no race for %s: %s", key, e)
+        if e.for_good:
+            return Decision(TORCH, TORCH, f"{e}: torch"), True
+        return _nearest(case, book, str(e)), False
+    except Exception as e:  # a race is an extra: whatever is wrong with it, the call goes on
+        log.warning("a race failed, torch is taken for %s: %s: %s", key, type(e).__name__, e)
+        return Decision(TORCH, TORCH, f"race failed: {type(e).__name__}: {str(e)[:100]}"), True
+    made = [_entry(key, plain)] + ([_entry(graph_key, graphed)] if graphed else [])
+    book.keep(made)
+    why = f"raced here on {made[0].date[:10]}"
+    if plain.left_out:
+        why += f" without {', '.join(plain.left_out)}"
+    return Decision(plain.winner, (graphed or plain).winner, why, _gain(made[0])), True
+
+
+def _entry(key: Key, outcome: race.Outcome) -> Entry:
+    return Entry(
+        key, outcome.winner, None, outcome.us[outcome.winner], outcome.times.get(TORCH),
+        len(outcome.us), outcome.times, outcome.left_out, tuned.now(),
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------ the operations
+
+
+def forward(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scale: float,
+    p: float,
+    words: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Y [M, N], S [M, r] and the packed mask, which is ``words`` where they are given; ``w`` is
+    [K, N]."""
+    member = Projection(w, bias, A, B, scale, p, True)
+    return group_forward(x, [member], None if words is None else [words])[0]
+
+
+@on_its_device
+def group_forward(
+    x: Tensor, members: list[Any], words: list[Tensor | None] | None = None
+) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+    """(Y_i, S_i, mask_i) of several projections of one x [M, K]; see :mod:`.lora_group`."""
+    if _foreign(x):
+        return torch_backend.group_forward(x, members, words)
+    M, K = x.shape
+    first = members[0]
+    if len(members) == 1:
+        (n, r), mask = first.B.shape, first.p > 0.0
+    else:
+        n, r = sum(m.B.shape[0] for m in members), max(m.A.shape[0] for m in members)
+        mask = any(m.p > 0.0 for m in members)
+    numbers = ("forward", x, first.A.dtype, M, n, K, r, len(members), mask)
+    decision = _known(*numbers)
+    declined = why_not(x, first.A) is not None if decision is None else decision.declined
+    if words is None and not declined:
+        words = choices.words_for(x, members)  # before a race: all ways get the same ones
+    if decision is None:
+        given = words or []
+        decision = _decide(
+            _Case(*numbers), lambda name: lambda: choices.forward(name, x, members, given)
+        )
+    if decision.declined:
+        return torch_backend.group_forward(x, members, words)
+    return choices.forward(decision.how, x, members, words or [])
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    w: Tensor,
+    A: Tensor,
+    B: Tensor,
+    s: Tensor | None,
+    bits: Tensor | None,
+    scale: float,
+    p: float,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dX [M, K], dA [r, K], dB [N, r]; ``needs`` says which of the three are wanted."""
+    needs_x, needs_a, needs_b = needs
+    part = Part(dy, w, A, B, s, bits, scale, p, needs_a, needs_b)
+    dx, [(da, db)] = group_backward(x, [part], needs_x)
+    return dx, da, db
+
+
+@on_its_device
+def group_backward(
+    x: Tensor, parts: list[Any], needs_x: bool
+) -> tuple[Tensor | None, list[tuple[Tensor | None, Tensor | None]]]:
+    """One dX [M, K] for all projections, and (dA_i, dB_i) of each."""
+    if _foreign(x):
+        return torch_backend.group_backward(x, parts, needs_x)
+    first = parts[0]
+    n, r = sum(p.B.shape[0] for p in parts), max(p.A.shape[0] for p in parts)
+    mask = any(p.bits is not None for p in parts)
+    grads = triton_backend.grads_of(parts, needs_x)
+    M, K = first.dy.shape[0], x.shape[1]
+    numbers = ("backward", first.dy, first.A.dtype, M, n, K, r, len(parts), mask, grads)
+    decision = _known(*numbers) or _decide(
+        _Case(*numbers), lambda name: lambda: choices.backward(name, x, parts, needs_x)
+    )
+    return choices.backward(decision.how, x, parts, needs_x)
+
+
+@on_its_device
+def infer(
+    x: Tensor, w: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float, transposed: bool
+) -> Tensor:
+    """Y for x [..., K] without gradients or dropout; ``w`` as stored, [K, N] when
+    ``transposed``."""
+    if _foreign(x):
+        return torch_backend.infer(x, w, bias, A, B, scale, transposed)
+    r, K = A.shape
+    M = x.numel() // max(K, 1)
+    numbers = ("infer", x, A.dtype, M, B.shape[0], K, r)
+    decision = _known(*numbers) or _decide(
+        _Case(*numbers),
+        lambda name: lambda: choices.infer(name, x, w, bias, A, B, scale, transposed),
+    )
+    return choices.infer(_now(decision, x), x, w, bias, A, B, scale, transposed)
+
+
+@on_its_device
+def mixed(x: Tensor, w: Tensor, bias: Tensor | None, adapters: Any, samples: Any) -> Tensor:
+    """Y [M, N] for x [M, K], w [N, K] and an adapter for each sample; see :mod:`.lora_mixed`."""
+    weights = [a for a in adapters if a is not None]
+    if _foreign(x) or not weights or triton_backend.why_not_mixed(x, adapters) is not None:
+        return torch_backend.mixed(x, w, bias, adapters, samples)
+    (M, K), r = x.shape, max(a.A.shape[0] for a in weights)
+    count = 1 << (len(weights) - 1).bit_length()  # as many kernels are compiled
+    numbers = ("mixed", x, weights[0].A.dtype, M, w.shape[0], K, r, count)
+    decision = _known(*numbers) or _decide(
+        _Case(*numbers), lambda name: lambda: choices.mixed(name, x, w, bias, adapters, samples)
+    )
+    return choices.mixed(_now(decision, x), x, w, bias, adapters, samples)
+
+
+def _now(decision: Decision, x: Tensor) -> str:
+    """The way that a call takes, captured in a CUDA graph or not."""
+    if decision.in_graph != decision.how and device.capturing(x):
+        return decision.in_graph
+    return decision.how

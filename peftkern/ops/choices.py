@@ -1,0 +1,111 @@
+"""Whole operations by the name of the way that computes them: what the dispatcher runs, and what
+its races and ``benchmarks.gpu`` time. Nothing here draws random numbers: masks are given, so that
+which elements are dropped does not depend on the way.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels.small import MAX_ROWS
+from ..kernels.tuning import Key, bucket
+from . import torch_backend, triton_backend
+from .tuned import name_of, products_in
+
+TORCH = "torch"
+NOISE = 0.02  # what is not faster than torch by more than this is no reason to leave it
+
+
+def names(op: str, M: int) -> tuple[str, ...]:
+    """The ways to run ``op`` of :data:`kernels.tuning.WHOLE` on M rows; torch comes first."""
+    if op == "mixed":
+        return TORCH, "mixed"
+    few = op == "infer" and M <= MAX_ROWS
+    return (TORCH, *(triton_backend.INFER if few else triton_backend.PRODUCTS))
+
+
+def winner(times: dict[str, float]) -> str:
+    """The fastest; torch where no other one is clearly faster."""
+    best = min(times, key=lambda name: times[name])
+    if TORCH in times and times[best] > (1 - NOISE) * times[TORCH]:
+        return TORCH
+    return best
+
+
+def key_of(
+    op: str,
+    dtype: torch.dtype,
+    adapter: torch.dtype,
+    M: int,
+    n: int,
+    k: int,
+    r: int,
+    group: int = 1,
+    mask: bool = False,
+    grads: str = "",
+    graph: bool = False,
+) -> Key:
+    """The key of a table; ``n`` is the sum over a group's projections, ``r`` their largest rank.
+    A CUDA graph makes a difference where the host's time does, with few rows."""
+    graph = graph and op in ("infer", "mixed") and M <= MAX_ROWS
+    names = products_in(dtype), name_of(adapter)
+    return Key(op, *names, bucket(M), n, k, r, group, mask, grads, graph)
+
+
+def words_for(x: Tensor, members: list[Any]) -> list[Tensor | None]:
+    """The packed mask of each projection of x [M, K], drawn in their order."""
+    return triton_backend.words_of(x, [m.p for m in members])
+
+
+def forward(
+    how: str, x: Tensor, members: list[Any], words: list[Tensor | None]
+) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+    """(Y_i, S_i, mask_i) of :class:`.projection.Projection` s; every way gives S in x's dtype, so
+    that the backward of any way can follow."""
+    if how != TORCH:
+        return triton_backend.group_forward(x, members, how, words)
+    done = torch_backend.group_forward(x, members, words)
+    return [(y, s if s.dtype == x.dtype else s.to(x.dtype), bits) for y, s, bits in done]
+
+
+def backward(
+    how: str, x: Tensor, parts: list[Any], needs_x: bool
+) -> tuple[Tensor | None, list[tuple[Tensor | None, Tensor | None]]]:
+    """dX and (dA_i, dB_i) of :class:`.projection.Part` s."""
+    if how != TORCH:
+        return triton_backend.group_backward(x, parts, needs_x, how)
+    return torch_backend.group_backward(x, parts, needs_x)
+
+
+def infer(
+    how: str,
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scale: float,
+    transposed: bool,
+) -> Tensor:
+    """Y for x [..., K]; ``w`` as stored."""
+    if how != TORCH:
+        return triton_backend.infer(x, w, bias, A, B, scale, transposed, how)
+    return torch_backend.infer(x, w, bias, A, B, scale, transposed)
+
+
+def mixed(
+    how: str, x: Tensor, w: Tensor, bias: Tensor | None, adapters: Any, samples: Any
+) -> Tensor:
+    """Y for x [M, K], w [N, K] and an adapter for each sample."""
+    backend = torch_backend if how == TORCH else triton_backend
+    return backend.mixed(x, w, bias, adapters, samples)
+
+
+def tensors(result: Any) -> list[Tensor]:
+    """The floating-point tensors in what an operation returned: its mask was given to it."""
+    if isinstance(result, Tensor):
+        return [result] if result.is_floating_point() else []
+    return [t for item in result or () for t in tensors(item)]

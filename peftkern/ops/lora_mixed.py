@@ -1,0 +1,152 @@
+"""The LoRA linear of a batch whose samples name different adapters.
+
+    Y[b] = X[b] Wᵀ + bias + scale_i · X[b] A_iᵀ B_iᵀ      i = index[b], nothing added for -1
+
+One launch where the backend has a kernel for it (``kernels/mixed.py``); otherwise, and where
+gradients are wanted, the base product once and then each adapter on its own samples.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import autocast, torch_backend
+from . import backend as _backend
+
+_noted: set[str] = set()
+
+
+class Adapter(NamedTuple):
+    """What an adapter has in one layer."""
+
+    A: Tensor  # [r, K]
+    B: Tensor  # [N, r]
+    scale: float
+
+
+class SampleIndex:
+    """Which adapter each sample of a batch takes, and its tensors on the devices that ask.
+
+    Args:
+        choice: for each sample the number of its adapter, or -1 for none.
+        adapters: how many adapters there are.
+
+    Raises:
+        ValueError: a number out of range.
+    """
+
+    def __init__(self, choice: Sequence[int], adapters: int) -> None:
+        for i, v in enumerate(choice):
+            if not -1 <= v < adapters:
+                raise ValueError(
+                    f"index[{i}] is {v}; allowed: -1 (base only) to {adapters - 1}, "
+                    f"for {adapters} adapters"
+                )
+        self.choice, self.adapters = tuple(choice), adapters
+        self._index: dict[torch.device, Tensor] = {}
+        self._rows: dict[torch.device, list[Tensor | None]] = {}
+
+    def __len__(self) -> int:
+        return len(self.choice)
+
+    def on(self, device: torch.device) -> Tensor:
+        """int32 [samples] on ``device``, made at the first call for it; always the same tensor.
+
+        The kernel reads it when it runs: a captured CUDA graph replays with what is written into
+        it.
+
+        Raises:
+            RuntimeError: first asked for while a CUDA graph is captured, which cannot copy from the
+                host.
+        """
+        found = self._index.get(device)
+        if found is None:
+            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    "the index of adapter_names is not on the device yet, and a CUDA graph being "
+                    "captured cannot copy it there; before the capture, call samples.on(device) of "
+                    "the AdapterNames that you pass"
+                )
+            found = self._index[device] = torch.tensor(
+                self.choice, dtype=torch.int32, device=device
+            )
+        return found
+
+    def rows(self, device: torch.device) -> list[Tensor | None]:
+        """For each adapter the numbers of its samples, int64 on ``device``; None where it has none,
+        so that nobody waits for the device to hear that."""
+        found = self._rows.get(device)
+        if found is None or torch.compiler.is_compiling():
+            of: list[list[int]] = [[] for _ in range(self.adapters)]
+            for sample, i in enumerate(self.choice):
+                if i >= 0:
+                    of[i].append(sample)
+            found = [torch.tensor(samples, device=device) if samples else None for samples in of]
+            if not torch.compiler.is_compiling():  # what a traced graph makes is its own
+                self._rows[device] = found
+        return found
+
+
+def lora_mixed(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    adapters: Sequence[Adapter | tuple[Tensor, Tensor, float] | None],
+    index: SampleIndex,
+    transposed: bool = False,
+) -> Tensor:
+    """A linear layer on a batch whose samples take different low-rank updates.
+
+    Args:
+        x: [samples, ..., K], floating point.
+        weight: [N, K], or [K, N] when ``transposed``; x's dtype.
+        bias: [N] or None.
+        adapters: (A [r_i, K], B [N, r_i], scale_i), each of its own rank, in x's dtype or float32;
+            None for one that has no weights in this layer.
+        index: which of them each sample takes.
+        transposed: layout of ``weight``.
+
+    Returns:
+        [samples, ..., N] in x's dtype (autocast's, where that is on). Differentiable in all tensors
+        (without the kernel).
+
+    Raises:
+        ValueError: ``index`` is for another number of samples or adapters.
+        RuntimeError: shapes, devices or dtypes that torch's matrix product refuses.
+    """
+    if x.dim() < 2 or len(index) != x.shape[0]:
+        raise ValueError(
+            f"index has {len(index)} entries; allowed: one for each sample of x, {tuple(x.shape)}"
+        )
+    if len(adapters) != index.adapters:
+        raise ValueError(
+            f"adapters has {len(adapters)} entries; allowed: {index.adapters}, as index has"
+        )
+    if autocast.is_on(x) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
+        bias = bias.to(dtype) if bias is not None else None
+    found = [None if a is None else Adapter(*a) for a in adapters]
+    backend = _backend.active or _backend.select()
+    tensors = [x, weight, bias, *(t for a in found if a is not None for t in a[:2])]
+    if not any(found):
+        backend = torch_backend  # the base product alone
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        if backend is not torch_backend:
+            _note("gradients are wanted")
+        backend = torch_backend
+    y = backend.mixed(
+        x.reshape(-1, x.shape[-1]), weight.t() if transposed else weight, bias, found, index
+    )
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _note(reason: str) -> None:
+    if reason not in _noted:
+        _noted.add(reason)
+        logging.getLogger("peftkern").info("a mixed batch runs adapter by adapter: %s", reason)

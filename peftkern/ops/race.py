@@ -1,0 +1,252 @@
+"""A race: ways to compute one thing, those that are wrong thrown out, the others timed in turns.
+
+Every way runs on the tensors of the call itself. Operations are functional, so that nothing is
+changed, and nothing here draws random numbers: after a race the generators stand where they stood.
+Beyond the inputs, the outputs of one way at a time are held. The first way is the reference; what
+is kept of its outputs is a sketch, their products with a few columns of random signs, whose
+Frobenius norms are unbiased estimates of the outputs'. A wrong element anywhere shows in its row.
+"""
+
+from __future__ import annotations
+
+import logging
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .choices import TORCH, tensors, winner
+
+log = logging.getLogger("peftkern")
+
+# ‖way - torch‖ / ‖torch‖ of each output that passes: twice what benchmarks.gpu allows each against
+# float64
+LIMITS = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 2e-3}
+BUDGET_S = 0.3  # for the timed rounds of a race
+REGION_S = 1e-3  # what one timing lasts at least, so that the clock's own cost does not count
+MOST_ROUNDS, MOST_REPEATS = 15, 50
+_COLUMNS = 8
+_BLOCK = 2**22  # elements that are widened to float32 at a time
+
+Run = Callable[[], Any]
+
+
+class Undecided(Exception):
+    """No way can be preferred. ``for_good``: another try would end alike."""
+
+    def __init__(self, reason: str, for_good: bool) -> None:
+        super().__init__(reason)
+        self.for_good = for_good
+
+
+@dataclass
+class Outcome:
+    """Who won, microseconds of everybody (p20, p50, p80), and who did not take part and why."""
+
+    winner: str
+    us: dict[str, dict[str, float]]
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def times(self) -> dict[str, float]:
+        return {name: q["p50"] for name, q in self.us.items()}
+
+
+class CudaClock:
+    """Times on the current stream. Tests put another one in its place."""
+
+    def seconds(self, name: str, run: Run, repeats: int) -> float:
+        """Of one ``run``, the mean of ``repeats`` in a row, what the host takes included."""
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        start.record()
+        for _ in range(repeats):
+            run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3 / repeats
+
+    def settle(self) -> None:
+        """Wait, so that what failed on the device says so now."""
+        torch.cuda.synchronize()
+
+    def graph(self, run: Run) -> Run:
+        """``run`` as a CUDA graph: its replay. Raises whatever keeps it from being captured."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            run()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: what other threads do meanwhile is theirs
+        with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
+            kept = run()
+
+        def replay(kept: Any = kept) -> None:  # its memory is the graph's
+            graph.replay()
+
+        return replay
+
+
+class WallClock(CudaClock):
+    """For the CPU, where Triton's interpreter runs: it compares interpreters, not kernels."""
+
+    def seconds(self, name: str, run: Run, repeats: int) -> float:
+        import time
+
+        start = time.perf_counter()
+        for _ in range(repeats):
+            run()
+        return (time.perf_counter() - start) / repeats
+
+    def settle(self) -> None:
+        pass
+
+    def graph(self, run: Run) -> Run:
+        raise RuntimeError("there are no CUDA graphs on the CPU")
+
+
+def sketch(t: Tensor) -> Tensor:
+    """[rows, 8] float32: the rows of ``t`` times columns of random signs, over the root of 8."""
+    flat = t.reshape(-1, t.shape[-1]) if t.dim() > 1 else t.reshape(1, -1)
+    # a generator of its own: torch's own ones must not move
+    own = torch.Generator().manual_seed(flat.shape[1])
+    signs = torch.randint(0, 2, (flat.shape[1], _COLUMNS), generator=own) * 2.0 - 1.0
+    signs = (signs / _COLUMNS**0.5).to(t.device)
+    step = max(1, _BLOCK // max(1, flat.shape[1]))
+    blocks = [flat[i : i + step].float() @ signs for i in range(0, flat.shape[0], step)]
+    return torch.cat(blocks) if blocks else flat.new_zeros((0, _COLUMNS), dtype=torch.float32)
+
+
+def _sketches(result: Any) -> list[Tensor]:
+    """Sketches of all outputs. The outputs themselves are overwritten with NaN: the next way gets
+    their memory, and must not find the right numbers in it."""
+    found = []
+    for t in tensors(result):
+        found.append(sketch(t))
+        t.fill_(float("nan"))
+    return found
+
+
+def _difference(ours: list[Tensor], reference: list[Tensor]) -> float:
+    """The largest relative difference among the outputs; infinite where one is not finite."""
+    if [t.shape for t in ours] != [t.shape for t in reference]:
+        return float("inf")
+    worst = 0.0
+    for t, ref in zip(ours, reference, strict=True):
+        off, norm = (t - ref).norm().item(), ref.norm().item()
+        if not off < float("inf"):  # NaN too
+            return float("inf")
+        worst = max(worst, off / norm if norm else (float("inf") if off else 0.0))
+    return worst
+
+
+def _checked(ways: dict[str, Run], limit: float, clock: Any) -> dict[str, str]:
+    """Why ways are left out: they failed, or their numbers are off. All compile here.
+
+    Raises:
+        Undecided: the reference itself has no result, or none that is finite.
+        torch.OutOfMemoryError: of any way.
+    """
+    try:
+        reference = _sketches(ways[TORCH]())
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as e:  # the call itself will say it in its own words
+        raise Undecided(f"torch's own way failed: {str(e)[:100]}", for_good=False) from e
+    if not all(bool(t.isfinite().all()) for t in reference):
+        raise Undecided("the numbers of this call are not finite", for_good=False)
+    out: dict[str, str] = {}
+    for name, run in ways.items():
+        if name == TORCH:
+            continue
+        try:
+            off = _difference(_sketches(run()), reference)
+            clock.settle()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as e:  # no resources, does not compile, ...: this way is not for this key
+            out[name] = f"{type(e).__name__}: {str(e)[:200]}"
+            log.info("%s is left out of a race: %s", name, out[name])
+            continue
+        if off > limit:
+            out[name] = f"its result differs from torch's by {off:.1e}, allowed {limit:.0e}"
+            log.warning("%s is left out of a race: %s", name, out[name])
+    return out
+
+
+def run(
+    ways: dict[str, Run], dtype: torch.dtype, clock: Any, *, graphs: bool = False
+) -> tuple[Outcome, Outcome | None]:
+    """Race ``ways``, of which the one named torch is the reference.
+
+    Args:
+        ways: by name; each gives fresh tensors, whatever they are packed in.
+        dtype: of the activations; decides how far results may differ.
+        clock: a :class:`CudaClock`.
+        graphs: also time them as CUDA graphs.
+
+    Returns:
+        The outcome of plain calls, and the one in CUDA graphs (None where not asked for, or where
+        torch's own way cannot be captured).
+
+    Raises:
+        Undecided: out of memory, or a result of torch's that is not finite.
+    """
+    try:
+        out = _checked(ways, LIMITS[dtype], clock)
+        rest = {name: way for name, way in ways.items() if name not in out}
+        plain = _outcome(rest, out, clock)
+        captured = _graphs(rest, dict(out), clock) if graphs else None
+    except torch.OutOfMemoryError as e:
+        raise Undecided(f"out of memory in a race: {str(e)[:100]}", for_good=True) from None
+    return plain, captured
+
+
+def _graphs(ways: dict[str, Run], out: dict[str, str], clock: Any) -> Outcome | None:
+    captured: dict[str, Run] = {}
+    for name, way in ways.items():
+        try:
+            captured[name] = clock.graph(way)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as e:
+            out[name] = f"cannot be captured: {type(e).__name__}: {str(e)[:200]}"
+            log.info("%s is left out of a race in CUDA graphs: %s", name, out[name])
+    return _outcome(captured, out, clock) if TORCH in captured else None
+
+
+def _outcome(ways: dict[str, Run], out: dict[str, str], clock: Any) -> Outcome:
+    times = _timed(ways, clock)
+    medians = {name: statistics.median(t) for name, t in times.items()}
+    return Outcome(winner(medians), {name: _quantiles(t) for name, t in times.items()}, out)
+
+
+def _quantiles(us: list[float]) -> dict[str, float]:
+    ordered = sorted(us)
+    last = len(ordered) - 1
+    return {
+        "p20": ordered[round(0.2 * last)],
+        "p50": statistics.median(ordered),
+        "p80": ordered[round(0.8 * last)],
+    }
+
+
+def _timed(ways: dict[str, Run], clock: Any) -> dict[str, list[float]]:
+    """Microseconds of rounds in which everybody runs once, the first one rotating, so that a
+    drifting clock touches all alike."""
+    order = list(ways)
+    for name in order:  # warm caches, once more after everything has compiled
+        clock.seconds(name, ways[name], 1)
+    once = {name: max(clock.seconds(name, ways[name], 2), 1e-7) for name in order}
+    repeats = {n: max(1, min(MOST_REPEATS, round(REGION_S / t + 0.5))) for n, t in once.items()}
+    cost = sum(once[n] * repeats[n] for n in order)
+    times: dict[str, list[float]] = {name: [] for name in order}
+    for i in range(max(1, min(MOST_ROUNDS, int(BUDGET_S / cost)))):
+        first = i % len(order)
+        for name in order[first:] + order[:first]:
+            times[name].append(clock.seconds(name, ways[name], repeats[name]) * 1e6)
+    return times

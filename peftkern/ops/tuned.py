@@ -1,0 +1,378 @@
+"""What is known about a GPU before this process times anything: the table that ships for it, and
+what earlier races left on disk.
+
+A :class:`Book` holds both for one kind of machine, and the dispatcher's decisions. The shipped
+table counts only for the code that it was measured with. The file on disk is one for each (GPU,
+driver, torch, triton, code, shipped table), so that nothing in it can be out of date; processes
+that write it at the same time lose nothing of each other's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import functools
+import hashlib
+import importlib
+import logging
+import os
+import threading
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..kernels.tuning import FOLDER, Entry, Key, Table, bucket, load, path_for
+from . import device
+
+log = logging.getLogger("peftkern")
+
+CACHE_ENV = "PEFTKERN_CACHE"
+# a config found for one number of rows serves others up to this many powers of two away; beyond,
+# the kernel's own default knows better, because it looks at M
+CONFIG_STEPS = 2
+_OPS = Path(__file__).parent
+# what a timing is a statement about: the kernels, and what calls them
+_OWN = ("bits.py", "choices.py", "torch_backend.py", "triton_backend.py")
+_NOT_MEASURED = ("reference.py", "tuning.py")
+_CONFIG_OF = {  # op of a table -> (module of kernels/, class)
+    "shrink": ("shrink", "ShrinkConfig"),
+    "expand": ("write", "WriteConfig"),
+    "low_rank_grad_input": ("write", "WriteConfig"),
+    "outer": ("outer", "OuterConfig"),
+    "grad_a": ("grad_a", "GradAConfig"),
+    "update": ("update", "UpdateConfig"),
+    "pair": ("pair", "PairConfig"),
+    "gemm": ("gemm", "GemmConfig"),
+    "gemm_grad_input": ("gemm", "GemmConfig"),
+    "small": ("small", "SmallConfig"),
+}
+
+
+class Machine(NamedTuple):
+    """What a timing holds for, besides the code."""
+
+    gpu: str
+    driver: str
+    torch: str
+    triton: str
+
+    @property
+    def versions(self) -> dict[str, str]:
+        return {"driver": self.driver, "torch": self.torch, "triton": self.triton}
+
+
+def _driver() -> str:
+    for path in ("/sys/module/nvidia/version", "/sys/module/amdgpu/version"):
+        with contextlib.suppress(OSError):
+            return Path(path).read_text().strip()
+    ask = getattr(torch._C, "_cuda_getDriverVersion", None)  # not in builds without CUDA
+    return str(ask()) if ask is not None else "none"
+
+
+@functools.cache
+def machine(index: int) -> Machine:
+    """The machine of CUDA device ``index``; -1 is the CPU, where Triton's interpreter runs."""
+    try:
+        triton = metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        triton = "none"
+    if index < 0 or not torch.cuda.is_available():  # the latter: FakeTensors on "cuda"
+        where = "CPU" if index < 0 else "no GPU"
+        return Machine(where, "none", torch.__version__, triton)
+    return Machine(torch.cuda.get_device_name(index), _driver(), torch.__version__, triton)
+
+
+@functools.cache
+def sources() -> str:
+    """A hash of the code that a timing is a statement about, the same in a checkout and a wheel."""
+    folder = FOLDER.parent
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.py")):
+        if path.name not in _NOT_MEASURED:
+            digest.update(path.name.encode() + path.read_bytes())
+    for name in _OWN:
+        digest.update(name.encode() + (_OPS / name).read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def cache_folder() -> Path:
+    """Where races are kept: $PEFTKERN_CACHE, else $XDG_CACHE_HOME/peftkern, else ~/.cache/peftkern.
+
+    Raises:
+        RuntimeError: there is no home folder.
+    """
+    if given := os.environ.get(CACHE_ENV):
+        return Path(given)
+    xdg = os.environ.get("XDG_CACHE_HOME")
+    return (Path(xdg) if xdg else Path.home() / ".cache") / "peftkern"
+
+
+def now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).replace(microsecond=0).isoformat()
+
+
+class Book:
+    """Everything known about one kind of machine; with ``instead``, that table and no files."""
+
+    def __init__(self, machine: Machine, instead: Table | None = None) -> None:
+        self.machine = machine
+        self.shipped, self.shipped_note = instead, "under measurement"
+        if instead is None:
+            self.shipped, self.shipped_note = _shipped(machine)
+        self.racing = threading.Lock()
+        self.decisions: dict[Any, Any] = {}  # the dispatcher's, by the numbers of a call
+        self.provisional: dict[Any, Any] = {}
+        self.tries: Counter[Any] = Counter()
+        self._mine: dict[Key, Entry] = {}  # raced by this process
+        self._told: set[str] = set()
+        self.path: Path | None = None
+        if instead is None:
+            try:
+                self.path = self._file()
+            except RuntimeError as e:
+                self._tell(f"races are not kept on disk: {e}")
+        self.cached = self._read()
+
+    def _file(self) -> Path:
+        shipped = path_for(self.machine.gpu)
+        digest = hashlib.sha256("\n".join([*self.machine, sources()]).encode())
+        if self.shipped is not None:  # its configs are part of what was timed
+            digest.update(shipped.read_bytes())
+        name = f"{shipped.stem}-{digest.hexdigest()[:12]}.json"
+        return cache_folder() / "tuning" / name
+
+    def _tell(self, text: str) -> None:
+        if text not in self._told:
+            self._told.add(text)
+            log.warning(text)
+
+    def _empty(self) -> Table:
+        return Table({"name": self.machine.gpu}, self.machine.versions, sources(), now())
+
+    def _read(self) -> Table:
+        """The file's content; an empty table when there is none, or none that can be used."""
+        empty = self._empty()
+        if self.path is None:
+            return empty
+        try:
+            found = load(self.path)
+        except (FileNotFoundError, NotADirectoryError):
+            return empty
+        except (OSError, ValueError) as e:
+            self._tell(f"{self.path} is not used, and written anew after the next race: {e}")
+            return empty
+        mine = (empty.gpu["name"], empty.versions, empty.sources)
+        if (found.gpu.get("name"), found.versions, found.sources) != mine:
+            self._tell(
+                f"{self.path} is not used, and written anew after the next race: "
+                "it is of another machine or of other code"
+            )
+            return empty
+        return found
+
+    def keep(self, entries: Iterable[Entry]) -> None:
+        """Remember what was raced, on disk too where that can be written."""
+        self._mine.update({e.key: e for e in entries})
+        # a new table: other threads may be looking through the old one
+        self.cached = replace(self.cached, entries={**self.cached.entries, **self._mine})
+        _found.clear()
+        if self.path is None:
+            return
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with _locked(self.path):
+                merged = self._read()  # what other processes wrote meanwhile
+                merged.add(self._mine.values())
+                merged.date = now()
+                merged.save(self.path)
+        except OSError as e:
+            self._tell(f"races are not kept on disk: {e}")
+            self.path = None
+            return
+        self.cached = merged
+
+    def find(self, key: Key) -> tuple[Entry, str] | None:
+        """The entry of exactly this key, and who says so."""
+        for table, of in self._tables():
+            if (entry := table.find(key)) is not None:
+                return entry, of(entry)
+        return None
+
+    def find_near(self, key: Key, steps: int | None = None) -> tuple[Entry, str] | None:
+        for table, of in self._tables():
+            if (entry := table.find_near(key, steps)) is not None:
+                return entry, of(entry)
+        return None
+
+    def _tables(self) -> Iterator[tuple[Table, Any]]:
+        yield self.cached, lambda e: f"raced here on {e.date[:10]}"
+        if self.shipped is not None:
+            yield self.shipped, lambda e: f"shipped table of {self.machine.gpu}"
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """One process at a time, where the system and the file system have such locks."""
+    try:
+        fcntl: Any = importlib.import_module("fcntl")
+    except ImportError:
+        yield
+        return
+    with open(path.with_suffix(".lock"), "w") as f:
+        with contextlib.suppress(OSError):
+            fcntl.flock(f, fcntl.LOCK_EX)
+        yield
+
+
+def _shipped(machine: Machine) -> tuple[Table | None, str]:
+    """The shipped table, or None and why it does not count."""
+    path = path_for(machine.gpu)
+    try:
+        table = load(path)
+    except FileNotFoundError:
+        return None, f"no table ships for {machine.gpu}"
+    except (OSError, ValueError) as e:
+        log.warning("the shipped table is ignored: %s", e)
+        return None, f"the shipped table is ignored: {e}"
+    if table.sources != sources():
+        return None, f"the shipped table of {machine.gpu} is ignored: it is of other kernels"
+    return table, f"shipped table of {machine.gpu}, {table.date[:10]}"
+
+
+open_books: dict[int, Book] = {}  # by device, once its files have been read
+_by_machine: dict[Machine, Book] = {}
+_found: dict[Any, Any] = {}
+_opening = threading.Lock()
+
+
+def book(index: int) -> Book:
+    """The book of a device; devices of one kind share it. Reads files the first time."""
+    found = open_books.get(index)
+    if found is None:
+        with _opening:
+            of = machine(index)
+            if of not in _by_machine:
+                _by_machine[of] = Book(of)
+            found = open_books[index] = _by_machine[of]
+    return found
+
+
+def books() -> list[Book]:
+    """Those that have been opened."""
+    return list(_by_machine.values())
+
+
+def forget() -> None:
+    """Drop what this process knows; files are read again at the next use."""
+    open_books.clear()
+    _by_machine.clear()
+    _found.clear()
+
+
+@contextlib.contextmanager
+def measured_with(table: Table) -> Iterator[None]:
+    """Within the block this table takes the place of the shipped ones, and no file is read or
+    written: for a race of whole operations on the configs that a race of kernels just found."""
+    before = dict(open_books), dict(_by_machine), dict(_found)
+    forget()
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    made = Book(machine(0 if count else -1), instead=table)
+    open_books.update(dict.fromkeys(range(-1, count), made))
+    try:
+        yield
+    finally:
+        forget()
+        open_books.update(before[0])
+        _by_machine.update(before[1])
+        _found.update(before[2])
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def products_in(dtype: torch.dtype) -> str:
+    """The dtype's name in the key of a whole operation: float32 products may run in TF32, which is
+    another race."""
+    if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+        return "tf32"
+    return name_of(dtype)
+
+
+def config(
+    op: str,
+    like: Tensor,
+    adapter: torch.dtype,
+    n: int,
+    k: int,
+    r: int,
+    group: int = 1,
+    mask: bool = False,
+) -> Any:
+    """The config that a table has for a kernel on ``like`` [M, ...] (its dtype and device count),
+    as an object for ``config=``; None where there is none. One dict lookup after the first call."""
+    rows, index = like.shape[0], like.get_device()
+    at = (op, like.dtype, adapter, (rows - 1).bit_length(), n, k, r, group, mask, index)
+    try:
+        return _found[at]
+    except KeyError:
+        pass
+    if index not in open_books and device.capturing(like):
+        return None
+    key = Key(op, name_of(like.dtype), name_of(adapter), bucket(rows), n, k, r, group, mask)
+    # a tile that holds adapters in float32 holds narrower ones too
+    keys = dict.fromkeys([key, replace(key, adapter_dtype="float32")])
+    hits = [hit for key in keys if (hit := book(index).find_near(key, CONFIG_STEPS)) is not None]
+    _found[at] = made = _make(hits[0][0]) if hits else None
+    return made
+
+
+def _make(entry: Entry) -> Any:
+    if entry.choice == "two_pass":
+        return entry.choice  # as kernels.outer.grad_output takes it
+    module, name = _CONFIG_OF[entry.key.op]
+    kernels = importlib.import_module(f"..kernels.{module}", __package__)
+    try:
+        return entry.make(getattr(kernels, name))
+    except (TypeError, ValueError) as e:
+        log.warning("a config of a tuning table is ignored: %s", e)
+        return None
+
+
+def best_of(
+    allowed: tuple[str, ...],
+    op: str,
+    like: Tensor,
+    adapter: torch.dtype,
+    n: int,
+    k: int,
+    r: int,
+    group: int = 1,
+    mask: bool = False,
+    grads: str = "",
+) -> str | None:
+    """The fastest of ``allowed`` for a whole operation in a table, None where there is none."""
+    rows, index = like.shape[0], like.get_device()
+    at = (op, like.dtype, adapter, (rows - 1).bit_length(), n, k, r, group, mask, grads, index)
+    try:
+        return _found[at]
+    except KeyError:
+        pass
+    if index not in open_books and device.capturing(like):
+        return None
+    names = products_in(like.dtype), name_of(adapter)
+    key = Key(op, *names, bucket(rows), n, k, r, group, mask, grads)
+    hit = book(index).find_near(key)
+    best = None
+    if hit is not None:
+        times = {name: t for name, t in hit[0].times.items() if name in allowed}
+        chosen = hit[0].choice if hit[0].choice in allowed else None
+        best = min(times, key=lambda name: times[name]) if times else chosen
+    _found[at] = best
+    return best

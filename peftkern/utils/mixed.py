@@ -1,0 +1,45 @@
+"""How ``adapter_names`` reach the layers: by the thread that the call runs in.
+
+Hooks on the layers would be seen by every thread that calls the model meanwhile, and a model has
+hundreds of layers to put them on. Instead a block notes which layer gets which names, and a layer
+looks there when it is called; without an open block that is one look at an empty tuple.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+
+class _Here(threading.local):
+    # open blocks of this thread, the innermost last; each is {layer: names}
+    blocks: tuple[Mapping[nn.Module, Any], ...] = ()
+
+
+# a threading.local, and no ContextVar, because torch.compile traces it
+HERE = _Here()
+
+
+@contextmanager
+def handing(names: Mapping[nn.Module, Any]) -> Iterator[None]:
+    """Within the block each of these layers, called in this thread, gets its ``adapter_names``."""
+    HERE.blocks = (*HERE.blocks, names)
+    try:
+        yield
+    finally:
+        # by identity: blocks that generators hold open need not end in the order of their start
+        HERE.blocks = tuple(b for b in HERE.blocks if b is not names)
+
+
+def hand_over(layer: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """``kwargs`` of a call of ``layer`` with the ``adapter_names`` that a block has for it; names
+    given with the call itself hold."""
+    if "adapter_names" not in kwargs:
+        for block in reversed(HERE.blocks):
+            if layer in block:
+                return {**kwargs, "adapter_names": block[layer]}
+    return kwargs

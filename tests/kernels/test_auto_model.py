@@ -1,0 +1,112 @@
+"""The dispatcher below real models: whatever is decided when, they train as on torch."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import peftkern
+from peftkern.ops import choices, device, triton_backend, tuned
+from tests.kernels.racing import FakeClock, dispatcher
+
+WAYS = ("torch", *triton_backend.PRODUCTS)
+
+
+class Changing(FakeClock):
+    """Each race is won by another way than the one before."""
+
+    def __init__(self):
+        super().__init__()
+        self.turns = itertools.cycle(reversed(WAYS))
+
+    def seconds(self, name, run, repeats):
+        if name == "torch" and repeats == 2:  # once a race, before the rounds
+            self.fastest = next(self.turns)
+        return super().seconds(name, run, repeats)
+
+
+@pytest.fixture
+def clock(monkeypatch, tmp_path):
+    with dispatcher(monkeypatch, tmp_path, Changing()) as clock:
+        yield clock
+
+
+def tiny_llama():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=48, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=50,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def adapted(base, **settings):
+    torch.manual_seed(1)
+    config = peftkern.LoraConfig(
+        task_type="CAUSAL_LM", target_modules="all-linear", init_lora_weights=False, **settings
+    )
+    return peftkern.get_peft_model(copy.deepcopy(base), config)
+
+
+def test_a_tiny_llama_trains_as_on_torch_and_races_in_its_first_step_only(clock):
+    base, ids = tiny_llama(), torch.randint(0, 50, (2, 9))
+    found, races = {}, []
+    for choice in ("auto", "torch"):
+        model = adapted(base, r=5)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=1e-3)
+        losses = []
+        with peftkern.use_backend(choice):
+            for _ in range(4):
+                loss = model(input_ids=ids, labels=ids).loss
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                losses.append(loss.item())
+                races.append(clock.races)
+            with torch.no_grad():
+                logits = [model.eval()(ids[:1, :1]).logits, model(ids).logits]
+        found[choice] = losses, logits
+    assert races[0] > 4 and set(races[:4]) == {races[0]}
+    assert {d.how for d in tuned.book(-1).decisions.values()} >= set(WAYS)
+    assert found["auto"][0] == pytest.approx(found["torch"][0], abs=2e-6)
+    for ours, want in zip(found["auto"][1], found["torch"][1], strict=True):
+        torch.testing.assert_close(ours, want, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("between", ["nothing", "forward undecided", "backward undecided"])
+def test_checkpointed_gradients_are_those_without_whatever_is_decided_between(
+    clock, monkeypatch, reentrant, between
+):
+    """Dropout, groups and recomputation, with decisions that come before or after the forward."""
+    ids = torch.randint(0, 50, (2, 9))
+    capturing, seen = [False], []
+    monkeypatch.setattr(device, "capturing", lambda x: capturing[0])
+    real = choices.forward
+    monkeypatch.setattr(choices, "forward", lambda how, *a: seen.append(how) or real(how, *a))
+    model = adapted(tiny_llama(), r=3, lora_dropout=0.3)
+    tuned.book(-1)
+    grads = []
+    for checkpointed in (True, False):
+        if checkpointed:
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        else:
+            model.gradient_checkpointing_disable()
+        torch.manual_seed(3)
+        capturing[0] = checkpointed and between == "forward undecided"
+        loss = model(input_ids=ids, labels=ids).loss
+        first = seen[:]
+        capturing[0] = checkpointed and between == "backward undecided"
+        loss.backward()
+        if checkpointed and between == "forward undecided":
+            assert set(first) == {"torch"} and set(seen[len(first) :]) > {"torch"}
+        grads.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
+        model.zero_grad()
+    assert clock.races
+    for plain, again in zip(*grads, strict=True):
+        torch.testing.assert_close(plain, again, atol=2e-6, rtol=1e-4)
+        assert plain.any()

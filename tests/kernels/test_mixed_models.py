@@ -1,0 +1,248 @@
+"""Models whose rows name adapters, on the Triton kernels in the interpreter: each row is what its
+adapter alone says, and every projection is one launch."""
+
+import copy
+
+import pytest
+import torch
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+import peftkern
+from peftkern.kernels import common
+from peftkern.tuners.lora.layer import Linear
+
+RANKS = {"default": 3, "wide": 20, "part": 8}
+NAMES = ["wide", "__base__", "default", "part", "wide"]
+
+
+def llama():
+    return LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            vocab_size=40,
+            initializer_range=0.3,
+            pad_token_id=0,
+        )
+    )
+
+
+def gpt2():
+    return GPT2LMHeadModel(
+        GPT2Config(
+            n_embd=32, n_layer=1, n_head=2, vocab_size=40, n_positions=32, initializer_range=0.3,
+            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+            bos_token_id=1, eos_token_id=1, pad_token_id=0,
+        )
+    )  # fmt: skip
+
+
+def t5():
+    return T5ForConditionalGeneration(
+        T5Config(
+            d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=2, vocab_size=40,
+            dropout_rate=0.0, decoder_start_token_id=0, initializer_factor=0.5,
+        )
+    )  # fmt: skip
+
+
+TARGETS = {
+    llama: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    gpt2: ["wte", "c_attn", "c_fc"],
+    t5: ["q", "k", "v", "o", "wi", "wo"],
+}
+
+
+def adapted(make, dtype=torch.float32, **settings):
+    """Three adapters of different rank, one of them on some of the targets only."""
+    torch.manual_seed(0)
+    base, model = make().to(dtype), None
+    for name, r in RANKS.items():
+        targets = TARGETS[make][: 2 if name == "part" else None]
+        config = peftkern.LoraConfig(r=r, lora_alpha=2 * r, target_modules=targets, **settings)
+        if model is None:
+            model = peftkern.get_peft_model(base, config)
+        else:
+            model.add_adapter(name, config)
+    with torch.no_grad():
+        for key, p in model.named_parameters():
+            if "lora_" in key:
+                p.normal_(std=0.2)
+    return model.eval()
+
+
+def alone(model, name, run):
+    """What ``run`` gives when every row has this adapter, on the torch backend."""
+    with peftkern.use_backend("torch"), torch.no_grad():
+        if name == "__base__":
+            with model.disable_adapter():
+                return run()
+        model.set_adapter(name)
+        return run()
+
+
+def prompt(make):
+    g = torch.Generator().manual_seed(1)
+    ids = torch.randint(2, 40, (len(NAMES), 5), generator=g)
+    more = {"decoder_input_ids": ids[:, :4]} if make is t5 else {}
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **more}
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    ran, run = [], common.Launch.run
+    monkeypatch.setattr(common.Launch, "run", lambda launch: (ran.append(launch), run(launch))[1])
+    return ran
+
+
+def projections(model):
+    return sum(isinstance(m, Linear) for m in model.modules())
+
+
+@pytest.mark.parametrize("make", list(TARGETS), ids=lambda f: f.__name__)
+def test_every_row_is_what_its_adapter_alone_says(make, launches):
+    """Prefill: rows, and embeddings, Conv1D, encoder and decoder in one model."""
+    model, batch = adapted(make), prompt(make)
+    with peftkern.use_backend("triton"), torch.no_grad():
+        mixed = model(**batch, adapter_names=NAMES).logits
+    assert [launch.kernel.__name__ for launch in launches] == ["_mixed_kernel"] * projections(model)
+    for i, name in enumerate(NAMES):
+        row = {k: v[i : i + 1] for k, v in batch.items()}
+        want = alone(model, name, lambda row=row: model(**row).logits)
+        torch.testing.assert_close(mixed[i : i + 1], want, atol=3e-5, rtol=1e-4)
+    assert (mixed[0] - mixed[4]).abs().max() > 1e-3  # the same adapter, other tokens
+    others = [mixed[i] for i in range(4)]
+    assert all((a - b).abs().max() > 1e-2 for a, b in zip(others, others[1:], strict=False))
+
+
+def test_bf16_rows_are_within_rounding():
+    model, batch = adapted(llama, torch.bfloat16), prompt(llama)
+    exact = copy.deepcopy(model).double()
+    with torch.no_grad():
+        with peftkern.use_backend("triton"):
+            ours = model(**batch, adapter_names=NAMES).logits
+        with peftkern.use_backend("torch"):
+            torchs = model(**batch, adapter_names=NAMES).logits
+            want = exact(**batch, adapter_names=NAMES).logits
+    error, theirs = ((y.double() - want).norm() / want.norm() for y in (ours, torchs))
+    assert error < max(2 * theirs, 1e-2) and theirs < 0.1
+
+
+@pytest.mark.parametrize("make", list(TARGETS), ids=lambda f: f.__name__)
+@pytest.mark.parametrize("beams", [1, 3])
+def test_generated_tokens_are_those_of_each_row_alone(make, beams, launches):
+    model, batch = adapted(make), prompt(make)
+    batch.pop("decoder_input_ids", None)
+    how = dict(num_beams=beams, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    with peftkern.use_backend("triton"):
+        mixed = model.generate(**batch, adapter_names=NAMES, **how)
+    assert {launch.kernel.__name__ for launch in launches} == {"_mixed_kernel"}
+    if make is not t5:  # prefill, then two steps; T5's encoder and cross keys run once
+        assert len(launches) == 3 * projections(model)
+    for i, name in enumerate(NAMES):
+        row = {k: v[i : i + 1] for k, v in batch.items()}
+        want = alone(model, name, lambda row=row: model.generate(**row, **how))
+        assert torch.equal(mixed[i : i + 1], want), (i, name)
+
+
+def test_one_launch_for_a_step_of_decode_and_one_index_for_a_forward(launches, monkeypatch):
+    model = adapted(llama)
+    ids = prompt(llama)["input_ids"]
+    made, on = [], peftkern.ops.lora_mixed.SampleIndex.on
+    monkeypatch.setattr(
+        peftkern.ops.lora_mixed.SampleIndex, "on",
+        lambda index, device: (made.append(on(index, device)), made[-1])[1],
+    )  # fmt: skip
+    with peftkern.use_backend("triton"), torch.no_grad():
+        cache = model(ids, adapter_names=NAMES, use_cache=True).past_key_values
+        assert len(launches) == projections(model) == 7
+        assert len({id(t) for t in made}) == 1 and len(made) == 7
+        del launches[:]
+        model(ids[:, :1], adapter_names=NAMES, past_key_values=cache)
+    assert len(launches) == 7
+    assert all(launch.args[1].shape[0] == len(NAMES) for launch in launches)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_names_that_are_kept_follow_their_index(dropout):
+    """As a captured graph would: the index is rewritten in place, the names stay."""
+    model, batch = adapted(llama, lora_dropout=dropout), prompt(llama)
+    names = peftkern.AdapterNames(NAMES)
+    assert names == tuple(NAMES) and names.order == ("wide", "default", "part")
+    with peftkern.use_backend("triton"), torch.no_grad():
+        first = model(**batch, adapter_names=names).logits
+        index = names.samples.on(batch["input_ids"].device)
+        index.copy_(torch.tensor([1, 2, -1, 0, 0], dtype=torch.int32))
+        second = model(**batch, adapter_names=names).logits
+        other = ["default", "part", "__base__", "wide", "wide"]
+        want = model(**batch, adapter_names=other).logits
+    torch.testing.assert_close(second, want, atol=3e-5, rtol=1e-4)
+    assert (first - second)[:4].abs().amax((1, 2)).min() > 1e-2
+
+
+def layer_of(**settings):
+    torch.manual_seed(0)
+    layer = Linear(torch.nn.Linear(12, 10))
+    for name, r in RANKS.items():
+        config = peftkern.LoraConfig(r=r, target_modules=["x"], init_lora_weights=False, **settings)
+        layer.update_layer(name, r, 2 * r, config)
+    layer.set_adapter(["default"])
+    return layer.eval()
+
+
+def test_gradients_in_eval_mode_take_the_differentiable_path(launches, caplog):
+    layer = layer_of()
+    x = torch.randn(5, 3, 12, requires_grad=True)
+    caplog.set_level("INFO", logger="peftkern")
+    peftkern.ops.lora_mixed._noted.clear()
+    found = {}
+    for choice in ("triton", "torch"):
+        with peftkern.use_backend(choice):
+            y = layer(x, adapter_names=NAMES)
+            (y * torch.linspace(-1, 1, y.numel()).view_as(y).cos()).sum().backward()
+        grads = {"x": x.grad, **{n: p.grad for n, p in layer.named_parameters()}}
+        found[choice] = {n: g.clone() for n, g in grads.items() if g is not None}
+        x.grad = None
+        layer.zero_grad()
+    assert not launches and "gradients are wanted" in caplog.text
+    assert "x" in found["torch"] and found["torch"].keys() == found["triton"].keys()
+    for name, g in found["torch"].items():
+        torch.testing.assert_close(found["triton"][name], g)
+
+
+def test_what_the_kernel_does_not_take_is_said_and_still_right(launches, caplog):
+    layer, x = layer_of(), torch.randn(5, 12)
+    caplog.set_level("INFO", logger="peftkern")
+    peftkern.ops.triton_backend._noted.clear()
+    with peftkern.use_backend("triton"), torch.no_grad():
+        fast = layer(x, adapter_names=NAMES)
+        assert len(launches) == 1 and not caplog.text
+        layer.lora_A["wide"].weight = torch.nn.Parameter(torch.randn(300, 12))
+        layer.lora_B["wide"].weight = torch.nn.Parameter(torch.randn(10, 300))
+        slow = layer(x, adapter_names=NAMES)
+    assert len(launches) == 1 and "rank 300 is above 256" in caplog.text
+    same = torch.tensor([n != "wide" for n in NAMES])
+    torch.testing.assert_close(fast[same], slow[same])
+    wide = layer.base_layer(x) + layer._update("wide", x)
+    torch.testing.assert_close(slow[~same], wide[~same])
+
+
+def test_autocast():
+    layer, x = layer_of(), torch.randn(5, 2, 12)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with peftkern.use_backend("triton"):
+            ours = layer(x, adapter_names=NAMES)
+        with peftkern.use_backend("torch"):
+            want = layer(x, adapter_names=NAMES)
+    assert ours.dtype == want.dtype == torch.bfloat16
+    torch.testing.assert_close(ours, want, atol=0.1, rtol=0.03)

@@ -1,0 +1,185 @@
+"""``torch.compile`` on torch's own products, where the plain formula is traced; the operators of
+torch.library on that backend. Those on the kernels: tests/kernels/test_library.py.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import peftkern
+from peftkern.kernels.reference import reference_bits
+from peftkern.ops import library, torch_backend
+from peftkern.ops.bits import unpack_bits
+from peftkern.ops.lora import lora_linear, plain
+from peftkern.tuners.lora import group
+from tests.changes import CHANGES, K, layer_of, layer_pair
+from tests.graphs import Graphs, unwrapped
+from tests.tiny import gradients, inputs, pair
+
+ops = torch.ops.peftkern
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def arguments(dtype=torch.float32, low=None, bias=True, transposed=False, p=0.0, lead=(2, 3)):
+    """Arguments of ``lora_linear``: x, weight, bias, A, B, scale, p, seed, transposed."""
+    g = torch.Generator().manual_seed(0)
+    K, N, r = 40, 24, 3
+
+    def leaf(*shape, dtype=dtype):
+        drawn = torch.randn(*shape, generator=g) / shape[-1] ** 0.5
+        return drawn.to(dtype).requires_grad_()
+
+    weight = leaf(*((K, N) if transposed else (N, K)))
+    A, B = leaf(r, K, dtype=low or dtype), leaf(N, r, dtype=low or dtype)
+    seed = torch.tensor([2**40 + 5]) if p else None
+    return leaf(*lead, K), weight, leaf(N) if bias else None, A, B, 0.7, p, seed, transposed
+
+
+@pytest.mark.parametrize(
+    ("dtype", "low", "bias", "transposed", "p"),
+    [
+        (torch.float32, None, True, False, 0.3),
+        (torch.float32, None, False, True, 0.0),
+        (torch.bfloat16, torch.float32, True, True, 0.3),
+        (torch.float64, None, True, False, 0.3),
+    ],
+    ids=str,
+)
+def test_operators(dtype, low, bias, transposed, p):
+    """opcheck, the mask of the seed, and every gradient beside the plain formula's."""
+    args = arguments(dtype, low, bias, transposed, p)
+    x, weight, bias, A, B, scale, _, seed, _ = args
+    with peftkern.use_backend("torch"):
+        torch.library.opcheck(ops.lora_linear.default, args)
+        y, _, words = ops.lora_linear(*args)
+        mask = None
+        if p:
+            assert torch.equal(words, reference_bits(6, 40, p, seed.item()))
+            mask = unpack_bits(words, 40, dtype).view(x.shape)
+        want = plain(x, weight, bias, A, B, scale, mask, p, transposed)
+        leaves = [t for t in (x, weight, bias, A, B) if t is not None]
+        dy = torch.randn_like(y)
+        tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {}
+        torch.testing.assert_close(y, want, **tolerance)
+        for got, right in zip(
+            torch.autograd.grad(y, leaves, dy), torch.autograd.grad(want, leaves, dy), strict=True
+        ):
+            torch.testing.assert_close(got, right, **tolerance)
+        fixed = [t.detach() if isinstance(t, Tensor) else t for t in args]
+        torch.library.opcheck(ops.lora_linear_infer.default, (*fixed[:6], transposed))
+        _, s, words = ops.lora_linear(*fixed)
+        for needs in ((True, True, True), (True, False, False), (False, True, True)):
+            x, weight, _, A, B = fixed[:5]
+            torch.library.opcheck(
+                ops.lora_linear_backward.default,
+                (
+                    dy, x if needs[1] else None, weight, A, B, s if needs[2] else None,
+                    words if p else None, scale, p, transposed, needs[0],
+                ),
+                test_utils=("test_schema", "test_faketensor"),
+            )  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_model_is_one_graph_without_operators(family, monkeypatch):
+    """With dropout, whose elements are those of eager calls; a second step compiles nothing, nor
+    does what happens to the groups of eager calls."""
+    model, _ = pair(family, lora_dropout=0.3)
+    model.base_model.model.loss_type = "ForCausalLM"
+    batch, graphs = inputs(family), Graphs()
+    loss, want = gradients(model.train(), batch)
+    compiled = torch.compile(model, backend=graphs, fullgraph=True)
+    for i in range(2):
+        monkeypatch.setattr(group, "_breaks", group._breaks + i)
+        got_loss, got = gradients(compiled, batch)
+        torch.testing.assert_close(got_loss, loss)
+        for name, grad in unwrapped(got).items():
+            torch.testing.assert_close(grad, want.pop(name), rtol=1e-4, atol=1e-5)
+        assert not want
+        _, want = gradients(model, batch)
+    assert graphs == [{}]
+    assert all("torch's own products" in row.compiled for row in peftkern.explain(model))
+
+
+@pytest.mark.parametrize(
+    "change", ["in_place", "scaling", "other_active", "disabled", "patched_forward", "dropout_p"]
+)
+def test_what_is_changed_after_compiling_is_seen(change):
+    model, _ = layer_pair(dropout=0.3)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    x = torch.randn(3, K)
+
+    def both():
+        out = []
+        for call in (compiled, model):
+            torch.manual_seed(0)
+            out.append(call(x).detach())
+        torch.testing.assert_close(*out)
+        return out[1]
+
+    before = both()
+    CHANGES[change](layer_of(model))
+    assert not torch.allclose(before, both())
+
+
+@pytest.mark.slow
+def test_inductor():
+    model, _ = layer_pair("conv1d")
+    x = torch.randn(4, 5, K, requires_grad=True)
+    found = []
+    for call in (torch.compile(model, fullgraph=True), model):
+        y = call(x)
+        found.append(
+            [y, *torch.autograd.grad(y.square().sum(), (x, layer_of(model).lora_A.default.weight))]
+        )
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
+# ---------------------------------------------------------------- the eager operation
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_one_x_for_two_projections_and_passes_that_agree_bit_for_bit(p):
+    """The gradient of x is the sum; the same graph run twice gives the same bits."""
+    x, weight, bias, A, B, scale, *_ = arguments(p=p)
+
+    def run(count):
+        torch.manual_seed(0)
+        return [lora_linear(x, weight, bias, A, B, scale, p) for _ in range(count)]
+
+    first, second = run(2)
+    leaves = (x, weight, bias, A, B)
+    dys = torch.randn_like(first), torch.randn_like(second)
+    both = [torch.autograd.grad((first, second), leaves, dys, retain_graph=True) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*both, strict=True))
+    first, second = run(2)
+    alone = [torch.autograd.grad(y, leaves, dy) for y, dy in ((first, dys[0]), (second, dys[1]))]
+    for together, *parts in zip(both[0], *alone, strict=True):
+        torch.testing.assert_close(together, sum(parts))
+
+
+def test_words_that_are_given_are_the_mask():
+    """And the generator is left alone."""
+    x, weight, bias, A, B, scale, p, seed, _ = (
+        t.detach() if isinstance(t, Tensor) else t for t in arguments(p=0.3, lead=(6,))
+    )
+    words = torch_backend.draw(6, 40, p, seed)
+    state = torch.get_rng_state()
+    y, _, kept = torch_backend.forward(x, weight.t(), bias, A, B, scale, p, words)
+    assert torch.equal(state, torch.get_rng_state()) and torch.equal(kept, words)
+    mask = unpack_bits(words, 40, torch.float32)
+    torch.testing.assert_close(y, plain(x, weight, bias, A, B, scale, mask, p, False))
+
+
+def test_eager_calls_do_not_go_through_the_operators(monkeypatch):
+    monkeypatch.setattr(library, "_backend_in_force", None)
+    model, _ = layer_pair(dropout=0.3)
+    model(torch.randn(3, K)).sum().backward()
