@@ -137,6 +137,11 @@ class PeftModel(PromptLearning, AdapterFiles, PushToHubMixin, nn.Module):
                 self.cls_layer_name = name
                 break
 
+    def prepare_model_for_gradient_checkpointing(self, model: Any) -> Any:
+        """Have the embeddings of ``model`` require a gradient, and return it."""
+        self._prepare_model_for_gradient_checkpointing(model)
+        return model
+
     @staticmethod
     def _prepare_model_for_gradient_checkpointing(model: Any) -> None:
         """Let the embeddings' output require a gradient:

@@ -212,8 +212,8 @@ def _fitted(pairs: list[LayerPrefix], model: Any) -> list[LayerPrefix | None]:
         )
     if skipped:
         warnings.warn(
-            f"Prefix tuning skipped the layers {skipped}: their keys are larger than the prefix, "
-            "or another layer's.",
+            f"Prefix tuning skipped {skipped} due to KV shape: these layers have larger keys than "
+            "the prefix, or another layer's keys.",
             stacklevel=3,
         )
     return fitted

@@ -71,10 +71,7 @@ def _key_sizes(model_config: Any, width: int | None, heads: int | None) -> tuple
     if "num_key_value_heads" not in values:
         return (heads, width // heads) if width and heads else None
     kv_heads, head_dim = values["num_key_value_heads"], values.get("head_dim")
-    if values.get("global_head_dim") is not None:
-        head_dim = values["global_head_dim"]
-        kv_heads = values.get("num_global_key_value_heads") or kv_heads
-    elif values.get("per_layer_config"):
+    if values.get("per_layer_config"):
         # room for the largest layer; the others take a part of it
         head_dim = head_dim or (width or 0) // (heads or 1)
         for layer in values["per_layer_config"].values():
@@ -174,21 +171,11 @@ def layer_shapes(model: Any, num_layers: int) -> list[tuple[int, int] | None]:
     None for a layer that computes no keys of its own. An empty list when all layers are alike.
     """
     config = text_config(model)
-    kinds = getattr(config, "layer_types", None)
-    each = config.per_layer_config if config.to_dict().get("per_layer_config") else None
-    shared = getattr(config, "num_kv_shared_layers", 0) or 0
-    wide = getattr(config, "global_head_dim", None)
-    if not kinds or (each is None and wide is None):
+    if not config.to_dict().get("per_layer_config"):
         return []
-    shapes: list[tuple[int, int] | None] = []
-    for layer in range(num_layers):
-        if shared and layer >= num_layers - shared:
-            shapes.append(None)
-        elif each is not None:
-            shapes.append((each[layer].num_key_value_heads, each[layer].head_dim))
-        else:
-            full = kinds[layer] != "sliding_attention"
-            heads = getattr(config, "num_global_key_value_heads", None) if full else None
-            head_dim = wide if full and wide else config.head_dim
-            shapes.append((heads or config.num_key_value_heads, head_dim))
-    return shapes
+    own = num_layers - (getattr(config, "num_kv_shared_layers", 0) or 0)
+    each = [config.per_layer_config[layer] for layer in range(num_layers)]
+    return [
+        (layer.num_key_value_heads, layer.head_dim) if i < own else None
+        for i, layer in enumerate(each)
+    ]
