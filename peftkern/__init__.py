@@ -42,8 +42,11 @@ if TYPE_CHECKING:
     from .tuners.lora import AdapterNames as AdapterNames
     from .tuners.lora import LoraConfig as LoraConfig
     from .tuners.lora import LoraModel as LoraModel
+    from .tuners.p_tuning import PromptEncoder as PromptEncoder
     from .tuners.p_tuning import PromptEncoderConfig as PromptEncoderConfig
+    from .tuners.prefix_tuning import PrefixEncoder as PrefixEncoder
     from .tuners.prefix_tuning import PrefixTuningConfig as PrefixTuningConfig
+    from .tuners.prompt_tuning import PromptEmbedding as PromptEmbedding
     from .tuners.prompt_tuning import PromptTuningConfig as PromptTuningConfig
     from .utils.peft_types import PeftType as PeftType
     from .utils.peft_types import TaskType as TaskType
@@ -73,9 +76,9 @@ _WHERE = {
         "MODEL_TYPE_TO_PEFT_MODEL_MAPPING"
     ),
     ".tuners.lora": "AdapterNames LoraConfig LoraModel LoraRuntimeConfig",
-    ".tuners.p_tuning": "PromptEncoderConfig PromptEncoderReparameterizationType",
-    ".tuners.prefix_tuning": "PrefixTuningConfig",
-    ".tuners.prompt_tuning": "PromptTuningConfig PromptTuningInit",
+    ".tuners.p_tuning": "PromptEncoder PromptEncoderConfig PromptEncoderReparameterizationType",
+    ".tuners.prefix_tuning": "PrefixEncoder PrefixTuningConfig",
+    ".tuners.prompt_tuning": "PromptEmbedding PromptTuningConfig PromptTuningInit",
     ".utils.constants": "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING",
     ".utils.other": "ModulesToSaveWrapper",
     ".utils.peft_types": "PeftType TaskType",

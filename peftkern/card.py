@@ -8,6 +8,7 @@ from typing import Any
 
 from ._io import write_text_atomically
 from ._version import PEFT_COMPAT_VERSION, __version__
+from .prompts import innermost
 from .tuners.tuners_utils import DUMMY_MODEL_CONFIG, get_model_config
 from .utils.peft_types import PeftType, TaskType
 
@@ -20,7 +21,7 @@ def card_tags(model: Any) -> list[str]:
     and who wrote it."""
     import transformers
 
-    base = model.get_base_model()
+    base = innermost(model)
     tags = {"peftkern", *(getattr(base, "model_tags", None) or [])}
     if isinstance(base, transformers.PreTrainedModel):
         tags.add("transformers")
@@ -51,7 +52,7 @@ def create_or_update_model_card(model: Any, output_dir: str | os.PathLike[str]) 
         "pipeline_tag"
     ):
         card.data["pipeline_tag"] = "text-generation"
-    config = get_model_config(model.get_base_model())
+    config = get_model_config(innermost(model))
     if config != DUMMY_MODEL_CONFIG and config.get("_name_or_path"):
         card.data["base_model"] = config["_name_or_path"]
     lines = card.text.splitlines()

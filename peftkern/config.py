@@ -19,7 +19,7 @@ from .utils.constants import CONFIG_NAME
 from .utils.peft_types import PeftType, TaskType
 
 
-def _one_of(enum_cls: type, value: Any, what: str) -> Any:
+def one_of(enum_cls: type, value: Any, what: str) -> Any:
     """``value`` as a member of the string enum ``enum_cls``,
     or a ValueError naming what is allowed."""
     try:
@@ -29,12 +29,20 @@ def _one_of(enum_cls: type, value: Any, what: str) -> Any:
         raise ValueError(f"Invalid {what}: {value!r}. Must be one of: {allowed}.") from None
 
 
+def positive(name: str, value: Any, optional: bool = False) -> None:
+    """Raise a ValueError, naming the field, unless ``value`` is an integer above 0."""
+    if value is None and optional:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+        raise ValueError(f"`{name}` must be a positive integer, got {value!r}")
+
+
 def config_class_for(peft_type: Any) -> type[PeftConfig]:
     """The configuration class of a ``peft_type``;
     ValueError when peftkern does not have the method."""
     from .mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-    return PEFT_TYPE_TO_CONFIG_MAPPING[_one_of(PeftType, peft_type, "peft_type")]
+    return PEFT_TYPE_TO_CONFIG_MAPPING[one_of(PeftType, peft_type, "peft_type")]
 
 
 def build_config(cls: type[PeftConfig], values: dict[str, Any], source: str) -> PeftConfig:
@@ -109,7 +117,7 @@ class PeftConfigMixin(PushToHubMixin):
 
     def __post_init__(self) -> None:
         if self.task_type is not None:
-            _one_of(TaskType, self.task_type, "task type")
+            one_of(TaskType, self.task_type, "task type")
         if self.peft_version is None:
             self.peft_version = PEFT_COMPAT_VERSION
 
@@ -234,6 +242,9 @@ class PeftConfig(PeftConfigMixin):
             f"{type(self).__name__} alone describes no adapter that can be built"
         )
 
+    def check_loadable(self, is_trainable: bool) -> None:
+        """Raise a ValueError when a saved adapter of this kind cannot be trained on."""
+
 
 @dataclass
 class PromptLearningConfig(PeftConfig):
@@ -255,13 +266,46 @@ class PromptLearningConfig(PeftConfig):
     num_layers: int | None = field(default=None)
     modules_to_save: list[str] | None = field(default=None)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in (
+            "num_virtual_tokens",
+            "token_dim",
+            "num_transformer_submodules",
+            "num_attention_heads",
+            "num_layers",
+        ):
+            positive(name, getattr(self, name), optional=True)
+        if self.num_transformer_submodules not in (None, 1, 2):
+            raise ValueError(
+                "`num_transformer_submodules` must be 1, or 2 for an encoder-decoder model, got "
+                f"{self.num_transformer_submodules}"
+            )
+
     @property
     def is_prompt_learning(self) -> bool:
         return True
 
+    @property
+    def trains_network(self) -> bool:
+        """Whether the prompt is the output of a network, whose weights no checkpoint holds."""
+        return False
+
     def check_supported(self) -> None:
-        raise NotImplementedError(
-            f"peft_type={PeftType(self.peft_type).value} is not supported yet by peftkern: its "
-            "configuration can be read and written, but no model can be made from it. Supported "
-            "now: LORA."
-        )
+        """Raise one ValueError for what is missing to build the adapter."""
+        positive("num_virtual_tokens", self.num_virtual_tokens)
+        if self.task_type is None:
+            raise ValueError(
+                f"`task_type` must be given for {PeftType(self.peft_type or '').value}: what is "
+                "done to masks and labels depends on it. Must be one of: "
+                f"{', '.join(t.value for t in TaskType)}."
+            )
+
+    def check_loadable(self, is_trainable: bool) -> None:
+        if is_trainable and self.trains_network:
+            raise ValueError(
+                "Cannot set a prompt learning adapter to trainable when loading pretrained adapter."
+                " The file holds the prompt, and not the network of "
+                f"{PeftType(self.peft_type or '').value} that made it: load it with "
+                "is_trainable=False."
+            )

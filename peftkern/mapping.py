@@ -10,10 +10,10 @@ from torch import nn
 
 from .config import PeftConfig, build_config
 from .tuners.lora import LoraConfig, LoraModel
-from .tuners.p_tuning import PromptEncoderConfig
-from .tuners.prefix_tuning import PrefixTuningConfig
-from .tuners.prompt_tuning import PromptTuningConfig
-from .tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from .tuners.p_tuning import PromptEncoder, PromptEncoderConfig
+from .tuners.prefix_tuning import PrefixEncoder, PrefixTuningConfig
+from .tuners.prompt_tuning import PromptEmbedding, PromptTuningConfig
+from .tuners.tuners_utils import BaseTunerLayer
 from .utils.peft_types import PeftType
 
 PEFT_TYPE_TO_CONFIG_MAPPING: dict[PeftType, type[PeftConfig]] = {
@@ -22,7 +22,12 @@ PEFT_TYPE_TO_CONFIG_MAPPING: dict[PeftType, type[PeftConfig]] = {
     PeftType.PROMPT_TUNING: PromptTuningConfig,
     PeftType.P_TUNING: PromptEncoderConfig,
 }
-PEFT_TYPE_TO_TUNER_MAPPING: dict[PeftType, type[BaseTuner]] = {PeftType.LORA: LoraModel}
+PEFT_TYPE_TO_TUNER_MAPPING: dict[PeftType, Any] = {  # a tuner, or an encoder of prompts
+    PeftType.LORA: LoraModel,
+    PeftType.PREFIX_TUNING: PrefixEncoder,
+    PeftType.PROMPT_TUNING: PromptEmbedding,
+    PeftType.P_TUNING: PromptEncoder,
+}
 PEFT_TYPE_TO_PREFIX_MAPPING: dict[PeftType, str] = {PeftType.LORA: LoraModel.prefix}
 
 
@@ -125,7 +130,9 @@ def get_peft_model(
             "checkpoint.",
             stacklevel=2,
         )
-    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+    if not peft_config.is_prompt_learning and any(
+        isinstance(module, BaseTunerLayer) for module in model.modules()
+    ):
         warnings.warn(
             "You are trying to modify a model with PEFT for a second time. If you want to reload "
             "the model with "

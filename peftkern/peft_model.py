@@ -15,9 +15,11 @@ from transformers.utils import PushToHubMixin
 
 from .config import PeftConfig
 from .mapping import PEFT_TYPE_TO_TUNER_MAPPING, check_adapter_name
+from .prompt_calls import prompted_forward, prompted_generate
+from .prompt_learning import PromptLearning
 from .saving import AdapterFiles
 from .tuners.lora.group import settle
-from .tuners.tuners_utils import BaseTuner
+from .tuners.tuners_utils import as_names
 from .utils.other import ModulesToSaveWrapper
 from .utils.peft_types import PeftType
 
@@ -44,8 +46,8 @@ def _new(cls: Any) -> Any:
     return cls.__new__(cls)
 
 
-class PeftModel(AdapterFiles, PushToHubMixin, nn.Module):
-    """A base model with adapters in it.
+class PeftModel(PromptLearning, AdapterFiles, PushToHubMixin, nn.Module):
+    """A base model with adapters in it, or with prompts beside it (see :class:`PromptLearning`).
 
     Args:
         model: the base model, changed in place.
@@ -55,7 +57,8 @@ class PeftModel(AdapterFiles, PushToHubMixin, nn.Module):
         low_cpu_mem_usage: make the adapter's weights on the meta device, to be loaded afterwards.
 
     Attributes:
-        base_model: the tuner; ``base_model.model`` is the adapted model.
+        base_model: the tuner; ``base_model.model`` is the adapted model. With prompts, the model
+            itself.
         peft_config: {adapter name: configuration}.
         active_adapter: the adapter that calls go through.
 
@@ -67,6 +70,9 @@ class PeftModel(AdapterFiles, PushToHubMixin, nn.Module):
     # data of the task classes, see tasks.py
     forward_args: tuple[str, ...] = ()
     head_names: tuple[str, ...] = ()
+    keeps_token_types = False
+    labels_are_tokens = False
+    prompt_in_encoder = False
 
     base_model: Any
 
@@ -85,16 +91,19 @@ class PeftModel(AdapterFiles, PushToHubMixin, nn.Module):
         self.active_adapter = adapter_name
         self.peft_type = PeftType(peft_config.peft_type)
         self.special_peft_forward_args = {"adapter_names"}
-        self._is_prompt_learning = False
+        self._is_prompt_learning = peft_config.is_prompt_learning
         self._adapters_disabled = False
-        tuner: type[BaseTuner] = PEFT_TYPE_TO_TUNER_MAPPING[self.peft_type]
-        self.base_model = tuner(
-            model,
-            {adapter_name: peft_config},
-            adapter_name,
-            low_cpu_mem_usage=low_cpu_mem_usage,
-            autocast_adapter_dtype=autocast_adapter_dtype,  # type: ignore[call-arg]
-        )
+        if self._is_prompt_learning:
+            self._start_prompts(model, peft_config)
+            self.add_adapter(adapter_name, peft_config)
+        else:
+            self.base_model = PEFT_TYPE_TO_TUNER_MAPPING[self.peft_type](
+                model,
+                {adapter_name: peft_config},
+                adapter_name,
+                low_cpu_mem_usage=low_cpu_mem_usage,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+            )
         self._note_head_layer()
         # transformers renamed the property in 5.x; a model without either gets the hook, as in PEFT
         renamed = (
@@ -128,6 +137,11 @@ class PeftModel(AdapterFiles, PushToHubMixin, nn.Module):
                 self.cls_layer_name = name
                 break
 
+    def prepare_model_for_gradient_checkpointing(self, model: Any) -> Any:
+        """Have the embeddings of ``model`` require a gradient, and return it."""
+        self._prepare_model_for_gradient_checkpointing(model)
+        return model
+
     @staticmethod
     def _prepare_model_for_gradient_checkpointing(model: Any) -> None:
         """Let the embeddings' output require a gradient:
@@ -148,11 +162,14 @@ class PeftModel(AdapterFiles, PushToHubMixin, nn.Module):
 
     @property
     def peft_config(self) -> dict[str, Any]:
-        return self.base_model.peft_config
+        return self._peft_config if self._is_prompt_learning else self.base_model.peft_config
 
     @peft_config.setter
     def peft_config(self, value: dict[str, Any]) -> None:
-        self.base_model.peft_config = value
+        if self._is_prompt_learning:
+            self._peft_config = value
+        else:
+            self.base_model.peft_config = value
 
     @property
     def active_peft_config(self) -> Any:
@@ -161,6 +178,8 @@ class PeftModel(AdapterFiles, PushToHubMixin, nn.Module):
 
     @property
     def active_adapters(self) -> list[str]:
+        if self._is_prompt_learning:
+            return as_names(self.active_adapter)
         return self.base_model.active_adapters
 
     @property
@@ -183,7 +202,7 @@ class PeftModel(AdapterFiles, PushToHubMixin, nn.Module):
 
     def get_base_model(self) -> nn.Module:
         """The model that was wrapped, adapter layers included."""
-        return self.base_model.model
+        return self.base_model if self._is_prompt_learning else self.base_model.model
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -244,6 +263,8 @@ class PeftModel(AdapterFiles, PushToHubMixin, nn.Module):
                     kwargs[name] = value
             args = ()
             kwargs.pop("task_ids", None)  # for adapter methods that learn several tasks at once
+        if self._is_prompt_learning:
+            return prompted_forward(self, kwargs)
         settle(self.base_model.model)
         if kwargs.get("adapter_names") is None:
             kwargs.pop("adapter_names", None)
@@ -255,6 +276,8 @@ class PeftModel(AdapterFiles, PushToHubMixin, nn.Module):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's ``generate``, through the active adapter or
         the one named for each row."""
+        if self._is_prompt_learning:
+            return prompted_generate(self, args, kwargs)
         with self._enable_peft_forward_hooks(*args, **kwargs):
             kwargs.pop("adapter_names", None)
             return self.base_model.model.generate(*args, **kwargs)
@@ -264,6 +287,10 @@ class PeftModel(AdapterFiles, PushToHubMixin, nn.Module):
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Within the block the model is the base model (but for biases that were trained)."""
+        if self._is_prompt_learning:
+            with self._without_prompts():
+                yield
+            return
         was = self._adapters_disabled
         layers = list(self.base_model.adapter_layers())
         states = {layer.disable_adapters for layer in layers}
@@ -308,8 +335,11 @@ class PeftModel(AdapterFiles, PushToHubMixin, nn.Module):
         peft_config.check_supported()
         self._add_heads(peft_config)
         self.peft_config[adapter_name] = peft_config
-        self.base_model.__dict__["_autocast_dtype"] = autocast_adapter_dtype
         try:
+            if self._is_prompt_learning:
+                self._setup_prompt_encoder(adapter_name)
+                return
+            self.base_model.__dict__["_autocast_dtype"] = autocast_adapter_dtype
             self.base_model.inject_adapter(
                 self.base_model.model, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage
             )
@@ -324,17 +354,28 @@ class PeftModel(AdapterFiles, PushToHubMixin, nn.Module):
             raise ValueError(
                 f"Adapter {adapter_name} not found. There are {sorted(self.peft_config)}."
             )
+        if self._is_prompt_learning:
+            self._set_prompt(adapter_name, inference_mode)
+            return
         self.active_adapter = adapter_name
         self.base_model.set_adapter(adapter_name, inference_mode=inference_mode)
 
     def set_requires_grad(
         self, adapter_names: str | Sequence[str], requires_grad: bool = True
     ) -> None:
-        """Let the parameters of these adapters train, or freeze them."""
+        """Let the parameters of these adapters train, or freeze them. TypeError for prompts."""
+        if self._is_prompt_learning:
+            raise TypeError(
+                "Setting `requires_grad` is not supported for prompt learning methods like "
+                f"{self.peft_type.value}."
+            )
         self.base_model.set_requires_grad(adapter_names, requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter; when it was active, the first one left becomes active."""
+        if self._is_prompt_learning:
+            self._delete_prompt(adapter_name)
+            return
         self.base_model.delete_adapter(adapter_name)
         if len(self.active_adapters) == 1:
             self.active_adapter = self.active_adapters[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from ._io import replaced_together, write_atomically
 from .card import create_or_update_model_card
 from .config import PeftConfig, split_hub_kwargs
+from .prompts import innermost
 from .utils.constants import SAFETENSORS_WEIGHTS_NAME
 from .utils.save_and_load import (
     LoadResult,
@@ -77,6 +79,18 @@ class AdapterFiles:
         """
         if os.path.isfile(save_directory):
             raise ValueError(f"Provided path ({save_directory}) should be a directory, not a file")
+        if isinstance(self.base_model, AdapterFiles) and selected_adapters is None:
+            # a prompt on top of LoRA adapters, which may train with it
+            inner = kwargs | {"is_main_process": is_main_process}
+            if (state := kwargs.get("state_dict")) is not None:
+                inner["state_dict"] = {
+                    key.removeprefix("base_model."): value
+                    for key, value in state.items()
+                    if key.startswith("base_model.")
+                }
+            self.base_model.save_pretrained(
+                save_directory, safe_serialization, None, save_embedding_layers, **inner
+            )
         if not safe_serialization:
             raise ValueError(
                 "safe_serialization=False is not supported: peftkern writes safetensors only"
@@ -120,7 +134,7 @@ class AdapterFiles:
         self.create_or_update_model_card(save_directory)
 
     def _save_config(self: Any, config: PeftConfig, folder: str) -> None:
-        base = self.get_base_model()
+        base = innermost(self)
         if config.base_model_name_or_path is None:
             config.base_model_name_or_path = base.__dict__.get("name_or_path") or None
         mapping = None
@@ -182,13 +196,11 @@ class AdapterFiles:
             config = PeftConfig.from_pretrained(model_id, **hub)
         elif not isinstance(config, PeftConfig):
             raise ValueError(f"The input config must be a PeftConfig, got {config.__class__}")
-        if config.is_prompt_learning and is_trainable:
-            raise ValueError(
-                "Cannot set a prompt learning adapter to trainable when loading pretrained adapter."
-            )
-        config.inference_mode = not is_trainable
+        config.check_loadable(is_trainable)
+        # the first values of a prompt are not needed, and may need a tokenizer
+        config.inference_mode = not is_trainable or config.is_prompt_learning
         config.check_supported()
-        if key_mapping is None:
+        if key_mapping is None and not config.is_prompt_learning:
             key_mapping = getattr(model, "_checkpoint_conversion_mapping", None)
         weights = load_peft_weights(model_id, rest.get("torch_device"), key_mapping, **hub)
         flags = [(p, p.requires_grad) for p in model.parameters()]
@@ -203,12 +215,17 @@ class AdapterFiles:
             )
             peft_model._fill(weights, adapter_name, model_id, low_cpu_mem_usage, rest)
         except Exception:
-            if peft_model is not None:
+            if peft_model is not None and config.is_prompt_learning:
+                peft_model._remove_prompts()
+            elif peft_model is not None:
                 peft_model.base_model._take_out()
                 del model.peft_config
             for parameter, flag in flags:
                 parameter.requires_grad_(flag)
             raise
+        config.inference_mode = not is_trainable
+        if is_trainable and config.is_prompt_learning:
+            peft_model.set_adapter(adapter_name)
         if not is_trainable:
             peft_model.eval()
         return peft_model
@@ -240,8 +257,9 @@ class AdapterFiles:
         new = adapter_name not in self.peft_config
         if new:
             config = PeftConfig.from_pretrained(model_id, **hub)
-            config.inference_mode = not is_trainable
-        if key_mapping is None:
+            config.check_loadable(is_trainable)
+            config.inference_mode = not is_trainable or config.is_prompt_learning
+        if key_mapping is None and not self._is_prompt_learning:
             key_mapping = getattr(self.get_base_model(), "_checkpoint_conversion_mapping", None)
         weights = load_peft_weights(model_id, torch_device, key_mapping, **hub)
         if new:
@@ -251,14 +269,18 @@ class AdapterFiles:
                 low_cpu_mem_usage=low_cpu_mem_usage,
                 autocast_adapter_dtype=autocast_adapter_dtype,
             )
+        prompts = self._is_prompt_learning
         try:
-            result = self._fill(weights, adapter_name, model_id, low_cpu_mem_usage, rest)
+            with self._loadable(adapter_name, is_trainable) if prompts else nullcontext():
+                result = self._fill(weights, adapter_name, model_id, low_cpu_mem_usage, rest)
         except Exception:
             if new:
                 self.delete_adapter(adapter_name)
-                self.base_model._take_out(only_empty=True)
+                (self._remove_prompts if prompts else self.base_model._take_out)(only_empty=True)
             raise
-        if new and is_trainable:
+        if new and prompts:
+            config.inference_mode = not is_trainable
+        if new and is_trainable and not prompts:  # a prompt trains from `set_adapter` on
             self.set_requires_grad(adapter_name)
         if not is_trainable:
             self.eval()

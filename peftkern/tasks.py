@@ -1,7 +1,11 @@
 """The task classes: one mechanism, and for each task the data in which it differs.
 
 ``forward_args`` are the names of positional arguments, in HF PEFT's order; ``head_names`` the
-modules that train in full because the task's head starts random.
+modules that train in full because the task's head starts random. The rest is for prompts in front
+of the input: ``labels_are_tokens`` says that labels have a place for every token,
+``keeps_token_types`` that token types are extended (and not ignored), and ``prompt_in_encoder``
+that the prompt is the encoder's. Which it is for which task is HF PEFT's choice, but for the labels
+of token classification, with which it fails.
 """
 
 from __future__ import annotations
@@ -10,6 +14,7 @@ import inspect
 from typing import Any
 
 from .peft_model import PeftModel
+from .prompt_calls import prepare_step
 from .utils.peft_types import TaskType
 
 _OUTPUTS = ("output_attentions", "output_hidden_states", "return_dict")
@@ -31,10 +36,18 @@ def _forward(names: tuple[str, ...]) -> Any:
     return forward
 
 
+def _prepare_inputs_for_generation(self: PeftModel, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """The base model's inputs of one step of generation, with the prompt in front of the first."""
+    if self._is_prompt_learning:
+        return prepare_step(self, None, args, kwargs)
+    return self.base_model.prepare_inputs_for_generation(*args, **kwargs)
+
+
 class PeftModelForSequenceClassification(PeftModel):
     """A classifier of texts; the head (``classifier`` or ``score``) trains with the adapter."""
 
     head_names = ("classifier", "score")
+    keeps_token_types = True
     forward_args = (*_TEXT, "labels", *_OUTPUTS, "task_ids")
     forward = _forward(forward_args)
 
@@ -43,6 +56,8 @@ class PeftModelForTokenClassification(PeftModel):
     """A classifier of tokens; the head (``classifier`` or ``score``) trains with the adapter."""
 
     head_names = ("classifier", "score")
+    keeps_token_types = True
+    labels_are_tokens = True
     forward_args = (*_TEXT, "labels", *_OUTPUTS, "task_ids")
     forward = _forward(forward_args)
 
@@ -50,13 +65,16 @@ class PeftModelForTokenClassification(PeftModel):
 class PeftModelForCausalLM(PeftModel):
     """A decoder that predicts the next token."""
 
+    labels_are_tokens = True
     forward_args = (*_TEXT, "labels", *_OUTPUTS, "task_ids")
     forward = _forward(forward_args)
+    prepare_inputs_for_generation = _prepare_inputs_for_generation
 
 
 class PeftModelForSeq2SeqLM(PeftModel):
     """An encoder and a decoder."""
 
+    prompt_in_encoder = True
     forward_args = (
         *_TEXT,
         "decoder_input_ids",
@@ -67,6 +85,7 @@ class PeftModelForSeq2SeqLM(PeftModel):
         "task_ids",
     )
     forward = _forward(forward_args)
+    prepare_inputs_for_generation = _prepare_inputs_for_generation
 
 
 class PeftModelForQuestionAnswering(PeftModel):

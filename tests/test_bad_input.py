@@ -172,10 +172,10 @@ DAMAGE = {
     "deep_config": (write(CONFIG, b"[" * 100000), ValueError, [CONFIG]),
     "other_method": (edit_config(peft_type="IA3"), ValueError, [CONFIG, "IA3", "LORA"]),
     "no_method": (edit_config(peft_type="absent"), ValueError, [CONFIG, "peft_type"]),
-    "a_method_not_built_yet": (
-        edit_config(peft_type="PREFIX_TUNING", num_virtual_tokens=3),
-        (NotImplementedError, ValueError),
-        ["PREFIX_TUNING"],
+    "weights_of_another_method": (
+        edit_config(peft_type="PROMPT_TUNING", num_virtual_tokens=3),
+        ValueError,
+        ["adapter"],
     ),
     "unsupported_setting": (edit_config(use_dora=True), NotImplementedError, ["use_dora"]),
     "rank_zero": (edit_config(r=0), ValueError, [CONFIG, "`r`", "0"]),

@@ -13,67 +13,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..adapter_slots import Slot, adapter_slots, clean, tensors_of
 from ..config import locate_file
 from ..tuners.targets import targets_embedding
 from ..tuners.tuners_utils import BaseTunerLayer
 from .constants import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from .other import ModulesToSaveWrapper, infer_device
+from .other import infer_device
 
 PREFIX = "base_model.model."
 LoadResult = namedtuple("LoadResult", ["missing_keys", "unexpected_keys", "mismatched_keys"])
-
-
-class Slot(namedtuple("Slot", ["model_key", "key", "owner", "attribute"])):
-    """One tensor of an adapter: its names in the model and on disk,
-    and the module that holds it."""
-
-    @property
-    def tensor(self) -> Tensor:
-        owner = self.owner
-        found = owner._parameters.get(self.attribute)
-        return found if found is not None else owner._buffers[self.attribute]
-
-    def assign(self, value: Tensor) -> None:
-        """Put ``value`` in place of the present tensor, which may be on the meta device."""
-        owner, old = self.owner, self.tensor
-        if self.attribute in owner._parameters:
-            owner._parameters[self.attribute] = nn.Parameter(value, requires_grad=old.requires_grad)
-        else:
-            owner._buffers[self.attribute] = value
-
-
-def _tensors(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module, str]]:
-    for name, sub in module.named_modules():
-        place = f"{prefix}.{name}" if name else prefix
-        for attribute, value in [*sub._parameters.items(), *sub._buffers.items()]:
-            if value is not None and attribute not in sub._non_persistent_buffers_set:
-                yield f"{place}.{attribute}", sub, attribute
-
-
-def adapter_slots(model: nn.Module, adapter_name: str) -> Iterator[Slot]:
-    """Every tensor that belongs to the adapter, found by structure and never by name."""
-    for name, module in model.named_modules():
-        if isinstance(module, BaseTunerLayer):
-            for attribute in module.adapter_layer_names:
-                store = getattr(module, attribute)
-                if adapter_name not in store:
-                    continue
-                at = f"{name}.{attribute}"
-                if isinstance(store, nn.ParameterDict):
-                    yield Slot(f"{at}.{adapter_name}", _clean(at), store, adapter_name)
-                    continue
-                inner = f"{at}.{adapter_name}"
-                for key, owner, last in _tensors(store[adapter_name], inner):
-                    yield Slot(key, _clean(at + key[len(inner) :]), owner, last)
-        elif isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
-            inner = f"{name}.modules_to_save.{adapter_name}"
-            for key, owner, last in _tensors(module.modules_to_save[adapter_name], inner):
-                yield Slot(key, _clean(name + key[len(inner) :]), owner, last)
-
-
-def _clean(key: str) -> str:
-    """A name without what torch.compile puts in front of wrapped modules."""
-    return key.replace("_orig_mod.", "")
 
 
 def _bias_keys(model: nn.Module, config: Any) -> Iterator[str]:
@@ -150,13 +98,11 @@ def get_peft_model_state_dict(
             f"no adapter named {adapter_name!r}; there are {sorted(model.peft_config)}"
         )
     config = model.peft_config[adapter_name]
-    if state_dict is None:
-        found = {slot.key: slot.tensor.detach() for slot in adapter_slots(model, adapter_name)}
-    else:
-        slots = list(adapter_slots(model, adapter_name))
-        if absent := [s.model_key for s in slots if s.model_key not in state_dict]:
+    slots = list(adapter_slots(model, adapter_name))
+    if state_dict is not None:
+        if absent := [k for s in slots for k in s.model_keys if k not in state_dict]:
             raise ValueError(f"`state_dict` lacks tensors of {adapter_name!r}: {_few(absent)}")
-        found = {slot.key: state_dict[slot.model_key] for slot in slots}
+    found = {slot.key: slot.saved(state_dict) for slot in slots}
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     targeted = targets_embedding(config, base)
     if save_embedding_layers == "auto":
@@ -186,16 +132,14 @@ def get_peft_model_state_dict(
         )
     if extra or prefixes:
         full = state_dict if state_dict is not None else model.state_dict()
-        found.update({_clean(k): full[k] for k in extra if k in full})
-        if config.bias == "all":
+        found.update({clean(k): full[k] for k in extra if k in full})
+        if getattr(config, "bias", None) == "all":
             # HF PEFT's files hold the bias of a fully trained module twice, under this name as well
             own = f".modules_to_save.{adapter_name}."
             for slot in adapter_slots(model, adapter_name):
                 if own in slot.model_key and slot.model_key.endswith(".bias"):
-                    found[_clean(slot.model_key).replace(own, ".modules_to_save.")] = found[
-                        slot.key
-                    ]
-        found.update({_clean(k): v for k, v in full.items() if k.startswith(prefixes or ("\0",))})
+                    found[clean(slot.model_key).replace(own, ".modules_to_save.")] = found[slot.key]
+        found.update({clean(k): v for k, v in full.items() if k.startswith(prefixes or ("\0",))})
     return found
 
 
@@ -303,14 +247,14 @@ def match_weights(model: Any, weights: dict[str, Tensor], adapter_name: str) -> 
     pairs, unexpected, mismatched = [], [], []
     others: dict[str, Slot] | None = None
     for key, value in weights.items():
-        short = _clean(key).removeprefix(PREFIX)
+        short = clean(key).removeprefix(PREFIX)
         slot = slots.get(short)
         missing.pop(short, None)
         if slot is None:
             if others is None:  # biases and embeddings of the base model, saved beside the adapter
                 others = {
-                    _clean(k).removeprefix("." + PREFIX).removeprefix("."): Slot(k, k, owner, last)
-                    for k, owner, last in _tensors(model, "")
+                    clean(k).removeprefix("." + PREFIX).removeprefix("."): Slot(k, k, owner, last)
+                    for k, owner, last in tensors_of(model, "")
                 }
             slot = others.get(short)
         if slot is None:
@@ -318,6 +262,8 @@ def match_weights(model: Any, weights: dict[str, Tensor], adapter_name: str) -> 
             # this name
             if short.replace(".modules_to_save.", ".") not in slots:
                 unexpected.append(key)
+        elif slot.refuses:
+            raise ValueError(slot.refuses)
         elif slot.tensor.shape != value.shape:
             mismatched.append((key, tuple(value.shape), tuple(slot.tensor.shape)))
         else:

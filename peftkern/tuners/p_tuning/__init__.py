@@ -1,5 +1,6 @@
-"""P-tuning (Liu et al., 2021): the configuration; the model is not built yet."""
+"""P-tuning (Liu et al., 2021, arXiv 2103.10385)."""
 
 from .config import PromptEncoderConfig, PromptEncoderReparameterizationType
+from .model import PromptEncoder
 
-__all__ = ["PromptEncoderConfig", "PromptEncoderReparameterizationType"]
+__all__ = ["PromptEncoder", "PromptEncoderConfig", "PromptEncoderReparameterizationType"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
-from ...config import PromptLearningConfig
+from ...config import PromptLearningConfig, one_of, positive
 from ...utils.peft_types import PeftType
 
 
@@ -37,3 +37,18 @@ class PromptEncoderConfig(PromptLearningConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.P_TUNING
+        one_of(
+            PromptEncoderReparameterizationType,
+            self.encoder_reparameterization_type,
+            "encoder_reparameterization_type",
+        )
+        positive("encoder_hidden_size", self.encoder_hidden_size, optional=True)
+        positive("encoder_num_layers", self.encoder_num_layers)
+        if not 0 <= self.encoder_dropout < 1:
+            raise ValueError(
+                f"`encoder_dropout` must be at least 0 and below 1, got {self.encoder_dropout!r}"
+            )
+
+    @property
+    def trains_network(self) -> bool:
+        return True

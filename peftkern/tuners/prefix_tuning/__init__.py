@@ -1,5 +1,6 @@
-"""Prefix tuning (Li and Liang, 2021): the configuration; the model is not built yet."""
+"""Prefix tuning (Li and Liang, 2021, arXiv 2101.00190)."""
 
 from .config import PrefixTuningConfig
+from .model import PrefixEncoder
 
-__all__ = ["PrefixTuningConfig"]
+__all__ = ["PrefixEncoder", "PrefixTuningConfig"]

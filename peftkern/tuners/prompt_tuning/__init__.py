@@ -1,5 +1,6 @@
-"""Prompt tuning (Lester et al., 2021): the configuration; the model is not built yet."""
+"""Prompt tuning (Lester et al., 2021, arXiv 2104.08691)."""
 
 from .config import PromptTuningConfig, PromptTuningInit
+from .model import PromptEmbedding
 
-__all__ = ["PromptTuningConfig", "PromptTuningInit"]
+__all__ = ["PromptEmbedding", "PromptTuningConfig", "PromptTuningInit"]

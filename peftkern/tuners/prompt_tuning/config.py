@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
-from ...config import PromptLearningConfig
+from ...config import PromptLearningConfig, one_of
 from ...utils.peft_types import PeftType
 
 
@@ -36,6 +36,7 @@ class PromptTuningConfig(PromptLearningConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.PROMPT_TUNING
+        one_of(PromptTuningInit, self.prompt_tuning_init, "prompt_tuning_init")
         if self.prompt_tuning_init == PromptTuningInit.TEXT:
             for name in ("tokenizer_name_or_path", "prompt_tuning_init_text"):
                 if not getattr(self, name):

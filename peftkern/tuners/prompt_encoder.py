@@ -1,0 +1,55 @@
+"""What makes virtual tokens: an embedding, and for some methods a network behind it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class BasePromptEncoder(nn.Module):
+    """Virtual tokens by index.
+
+    A subclass makes ``embedding`` and, when the tokens pass through a network that is still being
+    trained, overrides :attr:`has_network` and :meth:`through_network`. Without a network the
+    embedding's rows are the tokens, which is how a saved adapter is kept.
+    """
+
+    embedding: nn.Embedding
+
+    @property
+    def has_network(self) -> bool:
+        """Whether what is trained is more than the tokens themselves."""
+        return False
+
+    def through_network(self, tokens: Tensor) -> Tensor:
+        """[…, P, dim of the embedding] -> […, P, dim of a virtual token]."""
+        return tokens
+
+    def forward(self, indices: Tensor) -> Tensor:
+        """Virtual tokens by index: [batch, P] -> [batch, P, dim]."""
+        return self.through_network(self.embedding(indices))
+
+    def prompt(self) -> Tensor:
+        """All virtual tokens, [P, dim]; without a network the trained parameter, not a copy."""
+        weight = self.embedding.weight
+        if not self.has_network and not hasattr(weight, "ds_id"):  # DeepSpeed's shards are empty
+            return weight
+        indices = torch.arange(self.embedding.num_embeddings, device=weight.device)
+        return self(indices[None])[0]
+
+    def load_prompt_embeddings(self, prompt_embeddings: Tensor) -> None:
+        """Copy saved virtual tokens [P, dim] in.
+
+        Raises:
+            ValueError: another shape, or a network whose weights the tokens don't tell.
+        """
+        if self.has_network:
+            raise ValueError(
+                "Cannot load prompt embeddings into an encoder with a network: they are its "
+                "output, from which its weights cannot be told."
+            )
+        here, given = tuple(self.embedding.weight.shape), tuple(prompt_embeddings.shape)
+        if here != given:
+            raise ValueError(f"Invalid `prompt_embeddings` shape: expected {here}, got {given}.")
+        with torch.no_grad():
+            self.embedding.weight.copy_(prompt_embeddings)

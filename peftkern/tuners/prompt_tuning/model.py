@@ -1,0 +1,67 @@
+"""``PromptEmbedding``: virtual tokens that stand in front of the input's embeddings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..prompt_encoder import BasePromptEncoder
+from .config import PromptTuningConfig, PromptTuningInit
+
+
+class PromptEmbedding(BasePromptEncoder):
+    """num_virtual_tokens * num_transformer_submodules virtual tokens of token_dim numbers.
+
+    Args:
+        config: with its sizes filled in; ``prompt_tuning_init`` says where the first values come
+            from, unless it is in inference mode.
+        word_embeddings: the model's; for SAMPLE_VOCAB and TEXT the tokens start as copies of its
+            vectors.
+
+    Raises:
+        ValueError: the text of ``prompt_tuning_init_text`` has no tokens.
+    """
+
+    def __init__(self, config: PromptTuningConfig, word_embeddings: Any) -> None:
+        super().__init__()
+        assert config.num_virtual_tokens is not None and config.token_dim is not None
+        total = config.num_virtual_tokens * (config.num_transformer_submodules or 1)
+        self.embedding = nn.Embedding(total, config.token_dim)
+        how = PromptTuningInit(config.prompt_tuning_init)
+        if config.inference_mode or how is PromptTuningInit.RANDOM:
+            return
+        if how is PromptTuningInit.SAMPLE_VOCAB:
+            ids = torch.randint(0, word_embeddings.num_embeddings, (total,))
+        else:
+            ids = _text_ids(config, total)
+        start = _vectors(word_embeddings, ids)
+        if start.shape != self.embedding.weight.shape:
+            raise ValueError(
+                f"`token_dim` is {config.token_dim}, but the model's word embeddings have "
+                f"{start.shape[-1]} numbers, and prompt_tuning_init={how.value} copies them"
+            )
+        self.embedding.weight = nn.Parameter(start)
+
+
+def _vectors(word_embeddings: nn.Module, ids: Tensor) -> Tensor:
+    """Word vectors by id, [n, token_dim] float32."""
+    device = next(word_embeddings.parameters()).device
+    with torch.no_grad():
+        return word_embeddings(ids.to(device)).clone().float()
+
+
+def _text_ids(config: PromptTuningConfig, total: int) -> Tensor:
+    """The text's token ids, cut or repeated to ``total``."""
+    import transformers
+
+    # an adapter's file may come from anywhere: it must not be able to ask for its code to be run
+    options = {k: v for k, v in (config.tokenizer_kwargs or {}).items() if k != "trust_remote_code"}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(config.tokenizer_name_or_path, **options)
+    ids = tokenizer(config.prompt_tuning_init_text)["input_ids"]
+    if not ids:
+        raise ValueError(
+            f"`prompt_tuning_init_text` has no tokens: {config.prompt_tuning_init_text!r}"
+        )
+    return torch.tensor((ids * (total // len(ids) + 1))[:total])

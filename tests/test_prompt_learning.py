@@ -1,0 +1,421 @@
+"""Prefix tuning, prompt tuning and p-tuning against HF PEFT: names, first values, prompts, numbers.
+
+Attention with prefixes is a stand-in here (tests/prompts.py); it has tests of its own.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+import transformers as tf
+
+import peftkern
+from tests.prompts import KINDS, PREFIXES, prompt_model, prompt_pair, stand_in
+from tests.tiny import CASES, first, gradients, inputs, make
+
+BART = {
+    "vocab_size": 64,
+    "d_model": 16,
+    "encoder_layers": 3,
+    "decoder_layers": 3,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 24,
+    "decoder_ffn_dim": 24,
+    "max_position_embeddings": 32,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+SMALL = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+
+@pytest.fixture(autouse=True)
+def _stand_in(monkeypatch):
+    stand_in(monkeypatch)
+
+
+def cached(prompt):
+    cache = getattr(prompt, "self_attention_cache", prompt)
+    return [(layer.keys, layer.values) for layer in cache.layers]
+
+
+def same_prompt(ours, theirs):
+    if torch.is_tensor(theirs):
+        return torch.equal(ours, theirs)
+    pairs = list(zip(cached(ours), cached(theirs), strict=True))
+    equal = all(torch.equal(a, b) for o, t in pairs for a, b in zip(o, t, strict=True))
+    return type(ours) is type(theirs) and len(pairs) > 0 and equal
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("family", "task"),
+    [
+        ("llama", "CAUSAL_LM"),
+        ("gpt2", "SEQ_CLS"),
+        ("bert", "TOKEN_CLS"),
+        ("bert", "QUESTION_ANS"),
+        ("t5", "SEQ_2_SEQ_LM"),
+    ],
+)
+def test_made_as_peft_makes_it(kind, family, task):
+    """Names, flags, counts, first values, prompts, and the configuration that gets saved."""
+    ours, theirs = prompt_pair(kind, family, task)
+    here = dict(ours.named_parameters())
+    there = dict(theirs.named_parameters())
+    assert list(here) == list(there)
+    for name, value in there.items():
+        assert torch.equal(here[name], value), name
+        assert here[name].requires_grad == value.requires_grad, name
+    assert ours.get_nb_trainable_parameters() == theirs.get_nb_trainable_parameters()
+    assert same_prompt(ours.get_prompt(3), theirs.get_prompt(3))
+    saved = ours.get_prompt_embedding_to_save("default")
+    assert torch.equal(saved, theirs.get_prompt_embedding_to_save("default"))
+    mine, other = (m.peft_config["default"].to_dict() for m in (ours, theirs))
+    for values in (mine, other):  # HF PEFT names the heads twice
+        values["modules_to_save"] = set(values["modules_to_save"] or ())
+    assert mine == other
+    assert torch.equal(ours.prompt_tokens["default"], theirs.prompt_tokens["default"])
+    assert ours.word_embeddings.weight is ours.base_model.get_input_embeddings().weight
+    assert torch.equal(ours.word_embeddings.weight, theirs.word_embeddings.weight)
+    assert ours.transformer_backbone_name == theirs.transformer_backbone_name
+    assert ours.active_adapters == theirs.active_adapters == ["default"]
+    assert ours.get_base_model() is ours.base_model
+    for path in ("prompt_encoder", "base_model"):  # either library's weights load into the other
+        getattr(ours, path).load_state_dict(getattr(theirs, path).state_dict())
+        getattr(theirs, path).load_state_dict(getattr(ours, path).state_dict())
+
+
+@pytest.mark.parametrize("kind", ["prompt", "lstm"])
+@pytest.mark.parametrize(("family", "task"), CASES)
+def test_numbers_of_prompts(kind, family, task):
+    """Loss, logits and every gradient, padding included."""
+    ours, theirs = prompt_pair(kind, family, task)
+    batch = inputs(family, task)
+    if family == "bert":
+        batch["token_type_ids"] = batch["input_ids"] % 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if family == "t5" and task in ("SEQ_CLS", "QUESTION_ANS"):
+            for model in (ours, theirs):  # these models of transformers take no embeddings
+                with pytest.raises((NotImplementedError, ValueError), match="input"):
+                    model(**batch)
+            return
+        if task == "TOKEN_CLS":  # HF PEFT fails on labels here: it leaves them shorter than logits
+            with pytest.raises(ValueError, match="batch_size"):
+                theirs(**batch)
+            mine = ours(**batch)
+            labels = batch.pop("labels")
+            other = theirs(**batch).logits
+            torch.testing.assert_close(mine.logits, other, rtol=0, atol=1e-5)
+            loss = torch.nn.functional.cross_entropy(
+                other[:, -labels.shape[1] :].flatten(0, 1), labels.flatten()
+            )
+            torch.testing.assert_close(mine.loss, loss, rtol=0, atol=1e-5)
+            return
+        (loss, grads), (loss2, grads2) = gradients(ours, batch), gradients(theirs, batch)
+        torch.testing.assert_close(first(ours(**batch)), first(theirs(**batch)), rtol=0, atol=1e-5)
+    torch.testing.assert_close(loss, loss2, rtol=0, atol=1e-5)
+    assert grads.keys() == grads2.keys() and any("prompt_encoder" in name for name in grads)
+    for name, grad in grads2.items():
+        torch.testing.assert_close(grads[name], grad, rtol=0, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("kind", PREFIXES)
+@pytest.mark.parametrize(
+    ("family", "task"),
+    [
+        ("llama", "CAUSAL_LM"),
+        ("gpt2", "SEQ_CLS"),
+        ("llama", "TOKEN_CLS"),
+        ("llama", "FEATURE_EXTRACTION"),
+        ("t5", "SEQ_2_SEQ_LM"),
+    ],
+)
+def test_numbers_of_prefixes(kind, family, task):
+    """What the injection is handed is what HF PEFT puts into its cache, gradients included."""
+    ours, theirs = prompt_pair(kind, family, task)
+    batch = inputs(family, task)
+    (loss, grads), (loss2, grads2) = gradients(ours, batch), gradients(theirs, batch)
+    torch.testing.assert_close(loss, loss2, rtol=0, atol=1e-5)
+    assert grads.keys() == grads2.keys() and any("prompt_encoder" in name for name in grads)
+    for name, grad in grads2.items():
+        torch.testing.assert_close(grads[name], grad, rtol=0, atol=1e-5, msg=name)
+
+
+def test_a_trained_prefix_is_handed_over_as_it_is():
+    """No copy over the batch, and none of the parameter: each layer gets views of it."""
+    ours = prompt_model(peftkern, "prefix")
+    prefixes, no_prefix = ours._prefix_layers(7)
+    weight = ours.prompt_encoder["default"].embedding.weight
+    assert no_prefix is None and len(prefixes) == 2
+    for pair in prefixes:
+        for part in pair:
+            assert part.shape == (1, 5, 8)
+            assert part.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr()
+    (prefixes[0][0].sum() + 2 * prefixes[1][1].sum()).backward()
+    # layer 0's keys are the first slice of a row, layer 1's values the last
+    assert torch.equal(weight.grad, torch.tensor([1.0] * 8 + [0.0] * 16 + [2.0] * 8).expand(5, 32))
+    prompt = prompt_model(peftkern, "prompt")
+    assert prompt._prompts(7).stride(0) == 0
+
+
+MODELS = {
+    "bart": (tf.BartForConditionalGeneration, tf.BartConfig, BART, "SEQ_2_SEQ_LM"),
+    "bart_3_2": (
+        tf.BartForConditionalGeneration,
+        tf.BartConfig,
+        {**BART, "decoder_layers": 2},
+        "SEQ_2_SEQ_LM",
+    ),
+    "gemma2": (
+        tf.Gemma2ForCausalLM,
+        tf.Gemma2Config,
+        {**SMALL, "intermediate_size": 24, "num_key_value_heads": 1, "head_dim": 8, **TOKENS},
+        "CAUSAL_LM",
+    ),
+    "gemma3": (
+        tf.Gemma3ForCausalLM,
+        tf.Gemma3TextConfig,
+        {
+            **SMALL,
+            "intermediate_size": 24,
+            "num_key_value_heads": 1,
+            "head_dim": 8,
+            "sliding_window": 3,
+            **TOKENS,
+        },
+        "CAUSAL_LM",
+    ),
+    "bloom": (
+        tf.BloomForCausalLM,
+        tf.BloomConfig,
+        {"vocab_size": 64, "hidden_size": 16, "n_layer": 2, "n_head": 2, **TOKENS},
+        "CAUSAL_LM",
+    ),
+    "falcon_new": (
+        tf.FalconForCausalLM,
+        tf.FalconConfig,
+        {**SMALL, "num_attention_heads": 4, "num_kv_heads": 2, "new_decoder_architecture": True},
+        "CAUSAL_LM",
+    ),
+    "gpt_bigcode": (
+        tf.GPTBigCodeForCausalLM,
+        tf.GPTBigCodeConfig,
+        {"vocab_size": 64, "n_embd": 16, "n_layer": 2, "n_head": 2, **TOKENS},
+        "CAUSAL_LM",
+    ),
+}
+
+
+def other_model(name):
+    cls, config, settings, task = MODELS[name]
+    torch.manual_seed(0)
+    return cls(config(**settings)).eval(), task
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_sizes_of_more_families(name):
+    base, task = other_model(name)
+    ours, theirs = prompt_pair("prefix", base=base, task=task)
+    assert ours.peft_config["default"].to_dict() == theirs.peft_config["default"].to_dict()
+    mine, other = cached(ours.get_prompt(2)), cached(theirs.get_prompt(2))
+    layers = MODELS[name][2].get("decoder_layers", len(other))
+    assert len(mine) == layers
+    for o, t in zip(mine, other[:layers], strict=True):
+        assert torch.equal(o[0], t[0]) and torch.equal(o[1], t[1])
+
+
+@pytest.mark.parametrize("submodules", [1, 2])
+def test_layout_of_seq2seq_prefixes(submodules):
+    """With two submodules decoder layer l reads the slices 4l and 4l + 1 modulo 2L."""
+    base, task = other_model("bart")
+    ours = prompt_model(
+        peftkern, "prefix", base=base, task=task, num_transformer_submodules=submodules
+    )
+    weight = ours.prompt_encoder["default"].embedding.weight.detach()
+    slices = weight.view(5, 6, 2, 8).permute(1, 2, 0, 3)
+    step = 2 * submodules
+    for layer, (key, value) in enumerate(ours._prefix_layers(1)[0]):
+        assert torch.equal(key, slices[step * layer % 6])
+        assert torch.equal(value, slices[(step * layer + 1) % 6])
+
+
+SIZES_PEFT_CANNOT_TELL = {
+    # Falcon's multi-query attention caches one head; T5's heads need not make up its width
+    "falcon": (tf.FalconForCausalLM, tf.FalconConfig(**SMALL, multi_query=True), (2, 1, 8, 5)),
+    "mpt": (tf.MptForCausalLM, tf.MptConfig(vocab_size=64, d_model=16, n_layers=2, n_heads=2),
+            (2, 2, 8, 5)),
+    "t5": (
+        tf.T5ForConditionalGeneration,
+        tf.T5Config(vocab_size=64, d_model=16, d_kv=4, d_ff=24, num_layers=2, num_decoder_layers=3,
+                    num_heads=2, decoder_start_token_id=0),
+        (3, 2, 4, 5),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SIZES_PEFT_CANNOT_TELL)
+def test_sizes_that_peft_cannot_tell(name):
+    cls, config, sizes = SIZES_PEFT_CANNOT_TELL[name]
+    task = "SEQ_2_SEQ_LM" if name == "t5" else "CAUSAL_LM"
+    ours = prompt_model(peftkern, "prefix", base=cls(config), task=task)
+    assert ours._prefix_injection.sizes == sizes
+
+
+def test_layers_of_different_sizes():
+    """Gemma 4: layers take a part of the prefix, and one with another's keys takes none."""
+    config = tf.Gemma4TextConfig(
+        **{**SMALL, "num_hidden_layers": 4},
+        intermediate_size=24,
+        num_key_value_heads=1,
+        head_dim=8,
+        global_head_dim=16,
+        num_kv_shared_layers=1,
+        vocab_size_per_layer_input=64,
+        hidden_size_per_layer_input=4,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+    )
+    ours, theirs = prompt_pair("prefix", base=tf.Gemma4ForCausalLM(config))
+    assert ours.peft_config["default"].to_dict() == theirs.peft_config["default"].to_dict()
+    with pytest.warns(UserWarning, match=r"skipped \[3\] due to KV shape"):
+        prefixes, _ = ours._prefix_layers(1)
+        mine = cached(ours.get_prompt(2))
+    assert [None if p is None else p[0].shape[-1] for p in prefixes] == [8, 16, 8, None]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        other = cached(theirs.get_prompt(2))
+    for pair, wanted in zip(mine, other, strict=True):
+        for found, value in zip(pair, wanted, strict=True):
+            assert (found is None) == (value is None) and (found is None or found.equal(value))
+    ours.base_model.config.num_key_value_heads = 3
+    with pytest.raises(ValueError, match="skipped every layer"):
+        ours.get_prompt(2)
+
+
+def test_embeddings_narrower_than_the_model():
+    config = tf.ElectraConfig(**SMALL, embedding_size=8, intermediate_size=24)
+    base = tf.ElectraForSequenceClassification(config).eval()
+    ours = prompt_model(peftkern, "mlp", base=base, task="SEQ_CLS")
+    assert ours.peft_config["default"].token_dim == 8
+    batch = inputs("bert", "SEQ_CLS")
+    ours(**batch | {"labels": batch["labels"] % 2}).loss.backward()
+    assert ours.prompt_encoder["default"].embedding.weight.grad.abs().sum() > 0
+
+
+GENERATE = {
+    "padded": {"padded": True},
+    "no_mask": {"attention_mask": None},
+    "sampled": {"do_sample": True},
+    "beams": {"num_beams": 3, "num_return_sequences": 2, "padded": True},
+    "no_cache": {"use_cache": False, "padded": True},
+}
+
+
+@pytest.mark.parametrize("how", GENERATE)
+@pytest.mark.parametrize("kind", ["prompt", "mlp"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
+def test_generation(family, kind, how):
+    task = "SEQ_2_SEQ_LM" if family == "t5" else "CAUSAL_LM"
+    ids = inputs(family, task)["input_ids"].clamp(min=3)
+    call = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **GENERATE[how]}
+    if call.pop("padded", False):
+        call["input_ids"][0, :3] = call["attention_mask"][0, :3] = 0
+    if call["attention_mask"] is None:
+        del call["attention_mask"]
+    results = []
+    for model in prompt_pair(kind, family, task):
+        torch.manual_seed(1)
+        out = model.eval().generate(
+            **call, max_new_tokens=6, output_scores=True, return_dict_in_generate=True
+        )
+        results.append((out.sequences, torch.stack(out.scores)))
+    assert torch.equal(results[0][0], results[1][0])
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=0, atol=1e-5)
+
+
+def test_generation_leaves_the_model_as_it_was():
+    ours = prompt_model(peftkern, "prompt").eval()
+    ids = inputs("llama")["input_ids"]
+    ours.generate(ids, max_new_tokens=2)
+    with pytest.raises(ValueError, match="nonsense"):
+        ours.generate(ids, max_new_tokens=2, nonsense=object())
+    assert "prepare_inputs_for_generation" not in vars(ours.base_model)
+    alone = make("llama").generate(ids, max_new_tokens=4)
+    assert torch.equal(ours.base_model.generate(ids, max_new_tokens=4), alone)
+    with ours.disable_adapter():
+        assert torch.equal(ours.generate(ids, max_new_tokens=4), alone)
+    assert not torch.equal(ours.generate(ids, max_new_tokens=4), alone)
+
+
+def test_generation_in_ways_that_peft_has_not():
+    """From embeddings, going on from a cache, in two pieces, in a static cache."""
+    ours = prompt_model(peftkern, "prompt").eval()
+    ids = inputs("llama")["input_ids"].clamp(min=3)
+    whole = ours.generate(ids, max_new_tokens=9, min_new_tokens=9)
+    embeds = ours.word_embeddings(ids)
+    new = ours.generate(inputs_embeds=embeds, max_new_tokens=9, min_new_tokens=9)
+    assert torch.equal(new, whole[:, 7:])
+    part = ours.generate(ids, max_new_tokens=4, min_new_tokens=4, return_dict_in_generate=True)
+    rest = {"max_new_tokens": 5, "min_new_tokens": 5}
+    more = ours.generate(part.sequences, past_key_values=part.past_key_values, **rest)
+    assert torch.equal(more, whole)
+    static = tf.StaticCache(ours.config, max_cache_len=5 + 16)
+    more = ours.generate(ids, past_key_values=static, max_new_tokens=9, min_new_tokens=9)
+    assert torch.equal(more, whole)
+    with pytest.raises(ValueError, match="cache_implementation='static'.*past_key_values"):
+        ours.generate(ids, cache_implementation="static", max_new_tokens=4)
+    logits = ours(ids).logits[:, -3:]
+    some = ours(ids[:, :4], use_cache=True)
+    rest = ours(ids[:, 4:], past_key_values=some.past_key_values)
+    torch.testing.assert_close(rest.logits, logits, rtol=0, atol=1e-5)
+
+
+def test_steps_of_generation_by_hand():
+    for task, family in (("CAUSAL_LM", "llama"), ("SEQ_2_SEQ_LM", "t5")):
+        ours, theirs = prompt_pair("prompt", family, task)
+        ids = inputs(family, task)["input_ids"]
+        call = {"attention_mask": torch.ones_like(ids)}
+        if task == "CAUSAL_LM":
+            mine = ours.prepare_inputs_for_generation(ids, **call)
+            other = theirs.prepare_inputs_for_generation(ids, **call)
+            for name in ("inputs_embeds", "attention_mask"):
+                assert torch.equal(mine[name], other[name].to(mine[name].dtype)), name
+            assert mine["input_ids"] is other["input_ids"] is None
+        else:
+            mine = ours.prepare_inputs_for_generation(ids, encoder_outputs=1, **call)
+            assert torch.equal(mine["decoder_input_ids"], ids)
+
+
+def test_compile():
+    ours = prompt_model(peftkern, "prompt").eval()
+    batch = inputs("llama")
+    compiled = torch.compile(ours, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(**batch).logits, ours(**batch).logits, rtol=0, atol=1e-5)
+    torch._dynamo.reset()
+
+
+def test_text(tmp_path):
+    """The tokens of a text, repeated or cut, as HF PEFT has them; no code of the tokenizer's."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate("a b c d e".split())}, "a"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tf.PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path)
+    for text in ("b c", "b c d e d c b"):
+        how = {
+            "prompt_tuning_init": "TEXT",
+            "prompt_tuning_init_text": text,
+            "tokenizer_name_or_path": str(tmp_path),
+        }
+        ours, theirs = prompt_pair("prompt", **how, tokenizer_kwargs={"trust_remote_code": True})
+        found = ours.get_prompt_embedding_to_save("default")
+        assert torch.equal(found, theirs.get_prompt_embedding_to_save("default"))
+        rows = [{"b": 1, "c": 2, "d": 3, "e": 4}[w] for w in (text.split() * 3)[:5]]
+        assert torch.equal(found, ours.word_embeddings.weight[rows])
+    with pytest.raises(ValueError, match="prompt_tuning_init_text.*no tokens"):
+        prompt_model(peftkern, "prompt", **{**how, "prompt_tuning_init_text": " "})
