@@ -176,7 +176,7 @@ class PromptLearning(Prompts):
         )
 
         P, heads = config.num_virtual_tokens, config.num_attention_heads
-        assert config.token_dim is not None and heads is not None
+        assert P is not None and config.token_dim is not None and heads is not None
         if self._prefix_injection is not None:
             if self._prefix_injection_length == P:
                 return

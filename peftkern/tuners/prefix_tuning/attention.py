@@ -123,7 +123,9 @@ def _with_prefix(
         )
     T, S = query.shape[2], key.shape[2]
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    plan: dict[str, Any] = {"causal": causal and T > 1, "window": sliding_window}
+    # one query sees all own keys, causal or not; a window is one of causal attention
+    causal = causal and (T > 1 or sliding_window is not None)
+    plan: dict[str, Any] = {"causal": causal, "window": sliding_window}
     own: Tensor | None = None  # what is visible or added, where a description is not enough
     window = sliding_window
     if isinstance(mask, MaskSpec):
