@@ -53,7 +53,7 @@ class GradAConfig:
         check_blocks(self, block_m=self.block_m)
         check_blocks(self, low=32, block_k=self.block_k)  # whole mask words
         if self.split_m < 1:
-            raise ValueError(f"GradAConfig.split_m is {self.split_m}; allowed: 1 or more")
+            raise ValueError(f"{type(self).__name__}.split_m is {self.split_m}; allowed: 1 or more")
 
 
 def strips(M: int, K: int, arch: Arch) -> tuple[int, int]:

@@ -25,7 +25,6 @@ from .common import (
     cast,
     cdiv,
     check_adapter_dtype,
-    check_blocks,
     check_device,
     check_matrix,
     check_rank,
@@ -39,25 +38,13 @@ from .common import (
     row_stride,
     rows,
 )
-from .grad_a import GROUP_RANK, strips
+from .grad_a import GROUP_RANK, GradAConfig, strips
 from .reduce import plan_sum
 
 
 @dataclass(frozen=True)
-class PairConfig:
-    """Tiles of X [block_m, block_k]; M cut in split_m parts (1: no second stage)."""
-
-    block_m: int = 64
-    block_k: int = 64
-    split_m: int = 1
-    num_warps: int = 4
-    num_stages: int = 3
-
-    def __post_init__(self) -> None:
-        check_blocks(self, block_m=self.block_m)
-        check_blocks(self, low=32, block_k=self.block_k)  # whole mask words
-        if self.split_m < 1:
-            raise ValueError(f"PairConfig.split_m is {self.split_m}; allowed: 1 or more")
+class PairConfig(GradAConfig):
+    """As for ``grad_a``: tiles of X [block_m, block_k], M cut in split_m parts."""
 
 
 def fits(ranks: Sequence[int]) -> bool:

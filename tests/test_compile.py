@@ -180,6 +180,6 @@ def test_words_that_are_given_are_the_mask():
 
 
 def test_eager_calls_do_not_go_through_the_operators(monkeypatch):
-    monkeypatch.setattr(library, "_backend_in_force", None)
+    monkeypatch.setattr(library, "_ops", None)
     model, _ = layer_pair(dropout=0.3)
     model(torch.randn(3, K)).sum().backward()

@@ -91,10 +91,6 @@ def _check(
         raise ValueError(f"lora_linear: seed is {got}; allowed with p > 0: torch.int64 [1]")
 
 
-def _backend_in_force() -> Any:
-    return _backend.active or _backend.select()
-
-
 # ---------------------------------------------------------------- forward
 
 
@@ -111,7 +107,7 @@ def _lora_linear(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Y [..., N], S [M, r] and the words [M, ceil(K / 32)] (int32; [0] when ``p`` is 0)."""
     _check(x, weight, bias, A, B, p, seed, transposed)
-    backend = _backend_in_force()
+    backend = _backend.active
     x2 = x.reshape(-1, x.shape[-1])
     words = backend.draw(*x2.shape, p, seed) if p > 0.0 else None
     w = weight if transposed else weight.t()  # [K, N]
@@ -134,7 +130,7 @@ def _lora_linear_fake(
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check(x, weight, bias, A, B, p, seed, transposed)
     rows = math.prod(x.shape[:-1])
-    s = x.new_empty((rows, A.shape[0]), dtype=_backend_in_force().low_rank_dtype(x, A))
+    s = x.new_empty((rows, A.shape[0]), dtype=_backend.active.low_rank_dtype(x, A))
     words = _none(x, torch.int32)
     if p > 0.0:
         words = x.new_empty((rows, words_per_row(x.shape[-1])), dtype=torch.int32)
@@ -156,7 +152,7 @@ def _infer(
     transposed: bool,
 ) -> Tensor:
     _check(x, weight, bias, A, B, transposed=transposed)
-    return _backend_in_force().infer(x, weight, bias, A, B, scale, transposed)
+    return _backend.active.infer(x, weight, bias, A, B, scale, transposed)
 
 
 def _infer_fake(
@@ -195,7 +191,7 @@ def _lora_linear_backward(
     x2 = x.reshape(-1, K) if x is not None else dy2.new_empty((0, K))
     w = weight if transposed else weight.t()  # [K, N]
     needs = (needs_x, x is not None, s is not None)
-    dx, da, db = _backend_in_force().backward(dy2, x2, w, A, B, s, words, scale, p, needs)
+    dx, da, db = _backend.active.backward(dy2, x2, w, A, B, s, words, scale, p, needs)
     return (
         dx.contiguous().view(*dy.shape[:-1], K) if dx is not None else _none(dy),
         da.contiguous() if da is not None else _none(A),

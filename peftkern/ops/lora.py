@@ -37,7 +37,7 @@ class _LoraLinear(torch.autograd.Function):
     ) -> Tensor:
         x2 = x.reshape(-1, x.shape[-1])
         w = weight if transposed else weight.t()  # [K, N]
-        y, s, bits = (_backend.active or _backend.select()).forward(x2, w, bias, A, B, scale, p)
+        y, s, bits = _backend.active.forward(x2, w, bias, A, B, scale, p)
         needs_x, needs_w, _, needs_a, needs_b = ctx.needs_input_grad[:5]
         # x is an input and not the view x2, so that a second derivative finds its graph
         keep_x = needs_a or needs_w
@@ -63,7 +63,7 @@ class _LoraLinear(torch.autograd.Function):
             if x is not None
             else dy2.new_empty((0, shape[-1]), dtype=dtype)
         )
-        dx, da, db = (_backend.active or _backend.select()).backward(
+        dx, da, db = _backend.active.backward(
             dy2, x2, w, A, B, s, bits, ctx.scale, ctx.p, (needs_x, needs_a, needs_b)
         )
         dw = dbias = None
@@ -169,10 +169,8 @@ def lora_linear(
     ):
         return _LoraLinear.apply(x, weight, bias, A, B, scale, p, transposed)
     if p == 0.0:
-        return (_backend.active or _backend.select()).infer(
-            x, weight, bias, A, B, scale, transposed
-        )
+        return _backend.active.infer(x, weight, bias, A, B, scale, transposed)
     x2 = x.reshape(-1, x.shape[-1])
     w = weight if transposed else weight.t()
-    y, _, _ = (_backend.active or _backend.select()).forward(x2, w, bias, A, B, scale, p)
+    y, _, _ = _backend.active.forward(x2, w, bias, A, B, scale, p)
     return y.view(*x.shape[:-1], y.shape[-1])

@@ -16,7 +16,7 @@ from torch import Tensor
 from . import autocast
 from . import backend as _backend
 from .bits import unpack_bits
-from .lora import plain
+from .lora import plain, to_autocast
 from .projection import Part, Projection
 
 
@@ -26,7 +26,7 @@ class _LoraGroup(torch.autograd.Function):
         x2 = x.reshape(-1, x.shape[-1])
         settings, ctx.token = settings
         members = _members(settings, tensors)
-        done = (_backend.active or _backend.select()).group_forward(x2, members)
+        done = _backend.active.group_forward(x2, members)
         needs = ctx.needs_input_grad
         ctx.settings, ctx.shape, ctx.count = settings, x.shape, len(members)
         saved: list[Tensor | None] = []
@@ -60,7 +60,7 @@ class _LoraGroup(torch.autograd.Function):
         if not parts:
             return tuple(grads)
         x2 = x.reshape(-1, x.shape[-1])
-        dx, pairs = (_backend.active or _backend.select()).group_backward(x2, parts, needs[0])
+        dx, pairs = _backend.active.group_backward(x2, parts, needs[0])
         grads[0] = dx.view(ctx.shape) if dx is not None else None
         for i, part, (da, db) in zip(places, parts, pairs, strict=True):
             at = 2 + 4 * i
@@ -114,17 +114,10 @@ def lora_group(x: Tensor, members: list[Projection], token: Any = None) -> tuple
     Returns:
         One [..., N_i] for each member, equal to calling them one by one. Differentiable twice.
     """
-    if autocast.is_on(x) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x = x.to(dtype)
-        members = [
-            m._replace(
-                weight=m.weight.to(dtype),
-                bias=m.bias.to(dtype) if m.bias is not None else None,
-                A=m.A.to(dtype),
-                B=m.B.to(dtype),
-            )
-            for m in members
-        ]
+    if autocast.is_on(x):
+        device = x.device.type
+        cast = [to_autocast(device, x, *m[:4]) for m in members]
+        x = cast[0][0]
+        members = [Projection(*c[1:], *m[4:]) for c, m in zip(cast, members, strict=True)]
     settings = tuple((m.scale, m.p, m.transposed) for m in members)
     return _LoraGroup.apply(x, (settings, token), *(t for m in members for t in m[:4]))

@@ -295,7 +295,7 @@ def test_inductor_compiles_the_graph_around_the_operators():
 def test_eager_layers_do_not_come_here(monkeypatch):
     """They cost less on the host."""
     model, _ = layer_pair(dropout=0.3)
-    monkeypatch.setattr(library, "_backend_in_force", None)
+    monkeypatch.setattr(library, "_ops", None)
     step(model, torch.randn(3, K))
 
 
