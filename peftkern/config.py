@@ -7,13 +7,14 @@ import inspect
 import json
 import os
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from transformers.utils import PushToHubMixin
 
-from ._io import write_text_atomically
+from ._io import places, write_text_atomically
 from ._version import PEFT_COMPAT_VERSION
 from .utils.constants import CONFIG_NAME
 from .utils.peft_types import PeftType, TaskType
@@ -62,29 +63,35 @@ def build_config(cls: type[PeftConfig], values: dict[str, Any], source: str) -> 
     return cls(**{k: v for k, v in values.items() if k in known})
 
 
-def locate_file(model_id: str | os.PathLike[str], name: str, **hub: Any) -> str | None:
-    """Path of ``name`` in the local folder ``model_id``, or fetched from the hub; None when it is
-    in neither.
+def locate_file(
+    model_id: str | os.PathLike[str], names: str | Sequence[str], **hub: Any
+) -> str | None:
+    """Path of the first of ``names`` (one or several) that is in the local folder ``model_id``, or
+    that the hub has; None when there is none.
 
     A local folder is always taken first, and the hub is asked only when there is none.
     """
+    names = [names] if isinstance(names, str) else names
     model_id = os.fspath(model_id)
     subfolder = hub.get("subfolder")
-    folder = os.path.join(model_id, subfolder) if subfolder else model_id
-    path = os.path.join(folder, name)
-    if os.path.isfile(path):
-        return path
+    for folder in places(os.path.join(model_id, subfolder) if subfolder else model_id):
+        for name in names:
+            path = os.path.join(folder, name)
+            if os.path.isfile(path):
+                return path
     if os.path.isdir(model_id) or os.path.isabs(model_id) or model_id.startswith("."):
         return None
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 
-    try:
-        return hf_hub_download(model_id, name, **hub)
-    except (EntryNotFoundError, HFValidationError):
-        return None
-    except (HfHubHTTPError, OSError) as exc:
-        raise ValueError(f"cannot get '{name}' of '{model_id}' from the hub: {exc}") from exc
+    for name in names:
+        try:
+            return hf_hub_download(model_id, name, **hub)
+        except (EntryNotFoundError, HFValidationError):
+            continue
+        except (HfHubHTTPError, OSError) as exc:
+            raise ValueError(f"cannot get '{name}' of '{model_id}' from the hub: {exc}") from exc
+    return None
 
 
 def split_hub_kwargs(kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
