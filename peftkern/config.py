@@ -7,10 +7,12 @@ import inspect
 import json
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from enum import Enum
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from transformers.utils import PushToHubMixin
 
@@ -61,6 +63,46 @@ def build_config(cls: type[PeftConfig], values: dict[str, Any], source: str) -> 
             stacklevel=3,
         )
     return cls(**{k: v for k, v in values.items() if k in known})
+
+
+def fits_type(value: Any, hint: Any) -> bool:
+    """Whether a value read from JSON is what a field's type hint describes."""
+    origin, args = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return True
+    if origin in (Union, UnionType):
+        return any(fits_type(value, h) for h in args)
+    if hint is None or hint is type(None):
+        return value is None
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if origin is Literal:
+        return value in args
+    if origin in (list, set, Sequence) or hint in (list, set):
+        return isinstance(value, list) and all(fits_type(v, h) for v in value for h in args[:1])
+    if origin is tuple:
+        return (
+            isinstance(value, list) and len(value) == len(args) and all(map(fits_type, value, args))
+        )
+    if origin is dict or hint is dict:
+        return isinstance(value, dict) and all(
+            fits_type(v, h) for v in value.values() for h in args[1:]
+        )
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return True  # its own check says what is allowed
+    return isinstance(value, hint if hint in (str, bool) else (str, dict))
+
+
+def check_types(cls: type[PeftConfig], values: dict[str, Any]) -> None:
+    """Raise a ValueError, naming the key, for a value from a file that is of a wrong type."""
+    hints = get_type_hints(cls)
+    for name, value in values.items():
+        # old files hold null for what had no default then
+        if name in hints and value is not None and not fits_type(value, hints[name]):
+            shown = str(hints[name]).replace("typing.", "").replace("NoneType", "None")
+            raise ValueError(f"`{name}` must be {shown}, got {value!r}")
 
 
 def locate_file(
@@ -210,6 +252,7 @@ class PeftConfigMixin(PushToHubMixin):
                 raise ValueError(
                     f"`peft_type` is {values['peft_type']!r}, which is not {cls.__name__}'s"
                 )
+            check_types(target, values)
             return build_config(target, values, file)
         except (ValueError, TypeError) as exc:
             raise ValueError(f"{file}: {exc}") from exc
@@ -251,6 +294,10 @@ class PeftConfig(PeftConfigMixin):
 
     def check_loadable(self, is_trainable: bool) -> None:
         """Raise a ValueError when a saved adapter of this kind cannot be trained on."""
+
+    def check_fits(self, weights: Mapping[str, Any]) -> None:
+        """Raise a ValueError when sizes in the configuration are far beyond the saved tensors, so
+        that a damaged file cannot make us ask for terabytes."""
 
 
 @dataclass
@@ -306,6 +353,16 @@ class PromptLearningConfig(PeftConfig):
                 f"`task_type` must be given for {PeftType(self.peft_type or '').value}: what is "
                 "done to masks and labels depends on it. Must be one of: "
                 f"{', '.join(t.value for t in TaskType)}."
+            )
+
+    def check_fits(self, weights: Mapping[str, Any]) -> None:
+        prompt = weights.get("prompt_embeddings")
+        if prompt is None or prompt.dim() != 2:
+            return  # which is reported with all keys that are missing or wrong
+        if (self.num_virtual_tokens or 0) > prompt.shape[0]:
+            raise ValueError(
+                f"`num_virtual_tokens` is {self.num_virtual_tokens}, and the saved prompt has "
+                f"{prompt.shape[0]} rows"
             )
 
     def check_loadable(self, is_trainable: bool) -> None:

@@ -213,6 +213,7 @@ class AdapterFiles:
         if key_mapping is None and not config.is_prompt_learning:
             key_mapping = getattr(model, "_checkpoint_conversion_mapping", None)
         weights = load_peft_weights(model_id, rest.get("torch_device"), key_mapping, **hub)
+        config.check_fits(weights)
         flags = [(p, p.requires_grad) for p in model.parameters()]
         peft_model = None
         try:
@@ -273,6 +274,7 @@ class AdapterFiles:
             key_mapping = getattr(self.get_base_model(), "_checkpoint_conversion_mapping", None)
         weights = load_peft_weights(model_id, torch_device, key_mapping, **hub)
         if new:
+            config.check_fits(weights)
             self.add_adapter(
                 adapter_name,
                 config,
