@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -66,7 +67,15 @@ def _add_tokens_of(model: Any, source: str, hub: dict[str, Any], trust: bool) ->
     asked = {k: hub[k] for k in ("revision", "token", "subfolder", "cache_dir") if hub.get(k)}
     if hub.get("local_files_only"):
         asked["local_files_only"] = True
-    tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=trust, **asked)
+    load = transformers.AutoTokenizer.from_pretrained
+    try:
+        tokenizer = load(source, trust_remote_code=trust, **asked)
+    except OSError as exc:  # without a network, and only a part of it is in the cache
+        warnings.warn(
+            f"the tokenizer of {source} cannot be loaded, so the embeddings keep their size: {exc}",
+            stacklevel=3,
+        )
+        return
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(len(tokenizer))
 

@@ -21,6 +21,8 @@ from ._version import PEFT_COMPAT_VERSION
 from .utils.constants import CONFIG_NAME
 from .utils.peft_types import PeftType, TaskType
 
+MAX_TOKENS = 65536  # above it a saved prompt must show its length before memory is taken for it
+
 
 def one_of(enum_cls: type, value: Any, what: str) -> Any:
     """``value`` as a member of the string enum ``enum_cls``,
@@ -359,7 +361,7 @@ class PromptLearningConfig(PeftConfig):
         prompt = weights.get("prompt_embeddings")
         if prompt is None or prompt.dim() != 2:
             return  # which is reported with all keys that are missing or wrong
-        if (self.num_virtual_tokens or 0) > prompt.shape[0]:
+        if (self.num_virtual_tokens or 0) > max(MAX_TOKENS, prompt.shape[0]):
             raise ValueError(
                 f"`num_virtual_tokens` is {self.num_virtual_tokens}, and the saved prompt has "
                 f"{prompt.shape[0]} rows"

@@ -121,3 +121,15 @@ def test_an_allowed_library_of_the_users(tmp_path):
         peftkern.AutoPeftModel.from_pretrained(tmp_path / "adapter")
     with pytest.raises(AttributeError, match="from_pretrained"):  # imported, and no model class
         peftkern.AutoPeftModel.from_pretrained(tmp_path / "adapter", import_allowlist=["tests"])
+
+
+def test_a_tokenizer_of_which_a_part_is_missing(tmp_path, monkeypatch):
+    def without_network(*args, **kwargs):
+        raise OSError("cannot connect")
+
+    saved(tmp_path)
+    tokenizer_of(70, tmp_path / "adapter")
+    monkeypatch.setattr(tf.AutoTokenizer, "from_pretrained", without_network)
+    with pytest.warns(UserWarning, match="tokenizer of .* cannot be loaded"):
+        model = peftkern.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    assert model.get_input_embeddings().weight.shape[0] == 64
