@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import warnings
 from collections.abc import Sequence
 from types import MappingProxyType
 from typing import Any
@@ -20,16 +21,28 @@ logger = logging.getLogger("peftkern")
 NOTHING: Any = MappingProxyType({})
 
 
-def in_out_features(base: Any) -> tuple[int, int]:
-    """(K, N) of a layer that can be adapted."""
-    if hasattr(base, "in_features") and hasattr(base, "out_features"):
+def in_out_features(base: Any) -> tuple[int, int] | tuple[None, None]:
+    """(K, N) of a layer; (None, None) for a class without such numbers,
+    whose LoRA layer must then know them."""
+    if isinstance(base, nn.Linear):
         return base.in_features, base.out_features
     if isinstance(base, nn.Embedding):
         return base.num_embeddings, base.embedding_dim
+    if isinstance(base, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return base.in_channels, base.out_channels
+    if isinstance(base, nn.MultiheadAttention):
+        return base.embed_dim, 3 * base.embed_dim
     if hasattr(base, "nf"):  # Conv1D: weight is [K, N]
         k, n = base.weight.shape
         return k, n
-    raise ValueError(f"{type(base).__name__} has no known number of features")
+    warnings.warn(
+        f"Unsupported layer type '{type(base)}' encountered, proceed at your own risk.",
+        UserWarning,
+        stacklevel=5,
+    )
+    if hasattr(base, "in_features") and hasattr(base, "out_features"):
+        return base.in_features, base.out_features
+    return None, None
 
 
 class LoraLayer(BaseTunerLayer):
@@ -67,6 +80,19 @@ class LoraLayer(BaseTunerLayer):
     lora_bias: dict[str, bool]
     _noted_reason: str | None
     training: bool
+    in_features: Any
+    out_features: Any
+
+    def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
+        """For layer classes of users, after ``nn.Module.__init__``. ``kwargs`` are not used."""
+        self._init_lora(
+            base_layer,
+            lora_A=nn.ModuleDict(),
+            lora_B=nn.ModuleDict(),
+            lora_embedding_A=nn.ParameterDict(),
+            lora_embedding_B=nn.ParameterDict(),
+            lora_magnitude_vector=nn.ModuleDict(),
+        )
 
     def _init_lora(self, base_layer: nn.Module, **stores: nn.Module) -> None:
         """Set up an empty layer around ``base_layer``; ``stores`` are the {adapter: weight} modules
@@ -91,6 +117,25 @@ class LoraLayer(BaseTunerLayer):
         if not base_layer.training:
             module.train(False)
 
+    def _first_adapter(
+        self,
+        adapter_name: str | None,
+        config: LoraConfig | None,
+        r: int,
+        lora_alpha: float,
+        kwargs: dict[str, Any],
+    ) -> None:
+        """The end of a constructor with HF PEFT's arguments: an adapter at once, in the base's
+        dtype unless ``kwargs`` says otherwise. Nothing happens without a name."""
+        if adapter_name is None:
+            return
+        if config is None:
+            raise TypeError(f"{type(self).__name__}: `config` is missing for `{adapter_name}`")
+        kinds = ("autocast_dtype", "meta", "trainable")
+        given = {k: kwargs[k] for k in kinds if k in kwargs}
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, r, lora_alpha, config, **{"autocast_dtype": False, **given})
+
     def _adapter_placement(self, autocast_dtype: bool, meta: bool) -> dict[str, Any]:
         """device and dtype of new adapter weights: the base layer's,
         float16 and bfloat16 widened if asked."""
@@ -114,6 +159,7 @@ class LoraLayer(BaseTunerLayer):
         autocast_dtype: bool = True,
         meta: bool = False,
         trainable: bool = True,
+        **kwargs: Any,
     ) -> None:
         """Add an adapter of rank ``r``; which adapter is active stays as it is.
 
@@ -125,6 +171,7 @@ class LoraLayer(BaseTunerLayer):
             autocast_dtype: keep float32 weights under a float16 or bfloat16 base.
             meta: make the weights on the meta device, to be assigned from a checkpoint.
             trainable: whether its weights require a gradient.
+            **kwargs: what callers written for HF PEFT pass beside these; not used.
         """
         if r <= 0:
             raise ValueError(f"`r` should be a positive integer value but the value passed is {r}")

@@ -15,6 +15,7 @@ from ...ops import autocast
 from ...ops.library import traced_lora_linear, why_formula
 from ...ops.lora import lora_linear
 from ...utils.mixed import HERE, hand_over
+from . import inits
 from .base import NOTHING, LoraLayer
 from .config import LoraConfig
 from .group import Group
@@ -48,10 +49,20 @@ class Linear(nn.Module, LoraLayer):
     _plan: Plan | None
     _group: Group | None
 
-    def __init__(self, base_layer: nn.Module, fan_in_fan_out: bool = False) -> None:
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str | None = None,
+        config: LoraConfig | None = None,
+        r: int = 0,
+        lora_alpha: float = 1,
+        fan_in_fan_out: bool = False,
+        **kwargs: Any,
+    ) -> None:
         super().__init__()
         self._init_lora(base_layer, lora_A=nn.ModuleDict(), lora_B=nn.ModuleDict())
-        self.fan_in_fan_out = fan_in_fan_out
+        self.fan_in_fan_out = fan_in_fan_out or (config is not None and config.fan_in_fan_out)
+        self._first_adapter(adapter_name, config, r, lora_alpha, kwargs)
 
     def _make_weights(
         self, name: str, r: int, config: LoraConfig, place: dict[str, Any], trainable: bool
@@ -59,7 +70,7 @@ class Linear(nn.Module, LoraLayer):
         A = torch.empty((r, self.in_features), **place)
         B = torch.zeros((self.out_features, r), **place)
         bias = torch.zeros(self.out_features, **place) if config.lora_bias else None
-        if config.init_lora_weights == "gaussian":
+        if config.init_name == "gaussian":
             A.normal_(std=1 / r)
         else:  # nn.Linear's own default, as in PEFT; drawn once, on the device
             bound = 1 / math.sqrt(self.in_features)
@@ -70,6 +81,8 @@ class Linear(nn.Module, LoraLayer):
                     bias.uniform_(-1 / math.sqrt(r), 1 / math.sqrt(r))
         self.lora_A._modules[name] = bare_linear(A, None, trainable)
         self.lora_B._modules[name] = bare_linear(B, bias, trainable)
+        if isinstance(config.init_name, str):
+            inits.start(self, name, config)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if HERE.blocks:
