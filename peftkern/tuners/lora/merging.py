@@ -136,6 +136,10 @@ class Merging:
         for name in names:
             if reason := self._cannot_merge(name):
                 raise NotImplementedError(reason)
+            if any(factor.is_meta for factor in self._factors(name)):
+                raise ValueError(
+                    f"Cannot merge adapters: the weights of {name!r} are on the meta device."
+                )
             if layer.lora_bias.get(name) and getattr(module, "bias", None) is None:
                 raise RuntimeError(
                     "Impossible to merge LoRA with `lora_bias=True` because the base layer has no "
