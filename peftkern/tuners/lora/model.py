@@ -30,6 +30,7 @@ from .group import form_groups
 from .layer import Linear
 from .mixed import AdapterNames
 from .unloading import ModelMerging
+from .weighted import Weighted
 
 
 def layer_class(base: nn.Module) -> Callable[[nn.Module], LoraLayer]:
@@ -47,7 +48,7 @@ def layer_class(base: nn.Module) -> Callable[[nn.Module], LoraLayer]:
     )
 
 
-class LoraModel(ModelMerging, BaseTuner):
+class LoraModel(ModelMerging, Weighted, BaseTuner):
     """A model with LoRA layers in the places that the configuration names.
 
     Args:
