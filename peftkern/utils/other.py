@@ -127,6 +127,14 @@ class AuxiliaryTrainingWrapper(nn.Module):
         """What computes at present: the active adapter's module, or the original one."""
         raise NotImplementedError
 
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """The active adapter's copy, whether adapters are switched off or not; the original when
+        none is active here."""
+        names = self._active_adapter
+        return self.modules_to_save[names[0]] if names else self.original_module
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..tuners_utils import BaseTunerLayer
 from .config import LoraConfig
+from .merging import Merging
 
 logger = logging.getLogger("peftkern")
 
@@ -45,7 +46,7 @@ def in_out_features(base: Any) -> tuple[int, int] | tuple[None, None]:
     return None, None
 
 
-class LoraLayer(BaseTunerLayer):
+class LoraLayer(Merging, BaseTunerLayer):
     """The state of a LoRA layer: its adapters by name, in PEFT's attributes.
 
     ``lora_A[name].weight`` is [r, K], ``lora_B[name].weight`` [N, r]; an embedding keeps
@@ -107,6 +108,7 @@ class LoraLayer(BaseTunerLayer):
         self.__dict__.update({name: {} for name in names})
         self.__dict__.update(
             merged_adapters=[],
+            _kept=[],
             _disable_adapters=False,
             _active_adapter=[],
             _noted_reason=None,
@@ -219,5 +221,6 @@ class LoraLayer(BaseTunerLayer):
             )
         if self.merged:
             raise ValueError(
-                "Cannot pass `adapter_names` when there are merged adapters, please unmerge first."
+                "Cannot pass `adapter_names` when there are merged adapters, please call "
+                "`unmerge_adapter` first."
             )
