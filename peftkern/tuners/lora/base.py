@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..tuners_utils import BaseTunerLayer
 from .config import LoraConfig
+from .variants import LoraVariant, active_variant, select
 
 logger = logging.getLogger("peftkern")
 
@@ -55,6 +56,7 @@ class LoraLayer(BaseTunerLayer):
         "use_dora",
         "use_rslora",
         "lora_bias",
+        "lora_variant",
     )
 
     # filled by _init_lora
@@ -65,6 +67,7 @@ class LoraLayer(BaseTunerLayer):
     use_dora: dict[str, bool]
     use_rslora: dict[str, bool]
     lora_bias: dict[str, bool]
+    lora_variant: dict[str, LoraVariant]
     _noted_reason: str | None
     training: bool
 
@@ -76,11 +79,17 @@ class LoraLayer(BaseTunerLayer):
         values go to where it would put them.
         """
         module: Any = self
-        module._modules.update(base_layer=base_layer, lora_dropout=nn.ModuleDict(), **stores)
+        module._modules.update(
+            base_layer=base_layer,
+            lora_dropout=nn.ModuleDict(),
+            **stores,
+            lora_magnitude_vector=nn.ModuleDict(),  # of DoRA
+        )
         names = ("r", "lora_alpha", "scaling", "use_dora", "use_rslora", "lora_bias")
         self.__dict__.update({name: {} for name in names})
         self.__dict__.update(
             merged_adapters=[],
+            lora_variant={},
             _disable_adapters=False,
             _active_adapter=[],
             _noted_reason=None,
@@ -128,6 +137,7 @@ class LoraLayer(BaseTunerLayer):
         """
         if r <= 0:
             raise ValueError(f"`r` should be a positive integer value but the value passed is {r}")
+        variant = self.resolve_lora_variant(config=config)
         self.r[adapter_name] = r
         self.lora_alpha[adapter_name] = lora_alpha
         self.scaling[adapter_name] = lora_alpha / (math.sqrt(r) if config.use_rslora else r)
@@ -142,13 +152,56 @@ class LoraLayer(BaseTunerLayer):
         with torch.no_grad():
             place = self._adapter_placement(autocast_dtype, meta)
             self._make_weights(adapter_name, r, config, place, trainable)
+            self.lora_variant.pop(adapter_name, None)
+            if variant is not None:
+                self.lora_variant[adapter_name] = variant
+                variant.init(self, adapter_name, config, trainable)
 
     def _make_weights(
         self, name: str, r: int, config: LoraConfig, place: dict[str, Any], trainable: bool
     ) -> None:
         raise NotImplementedError
 
+    # ---------------------------------------------------------------- variants of LoRA
+
+    @property
+    def lora_variants(self) -> dict[tuple[str, ...], type[LoraVariant] | None]:
+        """{sorted names of settings: the variant they ask for}; None is plain LoRA."""
+        return {(): None}
+
+    def resolve_lora_variant(self, *, config: Any, **kwargs: Any) -> LoraVariant | None:
+        """A new variant as ``config`` asks for, None for plain LoRA. ValueError where this kind of
+        layer has none such."""
+        return select(self.lora_variants, config)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether the adapter may be turned into one of plain LoRA."""
+        variant = self.lora_variant.get(adapter_name)
+        return variant is None or variant.supports_lora_conversion()
+
+    def _merged_weight(self, adapter: str, weight: Tensor, base: Tensor | None = None) -> Tensor:
+        """The base weight with one more adapter merged into it.
+
+        Args:
+            adapter: its name.
+            weight: the weight with the adapters merged so far, at least float32; left as it is.
+            base: the weight without any adapter; None: ``weight`` is that.
+        """
+        variant = self.lora_variant.get(adapter)
+        if variant is None:
+            return weight + self.get_delta_weight(adapter)
+        return variant.merged_weight(self, adapter, weight, weight if base is None else base)
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """The update of an adapter, scaling · B A, in the base weight's shape."""
+        raise NotImplementedError
+
     # ---------------------------------------------------------------- why a call is fused, or not
+
+    def _variant_reason(self) -> str | None:
+        """What an active adapter that is no plain LoRA says about how it runs."""
+        found = active_variant(self)
+        return None if found is None else found[1].decline(self, found[0])
 
     def decline_reason(self) -> str | None:
         """Why calls are not fused at present, in a few words; None when they are."""
@@ -174,3 +227,8 @@ class LoraLayer(BaseTunerLayer):
             raise ValueError(
                 "Cannot pass `adapter_names` when there are merged adapters, please unmerge first."
             )
+        if self.lora_variant:
+            for name in dict.fromkeys(adapter_names):
+                variant = self.lora_variant.get(name)
+                if variant is not None and (reason := variant.refuses_mixed()) is not None:
+                    raise ValueError(reason)

@@ -7,6 +7,7 @@ from typing import Any
 
 from ...config import PeftConfig
 from ...utils.peft_types import PeftType
+from .variants import SELECTS
 
 INIT_SUPPORTED = (True, False, "gaussian")
 BIAS_CHOICES = ("none", "all", "lora_only")
@@ -68,7 +69,7 @@ class LoraConfig(PeftConfig):
     eva_config: Any | None = field(default=None)
     corda_config: Any | None = field(default=None)
     lora_ga_config: Any | None = field(default=None)
-    use_dora: bool = field(default=False)
+    use_dora: bool = field(default=False, metadata=SELECTS)
     velora_config: Any | None = field(default=None)
     alora_invocation_tokens: list[int] | None = field(default=None)
     use_qalora: bool = field(default=False)

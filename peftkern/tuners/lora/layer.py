@@ -20,6 +20,7 @@ from .config import LoraConfig
 from .group import Group
 from .mixed import AdapterNames, forward_mixed
 from .plan import GLOBAL_HOOKS, Plan, is_hooked, weight_layout
+from .variants import take_kwargs
 
 
 def bare_linear(weight: Tensor, bias: Tensor | None, trainable: bool) -> nn.Linear:
@@ -42,7 +43,7 @@ class Linear(nn.Module, LoraLayer):
     """
 
     # attributes of PEFT's layers that this kind does not fill
-    lora_embedding_A = lora_embedding_B = lora_magnitude_vector = NOTHING
+    lora_embedding_A = lora_embedding_B = NOTHING
     lora_A: nn.ModuleDict
     lora_B: nn.ModuleDict
     _plan: Plan | None
@@ -158,9 +159,11 @@ class Linear(nn.Module, LoraLayer):
     def _forward_general(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Any base layer, any adapters: the base's own call, then each update on top."""
         adapter_names = kwargs.pop("adapter_names", None)
+        variant_kwargs = take_kwargs(kwargs)
         if adapter_names is not None:
             self._check_adapter_names(x, adapter_names)
-            return forward_mixed(self, x, AdapterNames.of(adapter_names), args, kwargs)
+            names = AdapterNames.of(adapter_names)
+            return forward_mixed(self, x, names, args, kwargs, variant_kwargs)
         if not torch.compiler.is_compiling():
             self._note_decline()
         y = self.base_layer(x, *args, **kwargs)
@@ -168,8 +171,13 @@ class Linear(nn.Module, LoraLayer):
             return y
         dtype = y.dtype
         for name in self.active_adapters:
-            if name in self.lora_A:
+            if name not in self.lora_A:
+                continue
+            variant = self.lora_variant.get(name)
+            if variant is None:
                 y = y + self._update(name, x)
+            else:
+                y = variant.update(self, name, x, y, **variant_kwargs)
         return y.to(dtype)
 
     def _update(self, name: str, x: Tensor) -> Tensor:
@@ -190,6 +198,8 @@ class Linear(nn.Module, LoraLayer):
             return "no active adapter has weights here"
         if len(self.active_adapters) > 1:
             return f"several adapters are active: {', '.join(self.active_adapters)}"
+        if (of_variant := self._variant_reason()) is not None:
+            return of_variant
         if weight_layout(base.__class__) is None:
             return f"base layer {type(base).__name__} computes its product itself"
         A: Any = self.lora_A[active[0]]
