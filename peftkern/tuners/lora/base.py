@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..tuners_utils import BaseTunerLayer
 from .config import LoraConfig
-from .variants import LoraVariant, active_variant, select
+from .variant import LoraVariant, active_variant, select
 
 logger = logging.getLogger("peftkern")
 
@@ -197,6 +197,26 @@ class LoraLayer(BaseTunerLayer):
         raise NotImplementedError
 
     # ---------------------------------------------------------------- why a call is fused, or not
+
+    def _variant_operation(self, x: Tensor) -> Tensor | None:
+        """The output from an operation of the only active adapter's own, None when there is none
+        for the call."""
+        if self._disable_adapters or self.merged or len(self.active_adapters) != 1:
+            return None
+        name = self.active_adapters[0]
+        variant = self.lora_variant.get(name)
+        if variant is None or variant.fused_as(self, name) is None:
+            return None
+        return variant.fused(self, name, x)
+
+    def variant_fused_as(self) -> str | None:
+        """What an operation of the only active adapter's own is called; None where there is none
+        or it is not used."""
+        names = self.active_adapters
+        if self._disable_adapters or self.merged or len(names) != 1:
+            return None
+        variant = self.lora_variant.get(names[0])
+        return None if variant is None else variant.fused_as(self, names[0])
 
     def _variant_reason(self) -> str | None:
         """What an active adapter that is no plain LoRA says about how it runs."""

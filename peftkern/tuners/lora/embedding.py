@@ -11,8 +11,9 @@ from torch.nn import functional as F
 from ...utils.mixed import HERE, hand_over
 from .base import NOTHING, LoraLayer
 from .config import LoraConfig
+from .dora import DoraEmbeddingVariant
 from .mixed import AdapterNames
-from .variants import take_kwargs
+from .variant import take_kwargs
 
 
 class Embedding(nn.Module, LoraLayer):
@@ -74,6 +75,10 @@ class Embedding(nn.Module, LoraLayer):
             else:
                 y = y.index_copy(0, rows, variant.update(self, name, x[rows], y[rows]).to(dtype))
         return y
+
+    @property
+    def lora_variants(self) -> dict[tuple[str, ...], Any]:
+        return {(): None, ("use_dora",): DoraEmbeddingVariant}
 
     def _update(self, name: str, x: Tensor, y: Tensor) -> Tensor:
         base: Any = self.get_base_layer()

@@ -17,10 +17,11 @@ from ...ops.lora import lora_linear
 from ...utils.mixed import HERE, hand_over
 from .base import NOTHING, LoraLayer
 from .config import LoraConfig
+from .dora import DoraLinearVariant
 from .group import Group
 from .mixed import AdapterNames, forward_mixed
 from .plan import GLOBAL_HOOKS, Plan, is_hooked, weight_layout
-from .variants import take_kwargs
+from .variant import take_kwargs
 
 
 def bare_linear(weight: Tensor, bias: Tensor | None, trainable: bool) -> nn.Linear:
@@ -133,9 +134,19 @@ class Linear(nn.Module, LoraLayer):
         """:meth:`fused_call` for a compiler, or None when it gets the plain formula. Nothing is
         written and everything is read from the modules, so that the compiler sees what the answer
         depends on."""
-        if self.decline_reason() is not None or torch._C._are_functorch_transforms_active():
+        if self.decline_reason() is not None:
             return None
         name = self.active_adapters[0]
+        call = self.product_call(x, name)
+        if call is None or why_formula(x, call[2]) is not None:
+            return None
+        return call
+
+    def product_call(self, x: Tensor, name: str) -> tuple[Any, ...] | None:
+        """What :meth:`fused_call` returns, for a call with this adapter, whose
+        :meth:`product_reason` is None."""
+        if torch._C._are_functorch_transforms_active():
+            return None
         base: Any = self.base_layer
         a: Any = self.lora_A[name]
         b: Any = self.lora_B[name]
@@ -143,11 +154,10 @@ class Linear(nn.Module, LoraLayer):
         p = drop.p if drop.training and isinstance(drop, nn.Dropout) else 0.0
         if (
             p >= 1.0
-            # decline_reason looked for replaced forwards as well, in a way that compilers set no
+            # product_reason looked for replaced forwards as well, in a way that compilers set no
             # guard for; with this one a forward that is replaced later is seen
             or not all(isinstance(m.forward, MethodType) for m in (base, a, b, drop))
             or not _dtypes_fit(x, base.weight.dtype, a.weight.dtype, b.weight.dtype)
-            or why_formula(x, a.weight) is not None
         ):
             return None
         transposed = weight_layout(base.__class__)
@@ -165,6 +175,10 @@ class Linear(nn.Module, LoraLayer):
             names = AdapterNames.of(adapter_names)
             return forward_mixed(self, x, names, args, kwargs, variant_kwargs)
         if not torch.compiler.is_compiling():
+            if self.lora_variant and not (args or kwargs or variant_kwargs):
+                y = self._variant_operation(x)
+                if y is not None:
+                    return y
             self._note_decline()
         y = self.base_layer(x, *args, **kwargs)
         if self._disable_adapters or self.merged:
@@ -180,6 +194,10 @@ class Linear(nn.Module, LoraLayer):
                 y = variant.update(self, name, x, y, **variant_kwargs)
         return y.to(dtype)
 
+    @property
+    def lora_variants(self) -> dict[tuple[str, ...], Any]:
+        return {(): None, ("use_dora",): DoraLinearVariant}
+
     def _update(self, name: str, x: Tensor) -> Tensor:
         A: Any = self.lora_A[name]
         if not autocast.is_on(x):
@@ -188,8 +206,6 @@ class Linear(nn.Module, LoraLayer):
 
     def decline_reason(self) -> str | None:
         active = [n for n in self.active_adapters if n in self.lora_A]
-        base: Any = self.base_layer
-        weight = base._parameters.get("weight")
         if self._disable_adapters:
             return "adapters are disabled"
         if self.merged:
@@ -200,10 +216,17 @@ class Linear(nn.Module, LoraLayer):
             return f"several adapters are active: {', '.join(self.active_adapters)}"
         if (of_variant := self._variant_reason()) is not None:
             return of_variant
+        return self.product_reason(active[0])
+
+    def product_reason(self, name: str) -> str | None:
+        """Why the products of the base layer and of this adapter cannot be one operation, None when
+        they can."""
+        base: Any = self.base_layer
+        weight = base._parameters.get("weight")
         if weight_layout(base.__class__) is None:
             return f"base layer {type(base).__name__} computes its product itself"
-        A: Any = self.lora_A[active[0]]
-        B: Any = self.lora_B[active[0]]
+        A: Any = self.lora_A[name]
+        B: Any = self.lora_B[name]
         for what, module in (("base layer", base), ("lora_A", A), ("lora_B", B)):
             if type(module.__dict__["_parameters"].get("weight")) is not Parameter:
                 found = type(getattr(module, "weight", None)).__name__
@@ -225,9 +248,9 @@ class Linear(nn.Module, LoraLayer):
             return f"dtypes: base {dtype}, adapter {low}"
         if B.weight.dtype != low:
             return f"dtypes: lora_A {low}, lora_B {B.weight.dtype}"
-        if type(self.lora_dropout[active[0]]) not in (nn.Dropout, nn.Identity):
-            return f"dropout is a {type(self.lora_dropout[active[0]]).__name__}"
-        if is_hooked(self.lora_dropout[active[0]]):
+        if type(self.lora_dropout[name]) not in (nn.Dropout, nn.Identity):
+            return f"dropout is a {type(self.lora_dropout[name]).__name__}"
+        if is_hooked(self.lora_dropout[name]):
             return "lora_dropout has hooks"
         return None
 

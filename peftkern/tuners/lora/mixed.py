@@ -14,7 +14,7 @@ from torch.nn.parameter import Parameter
 from ...ops import autocast
 from ...ops.lora_mixed import Adapter, SampleIndex, lora_mixed
 from .plan import GLOBAL_HOOKS, is_hooked, weight_layout
-from .variants import rows_of
+from .variant import rows_of
 
 if TYPE_CHECKING:
     from .layer import Linear
