@@ -183,9 +183,7 @@ class IncrementalPCA:
         if last_sample_count > 0:
             for name, value in (("mean", last_mean), ("variance", last_variance)):
                 if value is None:
-                    raise ValueError(
-                        f"last_{name} should not be None if last_sample_count > 0."
-                    )
+                    raise ValueError(f"last_{name} should not be None if last_sample_count > 0.")
         new = torch.tensor([rows], device=X.device)
         total = last_sample_count + new
         new_sum = X.sum(dim=0, dtype=torch.float64)

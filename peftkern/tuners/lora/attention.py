@@ -1,8 +1,8 @@
 """LoRA on ``nn.MultiheadAttention``: the update is added to the weights for each call.
 
-torch's module hands its weights to one function, so there is no call of a linear layer to extend. Here
-the call runs on a stand-in of the module that holds the adapted weights; the module itself is never
-changed, so a state dict, another thread or a recomputation sees it as it is.
+torch's module hands its weights to one function, so there is no call of a linear layer to extend.
+Here the call runs on a stand-in of the module that holds the adapted weights; the module itself is
+never changed, so a state dict, another thread or a recomputation sees it as it is.
 """
 
 from __future__ import annotations
@@ -36,9 +36,14 @@ class _OutProj(Linear):
             return f"merged: {', '.join(self.merged_adapters)}"
         return "the nn.MultiheadAttention around it reads its weights, and adds the update to them"
 
-    def _merged_weight(self, adapter: str, weight: Tensor) -> Tensor:
-        """The update counts twice, as in :meth:`MultiheadAttention.forward`."""
-        return weight + 2 * product(self, adapter).to(weight.dtype)
+    def _factors(self, adapter: str) -> tuple[Tensor, Tensor]:
+        """What is merged counts twice, as in :meth:`MultiheadAttention.forward`."""
+        left, right = super()._factors(adapter)
+        return 2 * left, right
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """The update once, as HF PEFT's."""
+        return super().get_delta_weight(adapter) / 2
 
 
 class _Weights:
@@ -75,7 +80,7 @@ class MultiheadAttention(nn.Module, LoraLayer):
     """
 
     # attributes of PEFT's layers that this kind does not fill
-    lora_embedding_A = lora_embedding_B = lora_magnitude_vector = NOTHING
+    lora_embedding_A = lora_embedding_B = NOTHING
     lora_A: nn.ModuleDict
     lora_B: nn.ModuleDict
 
@@ -117,6 +122,7 @@ class MultiheadAttention(nn.Module, LoraLayer):
             out_proj._active_adapter = self._active_adapter
         for update in (super().update_layer, out_proj.update_layer):
             update(adapter_name, r, lora_alpha, config, autocast_dtype, meta, trainable)
+        self.lora_bias[adapter_name] = False  # without effect on the input projection
 
     @property
     def _out_proj(self) -> Any:
@@ -182,7 +188,7 @@ class MultiheadAttention(nn.Module, LoraLayer):
             )
 
     def _adapted(self, base: Any) -> Any:
-        """``base`` with the updates in its weights: a stand-in of its class that shares the rest."""
+        """A stand-in of ``base`` with the updates in its weights, which shares the rest."""
         out_proj = self._out_proj
         inner = out_proj.get_base_layer()
         weight_in, weight_out = base.in_proj_weight.detach(), inner.weight.detach()
@@ -209,12 +215,36 @@ class MultiheadAttention(nn.Module, LoraLayer):
 
     # ---------------------------------------------------------------- merging
 
-    def get_delta_weight(self, adapter: str) -> Tensor:
-        """scaling · B A of the input projection, [3 * embed_dim, embed_dim]."""
-        return product(self, adapter)
-
-    def _merge_target(self) -> tuple[nn.Module, str]:
+    def _merge_target(self) -> tuple[Any, str]:
         return self.get_base_layer(), "in_proj_weight"
+
+    def _factors(self, adapter: str) -> tuple[Tensor, Tensor]:
+        A: Any = self.lora_A[adapter]
+        B: Any = self.lora_B[adapter]
+        return B.weight, A.weight
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add adapters to the weights of both projections; see :meth:`LoraLayer.merge`."""
+        super().merge(safe_merge, adapter_names)
+        self._out_proj.merge(safe_merge, adapter_names)
+
+    def unmerge(self) -> None:
+        """Take the merged adapters out of both projections."""
+        super().unmerge()
+        if self._out_proj.merged:
+            self._out_proj.unmerge()
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """The ``nn.MultiheadAttention`` without LoRA layers, in which the adapters are merged if
+        asked for."""
+        names = self.active_adapters if adapter_names is None else adapter_names
+        if merge and any(n in self.lora_A and n not in self.merged_adapters for n in names):
+            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        base: Any = self.base_layer
+        base.out_proj = self.out_proj
+        return base
 
     def decline_reason(self) -> str | None:
         if self._disable_adapters:

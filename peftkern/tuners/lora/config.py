@@ -18,6 +18,7 @@ from .subconfigs import (
     LoraRuntimeConfig,
     as_subconfig,
 )
+from .variant import SELECTS
 
 BIAS_CHOICES = ("none", "all", "lora_only")
 # initialisations that change the base weight
@@ -51,6 +52,7 @@ class LoraConfig(PeftConfig):
         eva_config: :class:`EvaConfig` of "eva".
         corda_config: :class:`CordaConfig` of "corda".
         lora_ga_config: :class:`LoraGAConfig` of "lora_ga".
+        use_dora: train a magnitude of each output beside A and B (:mod:`.dora`).
 
     The other fields exist so that configurations of HF PEFT can be read and written; one that asks
     for something not built yet is refused by :meth:`check_supported` before a model is touched.
@@ -79,7 +81,7 @@ class LoraConfig(PeftConfig):
     eva_config: EvaConfig | None = field(default=None)
     corda_config: CordaConfig | None = field(default=None)
     lora_ga_config: LoraGAConfig | None = field(default=None)
-    use_dora: bool = field(default=False)
+    use_dora: bool = field(default=False, metadata=SELECTS)
     velora_config: Any | None = field(default=None)
     alora_invocation_tokens: list[int] | None = field(default=None)
     use_qalora: bool = field(default=False)
@@ -249,8 +251,8 @@ class LoraConfig(PeftConfig):
     def unsupported(self) -> list[str]:
         """Every setting, as ``name=value``, that peftkern cannot honour yet."""
         names = (
-            "megatron_config trainable_token_indices use_dora velora_config "
-            "alora_invocation_tokens use_qalora "
+            "megatron_config trainable_token_indices velora_config alora_invocation_tokens "
+            "use_qalora "
             "monteclora_config layer_replication target_parameters use_bdlora arrow_config "
             "kasa_config ensure_weight_tying"
         ).split()

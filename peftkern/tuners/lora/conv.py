@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ...utils.mixed import HERE, hand_over
 from .base import NOTHING, LoraLayer
 from .config import LoraConfig
+from .dora import DoraConv1dVariant, DoraConv2dVariant, DoraConv3dVariant
 from .layer import Linear
 
 
@@ -26,7 +27,7 @@ class _ConvNd(nn.Module, LoraLayer):
     dims: int  # of the kernel
 
     # attributes of PEFT's layers that this kind does not fill
-    lora_embedding_A = lora_embedding_B = lora_magnitude_vector = NOTHING
+    lora_embedding_A = lora_embedding_B = NOTHING
     lora_A: nn.ModuleDict
     lora_B: nn.ModuleDict
 
@@ -48,7 +49,9 @@ class _ConvNd(nn.Module, LoraLayer):
         found = self.get_base_layer().weight.dim()
         if found != self.dims + 2:
             kind = type(self).__name__
-            raise ValueError(f"{kind} layer kernel must have {self.dims + 2} dimensions, not {found}")
+            raise ValueError(
+                f"{kind} layer kernel must have {self.dims + 2} dimensions, not {found}"
+            )
         self.fan_in_fan_out = False
         self._first_adapter(adapter_name, config, r, lora_alpha, kwargs)
 
@@ -91,23 +94,19 @@ class _ConvNd(nn.Module, LoraLayer):
             kwargs = hand_over(self, kwargs)
         return self._forward_general(x, *args, **kwargs)
 
-    def get_delta_weight(self, adapter: str) -> Tensor:
-        """scaling · B A as a kernel [C_out, C_in, *kernel], in the dtype of the adapter.
-
-        Raises:
-            NotImplementedError: more than one group: each output then sees all inputs through A,
-                which no kernel of the base's shape can express.
-        """
+    def _cannot_merge(self, adapter: str) -> str | None:
         base: Any = self.get_base_layer()
-        if base.groups > 1:
-            raise NotImplementedError(
-                "Merging is not supported for _ConvNd layers with groups > 1!"
-            )
-        a: Tensor = self.lora_A[adapter].weight  # type: ignore[assignment]
-        b: Tensor = self.lora_B[adapter].weight  # type: ignore[assignment]
-        wide = torch.promote_types(a.dtype, torch.float32)
-        product = b.flatten(1).to(wide) @ a.flatten(1).to(wide)
-        return (product.view(base.weight.shape) * self.scaling[adapter]).to(a.dtype)
+        if base.groups == 1:
+            return None
+        # each output sees all inputs through A, which no kernel of the base's shape expresses
+        return "Merging is not supported for _ConvNd layers with groups > 1!"
+
+    def _factors(self, adapter: str) -> tuple[Tensor, Tensor]:
+        if (reason := self._cannot_merge(adapter)) is not None:
+            raise NotImplementedError(reason)
+        A: Any = self.lora_A[adapter]
+        B: Any = self.lora_B[adapter]
+        return B.weight.flatten(1), A.weight.flatten(1)
 
     def decline_reason(self) -> str | None:
         if self._disable_adapters:
@@ -116,6 +115,8 @@ class _ConvNd(nn.Module, LoraLayer):
             return f"merged: {', '.join(self.merged_adapters)}"
         if not any(n in self.lora_A for n in self.active_adapters):
             return "no active adapter has weights here"
+        if (of_variant := self._variant_reason()) is not None:
+            return of_variant
         base: Any = self.get_base_layer()
         said = "a convolution is left to torch, base and update one after the other"
         if base.padding_mode != "zeros":
@@ -132,15 +133,18 @@ class Conv1d(_ConvNd):
     """LoRA on ``nn.Conv1d``."""
 
     dims = 1
+    lora_variants: Any = {(): None, ("use_dora",): DoraConv1dVariant}
 
 
 class Conv2d(_ConvNd):
     """LoRA on ``nn.Conv2d``."""
 
     dims = 2
+    lora_variants: Any = {(): None, ("use_dora",): DoraConv2dVariant}
 
 
 class Conv3d(_ConvNd):
     """LoRA on ``nn.Conv3d``."""
 
     dims = 3
+    lora_variants: Any = {(): None, ("use_dora",): DoraConv3dVariant}

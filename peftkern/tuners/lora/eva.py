@@ -238,7 +238,9 @@ def _state_dict(
             if done == len(source):
                 break
             run(moved(inputs), watches.values())
-            if step + 1 == len(dataloader) and (idle := [n for n, w in watches.items() if not w.steps]):
+            if step + 1 == len(dataloader) and (
+                idle := [n for n, w in watches.items() if not w.steps]
+            ):
                 raise ValueError(
                     f"no batch has as many rows for the layers {idle} as they need components "
                     f"({limit[idle[0]]}, which is r * rho): use larger batches or a smaller `rho`"
@@ -266,7 +268,8 @@ def get_eva_state_dict(
     peft_config: LoraConfig | None = None,
     forward_fn: Callable[..., Any] = forward_fn_dict,
     prepare_model_inputs_fn: Prepare = prepare_model_inputs_fn_language_modeling,
-    prepare_layer_inputs_fn: Prepare | dict[str, Prepare] = prepare_layer_inputs_fn_language_modeling,
+    prepare_layer_inputs_fn: Prepare
+    | dict[str, Prepare] = prepare_layer_inputs_fn_language_modeling,
     adapter_name: str = "default",
     gather_distributed_inputs: bool = True,
     show_progress_bar: bool = True,
@@ -337,7 +340,8 @@ def initialize_lora_eva_weights(
     eva_state_dict: dict[str, Tensor] | None = None,
     forward_fn: Callable[..., Any] = forward_fn_dict,
     prepare_model_inputs_fn: Prepare = prepare_model_inputs_fn_language_modeling,
-    prepare_layer_inputs_fn: Prepare | dict[str, Prepare] = prepare_layer_inputs_fn_language_modeling,
+    prepare_layer_inputs_fn: Prepare
+    | dict[str, Prepare] = prepare_layer_inputs_fn_language_modeling,
     adapter_name: str = "default",
     gather_distributed_inputs: bool = True,
     show_progress_bar: bool = True,

@@ -119,4 +119,3 @@ class LoraGAConfig:
     def __post_init__(self) -> None:
         _choice("direction", self.direction, ("ArBr", "A2rBr", "ArB2r", "random"))
         _choice("scale", self.scale, ("stable", "weight_svd", "gd_scale", "unit"))
-

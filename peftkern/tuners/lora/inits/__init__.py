@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..config import LoraConfig
 from ..corda import check_eigens, corda
@@ -95,6 +94,11 @@ def check(key: str, base: Any, r: int, config: LoraConfig) -> None:
             f"init_lora_weights={config.init_lora_weights!r} computes with the weight of `{key}`, "
             "which is on the meta device"
         )
+    if "_niter_" in str(config.init_name) and r > min(weight.shape):
+        raise ValueError(
+            f"init_lora_weights={config.init_lora_weights!r} finds at most {min(weight.shape)} "
+            f"singular values of `{key}`, and the rank is {r}"
+        )
     if name in ("olora", "loftq") and hasattr(base, "nf"):
         raise ValueError(
             f"init_lora_weights='{name}' is not for the Conv1D `{key}`: HF PEFT takes its weight as it "
@@ -123,7 +127,12 @@ def start(layer: Any, adapter: str, config: LoraConfig) -> None:
     if found is None:
         return
     for store, value in ((layer.lora_A, found.A), (layer.lora_B, found.B)):
-        weight: Tensor = store[adapter].weight
-        if not weight.is_meta:  # then a checkpoint brings the values
-            weight.copy_(value.to(stored(base.weight.dtype)))
-    note(base.weight, found)
+        linear: Any = store[adapter]
+        if linear.weight.shape != value.shape:  # r is larger than W has singular values
+            new = linear.weight.detach().new_empty(value.shape)
+            linear.weight = torch.nn.Parameter(new, requires_grad=linear.weight.requires_grad)
+            linear.out_features, linear.in_features = value.shape
+        if not linear.weight.is_meta:  # then a checkpoint brings the values
+            linear.weight.copy_(value.to(stored(base.weight.dtype)))
+    # DoRA measures the weight next
+    note(base.weight, found, at_once=config.use_dora)

@@ -42,55 +42,64 @@ def minus_product(A: Tensor, B: Tensor, scaling: float, transposed: bool = False
     return Start(A, B, lambda weight: change(weight, 1.0), lambda weight: change(weight, -1.0))
 
 
-class _Waiting(threading.local):
-    """The changes that wait for the end of an injection in this thread; None when none runs."""
+class _Injection(threading.local):
+    """The changes of the injection that runs in this thread: those that wait for its end, and those
+    that are made, with the old value where there is no way to compute it. None: no injection."""
 
-    changes: list[tuple[Tensor, Start]] | None = None
+    waiting: list[tuple[Tensor, Start]] | None = None
+    made: list[tuple[Tensor, Start, Tensor | None]] = []
 
 
-_WAITING = _Waiting()
+_HERE = _Injection()
 
 
 def current(weight: Tensor) -> Tensor:
     """A base weight as it will be after the changes that wait: two layers may share it."""
     value = weight.detach()
-    for changed, start in _WAITING.changes or ():
+    for changed, start in _HERE.waiting or ():
         if changed is weight and start.new_base is not None:
             value = start.new_base(value)
     return value
 
 
-def note(weight: Tensor, start: Start) -> None:
-    """Change ``weight`` at the end of the running injection, or now when none runs."""
+def note(weight: Tensor, start: Start, at_once: bool = False) -> None:
+    """Change ``weight`` at the end of the running injection; now when none runs, or ``at_once``."""
     if start.new_base is None:
         return
-    if _WAITING.changes is None:
+    if _HERE.waiting is None:
         weight.data = start.new_base(weight.data)
+    elif at_once:
+        _change(weight, start)
     else:
-        _WAITING.changes.append((weight, start))
+        _HERE.waiting.append((weight, start))
+
+
+def _change(weight: Tensor, start: Start) -> None:
+    assert start.new_base is not None
+    new = start.new_base(weight.data)
+    _HERE.made.append((weight, start, weight.data if start.undo is None else None))
+    weight.data = new
 
 
 @contextmanager
 def collect() -> Iterator[Callable[[], None]]:
-    """Hold back the changes of base weights. They are made by calling what the block is given: all,
-    or, when that is interrupted, none (up to one rounding, as no copy of the weights is kept)."""
-    before, _WAITING.changes = _WAITING.changes, []
-    changes = _WAITING.changes
+    """Hold back the changes of base weights; they are made by calling what the block is given.
+
+    When the block ends in an error, the weights are as they were: those that nothing was done to to
+    the bit, those that were changed already up to one rounding, as no copy of them is kept.
+    """
+    before = _HERE.waiting, _HERE.made
+    _HERE.waiting, _HERE.made = [], []
 
     def apply() -> None:
-        done: list[tuple[Tensor, Start, Tensor | None]] = []
-        try:
-            for weight, start in changes:
-                assert start.new_base is not None
-                new = start.new_base(weight.data)
-                done.append((weight, start, weight.data if start.undo is None else None))
-                weight.data = new
-        except BaseException:
-            for weight, start, old in reversed(done):
-                weight.data = start.undo(weight.data) if start.undo is not None else old
-            raise
+        while _HERE.waiting:
+            _change(*_HERE.waiting.pop(0))
 
     try:
         yield apply
+    except BaseException:
+        for weight, start, old in reversed(_HERE.made):
+            weight.data = old if start.undo is None else start.undo(weight.data)  # type: ignore
+        raise
     finally:
-        _WAITING.changes = before
+        _HERE.waiting, _HERE.made = before
