@@ -101,13 +101,19 @@ _WHERE = {
         "PeftModelForSeq2SeqLM PeftModelForSequenceClassification PeftModelForTokenClassification "
         "MODEL_TYPE_TO_PEFT_MODEL_MAPPING"
     ),
-    ".tuners.lora": "AdapterNames LoraConfig LoraModel LoraRuntimeConfig",
+    ".tuners.lora": (
+        "AdapterNames CordaConfig EvaConfig LoftQConfig LoraConfig LoraGAConfig LoraModel "
+        "LoraRuntimeConfig get_eva_state_dict initialize_lora_eva_weights preprocess_corda "
+        "preprocess_loraga"
+    ),
     ".tuners.p_tuning": "PromptEncoder PromptEncoderConfig PromptEncoderReparameterizationType",
     ".tuners.prefix_tuning": "PrefixEncoder PrefixTuningConfig",
     ".tuners.prompt_tuning": "PromptEmbedding PromptTuningConfig PromptTuningInit",
     ".utils.constants": "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING",
+    ".utils.loftq_utils": "replace_lora_weights_loftq",
     ".utils.other": "ModulesToSaveWrapper",
     ".utils.peft_types": "PeftType TaskType",
+    ".utils.warning": "PeftWarning",
     ".utils.save_and_load": "get_peft_model_state_dict load_peft_weights set_peft_model_state_dict",
 }
 _LAZY = {name: module for module, names in _WHERE.items() for name in names.split()}
