@@ -87,9 +87,12 @@ class LoraLayer(BaseTunerLayer):
             _plan=None,
             _group=None,
         )
-        self.in_features, self.out_features = in_out_features(self.get_base_layer())
+        self.in_features, self.out_features = self._in_out_features()
         if not base_layer.training:
             module.train(False)
+
+    def _in_out_features(self) -> tuple[int, int]:
+        return in_out_features(self.get_base_layer())
 
     def _adapter_placement(self, autocast_dtype: bool, meta: bool) -> dict[str, Any]:
         """device and dtype of new adapter weights: the base layer's,
