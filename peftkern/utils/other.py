@@ -55,6 +55,12 @@ class AuxiliaryTrainingWrapper(nn.Module):
     def _get_available_adapters(self) -> set[str]:
         raise NotImplementedError
 
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """What stands in this wrapper's place when adapters leave the model."""
+        raise NotImplementedError
+
 
 class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
     """A module with one fully trained copy for each adapter; ``original_module`` stays as it was.
@@ -104,6 +110,14 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         if not self._disable_adapters and self._active_adapter:
             return self.modules_to_save[self._active_adapter[0]]
         return self.original_module
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """The active adapter's copy, whether adapters are switched off or not; the original when
+        none is active here."""
+        names = self._active_adapter
+        return self.modules_to_save[names[0]] if names else self.original_module
 
     def __getattr__(self, name: str) -> Any:
         try:
