@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .mixed import HERE, hand_over
+from .tied import modules_tied_to_embedding as _get_module_names_tied_with_embedding
 
 # modules that hold others and have no forward to copy
 CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)

@@ -94,6 +94,11 @@ class LoraConfig(PeftConfig):
         self.loftq_config = self.loftq_config or {}
         if self.runtime_config is None or isinstance(self.runtime_config, dict):
             self.runtime_config = LoraRuntimeConfig(**(self.runtime_config or {}))
+        if self.ensure_weight_tying:
+            self.modules_to_tie = None
+            self.target_modules_to_tie = None
+        if isinstance(self.target_parameters, str):
+            raise TypeError("`target_parameters` must be a list of strings or None.")
         self._check_values()
 
     def _check_values(self) -> None:
@@ -140,10 +145,10 @@ class LoraConfig(PeftConfig):
     def unsupported(self) -> list[str]:
         """Every setting, as ``name=value``, that peftkern cannot honour yet."""
         names = (
-            "megatron_config trainable_token_indices loftq_config eva_config corda_config "
+            "megatron_config loftq_config eva_config corda_config "
             "lora_ga_config use_dora velora_config alora_invocation_tokens use_qalora "
-            "monteclora_config layer_replication target_parameters use_bdlora arrow_config "
-            "kasa_config ensure_weight_tying"
+            "monteclora_config use_bdlora arrow_config "
+            "kasa_config"
         ).split()
         found = [f"{name}={getattr(self, name)!r}" for name in names if getattr(self, name)]
         if self.init_lora_weights not in INIT_SUPPORTED:

@@ -21,14 +21,17 @@ from ...utils.other import (
     get_submodules,
     wrap_modules_to_save,
 )
-from ..targets import match_targets, resolve_targets
+from ...utils.tied import modules_tied_to_embedding
 from ..tuners_utils import BaseTuner, BaseTunerLayer
 from .base import LoraLayer
+from .beside import Beside, find_targets, rank_and_alpha
 from .config import LoraConfig
 from .embedding import Embedding
 from .group import form_groups
 from .layer import Linear
 from .mixed import AdapterNames
+from .replication import check_replication, replicate_layers
+from .tying import settle_tying
 from .unloading import ModelMerging
 
 
@@ -74,37 +77,32 @@ class LoraModel(ModelMerging, BaseTuner):
     ) -> None:
         # not a module, so it may be set before nn.Module.__init__
         self.__dict__["_autocast_dtype"] = autocast_adapter_dtype
+        self.__dict__["targeted_parameter_names"] = []
         super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage)
 
     # ---------------------------------------------------------------- putting adapters in
 
-    def _plan(self, model: nn.Module, config: LoraConfig, name: str) -> tuple[list[Any], list[str]]:
-        """All that can go wrong, before anything is changed: the matches with rank and alpha, and
-        the names of the modules to train in full."""
+    def _plan(self, model: nn.Module, config: LoraConfig, name: str) -> tuple[list[Any], list[str], Beside]:
+        """All that can go wrong, before anything is changed: the matches with rank and alpha, the
+        names of the modules to train in full, and what is adapted beside those."""
         config.check_supported()
-        others = [c for n, c in self.peft_config.items() if n != name]
-        if config.bias != "none" and any(getattr(c, "bias", "none") != "none" for c in others):
+        others = [(n, c) for n, c in self.peft_config.items() if n != name]
+        if config.bias != "none" and any(getattr(c, "bias", "none") != "none" for _, c in others):
             raise ValueError(
                 "LoraModel supports only 1 adapter with bias. When using multiple adapters, set "
                 "bias to 'none' for all adapters."
             )
-        config.target_modules = resolve_targets(config, model)
-        matches = []
-        if config.target_modules:
-            matches = match_targets(config, model, config.target_modules)
-        elif not config.modules_to_save:
-            raise ValueError("`target_modules` is empty and there is nothing else to train.")
+        settle_tying(config, model)
+        matches, parameters = find_targets(config, model, others)
         plan = []
         for key, module in matches:
             make = None if isinstance(module, LoraLayer) else layer_class(module)
-            r = config.rank_pattern.get(get_pattern_key(config.rank_pattern, key), config.r)
-            alpha = config.alpha_pattern.get(
-                get_pattern_key(config.alpha_pattern, key), config.lora_alpha
-            )
+            r, alpha = rank_and_alpha(config, key)
             if config.lora_bias and isinstance(module, (nn.Embedding, Embedding)):
                 raise ValueError(f"lora_bias=True is not supported for the embedding `{key}`.")
             plan.append((key, module, make, r, alpha))
-        self._check_patterns(config, [key for key, *_ in plan])
+        beside = Beside(config, model, [key for key, _ in matches], parameters)
+        self._check_patterns(config, [key for key, _ in matches] + beside.parameter_names)
         self._check_fan_in_fan_out(config, [m for _, m, make, *_ in plan if make is not None])
         saved = find_modules_to_save(model, config.modules_to_save)
         for key in saved:
@@ -118,7 +116,7 @@ class LoraModel(ModelMerging, BaseTuner):
                     f"modules_to_save cannot be applied to `{key}`: a {type(module).__name__} has "
                     "no forward of its own"
                 )
-        return plan, saved
+        return plan, saved, beside
 
     @staticmethod
     def _check_patterns(config: LoraConfig, keys: list[str]) -> None:
@@ -161,10 +159,24 @@ class LoraModel(ModelMerging, BaseTuner):
     ) -> None:
         config = self.peft_config[adapter_name]
         assert isinstance(config, LoraConfig)
-        plan, saved = self._plan(model, config, adapter_name)
+        others = [c for n, c in self.peft_config.items() if n != adapter_name]
+        restore = None
+        if check_replication(config, others):
+            restore = replicate_layers(model, config.layer_replication or ())
+        try:
+            self._inject(model, config, adapter_name, low_cpu_mem_usage)
+        except BaseException:
+            if restore is not None:
+                restore()
+            raise
+
+    def _inject(
+        self, model: nn.Module, config: LoraConfig, adapter_name: str, low_cpu_mem_usage: bool
+    ) -> None:
+        plan, saved, beside = self._plan(model, config, adapter_name)
         flags = [(p, p.requires_grad) for p in model.parameters()]
         try:
-            self._put_in(model, config, adapter_name, plan, saved, low_cpu_mem_usage)
+            self._put_in(model, config, adapter_name, plan, saved, beside, low_cpu_mem_usage)
         except BaseException:
             for layer in self.adapter_layers():
                 layer.delete_adapter(adapter_name)
@@ -175,6 +187,9 @@ class LoraModel(ModelMerging, BaseTuner):
         for key, *_ in plan:
             if key not in self.targeted_module_names:
                 self.targeted_module_names.append(key)
+        for key in beside.parameter_names:
+            if key not in self.targeted_parameter_names:
+                self.targeted_parameter_names.append(key)
 
     def _put_in(
         self,
@@ -183,6 +198,7 @@ class LoraModel(ModelMerging, BaseTuner):
         adapter_name: str,
         plan: list[Any],
         saved: list[str],
+        beside: Beside,
         low_cpu_mem_usage: bool,
     ) -> None:
         first = not any(
@@ -203,11 +219,14 @@ class LoraModel(ModelMerging, BaseTuner):
             layer.update_layer(
                 adapter_name, r, alpha, config, self._autocast_dtype, low_cpu_mem_usage, trainable
             )
+        how = (self._autocast_dtype, low_cpu_mem_usage, trainable)
+        beside.put_layers(model, adapter_name, self.active_adapters, *how)
         if active:
             # before the copies: in a module trained in full the copy's bias trains, never the
             # original's
             self._train_biases(model, config)
         wrap_modules_to_save(model, adapter_name, saved, config.inference_mode, activate=active)
+        beside.put_modules(model, adapter_name, active, self._autocast_dtype)
         form_groups(model, Linear)
         if active and not first:  # the layers of earlier adapters were on those
             self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -228,16 +247,19 @@ class LoraModel(ModelMerging, BaseTuner):
 
     def _take_out(self) -> None:
         """Put the original modules back where no adapter is left."""
-        for name, module in list(self.model.named_modules()):
-            if not isinstance(module, (LoraLayer, ModulesToSaveWrapper)):
-                continue
-            if module._get_available_adapters():
-                continue
-            original = (
-                module.base_layer if isinstance(module, LoraLayer) else module.original_module
-            )
-            parent, _, last = get_submodules(self.model, name)
-            setattr(parent, last, original)
+        for parent in list(self.model.modules()):
+            for name, child in list(parent._modules.items()):
+                original: Any = child
+                while isinstance(original, (LoraLayer, AuxiliaryTrainingWrapper)):
+                    if original._get_available_adapters():
+                        break
+                    within = isinstance(original, LoraLayer)
+                    original = original.base_layer if within else original.original_module
+                if original is not child:
+                    setattr(parent, name, original)
+
+    def _get_module_names_tied_with_embedding(self) -> list[str]:
+        return modules_tied_to_embedding(self.model)
 
     # ---------------------------------------------------------------- a name for each row of the
     # batch
