@@ -33,6 +33,7 @@ from .mixed import AdapterNames
 from .replication import check_replication, replicate_layers
 from .tying import settle_tying
 from .unloading import ModelMerging
+from .weighted import Weighted
 
 
 def layer_class(base: nn.Module) -> Callable[[nn.Module], LoraLayer]:
@@ -50,7 +51,7 @@ def layer_class(base: nn.Module) -> Callable[[nn.Module], LoraLayer]:
     )
 
 
-class LoraModel(ModelMerging, BaseTuner):
+class LoraModel(ModelMerging, Weighted, BaseTuner):
     """A model with LoRA layers in the places that the configuration names.
 
     Args:
