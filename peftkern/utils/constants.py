@@ -8,6 +8,11 @@ SAFETENSORS_WEIGHTS_NAME = "adapter_model.safetensors"
 WEIGHTS_NAME = "adapter_model.bin"
 
 INCLUDE_LINEAR_LAYERS_SHORTHAND = "all-linear"
+# a target that adapts nothing, and says so
+DUMMY_TARGET_MODULES = "dummy-target-modules"
+DUMMY_MODEL_CONFIG = {"model_type": "custom"}
+# from so many names on, target_modules is reduced to the suffixes that suffice
+MIN_TARGET_MODULES_FOR_OPTIMIZATION = 20
 EMBEDDING_LAYER_NAMES = ("embed_tokens", "lm_head")
 # attribute names under which transformers keeps a sequence classification head
 SEQ_CLS_HEAD_NAMES = ("score", "classifier")

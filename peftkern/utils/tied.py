@@ -29,21 +29,25 @@ def modules_tied_to_embedding(model: Any) -> list[str]:
     only those tied to the input embedding count; before, it was a list of weights.
 
     Returns:
-        Names in the model as it is: those of wrapped modules have the wrapper's parts in them. Empty
-        when ``config.tie_word_embeddings`` is False.
+        Names in the model as it is: those of wrapped modules have the wrapper's parts in them.
+        Empty when ``config.tie_word_embeddings`` is False.
 
     Raises:
         ValueError: a mapping, and no ``get_input_embeddings`` to tell which ones count.
     """
     model = _innermost(model)
     keys = getattr(model, "_tied_weights_keys", None)
-    if getattr(getattr(model, "config", None), "tie_word_embeddings", None) is False or keys is None:
+    if (
+        getattr(getattr(model, "config", None), "tie_word_embeddings", None) is False
+        or keys is None
+    ):
         return []
     if isinstance(keys, dict):
         if not hasattr(model, "get_input_embeddings"):
             raise ValueError(
-                "The supplied model implements `_tied_weights_keys` as a dict but doesn't implement "
-                "'get_input_embeddings' so we can't determine which weights are tied to embeddings."
+                "The supplied model implements `_tied_weights_keys` as a dict but doesn't "
+                "implement 'get_input_embeddings' so we can't determine which weights are tied to "
+                "embeddings."
             )
         keys = _tied_to_embedding(model)
     return sorted({key.rpartition(".")[0] for key in keys})

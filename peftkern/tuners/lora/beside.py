@@ -54,7 +54,7 @@ def find_targets(
     matches: list[tuple[str, nn.Module]] = []
     tied = [(n, m) for n, m in model.named_modules() if is_tied_target(config, n)]
     try:
-        matches = match_targets(config, model, config.target_modules or set())
+        matches = match_targets(config, model, config.target_modules or set(), state_dict)
     except ValueError as exc:
         error = exc
     matches = [(n, m) for n, m in matches if not is_tied_target(config, n)] + tied
@@ -95,7 +95,9 @@ class Beside:
                 f"`ensure_weight_tying` cannot tie {self.tied}: the input embedding gets no "
                 "adapter. Is it among the `exclude_modules`?"
             )
-        self.saved = find_modules_to_save(model, sorted(getattr(config, "modules_to_tie", ()) or ()))
+        self.saved = find_modules_to_save(
+            model, sorted(getattr(config, "modules_to_tie", ()) or ())
+        )
         self.tokens = plan_tokens(model, config, get_model_config(model), keys)
 
     @property

@@ -8,21 +8,23 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ...utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from ...utils.mixed import handing
 from ...utils.other import (
     CONTAINERS,
     AuxiliaryTrainingWrapper,
     ModulesToSaveWrapper,
     find_modules_to_save,
-    get_pattern_key,
     get_submodules,
     wrap_modules_to_save,
 )
 from ...utils.tied import modules_tied_to_embedding
-from ..tuners_utils import BaseTuner, BaseTunerLayer
+from ..base_tuner import BaseTuner
+from ..targets import check_compatible
+from ..tuners_utils import BaseTunerLayer
 from .base import LoraLayer
 from .beside import Beside, find_targets, rank_and_alpha
 from .config import LoraConfig
@@ -30,7 +32,7 @@ from .embedding import Embedding
 from .group import form_groups
 from .layer import Linear
 from .mixed import AdapterNames
-from .replication import check_replication, replicate_layers
+from .replication import stacked
 from .tying import settle_tying
 from .unloading import ModelMerging
 from .weighted import Weighted
@@ -59,6 +61,10 @@ class LoraModel(ModelMerging, Weighted, BaseTuner):
         peft_config: a :class:`LoraConfig`, or {adapter name: LoraConfig}.
         adapter_name: the adapter to make.
         low_cpu_mem_usage: make its weights on the meta device, to be assigned from a checkpoint.
+        state_dict: adapt the modules that have tensors in here (only names are read), whatever the
+            configuration's targets are.
+        autocast_adapter_dtype: keep float32 weights under a float16 or bfloat16 model; without it
+            they have the dtype of the layer that they adapt.
 
     Raises:
         NotImplementedError: the configuration asks for something not built yet.
@@ -67,6 +73,7 @@ class LoraModel(ModelMerging, Weighted, BaseTuner):
 
     prefix = "lora_"
     tuner_layer_cls = LoraLayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def __init__(
         self,
@@ -74,16 +81,22 @@ class LoraModel(ModelMerging, Weighted, BaseTuner):
         peft_config: Any,
         adapter_name: str,
         low_cpu_mem_usage: bool = False,
-        autocast_adapter_dtype: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        autocast_adapter_dtype: bool = False,
     ) -> None:
         # not a module, so it may be set before nn.Module.__init__
         self.__dict__["_autocast_dtype"] = autocast_adapter_dtype
-        self.__dict__["targeted_parameter_names"] = []
-        super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage)
+        super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage, state_dict)
 
     # ---------------------------------------------------------------- putting adapters in
 
-    def _plan(self, model: nn.Module, config: LoraConfig, name: str) -> tuple[list[Any], list[str], Beside]:
+    def _plan(
+        self,
+        model: nn.Module,
+        config: LoraConfig,
+        name: str,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> tuple[list[Any], list[str], Beside]:
         """All that can go wrong, before anything is changed: the matches with rank and alpha, the
         names of the modules to train in full, and what is adapted beside those."""
         config.check_supported()
@@ -94,7 +107,8 @@ class LoraModel(ModelMerging, Weighted, BaseTuner):
                 "bias to 'none' for all adapters."
             )
         settle_tying(config, model)
-        matches, parameters = find_targets(config, model, others)
+        matches, parameters = find_targets(config, model, others, state_dict)
+        check_compatible(config, model, [key for key, _ in matches])
         plan = []
         for key, module in matches:
             make = None if isinstance(module, LoraLayer) else layer_class(module)
@@ -106,18 +120,41 @@ class LoraModel(ModelMerging, Weighted, BaseTuner):
         self._check_patterns(config, [key for key, _ in matches] + beside.parameter_names)
         self._check_fan_in_fan_out(config, [m for _, m, make, *_ in plan if make is not None])
         saved = find_modules_to_save(model, config.modules_to_save)
+        self._check_saved(model, config, name, plan, saved)
+        return plan, saved, beside
+
+    @staticmethod
+    def _check_saved(
+        model: nn.Module, config: LoraConfig, name: str, plan: list[Any], saved: list[str]
+    ) -> None:
+        """Modules that cannot be trained in full are refused before anything is changed."""
         for key in saved:
             _, module, _ = get_submodules(model, key)
-            if isinstance(module, BaseTunerLayer):
+            if isinstance(module, (BaseTunerLayer, *CONTAINERS)):
                 raise TypeError(
-                    f"modules_to_save cannot be applied to `{key}`, which has an adapter already"
+                    f"modules_to_save cannot be applied to modules of type {type(module)} (`{key}`)"
                 )
-            if isinstance(module, CONTAINERS):
-                raise TypeError(
-                    f"modules_to_save cannot be applied to `{key}`: a {type(module).__name__} has "
-                    "no forward of its own"
-                )
-        return plan, saved, beside
+        within = next(
+            (
+                layer
+                for key in saved
+                for at in [key.split(".")]
+                for layer in [model.get_submodule(".".join(at[:-2]))]
+                if isinstance(layer, BaseTunerLayer) and at[-2] in layer.adapter_layer_names
+            ),
+            None,
+        )
+        # the new adapter's own weights would be matched as well
+        weights = [f"{store}.{name}" for store in ("lora_dropout", "lora_A", "lora_B")]
+        hit = any(w.endswith(n) for w in weights for n in config.modules_to_save or ())
+        if within is None and not (hit and plan):
+            return
+        kind = Linear if within is None else type(within)
+        raise ValueError(
+            f"You are trying to target a module with {ModulesToSaveWrapper} that is a child of "
+            f"{kind}. This is almost certainly not the intended behavior. Please ensure that the "
+            f"adapter name, '{name}', does not conflict with any of the targeted modules."
+        )
 
     @staticmethod
     def _check_patterns(config: LoraConfig, keys: list[str]) -> None:
@@ -156,28 +193,33 @@ class LoraModel(ModelMerging, Weighted, BaseTuner):
                 config.fan_in_fan_out = True
 
     def inject_adapter(
-        self, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool = False
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
     ) -> None:
         config = self.peft_config[adapter_name]
         assert isinstance(config, LoraConfig)
         others = [c for n, c in self.peft_config.items() if n != adapter_name]
-        restore = None
-        if check_replication(config, others):
-            restore = replicate_layers(model, config.layer_replication or ())
-        try:
-            self._inject(model, config, adapter_name, low_cpu_mem_usage)
-        except BaseException:
-            if restore is not None:
-                restore()
-            raise
+        with stacked(model, config, others):
+            self._inject(model, config, adapter_name, low_cpu_mem_usage, state_dict)
 
     def _inject(
-        self, model: nn.Module, config: LoraConfig, adapter_name: str, low_cpu_mem_usage: bool
+        self,
+        model: nn.Module,
+        config: LoraConfig,
+        adapter_name: str,
+        low_cpu_mem_usage: bool,
+        state_dict: dict[str, Tensor] | None,
     ) -> None:
-        plan, saved, beside = self._plan(model, config, adapter_name)
+        plan, saved, beside = self._plan(model, config, adapter_name, state_dict)
         flags = [(p, p.requires_grad) for p in model.parameters()]
+        # what is there already trains, or does not, as before; the first adapter freezes the model
+        first = not any(isinstance(m, BaseTunerLayer) for m in self.adapter_layers())
         try:
-            self._put_in(model, config, adapter_name, plan, saved, beside, low_cpu_mem_usage)
+            self._put_in(model, config, adapter_name, plan, saved, beside, low_cpu_mem_usage, first)
         except BaseException:
             for layer in self.adapter_layers():
                 layer.delete_adapter(adapter_name)
@@ -185,12 +227,15 @@ class LoraModel(ModelMerging, Weighted, BaseTuner):
             for parameter, flag in flags:
                 parameter.requires_grad_(flag)
             raise
-        for key, *_ in plan:
-            if key not in self.targeted_module_names:
-                self.targeted_module_names.append(key)
-        for key in beside.parameter_names:
-            if key not in self.targeted_parameter_names:
-                self.targeted_parameter_names.append(key)
+        if not first:
+            for parameter, flag in flags:
+                if parameter.requires_grad != flag:
+                    parameter.requires_grad = flag
+        known = set(self.targeted_module_names)
+        names = [key.removeprefix("_orig_mod.") for key, *_ in plan]
+        self.targeted_module_names += [n for n in names if n not in known]
+        known = set(self.targeted_parameter_names)
+        self.targeted_parameter_names += [n for n in beside.parameter_names if n not in known]
 
     def _put_in(
         self,
@@ -201,22 +246,26 @@ class LoraModel(ModelMerging, Weighted, BaseTuner):
         saved: list[str],
         beside: Beside,
         low_cpu_mem_usage: bool,
+        first: bool,
     ) -> None:
-        first = not any(
-            isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper)) for m in model.modules()
-        )
         active = adapter_name in self.active_adapters
         if first:
+            others = [m for m in self.adapter_layers() if isinstance(m, AuxiliaryTrainingWrapper)]
+            keep = {id(p) for m in others for p in m.parameters()}
             for parameter in model.parameters():
-                parameter.requires_grad_(False)
+                if parameter.requires_grad and id(parameter) not in keep:
+                    parameter.requires_grad_(False)
         trainable = active and not config.inference_mode
+        parents: dict[str, nn.Module] = {}
         for key, module, make, r, alpha in plan:
             layer = module
             if make is not None:
                 layer = make(module)
                 layer._active_adapter = self.active_adapters
-                parent, _, name = get_submodules(model, key)
-                setattr(parent, name, layer)
+                at, _, name = key.rpartition(".")
+                if at not in parents:
+                    parents[at] = model.get_submodule(at)
+                setattr(parents[at], name, layer)
             layer.update_layer(
                 adapter_name, r, alpha, config, self._autocast_dtype, low_cpu_mem_usage, trainable
             )
@@ -254,8 +303,9 @@ class LoraModel(ModelMerging, Weighted, BaseTuner):
                 while isinstance(original, (LoraLayer, AuxiliaryTrainingWrapper)):
                     if original._get_available_adapters():
                         break
-                    within = isinstance(original, LoraLayer)
-                    original = original.base_layer if within else original.original_module
+                    wraps: Any = original
+                    within = isinstance(wraps, LoraLayer)
+                    original = wraps.base_layer if within else wraps.original_module
                 if original is not child:
                     setattr(parent, name, original)
 

@@ -71,8 +71,8 @@ class ParamWrapper(nn.Module, LoraLayer):
     """A module with LoRA on one of its parameters; see :class:`LoraConfig` ``target_parameters``.
 
     The parameter is W [N, K]; or, for E experts, [E, N, K], or [E, K, N] in a module whose
-    ``is_transposed`` says so. ``lora_A[name].weight`` is [r·E, K] and ``lora_B[name].weight`` [N, r·E]: expert e
-    has rows e·r … e·r+r-1 of A, and columns e, e+E, e+2E … of B.
+    ``is_transposed`` says so. ``lora_A[name].weight`` is [r·E, K] and ``lora_B[name].weight``
+    [N, r·E]: expert e has rows e·r … e·r+r-1 of A, and columns e, e+E, e+2E … of B.
 
     During a call of the module the parameter is W + scaling · B A. That is computed for all
     experts, as the module itself decides which ones it uses. Several parameters of a module are

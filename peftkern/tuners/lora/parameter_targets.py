@@ -38,9 +38,9 @@ def plan_parameters(
         adapted: names of modules that the same configuration gives an adapter layer.
 
     Raises:
-        ValueError: a setting that cannot be had with parameters, a parameter of the model itself, of
-            an adapter layer, or of another shape than 2 or 3 dimensions; another adapter has other
-            ``target_parameters``.
+        ValueError: a setting that cannot be had with parameters; a parameter of the model itself,
+            of an adapter layer, or of another shape than 2 or 3 dimensions; another adapter has
+            other ``target_parameters``.
     """
     wanted = sorted(set(config.target_parameters or ()))
     if not wanted:

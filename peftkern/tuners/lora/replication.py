@@ -4,7 +4,8 @@ own."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -30,16 +31,14 @@ def _find_layers(model: Any) -> tuple[Any, str, Any]:
 def _copy_sharing(layer: nn.Module, index: int) -> nn.Module:
     """A copy of a layer with the very same parameters; it counts itself as layer ``index``."""
     parameters = {id(p): p for p in layer.parameters()}
-    clone = copy.deepcopy(layer, parameters)  # type: ignore[arg-type]
+    clone = copy.deepcopy(layer, parameters)
     for module in clone.modules():
         if hasattr(module, "layer_idx"):
             module.layer_idx = index  # type: ignore[assignment]
     return clone
 
 
-def replicate_layers(
-    model: nn.Module, layer_map: Sequence[tuple[int, int]]
-) -> Callable[[], None]:
+def replicate_layers(model: nn.Module, layer_map: Sequence[tuple[int, int]]) -> Callable[[], None]:
     """Stack ranges of a model's layers, in place: [[0, 4], [2, 5]] makes layers 0 1 2 3 2 3 4.
 
     The copies share all parameters (not their buffers), so what is added is a module tree.
@@ -83,9 +82,23 @@ def replicate_layers(
     return lambda: put(layers, before)
 
 
-def check_replication(config: Any, others: Sequence[Any]) -> bool:
-    """Whether the model is to be stacked for this adapter. ValueError when it was stacked in another
-    way, or not at all, for an adapter that it has already."""
+@contextmanager
+def stacked(model: nn.Module, config: Any, others: Sequence[Any]) -> Iterator[None]:
+    """Stack the model's layers as the configuration says, for good unless the block fails."""
+    restore = None
+    if is_to_be_stacked(config, others):
+        restore = replicate_layers(model, config.layer_replication)
+    try:
+        yield
+    except BaseException:
+        if restore is not None:
+            restore()
+        raise
+
+
+def is_to_be_stacked(config: Any, others: Sequence[Any]) -> bool:
+    """Whether the model is to be stacked for this adapter. ValueError when it was stacked in
+    another way, or not at all, for an adapter that it has already."""
     wanted = config.layer_replication
     if not wanted or not others:
         return bool(wanted)

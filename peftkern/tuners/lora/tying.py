@@ -27,7 +27,7 @@ def _names_embedding(names: Iterable[str]) -> bool:
 
 
 def settle_tying(config: Any, model: nn.Module) -> None:
-    """Set ``config.modules_to_tie`` or ``config.target_modules_to_tie`` when tying is asked for, and
+    """Set ``config.modules_to_tie`` or ``config.target_modules_to_tie`` if tying is asked for, and
     put the input embedding in place of the modules tied to it in ``modules_to_save`` or
     ``target_modules``. Warns where nothing can be tied, or where it should perhaps be."""
     targets = config.target_modules

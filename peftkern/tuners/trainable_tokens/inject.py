@@ -25,8 +25,8 @@ def plan_tokens(
 
     Args:
         model: the base model.
-        config: a LoraConfig; indices are a list, for the input embedding, or {module name or the end
-            of it: list}.
+        config: a LoraConfig; indices are a list, for the input embedding, or {module name or the
+            end of it: list}.
         model_config: ``model.config`` as a dict.
         adapted: names of modules that get an adapter layer from the same configuration.
 
@@ -84,8 +84,7 @@ def _compare_tied(
     together = [
         name
         for name in wanted
-        if embedding.endswith(name)
-        or any(t.endswith(name) or name in t.split(".") for t in names)
+        if embedding.endswith(name) or any(t.endswith(name) or name in t.split(".") for t in names)
     ]
     if len(together) < 2:
         return False, set()
@@ -131,7 +130,8 @@ def _check(model: nn.Module, target: Target, adapted: Sequence[str]) -> None:
             f"`{target.key}` is among the target_modules"
         )
     check_wrappable(module)
-    rows = module.weight.shape[0]  # type: ignore[union-attr, operator]
+    weight: Any = module.weight
+    rows = weight.shape[0]
     bad = [
         i
         for i in target.indices

@@ -37,6 +37,7 @@ class TrainableTokensLayer(nn.Module, BaseTunerLayer):
     adapter_layer_names = ("trainable_tokens_delta",)
     other_param_names = ("token_indices", "trainable_tokens_original")
 
+    base_layer: Any
     trainable_tokens_delta: nn.ParameterDict
     trainable_tokens_original: BufferDict
     token_indices: dict[str, list[int]]
@@ -63,9 +64,12 @@ class TrainableTokensLayer(nn.Module, BaseTunerLayer):
         self._places: dict[Any, tuple[Tensor, Tensor]]
         self._places = {} if tied_adapter is None else tied_adapter._places
         if isinstance(base_layer, nn.Embedding):
-            self.in_features, self.out_features = base_layer.num_embeddings, base_layer.embedding_dim
+            self.in_features, self.out_features = (
+                base_layer.num_embeddings,
+                base_layer.embedding_dim,
+            )
         else:
-            self.out_features, self.in_features = base_layer.weight.shape  # type: ignore[misc]
+            self.out_features, self.in_features = self.base_layer.weight.shape
 
     @property
     def tied_adapter(self) -> TrainableTokensLayer | None:
@@ -88,7 +92,7 @@ class TrainableTokensLayer(nn.Module, BaseTunerLayer):
         """
         if self.tied_adapter is not None:
             return
-        weight = self.get_base_layer().weight.detach()  # type: ignore[operator, union-attr]
+        weight = self.base_layer.weight.detach()
         rows = weight[torch.tensor(list(token_indices), dtype=torch.long, device=weight.device)]
         if autocast_dtype and rows.dtype in (torch.float16, torch.bfloat16):
             rows = rows.float()
@@ -138,10 +142,10 @@ class TrainableTokensLayer(nn.Module, BaseTunerLayer):
             self._check_overlapping_tokens(names)
             indices = [i for name in names for i in self.token_indices[name]]
             index = torch.tensor(indices, dtype=torch.long, device=device)
-            rows = self.get_base_layer().weight.shape[0]  # type: ignore[operator, union-attr]
-            place = torch.full((rows,), len(indices), dtype=torch.long, device=device)
+            V = self.base_layer.weight.shape[0]
+            place = torch.full((V,), len(indices), dtype=torch.long, device=device)
             place[index] = torch.arange(len(indices), device=device)
-            found = self._places[*names, device] = index, place
+            found = self._places[(*names, device)] = index, place
         return found
 
     def _rows(self, names: Sequence[str], like: Tensor) -> Tensor:
@@ -151,7 +155,7 @@ class TrainableTokensLayer(nn.Module, BaseTunerLayer):
 
     def get_merged_weights(self, active_adapters: Sequence[str]) -> Tensor:
         """W' [V, D] with the rows of these adapters, as a tensor of its own."""
-        W: Tensor = self.base_layer.weight  # type: ignore[assignment]
+        W: Tensor = self.base_layer.weight
         names = [name for name in active_adapters if name in self.trainable_tokens_delta]
         if not names:
             return W
@@ -179,11 +183,11 @@ class TrainableTokensLayer(nn.Module, BaseTunerLayer):
                 F.embedding(
                     x,
                     self.get_merged_weights(names),
-                    base.padding_idx,  # type: ignore[arg-type]
-                    base.max_norm,  # type: ignore[arg-type]
-                    base.norm_type,  # type: ignore[arg-type]
-                    base.scale_grad_by_freq,  # type: ignore[arg-type]
-                    base.sparse,  # type: ignore[arg-type]
+                    base.padding_idx,
+                    base.max_norm,
+                    base.norm_type,
+                    base.scale_grad_by_freq,
+                    base.sparse,
                 )
             )
         return self._embedding(base, x, names, *args, **kwargs)

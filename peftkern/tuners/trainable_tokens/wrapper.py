@@ -40,32 +40,20 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
     ) -> None:
         super().__init__()
         check_wrappable(module_to_save)
-        self._active_adapter: list[str] = []
+        self._active_adapter = []
         self._disable_adapters = False
         self.token_adapter = TrainableTokensLayer(module_to_save, tied_adapter)
         self.training = module_to_save.training
         self.token_adapter.training = module_to_save.training
 
-    @property
-    def original_module(self) -> nn.Module:  # type: ignore[override]
+    @property  # type: ignore[override]
+    def original_module(self) -> nn.Module:
         # no attribute: the module has one name in the state dict
         return self.token_adapter.base_layer
 
-    @property
+    @property  # type: ignore[override]
     def _adapters(self) -> set[str]:
         return self._get_available_adapters()
-
-    @property
-    def active_adapter(self) -> list[str]:
-        return self._active_adapter
-
-    @property
-    def active_adapters(self) -> list[str]:
-        return self._active_adapter
-
-    @property
-    def disable_adapters(self) -> bool:
-        return self._disable_adapters
 
     def _get_available_adapters(self) -> set[str]:
         return set(self.token_adapter.trainable_tokens_delta.keys())
@@ -85,7 +73,7 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
             if adapter is None:
                 raise
         if name == "weight" and not self._disable_adapters and not adapter.merged:
-            return adapter.get_merged_weights(self._active_adapter)
+            return adapter.get_merged_weights(self.active_adapters)
         return getattr(adapter.base_layer, name)
 
     # ---------------------------------------------------------------- computing
@@ -126,17 +114,6 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
         self._disable_adapters = not enabled
         self.token_adapter.enable_adapters(enabled)
 
-    def check_set_adapter(self, adapter_name: str | Sequence[str]) -> str | None:
-        """The one of these adapters that has rows here, or None. ValueError for several."""
-        if isinstance(adapter_name, str):
-            return adapter_name
-        if not adapter_name:
-            raise ValueError("Please specify at least one adapter to set")
-        names = [n for n in adapter_name if n in self._get_available_adapters()]
-        if len(names) > 1:
-            raise ValueError(f"Only one adapter can be set at a time for {self}, got {len(names)}")
-        return names[0] if names else None
-
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
         """Use the rows of this adapter (none: the base layer's); ValueError for an unknown one, or
         for several."""
@@ -170,7 +147,7 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
             )
         self.token_adapter.delete_adapter(adapter_name)
         if new_active_adapters is None:
-            names = [n for n in self._active_adapter if n != adapter_name]
+            names = [n for n in self.active_adapters if n != adapter_name]
         have = self._get_available_adapters()
         self.set_adapter([n for n in names if n in have])
 
