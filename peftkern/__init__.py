@@ -108,6 +108,7 @@ _WHERE = {
     ),
     ".tuners.p_tuning": "PromptEncoder PromptEncoderConfig PromptEncoderReparameterizationType",
     ".tuners.prefix_tuning": "PrefixEncoder PrefixTuningConfig",
+    ".tuners.trainable_tokens": "TrainableTokensLayer TrainableTokensWrapper",
     ".tuners.prompt_tuning": "PromptEmbedding PromptTuningConfig PromptTuningInit",
     ".utils.constants": "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING",
     ".utils.loftq_utils": "replace_lora_weights_loftq",

@@ -12,11 +12,17 @@ from torch import nn
 from .mixed import HERE, hand_over
 from .module_tree import batch_size as _get_batch_size
 from .module_tree import freeze_adapter as _freeze_adapter
-from .module_tree import get_pattern_key, get_submodules, id_tensor_storage
+from .module_tree import (
+    get_pattern_key,
+    get_submodules,
+    id_tensor_storage,
+    match_target_against_key,
+    set_layer_requires_grad,
+    transpose,
+)
 from .module_tree import get_submodules as _get_submodules
 from .module_tree import input_embeddings_name as _get_input_embeddings_name
 from .module_tree import is_valid_match as _is_valid_match
-from .module_tree import match_target_against_key, set_layer_requires_grad, transpose
 from .module_tree import no_split_modules as _get_no_split_modules
 from .module_tree import set_layer_requires_grad as _set_layer_requires_grad
 from .preparing import (
@@ -24,6 +30,7 @@ from .preparing import (
     prepare_model_for_kbit_training,
     shift_tokens_right,
 )
+from .tied import modules_tied_to_embedding as _get_module_names_tied_with_embedding
 
 __all__ = [
     "CONTAINERS",
@@ -32,6 +39,7 @@ __all__ = [
     "_freeze_adapter",
     "_get_batch_size",
     "_get_input_embeddings_name",
+    "_get_module_names_tied_with_embedding",
     "_get_no_split_modules",
     "_get_submodules",
     "_is_valid_match",
@@ -130,10 +138,8 @@ class AuxiliaryTrainingWrapper(nn.Module):
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
-        """The active adapter's copy, whether adapters are switched off or not; the original when
-        none is active here."""
-        names = self._active_adapter
-        return self.modules_to_save[names[0]] if names else self.original_module
+        """What stands in this wrapper's place when adapters leave the model."""
+        raise NotImplementedError
 
     def __getattr__(self, name: str) -> Any:
         try:
