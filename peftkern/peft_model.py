@@ -19,7 +19,7 @@ from .prompt_calls import prompted_forward, prompted_generate
 from .prompt_learning import PromptLearning
 from .saving import AdapterFiles
 from .tuners.lora.group import settle
-from .tuners.tuners_utils import as_names
+from .tuners.tuners_utils import BaseTunerLayer, as_names
 from .utils.other import ModulesToSaveWrapper
 from .utils.peft_types import PeftType
 
@@ -234,6 +234,13 @@ class PeftModel(PromptLearning, AdapterFiles, PushToHubMixin, nn.Module):
         print(
             f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}"
         )
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether :func:`peftkern.convert_to_lora` can turn the adapter into one of plain LoRA."""
+        if self._is_prompt_learning:
+            return False
+        layers: list[Any] = [m for m in self.base_model.modules() if isinstance(m, BaseTunerLayer)]
+        return all(layer.supports_lora_conversion(adapter_name) for layer in layers)
 
     # ---------------------------------------------------------------- calling it
 

@@ -29,6 +29,7 @@ from .embedding import Embedding
 from .group import form_groups
 from .layer import Linear
 from .mixed import AdapterNames
+from .plain import Starts
 from .unloading import ModelMerging
 from .weighted import Weighted
 
@@ -48,7 +49,7 @@ def layer_class(base: nn.Module) -> Callable[[nn.Module], LoraLayer]:
     )
 
 
-class LoraModel(ModelMerging, Weighted, BaseTuner):
+class LoraModel(ModelMerging, Weighted, Starts, BaseTuner):
     """A model with LoRA layers in the places that the configuration names.
 
     Args:
