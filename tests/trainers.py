@@ -60,11 +60,15 @@ def ours(dtype: torch.dtype = torch.float32, **lora: Any) -> Any:
     return model
 
 
-def losses(trainer: Any, resume: Any = None, key: str = "loss") -> list[float]:
-    """Train, and return what was logged at each step."""
+def losses(trainer: Any, resume: Any = None) -> list[float]:
+    """Train, and return the loss of each step."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    return logged(trainer, "loss")
+
+
+def logged(trainer: Any, key: str) -> list[float]:
     return [float(row[key]) for row in trainer.state.log_history if key in row]
 
 
