@@ -5,14 +5,15 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .prompts import BASE, innermost
 from .tuners.prefix_tuning import PrefixTuningConfig
+from .utils.mixed import handing
 from .utils.other import ModulesToSaveWrapper
 
 # -------------------------------------------------------------------- what is checked
@@ -102,15 +103,9 @@ def named_rows(model: Any, rows: list[str] | None, times: int = 1) -> Iterator[N
     encoder = base.get_encoder() if times > 1 and hasattr(base, "get_encoder") else None
     once = set() if encoder in (None, base) else set(encoder.modules())
 
-    def give(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        names = [name for name in rows for _ in range(1 if module in once else times)]
-        return args, {**kwargs, "adapter_names": names}
-
-    with ExitStack() as stack:
-        for module in base.modules():
-            if isinstance(module, ModulesToSaveWrapper):
-                handle = module.register_forward_pre_hook(give, with_kwargs=True)
-                stack.callback(handle.remove)
+    repeated = [name for name in rows for _ in range(times)]
+    heads = [m for m in base.modules() if isinstance(m, ModulesToSaveWrapper)]
+    with handing({module: rows if module in once else repeated for module in heads}):
         yield
 
 

@@ -170,7 +170,7 @@ class PromptLearning(Prompts):
         return keys
 
     def _inject(self: Any, config: PromptLearningConfig) -> None:
-        """Have the attention layers ready for prefixes of this adapter's length."""
+        """Have the attention layers ready for prefixes of this adapter's length too."""
         from .tuners.prefix_tuning.inject import (  # type: ignore[import-not-found, unused-ignore]
             PrefixInjection,
         )
@@ -178,10 +178,9 @@ class PromptLearning(Prompts):
         P, heads = config.num_virtual_tokens, config.num_attention_heads
         assert P is not None and config.token_dim is not None and heads is not None
         if self._prefix_injection is not None:
-            if self._prefix_injection_length == P:
-                return
-            self._prefix_injection.remove()
-            self._prefix_injection = None
+            # never made anew: another thread may be in a forward with the hooks that there are
+            self._prefix_injection.allow(P)
+            return
         base = innermost(self)
         self._prefix_injection = PrefixInjection(
             base,
@@ -190,7 +189,6 @@ class PromptLearning(Prompts):
             head_dim=config.token_dim // heads,
             num_virtual_tokens=P,
         )
-        self._prefix_injection_length = P
 
     def _heads(self: Any) -> list[ModulesToSaveWrapper]:
         """The modules that train in full with these adapters (or with none any more)."""

@@ -53,3 +53,7 @@ class BasePromptEncoder(nn.Module):
             raise ValueError(f"Invalid `prompt_embeddings` shape: expected {here}, got {given}.")
         with torch.no_grad():
             self.embedding.weight.copy_(prompt_embeddings)
+
+    def _load_adapter_state_dict(self, state_dict: dict[str, Tensor]) -> None:
+        """What HF PEFT's ``set_peft_model_state_dict`` calls, which accelerate hands models to."""
+        self.load_prompt_embeddings(state_dict["prompt_embeddings"])

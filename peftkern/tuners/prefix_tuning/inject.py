@@ -38,7 +38,7 @@ class PrefixInjection:
         num_layers: how many layers the prefixes are for.
         kv_heads: heads of the keys (H_kv).
         head_dim: their width (D).
-        num_virtual_tokens: length of the prefix (P).
+        num_virtual_tokens: length of the prefix (P); see :meth:`allow` for further ones.
 
     Raises:
         ValueError: the model is not supported, or the numbers are not its own; names its class.
@@ -53,8 +53,8 @@ class PrefixInjection:
         head_dim: int,
         num_virtual_tokens: int,
     ) -> None:
-        if num_virtual_tokens <= 0:
-            raise ValueError(f"num_virtual_tokens must be positive, got {num_virtual_tokens}")
+        self.lengths: set[int] = set()
+        self.allow(num_virtual_tokens)
         found = find(model, num_layers)
         if any(hasattr(m, attention.SLOT) for m in found.attentions):
             raise refuse(model, "it takes prefixes already; remove the first injection")
@@ -73,6 +73,13 @@ class PrefixInjection:
         self._install()
 
     # -------------------------------------------------------------------------- on and off
+
+    def allow(self, num_virtual_tokens: int) -> None:
+        """Take prefixes of this length as well: adapters of different lengths are active by turns,
+        or at the same time in different threads."""
+        if num_virtual_tokens <= 0:
+            raise ValueError(f"num_virtual_tokens must be positive, got {num_virtual_tokens}")
+        self.lengths.add(num_virtual_tokens)
 
     def _install(self) -> None:
         for slot, module in enumerate(self.attentions):
@@ -163,7 +170,9 @@ class PrefixInjection:
                 f"prefixes has {len(prefixes)} entries; {self._model_name} has "
                 f"{len(self.attentions)} layers that take one"
             )
-        tail = (self.kv_heads, self.num_virtual_tokens, self.head_dim)
+        given = next((pair[0].shape[-2] for pair in prefixes if pair is not None), 0)
+        P = given if given in self.lengths else self.num_virtual_tokens
+        tail = (self.kv_heads, P, self.head_dim)
         for slot, pair in enumerate(prefixes):
             for tensor in pair or ():
                 if tensor.dim() not in (3, 4) or tuple(tensor.shape[-3:]) != tail:
@@ -191,7 +200,8 @@ class PrefixInjection:
         tokens = positions.tokens_of(kwargs)
         cache = kwargs.get("past_key_values")
         past = 0 if cache is None else cache.get_seq_length()
-        state = begin(entry, tokens.shape[0], self.num_virtual_tokens, past)
+        P = next((pair[0].shape[-2] for pair in entry.prefixes if pair is not None), 0)
+        state = begin(entry, tokens.shape[0], P, past)
         wanted = kwargs.get("output_attentions")
         config = self.stack.config
         state.weights = bool(
@@ -237,7 +247,7 @@ class PrefixInjection:
         state = current_of(self)
         if state is None:
             return None
-        return positions.move_in_table(args, kwargs, self.num_virtual_tokens)
+        return positions.move_in_table(args, kwargs, state.virtual)
 
     def _after_table(
         self, table: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
@@ -246,7 +256,7 @@ class PrefixInjection:
         state = current_of(self)
         if state is None or state.no_prefix is None:
             return None
-        stay = {**kwargs, "position_ids": kwargs["position_ids"] - self.num_virtual_tokens}
+        stay = {**kwargs, "position_ids": kwargs["position_ids"] - state.virtual}
         plain = type(table).forward(table, *args, **stay)
         return torch.where(state.no_prefix[:, None, None], plain, output)
 
