@@ -73,7 +73,7 @@ class PastInjection:
         PastInjection.last = self
 
     @contextlib.contextmanager
-    def active(self, prefixes, *, no_prefix=None):
+    def active(self, prefixes, *, no_prefix=None, positions_moved=False):
         assert not self.removed
         self.prefixes, self.no_prefix = prefixes, no_prefix
         handle = self.model.register_forward_pre_hook(self.add, with_kwargs=True)

@@ -83,8 +83,6 @@ def attention(
     state: PrefixState | None = kwargs.pop(KEYWORD, None)
     slot = getattr(module, SLOT, None)
     if state is None or slot is None or state.prefixes[slot] is None:
-        if state is not None and slot is not None:
-            state.hits.add(slot)
         if isinstance(attention_mask, MaskSpec):
             attention_mask = attention_mask.unprefixed()
         run = _implementation(original, module)
@@ -111,16 +109,7 @@ def _with_prefix(
     **rest: Any,
 ) -> tuple[Tensor, Tensor | None]:
     _refuse_unknown(module, mask, rest)
-    pair = state.prefixes[slot]
-    assert pair is not None
-    prefix_key, prefix_value = (t.to(device=key.device, dtype=key.dtype) for t in pair)
-    shapes = (key.shape[1], key.shape[-1]), (value.shape[1], value.shape[-1])
-    if shapes != ((prefix_key.shape[-3], prefix_key.shape[-1]),) * 2:
-        raise ValueError(
-            f"the prefix of layer {slot} has {prefix_key.shape[-3]} heads of "
-            f"{prefix_key.shape[-1]}; the keys of {type(module).__name__} have {key.shape[1]} of "
-            f"{key.shape[-1]}, its values {value.shape[1]} of {value.shape[-1]}"
-        )
+    prefix_key, prefix_value = state.pair(slot, key, value)
     T, S = query.shape[2], key.shape[2]
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     # one query sees all own keys, causal or not; a window is one of causal attention

@@ -8,11 +8,13 @@ prefix through the cache object and the mask that their layers are called with (
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
+
+from . import deberta
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ _ROBERTA = Family("encoder.layer", "attention.self", "tokens", "embeddings.posit
 _BART = Family("layers", "self_attn", "table", "embed_positions")
 _T5 = Family("block", "layer.0.SelfAttention", "none")
 _GPT2 = Family("h", "attn", table="wpe")
+_DEBERTA = replace(_BERT, block="relative_pos")
 
 FAMILIES: dict[str, Family] = {
     "gpt2": _GPT2,
@@ -56,6 +59,8 @@ FAMILIES: dict[str, Family] = {
     "camembert": _ROBERTA,
     "distilbert": Family("transformer.layer", "attention", table="embeddings.position_embeddings"),
     "modernbert": Family("layers", "attn"),
+    "deberta": _DEBERTA,
+    "deberta-v2": _DEBERTA,
     "t5": _T5,
     "mt5": _T5,
     "bart": _BART,
@@ -144,6 +149,8 @@ def find(model: nn.Module, num_layers: int) -> Found:
         raise refuse(model, "its attention works in chunks, in which a prefix has no place")
     if getattr(config, "num_kv_shared_layers", 0):
         raise refuse(model, "some of its layers attend to the keys of others")
+    if here.family.block == "relative_pos" and (reason := deberta.why_not(config)):
+        raise refuse(model, reason)
     if here.family.block is None:
         for layer in here.attentions:
             if not _uses_interface(layer):

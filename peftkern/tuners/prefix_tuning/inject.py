@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import attention, blocks, positions, reentrant
+from . import attention, blocks, deberta, positions, reentrant
 from .families import find, refuse
 from .state import (
     ActivePrefix,
@@ -77,6 +77,9 @@ class PrefixInjection:
     def _install(self) -> None:
         for slot, module in enumerate(self.attentions):
             setattr(module, attention.SLOT, slot)
+        if self.family.block == "relative_pos":
+            for module in self.attentions:
+                deberta.stand_before(module)
         if self._blocks:
             for slot, block in enumerate(self.layers):
                 # A replay may use the object that stands for the cache: it writes to none.
@@ -120,6 +123,7 @@ class PrefixInjection:
         for module in self.attentions:
             if hasattr(module, attention.SLOT):
                 delattr(module, attention.SLOT)
+            deberta.step_aside(module)
         if self._blocks:
             for block in self.layers:
                 block.__dict__.pop("_can_checkpoint_with_cache", None)
@@ -133,7 +137,11 @@ class PrefixInjection:
 
     @contextlib.contextmanager
     def active(
-        self, prefixes: list[Prefix | None], *, no_prefix: Tensor | None = None
+        self,
+        prefixes: list[Prefix | None],
+        *,
+        no_prefix: Tensor | None = None,
+        positions_moved: bool = False,
     ) -> Iterator[None]:
         """Calls of the model by this thread within the block see the prefixes.
 
@@ -142,6 +150,8 @@ class PrefixInjection:
                 [B, H_kv, P, D]; None for a layer without. A batch of n * B rows (beams) takes
                 each row's n times.
             no_prefix: bool [B], rows that see none and keep their positions.
+            positions_moved: ``position_ids`` given to the model count from the prefix on; those
+                that the model counts itself are moved either way.
 
         Raises:
             ValueError: their number or a shape is not that of the model; within the block, a
@@ -149,7 +159,7 @@ class PrefixInjection:
             RuntimeError: within the block, a layer of the model did not see its prefix.
         """
         self._check(prefixes, no_prefix)
-        before = push(ActivePrefix(self, tuple(prefixes), no_prefix))
+        before = push(ActivePrefix(self, tuple(prefixes), no_prefix, positions_moved))
         try:
             yield
         finally:

@@ -37,9 +37,10 @@ def move(
     if family.positions in ("none", "table"):
         return
     if ids is not None:
+        ids = ids if state.positions_moved else ids + state.offset
         if padded is None and kwargs.get("past_key_values") is None and _is_packed(ids):
-            state.positions = ids + state.offset
-        kwargs["position_ids"] = ids + state.offset
+            state.positions = ids
+        kwargs["position_ids"] = ids
         return
     if family.positions == "tokens" and kwargs.get("input_ids") is not None:
         pad = stack.config.pad_token_id
@@ -73,9 +74,9 @@ def check_room(
         return
     room = _room(family, stack)
     need = state.virtual + state.past + T
-    if need <= room:
+    if room is None or need <= room:
         return
-    if ids is not None and int(ids.max()) + state.virtual < room:
+    if ids is not None and int(ids.max()) + (0 if state.positions_moved else state.virtual) < room:
         return  # padded on the left: the positions end earlier than the row
     name = "max_seq_len" if family.table == "max_seq_len" else "max_position_embeddings"
     raise ValueError(
@@ -84,10 +85,13 @@ def check_room(
     )
 
 
-def _room(family: Family, stack: PreTrainedModel) -> int:
+def _room(family: Family, stack: PreTrainedModel) -> int | None:
+    """How many positions there are; None for any number."""
     assert family.table is not None
     table: Any = at(stack, family.table)
     if not isinstance(table, nn.Module):
+        if "." in family.table:  # a table that this model does without
+            return None
         return int(getattr(stack.config, family.table))
     weight: Any = table.weight
     rows = int(weight.shape[0]) - int(getattr(table, "offset", 0))
