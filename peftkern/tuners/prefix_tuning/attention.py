@@ -134,9 +134,10 @@ def _with_prefix(
         shared = isinstance(mask, MaskSpec) and position_bias is None
         bias = mask.joined if shared else None
         if bias is None:
-            seen = prefix_visible(
-                state.virtual, T, state.past, window, state.positions, causal, query.device
-            )
+            skipped = mask.skipped if isinstance(mask, MaskSpec) else 0
+            positions = None if state.positions is None else state.positions[:, skipped:]
+            past = state.past + skipped
+            seen = prefix_visible(state.virtual, T, past, window, positions, causal, query.device)
             bias = _with_bias(own, seen, position_bias, module, state, query)
             if shared:
                 mask.joined = bias

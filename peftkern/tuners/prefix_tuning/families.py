@@ -147,8 +147,6 @@ def find(model: nn.Module, num_layers: int) -> Found:
     config = here.stack.config
     if getattr(config, "attention_chunk_size", None) is not None:
         raise refuse(model, "its attention works in chunks, in which a prefix has no place")
-    if getattr(config, "num_kv_shared_layers", 0):
-        raise refuse(model, "some of its layers attend to the keys of others")
     if here.family.block == "relative_pos" and (reason := deberta.why_not(config)):
         raise refuse(model, reason)
     if here.family.block is None:

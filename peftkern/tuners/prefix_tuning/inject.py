@@ -36,8 +36,8 @@ class PrefixInjection:
     Args:
         model: a transformers model (with or without a head); it keeps its weights and its class.
         num_layers: how many layers the prefixes are for.
-        kv_heads: heads of the keys (H_kv).
-        head_dim: their width (D).
+        kv_heads: heads of the keys (H_kv); of the largest layer, where they differ.
+        head_dim: their width (D), likewise.
         num_virtual_tokens: length of the prefix (P).
 
     Raises:
@@ -176,7 +176,10 @@ class PrefixInjection:
         tail = (self.kv_heads, self.num_virtual_tokens, self.head_dim)
         for slot, pair in enumerate(prefixes):
             for tensor in pair or ():
-                if tensor.dim() not in (3, 4) or tuple(tensor.shape[-3:]) != tail:
+                heads, virtual, width = tensor.shape[-3:] if tensor.dim() in (3, 4) else (0, 0, 0)
+                # smaller where layers differ; whether it is a layer's, the layer checks
+                fits = 0 < heads <= tail[0] and 0 < width <= tail[2]
+                if not fits or virtual != self.num_virtual_tokens:
                     raise ValueError(
                         f"prefixes[{slot}] has shape {tuple(tensor.shape)}; allowed is "
                         f"{tail} or (batch, {', '.join(map(str, tail))})"

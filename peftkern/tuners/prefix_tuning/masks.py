@@ -30,8 +30,9 @@ class MaskSpec:
 
     ndim = 4
 
-    def __init__(self, arguments: dict[str, Any], original: str) -> None:
+    def __init__(self, arguments: dict[str, Any], original: str, skipped: int = 0) -> None:
         self.arguments = arguments
+        self.skipped = skipped  # queries before the first, which have no row
         self.original = original
         self.q_length: int = arguments["q_length"]
         self.kv_length: int = arguments["kv_length"]
@@ -58,6 +59,22 @@ class MaskSpec:
 
     def contiguous(self) -> MaskSpec:
         return self
+
+    def __getitem__(self, index: tuple[slice, slice, slice, slice]) -> MaskSpec:
+        """The mask of the last queries alone: Gemma 4 leaves out the others where it can."""
+        *others, rows, _ = index
+        start, stop, step = rows.indices(self.q_length)
+        whole = slice(None)
+        if (stop, step) != (self.q_length, 1) or any(part != whole for part in (*others, index[3])):
+            raise ValueError(f"a mask behind a prefix cannot be cut to {index}")
+        if not start:
+            return self
+        arguments = {
+            **self.arguments,
+            "q_length": stop - start,
+            "q_offset": self.q_offset + start,
+        }
+        return MaskSpec(arguments, self.original, self.skipped + start)
 
     def keep(self) -> Tensor | None:
         """[B, S], False on padding; None when there is none (not looked at under tracing)."""
