@@ -81,6 +81,8 @@ def attention(
 ) -> tuple[Tensor, Tensor | None]:
     """query [B, H, T, D], key and value [B, H_kv, S, D] -> [B, T, H, D] and the weights or None."""
     state: PrefixState | None = kwargs.pop(KEYWORD, None)
+    if state is None and isinstance(attention_mask, MaskSpec):
+        state = attention_mask.state  # StableLM, LongT5: no keyword passes, but a mask does
     slot = getattr(module, SLOT, None)
     if state is None or slot is None or state.prefixes[slot] is None:
         if isinstance(attention_mask, MaskSpec):

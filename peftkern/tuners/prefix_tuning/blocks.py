@@ -27,7 +27,7 @@ class PrefixedPast:
     """Stands for ``layer_past``: takes a layer's new keys, returns prefix, past and new ones."""
 
     def __init__(self, past: Any, state: PrefixState, slot: int) -> None:
-        self.past = past
+        self.past = getattr(past, "self_attention_cache", past)
         self.state = state
         self.slot = slot
 
@@ -92,15 +92,20 @@ def enter(
         if state is None or state.prefixes[slot] is None:
             return kwargs
         return deberta.enter(slot, kwargs, state)
-    past = kwargs.get("layer_past")
-    if block.gradient_checkpointing and block.training:
+    past = kwargs.get(family.past)
+    if getattr(block, "gradient_checkpointing", False) and block.training:
         past = None  # a replay would write to the cache again; transformers drops it likewise
         if kwargs.get("use_cache"):
             kwargs["use_cache"] = False
-    kwargs["layer_past"] = past
+    kwargs[family.past] = past
     if state is None or state.prefixes[slot] is None:
         return kwargs
-    kwargs["layer_past"] = PrefixedPast(past, state, slot)
+    if kwargs.get("encoder_hidden_states") is not None:
+        raise ValueError(
+            f"{type(block).__name__} attends to an encoder through the cache that its prefix goes "
+            "through: prefix tuning supports it as a decoder alone"
+        )
+    kwargs[family.past] = PrefixedPast(past, state, slot)
     own = kwargs.get("attention_mask")
     inverted = family.block == "position_bias"  # MPT's mask is True where nothing is seen
     if own is None or own.dim() != 4:

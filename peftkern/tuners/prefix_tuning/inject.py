@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from . import attention, blocks, deberta, positions, reentrant
 from .families import find, refuse
+from .masks import name_state
 from .state import (
     ActivePrefix,
     Prefix,
@@ -69,7 +70,7 @@ class PrefixInjection:
         self._parameters = tuple(inspect.signature(found.stack.forward).parameters)
         self._blocks = found.family.block is not None
         self._handles: list[Any] = []
-        self._configs: list[Any] = []
+        self.configs: list[Any] = []
         self._install()
 
     # -------------------------------------------------------------------------- on and off
@@ -89,7 +90,7 @@ class PrefixInjection:
         else:
             seen: dict[int, Any] = {id(self.stack.config): self.stack.config}
             seen.update({id(m.config): m.config for m in self.attentions if hasattr(m, "config")})
-            self._configs = list(seen.values())
+            self.configs = list(seen.values())
             self._stand_before()
         first = self.layers[0]
         self._handles.append(first.register_forward_pre_hook(self._at_first, with_kwargs=True))
@@ -103,14 +104,14 @@ class PrefixInjection:
 
     def _stand_before(self) -> None:
         """Before whatever attention implementation is set now, a user's later choice included."""
-        for config in self._configs:
+        for config in self.configs:
             name = config._attn_implementation
             if name not in attention.REGISTERED:
                 config._attn_implementation_internal = attention.register(name or "eager")
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        for config in self._configs:  # in another process its name is not registered yet
+        for config in self.configs:  # in another process its name is not registered yet
             original = attention.original_of(config._attn_implementation)
             if original is not None:
                 attention.register(original)
@@ -127,11 +128,11 @@ class PrefixInjection:
         if self._blocks:
             for block in self.layers:
                 block.__dict__.pop("_can_checkpoint_with_cache", None)
-        for config in self._configs:
+        for config in self.configs:
             original = attention.original_of(config._attn_implementation)
             if original is not None:
                 config._attn_implementation_internal = original
-        self._configs.clear()
+        self.configs.clear()
 
     # ----------------------------------------------------------------------------- prefixes
 
@@ -217,6 +218,7 @@ class PrefixInjection:
             state.bias_module = self.attentions[0]
         if torch.is_grad_enabled() and reentrant.is_reentrant(self.layers[0]):
             reentrant.use_leaves(state)
+        name_state(kwargs.get("attention_mask"), state)
         kwargs[attention.KEYWORD] = state
         set_current(self, state)
         return (), kwargs
@@ -250,7 +252,7 @@ class PrefixInjection:
         state = current_of(self)
         if state is None:
             return None
-        return positions.move_in_table(args, kwargs, self.num_virtual_tokens)
+        return positions.move_in_table(table, args, kwargs, self.num_virtual_tokens)
 
     def _after_table(
         self, table: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
@@ -259,8 +261,8 @@ class PrefixInjection:
         state = current_of(self)
         if state is None or state.no_prefix is None:
             return None
-        stay = {**kwargs, "position_ids": kwargs["position_ids"] - self.num_virtual_tokens}
-        plain = type(table).forward(table, *args, **stay)
+        args, kwargs = positions.move_in_table(table, args, kwargs, -self.num_virtual_tokens)
+        plain = type(table).forward(table, *args, **kwargs)
         return torch.where(state.no_prefix[:, None, None], plain, output)
 
 
@@ -275,4 +277,8 @@ class _BlockHook:
         self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         state = current_of(self.injection)
+        if len(args) > 1:
+            names = tuple(inspect.signature(block.forward).parameters)
+            kwargs = {**dict(zip(names[1:], args[1:], strict=False)), **kwargs}
+            args = args[:1]
         return args, blocks.enter(self.injection.family, block, self.slot, kwargs, state)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -93,7 +94,9 @@ def _room(family: Family, stack: PreTrainedModel) -> int | None:
         if "." in family.table:  # a table that this model does without
             return None
         return int(getattr(stack.config, family.table))
-    weight: Any = table.weight
+    weight: Any = getattr(table, "weight", None)
+    if weight is None:  # positions are computed
+        return None
     rows = int(weight.shape[0]) - int(getattr(table, "offset", 0))
     if family.positions == "tokens":
         rows -= stack.config.pad_token_id + 1  # positions begin behind the padding's
@@ -101,12 +104,14 @@ def _room(family: Family, stack: PreTrainedModel) -> int | None:
 
 
 def move_in_table(
-    args: tuple[Any, ...], kwargs: dict[str, Any], offset: int
+    table: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], offset: int
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments for a call of BART's ``embed_positions(ids, past, position_ids=[T])``."""
-    names = ("input_ids", "past_key_values_length", "position_ids")
+    """The arguments for a call of ``embed_positions``, ``offset`` further on: of BART's, which is
+    told the positions, or of M2M-100's, which counts them from the number of earlier tokens."""
+    names = tuple(inspect.signature(type(table).forward).parameters)[1:]
     kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
-    if kwargs.get("position_ids") is None:
-        raise RuntimeError("embed_positions was called without the positions to move")
-    kwargs["position_ids"] = kwargs["position_ids"] + offset
-    return tuple(kwargs.pop(name) for name in names[:1] if name in kwargs), kwargs
+    name = "position_ids" if "position_ids" in names else "past_key_values_length"
+    if kwargs.get(name) is None:
+        raise RuntimeError(f"embed_positions was called without the {name} to move")
+    kwargs[name] = kwargs[name] + offset
+    return (), kwargs

@@ -114,6 +114,14 @@ def current_of(owner: Any) -> PrefixState | None:
     return None
 
 
+def current_with(config: Any) -> PrefixState | None:
+    """The call that runs in this thread in the part of a model that this configuration is of."""
+    for held, state in _local.current:
+        if any(config is one for one in held.configs):
+            return state
+    return None
+
+
 def by_row(tensor: Tensor, batch: int, what: str) -> Tensor:
     """[B0, ...] for a batch of B0 rows, or of n * B0 (beams, several returned sequences)."""
     rows = tensor.shape[0]
