@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .prompts import BASE, innermost
 from .tuners.prefix_tuning import PrefixTuningConfig
+from .tuners.prefix_tuning.state import offset_behind
 from .utils.mixed import handing
 from .utils.other import ModulesToSaveWrapper
 
@@ -126,7 +127,7 @@ def prompted_forward(model: Any, kwargs: dict[str, Any]) -> Any:
             if not model.keeps_token_types:
                 _drop(kwargs, "token_type_ids", "Token type ids")
             _check_prefix_room(model, kwargs, rows, tokens)
-            with prefixed(model, batch, rows):
+            with prefixed(model, batch, rows, kwargs):
                 return base(**kwargs)
         prompts = model._prompts(batch, rows)
         if prompts is None:
@@ -151,15 +152,27 @@ def _check_prefix_room(model: Any, kwargs: dict[str, Any], rows: Any, tokens: in
 
 
 @contextmanager
-def prefixed(model: Any, batch: int, rows: list[str] | None) -> Iterator[None]:
-    """Within the block the base model's attention sees the prefixes."""
+def prefixed(
+    model: Any, batch: int, rows: list[str] | None, kwargs: dict[str, Any] | None = None
+) -> Iterator[None]:
+    """Within the block the base model's attention sees the prefixes.
+
+    ``position_ids`` in ``kwargs``, of a call of the base model, are moved behind the prefix here:
+    the base model is called with them as HF PEFT calls it.
+    """
     prefixes, no_prefix = model._prefix_layers(batch, rows)
     if not prefixes:  # every row is the base model's
         yield
         return
     named = [name for name in rows or [model.active_adapter] if name != BASE]
-    model._inject(model.peft_config[named[0]])
-    with model._prefix_injection.active(prefixes, no_prefix=no_prefix):
+    config = model.peft_config[named[0]]
+    model._inject(config)
+    more: dict[str, Any] = {} if no_prefix is None else {"no_prefix": no_prefix}
+    if kwargs is not None and kwargs.get("position_ids") is not None:
+        move = offset_behind(config.num_virtual_tokens, no_prefix)
+        kwargs["position_ids"] = kwargs["position_ids"] + move
+        more["positions_moved"] = True
+    with model._prefix_injection.active(prefixes, **more):
         yield
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .config import PeftConfig
 from .tuners.prefix_tuning import PrefixTuningConfig
-from .tuners.prompt_sizes import attention_layers, layer_shapes
+from .tuners.prompt_sizes import attention_layers, key_lenders, layer_shapes
 
 BASE = "__base__"  # as an adapter's name: the base model alone
 LayerPrefix = tuple[Tensor, Tensor]  # Kp, Vp: [H_kv, P, D], or [B, H_kv, P, D]
@@ -96,7 +96,17 @@ class Prompts:
     def _prefix_layers(
         self: Any, batch_size: int, adapter_names: Sequence[str] | None = None
     ) -> tuple[list[LayerPrefix | None], Tensor | None]:
-        """Keys and values of the prefix for every attention layer.
+        """What every attention layer sees of the prefix: see :meth:`_own_prefixes`; a layer that
+        attends to another's keys sees that one's."""
+        prefixes, no_prefix = self._own_prefixes(batch_size, adapter_names)
+        if prefixes and (lenders := key_lenders(innermost(self), len(prefixes))):
+            prefixes = [prefixes[lenders.get(layer, layer)] for layer in range(len(prefixes))]
+        return prefixes, no_prefix
+
+    def _own_prefixes(
+        self: Any, batch_size: int, adapter_names: Sequence[str] | None = None
+    ) -> tuple[list[LayerPrefix | None], Tensor | None]:
+        """Keys and values of the prefix for every attention layer that has keys of its own.
 
         Args:
             batch_size: rows of the batch, B.
@@ -167,7 +177,7 @@ class Prompts:
             return self.prompt_encoder[self.active_adapter].prompt().expand(batch_size, -1, -1)
         from transformers import DynamicCache, EncoderDecoderCache
 
-        prefixes, _ = self._prefix_layers(batch_size)
+        prefixes, _ = self._own_prefixes(batch_size)
         pairs = [
             None if pair is None else tuple(x.expand(batch_size, -1, -1, -1) for x in pair)
             for pair in prefixes
@@ -213,7 +223,7 @@ def _fitted(pairs: list[LayerPrefix], model: Any) -> list[LayerPrefix | None]:
     if skipped:
         warnings.warn(
             f"Prefix tuning skipped {skipped} due to KV shape: these layers have larger keys than "
-            "the prefix, or another layer's keys.",
+            "the prefix, or another layer's keys, and then that one's prefix.",
             stacklevel=3,
         )
     return fitted

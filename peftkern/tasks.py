@@ -87,6 +87,10 @@ class PeftModelForSeq2SeqLM(PeftModel):
     forward = _forward(forward_args)
     prepare_inputs_for_generation = _prepare_inputs_for_generation
 
+    def generate(self, **kwargs: Any) -> Any:
+        """The base model's ``generate``; keywords only, as in HF PEFT."""
+        return super().generate(**kwargs)
+
 
 class PeftModelForQuestionAnswering(PeftModel):
     """Start and end of an answer; the head ``qa_outputs`` trains with the adapter."""

@@ -77,7 +77,7 @@ class PastInjection:
         self.lengths.add(num_virtual_tokens)
 
     @contextlib.contextmanager
-    def active(self, prefixes, *, no_prefix=None):
+    def active(self, prefixes, *, no_prefix=None, positions_moved=False):
         assert not self.removed
         self.P = prefixes[0][0].shape[-2]
         assert self.P in self.lengths

@@ -224,16 +224,12 @@ def test_models_that_are_not_supported() -> None:
     four = {"num_layers": LAYERS, "kv_heads": HEADS, "head_dim": 8, "num_virtual_tokens": P}
     with pytest.raises(ValueError, match="does not support Odd"):
         PrefixInjection(Odd(), **four)
-    config = tf.DebertaV2Config(
-        vocab_size=VOCAB,
-        hidden_size=WIDTH,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        intermediate_size=24,
+    config = tf.FNetConfig(  # which has no attention
+        vocab_size=VOCAB, hidden_size=WIDTH, num_hidden_layers=LAYERS, intermediate_size=24
     )
     model = tf.AutoModel.from_config(config)
     before = [(n, len(m._forward_pre_hooks)) for n, m in model.named_modules()]
-    with pytest.raises(ValueError, match="DebertaV2Model"):
+    with pytest.raises(ValueError, match="FNetModel"):
         PrefixInjection(model, **four)
     assert before == [(n, len(m._forward_pre_hooks)) for n, m in model.named_modules()]
     with pytest.raises(ValueError, match="num_layers is 3"):

@@ -165,6 +165,18 @@ def _prefix_sizes(
     return sizes | {"num_attention_heads": kv_heads, "token_dim": kv_heads * head_dim}
 
 
+def key_lenders(model: Any, num_layers: int) -> dict[int, int]:
+    """{layer: the layer whose keys it attends to}, of those that have none of their own.
+
+    In Gemma 3n and 4 the last layers share the keys of the last one before them of their kind.
+    """
+    config = text_config(model)
+    own = num_layers - (getattr(config, "num_kv_shared_layers", 0) or 0)
+    kinds = getattr(config, "layer_types", None) or [None] * num_layers
+    last = {kind: layer for layer, kind in enumerate(kinds[:own])}
+    return {layer: last[kinds[layer]] for layer in range(own, num_layers)}
+
+
 def layer_shapes(model: Any, num_layers: int) -> list[tuple[int, int] | None]:
     """For each layer the (key heads, head_dim) that it takes of a prefix, where layers differ.
 
@@ -173,9 +185,9 @@ def layer_shapes(model: Any, num_layers: int) -> list[tuple[int, int] | None]:
     config = text_config(model)
     if not config.to_dict().get("per_layer_config"):
         return []
-    own = num_layers - (getattr(config, "num_kv_shared_layers", 0) or 0)
+    borrowers = key_lenders(model, num_layers)
     each = [config.per_layer_config[layer] for layer in range(num_layers)]
     return [
-        (layer.num_key_value_heads, layer.head_dim) if i < own else None
+        None if i in borrowers else (layer.num_key_value_heads, layer.head_dim)
         for i, layer in enumerate(each)
     ]

@@ -81,10 +81,10 @@ def attention(
 ) -> tuple[Tensor, Tensor | None]:
     """query [B, H, T, D], key and value [B, H_kv, S, D] -> [B, T, H, D] and the weights or None."""
     state: PrefixState | None = kwargs.pop(KEYWORD, None)
+    if state is None and isinstance(attention_mask, MaskSpec):
+        state = attention_mask.state  # StableLM, LongT5: no keyword passes, but a mask does
     slot = getattr(module, SLOT, None)
     if state is None or slot is None or state.prefixes[slot] is None:
-        if state is not None and slot is not None:
-            state.hits.add(slot)
         if isinstance(attention_mask, MaskSpec):
             attention_mask = attention_mask.unprefixed()
         run = _implementation(original, module)
@@ -111,16 +111,7 @@ def _with_prefix(
     **rest: Any,
 ) -> tuple[Tensor, Tensor | None]:
     _refuse_unknown(module, mask, rest)
-    pair = state.prefixes[slot]
-    assert pair is not None
-    prefix_key, prefix_value = (t.to(device=key.device, dtype=key.dtype) for t in pair)
-    shapes = (key.shape[1], key.shape[-1]), (value.shape[1], value.shape[-1])
-    if shapes != ((prefix_key.shape[-3], prefix_key.shape[-1]),) * 2:
-        raise ValueError(
-            f"the prefix of layer {slot} has {prefix_key.shape[-3]} heads of "
-            f"{prefix_key.shape[-1]}; the keys of {type(module).__name__} have {key.shape[1]} of "
-            f"{key.shape[-1]}, its values {value.shape[1]} of {value.shape[-1]}"
-        )
+    prefix_key, prefix_value = state.pair(slot, key, value)
     T, S = query.shape[2], key.shape[2]
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     # one query sees all own keys, causal or not; a window is one of causal attention
@@ -145,9 +136,10 @@ def _with_prefix(
         shared = isinstance(mask, MaskSpec) and position_bias is None
         bias = mask.joined if shared else None
         if bias is None:
-            seen = prefix_visible(
-                state.virtual, T, state.past, window, state.positions, causal, query.device
-            )
+            skipped = mask.skipped if isinstance(mask, MaskSpec) else 0
+            positions = None if state.positions is None else state.positions[:, skipped:]
+            past = state.past + skipped
+            seen = prefix_visible(state.virtual, T, past, window, positions, causal, query.device)
             bias = _with_bias(own, seen, position_bias, module, state, query)
             if shared:
                 mask.joined = bias

@@ -1,4 +1,5 @@
-"""Layers that compute attention themselves: Bloom, Falcon, GPT-J, GPT-Neo, CodeGen, MPT.
+"""Layers that compute attention themselves: Bloom, Falcon, GPT-J, GPT-Neo, CodeGen, MPT, and with
+another mechanism (deberta.py) DeBERTa.
 
 Their attention asks one object for the keys of earlier tokens, and adds one mask. A hook before
 each layer hands it an object that puts the prefix before those keys, and a mask that is P columns
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from . import deberta
 from .families import Family, at
 from .positions import tokens_of
 from .state import PrefixState
@@ -25,7 +27,7 @@ class PrefixedPast:
     """Stands for ``layer_past``: takes a layer's new keys, returns prefix, past and new ones."""
 
     def __init__(self, past: Any, state: PrefixState, slot: int) -> None:
-        self.past = past
+        self.past = getattr(past, "self_attention_cache", past)
         self.state = state
         self.slot = slot
 
@@ -33,18 +35,12 @@ class PrefixedPast:
         if self.past is not None:
             key, value = self.past.update(key, value, *args, **kwargs)
         self.state.hits.add(self.slot)
-        pair = self.state.prefixes[self.slot]
-        assert pair is not None
-        out = []
-        for prefix, own in zip(pair, (key, value), strict=True):
-            prefix = prefix.to(device=own.device, dtype=own.dtype)
-            if prefix.shape[-3] != own.shape[1] or prefix.shape[-1] != own.shape[-1]:
-                raise ValueError(
-                    f"the prefix of layer {self.slot} has {prefix.shape[-3]} heads of "
-                    f"{prefix.shape[-1]}; the layer's keys have {own.shape[1]} of {own.shape[-1]}"
-                )
-            out.append(torch.cat([prefix.expand(own.shape[0], -1, -1, -1), own], dim=2))
-        return out[0], out[1]
+        prefix_key, prefix_value = self.state.pair(self.slot, key, value)
+        B = key.shape[0]
+        return (
+            torch.cat([prefix_key.expand(B, -1, -1, -1), key], dim=2),
+            torch.cat([prefix_value.expand(B, -1, -1, -1), value], dim=2),
+        )
 
     def get_seq_length(self, *args: Any) -> Any:
         return 0 if self.past is None else self.past.get_seq_length(*args)
@@ -92,18 +88,24 @@ def enter(
 ) -> dict[str, Any]:
     """The keywords to call a layer with in place of ``kwargs``."""
     kwargs = dict(kwargs)
-    past = kwargs.get("layer_past")
-    if block.gradient_checkpointing and block.training:
+    if family.block == "relative_pos":
+        if state is None or state.prefixes[slot] is None:
+            return kwargs
+        return deberta.enter(slot, kwargs, state)
+    past = kwargs.get(family.past)
+    if getattr(block, "gradient_checkpointing", False) and block.training:
         past = None  # a replay would write to the cache again; transformers drops it likewise
         if kwargs.get("use_cache"):
             kwargs["use_cache"] = False
-    kwargs["layer_past"] = past
-    if state is None:
+    kwargs[family.past] = past
+    if state is None or state.prefixes[slot] is None:
         return kwargs
-    if state.prefixes[slot] is None:
-        state.hits.add(slot)
-        return kwargs
-    kwargs["layer_past"] = PrefixedPast(past, state, slot)
+    if kwargs.get("encoder_hidden_states") is not None:
+        raise ValueError(
+            f"{type(block).__name__} attends to an encoder through the cache that its prefix goes "
+            "through: prefix tuning supports it as a decoder alone"
+        )
+    kwargs[family.past] = PrefixedPast(past, state, slot)
     own = kwargs.get("attention_mask")
     inverted = family.block == "position_bias"  # MPT's mask is True where nothing is seen
     if own is None or own.dim() != 4:

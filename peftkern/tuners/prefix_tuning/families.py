@@ -8,11 +8,13 @@ prefix through the cache object and the mask that their layers are called with (
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
+
+from . import deberta
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class Family:
             mask), "tokens" (RoBERTa: counted over what is no padding), "table" (BART: counted
             inside, at the table ``embed_positions``), "none" (a bias by distance alone).
         table: the learned positions, or the attribute of the configuration that bounds them.
+        past: for layers that compute attention themselves, their argument that holds earlier keys.
         block: for layers that compute attention themselves, the name that the bias by distance
             has among their arguments ("" when there is none); None for the others.
     """
@@ -35,14 +38,17 @@ class Family:
     positions: str = "ids"
     table: str | None = None
     block: str | None = None
+    past: str = "layer_past"
 
 
 _DECODER = Family("layers", "self_attn")
 _BERT = Family("encoder.layer", "attention.self", table="embeddings.position_embeddings")
+_BERT_BLOCK = replace(_BERT, block="", past="past_key_values")
 _ROBERTA = Family("encoder.layer", "attention.self", "tokens", "embeddings.position_embeddings")
 _BART = Family("layers", "self_attn", "table", "embed_positions")
 _T5 = Family("block", "layer.0.SelfAttention", "none")
 _GPT2 = Family("h", "attn", table="wpe")
+_DEBERTA = replace(_BERT, block="relative_pos")
 
 FAMILIES: dict[str, Family] = {
     "gpt2": _GPT2,
@@ -51,23 +57,54 @@ FAMILIES: dict[str, Family] = {
     "gpt_neox": Family("layers", "attention"),
     "bert": _BERT,
     "electra": _BERT,
+    "ernie": _BERT,
+    "roc_bert": _BERT,
+    "bert-generation": _BERT,
+    "layoutlm": _BERT,
+    "megatron-bert": _BERT_BLOCK,
+    "rembert": _BERT_BLOCK,
+    "splinter": _BERT,
+    "markuplm": _BERT,
     "roberta": _ROBERTA,
     "xlm-roberta": _ROBERTA,
+    "xlm-roberta-xl": _ROBERTA,
     "camembert": _ROBERTA,
+    "data2vec-text": _ROBERTA,
+    "roberta-prelayernorm": _ROBERTA,
+    "xmod": _ROBERTA,
     "distilbert": Family("transformer.layer", "attention", table="embeddings.position_embeddings"),
     "modernbert": Family("layers", "attn"),
+    "deberta": _DEBERTA,
+    "deberta-v2": _DEBERTA,
     "t5": _T5,
     "mt5": _T5,
+    "umt5": _T5,
+    "longt5": _T5,
+    "switch_transformers": _T5,
     "bart": _BART,
     "mbart": _BART,
     "marian": _BART,
     "pegasus": _BART,
     "blenderbot": _BART,
+    "blenderbot-small": _BART,
+    "plbart": _BART,
+    "pegasus_x": _BART,
+    "m2m_100": _BART,
+    "nllb-moe": _BART,
+    "whisper": Family("layers", "self_attn", table="embed_positions"),
     "bloom": Family("h", "self_attention", "none", block="alibi"),
     "falcon": Family("h", "self_attention", block="alibi"),
     "gptj": Family("h", "attn", table="max_position_embeddings", block=""),
     "codegen": Family("h", "attn", table="max_position_embeddings", block=""),
     "gpt_neo": Family("h", "attn.attention", table="wpe", block=""),
+    "gpt_neox_japanese": Family("layers", "attention", block=""),
+    "xglm": Family(
+        "layers",
+        "self_attn",
+        table="max_position_embeddings",
+        block="",
+        past="past_key_values",
+    ),
     "mpt": Family("blocks", "attn", "none", table="max_seq_len", block="position_bias"),
 }
 
@@ -142,8 +179,8 @@ def find(model: nn.Module, num_layers: int) -> Found:
     config = here.stack.config
     if getattr(config, "attention_chunk_size", None) is not None:
         raise refuse(model, "its attention works in chunks, in which a prefix has no place")
-    if getattr(config, "num_kv_shared_layers", 0):
-        raise refuse(model, "some of its layers attend to the keys of others")
+    if here.family.block == "relative_pos" and (reason := deberta.why_not(config)):
+        raise refuse(model, reason)
     if here.family.block is None:
         for layer in here.attentions:
             if not _uses_interface(layer):

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import attention, blocks, positions, reentrant
+from . import attention, blocks, deberta, positions, reentrant
 from .families import find, refuse
+from .masks import name_state
 from .state import (
     ActivePrefix,
     Prefix,
@@ -36,8 +37,8 @@ class PrefixInjection:
     Args:
         model: a transformers model (with or without a head); it keeps its weights and its class.
         num_layers: how many layers the prefixes are for.
-        kv_heads: heads of the keys (H_kv).
-        head_dim: their width (D).
+        kv_heads: heads of the keys (H_kv); of the largest layer, where they differ.
+        head_dim: their width (D), likewise.
         num_virtual_tokens: length of the prefix (P); see :meth:`allow` for further ones.
 
     Raises:
@@ -69,7 +70,7 @@ class PrefixInjection:
         self._parameters = tuple(inspect.signature(found.stack.forward).parameters)
         self._blocks = found.family.block is not None
         self._handles: list[Any] = []
-        self._configs: list[Any] = []
+        self.configs: list[Any] = []
         self._install()
 
     # -------------------------------------------------------------------------- on and off
@@ -84,6 +85,9 @@ class PrefixInjection:
     def _install(self) -> None:
         for slot, module in enumerate(self.attentions):
             setattr(module, attention.SLOT, slot)
+        if self.family.block == "relative_pos":
+            for module in self.attentions:
+                deberta.stand_before(module)
         if self._blocks:
             for slot, block in enumerate(self.layers):
                 # A replay may use the object that stands for the cache: it writes to none.
@@ -93,7 +97,7 @@ class PrefixInjection:
         else:
             seen: dict[int, Any] = {id(self.stack.config): self.stack.config}
             seen.update({id(m.config): m.config for m in self.attentions if hasattr(m, "config")})
-            self._configs = list(seen.values())
+            self.configs = list(seen.values())
             self._stand_before()
         first = self.layers[0]
         self._handles.append(first.register_forward_pre_hook(self._at_first, with_kwargs=True))
@@ -107,14 +111,14 @@ class PrefixInjection:
 
     def _stand_before(self) -> None:
         """Before whatever attention implementation is set now, a user's later choice included."""
-        for config in self._configs:
+        for config in self.configs:
             name = config._attn_implementation
             if name not in attention.REGISTERED:
                 config._attn_implementation_internal = attention.register(name or "eager")
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        for config in self._configs:  # in another process its name is not registered yet
+        for config in self.configs:  # in another process its name is not registered yet
             original = attention.original_of(config._attn_implementation)
             if original is not None:
                 attention.register(original)
@@ -127,20 +131,25 @@ class PrefixInjection:
         for module in self.attentions:
             if hasattr(module, attention.SLOT):
                 delattr(module, attention.SLOT)
+            deberta.step_aside(module)
         if self._blocks:
             for block in self.layers:
                 block.__dict__.pop("_can_checkpoint_with_cache", None)
-        for config in self._configs:
+        for config in self.configs:
             original = attention.original_of(config._attn_implementation)
             if original is not None:
                 config._attn_implementation_internal = original
-        self._configs.clear()
+        self.configs.clear()
 
     # ----------------------------------------------------------------------------- prefixes
 
     @contextlib.contextmanager
     def active(
-        self, prefixes: list[Prefix | None], *, no_prefix: Tensor | None = None
+        self,
+        prefixes: list[Prefix | None],
+        *,
+        no_prefix: Tensor | None = None,
+        positions_moved: bool = False,
     ) -> Iterator[None]:
         """Calls of the model by this thread within the block see the prefixes.
 
@@ -149,6 +158,8 @@ class PrefixInjection:
                 [B, H_kv, P, D]; None for a layer without. A batch of n * B rows (beams) takes
                 each row's n times.
             no_prefix: bool [B], rows that see none and keep their positions.
+            positions_moved: ``position_ids`` given to the model count from the prefix on; those
+                that the model counts itself are moved either way.
 
         Raises:
             ValueError: their number or a shape is not that of the model; within the block, a
@@ -156,7 +167,7 @@ class PrefixInjection:
             RuntimeError: within the block, a layer of the model did not see its prefix.
         """
         self._check(prefixes, no_prefix)
-        before = push(ActivePrefix(self, tuple(prefixes), no_prefix))
+        before = push(ActivePrefix(self, tuple(prefixes), no_prefix, positions_moved))
         try:
             yield
         finally:
@@ -175,7 +186,10 @@ class PrefixInjection:
         tail = (self.kv_heads, P, self.head_dim)
         for slot, pair in enumerate(prefixes):
             for tensor in pair or ():
-                if tensor.dim() not in (3, 4) or tuple(tensor.shape[-3:]) != tail:
+                heads, virtual, width = tensor.shape[-3:] if tensor.dim() in (3, 4) else (0, 0, 0)
+                # smaller where layers differ; whether it is a layer's, the layer checks
+                fits = 0 < heads <= tail[0] and 0 < width <= tail[2]
+                if not fits or virtual != P:
                     raise ValueError(
                         f"prefixes[{slot}] has shape {tuple(tensor.shape)}; allowed is "
                         f"{tail} or (batch, {', '.join(map(str, tail))})"
@@ -214,6 +228,7 @@ class PrefixInjection:
             state.bias_module = self.attentions[0]
         if torch.is_grad_enabled() and reentrant.is_reentrant(self.layers[0]):
             reentrant.use_leaves(state)
+        name_state(kwargs.get("attention_mask"), state)
         kwargs[attention.KEYWORD] = state
         set_current(self, state)
         return (), kwargs
@@ -247,7 +262,7 @@ class PrefixInjection:
         state = current_of(self)
         if state is None:
             return None
-        return positions.move_in_table(args, kwargs, state.virtual)
+        return positions.move_in_table(table, args, kwargs, state.virtual)
 
     def _after_table(
         self, table: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
@@ -256,8 +271,8 @@ class PrefixInjection:
         state = current_of(self)
         if state is None or state.no_prefix is None:
             return None
-        stay = {**kwargs, "position_ids": kwargs["position_ids"] - state.virtual}
-        plain = type(table).forward(table, *args, **stay)
+        args, kwargs = positions.move_in_table(table, args, kwargs, -state.virtual)
+        plain = type(table).forward(table, *args, **kwargs)
         return torch.where(state.no_prefix[:, None, None], plain, output)
 
 
@@ -272,4 +287,8 @@ class _BlockHook:
         self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         state = current_of(self.injection)
+        if len(args) > 1:
+            names = tuple(inspect.signature(block.forward).parameters)
+            kwargs = {**dict(zip(names[1:], args[1:], strict=False)), **kwargs}
+            args = args[:1]
         return args, blocks.enter(self.injection.family, block, self.slot, kwargs, state)

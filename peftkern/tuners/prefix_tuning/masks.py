@@ -21,6 +21,8 @@ from transformers.masking_utils import (
     causal_mask_function,
 )
 
+from .state import PrefixState, current_with
+
 
 class MaskSpec:
     """One mask over T queries and S own keys, as the arguments of transformers' mask functions.
@@ -30,8 +32,9 @@ class MaskSpec:
 
     ndim = 4
 
-    def __init__(self, arguments: dict[str, Any], original: str) -> None:
+    def __init__(self, arguments: dict[str, Any], original: str, skipped: int = 0) -> None:
         self.arguments = arguments
+        self.skipped = skipped  # queries before the first, which have no row
         self.original = original
         self.q_length: int = arguments["q_length"]
         self.kv_length: int = arguments["kv_length"]
@@ -48,6 +51,7 @@ class MaskSpec:
         )
         self.plain = known or windowed
         self.joined: Tensor | None = None  # [B, 1, T, P + S], kept here for the other layers
+        self.state: PrefixState | None = None  # of the call, for layers that hand no keyword down
         self._keep: tuple[Tensor | None] | None = None
         self._visible: Tensor | None = None
         self._unprefixed: Any = None
@@ -58,6 +62,24 @@ class MaskSpec:
 
     def contiguous(self) -> MaskSpec:
         return self
+
+    def __getitem__(self, index: tuple[slice, slice, slice, slice]) -> MaskSpec:
+        """The mask of the last queries alone: Gemma 4 leaves out the others where it can."""
+        *others, rows, _ = index
+        start, stop, step = rows.indices(self.q_length)
+        whole = slice(None)
+        if (stop, step) != (self.q_length, 1) or any(part != whole for part in (*others, index[3])):
+            raise ValueError(f"a mask behind a prefix cannot be cut to {index}")
+        if not start:
+            return self
+        arguments = {
+            **self.arguments,
+            "q_length": stop - start,
+            "q_offset": self.q_offset + start,
+        }
+        cut = MaskSpec(arguments, self.original, self.skipped + start)
+        cut.state = self.state
+        return cut
 
     def keep(self) -> Tensor | None:
         """[B, S], False on padding; None when there is none (not looked at under tracing)."""
@@ -108,7 +130,16 @@ def prefix_mask(original: str, *args: Any, **arguments: Any) -> MaskSpec:
         return arguments["attention_mask"]  # made by `generate` before the model was called
     if isinstance(arguments["q_offset"], Tensor):
         arguments["q_offset"] = arguments["q_offset"].clone()  # the cache counts on in it
-    return MaskSpec(arguments, original)
+    spec = MaskSpec(arguments, original)
+    spec.state = current_with(arguments.get("config"))
+    return spec
+
+
+def name_state(masks: Any, state: PrefixState) -> None:
+    """For masks that `generate` made before the model was called."""
+    for mask in masks.values() if isinstance(masks, dict) else (masks,):
+        if isinstance(mask, MaskSpec):
+            mask.state = state
 
 
 def prefix_visible(

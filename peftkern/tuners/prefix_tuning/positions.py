@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -37,9 +38,10 @@ def move(
     if family.positions in ("none", "table"):
         return
     if ids is not None:
+        ids = ids if state.positions_moved else ids + state.offset
         if padded is None and kwargs.get("past_key_values") is None and _is_packed(ids):
-            state.positions = ids + state.offset
-        kwargs["position_ids"] = ids + state.offset
+            state.positions = ids
+        kwargs["position_ids"] = ids
         return
     if family.positions == "tokens" and kwargs.get("input_ids") is not None:
         pad = stack.config.pad_token_id
@@ -73,9 +75,9 @@ def check_room(
         return
     room = _room(family, stack)
     need = state.virtual + state.past + T
-    if need <= room:
+    if room is None or need <= room:
         return
-    if ids is not None and int(ids.max()) + state.virtual < room:
+    if ids is not None and int(ids.max()) + (0 if state.positions_moved else state.virtual) < room:
         return  # padded on the left: the positions end earlier than the row
     name = "max_seq_len" if family.table == "max_seq_len" else "max_position_embeddings"
     raise ValueError(
@@ -84,12 +86,17 @@ def check_room(
     )
 
 
-def _room(family: Family, stack: PreTrainedModel) -> int:
+def _room(family: Family, stack: PreTrainedModel) -> int | None:
+    """How many positions there are; None for any number."""
     assert family.table is not None
     table: Any = at(stack, family.table)
     if not isinstance(table, nn.Module):
+        if "." in family.table:  # a table that this model does without
+            return None
         return int(getattr(stack.config, family.table))
-    weight: Any = table.weight
+    weight: Any = getattr(table, "weight", None)
+    if weight is None:  # positions are computed
+        return None
     rows = int(weight.shape[0]) - int(getattr(table, "offset", 0))
     if family.positions == "tokens":
         rows -= stack.config.pad_token_id + 1  # positions begin behind the padding's
@@ -97,12 +104,14 @@ def _room(family: Family, stack: PreTrainedModel) -> int:
 
 
 def move_in_table(
-    args: tuple[Any, ...], kwargs: dict[str, Any], offset: int
+    table: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], offset: int
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments for a call of BART's ``embed_positions(ids, past, position_ids=[T])``."""
-    names = ("input_ids", "past_key_values_length", "position_ids")
+    """The arguments for a call of ``embed_positions``, ``offset`` further on: of BART's, which is
+    told the positions, or of M2M-100's, which counts them from the number of earlier tokens."""
+    names = tuple(inspect.signature(type(table).forward).parameters)[1:]
     kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
-    if kwargs.get("position_ids") is None:
-        raise RuntimeError("embed_positions was called without the positions to move")
-    kwargs["position_ids"] = kwargs["position_ids"] + offset
-    return tuple(kwargs.pop(name) for name in names[:1] if name in kwargs), kwargs
+    name = "position_ids" if "position_ids" in names else "past_key_values_length"
+    if kwargs.get(name) is None:
+        raise RuntimeError(f"embed_positions was called without the {name} to move")
+    kwargs[name] = kwargs[name] + offset
+    return (), kwargs

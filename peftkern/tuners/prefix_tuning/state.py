@@ -32,6 +32,12 @@ class ActivePrefix:
     owner: Any
     prefixes: tuple[Prefix | None, ...]
     no_prefix: Tensor | None
+    positions_moved: bool = False
+
+
+def offset_behind(virtual: int, no_prefix: Tensor | None) -> int | Tensor:
+    """What to add to positions: P, or by row, [B, 1], where some rows have no prefix."""
+    return virtual if no_prefix is None else (~no_prefix).long()[:, None] * virtual
 
 
 @dataclass(eq=False)
@@ -42,19 +48,38 @@ class PrefixState:
     no_prefix: Tensor | None  # bool [B]
     virtual: int  # P
     past: int | Tensor  # own tokens that are in the cache already
+    positions_moved: bool = False  # the caller's position_ids count the prefix already
     weights: bool = False  # attention weights were asked for
     positions: Tensor | None = None  # of a packed batch's tokens, P included
     bias_module: Any = None  # T5: the layer that holds the relative bias of all
     alibi: Tensor | None = None  # Falcon: [B * H, 1, P + S]
     collected: tuple[list[Tensor], list[Tensor]] | None = None  # leaves and what they stand for
-    hits: set[int] = field(default_factory=set)  # slots that have seen their prefix
+    hits: set[int] = field(default_factory=set)  # slots that have seen their prefix, or have none
 
     @property
     def offset(self) -> int | Tensor:
-        """What to add to positions: P, or by row, [B, 1], where some rows have no prefix."""
-        if self.no_prefix is None:
-            return self.virtual
-        return (~self.no_prefix).long()[:, None] * self.virtual
+        """What to add to positions, see :func:`offset_behind`."""
+        return offset_behind(self.virtual, self.no_prefix)
+
+    def pair(self, slot: int, key: Tensor, value: Tensor) -> Prefix:
+        """The prefix of a layer whose own keys and values are ``key`` and ``value`` [B, H_kv, S,
+        D], where they are and in their dtype.
+
+        Raises:
+            ValueError: it has other heads or another width.
+        """
+        pair = self.prefixes[slot]
+        assert pair is not None
+        out = []
+        for prefix, own in zip(pair, (key, value), strict=True):
+            if prefix.shape[-3] != own.shape[1] or prefix.shape[-1] != own.shape[-1]:
+                raise ValueError(
+                    f"the prefix of layer {slot} has {prefix.shape[-3]} heads of "
+                    f"{prefix.shape[-1]}; the keys of the layer have {key.shape[1]} of "
+                    f"{key.shape[-1]}, its values {value.shape[1]} of {value.shape[-1]}"
+                )
+            out.append(prefix.to(device=own.device, dtype=own.dtype))
+        return out[0], out[1]
 
 
 def active_in(owner: Any) -> ActivePrefix | None:
@@ -89,6 +114,14 @@ def current_of(owner: Any) -> PrefixState | None:
     return None
 
 
+def current_with(config: Any) -> PrefixState | None:
+    """The call that runs in this thread in the part of a model that this configuration is of."""
+    for held, state in _local.current:
+        if any(config is one for one in held.configs):
+            return state
+    return None
+
+
 def by_row(tensor: Tensor, batch: int, what: str) -> Tensor:
     """[B0, ...] for a batch of B0 rows, or of n * B0 (beams, several returned sequences)."""
     rows = tensor.shape[0]
@@ -114,4 +147,6 @@ def begin(entry: ActivePrefix, batch: int, virtual: int, past: int | Tensor) -> 
         no_prefix = by_row(no_prefix, batch, "no_prefix")
     if isinstance(past, torch.Tensor):
         past = past.clone()  # a static cache counts on in this very tensor
-    return PrefixState(prefixes, no_prefix, virtual, past)
+    state = PrefixState(prefixes, no_prefix, virtual, past, entry.positions_moved)
+    state.hits.update(slot for slot, pair in enumerate(prefixes) if pair is None)
+    return state
