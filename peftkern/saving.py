@@ -224,7 +224,7 @@ class AdapterFiles:
             if peft_model is not None and config.is_prompt_learning:
                 peft_model._remove_prompts()
             elif peft_model is not None:
-                peft_model.base_model._take_out()
+                peft_model.base_model.withdraw(adapter_name)
                 del model.peft_config
             for parameter, flag in flags:
                 parameter.requires_grad_(flag)
@@ -283,7 +283,10 @@ class AdapterFiles:
         except Exception:
             if new:
                 self.delete_adapter(adapter_name)
-                (self._remove_prompts if prompts else self.base_model._take_out)(only_empty=True)
+                if prompts:
+                    self._remove_prompts(only_empty=True)
+                else:
+                    self.base_model.withdraw(adapter_name)
             raise
         if new and prompts:
             config.inference_mode = not is_trainable

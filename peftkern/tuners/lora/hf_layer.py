@@ -36,6 +36,8 @@ class FusedLinear(HFLinear):
     """
 
     forward = Linear.forward
+    product_reason = Linear.product_reason
+    product_call = Linear.product_call
     _note_decline = LoraLayer._note_decline
     __getstate__ = Linear.__getstate__
 

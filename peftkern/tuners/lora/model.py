@@ -214,9 +214,7 @@ class LoraModel(ModelMerging, Weighted, Starts, BaseTuner):
                 )
                 change_base_weights()
         except BaseException:
-            for layer in self.adapter_layers():
-                layer.delete_adapter(adapter_name)
-            self._take_out()
+            self.withdraw(adapter_name)
             for parameter, flag in flags:
                 parameter.requires_grad_(flag)
             raise
@@ -292,6 +290,12 @@ class LoraModel(ModelMerging, Weighted, Starts, BaseTuner):
                         bias.requires_grad_(True)
 
     # ---------------------------------------------------------------- taking them out
+
+    def withdraw(self, adapter_name: str) -> None:
+        """Take an adapter that could not be completed out again, and the layers made for it."""
+        for layer in self.adapter_layers():
+            layer.delete_adapter(adapter_name)
+        self._take_out()
 
     def _take_out(self) -> None:
         """Put the original modules back where no adapter is left."""
