@@ -175,7 +175,7 @@ class Linear(nn.Module, LoraLayer):
     def _update(self, name: str, x: Tensor) -> Tensor:
         A: Any = self.lora_A[name]
         if not autocast.is_on(x):
-            x = x.to(A.weight.dtype)
+            x = self._cast_input_dtype(x, A.weight.dtype)
         return self.lora_B[name](A(self.lora_dropout[name](x))) * self.scaling[name]
 
     def decline_reason(self) -> str | None:
