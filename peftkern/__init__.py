@@ -45,6 +45,8 @@ if TYPE_CHECKING:
     from .tuners.lora import AdapterNames as AdapterNames
     from .tuners.lora import LoraConfig as LoraConfig
     from .tuners.lora import LoraModel as LoraModel
+    from .tuners.lora import convert_to_lora as convert_to_lora
+    from .tuners.lora import save_as_lora as save_as_lora
     from .tuners.p_tuning import PromptEncoder as PromptEncoder
     from .tuners.p_tuning import PromptEncoderConfig as PromptEncoderConfig
     from .tuners.prefix_tuning import PrefixEncoder as PrefixEncoder
@@ -93,7 +95,9 @@ _WHERE = {
         "PeftModelForSeq2SeqLM PeftModelForSequenceClassification PeftModelForTokenClassification "
         "MODEL_TYPE_TO_PEFT_MODEL_MAPPING"
     ),
-    ".tuners.lora": "AdapterNames LoraConfig LoraModel LoraRuntimeConfig",
+    ".tuners.lora": (
+        "AdapterNames LoraConfig LoraModel LoraRuntimeConfig convert_to_lora save_as_lora"
+    ),
     ".tuners.p_tuning": "PromptEncoder PromptEncoderConfig PromptEncoderReparameterizationType",
     ".tuners.prefix_tuning": "PrefixEncoder PrefixTuningConfig",
     ".tuners.prompt_tuning": "PromptEmbedding PromptTuningConfig PromptTuningInit",

@@ -2,6 +2,7 @@
 
 from .base import LoraLayer
 from .config import LoraConfig, LoraRuntimeConfig
+from .conversion import convert_to_lora, save_as_lora
 from .embedding import Embedding
 from .layer import Linear
 from .mixed import AdapterNames
@@ -15,4 +16,6 @@ __all__ = [
     "LoraLayer",
     "LoraModel",
     "LoraRuntimeConfig",
+    "convert_to_lora",
+    "save_as_lora",
 ]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..tuners_utils import BaseTunerLayer
 from .config import LoraConfig
+from .merging import Merging
 
 logger = logging.getLogger("peftkern")
 
@@ -32,7 +33,7 @@ def in_out_features(base: Any) -> tuple[int, int]:
     raise ValueError(f"{type(base).__name__} has no known number of features")
 
 
-class LoraLayer(BaseTunerLayer):
+class LoraLayer(Merging, BaseTunerLayer):
     """The state of a LoRA layer: its adapters by name, in PEFT's attributes.
 
     ``lora_A[name].weight`` is [r, K], ``lora_B[name].weight`` [N, r]; an embedding keeps
@@ -81,6 +82,7 @@ class LoraLayer(BaseTunerLayer):
         self.__dict__.update({name: {} for name in names})
         self.__dict__.update(
             merged_adapters=[],
+            _kept=[],
             _disable_adapters=False,
             _active_adapter=[],
             _noted_reason=None,
@@ -203,5 +205,6 @@ class LoraLayer(BaseTunerLayer):
             )
         if self.merged:
             raise ValueError(
-                "Cannot pass `adapter_names` when there are merged adapters, please unmerge first."
+                "Cannot pass `adapter_names` when there are merged adapters, please call "
+                "`unmerge_adapter` first."
             )

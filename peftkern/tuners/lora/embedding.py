@@ -48,6 +48,8 @@ class Embedding(nn.Module, LoraLayer):
         adapter_names = kwargs.pop("adapter_names", None)
         if adapter_names is not None:
             self._check_adapter_names(x, adapter_names)
+        if self._disable_adapters and self.merged:
+            self.unmerge()
         y = self.base_layer(x, *args, **kwargs)
         if self._disable_adapters or self.merged:
             return y
@@ -79,6 +81,9 @@ class Embedding(nn.Module, LoraLayer):
         if scale is None:
             return update
         return update * (scale.to(update.dtype) if isinstance(scale, Tensor) else scale)
+
+    def _factors(self, adapter: str) -> tuple[Tensor, Tensor]:
+        return self.lora_embedding_A[adapter].T, self.lora_embedding_B[adapter].T
 
     def decline_reason(self) -> str | None:
         if self._disable_adapters:

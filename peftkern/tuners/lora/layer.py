@@ -163,6 +163,8 @@ class Linear(nn.Module, LoraLayer):
             return forward_mixed(self, x, AdapterNames.of(adapter_names), args, kwargs)
         if not torch.compiler.is_compiling():
             self._note_decline()
+        if self._disable_adapters and self.merged:
+            self.unmerge()
         y = self.base_layer(x, *args, **kwargs)
         if self._disable_adapters or self.merged:
             return y
@@ -177,6 +179,18 @@ class Linear(nn.Module, LoraLayer):
         if not autocast.is_on(x):
             x = self._cast_input_dtype(x, A.weight.dtype)
         return self.lora_B[name](A(self.lora_dropout[name](x))) * self.scaling[name]
+
+    def _factors(self, adapter: str) -> tuple[Tensor, Tensor]:
+        A: Any = self.lora_A[adapter]
+        B: Any = self.lora_B[adapter]
+        if self.fan_in_fan_out:
+            return A.weight.T, B.weight.T
+        return B.weight, A.weight
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether the adapter's update can be written as that of plain LoRA."""
+        variant = getattr(self, "lora_variant", {}).get(adapter_name)
+        return variant is None or variant.supports_lora_conversion()
 
     def decline_reason(self) -> str | None:
         active = [n for n in self.active_adapters if n in self.lora_A]

@@ -31,6 +31,9 @@ from .embedding import Embedding
 from .group import form_groups
 from .layer import Linear
 from .mixed import AdapterNames
+from .plain import Starts
+from .unloading import ModelMerging
+from .weighted import Weighted
 
 
 def layer_class(base: nn.Module) -> Callable[[nn.Module], LoraLayer]:
@@ -48,7 +51,7 @@ def layer_class(base: nn.Module) -> Callable[[nn.Module], LoraLayer]:
     )
 
 
-class LoraModel(BaseTuner):
+class LoraModel(ModelMerging, Weighted, Starts, BaseTuner):
     """A model with LoRA layers in the places that the configuration names.
 
     Args:
@@ -208,7 +211,7 @@ class LoraModel(BaseTuner):
         except BaseException:
             for layer in self.adapter_layers():
                 layer.delete_adapter(adapter_name)
-            self._take_out(only_empty=True)
+            self._take_out()
             for parameter, flag in flags:
                 parameter.requires_grad_(flag)
             raise
@@ -274,33 +277,18 @@ class LoraModel(BaseTuner):
 
     # ---------------------------------------------------------------- taking them out
 
-    def unload(self) -> nn.Module:
-        """The base model without LoRA layers; modules that were trained in full stay as trained."""
-        return self._take_out(trained=True)
-
-    def _take_out(self, only_empty: bool = False, trained: bool = False) -> nn.Module:
-        """Put the original modules back: all, or only where no adapter is left. ``trained``: what
-        was trained in full comes back as the active adapter's copy."""
+    def _take_out(self) -> None:
+        """Put the original modules back where no adapter is left."""
         for name, module in list(self.model.named_modules()):
             if not isinstance(module, (LoraLayer, ModulesToSaveWrapper)):
                 continue
-            if only_empty and module._get_available_adapters():
+            if module._get_available_adapters():
                 continue
-            if isinstance(module, LoraLayer):
-                original = module.base_layer
-            else:
-                original = module.in_use() if trained else module.original_module
+            original = (
+                module.base_layer if isinstance(module, LoraLayer) else module.original_module
+            )
             parent, _, last = get_submodules(self.model, name)
             setattr(parent, last, original)
-        return self.model
-
-    def _merging(self, *args: Any, **kwargs: Any) -> Any:
-        raise NotImplementedError(
-            "Merging and combining adapters is not supported yet by peftkern. HF PEFT can merge "
-            "the saved adapter."
-        )
-
-    merge_and_unload = merge_adapter = unmerge_adapter = add_weighted_adapter = _merging
 
     # ---------------------------------------------------------------- a name for each row of the
     # batch
