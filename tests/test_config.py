@@ -104,7 +104,6 @@ OLD_JSON = {
 }
 
 UNSUPPORTED = {
-    "use_dora": True,
     "init_lora_weights": "pissa",
     "trainable_token_indices": [0, 1],
     "layer_replication": [(0, 2)],
@@ -284,7 +283,7 @@ def test_unsupported_settings_are_refused_and_nothing_is_touched(key):
 def test_one_error_names_all_that_is_unsupported():
     names = {
         k: UNSUPPORTED[k]
-        for k in ("use_dora", "init_lora_weights", "target_parameters", "use_qalora")
+        for k in ("arrow_config", "init_lora_weights", "target_parameters", "use_qalora")
     }
     with pytest.raises(NotImplementedError) as error:
         get_peft_model(make("llama"), LoraConfig(**names))
@@ -292,9 +291,9 @@ def test_one_error_names_all_that_is_unsupported():
     model = get_peft_model(make("llama"), LoraConfig(r=2))
     before = snapshot(model)
     with pytest.raises(
-        NotImplementedError, match="use_dora=True, init_lora_weights='pissa'|pissa.*use_dora"
+        NotImplementedError, match="use_qalora=True, init_lora_weights='pissa'|pissa.*use_qalora"
     ):
-        model.add_adapter("second", LoraConfig(use_dora=True, init_lora_weights="pissa"))
+        model.add_adapter("second", LoraConfig(use_qalora=True, init_lora_weights="pissa"))
     assert_same(model, before)
 
 

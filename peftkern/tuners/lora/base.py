@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..tuners_utils import BaseTunerLayer
 from .config import LoraConfig
 from .merging import Merging
+from .variant import LoraVariant, active_variant, select
 
 logger = logging.getLogger("peftkern")
 
@@ -56,6 +57,7 @@ class LoraLayer(Merging, BaseTunerLayer):
         "use_dora",
         "use_rslora",
         "lora_bias",
+        "lora_variant",
     )
 
     # filled by _init_lora
@@ -66,6 +68,7 @@ class LoraLayer(Merging, BaseTunerLayer):
     use_dora: dict[str, bool]
     use_rslora: dict[str, bool]
     lora_bias: dict[str, bool]
+    lora_variant: dict[str, LoraVariant]
     _noted_reason: str | None
     training: bool
 
@@ -77,12 +80,18 @@ class LoraLayer(Merging, BaseTunerLayer):
         values go to where it would put them.
         """
         module: Any = self
-        module._modules.update(base_layer=base_layer, lora_dropout=nn.ModuleDict(), **stores)
+        module._modules.update(
+            base_layer=base_layer,
+            lora_dropout=nn.ModuleDict(),
+            **stores,
+            lora_magnitude_vector=nn.ModuleDict(),  # of DoRA
+        )
         names = ("r", "lora_alpha", "scaling", "use_dora", "use_rslora", "lora_bias")
         self.__dict__.update({name: {} for name in names})
         self.__dict__.update(
             merged_adapters=[],
             _kept=[],
+            lora_variant={},
             _disable_adapters=False,
             _active_adapter=[],
             _noted_reason=None,
@@ -130,6 +139,7 @@ class LoraLayer(Merging, BaseTunerLayer):
         """
         if r <= 0:
             raise ValueError(f"`r` should be a positive integer value but the value passed is {r}")
+        variant = self.resolve_lora_variant(config=config)
         self.r[adapter_name] = r
         self.lora_alpha[adapter_name] = lora_alpha
         self.scaling[adapter_name] = lora_alpha / (math.sqrt(r) if config.use_rslora else r)
@@ -144,6 +154,10 @@ class LoraLayer(Merging, BaseTunerLayer):
         with torch.no_grad():
             place = self._adapter_placement(autocast_dtype, meta)
             self._make_weights(adapter_name, r, config, place, trainable)
+            self.lora_variant.pop(adapter_name, None)
+            if variant is not None:
+                self.lora_variant[adapter_name] = variant
+                variant.init(self, adapter_name, config, trainable)
 
     def _make_weights(
         self, name: str, r: int, config: LoraConfig, place: dict[str, Any], trainable: bool
@@ -181,7 +195,44 @@ class LoraLayer(Merging, BaseTunerLayer):
                     else self.scaling[adapter] / scale
                 )
 
+    # ---------------------------------------------------------------- variants of LoRA
+
+    @property
+    def lora_variants(self) -> dict[tuple[str, ...], type[LoraVariant] | None]:
+        """{sorted names of settings: the variant they ask for}; None is plain LoRA."""
+        return {(): None}
+
+    def resolve_lora_variant(self, *, config: Any, **kwargs: Any) -> LoraVariant | None:
+        """A new variant as ``config`` asks for, None for plain LoRA. ValueError where this kind of
+        layer has none such."""
+        return select(self.lora_variants, config)
+
     # ---------------------------------------------------------------- why a call is fused, or not
+
+    def _variant_operation(self, x: Tensor) -> Tensor | None:
+        """The output from an operation of the only active adapter's own, None when there is none
+        for the call."""
+        if self._disable_adapters or self.merged or len(self.active_adapters) != 1:
+            return None
+        name = self.active_adapters[0]
+        variant = self.lora_variant.get(name)
+        if variant is None or variant.fused_as(self, name) is None:
+            return None
+        return variant.fused(self, name, x)
+
+    def variant_fused_as(self) -> str | None:
+        """What an operation of the only active adapter's own is called; None where there is none
+        or it is not used."""
+        names = self.active_adapters
+        if self._disable_adapters or self.merged or len(names) != 1:
+            return None
+        variant = self.lora_variant.get(names[0])
+        return None if variant is None else variant.fused_as(self, names[0])
+
+    def _variant_reason(self) -> str | None:
+        """What an active adapter that is no plain LoRA says about how it runs."""
+        found = active_variant(self)
+        return None if found is None else found[1].decline(self, found[0])
 
     def decline_reason(self) -> str | None:
         """Why calls are not fused at present, in a few words; None when they are."""
@@ -208,3 +259,8 @@ class LoraLayer(Merging, BaseTunerLayer):
                 "Cannot pass `adapter_names` when there are merged adapters, please call "
                 "`unmerge_adapter` first."
             )
+        if self.lora_variant:
+            for name in dict.fromkeys(adapter_names):
+                variant = self.lora_variant.get(name)
+                if variant is not None and (reason := variant.refuses_mixed()) is not None:
+                    raise ValueError(reason)

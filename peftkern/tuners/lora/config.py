@@ -7,6 +7,7 @@ from typing import Any
 
 from ...config import PeftConfig
 from ...utils.peft_types import PeftType
+from .variant import SELECTS
 
 INIT_SUPPORTED = (True, False, "gaussian")
 BIAS_CHOICES = ("none", "all", "lora_only")
@@ -40,6 +41,7 @@ class LoraConfig(PeftConfig):
         rank_pattern: name or regular expression -> another ``r``.
         alpha_pattern: name or regular expression -> another ``lora_alpha``.
         lora_bias: give B a bias of its own.
+        use_dora: train a magnitude of each output beside A and B (:mod:`.dora`).
 
     The other fields exist so that configurations of HF PEFT can be read and written; one that asks
     for something not built yet is refused by :meth:`check_supported` before a model is touched.
@@ -68,7 +70,7 @@ class LoraConfig(PeftConfig):
     eva_config: Any | None = field(default=None)
     corda_config: Any | None = field(default=None)
     lora_ga_config: Any | None = field(default=None)
-    use_dora: bool = field(default=False)
+    use_dora: bool = field(default=False, metadata=SELECTS)
     velora_config: Any | None = field(default=None)
     alora_invocation_tokens: list[int] | None = field(default=None)
     use_qalora: bool = field(default=False)
@@ -122,6 +124,12 @@ class LoraConfig(PeftConfig):
             raise ValueError(
                 f"`bias` should be one of {BIAS_CHOICES} but the value passed is {self.bias!r}"
             )
+        if self.use_dora and self.megatron_config:
+            raise ValueError("DoRA does not support megatron_core, please set `use_dora=False`.")
+        if self.use_dora and self.lora_bias:
+            raise ValueError(
+                "The argument lora_bias=True is not supported for DoRA, please pass use_dora=False"
+            )
         if isinstance(self.target_modules, str):
             for name in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, name) is not None:
@@ -141,7 +149,7 @@ class LoraConfig(PeftConfig):
         """Every setting, as ``name=value``, that peftkern cannot honour yet."""
         names = (
             "megatron_config trainable_token_indices loftq_config eva_config corda_config "
-            "lora_ga_config use_dora velora_config alora_invocation_tokens use_qalora "
+            "lora_ga_config velora_config alora_invocation_tokens use_qalora "
             "monteclora_config layer_replication target_parameters use_bdlora arrow_config "
             "kasa_config ensure_weight_tying"
         ).split()
