@@ -12,11 +12,17 @@ from torch import nn
 from .mixed import HERE, hand_over
 from .module_tree import batch_size as _get_batch_size
 from .module_tree import freeze_adapter as _freeze_adapter
-from .module_tree import get_pattern_key, get_submodules, id_tensor_storage
+from .module_tree import (
+    get_pattern_key,
+    get_submodules,
+    id_tensor_storage,
+    match_target_against_key,
+    set_layer_requires_grad,
+    transpose,
+)
 from .module_tree import get_submodules as _get_submodules
 from .module_tree import input_embeddings_name as _get_input_embeddings_name
 from .module_tree import is_valid_match as _is_valid_match
-from .module_tree import match_target_against_key, set_layer_requires_grad, transpose
 from .module_tree import no_split_modules as _get_no_split_modules
 from .module_tree import set_layer_requires_grad as _set_layer_requires_grad
 from .preparing import (

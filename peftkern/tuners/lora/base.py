@@ -149,16 +149,22 @@ class LoraLayer(Merging, BaseTunerLayer):
     def _adapter_placement(self, autocast_dtype: bool, meta: bool) -> dict[str, Any]:
         """device and dtype of new adapter weights: the base layer's,
         float16 and bfloat16 widened if asked."""
-        base = self.get_base_layer()
-        weight = getattr(base, "weight", None)
-        if not isinstance(weight, Tensor):
-            weight = next(base.parameters(), torch.empty(0))
+        weight = self._some_weight()
         dtype = weight.dtype if weight.is_floating_point() else torch.float32
         if weight.dtype.itemsize == 1 or (
             autocast_dtype and dtype in (torch.float16, torch.bfloat16)
         ):
             dtype = torch.float32
         return {"device": "meta" if meta else weight.device, "dtype": dtype}
+
+    def _some_weight(self) -> Tensor:
+        """The base layer's weight, or a parameter of it that stands for that."""
+        base = self.get_base_layer()
+        weight = getattr(base, "weight", None)
+        return weight if isinstance(weight, Tensor) else next(base.parameters(), torch.empty(0))
+
+    def _base_dtype(self) -> torch.dtype:
+        return self._some_weight().dtype
 
     def update_layer(
         self,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from types import MethodType
 from typing import Any
 
@@ -19,6 +18,7 @@ from . import inits
 from .base import NOTHING, LoraLayer
 from .config import LoraConfig
 from .dora import DoraLinearVariant
+from .draws import of_linear, placed
 from .group import Group
 from .mixed import AdapterNames, forward_mixed
 from .plan import GLOBAL_HOOKS, Plan, is_hooked, weight_layout
@@ -69,18 +69,16 @@ class Linear(nn.Module, LoraLayer):
     def _make_weights(
         self, name: str, r: int, config: LoraConfig, place: dict[str, Any], trainable: bool
     ) -> None:
-        A = torch.empty((r, self.in_features), **place)
-        B = torch.zeros((self.out_features, r), **place)
-        bias = torch.zeros(self.out_features, **place) if config.lora_bias else None
-        if config.init_name == "gaussian":
-            A.normal_(std=1 / r)
-        else:  # nn.Linear's own default, as in PEFT; drawn once, on the device
-            bound = 1 / math.sqrt(self.in_features)
-            A.uniform_(-bound, bound)
-            if config.init_name is False:
-                B.uniform_(-1 / math.sqrt(r), 1 / math.sqrt(r))
-                if bias is not None:
-                    bias.uniform_(-1 / math.sqrt(r), 1 / math.sqrt(r))
+        K, N, with_bias = self.in_features, self.out_features, config.lora_bias
+        bias: Tensor | None
+        if place["device"] == "meta":
+            A, B = torch.empty((r, K), **place), torch.empty((N, r), **place)
+            bias = torch.empty(N, **place) if with_bias else None
+        else:
+            base = self._base_dtype()
+            A, B, bias = of_linear(r, K, N, config.init_name, with_bias)
+            A, B = placed(A, base, place), placed(B, base, place)
+            bias = None if bias is None else placed(bias, base, place)
         self.lora_A._modules[name] = bare_linear(A, None, trainable)
         self.lora_B._modules[name] = bare_linear(B, bias, trainable)
         if isinstance(config.init_name, str):

@@ -26,7 +26,15 @@ from ..targets import check_compatible, match_targets, resolve_targets
 from ..tuners_utils import BaseTunerLayer
 from .base import LoraLayer
 from .config import LoraConfig
-from .dispatch import add_adapter, check, custom_class, layer_class, make_custom, warn
+from .dispatch import (
+    add_adapter,
+    check,
+    custom_class,
+    layer_class,
+    make_custom,
+    warn,
+    warn_of_changed_base,
+)
 from .group import form_groups
 from .inits import collect
 from .layer import Linear
@@ -108,6 +116,7 @@ class LoraModel(ModelMerging, Weighted, BaseTuner):
         self._check_saved(model, config, name, plan, saved)
         for _, module, *_ in plan:
             warn(module, config)
+        warn_of_changed_base([config, *others])
         return plan, saved
 
     @staticmethod
