@@ -11,15 +11,10 @@ from torch import Tensor, nn
 from ._io import replaced_together, write_atomically
 from .card import create_or_update_model_card
 from .config import PeftConfig, split_hub_kwargs
+from .loading import LoadResult, check_keys, fill, match_weights
 from .prompts import innermost
 from .utils.constants import SAFETENSORS_WEIGHTS_NAME
-from .utils.save_and_load import (
-    LoadResult,
-    check_keys,
-    get_peft_model_state_dict,
-    load_peft_weights,
-    set_peft_model_state_dict,
-)
+from .utils.save_and_load import get_peft_model_state_dict, load_peft_weights
 
 
 def _without_aliases(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -295,11 +290,8 @@ class AdapterFiles:
         options: dict[str, Any],
     ) -> LoadResult:
         """Check names and shapes of all ``weights`` against the adapter, then put them in."""
-        check_keys(self, weights, adapter_name, os.fspath(source))
-        return set_peft_model_state_dict(
-            self,
-            weights,
-            adapter_name,
-            ignore_mismatched_sizes=options.get("ignore_mismatched_sizes", False),
-            low_cpu_mem_usage=assign,
+        match = match_weights(self, weights, adapter_name)
+        check_keys(match, adapter_name, os.fspath(source))
+        return fill(
+            self, match, adapter_name, options.get("ignore_mismatched_sizes", False), assign
         )

@@ -20,7 +20,7 @@ def ends_with_one_of(name: str, names: Iterable[str]) -> bool:
 
 
 def _find_minimal_target_modules(
-    target_modules: list[str] | set[str], other_module_names: list[str] | set[str]
+    target_modules: list[str] | set[str] | str, other_module_names: list[str] | set[str]
 ) -> set[str]:
     """The shortest suffixes that tell the targets from all other modules.
 

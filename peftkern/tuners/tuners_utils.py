@@ -105,11 +105,11 @@ class BaseTunerLayer:
 
     def get_base_weight(self) -> torch.Tensor:
         """The base layer's weight, without its graph."""
-        return self.get_base_layer().weight.data  # type: ignore[return-value, union-attr]
+        return self.get_base_layer().weight.data  # type: ignore[return-value]
 
     def set_base_weight(self, weight_data: torch.Tensor) -> None:
         """Put this tensor in place of the base layer's weight."""
-        self.get_base_layer().weight.data = weight_data  # type: ignore[union-attr]
+        self.get_base_layer().weight.data = weight_data
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise NotImplementedError
