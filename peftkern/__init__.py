@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from .tuners.lora import AdapterNames as AdapterNames
     from .tuners.lora import LoraConfig as LoraConfig
     from .tuners.lora import LoraModel as LoraModel
+    from .tuners.lora import convert_to_lora as convert_to_lora
+    from .tuners.lora import save_as_lora as save_as_lora
     from .tuners.p_tuning import PromptEncoder as PromptEncoder
     from .tuners.p_tuning import PromptEncoderConfig as PromptEncoderConfig
     from .tuners.prefix_tuning import PrefixEncoder as PrefixEncoder
@@ -77,8 +79,8 @@ _WHERE = {
     ),
     ".tuners.lora": (
         "AdapterNames CordaConfig EvaConfig LoftQConfig LoraConfig LoraGAConfig LoraModel "
-        "LoraRuntimeConfig get_eva_state_dict initialize_lora_eva_weights preprocess_corda "
-        "preprocess_loraga"
+        "LoraRuntimeConfig convert_to_lora get_eva_state_dict initialize_lora_eva_weights "
+        "preprocess_corda preprocess_loraga save_as_lora"
     ),
     ".tuners.p_tuning": "PromptEncoder PromptEncoderConfig PromptEncoderReparameterizationType",
     ".tuners.prefix_tuning": "PrefixEncoder PrefixTuningConfig",

@@ -4,6 +4,7 @@ from .attention import MultiheadAttention
 from .base import LoraLayer
 from .config import LoraConfig
 from .conv import Conv1d, Conv2d, Conv3d
+from .conversion import convert_to_lora, save_as_lora
 from .corda import preprocess_corda
 from .embedding import Embedding
 from .eva import get_eva_state_dict, initialize_lora_eva_weights
@@ -33,4 +34,6 @@ __all__ = [
     "initialize_lora_eva_weights",
     "preprocess_corda",
     "preprocess_loraga",
+    "convert_to_lora",
+    "save_as_lora",
 ]

@@ -224,6 +224,11 @@ class Linear(nn.Module, LoraLayer):
             return A.weight.T, B.weight.T
         return B.weight, A.weight
 
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether the adapter's update can be written as that of plain LoRA."""
+        variant = getattr(self, "lora_variant", {}).get(adapter_name)
+        return variant is None or variant.supports_lora_conversion()
+
     def decline_reason(self) -> str | None:
         active = [n for n in self.active_adapters if n in self.lora_A]
         if self._disable_adapters:

@@ -39,11 +39,12 @@ from .group import form_groups
 from .inits import collect
 from .layer import Linear
 from .mixed import AdapterNames
+from .plain import Starts
 from .unloading import ModelMerging
 from .weighted import Weighted
 
 
-class LoraModel(ModelMerging, Weighted, BaseTuner):
+class LoraModel(ModelMerging, Weighted, Starts, BaseTuner):
     """A model with LoRA layers in the places that the configuration names.
 
     Args:
