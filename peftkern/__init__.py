@@ -12,6 +12,27 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
+    from .auto import (
+        AutoPeftModel as AutoPeftModel,
+    )
+    from .auto import (
+        AutoPeftModelForCausalLM as AutoPeftModelForCausalLM,
+    )
+    from .auto import (
+        AutoPeftModelForFeatureExtraction as AutoPeftModelForFeatureExtraction,
+    )
+    from .auto import (
+        AutoPeftModelForQuestionAnswering as AutoPeftModelForQuestionAnswering,
+    )
+    from .auto import (
+        AutoPeftModelForSeq2SeqLM as AutoPeftModelForSeq2SeqLM,
+    )
+    from .auto import (
+        AutoPeftModelForSequenceClassification as AutoPeftModelForSequenceClassification,
+    )
+    from .auto import (
+        AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification,
+    )
     from .config import PeftConfig as PeftConfig
     from .config import PromptLearningConfig as PromptLearningConfig
     from .explain import explain as explain
@@ -63,6 +84,11 @@ if TYPE_CHECKING:
     )
 
 _WHERE = {
+    ".auto": (
+        "AutoPeftModel AutoPeftModelForCausalLM AutoPeftModelForFeatureExtraction "
+        "AutoPeftModelForQuestionAnswering AutoPeftModelForSeq2SeqLM "
+        "AutoPeftModelForSequenceClassification AutoPeftModelForTokenClassification"
+    ),
     ".config": "PeftConfig PromptLearningConfig",
     ".explain": "explain",
     ".mapping": (

@@ -6,6 +6,7 @@ from __future__ import annotations
 CONFIG_NAME = "adapter_config.json"
 SAFETENSORS_WEIGHTS_NAME = "adapter_model.safetensors"
 WEIGHTS_NAME = "adapter_model.bin"
+TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
 
 INCLUDE_LINEAR_LAYERS_SHORTHAND = "all-linear"
 # a target that adapts nothing, and says so

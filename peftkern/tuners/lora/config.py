@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ...config import PeftConfig
 from ...utils.peft_types import PeftType
@@ -20,6 +22,7 @@ from .subconfigs import (
 )
 from .variant import SELECTS
 
+MAX_RANK = 65536  # above it a saved adapter must show its rank before memory is taken for it
 BIAS_CHOICES = ("none", "all", "lora_only")
 # initialisations that change the base weight
 CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga")
@@ -237,6 +240,17 @@ class LoraConfig(PeftConfig):
             for name in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, name) is not None:
                     raise ValueError(f"`{name}` cannot be used when `target_modules` is a str.")
+        for name in ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"):
+            value = getattr(self, name)
+            for pattern in (value,) if isinstance(value, str) else value or ():
+                if isinstance(value, set):  # names, not patterns
+                    break
+                try:
+                    re.compile(pattern)
+                except (re.error, TypeError) as exc:
+                    raise ValueError(
+                        f"`{name}` holds {pattern!r}, which is not a regular expression: {exc}"
+                    ) from exc
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(
                 "When `layers_pattern` is specified, `layers_to_transform` must also be specified. "
@@ -273,3 +287,11 @@ class LoraConfig(PeftConfig):
                 f"Requested bias: {self.bias}, is not implemented. It should be one of "
                 f"{', '.join(BIAS_CHOICES)}."
             )
+
+    def check_fits(self, weights: Mapping[str, Tensor]) -> None:
+        largest = max([MAX_RANK, *(n for w in weights.values() for n in w.shape)])
+        for name, r in (("r", self.r), *self.rank_pattern.items()):
+            if r > largest:
+                raise ValueError(
+                    f"the rank `{name}` is {r}, and the weights have no dimension above {largest}"
+                )
