@@ -12,6 +12,27 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
+    from .auto import (
+        AutoPeftModel as AutoPeftModel,
+    )
+    from .auto import (
+        AutoPeftModelForCausalLM as AutoPeftModelForCausalLM,
+    )
+    from .auto import (
+        AutoPeftModelForFeatureExtraction as AutoPeftModelForFeatureExtraction,
+    )
+    from .auto import (
+        AutoPeftModelForQuestionAnswering as AutoPeftModelForQuestionAnswering,
+    )
+    from .auto import (
+        AutoPeftModelForSeq2SeqLM as AutoPeftModelForSeq2SeqLM,
+    )
+    from .auto import (
+        AutoPeftModelForSequenceClassification as AutoPeftModelForSequenceClassification,
+    )
+    from .auto import (
+        AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification,
+    )
     from .config import PeftConfig as PeftConfig
     from .config import PromptLearningConfig as PromptLearningConfig
     from .explain import explain as explain
@@ -80,6 +101,11 @@ if TYPE_CHECKING:
     from .utils.warning import PeftWarning as PeftWarning
 
 _WHERE = {
+    ".auto": (
+        "AutoPeftModel AutoPeftModelForCausalLM AutoPeftModelForFeatureExtraction "
+        "AutoPeftModelForQuestionAnswering AutoPeftModelForSeq2SeqLM "
+        "AutoPeftModelForSequenceClassification AutoPeftModelForTokenClassification"
+    ),
     ".config": "PeftConfig PromptLearningConfig",
     ".explain": "explain",
     ".mapping": (
@@ -96,7 +122,9 @@ _WHERE = {
         "MODEL_TYPE_TO_PEFT_MODEL_MAPPING"
     ),
     ".tuners.lora": (
-        "AdapterNames LoraConfig LoraModel LoraRuntimeConfig convert_to_lora save_as_lora"
+        "AdapterNames CordaConfig EvaConfig LoftQConfig LoraConfig LoraGAConfig LoraModel "
+        "LoraRuntimeConfig convert_to_lora get_eva_state_dict initialize_lora_eva_weights "
+        "preprocess_corda preprocess_loraga save_as_lora"
     ),
     ".tuners.p_tuning": "PromptEncoder PromptEncoderConfig PromptEncoderReparameterizationType",
     ".tuners.prefix_tuning": "PrefixEncoder PrefixTuningConfig",
@@ -108,6 +136,7 @@ _WHERE = {
         "bloom_model_postprocess_past_key_value"
     ),
     ".utils.error": "NoMatchingPeftModuleError PeftError",
+    ".utils.loftq_utils": "replace_lora_weights_loftq",
     ".utils.other": "ModulesToSaveWrapper",
     ".utils.peft_types": "PeftType TaskType",
     ".utils.preparing": (

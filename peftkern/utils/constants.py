@@ -12,6 +12,7 @@ CONFIG_NAME = "adapter_config.json"
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
 SAFETENSORS_WEIGHTS_NAME = "adapter_model.safetensors"
 WEIGHTS_NAME = "adapter_model.bin"
+TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
 
 INCLUDE_LINEAR_LAYERS_SHORTHAND = "all-linear"
 # a target that adapts nothing, and says so

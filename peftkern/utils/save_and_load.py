@@ -236,11 +236,8 @@ def load_peft_weights(
         ValueError: there is no such file, or it cannot be read; see :func:`read_weights_file`.
     """
     where = os.fspath(model_id)
-    for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME):
-        file = locate_file(where, name, **hub)
-        if file is not None:
-            break
-    else:
+    file = locate_file(where, (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME), **hub)
+    if file is None:
         raise ValueError(
             f"Can't find weights for {where} in {where} or in the Hugging Face Hub. Please check "
             "that the file "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from types import MethodType
 from typing import Any
 
@@ -15,9 +14,11 @@ from ...ops import autocast
 from ...ops.library import traced_lora_linear, why_formula
 from ...ops.lora import lora_linear
 from ...utils.mixed import HERE, hand_over
+from . import inits
 from .base import NOTHING, LoraLayer
 from .config import LoraConfig
 from .dora import DoraLinearVariant
+from .draws import of_linear, placed
 from .group import Group
 from .mixed import AdapterNames, forward_mixed
 from .plan import GLOBAL_HOOKS, Plan, is_hooked, weight_layout
@@ -50,28 +51,38 @@ class Linear(nn.Module, LoraLayer):
     _plan: Plan | None
     _group: Group | None
 
-    def __init__(self, base_layer: nn.Module, fan_in_fan_out: bool = False) -> None:
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str | None = None,
+        config: LoraConfig | None = None,
+        r: int = 0,
+        lora_alpha: float = 1,
+        fan_in_fan_out: bool = False,
+        **kwargs: Any,
+    ) -> None:
         super().__init__()
         self._init_lora(base_layer, lora_A=nn.ModuleDict(), lora_B=nn.ModuleDict())
-        self.fan_in_fan_out = fan_in_fan_out
+        self.fan_in_fan_out = fan_in_fan_out or (config is not None and config.fan_in_fan_out)
+        self._first_adapter(adapter_name, config, r, lora_alpha, kwargs)
 
     def _make_weights(
         self, name: str, r: int, config: LoraConfig, place: dict[str, Any], trainable: bool
     ) -> None:
-        A = torch.empty((r, self.in_features), **place)
-        B = torch.zeros((self.out_features, r), **place)
-        bias = torch.zeros(self.out_features, **place) if config.lora_bias else None
-        if config.init_lora_weights == "gaussian":
-            A.normal_(std=1 / r)
-        else:  # nn.Linear's own default, as in PEFT; drawn once, on the device
-            bound = 1 / math.sqrt(self.in_features)
-            A.uniform_(-bound, bound)
-            if config.init_lora_weights is False:
-                B.uniform_(-1 / math.sqrt(r), 1 / math.sqrt(r))
-                if bias is not None:
-                    bias.uniform_(-1 / math.sqrt(r), 1 / math.sqrt(r))
+        K, N, with_bias = self.in_features, self.out_features, config.lora_bias
+        bias: Tensor | None
+        if place["device"] == "meta":
+            A, B = torch.empty((r, K), **place), torch.empty((N, r), **place)
+            bias = torch.empty(N, **place) if with_bias else None
+        else:
+            base = self._base_dtype()
+            A, B, bias = of_linear(r, K, N, config.init_name, with_bias)
+            A, B = placed(A, base, place), placed(B, base, place)
+            bias = None if bias is None else placed(bias, base, place)
         self.lora_A._modules[name] = bare_linear(A, None, trainable)
         self.lora_B._modules[name] = bare_linear(B, bias, trainable)
+        if isinstance(config.init_name, str):
+            inits.start(self, name, config)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if HERE.blocks:
