@@ -153,6 +153,11 @@ class BaseTunerLayer:
     def _get_available_adapters(self) -> set[str]:
         return {key for store in self._stores() for key in store.keys()}
 
+    def _all_available_adapter_names(self) -> list[str]:
+        """Every adapter that the layer knows, by weights or by settings, sorted."""
+        stores = (getattr(self, name) for name in self.adapter_layer_names + self.other_param_names)
+        return sorted({key for store in stores for key in store.keys()})
+
     def move_adapter_to_base_layer(self, adapter_name: str) -> None:
         """Put an adapter's weights on the device of the base weight (unless that is "meta")."""
         weight = next(self.get_base_layer().parameters(), None)
