@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import PeftConfig, split_hub_kwargs
-from ..loading import _insert_adapter_name_into_state_dict
+from ..loading import PREFIX, _insert_adapter_name_into_state_dict
 from ..tuners.lora import LoraConfig, LoraLayer
 from ..tuners.lora.layer import Linear
 from ..tuners.tuners_utils import BaseTunerLayer, adapter_modules
@@ -72,7 +72,7 @@ def prepare_model_for_compiled_hotswap(
                 "check_compiles should be one of 'error', 'warn', or 'ignore', got "
                 f"'{check_compiled}' instead."
             )
-    layers = [m for m in adapter_modules(model) if isinstance(m, LoraLayer)]
+    layers: list[Any] = [m for m in adapter_modules(model) if isinstance(m, LoraLayer)]
     if not layers:
         raise ValueError(
             "No adapter layers found on the model, make sure call "
@@ -84,11 +84,11 @@ def prepare_model_for_compiled_hotswap(
         padded = [room for layer in layers for room in _padded(layer, target_rank)]
     for owner, weight in padded:
         owner.weight = nn.Parameter(weight, requires_grad=owner.weight.requires_grad)
-        _note_rank(owner, target_rank)
+        _note_sizes(owner)
     for layer in layers:
         for name, value in layer.scaling.items():
             if not isinstance(value, Tensor):
-                layer.scaling[name] = torch.tensor(float(value), device=layer.weight.device)  # type: ignore[assignment]
+                layer.scaling[name] = torch.tensor(float(value), device=layer.weight.device)
     if target_rank is None:
         return
     for one in config.values() if isinstance(config, dict) else filter(None, [config]):
@@ -96,7 +96,7 @@ def prepare_model_for_compiled_hotswap(
         one.rank_pattern = {key: target_rank for key in one.rank_pattern}
 
 
-def _padded(layer: LoraLayer, rank: int) -> list[tuple[Any, Tensor]]:
+def _padded(layer: Any, rank: int) -> list[tuple[Any, Tensor]]:
     """(module, larger weight) for A and B of a layer's adapters that have less than ``rank``."""
     groups = getattr(layer.get_base_layer(), "groups", 1)
     convolves = not isinstance(layer, Linear) and getattr(layer, "lora_A", None)
@@ -109,7 +109,7 @@ def _padded(layer: LoraLayer, rank: int) -> list[tuple[Any, Tensor]]:
             f"divisible by {groups}."
         )
     found: list[tuple[Any, Tensor]] = []
-    for store, dim in ((layer.lora_A, 0), (layer.lora_B, 1)):  # type: ignore[attr-defined]
+    for store, dim in ((layer.lora_A, 0), (layer.lora_B, 1)):
         for module in store.values():
             old = module.weight.detach()
             # a grouped convolution's B has the ranks of one group in its weight
@@ -142,14 +142,14 @@ def _put_into(room: Tensor, weight: Tensor, dim: int, groups: int) -> Tensor:
     return room
 
 
-def _note_rank(module: nn.Module, rank: int | None) -> None:
+def _note_sizes(module: Any) -> None:
     """Sizes that ``nn.Linear`` and convolutions keep beside their weights."""
     weight: Any = module.weight
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = weight.shape
     else:
-        module.out_channels = weight.shape[0]  # type: ignore[assignment]
-        module.in_channels = weight.shape[1] * module.groups  # type: ignore[operator, assignment]
+        module.out_channels = weight.shape[0]
+        module.in_channels = weight.shape[1] * module.groups
 
 
 # -------------------------------------------------------------------- swapping
@@ -158,7 +158,7 @@ def _note_rank(module: nn.Module, rank: int | None) -> None:
 def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -> None:
     """ValueError, naming the setting, when an adapter of one configuration cannot take the place of
     one of the other: what differs would not be swapped with the weights."""
-    one, other = PeftType(config0.peft_type), PeftType(config1.peft_type)  # type: ignore[arg-type]
+    one, other = PeftType(config0.peft_type or ""), PeftType(config1.peft_type or "")
     if one != other:
         raise ValueError(f"Incompatible PEFT types found: {one.value} and {other.value}")
     if one not in CONFIG_KEYS_TO_CHECK:
@@ -259,9 +259,12 @@ def hotswap_adapter_from_state_dict(
             if parameter_prefix in key and f".{adapter_name}" in key and key not in state:
                 place.data.zero_()  # a layer that the new adapter leaves alone
         for key, value in state.items():
-            layer: Any = bare.get_submodule(key.rsplit("." + parameter_prefix, 1)[0])
-            _set_scaling(layer, adapter_name, _scaling_of(config, key))
-            _swap(places[key], value, layer, is_a=".lora_A." in key)
+            at, found, _ = key.rpartition("." + parameter_prefix)
+            layer: Any = bare.get_submodule(at) if found else None
+            if layer is not None:  # and not a base weight that was saved with the adapter
+                _set_scaling(layer, adapter_name, _scaling_of(config, at.removeprefix(PREFIX)))
+            groups = getattr(layer.get_base_layer(), "groups", 1) if ".lora_A." in key else 1
+            _swap(places[key], value, groups)
 
 
 def _scaling_of(config: LoraConfig, key: str) -> float:
@@ -279,14 +282,12 @@ def _set_scaling(layer: Any, adapter_name: str, scaling: float) -> None:
         layer.scaling[adapter_name] = scaling
 
 
-def _swap(place: nn.Parameter, value: Tensor, layer: Any, is_a: bool) -> None:
+def _swap(place: nn.Parameter, value: Tensor, groups: int) -> None:
     value = value.to(place.device, place.dtype)
     if place.shape == value.shape:
         place.data.copy_(value)
     elif all(h >= n for h, n in zip(place.shape, value.shape, strict=True)):
         place.data.zero_()
-        groups = getattr(layer.get_base_layer(), "groups", 1) if is_a else 1
-        dim = 0 if place.shape[0] > value.shape[0] else 1
-        _put_into(place.data, value, dim, groups)
+        _put_into(place.data, value, 0 if place.shape[0] > value.shape[0] else 1, groups)
     else:  # more room than there is; a compiled graph is compiled again for it
         place.data = value.clone()
