@@ -112,11 +112,15 @@ def get_peft_model_state_dict(
         )
     config = model.peft_config[adapter_name]
     slots = list(adapter_slots(model, adapter_name))
-    if state_dict is not None:
+    inferred = state_dict is None
+    if state_dict is None and has_own_state_dict(model):
+        state_dict = model.state_dict()
+        slots = [s for s in slots if all(key in state_dict for key in s.model_keys)]
+    elif state_dict is not None:
         if absent := [k for s in slots for k in s.model_keys if k not in state_dict]:
             raise ValueError(f"`state_dict` lacks tensors of {adapter_name!r}: {few(absent)}")
     found = {slot.key: slot.saved(state_dict) for slot in slots}
-    if state_dict is None:
+    if inferred:
         _warn_of_shards(found, adapter_name)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     targeted = targets_embedding(config, base)
@@ -157,6 +161,14 @@ def get_peft_model_state_dict(
                     found[clean(slot.model_key).replace(own, ".modules_to_save.")] = found[slot.key]
         found.update({clean(k): v for k, v in full.items() if k.startswith(prefixes or ("\0",))})
     return found
+
+
+def has_own_state_dict(model: nn.Module) -> bool:
+    """Whether ``model.state_dict()`` may give other tensors than the modules hold: it is replaced,
+    or has hooks, with which FSDP brings shards together."""
+    return "state_dict" in model.__dict__ or any(
+        m._state_dict_hooks or m._state_dict_pre_hooks for m in model.modules()
+    )
 
 
 def _warn_of_shards(tensors: dict[str, Tensor], adapter_name: str) -> None:

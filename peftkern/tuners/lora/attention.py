@@ -118,9 +118,11 @@ class MultiheadAttention(nn.Module, LoraLayer):
         """Add an adapter to both projections; see :meth:`LoraLayer.update_layer`."""
         check_attention(self.get_base_layer(), config)
         out_proj = self._out_proj
+        updates = [super().update_layer, out_proj.update_layer]
         if not out_proj.lora_A:
             out_proj._active_adapter = self._active_adapter
-        for update in (super().update_layer, out_proj.update_layer):
+            updates.insert(0, out_proj.update_layer)  # HF PEFT draws the first one twice
+        for update in updates:
             update(adapter_name, r, lora_alpha, config, autocast_dtype, meta, trainable)
         self.lora_bias[adapter_name] = False  # without effect on the input projection
 
@@ -170,6 +172,8 @@ class MultiheadAttention(nn.Module, LoraLayer):
         if "adapter_names" in kwargs:
             raise TypeError("lora.MultiheadAttention does not support mixed adapter batches.")
         base: Any = self.base_layer
+        if self._disable_adapters and self.merged:
+            self.unmerge()
         if not (self._disable_adapters or self.merged):
             self._check_out_proj()
             if not torch.compiler.is_compiling():
@@ -212,6 +216,9 @@ class MultiheadAttention(nn.Module, LoraLayer):
         stand_in.__dict__["in_proj_weight"] = weight_in
         stand_in.__dict__["out_proj"] = _Weights(weight_out, bias)
         return stand_in
+
+    def _restore_weights(self) -> None:
+        """HF PEFT's layer needs this after a call; here a call leaves the weights in their places."""
 
     # ---------------------------------------------------------------- merging
 

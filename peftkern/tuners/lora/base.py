@@ -152,16 +152,22 @@ class LoraLayer(Merging, BaseTunerLayer):
     def _adapter_placement(self, autocast_dtype: bool, meta: bool) -> dict[str, Any]:
         """device and dtype of new adapter weights: the base layer's,
         float16 and bfloat16 widened if asked."""
-        base = self.get_base_layer()
-        weight = getattr(base, "weight", None)
-        if not isinstance(weight, Tensor):
-            weight = next(base.parameters(), torch.empty(0))
+        weight = self._some_weight()
         dtype = weight.dtype if weight.is_floating_point() else torch.float32
         if weight.dtype.itemsize == 1 or (
             autocast_dtype and dtype in (torch.float16, torch.bfloat16)
         ):
             dtype = torch.float32
         return {"device": "meta" if meta else weight.device, "dtype": dtype}
+
+    def _some_weight(self) -> Tensor:
+        """The base layer's weight, or a parameter of it that stands for that."""
+        base = self.get_base_layer()
+        weight = getattr(base, "weight", None)
+        return weight if isinstance(weight, Tensor) else next(base.parameters(), torch.empty(0))
+
+    def _base_dtype(self) -> torch.dtype:
+        return self._some_weight().dtype
 
     def update_layer(
         self,
@@ -213,6 +219,37 @@ class LoraLayer(Merging, BaseTunerLayer):
     ) -> None:
         raise NotImplementedError
 
+    # ---------------------------------------------------------------- how strong it is
+
+    def _initial_scaling(self, adapter: str) -> float:
+        r = self.r[adapter]
+        return self.lora_alpha[adapter] / (math.sqrt(r) if self.use_rslora.get(adapter) else r)
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Make the adapter's scaling ``scale`` times what its rank and ``lora_alpha`` say; nothing
+        happens in a layer without it."""
+        if adapter in self.scaling:
+            self.scaling[adapter] = scale * self._initial_scaling(adapter)
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the active adapters' scaling by ``scale``."""
+        if scale == 1:
+            return
+        for adapter in self.active_adapters:
+            if adapter in self.scaling:
+                self.scaling[adapter] = self.scaling[adapter] * scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the active adapters' scaling by ``scale``; None: back to what their ranks and
+        ``lora_alpha`` say."""
+        for adapter in self.active_adapters:
+            if adapter in self.scaling:
+                self.scaling[adapter] = (
+                    self._initial_scaling(adapter)
+                    if scale is None
+                    else self.scaling[adapter] / scale
+                )
+
     # ---------------------------------------------------------------- variants of LoRA
 
     @property
@@ -224,11 +261,6 @@ class LoraLayer(Merging, BaseTunerLayer):
         """A new variant as ``config`` asks for, None for plain LoRA. ValueError where this kind of
         layer has none such."""
         return select(self.lora_variants, config)
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether the adapter may be turned into one of plain LoRA."""
-        variant = self.lora_variant.get(adapter_name)
-        return variant is None or variant.supports_lora_conversion()
 
     # ---------------------------------------------------------------- why a call is fused, or not
 

@@ -1,13 +1,15 @@
-"""LoRA on ``nn.Conv1d``, ``nn.Conv2d`` and ``nn.Conv3d``: Y = base(X) + scaling · B ∗ (A ∗ drop(X)).
+"""LoRA on ``nn.Conv1d``, ``nn.Conv2d`` and ``nn.Conv3d``:
+Y = base(X) + scaling · B ∗ (A ∗ drop(X)).
 
-A is a convolution [r, C_in, *kernel] with the base layer's stride and padding, B one [C_out, r / groups,
-1, …] with its groups: the factors that HF PEFT makes. Their product is a kernel of the base's shape when
-there is one group, and only then can it be merged.
+A is a convolution [r, C_in, *kernel] with the base layer's stride and padding, B one
+[C_out, r / groups, 1, …] with its groups: the factors that HF PEFT makes. Their product is a kernel
+of the base's shape when there is one group, and only then can it be merged.
 """
 
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from ...utils.mixed import HERE, hand_over
 from .base import NOTHING, LoraLayer
 from .config import LoraConfig
 from .dora import DoraConv1dVariant, DoraConv2dVariant, DoraConv3dVariant
+from .draws import placed
 from .layer import Linear
 
 
@@ -63,7 +66,7 @@ class _ConvNd(nn.Module, LoraLayer):
         # HF PEFT's A is never dilated. That fits only where the padding follows the size, and where
         # it does its numbers hold; elsewhere PEFT stops at the first call
         dilation = ones if base.padding == "same" else base.dilation
-        with torch.device(place["device"]):
+        with torch.device("meta") if place["device"] == "meta" else nullcontext():
             kind = type(base)  # a subclass computes in its own way, and then so do the factors
             a = kind(
                 self.in_features,
@@ -85,7 +88,9 @@ class _ConvNd(nn.Module, LoraLayer):
             if b.bias is not None:
                 nn.init.zeros_(b.bias)
         for store, layer in ((self.lora_A, a), (self.lora_B, b)):
-            layer.to(**place).requires_grad_(trainable)
+            for parameter in layer.parameters():
+                parameter.data = placed(parameter.data, self._base_dtype(), place)
+            layer.requires_grad_(trainable)
             layer.train(base.training)
             store._modules[name] = layer
 

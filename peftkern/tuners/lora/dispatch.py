@@ -97,6 +97,20 @@ def warn(module: nn.Module, config: LoraConfig) -> None:
         )
 
 
+def warn_of_changed_base(configs: list[Any]) -> None:
+    """HF PEFT's warning when one of several adapters changed the weights that all share."""
+    names = {"pissa": "PiSSA", "corda": "CorDA", "olora": "OLoRA", "lora_ga": "LoRA-GA"}
+    inits = [str(getattr(c, "init_name", "")).partition("_niter_")[0] for c in configs]
+    found = [shown for name, shown in names.items() if name in inits]
+    if len(configs) > 1 and found:
+        warnings.warn(
+            f"{found[0]} changes the base weights of the model and should thus not be used with "
+            f"other adapters. Consider converting the {found[0]} adapter into a normal LoRA "
+            "adapter: `save_pretrained(..., path_initial_model_for_weight_conversion=...)`.",
+            stacklevel=5,
+        )
+
+
 def add_adapter(
     layer: Any,
     name: str,

@@ -12,6 +12,7 @@ from ...utils.mixed import HERE, hand_over
 from .base import NOTHING, LoraLayer
 from .config import LoraConfig
 from .dora import DoraEmbeddingVariant
+from .draws import placed
 from .mixed import AdapterNames
 from .variant import take_kwargs
 
@@ -46,10 +47,14 @@ class Embedding(nn.Module, LoraLayer):
     ) -> None:
         if config.lora_bias:
             raise ValueError(f"lora_bias=True is not supported for {type(self).__name__}.")
-        A = torch.zeros((r, self.in_features), **place)
-        B = torch.empty((self.out_features, r), **place).normal_()
-        if config.init_name is False:
-            A.normal_()
+        shapes = (r, self.in_features), (self.out_features, r)
+        if place["device"] == "meta":
+            A, B = (torch.empty(shape, **place) for shape in shapes)
+        else:  # drawn as HF PEFT draws them, see `draws`
+            A, B = (torch.randn(shape) for shape in shapes)
+            if config.init_name is not False:
+                A, B = A.zero_(), B.normal_()
+            A, B = (placed(value, self._base_dtype(), place) for value in (A, B))
         self.lora_embedding_A[name] = nn.Parameter(A, requires_grad=trainable)
         self.lora_embedding_B[name] = nn.Parameter(B, requires_grad=trainable)
 

@@ -2,8 +2,9 @@
 
 W' = round(W + B A) cannot be undone by subtraction alone: where W' has a larger exponent than W,
 low bits of W are gone. A copy of W doubles the adapted weights. Kept instead is what subtraction
-misses: a prediction of W from W', and the distance of each element to it, counted in steps of its
-dtype. Most distances are 0 in 16 bits and a byte in 32.
+misses: a prediction of W from W', and the distance of each element to it, counted in the steps of
+its dtype, which is the difference of their bits as integers. Most distances are 0 in 16 bits and a
+byte in 32.
 
 The prediction must come out the same later, on another device, with other threads, and when the
 adapter has been trained or deleted meanwhile. So it is made of the kept factors, cut into integers
@@ -33,12 +34,6 @@ def at_least_float32(x: Tensor) -> Tensor:
 def as_integers(x: Tensor) -> Tensor:
     """The bits of x."""
     return x.contiguous().view(INTEGERS[x.dtype.itemsize])
-
-
-def _steps(bits: Tensor) -> Tensor:
-    """Bits of floats as integers that count the floats from below; its own inverse."""
-    top = torch.iinfo(bits.dtype).max
-    return bits ^ ((bits >> (8 * bits.dtype.itemsize - 1)) & top)
 
 
 def _check_sum(x: Tensor) -> int:
@@ -112,8 +107,8 @@ class Kept:
         if self.product is None:
             self.copy = before.clone()
             return
-        guess = _steps(as_integers(self._guess(after)))
-        distance = (_steps(as_integers(before)) - guess).flatten()
+        guess = as_integers(self._guess(after))
+        distance = (as_integers(before) - guess).flatten()
         far = (distance > 127) | (distance < -128)
         place = 4 if count < 2**31 else 8
         n_far, n_all = int(far.sum()), int(distance.count_nonzero())
@@ -158,11 +153,11 @@ class Kept:
         if self.copy is not None:
             return self.copy.to(after.device)
         assert self.index is not None and self.value is not None
-        bits = _steps(as_integers(self._guess(after))).flatten()
+        bits = as_integers(self._guess(after)).flatten()
         if self.near is not None:
             bits += self.near.to(bits.device)
         bits[self.index.to(bits.device).long()] += self.value.to(bits.device)
-        return _steps(bits).view(self.dtype).reshape(after.shape)
+        return bits.view(self.dtype).reshape(after.shape)
 
     @property
     def nbytes(self) -> int:

@@ -45,6 +45,6 @@ def orthogonal(layer: Any, adapter: str, config: LoraConfig) -> Start:
     even number to A and the others to B, each mixed with random numbers. The base weight stays."""
     r = layer.r[adapter]
     Q = torch.linalg.qr(torch.randn(r, r))[0]
-    A = Q[0::2].T @ torch.randn(r // 2, layer.in_features) / 10
-    B = torch.randn(layer.out_features, r // 2) @ Q[1::2] / 10
+    A = (torch.randn(layer.in_features, r // 2) @ Q[0::2]).T / 10
+    B = torch.randn(r // 2, layer.out_features).T @ Q[1::2] / 10
     return Start(A, B)
