@@ -231,7 +231,7 @@ def dora_cases(arch: Arch) -> Iterator[Case]:
         launches = dora_grad.plan_scale_grad(dy, gain, v, bias, dz, sums, config)
         yield from _named(f"dora gradient bias {str(dtype).removeprefix('torch.')}", launches)
     x, w, s, b = meta(M, K), meta(N, K), meta(M, 16), meta(N, 16, dtype=FP32)
-    config = gemm.default_config(M, N, 16, arch)
+    config = gemm.default_config(M, N, 16, arch, gain=True)
     launches = gemm.plan_gemm(
         meta(M, N), [x], [w], [s], [b.T], [None], meta(N), arch, config, gain, meta(M, N)
     )

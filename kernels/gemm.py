@@ -78,17 +78,25 @@ class GemmConfig:
 
 
 def default_config(
-    M: int, N: int, r: int, arch: Arch, *, group: int = 1, masked: bool = False, itemsize: int = 2
+    M: int,
+    N: int,
+    r: int,
+    arch: Arch,
+    *,
+    group: int = 1,
+    masked: bool = False,
+    gain: bool = False,
+    itemsize: int = 2,
 ) -> GemmConfig:
     """The tile each architecture's matrix unit likes, narrowed where a masked group needs a second
-    accumulator.
+    accumulator, or a gain the registers of one.
     """
     block_m = 128 if M > 64 else 64
     if itemsize == 4:
         # Exact products hold operands in registers; on 4 warps they spill (sm_80, Triton 3.9).
         return GemmConfig(64, 64, 32, num_warps=8, num_stages=2)
     if arch.capability in (90, 100) and block_m == 128:
-        if masked and group > 1:
+        if gain or (masked and group > 1):
             return GemmConfig(128, 128, 64, tma=True)
         # One loop for all: the next tile's first copies fly during this tile's store. Only a single
         # inner loop can be flattened.
@@ -278,8 +286,9 @@ def _fused(xs, ws, Ls, Rs, words, bias, config, gain=None, v=None) -> torch.Tens
         masked = any(w is not None for w in words)
         rank = max((r.shape[0] for r in Rs), default=16)
         config = default_config(
-            M, N, rank, arch, group=len(Ls), masked=masked, itemsize=y.element_size()
-        )
+            M, N, rank, arch, group=len(Ls), masked=masked, gain=gain is not None,
+            itemsize=y.element_size(),
+        )  # fmt: skip
     if config.shared_bytes(y.element_size()) > arch.shared:
         raise ValueError(
             f"config needs {config.shared_bytes(y.element_size())} bytes of shared memory; "
