@@ -313,6 +313,8 @@ def dense_weight(base: Any) -> Tensor:
     if hasattr(base, "W_q"):  # HQQ keeps its own buffers
         return base.dequantize()
     weight = base.weight
+    if type(weight) in (nn.Parameter, Tensor) and weight.is_floating_point():
+        return weight
     kind = type(weight).__name__
     if kind == "Params4bit":
         bitsandbytes = importlib.import_module("bitsandbytes.functional")
