@@ -344,6 +344,30 @@ def test_a_quantised_weight_is_read_or_refused(monkeypatch):
     assert torch.equal(dense_weight(base), torch.full((N, K), 2.0))
 
 
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_compiled_in_one_graph_and_under_transforms(p):
+    ours, _ = moved(*layer_pair(use_dora=True, dropout=p))
+    x = torch.randn(4, K)
+    results = []
+    for call in (ours, torch.compile(ours, backend="aot_eager", fullgraph=True)):
+        torch.manual_seed(3)
+        y = call(x)
+        results.append([y, *torch.autograd.grad(y.square().sum(), trained(ours))])
+    torch._dynamo.reset()
+    parameters = {n: q.detach() for n, q in ours.named_parameters() if q.requires_grad}
+
+    def loss(values):
+        return torch.func.functional_call(ours, values, (x,)).square().sum()
+
+    torch.manual_seed(3)
+    if p == 0.0:  # vmap and grad want to be told about random numbers
+        found = torch.func.grad(loss)(parameters)
+        results.append([results[0][0], *(found[n] for n in parameters)])
+    for other in results[1:]:
+        for mine, want in zip(other, results[0], strict=True):
+            close(mine, want)
+
+
 class ConvLayer(nn.Module, LoraLayer):
     """The least that a convolution's LoRA layer has."""
 
