@@ -83,7 +83,8 @@ def replace_lora_weights_loftq(
             that layer gets its A and B back.
 
     Raises:
-        ValueError: bitsandbytes is missing, no layer is quantised so, or a tensor is not in the file.
+        ValueError: bitsandbytes is missing, no layer is quantised so, or a tensor is not in the
+            file.
         FileNotFoundError: no such file.
     """
     if importlib.util.find_spec("bitsandbytes") is None:

@@ -1,9 +1,9 @@
-"""EVA (Paischer et al., 2024, arXiv 2410.07170): A spans what the inputs of a layer vary in, and ranks
-go to the layers whose inputs vary in more directions.
+"""EVA (Paischer et al., 2024, arXiv 2410.07170): A spans what the inputs of a layer vary in, and
+ranks go to the layers whose inputs vary in more directions.
 
 The components of each layer's inputs are found batch by batch, until none that is needed turns any
-more. Layers that read the same input share them. The components of all layers are then ranked by the
-share of variance that they explain, and as many are kept as the ranks sum to.
+more. Layers that read the same input share them. The components of all layers are then ranked by
+the share of variance that they explain, and as many are kept as the ranks sum to.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
+from tqdm import tqdm  # type: ignore[import-untyped]
 
+from ...utils.constants import MIN_TARGET_MODULES_FOR_OPTIMIZATION
 from ...utils.incremental_pca import IncrementalPCA
 from ...utils.other import get_pattern_key, get_submodules
 from ..target_names import _find_minimal_target_modules
-from ..targets import MIN_TARGET_MODULES_FOR_OPTIMIZATION
 from ..tuners_utils import BaseTunerLayer
 from .attention import MultiheadAttention
 from .base import LoraLayer
@@ -284,29 +284,32 @@ def get_eva_state_dict(
         prepare_model_inputs_fn: makes from (batch, peft_config) what the next one gets. The default
             finds the positions that are no padding and have a label. None: the batch itself.
         prepare_layer_inputs_fn: makes the rows [M, K] to look at from (the layer's positional
-            arguments, the above, its name). The default takes those positions of the first argument;
-            None takes all. A dict gives one for each layer name.
+            arguments, the above, its name). The default takes those positions of the first
+            argument; None takes all. A dict gives one for each layer name.
         adapter_name: which adapter's configuration.
         gather_distributed_inputs: look at the rows of all ranks together.
         show_progress_bar: whether to.
 
     Raises:
-        ValueError: no batch, no configuration, a layer that is never called, or batches with too few
-            rows.
+        ValueError: no batch, no configuration, a layer that is never called, or batches with too
+            few rows.
     """
     adapted = hasattr(model, "peft_config")
     if peft_config is None:
         if not adapted:
             raise ValueError("peft_config is required if model is not a PeftModel")
-        peft_config = model.peft_config[adapter_name]  # type: ignore[index,union-attr,assignment]
+        peft_config = model.peft_config[adapter_name]  # type: ignore[index,assignment]
     assert peft_config is not None
+    targets: dict[str, nn.Module]
     if adapted:
+        kinds = UNSUPPORTED_LORA_MODULES
+        inside = tuple(f"{n}." for n, m in model.named_modules() if isinstance(m, kinds))
         targets = {
             name: module
             for name, module in model.named_modules()
             if isinstance(module, BaseTunerLayer)
-            and not isinstance(module, UNSUPPORTED_LORA_MODULES)
-            and not any(name.startswith(f"{n}.") for n, m in _unsupported(model))
+            and not isinstance(module, kinds)
+            and not name.startswith(inside)
         }
     else:
         targets = dict(linear_targets(model, peft_config))
@@ -329,10 +332,6 @@ def get_eva_state_dict(
             model.train(training)
 
 
-def _unsupported(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    return [(n, m) for n, m in model.named_modules() if isinstance(m, UNSUPPORTED_LORA_MODULES)]
-
-
 @torch.no_grad()
 def initialize_lora_eva_weights(
     model: nn.Module,
@@ -353,8 +352,9 @@ def initialize_lora_eva_weights(
         dataloader: see :func:`get_eva_state_dict`, as are the others.
         eva_state_dict: what that function returned, in place of ``dataloader``.
 
-    A layer with rank 0 loses its adapter layer; one that is not in the state dict starts plainly, with
-    a warning. The configuration's ``target_modules`` and patterns say afterwards what there is.
+    A layer with rank 0 loses its adapter layer; one that is not in the state dict starts plainly,
+    with a warning. The configuration's ``target_modules`` and patterns say afterwards what there
+    is.
     """
     if not hasattr(model, "peft_config"):
         raise ValueError("model must be a PeftModel")
@@ -363,7 +363,7 @@ def initialize_lora_eva_weights(
         raise ValueError(
             "`initialize_lora_eva_weights` currently only works with a single active adapter"
         )
-    config: Any = model.peft_config[adapter_name]  # type: ignore[index,union-attr]
+    config: Any = model.peft_config[adapter_name]  # type: ignore[index]
     if config.init_lora_weights != "eva":
         raise ValueError(
             "`initialize_lora_eva_weights` can only be used with `init_lora_weights='eva'`"

@@ -1,5 +1,6 @@
-"""How A and B start, beyond plain random numbers. Each method is one function from the base weight to
-A and B; those that would change the model's outputs take scaling · B A out of the base weight."""
+"""How A and B start, beyond plain random numbers. Each method is one function from the base weight
+to A and B; those that would change the model's outputs take scaling · B A out of the base weight.
+"""
 
 from __future__ import annotations
 
@@ -29,10 +30,10 @@ METHODS: dict[str, Callable[[Any, str, LoraConfig], Start | None]] = {
 # what a linear layer draws by itself: A at random and B zero
 PLAIN = ("gaussian", "eva")
 WRONG_DTYPE = {
-    "pissa": "Please initialize PiSSA under float32, float16, or bfloat16. Subsequently, re-quantize "
-    "the residual model to help minimize quantization errors.",
-    "corda": "Please initialize CorDA under float32, float16, or bfloat16. Subsequently, re-quantize "
-    "the residual model to help minimize quantization errors.",
+    "pissa": "Please initialize PiSSA under float32, float16, or bfloat16. Subsequently, "
+    "re-quantize the residual model to help minimize quantization errors.",
+    "corda": "Please initialize CorDA under float32, float16, or bfloat16. Subsequently, "
+    "re-quantize the residual model to help minimize quantization errors.",
     "olora": "Unsupported data type for the base layer. Got {dtype}.",
 }
 
@@ -101,8 +102,8 @@ def check(key: str, base: Any, r: int, config: LoraConfig) -> None:
         )
     if name in ("olora", "loftq") and hasattr(base, "nf"):
         raise ValueError(
-            f"init_lora_weights='{name}' is not for the Conv1D `{key}`: HF PEFT takes its weight as it "
-            "is stored, [in, out], so that A and B do not fit; use 'pissa'"
+            f"init_lora_weights='{name}' is not for the Conv1D `{key}`: HF PEFT takes its weight "
+            "as it is stored, [in, out], so that A and B do not fit; use 'pissa'"
         )
     if name == "corda":
         check_eigens(base, r)
@@ -112,8 +113,8 @@ def check(key: str, base: Any, r: int, config: LoraConfig) -> None:
 
 @torch.no_grad()
 def start(layer: Any, adapter: str, config: LoraConfig) -> None:
-    """Give ``lora_A`` [r, K] and ``lora_B`` [N, r] of a linear layer their first values, and take them
-    out of the base weight where the method says so (at the end of the injection, see
+    """Give ``lora_A`` [r, K] and ``lora_B`` [N, r] of a linear layer their first values, and take
+    them out of the base weight where the method says so (at the end of the injection, see
     :mod:`.residual`).
 
     They are rounded to the base weight's dtype as HF PEFT rounds them, and kept in their own.

@@ -14,8 +14,8 @@ def pissa(layer: Any, adapter: str, config: LoraConfig) -> Start:
     """PiSSA (Meng et al., 2024, arXiv 2404.02948): the r leading singular triplets of W.
 
     W ≈ U S Vᵀ; A = √(S/s) Vᵀ and B = U √(S/s), so that s · B A is the best rank-r part of W.
-    "pissa_niter_<k>" finds the triplets with k subspace iterations (Halko et al., 2009), which start
-    at random numbers.
+    "pissa_niter_<k>" finds the triplets with k subspace iterations (Halko et al., 2009), which
+    start at random numbers.
     """
     r, s = layer.r[adapter], layer.scaling[adapter]
     transposed = layer.fan_in_fan_out
@@ -33,8 +33,8 @@ def pissa(layer: Any, adapter: str, config: LoraConfig) -> Start:
 
 
 def olora(layer: Any, adapter: str, config: LoraConfig) -> Start:
-    """OLoRA (Büyükakyüz, 2024, arXiv 2406.01775): W = Q R; A is the first r rows of R, B the first r
-    columns of Q."""
+    """OLoRA (Büyükakyüz, 2024, arXiv 2406.01775): W = Q R; A is the first r rows of R, B the first
+    r columns of Q."""
     r = layer.r[adapter]
     Q, R = torch.linalg.qr(current(layer.get_base_layer().weight).to(torch.float32))
     return minus_product(R[:r].contiguous(), Q[:, :r].contiguous(), layer.scaling[adapter])

@@ -1,8 +1,8 @@
-"""LoftQ (Li et al., 2023, arXiv 2310.08659): a base weight of few values, and the adapter that makes up
-for it.
+"""LoftQ (Li et al., 2023, arXiv 2310.08659): a base weight of few values, and the adapter that
+makes up for it.
 
-The base weight becomes what 4-bit or 8-bit quantisation leaves of it (kept in its dtype), and B A the
-low-rank part of what was lost. Quantised as bitsandbytes does it, and without needing it.
+The base weight becomes what 4-bit or 8-bit quantisation leaves of it (kept in its dtype), and B A
+the low-rank part of what was lost. Quantised as bitsandbytes does it, and without needing it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..config import LoraConfig
 from .residual import Start, current
 
 BLOCK = 64  # values that share a scale
-# NF4: quantiles of a normal distribution, scaled to [-1, 1] (Dettmers et al., 2023, arXiv 2305.14314)
+# NF4: quantiles of a normal distribution, scaled to [-1, 1] (QLoRA, arXiv 2305.14314)
 NF4 = (
     -1.0,
     -0.6961928009986877,
