@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..adapter_slots import Slot, adapter_slots, clean, tensors_of
 from ..config import locate_file
+from ..tuners.lora.fused_experts import convert_weights
 from ..tuners.targets import targets_embedding
 from ..tuners.tuners_utils import BaseTunerLayer
 from .constants import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
@@ -244,6 +245,7 @@ def match_weights(model: Any, weights: dict[str, Tensor], adapter_name: str) -> 
             f"no adapter named {adapter_name!r}; there are {sorted(model.peft_config)}"
         )
     slots = {slot.key.removeprefix(PREFIX): slot for slot in adapter_slots(model, adapter_name)}
+    weights = convert_weights(model, weights, slots)
     missing = dict(slots)
     pairs, unexpected, mismatched = [], [], []
     others: dict[str, Slot] | None = None

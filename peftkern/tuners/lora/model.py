@@ -29,6 +29,7 @@ from .base import LoraLayer
 from .beside import Beside, find_targets, rank_and_alpha
 from .config import LoraConfig
 from .embedding import Embedding
+from .fused_experts import convert_config
 from .group import form_groups
 from .layer import Linear
 from .mixed import AdapterNames
@@ -71,6 +72,8 @@ class LoraModel(ModelMerging, Weighted, BaseTuner):
         ValueError: nothing matches, or a match cannot be adapted. The model is then as it was.
     """
 
+    # puts stacked layers back (`layer_replication`)
+    _unstack: Callable[[], None] | None = None
     prefix = "lora_"
     tuner_layer_cls = LoraLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
@@ -106,6 +109,7 @@ class LoraModel(ModelMerging, Weighted, BaseTuner):
                 "LoraModel supports only 1 adapter with bias. When using multiple adapters, set "
                 "bias to 'none' for all adapters."
             )
+        convert_config(config, model)
         settle_tying(config, model)
         matches, parameters = find_targets(config, model, others, state_dict)
         check_compatible(config, model, [key for key, _ in matches])
@@ -203,8 +207,10 @@ class LoraModel(ModelMerging, Weighted, BaseTuner):
         config = self.peft_config[adapter_name]
         assert isinstance(config, LoraConfig)
         others = [c for n, c in self.peft_config.items() if n != adapter_name]
-        with stacked(model, config, others):
+        with stacked(model, config, others) as unstack:
             self._inject(model, config, adapter_name, low_cpu_mem_usage, state_dict)
+        if unstack is not None:
+            self.__dict__["_unstack"] = unstack
 
     def _inject(
         self,
@@ -295,19 +301,22 @@ class LoraModel(ModelMerging, Weighted, BaseTuner):
 
     # ---------------------------------------------------------------- taking them out
 
-    def _take_out(self) -> None:
-        """Put the original modules back where no adapter is left."""
+    def _take_out(self, only_empty: bool = True) -> None:
+        """Put the original modules back where no adapter is left, or everywhere: then the model is
+        as it was before the first adapter."""
         for parent in list(self.model.modules()):
             for name, child in list(parent._modules.items()):
                 original: Any = child
                 while isinstance(original, (LoraLayer, AuxiliaryTrainingWrapper)):
-                    if original._get_available_adapters():
+                    if only_empty and original._get_available_adapters():
                         break
                     wraps: Any = original
                     within = isinstance(wraps, LoraLayer)
                     original = wraps.base_layer if within else wraps.original_module
                 if original is not child:
                     setattr(parent, name, original)
+        if not only_empty and self._unstack is not None:
+            self._unstack()
 
     def _get_module_names_tied_with_embedding(self) -> list[str]:
         return modules_tied_to_embedding(self.model)

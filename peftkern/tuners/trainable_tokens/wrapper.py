@@ -46,14 +46,9 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
         self.training = module_to_save.training
         self.token_adapter.training = module_to_save.training
 
-    @property  # type: ignore[override]
-    def original_module(self) -> nn.Module:
-        # no attribute: the module has one name in the state dict
-        return self.token_adapter.base_layer
-
-    @property  # type: ignore[override]
-    def _adapters(self) -> set[str]:
-        return self._get_available_adapters()
+    # no attributes: the module has one name in the state dict, and one place knows the adapters
+    original_module: Any = property(lambda self: self.token_adapter.base_layer)
+    _adapters: Any = property(lambda self: self._get_available_adapters())
 
     def _get_available_adapters(self) -> set[str]:
         return set(self.token_adapter.trainable_tokens_delta.keys())
