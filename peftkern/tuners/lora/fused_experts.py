@@ -70,12 +70,14 @@ def convert_config(config: LoraConfig, model: Any) -> None:
             return  # the pattern matches nothing, which is the usual error
     rest, parameters = set(), set(config.target_parameters or ())
     parts: dict[str, set[str]] = defaultdict(set)
+    here = {name for name, _ in model.named_parameters()}
     for target in targets:
-        old = target.rpartition(".")[2]
+        holder, _, old = target.rpartition(".")
         if old not in names:
             rest.add(target)
             continue
-        parameters.add(names[old])
+        full = f"{holder}.{names[old]}"
+        parameters.add(full if full in here else names[old])
         parts[names[old]].add(old)
     doubled = {}
     for new, present in parts.items():
@@ -96,19 +98,23 @@ def convert_config(config: LoraConfig, model: Any) -> None:
 
 
 def _resolved(config: LoraConfig, model: nn.Module, names: dict[str, str]) -> set[str]:
-    """The last parts of the names that a regular expression, or "all-linear", meant in a model
-    whose experts were linear layers."""
+    """The names that a regular expression, or "all-linear", meant in a model whose experts were
+    linear layers: their last parts, or whole names where the expression means some layers only."""
     if str(config.target_modules).lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
         return {n.rpartition(".")[2] for n in all_linear(config, model)} | set(names)
     matcher = TargetMatcher(config, str(config.target_modules))
-    parameters = [name for name, _ in model.named_parameters()]
-    here = [name for name, _ in model.named_modules()] + parameters
-    found = {key.rpartition(".")[2] for key in here if matcher(key)}
-    for old, new in names.items():
-        holders = (key.rpartition(".")[0] for key in parameters if key.endswith(f".{new}"))
-        if old not in found and any(matcher(f"{holder}.{old}") for holder in holders):
-            found.add(old)
-    return found
+    here = [name for name, _ in model.named_modules()]
+    for old, new in names.items():  # and the layers that were there
+        ends = f".{new}"
+        here += [
+            f"{name.removesuffix(ends)}.{old}"
+            for name, _ in model.named_parameters()
+            if name.endswith(ends)
+        ]
+    found = {key for key in here if matcher(key)}
+    last = {key.rpartition(".")[2] for key in found}
+    everywhere = all(key in found for key in here if key.rpartition(".")[2] in last)
+    return last if everywhere else found
 
 
 # -------------------------------------------------------------------- the weights
