@@ -140,13 +140,18 @@ class TrainableTokensLayer(nn.Module, BaseTunerLayer):
         found = self._places.get((*names, device))
         if found is None:
             self._check_overlapping_tokens(names)
-            indices = [i for name in names for i in self.token_indices[name]]
-            index = torch.tensor(indices, dtype=torch.long, device=device)
-            V = self.base_layer.weight.shape[0]
-            place = torch.full((V,), len(indices), dtype=torch.long, device=device)
-            place[index] = torch.arange(len(indices), device=device)
-            found = self._places[(*names, device)] = index, place
+            # made for training as well, whoever asks first
+            with torch.inference_mode(False):
+                found = self._places[(*names, device)] = self._look_up(names, device)
         return found
+
+    def _look_up(self, names: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor]:
+        indices = [i for name in names for i in self.token_indices[name]]
+        index = torch.tensor(indices, dtype=torch.long, device=device)
+        V = self.base_layer.weight.shape[0]
+        place = torch.full((V,), len(indices), dtype=torch.long, device=device)
+        place[index] = torch.arange(len(indices), device=device)
+        return index, place
 
     def _rows(self, names: Sequence[str], like: Tensor) -> Tensor:
         """The replaced rows [k, D] of these adapters, in ``like``'s dtype and on its device."""
