@@ -122,7 +122,9 @@ def adapter_slots(model: nn.Module, adapter_name: str) -> Iterator[Slot]:
                     continue
                 inner = f"{at}.{adapter_name}"
                 for key, owner, last in tensors_of(store[adapter_name], inner):
-                    yield Slot(key, clean(at + key[len(inner) :]), owner, last)
+                    # files hold a magnitude as the parameter that it was in HF PEFT's first DoRA
+                    rest = "" if attribute == "lora_magnitude_vector" else key[len(inner) :]
+                    yield Slot(key, clean(at + rest), owner, last)
         elif isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
             inner = f"{name}.modules_to_save.{adapter_name}"
             for key, owner, last in tensors_of(module.modules_to_save[adapter_name], inner):

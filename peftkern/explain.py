@@ -81,6 +81,7 @@ def explain(model: nn.Module) -> Explanation:
             continue
         layer: Any = module
         reason = layer.decline_reason()
+        own = layer.variant_fused_as()
         group = layer.__dict__.get("_group")
         together = "" if reason or group is None else group.describe(layer)
         decided = _decided(layer, group) if backend == "auto" and reason is None else why
@@ -90,9 +91,9 @@ def explain(model: nn.Module) -> Explanation:
                 kind=type(layer.get_base_layer()).__name__,
                 shape=(layer.in_features, layer.out_features),
                 ranks=dict(layer.r),
-                fused=reason is None,
-                backend=f"{backend} fused" if reason is None else "base layer + update",
-                reason=decided + together if reason is None else reason,
+                fused=reason is None or own is not None,
+                backend="base layer + update" if reason and own is None else f"{backend} fused",
+                reason=decided + together if reason is None else own or reason,
                 compiled=_compiled(layer) if reason is None else "plain formula",
             )
         )

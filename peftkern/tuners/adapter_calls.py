@@ -125,7 +125,7 @@ def cast_adapter_dtype(
 
 
 def check_adapters_to_merge(
-    module: BaseTunerLayer, adapter_names: list[str] | None = None
+    module: BaseTunerLayer, adapter_names: list[str] | str | None = None
 ) -> list[str]:
     """Which of these adapters (None: of the active ones) are not merged yet in this layer.
 

@@ -33,7 +33,7 @@ def _filter_state_dict_by_key_prefixes(
     return {k: v for k, v in state_dict.items() if _is_key_under_prefixes(k, prefixes)}
 
 
-def _held_by(module: nn.Module, name: str, adapter_name: str | None) -> set[str]:
+def _held_by(module: Any, name: str, adapter_name: str | None) -> set[str]:
     """Prefixes of everything that an adapter layer holds beside the base layer."""
     found = set()
     for held in (module._modules, module._parameters, module._buffers):

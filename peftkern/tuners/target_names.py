@@ -20,7 +20,7 @@ def ends_with_one_of(name: str, names: Iterable[str]) -> bool:
 
 
 def _find_minimal_target_modules(
-    target_modules: list[str] | set[str], other_module_names: list[str] | set[str]
+    target_modules: list[str] | set[str] | str, other_module_names: list[str] | set[str]
 ) -> set[str]:
     """The shortest suffixes that tell the targets from all other modules.
 
@@ -43,7 +43,8 @@ def _find_minimal_target_modules(
     if common := targets & others:
         raise ValueError(
             "target_modules and other_module_names contain common elements, this should not "
-            f"happen: {sorted(common)[:5]}"
+            "happen, please open a GitHub issue at https://github.com/huggingface/peft/issues with "
+            f"the code to reproduce this issue: {sorted(common)[:5]}"
         )
     taken = {suffix for name in others for suffix in suffixes(name)}
     found: set[str] = set()

@@ -86,6 +86,8 @@ class BaseTunerLayer:
     _active_adapter: str | list[str]
     # how the base weight is quantised; None when it is not
     quantization_backend: Any = None
+    # whether inputs are cast to the dtype of the adapter's weights
+    cast_input_dtype_enabled: bool = True
 
     def get_base_layer(self) -> nn.Module:
         """The wrapped layer, through any nesting."""
@@ -105,17 +107,23 @@ class BaseTunerLayer:
 
     def get_base_weight(self) -> torch.Tensor:
         """The base layer's weight, without its graph."""
-        return self.get_base_layer().weight.data  # type: ignore[return-value, union-attr]
+        return self.get_base_layer().weight.data  # type: ignore[return-value]
 
     def set_base_weight(self, weight_data: torch.Tensor) -> None:
         """Put this tensor in place of the base layer's weight."""
-        self.get_base_layer().weight.data = weight_data  # type: ignore[union-attr]
+        self.get_base_layer().weight.data = weight_data
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise NotImplementedError
 
     def unmerge(self) -> None:
         raise NotImplementedError
+
+    def _cast_input_dtype(self, x: Any, dtype: torch.dtype) -> Any:
+        """x in ``dtype``, unless casting is switched off for this layer; None stays None."""
+        if x is None or not self.cast_input_dtype_enabled or x.dtype == dtype:
+            return x
+        return x.to(dtype)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether the update can be written as LoRA's."""
@@ -158,6 +166,8 @@ class BaseTunerLayer:
                 layer.to(weight.device)
             else:
                 layer.data = layer.data.to(weight.device)
+
+    _move_adapter_to_device_of_base_layer = move_adapter_to_base_layer
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switch the adapters on (the active ones train again) or off (nothing trains)."""

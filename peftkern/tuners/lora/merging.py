@@ -62,6 +62,10 @@ class Merging:
         """Why this adapter cannot be merged into this kind of layer, None when it can."""
         return None
 
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether the adapter's update can be written as that of plain LoRA on a linear layer."""
+        return False
+
     # ---------------------------------------------------------------- the update of the weight
 
     def get_delta_weight(self, adapter: str) -> Tensor:

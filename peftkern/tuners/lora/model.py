@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from ...utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from ...utils.mixed import handing
@@ -28,33 +27,28 @@ from ..tuners_utils import BaseTunerLayer
 from .base import LoraLayer
 from .beside import Beside, find_targets, rank_and_alpha
 from .config import LoraConfig
-from .embedding import Embedding
+from .dispatch import (
+    add_adapter,
+    check,
+    custom_class,
+    layer_class,
+    make_custom,
+    warn,
+    warn_of_changed_base,
+)
 from .fused_experts import convert_config
 from .group import form_groups
+from .inits import collect
 from .layer import Linear
 from .mixed import AdapterNames
+from .plain import Starts
 from .replication import stacked
 from .tying import settle_tying
 from .unloading import ModelMerging
 from .weighted import Weighted
 
 
-def layer_class(base: nn.Module) -> Callable[[nn.Module], LoraLayer]:
-    """What makes the LoRA layer for a base layer. ValueError for a class that cannot be adapted."""
-    if isinstance(base, Conv1D):
-        return lambda m: Linear(m, fan_in_fan_out=True)
-    if isinstance(base, nn.Linear):
-        return Linear
-    if isinstance(base, nn.Embedding):
-        return Embedding
-    raise ValueError(
-        f"Target module {type(base).__name__} is not supported. Currently, only the following "
-        "modules are supported: `torch.nn.Linear`, `torch.nn.Embedding`, "
-        "`transformers.pytorch_utils.Conv1D`."
-    )
-
-
-class LoraModel(ModelMerging, Weighted, BaseTuner):
+class LoraModel(ModelMerging, Weighted, Starts, BaseTuner):
     """A model with LoRA layers in the places that the configuration names.
 
     Args:
@@ -115,16 +109,20 @@ class LoraModel(ModelMerging, Weighted, BaseTuner):
         check_compatible(config, model, [key for key, _ in matches])
         plan = []
         for key, module in matches:
-            make = None if isinstance(module, LoraLayer) else layer_class(module)
+            custom = custom_class(module, config)
+            make = None if isinstance(module, LoraLayer) else custom or layer_class(module)
             r, alpha = rank_and_alpha(config, key)
-            if config.lora_bias and isinstance(module, (nn.Embedding, Embedding)):
-                raise ValueError(f"lora_bias=True is not supported for the embedding `{key}`.")
+            if custom is None:
+                check(key, module, r, config)
             plan.append((key, module, make, r, alpha))
         beside = Beside(config, model, [key for key, _ in matches], parameters)
         self._check_patterns(config, [key for key, _ in matches] + beside.parameter_names)
         self._check_fan_in_fan_out(config, [m for _, m, make, *_ in plan if make is not None])
         saved = find_modules_to_save(model, config.modules_to_save)
         self._check_saved(model, config, name, plan, saved)
+        for _, module, *_ in plan:
+            warn(module, config)
+        warn_of_changed_base([config, *(c for _, c in others)])
         return plan, saved, beside
 
     @staticmethod
@@ -225,7 +223,11 @@ class LoraModel(ModelMerging, Weighted, BaseTuner):
         # what is there already trains, or does not, as before; the first adapter freezes the model
         first = not any(isinstance(m, BaseTunerLayer) for m in self.adapter_layers())
         try:
-            self._put_in(model, config, adapter_name, plan, saved, beside, low_cpu_mem_usage, first)
+            with collect() as change_base_weights:
+                self._put_in(
+                    model, config, adapter_name, plan, saved, beside, low_cpu_mem_usage, first
+                )
+                change_base_weights()
         except BaseException:
             for layer in self.adapter_layers():
                 layer.delete_adapter(adapter_name)
@@ -264,17 +266,23 @@ class LoraModel(ModelMerging, Weighted, BaseTuner):
         trainable = active and not config.inference_mode
         parents: dict[str, nn.Module] = {}
         for key, module, make, r, alpha in plan:
-            layer = module
+            layer, added = module, False
+            how = (self._autocast_dtype, low_cpu_mem_usage, trainable)
             if make is not None:
-                layer = make(module)
+                added = make is custom_class(module, config)
+                if added:
+                    named = dict(zip(("autocast_dtype", "meta", "trainable"), how, strict=True))
+                    layer = make_custom(make, module, adapter_name, key, r, alpha, config, **named)
+                    layer.set_adapter(self.active_adapters, inference_mode=not trainable)
+                else:
+                    layer = make(module)
                 layer._active_adapter = self.active_adapters
                 at, _, name = key.rpartition(".")
                 if at not in parents:
                     parents[at] = model.get_submodule(at)
                 setattr(parents[at], name, layer)
-            layer.update_layer(
-                adapter_name, r, alpha, config, self._autocast_dtype, low_cpu_mem_usage, trainable
-            )
+            if not added:
+                add_adapter(layer, adapter_name, key, r, alpha, config, *how)
         how = (self._autocast_dtype, low_cpu_mem_usage, trainable)
         beside.put_layers(model, adapter_name, self.active_adapters, *how)
         if active:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ from ...utils import merge_utils
 from ...utils.other import ModulesToSaveWrapper
 from .base import LoraLayer
 from .config import LoraConfig
+from .embedding import Embedding
 from .restore import at_least_float32
 
 CombinationType = Literal[
@@ -64,8 +66,12 @@ class Recipe:
         args = (self.density, self.signs) if rule.endswith("ties") else (self.density,)
         return getattr(merge_utils, rule)(tensors, w, *args)
 
-    def factors(self, parts: list[Part]) -> tuple[Tensor, Tensor]:
-        """A [r, K] and B [N, r] of the new adapter, with a scaling of 1 and r at most ``rank``."""
+    def factors(self, parts: list[Part], transposed: bool) -> tuple[Tensor, Tensor]:
+        """A [r, K] and B [N, r] of the new adapter, with a scaling of 1 and r at most ``rank``.
+
+        ``transposed``: the layer's weight is [K, N], and pruning draws in that order, as HF PEFT's
+        does.
+        """
         scaled = [p.weight * p.scaling for p in parts]
         if self.kind in BY_FACTOR:
             roots = [math.sqrt(abs(w)) for w in scaled]
@@ -81,7 +87,10 @@ class Recipe:
         if self.kind == "svd" and self.clamp is None and ranks < min(N, K):
             return self._svd_of_sum(parts, scaled)
         deltas = [(p.B @ p.A) * p.scaling for p in parts]
-        return self._svd(self.combine(deltas, [p.weight for p in parts]))
+        if transposed:
+            deltas = [delta.T for delta in deltas]
+        delta = self.combine(deltas, [p.weight for p in parts])
+        return self._svd(delta.T if transposed else delta)
 
     def _svd(self, delta: Tensor) -> tuple[Tensor, Tensor]:
         u, s, vh = torch.linalg.svd(delta, full_matrices=self.full_matrices, driver=self.driver)
@@ -296,12 +305,13 @@ class Weighted:
                         f"None of {list(adapters)} has weights in a layer that the new adapter "
                         f"targets ({type(layer.get_base_layer()).__name__})."
                     )
-                for tensor, value, axis in zip(target, recipe.factors(parts), (0, 1), strict=True):
-                    flat = torch.zeros(
-                        tensor.flatten(1).shape, dtype=value.dtype, device=value.device
-                    )
+                dtype = self._dtype(layer, adapters)
+                transposed = isinstance(layer, Embedding) or getattr(layer, "fan_in_fan_out", False)
+                factors = recipe.factors(parts, transposed)
+                for tensor, value, axis in zip(target, factors, (0, 1), strict=True):
+                    flat = value.new_zeros(tensor.flatten(1).shape)
                     flat.narrow(axis, 0, value.shape[axis]).copy_(value)
-                    tensor.data.copy_(flat.view_as(tensor))
+                    tensor.data = flat.to(dtype).view_as(tensor)
                 self._fill_bias(layer, adapter_name, adapters, weights)
             self._fill_saved(adapter_name, adapters)
         except BaseException:
@@ -310,6 +320,13 @@ class Weighted:
             raise
         for layer in self._lora_layers():
             layer.set_requires_grad(adapter_name, False)
+
+    @staticmethod
+    def _dtype(layer: Any, adapters: Sequence[str]) -> torch.dtype:
+        """The widest dtype among the adapters of a layer."""
+        found = [t for name in adapters if (t := _tensors(layer, name)) is not None]
+        dtypes = [tensor.dtype for pair in found for tensor in pair]
+        return functools.reduce(torch.promote_types, dtypes)
 
     def _fill_saved(self, adapter_name: str, adapters: Sequence[str]) -> None:
         """A module that one of the adapters trained in full is as that one left it."""
@@ -330,10 +347,11 @@ class Weighted:
             return
         bias = layer.lora_B[adapter_name].bias
         total = torch.zeros_like(bias, dtype=torch.float32)
+        dtype = layer.lora_B[adapter_name].weight.dtype
         for name, weight in zip(adapters, weights, strict=True):
             if layer.lora_bias.get(name):
                 total += layer.lora_B[name].bias.float() * (weight * layer.scaling[name])
-        bias.data.copy_(total)
+        bias.data = total.to(dtype)
 
 
 def _union(targets: list[Any]) -> Any:
