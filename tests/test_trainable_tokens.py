@@ -147,6 +147,16 @@ def test_several_adapters(tmp_path) -> None:
         ours.base_model.set_adapter(["default", "other"])
     with pytest.raises(ValueError, match="are already defined and would result in undefined"):
         ours.merge_adapter(adapter_names=["default", "other"])
+    before = {k: v.clone() for k, v in ours.state_dict().items()}
+    with torch.no_grad():
+        embed.token_adapter.trainable_tokens_delta["other"][0, 0] = torch.nan
+    for merge in (ours.merge_adapter, ours.merge_and_unload):  # all layers are merged, or none
+        with pytest.raises(ValueError, match="The adapter other seems to be broken"):
+            merge(adapter_names=["other"], safe_merge=True)
+    with torch.no_grad():
+        key = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta.other"
+        embed.token_adapter.trainable_tokens_delta["other"].copy_(before[key])
+    assert all(torch.equal(v, before[k]) for k, v in ours.state_dict().items())
     ours.set_adapter("other")
     ours.delete_adapter("default")
     torch.testing.assert_close(logits(ours, "gemma"), each["other"])
