@@ -26,7 +26,7 @@ from .status import (
     get_model_status,
 )
 from .tuners.lora.group import settle
-from .tuners.tuners_utils import as_names
+from .tuners.tuners_utils import BaseTunerLayer, as_names
 from .utils.other import ModulesToSaveWrapper
 from .utils.peft_types import PeftType
 

@@ -115,7 +115,7 @@ class Beside:
             tied = model.get_submodule(key)
             if isinstance(tied, Linear):
                 source = model.get_input_embeddings()
-                tie_adapter(tied, source, adapter_name, config.init_lora_weights)
+                tie_adapter(tied, source, adapter_name, config.init_name)
 
     def put_modules(
         self, model: nn.Module, adapter_name: str, activate: bool, autocast_dtype: bool

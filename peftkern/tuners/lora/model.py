@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -37,6 +37,7 @@ from .dispatch import (
     warn,
     warn_of_changed_base,
 )
+from .fused_experts import convert_config
 from .group import form_groups
 from .inits import collect
 from .layer import Linear
@@ -66,6 +67,8 @@ class LoraModel(ModelMerging, Weighted, Starts, BaseTuner):
         ValueError: nothing matches, or a match cannot be adapted. The model is then as it was.
     """
 
+    # puts stacked layers back (`layer_replication`)
+    _unstack: Callable[[], None] | None = None
     prefix = "lora_"
     tuner_layer_cls = LoraLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
@@ -101,6 +104,7 @@ class LoraModel(ModelMerging, Weighted, Starts, BaseTuner):
                 "LoraModel supports only 1 adapter with bias. When using multiple adapters, set "
                 "bias to 'none' for all adapters."
             )
+        convert_config(config, model)
         settle_tying(config, model)
         matches, parameters = find_targets(config, model, others, state_dict)
         check_compatible(config, model, [key for key, _ in matches])
@@ -119,7 +123,7 @@ class LoraModel(ModelMerging, Weighted, Starts, BaseTuner):
         self._check_saved(model, config, name, plan, saved)
         for _, module, *_ in plan:
             warn(module, config)
-        warn_of_changed_base([config, *others])
+        warn_of_changed_base([config, *(c for _, c in others)])
         return plan, saved, beside
 
     @staticmethod
@@ -202,8 +206,10 @@ class LoraModel(ModelMerging, Weighted, Starts, BaseTuner):
         config = self.peft_config[adapter_name]
         assert isinstance(config, LoraConfig)
         others = [c for n, c in self.peft_config.items() if n != adapter_name]
-        with stacked(model, config, others):
+        with stacked(model, config, others) as unstack:
             self._inject(model, config, adapter_name, low_cpu_mem_usage, state_dict)
+        if unstack is not None:
+            self.__dict__["_unstack"] = unstack
 
     def _inject(
         self,
@@ -313,13 +319,15 @@ class LoraModel(ModelMerging, Weighted, Starts, BaseTuner):
             for name, child in list(parent._modules.items()):
                 original: Any = child
                 while isinstance(original, (LoraLayer, AuxiliaryTrainingWrapper)):
-                    if original._get_available_adapters():
+                    if only_empty and original._get_available_adapters():
                         break
                     wraps: Any = original
                     within = isinstance(wraps, LoraLayer)
                     original = wraps.base_layer if within else wraps.original_module
                 if original is not child:
                     setattr(parent, name, original)
+        if not only_empty and self._unstack is not None:
+            self._unstack()
 
     def _get_module_names_tied_with_embedding(self) -> list[str]:
         return modules_tied_to_embedding(self.model)

@@ -130,7 +130,7 @@ class ParamWrapper(nn.Module, LoraLayer):
         for what, asked in settings.items():
             if asked:
                 raise ValueError(f"lora.ParamWrapper does not work with {what}.")
-        if config.init_lora_weights not in (True, False, "gaussian"):
+        if config.init_name not in (True, False, "gaussian"):
             raise ValueError(
                 f"lora.ParamWrapper does not work with init_lora_weights="
                 f"{config.init_lora_weights!r}, only with True, False and 'gaussian'."
@@ -150,11 +150,11 @@ class ParamWrapper(nn.Module, LoraLayer):
         rank = r * self.num_experts
         A = torch.empty((rank, self.in_features), **place)
         B = torch.zeros((self.out_features, rank), **place)
-        if config.init_lora_weights == "gaussian":
+        if config.init_name == "gaussian":
             A.normal_(std=1 / r)
         else:
             A.uniform_(-(self.in_features**-0.5), self.in_features**-0.5)
-            if config.init_lora_weights is False:
+            if config.init_name is False:
                 B.uniform_(-(rank**-0.5), rank**-0.5)
         self.lora_A._modules[name] = bare_linear(A, None, trainable)
         self.lora_B._modules[name] = bare_linear(B, None, trainable)

@@ -83,13 +83,16 @@ def replicate_layers(model: nn.Module, layer_map: Sequence[tuple[int, int]]) -> 
 
 
 @contextmanager
-def stacked(model: nn.Module, config: Any, others: Sequence[Any]) -> Iterator[None]:
-    """Stack the model's layers as the configuration says, for good unless the block fails."""
+def stacked(
+    model: nn.Module, config: Any, others: Sequence[Any]
+) -> Iterator[Callable[[], None] | None]:
+    """Stack the model's layers as the configuration says, for good unless the block fails. Yields
+    what puts them back, or None when there was nothing to stack."""
     restore = None
     if is_to_be_stacked(config, others):
         restore = replicate_layers(model, config.layer_replication)
     try:
-        yield
+        yield restore
     except BaseException:
         if restore is not None:
             restore()

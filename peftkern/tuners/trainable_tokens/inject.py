@@ -65,7 +65,7 @@ def plan_tokens(
             for key in _ending_with(places, [name]):
                 plan[key] = Target(key, indices, False)
     embedding = input_embedding_name(model)
-    if tied and embedding in plan and (config.ensure_weight_tying or not differ):
+    if names and embedding in plan and (config.ensure_weight_tying or not differ):
         for key in _ending_with(places, names):
             plan.setdefault(key, Target(key, plan[embedding].indices, True))
     for target in plan.values():

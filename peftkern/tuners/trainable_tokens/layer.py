@@ -58,6 +58,7 @@ class TrainableTokensLayer(nn.Module, BaseTunerLayer):
             self.trainable_tokens_original = tied_adapter.trainable_tokens_original
             self.token_indices = tied_adapter.token_indices
         self.merged_adapters = []
+        self._merge_calls: list[int] = []
         self._disable_adapters = False
         self._active_adapter: list[str] = []
         # {(adapters, device): where each token's row is}, made when first needed
@@ -140,13 +141,18 @@ class TrainableTokensLayer(nn.Module, BaseTunerLayer):
         found = self._places.get((*names, device))
         if found is None:
             self._check_overlapping_tokens(names)
-            indices = [i for name in names for i in self.token_indices[name]]
-            index = torch.tensor(indices, dtype=torch.long, device=device)
-            V = self.base_layer.weight.shape[0]
-            place = torch.full((V,), len(indices), dtype=torch.long, device=device)
-            place[index] = torch.arange(len(indices), device=device)
-            found = self._places[(*names, device)] = index, place
+            # made for training as well, whoever asks first
+            with torch.inference_mode(False):
+                found = self._places[(*names, device)] = self._look_up(names, device)
         return found
+
+    def _look_up(self, names: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor]:
+        indices = [i for name in names for i in self.token_indices[name]]
+        index = torch.tensor(indices, dtype=torch.long, device=device)
+        V = self.base_layer.weight.shape[0]
+        place = torch.full((V,), len(indices), dtype=torch.long, device=device)
+        place[index] = torch.arange(len(indices), device=device)
+        return index, place
 
     def _rows(self, names: Sequence[str], like: Tensor) -> Tensor:
         """The replaced rows [k, D] of these adapters, in ``like``'s dtype and on its device."""
@@ -243,23 +249,25 @@ class TrainableTokensLayer(nn.Module, BaseTunerLayer):
             ValueError: two adapters replace the same row, or ``safe_merge`` and a broken adapter.
                 The weight is then as it was.
         """
-        from ..lora.merging import adapters_to_merge  # whose package imports this one
+        names = self._check_mergeable(adapter_names, safe_merge)
+        for name in names:
+            self._write(name, self.trainable_tokens_delta[name])
+        if names:
+            self.merged_adapters.extend(names)
+            self._merge_calls.append(len(names))
+
+    def _check_mergeable(self, adapter_names: list[str] | None, safe_merge: bool) -> list[str]:
+        """Which adapters :meth:`merge` would merge, and its errors."""
+        from ..lora.merging import BROKEN, adapters_to_merge  # whose package imports this one
 
         names = adapters_to_merge(self, adapter_names)
         names = [name for name in names if name in self.trainable_tokens_delta]
-        if not names:
-            return
-        self._check_overlapping_tokens(names)
-        weight = self.base_layer.weight.data
-        rows = {name: self.trainable_tokens_delta[name].to(weight) for name in names}
-        for name in names:
-            if safe_merge and not torch.isfinite(rows[name]).all():
-                raise ValueError(
-                    f"NaNs detected in the merged weights. The adapter {name} seems to be broken"
-                )
-        for name in names:
-            self._write(name, rows[name])
-        self.merged_adapters.extend(names)
+        if names:
+            self._check_overlapping_tokens(names)
+        for name in names if safe_merge else ():
+            if not self.trainable_tokens_delta[name].to(self.base_layer.weight).isfinite().all():
+                raise ValueError(BROKEN.format(name))
+        return names
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -268,9 +276,15 @@ class TrainableTokensLayer(nn.Module, BaseTunerLayer):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         while self.merged_adapters:
+            self._unmerge_last()
+
+    def _unmerge_last(self) -> None:
+        """Take the last call of :meth:`merge` back."""
+        for _ in range(self._merge_calls.pop() if self._merge_calls else 1):
             name = self.merged_adapters.pop()
             self._write(name, self.trainable_tokens_original[name])
 
+    @torch.no_grad()
     def _write(self, name: str, rows: Tensor) -> None:
         weight: Any = self.base_layer.weight.data
         index = torch.tensor(self.token_indices[name], dtype=torch.long, device=weight.device)

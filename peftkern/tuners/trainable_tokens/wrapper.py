@@ -46,14 +46,9 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
         self.training = module_to_save.training
         self.token_adapter.training = module_to_save.training
 
-    @property  # type: ignore[override]
-    def original_module(self) -> nn.Module:
-        # no attribute: the module has one name in the state dict
-        return self.token_adapter.base_layer
-
-    @property  # type: ignore[override]
-    def _adapters(self) -> set[str]:
-        return self._get_available_adapters()
+    # no attributes: the module has one name in the state dict, and one place knows the adapters
+    original_module: Any = property(lambda self: self.token_adapter.base_layer)
+    _adapters: Any = property(lambda self: self._get_available_adapters())
 
     def _get_available_adapters(self) -> set[str]:
         return set(self.token_adapter.trainable_tokens_delta.keys())
@@ -115,15 +110,13 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
         self.token_adapter.enable_adapters(enabled)
 
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Use the rows of this adapter (none: the base layer's); ValueError for an unknown one, or
-        for several."""
+        """Use the rows of this adapter, or of several that share no token (none: the base
+        layer's). ValueError for an unknown one."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         have = self._get_available_adapters()
         for name in names:
             if name not in have:
-                raise ValueError(f"Adapter {name} not found in {have}")
-        if len(names) > 1:
-            raise ValueError(f"Only one adapter can be set at a time for {self}, got {len(names)}")
+                raise ValueError(f"Adapter {name} not found in {sorted(have)}")
         self._active_adapter = names
         self.token_adapter.set_adapter(names, inference_mode)
 
