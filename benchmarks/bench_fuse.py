@@ -1,5 +1,7 @@
-"""HF PEFT's own model before and after ``peftkern.fuse``: a training step and decoding. In these rows
-``peftkern`` is HF PEFT's model, fused."""
+"""HF PEFT's own model before and after ``peftkern.fuse``: a training step and decoding.
+
+In these rows ``peftkern`` is HF PEFT's model, fused.
+"""
 
 from __future__ import annotations
 
@@ -29,10 +31,10 @@ def before_and_after(p: float = 0.0) -> dict[str, Any]:
 
 
 def test_step(compare: Callable[..., Any]) -> None:
-    bench_train.measure(
-        compare, before_and_after(0.1), SMALL, f"fused HF PEFT {SMALL}, dropout 0.1"
-    )
+    row = f"fused HF PEFT {SMALL}, dropout 0.1"
+    bench_train.measure(compare, before_and_after(0.1), SMALL, row)
 
 
 def test_decode(compare: Callable[..., Any]) -> None:
-    bench_decode.measure(compare, before_and_after(), SMALL, f"fused HF PEFT {SMALL}, all-linear")
+    row = f"fused HF PEFT {SMALL}, all-linear"
+    bench_decode.measure(compare, before_and_after(), SMALL, row, target=1.0)
