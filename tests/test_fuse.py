@@ -152,6 +152,7 @@ def test_copies(how, tmp_path):
         torch.save(fused, tmp_path / "model.pt")
         twin = torch.load(tmp_path / "model.pt", weights_only=False)
     assert len(fused_layers(twin)) == 14
+    assert all(layer._plan is None for layer in layers_of(twin))
     with torch.no_grad():  # the copy's own weights, through its own plans and groups
         for parameter in fused.parameters():
             parameter.zero_()
@@ -231,6 +232,9 @@ def test_what_peft_does_to_adapters():
             change(model)
             fill(model, seed=len(name)) if name in ("add", "dora", "partly") else None
         assert len(fused_layers(fused)) == count, name
+        for layer in layers_of(fused):  # what is said and what is done
+            declined = layer.fused_call(torch.ones(1, layer.in_features)) is None
+            assert declined == (layer.decline_reason() is not None), name
         assert_equal_outputs(fused, plain, batch, 2e-5)
         with torch.no_grad():
             outputs.append(first(fused(**batch)))
@@ -438,11 +442,11 @@ def test_each_layer_that_is_not_fused_says_why():
     torch.testing.assert_close(fused(ids), plain(ids))
     for layer in layers_of(fused):
         layer.scaling = {name: torch.tensor(value) for name, value in layer.scaling.items()}
-    assert zoo.plain(torch.ones(1, 8)).shape == (1, 8)
     fused.set_adapter("default")
     plain.set_adapter("default")
     rows = {row.name.rpartition(".")[2]: row for row in peftkern.explain(fused)}
     assert "scaling of default is a Tensor" in rows["plain"].reason
+    assert zoo.plain.fused_call(torch.ones(1, 8)) is None
     torch.testing.assert_close(fused(ids), plain(ids))
 
 
