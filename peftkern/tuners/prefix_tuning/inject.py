@@ -217,6 +217,11 @@ class PrefixInjection:
         elif hasattr(self.attentions[0], "compute_bias"):
             state.bias_module = self.attentions[0]
         if torch.is_grad_enabled() and reentrant.is_reentrant(self.layers[0]):
+            if any(getattr(m, "is_kv_shared_layer", False) for m in self.attentions):
+                raise ValueError(
+                    f"reentrant gradient checkpointing loses the gradients of the keys that layers "
+                    f"of {self._model_name} share: choose use_reentrant=False"
+                )
             reentrant.use_leaves(state)
         name_state(kwargs.get("attention_mask"), state)
         kwargs[attention.KEYWORD] = state
