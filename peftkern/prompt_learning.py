@@ -58,6 +58,7 @@ class PromptLearning(Prompts):
 
     prompt_tokens: dict[str, Tensor]
     _prefix_injection: Any = None
+    _prefix_injection_for: dict[str, Any] | None = None  # what it was made with
     _room: Room
 
     # ---------------------------------------------------------------- what it stands on
@@ -177,20 +178,27 @@ class PromptLearning(Prompts):
 
         P, heads = config.num_virtual_tokens, config.num_attention_heads
         assert P is not None and config.token_dim is not None and heads is not None
+        base, width = innermost(self), config.token_dim // heads
+        wanted: dict[str, Any] = {
+            "num_layers": attention_layers(config, base),
+            "kv_heads": heads,
+            "head_dim": width,
+            "num_virtual_tokens": P,
+            "always_visible": getattr(config, "prefix_always_visible", False),
+        }
+        before = self._prefix_injection_for
         if self._prefix_injection is not None:
-            if self._prefix_injection_length == P:
+            if before == wanted:
                 return
             self._prefix_injection.remove()
             self._prefix_injection = None
-        base = innermost(self)
-        self._prefix_injection = PrefixInjection(
-            base,
-            num_layers=attention_layers(config, base),
-            kv_heads=heads,
-            head_dim=config.token_dim // heads,
-            num_virtual_tokens=P,
-        )
-        self._prefix_injection_length = P
+        try:
+            self._prefix_injection = PrefixInjection(base, **wanted)
+        except ValueError:
+            if before is not None:
+                self._prefix_injection = PrefixInjection(base, **before)
+            raise
+        self._prefix_injection_for = wanted
 
     def _heads(self: Any) -> list[ModulesToSaveWrapper]:
         """The modules that train in full with these adapters (or with none any more)."""
@@ -231,7 +239,7 @@ class PromptLearning(Prompts):
         adapter is left."""
         if self._prefix_injection is not None and not (only_empty and self.peft_config):
             self._prefix_injection.remove()
-            self._prefix_injection = None
+            self._prefix_injection = self._prefix_injection_for = None
         heads = {id(m) for m in self._heads() if not (only_empty and m._get_available_adapters())}
         for name, module in list(self.base_model.named_modules()):
             if id(module) in heads:

@@ -40,6 +40,7 @@ class PrefixInjection:
         kv_heads: heads of the keys (H_kv); of the largest layer, where they differ.
         head_dim: their width (D), likewise.
         num_virtual_tokens: length of the prefix (P).
+        always_visible: a sliding window hides own tokens only, and not the prefix.
 
     Raises:
         ValueError: the model is not supported, or the numbers are not its own; names its class.
@@ -53,15 +54,19 @@ class PrefixInjection:
         kv_heads: int,
         head_dim: int,
         num_virtual_tokens: int,
+        always_visible: bool = False,
     ) -> None:
         if num_virtual_tokens <= 0:
             raise ValueError(f"num_virtual_tokens must be positive, got {num_virtual_tokens}")
         found = find(model, num_layers)
+        if always_visible and (reason := blocks.why_not_always_visible(found)):
+            raise refuse(model, reason)
         if any(hasattr(m, attention.SLOT) for m in found.attentions):
             raise refuse(model, "it takes prefixes already; remove the first injection")
         self.kv_heads = kv_heads
         self.head_dim = head_dim
         self.num_virtual_tokens = num_virtual_tokens
+        self.always_visible = always_visible
         self.family = found.family
         self.stack = found.stack
         self.layers = found.layers
@@ -206,6 +211,7 @@ class PrefixInjection:
         cache = kwargs.get("past_key_values")
         past = 0 if cache is None else cache.get_seq_length()
         state = begin(entry, tokens.shape[0], self.num_virtual_tokens, past)
+        state.always_visible = self.always_visible
         wanted = kwargs.get("output_attentions")
         config = self.stack.config
         state.weights = bool(

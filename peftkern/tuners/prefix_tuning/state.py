@@ -49,6 +49,7 @@ class PrefixState:
     virtual: int  # P
     past: int | Tensor  # own tokens that are in the cache already
     positions_moved: bool = False  # the caller's position_ids count the prefix already
+    always_visible: bool = False  # the prefix is in every window
     weights: bool = False  # attention weights were asked for
     positions: Tensor | None = None  # of a packed batch's tokens, P included
     bias_module: Any = None  # T5: the layer that holds the relative bias of all
