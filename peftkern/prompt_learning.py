@@ -21,7 +21,7 @@ from .tuners.p_tuning import PromptEncoder, PromptEncoderConfig
 from .tuners.positions import Room
 from .tuners.prefix_tuning import PrefixEncoder, PrefixTuningConfig
 from .tuners.prompt_encoder import BasePromptEncoder
-from .tuners.prompt_sizes import attention_layers, infer_sizes
+from .tuners.prompt_sizes import attention_layers, has_config, infer_sizes
 from .tuners.prompt_tuning import PromptEmbedding, PromptTuningConfig
 from .utils.other import (
     CONTAINERS,
@@ -124,8 +124,8 @@ class PromptLearning(Prompts):
         room.check(draft.num_virtual_tokens, 1)
         heads = self._heads_of(draft)
         encoder = _make_encoder(draft, words)
-        if isinstance(config, PrefixTuningConfig):
-            self._inject(draft)
+        if isinstance(config, PrefixTuningConfig) and has_config(base):
+            self._inject(draft)  # of another kind of model, a call says that it takes no prefix
         place = next((base if words is None else words).parameters()).device
         if place.type != "meta":  # where the embeddings are, as the prompt goes with them
             encoder.to(place)
