@@ -20,11 +20,17 @@ from .utils.other import ModulesToSaveWrapper
 # -------------------------------------------------------------------- what is checked
 
 
-def batch_and_length(kwargs: dict[str, Any]) -> tuple[int, int]:
-    """(rows, tokens) of the inputs; ValueError when there are none."""
+def batch_and_length(model: Any, kwargs: dict[str, Any]) -> tuple[int, int]:
+    """(rows, tokens) of the inputs; ValueError when there are none.
+
+    The input of a model with a prefix may be something else than tokens (Whisper's features).
+    """
     for name in ("input_ids", "inputs_embeds"):
         if kwargs.get(name) is not None:
             return kwargs[name].shape[0], kwargs[name].shape[1]
+    given = kwargs.get(getattr(innermost(model), "main_input_name", None) or "")
+    if given is not None and isinstance(model.active_peft_config, PrefixTuningConfig):
+        return given.shape[0], 0
     raise ValueError("You have to provide either input_ids or inputs_embeds")
 
 
@@ -119,7 +125,7 @@ def prompted_forward(model: Any, kwargs: dict[str, Any]) -> Any:
     base = model.base_model
     if not model.has_active_enabled_adapter:
         return base(**kwargs)
-    batch, tokens = batch_and_length(kwargs)
+    batch, tokens = batch_and_length(model, kwargs)
     rows = model._rows(names, batch)
     config = model.active_peft_config
     with named_rows(model, rows):
@@ -167,7 +173,9 @@ def prefixed(
     named = [name for name in rows or [model.active_adapter] if name != BASE]
     config = model.peft_config[named[0]]
     model._inject(config)
-    more: dict[str, Any] = {} if no_prefix is None else {"no_prefix": no_prefix}
+    more: dict[str, Any] = {"always_visible": config.prefix_always_visible}
+    if no_prefix is not None:
+        more["no_prefix"] = no_prefix
     if kwargs is not None and kwargs.get("position_ids") is not None:
         move = offset_behind(config.num_virtual_tokens, no_prefix)
         kwargs["position_ids"] = kwargs["position_ids"] + move
@@ -191,7 +199,7 @@ def prompted_generate(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
         kwargs["input_ids"], args = args[0], args[1:]
     if kwargs.get("inputs") is not None:
         kwargs["input_ids"] = kwargs.pop("inputs")
-    batch, tokens = batch_and_length(kwargs)
+    batch, tokens = batch_and_length(model, kwargs)
     rows = model._rows(names, batch)
     times = 1 if rows is None else _repeats(base, kwargs)  # rows are repeated for the beams
     with named_rows(model, rows, times):
@@ -210,7 +218,7 @@ def prompted_generate(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
 def _prefixed_generate(model: Any, args: Any, kwargs: dict[str, Any], batch: int, rows: Any) -> Any:
     if not model.keeps_token_types:
         _drop(kwargs, "token_type_ids", "Token type ids")
-    _check_prefix_room(model, kwargs, rows, batch_and_length(kwargs)[1])
+    _check_prefix_room(model, kwargs, rows, batch_and_length(model, kwargs)[1])
     with prefixed(model, batch, rows):  # each row's for all of its beams
         return model.base_model.generate(*args, **kwargs)
 

@@ -21,7 +21,7 @@ from .tuners.p_tuning import PromptEncoder, PromptEncoderConfig
 from .tuners.positions import Room
 from .tuners.prefix_tuning import PrefixEncoder, PrefixTuningConfig
 from .tuners.prompt_encoder import BasePromptEncoder
-from .tuners.prompt_sizes import attention_layers, infer_sizes
+from .tuners.prompt_sizes import attention_layers, has_config, infer_sizes
 from .tuners.prompt_tuning import PromptEmbedding, PromptTuningConfig
 from .utils.other import (
     CONTAINERS,
@@ -123,8 +123,8 @@ class PromptLearning(Prompts):
         room.check(draft.num_virtual_tokens, 1)
         heads = self._heads_of(draft)
         encoder = _make_encoder(draft, words)
-        if isinstance(config, PrefixTuningConfig):
-            self._inject(draft)
+        if isinstance(config, PrefixTuningConfig) and has_config(base):
+            self._inject(draft)  # of another kind of model, a call says that it takes no prefix
         place = next((base if words is None else words).parameters()).device
         if place.type != "meta":  # where the embeddings are, as the prompt goes with them
             encoder.to(place)
@@ -177,9 +177,10 @@ class PromptLearning(Prompts):
 
         P, heads = config.num_virtual_tokens, config.num_attention_heads
         assert P is not None and config.token_dim is not None and heads is not None
+        visible = getattr(config, "prefix_always_visible", False)
         if self._prefix_injection is not None:
             # never made anew: another thread may be in a forward with the hooks that there are
-            self._prefix_injection.allow(P)
+            self._prefix_injection.allow(P, visible)
             return
         base = innermost(self)
         self._prefix_injection = PrefixInjection(
@@ -188,6 +189,7 @@ class PromptLearning(Prompts):
             kv_heads=heads,
             head_dim=config.token_dim // heads,
             num_virtual_tokens=P,
+            always_visible=visible,
         )
 
     def _heads(self: Any) -> list[ModulesToSaveWrapper]:

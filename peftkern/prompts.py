@@ -65,6 +65,11 @@ class Prompts:
                 + ", ".join(f"{name}: {P}" for name, P in sorted(lengths.items()))
                 + " virtual tokens"
             )
+        seen = {getattr(self.peft_config[n], "prefix_always_visible", None) for n in lengths}
+        if len(seen) > 1:
+            raise ValueError(
+                "`adapter_names`: prefixes of one batch must agree in `prefix_always_visible`"
+            )
         return names
 
     def _virtual_tokens(self: Any, rows: list[str] | None) -> int:

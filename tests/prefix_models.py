@@ -185,6 +185,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         cls_token_id=1,
         sep_token_id=2,
     ),
+    "layoutlm": lambda: _bert(tf.LayoutLMConfig),
     "stablelm": lambda: _decoder(tf.StableLmConfig),
     "phi": lambda: _decoder(tf.PhiConfig, embd_pdrop=0.0, resid_pdrop=0.0),
     "cohere": lambda: _decoder(tf.CohereConfig, logit_scale=1.0),
@@ -222,6 +223,7 @@ IN_BLOCKS = (
     "mpt",
 )
 ENCODERS = ("bert", "roberta", "electra", "distilbert", "xlm-roberta")
+WITHOUT_HEADS = ("layoutlm",)  # an encoder that PEFT refuses
 SEQ2SEQ = ("t5", "bart", "mbart", "mt5", "marian", "pegasus", "blenderbot")
 # what PEFT has to be told, because it would infer it wrongly or not at all
 SIZES = {
@@ -230,6 +232,7 @@ SIZES = {
     "mpt": {"num_attention_heads": HEADS},
 }
 _CLASSES = {
+    "FEATURE_EXTRACTION": tf.AutoModel,
     "CAUSAL_LM": tf.AutoModelForCausalLM,
     "SEQ_CLS": tf.AutoModelForSequenceClassification,
     "TOKEN_CLS": tf.AutoModelForTokenClassification,
@@ -240,6 +243,8 @@ _CLASSES = {
 def task_of(family: str) -> str:
     if family in (*ENCODERS, "modernbert"):
         return "SEQ_CLS"
+    if family in WITHOUT_HEADS:
+        return "FEATURE_EXTRACTION"
     return "SEQ_2_SEQ_LM" if family in SEQ2SEQ else "CAUSAL_LM"
 
 

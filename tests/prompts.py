@@ -64,7 +64,9 @@ class PastInjection:
     last: PastInjection
     refuse = ""
 
-    def __init__(self, model, *, num_layers, kv_heads, head_dim, num_virtual_tokens):
+    def __init__(
+        self, model, *, num_layers, kv_heads, head_dim, num_virtual_tokens, always_visible=False
+    ):
         if self.refuse:
             raise ValueError(self.refuse)
         self.model, self.P, self.removed = model, num_virtual_tokens, False

@@ -268,7 +268,7 @@ def test_sizes_that_peft_cannot_tell(name):
 
 
 def test_layers_of_different_sizes():
-    """Gemma 4: layers take a part of the prefix, and one with another's keys takes none."""
+    """Gemma 4: layers take a part of the prefix, and one with another's keys takes that one's."""
     config = tf.Gemma4TextConfig(
         **{**SMALL, "num_hidden_layers": 4},
         intermediate_size=24,
@@ -285,7 +285,8 @@ def test_layers_of_different_sizes():
     with pytest.warns(UserWarning, match=r"skipped \[3\] due to KV shape"):
         prefixes, _ = ours._prefix_layers(1)
         mine = cached(ours.get_prompt(2))
-    assert [None if p is None else p[0].shape[-1] for p in prefixes] == [8, 16, 8, None]
+    assert [None if p is None else p[0].shape[-1] for p in prefixes] == [8, 16, 8, 16]
+    assert prefixes[3][0] is prefixes[1][0]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         other = cached(theirs.get_prompt(2))

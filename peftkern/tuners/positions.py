@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from .prompt_sizes import text_config
+from .prompt_sizes import has_config, text_config
 
 # modules that hold one vector for each position, by the last part of their names
 TABLES = ("wpe", "position_embeddings", "embed_positions")
@@ -22,11 +22,15 @@ class Room:
 
     def __init__(self, model: Any, decoder: bool) -> None:
         self.owner = type(model).__name__
-        self.config = text_config(model)
+        self.config = text_config(model) if has_config(model) else None
         part = model
         if getattr(self.config, "is_encoder_decoder", False):
             part = model.get_decoder() if decoder else model.get_encoder()
-        elif self.config is not model.config and hasattr(model, "get_decoder"):
+        elif (
+            self.config is not None
+            and self.config is not model.config
+            and hasattr(model, "get_decoder")
+        ):
             part = model.get_decoder()  # of a model of text and images the part for text
         self.tables = [
             module

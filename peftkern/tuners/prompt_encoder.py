@@ -51,8 +51,13 @@ class BasePromptEncoder(nn.Module):
         here, given = tuple(self.embedding.weight.shape), tuple(prompt_embeddings.shape)
         if here != given:
             raise ValueError(f"Invalid `prompt_embeddings` shape: expected {here}, got {given}.")
+        weight = self.embedding.weight
+        if weight.is_meta:  # a copy to there would be lost
+            data = prompt_embeddings.detach().to(weight.dtype, copy=True)
+            self.embedding.weight = nn.Parameter(data, requires_grad=weight.requires_grad)
+            return
         with torch.no_grad():
-            self.embedding.weight.copy_(prompt_embeddings)
+            weight.copy_(prompt_embeddings)
 
     def _load_adapter_state_dict(self, state_dict: dict[str, Tensor]) -> None:
         """What HF PEFT's ``set_peft_model_state_dict`` calls, which accelerate hands models to."""

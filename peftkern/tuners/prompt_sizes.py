@@ -24,18 +24,23 @@ _HEADS = (
 _DECODER_LAYERS = ("num_decoder_layers", "decoder_layers")
 
 
+def has_config(model: Any) -> bool:
+    """Whether the model has a configuration of transformers' kind."""
+    return hasattr(getattr(model, "config", None), "to_dict")
+
+
 def text_config(model: Any) -> Any:
     """The model's configuration, or the text part of a model of text and images.
 
     Raises:
         ValueError: the model has none.
     """
-    config = getattr(model, "config", None)
-    if config is None or not hasattr(config, "to_dict"):
+    if not has_config(model):
         raise ValueError(
             f"prompt learning needs a transformers model; a {type(model).__name__} without a "
             "configuration of transformers' kind was given"
         )
+    config = model.config
     return config.get_text_config() if "text_config" in config.to_dict() else config
 
 
@@ -114,11 +119,15 @@ def infer_sizes(
     Raises:
         ValueError: a size contradicts the model's or cannot be told from it.
     """
-    model_config = text_config(model)
     submodules = config.num_transformer_submodules
     if submodules is None:
         submodules = 2 if config.task_type == TaskType.SEQ_2_SEQ_LM else 1
     sizes: dict[str, Any] = {"num_transformer_submodules": submodules}
+    if _says_all(config) and not has_config(model):  # nothing to compare them with
+        if hasattr(config, "encoder_hidden_size"):
+            sizes["encoder_hidden_size"] = config.encoder_hidden_size or config.token_dim
+        return sizes
+    model_config = text_config(model)
     layers = _first(model_config, _LAYERS)
     width, heads = _first(model_config, _WIDTH), _first(model_config, _HEADS)
     if PeftType(config.peft_type or "") is PeftType.PREFIX_TUNING:
@@ -132,6 +141,10 @@ def infer_sizes(
     if hasattr(config, "encoder_hidden_size"):
         sizes["encoder_hidden_size"] = config.encoder_hidden_size or sizes["token_dim"]
     return sizes
+
+
+def _says_all(config: PromptLearningConfig) -> bool:
+    return None not in (config.num_layers, config.token_dim, config.num_attention_heads)
 
 
 def _prefix_sizes(

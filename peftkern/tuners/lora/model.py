@@ -311,10 +311,12 @@ class LoraModel(ModelMerging, Weighted, Starts, BaseTuner):
         """Take an adapter that could not be completed out again, and the layers made for it."""
         for layer in self.adapter_layers():
             layer.delete_adapter(adapter_name)
-        self._take_out()
+        rest = [name for name in self.peft_config if name != adapter_name]
+        self._take_out(only_empty=bool(rest))
 
-    def _take_out(self) -> None:
-        """Put the original modules back where no adapter is left."""
+    def _take_out(self, only_empty: bool = True) -> None:
+        """Put the original modules back where no adapter is left, or everywhere: then the model is
+        as it was before the first adapter."""
         for parent in list(self.model.modules()):
             for name, child in list(parent._modules.items()):
                 original: Any = child

@@ -116,33 +116,38 @@ def _with_prefix(
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     # one query sees all own keys, causal or not; a window is one of causal attention
     causal = causal and (T > 1 or sliding_window is not None)
-    plan: dict[str, Any] = {"causal": causal, "window": sliding_window}
+    spec = mask if isinstance(mask, MaskSpec) else None
+    window, offset, plan = sliding_window, state.past, dict[str, Any]()
+    if spec is not None:
+        _check_length(spec, S, state)
+        causal, offset = spec.causal, spec.q_offset
+        window = spec.window  # not the module's word for it: without a prefix the mask decides
+        plan["q_offset"] = spec.q_offset - spec.kv_offset
+    if state.always_visible and window is not None and _within(window, offset, T):
+        window = None  # own keys are all in it, and the prefix is
+    apart = state.always_visible and window is not None  # a window over own keys alone
+    plan |= {"causal": causal, "window": window}
     own: Tensor | None = None  # what is visible or added, where a description is not enough
-    window = sliding_window
-    if isinstance(mask, MaskSpec):
-        _check_length(mask, S, state)
-        causal = mask.causal
-        window = mask.window  # not the module's word for it: without a prefix the mask decides
-        plan = {"causal": causal, "window": window, "q_offset": mask.q_offset - mask.kv_offset}
-        if mask.plain and position_bias is None:
-            plan["keep"] = mask.keep()
-        else:
-            own = mask.visible()
+    if spec is not None and spec.plain and position_bias is None and not apart:
+        plan["keep"] = spec.keep()
+    elif spec is not None:
+        own = spec.visible()
     elif mask is not None:
         own = _checked_mask(mask, S)
-    if own is None and position_bias is not None:
-        own = _causal_mask(T, S, causal, query.device)
+    elif position_bias is not None or apart:
+        own = _causal_mask(T, S, causal, window if apart else None, query.device)
     if own is not None:
-        shared = isinstance(mask, MaskSpec) and position_bias is None
-        bias = mask.joined if shared else None
+        shared = spec if position_bias is None else None
+        bias = None if shared is None else shared.joined
         if bias is None:
-            skipped = mask.skipped if isinstance(mask, MaskSpec) else 0
+            skipped = 0 if spec is None else spec.skipped
             positions = None if state.positions is None else state.positions[:, skipped:]
             past = state.past + skipped
-            seen = prefix_visible(state.virtual, T, past, window, positions, causal, query.device)
+            reach = None if apart else window
+            seen = prefix_visible(state.virtual, T, past, reach, positions, causal, query.device)
             bias = _with_bias(own, seen, position_bias, module, state, query)
-            if shared:
-                mask.joined = bias
+            if shared is not None:
+                shared.joined = bias
         plan = {"causal": False, "bias": bias}
     output = prefix_attention(
         query,
@@ -193,6 +198,11 @@ def _check_length(mask: MaskSpec, S: int, state: PrefixState) -> None:
     )
 
 
+def _within(window: int, offset: int | Tensor, T: int) -> bool:
+    """Whether T tokens from ``offset`` on, and all before them, are in one window."""
+    return isinstance(offset, int) and offset + T <= window
+
+
 def _checked_mask(mask: Any, S: int) -> Tensor:
     if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.shape[-1] != S:
         shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
@@ -203,9 +213,10 @@ def _checked_mask(mask: Any, S: int) -> Tensor:
     return mask
 
 
-def _causal_mask(T: int, S: int, causal: bool, device: torch.device) -> Tensor:
+def _causal_mask(T: int, S: int, causal: bool, window: int | None, device: torch.device) -> Tensor:
     mask = torch.ones(T, S, dtype=torch.bool, device=device)
-    return (mask.tril(S - T) if causal else mask)[None, None]
+    mask = mask.tril(S - T) if causal else mask
+    return (mask if window is None else mask.triu(S - T - window + 1))[None, None]
 
 
 def _with_bias(

@@ -63,8 +63,6 @@ FAMILIES: dict[str, Family] = {
     "layoutlm": _BERT,
     "megatron-bert": _BERT_BLOCK,
     "rembert": _BERT_BLOCK,
-    "splinter": _BERT,
-    "markuplm": _BERT,
     "roberta": _ROBERTA,
     "xlm-roberta": _ROBERTA,
     "xlm-roberta-xl": _ROBERTA,

@@ -40,6 +40,8 @@ class PrefixInjection:
         kv_heads: heads of the keys (H_kv); of the largest layer, where they differ.
         head_dim: their width (D), likewise.
         num_virtual_tokens: length of the prefix (P); see :meth:`allow` for further ones.
+        always_visible: a sliding window hides own tokens only, and not the prefix; the default of
+            :meth:`active`.
 
     Raises:
         ValueError: the model is not supported, or the numbers are not its own; names its class.
@@ -53,15 +55,19 @@ class PrefixInjection:
         kv_heads: int,
         head_dim: int,
         num_virtual_tokens: int,
+        always_visible: bool = False,
     ) -> None:
-        self.lengths: set[int] = set()
-        self.allow(num_virtual_tokens)
         found = find(model, num_layers)
+        why = blocks.why_not_always_visible(found)
+        self._not_visible = None if why is None else refuse(model, why)
+        self.lengths: set[int] = set()
+        self.allow(num_virtual_tokens, always_visible)
         if any(hasattr(m, attention.SLOT) for m in found.attentions):
             raise refuse(model, "it takes prefixes already; remove the first injection")
         self.kv_heads = kv_heads
         self.head_dim = head_dim
         self.num_virtual_tokens = num_virtual_tokens
+        self.always_visible = always_visible
         self.family = found.family
         self.stack = found.stack
         self.layers = found.layers
@@ -75,9 +81,11 @@ class PrefixInjection:
 
     # -------------------------------------------------------------------------- on and off
 
-    def allow(self, num_virtual_tokens: int) -> None:
+    def allow(self, num_virtual_tokens: int, always_visible: bool = False) -> None:
         """Take prefixes of this length as well: adapters of different lengths are active by turns,
-        or at the same time in different threads."""
+        or at the same time in different threads. ValueError: the model has no such prefixes."""
+        if always_visible and self._not_visible is not None:
+            raise self._not_visible
         if num_virtual_tokens <= 0:
             raise ValueError(f"num_virtual_tokens must be positive, got {num_virtual_tokens}")
         self.lengths.add(num_virtual_tokens)
@@ -150,6 +158,7 @@ class PrefixInjection:
         *,
         no_prefix: Tensor | None = None,
         positions_moved: bool = False,
+        always_visible: bool | None = None,
     ) -> Iterator[None]:
         """Calls of the model by this thread within the block see the prefixes.
 
@@ -160,6 +169,7 @@ class PrefixInjection:
             no_prefix: bool [B], rows that see none and keep their positions.
             positions_moved: ``position_ids`` given to the model count from the prefix on; those
                 that the model counts itself are moved either way.
+            always_visible: as for the class, for these prefixes; None: what was given there.
 
         Raises:
             ValueError: their number or a shape is not that of the model; within the block, a
@@ -167,7 +177,8 @@ class PrefixInjection:
             RuntimeError: within the block, a layer of the model did not see its prefix.
         """
         self._check(prefixes, no_prefix)
-        before = push(ActivePrefix(self, tuple(prefixes), no_prefix, positions_moved))
+        visible = self.always_visible if always_visible is None else always_visible
+        before = push(ActivePrefix(self, tuple(prefixes), no_prefix, positions_moved, visible))
         try:
             yield
         finally:
@@ -216,6 +227,7 @@ class PrefixInjection:
         past = 0 if cache is None else cache.get_seq_length()
         P = next((pair[0].shape[-2] for pair in entry.prefixes if pair is not None), 0)
         state = begin(entry, tokens.shape[0], P, past)
+        state.always_visible = entry.always_visible
         wanted = kwargs.get("output_attentions")
         config = self.stack.config
         state.weights = bool(
@@ -227,6 +239,11 @@ class PrefixInjection:
         elif hasattr(self.attentions[0], "compute_bias"):
             state.bias_module = self.attentions[0]
         if torch.is_grad_enabled() and reentrant.is_reentrant(self.layers[0]):
+            if any(getattr(m, "is_kv_shared_layer", False) for m in self.attentions):
+                raise ValueError(
+                    f"reentrant gradient checkpointing loses the gradients of the keys that layers "
+                    f"of {self._model_name} share: choose use_reentrant=False"
+                )
             reentrant.use_leaves(state)
         name_state(kwargs.get("attention_mask"), state)
         kwargs[attention.KEYWORD] = state

@@ -33,6 +33,7 @@ class ActivePrefix:
     prefixes: tuple[Prefix | None, ...]
     no_prefix: Tensor | None
     positions_moved: bool = False
+    always_visible: bool = False  # see PrefixInjection.active
 
 
 def offset_behind(virtual: int, no_prefix: Tensor | None) -> int | Tensor:
@@ -49,6 +50,7 @@ class PrefixState:
     virtual: int  # P
     past: int | Tensor  # own tokens that are in the cache already
     positions_moved: bool = False  # the caller's position_ids count the prefix already
+    always_visible: bool = False  # the prefix is in every window
     weights: bool = False  # attention weights were asked for
     positions: Tensor | None = None  # of a packed batch's tokens, P included
     bias_module: Any = None  # T5: the layer that holds the relative bias of all

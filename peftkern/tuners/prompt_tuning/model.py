@@ -48,8 +48,10 @@ class PromptEmbedding(BasePromptEncoder):
 def _vectors(word_embeddings: nn.Module, ids: Tensor) -> Tensor:
     """Word vectors by id, [n, token_dim] float32."""
     device = next(word_embeddings.parameters()).device
+    if device.type != "meta":  # else a hook of accelerate's fetches them, wherever the ids are
+        ids = ids.to(device)
     with torch.no_grad():
-        return word_embeddings(ids.to(device)).clone().float()
+        return word_embeddings(ids).clone().float()  # on meta where the vectors are not there yet
 
 
 def _text_ids(config: PromptTuningConfig, total: int) -> Tensor:

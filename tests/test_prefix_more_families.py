@@ -1,0 +1,329 @@
+"""Prefix tuning of families that stand in the table for one reason each, beside HF PEFT."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers as tf
+from torch import Tensor
+
+import peftkern
+from tests.prefix_models import (
+    HEADS,
+    LABELS,
+    LAYERS,
+    VOCAB,
+    WIDTH,
+    P,
+    _bart,
+    _bert,
+    _decoder,
+    _t5,
+    assert_close,
+    inputs,
+)
+
+BOTH = ["sliding_attention", "full_attention"]
+_SHARED = {
+    "head_dim": 8,
+    "num_hidden_layers": 6,
+    "layer_types": BOTH * 3,
+    "num_kv_shared_layers": 2,
+    "sliding_window": 8,
+    "vocab_size_per_layer_input": VOCAB,
+    "hidden_size_per_layer_input": 4,
+    "tie_word_embeddings": False,
+}
+_GLOBAL = {"is_decoder": True, "tie_word_embeddings": False}
+
+
+def _moe_t5() -> Any:
+    config = _t5(tf.SwitchTransformersConfig)
+    config.decoder_start_token_id = 0
+    config.num_sparse_encoder_layers = config.num_sparse_decoder_layers = 0
+    config.num_decoder_layers = LAYERS
+    return config
+
+
+def _longt5() -> Any:
+    config = _t5(tf.LongT5Config)
+    config.decoder_start_token_id, config.local_radius = 0, 4
+    return config
+
+
+def _whisper() -> Any:
+    config = _bart(tf.WhisperConfig)
+    config.max_source_positions, config.max_target_positions, config.num_mel_bins = 20, 64, 8
+    config.suppress_tokens = config.begin_suppress_tokens = []
+    return config
+
+
+FAMILIES: dict[str, tuple[str, Callable[[], Any]]] = {
+    "gemma4": ("CAUSAL_LM", lambda: _decoder(tf.Gemma4TextConfig, global_head_dim=16, **_SHARED)),
+    "gemma3n": (
+        "CAUSAL_LM",
+        lambda: _decoder(
+            tf.Gemma3nTextConfig,
+            **_SHARED,
+            laurel_rank=4,
+            altup_num_inputs=2,
+            activation_sparsity_pattern=[0.0] * 6,
+        ),
+    ),
+    "stablelm": ("CAUSAL_LM", lambda: _decoder(tf.StableLmConfig)),
+    "longt5": ("SEQ_2_SEQ_LM", _longt5),
+    "xglm": (
+        "CAUSAL_LM",
+        lambda: tf.XGLMConfig(
+            vocab_size=VOCAB,
+            d_model=WIDTH,
+            ffn_dim=24,
+            num_layers=LAYERS,
+            attention_heads=HEADS,
+            max_position_embeddings=64,
+            init_std=0.3,
+            dropout=0.0,
+            attention_dropout=0.0,
+        ),
+    ),
+    "gpt_neox_japanese": (
+        "CAUSAL_LM",
+        lambda: _bert(tf.GPTNeoXJapaneseConfig, hidden_dropout=0.0, attention_dropout=0.0),
+    ),
+    "m2m_100": ("SEQ_2_SEQ_LM", lambda: _bart(tf.M2M100Config)),
+    "plbart": ("SEQ_2_SEQ_LM", lambda: _bart(tf.PLBartConfig)),
+    "rembert": ("SEQ_CLS", lambda: _bert(tf.RemBertConfig, input_embedding_size=WIDTH)),
+    "rembert decoder": (
+        "CAUSAL_LM",
+        lambda: _bert(
+            tf.RemBertConfig, input_embedding_size=WIDTH, output_embedding_size=WIDTH, **_GLOBAL
+        ),
+    ),
+    "ernie": ("SEQ_CLS", lambda: _bert(tf.ErnieConfig)),
+    # slow from here on
+    "nemotron": ("CAUSAL_LM", lambda: _decoder(tf.NemotronConfig)),
+    "umt5": ("SEQ_2_SEQ_LM", lambda: _t5(tf.UMT5Config)),
+    "switch_transformers": ("SEQ_2_SEQ_LM", _moe_t5),
+    "blenderbot-small": ("SEQ_2_SEQ_LM", lambda: _bart(tf.BlenderbotSmallConfig)),
+    "pegasus_x": ("SEQ_2_SEQ_LM", lambda: _bart(tf.PegasusXConfig)),
+    "nllb-moe": ("SEQ_2_SEQ_LM", lambda: _bart(tf.NllbMoeConfig)),
+    "megatron-bert": ("SEQ_CLS", lambda: _bert(tf.MegatronBertConfig)),
+    "bert-generation": ("CAUSAL_LM", lambda: _bert(tf.BertGenerationConfig, **_GLOBAL)),
+    "roc_bert": ("SEQ_CLS", lambda: _bert(tf.RoCBertConfig)),
+    "xlm-roberta-xl": ("SEQ_CLS", lambda: _bert(tf.XLMRobertaXLConfig)),
+    "data2vec-text": ("SEQ_CLS", lambda: _bert(tf.Data2VecTextConfig)),
+    "roberta-prelayernorm": ("SEQ_CLS", lambda: _bert(tf.RobertaPreLayerNormConfig)),
+    "xmod": (
+        "SEQ_CLS",
+        lambda: _bert(tf.XmodConfig, languages=["en_XX"], default_language="en_XX"),
+    ),
+    "camembert": ("SEQ_CLS", lambda: _bert(tf.CamembertConfig)),
+}
+SLOW = list(FAMILIES)[list(FAMILIES).index("nemotron") :]
+EACH = [pytest.param(f, marks=pytest.mark.slow) if f in SLOW else f for f in FAMILIES]
+CLASSES = {
+    "CAUSAL_LM": tf.AutoModelForCausalLM,
+    "SEQ_CLS": tf.AutoModelForSequenceClassification,
+    "SEQ_2_SEQ_LM": tf.AutoModelForSeq2SeqLM,
+}
+
+
+@functools.cache
+def _original(family: str) -> Any:
+    torch.manual_seed(0)
+    task, config = FAMILIES[family]
+    model = CLASSES[task].from_config(config())
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.dim() == 2 and "position" not in name:
+                weight.normal_(std=0.3)
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.eos_token_id = None
+    return model.eval()
+
+
+def tuned(library: Any, family: str, **more: Any) -> Any:
+    """The family's model with a prefix of the same numbers, made by either library."""
+    task = FAMILIES[family][0]
+    config = library.PrefixTuningConfig(task_type=task, num_virtual_tokens=P, **more)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = library.get_peft_model(copy.deepcopy(_original(family)), config)
+    with torch.no_grad():
+        weight_of(model).normal_(generator=torch.Generator().manual_seed(1))
+    return model.eval()
+
+
+def weight_of(model: Any) -> Tensor:
+    return model.prompt_encoder["default"].embedding.weight
+
+
+def batch_of(family: str, padding: str | None = "left") -> dict[str, Any]:
+    task = FAMILIES[family][0]
+    batch = inputs("", padding, task)
+    if "roberta" in family or family in ("camembert", "xmod", "data2vec-text"):
+        batch["input_ids"][batch["input_ids"] == 0] = 0  # padding's id is 0 in all of these
+    return batch
+
+
+def real(batch: dict[str, Any], logits: Tensor) -> Tensor:
+    mask = batch.get("attention_mask")
+    seen = mask is not None and logits.dim() == 3 and logits.shape[1] == mask.shape[1]
+    return logits[mask.bool()] if seen else logits
+
+
+@pytest.mark.filterwarnings("ignore:Prefix tuning")
+@pytest.mark.parametrize("family", EACH)
+def test_is_hf_pefts(family: str) -> None:
+    sizes = {"num_attention_heads": HEADS} if family == "xglm" else {}  # it cannot tell
+    ours, theirs = tuned(peftkern, family), tuned(peft, family, **sizes)
+    if family == "gemma4":  # in float32 both are 1e-4 off
+        ours, theirs = ours.double(), theirs.double()
+    batch = batch_of(family)
+    mine, wanted = ours(**batch), theirs(**batch)
+    expected = real(batch, wanted.logits)
+    assert_close(real(batch, mine.logits), expected)
+    assert_close(mine.loss, wanted.loss)
+    mine.loss.backward()
+    wanted.loss.backward()
+    assert weight_of(theirs).grad.abs().max() > 1e-4
+    assert_close(weight_of(ours).grad, weight_of(theirs).grad)
+    with torch.no_grad(), ours.disable_adapter():
+        assert (real(batch, ours(**batch).logits) - expected).abs().max() > 0.1
+    if FAMILIES[family][0] == "SEQ_CLS":
+        return
+    del batch["labels"]
+    for how in ({}, {"num_beams": 3}):
+        how |= {"max_new_tokens": 6, "do_sample": False}
+        tokens = ours.generate(**batch, **how)
+        assert torch.equal(tokens, theirs.generate(**batch, **how))
+        assert torch.equal(tokens, ours.generate(**batch, **how, use_cache=False))
+
+
+@pytest.mark.filterwarnings("ignore:Prefix tuning")
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize(
+    "family", ["gemma4", "stablelm", "longt5", "xglm", "m2m_100", "rembert", "gemma3n"]
+)
+def test_gradient_checkpointing(family: str, reentrant: bool) -> None:
+    model, batch = tuned(peftkern, family).train(), batch_of(family)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        elif hasattr(module, "layerdrop"):
+            module.layerdrop = 0.0
+    found = []
+    for _ in range(2):
+        model(**batch).loss.backward()
+        found.append(weight_of(model).grad.clone())
+        model.zero_grad()
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        if reentrant and "gemma" in family:  # the keys that layers share would get no gradient
+            with pytest.raises(ValueError, match="use_reentrant=False"):
+                model(**batch)
+            return
+    assert found[0].abs().max() > 1e-3
+    assert_close(found[1], found[0])
+
+
+@pytest.mark.filterwarnings("ignore:Prefix tuning")
+@pytest.mark.parametrize("family", ["gemma4", "stablelm", "longt5", "xglm", "m2m_100", "plbart"])
+def test_a_prefix_for_each_row_or_none(family: str) -> None:
+    model, batch = tuned(peftkern, family), batch_of(family)
+    model.add_adapter("other", copy.deepcopy(model.peft_config["default"]))
+    names = ["other", "__base__", "default"]
+    call = {**batch, "labels": None}
+    if "labels" in batch and FAMILIES[family][0] == "SEQ_2_SEQ_LM":
+        call["decoder_input_ids"] = batch["labels"]
+    with torch.no_grad():
+        together = model(**call, adapter_names=names).logits
+        model.set_adapter("default")
+        assert_close(together[2], model(**call).logits[2], 1e-5)
+        model.set_adapter("other")
+        whole = together.shape[1] == batch["input_ids"].shape[1]
+        keep = [m.bool() if whole else slice(None) for m in batch["attention_mask"]]
+        assert_close(together[0][keep[0]], model(**call).logits[0][keep[0]], 1e-5)
+        with model.disable_adapter():
+            plain = model(**call).logits
+        assert_close(together[1][keep[1]], plain[1][keep[1]], 1e-5)
+        assert not torch.allclose(together[2], plain[2], atol=0.1)
+
+
+def test_whisper() -> None:
+    """Its input is no text; HF PEFT asks for ``input_ids``, but has the right prefix to hand on."""
+    FAMILIES["whisper"] = ("SEQ_2_SEQ_LM", _whisper)
+    CLASSES["SEQ_2_SEQ_LM"] = tf.AutoModelForSpeechSeq2Seq
+    try:
+        ours, theirs = tuned(peftkern, "whisper"), tuned(peft, "whisper")
+    finally:
+        del FAMILIES["whisper"]
+        CLASSES["SEQ_2_SEQ_LM"] = tf.AutoModelForSeq2SeqLM
+    torch.manual_seed(2)
+    call = {"input_features": torch.randn(2, 8, 40), "labels": torch.randint(3, VOCAB, (2, 6))}
+    mine = ours(**call)
+    wanted = theirs.base_model(**call, past_key_values=theirs.get_prompt(2))
+    assert_close(mine.logits, wanted.logits)
+    mine.loss.backward()
+    wanted.loss.backward()
+    assert_close(weight_of(ours).grad, weight_of(theirs).grad)
+    features = call["input_features"]
+    tokens = ours.generate(input_features=features, max_new_tokens=6, num_beams=2)
+    bare = ours.base_model.generate(input_features=features, max_new_tokens=6, num_beams=2)
+    assert tokens.shape[0] == 2 and not torch.equal(tokens, bare)
+    with pytest.raises(ValueError, match="65 positions.*WhisperForConditionalGeneration has 64"):
+        ours(input_features=features, labels=torch.full((2, 60), 5))
+    with pytest.raises(ValueError, match="input_ids or inputs_embeds"):
+        ours(labels=call["labels"])
+
+
+def test_a_model_of_images_and_text() -> None:
+    vision = tf.CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=16,
+        patch_size=8,
+    )
+    config = tf.LlavaConfig(
+        text_config=_decoder(tf.LlamaConfig), vision_config=vision, image_token_id=60
+    )
+    torch.manual_seed(0)
+    base = tf.LlavaForConditionalGeneration(config).eval()
+    call = {
+        "input_ids": torch.tensor([[1, 60, 60, 60, 60, 5, 6, 7]]),
+        "pixel_values": torch.randn(1, 3, 16, 16),
+        "attention_mask": torch.ones(1, 8, dtype=torch.long),
+    }
+    logits, tokens = [], []
+    for library in (peftkern, peft):
+        prefix = library.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=P)
+        model = library.get_peft_model(copy.deepcopy(base), prefix).eval()
+        with torch.no_grad():
+            weight_of(model).normal_(generator=torch.Generator().manual_seed(1))
+            logits.append(model(**call).logits)
+        tokens.append(model.generate(**call, max_new_tokens=5))
+    assert_close(*logits)
+    assert torch.equal(*tokens)
+
+
+def test_families_refused_by_name() -> None:
+    """Why, and the model as it was."""
+    vit = tf.ViTConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=24
+    )
+    albert = _bert(tf.AlbertConfig, embedding_size=WIDTH)
+    for model in (tf.ViTModel(vit), tf.AlbertModel(albert), tf.XLNetModel(tf.XLNetConfig(
+        vocab_size=VOCAB, d_model=WIDTH, n_layer=2, n_head=HEADS, d_inner=24))):  # fmt: skip
+        config = peftkern.PrefixTuningConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=P)
+        with pytest.raises(ValueError, match=f"does not support {type(model).__name__}: no layers"):
+            peftkern.get_peft_model(model, config)
+        assert all(p.requires_grad for p in model.parameters())
+    assert LABELS
