@@ -46,6 +46,13 @@ def kind_of(q: Tensor, k: Tensor, kp: Tensor, rule: Rule, training: bool) -> Kin
     )  # fmt: skip
 
 
+def decisions(like: Tensor, D: int) -> list[tuple[Kind, tuple[str, str]]]:
+    """What was decided for heads of D in this dtype and on this device: the kinds, the winners and
+    why."""
+    where = (like.get_device(), like.dtype)
+    return [item for item in list(_decisions.items()) if (*item[0][:2], item[0][6]) == (*where, D)]
+
+
 @on_its_device
 def why_not(
     q: Tensor,

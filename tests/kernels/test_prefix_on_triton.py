@@ -10,6 +10,7 @@ import peftkern
 from peftkern.ops import backend, prefix_auto, prefix_kernel
 from peftkern.ops import prefix_attention as operation
 from peftkern.ops.prefix_attention import prefix_attention
+from peftkern.ops.prefix_report import describe
 from tests.kernels.racing import FakeClock, dispatcher
 from tests.prefix_cases import SCALE, gradients
 from tests.prefix_cases import inputs as tensors_of
@@ -132,6 +133,13 @@ def test_a_prefix_tuned_model(reentrant, calls, monkeypatch):
     same(*found[::-1])
     assert calls.count("backward") == 2
     assert calls.count("forward") == 4  # computed again
+    with peftkern.use_backend("triton"):
+        assert {r.backend for r in peftkern.explain(model)} == {"triton kernel"}
+        assert all(r.fused for r in peftkern.explain(model))
+        assert {r.reason for r in peftkern.explain(model.double())} == {
+            "asked for: PEFTKERN_BACKEND=triton: dtype torch.float64: blocks of one softmax (long "
+            "float32 queries) or the vendor's attention for each part"
+        }
 
 
 def test_what_the_kernel_does_not_take_says_why(caplog, calls, monkeypatch):
@@ -194,6 +202,11 @@ def test_auto_races_each_kind_of_call_once(fastest, calls, monkeypatch, tmp_path
         assert clock.races == 3
         why = {why for _, why in prefix_auto._decisions.values()}
         assert len(why) == 1 and "raced in this process" in why.pop()
+        fused, backend, reason = describe(tensors[0], 8)
+        assert fused and backend == "kernel or torch"
+        assert f"forward+backward B=1 T<=8 S<=8 P=5 {fastest} (raced" in reason
+        assert f"forward B=1 T<=16 S<=16 P=5 {fastest} (raced" in reason
+        assert "not called yet" in describe(tensors[0], 16)[2]
 
 
 def test_auto_stays_with_torch_where_nothing_may_race(calls, monkeypatch, tmp_path):
