@@ -18,7 +18,8 @@ from .tuners.lora.base import LoraLayer
 @dataclass(frozen=True)
 class LayerReport:
     """One row: a layer's name, kind, shape (K, N), adapters with ranks, backend and reason;
-    ``compiled`` is what ``torch.compile`` makes of it."""
+    ``compiled`` is what ``torch.compile`` makes of it. Of attention with a prefix the shape is (P,
+    width of its keys), and P stands for the rank."""
 
     name: str
     kind: str
@@ -102,7 +103,30 @@ def explain(model: nn.Module) -> Explanation:
                 compiled=_compiled(layer) if reason is None else "plain formula",
             )
         )
-    return rows
+    return Explanation([*rows, *_prefix_rows(model)])
+
+
+def _prefix_rows(model: nn.Module) -> list[LayerReport]:
+    injection: Any = getattr(model, "_prefix_injection", None)
+    if injection is None:
+        return []
+    from .tuners.prefix_tuning.report import layers_of  # imports transformers
+
+    adapters: Any = getattr(model, "peft_config", {})
+    lengths = {name: config.num_virtual_tokens for name, config in adapters.items()}
+    return [
+        LayerReport(
+            name=name,
+            kind=type(module).__name__,
+            shape=shape,
+            ranks=lengths,
+            fused=fused,
+            backend=backend,
+            reason=reason,
+            compiled="torch's attention",
+        )
+        for name, module, shape, (fused, backend, reason) in layers_of(model, injection)
+    ]
 
 
 def _kept(layer: Any) -> str | None:

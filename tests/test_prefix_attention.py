@@ -293,7 +293,8 @@ def test_the_choice_follows_the_size(monkeypatch):
     tensors = inputs(1, 2, 2, 200, 200, 5, 8, dtype=torch.float32)
     prefix_attention(*tensors, scale=SCALE, causal=True)
     assert calls == [prefix_blocked, prefix_merge, prefix_blocked, prefix_merge]
-    assert operation.why_not_kernel(tensors[0]) is not None
+    rule = operation.Rule(SCALE, True, 0)
+    assert operation.why_not_kernel(*tensors, rule, True) == "the torch backend"
 
 
 def test_seen_is_what_it_says():

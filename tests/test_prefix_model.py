@@ -79,3 +79,16 @@ def test_gradient_checkpointing_which_hf_peft_refuses(reentrant):
     torch.testing.assert_close(loss, again)
     for a, b in zip(grads, same, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_explain_has_a_row_for_each_attention_with_a_prefix():
+    model = prompt_model(peftkern, "prefix", "llama")
+    rows = peftkern.explain(model)
+    assert [r.name for r in rows] == [f"base_model.model.layers.{i}.self_attn" for i in (0, 1)]
+    assert {(r.kind, r.ranks["default"], r.shape[0]) for r in rows} == {("LlamaAttention", 5, 5)}
+    assert all("vendor's attention" in r.reason and not r.fused for r in rows)
+    model.base_model.model.layers[1].self_attn.attention_dropout = 0.2
+    assert "in training on concatenated keys: dropout" in peftkern.explain(model)[1].reason
+    t5 = peftkern.explain(prompt_model(peftkern, "prefix", "t5", "SEQ_2_SEQ_LM"))
+    assert {(r.backend, r.reason) for r in t5} == {("concatenated keys", "an attention bias")}
+    assert not peftkern.explain(prompt_model(peftkern, "prompt"))

@@ -7,6 +7,7 @@ batch; its gradients come out summed over the batch. For the backward it keeps Q
 and one number a row. The implementations, in the order in which they are asked:
 
 - the Triton kernel (:func:`why_not_kernel`);
+- on a CPU one row under a window, softcap or sinks (:mod:`.prefix_row`): decoding;
 - blocks of one softmax over both sources (:mod:`.prefix_blocked`): long float32 queries on a CPU;
 - the vendor's attention for each part, merged (:mod:`.prefix_merge`).
 
@@ -22,36 +23,47 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import autocast, prefix_blocked, prefix_concat, prefix_merge
+from . import autocast, prefix_blocked, prefix_concat, prefix_merge, prefix_row, torch_backend
+from . import backend as _backend
 from .prefix_rule import Rule, check
 
 _noted: set[str] = set()
 
 
-def why_not_kernel(query: Tensor) -> str | None:
+def why_not_kernel(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix_key: Tensor,
+    prefix_value: Tensor,
+    rule: Rule,
+    training: bool,
+) -> str | None:
     """Why a call does not go to the Triton kernel of ``kernels/``; None when it does.
 
-    The place to connect it: an implementation is a module with ``forward`` and ``backward`` of the
-    signatures in :mod:`.prefix_merge`, and :func:`_choose` returns it.
+    ``PEFTKERN_BACKEND`` (or ``use_backend``) decides as it does for LoRA: never on ``torch``, where
+    it can on ``triton``, and on ``auto`` where it won a race on the device.
     """
-    return "the Triton kernel is not connected to this operation"
+    if torch.compiler.is_compiling():
+        return "torch.compile is tracing"
+    if _backend.active is torch_backend:
+        return "the torch backend"
+    from . import prefix_kernel
+
+    reason = prefix_kernel.why_not(query, training)
+    if reason is not None or _backend.requested() == "triton":
+        return reason
+    from . import prefix_auto
+
+    return prefix_auto.why_not(
+        query, key, value, prefix_key, prefix_value, rule, training, _by_torch
+    )
 
 
-def why_concat(
-    *,
-    bias: Tensor | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-    dropout: float,
-    return_weights: bool,
-) -> str | None:
+def why_concat(*, bias: Tensor | None, dropout: float, return_weights: bool) -> str | None:
     """Why a call is computed on concatenated keys, as far as its options say; else None."""
     if bias is not None:
         return "an attention bias"
-    if softcap is not None:
-        return f"softcap {softcap}"
-    if sinks is not None:
-        return "attention sinks"
     if dropout > 0.0:
         return "dropout on the attention weights"
     if return_weights:
@@ -64,23 +76,60 @@ def _unit(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _note(reason: str) -> None:
+def _note(reason: str, what: str = "runs on concatenated keys and values") -> None:
     if torch.compiler.is_compiling():
         return  # a logger is nothing to compile; the same call without compiling says why
     if reason not in _noted:
         _noted.add(reason)
-        logging.getLogger("peftkern").info(
-            "prefix attention runs on concatenated keys and values: %s", reason
-        )
+        logging.getLogger("peftkern").info("prefix attention %s: %s", what, reason)
 
 
-def _choose(query: Tensor, rule: Rule) -> ModuleType | str:
-    """The implementation for a call without bias, softcap, sinks, dropout or weights, or why none
-    takes it."""
+def _torch_choice(query: Tensor, rule: Rule, training: bool) -> ModuleType | str:
+    """Torch's implementation for a call without bias, dropout or weights, or why none takes it."""
+    if not training and prefix_row.why_not(query, rule) is None:
+        return prefix_row
     if not torch.compiler.is_compiling() and prefix_blocked.why_not(query, rule) is None:
         return prefix_blocked
     reason = prefix_merge.why_not(query, rule)
     return prefix_merge if reason is None else reason
+
+
+def _by_torch(q: Tensor, k: Tensor, v: Tensor, kp: Tensor, vp: Tensor, rule: Rule) -> Tensor:
+    """O of a call without bias, dropout or weights, by whatever torch has for it."""
+    training = _needs_gradients(q, k, v, kp, vp, rule.sinks)
+    chosen = _torch_choice(q, rule, training)
+    if not isinstance(chosen, str):
+        return _run(chosen, q, k, v, kp, vp, rule, training)
+    _note(chosen)
+    return prefix_concat.attend(
+        q, k, v, kp, vp, scale=rule.scale, causal=rule.causal, offset=rule.offset, keep=rule.keep,
+        window=rule.window, softcap=rule.softcap, sinks=rule.sinks, no_prefix=rule.no_prefix,
+    )[0]  # fmt: skip
+
+
+def _needs_gradients(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _run(
+    implementation: ModuleType,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kp: Tensor,
+    vp: Tensor,
+    rule: Rule,
+    training: bool,
+) -> Tensor:
+    if training:
+        scale, causal, offset, keep, window, no_prefix, softcap, sinks = rule
+        return _PrefixAttention.apply(
+            q, k, v, kp, vp, sinks, keep, no_prefix, offset, scale, causal, window, softcap,
+            implementation,
+        )  # fmt: skip
+    if implementation is prefix_merge and q.shape[2] == 1 and rule.no_prefix is None:
+        return prefix_merge.decode(q, k, v, kp, vp, rule)
+    return implementation.forward(q, k, v, kp, vp, rule)[0]
 
 
 class _PrefixAttention(torch.autograd.Function):
@@ -92,34 +141,39 @@ class _PrefixAttention(torch.autograd.Function):
         value: Tensor,
         prefix_key: Tensor,
         prefix_value: Tensor,
+        sinks: Tensor | None,
         keep: Tensor | None,
         no_prefix: Tensor | None,
         offset: int | Tensor,
         scale: float,
         causal: bool,
         window: int | None,
+        softcap: float | None,
         implementation: ModuleType,
     ) -> Tensor:
-        rule = Rule(scale, causal, offset, keep, window, no_prefix)
+        rule = Rule(scale, causal, offset, keep, window, no_prefix, softcap, sinks)
         o, lse = implementation.forward(query, key, value, prefix_key, prefix_value, rule)
         moving = offset if isinstance(offset, Tensor) else None
         ctx.save_for_backward(
-            query, key, value, prefix_key, prefix_value, o, lse, keep, no_prefix, moving
+            query, key, value, prefix_key, prefix_value, o, lse, keep, no_prefix, sinks, moving
         )
-        ctx.settings = (scale, causal, None if moving is not None else offset, window)
+        ctx.settings = (scale, causal, None if moving is not None else offset, window, softcap)
         ctx.implementation = implementation
         return o
 
     @staticmethod
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
-        *inputs, o, lse, keep, no_prefix, moving = ctx.saved_tensors
-        scale, causal, offset, window = ctx.settings
+        *inputs, o, lse, keep, no_prefix, sinks, moving = ctx.saved_tensors
+        scale, causal, offset, window, softcap = ctx.settings
         offset = moving if moving is not None else offset
-        rule = Rule(scale, causal, offset, keep, window, no_prefix)
-        needs = ctx.needs_input_grad[:5]
+        rule = Rule(scale, causal, offset, keep, window, no_prefix, softcap, sinks)
+        needs = ctx.needs_input_grad[:6]
         if torch.is_grad_enabled():  # create_graph=True
-            return (*_differentiable_backward(do, inputs, rule, needs), *[None] * 7)
-        return (*ctx.implementation.backward(do, *inputs, o, lse, rule, needs), *[None] * 7)
+            return (*_differentiable_backward(do, inputs, rule, needs), *[None] * 8)
+        grads = ctx.implementation.backward(do, *inputs, o, lse, rule, needs[:5])
+        # only the kernel takes sinks, and gives their gradient, in float32
+        extra = grads[5].to(sinks.dtype) if needs[5] else None
+        return (*grads[:5], extra, *[None] * 8)
 
 
 def _differentiable_backward(
@@ -128,15 +182,19 @@ def _differentiable_backward(
     """The gradients as a graph of their own, from the plain formula, for second derivatives."""
     q, k, v, kp, vp = inputs
     B, S, P = q.shape[0], k.shape[2], kp.shape[-2]
+    given = [*inputs, rule.sinks]
     with torch.enable_grad():
         mask = prefix_concat.mask_of(B, q.shape[2], S, P, rule, q.device)
         keys = torch.cat([kp.expand(B, -1, -1, -1), k], 2)
         values = torch.cat([vp.expand(B, -1, -1, -1), v], 2)
-        o, _ = prefix_concat.formula(q, keys, values, rule.scale, mask)
-        wanted = [i for i in range(5) if needs[i]]
-        grads = torch.autograd.grad(o, [inputs[i] for i in wanted], do, create_graph=True)
+        o, _ = prefix_concat.formula(
+            q, keys, values, rule.scale, mask, softcap=rule.softcap, sinks=rule.sinks
+        )
+        wanted = [i for i in range(6) if needs[i]]
+        leaves: list[Any] = [given[i] for i in wanted]
+        grads = torch.autograd.grad(o, leaves, do, create_graph=True)
     found = dict(zip(wanted, grads, strict=True))
-    return [found.get(i) for i in range(5)]
+    return [found.get(i) for i in range(6)]
 
 
 def prefix_attention(
@@ -212,21 +270,10 @@ def prefix_attention(
         last = P + (S if isinstance(offset, Tensor) else offset + T)
         if window is not None and last <= window:
             window = None
-    reason = why_concat(
-        bias=bias, softcap=softcap, sinks=sinks, dropout=dropout, return_weights=return_weights
-    )
+    reason = why_concat(bias=bias, dropout=dropout, return_weights=return_weights)
     if reason is None and not query.numel():
         reason = "an empty query"
-    implementation: ModuleType | None = None
-    if reason is None:
-        rule = Rule(scale, causal, offset, keep, window, no_prefix)
-        chosen = _choose(query, rule)
-        if isinstance(chosen, str):
-            reason = chosen
-        else:
-            implementation = chosen
-    if implementation is None:
-        assert reason is not None
+    if reason is not None:
         _note(reason)
         out, weights = prefix_concat.attend(
             query, key, value, prefix_key, prefix_value, scale=scale, causal=causal, offset=offset,
@@ -237,17 +284,14 @@ def prefix_attention(
             return out
         assert weights is not None
         return out, weights
-    if torch.is_grad_enabled() and (
-        query.requires_grad
-        or key.requires_grad
-        or value.requires_grad
-        or prefix_key.requires_grad
-        or prefix_value.requires_grad
-    ):
-        return _PrefixAttention.apply(
-            query, key, value, prefix_key, prefix_value, keep, no_prefix, offset, scale, causal,
-            window, implementation,
-        )  # fmt: skip
-    if T == 1 and implementation is prefix_merge and no_prefix is None:
-        return prefix_merge.decode(query, key, value, prefix_key, prefix_value, rule)
-    return implementation.forward(query, key, value, prefix_key, prefix_value, rule)[0]
+    rule = Rule(scale, causal, offset, keep, window, no_prefix, softcap, sinks)
+    inputs = query, key, value, prefix_key, prefix_value
+    training = _needs_gradients(*inputs, sinks)
+    reason = why_not_kernel(*inputs, rule, training)
+    if reason is not None:
+        if reason != "the torch backend":
+            _note(reason, "does not run on the Triton kernel")
+        return _by_torch(*inputs, rule)
+    from . import prefix_kernel
+
+    return _run(prefix_kernel, *inputs, rule, training)

@@ -39,6 +39,8 @@ def why_not(q: Tensor, rule: Rule) -> str | None:
     """Why a call is not for these blocks; None when it is."""
     if not q.is_cpu:
         return f"tensors on {q.device.type}"
+    if rule.scored is not None:
+        return rule.scored
     if isinstance(rule.offset, Tensor):
         return "an offset known to the device alone"
     if rule.window is not None:

@@ -1,7 +1,8 @@
 """Attention over a prefix and own keys, concatenated: HF PEFT's own formula, with its numbers.
 
-What the other implementations do not take goes here: a bias, softcap, sinks, dropout, returned
-weights. It copies the prefix over the batch beside the own keys, and autograd keeps that copy.
+What the other implementations do not take goes here: a bias, dropout, returned weights; on torch
+softcap and sinks of more than one row. It copies the prefix over the batch beside the own keys, and
+autograd keeps that copy.
 """
 
 from __future__ import annotations

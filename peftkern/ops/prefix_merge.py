@@ -31,6 +31,8 @@ _KNOWS_GROUPS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
 
 def why_not(q: Tensor, rule: Rule) -> str | None:
     """Why the vendor's attention cannot take the parts of a call; None when it can."""
+    if rule.scored is not None:
+        return rule.scored
     if rule.window is not None:
         return "a sliding window that hides keys"
     if q.is_cpu:

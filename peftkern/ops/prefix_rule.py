@@ -15,7 +15,8 @@ class Rule(NamedTuple):
     """Who sees what, for query [B, H, T, D], own keys [B, H_kv, S, D] and P prefix keys.
 
     A causal query t sees own key s iff s <= ``offset`` + t. ``keep`` is bool [B, S] or None (all),
-    ``window`` None where it hides nothing, ``no_prefix`` bool [B] or None (all see the prefix).
+    ``window`` None where it hides nothing, ``no_prefix`` bool [B] or None (all see the prefix);
+    ``softcap`` and ``sinks`` [H] change the scores, and not everybody takes them.
     """
 
     scale: float
@@ -24,6 +25,15 @@ class Rule(NamedTuple):
     keep: Tensor | None = None
     window: int | None = None
     no_prefix: Tensor | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+    @property
+    def scored(self) -> str | None:
+        """What the scores go through besides their scale, in words; None where nothing."""
+        if self.softcap is not None:
+            return f"softcap {self.softcap}"
+        return "attention sinks" if self.sinks is not None else None
 
 
 def check(

@@ -1,0 +1,141 @@
+"""Under ``auto`` on a CUDA device: whether the Triton kernel or torch runs a call of prefix
+attention.
+
+The first call of a kind is raced on its own tensors (:mod:`.race`), forward and backward together
+where there are gradients, and decides for the calls like it: number of rows and of own keys by
+powers of two, all else equal. A kind that is met first where no race may run (a CUDA graph is being
+captured, another thread is racing) stays with torch, and so does everything under
+``PEFTKERN_RACE=0``: a checkpointed layer is computed again in the way that it was computed in.
+Decisions live as long as the process: no table ships them and no file keeps them.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import auto_backend, prefix_kernel, race
+from .choices import TORCH
+from .device import capturing, on_its_device
+from .prefix_rule import Rule
+
+log = logging.getLogger("peftkern")
+
+KERNEL = "kernel"
+Kind = tuple[Any, ...]
+Five = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # q, k, v, kp, vp
+
+_decisions: dict[Kind, tuple[str, str]] = {}  # the winner, and why
+_racing = threading.Lock()
+
+
+def kind_of(q: Tensor, k: Tensor, kp: Tensor, rule: Rule, training: bool) -> Kind:
+    """What calls have in common that one decision serves."""
+    B, H, T, D = q.shape
+    H_kv, S, P = k.shape[1], k.shape[2], kp.shape[-2]
+    return (
+        q.get_device(), q.dtype, training, B, H, H_kv, D, P, kp.dim() == 3,
+        (T - 1).bit_length(), (S - 1).bit_length(), rule.causal, rule.window is not None,
+        rule.keep is not None, rule.no_prefix is not None, isinstance(rule.offset, Tensor),
+        rule.softcap is not None, rule.sinks is not None,
+    )  # fmt: skip
+
+
+def decisions(like: Tensor, D: int) -> list[tuple[Kind, tuple[str, str]]]:
+    """What was decided for heads of D in this dtype and on this device: the kinds, the winners and
+    why."""
+    where = (like.get_device(), like.dtype)
+    return [item for item in list(_decisions.items()) if (*item[0][:2], item[0][6]) == (*where, D)]
+
+
+@on_its_device
+def why_not(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kp: Tensor,
+    vp: Tensor,
+    rule: Rule,
+    training: bool,
+    torch_way: Callable[..., Tensor],
+) -> str | None:
+    """Why torch runs this call; None where the kernel does.
+
+    Args:
+        q, k, v, kp, vp, rule: of the call, which the kernel takes.
+        training: with gradients.
+        torch_way: what runs in the kernel's place, from q, k, v, kp, vp and the rule to O; it is
+            differentiable.
+    """
+    kind = kind_of(q, k, kp, rule, training)
+    found = _decisions.get(kind)
+    if found is None:
+        off = auto_backend.races_off()
+        if off is not None:
+            return off
+        if capturing(q):
+            found = TORCH, "inside a CUDA graph capture, before any race"
+        elif not _racing.acquire(blocking=False):  # waiting could be for a backward of this thread
+            found = TORCH, "another thread was racing"
+        else:
+            try:
+                found = _race((q, k, v, kp, vp), rule, training, torch_way)
+            finally:
+                _racing.release()
+        found = _decisions.setdefault(kind, found)
+    winner, why = found
+    return None if winner == KERNEL else why
+
+
+def _race(
+    tensors: Five, rule: Rule, training: bool, torch_way: Callable[..., Tensor]
+) -> tuple[str, str]:
+    ways = {TORCH: _run(tensors, rule, torch_way, training)}
+    if training:
+        ways[KERNEL] = _kernel_step(tensors, rule)
+    else:
+        ways[KERNEL] = lambda: prefix_kernel.forward(*tensors, rule)[0]
+    try:
+        with auto_backend._unseen(), torch.no_grad():
+            outcome, _ = race.run(ways, tensors[0].dtype, auto_backend.clock)
+    except race.Undecided as e:
+        return TORCH, f"no race: {e}"
+    except Exception as e:  # a race is an extra: whatever is wrong with it, the call goes on
+        log.warning("a race of prefix attention failed: %s: %s", type(e).__name__, e)
+        return TORCH, f"race failed: {type(e).__name__}: {str(e)[:100]}"
+    if KERNEL in outcome.left_out:
+        return TORCH, f"the kernel was left out of a race: {outcome.left_out[KERNEL]}"
+    times = outcome.times
+    gain = times[TORCH] / times[KERNEL]
+    return outcome.winner, f"raced in this process: the kernel is {gain:.2f}x as fast as torch"
+
+
+def _run(tensors: Five, rule: Rule, way: Callable[..., Tensor], training: bool) -> race.Run:
+    """O, and the gradients of what needs one for a gradient of O that is O itself."""
+    if not training:
+        return lambda: way(*tensors, rule)
+
+    def step() -> list[Tensor]:
+        with torch.enable_grad():
+            leaves = [t.detach().requires_grad_(t.requires_grad) for t in tensors]
+            o = way(*leaves, rule)
+            wanted = [t for t in leaves if t.requires_grad]
+            return [o.detach(), *torch.autograd.grad(o, wanted, o.detach())]
+
+    return step
+
+
+def _kernel_step(tensors: Five, rule: Rule) -> race.Run:
+    needs: Any = tuple(t.requires_grad for t in tensors)
+
+    def step() -> list[Tensor]:
+        o, lse = prefix_kernel.forward(*tensors, rule)
+        grads = prefix_kernel.backward(o, *tensors, o, lse, rule, needs)
+        return [o, *(g for g in grads[:5] if g is not None)]
+
+    return step
