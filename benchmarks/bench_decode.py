@@ -18,7 +18,18 @@ PROMPT, NEW = 16, 24
 @pytest.mark.parametrize("targets", ["all-linear", None], ids=["all-linear", "default"])
 @pytest.mark.parametrize("shape", [SMALL, MEDIUM], ids=str)
 def test_decode(compare: Callable[..., Any], shape: Shape, targets: str | None) -> None:
-    models = {name: model.eval() for name, model in trio(build(shape), targets).items()}
+    measure(compare, trio(build(shape), targets), shape, f"{shape}, {targets or 'q,v (default)'}")
+
+
+def measure(
+    compare: Callable[..., Any],
+    models: dict[str, Any],
+    shape: Shape,
+    row: str,
+    target: float = 0.8,
+) -> None:
+    """Check that adapted models write the same, then time it."""
+    models = {provider: model.eval() for provider, model in models.items()}
     ids = tokens(shape, 1, PROMPT)
     with torch.no_grad():
         check_equal("logits", models[OURS](ids).logits, models[PEFT](ids).logits)
@@ -28,9 +39,9 @@ def test_decode(compare: Callable[..., Any], shape: Shape, targets: str | None) 
     assert written.shape == (1, PROMPT + NEW)
     assert torch.equal(written, works[PEFT].run()), "the two generate different tokens"
     compare(
-        f"decode {NEW} tokens {shape}, {targets or 'q,v (default)'}",
+        f"decode {NEW} tokens {row}",
         works,
-        target=0.8,
+        target=target,
         rounds=21 if shape is SMALL else 15,
         note=f"batch 1, prompt of {PROMPT}, KV cache, r=8",
     )

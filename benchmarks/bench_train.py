@@ -18,7 +18,11 @@ BATCH, LENGTH = 2, 128
 @pytest.mark.parametrize("p", [0.0, 0.1], ids="p{}".format)
 @pytest.mark.parametrize("shape", [SMALL, MEDIUM], ids=str)
 def test_step(compare: Callable[..., Any], shape: Shape, p: float) -> None:
-    models = trio(build(shape), "all-linear", p)
+    measure(compare, trio(build(shape), "all-linear", p), shape, f"{shape}, dropout {p}")
+
+
+def measure(compare: Callable[..., Any], models: dict[str, Any], shape: Shape, row: str) -> None:
+    """Check the losses and gradients of adapted models against each other, then time a step."""
     ids = tokens(shape, BATCH, LENGTH)
     # the frozen model has nothing to train: its floor is the gradient of its embeddings, which
     # passes through every layer
@@ -52,7 +56,7 @@ def test_step(compare: Callable[..., Any], shape: Shape, p: float) -> None:
         check_equal(parameter, ours / scale, theirs[parameter].grad / scale, 1e-4)
 
     compare(
-        f"training step {shape}, dropout {p}",
+        f"training step {row}",
         {name: Work(partial(step, name), partial(forget, name)) for name in models},
         target=1.0,
         rounds=21 if shape is SMALL else 15,

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from .config import PeftConfig as PeftConfig
     from .config import PromptLearningConfig as PromptLearningConfig
     from .explain import explain as explain
+    from .fuse_callback import FuseCallback as FuseCallback
+    from .fusing import fuse as fuse
+    from .fusing import unfuse as unfuse
     from .mapping import get_peft_config as get_peft_config
     from .mapping import get_peft_model as get_peft_model
     from .mapping import inject_adapter_in_model as inject_adapter_in_model
@@ -63,6 +66,8 @@ if TYPE_CHECKING:
 _WHERE = {
     ".config": "PeftConfig PromptLearningConfig",
     ".explain": "explain",
+    ".fusing": "fuse unfuse",
+    ".fuse_callback": "FuseCallback",
     ".mapping": (
         "get_peft_config get_peft_model inject_adapter_in_model PEFT_TYPE_TO_CONFIG_MAPPING "
         "PEFT_TYPE_TO_TUNER_MAPPING PEFT_TYPE_TO_PREFIX_MAPPING"

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from .fusing import hf_layers, hf_module
 from .ops.backend import describe
 from .ops.library import why_formula
 from .tuners.lora.base import LoraLayer
@@ -70,20 +71,23 @@ def _compiled(layer: Any) -> str:
 
 
 def explain(model: nn.Module) -> Explanation:
-    """What runs each adapted layer of ``model``, as it stands now, and why.
+    """What runs each adapted layer of ``model``, as it stands now, and why; HF PEFT's LoRA layers
+    included (see :func:`peftkern.fuse`).
 
     ``print(peftkern.explain(model))`` shows the table; the rows are :class:`LayerReport`.
     """
     backend, why = describe()
     rows = Explanation()
+    theirs = hf_layers(model)
     for name, module in model.named_modules():
-        if not isinstance(module, LoraLayer):
+        if not isinstance(module, LoraLayer) and name not in theirs:
             continue
         layer: Any = module
-        reason = layer.decline_reason()
+        reason = _kept(layer) if name in theirs else layer.decline_reason()
         group = layer.__dict__.get("_group")
         together = "" if reason or group is None else group.describe(layer)
         decided = _decided(layer, group) if backend == "auto" and reason is None else why
+        slow = "HF PEFT" if name in theirs else "base layer + update"
         rows.append(
             LayerReport(
                 name=name,
@@ -91,12 +95,20 @@ def explain(model: nn.Module) -> Explanation:
                 shape=(layer.in_features, layer.out_features),
                 ranks=dict(layer.r),
                 fused=reason is None,
-                backend=f"{backend} fused" if reason is None else "base layer + update",
+                backend=f"{backend} fused" if reason is None else slow,
                 reason=decided + together if reason is None else reason,
                 compiled=_compiled(layer) if reason is None else "plain formula",
             )
         )
     return rows
+
+
+def _kept(layer: Any) -> str | None:
+    """Why a LoRA layer of HF PEFT runs its forward, None when it is fused."""
+    hf = hf_module()
+    if isinstance(layer, hf.FusedLinear):
+        return layer.decline_reason()
+    return hf.why_not(layer) or "HF PEFT's layer; peftkern.fuse(model) fuses it"
 
 
 def _decided(layer: Any, group: Any) -> str:

@@ -19,7 +19,7 @@ from .prompt_calls import prompted_forward, prompted_generate
 from .prompt_learning import PromptLearning
 from .saving import AdapterFiles
 from .tuners.lora.group import settle
-from .tuners.tuners_utils import as_names
+from .tuners.tuners_utils import BaseTunerLayer, as_names
 from .utils.other import ModulesToSaveWrapper
 from .utils.peft_types import PeftType
 
@@ -39,6 +39,12 @@ def _with_hf_peft(cls: type) -> type:
     if (cls, theirs) not in _claimed:
         names = {"__module__": cls.__module__, "__doc__": cls.__doc__}
         _claimed[cls, theirs] = type(cls.__name__, (cls, theirs), names)
+        # TRL also asks, by isinstance(layer, BaseTunerLayer), whether lm_head has an adapter, which
+        # its losses would not see
+        layers = sys.modules.get("peft.tuners.tuners_utils")
+        register = getattr(getattr(layers, "BaseTunerLayer", None), "register", None)
+        if register is not None:
+            register(BaseTunerLayer)
     return _claimed[cls, theirs]
 
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .prompts import BASE, innermost
 from .tuners.prefix_tuning import PrefixTuningConfig
 from .tuners.prefix_tuning.state import offset_behind
+from .utils.mixed import handing
 from .utils.other import ModulesToSaveWrapper
 
 # -------------------------------------------------------------------- what is checked
@@ -109,15 +110,9 @@ def named_rows(model: Any, rows: list[str] | None, times: int = 1) -> Iterator[N
     encoder = base.get_encoder() if times > 1 and hasattr(base, "get_encoder") else None
     once = set() if encoder in (None, base) else set(encoder.modules())
 
-    def give(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        names = [name for name in rows for _ in range(1 if module in once else times)]
-        return args, {**kwargs, "adapter_names": names}
-
-    with ExitStack() as stack:
-        for module in base.modules():
-            if isinstance(module, ModulesToSaveWrapper):
-                handle = module.register_forward_pre_hook(give, with_kwargs=True)
-                stack.callback(handle.remove)
+    repeated = [name for name in rows for _ in range(times)]
+    heads = [m for m in base.modules() if isinstance(m, ModulesToSaveWrapper)]
+    with handing({module: rows if module in once else repeated for module in heads}):
         yield
 
 
@@ -179,6 +174,8 @@ def prefixed(
     config = model.peft_config[named[0]]
     model._inject(config)
     more: dict[str, Any] = {} if no_prefix is None else {"no_prefix": no_prefix}
+    if config.prefix_always_visible:
+        more["always_visible"] = True
     if kwargs is not None and kwargs.get("position_ids") is not None:
         move = offset_behind(config.num_virtual_tokens, no_prefix)
         kwargs["position_ids"] = kwargs["position_ids"] + move

@@ -58,7 +58,6 @@ class PromptLearning(Prompts):
 
     prompt_tokens: dict[str, Tensor]
     _prefix_injection: Any = None
-    _prefix_injection_for: dict[str, Any] | None = None  # what it was made with
     _room: Room
 
     # ---------------------------------------------------------------- what it stands on
@@ -171,34 +170,27 @@ class PromptLearning(Prompts):
         return keys
 
     def _inject(self: Any, config: PromptLearningConfig) -> None:
-        """Have the attention layers ready for prefixes of this adapter's length."""
+        """Have the attention layers ready for prefixes of this adapter's length too."""
         from .tuners.prefix_tuning.inject import (  # type: ignore[import-not-found, unused-ignore]
             PrefixInjection,
         )
 
         P, heads = config.num_virtual_tokens, config.num_attention_heads
         assert P is not None and config.token_dim is not None and heads is not None
-        base, width = innermost(self), config.token_dim // heads
-        wanted: dict[str, Any] = {
-            "num_layers": attention_layers(config, base),
-            "kv_heads": heads,
-            "head_dim": width,
-            "num_virtual_tokens": P,
-            "always_visible": getattr(config, "prefix_always_visible", False),
-        }
-        before = self._prefix_injection_for
+        always_visible = getattr(config, "prefix_always_visible", False)
         if self._prefix_injection is not None:
-            if before == wanted:
-                return
-            self._prefix_injection.remove()
-            self._prefix_injection = None
-        try:
-            self._prefix_injection = PrefixInjection(base, **wanted)
-        except ValueError:
-            if before is not None:
-                self._prefix_injection = PrefixInjection(base, **before)
-            raise
-        self._prefix_injection_for = wanted
+            # never made anew: another thread may be in a forward with the hooks that there are
+            self._prefix_injection.allow(P, always_visible)
+            return
+        base = innermost(self)
+        self._prefix_injection = PrefixInjection(
+            base,
+            num_layers=attention_layers(config, base),
+            kv_heads=heads,
+            head_dim=config.token_dim // heads,
+            num_virtual_tokens=P,
+            always_visible=always_visible,
+        )
 
     def _heads(self: Any) -> list[ModulesToSaveWrapper]:
         """The modules that train in full with these adapters (or with none any more)."""
@@ -239,7 +231,7 @@ class PromptLearning(Prompts):
         adapter is left."""
         if self._prefix_injection is not None and not (only_empty and self.peft_config):
             self._prefix_injection.remove()
-            self._prefix_injection = self._prefix_injection_for = None
+            self._prefix_injection = None
         heads = {id(m) for m in self._heads() if not (only_empty and m._get_available_adapters())}
         for name, module in list(self.base_model.named_modules()):
             if id(module) in heads:

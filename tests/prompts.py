@@ -72,11 +72,17 @@ class PastInjection:
         self.model, self.P, self.removed = model, num_virtual_tokens, False
         self.sizes = (num_layers, kv_heads, head_dim, num_virtual_tokens)
         self.prefixes = self.no_prefix = None
+        self.lengths = {num_virtual_tokens}
         PastInjection.last = self
+
+    def allow(self, num_virtual_tokens, always_visible=False):
+        self.lengths.add(num_virtual_tokens)
 
     @contextlib.contextmanager
     def active(self, prefixes, *, no_prefix=None, positions_moved=False):
         assert not self.removed
+        self.P = prefixes[0][0].shape[-2]
+        assert self.P in self.lengths
         self.prefixes, self.no_prefix = prefixes, no_prefix
         handle = self.model.register_forward_pre_hook(self.add, with_kwargs=True)
         try:

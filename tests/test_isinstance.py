@@ -1,4 +1,7 @@
-"""A peftkern model where others ask for an HF PEFT model, and where HF PEFT is not installed."""
+"""A peftkern model where others ask for an HF PEFT model, and where HF PEFT is not installed.
+
+Trainers that ask: test_trainer.py, test_trl.py.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,6 @@ import textwrap
 import peft
 import pytest
 import torch
-import transformers
 
 import peftkern
 from tests.tiny import CASES, first, inputs, make, pair
@@ -44,46 +46,6 @@ def test_what_trainer_and_accelerate_ask():
     ours, _ = pair("llama")
     assert unwrap_peft_model(ours) is ours.get_base_model()
     assert extract_model_from_parallel(ours) is ours
-
-
-def test_trainer_saves_and_resumes_the_adapter_alone(tmp_path):
-    """transformers' Trainer: HF PEFT's losses, adapter files alone in checkpoints, and resuming."""
-    batch = inputs("llama", batch=4)
-    data = [{k: v[i] for k, v in batch.items()} for i in range(4)]
-    losses, states = [], []
-    for name, model in zip(("ours", "theirs"), pair("llama", lora_dropout=0.1), strict=True):
-
-        def train(model, steps, resume=None, name=name):
-            arguments = transformers.TrainingArguments(
-                output_dir=tmp_path / name,
-                max_steps=steps,
-                save_steps=2,
-                logging_steps=1,
-                per_device_train_batch_size=2,
-                learning_rate=1e-2,
-                lr_scheduler_type="constant",
-                use_cpu=True,
-                report_to=[],
-                seed=3,
-                disable_tqdm=True,
-            )
-            trainer = transformers.Trainer(model=model, args=arguments, train_dataset=data)
-            trainer.train(resume_from_checkpoint=resume)
-            return [row["loss"] for row in trainer.state.log_history if "loss" in row]
-
-        losses.append(train(model, 4))
-        states.append({n: p.detach().clone() for n, p in model.named_parameters() if "lora_" in n})
-        saved = {p.name for p in (tmp_path / name / "checkpoint-2").iterdir()}
-        assert "adapter_model.safetensors" in saved and "model.safetensors" not in saved
-        if name == "ours":
-            again, _ = pair("llama", lora_dropout=0.1)
-            train(again, 4, resume=tmp_path / name / "checkpoint-2")
-            for key, value in again.named_parameters():
-                if "lora_" in key:
-                    torch.testing.assert_close(value, states[0][key], rtol=0, atol=1e-6)
-    assert losses[0] == pytest.approx(losses[1], abs=1e-4) and len(losses[0]) == 4
-    for key, value in states[1].items():
-        torch.testing.assert_close(states[0][key], value, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])

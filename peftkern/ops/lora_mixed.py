@@ -72,9 +72,8 @@ class SampleIndex:
                     "captured cannot copy it there; before the capture, call samples.on(device) of "
                     "the AdapterNames that you pass"
                 )
-            found = self._index[device] = torch.tensor(
-                self.choice, dtype=torch.int32, device=device
-            )
+            made = torch.tensor(self.choice, dtype=torch.int32, device=device)
+            found = self._index.setdefault(device, made)  # the first thread's
         return found
 
     def rows(self, device: torch.device) -> list[Tensor | None]:

@@ -58,3 +58,7 @@ class BasePromptEncoder(nn.Module):
             return
         with torch.no_grad():
             weight.copy_(prompt_embeddings)
+
+    def _load_adapter_state_dict(self, state_dict: dict[str, Tensor]) -> None:
+        """What HF PEFT's ``set_peft_model_state_dict`` calls, which accelerate hands models to."""
+        self.load_prompt_embeddings(state_dict["prompt_embeddings"])

@@ -9,6 +9,7 @@ checkpointed block must be recomputed as it was computed.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import re
 import threading
@@ -37,6 +38,7 @@ _CROSS = re.compile(r"cross|encdec|encoder_attn|encoder_decoder", re.IGNORECASE)
 
 # how often any set broke its promise; tells `settle` whether there may be something to do
 _breaks = 0
+_count_breaks = itertools.count(1)  # += would lose one when two threads count
 
 
 class _Stash:
@@ -145,7 +147,7 @@ class Group:
         global _breaks
         if torch.is_grad_enabled() and not self.broken:
             self.broken = True
-            _breaks += 1
+            _breaks = next(_count_breaks)
 
     def settle(self) -> bool:
         """Leave a broken set ungrouped, unless a graph that it is part of waits for its backward.

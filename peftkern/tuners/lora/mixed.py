@@ -57,20 +57,7 @@ def forward_mixed(layer: Linear, x: Tensor, names: AdapterNames, args: Any, kwar
     disabled = layer._disable_adapters
     reason = "the call has more arguments" if args or kwargs else mixed_reason(layer, x, names)
     if reason is None and not disabled:
-        base: Any = layer.base_layer
-        adapters = [
-            Adapter(
-                layer.lora_A._modules[name]._parameters["weight"],  # type: ignore
-                layer.lora_B._modules[name]._parameters["weight"],  # type: ignore
-                layer.scaling[name],
-            )
-            if name in layer.lora_A._modules
-            else None
-            for name in names.order
-        ]
-        params = base._parameters
-        transposed = bool(weight_layout(base.__class__))
-        return lora_mixed(x, params["weight"], params["bias"], adapters, names.samples, transposed)
+        return as_one(layer, x, names)
     if not disabled and not torch.compiler.is_compiling():
         _note(layer, reason)
     y = layer.base_layer(x, *args, **kwargs)
@@ -81,6 +68,24 @@ def forward_mixed(layer: Linear, x: Tensor, names: AdapterNames, args: Any, kwar
         if rows is not None and name in layer.lora_A:
             y = y.index_add(0, rows, layer._update(name, x[rows]).to(y.dtype))
     return y.to(dtype)
+
+
+def as_one(layer: Linear, x: Tensor, names: AdapterNames) -> Tensor:
+    """The same as one operation, for which there is no :func:`mixed_reason`."""
+    base: Any = layer.base_layer
+    adapters = [
+        Adapter(
+            layer.lora_A._modules[name]._parameters["weight"],  # type: ignore
+            layer.lora_B._modules[name]._parameters["weight"],  # type: ignore
+            layer.scaling[name],
+        )
+        if name in layer.lora_A._modules
+        else None
+        for name in names.order
+    ]
+    params = base._parameters
+    transposed = bool(weight_layout(base.__class__))
+    return lora_mixed(x, params["weight"], params["bias"], adapters, names.samples, transposed)
 
 
 def mixed_reason(layer: Linear, x: Tensor, names: AdapterNames) -> str | None:

@@ -39,8 +39,8 @@ class PrefixInjection:
         num_layers: how many layers the prefixes are for.
         kv_heads: heads of the keys (H_kv); of the largest layer, where they differ.
         head_dim: their width (D), likewise.
-        num_virtual_tokens: length of the prefix (P).
-        always_visible: a sliding window hides own tokens only, and not the prefix.
+        num_virtual_tokens: length of the prefix (P); see :meth:`allow` for further ones.
+        always_visible: see :meth:`allow`.
 
     Raises:
         ValueError: the model is not supported, or the numbers are not its own; names its class.
@@ -56,17 +56,13 @@ class PrefixInjection:
         num_virtual_tokens: int,
         always_visible: bool = False,
     ) -> None:
-        if num_virtual_tokens <= 0:
-            raise ValueError(f"num_virtual_tokens must be positive, got {num_virtual_tokens}")
         found = find(model, num_layers)
-        if always_visible and (reason := blocks.why_not_always_visible(found)):
-            raise refuse(model, reason)
         if any(hasattr(m, attention.SLOT) for m in found.attentions):
             raise refuse(model, "it takes prefixes already; remove the first injection")
         self.kv_heads = kv_heads
         self.head_dim = head_dim
         self.num_virtual_tokens = num_virtual_tokens
-        self.always_visible = always_visible
+        self.lengths: set[int] = set()
         self.family = found.family
         self.stack = found.stack
         self.layers = found.layers
@@ -76,9 +72,25 @@ class PrefixInjection:
         self._blocks = found.family.block is not None
         self._handles: list[Any] = []
         self.configs: list[Any] = []
+        self.allow(num_virtual_tokens, always_visible)
         self._install()
 
     # -------------------------------------------------------------------------- on and off
+
+    def allow(self, num_virtual_tokens: int, always_visible: bool = False) -> None:
+        """Take prefixes of this length as well: adapters of different lengths are active by turns,
+        or at the same time in different threads.
+
+        Raises:
+            ValueError: the length is not positive, or with ``always_visible`` the model has windows
+                that would hide a prefix all the same.
+        """
+        if num_virtual_tokens <= 0:
+            raise ValueError(f"num_virtual_tokens must be positive, got {num_virtual_tokens}")
+        reason = blocks.why_not_always_visible(self.attentions) if always_visible else None
+        if reason:
+            raise ValueError(f"prefix tuning does not support {self._model_name}: {reason}")
+        self.lengths.add(num_virtual_tokens)
 
     def _install(self) -> None:
         for slot, module in enumerate(self.attentions):
@@ -148,6 +160,7 @@ class PrefixInjection:
         *,
         no_prefix: Tensor | None = None,
         positions_moved: bool = False,
+        always_visible: bool = False,
     ) -> Iterator[None]:
         """Calls of the model by this thread within the block see the prefixes.
 
@@ -158,6 +171,7 @@ class PrefixInjection:
             no_prefix: bool [B], rows that see none and keep their positions.
             positions_moved: ``position_ids`` given to the model count from the prefix on; those
                 that the model counts itself are moved either way.
+            always_visible: a sliding window hides own tokens only, and not the prefix.
 
         Raises:
             ValueError: their number or a shape is not that of the model; within the block, a
@@ -165,7 +179,8 @@ class PrefixInjection:
             RuntimeError: within the block, a layer of the model did not see its prefix.
         """
         self._check(prefixes, no_prefix)
-        before = push(ActivePrefix(self, tuple(prefixes), no_prefix, positions_moved))
+        given = ActivePrefix(self, tuple(prefixes), no_prefix, positions_moved, always_visible)
+        before = push(given)
         try:
             yield
         finally:
@@ -179,13 +194,15 @@ class PrefixInjection:
                 f"prefixes has {len(prefixes)} entries; {self._model_name} has "
                 f"{len(self.attentions)} layers that take one"
             )
-        tail = (self.kv_heads, self.num_virtual_tokens, self.head_dim)
+        given = next((pair[0].shape[-2] for pair in prefixes if pair is not None), 0)
+        P = given if given in self.lengths else self.num_virtual_tokens
+        tail = (self.kv_heads, P, self.head_dim)
         for slot, pair in enumerate(prefixes):
             for tensor in pair or ():
                 heads, virtual, width = tensor.shape[-3:] if tensor.dim() in (3, 4) else (0, 0, 0)
                 # smaller where layers differ; whether it is a layer's, the layer checks
                 fits = 0 < heads <= tail[0] and 0 < width <= tail[2]
-                if not fits or virtual != self.num_virtual_tokens:
+                if not fits or virtual != P:
                     raise ValueError(
                         f"prefixes[{slot}] has shape {tuple(tensor.shape)}; allowed is "
                         f"{tail} or (batch, {', '.join(map(str, tail))})"
@@ -210,8 +227,9 @@ class PrefixInjection:
         tokens = positions.tokens_of(kwargs)
         cache = kwargs.get("past_key_values")
         past = 0 if cache is None else cache.get_seq_length()
-        state = begin(entry, tokens.shape[0], self.num_virtual_tokens, past)
-        state.always_visible = self.always_visible
+        P = next((pair[0].shape[-2] for pair in entry.prefixes if pair is not None), 0)
+        state = begin(entry, tokens.shape[0], P, past)
+        state.always_visible = entry.always_visible
         wanted = kwargs.get("output_attentions")
         config = self.stack.config
         state.weights = bool(
@@ -263,7 +281,7 @@ class PrefixInjection:
         state = current_of(self)
         if state is None:
             return None
-        return positions.move_in_table(table, args, kwargs, self.num_virtual_tokens)
+        return positions.move_in_table(table, args, kwargs, state.virtual)
 
     def _after_table(
         self, table: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
@@ -272,7 +290,7 @@ class PrefixInjection:
         state = current_of(self)
         if state is None or state.no_prefix is None:
             return None
-        args, kwargs = positions.move_in_table(table, args, kwargs, -self.num_virtual_tokens)
+        args, kwargs = positions.move_in_table(table, args, kwargs, -state.virtual)
         plain = type(table).forward(table, *args, **kwargs)
         return torch.where(state.no_prefix[:, None, None], plain, output)
 

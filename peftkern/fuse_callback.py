@@ -1,0 +1,34 @@
+"""Fusing by a callback, for trainers that put HF PEFT's adapters in themselves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import TrainerCallback
+
+from .fusing import fuse, unfuse
+
+
+class FuseCallback(TrainerCallback):
+    """Fuses the trainer's model when training begins, see :func:`peftkern.fuse`.
+
+    ``SFTTrainer(peft_config=peft.LoraConfig(...), callbacks=[FuseCallback()])``: TRL calls HF
+    PEFT's own ``get_peft_model``, and this reaches the model it makes.
+
+    Args:
+        unfuse_at_end: give the layers HF PEFT's forward back when training ends. By default the
+            model stays fused, so that evaluation afterwards is as fast.
+
+    Raises:
+        ValueError: when training begins, the model holds no LoRA layer of HF PEFT.
+    """
+
+    def __init__(self, unfuse_at_end: bool = False) -> None:
+        self.unfuse_at_end = unfuse_at_end
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        fuse(kwargs["model"])
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.unfuse_at_end:
+            unfuse(kwargs["model"])

@@ -1,0 +1,133 @@
+"""``fuse``: the fused forward inside a live model of HF PEFT, for code that builds its own."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections import Counter
+from types import ModuleType
+from typing import Any, TypeVar
+
+from torch import nn
+
+from .tuners.lora.base import LoraLayer
+from .tuners.lora.group import form_groups, settle
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def fuse(model: Model) -> Model:
+    """Run the LoRA layers of an HF PEFT model as peftkern's, in place, and return the model.
+
+    Every ``peft.tuners.lora.Linear`` (on ``nn.Linear`` or transformers' ``Conv1D``) is given the
+    fused forward; q, k, v and gate, up train as one operation. The layers stay HF PEFT's objects
+    with HF PEFT's state and API: parameters and state dict keys are the same, optimizers keep
+    working, and adapters are added, switched, disabled, merged, rescaled, deleted, saved and loaded
+    as before. What is not one operation (DoRA, several active adapters, quantised bases,
+    embeddings, convolutions, ...) runs HF PEFT's forward; ``explain(model)`` says which and why.
+
+    Layers that HF PEFT makes afterwards (``add_adapter`` with other targets) run its forward until
+    ``fuse`` is called again, which does no harm to the others.
+
+    Args:
+        model: a ``peft.PeftModel``, or any module that holds HF PEFT's LoRA layers. A model of
+            peftkern's own is returned as it is.
+
+    Raises:
+        TypeError: not an ``nn.Module``.
+        ValueError: the model holds no LoRA layer of HF PEFT.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"fuse: `model` must be an nn.Module, got {type(model).__name__}")
+    layers = hf_layers(model)
+    if not layers:
+        if any(isinstance(m, LoraLayer) for m in model.modules()) or _is_ours(model):
+            return model
+        raise ValueError(f"fuse: `model` must hold LoRA layers of HF PEFT; {_found(model)}")
+    hf = hf_module()
+    reasons = {name: hf.why_not(layer) for name, layer in layers.items()}
+    for name, layer in layers.items():
+        if reasons[name] is None and type(layer) is not hf.FusedLinear:
+            hf.take_over(layer)
+    if None not in reasons.values():
+        why = "; ".join(f"{n} times {reason}" for reason, n in Counter(reasons.values()).items())
+        warnings.warn(f"fuse: none of {len(layers)} LoRA layers is fused: {why}", stacklevel=2)
+        return model
+    form_groups(model, hf.FusedLinear)
+    if _settle not in model._forward_pre_hooks.values():
+        model.register_forward_pre_hook(_settle)
+    return model
+
+
+def unfuse(model: Model) -> Model:
+    """Give the layers of a fused model HF PEFT's forward again, in place, and return the model.
+
+    Raises:
+        TypeError: not an ``nn.Module``.
+        RuntimeError: a layer's class or forward was replaced after ``fuse`` (by ``fully_shard``, a
+            parametrization, accelerate's hooks); that has to be undone first. Nothing is changed.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"unfuse: `model` must be an nn.Module, got {type(model).__name__}")
+    layers = hf_layers(model)
+    if not layers:
+        return model
+    hf = hf_module()
+    fused = {name: layer for name, layer in layers.items() if isinstance(layer, hf.FusedLinear)}
+    for name, layer in fused.items():
+        if type(layer) is not hf.FusedLinear or "forward" in layer.__dict__:
+            what = f"class {type(layer).__name__}" if "forward" not in layer.__dict__ else "forward"
+            raise RuntimeError(
+                f"unfuse: the layer {name!r} was given another {what} after it was fused; "
+                "undo that first"
+            )
+    for layer in fused.values():
+        hf.give_back(layer)
+    for module in model.modules():
+        hooks = module._forward_pre_hooks
+        for key in [k for k, hook in hooks.items() if hook is _settle]:
+            del hooks[key]
+            module.__dict__.pop("_breaks_seen", None)
+    return model
+
+
+def _settle(model: nn.Module, args: Any) -> None:
+    """Before a forward of the whole model: ungroup projections that turned out to differ."""
+    settle(model)
+
+
+def _hf_loaded() -> bool:
+    return "peft.tuners.lora" in sys.modules
+
+
+def hf_module() -> ModuleType:
+    """What knows HF PEFT's layers. For a process that has imported HF PEFT."""
+    from .tuners.lora import hf_layer
+
+    return hf_layer
+
+
+def hf_layers(model: nn.Module) -> dict[str, Any]:
+    """{name: LoRA layer of HF PEFT, fused or not}. Whoever has one has imported HF PEFT."""
+    if not _hf_loaded():
+        return {}
+    is_one = hf_module().is_hf_layer
+    return {name: m for name, m in model.named_modules() if is_one(m)}
+
+
+def _is_ours(model: nn.Module) -> bool:
+    from .peft_model import PeftModel
+
+    return isinstance(model, PeftModel)
+
+
+def _found(model: Any) -> str:
+    """What the model has instead, for an error message."""
+    configs = getattr(model, "peft_config", None)
+    if isinstance(configs, dict) and configs:
+        kinds = sorted({str(getattr(c.peft_type, "value", c.peft_type)) for c in configs.values()})
+        words = f"the adapters of this {type(model).__name__} are {', '.join(kinds)}"
+        if any(getattr(c, "is_prompt_learning", False) for c in configs.values()):
+            words += " (load prompts with peftkern.PeftModel.from_pretrained)"
+        return words
+    return f"{type(model).__name__} has no adapters"

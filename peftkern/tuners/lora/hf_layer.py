@@ -1,0 +1,147 @@
+"""The fused forward inside HF PEFT's own LoRA layer. The one module that imports HF PEFT: it is
+imported for a model that holds HF PEFT's layers, and for nothing else.
+
+A fused layer is HF PEFT's object with another class, a subclass of HF PEFT's, so all that is kept
+and all that its API does stays HF PEFT's; only ``forward`` looks first whether the call is one
+that :class:`peftkern.tuners.lora.layer.Linear` runs as one operation.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft.tuners.lora import Linear as HFLinear
+from peft.tuners.lora import LoraLayer as HFLoraLayer
+from torch import Tensor, nn
+from torch.compiler import is_compiling
+
+from .base import LoraLayer
+from .layer import Linear
+from .mixed import AdapterNames, as_one, mixed_reason
+
+# what the fused forward keeps in a layer, and `give_back` takes out again
+_OWN = ("_plan", "_group", "_noted_reason", "_noted_mixed")
+# attributes of HF PEFT's layer that a call reads without going through its properties
+_READ = ("_active_adapter", "_disable_adapters", "merged_adapters", "scaling", "lora_variant")
+
+
+class FusedLinear(HFLinear):
+    """HF PEFT's ``lora.Linear`` with the fused forward of peftkern's; see :func:`take_over`.
+
+    What is not one operation (several active adapters, variants such as DoRA, a merged layer, ...)
+    is HF PEFT's forward, and :meth:`decline_reason` says why.
+    """
+
+    forward = Linear.forward
+    _note_decline = LoraLayer._note_decline
+    __getstate__ = Linear.__getstate__
+
+    def fused_call(self, x: Tensor) -> tuple[Any, ...] | None:
+        state = self.__dict__
+        active = state["_active_adapter"]
+        # HF PEFT keeps the list that set_adapter was given, and a caller may have written to it
+        if active.__class__ is list and len(active) == 1:
+            active = active[0]
+        if active.__class__ is not str or active in state["lora_variant"]:
+            return None
+        plan = state["_plan"]
+        if plan is not None and plan.name != active:
+            state["_plan"] = None
+        call = Linear.fused_call(self, x)
+        # made a tensor by prepare_model_for_compiled_hotswap
+        return call if call is None or isinstance(call[4], (float, int)) else None
+
+    def traced_call(self, x: Tensor) -> tuple[Any, ...] | None:
+        return Linear.traced_call(self, x)
+
+    def decline_reason(self) -> str | None:
+        if not self.disable_adapters and not self.merged:
+            reason = self._variant_reason()
+            if reason is not None:
+                return reason
+        return Linear.decline_reason(self)
+
+    def _variant_reason(self) -> str | None:
+        for name in self.active_adapters:
+            if name in self.lora_variant:
+                return f"{type(self.lora_variant[name]).__name__} runs HF PEFT's forward"
+            if isinstance(self.scaling.get(name), Tensor):
+                return f"the scaling of {name} is a Tensor"
+        return None
+
+    def _forward_general(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not is_compiling():
+            given = kwargs.get("adapter_names")
+            if given is None:
+                self._note_decline()
+            elif len(kwargs) == 1 and not args and self._mixes(x, given):
+                names = _names.of(given)
+                if mixed_reason(self, x, names) is None:
+                    return as_one(self, x, names)
+        return HFLinear.forward(self, x, *args, **kwargs)
+
+    def _mixes(self, x: Tensor, names: Sequence[str]) -> bool:
+        """Whether HF PEFT would run this mixed batch on plain LoRA, and not raise an error."""
+        return (
+            len(x) == len(names)
+            and not self.disable_adapters
+            and not self.merged
+            and not any(n in self.lora_variant for n in names)
+            and not any(isinstance(self.scaling.get(n), Tensor) for n in names)
+        )
+
+
+class _Names(threading.local):
+    """The names of the last mixed batch in this thread: HF PEFT hands the same list to each of
+    hundreds of layers, and the index made from it serves them all."""
+
+    known: AdapterNames = AdapterNames(())
+    inference = False
+
+    def of(self, names: Sequence[str]) -> AdapterNames:
+        if isinstance(names, AdapterNames):
+            return names
+        inference = torch.is_inference_mode_enabled()  # its tensors are of no use outside it
+        if self.known != tuple(names) or self.inference != inference:
+            self.known, self.inference = AdapterNames(names), inference
+        return self.known
+
+
+_names = _Names()
+
+
+def is_hf_layer(module: nn.Module) -> bool:
+    """Whether it is a LoRA layer of HF PEFT, fused or not."""
+    return isinstance(module, HFLoraLayer)
+
+
+def why_not(layer: Any) -> str | None:
+    """Why a LoRA layer of HF PEFT cannot be fused, whatever its adapters; None when it can."""
+    cls = type(layer)
+    if cls is not HFLinear and cls is not FusedLinear:
+        return f"a {cls.__module__}.{cls.__qualname__} keeps its own forward"
+    state = layer.__dict__
+    if (
+        any(name not in state for name in _READ)
+        or state["_active_adapter"] is not layer.active_adapter
+        or state["_disable_adapters"] is not layer.disable_adapters
+        or "forward" in state
+    ):
+        return "its state or its forward is not where HF PEFT has it"
+    return None
+
+
+def take_over(layer: Any) -> None:
+    """Give a layer that nothing speaks against (:func:`why_not`) the fused forward."""
+    layer.__dict__.update(_plan=None, _group=None, _noted_reason=None)
+    layer.__class__ = FusedLinear
+
+
+def give_back(layer: Any) -> None:
+    """Make a fused layer HF PEFT's again."""
+    for name in _OWN:
+        layer.__dict__.pop(name, None)
+    layer.__class__ = HFLinear

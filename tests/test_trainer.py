@@ -1,0 +1,187 @@
+"""transformers' Trainer and accelerate on a peftkern model and on a fused one: training, saving,
+resuming and the best model give HF PEFT's numbers and HF PEFT's files."""
+
+from __future__ import annotations
+
+import json
+
+import peft
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.utils import is_peft_model
+from safetensors.torch import load_file
+from transformers import Trainer, TrainingArguments, pipeline
+
+import peftkern
+from tests.tiny import VOCAB, first, inputs, make
+from tests.trainers import (
+    ARGUMENTS,
+    adapter,
+    assert_close,
+    losses,
+    ours,
+    sentences,
+    theirs,
+    tokenizer,
+)
+
+DOORS = {
+    "peftkern": (ours, []),
+    "fused": (theirs, [peftkern.FuseCallback()]),
+    "HF PEFT": (theirs, []),
+}
+
+
+def rows(seed=0, count=8):
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, VOCAB, (count, 6), generator=g)
+    return [{"input_ids": x, "attention_mask": torch.ones_like(x), "labels": x} for x in ids]
+
+
+def trainer_of(door, out, steps=4, dtype=torch.float32, **arguments):
+    make_model, callbacks = DOORS[door]
+    return Trainer(
+        model=make_model(dtype),
+        args=TrainingArguments(output_dir=out, max_steps=steps, **{**ARGUMENTS, **arguments}),
+        train_dataset=rows(),
+        eval_dataset=rows(1),
+        callbacks=callbacks,
+    )
+
+
+REENTRANT = {"activation_checkpointing_kwargs": {"use_reentrant": True}}
+
+
+@pytest.mark.parametrize(
+    ("door", "dtype", "arguments", "tolerance"),
+    [
+        ("peftkern", torch.float32, {}, 2e-4),
+        ("fused", torch.float32, {}, 2e-4),
+        ("fused", torch.float32, {"activation_checkpointing": True}, 2e-4),
+        ("peftkern", torch.float32, {"activation_checkpointing": True, **REENTRANT}, 2e-4),
+        ("fused", torch.float32, {"bf16": True}, 2e-2),  # autocast
+        ("peftkern", torch.bfloat16, {"gradient_accumulation_steps": 2}, 2e-2),
+    ],
+    ids=["plain-peftkern", "plain-fused", "checkpointing", "reentrant", "autocast", "bfloat16"],
+)
+def test_losses_are_hf_pefts(door, dtype, arguments, tolerance, tmp_path):
+    runs = []
+    for name in (door, "HF PEFT"):
+        trainer = trainer_of(name, tmp_path / name, dtype=dtype, save_strategy="no", **arguments)
+        runs.append((losses(trainer), adapter(trainer.model)))
+        if name != "HF PEFT":
+            assert sum(row.fused for row in peftkern.explain(trainer.model)) == 14
+    assert runs[0][0] == pytest.approx(runs[1][0], abs=tolerance) and len(runs[0][0]) == 4
+    assert runs[0][0][0] != pytest.approx(runs[0][0][-1], abs=1e-2)  # something is learnt
+    assert_close(runs[0][1], runs[1][1], 10 * tolerance)
+
+
+@pytest.mark.parametrize("door", ["peftkern", "fused"])
+def test_checkpoint_resume_best_model_and_save(door, tmp_path):
+    settings = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True,
+                "metric_for_best_model": "eval_loss", "greater_is_better": True}  # fmt: skip
+    whole = trainer_of(door, tmp_path / "whole", steps=6, **settings)
+    start = adapter(whole.model)
+    uninterrupted = losses(whole)
+    for step in (2, 4, 6):
+        names = {p.name for p in (tmp_path / "whole" / f"checkpoint-{step}").iterdir()}
+        assert {"adapter_model.safetensors", "adapter_config.json", "optimizer.pt"} <= names
+        assert not {"model.safetensors", "pytorch_model.bin"} & names
+
+    # the highest evaluation loss counts as best, so that the last checkpoint is not the best one
+    evaluated = {r["step"]: r["eval_loss"] for r in whole.state.log_history if "eval_loss" in r}
+    best = max(evaluated, key=evaluated.get)
+    assert whole.state.best_model_checkpoint.endswith(f"checkpoint-{best}") and best != 6
+    saved = load_file(tmp_path / "whole" / f"checkpoint-{best}" / "adapter_model.safetensors")
+    assert_close(peft.get_peft_model_state_dict(whole.model), saved, 0)
+    assert whole.evaluate()["eval_loss"] == pytest.approx(evaluated[best], abs=1e-6)
+
+    again = trainer_of(door, tmp_path / "whole", steps=6, **settings)
+    assert_close(adapter(again.model), start, 0)
+    resumed = losses(again, tmp_path / "whole" / "checkpoint-2")
+    assert resumed == pytest.approx(uninterrupted, abs=1e-6) and len(resumed) == 6
+    if door == "fused":
+        assert sum(row.fused for row in peftkern.explain(again.model)) == 14
+
+    whole.save_model(str(tmp_path / "saved"))
+    names = {p.name for p in (tmp_path / "saved").iterdir()}
+    assert names == {"README.md", "adapter_config.json", "adapter_model.safetensors",
+                     "training_args.bin"}  # fmt: skip
+    config = json.loads((tmp_path / "saved" / "adapter_config.json").read_text())
+    assert config["peft_type"] == "LORA" and config["inference_mode"]
+    batch = inputs("llama")
+    whole.model.eval()
+    expected = first(whole.model(**batch))
+    for library in (peft, peftkern):
+        loaded = library.PeftModel.from_pretrained(make("llama"), tmp_path / "saved")
+        torch.testing.assert_close(first(loaded(**batch)), expected, rtol=0, atol=1e-5)
+    whole.save_model()
+    whole.create_model_card(dataset="words")  # which then lets the model write its part
+    card = (tmp_path / "whole" / "README.md").read_text()
+    assert "library_name: peft" in card and "words" in card
+
+
+@pytest.mark.parametrize("door", ["peftkern", "fused"])
+def test_accelerate_prepares_saves_and_loads(door, tmp_path):
+    model = ours() if door == "peftkern" else peftkern.fuse(theirs())
+    accelerator = Accelerator(cpu=True)
+    assert is_peft_model(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    batch = inputs("llama")
+
+    def step():
+        torch.manual_seed(1)
+        loss = wrapped(**batch).loss
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    step()
+    accelerator.save_state(str(tmp_path / "state"))
+    before = adapter(model)
+    first_time = [step(), step()]
+    assert first_time[0] != first_time[1]
+    accelerator.load_state(str(tmp_path / "state"))
+    assert_close(adapter(model), before, 0)
+    assert [step(), step()] == first_time
+    unwrapped = accelerator.unwrap_model(wrapped)
+    assert unwrapped is model
+    unwrapped.save_pretrained(
+        tmp_path / "adapter",
+        is_main_process=accelerator.is_main_process,
+        save_function=accelerator.save,
+        state_dict=accelerator.get_state_dict(wrapped),
+    )
+    saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert_close(saved, peft.get_peft_model_state_dict(model), 0)
+
+
+@pytest.mark.parametrize("kind", ["lora", "prefix"])
+def test_hf_pefts_functions_on_a_peftkern_model(kind):
+    """accelerate's FSDP code hands the model that claims to be HF PEFT's to HF PEFT."""
+    if kind == "lora":
+        model = ours()
+    else:
+        config = peftkern.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+        model = peftkern.get_peft_model(make("llama"), config)
+    state = peft.get_peft_model_state_dict(model, adapter_name=model.active_adapter)
+    assert_close(state, peftkern.get_peft_model_state_dict(model), 0)
+    wanted = {name: value + 1 for name, value in state.items()}
+    result = peft.set_peft_model_state_dict(model, wanted, adapter_name=model.active_adapter)
+    assert kind == "prefix" or not result.unexpected_keys
+    assert_close(peftkern.get_peft_model_state_dict(model), wanted, 0)
+
+
+def test_pipeline():
+    model = ours().eval()
+    generator = pipeline("text-generation", model=model, tokenizer=tokenizer(), device="cpu")
+    assert type(generator.model) is type(model)
+    text = sentences(1)[0]
+    found = generator(text, max_new_tokens=5, do_sample=False)[0]["generated_text"]
+    ids = tokenizer()(text, return_tensors="pt")["input_ids"]
+    wanted = theirs().eval().generate(input_ids=ids, max_new_tokens=5, do_sample=False)
+    wanted = tokenizer().decode(wanted[0], skip_special_tokens=True)
+    assert found.replace(" ", "") == wanted.replace(" ", "") and wanted.startswith(text)

@@ -1,0 +1,161 @@
+"""TRL's trainers through both doors: a peftkern model handed to them, and HF PEFT's model that they
+build themselves from ``peft_config=``, fused by the callback."""
+
+from __future__ import annotations
+
+import peft
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+import peftkern
+from tests.tiny import first, inputs, make
+from tests.trainers import (
+    ARGUMENTS,
+    LORA,
+    adapter,
+    assert_close,
+    logged,
+    losses,
+    ours,
+    sentences,
+    theirs,
+    tokenizer,
+)
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    import datasets
+
+    datasets.disable_progress_bars()
+
+
+def sft(model, out, steps=4, config=None, callbacks=(), **arguments):
+    """A trainer on eight lines; with ``config`` it puts HF PEFT's adapter in itself."""
+    return SFTTrainer(
+        model=model,
+        args=SFTConfig(
+            output_dir=str(out), max_steps=steps, max_length=16, **{**ARGUMENTS, **arguments}
+        ),
+        train_dataset=Dataset.from_dict({"text": sentences()}),
+        eval_dataset=Dataset.from_dict({"text": sentences(seed=1)}),
+        processing_class=tokenizer(),
+        peft_config=config,
+        callbacks=list(callbacks),
+    )
+
+
+def lora(**more):
+    return peft.LoraConfig(task_type="CAUSAL_LM", **{**LORA, **more})
+
+
+def by(door, out, **arguments):
+    """The trainer of a door; the same weights in all of them."""
+    dtype = arguments.pop("dtype", torch.float32)
+    if door == "a peftkern model":
+        return sft(ours(dtype), out, **arguments)
+    if door == "HF PEFT's model":
+        return sft(theirs(dtype), out, **arguments)
+    callbacks = [peftkern.FuseCallback()] if door == "peft_config, fused" else []
+    config = lora(init_lora_weights="gaussian")
+    return sft(make("llama", dtype=dtype), out, config=config, callbacks=callbacks, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("door", "beside", "arguments", "tolerance"),
+    [
+        ("a peftkern model", "HF PEFT's model", {}, 2e-4),
+        ("peft_config, fused", "peft_config", {}, 2e-4),
+        ("peft_config, fused", "peft_config", {"activation_checkpointing": True}, 2e-4),
+        ("a peftkern model", "HF PEFT's model",
+         {"dtype": torch.bfloat16, "bf16": True, "packing": True}, 2e-2),
+    ],
+    ids=["door 1", "door 2", "checkpointing", "bfloat16"],
+)  # fmt: skip
+def test_sft_losses_are_hf_pefts(door, beside, arguments, tolerance, tmp_path):
+    runs = []
+    for name in (door, beside):
+        trainer = by(name, tmp_path, save_strategy="no", **arguments)
+        runs.append((losses(trainer), adapter(trainer.model)))
+        fused = sum(row.fused for row in peftkern.explain(trainer.model))
+        assert fused == (14 if name == door else 0)
+    assert runs[0][0] == pytest.approx(runs[1][0], abs=tolerance) and len(runs[0][0]) == 4
+    assert_close(runs[0][1], runs[1][1], 10 * tolerance)
+
+
+@pytest.mark.parametrize(
+    "door",
+    [pytest.param("a peftkern model", marks=pytest.mark.slow), "peft_config, fused"],
+)
+def test_sft_checkpoint_resume_best_model_and_save(door, tmp_path):
+    settings = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True,
+                "metric_for_best_model": "eval_loss", "greater_is_better": True}  # fmt: skip
+    whole = by(door, tmp_path / "whole", steps=6, **settings)
+    uninterrupted = losses(whole)
+    evaluated = {r["step"]: r["eval_loss"] for r in whole.state.log_history if "eval_loss" in r}
+    best = max(evaluated, key=evaluated.get)  # the worst one, which is not the last
+    assert best != 6
+    folder = tmp_path / "whole" / f"checkpoint-{best}"
+    assert_close(
+        peft.get_peft_model_state_dict(whole.model),
+        load_file(folder / "adapter_model.safetensors"),
+        0,
+    )
+    assert not (folder / "model.safetensors").exists()
+
+    again = by(door, tmp_path / "whole", steps=6, **settings)
+    resumed = losses(again, tmp_path / "whole" / "checkpoint-2")
+    assert resumed == pytest.approx(uninterrupted, abs=1e-6) and len(resumed) == 6
+    assert sum(row.fused for row in peftkern.explain(again.model)) == 14
+
+    whole.save_model(str(tmp_path / "saved"))
+    assert not (tmp_path / "saved" / "model.safetensors").exists()
+    batch = inputs("llama")
+    expected = first(whole.model.eval()(**batch))
+    for library in (peft, peftkern):
+        loaded = library.PeftModel.from_pretrained(make("llama"), tmp_path / "saved")
+        torch.testing.assert_close(first(loaded(**batch)), expected, rtol=0, atol=1e-5)
+
+
+def test_rules_of_trl(tmp_path):
+    """An adapter on lm_head is refused, as its losses would not see it, and so is peftkern's
+    configuration where TRL would give it to HF PEFT."""
+    on_head = peftkern.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "lm_head"])
+    with pytest.raises(ValueError, match="adapter to `lm_head` is not supported"):
+        sft(peftkern.get_peft_model(make("llama"), on_head), tmp_path)
+    with pytest.raises(TypeError, match="must be a `peft.PeftConfig` instance"):
+        sft(make("llama"), tmp_path, config=peftkern.LoraConfig(task_type="CAUSAL_LM"))
+    with pytest.raises(ValueError, match="together with a `peft_config`"):
+        sft(ours(), tmp_path, config=lora())
+
+
+@pytest.mark.parametrize(
+    "door",
+    ["a peftkern model", pytest.param("peft_config, fused", marks=pytest.mark.slow)],
+)
+def test_dpo_takes_the_model_without_its_adapter_as_reference(door, tmp_path):
+    data = {"prompt": sentences(8, 3, 5), "chosen": sentences(8, 3, 6),
+            "rejected": sentences(8, 3, 7)}  # fmt: skip
+    runs = []
+    for name in (door, "peft_config" if door.startswith("peft_config") else "HF PEFT's model"):
+        given = {"a peftkern model": ours, "HF PEFT's model": theirs}.get(name)
+        config = lora(init_lora_weights="gaussian") if given is None else None
+        model = make("llama") if given is None else given()
+        trainer = DPOTrainer(
+            model=model,
+            args=DPOConfig(
+                output_dir=str(tmp_path), max_steps=3, **{**ARGUMENTS, "save_strategy": "no"}
+            ),
+            train_dataset=Dataset.from_dict(data),
+            processing_class=tokenizer(),
+            peft_config=config,
+            callbacks=[peftkern.FuseCallback()] if "fused" in name else [],
+        )
+        runs.append((losses(trainer), logged(trainer, "rewards/margins")))
+        fused = sum(row.fused for row in peftkern.explain(trainer.model))
+        assert fused == (14 if name == door else 0)
+    assert runs[0][0] == pytest.approx(runs[1][0], abs=2e-4) and len(runs[0][0]) == 3
+    assert runs[0][1] == pytest.approx(runs[1][1], abs=2e-4) and any(runs[0][1])
