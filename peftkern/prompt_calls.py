@@ -173,9 +173,9 @@ def prefixed(
     named = [name for name in rows or [model.active_adapter] if name != BASE]
     config = model.peft_config[named[0]]
     model._inject(config)
-    more: dict[str, Any] = {"always_visible": config.prefix_always_visible}
-    if no_prefix is not None:
-        more["no_prefix"] = no_prefix
+    more: dict[str, Any] = {} if no_prefix is None else {"no_prefix": no_prefix}
+    if config.prefix_always_visible:
+        more["always_visible"] = True
     if kwargs is not None and kwargs.get("position_ids") is not None:
         move = offset_behind(config.num_virtual_tokens, no_prefix)
         kwargs["position_ids"] = kwargs["position_ids"] + move

@@ -177,10 +177,10 @@ class PromptLearning(Prompts):
 
         P, heads = config.num_virtual_tokens, config.num_attention_heads
         assert P is not None and config.token_dim is not None and heads is not None
-        visible = getattr(config, "prefix_always_visible", False)
+        always_visible = getattr(config, "prefix_always_visible", False)
         if self._prefix_injection is not None:
             # never made anew: another thread may be in a forward with the hooks that there are
-            self._prefix_injection.allow(P, visible)
+            self._prefix_injection.allow(P, always_visible)
             return
         base = innermost(self)
         self._prefix_injection = PrefixInjection(
@@ -189,7 +189,7 @@ class PromptLearning(Prompts):
             kv_heads=heads,
             head_dim=config.token_dim // heads,
             num_virtual_tokens=P,
-            always_visible=visible,
+            always_visible=always_visible,
         )
 
     def _heads(self: Any) -> list[ModulesToSaveWrapper]:

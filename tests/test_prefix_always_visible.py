@@ -18,7 +18,7 @@ from torch import Tensor
 import peftkern
 from peftkern.tuners.prefix_tuning import attention
 from peftkern.tuners.prefix_tuning.inject import PrefixInjection
-from tests.prefix_models import LAYERS, VOCAB, P, Pair, assert_close, inputs, make, sizes
+from tests.prefix_models import LAYERS, VOCAB, P, Pair, assert_close, inputs, make
 from tests.test_prefix_injection import keys_of
 
 WINDOW = 8  # of all these models
@@ -38,7 +38,7 @@ def explicit(base: Any, length: int) -> Any:
     return added if getattr(base.config, "layer_types", None) else added["sliding_attention"]
 
 
-def injected(model: Any, keys: Any, visible: bool = True) -> PrefixInjection:
+def injected(model: Any, keys: Any) -> PrefixInjection:
     _, heads, _, width = keys[0][0].shape
     return PrefixInjection(
         model,
@@ -46,7 +46,6 @@ def injected(model: Any, keys: Any, visible: bool = True) -> PrefixInjection:
         kv_heads=heads,
         head_dim=width,
         num_virtual_tokens=P,
-        always_visible=visible,
     )
 
 
@@ -64,7 +63,7 @@ def test_is_what_an_explicit_mask_gives(family: str) -> None:
     own = ids[:, P:]
     model = make(family)
     injection = injected(model, keys)
-    with torch.no_grad(), injection.active(keys):
+    with torch.no_grad(), injection.active(keys, always_visible=True):
         assert_close(model(own).logits, expected)
         padded = torch.nn.functional.pad(own, (0, 2), value=0)
         mask = padded.ne(0).long()
@@ -78,25 +77,22 @@ def test_is_what_an_explicit_mask_gives(family: str) -> None:
         assert_close(torch.cat(steps, dim=1), expected)
         # a prefix for one row alone
         one = torch.tensor([False, True, True])
-        with injection.active(keys, no_prefix=one):
+        with injection.active(keys, no_prefix=one, always_visible=True):
             rows = model(own).logits
         assert_close(rows[0], expected[0])
         assert_close(rows[1], base(own).logits[1])
-    windowed = make(family)
-    with torch.no_grad(), injected(windowed, keys, visible=False).active(keys):
-        assert (windowed(own).logits - expected).abs().max() > 0.01
+    with torch.no_grad(), injection.active(keys):
+        assert (model(own).logits - expected).abs().max() > 0.01
 
 
 def test_gradients() -> None:
     """Of all own tokens' losses, also of those that would have lost the prefix."""
     pair = Pair("mistral", peft_too=False)
-    pair.injection.remove()
-    injection = PrefixInjection(pair.model, **sizes(pair), always_visible=True)
     batch = inputs("mistral", None)
     grads = []
     pair.model.requires_grad_(False).train()
     for _ in range(2):
-        with injection.active(pair.prefixes()):
+        with pair.active(always_visible=True):
             logits = pair.model(batch["input_ids"].repeat(1, 2)).logits
         logits[:, WINDOW + P :].square().mean().backward()
         grads.append(pair.weight.grad.clone())
@@ -114,10 +110,8 @@ def test_no_mask_where_no_window_bites(monkeypatch: pytest.MonkeyPatch) -> None:
         attention, "prefix_attention", lambda *a, **k: (seen.append(k), run(*a, **k))[1]
     )
     pair = Pair("mistral", peft_too=False)
-    pair.injection.remove()
-    injection = PrefixInjection(pair.model, **sizes(pair), always_visible=True)
     ids = torch.full((2, WINDOW), 5)
-    with torch.no_grad(), injection.active(pair.prefixes()):
+    with torch.no_grad(), pair.active(always_visible=True):
         pair.model(ids)
         assert all(k.get("bias") is None and k["window"] is None and k["causal"] for k in seen)
         seen.clear()

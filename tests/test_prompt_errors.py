@@ -10,15 +10,11 @@ import torch
 import transformers as tf
 
 import peftkern
-from tests.prompts import PastInjection, config_of, prompt_model, stand_in
+from peftkern.tuners.prefix_tuning import inject
+from tests.prompts import config_of, prompt_model
 from tests.tiny import assert_same, make, snapshot
 
 SMALL = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-
-
-@pytest.fixture(autouse=True)
-def _stand_in(monkeypatch):
-    stand_in(monkeypatch)
 
 
 BAD_CONFIGS = {
@@ -76,7 +72,10 @@ def test_what_does_not_fit_the_model_is_refused(name):
 
 
 def test_what_injection_refuses_changes_nothing(monkeypatch):
-    monkeypatch.setattr(PastInjection, "refuse", "not this family")
+    def refuse(model, num_layers):
+        raise inject.refuse(model, "not this family")
+
+    monkeypatch.setattr(inject, "find", refuse)
     base = make("llama")
     before = snapshot(base)
     with pytest.raises(ValueError, match="not this family"):

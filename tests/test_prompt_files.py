@@ -10,16 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import peftkern
-from tests.prompts import KINDS, PREFIXES, config_of, prompt_model, prompt_pair, stand_in
+from tests.prompts import KINDS, PREFIXES, config_of, prompt_model, prompt_pair
 from tests.tiny import assert_same, first, inputs, make, snapshot
 
 TASKS = [("llama", "CAUSAL_LM"), ("bert", "SEQ_CLS"), ("t5", "SEQ_2_SEQ_LM")]
 WEIGHTS = "adapter_model.safetensors"
-
-
-@pytest.fixture(autouse=True)
-def _stand_in(monkeypatch):
-    stand_in(monkeypatch)
 
 
 def trained(library, kind, family="llama", task="CAUSAL_LM", **more):

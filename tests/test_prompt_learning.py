@@ -1,7 +1,4 @@
-"""Prefix tuning, prompt tuning and p-tuning against HF PEFT: names, first values, prompts, numbers.
-
-Attention with prefixes is a stand-in here (tests/prompts.py); it has tests of its own.
-"""
+"""Prefix tuning, prompt tuning and p-tuning against HF PEFT: names, first values, prompts, numbers."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ import torch
 import transformers as tf
 
 import peftkern
-from tests.prompts import KINDS, PREFIXES, prompt_model, prompt_pair, stand_in
+from tests.prompts import KINDS, PREFIXES, prompt_model, prompt_pair
 from tests.tiny import CASES, first, gradients, inputs, make
 
 BART = {
@@ -31,11 +28,6 @@ BART = {
 }
 SMALL = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-
-
-@pytest.fixture(autouse=True)
-def _stand_in(monkeypatch):
-    stand_in(monkeypatch)
 
 
 def cached(prompt):
@@ -264,7 +256,9 @@ def test_sizes_that_peft_cannot_tell(name):
     cls, config, sizes = SIZES_PEFT_CANNOT_TELL[name]
     task = "SEQ_2_SEQ_LM" if name == "t5" else "CAUSAL_LM"
     ours = prompt_model(peftkern, "prefix", base=cls(config), task=task)
-    assert ours._prefix_injection.sizes == sizes
+    injection = ours._prefix_injection
+    found = (injection.kv_heads, injection.head_dim, injection.num_virtual_tokens)
+    assert (len(injection.attentions), *found) == sizes
 
 
 def test_layers_of_different_sizes():

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from . import deberta
-from .families import Family, Found, at
+from .families import Family, at
 from .positions import tokens_of
 from .state import PrefixState
 
@@ -46,10 +46,10 @@ class PrefixedPast:
         return 0 if self.past is None else self.past.get_seq_length(*args)
 
 
-def why_not_always_visible(found: Found) -> str | None:
+def why_not_always_visible(attentions: tuple[nn.Module, ...]) -> str | None:
     """Why a window of these layers cannot leave out the prefix, or None: GPT-Neo cuts its keys by
     how many there are."""
-    if any(getattr(a, "attention_type", "") == "local" for a in found.attentions):
+    if any(getattr(a, "attention_type", "") == "local" for a in attentions):
         return "its local attention counts the prefix (prefix_always_visible)"
     return None
 

@@ -40,8 +40,7 @@ class PrefixInjection:
         kv_heads: heads of the keys (H_kv); of the largest layer, where they differ.
         head_dim: their width (D), likewise.
         num_virtual_tokens: length of the prefix (P); see :meth:`allow` for further ones.
-        always_visible: a sliding window hides own tokens only, and not the prefix; the default of
-            :meth:`active`.
+        always_visible: see :meth:`allow`.
 
     Raises:
         ValueError: the model is not supported, or the numbers are not its own; names its class.
@@ -58,16 +57,12 @@ class PrefixInjection:
         always_visible: bool = False,
     ) -> None:
         found = find(model, num_layers)
-        why = blocks.why_not_always_visible(found)
-        self._not_visible = None if why is None else refuse(model, why)
-        self.lengths: set[int] = set()
-        self.allow(num_virtual_tokens, always_visible)
         if any(hasattr(m, attention.SLOT) for m in found.attentions):
             raise refuse(model, "it takes prefixes already; remove the first injection")
         self.kv_heads = kv_heads
         self.head_dim = head_dim
         self.num_virtual_tokens = num_virtual_tokens
-        self.always_visible = always_visible
+        self.lengths: set[int] = set()
         self.family = found.family
         self.stack = found.stack
         self.layers = found.layers
@@ -77,17 +72,24 @@ class PrefixInjection:
         self._blocks = found.family.block is not None
         self._handles: list[Any] = []
         self.configs: list[Any] = []
+        self.allow(num_virtual_tokens, always_visible)
         self._install()
 
     # -------------------------------------------------------------------------- on and off
 
     def allow(self, num_virtual_tokens: int, always_visible: bool = False) -> None:
         """Take prefixes of this length as well: adapters of different lengths are active by turns,
-        or at the same time in different threads. ValueError: the model has no such prefixes."""
-        if always_visible and self._not_visible is not None:
-            raise self._not_visible
+        or at the same time in different threads.
+
+        Raises:
+            ValueError: the length is not positive, or with ``always_visible`` the model has windows
+                that would hide a prefix all the same.
+        """
         if num_virtual_tokens <= 0:
             raise ValueError(f"num_virtual_tokens must be positive, got {num_virtual_tokens}")
+        reason = blocks.why_not_always_visible(self.attentions) if always_visible else None
+        if reason:
+            raise ValueError(f"prefix tuning does not support {self._model_name}: {reason}")
         self.lengths.add(num_virtual_tokens)
 
     def _install(self) -> None:
@@ -158,7 +160,7 @@ class PrefixInjection:
         *,
         no_prefix: Tensor | None = None,
         positions_moved: bool = False,
-        always_visible: bool | None = None,
+        always_visible: bool = False,
     ) -> Iterator[None]:
         """Calls of the model by this thread within the block see the prefixes.
 
@@ -169,7 +171,7 @@ class PrefixInjection:
             no_prefix: bool [B], rows that see none and keep their positions.
             positions_moved: ``position_ids`` given to the model count from the prefix on; those
                 that the model counts itself are moved either way.
-            always_visible: as for the class, for these prefixes; None: what was given there.
+            always_visible: a sliding window hides own tokens only, and not the prefix.
 
         Raises:
             ValueError: their number or a shape is not that of the model; within the block, a
@@ -177,8 +179,8 @@ class PrefixInjection:
             RuntimeError: within the block, a layer of the model did not see its prefix.
         """
         self._check(prefixes, no_prefix)
-        visible = self.always_visible if always_visible is None else always_visible
-        before = push(ActivePrefix(self, tuple(prefixes), no_prefix, positions_moved, visible))
+        given = ActivePrefix(self, tuple(prefixes), no_prefix, positions_moved, always_visible)
+        before = push(given)
         try:
             yield
         finally:

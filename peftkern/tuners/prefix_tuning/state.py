@@ -33,7 +33,7 @@ class ActivePrefix:
     prefixes: tuple[Prefix | None, ...]
     no_prefix: Tensor | None
     positions_moved: bool = False
-    always_visible: bool = False  # see PrefixInjection.active
+    always_visible: bool = False
 
 
 def offset_behind(virtual: int, no_prefix: Tensor | None) -> int | Tensor:
