@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .tuners.prompt_encoder import BasePromptEncoder
-from .tuners.tuners_utils import BaseTunerLayer
+from .tuners.tuners_utils import BaseTunerLayer, walk
 from .utils.other import ModulesToSaveWrapper
 
 PROMPT_KEY = "prompt_embeddings"
@@ -107,7 +107,7 @@ def adapter_slots(model: nn.Module, adapter_name: str) -> Iterator[Slot]:
     encoders: Any = model._modules.get("prompt_encoder") or {}
     if adapter_name in encoders:
         yield prompt_slot(f"prompt_encoder.{adapter_name}", encoders[adapter_name])
-    for name, module in model.named_modules():
+    for name, module in walk(model):
         if isinstance(module, BaseTunerLayer):
             for attribute in module.adapter_layer_names:
                 store = getattr(module, attribute)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import warnings
 from collections.abc import Sequence
 from types import MappingProxyType
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from ..tuners_utils import BaseTunerLayer
 from .config import LoraConfig
+from .merging import Merging
 from .variant import LoraVariant, active_variant, select
 
 logger = logging.getLogger("peftkern")
@@ -21,19 +23,31 @@ logger = logging.getLogger("peftkern")
 NOTHING: Any = MappingProxyType({})
 
 
-def in_out_features(base: Any) -> tuple[int, int]:
-    """(K, N) of a layer that can be adapted."""
-    if hasattr(base, "in_features") and hasattr(base, "out_features"):
+def in_out_features(base: Any) -> tuple[int, int] | tuple[None, None]:
+    """(K, N) of a layer; (None, None) for a class without such numbers,
+    whose LoRA layer must then know them."""
+    if isinstance(base, nn.Linear):
         return base.in_features, base.out_features
     if isinstance(base, nn.Embedding):
         return base.num_embeddings, base.embedding_dim
+    if isinstance(base, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return base.in_channels, base.out_channels
+    if isinstance(base, nn.MultiheadAttention):
+        return base.embed_dim, 3 * base.embed_dim
     if hasattr(base, "nf"):  # Conv1D: weight is [K, N]
         k, n = base.weight.shape
         return k, n
-    raise ValueError(f"{type(base).__name__} has no known number of features")
+    warnings.warn(
+        f"Unsupported layer type '{type(base)}' encountered, proceed at your own risk.",
+        UserWarning,
+        stacklevel=5,
+    )
+    if hasattr(base, "in_features") and hasattr(base, "out_features"):
+        return base.in_features, base.out_features
+    return None, None
 
 
-class LoraLayer(BaseTunerLayer):
+class LoraLayer(Merging, BaseTunerLayer):
     """The state of a LoRA layer: its adapters by name, in PEFT's attributes.
 
     ``lora_A[name].weight`` is [r, K], ``lora_B[name].weight`` [N, r]; an embedding keeps
@@ -70,6 +84,18 @@ class LoraLayer(BaseTunerLayer):
     lora_variant: dict[str, LoraVariant]
     _noted_reason: str | None
     training: bool
+    in_features: Any
+    out_features: Any
+
+    def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
+        """For layer classes of users, after ``nn.Module.__init__``. ``kwargs`` are not used."""
+        self._init_lora(
+            base_layer,
+            lora_A=nn.ModuleDict(),
+            lora_B=nn.ModuleDict(),
+            lora_embedding_A=nn.ParameterDict(),
+            lora_embedding_B=nn.ParameterDict(),
+        )
 
     def _init_lora(self, base_layer: nn.Module, **stores: nn.Module) -> None:
         """Set up an empty layer around ``base_layer``; ``stores`` are the {adapter: weight} modules
@@ -89,6 +115,7 @@ class LoraLayer(BaseTunerLayer):
         self.__dict__.update({name: {} for name in names})
         self.__dict__.update(
             merged_adapters=[],
+            _kept=[],
             lora_variant={},
             _disable_adapters=False,
             _active_adapter=[],
@@ -100,19 +127,44 @@ class LoraLayer(BaseTunerLayer):
         if not base_layer.training:
             module.train(False)
 
+    def _first_adapter(
+        self,
+        adapter_name: str | None,
+        config: LoraConfig | None,
+        r: int,
+        lora_alpha: float,
+        kwargs: dict[str, Any],
+    ) -> None:
+        """The end of a constructor with HF PEFT's arguments: an adapter at once, in the base's
+        dtype unless ``kwargs`` says otherwise. Nothing happens without a name."""
+        if adapter_name is None:
+            return
+        if config is None:
+            raise TypeError(f"{type(self).__name__}: `config` is missing for `{adapter_name}`")
+        kinds = ("autocast_dtype", "meta", "trainable")
+        given = {k: kwargs[k] for k in kinds if k in kwargs}
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, r, lora_alpha, config, **{"autocast_dtype": False, **given})
+
     def _adapter_placement(self, autocast_dtype: bool, meta: bool) -> dict[str, Any]:
         """device and dtype of new adapter weights: the base layer's,
         float16 and bfloat16 widened if asked."""
-        base = self.get_base_layer()
-        weight = getattr(base, "weight", None)
-        if not isinstance(weight, Tensor):
-            weight = next(base.parameters(), torch.empty(0))
+        weight = self._some_weight()
         dtype = weight.dtype if weight.is_floating_point() else torch.float32
         if weight.dtype.itemsize == 1 or (
             autocast_dtype and dtype in (torch.float16, torch.bfloat16)
         ):
             dtype = torch.float32
         return {"device": "meta" if meta else weight.device, "dtype": dtype}
+
+    def _some_weight(self) -> Tensor:
+        """The base layer's weight, or a parameter of it that stands for that."""
+        base = self.get_base_layer()
+        weight = getattr(base, "weight", None)
+        return weight if isinstance(weight, Tensor) else next(base.parameters(), torch.empty(0))
+
+    def _base_dtype(self) -> torch.dtype:
+        return self._some_weight().dtype
 
     def update_layer(
         self,
@@ -123,6 +175,7 @@ class LoraLayer(BaseTunerLayer):
         autocast_dtype: bool = True,
         meta: bool = False,
         trainable: bool = True,
+        **kwargs: Any,
     ) -> None:
         """Add an adapter of rank ``r``; which adapter is active stays as it is.
 
@@ -134,6 +187,7 @@ class LoraLayer(BaseTunerLayer):
             autocast_dtype: keep float32 weights under a float16 or bfloat16 base.
             meta: make the weights on the meta device, to be assigned from a checkpoint.
             trainable: whether its weights require a gradient.
+            **kwargs: what callers written for HF PEFT pass beside these; not used.
         """
         if r <= 0:
             raise ValueError(f"`r` should be a positive integer value but the value passed is {r}")
@@ -162,6 +216,37 @@ class LoraLayer(BaseTunerLayer):
     ) -> None:
         raise NotImplementedError
 
+    # ---------------------------------------------------------------- how strong it is
+
+    def _initial_scaling(self, adapter: str) -> float:
+        r = self.r[adapter]
+        return self.lora_alpha[adapter] / (math.sqrt(r) if self.use_rslora.get(adapter) else r)
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Make the adapter's scaling ``scale`` times what its rank and ``lora_alpha`` say; nothing
+        happens in a layer without it."""
+        if adapter in self.scaling:
+            self.scaling[adapter] = scale * self._initial_scaling(adapter)
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the active adapters' scaling by ``scale``."""
+        if scale == 1:
+            return
+        for adapter in self.active_adapters:
+            if adapter in self.scaling:
+                self.scaling[adapter] = self.scaling[adapter] * scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the active adapters' scaling by ``scale``; None: back to what their ranks and
+        ``lora_alpha`` say."""
+        for adapter in self.active_adapters:
+            if adapter in self.scaling:
+                self.scaling[adapter] = (
+                    self._initial_scaling(adapter)
+                    if scale is None
+                    else self.scaling[adapter] / scale
+                )
+
     # ---------------------------------------------------------------- variants of LoRA
 
     @property
@@ -173,28 +258,6 @@ class LoraLayer(BaseTunerLayer):
         """A new variant as ``config`` asks for, None for plain LoRA. ValueError where this kind of
         layer has none such."""
         return select(self.lora_variants, config)
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether the adapter may be turned into one of plain LoRA."""
-        variant = self.lora_variant.get(adapter_name)
-        return variant is None or variant.supports_lora_conversion()
-
-    def _merged_weight(self, adapter: str, weight: Tensor, base: Tensor | None = None) -> Tensor:
-        """The base weight with one more adapter merged into it.
-
-        Args:
-            adapter: its name.
-            weight: the weight with the adapters merged so far, at least float32; left as it is.
-            base: the weight without any adapter; None: ``weight`` is that.
-        """
-        variant = self.lora_variant.get(adapter)
-        if variant is None:
-            return weight + self.get_delta_weight(adapter)
-        return variant.merged_weight(self, adapter, weight, weight if base is None else base)
-
-    def get_delta_weight(self, adapter: str) -> Tensor:
-        """The update of an adapter, scaling · B A, in the base weight's shape."""
-        raise NotImplementedError
 
     # ---------------------------------------------------------------- why a call is fused, or not
 
@@ -245,7 +308,8 @@ class LoraLayer(BaseTunerLayer):
             )
         if self.merged:
             raise ValueError(
-                "Cannot pass `adapter_names` when there are merged adapters, please unmerge first."
+                "Cannot pass `adapter_names` when there are merged adapters, please call "
+                "`unmerge_adapter` first."
             )
         if self.lora_variant:
             for name in dict.fromkeys(adapter_names):

@@ -12,6 +12,7 @@ from ...utils.mixed import HERE, hand_over
 from .base import NOTHING, LoraLayer
 from .config import LoraConfig
 from .dora import DoraEmbeddingVariant
+from .draws import placed
 from .mixed import AdapterNames
 from .variant import take_kwargs
 
@@ -25,22 +26,35 @@ class Embedding(nn.Module, LoraLayer):
     lora_embedding_A: nn.ParameterDict
     lora_embedding_B: nn.ParameterDict
 
-    def __init__(self, base_layer: nn.Module) -> None:
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str | None = None,
+        config: LoraConfig | None = None,
+        r: int = 0,
+        lora_alpha: float = 1,
+        **kwargs: Any,
+    ) -> None:
         super().__init__()
         self._init_lora(
             base_layer, lora_embedding_A=nn.ParameterDict(), lora_embedding_B=nn.ParameterDict()
         )
         self.fan_in_fan_out = False
+        self._first_adapter(adapter_name, config, r, lora_alpha, kwargs)
 
     def _make_weights(
         self, name: str, r: int, config: LoraConfig, place: dict[str, Any], trainable: bool
     ) -> None:
         if config.lora_bias:
             raise ValueError(f"lora_bias=True is not supported for {type(self).__name__}.")
-        A = torch.zeros((r, self.in_features), **place)
-        B = torch.empty((self.out_features, r), **place).normal_()
-        if config.init_lora_weights is False:
-            A.normal_()
+        shapes = (r, self.in_features), (self.out_features, r)
+        if place["device"] == "meta":
+            A, B = (torch.empty(shape, **place) for shape in shapes)
+        else:  # drawn as HF PEFT draws them, see `draws`
+            A, B = (torch.randn(shape) for shape in shapes)
+            if config.init_name is not False:
+                A, B = A.zero_(), B.normal_()
+            A, B = (placed(value, self._base_dtype(), place) for value in (A, B))
         self.lora_embedding_A[name] = nn.Parameter(A, requires_grad=trainable)
         self.lora_embedding_B[name] = nn.Parameter(B, requires_grad=trainable)
 
@@ -51,6 +65,8 @@ class Embedding(nn.Module, LoraLayer):
         take_kwargs(kwargs)  # no variant of an embedding has any
         if adapter_names is not None:
             self._check_adapter_names(x, adapter_names)
+        if self._disable_adapters and self.merged:
+            self.unmerge()
         y = self.base_layer(x, *args, **kwargs)
         if self._disable_adapters or self.merged:
             return y
@@ -96,6 +112,9 @@ class Embedding(nn.Module, LoraLayer):
         if scale is None:
             return update
         return update * (scale.to(update.dtype) if isinstance(scale, Tensor) else scale)
+
+    def _factors(self, adapter: str) -> tuple[Tensor, Tensor]:
+        return self.lora_embedding_A[adapter].T, self.lora_embedding_B[adapter].T
 
     def decline_reason(self) -> str | None:
         if self._disable_adapters:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from types import MethodType
 from typing import Any
 
@@ -15,13 +14,18 @@ from ...ops import autocast
 from ...ops.library import traced_lora_linear, why_formula
 from ...ops.lora import lora_linear
 from ...utils.mixed import HERE, hand_over
+from . import inits
 from .base import NOTHING, LoraLayer
 from .config import LoraConfig
 from .dora import DoraLinearVariant
+from .draws import of_linear, placed
 from .group import Group
 from .mixed import AdapterNames, forward_mixed
 from .plan import GLOBAL_HOOKS, Plan, is_hooked, weight_layout
 from .variant import take_kwargs
+
+# where a compiler traces the call, it is one operation all the same
+SCALING_IS_A_TENSOR = "the scaling is a tensor (prepared for hot-swapping into a compiled model)"
 
 
 def bare_linear(weight: Tensor, bias: Tensor | None, trainable: bool) -> nn.Linear:
@@ -50,28 +54,38 @@ class Linear(nn.Module, LoraLayer):
     _plan: Plan | None
     _group: Group | None
 
-    def __init__(self, base_layer: nn.Module, fan_in_fan_out: bool = False) -> None:
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str | None = None,
+        config: LoraConfig | None = None,
+        r: int = 0,
+        lora_alpha: float = 1,
+        fan_in_fan_out: bool = False,
+        **kwargs: Any,
+    ) -> None:
         super().__init__()
         self._init_lora(base_layer, lora_A=nn.ModuleDict(), lora_B=nn.ModuleDict())
-        self.fan_in_fan_out = fan_in_fan_out
+        self.fan_in_fan_out = fan_in_fan_out or (config is not None and config.fan_in_fan_out)
+        self._first_adapter(adapter_name, config, r, lora_alpha, kwargs)
 
     def _make_weights(
         self, name: str, r: int, config: LoraConfig, place: dict[str, Any], trainable: bool
     ) -> None:
-        A = torch.empty((r, self.in_features), **place)
-        B = torch.zeros((self.out_features, r), **place)
-        bias = torch.zeros(self.out_features, **place) if config.lora_bias else None
-        if config.init_lora_weights == "gaussian":
-            A.normal_(std=1 / r)
-        else:  # nn.Linear's own default, as in PEFT; drawn once, on the device
-            bound = 1 / math.sqrt(self.in_features)
-            A.uniform_(-bound, bound)
-            if config.init_lora_weights is False:
-                B.uniform_(-1 / math.sqrt(r), 1 / math.sqrt(r))
-                if bias is not None:
-                    bias.uniform_(-1 / math.sqrt(r), 1 / math.sqrt(r))
+        K, N, with_bias = self.in_features, self.out_features, config.lora_bias
+        bias: Tensor | None
+        if place["device"] == "meta":
+            A, B = torch.empty((r, K), **place), torch.empty((N, r), **place)
+            bias = torch.empty(N, **place) if with_bias else None
+        else:
+            base = self._base_dtype()
+            A, B, bias = of_linear(r, K, N, config.init_name, with_bias)
+            A, B = placed(A, base, place), placed(B, base, place)
+            bias = None if bias is None else placed(bias, base, place)
         self.lora_A._modules[name] = bare_linear(A, None, trainable)
         self.lora_B._modules[name] = bare_linear(B, bias, trainable)
+        if isinstance(config.init_name, str):
+            inits.start(self, name, config)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if HERE.blocks:
@@ -128,13 +142,16 @@ class Linear(nn.Module, LoraLayer):
         p = plan.drop.p if plan.drops and plan.drop.training else 0.0
         if p >= 1.0:  # drops everything, which no factor 1 / (1 - p) expresses
             return None
-        return weight, params["bias"], A, B, state["scaling"][plan.name], p, plan.transposed
+        scale = state["scaling"][plan.name]
+        if scale.__class__ is Tensor:
+            return None
+        return weight, params["bias"], A, B, scale, p, plan.transposed
 
     def traced_call(self, x: Tensor) -> tuple[Any, ...] | None:
         """:meth:`fused_call` for a compiler, or None when it gets the plain formula. Nothing is
         written and everything is read from the modules, so that the compiler sees what the answer
         depends on."""
-        if self.decline_reason() is not None:
+        if self.decline_reason() not in (None, SCALING_IS_A_TENSOR):
             return None
         name = self.active_adapters[0]
         call = self.product_call(x, name)
@@ -160,8 +177,11 @@ class Linear(nn.Module, LoraLayer):
             or not _dtypes_fit(x, base.weight.dtype, a.weight.dtype, b.weight.dtype)
         ):
             return None
-        transposed = weight_layout(base.__class__)
-        return base.weight, base.bias, a.weight, b.weight, self.scaling[name], p, transposed
+        scale: Any = self.scaling[name]
+        B = b.weight
+        if isinstance(scale, Tensor):  # the operation takes a number
+            B, scale = B * scale, 1.0
+        return base.weight, base.bias, a.weight, B, scale, p, weight_layout(base.__class__)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_plan": None}  # a copy has its own modules
@@ -180,6 +200,8 @@ class Linear(nn.Module, LoraLayer):
                 if y is not None:
                     return y
             self._note_decline()
+        if self._disable_adapters and self.merged:
+            self.unmerge()
         y = self.base_layer(x, *args, **kwargs)
         if self._disable_adapters or self.merged:
             return y
@@ -201,8 +223,20 @@ class Linear(nn.Module, LoraLayer):
     def _update(self, name: str, x: Tensor) -> Tensor:
         A: Any = self.lora_A[name]
         if not autocast.is_on(x):
-            x = x.to(A.weight.dtype)
+            x = self._cast_input_dtype(x, A.weight.dtype)
         return self.lora_B[name](A(self.lora_dropout[name](x))) * self.scaling[name]
+
+    def _factors(self, adapter: str) -> tuple[Tensor, Tensor]:
+        A: Any = self.lora_A[adapter]
+        B: Any = self.lora_B[adapter]
+        if self.fan_in_fan_out:
+            return A.weight.T, B.weight.T
+        return B.weight, A.weight
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether the adapter's update can be written as that of plain LoRA."""
+        variant = getattr(self, "lora_variant", {}).get(adapter_name)
+        return variant is None or variant.supports_lora_conversion()
 
     def decline_reason(self) -> str | None:
         active = [n for n in self.active_adapters if n in self.lora_A]
@@ -216,6 +250,8 @@ class Linear(nn.Module, LoraLayer):
             return f"several adapters are active: {', '.join(self.active_adapters)}"
         if (of_variant := self._variant_reason()) is not None:
             return of_variant
+        if torch.is_tensor(self.scaling[active[0]]):
+            return self.product_reason(active[0]) or SCALING_IS_A_TENSOR
         return self.product_reason(active[0])
 
     def product_reason(self, name: str) -> str | None:
