@@ -22,10 +22,11 @@ from tests.test_layers import assert_agree
 from tests.tiny import first, inputs, loss_of, make, pair
 
 # HF PEFT fails on "offloaded" and "fsdp1": it reads a weight that is elsewhere
-DONE = """base_data a_data b_data in_place new_parameter no_more_bias other_rank swap_base scaling b_bias
-swap_a_dict a_subclass trained_base frozen_a double dropout_p dropout_eval dropout_all dropout_other
-dropout_patched base_hook a_hook b_pre_hook patched_forward subclass parametrised weight_is_buffer
-disabled other_active both_active deleted""".split()
+DONE = """base_data a_data b_data in_place new_parameter no_more_bias other_rank swap_base
+scaling b_bias swap_a_dict a_subclass trained_base frozen_a double dropout_p
+dropout_eval dropout_all dropout_other dropout_patched base_hook a_hook b_pre_hook
+patched_forward subclass parametrised weight_is_buffer disabled other_active
+both_active deleted""".split()
 TARGETS = {
     "llama": ["embed_tokens", "q_proj", "v_proj", "down_proj"],
     "gpt2": ["c_attn", "c_proj", "wte"],
