@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .adapter_slots import Slot, adapter_slots, clean, tensors_of
 from .tuners.lora.fused_experts import convert_weights
+from .tuners.lora.tying import tie_again
 from .tuners.tuners_utils import BaseTunerLayer, adapter_modules
 
 PREFIX = "base_model.model."
@@ -183,6 +184,7 @@ def fill(
         for module in adapter_modules(model):
             if isinstance(module, BaseTunerLayer):
                 module.move_adapter_to_base_layer(adapter_name)
+        tie_again(model, adapter_name)
     result = LoadResult(
         [slot.model_key for slot in match.missing],
         [insert_adapter_name(key, adapter_name) for key in match.unexpected],

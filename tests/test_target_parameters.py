@@ -259,6 +259,26 @@ def test_a_pattern_for_some_layers_keeps_meaning_those() -> None:
         peftkern.get_peft_model(moe.make("qwen3_moe"), config)
 
 
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_transformers_own_loader_finds_its_conversions(family, tmp_path, monkeypatch) -> None:
+    """It imports from HF PEFT; here its converters are ours."""
+    from peft.utils import transformers_weight_conversion as theirs
+
+    from peftkern.utils.transformers_weight_conversion import build_peft_weight_mapping
+
+    moe.save_v4_adapter(tmp_path, family)
+    logits = []
+    for build in (theirs.build_peft_weight_mapping, build_peft_weight_mapping):
+        monkeypatch.setattr(theirs, "build_peft_weight_mapping", build)
+        model = moe.make(family)
+        model.load_adapter(str(tmp_path))
+        with torch.no_grad():
+            logits.append(model(input_ids=moe.IDS).logits)
+    torch.testing.assert_close(logits[1], logits[0])
+    with torch.no_grad():
+        assert (logits[0] - moe.make(family)(input_ids=moe.IDS).logits).abs().max() > 0.1
+
+
 def test_an_incomplete_v4_adapter_is_refused(tmp_path) -> None:
     from safetensors.torch import load_file, save_file
 

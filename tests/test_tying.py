@@ -45,13 +45,7 @@ def test_tied_modules_have_one_adapter(case, tmp_path) -> None:
     got, want = ours.peft_config["default"], theirs.peft_config["default"]
     assert got.target_modules == want.target_modules
     assert got.modules_to_save == want.modules_to_save
-    embed, head = ours.get_input_embeddings(), ours.base_model.model.lm_head
-    if "modules_to_save" in TIED[case]:
-        assert embed.modules_to_save["default"].weight is head.modules_to_save["default"].weight
-    else:
-        A, B = embed.lora_embedding_A["default"], embed.lora_embedding_B["default"]
-        assert head.lora_A["default"].weight.data_ptr() == B.data_ptr()
-        assert head.lora_B["default"].weight.data_ptr() == A.data_ptr()
+    assert_shared(ours, "modules_to_save" in TIED[case])
     (loss, grads), (loss_, grads_) = gradients(ours, BATCH), gradients(theirs, BATCH)
     torch.testing.assert_close(loss, loss_)
     assert grads.keys() == grads_.keys()
@@ -62,8 +56,22 @@ def test_tied_modules_have_one_adapter(case, tmp_path) -> None:
     theirs.save_pretrained(tmp_path / "theirs")
     there = peft.PeftModel.from_pretrained(make("gemma"), tmp_path / "ours")
     here = peftkern.PeftModel.from_pretrained(make("gemma"), tmp_path / "theirs")
-    for model in (here, there):
+    light = peftkern.PeftModel.from_pretrained(
+        make("gemma"), tmp_path / "theirs", low_cpu_mem_usage=True
+    )
+    for model in (here, there, light):
         torch.testing.assert_close(logits(model), logits(theirs))
+    assert_shared(light, "modules_to_save" in TIED[case])
+
+
+def assert_shared(model: Any, in_full: bool) -> None:
+    embed, head = model.get_input_embeddings(), model.base_model.model.lm_head
+    if in_full:
+        assert embed.modules_to_save["default"].weight is head.modules_to_save["default"].weight
+        return
+    A, B = embed.lora_embedding_A["default"], embed.lora_embedding_B["default"]
+    assert head.lora_A["default"].weight.data_ptr() == B.data_ptr()
+    assert head.lora_B["default"].weight.data_ptr() == A.data_ptr()
 
 
 @pytest.mark.parametrize("init", [True, False, "gaussian"])

@@ -12,10 +12,10 @@ from collections import defaultdict
 from collections.abc import Container
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ...utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
+from ...utils.experts import fuse_experts
 from ..targets import TargetMatcher, all_linear
 from .config import LoraConfig
 from .parameter import ParamWrapper
@@ -207,12 +207,8 @@ def _fuse(
     E = wrapper.num_experts
     if any(set(part) != set(range(E)) for part in parts):
         return None
-    layers = [torch.stack([weights[part[e]] for e in range(E)]) for part in parts]
-    if side == "lora_A":  # [E, r, K] each
-        return f"{name}.lora_A.weight", torch.cat(layers, dim=1).flatten(0, 1)
-    # [E, N, r] each: a block of its own for each layer, so that none gets another one's update
-    blocks = torch.stack([torch.block_diag(*(layer[e] for layer in layers)) for e in range(E)])
-    return f"{name}.lora_B.weight", blocks.permute(1, 2, 0).flatten(1, 2)  # [N, r·E]
+    layers = [[weights[part[e]] for e in range(E)] for part in parts]
+    return f"{name}.{side}.weight", fuse_experts(layers, side)
 
 
 def _place(model: nn.Module, holder: str, parameter: str) -> tuple[str, ParamWrapper] | None:

@@ -11,8 +11,14 @@ from typing import Any
 from torch import nn
 
 from ...utils.constants import EMBEDDING_LAYER_NAMES
-from ...utils.other import ModulesToSaveWrapper, get_submodules, wrap_modules_to_save
+from ...utils.other import (
+    ModulesToSaveWrapper,
+    find_modules_to_save,
+    get_submodules,
+    wrap_modules_to_save,
+)
 from ...utils.tied import input_embedding_name, modules_tied_to_embedding, plain_name
+from .layer import Linear
 
 UNTIED = (
     "Model has `tie_word_embeddings=True` and a tied layer is part of the adapter, but "
@@ -102,6 +108,20 @@ def tie_adapter(layer: Any, embedding: Any, adapter_name: str, init: bool | str)
         shared_B.copy_(B.weight.data)
     A.weight = nn.Parameter(shared_A, requires_grad=A.weight.requires_grad)
     B.weight = nn.Parameter(shared_B, requires_grad=B.weight.requires_grad)
+
+
+def tie_again(model: Any, adapter_name: str) -> None:
+    """Share what the adapter shares after its tensors were replaced, not copied into."""
+    config = model.peft_config[adapter_name]
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if getattr(config, "target_modules_to_tie", None):
+        for key, module in base.named_modules():
+            if shares_embedding(config, key) and isinstance(module, Linear):
+                tie_adapter(module, base.get_input_embeddings(), adapter_name, init=False)
+    for key in find_modules_to_save(base, sorted(getattr(config, "modules_to_tie", ()) or ())):
+        _, wrapper, _ = get_submodules(base, key)
+        copies: Any = base.get_input_embeddings().modules_to_save
+        wrapper.modules_to_save[adapter_name].weight = copies[adapter_name].weight  # type: ignore
 
 
 def tie_saved_modules(
