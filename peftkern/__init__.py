@@ -12,6 +12,27 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
+    from .auto import (
+        AutoPeftModel as AutoPeftModel,
+    )
+    from .auto import (
+        AutoPeftModelForCausalLM as AutoPeftModelForCausalLM,
+    )
+    from .auto import (
+        AutoPeftModelForFeatureExtraction as AutoPeftModelForFeatureExtraction,
+    )
+    from .auto import (
+        AutoPeftModelForQuestionAnswering as AutoPeftModelForQuestionAnswering,
+    )
+    from .auto import (
+        AutoPeftModelForSeq2SeqLM as AutoPeftModelForSeq2SeqLM,
+    )
+    from .auto import (
+        AutoPeftModelForSequenceClassification as AutoPeftModelForSequenceClassification,
+    )
+    from .auto import (
+        AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification,
+    )
     from .config import PeftConfig as PeftConfig
     from .config import PromptLearningConfig as PromptLearningConfig
     from .explain import explain as explain
@@ -21,9 +42,12 @@ if TYPE_CHECKING:
     from .mapping import get_peft_config as get_peft_config
     from .mapping import get_peft_model as get_peft_model
     from .mapping import inject_adapter_in_model as inject_adapter_in_model
+    from .mixed_model import PeftMixedModel as PeftMixedModel
     from .ops.backend import use_backend as use_backend
     from .ops.lora import lora_linear as lora_linear
     from .peft_model import PeftModel as PeftModel
+    from .status import get_layer_status as get_layer_status
+    from .status import get_model_status as get_model_status
     from .tasks import (
         PeftModelForCausalLM as PeftModelForCausalLM,
     )
@@ -45,14 +69,26 @@ if TYPE_CHECKING:
     from .tuners.lora import AdapterNames as AdapterNames
     from .tuners.lora import LoraConfig as LoraConfig
     from .tuners.lora import LoraModel as LoraModel
+    from .tuners.lora import convert_to_lora as convert_to_lora
+    from .tuners.lora import save_as_lora as save_as_lora
     from .tuners.p_tuning import PromptEncoder as PromptEncoder
     from .tuners.p_tuning import PromptEncoderConfig as PromptEncoderConfig
     from .tuners.prefix_tuning import PrefixEncoder as PrefixEncoder
     from .tuners.prefix_tuning import PrefixTuningConfig as PrefixTuningConfig
     from .tuners.prompt_tuning import PromptEmbedding as PromptEmbedding
     from .tuners.prompt_tuning import PromptTuningConfig as PromptTuningConfig
+    from .utils.error import NoMatchingPeftModuleError as NoMatchingPeftModuleError
+    from .utils.error import PeftError as PeftError
     from .utils.peft_types import PeftType as PeftType
     from .utils.peft_types import TaskType as TaskType
+    from .utils.preparing import cast_mixed_precision_params as cast_mixed_precision_params
+    from .utils.preparing import (
+        prepare_model_for_kbit_training as prepare_model_for_kbit_training,
+    )
+    from .utils.preparing import shift_tokens_right as shift_tokens_right
+    from .utils.save_and_load import (
+        get_base_model_state_dict as get_base_model_state_dict,
+    )
     from .utils.save_and_load import (
         get_peft_model_state_dict as get_peft_model_state_dict,
     )
@@ -60,18 +96,28 @@ if TYPE_CHECKING:
         load_peft_weights as load_peft_weights,
     )
     from .utils.save_and_load import (
+        set_base_model_state_dict as set_base_model_state_dict,
+    )
+    from .utils.save_and_load import (
         set_peft_model_state_dict as set_peft_model_state_dict,
     )
+    from .utils.warning import PeftWarning as PeftWarning
 
 _WHERE = {
+    ".auto": (
+        "AutoPeftModel AutoPeftModelForCausalLM AutoPeftModelForFeatureExtraction "
+        "AutoPeftModelForQuestionAnswering AutoPeftModelForSeq2SeqLM "
+        "AutoPeftModelForSequenceClassification AutoPeftModelForTokenClassification"
+    ),
     ".config": "PeftConfig PromptLearningConfig",
     ".explain": "explain",
     ".fusing": "fuse unfuse",
     ".fuse_callback": "FuseCallback",
     ".mapping": (
         "get_peft_config get_peft_model inject_adapter_in_model PEFT_TYPE_TO_CONFIG_MAPPING "
-        "PEFT_TYPE_TO_TUNER_MAPPING PEFT_TYPE_TO_PREFIX_MAPPING"
+        "PEFT_TYPE_TO_TUNER_MAPPING PEFT_TYPE_TO_PREFIX_MAPPING PEFT_TYPE_TO_MIXED_MODEL_MAPPING"
     ),
+    ".mixed_model": "PeftMixedModel",
     ".ops.backend": "use_backend",
     ".ops.lora": "lora_linear",
     ".peft_model": "PeftModel",
@@ -80,14 +126,32 @@ _WHERE = {
         "PeftModelForSeq2SeqLM PeftModelForSequenceClassification PeftModelForTokenClassification "
         "MODEL_TYPE_TO_PEFT_MODEL_MAPPING"
     ),
-    ".tuners.lora": "AdapterNames LoraConfig LoraModel LoraRuntimeConfig",
+    ".tuners.lora": (
+        "AdapterNames CordaConfig EvaConfig LoftQConfig LoraConfig LoraGAConfig LoraModel "
+        "LoraRuntimeConfig convert_to_lora get_eva_state_dict initialize_lora_eva_weights "
+        "preprocess_corda preprocess_loraga save_as_lora"
+    ),
     ".tuners.p_tuning": "PromptEncoder PromptEncoderConfig PromptEncoderReparameterizationType",
     ".tuners.prefix_tuning": "PrefixEncoder PrefixTuningConfig",
     ".tuners.prompt_tuning": "PromptEmbedding PromptTuningConfig PromptTuningInit",
-    ".utils.constants": "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING",
+    ".status": "get_layer_status get_model_status",
+    ".utils.constants": (
+        "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING "
+        "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING "
+        "bloom_model_postprocess_past_key_value"
+    ),
+    ".utils.error": "NoMatchingPeftModuleError PeftError",
+    ".utils.loftq_utils": "replace_lora_weights_loftq",
     ".utils.other": "ModulesToSaveWrapper",
     ".utils.peft_types": "PeftType TaskType",
-    ".utils.save_and_load": "get_peft_model_state_dict load_peft_weights set_peft_model_state_dict",
+    ".utils.preparing": (
+        "cast_mixed_precision_params prepare_model_for_kbit_training shift_tokens_right"
+    ),
+    ".utils.save_and_load": (
+        "get_base_model_state_dict get_peft_model_state_dict load_peft_weights "
+        "set_base_model_state_dict set_peft_model_state_dict"
+    ),
+    ".utils.warning": "PeftWarning",
 }
 _LAZY = {name: module for module, names in _WHERE.items() for name in names.split()}
 

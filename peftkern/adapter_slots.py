@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .tuners.prompt_encoder import BasePromptEncoder
-from .tuners.tuners_utils import BaseTunerLayer
+from .tuners.tuners_utils import BaseTunerLayer, walk
 from .utils.other import ModulesToSaveWrapper
 
 PROMPT_KEY = "prompt_embeddings"
@@ -107,7 +107,7 @@ def adapter_slots(model: nn.Module, adapter_name: str) -> Iterator[Slot]:
     encoders: Any = model._modules.get("prompt_encoder") or {}
     if adapter_name in encoders:
         yield prompt_slot(f"prompt_encoder.{adapter_name}", encoders[adapter_name])
-    for name, module in model.named_modules():
+    for name, module in walk(model):
         if isinstance(module, BaseTunerLayer):
             for attribute in module.adapter_layer_names:
                 store = getattr(module, attribute)
@@ -119,7 +119,9 @@ def adapter_slots(model: nn.Module, adapter_name: str) -> Iterator[Slot]:
                     continue
                 inner = f"{at}.{adapter_name}"
                 for key, owner, last in tensors_of(store[adapter_name], inner):
-                    yield Slot(key, clean(at + key[len(inner) :]), owner, last)
+                    # files hold a magnitude as the parameter that it was in HF PEFT's first DoRA
+                    rest = "" if attribute == "lora_magnitude_vector" else key[len(inner) :]
+                    yield Slot(key, clean(at + rest), owner, last)
         elif isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
             inner = f"{name}.modules_to_save.{adapter_name}"
             for key, owner, last in tensors_of(module.modules_to_save[adapter_name], inner):

@@ -9,7 +9,8 @@ from typing import Any
 from ._io import write_text_atomically
 from ._version import PEFT_COMPAT_VERSION, __version__
 from .prompts import innermost
-from .tuners.tuners_utils import DUMMY_MODEL_CONFIG, get_model_config
+from .tuners.tuners_utils import get_model_config
+from .utils.constants import DUMMY_MODEL_CONFIG
 from .utils.peft_types import PeftType, TaskType
 
 _VERSIONS = "### Framework versions"

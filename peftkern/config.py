@@ -7,16 +7,22 @@ import inspect
 import json
 import os
 import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from enum import Enum
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from transformers.utils import PushToHubMixin
 
-from ._io import write_text_atomically
-from ._version import PEFT_COMPAT_VERSION
+from ._io import places, write_text_atomically
+from ._version import PEFT_COMPAT_VERSION as __version__  # of HF PEFT, whose format is written
 from .utils.constants import CONFIG_NAME
+from .utils.error import MissingKeysError
 from .utils.peft_types import PeftType, TaskType
+
+MAX_TOKENS = 65536  # above it a saved prompt must show its length before memory is taken for it
 
 
 def one_of(enum_cls: type, value: Any, what: str) -> Any:
@@ -26,7 +32,9 @@ def one_of(enum_cls: type, value: Any, what: str) -> Any:
         return enum_cls(value)
     except ValueError:
         allowed = ", ".join(member.value for member in enum_cls)  # type: ignore[attr-defined]
-        raise ValueError(f"Invalid {what}: {value!r}. Must be one of: {allowed}.") from None
+        raise ValueError(
+            f"Invalid {what}: {value!r}. Must be one of the following {what}s: {allowed}."
+        ) from None
 
 
 def positive(name: str, value: Any, optional: bool = False) -> None:
@@ -55,36 +63,83 @@ def build_config(cls: type[PeftConfig], values: dict[str, Any], source: str) -> 
     unknown = sorted(k for k, v in values.items() if k not in known and v is not None)
     if unknown:
         warnings.warn(
-            f"{source}: unexpected keys {unknown} for {cls.__name__} are ignored. They may come "
-            "from another version of PEFT, and what they ask for is not done.",
+            f"Unexpected keyword arguments {unknown} for class {cls.__name__}, these are ignored. "
+            f"They come from {source}, may be of another version of PEFT, and what they ask for is "
+            "not done.",
             stacklevel=3,
         )
     return cls(**{k: v for k, v in values.items() if k in known})
 
 
-def locate_file(model_id: str | os.PathLike[str], name: str, **hub: Any) -> str | None:
-    """Path of ``name`` in the local folder ``model_id``, or fetched from the hub; None when it is
-    in neither.
+def fits_type(value: Any, hint: Any) -> bool:
+    """Whether a value read from JSON is what a field's type hint describes."""
+    origin, args = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return True
+    if origin in (Union, UnionType):
+        return any(fits_type(value, h) for h in args)
+    if hint is None or hint is type(None):
+        return value is None
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if origin is Literal:
+        return value in args
+    if origin in (list, set, Sequence) or hint in (list, set):
+        return isinstance(value, list) and all(fits_type(v, h) for v in value for h in args[:1])
+    if origin is tuple:
+        return (
+            isinstance(value, list) and len(value) == len(args) and all(map(fits_type, value, args))
+        )
+    if origin is dict or hint is dict:
+        return isinstance(value, dict) and all(
+            fits_type(v, h) for v in value.values() for h in args[1:]
+        )
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return True  # its own check says what is allowed
+    return isinstance(value, hint if hint in (str, bool) else (str, dict))
+
+
+def check_types(cls: type[PeftConfig], values: dict[str, Any]) -> None:
+    """Raise a ValueError, naming the key, for a value from a file that is of a wrong type."""
+    hints = get_type_hints(cls)
+    for name, value in values.items():
+        # old files hold null for what had no default then
+        if name in hints and value is not None and not fits_type(value, hints[name]):
+            shown = str(hints[name]).replace("typing.", "").replace("NoneType", "None")
+            raise ValueError(f"`{name}` must be {shown}, got {value!r}")
+
+
+def locate_file(
+    model_id: str | os.PathLike[str], names: str | Sequence[str], **hub: Any
+) -> str | None:
+    """Path of the first of ``names`` (one or several) that is in the local folder ``model_id``, or
+    that the hub has; None when there is none.
 
     A local folder is always taken first, and the hub is asked only when there is none.
     """
+    names = [names] if isinstance(names, str) else names
     model_id = os.fspath(model_id)
     subfolder = hub.get("subfolder")
-    folder = os.path.join(model_id, subfolder) if subfolder else model_id
-    path = os.path.join(folder, name)
-    if os.path.isfile(path):
-        return path
+    for folder in places(os.path.join(model_id, subfolder) if subfolder else model_id):
+        for name in names:
+            path = os.path.join(folder, name)
+            if os.path.isfile(path):
+                return path
     if os.path.isdir(model_id) or os.path.isabs(model_id) or model_id.startswith("."):
         return None
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 
-    try:
-        return hf_hub_download(model_id, name, **hub)
-    except (EntryNotFoundError, HFValidationError):
-        return None
-    except (HfHubHTTPError, OSError) as exc:
-        raise ValueError(f"cannot get '{name}' of '{model_id}' from the hub: {exc}") from exc
+    for name in names:
+        try:
+            return hf_hub_download(model_id, name, **hub)
+        except (EntryNotFoundError, HFValidationError):
+            continue
+        except (HfHubHTTPError, OSError) as exc:
+            raise ValueError(f"cannot get '{name}' of '{model_id}' from the hub: {exc}") from exc
+    return None
 
 
 def split_hub_kwargs(kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -119,7 +174,7 @@ class PeftConfigMixin(PushToHubMixin):
         if self.task_type is not None:
             one_of(TaskType, self.task_type, "task type")
         if self.peft_version is None:
-            self.peft_version = PEFT_COMPAT_VERSION
+            self.peft_version = __version__
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain Python values."""
@@ -184,7 +239,9 @@ class PeftConfigMixin(PushToHubMixin):
             **kwargs: passed to ``hf_hub_download`` (``revision``, ``token``, ``cache_dir``, …).
 
         Raises:
-            ValueError: no such file, bad JSON, or another ``peft_type`` than this class has.
+            ValueError: no such file, bad JSON, or a ``peft_type`` that peftkern does not have.
+
+        As in HF PEFT the class is the one that the file names, whichever this is called on.
         """
         hub, rest = split_hub_kwargs({**kwargs, "subfolder": subfolder})
         where = os.fspath(pretrained_model_name_or_path)
@@ -194,15 +251,13 @@ class PeftConfigMixin(PushToHubMixin):
         values = cls.from_json_file(file)
         values = {**{k: v for k, v in rest.items() if k in _field_names(cls)}, **values}
         if not values.get("peft_type"):
-            raise ValueError(
-                f"{file} lacks the key `peft_type`, so it is not an adapter configuration"
+            raise MissingKeysError(
+                f"The {cls.__name__} config that is trying to be loaded is missing required keys: "
+                f"{{'peft_type'}}. {file} is not an adapter configuration."
             )
         try:
             target = config_class_for(values["peft_type"])
-            if not issubclass(target, cls):
-                raise ValueError(
-                    f"`peft_type` is {values['peft_type']!r}, which is not {cls.__name__}'s"
-                )
+            check_types(target, values)
             return build_config(target, values, file)
         except (ValueError, TypeError) as exc:
             raise ValueError(f"{file}: {exc}") from exc
@@ -244,6 +299,10 @@ class PeftConfig(PeftConfigMixin):
 
     def check_loadable(self, is_trainable: bool) -> None:
         """Raise a ValueError when a saved adapter of this kind cannot be trained on."""
+
+    def check_fits(self, weights: Mapping[str, Any]) -> None:
+        """Raise a ValueError when sizes in the configuration are far beyond the saved tensors, so
+        that a damaged file cannot make us ask for terabytes."""
 
 
 @dataclass
@@ -299,6 +358,16 @@ class PromptLearningConfig(PeftConfig):
                 f"`task_type` must be given for {PeftType(self.peft_type or '').value}: what is "
                 "done to masks and labels depends on it. Must be one of: "
                 f"{', '.join(t.value for t in TaskType)}."
+            )
+
+    def check_fits(self, weights: Mapping[str, Any]) -> None:
+        prompt = weights.get("prompt_embeddings")
+        if prompt is None or prompt.dim() != 2:
+            return  # which is reported with all keys that are missing or wrong
+        if (self.num_virtual_tokens or 0) > max(MAX_TOKENS, prompt.shape[0]):
+            raise ValueError(
+                f"`num_virtual_tokens` is {self.num_virtual_tokens}, and the saved prompt has "
+                f"{prompt.shape[0]} rows"
             )
 
     def check_loadable(self, is_trainable: bool) -> None:

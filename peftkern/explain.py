@@ -83,7 +83,9 @@ def explain(model: nn.Module) -> Explanation:
         if not isinstance(module, LoraLayer) and name not in theirs:
             continue
         layer: Any = module
-        reason = _kept(layer) if name in theirs else layer.decline_reason()
+        of_hf = name in theirs
+        reason = _kept(layer) if of_hf else layer.decline_reason()
+        own = None if of_hf else layer.variant_fused_as()
         group = layer.__dict__.get("_group")
         together = "" if reason or group is None else group.describe(layer)
         decided = _decided(layer, group) if backend == "auto" and reason is None else why
@@ -94,9 +96,9 @@ def explain(model: nn.Module) -> Explanation:
                 kind=type(layer.get_base_layer()).__name__,
                 shape=(layer.in_features, layer.out_features),
                 ranks=dict(layer.r),
-                fused=reason is None,
-                backend=f"{backend} fused" if reason is None else slow,
-                reason=decided + together if reason is None else reason,
+                fused=reason is None or own is not None,
+                backend=slow if reason and own is None else f"{backend} fused",
+                reason=decided + together if reason is None else own or reason,
                 compiled=_compiled(layer) if reason is None else "plain formula",
             )
         )

@@ -6,14 +6,14 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .config import PeftConfig, build_config
 from .tuners.lora import LoraConfig, LoraModel
 from .tuners.p_tuning import PromptEncoder, PromptEncoderConfig
 from .tuners.prefix_tuning import PrefixEncoder, PrefixTuningConfig
 from .tuners.prompt_tuning import PromptEmbedding, PromptTuningConfig
-from .tuners.tuners_utils import BaseTunerLayer
+from .tuners.tuners_utils import BaseTunerLayer, adapter_modules
 from .utils.peft_types import PeftType
 
 PEFT_TYPE_TO_CONFIG_MAPPING: dict[PeftType, type[PeftConfig]] = {
@@ -29,6 +29,7 @@ PEFT_TYPE_TO_TUNER_MAPPING: dict[PeftType, Any] = {  # a tuner, or an encoder of
     PeftType.P_TUNING: PromptEncoder,
 }
 PEFT_TYPE_TO_PREFIX_MAPPING: dict[PeftType, str] = {PeftType.LORA: LoraModel.prefix}
+PEFT_TYPE_TO_MIXED_MODEL_MAPPING: dict[PeftType, Any] = {PeftType.LORA: LoraModel}
 
 
 def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:
@@ -60,29 +61,53 @@ def check_adapter_name(adapter_name: Any, existing: Any = ()) -> None:
         raise ValueError(f"Adapter with name '{adapter_name}' already exists.")
 
 
+def warn_of_prefix(adapter_name: str, peft_type: Any) -> None:
+    """A name that is part of the method's prefix ("lora" in "lora_") is found in other names."""
+    prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(PeftType(peft_type))
+    if prefix and adapter_name in prefix:
+        warnings.warn(
+            f"Adapter name '{adapter_name}' should not be contained in the prefix '{prefix}'. This "
+            "may lead to reinitialization of the adapter weights during loading.",
+            stacklevel=3,
+        )
+
+
 def inject_adapter_in_model(
     peft_config: PeftConfig,
     model: nn.Module,
     adapter_name: str = "default",
     low_cpu_mem_usage: bool = False,
+    state_dict: dict[str, Tensor] | None = None,
 ) -> nn.Module:
     """Put adapter layers into ``model`` in place and return it, without a :class:`PeftModel` around
     it.
+
+    The adapter becomes the active one; its weights have the dtype of the layers that they adapt.
 
     Args:
         peft_config: a configuration of a method that adapts layers (LoRA).
         model: any module.
         adapter_name: name of the adapter.
         low_cpu_mem_usage: make the adapter's weights on the meta device.
+        state_dict: adapt the modules that have tensors in here, whatever ``target_modules`` says;
+            only names are read. A RuntimeWarning tells the difference.
 
     Raises:
         ValueError, NotImplementedError: as :func:`get_peft_model`.
     """
     check_adapter_name(adapter_name)
     if peft_config.is_prompt_learning:
-        raise ValueError("`inject_adapter_in_model` does not support prompt learning.")
+        raise ValueError(
+            "`create_and_replace` does not support prompt learning, adaption prompt and shadow yet."
+        )
     tuner_cls = PEFT_TYPE_TO_TUNER_MAPPING[PeftType(peft_config.peft_type)]
-    return tuner_cls(model, peft_config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage).model
+    return tuner_cls(
+        model,
+        peft_config,
+        adapter_name,
+        low_cpu_mem_usage=low_cpu_mem_usage,
+        state_dict=state_dict,
+    ).model
 
 
 def get_peft_model(
@@ -131,7 +156,7 @@ def get_peft_model(
             stacklevel=2,
         )
     if not peft_config.is_prompt_learning and any(
-        isinstance(module, BaseTunerLayer) for module in model.modules()
+        isinstance(module, BaseTunerLayer) for module in adapter_modules(model)
     ):
         warnings.warn(
             "You are trying to modify a model with PEFT for a second time. If you want to reload "
@@ -147,6 +172,7 @@ def get_peft_model(
                 stacklevel=2,
             )
         peft_config.revision = revision
+    warn_of_prefix(adapter_name, peft_config.peft_type)
     cls = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(peft_config.task_type, PeftModel)
     return cls(
         model,

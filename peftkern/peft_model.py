@@ -14,14 +14,29 @@ from torch import nn
 from transformers.utils import PushToHubMixin
 
 from .config import PeftConfig
-from .mapping import PEFT_TYPE_TO_TUNER_MAPPING, check_adapter_name
+from .mapping import PEFT_TYPE_TO_TUNER_MAPPING, check_adapter_name, warn_of_prefix
 from .prompt_calls import prompted_forward, prompted_generate
 from .prompt_learning import PromptLearning
 from .saving import AdapterFiles
+from .status import (
+    AdapterStatus,
+    TunerLayerStatus,
+    TunerModelStatus,
+    get_layer_status,
+    get_model_status,
+)
 from .tuners.lora.group import settle
 from .tuners.tuners_utils import BaseTunerLayer, as_names
 from .utils.other import ModulesToSaveWrapper
 from .utils.peft_types import PeftType
+
+__all__ = [
+    "PeftModel",
+    "TunerLayerStatus",
+    "TunerModelStatus",
+    "get_layer_status",
+    "get_model_status",
+]
 
 _claimed: dict[tuple[type, type], type] = {}
 
@@ -52,7 +67,7 @@ def _new(cls: Any) -> Any:
     return cls.__new__(cls)
 
 
-class PeftModel(PromptLearning, AdapterFiles, PushToHubMixin, nn.Module):
+class PeftModel(PromptLearning, AdapterFiles, AdapterStatus, PushToHubMixin, nn.Module):
     """A base model with adapters in it, or with prompts beside it (see :class:`PromptLearning`).
 
     Args:
@@ -218,28 +233,11 @@ class PeftModel(PromptLearning, AdapterFiles, PushToHubMixin, nn.Module):
                 raise
             return getattr(self.base_model, name)
 
-    def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """(trainable, all) parameters. Packed 4-bit weights count as the numbers they stand for."""
-        trainable = total = 0
-        for parameter in self.parameters():
-            count = parameter.numel() or getattr(
-                parameter, "ds_numel", 0
-            )  # DeepSpeed shards are empty
-            if type(parameter).__name__ == "Params4bit":
-                storage = getattr(parameter, "quant_storage", None)
-                count *= 2 * (storage.itemsize if storage is not None else parameter.element_size())
-            total += count
-            if parameter.requires_grad:
-                trainable += count
-        return trainable, total
-
-    def print_trainable_parameters(self) -> None:
-        """Print trainable and all parameters, and their ratio in percent."""
-        trainable, total = self.get_nb_trainable_parameters()
-        share = 100 * trainable / total
-        print(
-            f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}"
-        )
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether :func:`peftkern.convert_to_lora` can turn the adapter into one of plain LoRA."""
+        if self._is_prompt_learning:
+            return False
+        return self.base_model.supports_lora_conversion(adapter_name)
 
     # ---------------------------------------------------------------- calling it
 
@@ -333,10 +331,11 @@ class PeftModel(PromptLearning, AdapterFiles, PushToHubMixin, nn.Module):
             The model is then as it was.
         """
         check_adapter_name(adapter_name, self.peft_config)
+        warn_of_prefix(adapter_name, peft_config.peft_type)
         if PeftType(peft_config.peft_type) != self.peft_type:
             raise ValueError(
-                f"Cannot combine adapters with different peft types. Found {self.peft_type.value} "
-                f"and {PeftType(peft_config.peft_type).value}."
+                f"Cannot combine adapters with different peft types. Found {self.peft_type} and "
+                f"{PeftType(peft_config.peft_type)}."
             )
         peft_config.check_supported()
         self._add_heads(peft_config)
@@ -345,10 +344,14 @@ class PeftModel(PromptLearning, AdapterFiles, PushToHubMixin, nn.Module):
             if self._is_prompt_learning:
                 self._setup_prompt_encoder(adapter_name)
                 return
-            self.base_model.__dict__["_autocast_dtype"] = autocast_adapter_dtype
-            self.base_model.inject_adapter(
-                self.base_model.model, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage
-            )
+            tuner = self.base_model.__dict__
+            was, tuner["_autocast_dtype"] = tuner["_autocast_dtype"], autocast_adapter_dtype
+            try:
+                self.base_model.inject_adapter(
+                    self.base_model.model, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage
+                )
+            finally:
+                tuner["_autocast_dtype"] = was
         except Exception:
             self.peft_config.pop(adapter_name, None)
             raise

@@ -6,20 +6,17 @@ import os
 from contextlib import nullcontext
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from ._io import replaced_together, write_atomically
 from .card import create_or_update_model_card
 from .config import PeftConfig, split_hub_kwargs
+from .loading import LoadResult, check_keys, fill, match_weights
 from .prompts import innermost
-from .utils.constants import SAFETENSORS_WEIGHTS_NAME
-from .utils.save_and_load import (
-    LoadResult,
-    check_keys,
-    get_peft_model_state_dict,
-    load_peft_weights,
-    set_peft_model_state_dict,
-)
+from .utils.constants import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from .utils.module_tree import any_training, parameters_of
+from .utils.save_and_load import get_peft_model_state_dict, load_peft_weights
 
 
 def _without_aliases(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -34,6 +31,20 @@ def _without_aliases(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         seen.add((value.device, value.untyped_storage().data_ptr()))
         out[key] = value
     return out
+
+
+def _write_weights(path: str, tensors: dict[str, Tensor]) -> None:
+    """As safetensors, or as a torch pickle of tensors when the name does not end so."""
+
+    def write(tmp: str) -> None:
+        if path.endswith(".safetensors"):
+            from safetensors.torch import save_file
+
+            save_file(tensors, tmp, metadata={"format": "pt"})
+        else:
+            torch.save(tensors, tmp)
+
+    write_atomically(path, write)
 
 
 class AdapterFiles:
@@ -67,7 +78,8 @@ class AdapterFiles:
 
         Args:
             save_directory: folder, made when missing.
-            safe_serialization: must be True; peftkern writes safetensors only.
+            safe_serialization: True writes ``adapter_model.safetensors``, False a torch pickle of
+                plain tensors, ``adapter_model.bin``. Only the one that was saved last is kept.
             selected_adapters: names; None saves all.
             save_embedding_layers: see :func:`get_peft_model_state_dict`.
             is_main_process: other processes write nothing.
@@ -75,7 +87,7 @@ class AdapterFiles:
             **kwargs: ``state_dict``, to save from instead of the model's own.
 
         Raises:
-            ValueError: the folder is a file, an adapter is unknown, or pickle was asked for.
+            ValueError: the folder is a file, or an adapter is unknown.
         """
         if os.path.isfile(save_directory):
             raise ValueError(f"Provided path ({save_directory}) should be a directory, not a file")
@@ -90,10 +102,6 @@ class AdapterFiles:
                 }
             self.base_model.save_pretrained(
                 save_directory, safe_serialization, None, save_embedding_layers, **inner
-            )
-        if not safe_serialization:
-            raise ValueError(
-                "safe_serialization=False is not supported: peftkern writes safetensors only"
             )
         if path_initial_model_for_weight_conversion is not None:
             raise NotImplementedError(
@@ -114,8 +122,9 @@ class AdapterFiles:
         }
         if not is_main_process:
             return
-        from safetensors.torch import save_file
-
+        written, other = SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+        if not safe_serialization:
+            written, other = other, written
         os.makedirs(save_directory, exist_ok=True)
         for name, found in tensors.items():
             folder = (
@@ -124,12 +133,9 @@ class AdapterFiles:
                 else os.path.join(save_directory, name)
             )
             os.makedirs(folder, exist_ok=True)
-            whole = _without_aliases(found)
-            with replaced_together(folder) as staged:  # weights and configuration belong together
-                write_atomically(
-                    os.path.join(staged, SAFETENSORS_WEIGHTS_NAME),
-                    lambda tmp, whole=whole: save_file(whole, tmp, metadata={"format": "pt"}),  # type: ignore[misc]
-                )
+            # weights and configuration belong together
+            with replaced_together(folder, without=[other]) as staged:
+                _write_weights(os.path.join(staged, written), _without_aliases(found))
                 self._save_config(self.peft_config[name], staged)
         self.create_or_update_model_card(save_directory)
 
@@ -203,7 +209,8 @@ class AdapterFiles:
         if key_mapping is None and not config.is_prompt_learning:
             key_mapping = getattr(model, "_checkpoint_conversion_mapping", None)
         weights = load_peft_weights(model_id, rest.get("torch_device"), key_mapping, **hub)
-        flags = [(p, p.requires_grad) for p in model.parameters()]
+        config.check_fits(weights)
+        flags = [(p, p.requires_grad) for p in parameters_of(model)]
         peft_model = None
         try:
             peft_model = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, cls)(
@@ -263,6 +270,7 @@ class AdapterFiles:
             key_mapping = getattr(self.get_base_model(), "_checkpoint_conversion_mapping", None)
         weights = load_peft_weights(model_id, torch_device, key_mapping, **hub)
         if new:
+            config.check_fits(weights)
             self.add_adapter(
                 adapter_name,
                 config,
@@ -282,7 +290,7 @@ class AdapterFiles:
             config.inference_mode = not is_trainable
         if new and is_trainable and not prompts:  # a prompt trains from `set_adapter` on
             self.set_requires_grad(adapter_name)
-        if not is_trainable:
+        if not is_trainable and any_training(self):
             self.eval()
         return result
 
@@ -295,11 +303,8 @@ class AdapterFiles:
         options: dict[str, Any],
     ) -> LoadResult:
         """Check names and shapes of all ``weights`` against the adapter, then put them in."""
-        check_keys(self, weights, adapter_name, os.fspath(source))
-        return set_peft_model_state_dict(
-            self,
-            weights,
-            adapter_name,
-            ignore_mismatched_sizes=options.get("ignore_mismatched_sizes", False),
-            low_cpu_mem_usage=assign,
+        match = match_weights(self, weights, adapter_name)
+        check_keys(match, adapter_name, os.fspath(source))
+        return fill(
+            self, match, adapter_name, options.get("ignore_mismatched_sizes", False), assign
         )

@@ -23,8 +23,6 @@ def test_arguments_of_save(tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises((ValueError, AssertionError), match="file"):
         model.save_pretrained(tmp_path / "file")
-    with pytest.raises(ValueError, match="safetensors"):
-        model.save_pretrained(tmp_path / "out", safe_serialization=False)
     with pytest.raises(ValueError, match="ghost"):
         model.save_pretrained(tmp_path / "out", selected_adapters=["default", "ghost"])
     with pytest.raises(NotImplementedError, match="path_initial_model"):

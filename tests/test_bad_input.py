@@ -177,7 +177,7 @@ DAMAGE = {
         ValueError,
         ["adapter"],
     ),
-    "unsupported_setting": (edit_config(use_dora=True), NotImplementedError, ["use_dora"]),
+    "unsupported_setting": (edit_config(use_qalora=True), NotImplementedError, ["use_qalora"]),
     "rank_zero": (edit_config(r=0), ValueError, [CONFIG, "`r`", "0"]),
     "rank_text": (edit_config(r="four"), ValueError, [CONFIG, "`r`", "four"]),
     "dropout_one": (edit_config(lora_dropout=1.0), ValueError, [CONFIG, "lora_dropout"]),

@@ -187,8 +187,10 @@ def test_state_dict_functions_speak_with_pefts():
     ours, theirs = pair("bert", "SEQ_CLS", bias="all")
     perturb(theirs)
     state = peft.get_peft_model_state_dict(theirs)
-    result = peftkern.set_peft_model_state_dict(ours, state)
-    assert not result.missing_keys and not result.unexpected_keys
+    missing, unexpected = peftkern.set_peft_model_state_dict(ours, state)
+    expected = peft.set_peft_model_state_dict(theirs, state)
+    assert not unexpected and set(missing) == set(expected.missing_keys)
+    assert len(missing) == len(set(missing)) and not any("lora_" in key for key in missing)
     mine = peftkern.get_peft_model_state_dict(ours)
     assert mine.keys() == state.keys() and all(torch.equal(mine[k], v) for k, v in state.items())
     perturb(ours)

@@ -104,7 +104,6 @@ OLD_JSON = {
 }
 
 UNSUPPORTED = {
-    "use_dora": True,
     "init_lora_weights": "pissa",
     "trainable_token_indices": [0, 1],
     "layer_replication": [(0, 2)],
@@ -259,7 +258,7 @@ def test_unknown_keys(tmp_path):
     assert config.r == 4 and len(seen) == 1 and "harmless" not in str(seen[0].message)
     file = tmp_path / "adapter_config.json"
     file.write_text(json.dumps({**known, **extra}))
-    with pytest.warns(UserWarning, match=r"adapter_config.json.*quantum_rank") as seen:
+    with pytest.warns(UserWarning, match=r"quantum_rank.*adapter_config.json") as seen:
         assert PeftConfig.from_pretrained(tmp_path).r == 4
     assert len(seen) == 1
     file.write_text(json.dumps({**known, "harmless": None}))
@@ -284,7 +283,7 @@ def test_unsupported_settings_are_refused_and_nothing_is_touched(key):
 def test_one_error_names_all_that_is_unsupported():
     names = {
         k: UNSUPPORTED[k]
-        for k in ("use_dora", "init_lora_weights", "target_parameters", "use_qalora")
+        for k in ("arrow_config", "init_lora_weights", "target_parameters", "use_qalora")
     }
     with pytest.raises(NotImplementedError) as error:
         get_peft_model(make("llama"), LoraConfig(**names))
@@ -292,9 +291,9 @@ def test_one_error_names_all_that_is_unsupported():
     model = get_peft_model(make("llama"), LoraConfig(r=2))
     before = snapshot(model)
     with pytest.raises(
-        NotImplementedError, match="use_dora=True, init_lora_weights='pissa'|pissa.*use_dora"
+        NotImplementedError, match="use_qalora=True, init_lora_weights='pissa'|pissa.*use_qalora"
     ):
-        model.add_adapter("second", LoraConfig(use_dora=True, init_lora_weights="pissa"))
+        model.add_adapter("second", LoraConfig(use_qalora=True, init_lora_weights="pissa"))
     assert_same(model, before)
 
 

@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..utils.constants import (
+    DUMMY_TARGET_MODULES,
     EMBEDDING_LAYER_NAMES,
     INCLUDE_LINEAR_LAYERS_SHORTHAND,
+    MIN_TARGET_MODULES_FOR_OPTIMIZATION,
     SEQ_CLS_HEAD_NAMES,
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
 )
+from ..utils.error import NoMatchingPeftModuleError
 from ..utils.peft_types import TaskType
-from .tuners_utils import BaseTunerLayer, get_model_config
+from .target_names import _find_minimal_target_modules, ends_with_one_of
+from .tuners_utils import BaseTunerLayer, get_model_config, walk
+
+# selective state space layers compute with these weights in ways that a LoRA layer does not see
+_MAMBA = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
+_MAMBA_INCOMPATIBLE = ("out_proj", "conv1d")
 
 
 def default_targets(config: Any, model: nn.Module) -> set[str] | str:
@@ -39,13 +48,7 @@ def default_targets(config: Any, model: nn.Module) -> set[str] | str:
 
 def all_linear(config: Any, model: Any) -> set[str]:
     """Names of every linear layer but the output layer (or the classification head)."""
-    found: dict[str, nn.Module] = {}
-    inside: str | None = None  # an adapter layer, whose own linear layers are no targets
-    for name, module in model.named_modules():
-        if inside is None or not name.startswith(inside):
-            inside = f"{name}." if isinstance(module, BaseTunerLayer) else None
-            if _is_linear(module):
-                found[name] = module
+    found = {name: m for name, m in walk(model, into_layers=False) if _is_linear(m)}
     heads: list[Any] = []
     if hasattr(model, "get_output_embeddings"):
         output = model.get_output_embeddings()
@@ -87,7 +90,7 @@ class TargetMatcher:
             if targets
             else (lambda _: None)
         )
-        exclude = config.exclude_modules
+        exclude = getattr(config, "exclude_modules", None)
         self.excluded = (
             re.compile(exclude).fullmatch
             if isinstance(exclude, str) and exclude
@@ -96,15 +99,15 @@ class TargetMatcher:
             else (lambda _: None)
         )
         # a module that is trained in full is never adapted as well, nor is anything inside it
-        saved = config.modules_to_save or []
+        saved = getattr(config, "modules_to_save", None) or []
         self.saved = (
             re.compile(r"(?:.*\.)?(?:" + "|".join(saved) + r")(?:$|\..*)") if saved else None
         )
-        layers = config.layers_to_transform
+        layers = getattr(config, "layers_to_transform", None)
         self.layers = None
-        if layers is not None and layers != []:
+        if layers is not None and layers != [] and not isinstance(targets, str):
             self.layers = {layers} if isinstance(layers, int) else set(layers)
-        patterns = config.layers_pattern or []
+        patterns = getattr(config, "layers_pattern", None) or []
         patterns = [patterns] if isinstance(patterns, str) else list(patterns)
         self.index = (
             [re.compile(rf"(?:^|.*?\.){p}\.(\d+)\.") for p in patterns]
@@ -126,58 +129,187 @@ class TargetMatcher:
         return False
 
 
+class _ExcludedModule:
+    """Says no, and that it was a rule of the configuration that said so."""
+
+    def __bool__(self) -> bool:
+        return False
+
+
+def check_target_module_exists(config: Any, key: str) -> Any:
+    """Whether the configuration adapts a module of this name: something true, or something false
+    (an ``_ExcludedModule`` when ``exclude_modules`` or ``modules_to_save`` decided)."""
+    targets = config.target_modules
+    matcher = TargetMatcher(config, set() if targets is None else targets)
+    return _ExcludedModule() if matcher.is_excluded(key) else matcher(key)
+
+
+def inspect_matched_modules(tuner: Any, adapter_name: str = "default") -> dict[str, list[str]]:
+    """{"matched": names, "unmatched": names} of all modules of a tuner's model."""
+    config = tuner.peft_config[adapter_name]
+    found: dict[str, list[str]] = {"matched": [], "unmatched": []}
+    for key, _ in tuner.model.named_modules():
+        exists = tuner._check_target_module_exists(config, key)
+        found["matched" if exists else "unmatched"].append(key)
+    return found
+
+
 def match_targets(
-    config: Any, model: nn.Module, targets: set[str] | str
+    config: Any,
+    model: nn.Module,
+    targets: set[str] | str,
+    state_dict: dict[str, Tensor] | None = None,
+    prefix: str = "lora_",
 ) -> list[tuple[str, nn.Module]]:
     """(name, module) of everything that ``config`` adapts, in the model's order.
 
-    Names inside an adapter layer are skipped. Raises ValueError when nothing matches, saying why.
+    Args:
+        config: the adapter.
+        model: modules inside its adapter layers are passed over.
+        targets: from :func:`resolve_targets`.
+        state_dict: take the modules that have tensors here instead, and warn where that is not what
+            ``config`` says.
+        prefix: how the names of an adapter's tensors begin behind the module's name.
+
+    Raises:
+        NoMatchingPeftModuleError: nothing matches; the message says why.
     """
+    if targets == DUMMY_TARGET_MODULES:
+        return []
     matcher = TargetMatcher(config, targets)
+    given = None if state_dict is None else _named_in(state_dict, prefix)
     found: list[tuple[str, nn.Module]] = []
+    configured: set[str] = set()
     any_excluded = any_other = False
-    inside: str | None = None
-    for name, module in model.named_modules():
-        if not name or (inside is not None and name.startswith(inside)):
+    for name, module in walk(model, into_layers=False):
+        if not name:
             continue
-        inside = None
-        if matcher(name):
+        if given is not None:
+            short = name.removeprefix("_orig_mod.")
+            if matcher(short):
+                configured.add(short)
+            if short in given:
+                found.append((name, module))
+            else:
+                any_other = True
+        elif matcher(name):
             found.append((name, module))
         elif matcher.is_excluded(name):
             any_excluded = True
         else:
             any_other = True
-        if isinstance(module, BaseTunerLayer):
-            inside = name + "."
-    if found:
-        return found
+    if given is not None:
+        _warn_inconsistent(configured, {n.removeprefix("_orig_mod.") for n, _ in found})
+    if not found:
+        _raise_unmatched(config, targets, any_excluded, any_other)
+    if getattr(config, "exclude_modules", None) and not any_excluded:
+        warnings.warn(
+            f"You have passed exclude_modules={config.exclude_modules} but no modules were "
+            "excluded. Please check that exclude_modules was set correctly.",
+            stacklevel=4,
+        )
+    return found
+
+
+def _named_in(state_dict: dict[str, Tensor], prefix: str) -> set[str]:
+    """Names of the modules that have adapter tensors in a state dict."""
+    found = (key.rsplit("." + prefix, 1)[0] for key in state_dict if "." + prefix in key)
+    return {n.removeprefix("base_model.model.").removeprefix("_orig_mod.") for n in found}
+
+
+def _warn_inconsistent(configured: set[str], found: set[str]) -> None:
+    said = ""
+    if more := sorted(configured - found):
+        said += f"The PEFT config contained these additional target modules: {more}. "
+    if more := sorted(found - configured):
+        said += f"The state_dict contained these additional target modules: {more}. "
+    if said:
+        warnings.warn(
+            "While injecting the PEFT adapters, an inconsistency was discovered between the PEFT "
+            "config and the provided state_dict. This is not necessarily an issue and can be "
+            "ignored if this was the intent. " + said,
+            RuntimeWarning,
+            stacklevel=5,
+        )
+
+
+def _raise_unmatched(
+    config: Any, targets: set[str] | str, any_excluded: bool, any_other: bool
+) -> None:
     if any_excluded and not any_other:
-        raise ValueError(
+        raise NoMatchingPeftModuleError(
             "All modules were excluded. This is likely unintended. Check your `target_modules`, "
             "`exclude_modules` and `modules_to_save` configuration."
         )
-    message = f"Target modules {_shown(targets)} not found in the base model."
-    if config.layers_to_transform is not None:
-        message += (
-            f" Note: You specified 'layers_to_transform': {config.layers_to_transform}"
-            + (f" and 'layers_pattern': {config.layers_pattern}" if config.layers_pattern else "")
-            + ", which may leave no layer."
+    if not any_excluded and not targets:
+        raise NoMatchingPeftModuleError(
+            "No `target_modules` passed but also no `target_parameters` found. Please check the "
+            "values for these arguments."
         )
     if any_excluded:
-        message += " Some modules were left out by `exclude_modules` or `modules_to_save`."
-    raise ValueError(message + " Please check the target modules and try again.")
+        message = (
+            "No modules were targeted for adaptation. This might be caused by a combination of "
+            "mismatched target modules and excluded modules. Please check your `target_modules` "
+            "and `exclude_modules` configuration. You may also have only targeted modules that are "
+            f"marked to be saved (`modules_to_save`). Targets: {_shown(targets)}."
+        )
+    else:
+        message = (
+            f"Target modules {_shown(targets)} not found in the base model. Please check the "
+            "target modules and try again."
+        )
+    if getattr(config, "layers_to_transform", None) is not None:
+        message += f" Note: You specified 'layers_to_transform': {config.layers_to_transform}."
+    if getattr(config, "layers_pattern", None) is not None:
+        message += f" You also specified 'layers_pattern': {config.layers_pattern}."
+    raise NoMatchingPeftModuleError(message)
 
 
 def _shown(targets: set[str] | str) -> str:
-    return repr(targets) if isinstance(targets, str) else str(sorted(targets))
+    """As HF PEFT shows them, in an order that does not change."""
+    return targets if isinstance(targets, str) else "{" + str(sorted(targets))[1:-1] + "}"
+
+
+def check_compatible(config: Any, model: nn.Module, names: Iterable[str]) -> None:
+    """ValueError for a module that must not be adapted in this architecture."""
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if model_type not in _MAMBA:
+        return
+    for name in names:
+        last = name.rpartition(".")[2]
+        if last in _MAMBA_INCOMPATIBLE:
+            raise ValueError(
+                f"[PEFT:{config.peft_type}] Module '{last}' is incompatible with Mamba-based "
+                f"models (model_type='{model_type}'). Incompatible modules: "
+                f"{set(_MAMBA_INCOMPATIBLE)}. Please remove it from `target_modules` to avoid "
+                "compatibility issues."
+            )
 
 
 def resolve_targets(config: Any, model: nn.Module) -> set[str] | str:
     """The names or the regular expression to match, with defaults and "all-linear" worked out."""
     targets = default_targets(config, model)
+    if isinstance(targets, str):
+        if targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+            targets = all_linear(config, model)
+        else:
+            return targets
+    if len(targets) < MIN_TARGET_MODULES_FOR_OPTIMIZATION:
+        return targets
+    # many names, each of one layer (from a checkpoint without a configuration, say)
+    names = (name for name, _ in walk(model, into_layers=False))
+    fewer = _find_minimal_target_modules(
+        targets, {name for name in names if name and not ends_with_one_of(name, targets)}
+    )
+    return fewer if len(fewer) < len(targets) else targets
+
+
+def _maybe_include_all_linear_layers(peft_config: Any, model: nn.Module) -> Any:
+    """``peft_config``, its "all-linear" replaced by the names that it stands for."""
+    targets = getattr(peft_config, "target_modules", None)
     if isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
-        return all_linear(config, model)
-    return targets
+        peft_config.target_modules = all_linear(peft_config, model)
+    return peft_config
 
 
 def targets_embedding(config: Any, model: nn.Module) -> bool:

@@ -1,8 +1,9 @@
-"""What every adapter layer and every tuner has, whatever its method."""
+"""``BaseTunerLayer``: what every adapter layer has, whatever its method."""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -10,15 +11,78 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config import PeftConfig
+from ..utils.constants import DUMMY_MODEL_CONFIG
 from ..utils.other import AuxiliaryTrainingWrapper, set_layer_requires_grad
 
-DUMMY_MODEL_CONFIG = {"model_type": "custom"}
+# PEFT's address of what stands in other files here; those need this one, so they come when asked
+_ELSEWHERE = {
+    name: module
+    for module, names in {
+        ".adapter_calls": (
+            "cast_adapter_dtype check_adapters_to_merge clone_module delete_adapter "
+            "find_parameter_name_by_module get_device_map set_adapter set_requires_grad"
+        ),
+        ".base_tuner": "BaseTuner",
+        ".key_prefixes": (
+            "_filter_state_dict_by_key_prefixes _get_tuner_state_dict_key_prefixes "
+            "_is_key_under_prefixes"
+        ),
+        ".target_names": "_find_minimal_target_modules",
+        ".targets": (
+            "_ExcludedModule _maybe_include_all_linear_layers check_target_module_exists "
+            "inspect_matched_modules"
+        ),
+    }.items()
+    for name in names.split()
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ELSEWHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_ELSEWHERE[name], __package__), name)
 
 
 def as_names(adapter_names: str | Sequence[str]) -> list[str]:
     """One name or several, as a list."""
     return [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+
+
+def walk(model: nn.Module, into_layers: bool = True) -> Iterator[tuple[str, Any]]:
+    """``model.named_modules()`` without what adapter layers hold for their adapters, which is most
+    of an adapted model's modules; ``into_layers=False``: and without their base layers.
+
+    The tree is walked at each call, so that a module that was replaced is never missed.
+    """
+    stack: list[tuple[str, Any]] = [("", model)]
+    seen = set()
+    while stack:
+        name, module = entry = stack.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        yield entry
+        children = module._modules
+        if not children:
+            continue
+        prefix = f"{name}." if name else ""
+        if isinstance(module, BaseTunerLayer):
+            if into_layers:
+                inner = module.adapter_layer_names + module.other_param_names
+                stack += [
+                    (prefix + n, m)
+                    for n, m in reversed(children.items())
+                    if m is not None and n not in inner
+                ]
+            continue
+        stack += [(prefix + n, m) for n, m in reversed(children.items()) if m is not None]
+
+
+def adapter_modules(model: nn.Module) -> Iterator[Any]:
+    """Every adapter layer, and every module that trains beside an adapter, in the model's order."""
+    for _, module in walk(model):
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            yield module
 
 
 class BaseTunerLayer:
@@ -33,6 +97,10 @@ class BaseTunerLayer:
     merged_adapters: list[str]
     _disable_adapters: bool
     _active_adapter: str | list[str]
+    # how the base weight is quantised; None when it is not
+    quantization_backend: Any = None
+    # whether inputs are cast to the dtype of the adapter's weights
+    cast_input_dtype_enabled: bool = True
 
     def get_base_layer(self) -> nn.Module:
         """The wrapped layer, through any nesting."""
@@ -49,6 +117,30 @@ class BaseTunerLayer:
     @property
     def bias(self) -> torch.Tensor:
         return self.get_base_layer().bias  # type: ignore[return-value]
+
+    def get_base_weight(self) -> torch.Tensor:
+        """The base layer's weight, without its graph."""
+        return self.get_base_layer().weight.data  # type: ignore[return-value]
+
+    def set_base_weight(self, weight_data: torch.Tensor) -> None:
+        """Put this tensor in place of the base layer's weight."""
+        self.get_base_layer().weight.data = weight_data
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        raise NotImplementedError
+
+    def unmerge(self) -> None:
+        raise NotImplementedError
+
+    def _cast_input_dtype(self, x: Any, dtype: torch.dtype) -> Any:
+        """x in ``dtype``, unless casting is switched off for this layer; None stays None."""
+        if x is None or not self.cast_input_dtype_enabled or x.dtype == dtype:
+            return x
+        return x.to(dtype)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether the update can be written as LoRA's."""
+        return False
 
     @property
     def merged(self) -> bool:
@@ -74,6 +166,11 @@ class BaseTunerLayer:
     def _get_available_adapters(self) -> set[str]:
         return {key for store in self._stores() for key in store.keys()}
 
+    def _all_available_adapter_names(self) -> list[str]:
+        """Every adapter that the layer knows, by weights or by settings, sorted."""
+        stores = (getattr(self, name) for name in self.adapter_layer_names + self.other_param_names)
+        return sorted({key for store in stores for key in store.keys()})
+
     def move_adapter_to_base_layer(self, adapter_name: str) -> None:
         """Put an adapter's weights on the device of the base weight (unless that is "meta")."""
         weight = next(self.get_base_layer().parameters(), None)
@@ -87,6 +184,8 @@ class BaseTunerLayer:
                 layer.to(weight.device)
             else:
                 layer.data = layer.data.to(weight.device)
+
+    _move_adapter_to_device_of_base_layer = move_adapter_to_base_layer
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switch the adapters on (the active ones train again) or off (nothing trains)."""
@@ -106,7 +205,7 @@ class BaseTunerLayer:
         for store in self._stores():
             for key, layer in store.items():
                 set_layer_requires_grad(layer, key in names and not inference_mode)
-        self._active_adapter = names
+        self.__dict__["_active_adapter"] = names  # nn.Module's way looks at every value first
 
     def set_requires_grad(
         self, adapter_names: str | Sequence[str], requires_grad: bool = True
@@ -121,8 +220,6 @@ class BaseTunerLayer:
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Drop an adapter; another one becomes active when it was the only active one."""
-        if adapter_name not in self._get_available_adapters():
-            return
         for name in self.adapter_layer_names + self.other_param_names:
             store = getattr(self, name)
             if adapter_name in store:
@@ -131,18 +228,14 @@ class BaseTunerLayer:
         if adapter_name in active:
             active = [a for a in active if a != adapter_name]
             if not active:
-                rest = sorted(self._get_available_adapters())
-                active = rest[:1]
+                active = sorted(self._get_available_adapters())[:1]
                 if active:
                     warnings.warn(
                         f"Adapter {adapter_name} was active which is now deleted. Setting active "
                         f"adapter to {active[0]}.",
                         stacklevel=2,
                     )
-            if active:
-                self.set_adapter(active)
-            else:
-                self._active_adapter = []
+            self.set_adapter(active)
 
 
 def get_model_config(model: nn.Module) -> dict[str, Any]:
@@ -153,112 +246,3 @@ def get_model_config(model: nn.Module) -> dict[str, Any]:
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
         return dataclasses.asdict(config)
     return config if isinstance(config, dict) else DUMMY_MODEL_CONFIG
-
-
-class BaseTuner(nn.Module):
-    """Holds the adapted model as ``self.model`` and its configurations by adapter name.
-
-    A subclass says how a module gets its adapter layer (:meth:`inject_adapter`).
-    """
-
-    prefix: str = ""
-    tuner_layer_cls: type = BaseTunerLayer
-
-    def __init__(
-        self, model: nn.Module, peft_config: Any, adapter_name: str, low_cpu_mem_usage: bool = False
-    ):
-        super().__init__()
-        self.model = model
-        # a model that was wrapped before brings its adapters along
-        before = getattr(model, "peft_config", None)
-        known = isinstance(before, dict) and all(isinstance(c, PeftConfig) for c in before.values())
-        self.peft_config: dict[str, PeftConfig] = dict(before) if known else {}  # type: ignore[arg-type]
-        self.peft_config.update(
-            peft_config if isinstance(peft_config, dict) else {adapter_name: peft_config}
-        )
-        self.active_adapter: str | list[str] = adapter_name
-        self.targeted_module_names: list[str] = []
-        self.inject_adapter(self.model, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
-        # transformers asks the model itself for its adapters' configurations
-        self.model.peft_config = self.peft_config  # type: ignore[assignment]
-
-    @property
-    def active_adapters(self) -> list[str]:
-        return as_names(self.active_adapter)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.model(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "model":  # not built yet
-                raise
-            return getattr(self.model, name)
-
-    def inject_adapter(
-        self, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool = False
-    ) -> None:
-        """Put the adapter ``adapter_name`` of ``self.peft_config`` into ``model``, in place."""
-        raise NotImplementedError
-
-    def adapter_layers(self) -> Iterator[Any]:
-        """Every adapter layer and every fully trained module of the model."""
-        for module in self.model.modules():
-            if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-                yield module
-
-    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Make one adapter or several active; they train unless ``inference_mode``."""
-        names = as_names(adapter_name)
-        for module in self.adapter_layers():
-            module.set_adapter(
-                [n for n in names if n in module._get_available_adapters()]
-                if isinstance(module, AuxiliaryTrainingWrapper)
-                else names,
-                inference_mode=inference_mode,
-            )
-        self.active_adapter = adapter_name
-
-    def set_requires_grad(
-        self, adapter_names: str | Sequence[str], requires_grad: bool = True
-    ) -> None:
-        for module in self.adapter_layers():
-            module.set_requires_grad(adapter_names, requires_grad)
-
-    def _warn_trained_biases(self) -> None:
-        for name in self.active_adapters:
-            bias = getattr(self.peft_config.get(name), "bias", "none")
-            if bias != "none":
-                warnings.warn(
-                    f"Careful, disabling adapter layers with bias configured to be '{bias}' does "
-                    "not produce the same output as the base model would without adaption.",
-                    stacklevel=3,
-                )
-
-    def disable_adapter_layers(self) -> None:
-        """Switch every adapter off, in place."""
-        self._warn_trained_biases()
-        for module in self.adapter_layers():
-            module.enable_adapters(False)
-
-    def enable_adapter_layers(self) -> None:
-        """Switch the active adapters on again, in place."""
-        for module in self.adapter_layers():
-            module.enable_adapters(True)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter from every layer. ValueError when there is none of that name."""
-        if adapter_name not in self.peft_config:
-            raise ValueError(f"Adapter {adapter_name} does not exist")
-        del self.peft_config[adapter_name]
-        rest = [n for n in self.active_adapters if n != adapter_name]
-        if not rest:
-            rest = list(self.peft_config)[:1]
-        for module in self.adapter_layers():
-            module.delete_adapter(adapter_name)
-        if adapter_name in self.active_adapters:
-            self.active_adapter = rest
-            if rest:
-                self.set_adapter(rest)

@@ -1,19 +1,66 @@
-"""Modules trained in full beside an adapter, and small helpers on module trees."""
+"""Modules trained in full beside an adapter, and PEFT's address of small helpers."""
 
 from __future__ import annotations
 
 import copy
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from .mixed import HERE, hand_over
+from .module_tree import batch_size as _get_batch_size
+from .module_tree import freeze_adapter as _freeze_adapter
+from .module_tree import (
+    get_pattern_key,
+    get_submodules,
+    id_tensor_storage,
+    match_target_against_key,
+    set_layer_requires_grad,
+    transpose,
+)
+from .module_tree import get_submodules as _get_submodules
+from .module_tree import input_embeddings_name as _get_input_embeddings_name
+from .module_tree import is_valid_match as _is_valid_match
+from .module_tree import no_split_modules as _get_no_split_modules
+from .module_tree import set_layer_requires_grad as _set_layer_requires_grad
+from .preparing import (
+    cast_mixed_precision_params,
+    prepare_model_for_kbit_training,
+    shift_tokens_right,
+)
+
+__all__ = [
+    "CONTAINERS",
+    "AuxiliaryTrainingWrapper",
+    "ModulesToSaveWrapper",
+    "_freeze_adapter",
+    "_get_batch_size",
+    "_get_input_embeddings_name",
+    "_get_no_split_modules",
+    "_get_submodules",
+    "_is_valid_match",
+    "_set_adapter",
+    "_set_layer_requires_grad",
+    "cast_mixed_precision_params",
+    "find_modules_to_save",
+    "get_pattern_key",
+    "get_submodules",
+    "id_tensor_storage",
+    "infer_device",
+    "match_target_against_key",
+    "prepare_model_for_kbit_training",
+    "set_layer_requires_grad",
+    "shift_tokens_right",
+    "transpose",
+    "wrap_modules_to_save",
+]
 
 # modules that hold others and have no forward to copy
 CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
+# modules that are known to map each row of a batch to one row
+ROW_WISE = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def infer_device() -> str:
@@ -22,103 +69,138 @@ def infer_device() -> str:
     return accelerator.type if accelerator is not None else "cpu"
 
 
-def set_layer_requires_grad(layer: nn.Module | nn.Parameter, requires_grad: bool) -> None:
-    """Set ``requires_grad`` on a parameter, or on all parameters of a module."""
-    if isinstance(layer, nn.Module):
-        for parameter in layer.parameters():
-            if parameter.requires_grad != requires_grad:
-                parameter.requires_grad_(requires_grad)
-    elif layer.requires_grad != requires_grad:
-        layer.requires_grad_(requires_grad)
-
-
-def get_pattern_key(patterns: Iterable[str], key: str) -> str:
-    """The first of ``patterns`` that is ``key`` or the end of it (as names or
-    regular expressions), or ``key``."""
-    for pattern in patterns:
-        if re.match(rf"(.*\.)?({pattern})$", key):
-            return pattern
-    return key
-
-
-def get_submodules(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module, str]:
-    """(parent, module, last part of the name) of the module named ``key``."""
-    parent_name, _, name = key.rpartition(".")
-    parent = model.get_submodule(parent_name)
-    return parent, getattr(parent, name), name
-
-
 class AuxiliaryTrainingWrapper(nn.Module):
-    """A module that an adapter trains by other means than its own method;
-    see :class:`ModulesToSaveWrapper`."""
+    """A module that an adapter trains by other means than its own method.
 
-    def _get_available_adapters(self) -> set[str]:
-        raise NotImplementedError
-
-
-class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
-    """A module with one fully trained copy for each adapter; ``original_module`` stays as it was.
-
-    Attribute reads that this wrapper does not answer go to the active copy, so that code which
-    looks at ``classifier.weight`` sees the weight in use.
+    Attribute reads that the wrapper does not answer go to what is in use (:meth:`in_use`), so that
+    code which looks at ``classifier.weight`` sees the weight that is computed with.
     """
 
-    adapter_layer_names: tuple[str, ...] = ("modules_to_save",)
+    adapter_layer_names: tuple[str, ...] = ()
+    other_param_names: tuple[str, ...] = ()
+    merged_adapters: Sequence[str] = ()
 
-    def __init__(self, module_to_save: nn.Module, adapter_name: str) -> None:
-        super().__init__()
-        if isinstance(module_to_save, CONTAINERS):
-            raise TypeError(
-                f"modules_to_save cannot be applied to modules of type {type(module_to_save)}"
-            )
-        self.original_module = module_to_save
-        self.modules_to_save = nn.ModuleDict({})
-        self._active_adapter: list[str] = [adapter_name]
-        self._disable_adapters = False
-        self.update(adapter_name)
-
-    def update(self, adapter_name: str) -> None:
-        """Give the adapter a copy of the original module, if it has none."""
-        if adapter_name not in self.modules_to_save:
-            self.modules_to_save[adapter_name] = copy.deepcopy(self.original_module)
-        self.original_module.requires_grad_(False)
-        self.modules_to_save[adapter_name].requires_grad_(adapter_name in self.active_adapters)
+    original_module: nn.Module
+    _active_adapter: list[str] | str
+    _disable_adapters: bool
+    # names of the adapters that this module trains with
+    _adapters: set[str]
 
     @property
-    def active_adapter(self) -> list[str]:
+    def active_adapter(self) -> list[str] | str:
         return self._active_adapter
 
     @property
     def active_adapters(self) -> list[str]:
-        return self._active_adapter
+        active = self._active_adapter
+        return [active] if isinstance(active, str) else active
 
     @property
     def disable_adapters(self) -> bool:
         return self._disable_adapters
 
     def _get_available_adapters(self) -> set[str]:
-        return set(self.modules_to_save.keys())
+        raise NotImplementedError
 
-    def in_use(self) -> nn.Module:
-        """The active adapter's copy, or the original module when none is active."""
-        if not self._disable_adapters and self._active_adapter:
-            return self.modules_to_save[self._active_adapter[0]]
-        return self.original_module
+    def check_set_adapter(self, adapter_name: str | Sequence[str]) -> str | None:
+        """The one of these adapters that this module would use; None when it has none of them.
+
+        Raises:
+            ValueError: no adapter is named, or this module has several of them.
+        """
+        if isinstance(adapter_name, str):
+            return adapter_name
+        if not adapter_name:
+            raise ValueError("Please specify at least one adapter to set")
+        have = self._get_available_adapters()
+        names = [n for n in adapter_name if n in have]
+        if len(names) > 1:
+            raise ValueError(f"Only one adapter can be set at a time for {self}, got {len(names)}")
+        return names[0] if names else None
+
+    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
+        raise NotImplementedError
+
+    def enable_adapters(self, enabled: bool) -> None:
+        raise NotImplementedError
+
+    def delete_adapter(
+        self, adapter_name: str, new_active_adapters: Sequence[str] | None = None
+    ) -> None:
+        raise NotImplementedError
+
+    def in_use(self) -> Any:
+        """What computes at present: the active adapter's module, or the original one."""
+        raise NotImplementedError
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """What stands in this wrapper's place when adapters leave the model."""
+        raise NotImplementedError
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if "_modules" not in self.__dict__ or "modules_to_save" not in self._modules:
+            if "_disable_adapters" not in self.__dict__ or name == "original_module":
                 raise
-            return getattr(self.in_use(), name)
+            if (used := self.in_use()) is None:
+                raise
+            return getattr(used, name)
+
+
+class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
+    """A module with one fully trained copy for each adapter; ``original_module`` stays as it was.
+
+    Raises:
+        TypeError: the module is a container without a forward, or an adapter layer.
+    """
+
+    adapter_layer_names: tuple[str, ...] = ("modules_to_save",)
+
+    def __init__(self, module_to_save: nn.Module, adapter_name: str) -> None:
+        super().__init__()
+        if isinstance(module_to_save, CONTAINERS) or hasattr(module_to_save, "base_layer"):
+            raise TypeError(
+                f"modules_to_save cannot be applied to modules of type {type(module_to_save)}"
+            )
+        self.original_module = module_to_save
+        self.modules_to_save = nn.ModuleDict({})
+        self._active_adapter = [adapter_name]
+        self._disable_adapters = False
+        self._adapters = set()
+        self.update(adapter_name)
+
+    def update(self, adapter_name: str) -> None:
+        """Give the adapter a copy of the original module, if it has none."""
+        self._adapters.add(adapter_name)
+        if adapter_name not in self.modules_to_save:
+            self.modules_to_save[adapter_name] = copy.deepcopy(self.original_module)
+        self.original_module.requires_grad_(False)
+        self.modules_to_save[adapter_name].requires_grad_(adapter_name in self.active_adapters)
+
+    def _get_available_adapters(self) -> set[str]:
+        return set(self.modules_to_save.keys())
+
+    def in_use(self) -> Any:
+        """The active adapter's copy, or the original module when none is active."""
+        if self._disable_adapters or not self._active_adapter:
+            return self.original_module
+        return self.modules_to_save._modules.get(self.active_adapters[0])
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if HERE.blocks:
             kwargs = hand_over(self, kwargs)
         adapter_names = kwargs.pop("adapter_names", None)
+        if adapter_names is not None and args and len(args[0]) != len(adapter_names):
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {len(args[0])} respectively."
+            )
         if adapter_names is None or self._disable_adapters:
-            return self.in_use()(*args, **kwargs)
+            used = self.in_use()
+            return (self.original_module if used is None else used)(*args, **kwargs)
         return self._mixed_batch(*args, adapter_names=adapter_names, **kwargs)
 
     def _mixed_batch(
@@ -128,48 +210,106 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         rows: dict[str, list[int]] = {}
         for i, name in enumerate(adapter_names):
             rows.setdefault(name if name in self.modules_to_save else "__base__", []).append(i)
-        parts = [
-            (self.original_module if name == "__base__" else self.modules_to_save[name])(
-                x[index], *args, **kwargs
-            )
-            for name, index in rows.items()
-        ]
+        parts = []
+        for name, index in rows.items():
+            module = self.original_module if name == "__base__" else self.modules_to_save[name]
+            part = module(x[index], *args, **kwargs)
+            if not isinstance(part, torch.Tensor) or len(part) != len(index):
+                raise TypeError(
+                    "Mixed batching is only supported for the following modules: "
+                    f"{', '.join(m.__name__ for m in ROW_WISE)}. Any other must return one tensor "
+                    f"with a row for each row of its input, which {type(module).__name__} does not."
+                )
+            parts.append(part)
         order = torch.tensor([i for index in rows.values() for i in index], device=x.device)
         return torch.cat(parts)[order.argsort()]
 
     def enable_adapters(self, enabled: bool) -> None:
+        """Use the active copy, which trains again, or the original module (nothing trains)."""
         self._disable_adapters = not enabled
         for name, module in self.modules_to_save.items():
-            module.requires_grad_(enabled and name in self._active_adapter)
+            if not enabled or name in self.active_adapters:
+                set_layer_requires_grad(module, enabled)
 
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Use the copy of this adapter (of at most one; none means the original module)."""
+        """Use the copy of this adapter (of at most one; none means the original module). It trains
+        unless ``inference_mode``; the one used so far does not any more."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         if len(names) > 1:
             raise ValueError(
-                f"Only one adapter can be set at a time for modules_to_save, got {names}"
+                f"Attempted to set multiple ({names}) adapters at once for modules_to_save."
             )
         for name in names:
             if name not in self.modules_to_save:
-                raise ValueError(
-                    f"Adapter {name} not found in {sorted(self._get_available_adapters())}"
-                )
-        for name, module in self.modules_to_save.items():
-            module.requires_grad_(name in names and not inference_mode)
+                raise ValueError(f"Adapter {name} not found in {sorted(self._adapters)}")
+        for name in self.active_adapters:
+            if name in self.modules_to_save:
+                set_layer_requires_grad(self.modules_to_save[name], False)
+        for name in names:
+            set_layer_requires_grad(self.modules_to_save[name], not inference_mode)
         self._active_adapter = names
 
     def set_requires_grad(
         self, adapter_names: str | Sequence[str], requires_grad: bool = True
     ) -> None:
+        """Let the copies of these adapters train, or freeze them."""
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         for name, module in self.modules_to_save.items():
             if name in names:
-                module.requires_grad_(requires_grad)
+                set_layer_requires_grad(module, requires_grad)
 
-    def delete_adapter(self, adapter_name: str) -> None:
-        if adapter_name in self.modules_to_save:
-            self._active_adapter = [n for n in self._active_adapter if n != adapter_name]
-            del self.modules_to_save[adapter_name]
+    def delete_adapter(
+        self, adapter_name: str, new_active_adapters: Sequence[str] | None = None
+    ) -> None:
+        """Drop the adapter's copy.
+
+        Args:
+            adapter_name: nothing happens when this module has none of that name.
+            new_active_adapters: what the model's layers use from now on; this module uses it as
+                well if it has a copy of it, and the original module if not.
+        """
+        if adapter_name not in self.modules_to_save:
+            return
+        names = list(new_active_adapters or ())
+        if len(names) > 1:
+            raise ValueError(
+                f"Attempted to set multiple ({names}) adapters at once for "
+                f"{type(self).__name__}, which is not allowed."
+            )
+        keep = [n for n in self.active_adapters if n != adapter_name]
+        if new_active_adapters is not None:
+            keep = [n for n in names if n in self.modules_to_save and n != adapter_name]
+        if keep != self.active_adapters:
+            self.set_adapter(keep)
+        del self.modules_to_save[adapter_name]
+        self._adapters.discard(adapter_name)
+
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        """{name on disk: name in this module} of the adapter's tensors."""
+        if adapter_name not in self.modules_to_save:
+            return {}
+        copied = self.modules_to_save[adapter_name].state_dict()
+        return {key: f"modules_to_save.{adapter_name}.{key}" for key in copied}
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """The active adapter's copy, whether adapters are switched off or not; the original when
+        none is active here."""
+        names = self.active_adapters
+        return self.modules_to_save[names[0]] if names else self.original_module
+
+
+def _set_adapter(
+    model: nn.Module, adapter_name: str | Sequence[str], inference_mode: bool = False
+) -> None:
+    """Have every module of ``model`` that trains beside an adapter use this adapter, or none if it
+    has not got it. Nothing is changed when one of them refuses."""
+    found = [m for m in model.modules() if isinstance(m, AuxiliaryTrainingWrapper)]
+    chosen = [(m, m.check_set_adapter(adapter_name)) for m in found]
+    for module, name in chosen:
+        known = name is not None and name in module._adapters
+        module.set_adapter([name] if known and name else [], inference_mode=inference_mode)
 
 
 def find_modules_to_save(model: nn.Module, names: Sequence[str] | None) -> list[str]:

@@ -6,22 +6,35 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections import namedtuple
 from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ..adapter_slots import Slot, adapter_slots, clean, tensors_of
+from ..adapter_slots import adapter_slots, clean
+from ..base_weights import get_base_model_state_dict, set_base_model_state_dict
 from ..config import locate_file
+from ..loading import (
+    PREFIX,
+    _insert_adapter_name_into_state_dict,
+    few,
+    set_peft_model_state_dict,
+)
 from ..tuners.targets import targets_embedding
 from ..tuners.tuners_utils import BaseTunerLayer
 from .constants import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from .other import infer_device
+from .warning import PeftWarning
 
-PREFIX = "base_model.model."
-LoadResult = namedtuple("LoadResult", ["missing_keys", "unexpected_keys", "mismatched_keys"])
+__all__ = [
+    "_insert_adapter_name_into_state_dict",
+    "get_base_model_state_dict",
+    "get_peft_model_state_dict",
+    "load_peft_weights",
+    "set_base_model_state_dict",
+    "set_peft_model_state_dict",
+]
 
 
 def _bias_keys(model: nn.Module, config: Any) -> Iterator[str]:
@@ -99,10 +112,16 @@ def get_peft_model_state_dict(
         )
     config = model.peft_config[adapter_name]
     slots = list(adapter_slots(model, adapter_name))
-    if state_dict is not None:
+    inferred = state_dict is None
+    if state_dict is None and has_own_state_dict(model):
+        state_dict = model.state_dict()
+        slots = [s for s in slots if all(key in state_dict for key in s.model_keys)]
+    elif state_dict is not None:
         if absent := [k for s in slots for k in s.model_keys if k not in state_dict]:
-            raise ValueError(f"`state_dict` lacks tensors of {adapter_name!r}: {_few(absent)}")
+            raise ValueError(f"`state_dict` lacks tensors of {adapter_name!r}: {few(absent)}")
     found = {slot.key: slot.saved(state_dict) for slot in slots}
+    if inferred:
+        _warn_of_shards(found, adapter_name)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     targeted = targets_embedding(config, base)
     if save_embedding_layers == "auto":
@@ -141,6 +160,33 @@ def get_peft_model_state_dict(
                     found[clean(slot.model_key).replace(own, ".modules_to_save.")] = found[slot.key]
         found.update({clean(k): v for k, v in full.items() if k.startswith(prefixes or ("\0",))})
     return found
+
+
+def has_own_state_dict(model: nn.Module) -> bool:
+    """Whether ``model.state_dict()`` may give other tensors than the modules hold: it is replaced,
+    or has hooks, with which FSDP brings shards together."""
+    return "state_dict" in model.__dict__ or any(
+        m._state_dict_hooks or m._state_dict_pre_hooks for m in model.modules()
+    )
+
+
+def _warn_of_shards(tensors: dict[str, Tensor], adapter_name: str) -> None:
+    """A matrix of LoRA that is flat or empty is what one process has of a sharded one."""
+    bad = [
+        (key, tuple(t.shape))
+        for key, t in tensors.items()
+        if (".lora_A" in key or ".lora_B" in key) and (t.dim() < 2 or t.numel() == 0)
+    ]
+    if bad:
+        warnings.warn(
+            f"Adapter {adapter_name!r}: {len(bad)} LoRA tensor(s) have invalid shape: "
+            f"{few([f'{key}:{shape}' for key, shape in bad])}. This is what DeepSpeed ZeRO-3 / "
+            "FSDP shards look like that were not gathered: what is saved is incomplete. Gather the "
+            "parameters (deepspeed.zero.GatheredParameters, or summon_full_params of FSDP) around "
+            "the call that saves.",
+            PeftWarning,
+            stacklevel=3,
+        )
 
 
 # -------------------------------------------------------------------- reading files
@@ -202,11 +248,8 @@ def load_peft_weights(
         ValueError: there is no such file, or it cannot be read; see :func:`read_weights_file`.
     """
     where = os.fspath(model_id)
-    for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME):
-        file = locate_file(where, name, **hub)
-        if file is not None:
-            break
-    else:
+    file = locate_file(where, (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME), **hub)
+    if file is None:
         raise ValueError(
             f"Can't find weights for {where} in {where} or in the Hugging Face Hub. Please check "
             "that the file "
@@ -226,122 +269,3 @@ def _map_key(key: str, mapping: dict[str, str]) -> str:
         if count:
             break
     return prefix + name
-
-
-# -------------------------------------------------------------------- putting weights in
-
-
-class Match(namedtuple("Match", ["pairs", "missing", "unexpected", "mismatched"])):
-    """Saved tensors beside their places: [(slot, tensor)],
-    and what did not fit (names as on disk)."""
-
-
-def match_weights(model: Any, weights: dict[str, Tensor], adapter_name: str) -> Match:
-    """Find the place of every saved tensor. Nothing is changed."""
-    if adapter_name not in model.peft_config:
-        raise ValueError(
-            f"no adapter named {adapter_name!r}; there are {sorted(model.peft_config)}"
-        )
-    slots = {slot.key.removeprefix(PREFIX): slot for slot in adapter_slots(model, adapter_name)}
-    missing = dict(slots)
-    pairs, unexpected, mismatched = [], [], []
-    others: dict[str, Slot] | None = None
-    for key, value in weights.items():
-        short = clean(key).removeprefix(PREFIX)
-        slot = slots.get(short)
-        missing.pop(short, None)
-        if slot is None:
-            if others is None:  # biases and embeddings of the base model, saved beside the adapter
-                others = {
-                    clean(k).removeprefix("." + PREFIX).removeprefix("."): Slot(k, k, owner, last)
-                    for k, owner, last in tensors_of(model, "")
-                }
-            slot = others.get(short)
-        if slot is None:
-            # with bias="all" HF PEFT writes the biases of fully trained modules twice, once under
-            # this name
-            if short.replace(".modules_to_save.", ".") not in slots:
-                unexpected.append(key)
-        elif slot.refuses:
-            raise ValueError(slot.refuses)
-        elif slot.tensor.shape != value.shape:
-            mismatched.append((key, tuple(value.shape), tuple(slot.tensor.shape)))
-        else:
-            pairs.append((slot, value))
-    return Match(pairs, [slot.key for slot in missing.values()], unexpected, mismatched)
-
-
-def _few(names: list[str]) -> str:
-    shown = ", ".join(names[:5])
-    return shown + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-def check_keys(model: Any, weights: dict[str, Tensor], adapter_name: str, source: str) -> None:
-    """Raise one ValueError, naming the source,
-    when a file lacks keys of the adapter or has others."""
-    match = match_weights(model, weights, adapter_name)
-    said = []
-    if match.missing:
-        said.append(f"missing keys: {_few(match.missing)}")
-    if match.unexpected:
-        said.append(f"unexpected keys: {_few(match.unexpected)}")
-    if said:
-        raise ValueError(
-            f"The weights in {source} do not fit the adapter {adapter_name!r} that its "
-            "configuration describes: "
-            + "; ".join(said)
-            + ". Is it for another base model, or from an incomplete copy?"
-        )
-
-
-def set_peft_model_state_dict(
-    model: Any,
-    peft_model_state_dict: dict[str, Tensor],
-    adapter_name: str = "default",
-    ignore_mismatched_sizes: bool = False,
-    low_cpu_mem_usage: bool = False,
-) -> LoadResult:
-    """Copy saved tensors into an adapter. Shapes are all checked before the first one is copied.
-
-    Args:
-        model: a PeftModel, or a model with injected adapters.
-        peft_model_state_dict: names as on disk (with or without ``base_model.model.``).
-        adapter_name: the adapter to fill; it may have another name than when it was saved.
-        ignore_mismatched_sizes: leave out tensors of another shape, with a warning.
-        low_cpu_mem_usage: put the tensors themselves in place instead of copying (adapters on
-            "meta").
-
-    Returns:
-        ``missing_keys`` (of this adapter), ``unexpected_keys`` and ``mismatched_keys``, names as on
-        disk.
-
-    Raises:
-        ValueError: no adapter of that name.
-        RuntimeError: a tensor has another shape than the model's.
-    """
-    match = match_weights(model, peft_model_state_dict, adapter_name)
-    wrong = [
-        f"size mismatch for {key}: copying a param with shape {saved} from checkpoint, the shape "
-        f"in current model is {here}."
-        for key, saved, here in match.mismatched
-    ]
-    if wrong and not ignore_mismatched_sizes:
-        raise RuntimeError("Error(s) in loading the adapter:\n\t" + "\n\t".join(wrong))
-    if wrong:
-        warnings.warn(
-            "Some weights were not loaded because their shapes do not match "
-            "(ignore_mismatched_sizes=True): " + " ".join(wrong),
-            stacklevel=2,
-        )
-    with torch.no_grad():
-        for slot, value in match.pairs:
-            target = slot.tensor
-            if low_cpu_mem_usage or target.is_meta:
-                slot.assign(value.to(target.dtype))
-            else:
-                target.copy_(value)
-    if low_cpu_mem_usage:
-        for module in model.modules():
-            if isinstance(module, BaseTunerLayer):
-                module.move_adapter_to_base_layer(adapter_name)
-    return LoadResult(match.missing, match.unexpected, match.mismatched)

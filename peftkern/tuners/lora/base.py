@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import warnings
 from collections.abc import Sequence
 from types import MappingProxyType
 from typing import Any
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 
 from ..tuners_utils import BaseTunerLayer
 from .config import LoraConfig
+from .merging import Merging
+from .variant import LoraVariant, active_variant, select
 
 logger = logging.getLogger("peftkern")
 
@@ -20,19 +23,31 @@ logger = logging.getLogger("peftkern")
 NOTHING: Any = MappingProxyType({})
 
 
-def in_out_features(base: Any) -> tuple[int, int]:
-    """(K, N) of a layer that can be adapted."""
-    if hasattr(base, "in_features") and hasattr(base, "out_features"):
+def in_out_features(base: Any) -> tuple[int, int] | tuple[None, None]:
+    """(K, N) of a layer; (None, None) for a class without such numbers,
+    whose LoRA layer must then know them."""
+    if isinstance(base, nn.Linear):
         return base.in_features, base.out_features
     if isinstance(base, nn.Embedding):
         return base.num_embeddings, base.embedding_dim
+    if isinstance(base, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return base.in_channels, base.out_channels
+    if isinstance(base, nn.MultiheadAttention):
+        return base.embed_dim, 3 * base.embed_dim
     if hasattr(base, "nf"):  # Conv1D: weight is [K, N]
         k, n = base.weight.shape
         return k, n
-    raise ValueError(f"{type(base).__name__} has no known number of features")
+    warnings.warn(
+        f"Unsupported layer type '{type(base)}' encountered, proceed at your own risk.",
+        UserWarning,
+        stacklevel=5,
+    )
+    if hasattr(base, "in_features") and hasattr(base, "out_features"):
+        return base.in_features, base.out_features
+    return None, None
 
 
-class LoraLayer(BaseTunerLayer):
+class LoraLayer(Merging, BaseTunerLayer):
     """The state of a LoRA layer: its adapters by name, in PEFT's attributes.
 
     ``lora_A[name].weight`` is [r, K], ``lora_B[name].weight`` [N, r]; an embedding keeps
@@ -55,6 +70,7 @@ class LoraLayer(BaseTunerLayer):
         "use_dora",
         "use_rslora",
         "lora_bias",
+        "lora_variant",
     )
 
     # filled by _init_lora
@@ -65,8 +81,21 @@ class LoraLayer(BaseTunerLayer):
     use_dora: dict[str, bool]
     use_rslora: dict[str, bool]
     lora_bias: dict[str, bool]
+    lora_variant: dict[str, LoraVariant]
     _noted_reason: str | None
     training: bool
+    in_features: Any
+    out_features: Any
+
+    def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
+        """For layer classes of users, after ``nn.Module.__init__``. ``kwargs`` are not used."""
+        self._init_lora(
+            base_layer,
+            lora_A=nn.ModuleDict(),
+            lora_B=nn.ModuleDict(),
+            lora_embedding_A=nn.ParameterDict(),
+            lora_embedding_B=nn.ParameterDict(),
+        )
 
     def _init_lora(self, base_layer: nn.Module, **stores: nn.Module) -> None:
         """Set up an empty layer around ``base_layer``; ``stores`` are the {adapter: weight} modules
@@ -76,11 +105,18 @@ class LoraLayer(BaseTunerLayer):
         values go to where it would put them.
         """
         module: Any = self
-        module._modules.update(base_layer=base_layer, lora_dropout=nn.ModuleDict(), **stores)
+        module._modules.update(
+            base_layer=base_layer,
+            lora_dropout=nn.ModuleDict(),
+            **stores,
+            lora_magnitude_vector=nn.ModuleDict(),  # of DoRA
+        )
         names = ("r", "lora_alpha", "scaling", "use_dora", "use_rslora", "lora_bias")
         self.__dict__.update({name: {} for name in names})
         self.__dict__.update(
             merged_adapters=[],
+            _kept=[],
+            lora_variant={},
             _disable_adapters=False,
             _active_adapter=[],
             _noted_reason=None,
@@ -91,19 +127,44 @@ class LoraLayer(BaseTunerLayer):
         if not base_layer.training:
             module.train(False)
 
+    def _first_adapter(
+        self,
+        adapter_name: str | None,
+        config: LoraConfig | None,
+        r: int,
+        lora_alpha: float,
+        kwargs: dict[str, Any],
+    ) -> None:
+        """The end of a constructor with HF PEFT's arguments: an adapter at once, in the base's
+        dtype unless ``kwargs`` says otherwise. Nothing happens without a name."""
+        if adapter_name is None:
+            return
+        if config is None:
+            raise TypeError(f"{type(self).__name__}: `config` is missing for `{adapter_name}`")
+        kinds = ("autocast_dtype", "meta", "trainable")
+        given = {k: kwargs[k] for k in kinds if k in kwargs}
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, r, lora_alpha, config, **{"autocast_dtype": False, **given})
+
     def _adapter_placement(self, autocast_dtype: bool, meta: bool) -> dict[str, Any]:
         """device and dtype of new adapter weights: the base layer's,
         float16 and bfloat16 widened if asked."""
-        base = self.get_base_layer()
-        weight = getattr(base, "weight", None)
-        if not isinstance(weight, Tensor):
-            weight = next(base.parameters(), torch.empty(0))
+        weight = self._some_weight()
         dtype = weight.dtype if weight.is_floating_point() else torch.float32
         if weight.dtype.itemsize == 1 or (
             autocast_dtype and dtype in (torch.float16, torch.bfloat16)
         ):
             dtype = torch.float32
         return {"device": "meta" if meta else weight.device, "dtype": dtype}
+
+    def _some_weight(self) -> Tensor:
+        """The base layer's weight, or a parameter of it that stands for that."""
+        base = self.get_base_layer()
+        weight = getattr(base, "weight", None)
+        return weight if isinstance(weight, Tensor) else next(base.parameters(), torch.empty(0))
+
+    def _base_dtype(self) -> torch.dtype:
+        return self._some_weight().dtype
 
     def update_layer(
         self,
@@ -114,6 +175,7 @@ class LoraLayer(BaseTunerLayer):
         autocast_dtype: bool = True,
         meta: bool = False,
         trainable: bool = True,
+        **kwargs: Any,
     ) -> None:
         """Add an adapter of rank ``r``; which adapter is active stays as it is.
 
@@ -125,9 +187,11 @@ class LoraLayer(BaseTunerLayer):
             autocast_dtype: keep float32 weights under a float16 or bfloat16 base.
             meta: make the weights on the meta device, to be assigned from a checkpoint.
             trainable: whether its weights require a gradient.
+            **kwargs: what callers written for HF PEFT pass beside these; not used.
         """
         if r <= 0:
             raise ValueError(f"`r` should be a positive integer value but the value passed is {r}")
+        variant = self.resolve_lora_variant(config=config)
         self.r[adapter_name] = r
         self.lora_alpha[adapter_name] = lora_alpha
         self.scaling[adapter_name] = lora_alpha / (math.sqrt(r) if config.use_rslora else r)
@@ -142,13 +206,85 @@ class LoraLayer(BaseTunerLayer):
         with torch.no_grad():
             place = self._adapter_placement(autocast_dtype, meta)
             self._make_weights(adapter_name, r, config, place, trainable)
+            self.lora_variant.pop(adapter_name, None)
+            if variant is not None:
+                self.lora_variant[adapter_name] = variant
+                variant.init(self, adapter_name, config, trainable)
 
     def _make_weights(
         self, name: str, r: int, config: LoraConfig, place: dict[str, Any], trainable: bool
     ) -> None:
         raise NotImplementedError
 
+    # ---------------------------------------------------------------- how strong it is
+
+    def _initial_scaling(self, adapter: str) -> float:
+        r = self.r[adapter]
+        return self.lora_alpha[adapter] / (math.sqrt(r) if self.use_rslora.get(adapter) else r)
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Make the adapter's scaling ``scale`` times what its rank and ``lora_alpha`` say; nothing
+        happens in a layer without it."""
+        if adapter in self.scaling:
+            self.scaling[adapter] = scale * self._initial_scaling(adapter)
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the active adapters' scaling by ``scale``."""
+        if scale == 1:
+            return
+        for adapter in self.active_adapters:
+            if adapter in self.scaling:
+                self.scaling[adapter] = self.scaling[adapter] * scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the active adapters' scaling by ``scale``; None: back to what their ranks and
+        ``lora_alpha`` say."""
+        for adapter in self.active_adapters:
+            if adapter in self.scaling:
+                self.scaling[adapter] = (
+                    self._initial_scaling(adapter)
+                    if scale is None
+                    else self.scaling[adapter] / scale
+                )
+
+    # ---------------------------------------------------------------- variants of LoRA
+
+    @property
+    def lora_variants(self) -> dict[tuple[str, ...], type[LoraVariant] | None]:
+        """{sorted names of settings: the variant they ask for}; None is plain LoRA."""
+        return {(): None}
+
+    def resolve_lora_variant(self, *, config: Any, **kwargs: Any) -> LoraVariant | None:
+        """A new variant as ``config`` asks for, None for plain LoRA. ValueError where this kind of
+        layer has none such."""
+        return select(self.lora_variants, config)
+
     # ---------------------------------------------------------------- why a call is fused, or not
+
+    def _variant_operation(self, x: Tensor) -> Tensor | None:
+        """The output from an operation of the only active adapter's own, None when there is none
+        for the call."""
+        if self._disable_adapters or self.merged or len(self.active_adapters) != 1:
+            return None
+        name = self.active_adapters[0]
+        variant = self.lora_variant.get(name)
+        if variant is None or variant.fused_as(self, name) is None:
+            return None
+        return variant.fused(self, name, x)
+
+    def variant_fused_as(self) -> str | None:
+        """What an operation of the only active adapter's own is called; None where there is none
+        or it is not used."""
+        names = self.active_adapters
+        if self._disable_adapters or self.merged or len(names) != 1:
+            return None
+        variant = self.lora_variant.get(names[0])
+        return None if variant is None else variant.fused_as(self, names[0])
+
+    def _variant_reason(self) -> str | None:
+        """What an active adapter that is no plain LoRA says about how it runs."""
+        found = active_variant(self)
+        return None if found is None else found[1].decline(self, found[0])
 
     def decline_reason(self) -> str | None:
         """Why calls are not fused at present, in a few words; None when they are."""
@@ -172,5 +308,11 @@ class LoraLayer(BaseTunerLayer):
             )
         if self.merged:
             raise ValueError(
-                "Cannot pass `adapter_names` when there are merged adapters, please unmerge first."
+                "Cannot pass `adapter_names` when there are merged adapters, please call "
+                "`unmerge_adapter` first."
             )
+        if self.lora_variant:
+            for name in dict.fromkeys(adapter_names):
+                variant = self.lora_variant.get(name)
+                if variant is not None and (reason := variant.refuses_mixed()) is not None:
+                    raise ValueError(reason)

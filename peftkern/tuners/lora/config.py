@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import re
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor, nn
+
 from ...config import PeftConfig
 from ...utils.peft_types import PeftType
+from .subconfigs import (
+    CordaConfig,
+    EvaConfig,
+    LoftQConfig,
+    LoraGAConfig,
+    LoraRuntimeConfig,
+    as_subconfig,
+)
+from .variant import SELECTS
 
-INIT_SUPPORTED = (True, False, "gaussian")
+MAX_RANK = 65536  # above it a saved adapter must show its rank before memory is taken for it
 BIAS_CHOICES = ("none", "all", "lora_only")
-
-
-@dataclass
-class LoraRuntimeConfig:
-    """Settings that hold for one process and are never written to disk."""
-
-    ephemeral_gpu_offload: bool = False
+# initialisations that change the base weight
+CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga")
 
 
 @dataclass
@@ -34,12 +43,19 @@ class LoraConfig(PeftConfig):
         bias: which biases train: "none", "all" or "lora_only".
         use_rslora: rank-stabilised scaling.
         modules_to_save: modules trained and saved in full.
-        init_lora_weights: True (B is zero), False (both random) or "gaussian" (A normal, B zero).
+        init_lora_weights: True (B is zero), False (both random), "gaussian" (A normal, B zero),
+            "pissa", "pissa_niter_<k>", "olora", "loftq", "eva", "corda", "orthogonal", "lora_ga":
+            see :mod:`peftkern.tuners.lora.inits`.
         layers_to_transform: indices of the layers to adapt; needs a list in ``target_modules``.
         layers_pattern: names of the module list that those indices count.
         rank_pattern: name or regular expression -> another ``r``.
         alpha_pattern: name or regular expression -> another ``lora_alpha``.
         lora_bias: give B a bias of its own.
+        loftq_config: :class:`LoftQConfig` (or its fields) of "loftq"; kept as a dict.
+        eva_config: :class:`EvaConfig` of "eva".
+        corda_config: :class:`CordaConfig` of "corda".
+        lora_ga_config: :class:`LoraGAConfig` of "lora_ga".
+        use_dora: train a magnitude of each output beside A and B (:mod:`.dora`).
 
     The other fields exist so that configurations of HF PEFT can be read and written; one that asks
     for something not built yet is refused by :meth:`check_supported` before a model is touched.
@@ -64,11 +80,11 @@ class LoraConfig(PeftConfig):
     megatron_config: dict | None = field(default=None)
     megatron_core: str | None = field(default="megatron.core")
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(default=None)
-    loftq_config: dict = field(default_factory=dict)
-    eva_config: Any | None = field(default=None)
-    corda_config: Any | None = field(default=None)
-    lora_ga_config: Any | None = field(default=None)
-    use_dora: bool = field(default=False)
+    loftq_config: LoftQConfig | dict = field(default_factory=dict)
+    eva_config: EvaConfig | None = field(default=None)
+    corda_config: CordaConfig | None = field(default=None)
+    lora_ga_config: LoraGAConfig | None = field(default=None)
+    use_dora: bool = field(default=False, metadata=SELECTS)
     velora_config: Any | None = field(default=None)
     alora_invocation_tokens: list[int] | None = field(default=None)
     use_qalora: bool = field(default=False)
@@ -92,9 +108,107 @@ class LoraConfig(PeftConfig):
         self.rank_pattern = self.rank_pattern or {}
         self.alpha_pattern = self.alpha_pattern or {}
         self.loftq_config = self.loftq_config or {}
+        self.eva_config = as_subconfig(self.eva_config, EvaConfig)
+        self.corda_config = as_subconfig(self.corda_config, CordaConfig)
+        self.lora_ga_config = as_subconfig(self.lora_ga_config, LoraGAConfig)
         if self.runtime_config is None or isinstance(self.runtime_config, dict):
             self.runtime_config = LoraRuntimeConfig(**(self.runtime_config or {}))
         self._check_values()
+        self._settle_inits()
+        self._warn()
+        # no field: not written to a file, and not compared
+        self._custom_modules: dict[type[nn.Module], type[nn.Module]] | None = None
+
+    def _register_custom_module(self, mapping: dict[type[nn.Module], type[nn.Module]]) -> None:
+        """Adapt layers of the classes in ``mapping`` with the LoRA layer classes that it names.
+
+        Such a class takes HF PEFT's arguments (``base_layer, adapter_name, config, r, lora_alpha,
+        **kwargs``) and follows its conventions; a subclass of ``lora.Linear`` does. A listed class
+        goes before the built-in ones. Nothing of this is saved: register again after loading.
+        """
+        self._custom_modules = {**(self._custom_modules or {}), **mapping}
+
+    @property
+    def init_name(self) -> str | bool:
+        """``init_lora_weights`` in the spelling that decides: True, False or a name."""
+        init = self.init_lora_weights
+        if not isinstance(init, str):
+            return bool(init)
+        # PEFT takes these three in any case, the others as they are
+        return init.lower() if init.lower() in ("gaussian", "olora", "mica") else init
+
+    @property
+    def changes_base_weights(self) -> bool:
+        """Whether the initialisation subtracts the adapter's product from the base weight."""
+        init = self.init_name
+        return isinstance(init, str) and (init in CHANGES_BASE or init.startswith("pissa"))
+
+    def _settle_inits(self) -> None:
+        """Bring ``init_lora_weights`` and its configurations into line, with PEFT's warnings."""
+        init = self.init_lora_weights
+        if init == "loftq":
+            if not self.loftq_config:
+                raise ValueError(
+                    "`loftq_config` must be specified when `init_lora_weights` is 'loftq'."
+                )
+            if not isinstance(self.loftq_config, dict):
+                self.loftq_config = vars(self.loftq_config)
+        elif self.loftq_config:
+            self.loftq_config = {}
+            self._ignored("loftq")
+        elif init == "eva" and self.eva_config is None:
+            self._default("eva", "EVA")
+            self.eva_config = EvaConfig()
+        elif init != "eva" and self.eva_config is not None:
+            self._ignored("eva")
+        elif init == "corda" and self.corda_config is None:
+            self._default("corda", "CorDA")
+            self.corda_config = CordaConfig()
+        elif init != "corda" and self.corda_config is not None:
+            self._ignored("corda")
+        if self.lora_bias and init not in (True, False):
+            raise ValueError(
+                "The argument lora_bias=True is only supported with init_lora_weights=True or "
+                f"False, got init_lora_weights={init} instead."
+            )
+        if self.lora_bias and self.use_dora:
+            raise ValueError(
+                "The argument lora_bias=True is not supported for DoRA, please pass use_dora=False"
+            )
+
+    @staticmethod
+    def _ignored(name: str) -> None:
+        warnings.warn(
+            f"`{name}_config` specified but will be ignored when `init_lora_weights` is not "
+            f"'{name}'.",
+            stacklevel=5,
+        )
+
+    @staticmethod
+    def _default(name: str, shown: str) -> None:
+        warnings.warn(
+            f"`init_lora_weights` is '{name}' but `{name}_config` is not specified. Using default "
+            f"{shown} config.",
+            stacklevel=5,
+        )
+
+    def _warn(self) -> None:
+        if self.alora_invocation_tokens is not None and self.task_type != "CAUSAL_LM":
+            warnings.warn("aLoRA is currently only supported for CAUSAL_LM task.", stacklevel=4)
+        if (
+            self.use_rslora
+            and (self.rank_pattern or self.alpha_pattern)
+            and self.changes_base_weights
+        ):
+            # the scale of a layer is not in the file, so the conversion could not know it
+            warnings.warn(
+                "Using Rank-Stabilized LoRA with rank_pattern/alpha_pattern and post-training "
+                "conversion of modified base weights PiSSA/CorDA/OLoRA/LoRA-GA means that you "
+                "won't be able to pass `path_initial_model_for_weight_conversion` to "
+                "`save_pretrained` to restore the initial values of the base weights; if you "
+                "intend to do this, please ensure not to use rslora or rank_pattern/alpha_pattern.",
+                stacklevel=4,
+            )
 
     def _check_values(self) -> None:
         def positive_int(value: Any) -> bool:
@@ -118,14 +232,25 @@ class LoraConfig(PeftConfig):
         p = self.lora_dropout
         if isinstance(p, bool) or not isinstance(p, (int, float)) or not 0.0 <= p < 1.0:
             raise ValueError(f"`lora_dropout` should be in [0, 1) but the value passed is {p!r}")
-        if self.bias not in BIAS_CHOICES:
-            raise ValueError(
-                f"`bias` should be one of {BIAS_CHOICES} but the value passed is {self.bias!r}"
-            )
+        if isinstance(self.target_parameters, str):
+            raise TypeError("`target_parameters` must be a list of strings or None.")
+        if self.use_dora and self.megatron_config:
+            raise ValueError("DoRA does not support megatron_core, please set `use_dora=False`.")
         if isinstance(self.target_modules, str):
             for name in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, name) is not None:
                     raise ValueError(f"`{name}` cannot be used when `target_modules` is a str.")
+        for name in ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"):
+            value = getattr(self, name)
+            for pattern in (value,) if isinstance(value, str) else value or ():
+                if isinstance(value, set):  # names, not patterns
+                    break
+                try:
+                    re.compile(pattern)
+                except (re.error, TypeError) as exc:
+                    raise ValueError(
+                        f"`{name}` holds {pattern!r}, which is not a regular expression: {exc}"
+                    ) from exc
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(
                 "When `layers_pattern` is specified, `layers_to_transform` must also be specified. "
@@ -140,16 +265,14 @@ class LoraConfig(PeftConfig):
     def unsupported(self) -> list[str]:
         """Every setting, as ``name=value``, that peftkern cannot honour yet."""
         names = (
-            "megatron_config trainable_token_indices loftq_config eva_config corda_config "
-            "lora_ga_config use_dora velora_config alora_invocation_tokens use_qalora "
+            "megatron_config trainable_token_indices velora_config alora_invocation_tokens "
+            "use_qalora "
             "monteclora_config layer_replication target_parameters use_bdlora arrow_config "
             "kasa_config ensure_weight_tying"
         ).split()
         found = [f"{name}={getattr(self, name)!r}" for name in names if getattr(self, name)]
-        if self.init_lora_weights not in INIT_SUPPORTED:
-            found.append(f"init_lora_weights={self.init_lora_weights!r}")
-        if self.runtime_config.ephemeral_gpu_offload:
-            found.append("runtime_config.ephemeral_gpu_offload=True")
+        if self.init_name == "mica":
+            found.append("init_lora_weights='mica'")
         return found
 
     def check_supported(self) -> None:
@@ -159,3 +282,16 @@ class LoraConfig(PeftConfig):
                 f"LoraConfig asks for what peftkern does not support yet: {', '.join(found)}. "
                 "Nothing was changed in the model."
             )
+        if self.bias not in BIAS_CHOICES:
+            raise NotImplementedError(
+                f"Requested bias: {self.bias}, is not implemented. It should be one of "
+                f"{', '.join(BIAS_CHOICES)}."
+            )
+
+    def check_fits(self, weights: Mapping[str, Tensor]) -> None:
+        largest = max([MAX_RANK, *(n for w in weights.values() for n in w.shape)])
+        for name, r in (("r", self.r), *self.rank_pattern.items()):
+            if r > largest:
+                raise ValueError(
+                    f"the rank `{name}` is {r}, and the weights have no dimension above {largest}"
+                )

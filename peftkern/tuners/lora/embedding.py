@@ -11,7 +11,10 @@ from torch.nn import functional as F
 from ...utils.mixed import HERE, hand_over
 from .base import NOTHING, LoraLayer
 from .config import LoraConfig
+from .dora import DoraEmbeddingVariant
+from .draws import placed
 from .mixed import AdapterNames
+from .variant import take_kwargs
 
 
 class Embedding(nn.Module, LoraLayer):
@@ -19,26 +22,39 @@ class Embedding(nn.Module, LoraLayer):
     so the cost is r numbers a token."""
 
     # attributes of PEFT's layers that this kind does not fill
-    lora_A = lora_B = lora_magnitude_vector = NOTHING
+    lora_A = lora_B = NOTHING
     lora_embedding_A: nn.ParameterDict
     lora_embedding_B: nn.ParameterDict
 
-    def __init__(self, base_layer: nn.Module) -> None:
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str | None = None,
+        config: LoraConfig | None = None,
+        r: int = 0,
+        lora_alpha: float = 1,
+        **kwargs: Any,
+    ) -> None:
         super().__init__()
         self._init_lora(
             base_layer, lora_embedding_A=nn.ParameterDict(), lora_embedding_B=nn.ParameterDict()
         )
         self.fan_in_fan_out = False
+        self._first_adapter(adapter_name, config, r, lora_alpha, kwargs)
 
     def _make_weights(
         self, name: str, r: int, config: LoraConfig, place: dict[str, Any], trainable: bool
     ) -> None:
         if config.lora_bias:
             raise ValueError(f"lora_bias=True is not supported for {type(self).__name__}.")
-        A = torch.zeros((r, self.in_features), **place)
-        B = torch.empty((self.out_features, r), **place).normal_()
-        if config.init_lora_weights is False:
-            A.normal_()
+        shapes = (r, self.in_features), (self.out_features, r)
+        if place["device"] == "meta":
+            A, B = (torch.empty(shape, **place) for shape in shapes)
+        else:  # drawn as HF PEFT draws them, see `draws`
+            A, B = (torch.randn(shape) for shape in shapes)
+            if config.init_name is not False:
+                A, B = A.zero_(), B.normal_()
+            A, B = (placed(value, self._base_dtype(), place) for value in (A, B))
         self.lora_embedding_A[name] = nn.Parameter(A, requires_grad=trainable)
         self.lora_embedding_B[name] = nn.Parameter(B, requires_grad=trainable)
 
@@ -46,22 +62,39 @@ class Embedding(nn.Module, LoraLayer):
         if HERE.blocks:
             kwargs = hand_over(self, kwargs)
         adapter_names = kwargs.pop("adapter_names", None)
+        take_kwargs(kwargs)  # no variant of an embedding has any
         if adapter_names is not None:
             self._check_adapter_names(x, adapter_names)
+        if self._disable_adapters and self.merged:
+            self.unmerge()
         y = self.base_layer(x, *args, **kwargs)
         if self._disable_adapters or self.merged:
             return y
         dtype = y.dtype
         if adapter_names is None:
             for name in self.active_adapters:
-                if name in self.lora_embedding_A:
+                if name not in self.lora_embedding_A:
+                    continue
+                variant = self.lora_variant.get(name)
+                if variant is None:
                     y = y + self._update(name, x, y)
+                else:
+                    y = variant.update(self, name, x, y)
             return y.to(dtype)
         names = AdapterNames.of(adapter_names)
         for name, rows in zip(names.order, names.samples.rows(x.device), strict=True):
-            if rows is not None and name in self.lora_embedding_A:
+            if rows is None or name not in self.lora_embedding_A:
+                continue
+            variant = self.lora_variant.get(name)
+            if variant is None:
                 y = y.index_add(0, rows, self._update(name, x[rows], y).to(dtype))
+            else:
+                y = y.index_copy(0, rows, variant.update(self, name, x[rows], y[rows]).to(dtype))
         return y
+
+    @property
+    def lora_variants(self) -> dict[tuple[str, ...], Any]:
+        return {(): None, ("use_dora",): DoraEmbeddingVariant}
 
     def _update(self, name: str, x: Tensor, y: Tensor) -> Tensor:
         base: Any = self.get_base_layer()
@@ -80,6 +113,9 @@ class Embedding(nn.Module, LoraLayer):
             return update
         return update * (scale.to(update.dtype) if isinstance(scale, Tensor) else scale)
 
+    def _factors(self, adapter: str) -> tuple[Tensor, Tensor]:
+        return self.lora_embedding_A[adapter].T, self.lora_embedding_B[adapter].T
+
     def decline_reason(self) -> str | None:
         if self._disable_adapters:
             return "adapters are disabled"
@@ -87,6 +123,8 @@ class Embedding(nn.Module, LoraLayer):
             return f"merged: {', '.join(self.merged_adapters)}"
         if not any(n in self.lora_embedding_A for n in self.active_adapters):
             return "no active adapter has weights here"
+        if (of_variant := self._variant_reason()) is not None:
+            return of_variant
         return "an embedding gathers r numbers a token; there is no product to fuse"
 
     def __repr__(self) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from types import MethodType
 from typing import Any
 
@@ -15,11 +14,18 @@ from ...ops import autocast
 from ...ops.library import traced_lora_linear, why_formula
 from ...ops.lora import lora_linear
 from ...utils.mixed import HERE, hand_over
+from . import inits
 from .base import NOTHING, LoraLayer
 from .config import LoraConfig
+from .dora import DoraLinearVariant
+from .draws import of_linear, placed
 from .group import Group
 from .mixed import AdapterNames, forward_mixed
 from .plan import GLOBAL_HOOKS, Plan, is_hooked, weight_layout
+from .variant import take_kwargs
+
+# where a compiler traces the call, it is one operation all the same
+SCALING_IS_A_TENSOR = "the scaling is a tensor (prepared for hot-swapping into a compiled model)"
 
 
 def bare_linear(weight: Tensor, bias: Tensor | None, trainable: bool) -> nn.Linear:
@@ -42,34 +48,44 @@ class Linear(nn.Module, LoraLayer):
     """
 
     # attributes of PEFT's layers that this kind does not fill
-    lora_embedding_A = lora_embedding_B = lora_magnitude_vector = NOTHING
+    lora_embedding_A = lora_embedding_B = NOTHING
     lora_A: nn.ModuleDict
     lora_B: nn.ModuleDict
     _plan: Plan | None
     _group: Group | None
 
-    def __init__(self, base_layer: nn.Module, fan_in_fan_out: bool = False) -> None:
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str | None = None,
+        config: LoraConfig | None = None,
+        r: int = 0,
+        lora_alpha: float = 1,
+        fan_in_fan_out: bool = False,
+        **kwargs: Any,
+    ) -> None:
         super().__init__()
         self._init_lora(base_layer, lora_A=nn.ModuleDict(), lora_B=nn.ModuleDict())
-        self.fan_in_fan_out = fan_in_fan_out
+        self.fan_in_fan_out = fan_in_fan_out or (config is not None and config.fan_in_fan_out)
+        self._first_adapter(adapter_name, config, r, lora_alpha, kwargs)
 
     def _make_weights(
         self, name: str, r: int, config: LoraConfig, place: dict[str, Any], trainable: bool
     ) -> None:
-        A = torch.empty((r, self.in_features), **place)
-        B = torch.zeros((self.out_features, r), **place)
-        bias = torch.zeros(self.out_features, **place) if config.lora_bias else None
-        if config.init_lora_weights == "gaussian":
-            A.normal_(std=1 / r)
-        else:  # nn.Linear's own default, as in PEFT; drawn once, on the device
-            bound = 1 / math.sqrt(self.in_features)
-            A.uniform_(-bound, bound)
-            if config.init_lora_weights is False:
-                B.uniform_(-1 / math.sqrt(r), 1 / math.sqrt(r))
-                if bias is not None:
-                    bias.uniform_(-1 / math.sqrt(r), 1 / math.sqrt(r))
+        K, N, with_bias = self.in_features, self.out_features, config.lora_bias
+        bias: Tensor | None
+        if place["device"] == "meta":
+            A, B = torch.empty((r, K), **place), torch.empty((N, r), **place)
+            bias = torch.empty(N, **place) if with_bias else None
+        else:
+            base = self._base_dtype()
+            A, B, bias = of_linear(r, K, N, config.init_name, with_bias)
+            A, B = placed(A, base, place), placed(B, base, place)
+            bias = None if bias is None else placed(bias, base, place)
         self.lora_A._modules[name] = bare_linear(A, None, trainable)
         self.lora_B._modules[name] = bare_linear(B, bias, trainable)
+        if isinstance(config.init_name, str):
+            inits.start(self, name, config)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if HERE.blocks:
@@ -126,15 +142,28 @@ class Linear(nn.Module, LoraLayer):
         p = plan.drop.p if plan.drops and plan.drop.training else 0.0
         if p >= 1.0:  # drops everything, which no factor 1 / (1 - p) expresses
             return None
-        return weight, params["bias"], A, B, state["scaling"][plan.name], p, plan.transposed
+        scale = state["scaling"][plan.name]
+        if scale.__class__ is Tensor:
+            return None
+        return weight, params["bias"], A, B, scale, p, plan.transposed
 
     def traced_call(self, x: Tensor) -> tuple[Any, ...] | None:
         """:meth:`fused_call` for a compiler, or None when it gets the plain formula. Nothing is
         written and everything is read from the modules, so that the compiler sees what the answer
         depends on."""
-        if self.decline_reason() is not None or torch._C._are_functorch_transforms_active():
+        if self.decline_reason() not in (None, SCALING_IS_A_TENSOR):
             return None
         name = self.active_adapters[0]
+        call = self.product_call(x, name)
+        if call is None or why_formula(x, call[2]) is not None:
+            return None
+        return call
+
+    def product_call(self, x: Tensor, name: str) -> tuple[Any, ...] | None:
+        """What :meth:`fused_call` returns, for a call with this adapter, whose
+        :meth:`product_reason` is None."""
+        if torch._C._are_functorch_transforms_active():
+            return None
         base: Any = self.base_layer
         a: Any = self.lora_A[name]
         b: Any = self.lora_B[name]
@@ -142,15 +171,17 @@ class Linear(nn.Module, LoraLayer):
         p = drop.p if drop.training and isinstance(drop, nn.Dropout) else 0.0
         if (
             p >= 1.0
-            # decline_reason looked for replaced forwards as well, in a way that compilers set no
+            # product_reason looked for replaced forwards as well, in a way that compilers set no
             # guard for; with this one a forward that is replaced later is seen
             or not all(isinstance(m.forward, MethodType) for m in (base, a, b, drop))
             or not _dtypes_fit(x, base.weight.dtype, a.weight.dtype, b.weight.dtype)
-            or why_formula(x, a.weight) is not None
         ):
             return None
-        transposed = weight_layout(base.__class__)
-        return base.weight, base.bias, a.weight, b.weight, self.scaling[name], p, transposed
+        scale: Any = self.scaling[name]
+        B = b.weight
+        if isinstance(scale, Tensor):  # the operation takes a number
+            B, scale = B * scale, 1.0
+        return base.weight, base.bias, a.weight, B, scale, p, weight_layout(base.__class__)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_plan": None}  # a copy has its own modules
@@ -158,30 +189,57 @@ class Linear(nn.Module, LoraLayer):
     def _forward_general(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Any base layer, any adapters: the base's own call, then each update on top."""
         adapter_names = kwargs.pop("adapter_names", None)
+        variant_kwargs = take_kwargs(kwargs)
         if adapter_names is not None:
             self._check_adapter_names(x, adapter_names)
-            return forward_mixed(self, x, AdapterNames.of(adapter_names), args, kwargs)
+            names = AdapterNames.of(adapter_names)
+            return forward_mixed(self, x, names, args, kwargs, variant_kwargs)
         if not torch.compiler.is_compiling():
+            if self.lora_variant and not (args or kwargs or variant_kwargs):
+                y = self._variant_operation(x)
+                if y is not None:
+                    return y
             self._note_decline()
+        if self._disable_adapters and self.merged:
+            self.unmerge()
         y = self.base_layer(x, *args, **kwargs)
         if self._disable_adapters or self.merged:
             return y
         dtype = y.dtype
         for name in self.active_adapters:
-            if name in self.lora_A:
+            if name not in self.lora_A:
+                continue
+            variant = self.lora_variant.get(name)
+            if variant is None:
                 y = y + self._update(name, x)
+            else:
+                y = variant.update(self, name, x, y, **variant_kwargs)
         return y.to(dtype)
+
+    @property
+    def lora_variants(self) -> dict[tuple[str, ...], Any]:
+        return {(): None, ("use_dora",): DoraLinearVariant}
 
     def _update(self, name: str, x: Tensor) -> Tensor:
         A: Any = self.lora_A[name]
         if not autocast.is_on(x):
-            x = x.to(A.weight.dtype)
+            x = self._cast_input_dtype(x, A.weight.dtype)
         return self.lora_B[name](A(self.lora_dropout[name](x))) * self.scaling[name]
+
+    def _factors(self, adapter: str) -> tuple[Tensor, Tensor]:
+        A: Any = self.lora_A[adapter]
+        B: Any = self.lora_B[adapter]
+        if self.fan_in_fan_out:
+            return A.weight.T, B.weight.T
+        return B.weight, A.weight
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether the adapter's update can be written as that of plain LoRA."""
+        variant = getattr(self, "lora_variant", {}).get(adapter_name)
+        return variant is None or variant.supports_lora_conversion()
 
     def decline_reason(self) -> str | None:
         active = [n for n in self.active_adapters if n in self.lora_A]
-        base: Any = self.base_layer
-        weight = base._parameters.get("weight")
         if self._disable_adapters:
             return "adapters are disabled"
         if self.merged:
@@ -190,10 +248,21 @@ class Linear(nn.Module, LoraLayer):
             return "no active adapter has weights here"
         if len(self.active_adapters) > 1:
             return f"several adapters are active: {', '.join(self.active_adapters)}"
+        if (of_variant := self._variant_reason()) is not None:
+            return of_variant
+        if torch.is_tensor(self.scaling[active[0]]):
+            return self.product_reason(active[0]) or SCALING_IS_A_TENSOR
+        return self.product_reason(active[0])
+
+    def product_reason(self, name: str) -> str | None:
+        """Why the products of the base layer and of this adapter cannot be one operation, None when
+        they can."""
+        base: Any = self.base_layer
+        weight = base._parameters.get("weight")
         if weight_layout(base.__class__) is None:
             return f"base layer {type(base).__name__} computes its product itself"
-        A: Any = self.lora_A[active[0]]
-        B: Any = self.lora_B[active[0]]
+        A: Any = self.lora_A[name]
+        B: Any = self.lora_B[name]
         for what, module in (("base layer", base), ("lora_A", A), ("lora_B", B)):
             if type(module.__dict__["_parameters"].get("weight")) is not Parameter:
                 found = type(getattr(module, "weight", None)).__name__
@@ -215,9 +284,9 @@ class Linear(nn.Module, LoraLayer):
             return f"dtypes: base {dtype}, adapter {low}"
         if B.weight.dtype != low:
             return f"dtypes: lora_A {low}, lora_B {B.weight.dtype}"
-        if type(self.lora_dropout[active[0]]) not in (nn.Dropout, nn.Identity):
-            return f"dropout is a {type(self.lora_dropout[active[0]]).__name__}"
-        if is_hooked(self.lora_dropout[active[0]]):
+        if type(self.lora_dropout[name]) not in (nn.Dropout, nn.Identity):
+            return f"dropout is a {type(self.lora_dropout[name]).__name__}"
+        if is_hooked(self.lora_dropout[name]):
             return "lora_dropout has hooks"
         return None
 

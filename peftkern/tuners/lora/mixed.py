@@ -14,6 +14,7 @@ from torch.nn.parameter import Parameter
 from ...ops import autocast
 from ...ops.lora_mixed import Adapter, SampleIndex, lora_mixed
 from .plan import GLOBAL_HOOKS, is_hooked, weight_layout
+from .variant import rows_of
 
 if TYPE_CHECKING:
     from .layer import Linear
@@ -52,7 +53,14 @@ class AdapterNames(tuple[str, ...]):
         return names if isinstance(names, AdapterNames) else cls(names)
 
 
-def forward_mixed(layer: Linear, x: Tensor, names: AdapterNames, args: Any, kwargs: Any) -> Tensor:
+def forward_mixed(
+    layer: Linear,
+    x: Tensor,
+    names: AdapterNames,
+    args: Any,
+    kwargs: Any,
+    variant_kwargs: dict[str, Any],
+) -> Tensor:
     """Y of a LoRA linear layer for x [B, ..., K], row b of the batch through ``names[b]``."""
     disabled = layer._disable_adapters
     reason = "the call has more arguments" if args or kwargs else mixed_reason(layer, x, names)
@@ -65,8 +73,15 @@ def forward_mixed(layer: Linear, x: Tensor, names: AdapterNames, args: Any, kwar
         return y
     dtype = y.dtype
     for name, rows in zip(names.order, names.samples.rows(y.device), strict=True):
-        if rows is not None and name in layer.lora_A:
+        if rows is None or name not in layer.lora_A:
+            continue
+        variant = layer.lora_variant.get(name)
+        if variant is None:
             y = y.index_add(0, rows, layer._update(name, x[rows]).to(y.dtype))
+        else:
+            given = rows_of(variant_kwargs, rows)
+            part = variant.update(layer, name, x[rows], y[rows], **given)
+            y = y.index_copy(0, rows, part.to(y.dtype))
     return y.to(dtype)
 
 
@@ -103,7 +118,11 @@ def mixed_reason(layer: Linear, x: Tensor, names: AdapterNames) -> str | None:
         A: Any = layer.lora_A._modules.get(name)
         if A is None:
             continue
+        if name in layer.lora_variant:
+            return f"{name}: {layer.lora_variant[name].decline(layer, name)}"
         B: Any = layer.lora_B._modules[name]
+        if torch.is_tensor(layer.scaling[name]):
+            return f"the scaling of {name} is a tensor (prepared for hot-swapping)"
         drop: Any = layer.lora_dropout._modules[name]
         if type(A) is not nn.Linear or type(B) is not nn.Linear:
             return f"lora_A or lora_B of {name} is not an nn.Linear"

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor, nn
 
+from ...utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from ...utils.mixed import handing
+from ...utils.module_tree import parameters_of
 from ...utils.other import (
     CONTAINERS,
     AuxiliaryTrainingWrapper,
@@ -21,32 +22,30 @@ from ...utils.other import (
     get_submodules,
     wrap_modules_to_save,
 )
-from ..targets import match_targets, resolve_targets
-from ..tuners_utils import BaseTuner, BaseTunerLayer
+from ..base_tuner import BaseTuner
+from ..targets import check_compatible, match_targets, resolve_targets
+from ..tuners_utils import BaseTunerLayer
 from .base import LoraLayer
 from .config import LoraConfig
-from .embedding import Embedding
+from .dispatch import (
+    add_adapter,
+    check,
+    custom_class,
+    layer_class,
+    make_custom,
+    warn,
+    warn_of_changed_base,
+)
 from .group import form_groups
+from .inits import collect
 from .layer import Linear
 from .mixed import AdapterNames
+from .plain import Starts
+from .unloading import ModelMerging
+from .weighted import Weighted
 
 
-def layer_class(base: nn.Module) -> Callable[[nn.Module], LoraLayer]:
-    """What makes the LoRA layer for a base layer. ValueError for a class that cannot be adapted."""
-    if isinstance(base, Conv1D):
-        return lambda m: Linear(m, fan_in_fan_out=True)
-    if isinstance(base, nn.Linear):
-        return Linear
-    if isinstance(base, nn.Embedding):
-        return Embedding
-    raise ValueError(
-        f"Target module {type(base).__name__} is not supported. Currently, only the following "
-        "modules are supported: `torch.nn.Linear`, `torch.nn.Embedding`, "
-        "`transformers.pytorch_utils.Conv1D`."
-    )
-
-
-class LoraModel(BaseTuner):
+class LoraModel(ModelMerging, Weighted, Starts, BaseTuner):
     """A model with LoRA layers in the places that the configuration names.
 
     Args:
@@ -54,6 +53,10 @@ class LoraModel(BaseTuner):
         peft_config: a :class:`LoraConfig`, or {adapter name: LoraConfig}.
         adapter_name: the adapter to make.
         low_cpu_mem_usage: make its weights on the meta device, to be assigned from a checkpoint.
+        state_dict: adapt the modules that have tensors in here (only names are read), whatever the
+            configuration's targets are.
+        autocast_adapter_dtype: keep float32 weights under a float16 or bfloat16 model; without it
+            they have the dtype of the layer that they adapt.
 
     Raises:
         NotImplementedError: the configuration asks for something not built yet.
@@ -62,6 +65,7 @@ class LoraModel(BaseTuner):
 
     prefix = "lora_"
     tuner_layer_cls = LoraLayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def __init__(
         self,
@@ -69,15 +73,22 @@ class LoraModel(BaseTuner):
         peft_config: Any,
         adapter_name: str,
         low_cpu_mem_usage: bool = False,
-        autocast_adapter_dtype: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        autocast_adapter_dtype: bool = False,
     ) -> None:
         # not a module, so it may be set before nn.Module.__init__
         self.__dict__["_autocast_dtype"] = autocast_adapter_dtype
-        super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage)
+        super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage, state_dict)
 
     # ---------------------------------------------------------------- putting adapters in
 
-    def _plan(self, model: nn.Module, config: LoraConfig, name: str) -> tuple[list[Any], list[str]]:
+    def _plan(
+        self,
+        model: nn.Module,
+        config: LoraConfig,
+        name: str,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> tuple[list[Any], list[str]]:
         """All that can go wrong, before anything is changed: the matches with rank and alpha, and
         the names of the modules to train in full."""
         config.check_supported()
@@ -88,36 +99,60 @@ class LoraModel(BaseTuner):
                 "bias to 'none' for all adapters."
             )
         config.target_modules = resolve_targets(config, model)
-        matches = []
-        if config.target_modules:
-            matches = match_targets(config, model, config.target_modules)
-        elif not config.modules_to_save:
-            raise ValueError("`target_modules` is empty and there is nothing else to train.")
+        matches = match_targets(config, model, config.target_modules, state_dict)
+        check_compatible(config, model, [key for key, _ in matches])
         plan = []
         for key, module in matches:
-            make = None if isinstance(module, LoraLayer) else layer_class(module)
+            custom = custom_class(module, config)
+            make = None if isinstance(module, LoraLayer) else custom or layer_class(module)
             r = config.rank_pattern.get(get_pattern_key(config.rank_pattern, key), config.r)
             alpha = config.alpha_pattern.get(
                 get_pattern_key(config.alpha_pattern, key), config.lora_alpha
             )
-            if config.lora_bias and isinstance(module, (nn.Embedding, Embedding)):
-                raise ValueError(f"lora_bias=True is not supported for the embedding `{key}`.")
+            if custom is None:
+                check(key, module, r, config)
             plan.append((key, module, make, r, alpha))
         self._check_patterns(config, [key for key, *_ in plan])
         self._check_fan_in_fan_out(config, [m for _, m, make, *_ in plan if make is not None])
         saved = find_modules_to_save(model, config.modules_to_save)
+        self._check_saved(model, config, name, plan, saved)
+        for _, module, *_ in plan:
+            warn(module, config)
+        warn_of_changed_base([config, *others])
+        return plan, saved
+
+    @staticmethod
+    def _check_saved(
+        model: nn.Module, config: LoraConfig, name: str, plan: list[Any], saved: list[str]
+    ) -> None:
+        """Modules that cannot be trained in full are refused before anything is changed."""
         for key in saved:
             _, module, _ = get_submodules(model, key)
-            if isinstance(module, BaseTunerLayer):
+            if isinstance(module, (BaseTunerLayer, *CONTAINERS)):
                 raise TypeError(
-                    f"modules_to_save cannot be applied to `{key}`, which has an adapter already"
+                    f"modules_to_save cannot be applied to modules of type {type(module)} (`{key}`)"
                 )
-            if isinstance(module, CONTAINERS):
-                raise TypeError(
-                    f"modules_to_save cannot be applied to `{key}`: a {type(module).__name__} has "
-                    "no forward of its own"
-                )
-        return plan, saved
+        within = next(
+            (
+                layer
+                for key in saved
+                for at in [key.split(".")]
+                for layer in [model.get_submodule(".".join(at[:-2]))]
+                if isinstance(layer, BaseTunerLayer) and at[-2] in layer.adapter_layer_names
+            ),
+            None,
+        )
+        # the new adapter's own weights would be matched as well
+        weights = [f"{store}.{name}" for store in ("lora_dropout", "lora_A", "lora_B")]
+        hit = any(w.endswith(n) for w in weights for n in config.modules_to_save or ())
+        if within is None and not (hit and plan):
+            return
+        kind = Linear if within is None else type(within)
+        raise ValueError(
+            f"You are trying to target a module with {ModulesToSaveWrapper} that is a child of "
+            f"{kind}. This is almost certainly not the intended behavior. Please ensure that the "
+            f"adapter name, '{name}', does not conflict with any of the targeted modules."
+        )
 
     @staticmethod
     def _check_patterns(config: LoraConfig, keys: list[str]) -> None:
@@ -156,14 +191,23 @@ class LoraModel(BaseTuner):
                 config.fan_in_fan_out = True
 
     def inject_adapter(
-        self, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool = False
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
     ) -> None:
         config = self.peft_config[adapter_name]
         assert isinstance(config, LoraConfig)
-        plan, saved = self._plan(model, config, adapter_name)
-        flags = [(p, p.requires_grad) for p in model.parameters()]
+        plan, saved = self._plan(model, config, adapter_name, state_dict)
+        flags = [(p, p.requires_grad) for p in parameters_of(model)]
+        # what is there already trains, or does not, as before; the first adapter freezes the model
+        first = not any(isinstance(m, BaseTunerLayer) for m in self.adapter_layers())
         try:
-            self._put_in(model, config, adapter_name, plan, saved, low_cpu_mem_usage)
+            with collect() as change_base_weights:
+                self._put_in(model, config, adapter_name, plan, saved, low_cpu_mem_usage, first)
+                change_base_weights()
         except BaseException:
             for layer in self.adapter_layers():
                 layer.delete_adapter(adapter_name)
@@ -171,9 +215,13 @@ class LoraModel(BaseTuner):
             for parameter, flag in flags:
                 parameter.requires_grad_(flag)
             raise
-        for key, *_ in plan:
-            if key not in self.targeted_module_names:
-                self.targeted_module_names.append(key)
+        if not first:
+            for parameter, flag in flags:
+                if parameter.requires_grad != flag:
+                    parameter.requires_grad = flag
+        known = set(self.targeted_module_names)
+        names = [key.removeprefix("_orig_mod.") for key, *_ in plan]
+        self.targeted_module_names += [n for n in names if n not in known]
 
     def _put_in(
         self,
@@ -183,25 +231,35 @@ class LoraModel(BaseTuner):
         plan: list[Any],
         saved: list[str],
         low_cpu_mem_usage: bool,
+        first: bool,
     ) -> None:
-        first = not any(
-            isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper)) for m in model.modules()
-        )
         active = adapter_name in self.active_adapters
         if first:
-            for parameter in model.parameters():
-                parameter.requires_grad_(False)
+            beside = [m for m in self.adapter_layers() if isinstance(m, AuxiliaryTrainingWrapper)]
+            keep = {id(p) for m in beside for p in m.parameters()}
+            for parameter in parameters_of(model):
+                if parameter.requires_grad and id(parameter) not in keep:
+                    parameter.requires_grad_(False)
         trainable = active and not config.inference_mode
+        parents: dict[str, nn.Module] = {}
         for key, module, make, r, alpha in plan:
-            layer = module
+            layer, added = module, False
+            how = (self._autocast_dtype, low_cpu_mem_usage, trainable)
             if make is not None:
-                layer = make(module)
+                added = make is custom_class(module, config)
+                if added:
+                    named = dict(zip(("autocast_dtype", "meta", "trainable"), how, strict=True))
+                    layer = make_custom(make, module, adapter_name, key, r, alpha, config, **named)
+                    layer.set_adapter(self.active_adapters, inference_mode=not trainable)
+                else:
+                    layer = make(module)
                 layer._active_adapter = self.active_adapters
-                parent, _, name = get_submodules(model, key)
-                setattr(parent, name, layer)
-            layer.update_layer(
-                adapter_name, r, alpha, config, self._autocast_dtype, low_cpu_mem_usage, trainable
-            )
+                at, _, name = key.rpartition(".")
+                if at not in parents:
+                    parents[at] = model.get_submodule(at)
+                setattr(parents[at], name, layer)
+            if not added:
+                add_adapter(layer, adapter_name, key, r, alpha, config, *how)
         if active:
             # before the copies: in a module trained in full the copy's bias trains, never the
             # original's
@@ -225,33 +283,19 @@ class LoraModel(BaseTuner):
 
     # ---------------------------------------------------------------- taking them out
 
-    def unload(self) -> nn.Module:
-        """The base model without LoRA layers; modules that were trained in full stay as trained."""
-        return self._take_out(trained=True)
-
-    def _take_out(self, only_empty: bool = False, trained: bool = False) -> nn.Module:
-        """Put the original modules back: all, or only where no adapter is left. ``trained``: what
-        was trained in full comes back as the active adapter's copy."""
-        for name, module in list(self.model.named_modules()):
+    def _take_out(self, only_empty: bool = False) -> None:
+        """Put the original modules back: all, or only where no adapter is left."""
+        # inner ones first, as long as their names lead to them
+        for name, module in reversed(list(self.model.named_modules())):
             if not isinstance(module, (LoraLayer, ModulesToSaveWrapper)):
                 continue
             if only_empty and module._get_available_adapters():
                 continue
-            if isinstance(module, LoraLayer):
-                original = module.base_layer
-            else:
-                original = module.in_use() if trained else module.original_module
+            original = (
+                module.base_layer if isinstance(module, LoraLayer) else module.original_module
+            )
             parent, _, last = get_submodules(self.model, name)
             setattr(parent, last, original)
-        return self.model
-
-    def _merging(self, *args: Any, **kwargs: Any) -> Any:
-        raise NotImplementedError(
-            "Merging and combining adapters is not supported yet by peftkern. HF PEFT can merge "
-            "the saved adapter."
-        )
-
-    merge_and_unload = merge_adapter = unmerge_adapter = add_weighted_adapter = _merging
 
     # ---------------------------------------------------------------- a name for each row of the
     # batch

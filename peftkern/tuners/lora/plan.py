@@ -77,6 +77,8 @@ class Plan:
         transposed = weight_layout(base.__class__)
         if len(names) != 1 or names[0] not in layer.lora_A or transposed is None:
             return None
+        if names[0] in layer.lora_variant:
+            return None
         plan = cls()
         plan.name, plan.active, plan.base, plan.transposed = names[0], active, base, transposed
         plan.dicts = (layer.lora_A, layer.lora_B, layer.lora_dropout)

@@ -1,0 +1,201 @@
+"""``AutoPeftModel*``: base model and adapter from the adapter's name alone."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import transformers
+
+from .config import PeftConfig, locate_file, split_hub_kwargs
+from .peft_model import PeftModel
+from .tasks import (
+    MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
+    PeftModelForCausalLM,
+    PeftModelForFeatureExtraction,
+    PeftModelForQuestionAnswering,
+    PeftModelForSeq2SeqLM,
+    PeftModelForSequenceClassification,
+    PeftModelForTokenClassification,
+)
+from .utils.constants import TOKENIZER_CONFIG_NAME
+
+# An adapter's configuration names the module that its base model's class is in. A file from
+# elsewhere must not be able to have any module imported, so these and what is inside them are all.
+IMPORT_ALLOWLIST = ("diffusers", "lerobot", "megatron-core", "transformers")
+
+
+def get_default_import_allowlist() -> list[str]:
+    """The packages that an adapter's configuration may name without being asked for."""
+    return list(IMPORT_ALLOWLIST)
+
+
+def check_import_allowlist(allowlist: Sequence[str], parent_name: str) -> bool:
+    """Whether the module ``parent_name`` is one of ``allowlist``, or is inside one of them."""
+    return any(parent_name == a or parent_name.startswith(f"{a}.") for a in allowlist)
+
+
+def _class_of_base_model(mapping: Any, allowlist: Sequence[str]) -> Any:
+    """The class that ``auto_mapping`` of a configuration names, imported if that is allowed."""
+    library, name = (
+        mapping.get(key) if isinstance(mapping, dict) else None
+        for key in ("parent_library", "base_model_class")
+    )
+    if not isinstance(library, str) or not isinstance(name, str):
+        raise ValueError(
+            "`auto_mapping` of the adapter's configuration must name `parent_library` and "
+            f"`base_model_class`, got {mapping!r}"
+        )
+    if not check_import_allowlist(allowlist, library):
+        raise ValueError(
+            f"The auto mapping wants to import '{library}' which is not in the import allowlist. "
+            "If you trust it, name it: "
+            f"`import_allowlist=['{library}']` in `from_pretrained()`."
+        )
+    return getattr(importlib.import_module(library), name)
+
+
+def _add_tokens_of(model: Any, source: str, hub: dict[str, Any], trust: bool) -> None:
+    """Grow the embeddings of ``model`` to the tokenizer that was saved beside the adapter."""
+    if not hasattr(model, "get_input_embeddings"):
+        return
+    if locate_file(source, TOKENIZER_CONFIG_NAME, **hub) is None:
+        return
+    asked = {k: hub[k] for k in ("revision", "token", "subfolder", "cache_dir") if hub.get(k)}
+    if hub.get("local_files_only"):
+        asked["local_files_only"] = True
+    load = transformers.AutoTokenizer.from_pretrained
+    try:
+        tokenizer = load(source, trust_remote_code=trust, **asked)
+    except OSError as exc:  # without a network, and only a part of it is in the cache
+        warnings.warn(
+            f"the tokenizer of {source} cannot be loaded, so the embeddings keep their size: {exc}",
+            stacklevel=3,
+        )
+        return
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(len(tokenizer))
+
+
+class _BaseAutoPeftModel:
+    _target_class: Any = None  # of transformers, with the from_pretrained of the base model
+    _target_peft_class: type[PeftModel] = PeftModel
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        name = type(self).__name__
+        raise OSError(
+            f"{name} is designed to be instantiated using the "
+            f"`{name}.from_pretrained(pretrained_model_name_or_path)` method."
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: PeftConfig | None = None,
+        revision: str | None = None,
+        import_allowlist: Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Load the base model that the adapter's configuration names, and the adapter onto it.
+
+        A tokenizer saved beside the adapter with more tokens than the base model has embeddings
+        makes the embeddings grow first.
+
+        Args:
+            pretrained_model_name_or_path: folder of the adapter, or ``owner/name`` on the hub.
+            adapter_name: its name in the model.
+            is_trainable: let it train on.
+            config: take this configuration instead of the saved one.
+            revision: of the adapter; the base model's is in the configuration.
+            import_allowlist: packages that a configuration without a task type may name as the
+                home of the base model's class; None: see :func:`get_default_import_allowlist`.
+            **kwargs: for the base model's ``from_pretrained`` (``dtype``, ``device_map``, …), for
+                :meth:`PeftModel.from_pretrained`, and for the hub (``token``, ``cache_dir``, …).
+                ``subfolder`` is where the adapter is.
+
+        Raises:
+            ValueError: the task type is another class's, or none is given and the configuration
+                names no base model's class, or one outside ``import_allowlist``.
+        """
+        source = os.fspath(pretrained_model_name_or_path)
+        hub, _ = split_hub_kwargs({**kwargs, "revision": revision})
+        adapter = config or PeftConfig.from_pretrained(source, revision=revision, **kwargs)
+        target = cls._target_class
+        if adapter.task_type is not None:
+            if target is None:
+                raise ValueError(
+                    "Cannot use `AutoPeftModel` with a task type, please use a specific class for "
+                    "your task type. (e.g. `AutoPeftModelForCausalLM` for `task_type='CAUSAL_LM'`)"
+                )
+            expected = MODEL_TYPE_TO_PEFT_MODEL_MAPPING[adapter.task_type]
+            if cls._target_peft_class is not expected:
+                raise ValueError(
+                    f"Expected target PEFT class: {expected.__name__}, but you have asked for: "
+                    f"{cls._target_peft_class.__name__}. `task_type` of the adapter is "
+                    f"{adapter.task_type!r}."
+                )
+        elif adapter.auto_mapping is not None:
+            allowed = IMPORT_ALLOWLIST if import_allowlist is None else import_allowlist
+            target = _class_of_base_model(adapter.auto_mapping, allowed)
+        else:
+            raise ValueError(
+                "Cannot infer the auto class from the config, please make sure that you are "
+                "loading the correct model for your task type."
+            )
+        if not adapter.base_model_name_or_path:
+            raise ValueError(f"the configuration of {source} has no `base_model_name_or_path`")
+        base = target.from_pretrained(
+            adapter.base_model_name_or_path,
+            revision=adapter.revision,
+            **{k: v for k, v in kwargs.items() if k != "subfolder"},
+        )
+        _add_tokens_of(base, source, hub, bool(kwargs.get("trust_remote_code")))
+        return cls._target_peft_class.from_pretrained(
+            base,
+            source,
+            adapter_name=adapter_name,
+            is_trainable=is_trainable,
+            config=config,
+            revision=revision,
+            **kwargs,
+        )
+
+
+class AutoPeftModel(_BaseAutoPeftModel):
+    """For adapters without a task type: their configuration names the base model's class."""
+
+
+class AutoPeftModelForCausalLM(_BaseAutoPeftModel):
+    _target_class = transformers.AutoModelForCausalLM
+    _target_peft_class = PeftModelForCausalLM
+
+
+class AutoPeftModelForSeq2SeqLM(_BaseAutoPeftModel):
+    _target_class = transformers.AutoModelForSeq2SeqLM
+    _target_peft_class = PeftModelForSeq2SeqLM
+
+
+class AutoPeftModelForSequenceClassification(_BaseAutoPeftModel):
+    _target_class = transformers.AutoModelForSequenceClassification
+    _target_peft_class = PeftModelForSequenceClassification
+
+
+class AutoPeftModelForTokenClassification(_BaseAutoPeftModel):
+    _target_class = transformers.AutoModelForTokenClassification
+    _target_peft_class = PeftModelForTokenClassification
+
+
+class AutoPeftModelForQuestionAnswering(_BaseAutoPeftModel):
+    _target_class = transformers.AutoModelForQuestionAnswering
+    _target_peft_class = PeftModelForQuestionAnswering
+
+
+class AutoPeftModelForFeatureExtraction(_BaseAutoPeftModel):
+    _target_class = transformers.AutoModel
+    _target_peft_class = PeftModelForFeatureExtraction

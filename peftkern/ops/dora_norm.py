@@ -1,0 +1,72 @@
+"""The norms that DoRA divides by, without the matrix they are the norms of.
+
+    n_i = ‖w_i + scale · b_i A‖        (Liu et al., 2024, eq. 5; one norm for each output)
+
+W is read once, a block at a time, and each block's sum stays in cache. The norms could also be
+had from ‖w‖², W Aᵀ and A Aᵀ with as many operations, but those terms cancel where the update takes
+back most of a row, and then lose twice as many digits as the row itself does.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+
+from . import autocast, torch_backend
+from . import backend as _backend
+
+# elements of W in a block: what a core's cache holds beside the sum; a GPU wants fewer launches
+_BLOCK_CPU, _BLOCK_ELSEWHERE = 1 << 18, 1 << 25
+
+
+def row_norms(
+    weight: Tensor, A: Tensor, B: Tensor, scale: float, transposed: bool = False
+) -> Tensor:
+    """Norms [N] of the rows of W + scale · B A, in float32 (float64 for float64 weights).
+
+    Args:
+        weight: [N, K], or [K, N] when ``transposed``; floating point.
+        A: [r, K].
+        B: [N, r].
+        scale: factor of the update.
+        transposed: layout of ``weight``.
+
+    The result has no graph: DoRA takes the norm for a constant (section 4.3 of the paper).
+    """
+    if autocast.is_on(weight):  # its products would be rounded to a narrow dtype
+        with torch.autocast(weight.device.type, enabled=False):
+            return row_norms(weight, A, B, scale, transposed)
+    with torch.no_grad():
+        if not is_compiling() and _backend.active is not torch_backend:
+            from . import dora_triton
+
+            if dora_triton.why_no_norms(weight, A, B) is None:
+                return dora_triton.norms(weight, A, B, scale, transposed)
+        wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        A, B = A.to(wide), B.to(wide)
+        dim = 0 if transposed else 1
+        if is_compiling() or weight.is_meta:  # a compiler makes the blocks itself
+            update = (A.t() @ B.t()) if transposed else (B @ A)
+            return torch.linalg.vector_norm(weight.to(wide) + scale * update, dim=dim)
+        size = _BLOCK_CPU if weight.is_cpu else _BLOCK_ELSEWHERE
+        step = max(1, size // max(1, weight.shape[1]))
+        if not transposed:
+            # A's columns and B's rows are taken as they are
+            found = [
+                torch.linalg.vector_norm(torch.addmm(part.to(wide), rows, A, alpha=scale), dim=1)
+                for part, rows in zip(weight.split(step), B.split(step), strict=True)
+            ]
+            return torch.cat(found) if len(found) != 1 else found[0]
+        bt = B.t()
+        total = weight.new_zeros(weight.shape[1], dtype=wide)
+        for part, columns in zip(weight.split(step), A.split(step, dim=1), strict=True):
+            part = torch.addmm(part.to(wide), columns.t(), bt, alpha=scale)
+            total += part.square_().sum(0)
+        return total.sqrt_()
+
+
+def gain(magnitude: Tensor, norms: Tensor) -> Tensor:
+    """m / n [N], in the wider dtype of both, with a graph to ``magnitude``. 0 where the norm is: a
+    row of zeros has no direction, and its outputs are 0 whatever its magnitude."""
+    return torch.where(norms == 0, 0.0, magnitude / norms)

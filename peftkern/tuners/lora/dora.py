@@ -1,0 +1,330 @@
+"""DoRA (Liu et al., 2024, arXiv 2402.09353): a magnitude for each output beside A and B.
+
+    W' = m / ‖W + s B A‖ · (W + s B A)         the norm over all but the outputs' dimension
+
+``lora_magnitude_vector[name].weight`` starts as the norm, so that nothing changes at first, and
+trains beside A and B; the norm follows A and B but is a constant to the gradient (section 4.3).
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from ...ops import autocast
+from ...ops.backend import describe
+from ...ops.dora import dora_linear
+from ...ops.dora_norm import gain, row_norms
+from .plan import is_hooked
+from .variant import LoraVariant
+
+# whether layers in eval mode keep their norms from one call to the next; see DoraCaching
+ENABLE_DORA_CACHING = False
+
+MIXED = "Cannot pass `adapter_names` when DoRA is enabled."
+
+
+class DoraCaching:
+    """Keep the norms of DoRA layers between calls, as a context manager or, called, for good.
+
+    In eval mode a layer then computes ‖W + s B A‖ once instead of in every call. What was kept is
+    computed again after ``train()``, in calls outside, and where torch counts a write to a weight
+    or the scale has changed; a write through ``.data`` is not counted, and is not seen.
+
+    Args:
+        enabled: False switches caching off within the block.
+    """
+
+    def __init__(self, enabled: bool = True) -> None:
+        self.enabled = enabled
+        self.before: bool | None = None
+
+    def __enter__(self) -> None:
+        global ENABLE_DORA_CACHING
+        self.before, ENABLE_DORA_CACHING = ENABLE_DORA_CACHING, self.enabled
+
+    def __exit__(self, *error: Any) -> None:
+        global ENABLE_DORA_CACHING
+        ENABLE_DORA_CACHING, self.before = bool(self.before), None
+
+    def __call__(self, enabled: bool = True) -> None:
+        global ENABLE_DORA_CACHING
+        ENABLE_DORA_CACHING = enabled
+
+
+class DoraLayer(nn.Module):
+    """The magnitude m of one adapter of one layer: ``weight`` is [N], for a convolution with d
+    spatial dimensions [1, N, 1, …] of d + 2 dimensions."""
+
+    def __init__(self, magnitude: Tensor, trainable: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(magnitude, requires_grad=trainable)
+        self._dora_cache: dict[str, Any] = {}
+
+    def train(self, mode: bool = True) -> DoraLayer:
+        if mode:
+            self._dora_cache.clear()
+        return super().train(mode)
+
+    def norms(self, compute: Callable[[], Tensor], sources: tuple[Any, ...]) -> Tensor:
+        """The norms: those kept, if they were made of ``sources``, or else computed."""
+        if not ENABLE_DORA_CACHING or self.training:
+            if self._dora_cache:
+                self._dora_cache.clear()
+            return compute()
+        state = tuple(_state(source) for source in sources)
+        if self._dora_cache.get("sources") != state:
+            self._dora_cache.update(sources=state, norms=compute())
+        return self._dora_cache["norms"]
+
+    def __repr__(self) -> str:
+        return "lora.dora." + super().__repr__()
+
+
+def _state(source: Any) -> Any:
+    if not isinstance(source, Tensor):
+        return source
+    version = None if source.is_inference() else source._version
+    return source.data_ptr(), version, source.dtype, source.device
+
+
+class DoraVariant(LoraVariant):
+    """What DoRA does the same way on every kind of layer; a kind says where W, A and B are."""
+
+    def init(self, layer: Any, adapter: str, config: Any, trainable: bool) -> None:
+        weight, A, B = self.weights(layer, adapter)
+        if A.is_meta or weight.is_meta:
+            norms = torch.empty(weight.shape[self.outputs_dim(layer)], device="meta")
+        else:
+            norms = self.computed_norms(weight, A, B, layer.scaling[adapter], layer)
+        magnitude = norms.to(A.dtype).view(self.magnitude_shape(layer))
+        dora = DoraLayer(magnitude, trainable)
+        dora.training = layer.training
+        layer.lora_magnitude_vector[adapter] = dora
+
+    def weights(self, layer: Any, adapter: str) -> tuple[Tensor, Tensor, Tensor]:
+        """The base weight as it is stored, A and B."""
+        base = layer.get_base_layer()
+        A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+        return dense_weight(base), A, B
+
+    def outputs_dim(self, layer: Any) -> int:
+        """Which dimension of the stored base weight counts the outputs."""
+        return 1 if layer.fan_in_fan_out else 0
+
+    def magnitude_shape(self, layer: Any) -> tuple[int, ...]:
+        return (-1,)
+
+    def computed_norms(
+        self, weight: Tensor, A: Tensor, B: Tensor, scale: float, layer: Any
+    ) -> Tensor:
+        """Norms [N], at least float32, without a graph."""
+        return row_norms(weight, A, B, scale, transposed=self.outputs_dim(layer) == 1)
+
+    def updated(self, weight: Tensor, A: Tensor, B: Tensor, scale: float, layer: Any) -> Tensor:
+        """weight + scale · B A in the weight's shape and dtype, which is at least float32."""
+        A, B = A.to(weight.dtype), B.to(weight.dtype)
+        if self.outputs_dim(layer) == 1:
+            return torch.addmm(weight, A.t(), B.t(), alpha=scale)
+        return torch.addmm(weight, B, A, alpha=scale)
+
+    def norms(self, layer: Any, adapter: str) -> Tensor:
+        """Norms [N] of the layer as it is now."""
+        scale = layer.scaling[adapter]
+        weight, A, B = self.weights(layer, adapter)
+        if weight.is_meta and not A.is_meta:
+            raise RuntimeError(
+                f"DoRA needs the weight of its {type(layer.get_base_layer()).__name__} in every "
+                "call, and that is on the meta device (offloaded?)"
+            )
+        dora: DoraLayer = layer.lora_magnitude_vector[adapter]
+        return dora.norms(
+            lambda: self.computed_norms(weight, A, B, scale, layer), (weight, A, B, scale)
+        )
+
+    def gain(self, layer: Any, adapter: str) -> Tensor:
+        """m / norm [N], with a graph to m."""
+        magnitude = layer.lora_magnitude_vector[adapter].weight.view(-1)
+        return gain(magnitude, self.norms(layer, adapter))
+
+    def merged_weight(self, layer: Any, adapter: str, weight: Tensor, base: Tensor) -> Tensor:
+        _, A, B = self.weights(layer, adapter)
+        A, B = A.to(weight.device), B.to(weight.device)
+        norms = self.computed_norms(base, A, B, layer.scaling[adapter], layer)
+        magnitude = layer.lora_magnitude_vector[adapter].weight.view(-1)
+        factor = gain(magnitude.to(norms), norms)
+        shape = [1] * weight.dim()
+        shape[self.outputs_dim(layer)] = -1
+        return factor.view(shape) * self.updated(weight, A, B, layer.scaling[adapter], layer)
+
+    def update(self, layer: Any, adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+        A, B = layer.lora_A[adapter], layer.lora_B[adapter]
+        base, drop = layer.get_base_layer(), layer.lora_dropout[adapter]
+        if not autocast.is_on(x):
+            x = x.to(A.weight.dtype)
+        view = (-1,) + (1,) * (self.spatial_dims(layer))
+        g = self.gain(layer, adapter)
+        if isinstance(drop, nn.Identity) or not layer.training:
+            bias = getattr(base, "bias", None)
+            product = result if bias is None else result - bias.view(view)
+        else:
+            x = drop(x)
+            product = self.product(layer, base, x)
+        low = torch.promote_types(result.dtype, A.weight.dtype)
+        # 1 is taken off before the gain is rounded to a narrow dtype, where little would be left
+        more, factor = ((f.view(view).to(low)) for f in (g - 1, g * layer.scaling[adapter]))
+        return result + more * product + factor * B(A(x))
+
+    def spatial_dims(self, layer: Any) -> int:
+        """How many dimensions of an output follow the one that counts the outputs."""
+        return 0
+
+    def product(self, layer: Any, base: Any, x: Tensor) -> Tensor:
+        """The base layer's product with x, without its bias."""
+        weight = dense_weight(base).to(x.dtype)
+        return linear(x, weight.t() if layer.fan_in_fan_out else weight)
+
+    def decline(self, layer: Any, adapter: str) -> str:
+        return "DoRA: the base layer, then the adapter by torch's operations"
+
+    def refuses_mixed(self) -> str | None:
+        return MIXED
+
+
+class DoraLinearVariant(DoraVariant):
+    """On ``nn.Linear`` and transformers' ``Conv1D``: one operation where nothing stands against
+    it."""
+
+    def norms(self, layer: Any, adapter: str) -> Tensor:
+        A, B = layer.lora_A[adapter], layer.lora_B[adapter]
+        if all(
+            type(m) is nn.Linear
+            and type(m._parameters["weight"]) is nn.Parameter
+            and m._parameters["bias"] is None
+            and not is_hooked(m)
+            for m in (A, B)
+        ):
+            return super().norms(layer, adapter)
+        # sharded, wrapped or hooked: only a call tells what they compute
+        weight = dense_weight(layer.get_base_layer())
+        weight = weight.t() if layer.fan_in_fan_out else weight
+        with torch.no_grad():
+            wide = torch.promote_types(weight.dtype, torch.float32)
+            dtype = layer.lora_magnitude_vector[adapter].weight.dtype
+            eye = torch.eye(weight.shape[1], device=weight.device, dtype=dtype)
+            update = B(A(eye)).t().to(wide)
+            return torch.linalg.vector_norm(
+                weight.to(wide) + update * layer.scaling[adapter], dim=1
+            )
+
+    def fused(self, layer: Any, adapter: str, x: Tensor) -> Tensor | None:
+        found = layer.product_call(x, adapter)
+        if found is None:
+            return None
+        weight, bias, A, B, scale, p, transposed = found
+        if not layer.training:
+            p = 0.0
+        magnitude = layer.lora_magnitude_vector[adapter].weight
+        norms = self.norms(layer, adapter)
+        return dora_linear(x, weight, bias, A, B, magnitude, scale, p, transposed, norms)
+
+    def fused_as(self, layer: Any, adapter: str) -> str | None:
+        if layer.product_reason(adapter) is not None:
+            return None
+        drop = layer.lora_dropout[adapter]
+        drops = isinstance(drop, nn.Dropout) and layer.training and drop.training
+        if drops and describe()[0] != "torch":
+            return "DoRA: one operation; with dropout, its products are torch's"
+        return "DoRA: one operation"
+
+    def decline(self, layer: Any, adapter: str) -> str:
+        reason = layer.product_reason(adapter)
+        return "DoRA has an operation of its own" if reason is None else f"DoRA; {reason}"
+
+
+class DoraEmbeddingVariant(DoraVariant):
+    """On ``nn.Embedding``: a norm for each of its dimensions, over the vocabulary."""
+
+    def weights(self, layer: Any, adapter: str) -> tuple[Tensor, Tensor, Tensor]:
+        A, B = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
+        return dense_weight(layer.get_base_layer()), A, B
+
+    def outputs_dim(self, layer: Any) -> int:
+        return 1
+
+    def update(self, layer: Any, adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+        return self.gain(layer, adapter) * (result + layer._update(adapter, x, result))
+
+
+class DoraConvVariant(DoraVariant):
+    """On convolutions of any dimension: a norm for each output channel."""
+
+    def magnitude_shape(self, layer: Any) -> tuple[int, ...]:
+        return (1, -1) + (1,) * self.spatial_dims(layer)
+
+    def outputs_dim(self, layer: Any) -> int:
+        return 0
+
+    def computed_norms(
+        self, weight: Tensor, A: Tensor, B: Tensor, scale: float, layer: Any
+    ) -> Tensor:
+        with torch.no_grad():
+            wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+            whole = self.updated(weight.to(wide), A, B, scale, layer)
+            return torch.linalg.vector_norm(whole.flatten(1), dim=1)
+
+    def updated(self, weight: Tensor, A: Tensor, B: Tensor, scale: float, layer: Any) -> Tensor:
+        # with groups HF PEFT shapes the product like the weight without regard to them; a
+        # checkpoint's magnitudes were trained with that norm
+        r = A.shape[0]
+        update = B.to(weight.dtype).reshape(-1, r) @ A.to(weight.dtype).reshape(r, -1)
+        return weight + scale * update.view(weight.shape)
+
+    def spatial_dims(self, layer: Any) -> int:
+        return layer.get_base_layer().weight.dim() - 2
+
+    def product(self, layer: Any, base: Any, x: Tensor) -> Tensor:
+        return base._conv_forward(x, base.weight.to(x.dtype), None)
+
+
+class DoraConv1dVariant(DoraConvVariant):
+    """On ``nn.Conv1d``."""
+
+
+class DoraConv2dVariant(DoraConvVariant):
+    """On ``nn.Conv2d``."""
+
+
+class DoraConv3dVariant(DoraConvVariant):
+    """On ``nn.Conv3d``."""
+
+
+def dense_weight(base: Any) -> Tensor:
+    """A layer's weight as numbers.
+
+    Raises:
+        TypeError: it is quantised in a way that cannot be read here.
+    """
+    if hasattr(base, "W_q"):  # HQQ keeps its own buffers
+        return base.dequantize()
+    weight = base.weight
+    if type(weight) in (nn.Parameter, Tensor) and weight.is_floating_point():
+        return weight
+    kind = type(weight).__name__
+    if kind == "Params4bit":
+        bitsandbytes = importlib.import_module("bitsandbytes.functional")
+        return bitsandbytes.dequantize_4bit(weight.data, weight.quant_state)
+    if type(weight).__module__.startswith("torchao."):
+        return weight.dequantize()
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        found = f"{kind} of {weight.dtype}" if isinstance(weight, Tensor) else kind
+        raise TypeError(
+            f"DoRA needs the weight of a {type(base).__name__} as numbers, and that is a {found}; "
+            "allowed: floating point, or quantised by bitsandbytes in 4 bit, HQQ or torchao"
+        )
+    return weight

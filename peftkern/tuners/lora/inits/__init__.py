@@ -1,0 +1,138 @@
+"""How A and B start, beyond plain random numbers. Each method is one function from the base weight to
+A and B; those that would change the model's outputs take scaling · B A out of the base weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..config import LoraConfig
+from ..corda import check_eigens, corda
+from ..loraga import lora_ga
+from .decomposed import olora, orthogonal, pissa
+from .loftq import check_settings, loftq
+from .residual import HALF_OR_SINGLE, Start, collect, note, stored
+
+__all__ = ["check", "collect", "start"]
+
+# name -> (layer, adapter, config) -> Start, or None to start plainly
+METHODS: dict[str, Callable[[Any, str, LoraConfig], Start | None]] = {
+    "pissa": pissa,
+    "olora": olora,
+    "orthogonal": orthogonal,
+    "loftq": loftq,
+    "corda": corda,
+    "lora_ga": lora_ga,
+}
+# what a linear layer draws by itself: A at random and B zero
+PLAIN = ("gaussian", "eva")
+WRONG_DTYPE = {
+    "pissa": "Please initialize PiSSA under float32, float16, or bfloat16. Subsequently, re-quantize "
+    "the residual model to help minimize quantization errors.",
+    "corda": "Please initialize CorDA under float32, float16, or bfloat16. Subsequently, re-quantize "
+    "the residual model to help minimize quantization errors.",
+    "olora": "Unsupported data type for the base layer. Got {dtype}.",
+}
+
+
+def method_of(config: LoraConfig) -> str | None:
+    """The key in METHODS of a configuration's initialisation, or None for a plain one.
+
+    Raises:
+        ValueError: no initialisation has that name.
+    """
+    init: Any = config.init_name
+    if not isinstance(init, str) or init in PLAIN:
+        return None
+    if init.startswith("pissa"):
+        head, _, steps = init.partition("_niter_")
+        if init != "pissa" and (head != "pissa" or not steps.isdecimal()):
+            raise ValueError(
+                "init_lora_weights should be 'pissa' or 'pissa_niter_[number of iters]', got "
+                f"{init} instead."
+            )
+        return "pissa"
+    if init not in METHODS:
+        raise ValueError(f"Unknown initialization init_lora_weights={config.init_lora_weights!r}")
+    return init
+
+
+def check(key: str, base: Any, r: int, config: LoraConfig) -> None:
+    """Raise for what :func:`start` cannot do with the layer ``base`` at ``key``, before anything is
+    changed.
+
+    Raises:
+        TypeError: the base weight's dtype is not float32, float16 or bfloat16 where it must be.
+        ValueError: an odd rank, a missing preprocessing, a weight that is not at hand, a layer that
+            the method is not for.
+    """
+    name = method_of(config)
+    if name is None or isinstance(base, torch.nn.Embedding) and name != "loftq":
+        return  # HF PEFT starts an embedding plainly whatever is asked for
+    if isinstance(base, (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)) and name == "lora_ga":
+        return  # likewise
+    if not isinstance(base, torch.nn.Linear) and not hasattr(base, "nf"):
+        raise ValueError(
+            f"Unknown initialization init_lora_weights={config.init_lora_weights!r} for the "
+            f"{type(base).__name__} `{key}`; it is for linear layers"
+        )
+    if name == "orthogonal":
+        if r % 2:
+            raise ValueError(
+                f"Orthogonal initialization requires the LoRA rank to be even, got {r} instead."
+            )
+        return
+    weight = base.weight
+    if name in WRONG_DTYPE and weight.dtype not in HALF_OR_SINGLE:
+        raise TypeError(WRONG_DTYPE[name].format(dtype=weight.dtype))
+    if name == "lora_ga" and not hasattr(base, "_peft_loraga_grad"):
+        return  # no gradient, as when an adapter is loaded: a plain start
+    if weight.is_meta:
+        raise ValueError(
+            f"init_lora_weights={config.init_lora_weights!r} computes with the weight of `{key}`, "
+            "which is on the meta device"
+        )
+    if "_niter_" in str(config.init_name) and r > min(weight.shape):
+        raise ValueError(
+            f"init_lora_weights={config.init_lora_weights!r} finds at most {min(weight.shape)} "
+            f"singular values of `{key}`, and the rank is {r}"
+        )
+    if name in ("olora", "loftq") and hasattr(base, "nf"):
+        raise ValueError(
+            f"init_lora_weights='{name}' is not for the Conv1D `{key}`: HF PEFT takes its weight as it "
+            "is stored, [in, out], so that A and B do not fit; use 'pissa'"
+        )
+    if name == "corda":
+        check_eigens(base, r)
+    if name == "loftq":
+        check_settings(config)
+
+
+@torch.no_grad()
+def start(layer: Any, adapter: str, config: LoraConfig) -> None:
+    """Give ``lora_A`` [r, K] and ``lora_B`` [N, r] of a linear layer their first values, and take them
+    out of the base weight where the method says so (at the end of the injection, see
+    :mod:`.residual`).
+
+    They are rounded to the base weight's dtype as HF PEFT rounds them, and kept in their own.
+    """
+    name = method_of(config)
+    if name is None:
+        return
+    base = layer.get_base_layer()
+    check(adapter, base, layer.r[adapter], config)
+    found = METHODS[name](layer, adapter, config)
+    if found is None:
+        return
+    for store, value in ((layer.lora_A, found.A), (layer.lora_B, found.B)):
+        linear: Any = store[adapter]
+        if linear.weight.shape != value.shape:  # r is larger than W has singular values
+            new = linear.weight.detach().new_empty(value.shape)
+            linear.weight = torch.nn.Parameter(new, requires_grad=linear.weight.requires_grad)
+            linear.out_features, linear.in_features = value.shape
+        if not linear.weight.is_meta:  # then a checkpoint brings the values
+            linear.weight.copy_(value.to(stored(base.weight.dtype)))
+    # DoRA measures the weight next
+    note(base.weight, found, at_once=config.use_dora)

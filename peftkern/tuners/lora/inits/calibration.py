@@ -1,0 +1,57 @@
+"""What the methods share that look at data before a model is adapted: their layers and files."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ...._io import write_atomically
+from ...targets import TargetMatcher, resolve_targets
+from ..config import LoraConfig
+
+
+def model_device(model: nn.Module) -> torch.device:
+    """The device of the model's first parameter."""
+    return next(model.parameters()).device
+
+
+def linear_targets(model: nn.Module, config: LoraConfig) -> list[tuple[str, Any]]:
+    """(name, layer) of the linear layers that ``config`` names, in the model's order."""
+    matcher = TargetMatcher(config, resolve_targets(config, model))
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and matcher(name)
+    ]
+
+
+def has_content(path: str | os.PathLike[str] | None) -> bool:
+    """Whether there is a file that is not empty."""
+    return path is not None and os.path.isfile(path) and os.path.getsize(path) > 0
+
+
+def load_tensors(path: str | os.PathLike[str], device: torch.device) -> dict[str, Tensor]:
+    """The tensors of a safetensors file. ValueError, naming it, for any other file: HF PEFT's caches
+    are pickles, which could run code and are not read."""
+    try:
+        return load_file(os.fspath(path), device=str(device))
+    except SafetensorError as exc:
+        raise ValueError(
+            f"{os.fspath(path)} is not a safetensors file ({exc}); a cache that HF PEFT wrote is a "
+            "pickle and is not read: delete it, and it is made anew"
+        ) from exc
+
+
+def save_tensors(path: str | os.PathLike[str], tensors: dict[str, Tensor]) -> None:
+    """Write ``tensors`` in one step; folders are made."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+    write_atomically(path, lambda tmp: save_file(data, tmp))

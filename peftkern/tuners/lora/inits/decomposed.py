@@ -1,0 +1,50 @@
+"""PiSSA, OLoRA and the orthogonal start."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..config import LoraConfig
+from .residual import Start, current, minus_product
+
+
+def pissa(layer: Any, adapter: str, config: LoraConfig) -> Start:
+    """PiSSA (Meng et al., 2024, arXiv 2404.02948): the r leading singular triplets of W.
+
+    W ≈ U S Vᵀ; A = √(S/s) Vᵀ and B = U √(S/s), so that s · B A is the best rank-r part of W.
+    "pissa_niter_<k>" finds the triplets with k subspace iterations (Halko et al., 2009), which start
+    at random numbers.
+    """
+    r, s = layer.r[adapter], layer.scaling[adapter]
+    transposed = layer.fan_in_fan_out
+    W = current(layer.get_base_layer().weight).to(torch.float32)
+    W = W.T if transposed else W
+    init = str(config.init_name)
+    if init == "pissa":
+        U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+        U, S, Vh = U[:, :r], S[:r], Vh[:r]
+    else:
+        U, S, V = torch.svd_lowrank(W, r, niter=int(init.rpartition("_")[2]))
+        Vh = V.T
+    root = (S / s).sqrt()
+    return minus_product(root[:, None] * Vh, U * root, s, transposed)
+
+
+def olora(layer: Any, adapter: str, config: LoraConfig) -> Start:
+    """OLoRA (Büyükakyüz, 2024, arXiv 2406.01775): W = Q R; A is the first r rows of R, B the first r
+    columns of Q."""
+    r = layer.r[adapter]
+    Q, R = torch.linalg.qr(current(layer.get_base_layer().weight).to(torch.float32))
+    return minus_product(R[:r].contiguous(), Q[:, :r].contiguous(), layer.scaling[adapter])
+
+
+def orthogonal(layer: Any, adapter: str, config: LoraConfig) -> Start:
+    """B A = 0 with neither zero: the rows of one orthogonal [r, r] matrix are shared out, those of
+    even number to A and the others to B, each mixed with random numbers. The base weight stays."""
+    r = layer.r[adapter]
+    Q = torch.linalg.qr(torch.randn(r, r))[0]
+    A = (torch.randn(layer.in_features, r // 2) @ Q[0::2]).T / 10
+    B = torch.randn(r // 2, layer.out_features).T @ Q[1::2] / 10
+    return Start(A, B)

@@ -1,0 +1,129 @@
+"""Adapters that started by changing the base weights (PiSSA, OLoRA, CorDA, …) as plain LoRA.
+
+Such a start takes A₀ and B₀ out of W: W = R + s B₀ A₀, and after training the layer computes with
+R + s B A = W + s (B A - B₀ A₀). So on the unchanged W the adapter with A' = [A; A₀], B' = [B, -B₀]
+and the same s is the same model.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .config import LoraConfig
+
+_FACTOR = re.compile(r"\.lora_(?:embedding_)?([AB])(?:\.weight)?$")
+# how init_lora_weights may begin where the difference to the start is the whole update
+_STARTS = ("pissa", "corda", "olora", "lora_ga", "true")
+
+
+def subtract_start(tensors: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of an adapter of twice the rank, whose update is that of ``tensors`` less that of
+    ``start``; what is no part of an update (modules trained in full) stays.
+
+    Args:
+        tensors: the adapter after training, by names on disk.
+        start: the adapter before it, by the same names.
+
+    Raises:
+        ValueError: ``start`` lacks a tensor, or has one of another shape.
+    """
+    found = {}
+    for key, value in tensors.items():
+        factor = _FACTOR.search(key)
+        if factor is None and not key.endswith(".lora_B.bias"):
+            found[key] = value
+            continue
+        first = start.get(key)
+        if first is None or first.shape != value.shape:
+            have = "nothing" if first is None else list(first.shape)
+            raise ValueError(
+                f"the initial adapter has {have} for `{key}`, and the trained one "
+                f"{list(value.shape)}: it is not what this adapter started from"
+            )
+        first = first.to(value)
+        if factor is None:
+            found[key] = value - first
+        elif factor[1] == "A":
+            found[key] = torch.cat([value, first], 0)
+        else:
+            found[key] = torch.cat([value, -first], 1)
+    return found
+
+
+def as_plain_lora(
+    config: LoraConfig, tensors: Mapping[str, Tensor], start: Mapping[str, Tensor]
+) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """Configuration and tensors of the plain LoRA adapter that does on the unchanged base model
+    what this one does on the base model that its start has changed.
+
+    Args:
+        config: the adapter's configuration; a changed copy is returned.
+        tensors: its tensors by names on disk.
+        start: those that it started from.
+
+    Raises:
+        ValueError: a scaling that doubles to nothing a configuration can say, DoRA, or a start that
+            is not this adapter's.
+    """
+    if config.use_rslora and (config.rank_pattern or config.alpha_pattern):
+        raise ValueError(
+            "Passing `path_initial_model_for_weight_conversion` to `save_pretrained` is not "
+            "supported when using `rank_pattern` or `alpha_pattern` at the same time as "
+            "`use_rslora=True`."
+        )
+    if config.use_dora:
+        raise ValueError(
+            "Passing `path_initial_model_for_weight_conversion` to `save_pretrained` is not "
+            "supported with `use_dora=True`: its update is no difference of products."
+        )
+    if not str(config.init_lora_weights).lower().startswith(_STARTS):
+        warnings.warn(
+            "`path_initial_model_for_weight_conversion` only works for converting a "
+            "PiSSA/CorDA/OLoRA/LoRA-GA adapter to a LoRA adapter",
+            stacklevel=3,
+        )
+    plain = copy.deepcopy(config)
+    plain.init_lora_weights = True
+    plain.r *= 2
+    plain.lora_alpha *= 2**0.5 if config.use_rslora else 2
+    plain.rank_pattern = {key: 2 * r for key, r in config.rank_pattern.items()}
+    plain.alpha_pattern = {key: 2 * alpha for key, alpha in config.alpha_pattern.items()}
+    return plain, subtract_start(tensors, start)
+
+
+class Starts:
+    """The part of :class:`LoraModel` that takes an adapter's start from it."""
+
+    def subtract_mutated_init(
+        self, output_state_dict: dict[str, Tensor], adapter_name: str, kwargs: Any = None
+    ) -> dict[str, Tensor]:
+        """The tensors of a plain LoRA adapter of twice the rank: those of ``output_state_dict``
+        (names on disk) less what ``adapter_name``, loaded beside, says they started from.
+
+        ``kwargs`` may have a ``state_dict`` to take the start from, by names in this module.
+        """
+        module: Any = self
+        if adapter_name.startswith("pissa") and any(
+            p.dtype not in (torch.float32, torch.float16, torch.bfloat16)
+            for p in module.model.parameters()
+        ):
+            warnings.warn(
+                "Note that Quant(W_res) + AB != Quant(W) + \\Delta(AB): on quantised base weights "
+                "the converted adapter may be off. There, keep the PiSSA adapter on Quant(W_res).",
+                stacklevel=2,
+            )
+        state = (kwargs or {}).get("state_dict") or module.state_dict()
+        inner = re.compile(rf"\.{re.escape(adapter_name)}(?=\.weight$|\.bias$|$)")
+        start = {
+            f"base_model.{inner.sub('', key)}": value
+            for key, value in state.items()
+            if ".lora_" in key and inner.search(key)
+        }
+        return subtract_start(output_state_dict, start)

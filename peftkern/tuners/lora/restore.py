@@ -1,0 +1,167 @@
+"""What brings a weight back to the bits it had before adapters were merged into it.
+
+W' = round(W + B A) cannot be undone by subtraction alone: where W' has a larger exponent than W,
+low bits of W are gone. A copy of W doubles the adapted weights. Kept instead is what subtraction
+misses: a prediction of W from W', and the distance of each element to it, counted in the steps of
+its dtype, which is the difference of their bits as integers. Most distances are 0 in 16 bits and a
+byte in 32.
+
+The prediction must come out the same later, on another device, with other threads, and when the
+adapter has been trained or deleted meanwhile. So it is made of the kept factors, cut into integers
+so small that their products and sums are exact in float32, in whatever order they are added.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger("peftkern")
+
+BITS = 7  # of one piece: |piece| <= 64, a product <= 2^12
+PIECES = {torch.float16: 2, torch.bfloat16: 2, torch.float32: 3}
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """x in float32, or in float64 when it is that."""
+    return x if x.dtype == torch.float64 else x.to(torch.float32)
+
+
+def as_integers(x: Tensor) -> Tensor:
+    """The bits of x."""
+    return x.contiguous().view(INTEGERS[x.dtype.itemsize])
+
+
+def _check_sum(x: Tensor) -> int:
+    return int(as_integers(x).sum(dtype=torch.int64))
+
+
+class _Product:
+    """A product [..., M, N] of [..., M, r] and [..., r, N] with about ``pieces`` * 7 bits, the same
+    bits wherever it is computed."""
+
+    def __init__(self, left: Tensor, right: Tensor, pieces: int) -> None:
+        self.left, self.left_scale = self._cut(left, -1, pieces)
+        self.right, self.right_scale = self._cut(right, -2, pieces)
+
+    @staticmethod
+    def _cut(x: Tensor, over: int, pieces: int) -> tuple[list[Tensor], Tensor]:
+        """(int8 pieces, scale): x is about scale · Σ piece_i · 2^(-7 i), the scale a power of 2."""
+        largest = x.abs().amax(over, keepdim=True)
+        exponent = torch.frexp(largest).exponent.clamp(-100, 100)
+        scale = torch.ldexp(torch.ones_like(largest), exponent - (BITS - 1))
+        rest, found = x / scale, []
+        for _ in range(pieces):
+            piece = rest.round().clamp(-64, 64)
+            found.append(piece.to(torch.int8))
+            rest = (rest - piece) * 2**BITS
+        return found, scale
+
+    def __call__(self, device: torch.device) -> Tensor:
+        total: Tensor | None = None
+        for order in range(len(self.left)):
+            a = torch.cat(self.left[: order + 1], -1).to(device, torch.float32)
+            b = torch.cat(self.right[: order + 1][::-1], -2).to(device, torch.float32)
+            part = (a @ b).mul_(2.0 ** (-BITS * order))
+            total = part if total is None else total.add_(part)
+        assert total is not None
+        return total.mul_(self.left_scale.to(device)).mul_(self.right_scale.to(device))
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [*self.left, *self.right, self.left_scale, self.right_scale]
+
+
+class Kept:
+    """Brings ``before`` back from ``after``.
+
+    Memory: for 16-bit weights about r (M + N) · 2 bytes, and 6 for each element whose low bits the
+    merge has lost (the share is about that of the update in the weight); for float32 one byte an
+    element; never more than a copy and the factors. A copy is kept of float64, of a variant's
+    result (which is no sum) and of adapters that are not finite.
+
+    Args:
+        before: the weight without the adapters.
+        after: the weight with them, same shape and dtype.
+        factors: (left [..., r], right [r, ...], scaling) of each adapter whose scaled product was
+            added; None when ``after`` is no such sum.
+    """
+
+    bias: Tensor | None = None
+
+    def __init__(
+        self,
+        before: Tensor,
+        after: Tensor,
+        factors: Sequence[tuple[Tensor, Tensor, float]] | None,
+    ) -> None:
+        self.dtype, self.sum = after.dtype, _check_sum(after)
+        self.product = self._product(factors) if factors else None
+        self.copy: Tensor | None = None
+        self.index = self.value = self.near = None
+        count, item = before.numel(), before.dtype.itemsize
+        if self.product is None:
+            self.copy = before.clone()
+            return
+        guess = as_integers(self._guess(after))
+        distance = (as_integers(before) - guess).flatten()
+        far = (distance > 127) | (distance < -128)
+        place = 4 if count < 2**31 else 8
+        n_far, n_all = int(far.sum()), int(distance.count_nonzero())
+        near_cost, few_cost = count + n_far * (place + item), n_all * (place + item)
+        if min(near_cost, few_cost) >= count * item:
+            self.copy = before.clone()
+            return
+        if near_cost < few_cost:
+            self.near = distance.masked_fill(far, 0).to(torch.int8)
+            distance = distance.masked_fill_(~far, 0)
+        index = distance.nonzero().squeeze(1)
+        self.value = distance[index]
+        self.index = index.to(torch.int32 if place == 4 else torch.int64)
+
+    def _product(self, factors: Sequence[tuple[Tensor, Tensor, float]]) -> _Product | None:
+        pieces = PIECES.get(self.dtype)
+        left = torch.cat([at_least_float32(a) * s for a, _, s in factors], -1).float()
+        right = torch.cat([at_least_float32(b) for _, b, _ in factors], -2).float()
+        if pieces is None or left.shape[-1] * pieces * 2 ** (2 * BITS - 2) >= 2**24:
+            return None
+        if not bool(left.isfinite().all() and right.isfinite().all()):
+            return None
+        return _Product(left, right, pieces)
+
+    def _guess(self, after: Tensor) -> Tensor:
+        """``before`` from ``after`` by subtraction."""
+        assert self.product is not None
+        update = self.product(after.device).reshape(after.shape)
+        return (at_least_float32(after) - update).to(after.dtype)
+
+    @torch.no_grad()
+    def restored(self, after: Tensor) -> Tensor:
+        """``before``, bit for bit, on the device of ``after``. When somebody wrote into ``after``
+        meanwhile, what they changed is kept and the adapters are subtracted."""
+        if after.dtype != self.dtype or _check_sum(after) != self.sum:
+            if self.product is None:
+                assert self.copy is not None
+                logger.warning("a merged weight was changed; unmerging loses that change")
+                return self.copy.to(after)
+            logger.warning("a merged weight was changed; its adapters are taken out by subtraction")
+            return self._guess(after)
+        if self.copy is not None:
+            return self.copy.to(after.device)
+        assert self.index is not None and self.value is not None
+        bits = as_integers(self._guess(after)).flatten()
+        if self.near is not None:
+            bits += self.near.to(bits.device)
+        bits[self.index.to(bits.device).long()] += self.value.to(bits.device)
+        return bits.view(self.dtype).reshape(after.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that is held, in bytes."""
+        tensors = [self.copy, self.index, self.value, self.near, self.bias]
+        tensors += self.product.tensors if self.product is not None else []
+        return sum(t.nbytes for t in tensors if t is not None)

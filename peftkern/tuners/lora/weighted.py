@@ -1,0 +1,368 @@
+"""``add_weighted_adapter``: a new adapter out of those that a model has."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ...utils import merge_utils
+from ...utils.other import ModulesToSaveWrapper
+from .base import LoraLayer
+from .config import LoraConfig
+from .embedding import Embedding
+from .restore import at_least_float32
+
+CombinationType = Literal[
+    "svd",
+    "linear",
+    "cat",
+    "ties",
+    "ties_svd",
+    "dare_ties",
+    "dare_linear",
+    "dare_ties_svd",
+    "dare_linear_svd",
+    "magnitude_prune",
+    "magnitude_prune_svd",
+]
+# those that combine A with A and B with B, and so need equal ranks
+BY_FACTOR = ("linear", "ties", "dare_ties", "dare_linear", "magnitude_prune")
+BY_PRODUCT = ("svd", "ties_svd", "dare_ties_svd", "dare_linear_svd", "magnitude_prune_svd")
+
+
+class Part(NamedTuple):
+    """What one adapter has in one layer, in at least float32."""
+
+    A: Tensor  # [r, K]
+    B: Tensor  # [N, r]
+    scaling: float
+    weight: float
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the updates of several adapters become one; see :meth:`Weighted.add_weighted_adapter`."""
+
+    kind: str
+    rank: int
+    clamp: float | None
+    full_matrices: bool
+    driver: str | None
+    density: float | None
+    signs: Any
+
+    def combine(self, tensors: list[Tensor], weights: list[float]) -> Tensor:
+        """Tensors of one shape as one, by the rule before "_svd"."""
+        w = torch.tensor(weights, dtype=tensors[0].dtype, device=tensors[0].device)
+        rule = self.kind.removesuffix("_svd")
+        if rule in ("linear", "svd"):
+            return merge_utils.task_arithmetic(tensors, w)
+        args = (self.density, self.signs) if rule.endswith("ties") else (self.density,)
+        return getattr(merge_utils, rule)(tensors, w, *args)
+
+    def factors(self, parts: list[Part], transposed: bool) -> tuple[Tensor, Tensor]:
+        """A [r, K] and B [N, r] of the new adapter, with a scaling of 1 and r at most ``rank``.
+
+        ``transposed``: the layer's weight is [K, N], and pruning draws in that order, as HF PEFT's
+        does.
+        """
+        scaled = [p.weight * p.scaling for p in parts]
+        if self.kind in BY_FACTOR:
+            roots = [math.sqrt(abs(w)) for w in scaled]
+            # the sign on one side only, or it would cancel
+            signed = [math.copysign(root, w) for root, w in zip(roots, scaled, strict=True)]
+            return self.combine([p.A for p in parts], signed), self.combine(
+                [p.B for p in parts], roots
+            )
+        if self.kind == "cat":
+            side = torch.cat([p.A * w for p, w in zip(parts, scaled, strict=True)])
+            return side, torch.cat([p.B for p in parts], 1)
+        ranks, N, K = sum(len(p.A) for p in parts), len(parts[0].B), parts[0].A.shape[1]
+        if self.kind == "svd" and self.clamp is None and ranks < min(N, K):
+            return self._svd_of_sum(parts, scaled)
+        deltas = [(p.B @ p.A) * p.scaling for p in parts]
+        if transposed:
+            deltas = [delta.T for delta in deltas]
+        delta = self.combine(deltas, [p.weight for p in parts])
+        return self._svd(delta.T if transposed else delta)
+
+    def _svd(self, delta: Tensor) -> tuple[Tensor, Tensor]:
+        u, s, vh = torch.linalg.svd(delta, full_matrices=self.full_matrices, driver=self.driver)
+        r = min(self.rank, len(s))
+        A, B = vh[:r], u[:, :r] * s[:r]
+        if self.clamp is not None:
+            high = torch.quantile(torch.cat([B.flatten(), A.flatten()]), self.clamp)
+            A, B = A.clamp(-high, high), B.clamp(-high, high)
+        return A, B
+
+    def _svd_of_sum(self, parts: list[Part], scaled: list[float]) -> tuple[Tensor, Tensor]:
+        """The truncated SVD of Σ w B A without making the sum [N, K]: with all A below each other
+        and all B side by side, Aᵀ = Q_A R_A and B = Q_B R_B, it is that of R_B R_Aᵀ."""
+        q_a, r_a = torch.linalg.qr(
+            torch.cat([p.A * w for p, w in zip(parts, scaled, strict=True)]).T
+        )
+        q_b, r_b = torch.linalg.qr(torch.cat([p.B for p in parts], 1))
+        A, B = self._svd(r_b @ r_a.T)
+        return A @ q_a.T, q_b @ B
+
+
+def _tensors(layer: Any, name: str) -> tuple[Any, Any] | None:
+    """The parameters A and B of an adapter in a layer, None when it has none there."""
+    if name in layer.lora_A:
+        return layer.lora_A[name].weight, layer.lora_B[name].weight
+    if name in layer.lora_embedding_A:
+        return layer.lora_embedding_A[name], layer.lora_embedding_B[name]
+    return None
+
+
+class Weighted:
+    """The part of :class:`LoraModel` that combines adapters."""
+
+    model: nn.Module
+    peft_config: dict[str, Any]
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: CombinationType = "svd",
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: Literal["total", "frequency"] = "total",
+    ) -> None:
+        """Make a new adapter, neither active nor trainable, of others by a weighted rule.
+
+        "cat" is exact: its rank is the sum of the ranks. "svd" is the best approximation of a
+        given rank. "linear" combines A with A and B with B, which is rough but cheap. "ties",
+        "dare_*" and "magnitude_prune" prune first (see :mod:`peftkern.utils.merge_utils`), on A and
+        B or, with "_svd", on the updates. Computed in at least float32. One adapter alone is always
+        combined by "linear", which scales it.
+
+        Args:
+            adapters: names of the adapters to combine.
+            weights: one number each, of either sign.
+            adapter_name: name of the new adapter; when there is one of that name, nothing happens.
+            combination_type: the rule.
+            svd_rank: rank for the rules with SVD; None: the largest of the adapters'.
+            svd_clamp: quantile in [0, 1]; values of both factors beyond it are clamped to it.
+            svd_full_matrices, svd_driver: as :func:`torch.linalg.svd` takes them.
+            density: share of values to keep, for the rules that prune.
+            majority_sign_method: how TIES elects signs, "total" or "frequency".
+
+        Raises:
+            ValueError: an unknown adapter or rule, unequal ranks where they must be equal, a
+                missing density, modules that several of the adapters train in full.
+            No adapter has been made then.
+        """
+        if adapter_name in self.peft_config:
+            return
+        kind, rank, targets = self._check_add_weighted_adapter(
+            list(adapters), combination_type, svd_rank
+        )
+        if len(weights) != len(adapters):
+            raise ValueError(
+                f"`weights` should have one number for each of {len(adapters)} adapters, but has "
+                f"{len(weights)}"
+            )
+        recipe = Recipe(
+            kind, rank, svd_clamp, svd_full_matrices, svd_driver, density, majority_sign_method
+        )
+        self._check_recipe(recipe)
+        for layer in self._lora_layers():
+            self._parts(layer, adapters, weights, recipe)
+        first = self.peft_config[adapters[0]]
+        saved = [m for name in adapters for m in self.peft_config[name].modules_to_save or ()]
+        config = replace(
+            first,
+            r=rank,
+            lora_alpha=rank,  # a scaling of 1
+            use_rslora=False,  # which would make it √r
+            target_modules=targets,
+            alpha_pattern={},
+            rank_pattern={},
+            modules_to_save=list(dict.fromkeys(saved)) or None,
+            lora_bias=any(self.peft_config[name].lora_bias for name in adapters),
+            # an initialisation that is overwritten must not change the base weights for itself
+            init_lora_weights=True,
+        )
+        self._make_from(config, adapter_name, adapters, weights, recipe)
+        config.init_lora_weights = first.init_lora_weights
+
+    def _lora_layers(self) -> list[Any]:
+        return [m for m in self.model.modules() if isinstance(m, LoraLayer)]
+
+    def _check_recipe(self, recipe: Recipe) -> None:
+        rule = recipe.kind.removesuffix("_svd")
+        if rule not in ("linear", "svd", "cat"):
+            if recipe.density is None:
+                raise ValueError(f"`density` is needed for {recipe.kind!r}, in [0, 1]")
+            if recipe.density < 0:
+                raise ValueError(f"Density should be >= 0, got {recipe.density}")
+            if rule.endswith("ties") and recipe.signs not in ("total", "frequency"):
+                raise RuntimeError(f'Unimplemented mask method "{recipe.signs}"')
+        if recipe.clamp is not None and not 0 <= recipe.clamp <= 1:
+            raise ValueError(f"`svd_clamp` should be in [0, 1] but is {recipe.clamp}")
+
+    def _check_add_weighted_adapter(
+        self, adapters: list[str], combination_type: str, svd_rank: int | None
+    ) -> tuple[str, int, Any]:
+        """(rule, rank, target modules) of the new adapter, or an error."""
+        for name in adapters:
+            if name not in self.peft_config:
+                raise ValueError(f"Adapter {name} does not exist")
+        if not adapters:
+            raise ValueError(f"Found no adapter matching the names in {adapters}")
+        configs: list[LoraConfig] = [self.peft_config[name] for name in adapters]
+        for name, config in zip(adapters, configs, strict=True):
+            if config.target_parameters:
+                raise ValueError(
+                    "add_weighted_adapter does not support targeting nn.Parameter (problematic "
+                    f"adapter '{name}')"
+                )
+        shared = [
+            m
+            for m in self.model.modules()
+            if isinstance(m, ModulesToSaveWrapper)
+            and sum(name in m.modules_to_save for name in adapters) > 1
+        ]
+        if shared:
+            raise ValueError(
+                "Cannot add weighted adapters if they target the same module with "
+                f"modules_to_save, but found {len(shared)} such instance(s)."
+            )
+        kind = "linear" if len(adapters) == 1 else combination_type
+        ranks = [max(c.r, *c.rank_pattern.values(), 1) for c in configs]
+        if kind in BY_FACTOR:
+            if len(set(ranks)) != 1:
+                raise ValueError(
+                    "All adapters must have the same r value when using combination_type linear, "
+                    "ties, dare_ties or dare_linear."
+                )
+            rank = ranks[0]
+        elif kind == "cat":
+            rank = sum(ranks)
+        elif kind in BY_PRODUCT:
+            rank = svd_rank or max(ranks)
+        else:
+            raise ValueError(f"Invalid combination_type: {kind}")
+        return kind, rank, _union([c.target_modules for c in configs])
+
+    def _parts(
+        self, layer: Any, adapters: Sequence[str], weights: Sequence[float], recipe: Recipe
+    ) -> list[Part]:
+        """What these adapters have in a layer. ValueError when it cannot be combined."""
+        parts = []
+        for name, weight in zip(adapters, weights, strict=True):
+            found = _tensors(layer, name)
+            if found is None:
+                continue
+            A, B = (at_least_float32(t.detach()).flatten(1) for t in found)
+            if B.shape[1] != len(A):
+                raise ValueError(
+                    f"{name!r} has a grouped convolution, whose update is no product; adapters "
+                    "of these cannot be combined"
+                )
+            parts.append(Part(A, B, float(layer.scaling[name]), float(weight)))
+        if recipe.kind in BY_FACTOR and len({len(p.A) for p in parts}) > 1:
+            raise ValueError(
+                f"All adapters must have the same r value when using combination_type "
+                f"{recipe.kind}, but in a layer of {type(layer.get_base_layer()).__name__} they "
+                f"have {[len(p.A) for p in parts]} (rank_pattern)."
+            )
+        return parts
+
+    @torch.no_grad()
+    def _make_from(
+        self,
+        config: LoraConfig,
+        adapter_name: str,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        recipe: Recipe,
+    ) -> None:
+        """Put the new adapter into the model and fill it; after an error it is gone."""
+        tuner: Any = self
+        self.peft_config[adapter_name] = config
+        try:
+            tuner.inject_adapter(self.model, adapter_name)
+            for layer in self._lora_layers():
+                target = _tensors(layer, adapter_name)
+                if target is None:
+                    continue
+                parts = self._parts(layer, adapters, weights, recipe)
+                if not parts:
+                    raise ValueError(
+                        f"None of {list(adapters)} has weights in a layer that the new adapter "
+                        f"targets ({type(layer.get_base_layer()).__name__})."
+                    )
+                dtype = self._dtype(layer, adapters)
+                transposed = isinstance(layer, Embedding) or getattr(layer, "fan_in_fan_out", False)
+                factors = recipe.factors(parts, transposed)
+                for tensor, value, axis in zip(target, factors, (0, 1), strict=True):
+                    flat = value.new_zeros(tensor.flatten(1).shape)
+                    flat.narrow(axis, 0, value.shape[axis]).copy_(value)
+                    tensor.data = flat.to(dtype).view_as(tensor)
+                self._fill_bias(layer, adapter_name, adapters, weights)
+            self._fill_saved(adapter_name, adapters)
+        except BaseException:
+            tuner.delete_adapter(adapter_name)
+            tuner._take_out(only_empty=True)
+            raise
+        for layer in self._lora_layers():
+            layer.set_requires_grad(adapter_name, False)
+
+    @staticmethod
+    def _dtype(layer: Any, adapters: Sequence[str]) -> torch.dtype:
+        """The widest dtype among the adapters of a layer."""
+        found = [t for name in adapters if (t := _tensors(layer, name)) is not None]
+        dtypes = [tensor.dtype for pair in found for tensor in pair]
+        return functools.reduce(torch.promote_types, dtypes)
+
+    def _fill_saved(self, adapter_name: str, adapters: Sequence[str]) -> None:
+        """A module that one of the adapters trained in full is as that one left it."""
+        for module in self.model.modules():
+            if not isinstance(module, ModulesToSaveWrapper):
+                continue
+            held = module.modules_to_save
+            for name in adapters:
+                if name in held and adapter_name in held:
+                    held[adapter_name].load_state_dict(held[name].state_dict())
+
+    @staticmethod
+    def _fill_bias(
+        layer: Any, adapter_name: str, adapters: Sequence[str], weights: Sequence[float]
+    ) -> None:
+        """lora_bias adds up, whatever the rule is for A and B."""
+        if not layer.lora_bias.get(adapter_name):
+            return
+        bias = layer.lora_B[adapter_name].bias
+        total = torch.zeros_like(bias, dtype=torch.float32)
+        dtype = layer.lora_B[adapter_name].weight.dtype
+        for name, weight in zip(adapters, weights, strict=True):
+            if layer.lora_bias.get(name):
+                total += layer.lora_B[name].bias.float() * (weight * layer.scaling[name])
+        bias.data = total.to(dtype)
+
+
+def _union(targets: list[Any]) -> Any:
+    """Target modules that match wherever one of these does; all are sets, or all are patterns."""
+    if len({type(t) for t in targets}) > 1:
+        raise ValueError(
+            "all adapter configs should follow the same target modules type. Combining adapters "
+            "with `target_modules` type being a mix of list/set and string is not supported."
+        )
+    if isinstance(targets[0], str):
+        return "|".join(f"({t})" for t in targets)
+    if isinstance(targets[0], set):
+        return set().union(*targets)
+    raise TypeError(f"Invalid type {type(targets[0])} found in target_modules")

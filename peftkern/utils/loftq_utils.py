@@ -1,0 +1,113 @@
+"""LoftQ for a model that is quantised already: A and B that make up for what was lost."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from ..tuners.lora.inits.loftq import low_rank
+
+PREFIX = "base_model.model."
+
+
+class _Files:
+    """The tensors of a model's safetensors file, or of its shards, read one at a time."""
+
+    def __init__(self, model: Any, model_path: str | os.PathLike[str] | None) -> None:
+        if model_path is None:
+            try:
+                model_path = snapshot_download(
+                    model.base_model.config._name_or_path, local_files_only=True
+                )
+            except (AttributeError, HFValidationError) as exc:
+                raise ValueError(
+                    "The provided model does not appear to be a transformers model or is a local "
+                    "model. In this case, you must pass the model_path argument that points to the "
+                    "safetensors file."
+                ) from exc
+            except LocalEntryNotFoundError as exc:
+                raise ValueError(
+                    "The model.safetensors file must be present on disk, but it could not be found."
+                ) from exc
+        path = Path(model_path)
+        path = path if path.name.endswith("model.safetensors") else path / "model.safetensors"
+        self.base_prefix = getattr(model.get_base_model(), "base_model_prefix", "") + "."
+        index = path.parent / "model.safetensors.index.json"
+        if path.is_file():
+            with safe_open(path, framework="pt") as file:
+                self.where = dict.fromkeys(file.keys(), path)
+        elif index.is_file():
+            shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            self.where = {k: path.parent / Path(file).name for k, file in shards.items()}
+        else:
+            raise FileNotFoundError(
+                f"Could not find file for {path}, ensure that there is a (sharded) safetensors "
+                "file of the model."
+            )
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor ``name``, with the base model's prefix or without."""
+        short = name.removeprefix(self.base_prefix)
+        found = next((n for n in (name, short) if n in self.where), None)
+        if found is None:
+            raise ValueError(f"there is no tensor {name!r} in the model's safetensors files")
+        with safe_open(self.where[found], framework="pt") as file:
+            return file.get_tensor(found)
+
+
+@torch.no_grad()
+def replace_lora_weights_loftq(
+    peft_model: Any,
+    model_path: str | os.PathLike[str] | None = None,
+    adapter_name: str = "default",
+    callback: Callable[[nn.Module, str], bool] | None = None,
+) -> None:
+    """Set A and B of every layer over a bitsandbytes 4-bit weight to the low-rank part of what the
+    quantisation lost (LoftQ with one step, Li et al., 2023, arXiv 2310.08659).
+
+    Args:
+        peft_model: the model with the adapter.
+        model_path: the model's safetensors file, or its folder; None: from the hub's local cache.
+        adapter_name: which adapter.
+        callback: called with the model and a layer's name after each layer; where it returns False,
+            that layer gets its A and B back.
+
+    Raises:
+        ValueError: bitsandbytes is missing, no layer is quantised so, or a tensor is not in the file.
+        FileNotFoundError: no such file.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError("bitsandbytes must be installed and the model must be quantized in 4bits.")
+    bitsandbytes = importlib.import_module("bitsandbytes")
+    layers = []
+    for name, module in peft_model.named_modules():
+        base = getattr(module, "base_layer", None)
+        if isinstance(base, bitsandbytes.nn.Linear4bit) and adapter_name in module.lora_A:
+            if not name.startswith(PREFIX):
+                raise TypeError("The passed model does not appear to be a valid PeftModel")
+            layers.append((name.removeprefix(PREFIX), module))
+    if not layers:
+        raise ValueError("No bnb LoRA module found on the model")
+    files = _Files(peft_model, model_path)
+    for name, module in layers:
+        packed = module.get_base_layer().weight
+        Q = bitsandbytes.functional.dequantize_4bit(packed.data, packed.quant_state)
+        W = files.tensor(f"{name}.weight").to(device=Q.device, dtype=torch.float32)
+        found = low_rank(W - Q, module.r[adapter_name])
+        weights = (module.lora_A[adapter_name].weight, module.lora_B[adapter_name].weight)
+        before = [weight.detach().clone() for weight in weights]
+        for weight, value in zip(weights, found, strict=True):
+            weight.copy_(value)
+        if callback is not None and not callback(peft_model, name):
+            for weight, value in zip(weights, before, strict=True):
+                weight.copy_(value)

@@ -1,0 +1,120 @@
+"""Names and places in a tree of modules."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def get_submodules(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module, str]:
+    """(parent, module, last part of the name) of the module named ``key``."""
+    parent_name, _, name = key.rpartition(".")
+    parent = model.get_submodule(parent_name)
+    return parent, model.get_submodule(key), name
+
+
+def parameters_of(model: nn.Module) -> list[nn.Parameter]:
+    """``list(model.parameters())``, without making the names that go with them."""
+    found: dict[int, nn.Parameter] = {}
+    stack, seen = [model], set()
+    while stack:
+        module = stack.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                found[id(parameter)] = parameter
+        stack += [m for m in module._modules.values() if m is not None]
+    return list(found.values())
+
+
+def any_training(model: nn.Module) -> bool:
+    """Whether a module of ``model`` is in training mode; asking is cheaper than ``eval()``."""
+    stack = [model]
+    while stack:
+        module = stack.pop()
+        if module.training:
+            return True
+        stack += [m for m in module._modules.values() if m is not None]
+    return False
+
+
+def own_parameters(module: nn.Module) -> Iterable[nn.Parameter]:
+    """``module.parameters()``; the walk is left out for a module without children, as most weights
+    of adapters are in."""
+    if module._modules:
+        return module.parameters()
+    return [p for p in module._parameters.values() if p is not None]
+
+
+def set_layer_requires_grad(layer: nn.Module | Tensor, requires_grad: bool) -> None:
+    """Set ``requires_grad`` on a tensor, or on all parameters of a module; tensors that are no
+    leaves (FSDP's views) are passed over."""
+    for tensor in (layer,) if isinstance(layer, Tensor) else own_parameters(layer):
+        if tensor.requires_grad != requires_grad and tensor.is_leaf:
+            tensor.requires_grad_(requires_grad)
+
+
+def match_target_against_key(target_pattern: str, key: str) -> re.Match[str] | None:
+    """Whether a regular expression is the whole of a module's name."""
+    return re.fullmatch(target_pattern, key)
+
+
+def get_pattern_key(patterns: Iterable[str], key: str) -> str:
+    """The first of ``patterns`` that is ``key`` or the end of it (as names or
+    regular expressions), or ``key``."""
+    for pattern in patterns:
+        if re.match(rf"(.*\.)?({pattern})$", key):
+            return pattern
+    return key
+
+
+def is_valid_match(key: str, target_key: str) -> bool:
+    """Whether ``target_key`` is ``key``, or its last parts."""
+    return key == target_key or key.endswith("." + target_key)
+
+
+def input_embeddings_name(model: Any, default: str | None = None) -> str | None:
+    """Name of the module that ``model.get_input_embeddings()`` returns."""
+    if not hasattr(model, "get_input_embeddings"):
+        return default
+    wanted = model.get_input_embeddings()
+    return next((name for name, module in model.named_modules() if module is wanted), default)
+
+
+def batch_size(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> int:
+    """Rows of whichever is given. ValueError when neither is."""
+    given = input_ids if input_ids is not None else inputs_embeds
+    if given is None:
+        raise ValueError("You have to provide either input_ids or inputs_embeds")
+    return given.shape[0]
+
+
+def transpose(weight: Tensor, fan_in_fan_out: bool) -> Tensor:
+    """``weight``, or its transpose where it is stored [in, out]; a parameter stays one."""
+    if not fan_in_fan_out:
+        return weight
+    return nn.Parameter(weight.T) if isinstance(weight, nn.Parameter) else weight.T
+
+
+def id_tensor_storage(tensor: Tensor) -> tuple[torch.device, int, int]:
+    """(device, address, bytes) of a tensor's storage: equal for tensors that share it."""
+    storage = tensor.untyped_storage()
+    return tensor.device, storage.data_ptr(), storage.nbytes()
+
+
+def freeze_adapter(model: nn.Module, adapter_name: str) -> None:
+    """Freeze every parameter whose name holds ``adapter_name``."""
+    for name, parameter in model.named_parameters():
+        if adapter_name in name:
+            parameter.requires_grad = False
+
+
+def no_split_modules(model: Any) -> set[str]:
+    """Names of the classes whose modules a device map keeps on one device."""
+    return set(getattr(model, "_no_split_modules", None) or ())

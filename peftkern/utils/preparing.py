@@ -1,0 +1,89 @@
+"""What is done to a model, or a batch, before it trains."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# packed weights of these are no numbers to widen
+_QUANTISED = ("gptq", "aqlm", "eetq", "hqq", "torchao")
+
+
+def prepare_model_for_kbit_training(
+    model: Any,
+    use_gradient_checkpointing: bool = True,
+    gradient_checkpointing_kwargs: dict[str, Any] | None = None,
+    auto_clear_cache: bool = True,
+) -> Any:
+    """Freeze a transformers model and widen what it keeps in half precision, for training adapters
+    on it.
+
+    Args:
+        model: changed in place and returned.
+        use_gradient_checkpointing: where the model is quantised, checkpoint its blocks and let its
+            inputs require a gradient.
+        gradient_checkpointing_kwargs: for ``model.gradient_checkpointing_enable``.
+        auto_clear_cache: give memory that is free after the cast back to the accelerator.
+    """
+    method = getattr(model, "quantization_method", None)
+    method = getattr(method, "value", method)
+    packed = method in _QUANTISED or bool(getattr(model, "hqq_quantized", False))
+    in_bits = any(getattr(model, f"is_loaded_in_{n}bit", False) for n in (4, 8))
+    options = dict(gradient_checkpointing_kwargs or {})
+    for parameter in model.parameters():
+        parameter.requires_grad = False
+    if not packed:
+        for parameter in model.parameters():
+            half = parameter.dtype in (torch.float16, torch.bfloat16)
+            if half and type(parameter).__name__ != "Params4bit":
+                parameter.data = parameter.data.to(torch.float32)
+        if auto_clear_cache:
+            for accelerator in (torch.cuda, torch.xpu):
+                if accelerator.is_available():
+                    accelerator.empty_cache()
+    if not (use_gradient_checkpointing and (packed or in_bits)):
+        return model
+    # a non-reentrant checkpoint passes gradients on without this
+    if options.get("use_reentrant", True):
+        if hasattr(model, "enable_input_require_grads"):
+            model.enable_input_require_grads()
+        else:
+            model.get_input_embeddings().register_forward_hook(
+                lambda module, args, output: output.requires_grad_(True)
+            )
+    known = inspect.signature(model.gradient_checkpointing_enable).parameters
+    if "gradient_checkpointing_kwargs" in known:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+        return model
+    if options:
+        warnings.warn(
+            "gradient_checkpointing_kwargs is not supported in this version of transformers. The "
+            "passed kwargs will be ignored.",
+            FutureWarning,
+            stacklevel=2,
+        )
+    model.gradient_checkpointing_enable()
+    return model
+
+
+def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
+    """Keep frozen parameters in ``dtype`` (float16 or bfloat16) and trained ones in float32, in
+    place: what automatic mixed precision expects of an adapted model."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
+
+
+def shift_tokens_right(
+    input_ids: Tensor, pad_token_id: int | None, decoder_start_token_id: int
+) -> Tensor:
+    """A decoder's inputs from its labels: [B, T] moved one to the right behind the start token,
+    -100 replaced by the padding token. ValueError without a padding token."""
+    if pad_token_id is None:
+        raise ValueError("self.model.config.pad_token_id has to be defined.")
+    start = torch.full_like(input_ids[:, :1], decoder_start_token_id)
+    shifted = torch.cat([start, input_ids[:, :-1]], dim=1)
+    return shifted.masked_fill(shifted == -100, pad_token_id)

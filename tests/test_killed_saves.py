@@ -1,0 +1,138 @@
+"""Saves that are killed at any moment: the old adapter loads or the new one, never neither."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+
+import pytest
+import torch
+
+import peftkern
+from peftkern._io import COMMITTED, replaced_together
+from peftkern.utils.save_and_load import load_peft_weights
+from tests.tiny import fill, make
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+SAFE, PICKLE, CONFIG = "adapter_model.safetensors", "adapter_model.bin", "adapter_config.json"
+
+
+def adapted(r, seed):
+    config = peftkern.LoraConfig(r=r, task_type="CAUSAL_LM", target_modules="all-linear")
+    model = peftkern.get_peft_model(make("llama"), config)
+    fill(model, seed=seed)
+    return model
+
+
+def loads_as(folder):
+    """The rank of the adapter in ``folder``, and its weights."""
+    model = peftkern.PeftModel.from_pretrained(make("llama"), folder)
+    return model.peft_config["default"].r, peftkern.get_peft_model_state_dict(model)
+
+
+def killed_while_saving(models, folder, seconds, **options):
+    child = os.fork()
+    if child == 0:
+        try:
+            while True:
+                for model in models:
+                    model.save_pretrained(folder, **options)
+        finally:
+            os._exit(1)
+    time.sleep(seconds)
+    os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status), "the child failed before it was killed"
+
+
+def _kill_at_random(folder, moments):
+    """Two adapters of different ranks, so that weights and configuration fit only together."""
+    models = {4: adapted(4, 1), 6: adapted(6, 2)}
+    wanted = {r: peftkern.get_peft_model_state_dict(m) for r, m in models.items()}
+    models[4].save_pretrained(folder)
+    draw, seen = random.Random(0), set()
+    for _ in range(moments):
+        order = list(models.values())
+        draw.shuffle(order)
+        killed_while_saving(order, folder, draw.uniform(0.0, 0.04))
+        r, weights = loads_as(folder)
+        assert weights.keys() == wanted[r].keys()
+        assert all(torch.equal(weights[k], v) for k, v in wanted[r].items())
+        seen.add(r)
+    assert seen == {4, 6}  # else nothing was ever replaced
+    models[6].save_pretrained(folder)
+    assert sorted(p for p in os.listdir(folder) if not p.startswith(".saving-")) == sorted(
+        ["README.md", CONFIG, SAFE]
+    )
+
+
+def test_killed_at_random_moments(tmp_path):
+    _kill_at_random(tmp_path, 25)
+
+
+@pytest.mark.slow
+def test_killed_at_two_hundred_random_moments(tmp_path):
+    _kill_at_random(tmp_path, 200)
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("safe", [True, False])
+@pytest.mark.parametrize("point", range(8))
+def test_stopped_between_any_two_steps(point, safe, tmp_path, monkeypatch):
+    """Each rename and each removal in turn is the first that does not happen any more."""
+    old, new = adapted(4, 1), adapted(6, 2)
+    old.save_pretrained(tmp_path, safe_serialization=not safe)
+    done = []
+
+    def stopping(real):
+        def step(*args, **kwargs):
+            if len(done) >= point:
+                raise Killed
+            done.append(args)
+            return real(*args, **kwargs)
+
+        return step
+
+    with monkeypatch.context() as patch:
+        for name in ("replace", "rename", "unlink", "rmdir"):
+            patch.setattr(os, name, stopping(getattr(os, name)))
+        patch.setattr("shutil.rmtree", lambda *a, **k: None)  # a killed process tidies nothing up
+        try:
+            new.save_pretrained(tmp_path, safe_serialization=safe)
+        except Killed:
+            pass
+    r, weights = loads_as(tmp_path)
+    want = peftkern.get_peft_model_state_dict({4: old, 6: new}[r])
+    assert all(torch.equal(weights[k], v) for k, v in want.items())
+    assert r == (4 if point <= 2 else 6)  # two temporary files are renamed, then all is decided
+    new.save_pretrained(tmp_path, safe_serialization=safe)
+    kept, gone = (SAFE, PICKLE) if safe else (PICKLE, SAFE)
+    assert (tmp_path / kept).exists() and not (tmp_path / gone).exists()
+    assert not (tmp_path / COMMITTED).exists() and loads_as(tmp_path)[0] == 6
+
+
+def test_the_pickle_is_pefts_and_holds_tensors_alone(tmp_path):
+    import peft
+
+    model = adapted(4, 1)
+    model.save_pretrained(tmp_path, safe_serialization=False)
+    weights = torch.load(tmp_path / PICKLE, weights_only=True)
+    for read in (load_peft_weights(tmp_path, "cpu"), peft.load_peft_weights(tmp_path, "cpu")):
+        assert read.keys() == weights.keys()
+        assert all(torch.equal(read[k], v) for k, v in weights.items())
+
+
+def test_what_killed_saves_left_behind_goes_after_an_hour(tmp_path):
+    for name, age in (("old", 3700.0), ("new", 60.0)):
+        (tmp_path / f".saving-{name}").mkdir()
+        (tmp_path / f".saving-{name}" / "half").write_text("half")
+        then = time.time() - age
+        os.utime(tmp_path / f".saving-{name}", (then, then))
+    with replaced_together(tmp_path):
+        pass
+    assert os.listdir(tmp_path) == [".saving-new"]
