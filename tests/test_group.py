@@ -267,6 +267,23 @@ def test_no_grad_threads_copies_and_checkpointing(operations):
     torch.testing.assert_close(z.grad, plain[1])
 
 
+def test_masks_in_inference_mode(operations):
+    """Its tensors have no version to tell whether a stash still holds."""
+    ours, theirs = pair(dropout=0.2)
+    x = torch.randn(4, K)
+    outputs = []
+    for model in (ours, theirs):
+        torch.manual_seed(0)
+        with torch.inference_mode():
+            outputs.append(model(x * 1.0))
+    torch.testing.assert_close(*outputs)
+    with torch.inference_mode():  # weights without versions, under an input that has one
+        frozen = copy.deepcopy(ours)
+    with torch.no_grad():
+        frozen(x)
+    assert operations == [3]
+
+
 def test_sets_are_found_in_models():
     from transformers import BertConfig, BertModel, T5Config, T5ForConditionalGeneration
 

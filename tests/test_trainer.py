@@ -8,6 +8,7 @@ import json
 import peft
 import pytest
 import torch
+import transformers
 from accelerate import Accelerator
 from accelerate.utils import is_peft_model
 from safetensors.torch import load_file
@@ -120,6 +121,69 @@ def test_checkpoint_resume_best_model_and_save(door, tmp_path):
     whole.create_model_card(dataset="words")  # which then lets the model write its part
     card = (tmp_path / "whole" / "README.md").read_text()
     assert "library_name: peft" in card and "words" in card
+
+
+def two_adapters():
+    model = ours()
+    model.add_adapter("other", peftkern.LoraConfig(task_type="CAUSAL_LM", r=2))
+    return model
+
+
+def prompted(config):
+    torch.manual_seed(0)
+    config = config(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    return peftkern.get_peft_model(make("llama"), config)
+
+
+OTHERS = {
+    "two adapters": two_adapters,
+    "prefix": lambda: prompted(peftkern.PrefixTuningConfig),
+    "prompt": lambda: prompted(peftkern.PromptTuningConfig),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_adapters_resume_and_give_the_best_model_back(kind, tmp_path):
+    settings = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True,
+                "metric_for_best_model": "eval_loss", "greater_is_better": True}  # fmt: skip
+    runs = []
+    for resume in (None, tmp_path / "checkpoint-2"):
+        trainer = Trainer(
+            model=OTHERS[kind](),
+            args=TrainingArguments(
+                output_dir=tmp_path, max_steps=4, **{**ARGUMENTS, "learning_rate": 0.1}, **settings
+            ),
+            train_dataset=rows(),
+            eval_dataset=rows(1),
+        )
+        runs.append((losses(trainer, resume), peft.get_peft_model_state_dict(trainer.model)))
+    assert runs[1][0] == pytest.approx(runs[0][0], abs=1e-6) and len(runs[0][0]) == 4
+    best = load_file(tmp_path / trainer.state.best_model_checkpoint / "adapter_model.safetensors")
+    for _, state in runs:
+        assert_close(state, best, 1e-6)
+    assert not list(tmp_path.glob("checkpoint-*/model.safetensors"))
+    assert len(list(tmp_path.glob("checkpoint-2/other/*.safetensors"))) == (kind == "two adapters")
+
+
+def test_the_callback_gives_the_model_back_if_it_is_asked_to(tmp_path):
+    arguments = TrainingArguments(
+        output_dir=tmp_path, max_steps=1, **{**ARGUMENTS, "save_strategy": "no"}
+    )
+    model = theirs()
+    seen = []
+
+    class Look(transformers.TrainerCallback):
+        def on_step_end(self, *_, model, **__):
+            seen.append(sum(row.fused for row in peftkern.explain(model)))
+
+    callbacks = [peftkern.FuseCallback(unfuse_at_end=True), Look()]
+    losses(Trainer(model=model, args=arguments, train_dataset=rows(), callbacks=callbacks))
+    assert seen == [14] and not any(row.fused for row in peftkern.explain(model))
+    trainer = Trainer(
+        model=make("llama"), args=arguments, train_dataset=rows(), callbacks=callbacks
+    )
+    with pytest.raises(ValueError, match="fuse: `model` must hold LoRA layers"):
+        trainer.train()
 
 
 @pytest.mark.parametrize("door", ["peftkern", "fused"])

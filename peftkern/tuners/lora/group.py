@@ -64,7 +64,9 @@ def _mode(x: Tensor) -> tuple[bool, bool]:
 
 def _fingerprint(call: tuple[Any, ...]) -> tuple[Any, ...]:
     """Which tensors a call takes, in which version, and its numbers."""
-    tensors = tuple((id(t), t._version) for t in call[:4] if t is not None)
+    tensors = tuple(
+        (id(t), None if t.is_inference() else t._version) for t in call[:4] if t is not None
+    )
     return tensors + call[4:]
 
 
@@ -112,6 +114,8 @@ class Group:
             x: its input [..., K].
             call: its arguments of :func:`peftkern.ops.lora.lora_linear` after x.
         """
+        if x.is_inference():  # has no version, and is recomputed for no backward
+            return None
         local = self._local.__dict__
         stash = local.get("stash")
         index = self.layers.index(layer)

@@ -35,43 +35,29 @@ class FusedLinear(HFLinear):
     is HF PEFT's forward, and :meth:`decline_reason` says why.
     """
 
+    # functions that read what both kinds of layer have
     forward = Linear.forward
-    product_reason = Linear.product_reason
+    traced_call = Linear.traced_call
     product_call = Linear.product_call
+    product_reason = Linear.product_reason
+    decline_reason = Linear.decline_reason
     _note_decline = LoraLayer._note_decline
     __getstate__ = Linear.__getstate__
 
     def fused_call(self, x: Tensor) -> tuple[Any, ...] | None:
         state = self.__dict__
         active = state["_active_adapter"]
-        # HF PEFT keeps the list that set_adapter was given, and a caller may have written to it
-        if active.__class__ is list and len(active) == 1:
-            active = active[0]
-        if active.__class__ is not str or active in state["lora_variant"]:
-            return None
-        plan = state["_plan"]
-        if plan is not None and plan.name != active:
-            state["_plan"] = None
-        call = Linear.fused_call(self, x)
-        # made a tensor by prepare_model_for_compiled_hotswap
-        return call if call is None or isinstance(call[4], (float, int)) else None
-
-    def traced_call(self, x: Tensor) -> tuple[Any, ...] | None:
-        return Linear.traced_call(self, x)
-
-    def decline_reason(self) -> str | None:
-        if not self.disable_adapters and not self.merged:
-            reason = self._variant_reason()
-            if reason is not None:
-                return reason
-        return Linear.decline_reason(self)
+        if active.__class__ is list:
+            # the one that set_adapter was given, and a caller may have written to it since
+            plan = state["_plan"]
+            if plan is not None and active != [plan.name]:
+                state["_plan"] = None
+        return Linear.fused_call(self, x)
 
     def _variant_reason(self) -> str | None:
         for name in self.active_adapters:
             if name in self.lora_variant:
                 return f"{type(self.lora_variant[name]).__name__} runs HF PEFT's forward"
-            if isinstance(self.scaling.get(name), Tensor):
-                return f"the scaling of {name} is a Tensor"
         return None
 
     def _forward_general(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -92,7 +78,6 @@ class FusedLinear(HFLinear):
             and not self.disable_adapters
             and not self.merged
             and not any(n in self.lora_variant for n in names)
-            and not any(isinstance(self.scaling.get(n), Tensor) for n in names)
         )
 
 
