@@ -107,6 +107,16 @@ FAMILIES: dict[str, tuple[str, Callable[[], Any]]] = {
         ),
     ),
     "ernie": ("SEQ_CLS", lambda: _bert(tf.ErnieConfig)),
+    "modernbert-decoder": (
+        "CAUSAL_LM",
+        lambda: _bert(
+            tf.ModernBertDecoderConfig,
+            layer_types=BOTH,
+            local_attention=8,
+            cls_token_id=1,
+            sep_token_id=2,
+        ),
+    ),
     # slow from here on
     "nemotron": ("CAUSAL_LM", lambda: _decoder(tf.NemotronConfig)),
     "umt5": ("SEQ_2_SEQ_LM", lambda: _t5(tf.UMT5Config)),
