@@ -242,6 +242,7 @@ def test_talking_heads_are_refused() -> None:
         injected(tf.DebertaModel(config))
 
 
+@pytest.mark.slow
 def test_compiles_to_one_graph() -> None:
     model, call, weight = make("v3"), batch(6), draw()
     del call["labels"]  # the head's loss looks at them
