@@ -14,6 +14,7 @@ import peft
 import pytest
 import torch
 from torch import Tensor
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import peftkern
 from peftkern.tuners.prefix_tuning import attention
@@ -83,6 +84,32 @@ def test_is_what_an_explicit_mask_gives(family: str) -> None:
         assert_close(rows[1], base(own).logits[1])
     with torch.no_grad(), injection.active(keys):
         assert (model(own).logits - expected).abs().max() > 0.01
+
+
+def test_a_window_on_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ModernBERT's local attention: its own mask over P + T tokens, with the first P in view."""
+    ids = torch.randint(3, VOCAB, (3, P + 14), generator=torch.Generator().manual_seed(4))
+    model, keys, changed = make("modernbert").base_model, [], []
+    run = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def widen(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, *a: Any, **more: Any) -> Any:
+        if mask is not None:
+            changed.append(int((~mask[..., P:, :P]).sum()))
+            mask = mask.clone()
+            mask[..., P:, :P] = True
+        keys.append((k[:, :, :P], v[:, :, :P]))
+        return run(module, q, k, v, mask, *a, **more)
+
+    with monkeypatch.context() as patch, torch.no_grad():
+        patch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", widen)
+        expected = model(ids).last_hidden_state[:, P:]
+    assert len(changed) == 1 and changed[0] > 0  # the local layer's
+    injection = injected(model, keys)
+    with torch.no_grad():
+        with injection.active(keys, always_visible=True):
+            assert_close(model(ids[:, P:]).last_hidden_state, expected)
+        with injection.active(keys):
+            assert (model(ids[:, P:]).last_hidden_state - expected).abs().max() > 0.01
 
 
 def test_gradients() -> None:

@@ -240,3 +240,17 @@ def test_talking_heads_are_refused() -> None:
     config = _bert(tf.DebertaConfig, **V2, talking_head=True)
     with pytest.raises(ValueError, match="DebertaModel.*talking_head"):
         injected(tf.DebertaModel(config))
+
+
+@pytest.mark.slow
+def test_compiles_to_one_graph() -> None:
+    model, call, weight = make("v3"), batch(6), draw()
+    del call["labels"]  # the head's loss looks at them
+
+    def run(**call: Tensor) -> Tensor:
+        return model(**call).logits.square().sum()
+
+    with injected(model).active(split(weight, HEADS, LAYERS, False)):
+        expected = torch.autograd.grad(run(**call), weight)[0]
+        compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
+        assert_close(torch.autograd.grad(compiled(**call), weight)[0], expected, 1e-5)

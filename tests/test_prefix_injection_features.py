@@ -103,18 +103,23 @@ def test_a_second_backward_through_reentrant_checkpoints() -> None:
     assert_close(pair.weight.grad, 2 * once)
 
 
-@pytest.mark.parametrize("family", ["llama", "bert", "gpt2"])
+@pytest.mark.parametrize(
+    "family", ["llama", "bert", "gpt2", "t5", "opt", "gpt_neox", "bloom", "gptj", "mpt"]
+)
 def test_attention_dropout(family: str) -> None:
+    """From the same generator the same weights are dropped, the prefix's among them."""
     pair = Pair(family)
     batch = inputs(family)
     losses = []
     for model in (pair.model, pair.peft):
-        for module in model.modules():
-            if hasattr(module, "attention_dropout"):
-                module.attention_dropout = 0.3
-            if type(module).__name__ in ("BertSelfAttention", "GPT2Attention"):
-                inner = "dropout" if family == "bert" else "attn_dropout"
-                setattr(module, inner, torch.nn.Dropout(0.3))
+        for name, module in model.named_modules():
+            if "attn" not in name and "attention" not in name.lower():
+                continue
+            for dropped in ("attention_dropout", "dropout", "dropout_prob", "attn_dropout_p"):
+                if isinstance(getattr(module, dropped, None), float):
+                    setattr(module, dropped, 0.3)
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.3
         model.train()
         torch.manual_seed(5)
         with pair.active():

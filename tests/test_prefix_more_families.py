@@ -17,7 +17,6 @@ from torch import Tensor
 import peftkern
 from tests.prefix_models import (
     HEADS,
-    LABELS,
     LAYERS,
     VOCAB,
     WIDTH,
@@ -107,6 +106,16 @@ FAMILIES: dict[str, tuple[str, Callable[[], Any]]] = {
         ),
     ),
     "ernie": ("SEQ_CLS", lambda: _bert(tf.ErnieConfig)),
+    "modernbert-decoder": (
+        "CAUSAL_LM",
+        lambda: _bert(
+            tf.ModernBertDecoderConfig,
+            layer_types=BOTH,
+            local_attention=8,
+            cls_token_id=1,
+            sep_token_id=2,
+        ),
+    ),
     # slow from here on
     "nemotron": ("CAUSAL_LM", lambda: _decoder(tf.NemotronConfig)),
     "umt5": ("SEQ_2_SEQ_LM", lambda: _t5(tf.UMT5Config)),
@@ -167,10 +176,7 @@ def weight_of(model: Any) -> Tensor:
 
 def batch_of(family: str, padding: str | None = "left") -> dict[str, Any]:
     task = FAMILIES[family][0]
-    batch = inputs("", padding, task)
-    if "roberta" in family or family in ("camembert", "xmod", "data2vec-text"):
-        batch["input_ids"][batch["input_ids"] == 0] = 0  # padding's id is 0 in all of these
-    return batch
+    return inputs("", padding, task)
 
 
 def real(batch: dict[str, Any], logits: Tensor) -> Tensor:
@@ -283,7 +289,7 @@ def test_whisper() -> None:
         ours(labels=call["labels"])
 
 
-def test_a_model_of_images_and_text() -> None:
+def _llava() -> tuple[Any, dict[str, Tensor]]:
     vision = tf.CLIPVisionConfig(
         hidden_size=32,
         intermediate_size=24,
@@ -295,21 +301,47 @@ def test_a_model_of_images_and_text() -> None:
     config = tf.LlavaConfig(
         text_config=_decoder(tf.LlamaConfig), vision_config=vision, image_token_id=60
     )
-    torch.manual_seed(0)
-    base = tf.LlavaForConditionalGeneration(config).eval()
+    ids = torch.tensor([[1, 60, 60, 60, 60, 5, 6, 7]])
+    call = {"input_ids": ids, "pixel_values": torch.randn(1, 3, 16, 16)}
+    return tf.LlavaForConditionalGeneration(config), call
+
+
+def _qwen_vl() -> tuple[Any, dict[str, Tensor]]:
+    """Positions of three kinds for each token."""
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
+    text = _decoder(tf.Qwen2_5_VLTextConfig, rope_parameters=rope).to_dict()
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": WIDTH}
+    marks = ("image", "video", "vision_start", "vision_end")
+    marks = {f"{name}_token_id": 60 + i for i, name in enumerate(marks)}
+    config = tf.Qwen2_5_VLConfig(text_config=text, vision_config={"depth": 1, **sizes}, **marks)
+    ids = torch.tensor([[5, 6, 62, 60, 60, 60, 60, 63, 7, 8]])
     call = {
-        "input_ids": torch.tensor([[1, 60, 60, 60, 60, 5, 6, 7]]),
-        "pixel_values": torch.randn(1, 3, 16, 16),
-        "attention_mask": torch.ones(1, 8, dtype=torch.long),
+        "input_ids": ids,
+        "pixel_values": torch.randn(16, 3 * 2 * 14 * 14),
+        "image_grid_thw": torch.tensor([[1, 4, 4]]),
+        "mm_token_type_ids": (ids == 60).int(),
     }
+    return tf.Qwen2_5_VLForConditionalGeneration(config), call
+
+
+@pytest.mark.parametrize("family", [_llava, _qwen_vl])
+def test_models_of_images_and_text(family: Callable[[], Any]) -> None:
+    torch.manual_seed(0)
+    base, call = family()
+    words = {"input_ids": call["input_ids"].clamp(max=59)}
     logits, tokens = [], []
     for library in (peftkern, peft):
         prefix = library.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=P)
         model = library.get_peft_model(copy.deepcopy(base), prefix).eval()
+        how = {"attention_mask": torch.ones_like(call["input_ids"])}
         with torch.no_grad():
             weight_of(model).normal_(generator=torch.Generator().manual_seed(1))
-            logits.append(model(**call).logits)
-        tokens.append(model.generate(**call, max_new_tokens=5))
+            logits.append(model(**words, **how).logits)
+            if library is peftkern or family is _llava:  # HF PEFT's mask is too long for Qwen's
+                seen = model(**call, **how).logits
+                assert not torch.allclose(seen, logits[-1], atol=0.01)
+        how |= {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+        tokens.append(model.generate(**call, **how))
     assert_close(*logits)
     assert torch.equal(*tokens)
 
@@ -326,4 +358,3 @@ def test_families_refused_by_name() -> None:
         with pytest.raises(ValueError, match=f"does not support {type(model).__name__}: no layers"):
             peftkern.get_peft_model(model, config)
         assert all(p.requires_grad for p in model.parameters())
-    assert LABELS

@@ -1,4 +1,4 @@
-"""Prefix tuning, prompt tuning and p-tuning against HF PEFT: names, first values, prompts, numbers."""
+"""Prefix tuning, prompt tuning and p-tuning beside HF PEFT: names, first values and numbers."""
 
 from __future__ import annotations
 

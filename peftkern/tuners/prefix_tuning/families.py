@@ -72,6 +72,7 @@ FAMILIES: dict[str, Family] = {
     "xmod": _ROBERTA,
     "distilbert": Family("transformer.layer", "attention", table="embeddings.position_embeddings"),
     "modernbert": Family("layers", "attn"),
+    "modernbert-decoder": Family("layers", "attn"),
     "deberta": _DEBERTA,
     "deberta-v2": _DEBERTA,
     "t5": _T5,
