@@ -84,12 +84,12 @@ def attention(
     slot = getattr(module, SLOT, None)
     if state is None or slot is None or state.prefixes[slot] is None:
         if state is not None and slot is not None:
-            state.hits.add(slot)
+            state.hit(slot)
         if isinstance(attention_mask, MaskSpec):
             attention_mask = attention_mask.unprefixed()
         run = _implementation(original, module)
         return run(module, query, key, value, attention_mask, *args, **kwargs)
-    state.hits.add(slot)
+    state.hit(slot)
     return _with_prefix(module, query, key, value, attention_mask, state, slot, **kwargs)
 
 
@@ -149,7 +149,7 @@ def _with_prefix(
                 state.virtual, T, state.past, window, state.positions, causal, query.device
             )
             bias = _with_bias(own, seen, position_bias, module, state, query)
-            if shared:
+            if shared and not torch.compiler.is_compiling():  # which shares what it can
                 mask.joined = bias
         plan = {"causal": False, "bias": bias}
     output = prefix_attention(

@@ -32,7 +32,7 @@ class PrefixedPast:
     def update(self, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         if self.past is not None:
             key, value = self.past.update(key, value, *args, **kwargs)
-        self.state.hits.add(self.slot)
+        self.state.hit(self.slot)
         pair = self.state.prefixes[self.slot]
         assert pair is not None
         out = []
@@ -101,7 +101,7 @@ def enter(
     if state is None:
         return kwargs
     if state.prefixes[slot] is None:
-        state.hits.add(slot)
+        state.hit(slot)
         return kwargs
     kwargs["layer_past"] = PrefixedPast(past, state, slot)
     own = kwargs.get("attention_mask")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,7 +28,10 @@ from .state import (
     push,
     restore,
     set_current,
+    traced_slots,
 )
+
+_numbers = itertools.count(1)
 
 
 class PrefixInjection:
@@ -65,10 +69,12 @@ class PrefixInjection:
         self.stack = found.stack
         self.layers = found.layers
         self.attentions = found.attentions
+        self._number = next(_numbers)
         self._model_name = type(model).__name__
         self._parameters = tuple(inspect.signature(found.stack.forward).parameters)
         self._blocks = found.family.block is not None
         self._handles: list[Any] = []
+        self._removed = False  # asked in place of the handles, which torch.compile cannot look at
         self._configs: list[Any] = []
         self._install()
 
@@ -107,6 +113,7 @@ class PrefixInjection:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self._number = next(_numbers)  # this process counts its own
         for config in self._configs:  # in another process its name is not registered yet
             original = attention.original_of(config._attn_implementation)
             if original is not None:
@@ -117,6 +124,7 @@ class PrefixInjection:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._removed = True
         for module in self.attentions:
             if hasattr(module, attention.SLOT):
                 delattr(module, attention.SLOT)
@@ -156,7 +164,7 @@ class PrefixInjection:
             restore(before)
 
     def _check(self, prefixes: list[Prefix | None], no_prefix: Tensor | None) -> None:
-        if not self._handles:
+        if self._removed:
             raise RuntimeError("this injection was removed from its model")
         if len(prefixes) != len(self.attentions):
             raise ValueError(
@@ -192,6 +200,8 @@ class PrefixInjection:
         cache = kwargs.get("past_key_values")
         past = 0 if cache is None else cache.get_seq_length()
         state = begin(entry, tokens.shape[0], self.num_virtual_tokens, past)
+        state.injection = self._number
+        state.checkpointed = self._checkpointed()
         wanted = kwargs.get("output_attentions")
         config = self.stack.config
         state.weights = bool(
@@ -208,13 +218,20 @@ class PrefixInjection:
         set_current(self, state)
         return (), kwargs
 
+    def _checkpointed(self) -> bool:
+        first: Any = self.layers[0]
+        return bool(getattr(first, "gradient_checkpointing", False) and first.training)
+
     def _after(self, stack: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         state: PrefixState | None = kwargs.get(attention.KEYWORD)
         if state is None:
             return
         set_current(self, None)
         dropped = getattr(stack, "layerdrop", 0.0) > 0.0 and stack.training
-        missed = [slot for slot in range(len(self.attentions)) if slot not in state.hits]
+        seen = state.hits
+        if state.checkpointed:
+            seen = seen.union(traced_slots(self._number))
+        missed = [slot for slot in range(len(self.attentions)) if slot not in seen]
         if missed and not dropped:
             raise RuntimeError(
                 f"{self._model_name} did not hand the prefix to the attention of layers {missed}: "
