@@ -1,24 +1,29 @@
-"""Attention over a prefix, of one layer: as HF PEFT has it done, and without concatenation."""
+"""Prefix tuning on a CPU: attention over a prefix of one layer, as HF PEFT has it done and without
+concatenation; and whole models, trained, checkpointed and decoding."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, LlamaForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from peftkern.ops.prefix_attention import prefix_attention
 
-from .measure import BARE, OURS, PEFT, Work, check_equal, kept_bytes
+from .llama import LIBRARIES, MEDIUM, adapt, tokens
+from .measure import BARE, OURS, PEFT, Work, allocated, check_equal, kept_bytes
 
 HEADS, D = 8, 64
 SCALE = D**-0.5
+VIRTUAL, PROMPT, NEW = 64, 16, 64  # tokens of the prefix, of a prompt, written by generate
+MOST_ADDED = 2e6  # bytes that a prefix may keep beyond the model without one
 
 
 def tensors(B: int, T: int, S: int, H_kv: int, P: int) -> list[Tensor]:
@@ -112,3 +117,121 @@ def test_decode(compare: Callable[..., Any], H_kv: int) -> None:
             rounds=21,
             note="8 heads of 64, no gradients; bare: without a prefix",
         )
+
+
+# ---- whole models -------------------------------------------------------------------------------
+
+
+@cache
+def models(H_kv: int) -> dict[str, Any]:
+    """A Llama without a prefix and, sharing its weights, with one prefix in both libraries."""
+    config = MEDIUM.config()
+    config.num_key_value_heads = H_kv
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(config).eval().requires_grad_(False)
+    found: dict[str, Any] = {BARE: base}
+    for name, library in LIBRARIES.items():
+        setting = {"task_type": "CAUSAL_LM", "num_virtual_tokens": VIRTUAL}
+        found[name] = adapt(library, base, library.PrefixTuningConfig(**setting))
+    with torch.no_grad():
+        prefix_of(found[OURS]).copy_(prefix_of(found[PEFT]))
+    return found
+
+
+def prefix_of(model: Any) -> Tensor:
+    return model.prompt_encoder["default"].embedding.weight
+
+
+def batch_for(name: str, embedded: Tensor, ids: Tensor) -> dict[str, Any]:
+    """The frozen model has nothing to train: its gradient is that of its embeddings."""
+    given = {"inputs_embeds": embedded} if name == BARE else {"input_ids": ids}
+    return {**given, "labels": ids, "use_cache": False}
+
+
+@pytest.mark.parametrize("H_kv", [8, 2], ids="kv{}".format)
+def test_model_step(compare: Callable[..., Any], count: Callable[..., Any], H_kv: int) -> None:
+    here = {name: model.train() for name, model in models(H_kv).items()}
+    ids = tokens(MEDIUM, 16, 256)
+    embedded = here[BARE].get_input_embeddings()(ids).requires_grad_()
+
+    def forward(name: str) -> Tensor:
+        return here[name](**batch_for(name, embedded, ids)).loss
+
+    def forget(name: str) -> tuple[()]:
+        embedded.grad = None
+        here[name].zero_grad()
+        return ()
+
+    def step(name: str) -> Tensor:
+        loss = forward(name)
+        loss.backward()
+        return loss.detach()
+
+    losses = {name: step(name) for name in (PEFT, OURS)}
+    check_equal("loss", losses[OURS], losses[PEFT])
+    ours, theirs = prefix_of(here[OURS]).grad, prefix_of(here[PEFT]).grad
+    assert ours is not None and theirs is not None and theirs.abs().max() > 0
+    check_equal("prefix", ours / theirs.abs().max(), theirs / theirs.abs().max(), 1e-4)
+
+    shape = f"{MEDIUM} 16x256, P={VIRTUAL}, {H_kv} kv heads"
+    held, peak = {}, {}
+    for name in here:
+        forget(name)
+        held[name] = float(allocated(partial(forward, name))[0])
+        forget(name)
+        peak[name] = float(allocated(partial(step, name))[1])
+    added = held[PEFT] - held[BARE]
+    count(
+        f"bytes held after forward, {shape}",
+        held,
+        kind="added",
+        target=MOST_ADDED / added,
+        note=f"beyond the model without a prefix: PEFT {added / 1e6:.1f} MB, peftkern "
+        f"{(held[OURS] - held[BARE]) / 1e6:.1f} MB (at most {MOST_ADDED / 1e6:.0f})",
+    )
+    count(f"peak of a step, {shape}", peak, note="beyond what was allocated before the step")
+
+    saved = {PEFT: peak[PEFT]}
+    for name in (BARE, OURS):
+        here[name].gradient_checkpointing_enable({"use_reentrant": False})
+        forget(name)
+        saved[name] = float(allocated(partial(step, name))[1])
+        if name == OURS:
+            check_equal("prefix", prefix_of(here[OURS]).grad / theirs.abs().max(),
+                        theirs / theirs.abs().max(), 1e-4)  # fmt: skip
+        here[name].gradient_checkpointing_disable()
+    count(
+        f"peak with gradient checkpointing, {shape}",
+        {name: saved[name] for name in (BARE, PEFT, OURS)},
+        target=0.35,
+        note="PEFT without it: it refuses gradient checkpointing with a prefix",
+    )
+    compare(
+        f"training step with a prefix, {shape}",
+        {name: Work(partial(step, name), partial(forget, name)) for name in here},
+        target=1.0,
+        rounds=7,
+        warmup=1,
+        note="bare: the gradient of the embeddings, without a prefix",
+    )
+
+
+@pytest.mark.parametrize("H_kv", [8, 2], ids="kv{}".format)
+def test_model_decode(compare: Callable[..., Any], H_kv: int) -> None:
+    here = {name: model.eval() for name, model in models(H_kv).items()}
+    ids = tokens(MEDIUM, 8, PROMPT)
+    greedy = {"max_new_tokens": NEW, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    works = {name: Work(partial(m.generate, input_ids=ids, **greedy)) for name, m in here.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        written = works[OURS].run()
+        assert written.shape == (8, PROMPT + NEW)
+        assert torch.equal(written, works[PEFT].run()), "the two generate different tokens"
+    compare(
+        f"decode {NEW} tokens with a prefix, {MEDIUM} batch 8, P={VIRTUAL}, {H_kv} kv heads",
+        works,
+        target=0.8,
+        rounds=9,
+        warmup=1,
+        note=f"prompt of {PROMPT}, KV cache, greedy; bare: the same model without a prefix",
+    )

@@ -100,8 +100,15 @@ def compare(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., Res
 def count(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., Result]:
     """Add a row of counted bytes to the table, and to ``extra_info`` of the test's timed row."""
 
-    def add(name: str, values: dict[str, float], *, note: str = "") -> Result:
-        result = Result(name, "B", values, note=note)
+    def add(
+        name: str,
+        values: dict[str, float],
+        *,
+        kind: Kind = "ratio",
+        target: float | None = None,
+        note: str = "",
+    ) -> Result:
+        result = Result(name, "B", values, kind=kind, target=target, note=note)
         request.config.stash[_RESULTS].append(result)
         benchmark.extra_info.setdefault("bytes", {})[name] = values
         return result

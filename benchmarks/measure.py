@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 BARE, PEFT, OURS = "bare", "PEFT", "peftkern"
 PROVIDERS = (BARE, PEFT, OURS)
@@ -213,3 +214,20 @@ def kept_bytes(forward: Callable[[], Tensor], weights: list[Tensor]) -> int:
     total = sum(storage.nbytes() for storage in kept.values())
     del out
     return total
+
+
+def allocated(run: Callable[[], Any]) -> tuple[int, int]:
+    """Bytes on the CPU that ``run`` leaves allocated while what it returned is alive, and the most
+    that it had at once, both beyond what was there before: counted from the allocator's own events,
+    memory within operators included."""
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        out = run()
+    events = profiled.profiler.kineto_results.events()  # type: ignore[union-attr]
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    now = most = 0
+    for _, change in changes:
+        now += change
+        most = max(most, now)
+    del out
+    return now, most

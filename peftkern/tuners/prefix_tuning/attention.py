@@ -89,7 +89,7 @@ def attention(
             attention_mask = attention_mask.unprefixed()
         run = _implementation(original, module)
         return run(module, query, key, value, attention_mask, *args, **kwargs)
-    state.hits.add(slot)
+    state.hit(slot)
     return _with_prefix(module, query, key, value, attention_mask, state, slot, **kwargs)
 
 
@@ -146,7 +146,7 @@ def _with_prefix(
             reach = None if apart else window
             seen = prefix_visible(state.virtual, T, past, reach, positions, causal, query.device)
             bias = _with_bias(own, seen, position_bias, module, state, query)
-            if shared is not None:
+            if shared is not None and not torch.compiler.is_compiling():  # which shares by itself
                 shared.joined = bias
         plan = {"causal": False, "bias": bias}
     output = prefix_attention(

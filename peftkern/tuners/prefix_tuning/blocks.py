@@ -34,7 +34,7 @@ class PrefixedPast:
     def update(self, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         if self.past is not None:
             key, value = self.past.update(key, value, *args, **kwargs)
-        self.state.hits.add(self.slot)
+        self.state.hit(self.slot)
         prefix_key, prefix_value = self.state.pair(self.slot, key, value)
         B = key.shape[0]
         return (

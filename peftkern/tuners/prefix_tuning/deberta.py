@@ -78,7 +78,7 @@ def _forward(
     if query_states is not None:
         raise ValueError("a prefix is for layers that attend to their own hidden states")
     state = relative_pos.state
-    state.hits.add(relative_pos.slot)
+    state.hit(relative_pos.slot)
     query, key, value = _heads(attention, hidden_states)
     prefix_key, prefix_value = state.pair(relative_pos.slot, key, value)
     scale = 1 / math.sqrt(query.shape[-1] * _terms(attention))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,7 +29,10 @@ from .state import (
     push,
     restore,
     set_current,
+    traced_slots,
 )
+
+_numbers = itertools.count(1)
 
 
 class PrefixInjection:
@@ -67,10 +71,12 @@ class PrefixInjection:
         self.stack = found.stack
         self.layers = found.layers
         self.attentions = found.attentions
+        self._number = next(_numbers)
         self._model_name = type(model).__name__
         self._parameters = tuple(inspect.signature(found.stack.forward).parameters)
         self._blocks = found.family.block is not None
         self._handles: list[Any] = []
+        self._removed = False  # asked in place of the handles, which torch.compile cannot look at
         self.configs: list[Any] = []
         self.allow(num_virtual_tokens, always_visible)
         self._install()
@@ -128,6 +134,7 @@ class PrefixInjection:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self._number = next(_numbers)  # this process counts its own
         for config in self.configs:  # in another process its name is not registered yet
             original = attention.original_of(config._attn_implementation)
             if original is not None:
@@ -138,6 +145,7 @@ class PrefixInjection:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._removed = True
         for module in self.attentions:
             if hasattr(module, attention.SLOT):
                 delattr(module, attention.SLOT)
@@ -187,7 +195,7 @@ class PrefixInjection:
             restore(before)
 
     def _check(self, prefixes: list[Prefix | None], no_prefix: Tensor | None) -> None:
-        if not self._handles:
+        if self._removed:
             raise RuntimeError("this injection was removed from its model")
         if len(prefixes) != len(self.attentions):
             raise ValueError(
@@ -230,6 +238,8 @@ class PrefixInjection:
         P = next((pair[0].shape[-2] for pair in entry.prefixes if pair is not None), 0)
         state = begin(entry, tokens.shape[0], P, past)
         state.always_visible = entry.always_visible
+        state.injection = self._number
+        state.checkpointed = self._checkpointed()
         wanted = kwargs.get("output_attentions")
         config = self.stack.config
         state.weights = bool(
@@ -252,13 +262,20 @@ class PrefixInjection:
         set_current(self, state)
         return (), kwargs
 
+    def _checkpointed(self) -> bool:
+        first: Any = self.layers[0]
+        return bool(getattr(first, "gradient_checkpointing", False) and first.training)
+
     def _after(self, stack: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         state: PrefixState | None = kwargs.get(attention.KEYWORD)
         if state is None:
             return
         set_current(self, None)
         dropped = getattr(stack, "layerdrop", 0.0) > 0.0 and stack.training
-        missed = [slot for slot in range(len(self.attentions)) if slot not in state.hits]
+        seen = state.hits
+        if state.checkpointed:
+            seen = seen.union(traced_slots(self._number))
+        missed = [slot for slot in range(len(self.attentions)) if slot not in seen]
         if missed and not dropped:
             raise RuntimeError(
                 f"{self._model_name} did not hand the prefix to the attention of layers {missed}: "

@@ -83,6 +83,8 @@ class MaskSpec:
 
     def keep(self) -> Tensor | None:
         """[B, S], False on padding; None when there is none (not looked at under tracing)."""
+        if torch.compiler.is_compiling():  # nothing may be kept from within a checkpoint
+            return self._padding()
         if self._keep is None:  # asked by every layer, and looking costs a GPU a stop
             self._keep = (self._padding(),)
         return self._keep[0]
@@ -99,23 +101,28 @@ class MaskSpec:
 
     def visible(self) -> Tensor:
         """bool [B, 1, T, S], the own part."""
+        if torch.compiler.is_compiling():
+            return self._own_part()
         if self._visible is None:
-            arguments = {
-                **self.arguments,
-                "allow_is_causal_skip": False,
-                "allow_is_bidirectional_skip": False,
-            }
-            self._visible = masking_utils.sdpa_mask(**arguments)
+            self._visible = self._own_part()
         return self._visible
+
+    def _own_part(self) -> Tensor:
+        skips = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+        return masking_utils.sdpa_mask(**{**self.arguments, **skips})
 
     def unprefixed(self) -> Any:
         """What the model's own implementation would have been given."""
+        if torch.compiler.is_compiling():
+            return self._of_original()
         if self._unprefixed is None:
-            function = ALL_MASK_ATTENTION_FUNCTIONS._global_mapping.get(self.original)
-            # an implementation without a mask function takes none, as in transformers
-            mask = None if function is None else function(**self.arguments)
-            self._unprefixed = (mask,)
+            self._unprefixed = (self._of_original(),)
         return self._unprefixed[0]
+
+    def _of_original(self) -> Any:
+        function = ALL_MASK_ATTENTION_FUNCTIONS._global_mapping.get(self.original)
+        # an implementation without a mask function takes none, as in transformers
+        return None if function is None else function(**self.arguments)
 
 
 def prefix_mask(original: str, *args: Any, **arguments: Any) -> MaskSpec:

@@ -57,6 +57,15 @@ class PrefixState:
     alibi: Tensor | None = None  # Falcon: [B * H, 1, P + S]
     collected: tuple[list[Tensor], list[Tensor]] | None = None  # leaves and what they stand for
     hits: set[int] = field(default_factory=set)  # slots that have seen their prefix, or have none
+    injection: int = 0  # its number
+    checkpointed: bool = False  # whether layers run within checkpoints
+
+    def hit(self, slot: int) -> None:
+        """Notes that the attention of this slot has seen its prefix."""
+        if self.checkpointed and torch.compiler.is_compiling():
+            _hit_in_trace(self.injection, slot)
+        else:
+            self.hits.add(slot)
 
     @property
     def offset(self) -> int | Tensor:
@@ -82,6 +91,24 @@ class PrefixState:
                 )
             out.append(prefix.to(device=own.device, dtype=own.dtype))
         return out[0], out[1]
+
+
+# {number of an injection: slots seen by a compiler}. torch.compile refuses to change what lives
+# outside a checkpoint from within, so there a hit is noted once, while the layer is traced: what
+# was compiled hands over the prefix at every call, or at none.
+_traced: dict[int, set[int]] = {}
+
+
+@torch.compiler.assume_constant_result
+def _hit_in_trace(injection: int, slot: int) -> int:
+    _traced.setdefault(injection, set()).add(slot)
+    return slot
+
+
+@torch.compiler.assume_constant_result
+def traced_slots(injection: int) -> tuple[int, ...]:
+    """The slots that have seen their prefix while a compiler traced them in a checkpoint."""
+    return tuple(sorted(_traced.get(injection, ())))
 
 
 def active_in(owner: Any) -> ActivePrefix | None:
