@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from .constants import (
+    CONFIG_NAME,
+    EMBEDDING_LAYER_NAMES,
+    INCLUDE_LINEAR_LAYERS_SHORTHAND,
+    SAFETENSORS_WEIGHTS_NAME,
+    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+    TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING,
+    WEIGHTS_NAME,
+    bloom_model_postprocess_past_key_value,
+)
 from .mixed import HERE, hand_over
 from .module_tree import batch_size as _get_batch_size
 from .module_tree import freeze_adapter as _freeze_adapter
@@ -32,7 +43,14 @@ from .preparing import (
 )
 
 __all__ = [
+    "CONFIG_NAME",
     "CONTAINERS",
+    "EMBEDDING_LAYER_NAMES",
+    "INCLUDE_LINEAR_LAYERS_SHORTHAND",
+    "SAFETENSORS_WEIGHTS_NAME",
+    "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING",
+    "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING",
+    "WEIGHTS_NAME",
     "AuxiliaryTrainingWrapper",
     "ModulesToSaveWrapper",
     "_freeze_adapter",
@@ -43,6 +61,7 @@ __all__ = [
     "_is_valid_match",
     "_set_adapter",
     "_set_layer_requires_grad",
+    "bloom_model_postprocess_past_key_value",
     "cast_mixed_precision_params",
     "find_modules_to_save",
     "get_pattern_key",
@@ -61,6 +80,12 @@ __all__ = [
 CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
 # modules that are known to map each row of a batch to one row
 ROW_WISE = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "fsdp_auto_wrap_policy":  # of a floor above
+        return getattr(importlib.import_module("peftkern.fsdp"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def infer_device() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from types import MethodType
 from typing import Any
 
@@ -301,3 +302,22 @@ def _dtypes_fit(x: Tensor, dtype: torch.dtype, low: torch.dtype, low_b: torch.dt
     if x.dtype == dtype:
         return low == dtype or low == torch.float32
     return autocast.is_on(x) and x.dtype != torch.float64
+
+
+# other kinds of layers, at HF PEFT's address; they need this file
+_ELSEWHERE = {
+    "Conv1d": ".conv",
+    "Conv2d": ".conv",
+    "Conv3d": ".conv",
+    "Embedding": ".embedding",
+    "LoraVariant": ".variant",
+    "MultiheadAttention": ".attention",
+    "ParamWrapper": ".parameter",
+    "_ConvNd": ".conv",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ELSEWHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_ELSEWHERE[name], __package__), name)
