@@ -313,6 +313,8 @@ _ELSEWHERE = {
     "LoraVariant": ".variant",
     "MultiheadAttention": ".attention",
     "ParamWrapper": ".parameter",
+    "_LoraFactorsProxy": ".parameter",
+    "_LoraParameterProxy": ".parameter",
     "_ConvNd": ".conv",
 }
 

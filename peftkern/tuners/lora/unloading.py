@@ -133,6 +133,8 @@ class ModelMerging:
                     if safe_merge and names:
                         layer._merged(names, True)
                 plan[layer] = names
+            else:  # merged when it is taken out
+                layer._check_mergeable(adapter_names, safe_merge)
         done: list[Any] = []
         try:
             for layer, names in tqdm(
