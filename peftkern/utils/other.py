@@ -84,10 +84,17 @@ CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
 ROW_WISE = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
+# of floors above this one; they come when they are asked for
+_ABOVE = {
+    "TrainableTokensWrapper": "peftkern.tuners.trainable_tokens",
+    "fsdp_auto_wrap_policy": "peftkern.fsdp",
+}
+
+
 def __getattr__(name: str) -> Any:
-    if name == "fsdp_auto_wrap_policy":  # of a floor above
-        return getattr(importlib.import_module("peftkern.fsdp"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _ABOVE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_ABOVE[name]), name)
 
 
 def infer_device() -> str:
