@@ -24,6 +24,12 @@ EMBEDDING_LAYER_NAMES = ("embed_tokens", "lm_head")
 # attribute names under which transformers keeps a sequence classification head
 SEQ_CLS_HEAD_NAMES = ("score", "classifier")
 
+# float dtypes that adapters are never kept in, where torch has them
+UPCAST_DTYPES = tuple(
+    f"float8_{kind}" for kind in ("e4m3fn", "e4m3fnuz", "e5m2", "e5m2fnuz", "e8m0fnu")
+)
+ALLOWED_COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
 # Default LoRA targets by `config.model_type`, grouped by the projections they share.
 _LORA_TARGETS: dict[tuple[str, ...], str] = {
     ("q", "v"): "t5 mt5",
