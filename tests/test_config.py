@@ -108,7 +108,6 @@ UNSUPPORTED = {
     "trainable_token_indices": [0, 1],
     "layer_replication": [(0, 2)],
     "target_parameters": ["mlp.weight"],
-    "alora_invocation_tokens": [5],
     "use_qalora": True,
     "loftq_config": {"loftq_bits": 4},
     "megatron_config": {"tensor_model_parallel_size": 1},
