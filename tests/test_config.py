@@ -105,7 +105,6 @@ OLD_JSON = {
 
 UNSUPPORTED = {
     "init_lora_weights": "pissa",
-    "alora_invocation_tokens": [5],
     "use_qalora": True,
     "loftq_config": {"loftq_bits": 4},
     "megatron_config": {"tensor_model_parallel_size": 1},
