@@ -177,7 +177,8 @@ class Linear(nn.Module, LoraLayer):
             or not _dtypes_fit(x, base.weight.dtype, a.weight.dtype, b.weight.dtype)
         ):
             return None
-        B, scale = b.weight, self.scaling[name]
+        scale: Any = self.scaling[name]
+        B = b.weight
         if isinstance(scale, Tensor):  # the operation takes a number
             B, scale = B * scale, 1.0
         return base.weight, base.bias, a.weight, B, scale, p, weight_layout(base.__class__)
@@ -249,7 +250,7 @@ class Linear(nn.Module, LoraLayer):
             return f"several adapters are active: {', '.join(self.active_adapters)}"
         if (of_variant := self._variant_reason()) is not None:
             return of_variant
-        if isinstance(self.scaling[active[0]], Tensor):
+        if torch.is_tensor(self.scaling[active[0]]):
             return self.product_reason(active[0]) or SCALING_IS_A_TENSOR
         return self.product_reason(active[0])
 
