@@ -192,9 +192,9 @@ class Weighted:
             rank_pattern={},
             modules_to_save=list(dict.fromkeys(saved)) or None,
             lora_bias=any(self.peft_config[name].lora_bias for name in adapters),
-            # an initialisation that is overwritten must not change the base weights for itself
-            init_lora_weights=True,
         )
+        # an initialisation that is overwritten must not change the base weights for itself
+        config.init_lora_weights = True
         self._make_from(config, adapter_name, adapters, weights, recipe)
         config.init_lora_weights = first.init_lora_weights
 
