@@ -96,23 +96,24 @@ def _settle(model: nn.Module, args: Any) -> None:
     settle(model)
 
 
-def _hf_loaded() -> bool:
-    return "peft.tuners.lora" in sys.modules
-
-
 def hf_module() -> ModuleType:
-    """What knows HF PEFT's layers. For a process that has imported HF PEFT."""
+    """What knows HF PEFT's layers; for a model that has some."""
     from .tuners.lora import hf_layer
 
     return hf_layer
 
 
 def hf_layers(model: nn.Module) -> dict[str, Any]:
-    """{name: LoRA layer of HF PEFT, fused or not}. Whoever has one has imported HF PEFT."""
-    if not _hf_loaded():
+    """{name: LoRA layer of HF PEFT, fused or not}. Whoever has one has imported HF PEFT, so nothing
+    is imported to find out."""
+    kind = getattr(sys.modules.get("peft.tuners.lora"), "LoraLayer", None)
+    if not isinstance(kind, type):
         return {}
-    is_one = hf_module().is_hf_layer
-    return {name: m for name, m in model.named_modules() if is_one(m)}
+    return {
+        name: m
+        for name, m in model.named_modules()
+        if isinstance(m, kind) and not isinstance(m, LoraLayer)
+    }
 
 
 def _is_ours(model: nn.Module) -> bool:

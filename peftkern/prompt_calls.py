@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -259,24 +260,50 @@ def _check_cache(base: Any, kwargs: dict[str, Any]) -> None:
         )
 
 
+class _Here(threading.local):
+    # {id of a transformers model: what prepares its steps of generation} in this thread
+    prepare: dict[int, Callable[..., dict[str, Any]]] = {}
+
+
+_here = _Here()
+_installing = threading.Lock()
+
+
 @contextmanager
 def _prepared_by(model: Any, rows: list[str] | None) -> Iterator[None]:
-    """Within the block the transformers model prepares its steps with the prompts."""
+    """Within the block the transformers model prepares this thread's steps with the prompts."""
     base = innermost(model)
-    own = base.__dict__.get("prepare_inputs_for_generation")
-
-    @functools.wraps(model.base_model_prepare_inputs_for_generation)  # generate() reads its names
-    def prepare(*args: Any, **kwargs: Any) -> dict[str, Any]:
-        return prepare_step(model, rows, args, kwargs)
-
-    base.prepare_inputs_for_generation = prepare
+    was = _here.prepare
+    _here.prepare = {**was, id(base): lambda *a, **k: prepare_step(model, rows, a, k)}
+    with _installing:
+        found = base.__dict__.get("prepare_inputs_for_generation")
+        if not hasattr(found, "threads_inside"):
+            base.prepare_inputs_for_generation = found = _by_thread(model, base, found)
+        found.threads_inside += 1
     try:
         yield
     finally:
-        if own is None:
-            del base.prepare_inputs_for_generation
-        else:
-            base.prepare_inputs_for_generation = own
+        _here.prepare = was
+        with _installing:
+            found.threads_inside -= 1
+            if not found.threads_inside:
+                del base.prepare_inputs_for_generation
+                if found.own is not None:
+                    base.prepare_inputs_for_generation = found.own
+
+
+def _by_thread(model: Any, base: Any, own: Any) -> Any:
+    """What stands in for ``prepare_inputs_for_generation`` of ``base`` while any thread generates
+    with prompts; ``own`` is what it had in its place, if anything."""
+    original = model.base_model_prepare_inputs_for_generation
+
+    @functools.wraps(original)  # generate() reads its names
+    def prepare(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        return _here.prepare.get(id(base), original)(*args, **kwargs)
+
+    prepare.threads_inside = 0  # type: ignore[attr-defined]
+    prepare.own = own  # type: ignore[attr-defined]
+    return prepare
 
 
 def prepare_step(

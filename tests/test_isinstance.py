@@ -107,6 +107,13 @@ def test_without_hf_peft(tmp_path):
         assert torch.equal(twin(ids).logits, model(ids).logits)
     torch.save(model(ids).logits, "logits.pt")
     assert len(peftkern.explain(model)) == 4 and sys.modules["peft"] is None
+    assert peftkern.fuse(model) is model and peftkern.FuseCallback()
+    try:
+        peftkern.fuse(base())
+    except ValueError as e:
+        assert "must hold LoRA layers of HF PEFT" in str(e)
+    else:
+        raise AssertionError("a model without adapters was fused")
     """
     run(code, ["peft"])
     theirs = peft.PeftModel.from_pretrained(make("llama"), tmp_path / "adapter")

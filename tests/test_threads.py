@@ -105,6 +105,29 @@ def _block(model):
     return next(n for n, _ in model.base_model.named_modules() if n.endswith(BLOCKS["llama"]))
 
 
+@pytest.mark.parametrize("kind", ["prefix", "prompt"])
+def test_generation(kind):
+    """Some threads generate with the names of their rows, and one calls the base model."""
+    model = peftkern.get_peft_model(make("llama"), KINDS[kind]("CAUSAL_LM"))
+    for name in ("a", "b"):
+        model.add_adapter(name, KINDS[kind]("CAUSAL_LM"))
+    randomize(model)
+    ids = inputs("llama")["input_ids"]
+    names = [["a", "b", "default"], ["b", "b", "a"], None, ["a"] * 3, "base",
+             ["b", "default", "a"], ["default", "a", "a"], ["b", "a", "a"]]  # fmt: skip
+
+    def call(given):
+        settings = {"max_new_tokens": 3, "do_sample": False, "output_logits": True}
+        settings["return_dict_in_generate"] = True
+        called = model.base_model if given == "base" else model
+        if isinstance(given, list):
+            settings["adapter_names"] = given
+        return torch.stack(called.generate(input_ids=ids, **settings).logits)
+
+    assert_as_alone(model.base_model, _block(model), [lambda g=g: call(g) for g in names])
+    assert "prepare_inputs_for_generation" not in model.base_model.__dict__
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_prefixes_of_different_lengths(family):
     """An adapter's hooks serve all lengths: they are not put on anew under another thread."""

@@ -61,7 +61,7 @@ REENTRANT = {"activation_checkpointing_kwargs": {"use_reentrant": True}}
         ("fused", torch.float32, {}, 2e-4),
         ("fused", torch.float32, {"activation_checkpointing": True}, 2e-4),
         ("peftkern", torch.float32, {"activation_checkpointing": True, **REENTRANT}, 2e-4),
-        ("fused", torch.float32, {"bf16": True}, 2e-2),  # autocast
+        pytest.param("fused", torch.float32, {"bf16": True}, 2e-2, marks=pytest.mark.slow),
         ("peftkern", torch.bfloat16, {"gradient_accumulation_steps": 2}, 2e-2),
     ],
     ids=["plain-peftkern", "plain-fused", "checkpointing", "reentrant", "autocast", "bfloat16"],
@@ -142,7 +142,9 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("kind", OTHERS)
+@pytest.mark.parametrize(
+    "kind", ["two adapters", "prefix", pytest.param("prompt", marks=pytest.mark.slow)]
+)
 def test_other_adapters_resume_and_give_the_best_model_back(kind, tmp_path):
     settings = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True,
                 "metric_for_best_model": "eval_loss", "greater_is_better": True}  # fmt: skip

@@ -70,8 +70,9 @@ def by(door, out, **arguments):
         ("a peftkern model", "HF PEFT's model", {}, 2e-4),
         ("peft_config, fused", "peft_config", {}, 2e-4),
         ("peft_config, fused", "peft_config", {"activation_checkpointing": True}, 2e-4),
-        ("a peftkern model", "HF PEFT's model",
-         {"dtype": torch.bfloat16, "bf16": True, "packing": True}, 2e-2),
+        pytest.param("a peftkern model", "HF PEFT's model",
+                     {"dtype": torch.bfloat16, "bf16": True, "packing": True}, 2e-2,
+                     marks=pytest.mark.slow),
     ],
     ids=["door 1", "door 2", "checkpointing", "bfloat16"],
 )  # fmt: skip

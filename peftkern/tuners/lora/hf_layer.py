@@ -14,8 +14,7 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import Linear as HFLinear
-from peft.tuners.lora import LoraLayer as HFLoraLayer
-from torch import Tensor, nn
+from torch import Tensor
 from torch.compiler import is_compiling
 
 from .base import LoraLayer
@@ -98,11 +97,6 @@ class _Names(threading.local):
 
 
 _names = _Names()
-
-
-def is_hf_layer(module: nn.Module) -> bool:
-    """Whether it is a LoRA layer of HF PEFT, fused or not."""
-    return isinstance(module, HFLoraLayer)
 
 
 def why_not(layer: Any) -> str | None:
