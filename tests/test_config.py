@@ -104,19 +104,14 @@ OLD_JSON = {
 }
 
 UNSUPPORTED = {
-    "init_lora_weights": "pissa",
     "trainable_token_indices": [0, 1],
     "layer_replication": [(0, 2)],
     "target_parameters": ["mlp.weight"],
     "alora_invocation_tokens": [5],
     "use_qalora": True,
-    "loftq_config": {"loftq_bits": 4},
     "megatron_config": {"tensor_model_parallel_size": 1},
     "ensure_weight_tying": True,
     "use_bdlora": True,
-    "eva_config": {"rho": 2.0},
-    "corda_config": {"corda_method": "ipm"},
-    "lora_ga_config": {"direction": "ArBr"},
     "arrow_config": {"top_k": 1},
     "velora_config": {"x": 1},
     "monteclora_config": {"x": 1},

@@ -210,7 +210,7 @@ class LoraModel(ModelMerging, Weighted, Starts, BaseTuner):
         except BaseException:
             for layer in self.adapter_layers():
                 layer.delete_adapter(adapter_name)
-            self._take_out()
+            self._take_out(only_empty=True)
             for parameter, flag in flags:
                 parameter.requires_grad_(flag)
             raise
@@ -282,13 +282,13 @@ class LoraModel(ModelMerging, Weighted, Starts, BaseTuner):
 
     # ---------------------------------------------------------------- taking them out
 
-    def _take_out(self) -> None:
-        """Put the original modules back where no adapter is left."""
+    def _take_out(self, only_empty: bool = False) -> None:
+        """Put the original modules back: all, or only where no adapter is left."""
         # inner ones first, as long as their names lead to them
         for name, module in reversed(list(self.model.named_modules())):
             if not isinstance(module, (LoraLayer, ModulesToSaveWrapper)):
                 continue
-            if module._get_available_adapters():
+            if only_empty and module._get_available_adapters():
                 continue
             original = (
                 module.base_layer if isinstance(module, LoraLayer) else module.original_module

@@ -316,7 +316,7 @@ class Weighted:
             self._fill_saved(adapter_name, adapters)
         except BaseException:
             tuner.delete_adapter(adapter_name)
-            tuner._take_out()
+            tuner._take_out(only_empty=True)
             raise
         for layer in self._lora_layers():
             layer.set_requires_grad(adapter_name, False)

@@ -11,12 +11,12 @@ import torch
 
 from ..config import LoraConfig
 from ..corda import check_eigens, corda
-from ..loraga import lora_ga
+from ..loraga import GRADIENT, lora_ga
 from .decomposed import olora, orthogonal, pissa
 from .loftq import check_settings, loftq
 from .residual import HALF_OR_SINGLE, Start, collect, note, stored
 
-__all__ = ["check", "collect", "start"]
+__all__ = ["check", "collect", "drawn_as", "start"]
 
 # name -> (layer, adapter, config) -> Start, or None to start plainly
 METHODS: dict[str, Callable[[Any, str, LoraConfig], Start | None]] = {
@@ -60,6 +60,14 @@ def method_of(config: LoraConfig) -> str | None:
     return init
 
 
+def drawn_as(layer: Any, config: LoraConfig) -> bool | str:
+    """What to draw before :func:`start`: ``init_name``, or True for LoRA-GA without a gradient."""
+    name = config.init_name
+    if name == "lora_ga" and not hasattr(layer.get_base_layer(), GRADIENT):
+        return True
+    return name
+
+
 def check(key: str, base: Any, r: int, config: LoraConfig) -> None:
     """Raise for what :func:`start` cannot do with the layer ``base`` at ``key``, before anything is
     changed.
@@ -88,7 +96,7 @@ def check(key: str, base: Any, r: int, config: LoraConfig) -> None:
     weight = base.weight
     if name in WRONG_DTYPE and weight.dtype not in HALF_OR_SINGLE:
         raise TypeError(WRONG_DTYPE[name].format(dtype=weight.dtype))
-    if name == "lora_ga" and not hasattr(base, "_peft_loraga_grad"):
+    if name == "lora_ga" and not hasattr(base, GRADIENT):
         return  # no gradient, as when an adapter is loaded: a plain start
     if weight.is_meta:
         raise ValueError(
