@@ -277,8 +277,7 @@ def test_unsupported_settings_are_refused_and_nothing_is_touched(key):
 
 def test_one_error_names_all_that_is_unsupported():
     names = {
-        k: UNSUPPORTED[k]
-        for k in ("arrow_config", "kasa_config", "megatron_config", "use_qalora")
+        k: UNSUPPORTED[k] for k in ("arrow_config", "kasa_config", "megatron_config", "use_qalora")
     }
     with pytest.raises(NotImplementedError) as error:
         get_peft_model(make("llama"), LoraConfig(**names))

@@ -63,6 +63,7 @@ STARTS = {
     "pissa_dora": (["a", "b"], {"init_lora_weights": "pissa", "use_dora": True}),
     "pissa_rank_of_w": (["a", "b"], {"init_lora_weights": "pissa", "r": 30}),
     "olora": (["a", "b"], {"init_lora_weights": "OLoRA"}),
+    "mica": (["a", "b", "c", "emb"], {"init_lora_weights": "MiCA"}),
     "lora_ga_without_gradient": (["a", "emb", "conv"], {"init_lora_weights": "lora_ga"}),
 }
 
@@ -78,13 +79,15 @@ def test_one_seed_gives_peft_s_numbers(name, dtype):
     eps = 2e-2 if "dora" in name and dtype == torch.bfloat16 else 1e-6
     for key, value in theirs.items():
         assert ours[key].dtype == value.dtype, key
-        if name.startswith("pissa_"):
+        if name.startswith("pissa_") or (name == "mica" and ".emb." in key):
             torch.testing.assert_close(ours[key], value, atol=eps, rtol=eps, msg=key)
         else:
             assert torch.equal(ours[key], value), key
 
 
-@pytest.mark.parametrize("name", ["pissa", "pissa_niter", "olora", "orthogonal", "pissa_dora"])
+@pytest.mark.parametrize(
+    "name", ["pissa", "pissa_niter", "olora", "orthogonal", "pissa_dora", "mica"]
+)
 def test_a_start_leaves_the_outputs(name):
     targets, settings = STARTS[name]
     base, x = make(), torch.randn(5, 12)
@@ -93,7 +96,7 @@ def test_a_start_leaves_the_outputs(name):
     )
     torch.testing.assert_close(model(x), base(x))
     changed = not torch.equal(model.base_model.model.a.base_layer.weight, base.a.weight)
-    assert changed == (name != "orthogonal")
+    assert changed == (name not in ("orthogonal", "mica"))
 
 
 @pytest.mark.parametrize("low", [False, True])
@@ -132,6 +135,17 @@ REFUSED = {
     ),
     "unknown": ({"init_lora_weights": "foo"}, ValueError, "Unknown init.*'foo'"),
     "conv": ({"init_lora_weights": "pissa", "t": ["a", "conv"]}, ValueError, "Unknown init"),
+    "mica_dora": (
+        {"init_lora_weights": "mica", "use_dora": True},
+        ValueError,
+        "'mica', 'use_dora'",
+    ),
+    "mica_conv": ({"init_lora_weights": "mica", "t": ["a", "conv"]}, ValueError, "'mica',"),
+    "mica_rank": (
+        {"init_lora_weights": "mica", "rank_pattern": {"b": 11}},
+        ValueError,
+        "max usable",
+    ),
     "corda": ({"init_lora_weights": "corda"}, ValueError, "`eigens` attribute not found"),
     "embedding_bias": ({"lora_bias": True, "t": ["a", "emb"]}, ValueError, "for Embedding"),
     "bias": ({"bias": "some"}, NotImplementedError, "Requested bias: some"),
@@ -196,6 +210,39 @@ def test_an_interrupted_start_gives_the_weights_back(where, monkeypatch):
     if where == "before":
         assert torch.equal(weights[0], old[0])
     torch.testing.assert_close(weights[0].detach(), old[0], atol=1e-6, rtol=1e-6)
+
+
+def trained(model):
+    return sorted(n for n, p in model.named_parameters() if p.requires_grad)
+
+
+def test_mica_s_b_never_trains(tmp_path):
+    found = []
+    for lib in LIBS:
+        config = lib.LoraConfig(r=2, target_modules=["a", "emb"], init_lora_weights="mica")
+        model = lib.get_peft_model(make(), config)
+        seen = [trained(model)]
+        model.add_adapter("b", lib.LoraConfig(r=2, target_modules=["a"], init_lora_weights="mica"))
+        for name in ("b", "default"):
+            model.set_adapter(name)
+            seen.append(trained(model))
+        with model.disable_adapter():
+            seen.append(trained(model))
+        model.set_requires_grad("b")
+        seen.append(trained(model))
+        model.delete_adapter("b")
+        model.add_adapter("b", lib.LoraConfig(r=2, target_modules=["a"]))
+        model.set_adapter("b")
+        seen.append(trained(model))
+        model.set_adapter("default")
+        model.save_pretrained(tmp_path)
+        loaded = peftkern.PeftModel.from_pretrained(
+            make(), tmp_path, is_trainable=True, low_cpu_mem_usage=True
+        )
+        seen.append(trained(loaded))
+        found.append(seen)
+    assert found[0] == found[1]
+    assert not any(".lora_B." in n for n in found[0][0])
 
 
 # ---------------------------------------------------------------- LoftQ
