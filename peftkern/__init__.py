@@ -39,9 +39,12 @@ if TYPE_CHECKING:
     from .mapping import get_peft_config as get_peft_config
     from .mapping import get_peft_model as get_peft_model
     from .mapping import inject_adapter_in_model as inject_adapter_in_model
+    from .mixed_model import PeftMixedModel as PeftMixedModel
     from .ops.backend import use_backend as use_backend
     from .ops.lora import lora_linear as lora_linear
     from .peft_model import PeftModel as PeftModel
+    from .status import get_layer_status as get_layer_status
+    from .status import get_model_status as get_model_status
     from .tasks import (
         PeftModelForCausalLM as PeftModelForCausalLM,
     )
@@ -71,8 +74,18 @@ if TYPE_CHECKING:
     from .tuners.prefix_tuning import PrefixTuningConfig as PrefixTuningConfig
     from .tuners.prompt_tuning import PromptEmbedding as PromptEmbedding
     from .tuners.prompt_tuning import PromptTuningConfig as PromptTuningConfig
+    from .utils.error import NoMatchingPeftModuleError as NoMatchingPeftModuleError
+    from .utils.error import PeftError as PeftError
     from .utils.peft_types import PeftType as PeftType
     from .utils.peft_types import TaskType as TaskType
+    from .utils.preparing import cast_mixed_precision_params as cast_mixed_precision_params
+    from .utils.preparing import (
+        prepare_model_for_kbit_training as prepare_model_for_kbit_training,
+    )
+    from .utils.preparing import shift_tokens_right as shift_tokens_right
+    from .utils.save_and_load import (
+        get_base_model_state_dict as get_base_model_state_dict,
+    )
     from .utils.save_and_load import (
         get_peft_model_state_dict as get_peft_model_state_dict,
     )
@@ -80,8 +93,12 @@ if TYPE_CHECKING:
         load_peft_weights as load_peft_weights,
     )
     from .utils.save_and_load import (
+        set_base_model_state_dict as set_base_model_state_dict,
+    )
+    from .utils.save_and_load import (
         set_peft_model_state_dict as set_peft_model_state_dict,
     )
+    from .utils.warning import PeftWarning as PeftWarning
 
 _WHERE = {
     ".auto": (
@@ -93,8 +110,9 @@ _WHERE = {
     ".explain": "explain",
     ".mapping": (
         "get_peft_config get_peft_model inject_adapter_in_model PEFT_TYPE_TO_CONFIG_MAPPING "
-        "PEFT_TYPE_TO_TUNER_MAPPING PEFT_TYPE_TO_PREFIX_MAPPING"
+        "PEFT_TYPE_TO_TUNER_MAPPING PEFT_TYPE_TO_PREFIX_MAPPING PEFT_TYPE_TO_MIXED_MODEL_MAPPING"
     ),
+    ".mixed_model": "PeftMixedModel",
     ".ops.backend": "use_backend",
     ".ops.lora": "lora_linear",
     ".peft_model": "PeftModel",
@@ -111,12 +129,24 @@ _WHERE = {
     ".tuners.p_tuning": "PromptEncoder PromptEncoderConfig PromptEncoderReparameterizationType",
     ".tuners.prefix_tuning": "PrefixEncoder PrefixTuningConfig",
     ".tuners.prompt_tuning": "PromptEmbedding PromptTuningConfig PromptTuningInit",
-    ".utils.constants": "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING",
+    ".status": "get_layer_status get_model_status",
+    ".utils.constants": (
+        "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING "
+        "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING "
+        "bloom_model_postprocess_past_key_value"
+    ),
+    ".utils.error": "NoMatchingPeftModuleError PeftError",
     ".utils.loftq_utils": "replace_lora_weights_loftq",
     ".utils.other": "ModulesToSaveWrapper",
     ".utils.peft_types": "PeftType TaskType",
+    ".utils.preparing": (
+        "cast_mixed_precision_params prepare_model_for_kbit_training shift_tokens_right"
+    ),
+    ".utils.save_and_load": (
+        "get_base_model_state_dict get_peft_model_state_dict load_peft_weights "
+        "set_base_model_state_dict set_peft_model_state_dict"
+    ),
     ".utils.warning": "PeftWarning",
-    ".utils.save_and_load": "get_peft_model_state_dict load_peft_weights set_peft_model_state_dict",
 }
 _LAZY = {name: module for module, names in _WHERE.items() for name in names.split()}
 

@@ -17,8 +17,9 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from transformers.utils import PushToHubMixin
 
 from ._io import places, write_text_atomically
-from ._version import PEFT_COMPAT_VERSION
+from ._version import PEFT_COMPAT_VERSION as __version__  # of HF PEFT, whose format is written
 from .utils.constants import CONFIG_NAME
+from .utils.error import MissingKeysError
 from .utils.peft_types import PeftType, TaskType
 
 MAX_TOKENS = 65536  # above it a saved prompt must show its length before memory is taken for it
@@ -31,7 +32,9 @@ def one_of(enum_cls: type, value: Any, what: str) -> Any:
         return enum_cls(value)
     except ValueError:
         allowed = ", ".join(member.value for member in enum_cls)  # type: ignore[attr-defined]
-        raise ValueError(f"Invalid {what}: {value!r}. Must be one of: {allowed}.") from None
+        raise ValueError(
+            f"Invalid {what}: {value!r}. Must be one of the following {what}s: {allowed}."
+        ) from None
 
 
 def positive(name: str, value: Any, optional: bool = False) -> None:
@@ -60,8 +63,9 @@ def build_config(cls: type[PeftConfig], values: dict[str, Any], source: str) -> 
     unknown = sorted(k for k, v in values.items() if k not in known and v is not None)
     if unknown:
         warnings.warn(
-            f"{source}: unexpected keys {unknown} for {cls.__name__} are ignored. They may come "
-            "from another version of PEFT, and what they ask for is not done.",
+            f"Unexpected keyword arguments {unknown} for class {cls.__name__}, these are ignored. "
+            f"They come from {source}, may be of another version of PEFT, and what they ask for is "
+            "not done.",
             stacklevel=3,
         )
     return cls(**{k: v for k, v in values.items() if k in known})
@@ -170,7 +174,7 @@ class PeftConfigMixin(PushToHubMixin):
         if self.task_type is not None:
             one_of(TaskType, self.task_type, "task type")
         if self.peft_version is None:
-            self.peft_version = PEFT_COMPAT_VERSION
+            self.peft_version = __version__
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain Python values."""
@@ -235,7 +239,9 @@ class PeftConfigMixin(PushToHubMixin):
             **kwargs: passed to ``hf_hub_download`` (``revision``, ``token``, ``cache_dir``, …).
 
         Raises:
-            ValueError: no such file, bad JSON, or another ``peft_type`` than this class has.
+            ValueError: no such file, bad JSON, or a ``peft_type`` that peftkern does not have.
+
+        As in HF PEFT the class is the one that the file names, whichever this is called on.
         """
         hub, rest = split_hub_kwargs({**kwargs, "subfolder": subfolder})
         where = os.fspath(pretrained_model_name_or_path)
@@ -245,15 +251,12 @@ class PeftConfigMixin(PushToHubMixin):
         values = cls.from_json_file(file)
         values = {**{k: v for k, v in rest.items() if k in _field_names(cls)}, **values}
         if not values.get("peft_type"):
-            raise ValueError(
-                f"{file} lacks the key `peft_type`, so it is not an adapter configuration"
+            raise MissingKeysError(
+                f"The {cls.__name__} config that is trying to be loaded is missing required keys: "
+                f"{{'peft_type'}}. {file} is not an adapter configuration."
             )
         try:
             target = config_class_for(values["peft_type"])
-            if not issubclass(target, cls):
-                raise ValueError(
-                    f"`peft_type` is {values['peft_type']!r}, which is not {cls.__name__}'s"
-                )
             check_types(target, values)
             return build_config(target, values, file)
         except (ValueError, TypeError) as exc:

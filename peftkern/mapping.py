@@ -13,7 +13,7 @@ from .tuners.lora import LoraConfig, LoraModel
 from .tuners.p_tuning import PromptEncoder, PromptEncoderConfig
 from .tuners.prefix_tuning import PrefixEncoder, PrefixTuningConfig
 from .tuners.prompt_tuning import PromptEmbedding, PromptTuningConfig
-from .tuners.tuners_utils import BaseTunerLayer
+from .tuners.tuners_utils import BaseTunerLayer, adapter_modules
 from .utils.peft_types import PeftType
 
 PEFT_TYPE_TO_CONFIG_MAPPING: dict[PeftType, type[PeftConfig]] = {
@@ -156,7 +156,7 @@ def get_peft_model(
             stacklevel=2,
         )
     if not peft_config.is_prompt_learning and any(
-        isinstance(module, BaseTunerLayer) for module in model.modules()
+        isinstance(module, BaseTunerLayer) for module in adapter_modules(model)
     ):
         warnings.warn(
             "You are trying to modify a model with PEFT for a second time. If you want to reload "

@@ -15,6 +15,7 @@ from .config import PeftConfig, split_hub_kwargs
 from .loading import LoadResult, check_keys, fill, match_weights
 from .prompts import innermost
 from .utils.constants import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from .utils.module_tree import any_training, parameters_of
 from .utils.save_and_load import get_peft_model_state_dict, load_peft_weights
 
 
@@ -209,7 +210,7 @@ class AdapterFiles:
             key_mapping = getattr(model, "_checkpoint_conversion_mapping", None)
         weights = load_peft_weights(model_id, rest.get("torch_device"), key_mapping, **hub)
         config.check_fits(weights)
-        flags = [(p, p.requires_grad) for p in model.parameters()]
+        flags = [(p, p.requires_grad) for p in parameters_of(model)]
         peft_model = None
         try:
             peft_model = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, cls)(
@@ -289,7 +290,7 @@ class AdapterFiles:
             config.inference_mode = not is_trainable
         if new and is_trainable and not prompts:  # a prompt trains from `set_adapter` on
             self.set_requires_grad(adapter_name)
-        if not is_trainable:
+        if not is_trainable and any_training(self):
             self.eval()
         return result
 

@@ -253,7 +253,7 @@ def test_unknown_keys(tmp_path):
     assert config.r == 4 and len(seen) == 1 and "harmless" not in str(seen[0].message)
     file = tmp_path / "adapter_config.json"
     file.write_text(json.dumps({**known, **extra}))
-    with pytest.warns(UserWarning, match=r"adapter_config.json.*quantum_rank") as seen:
+    with pytest.warns(UserWarning, match=r"quantum_rank.*adapter_config.json") as seen:
         assert PeftConfig.from_pretrained(tmp_path).r == 4
     assert len(seen) == 1
     file.write_text(json.dumps({**known, "harmless": None}))

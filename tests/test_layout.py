@@ -120,7 +120,12 @@ def test_kernel_files_know_tensors_only(path: Path) -> None:
 # belongs to the model, and so does `save_and_load`, which has PEFT's address.
 MODEL_FLOOR = 3
 FLOORS = {"kernels": 0, "_version": 0, "_io": 0, "utils": 0, "config": 0, "ops": 1, "tuners": 2}
-FLOORS |= {"utils.save_and_load": MODEL_FLOOR, "cli": 4, "__main__": 4}
+FLOORS |= {
+    "utils.save_and_load": MODEL_FLOOR,
+    "utils.hotswap": MODEL_FLOOR,
+    "cli": 4,
+    "__main__": 4,
+}
 # PEFT's API has factories on its base classes (`PeftConfig.from_pretrained` gives a LoraConfig)
 # and uploads on its configs: for these, and inside functions, a lower floor looks up.
 FACTORIES = {("peftkern.config", "mapping"), ("peftkern.config", "hub")}

@@ -9,7 +9,7 @@ HF PEFT:
 
 Norms are constants in the backward (section 4.3), and are made anew in every call, since nothing
 tells when a weight was written to. Kept for the backward: X, S [M, r], the mask as bits, and
-Z [M, N], what the gain multiplies, for the gradient of m.
+V [M, N], which the gain multiplies, for the gradient of m.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class _DoraLinear(torch.autograd.Function):
         w = weight if transposed else weight.t()  # [K, N]
         g = gain(magnitude, norms)
         _, needs_w, _, needs_a, needs_b, needs_m = ctx.needs_input_grad[:6]
-        y, s, z, bits = _products(x, A).forward(x2, w, bias, A, B, g, scale, p, needs_m)
+        y, s, v, bits = _products(x, A).forward(x2, w, bias, A, B, g, scale, p, needs_m)
         ctx.save_for_backward(
             x if needs_a or needs_w else None,
             weight,
@@ -56,8 +56,8 @@ class _DoraLinear(torch.autograd.Function):
             B,
             magnitude,
             norms,
-            s if needs_b else None,
-            z,
+            s if needs_b or needs_m else None,
+            v,
             bits,
         )
         ctx.x_like = (x.shape, x.dtype)
@@ -68,7 +68,7 @@ class _DoraLinear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # create_graph=True
             return _second_derivatives(ctx, dy)
-        x, weight, _, A, B, magnitude, norms, s, z, bits = ctx.saved_tensors
+        x, weight, bias, A, B, magnitude, norms, s, v, bits = ctx.saved_tensors
         needs_x, needs_w, needs_bias, needs_a, needs_b, needs_m = ctx.needs_input_grad[:6]
         shape, dtype = ctx.x_like
         w = weight if ctx.transposed else weight.t()  # [K, N]
@@ -76,7 +76,7 @@ class _DoraLinear(torch.autograd.Function):
         x2 = dy2.new_empty((0, shape[-1]), dtype=dtype) if x is None else x.reshape(-1, shape[-1])
         g = gain(magnitude, norms)
         dx, da, db, sums = _products(x2, A).backward(
-            dy2, x2, w, A, B, g, s, z, bits, ctx.scale, ctx.p, (needs_x, needs_a, needs_b)
+            dy2, x2, w, bias, A, B, g, s, v, bits, ctx.scale, ctx.p, (needs_x, needs_a, needs_b)
         )
         dw = dbias = dm = None
         if needs_w:
@@ -192,8 +192,8 @@ def dora_linear(
         return _DoraLinear.apply(x, weight, bias, A, B, magnitude, norms, scale, p, transposed)
     g = gain(magnitude, norms)
     if p == 0.0:
-        z = _backend.active.infer(x, weight, None, A, B, scale, transposed)
-        return dora_torch.scale_columns(z, g, bias, False)
+        v = _backend.active.infer(x, weight, bias, A, B, scale, transposed)
+        return dora_torch.scale_columns(v, g, bias, False)
     x2 = x.reshape(-1, x.shape[-1])
     w = weight if transposed else weight.t()
     y, _, _, _ = _products(x, A).forward(x2, w, bias, A, B, g, scale, p, False)

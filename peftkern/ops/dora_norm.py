@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from . import autocast
+
 # elements of W in a block: what a core's cache holds beside the sum; a GPU wants fewer launches
 _BLOCK_CPU, _BLOCK_ELSEWHERE = 1 << 18, 1 << 25
 
@@ -31,6 +33,9 @@ def row_norms(
 
     The result has no graph: DoRA takes the norm for a constant (section 4.3 of the paper).
     """
+    if autocast.is_on(weight):  # its products would be rounded to a narrow dtype
+        with torch.autocast(weight.device.type, enabled=False):
+            return row_norms(weight, A, B, scale, transposed)
     with torch.no_grad():
         wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
         A, B = A.to(wide), B.to(wide)

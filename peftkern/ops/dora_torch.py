@@ -1,14 +1,20 @@
 """DoRA's linear on torch's products, forward and backward; :mod:`.dora` says what it computes.
 
 Shapes: x [M, K], w [K, N] (a view), bias [N] or None, A [r, K], B [N, r], gain [N] at least
-float32, S [M, r], Y and Z [M, N], P = drop(x) w, and c = scale / (1 - p).
+float32, S [M, r], Y and V [M, N], P = drop(x) w, and c = scale / (1 - p).
 
-    S = (x ∘ mask) Aᵀ · c           Z = P + S Bᵀ
-    p = 0:  Y = gain ∘ Z + bias
-    p > 0:  Y = x w + bias + (gain - 1) ∘ P + gain ∘ (S Bᵀ)
+    S = (x ∘ mask) Aᵀ · c
+    p = 0:  V = x w + S Bᵀ + bias     Y = gain ∘ V + (1 - gain) ∘ bias
+    p > 0:  V = P + S Bᵀ              Y = x w + bias + (gain - 1) ∘ P + gain ∘ (S Bᵀ)
 
-The gain scales the r columns of B, and the result of dYᵀS, rather than a copy of dY: products of
-the low-rank part then round as little as LoRA's.
+V is plain LoRA's output at p = 0. Where the low-rank part is wider than x (float32 adapters under
+bf16, on a CPU) V leaves out S Bᵀ, which would be rounded in it, and then
+
+    Y = V + (gain - 1) ∘ (V - bias) + gain ∘ (S Bᵀ)
+
+As long as the gain is 1 and B is 0, which is how training starts, Y is the base layer's output bit
+for bit. The gain scales the r columns of B, and the result of dYᵀS, rather than a copy of dY:
+products of the low-rank part then round as little as LoRA's.
 """
 
 from __future__ import annotations
@@ -32,56 +38,71 @@ def forward(
     gain: Tensor,
     scale: float,
     p: float,
-    keep_z: bool,
+    keep_v: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Y, S, Z (None unless ``keep_z``) in x's dtype (S: the low-rank part's), and the mask."""
-    if p == 0.0:
-        z, s, _ = _backend.active.forward(x, w, None, A, B, scale, 0.0)
-        return scale_columns(z, gain, bias, keep_z), s, z if keep_z else None, None
+    """Y in x's dtype, S, V (None unless ``keep_v``), and the mask."""
     low = low_rank_dtype(x, A)
+    if p == 0.0 and low == x.dtype:
+        v, s, _ = _backend.active.forward(x, w, bias, A, B, scale, 0.0)
+        return scale_columns(v, gain, bias, keep_v), s, v if keep_v else None, None
+    bt, g = B.to(low).t(), gain.to(low)
+    y = torch.mm(x, w) if bias is None else torch.addmm(bias, x, w)
+    if p == 0.0:
+        s = _scaled_mm(x.to(low), A.to(low).t(), scale)
+        wide = y.to(low)
+        product = wide if bias is None else wide - bias.to(low)
+        wide = torch.addmm(wide, s, bt * g).addcmul_(product, g - 1)
+        return wide.to(x.dtype), s, y if keep_v else None, None
     dropped, keep, factor = (_drop_fused if x.is_cuda else _drop)(x.to(low), p)
     bits = pack_bits(keep)
     s = _scaled_mm(dropped, A.to(low).t(), scale * factor)
-    product = torch.mm(dropped.to(x.dtype), w).to(low).mul_(factor)
+    product = torch.mm(dropped, w.to(low)).mul_(factor)
     del dropped, keep
-    bt = B.to(low).t()
-    z = torch.addmm(product, s, bt).to(x.dtype) if keep_z else None
-    y = torch.mm(x, w) if bias is None else torch.addmm(bias, x, w)
-    y = torch.addmm(y.to(low), s, bt * gain.to(low))
-    return y.addcmul_(product, (gain - 1).to(low)).to(x.dtype), s, z, bits
+    v = torch.addmm(product, s, bt) if keep_v else None
+    y = torch.addmm(y.to(low), s, bt * g).addcmul_(product, (gain - 1).to(low))
+    return y.to(x.dtype), s, v, bits
 
 
-def scale_columns(z: Tensor, gain: Tensor, bias: Tensor | None, keep_z: bool) -> Tensor:
-    """gain ∘ z + bias, rounded once; in z's memory unless that is kept."""
-    y = torch.empty_like(z) if keep_z else z
+def scale_columns(v: Tensor, gain: Tensor, bias: Tensor | None, keep_v: bool) -> Tensor:
+    """gain ∘ (v - bias) + bias, rounded once; in v's memory unless that is kept."""
+    y = torch.empty_like(v) if keep_v else v
     if bias is None:
-        return torch.mul(z, gain, out=y)
-    return torch.addcmul(bias, z, gain, out=y)
+        return torch.mul(v, gain, out=y)
+    return torch.addcmul((1 - gain) * bias, v, gain, out=y)
 
 
 def backward(
     dy: Tensor,
     x: Tensor,
     w: Tensor,
+    bias: Tensor | None,
     A: Tensor,
     B: Tensor,
     gain: Tensor,
     s: Tensor | None,
-    z: Tensor | None,
+    v: Tensor | None,
     bits: Tensor | None,
     scale: float,
     p: float,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """dX, dA, dB (``needs`` says which), and the sums over rows of dY ∘ Z [N] where z is given.
-    Without dA, only shape and dtype of x are asked for."""
+    """dX, dA, dB (``needs`` says which), and where v is given the sums over rows of dY ∘ Z [N], Z
+    being what the gain multiplies: V, at p = 0 without its bias. Without dA, only shape and dtype
+    of x are asked for."""
     needs_x, needs_a, needs_b = needs
     low = low_rank_dtype(x, A)
     dyl, K = dy.to(low), w.shape[0]
     db = dx = da = None
-    if needs_b and s is not None:
-        db = (_mm_to(dyl.t(), s, B.dtype) * gain[:, None]).to(B.dtype)
-    scaled, sums = scale_gradient(dy, gain if p == 0.0 else gain - 1, z, needs_x)
+    if p == 0.0:
+        scaled, sums = scale_gradient(dy, gain, v, bias, needs_x)
+    else:
+        scaled, sums = scale_gradient(dy, gain - 1, v, None, needs_x)
+    apart = sums is not None and p == 0.0 and low != x.dtype
+    if s is not None and (needs_b or apart):
+        outer = _mm_to(dyl.t(), s, torch.promote_types(B.dtype, low))  # dYᵀ S
+        if sums is not None and apart:
+            sums += (outer * B).sum(1)  # what V leaves out
+        db = (outer * gain[:, None]).to(B.dtype) if needs_b else None
     if not (needs_x or needs_a):
         return None, None, db, sums
     ds = _scaled_mm(dyl, (B * gain[:, None]).to(low), scale / (1.0 - p))
@@ -108,18 +129,22 @@ def _add_mm(dx: Tensor, dy: Tensor, w: Tensor) -> Tensor:
 
 
 def scale_gradient(
-    dy: Tensor, factor: Tensor, z: Tensor | None, wanted: bool
+    dy: Tensor, factor: Tensor, v: Tensor | None, bias: Tensor | None, wanted: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(dY with column n times factor[n], in dY's dtype, when ``wanted``; sums over rows of dY ∘ Z
-    [N] in factor's dtype, when z is given), from one pass over dY and no third matrix."""
+    """(dY with column n times factor[n], in dY's dtype, when ``wanted``; sums over rows of
+    dY ∘ (V - bias) [N] in factor's dtype, when v is given), from one pass over dY and no third
+    matrix."""
     out = torch.empty_like(dy) if wanted else None
-    if z is None:
+    if v is None:
         return (torch.mul(dy, factor, out=out) if out is not None else None), None
     sums = factor.new_zeros(dy.shape[1])
     step = max(1, _BLOCK // max(1, dy.shape[1]))
     for at in range(0, dy.shape[0], step):
         rows = dy[at : at + step].to(factor.dtype)
-        sums += (rows * z[at : at + step]).sum(0)
+        part = v[at : at + step]
+        if bias is not None:
+            part = part - bias.to(factor.dtype)
+        sums += (rows * part).sum(0)
         if out is not None:
             torch.mul(rows, factor, out=out[at : at + step])
     return out, sums

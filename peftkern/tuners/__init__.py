@@ -1,1 +1,22 @@
 """Adapter methods: what changes in a model, and where."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_WHERE = {
+    ".lora": "LoraConfig LoraModel LoraRuntimeConfig",
+    ".p_tuning": "PromptEncoder PromptEncoderConfig PromptEncoderReparameterizationType",
+    ".prefix_tuning": "PrefixEncoder PrefixTuningConfig",
+    ".prompt_tuning": "PromptEmbedding PromptTuningConfig PromptTuningInit",
+}
+_LAZY = {name: module for module, names in _WHERE.items() for name in names.split()}
+
+__all__ = list(_LAZY)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_LAZY[name], __name__), name)

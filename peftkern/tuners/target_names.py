@@ -43,7 +43,8 @@ def _find_minimal_target_modules(
     if common := targets & others:
         raise ValueError(
             "target_modules and other_module_names contain common elements, this should not "
-            f"happen: {sorted(common)[:5]}"
+            "happen, please open a GitHub issue at https://github.com/huggingface/peft/issues with "
+            f"the code to reproduce this issue: {sorted(common)[:5]}"
         )
     taken = {suffix for name in others for suffix in suffixes(name)}
     found: set[str] = set()

@@ -21,7 +21,7 @@ from ..utils.constants import (
 from ..utils.error import NoMatchingPeftModuleError
 from ..utils.peft_types import TaskType
 from .target_names import _find_minimal_target_modules, ends_with_one_of
-from .tuners_utils import BaseTunerLayer, get_model_config
+from .tuners_utils import BaseTunerLayer, get_model_config, walk
 
 # selective state space layers compute with these weights in ways that a LoRA layer does not see
 _MAMBA = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
@@ -48,13 +48,7 @@ def default_targets(config: Any, model: nn.Module) -> set[str] | str:
 
 def all_linear(config: Any, model: Any) -> set[str]:
     """Names of every linear layer but the output layer (or the classification head)."""
-    found: dict[str, nn.Module] = {}
-    inside: str | None = None  # an adapter layer, whose own linear layers are no targets
-    for name, module in model.named_modules():
-        if inside is None or not name.startswith(inside):
-            inside = f"{name}." if isinstance(module, BaseTunerLayer) else None
-            if _is_linear(module):
-                found[name] = module
+    found = {name: m for name, m in walk(model, into_layers=False) if _is_linear(m)}
     heads: list[Any] = []
     if hasattr(model, "get_output_embeddings"):
         output = model.get_output_embeddings()
@@ -187,11 +181,9 @@ def match_targets(
     found: list[tuple[str, nn.Module]] = []
     configured: set[str] = set()
     any_excluded = any_other = False
-    inside: str | None = None
-    for name, module in model.named_modules():
-        if not name or (inside is not None and name.startswith(inside)):
+    for name, module in walk(model, into_layers=False):
+        if not name:
             continue
-        inside = name + "." if isinstance(module, BaseTunerLayer) else None
         if given is not None:
             short = name.removeprefix("_orig_mod.")
             if matcher(short):
@@ -305,7 +297,7 @@ def resolve_targets(config: Any, model: nn.Module) -> set[str] | str:
     if len(targets) < MIN_TARGET_MODULES_FOR_OPTIMIZATION:
         return targets
     # many names, each of one layer (from a checkpoint without a configuration, say)
-    names = (name for name, _ in model.named_modules())
+    names = (name for name, _ in walk(model, into_layers=False))
     fewer = _find_minimal_target_modules(
         targets, {name for name in names if name and not ends_with_one_of(name, targets)}
     )

@@ -48,28 +48,41 @@ def as_names(adapter_names: str | Sequence[str]) -> list[str]:
     return [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
 
 
-def adapter_modules(model: nn.Module) -> Iterator[Any]:
-    """Every adapter layer, and every module that trains beside an adapter, in the model's order.
+def walk(model: nn.Module, into_layers: bool = True) -> Iterator[tuple[str, Any]]:
+    """``model.named_modules()`` without what adapter layers hold for their adapters, which is most
+    of an adapted model's modules; ``into_layers=False``: and without their base layers.
 
-    The tree is walked at each call, so that a module that was replaced is never missed. The weights
-    of an adapter layer are left out of the walk, as they are most of an adapted model's modules.
+    The tree is walked at each call, so that a module that was replaced is never missed.
     """
-    stack, seen = [model], set()
+    stack: list[tuple[str, Any]] = [("", model)]
+    seen = set()
     while stack:
-        module = stack.pop()
-        if module is None or id(module) in seen:
+        name, module = entry = stack.pop()
+        if id(module) in seen:
             continue
         seen.add(id(module))
+        yield entry
         children = module._modules
-        if isinstance(module, BaseTunerLayer):
-            yield module
-            inner = module.adapter_layer_names + module.other_param_names
-            stack.extend(reversed([m for name, m in children.items() if name not in inner]))  # type: ignore
+        if not children:
             continue
-        if isinstance(module, AuxiliaryTrainingWrapper):
+        prefix = f"{name}." if name else ""
+        if isinstance(module, BaseTunerLayer):
+            if into_layers:
+                inner = module.adapter_layer_names + module.other_param_names
+                stack += [
+                    (prefix + n, m)
+                    for n, m in reversed(children.items())
+                    if m is not None and n not in inner
+                ]
+            continue
+        stack += [(prefix + n, m) for n, m in reversed(children.items()) if m is not None]
+
+
+def adapter_modules(model: nn.Module) -> Iterator[Any]:
+    """Every adapter layer, and every module that trains beside an adapter, in the model's order."""
+    for _, module in walk(model):
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
             yield module
-        if children:
-            stack.extend(reversed(children.values()))  # type: ignore[arg-type]
 
 
 class BaseTunerLayer:
@@ -86,6 +99,8 @@ class BaseTunerLayer:
     _active_adapter: str | list[str]
     # how the base weight is quantised; None when it is not
     quantization_backend: Any = None
+    # whether inputs are cast to the dtype of the adapter's weights
+    cast_input_dtype_enabled: bool = True
 
     def get_base_layer(self) -> nn.Module:
         """The wrapped layer, through any nesting."""
@@ -117,6 +132,12 @@ class BaseTunerLayer:
     def unmerge(self) -> None:
         raise NotImplementedError
 
+    def _cast_input_dtype(self, x: Any, dtype: torch.dtype) -> Any:
+        """x in ``dtype``, unless casting is switched off for this layer; None stays None."""
+        if x is None or not self.cast_input_dtype_enabled or x.dtype == dtype:
+            return x
+        return x.to(dtype)
+
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether the update can be written as LoRA's."""
         return False
@@ -145,6 +166,11 @@ class BaseTunerLayer:
     def _get_available_adapters(self) -> set[str]:
         return {key for store in self._stores() for key in store.keys()}
 
+    def _all_available_adapter_names(self) -> list[str]:
+        """Names of all adapters of which this layer holds anything, a setting or a weight."""
+        kept = (getattr(self, n) for n in self.adapter_layer_names + self.other_param_names)
+        return sorted({key for store in kept if hasattr(store, "keys") for key in store.keys()})
+
     def move_adapter_to_base_layer(self, adapter_name: str) -> None:
         """Put an adapter's weights on the device of the base weight (unless that is "meta")."""
         weight = next(self.get_base_layer().parameters(), None)
@@ -158,6 +184,8 @@ class BaseTunerLayer:
                 layer.to(weight.device)
             else:
                 layer.data = layer.data.to(weight.device)
+
+    _move_adapter_to_device_of_base_layer = move_adapter_to_base_layer
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switch the adapters on (the active ones train again) or off (nothing trains)."""
@@ -177,7 +205,7 @@ class BaseTunerLayer:
         for store in self._stores():
             for key, layer in store.items():
                 set_layer_requires_grad(layer, key in names and not inference_mode)
-        self._active_adapter = names
+        self.__dict__["_active_adapter"] = names  # nn.Module's way looks at every value first
 
     def set_requires_grad(
         self, adapter_names: str | Sequence[str], requires_grad: bool = True
@@ -200,7 +228,7 @@ class BaseTunerLayer:
         if adapter_name in active:
             active = [a for a in active if a != adapter_name]
             if not active:
-                active = sorted(self._get_available_adapters())[:1]
+                active = self._all_available_adapter_names()[:1]
                 if active:
                     warnings.warn(
                         f"Adapter {adapter_name} was active which is now deleted. Setting active "

@@ -3,7 +3,13 @@ other."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
+from torch import Tensor
+
 CONFIG_NAME = "adapter_config.json"
+TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
 SAFETENSORS_WEIGHTS_NAME = "adapter_model.safetensors"
 WEIGHTS_NAME = "adapter_model.bin"
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
@@ -48,3 +54,23 @@ TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING: dict[str, list[str] | str] =
 TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING["gemma4"] = (
     r".*language_model\..*\.(q_proj|v_proj)"
 )
+
+# Architectures whose caches need another layout than the common one. With the versions of
+# transformers that peftkern runs on there is none.
+TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING: dict[str, Any] = {}
+
+
+def bloom_model_postprocess_past_key_value(
+    past_key_values: tuple[Tensor, ...],
+) -> tuple[tuple[Tensor, Tensor], ...]:
+    """A prefix in the layout of Bloom's caches before transformers 4.42.
+
+    Args:
+        past_key_values: tensors [layers, B, H, P, D] that make up 2L layers, keys first.
+
+    Returns:
+        L pairs of keys [B·H, D, P] and values [B·H, P, D].
+    """
+    both = torch.cat(past_key_values)  # [2L, B, H, P, D]
+    keys, values = (part.flatten(1, 2) for part in both.chunk(2))
+    return tuple(zip(keys.transpose(2, 3), values, strict=True))

@@ -7,6 +7,10 @@ class PeftError(Exception):
     """Base of the errors that have a class of their own."""
 
 
+class MissingKeysError(PeftError, ValueError, TypeError):
+    """A file is no adapter's configuration. HF PEFT raises a TypeError, as this is one too."""
+
+
 class NoMatchingPeftModuleError(PeftError, ValueError):
     """A configuration matched no module and no parameter of the base model.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,18 +14,42 @@ def get_submodules(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module, st
     """(parent, module, last part of the name) of the module named ``key``."""
     parent_name, _, name = key.rpartition(".")
     parent = model.get_submodule(parent_name)
-    return parent, getattr(parent, name), name
+    return parent, getattr(parent, name) if name else parent, name
 
 
-def own_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
+def parameters_of(model: nn.Module) -> list[nn.Parameter]:
+    """``list(model.parameters())``, without making the names that go with them."""
+    found: dict[int, nn.Parameter] = {}
+    stack, seen = [model], set()
+    while stack:
+        module = stack.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                found[id(parameter)] = parameter
+        stack += [m for m in module._modules.values() if m is not None]
+    return list(found.values())
+
+
+def any_training(model: nn.Module) -> bool:
+    """Whether a module of ``model`` is in training mode; asking is cheaper than ``eval()``."""
+    stack = [model]
+    while stack:
+        module = stack.pop()
+        if module.training:
+            return True
+        stack += [m for m in module._modules.values() if m is not None]
+    return False
+
+
+def own_parameters(module: nn.Module) -> Iterable[nn.Parameter]:
     """``module.parameters()``; the walk is left out for a module without children, as most weights
     of adapters are in."""
     if module._modules:
-        yield from module.parameters()
-        return
-    for parameter in module._parameters.values():
-        if parameter is not None:
-            yield parameter
+        return module.parameters()
+    return [p for p in module._parameters.values() if p is not None]
 
 
 def set_layer_requires_grad(layer: nn.Module | Tensor, requires_grad: bool) -> None:

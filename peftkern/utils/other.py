@@ -136,10 +136,8 @@ class AuxiliaryTrainingWrapper(nn.Module):
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
-        """The active adapter's copy, whether adapters are switched off or not; the original when
-        none is active here."""
-        names = self._active_adapter
-        return self.modules_to_save[names[0]] if names else self.original_module
+        """What stands in this wrapper's place when adapters leave the model."""
+        raise NotImplementedError
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -296,8 +294,10 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
-        """The module that stays when adapters are taken out: the active copy as it was trained."""
-        return self.in_use()
+        """The active adapter's copy, whether adapters are switched off or not; the original when
+        none is active here."""
+        names = self.active_adapters
+        return self.modules_to_save[names[0]] if names else self.original_module
 
 
 def _set_adapter(

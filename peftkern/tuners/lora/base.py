@@ -219,6 +219,37 @@ class LoraLayer(Merging, Frozen, BaseTunerLayer):
     ) -> None:
         raise NotImplementedError
 
+    # ---------------------------------------------------------------- how strong it is
+
+    def _initial_scaling(self, adapter: str) -> float:
+        r = self.r[adapter]
+        return self.lora_alpha[adapter] / (math.sqrt(r) if self.use_rslora.get(adapter) else r)
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Make the adapter's scaling ``scale`` times what its rank and ``lora_alpha`` say; nothing
+        happens in a layer without it."""
+        if adapter in self.scaling:
+            self.scaling[adapter] = scale * self._initial_scaling(adapter)
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the active adapters' scaling by ``scale``."""
+        if scale == 1:
+            return
+        for adapter in self.active_adapters:
+            if adapter in self.scaling:
+                self.scaling[adapter] = self.scaling[adapter] * scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the active adapters' scaling by ``scale``; None: back to what their ranks and
+        ``lora_alpha`` say."""
+        for adapter in self.active_adapters:
+            if adapter in self.scaling:
+                self.scaling[adapter] = (
+                    self._initial_scaling(adapter)
+                    if scale is None
+                    else self.scaling[adapter] / scale
+                )
+
     # ---------------------------------------------------------------- variants of LoRA
 
     @property

@@ -19,6 +19,7 @@ from torch.nn.functional import linear
 from ...ops import autocast
 from ...ops.dora import dora_linear
 from ...ops.dora_norm import gain, row_norms
+from .plan import is_hooked
 from .variant import LoraVariant
 
 # whether layers in eval mode keep their norms from one call to the next; see DoraCaching
@@ -133,8 +134,13 @@ class DoraVariant(LoraVariant):
 
     def norms(self, layer: Any, adapter: str) -> Tensor:
         """Norms [N] of the layer as it is now."""
-        weight, A, B = self.weights(layer, adapter)
         scale = layer.scaling[adapter]
+        weight, A, B = self.weights(layer, adapter)
+        if weight.is_meta and not A.is_meta:
+            raise RuntimeError(
+                f"DoRA needs the weight of its {type(layer.get_base_layer()).__name__} in every "
+                "call, and that is on the meta device (offloaded?)"
+            )
         dora: DoraLayer = layer.lora_magnitude_vector[adapter]
         return dora.norms(
             lambda: self.computed_norms(weight, A, B, scale, layer), (weight, A, B, scale)
@@ -192,6 +198,28 @@ class DoraVariant(LoraVariant):
 class DoraLinearVariant(DoraVariant):
     """On ``nn.Linear`` and transformers' ``Conv1D``: one operation where nothing stands against
     it."""
+
+    def norms(self, layer: Any, adapter: str) -> Tensor:
+        A, B = layer.lora_A[adapter], layer.lora_B[adapter]
+        if all(
+            type(m) is nn.Linear
+            and type(m._parameters["weight"]) is nn.Parameter
+            and m._parameters["bias"] is None
+            and not is_hooked(m)
+            for m in (A, B)
+        ):
+            return super().norms(layer, adapter)
+        # sharded, wrapped or hooked: only a call tells what they compute
+        weight = dense_weight(layer.get_base_layer())
+        weight = weight.t() if layer.fan_in_fan_out else weight
+        with torch.no_grad():
+            wide = torch.promote_types(weight.dtype, torch.float32)
+            dtype = layer.lora_magnitude_vector[adapter].weight.dtype
+            eye = torch.eye(weight.shape[1], device=weight.device, dtype=dtype)
+            update = B(A(eye)).t().to(wide)
+            return torch.linalg.vector_norm(
+                weight.to(wide) + update * layer.scaling[adapter], dim=1
+            )
 
     def fused(self, layer: Any, adapter: str, x: Tensor) -> Tensor | None:
         found = layer.product_call(x, adapter)

@@ -22,6 +22,7 @@ from torch.compiler import is_compiling
 from ...ops import autocast
 from ...ops.lora_group import lora_group
 from ...ops.projection import Projection
+from ..tuners_utils import walk
 
 # names of children that commonly read one input, in the order in which models call them
 SETS = (
@@ -179,7 +180,7 @@ def _group_of(module: nn.Module) -> Group | None:
 
 def form_groups(model: nn.Module, layer_cls: type) -> None:
     """Give each set of adapted siblings in ``model`` a :class:`Group`, unless it has one."""
-    for name, module in model.named_modules():
+    for name, module in walk(model, into_layers=False):
         if _CROSS.search(name):
             continue
         children = module._modules

@@ -24,6 +24,9 @@ from .mixed import AdapterNames, forward_mixed
 from .plan import GLOBAL_HOOKS, Plan, is_hooked, weight_layout
 from .variant import take_kwargs
 
+# where a compiler traces the call, it is one operation all the same
+SCALING_IS_A_TENSOR = "the scaling is a tensor (prepared for hot-swapping into a compiled model)"
+
 
 def bare_linear(weight: Tensor, bias: Tensor | None, trainable: bool) -> nn.Linear:
     """An ``nn.Linear`` around a given weight [out, in],
@@ -139,13 +142,16 @@ class Linear(nn.Module, LoraLayer):
         p = plan.drop.p if plan.drops and plan.drop.training else 0.0
         if p >= 1.0:  # drops everything, which no factor 1 / (1 - p) expresses
             return None
-        return weight, params["bias"], A, B, state["scaling"][plan.name], p, plan.transposed
+        scale = state["scaling"][plan.name]
+        if scale.__class__ is Tensor:
+            return None
+        return weight, params["bias"], A, B, scale, p, plan.transposed
 
     def traced_call(self, x: Tensor) -> tuple[Any, ...] | None:
         """:meth:`fused_call` for a compiler, or None when it gets the plain formula. Nothing is
         written and everything is read from the modules, so that the compiler sees what the answer
         depends on."""
-        if self.decline_reason() is not None:
+        if self.decline_reason() not in (None, SCALING_IS_A_TENSOR):
             return None
         name = self.active_adapters[0]
         call = self.product_call(x, name)
@@ -171,8 +177,11 @@ class Linear(nn.Module, LoraLayer):
             or not _dtypes_fit(x, base.weight.dtype, a.weight.dtype, b.weight.dtype)
         ):
             return None
-        transposed = weight_layout(base.__class__)
-        return base.weight, base.bias, a.weight, b.weight, self.scaling[name], p, transposed
+        scale: Any = self.scaling[name]
+        B = b.weight
+        if isinstance(scale, Tensor):  # the operation takes a number
+            B, scale = B * scale, 1.0
+        return base.weight, base.bias, a.weight, B, scale, p, weight_layout(base.__class__)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_plan": None}  # a copy has its own modules
@@ -214,7 +223,7 @@ class Linear(nn.Module, LoraLayer):
     def _update(self, name: str, x: Tensor) -> Tensor:
         A: Any = self.lora_A[name]
         if not autocast.is_on(x):
-            x = x.to(A.weight.dtype)
+            x = self._cast_input_dtype(x, A.weight.dtype)
         return self.lora_B[name](A(self.lora_dropout[name](x))) * self.scaling[name]
 
     def _factors(self, adapter: str) -> tuple[Tensor, Tensor]:
@@ -241,6 +250,8 @@ class Linear(nn.Module, LoraLayer):
             return f"several adapters are active: {', '.join(self.active_adapters)}"
         if (of_variant := self._variant_reason()) is not None:
             return of_variant
+        if torch.is_tensor(self.scaling[active[0]]):
+            return self.product_reason(active[0]) or SCALING_IS_A_TENSOR
         return self.product_reason(active[0])
 
     def product_reason(self, name: str) -> str | None:

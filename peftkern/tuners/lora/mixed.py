@@ -116,6 +116,8 @@ def mixed_reason(layer: Linear, x: Tensor, names: AdapterNames) -> str | None:
         if name in layer.lora_variant:
             return f"{name}: {layer.lora_variant[name].decline(layer, name)}"
         B: Any = layer.lora_B._modules[name]
+        if torch.is_tensor(layer.scaling[name]):
+            return f"the scaling of {name} is a tensor (prepared for hot-swapping)"
         drop: Any = layer.lora_dropout._modules[name]
         if type(A) is not nn.Linear or type(B) is not nn.Linear:
             return f"lora_A or lora_B of {name} is not an nn.Linear"

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ...utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from ...utils.mixed import handing
+from ...utils.module_tree import parameters_of
 from ...utils.other import (
     CONTAINERS,
     AuxiliaryTrainingWrapper,
@@ -200,7 +201,7 @@ class LoraModel(ModelMerging, Weighted, Starts, BaseTuner):
         config = self.peft_config[adapter_name]
         assert isinstance(config, LoraConfig)
         plan, saved = self._plan(model, config, adapter_name, state_dict)
-        flags = [(p, p.requires_grad) for p in model.parameters()]
+        flags = [(p, p.requires_grad) for p in parameters_of(model)]
         # what is there already trains, or does not, as before; the first adapter freezes the model
         first = not any(isinstance(m, BaseTunerLayer) for m in self.adapter_layers())
         try:
@@ -236,7 +237,7 @@ class LoraModel(ModelMerging, Weighted, Starts, BaseTuner):
         if first:
             beside = [m for m in self.adapter_layers() if isinstance(m, AuxiliaryTrainingWrapper)]
             keep = {id(p) for m in beside for p in m.parameters()}
-            for parameter in model.parameters():
+            for parameter in parameters_of(model):
                 if parameter.requires_grad and id(parameter) not in keep:
                     parameter.requires_grad_(False)
         trainable = active and not config.inference_mode

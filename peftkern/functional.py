@@ -1,0 +1,21 @@
+"""The functions that other libraries build on, for models without a :class:`PeftModel` around them;
+HF PEFT's address of them."""
+
+from .mapping import inject_adapter_in_model
+from .tuners.adapter_calls import (
+    cast_adapter_dtype,
+    delete_adapter,
+    set_adapter,
+    set_requires_grad,
+)
+from .utils.save_and_load import get_peft_model_state_dict, set_peft_model_state_dict
+
+__all__ = [
+    "cast_adapter_dtype",
+    "delete_adapter",
+    "get_peft_model_state_dict",
+    "inject_adapter_in_model",
+    "set_adapter",
+    "set_peft_model_state_dict",
+    "set_requires_grad",
+]

@@ -1,0 +1,127 @@
+"""Small things to do to a model with adapters; HF PEFT's address of them."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FunctionType, MethodType
+from typing import Any
+
+from torch import nn
+
+from .config import PeftConfig
+from .tuners.lora import LoraLayer
+from .tuners.tuners_utils import BaseTunerLayer, adapter_modules
+
+__all__ = [
+    "check_if_peft_model",
+    "disable_input_dtype_casting",
+    "rescale_adapter_scale",
+    "update_forward_signature",
+    "update_generate_signature",
+    "update_signature",
+]
+
+
+def _take_signature(model: Any, method: str, bare: tuple[tuple[str, ...], ...]) -> None:
+    """Let ``model.method`` show the base model's annotations and documentation, where it has only
+    the arguments ``bare`` of its own."""
+    own = getattr(model, method)
+    if tuple(inspect.signature(own).parameters) not in bare:
+        return
+    was = own.__func__
+    copied = FunctionType(
+        was.__code__, was.__globals__, was.__name__, was.__defaults__, was.__closure__
+    )
+    copied.__kwdefaults__ = was.__kwdefaults__
+    functools.update_wrapper(
+        copied,
+        getattr(type(model.get_base_model()), method),
+        assigned=("__doc__", "__name__", "__annotations__"),
+    )
+    setattr(model, method, MethodType(copied, model))
+
+
+def update_forward_signature(model: Any) -> None:
+    """Let ``model.forward`` of a PeftModel without a task show the base model's signature."""
+    _take_signature(model, "forward", (("args", "kwargs"),))
+
+
+def update_generate_signature(model: Any) -> None:
+    """Let ``model.generate`` of a PeftModel show the base model's signature, if it generates."""
+    if hasattr(model, "generate"):
+        _take_signature(model, "generate", (("args", "kwargs"), ("kwargs",)))
+
+
+def update_signature(model: Any, method: str = "all") -> None:
+    """:func:`update_forward_signature`, :func:`update_generate_signature` or both.
+
+    Args:
+        model: a PeftModel.
+        method: "forward", "generate" or "all"; anything else is a ValueError.
+    """
+    if method not in ("forward", "generate", "all"):
+        raise ValueError(
+            f"method {method} is not supported please choose one of ['forward', 'generate', 'all']"
+        )
+    if method != "generate":
+        update_forward_signature(model)
+    if method != "forward":
+        update_generate_signature(model)
+
+
+def check_if_peft_model(model_name_or_path: str | os.PathLike[str]) -> bool:
+    """Whether a folder, or a repository on the hub, holds an adapter's configuration that can be
+    read."""
+    try:
+        PeftConfig.from_pretrained(model_name_or_path)
+    except Exception:  # whatever the hub or a damaged file comes up with
+        return False
+    return True
+
+
+@contextmanager
+def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]:
+    """Within the block every LoRA layer's scaling is ``multiplier`` times what it was.
+
+    Between 0 and 1 this is wise-ft (Wortsman et al., 2022, arXiv 2109.01903) between the base model
+    and the adapted one.
+
+    Args:
+        model: with LoRA layers in it, wrapped or not.
+        multiplier: a number; TypeError otherwise.
+
+    Raises:
+        ValueError: there are no LoRA layers.
+    """
+    if not isinstance(multiplier, (float, int)):
+        raise TypeError(f"Argument multiplier should be of type float, got {type(multiplier)}")
+    layers = [m for m in adapter_modules(model) if isinstance(m, LoraLayer)]
+    if not layers:
+        raise ValueError("scaling is only supported for models with `LoraLayer`s")
+    before = [(layer, layer.scaling) for layer in layers]
+    for layer, scaling in before:
+        layer.scaling = {name: value * multiplier for name, value in scaling.items()}
+    try:
+        yield
+    finally:
+        for layer, scaling in before:
+            layer.scaling = scaling
+
+
+@contextmanager
+def disable_input_dtype_casting(model: nn.Module, active: bool = True) -> Iterator[None]:
+    """Within the block adapter layers leave their input's dtype to hooks that cast the weights
+    (layer-wise casting, as diffusers does it). ``active=False``: nothing changes."""
+    layers = [m for m in adapter_modules(model) if isinstance(m, BaseTunerLayer)] if active else []
+    before = [(layer, layer.cast_input_dtype_enabled) for layer in layers]
+    for layer, _ in before:
+        layer.cast_input_dtype_enabled = False
+    try:
+        yield
+    finally:
+        for layer, enabled in before:
+            layer.cast_input_dtype_enabled = enabled

@@ -1,0 +1,408 @@
+"""DoRA against HF PEFT: numbers, gradients, training, files, merging, and what HF PEFT refuses."""
+
+from __future__ import annotations
+
+import copy
+import sys
+import types
+import warnings
+
+import peft
+import pytest
+import torch
+from torch import nn
+
+import peftkern
+from peftkern.tuners.lora import dora as dora_module
+from peftkern.tuners.lora.base import LoraLayer
+from peftkern.tuners.lora.dora import DoraCaching, dense_weight
+from peftkern.tuners.lora.variants import DoraConv1dVariant, DoraConv2dVariant
+from tests.changes import CHANGES, KINDS, K, N, layer_of, layer_pair
+from tests.test_layers import assert_agree
+from tests.tiny import first, inputs, loss_of, make, pair
+
+# HF PEFT itself fails on these two: it reads a weight that is elsewhere
+OURS_ALONE = ("offloaded", "fsdp1")
+TARGETS = {
+    "llama": ["embed_tokens", "q_proj", "v_proj", "down_proj"],
+    "gpt2": ["c_attn", "c_proj", "wte"],
+}
+
+
+def moved(*models):
+    """The same models with magnitudes that are not the norms any more."""
+    for model in models:
+        g = torch.Generator().manual_seed(7)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "magnitude" in name:
+                    parameter.mul_(0.5 + torch.rand(parameter.shape, generator=g))
+    return models
+
+
+def close(mine, other, tolerance=1e-5):
+    largest = other.abs().max().item() if other.numel() else 0.0
+    torch.testing.assert_close(mine, other, rtol=tolerance, atol=tolerance * max(largest, 1e-3))
+
+
+@pytest.mark.parametrize("change", [c for c in CHANGES if c not in OURS_ALONE])
+def test_layers_agree_whatever_was_done_to_them(change):
+    ours, theirs = moved(*layer_pair(dropout=0.3, use_dora=True))
+    assert_agree(ours, theirs)
+    for model in (ours, theirs):
+        CHANGES[change](layer_of(model))
+    assert_agree(ours, theirs)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rows", [0, 1, 40])
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_layouts_and_row_counts(kind, rows, p):
+    ours, theirs = moved(*layer_pair(kind, p, use_dora=True))
+    assert_agree(ours, theirs, rows)
+    [row] = peftkern.explain(ours)
+    assert row.fused and row.reason == "DoRA: one operation"
+    x = torch.randn(5, K, requires_grad=True)
+    grads = []
+    for model in (ours, theirs):
+        torch.manual_seed(1)
+        y = model(x)
+        y += 1
+        y.relu_()
+        grads.append(torch.autograd.grad(y.square().sum(), [x, *trained(model)]))
+    for mine, other in zip(*grads, strict=True):
+        close(mine, other)
+
+
+def trained(model):
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def test_an_offloaded_weight_is_an_error():
+    ours, _ = layer_pair(use_dora=True)
+    CHANGES["offloaded"](layer_of(ours))
+    with pytest.raises(RuntimeError, match="weight of its Linear.*meta"):
+        ours(torch.randn(2, K))
+
+
+def test_a_sharded_adapter_is_called_and_not_read():
+    ours, theirs = moved(*layer_pair(use_dora=True))
+    CHANGES["fsdp1"](layer_of(ours))
+    x = torch.randn(4, K)
+    torch.testing.assert_close(ours(x), theirs(x))
+
+
+@pytest.mark.parametrize("family", TARGETS)
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_three_steps_of_training(family, p):
+    models = pair(family, use_dora=True, lora_dropout=p, target_modules=TARGETS[family])
+    moved(*models)
+    batch = inputs(family)
+    for model in models:
+        torch.manual_seed(0)
+        optimizer = torch.optim.SGD(trained(model.train()), lr=0.3)
+        model.losses = []
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss = loss_of(model(**batch))
+            loss.backward()
+            optimizer.step()
+            model.losses.append(loss.detach())
+    ours, theirs = models
+    close(torch.stack(ours.losses), torch.stack(theirs.losses))
+    names = [n for n, q in theirs.named_parameters() if q.requires_grad]
+    assert names == [n for n, q in ours.named_parameters() if q.requires_grad]
+    assert any("lora_magnitude_vector.default.weight" in n for n in names)
+    mine = dict(ours.named_parameters())
+    for name, other in theirs.named_parameters():
+        close(mine[name].detach(), other.detach(), 1e-4)
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_bf16_errs_no_more_than_peft(autocast, p):
+    """float32 adapters under bf16, and bf16 throughout; against the same numbers in float64."""
+    settings = dict(use_dora=True, lora_dropout=p, target_modules=["q_proj", "down_proj"])
+    ours, theirs = pair("llama", None, torch.bfloat16, autocast, **settings)
+    moved(ours, theirs)
+    layers = [m for m in ours.modules() if isinstance(m, LoraLayer)]
+    others = [m for m in theirs.modules() if isinstance(m, peft.tuners.lora.LoraLayer)]
+    errors: dict[str, list[float]] = {}
+    for layer, other in zip(layers, others, strict=True):
+        x = torch.randn(40, layer.in_features).bfloat16()
+        dy = torch.randn(40, layer.out_features).bfloat16()
+        found = []
+        # PEFT in float64, with PEFT's own layer: the mask is the same where the draws are
+        for each in (layer, other, copy.deepcopy(other).double()):
+            wide = each.lora_A["default"].weight.dtype == torch.float64
+            keep = torch.Generator().manual_seed(3)
+            mask = torch.rand(40, layer.in_features, generator=keep) < 1 - p
+            each.lora_dropout["default"] = Fixed(mask, p) if p else nn.Identity()
+            each.train()
+            leaf = (x.double() if wide else x.clone()).requires_grad_()
+            y = each(leaf)
+            wanted = [leaf, *trained(each)]
+            found.append([y, *torch.autograd.grad(y, wanted, dy.to(y.dtype))])
+        for what, mine, his, exact in zip("yxabm", *found, strict=True):
+            for who, value in (("ours", mine), ("theirs", his)):
+                error = (value.double() - exact).abs().max() / exact.abs().max()
+                errors.setdefault(who + what, []).append(error.item())
+    for what in "yxabm":
+        mine, his = (sum(errors[who + what]) for who in ("ours", "theirs"))
+        assert mine <= 1.3 * his + 1e-7, (what, mine, his)
+
+
+class Fixed(nn.Module):
+    """Dropout with a mask that is given."""
+
+    def __init__(self, mask, p):
+        super().__init__()
+        self.mask, self.p = mask, p
+
+    def forward(self, x):
+        return x * self.mask / (1 - self.p)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nothing_changes_at_first(dtype):
+    base = make("gpt2", None, dtype)
+    batch = {"input_ids": inputs("gpt2")["input_ids"]}
+    before = first(base(**batch))
+    config = peftkern.LoraConfig(use_dora=True, target_modules=["c_attn", "c_proj", "wte"])
+    assert torch.equal(first(peftkern.get_peft_model(base, config).eval()(**batch)), before)
+
+
+def test_files_go_both_ways(tmp_path):
+    settings = dict(use_dora=True, target_modules=TARGETS["llama"])
+    ours, theirs = moved(*pair("llama", **settings))
+    batch = inputs("llama")
+    ours.save_pretrained(tmp_path / "ours")
+    theirs.save_pretrained(tmp_path / "theirs")
+    files = [
+        peftkern.load_peft_weights(tmp_path / name, device="cpu") for name in ("ours", "theirs")
+    ]
+    assert {k: v.shape for k, v in files[0].items()} == {k: v.shape for k, v in files[1].items()}
+    assert any(k.endswith("q_proj.lora_magnitude_vector") for k in files[0])
+    with torch.no_grad():
+        want = first(theirs(**batch))
+        close(
+            first(peft.PeftModel.from_pretrained(make("llama"), tmp_path / "ours")(**batch)), want
+        )
+        for low in (False, True):
+            again = peftkern.PeftModel.from_pretrained(
+                make("llama"), tmp_path / "theirs", low_cpu_mem_usage=low
+            )
+            close(first(again(**batch)), want)
+            assert not any(q.is_meta for q in again.parameters())
+
+
+@pytest.mark.parametrize("orders", [["lora", "dora"], ["dora", "lora"], ["dora", "more"]], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_several_adapters_and_their_merged_weight(kind, orders):
+    """The output of adapters one after the other is that of one weight, which merging makes."""
+    torch.manual_seed(0)
+    base = nn.Sequential(KINDS[kind]()).double()
+    names = dict(lora=False, dora=True, more=True)
+    models = []
+    for library in (peftkern, peft):
+        configs = {
+            n: library.LoraConfig(
+                r=3,
+                target_modules=["0"],
+                init_lora_weights=False,
+                use_dora=d,
+                fan_in_fan_out=kind == "conv1d",
+            )
+            for n, d in names.items()
+        }
+        model = library.get_peft_model(copy.deepcopy(base), configs["lora"], "lora")
+        for name in ("dora", "more"):
+            model.add_adapter(name, configs[name])
+        model.base_model.set_adapter(orders)
+        models.append(model)
+    models[0].load_state_dict(models[1].state_dict())
+    ours, theirs = moved(*models)
+    assert_agree(ours, theirs)
+    layer, other = layer_of(ours), layer_of(theirs)
+    raw = layer.base_layer.weight.detach().clone()
+    merged = raw
+    for name in orders:
+        merged = with_delta(layer, name, merged, raw)
+    theirs.merge_adapter()
+    torch.testing.assert_close(merged.detach(), other.base_layer.weight.detach())
+    x = torch.randn(4, K, dtype=torch.float64)
+    want = nn.functional.linear(
+        x, merged if kind != "conv1d" else merged.t(), other.base_layer.bias
+    )
+    torch.testing.assert_close(ours.eval()(x), want)
+
+
+def with_delta(layer, name, weight, base):
+    if name in layer.lora_variant:
+        return layer.lora_variant[name].merged_weight(layer, name, weight, base)
+    delta = layer.lora_B[name].weight @ layer.lora_A[name].weight * layer.scaling[name]
+    return weight + (delta.t() if layer.fan_in_fan_out else delta)
+
+
+def test_rows_may_name_lora_adapters_beside_dora():
+    models = layer_pair(names=("dora",), use_dora=True)
+    plain = dict(r=2, target_modules=["0"], init_lora_weights=False)
+    for model, library in zip(models, (peftkern, peft), strict=True):
+        model.add_adapter("lora", library.LoraConfig(**plain))
+        model.eval()
+    models[0].load_state_dict(models[1].state_dict())
+    x, rows = torch.randn(3, K), ["lora", "__base__", "lora"]
+    mine, other = (model(x, adapter_names=rows) for model in models)
+    torch.testing.assert_close(mine, other)
+    for model in models:
+        with pytest.raises(ValueError, match="Cannot pass `adapter_names` when DoRA is enabled"):
+            model(x, adapter_names=["lora", "dora", "lora"])
+
+
+def caches(model):
+    return [m._dora_cache for m in model.modules() if hasattr(m, "_dora_cache")]
+
+
+def test_caching_lasts_while_it_may():
+    ours, _ = pair("llama", use_dora=True, target_modules=["embed_tokens", "q_proj"])
+    batch = inputs("llama")
+    kept = caches(ours)
+    want = first(ours.eval()(**batch))
+    assert len(kept) == 3 and not any(kept)
+    with DoraCaching():
+        assert torch.equal(first(ours(**batch)), want) and all(kept)
+        norms = kept[1]["norms"]
+        assert torch.equal(first(ours(**batch)), want) and kept[1]["norms"] is norms
+        layer = ours.base_model.model.model.layers[0].self_attn.q_proj
+        with torch.no_grad():
+            layer.lora_A["default"].weight.mul_(2)  # torch counts this write
+        assert not torch.equal(first(ours(**batch)), want) and kept[1]["norms"] is not norms
+        with DoraCaching(enabled=False):
+            ours(**batch)
+        assert not any(kept)
+        ours(**batch)
+        ours.train()
+        assert not any(kept)
+        ours(**batch)
+        assert not any(kept)
+    assert dora_module.ENABLE_DORA_CACHING is False
+    DoraCaching()(enabled=True)
+    try:
+        ours.eval()(**batch)
+        assert all(kept)
+    finally:
+        DoraCaching()(enabled=False)
+
+
+def test_a_row_of_zeros_stays_zero():
+    """HF PEFT divides 0 by 0 there."""
+    base = nn.Sequential(nn.Linear(K, N))
+    base[0].weight.data[2] = 0
+    config = peftkern.LoraConfig(use_dora=True, target_modules=["0"])
+    model = peftkern.get_peft_model(copy.deepcopy(base), config)
+    x = torch.randn(4, K, requires_grad=True)
+    torch.testing.assert_close(model(x), base(x))
+    model(x).square().sum().backward()
+    assert all(q.grad.isfinite().all() for q in [x, *trained(model)])
+
+
+def test_explain_names_what_is_not_fused():
+    ours, _ = pair("llama", use_dora=True, target_modules=["embed_tokens", "q_proj"])
+    ours.base_model.model.model.layers[1].self_attn.q_proj.base_layer.register_forward_hook(
+        lambda *a: None
+    )
+    rows = {row.name.split("model.")[-1]: row for row in peftkern.explain(ours)}
+    assert rows["layers.0.self_attn.q_proj"].fused
+    assert not rows["layers.1.self_attn.q_proj"].fused
+    assert rows["layers.1.self_attn.q_proj"].reason.startswith("DoRA; base layer has hooks")
+    assert not rows["embed_tokens"].fused and "DoRA" in rows["embed_tokens"].reason
+    assert ours.base_model.model.model.layers[0].self_attn.q_proj.decline_reason() is not None
+
+
+@pytest.mark.parametrize("settings", [{"lora_bias": True}, {"megatron_config": {"x": 1}}], ids=str)
+def test_what_does_not_go_with_it(settings):
+    for library in (peftkern, peft):
+        with pytest.raises(ValueError) as error:
+            library.LoraConfig(use_dora=True, **settings)
+        said = str(error.value)
+    assert said.split(",")[0] in str(error.value)
+
+
+def test_a_quantised_weight_is_read_or_refused(monkeypatch):
+    base = nn.Linear(K, N)
+    base.weight = nn.Parameter(torch.ones(N, K, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(TypeError, match="DoRA needs the weight of a Linear.*int8"):
+        dense_weight(base)
+
+    class Params4bit(nn.Parameter):  # the name that bitsandbytes has for its packed weights
+        quant_state = "how it was packed"
+
+    functional = types.ModuleType("bitsandbytes.functional")
+    functional.dequantize_4bit = lambda data, state: (data.float() * 2, state)[0]
+    monkeypatch.setitem(sys.modules, "bitsandbytes.functional", functional)
+    base.weight = Params4bit(torch.ones(N, K, dtype=torch.uint8), requires_grad=False)
+    assert torch.equal(dense_weight(base), torch.full((N, K), 2.0))
+
+
+class ConvLayer(nn.Module, LoraLayer):
+    """The least that a convolution's LoRA layer has."""
+
+    def __init__(self, base, variant):
+        super().__init__()
+        self.kind = variant
+        base.requires_grad_(False)
+        self._init_lora(base, lora_A=nn.ModuleDict(), lora_B=nn.ModuleDict())
+
+    lora_variants = property(lambda self: {("use_dora",): self.kind})
+
+    def _make_weights(self, name, r, config, place, trainable):
+        base = self.base_layer
+        ones = (1,) * (base.weight.dim() - 2)
+        shape = (base.kernel_size, base.stride, base.padding)
+        self.lora_A[name] = type(base)(base.in_channels, r, *shape, bias=False)
+        self.lora_B[name] = type(base)(
+            r, base.out_channels, ones, ones, groups=base.groups, bias=False
+        )
+
+    def forward(self, x):
+        return self.lora_variant["default"].update(self, "default", x, self.base_layer(x))
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("p", [0.0, 0.4])
+@pytest.mark.parametrize("dims", [1, 2])
+def test_convolutions(monkeypatch, dims, groups, p):
+    cls, variant = [(nn.Conv1d, DoraConv1dVariant), (nn.Conv2d, DoraConv2dVariant)][dims - 1]
+    base = cls(4, 6, 3, padding=1, groups=groups).double()
+    monkeypatch.setattr(
+        "peftkern.tuners.lora.base.in_out_features", lambda m: (m.in_channels, m.out_channels)
+    )
+    layer = ConvLayer(copy.deepcopy(base), variant)
+    config = dict(r=4, use_dora=True, lora_dropout=p)
+    layer.update_layer("default", 4, 8, peftkern.LoraConfig(**config))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = peft.get_peft_model(
+            nn.Sequential(base), peft.LoraConfig(target_modules=["0"], **config)
+        ).double()
+    other = layer_of(theirs)
+    with torch.no_grad():
+        other.lora_B["default"].weight.normal_()
+    layer.double().load_state_dict(other.state_dict())
+    magnitude = other.lora_magnitude_vector["default"].weight
+    fresh = ConvLayer(copy.deepcopy(base), variant)
+    fresh.update_layer("default", 4, 8, peftkern.LoraConfig(**config))
+    assert fresh.lora_magnitude_vector["default"].weight.shape == magnitude.shape
+    x, found = torch.randn(2, 4, *[5] * dims, dtype=torch.float64), []
+    for each in moved(layer, theirs):
+        leaf = x.clone().requires_grad_()
+        torch.manual_seed(2)
+        y = each.train()(leaf)
+        found.append([y, *torch.autograd.grad(y.square().sum(), [leaf, *trained(each)])])
+    for mine, his in zip(*found, strict=True):
+        close(mine, his, 1e-9)
+    if groups == 1:
+        raw = layer.base_layer.weight.detach()
+        merged = layer.lora_variant["default"].merged_weight(layer, "default", raw, raw)
+        theirs.merge_adapter()
+        close(merged.detach(), other.base_layer.weight.detach(), 1e-9)

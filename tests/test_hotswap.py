@@ -1,0 +1,194 @@
+"""Adapters put in place of others: beside HF PEFT's functions, and in a model compiled once."""
+
+from __future__ import annotations
+
+import copy
+
+import peft
+import peft.utils.hotswap
+import pytest
+import torch
+from torch import nn
+
+import peftkern
+from peftkern.ops.lora import lora_linear
+from peftkern.utils.hotswap import (
+    hotswap_adapter,
+    hotswap_adapter_from_state_dict,
+    prepare_model_for_compiled_hotswap,
+)
+from tests.tiny import fill, first, gradients, inputs, make
+
+CLOSE = {"rtol": 1e-5, "atol": 1e-6}
+# ranks, alphas and targets that differ, with patterns
+ADAPTERS = [
+    {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]},
+    {
+        "r": 8,
+        "lora_alpha": 4,
+        "target_modules": ["q_proj", "v_proj"],
+        "rank_pattern": {"layers.0.self_attn.q_proj": 2},
+    },
+    {"r": 2, "lora_alpha": 6, "target_modules": ["q_proj"]},
+]
+
+
+def saved(folder, lib, number):
+    """A folder with adapter ``number``, and what a model with it answers."""
+    model = lib.get_peft_model(make("llama"), lib.LoraConfig(**ADAPTERS[number])).eval()
+    fill(model, seed=10 + number)
+    model.save_pretrained(folder / str(number))
+    with torch.no_grad():
+        return first(model(**inputs("llama")))
+
+
+def loaded(lib, folder, number=0):
+    return lib.PeftModel.from_pretrained(make("llama"), folder / str(number)).eval()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("prepared", [False, True], ids=["plain", "prepared"])
+@pytest.mark.parametrize("order", [(1, 2, 0), (2, 1)], ids=str)
+def test_swapped_adapters_answer_as_loaded_ones(tmp_path, prepared, order):
+    """Larger, smaller and fewer tensors than before; with tensors for scalings and without."""
+    answers = [saved(tmp_path, peftkern, n) for n in range(3)]
+    ours, theirs = loaded(peftkern, tmp_path), loaded(peft, tmp_path)
+    if prepared:
+        prepare_model_for_compiled_hotswap(ours, target_rank=8)
+        peft.utils.hotswap.prepare_model_for_compiled_hotswap(theirs, target_rank=8)
+        torch.testing.assert_close(first(ours(**inputs("llama"))), answers[0], **CLOSE)
+    for number in order:
+        if number == 1 and not prepared:
+            continue  # the second pattern is for ranks below those of the first
+        hotswap_adapter(ours, tmp_path / str(number), "default")
+        peft.utils.hotswap.hotswap_adapter(theirs, tmp_path / str(number), "default")
+        with torch.no_grad():
+            mine = first(ours(**inputs("llama")))
+            torch.testing.assert_close(mine, answers[number], **CLOSE)
+            if number != 1:  # PEFT looks for the patterns' scalings under other names
+                torch.testing.assert_close(mine, first(theirs(**inputs("llama"))), **CLOSE)
+
+
+class Two(nn.Module):
+    """What is compiled fast."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.q_proj, self.v_proj = nn.Linear(12, 10), nn.Linear(10, 6)
+
+    def forward(self, x):
+        return self.v_proj(self.q_proj(x).relu())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_model_is_compiled_once(tmp_path):
+    x, answers = torch.randn(5, 12), []
+    for number, adapter in enumerate(ADAPTERS):
+        model = peftkern.get_peft_model(Two(), peftkern.LoraConfig(**adapter)).eval()
+        fill(model, seed=10 + number)
+        model.save_pretrained(tmp_path / str(number))
+        answers.append(model(x).detach())
+
+    def compiled(target_rank):
+        torch._dynamo.reset()
+        model = peftkern.PeftModel.from_pretrained(Two(), tmp_path / "0").eval()
+        if target_rank:
+            prepare_model_for_compiled_hotswap(model, target_rank=target_rank)
+        return torch.compile(model, backend="aot_eager", fullgraph=True)
+
+    swapped = compiled(8)
+    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
+        torch.testing.assert_close(swapped(x), answers[0], **CLOSE)
+        for number in (1, 2, 0):
+            hotswap_adapter(swapped, tmp_path / str(number), "default")
+            torch.testing.assert_close(swapped(x), answers[number], **CLOSE)
+        plain = compiled(None)
+        plain(x)
+        hotswap_adapter(plain, tmp_path / "1", "default")
+        with pytest.raises(torch._dynamo.exc.RecompileError):  # other ranks, another program
+            plain(x)
+    torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_scalings_that_are_tensors_change_no_number():
+    """In one adapter's calls, mixed batches, training and merging."""
+    config = {"r": 4, "lora_alpha": 6, "target_modules": "all-linear"}
+    number = peftkern.get_peft_model(make("llama"), peftkern.LoraConfig(**config))
+    number.add_adapter("other", peftkern.LoraConfig(**config))
+    fill(number, seed=3)
+    tensor = copy.deepcopy(number)
+    prepare_model_for_compiled_hotswap(tensor)
+    batch = inputs("llama")
+    torch.testing.assert_close(gradients(tensor, batch), gradients(number, batch), **CLOSE)
+    number.eval(), tensor.eval()
+    rows = ["other", "__base__", "default"][: len(batch["input_ids"])]
+    with torch.no_grad():
+        for more in ({}, {"adapter_names": rows}):
+            want = first(number(**batch, **more))
+            torch.testing.assert_close(first(tensor(**batch, **more)), want, **CLOSE)
+        layer = tensor.base_model.model.model.layers[0].self_attn.q_proj
+        assert "tensor" in layer.decline_reason()
+        # what a compiler traces: the factor is in B
+        x = torch.randn(3, layer.in_features)
+        torch.testing.assert_close(
+            lora_linear(x, *layer.product_call(x, "default")), layer(x), **CLOSE
+        )
+        tensor.merge_adapter(), number.merge_adapter()
+        torch.testing.assert_close(first(tensor(**batch)), first(number(**batch)), **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "says"),
+    [
+        (lambda m, s: prepare_model_for_compiled_hotswap(m, target_rank=2), ValueError, "larger"),
+        (
+            lambda m, s: prepare_model_for_compiled_hotswap(nn.Linear(2, 2)),
+            ValueError,
+            "No adapter layers found",
+        ),
+        (
+            lambda m, s: prepare_model_for_compiled_hotswap(torch.compile(m), target_rank=9),
+            ValueError,
+            "before",
+        ),
+        (
+            lambda m, s: hotswap_adapter_from_state_dict(
+                m, {**s, "base_model.model.x.lora_A.default.weight": s[next(iter(s))]}, "default", C
+            ),
+            RuntimeError,
+            "unexpected keys found",
+        ),
+        (
+            lambda m, s: hotswap_adapter_from_state_dict(
+                m, {k: v[..., :-1].repeat(2, 1) for k, v in s.items()}, "default", C
+            ),
+            ValueError,
+            "Incompatible shapes",
+        ),
+        (
+            lambda m, s: (m.merge_adapter(), hotswap_adapter_from_state_dict(m, s, "default", C)),
+            ValueError,
+            "merged",
+        ),
+    ],
+    ids=["rank", "no_layers", "compiled", "unexpected", "shapes", "merged"],
+)
+def test_refusals_change_nothing(call, error, says):
+    model = peftkern.get_peft_model(make("llama"), C)
+    fill(model)
+    state = {n: p.clone() for n, p in model.named_parameters() if "lora_" in n}
+    with pytest.raises(error, match=says):
+        call(model, state)
+    now = {n: p for n, p in model.named_parameters() if "lora_" in n}
+    assert all(torch.equal(now[n], p) for n, p in state.items())
+    assert all(
+        isinstance(s, float)
+        for m in model.modules()
+        if isinstance(m, peftkern.tuners.lora.LoraLayer)
+        for s in m.scaling.values()
+    )
+
+
+C = peftkern.LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
