@@ -262,11 +262,6 @@ class LoraLayer(Merging, Frozen, BaseTunerLayer):
         layer has none such."""
         return select(self.lora_variants, config)
 
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether the adapter may be turned into one of plain LoRA."""
-        variant = self.lora_variant.get(adapter_name)
-        return variant is None or variant.supports_lora_conversion()
-
     # ---------------------------------------------------------------- why a call is fused, or not
 
     def _variant_operation(self, x: Tensor) -> Tensor | None:
