@@ -14,9 +14,11 @@ from torch import nn
 
 from .config import PeftConfig
 from .tuners.lora import LoraLayer
+from .tuners.lora.dora import DoraCaching
 from .tuners.tuners_utils import BaseTunerLayer, adapter_modules
 
 __all__ = [
+    "DoraCaching",
     "check_if_peft_model",
     "disable_input_dtype_casting",
     "rescale_adapter_scale",
