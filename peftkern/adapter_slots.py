@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .tuners.prompt_encoder import BasePromptEncoder
+from .tuners.trainable_tokens import TrainableTokensLayer
 from .tuners.tuners_utils import BaseTunerLayer, walk
 from .utils.other import ModulesToSaveWrapper
 
@@ -111,6 +112,8 @@ def adapter_slots(model: nn.Module, adapter_name: str) -> Iterator[Slot]:
     if adapter_name in encoders:
         yield prompt_slot(f"prompt_encoder.{adapter_name}", encoders[adapter_name])
     for name, module in walk(model):
+        if isinstance(module, TrainableTokensLayer) and module.tied_adapter is not None:
+            continue  # what it has is another module's
         if isinstance(module, BaseTunerLayer):
             for attribute in module.adapter_layer_names:
                 store = getattr(module, attribute)

@@ -234,7 +234,7 @@ class AdapterFiles:
             if peft_model is not None and config.is_prompt_learning:
                 peft_model._remove_prompts()
             elif peft_model is not None:
-                peft_model.base_model._take_out()
+                peft_model.base_model._take_out(only_empty=False)
                 del model.peft_config
             for parameter, flag in flags:
                 parameter.requires_grad_(flag)

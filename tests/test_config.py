@@ -104,13 +104,9 @@ OLD_JSON = {
 }
 
 UNSUPPORTED = {
-    "trainable_token_indices": [0, 1],
-    "layer_replication": [(0, 2)],
-    "target_parameters": ["mlp.weight"],
     "alora_invocation_tokens": [5],
     "use_qalora": True,
     "megatron_config": {"tensor_model_parallel_size": 1},
-    "ensure_weight_tying": True,
     "use_bdlora": True,
     "arrow_config": {"top_k": 1},
     "velora_config": {"x": 1},

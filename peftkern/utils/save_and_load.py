@@ -127,7 +127,8 @@ def get_peft_model_state_dict(
     targeted = targets_embedding(config, base)
     if save_embedding_layers == "auto":
         save_embedding_layers = False
-        if targeted:
+        # who trains single tokens wants no file of the whole vocabulary's size
+        if targeted and getattr(config, "trainable_token_indices", None) is None:
             warnings.warn(
                 "Setting `save_embedding_layers` to `True` as embedding layers found in "
                 "`target_modules`.",

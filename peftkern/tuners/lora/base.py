@@ -124,7 +124,7 @@ class LoraLayer(Merging, Frozen, BaseTunerLayer):
             _plan=None,
             _group=None,
         )
-        self.in_features, self.out_features = in_out_features(self.get_base_layer())
+        self.in_features, self.out_features = self._in_out_features()
         if not base_layer.training:
             module.train(False)
 
@@ -146,6 +146,9 @@ class LoraLayer(Merging, Frozen, BaseTunerLayer):
         given = {k: kwargs[k] for k in kinds if k in kwargs}
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r, lora_alpha, config, **{"autocast_dtype": False, **given})
+
+    def _in_out_features(self) -> tuple[int, int] | tuple[None, None]:
+        return in_out_features(self.get_base_layer())
 
     def _adapter_placement(self, autocast_dtype: bool, meta: bool) -> dict[str, Any]:
         """device and dtype of new adapter weights: the base layer's,

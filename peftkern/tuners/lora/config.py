@@ -113,6 +113,11 @@ class LoraConfig(PeftConfig):
         self.lora_ga_config = as_subconfig(self.lora_ga_config, LoraGAConfig)
         if self.runtime_config is None or isinstance(self.runtime_config, dict):
             self.runtime_config = LoraRuntimeConfig(**(self.runtime_config or {}))
+        if self.ensure_weight_tying:
+            self.modules_to_tie = None
+            self.target_modules_to_tie = None
+        if isinstance(self.target_parameters, str):
+            raise TypeError("`target_parameters` must be a list of strings or None.")
         self._check_values()
         self._settle_inits()
         self._warn()
@@ -265,10 +270,8 @@ class LoraConfig(PeftConfig):
     def unsupported(self) -> list[str]:
         """Every setting, as ``name=value``, that peftkern cannot honour yet."""
         names = (
-            "megatron_config trainable_token_indices velora_config alora_invocation_tokens "
-            "use_qalora "
-            "monteclora_config layer_replication target_parameters use_bdlora arrow_config "
-            "kasa_config ensure_weight_tying"
+            "megatron_config velora_config alora_invocation_tokens use_qalora "
+            "monteclora_config use_bdlora arrow_config kasa_config"
         ).split()
         found = [f"{name}={getattr(self, name)!r}" for name in names if getattr(self, name)]
         return found

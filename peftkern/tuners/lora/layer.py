@@ -301,3 +301,15 @@ def _dtypes_fit(x: Tensor, dtype: torch.dtype, low: torch.dtype, low_b: torch.dt
     if x.dtype == dtype:
         return low == dtype or low == torch.float32
     return autocast.is_on(x) and x.dtype != torch.float64
+
+
+_PARAMETERS = ("ParamWrapper", "_LoraFactorsProxy", "_LoraParameterProxy")
+
+
+def __getattr__(name: str) -> Any:
+    # PEFT's address of what stands in a file that needs this one
+    if name not in _PARAMETERS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import parameter
+
+    return getattr(parameter, name)
