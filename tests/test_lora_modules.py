@@ -8,6 +8,7 @@ import threading
 import peft
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import peftkern
@@ -305,6 +306,32 @@ def test_the_message_about_a_layer_that_cannot_be_adapted_is_peft_s():
         if lib is peftkern:
             assert type(base[0]) is nn.Linear
     assert texts[0] == texts[1]
+
+
+def test_a_vision_model_with_batch_norms_that_are_saved(tmp_path):
+    """The buffers of norms trained in full travel with the adapter, in both directions."""
+    torch.manual_seed(0)
+    config = transformers.ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic", num_labels=3
+    )
+    base, x = transformers.ResNetForImageClassification(config), torch.randn(2, 3, 32, 32)
+    for lib, other in zip(LIBS, LIBS[::-1], strict=True):
+        settings = lib.LoraConfig(
+            r=2, target_modules=["convolution"], modules_to_save=["classifier", "normalization"]
+        )
+        model = lib.get_peft_model(copy.deepcopy(base), settings).train()
+        for _ in range(2):
+            model(pixel_values=x, labels=torch.tensor([0, 1])).loss.backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad and parameter.grad is not None:
+                    parameter -= 0.1 * parameter.grad
+        model.eval().save_pretrained(tmp_path / lib.__name__)
+        loaded = other.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / lib.__name__)
+        with torch.no_grad():
+            expected = model(x).logits
+            torch.testing.assert_close(loaded.eval()(x).logits, expected, atol=1e-5, rtol=1e-4)
+            assert not torch.allclose(base.eval()(x).logits, expected, atol=1e-2)
 
 
 # ---------------------------------------------------------------- classes of one's own
