@@ -209,7 +209,8 @@ class MultiheadAttention(nn.Module, LoraLayer):
                         "Impossible to merge LoRA with `lora_bias=True` because the base layer has "
                         "no bias."
                     )
-                bias = bias + (out_proj.lora_B[name].bias * out_proj.scaling[name]).detach()
+                extra = (out_proj.lora_B[name].bias * out_proj.scaling[name]).detach()
+                bias = (bias + extra).to(bias.dtype)
         stand_in = object.__new__(type(base))
         stand_in.__dict__.update(base.__dict__)
         # found before the parameter and the module of that name

@@ -256,7 +256,8 @@ def _state_dict(
         pca = watches[source[name]].pca
         components = pca.components_[:rank]
         if settings.whiten:
-            components = components / pca.singular_values_[:rank, None].sqrt()
+            # in place, so once for each of the layers that share them: HF PEFT's numbers
+            components /= pca.singular_values_[:rank, None].sqrt()
         out[name] = components if device is None else components.to(device)
     return out
 
@@ -300,7 +301,7 @@ def get_eva_state_dict(
             raise ValueError("peft_config is required if model is not a PeftModel")
         peft_config = model.peft_config[adapter_name]  # type: ignore[index,assignment]
     assert peft_config is not None
-    targets: dict[str, nn.Module]
+    targets: dict[str, Any]
     if adapted:
         kinds = UNSUPPORTED_LORA_MODULES
         inside = tuple(f"{n}." for n, m in model.named_modules() if isinstance(m, kinds))
