@@ -214,6 +214,19 @@ def test_is_hf_pefts(family: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Prefix tuning")
+@pytest.mark.parametrize("family", ["stablelm", "gemma4", "xglm"])
+def test_static_cache(family: str) -> None:
+    """For which generate() makes the masks, and not the model."""
+    model, batch = tuned(peftkern, family), batch_of(family)
+    del batch["labels"]
+    how = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    dynamic = model.generate(**batch, **how)
+    assert torch.equal(model.generate(**batch, **how, cache_implementation="static"), dynamic)
+    with model.disable_adapter():
+        assert not torch.equal(model.generate(**batch, **how), dynamic)
+
+
+@pytest.mark.filterwarnings("ignore:Prefix tuning")
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize(
     "family", ["gemma4", "stablelm", "longt5", "xglm", "m2m_100", "rembert", "gemma3n"]

@@ -154,14 +154,19 @@ def test_weights_that_are_elsewhere(kind):
     assert torch.equal(model.generate(**how), whole.generate(**how))
 
 
-def test_a_file_is_not_lost_on_the_meta_device(tmp_path):
+def test_tokens_are_not_lost_on_the_meta_device(tmp_path):
+    """Where the words are not there yet, neither are the virtual tokens that copy them."""
     kept = prompt_model(peftkern, "sample")
     kept.save_pretrained(tmp_path)
-    base = make("llama").to("meta")
-    model = peftkern.PeftModel.from_pretrained(base, str(tmp_path), is_trainable=True)
-    weight = model.prompt_encoder["default"].embedding.weight
-    assert torch.equal(weight, kept.prompt_encoder["default"].embedding.weight)
-    assert weight.requires_grad
+    model = prompt_model(peftkern, "sample", base=make("llama").to("meta"))
+    assert model.prompt_encoder["default"].embedding.weight.is_meta
+    tokens = peftkern.get_peft_model_state_dict(kept)["prompt_embeddings"]
+    model.prompt_encoder["default"].load_prompt_embeddings(tokens)
+    model.load_adapter(str(tmp_path), "b", is_trainable=True)
+    for name in ("default", "b"):
+        weight = model.prompt_encoder[name].embedding.weight
+        assert torch.equal(weight, kept.prompt_encoder["default"].embedding.weight)
+    assert model.prompt_encoder["default"].embedding.weight.requires_grad
 
 
 @pytest.mark.parametrize("kind", ["prompt", "mlp", "prefix"])
