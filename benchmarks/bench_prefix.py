@@ -148,6 +148,7 @@ def batch_for(name: str, embedded: Tensor, ids: Tensor) -> dict[str, Any]:
     return {**given, "labels": ids, "use_cache": False}
 
 
+@pytest.mark.timeout(1800)  # minutes, on a machine that has nothing else to do
 @pytest.mark.parametrize("H_kv", [8, 2], ids="kv{}".format)
 def test_model_step(compare: Callable[..., Any], count: Callable[..., Any], H_kv: int) -> None:
     here = {name: model.train() for name, model in models(H_kv).items()}
@@ -216,6 +217,7 @@ def test_model_step(compare: Callable[..., Any], count: Callable[..., Any], H_kv
     )
 
 
+@pytest.mark.timeout(1800)  # minutes, on a machine that has nothing else to do
 @pytest.mark.parametrize("H_kv", [8, 2], ids="kv{}".format)
 def test_model_decode(compare: Callable[..., Any], H_kv: int) -> None:
     here = {name: model.eval() for name, model in models(H_kv).items()}

@@ -43,8 +43,19 @@ class _Collect(torch.autograd.Function):
         return grad, None, *sums
 
 
+@torch.compiler.assume_constant_result
+def _refuse_in_trace() -> int:
+    # called while tracing: an error raised by traced code would only break the graph
+    raise ValueError(
+        "torch.compile loses the prefix's gradient in reentrant checkpoints; allowed: "
+        'gradient_checkpointing_enable({"use_reentrant": False}), or no torch.compile'
+    )
+
+
 def use_leaves(state: PrefixState) -> None:
     """Puts leaves in place of the prefixes, and the prefixes where :func:`collect` finds them."""
+    if torch.compiler.is_compiling():
+        _refuse_in_trace()
     originals: list[Tensor] = []
     leaves: list[Tensor] = []
     pairs: list[Prefix | None] = []
@@ -69,5 +80,7 @@ def collect(hidden: Tensor, state: PrefixState) -> Tensor:
     """To call on what the first layer is called with."""
     if state.collected is None:
         return hidden
+    if torch.compiler.is_compiling():
+        _refuse_in_trace()
     leaves, originals = state.collected
     return _Collect.apply(hidden, leaves, *originals)
