@@ -234,6 +234,31 @@ def test_base_weights_by_their_old_names():
     assert all(torch.equal(now[k], v) for k, v in changed.items())
 
 
+def test_a_state_dict_of_the_models_own_is_asked():
+    """FSDP and DeepSpeed bring shards together in ``state_dict()``, under the plain names."""
+    ours = peftkern.get_peft_model(make("llama"), settings(peftkern))
+    whole = peftkern.get_peft_model_state_dict(ours)
+
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self._fsdp_wrapped_module = ours
+            self.peft_config = ours.peft_config
+
+        def state_dict(self, *args, **kwargs):
+            found = super().state_dict(*args, **kwargs)
+            return {k.removeprefix("_fsdp_wrapped_module."): v + 1 for k, v in found.items()}
+
+    wrapped = Wrapped()
+    for model in (wrapped, ours):
+        if model is ours:
+            part = {k: v + 1 for k, v in ours.state_dict().items() if "layers.1" not in k}
+            ours.state_dict = lambda part=part: part
+        found = peftkern.get_peft_model_state_dict(model)
+        assert found.keys() == {k for k in whole if model is wrapped or "layers.1" not in k}
+        assert all(torch.equal(v, whole[k] + 1) for k, v in found.items())
+
+
 def test_replaced_modules_are_seen():
     """No list of layers that could go stale: a layer that was put in later is switched as well."""
     ours = peftkern.get_peft_model(make("llama"), settings(peftkern))
