@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import peftkern
+from peftkern.tuners.lora import LoraLayer
 from tests.tiny import fill, first, inputs, make
 
 EXACT = {"rtol": 1e-4, "atol": 1e-5}  # unmerging is exact here, and not in HF PEFT
@@ -270,6 +271,19 @@ def test_replaced_modules_are_seen():
     ours.set_adapter("b")
     assert attention.q_proj.active_adapters == ["b"]
     assert attention.q_proj.lora_A["b"].weight.requires_grad
+
+
+def test_status_names_the_quantisation():
+    """Told by the classes of the base layer and its weight, which are stood in for."""
+    named = {"bitsandbytes.nn.modules.Linear4bit": "bnb 4bit", "hqq.core.quantize.HQQLinear": "hqq"}
+    for full, name in named.items():
+        ours = peftkern.get_peft_model(make("llama"), settings(peftkern))
+        first_layer, other = (m for m in ours.modules() if isinstance(m, LoraLayer))
+        module, _, cls = full.rpartition(".")
+        first_layer.base_layer.__class__ = type(cls, (nn.Linear,), {"__module__": module})
+        found = {s.quantization_backend for s in ours.get_layer_status()}
+        assert found == {name, None} and other.quantization_backend is None
+        assert ours.get_model_status().quantization_backend == "irregular"
 
 
 def test_several_copies_of_a_head_cannot_be_active_at_once():
