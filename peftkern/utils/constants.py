@@ -77,6 +77,9 @@ def bloom_model_postprocess_past_key_value(
     Returns:
         L pairs of keys [B·H, D, P] and values [B·H, P, D].
     """
-    both = torch.cat(past_key_values)  # [2L, B, H, P, D]
-    keys, values = (part.flatten(1, 2) for part in both.chunk(2))
-    return tuple(zip(keys.transpose(2, 3), values, strict=True))
+    both = torch.cat(past_key_values)
+    _, B, H, P, D = both.shape
+    keys, values = both.chunk(2)
+    # numbers go where HF PEFT puts them, which is not the transpose of P and D
+    keys = keys.transpose(2, 3).reshape(-1, B * H, D, P)
+    return tuple(zip(keys, values.flatten(1, 2), strict=True))
