@@ -128,6 +128,7 @@ _WHERE = {
     ),
     ".tuners.p_tuning": "PromptEncoder PromptEncoderConfig PromptEncoderReparameterizationType",
     ".tuners.prefix_tuning": "PrefixEncoder PrefixTuningConfig",
+    ".tuners.trainable_tokens": "TrainableTokensLayer TrainableTokensWrapper",
     ".tuners.prompt_tuning": "PromptEmbedding PromptTuningConfig PromptTuningInit",
     ".status": "get_layer_status get_model_status",
     ".utils.constants": (

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from .adapter_slots import Slot, adapter_slots, clean, tensors_of
+from .tuners.lora.fused_experts import convert_weights
+from .tuners.lora.tying import tie_again
 from .tuners.tuners_utils import BaseTunerLayer, adapter_modules
 
 PREFIX = "base_model.model."
@@ -39,6 +41,7 @@ def match_weights(model: Any, weights: dict[str, Tensor], adapter_name: str) -> 
             f"no adapter named {adapter_name!r}; there are {sorted(model.peft_config)}"
         )
     slots = {slot.key.removeprefix(PREFIX): slot for slot in adapter_slots(model, adapter_name)}
+    weights = convert_weights(model, weights, slots)
     missing = dict(slots)
     pairs, unexpected, mismatched = [], [], []
     others: dict[str, Slot] | None = None
@@ -181,6 +184,7 @@ def fill(
         for module in adapter_modules(model):
             if isinstance(module, BaseTunerLayer):
                 module.move_adapter_to_base_layer(adapter_name)
+        tie_again(model, adapter_name)
     result = LoadResult(
         [slot.model_key for slot in match.missing],
         [insert_adapter_name(key, adapter_name) for key in match.unexpected],

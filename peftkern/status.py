@@ -122,10 +122,8 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
         if id(module) not in wanted:
             continue
         layer: Any = module
-        if not isinstance(layer, BaseTunerLayer) and any(
-            isinstance(child, BaseTunerLayer) for child in module.children()
-        ):
-            continue  # the adapter layer inside stands for both
+        if isinstance(module._modules.get("token_adapter"), BaseTunerLayer):
+            continue  # a wrapper around the adapter layer that stands for both
         trained = _tensors_by_adapter(layer, layer.adapter_layer_names)
         held = _tensors_by_adapter(layer, layer.adapter_layer_names + layer.other_param_names)
         backend = getattr(layer, "quantization_backend", None)

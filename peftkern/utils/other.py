@@ -30,6 +30,7 @@ from .preparing import (
     prepare_model_for_kbit_training,
     shift_tokens_right,
 )
+from .tied import modules_tied_to_embedding as _get_module_names_tied_with_embedding
 
 __all__ = [
     "CONTAINERS",
@@ -38,6 +39,7 @@ __all__ = [
     "_freeze_adapter",
     "_get_batch_size",
     "_get_input_embeddings_name",
+    "_get_module_names_tied_with_embedding",
     "_get_no_split_modules",
     "_get_submodules",
     "_is_valid_match",

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..tuners_utils import BaseTunerLayer
 from .config import LoraConfig
+from .frozen import Frozen
 from .merging import Merging
 from .variant import LoraVariant, active_variant, select
 
@@ -47,7 +48,7 @@ def in_out_features(base: Any) -> tuple[int, int] | tuple[None, None]:
     return None, None
 
 
-class LoraLayer(Merging, BaseTunerLayer):
+class LoraLayer(Merging, Frozen, BaseTunerLayer):
     """The state of a LoRA layer: its adapters by name, in PEFT's attributes.
 
     ``lora_A[name].weight`` is [r, K], ``lora_B[name].weight`` [N, r]; an embedding keeps
@@ -123,7 +124,7 @@ class LoraLayer(Merging, BaseTunerLayer):
             _plan=None,
             _group=None,
         )
-        self.in_features, self.out_features = in_out_features(self.get_base_layer())
+        self.in_features, self.out_features = self._in_out_features()
         if not base_layer.training:
             module.train(False)
 
@@ -145,6 +146,9 @@ class LoraLayer(Merging, BaseTunerLayer):
         given = {k: kwargs[k] for k in kinds if k in kwargs}
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r, lora_alpha, config, **{"autocast_dtype": False, **given})
+
+    def _in_out_features(self) -> tuple[int, int] | tuple[None, None]:
+        return in_out_features(self.get_base_layer())
 
     def _adapter_placement(self, autocast_dtype: bool, meta: bool) -> dict[str, Any]:
         """device and dtype of new adapter weights: the base layer's,
@@ -203,6 +207,8 @@ class LoraLayer(Merging, BaseTunerLayer):
         if not self.training:
             dropout.training = False
         self.lora_dropout._modules[adapter_name] = dropout
+        if adapter_name in self.frozen_peft_weight_names:
+            del self.frozen_peft_weight_names[adapter_name]
         with torch.no_grad():
             place = self._adapter_placement(autocast_dtype, meta)
             self._make_weights(adapter_name, r, config, place, trainable)

@@ -44,8 +44,8 @@ class LoraConfig(PeftConfig):
         use_rslora: rank-stabilised scaling.
         modules_to_save: modules trained and saved in full.
         init_lora_weights: True (B is zero), False (both random), "gaussian" (A normal, B zero),
-            "pissa", "pissa_niter_<k>", "olora", "loftq", "eva", "corda", "orthogonal", "lora_ga":
-            see :mod:`peftkern.tuners.lora.inits`.
+            "pissa", "pissa_niter_<k>", "olora", "mica", "loftq", "eva", "corda", "orthogonal",
+            "lora_ga": see :mod:`peftkern.tuners.lora.inits`.
         layers_to_transform: indices of the layers to adapt; needs a list in ``target_modules``.
         layers_pattern: names of the module list that those indices count.
         rank_pattern: name or regular expression -> another ``r``.
@@ -114,6 +114,11 @@ class LoraConfig(PeftConfig):
         self.lora_ga_config = as_subconfig(self.lora_ga_config, LoraGAConfig)
         if self.runtime_config is None or isinstance(self.runtime_config, dict):
             self.runtime_config = LoraRuntimeConfig(**(self.runtime_config or {}))
+        if self.ensure_weight_tying:
+            self.modules_to_tie = None
+            self.target_modules_to_tie = None
+        if isinstance(self.target_parameters, str):
+            raise TypeError("`target_parameters` must be a list of strings or None.")
         self._check_values()
         self._settle_inits()
         self._warn()
@@ -266,13 +271,10 @@ class LoraConfig(PeftConfig):
     def unsupported(self) -> list[str]:
         """Every setting, as ``name=value``, that peftkern cannot honour yet."""
         names = (
-            "megatron_config trainable_token_indices velora_config use_qalora "
-            "monteclora_config layer_replication target_parameters use_bdlora arrow_config "
-            "kasa_config ensure_weight_tying"
+            "megatron_config velora_config use_qalora monteclora_config use_bdlora arrow_config "
+            "kasa_config"
         ).split()
         found = [f"{name}={getattr(self, name)!r}" for name in names if getattr(self, name)]
-        if self.init_name == "mica":
-            found.append("init_lora_weights='mica'")
         return found
 
     def check_supported(self) -> None:

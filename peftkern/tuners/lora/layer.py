@@ -80,7 +80,7 @@ class Linear(nn.Module, LoraLayer):
             bias = torch.empty(N, **place) if with_bias else None
         else:
             base = self._base_dtype()
-            A, B, bias = of_linear(r, K, N, config.init_name, with_bias)
+            A, B, bias = of_linear(r, K, N, inits.drawn_as(self, config), with_bias)
             A, B = placed(A, base, place), placed(B, base, place)
             bias = None if bias is None else placed(bias, base, place)
         self.lora_A._modules[name] = bare_linear(A, None, trainable)
@@ -306,3 +306,15 @@ def _dtypes_fit(x: Tensor, dtype: torch.dtype, low: torch.dtype, low_b: torch.dt
     if x.dtype == dtype:
         return low == dtype or low == torch.float32
     return autocast.is_on(x) and x.dtype != torch.float64
+
+
+_PARAMETERS = ("ParamWrapper", "_LoraFactorsProxy", "_LoraParameterProxy")
+
+
+def __getattr__(name: str) -> Any:
+    # PEFT's address of what stands in a file that needs this one
+    if name not in _PARAMETERS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import parameter
+
+    return getattr(parameter, name)

@@ -54,12 +54,15 @@ class Merging:
         return self._delta_weight(adapter).to(self._factors(adapter)[0].dtype)
 
     def _delta_weight(self, adapter: str) -> Tensor:
-        """:meth:`get_delta_weight` before it is rounded: float32, or float64 where the adapter
-        is."""
+        """:meth:`get_delta_weight` before it is rounded: float32, or float64 where the adapter or
+        the base weight is. A tensor of its own."""
         left, right = (at_least_float32(factor) for factor in self._factors(adapter))
         module, attribute = self._merge_target()
+        weight = getattr(module, attribute)
+        if weight.dtype == torch.float64:
+            left, right = left.double(), right.double()
         scaling = self.scaling[adapter]  # type: ignore[attr-defined]
-        return (left @ right).mul(scaling).reshape(getattr(module, attribute).shape)
+        return (left @ right).mul_(scaling).reshape(weight.shape)
 
     def _merged_weight(self, adapter: str, weight: Tensor, base: Tensor | None = None) -> Tensor:
         """The base weight with one more adapter in it.
@@ -71,7 +74,7 @@ class Merging:
         """
         variant = getattr(self, "lora_variant", {}).get(adapter)
         if variant is None:
-            return weight + self._delta_weight(adapter).to(weight.device)
+            return self._delta_weight(adapter).to(weight.device, weight.dtype).add_(weight)
         return variant.merged_weight(self, adapter, weight, weight if base is None else base)
 
     # ---------------------------------------------------------------- in and out

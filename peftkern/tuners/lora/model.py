@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,15 +18,16 @@ from ...utils.other import (
     AuxiliaryTrainingWrapper,
     ModulesToSaveWrapper,
     find_modules_to_save,
-    get_pattern_key,
     get_submodules,
     wrap_modules_to_save,
 )
+from ...utils.tied import modules_tied_to_embedding
 from ..base_tuner import BaseTuner
-from ..targets import check_compatible, match_targets, resolve_targets
+from ..targets import check_compatible
 from ..tuners_utils import BaseTunerLayer
 from .alora import handing_offsets
 from .base import LoraLayer
+from .beside import Beside, find_targets, rank_and_alpha
 from .config import LoraConfig
 from .dispatch import (
     add_adapter,
@@ -37,11 +38,14 @@ from .dispatch import (
     warn,
     warn_of_changed_base,
 )
+from .fused_experts import convert_config
 from .group import form_groups
 from .inits import collect
 from .layer import Linear
 from .mixed import AdapterNames
 from .plain import Starts
+from .replication import stacked
+from .tying import settle_tying
 from .unloading import ModelMerging
 from .weighted import Weighted
 
@@ -64,6 +68,8 @@ class LoraModel(ModelMerging, Weighted, Starts, BaseTuner):
         ValueError: nothing matches, or a match cannot be adapted. The model is then as it was.
     """
 
+    # puts stacked layers back (`layer_replication`)
+    _unstack: Callable[[], None] | None = None
     prefix = "lora_"
     tuner_layer_cls = LoraLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
@@ -89,38 +95,37 @@ class LoraModel(ModelMerging, Weighted, Starts, BaseTuner):
         config: LoraConfig,
         name: str,
         state_dict: dict[str, Tensor] | None = None,
-    ) -> tuple[list[Any], list[str]]:
-        """All that can go wrong, before anything is changed: the matches with rank and alpha, and
-        the names of the modules to train in full."""
+    ) -> tuple[list[Any], list[str], Beside]:
+        """All that can go wrong, before anything is changed: the matches with rank and alpha, the
+        names of the modules to train in full, and what is adapted beside those."""
         config.check_supported()
-        others = [c for n, c in self.peft_config.items() if n != name]
-        if config.bias != "none" and any(getattr(c, "bias", "none") != "none" for c in others):
+        others = [(n, c) for n, c in self.peft_config.items() if n != name]
+        if config.bias != "none" and any(getattr(c, "bias", "none") != "none" for _, c in others):
             raise ValueError(
                 "LoraModel supports only 1 adapter with bias. When using multiple adapters, set "
                 "bias to 'none' for all adapters."
             )
-        config.target_modules = resolve_targets(config, model)
-        matches = match_targets(config, model, config.target_modules, state_dict)
+        convert_config(config, model)
+        settle_tying(config, model)
+        matches, parameters = find_targets(config, model, others, state_dict)
         check_compatible(config, model, [key for key, _ in matches])
         plan = []
         for key, module in matches:
             custom = custom_class(module, config)
             make = None if isinstance(module, LoraLayer) else custom or layer_class(module)
-            r = config.rank_pattern.get(get_pattern_key(config.rank_pattern, key), config.r)
-            alpha = config.alpha_pattern.get(
-                get_pattern_key(config.alpha_pattern, key), config.lora_alpha
-            )
+            r, alpha = rank_and_alpha(config, key)
             if custom is None:
                 check(key, module, r, config)
             plan.append((key, module, make, r, alpha))
-        self._check_patterns(config, [key for key, *_ in plan])
+        beside = Beside(config, model, [key for key, _ in matches], parameters)
+        self._check_patterns(config, [key for key, _ in matches] + beside.parameter_names)
         self._check_fan_in_fan_out(config, [m for _, m, make, *_ in plan if make is not None])
         saved = find_modules_to_save(model, config.modules_to_save)
         self._check_saved(model, config, name, plan, saved)
         for _, module, *_ in plan:
             warn(module, config)
-        warn_of_changed_base([config, *others])
-        return plan, saved
+        warn_of_changed_base([config, *(c for _, c in others)])
+        return plan, saved, beside
 
     @staticmethod
     def _check_saved(
@@ -201,13 +206,29 @@ class LoraModel(ModelMerging, Weighted, Starts, BaseTuner):
     ) -> None:
         config = self.peft_config[adapter_name]
         assert isinstance(config, LoraConfig)
-        plan, saved = self._plan(model, config, adapter_name, state_dict)
+        others = [c for n, c in self.peft_config.items() if n != adapter_name]
+        with stacked(model, config, others) as unstack:
+            self._inject(model, config, adapter_name, low_cpu_mem_usage, state_dict)
+        if unstack is not None:
+            self.__dict__["_unstack"] = unstack
+
+    def _inject(
+        self,
+        model: nn.Module,
+        config: LoraConfig,
+        adapter_name: str,
+        low_cpu_mem_usage: bool,
+        state_dict: dict[str, Tensor] | None,
+    ) -> None:
+        plan, saved, beside = self._plan(model, config, adapter_name, state_dict)
         flags = [(p, p.requires_grad) for p in parameters_of(model)]
         # what is there already trains, or does not, as before; the first adapter freezes the model
         first = not any(isinstance(m, BaseTunerLayer) for m in self.adapter_layers())
         try:
             with collect() as change_base_weights:
-                self._put_in(model, config, adapter_name, plan, saved, low_cpu_mem_usage, first)
+                self._put_in(
+                    model, config, adapter_name, plan, saved, beside, low_cpu_mem_usage, first
+                )
                 change_base_weights()
         except BaseException:
             for layer in self.adapter_layers():
@@ -223,6 +244,8 @@ class LoraModel(ModelMerging, Weighted, Starts, BaseTuner):
         known = set(self.targeted_module_names)
         names = [key.removeprefix("_orig_mod.") for key, *_ in plan]
         self.targeted_module_names += [n for n in names if n not in known]
+        known = set(self.targeted_parameter_names)
+        self.targeted_parameter_names += [n for n in beside.parameter_names if n not in known]
 
     def _put_in(
         self,
@@ -231,21 +254,22 @@ class LoraModel(ModelMerging, Weighted, Starts, BaseTuner):
         adapter_name: str,
         plan: list[Any],
         saved: list[str],
+        beside: Beside,
         low_cpu_mem_usage: bool,
         first: bool,
     ) -> None:
         active = adapter_name in self.active_adapters
         if first:
-            beside = [m for m in self.adapter_layers() if isinstance(m, AuxiliaryTrainingWrapper)]
-            keep = {id(p) for m in beside for p in m.parameters()}
+            others = [m for m in self.adapter_layers() if isinstance(m, AuxiliaryTrainingWrapper)]
+            keep = {id(p) for m in others for p in m.parameters()}
             for parameter in parameters_of(model):
                 if parameter.requires_grad and id(parameter) not in keep:
                     parameter.requires_grad_(False)
         trainable = active and not config.inference_mode
+        how = (self._autocast_dtype, low_cpu_mem_usage, trainable)
         parents: dict[str, nn.Module] = {}
         for key, module, make, r, alpha in plan:
             layer, added = module, False
-            how = (self._autocast_dtype, low_cpu_mem_usage, trainable)
             if make is not None:
                 added = make is custom_class(module, config)
                 if added:
@@ -261,11 +285,13 @@ class LoraModel(ModelMerging, Weighted, Starts, BaseTuner):
                 setattr(parents[at], name, layer)
             if not added:
                 add_adapter(layer, adapter_name, key, r, alpha, config, *how)
+        beside.put_layers(model, adapter_name, self.active_adapters, *how)
         if active:
             # before the copies: in a module trained in full the copy's bias trains, never the
             # original's
             self._train_biases(model, config)
         wrap_modules_to_save(model, adapter_name, saved, config.inference_mode, activate=active)
+        beside.put_modules(model, adapter_name, active, self._autocast_dtype)
         form_groups(model, Linear)
         if active and not first:  # the layers of earlier adapters were on those
             self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -284,19 +310,25 @@ class LoraModel(ModelMerging, Weighted, Starts, BaseTuner):
 
     # ---------------------------------------------------------------- taking them out
 
-    def _take_out(self, only_empty: bool = False) -> None:
-        """Put the original modules back: all, or only where no adapter is left."""
-        # inner ones first, as long as their names lead to them
-        for name, module in reversed(list(self.model.named_modules())):
-            if not isinstance(module, (LoraLayer, ModulesToSaveWrapper)):
-                continue
-            if only_empty and module._get_available_adapters():
-                continue
-            original = (
-                module.base_layer if isinstance(module, LoraLayer) else module.original_module
-            )
-            parent, _, last = get_submodules(self.model, name)
-            setattr(parent, last, original)
+    def _take_out(self, only_empty: bool = True) -> None:
+        """Put the original modules back where no adapter is left, or everywhere: then the model is
+        as it was before the first adapter."""
+        for parent in list(self.model.modules()):
+            for name, child in list(parent._modules.items()):
+                original: Any = child
+                while isinstance(original, (LoraLayer, AuxiliaryTrainingWrapper)):
+                    if only_empty and original._get_available_adapters():
+                        break
+                    wraps: Any = original
+                    within = isinstance(wraps, LoraLayer)
+                    original = wraps.base_layer if within else wraps.original_module
+                if original is not child:
+                    setattr(parent, name, original)
+        if not only_empty and self._unstack is not None:
+            self._unstack()
+
+    def _get_module_names_tied_with_embedding(self) -> list[str]:
+        return modules_tied_to_embedding(self.model)
 
     # ---------------------------------------------------------------- a name for each row of the
     # batch

@@ -129,6 +129,7 @@ class ModelMerging:
         plan: dict[Any, list[str]] = {}
         for layer in self._tuner_layers():
             if not isinstance(layer, Merging):
+                layer._check_mergeable(adapter_names, safe_merge)  # merged when it is taken out
                 continue
             module: Any = layer
             with onloaded(module):

@@ -1,0 +1,252 @@
+"""LoRA on an ``nn.Parameter``: the fused weights of a mixture's experts, or any other one."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.compiler import is_compiling
+from torch.nn.utils import parametrize
+
+from ...utils.mixed import HERE, hand_over
+from .base import NOTHING, LoraLayer
+from .config import LoraConfig
+from .layer import bare_linear
+
+COMPUTED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# A parametrization changes the module's class, and torch's cache of them is the whole process's:
+# one thread at a time.
+_ONE_AT_A_TIME = threading.RLock()
+
+
+class _Proxy(nn.Module):
+    """A parametrization that is on a parameter for one call: W -> W + update."""
+
+    # While it is registered torch calls it once, to see that dtype and shape stay the same. They
+    # do, and the sum over all experts is not computed for that.
+    registering = True
+
+    def updated(self, W: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, W: Tensor) -> Tensor:
+        return W.view_as(W) if self.registering else self.updated(W)
+
+
+class _LoraFactorsProxy(_Proxy):
+    """One adapter: W + scaling · left @ right as one product per expert that accumulates onto W, so
+    that the update is not a tensor of its own."""
+
+    def __init__(self, left: Tensor, right: Tensor, scaling: float) -> None:
+        super().__init__()
+        self.left, self.right, self.scaling = left, right, scaling
+
+    def updated(self, W: Tensor) -> Tensor:
+        # W's dtype holds, whatever autocast would make of a product
+        with torch.autocast(device_type=W.device.type, enabled=False):
+            product = torch.addmm if W.dim() == 2 else torch.baddbmm
+            return product(W, self.left, self.right, alpha=self.scaling)
+
+
+class _LoraParameterProxy(_Proxy):
+    """Several adapters, or a weight of 8 bits: W + delta, summed in the delta's dtype."""
+
+    def __init__(self, delta_weight: Tensor) -> None:
+        super().__init__()
+        self.delta_weight = delta_weight
+
+    def updated(self, W: Tensor) -> Tensor:
+        delta = self.delta_weight
+        if W.dtype.itemsize > 1:
+            return W + delta
+        info = torch.finfo(W.dtype)  # casting down to 8 bits overflows to NaN
+        return (W.to(delta.dtype) + delta).clamp(info.min, info.max).to(W.dtype)
+
+
+class ParamWrapper(nn.Module, LoraLayer):
+    """A module with LoRA on one of its parameters; see :class:`LoraConfig` ``target_parameters``.
+
+    The parameter is W [N, K]; or, for E experts, [E, N, K], or [E, K, N] in a module whose
+    ``is_transposed`` says so. ``lora_A[name].weight`` is [r·E, K] and ``lora_B[name].weight``
+    [N, r·E]: expert e has rows e·r … e·r+r-1 of A, and columns e, e+E, e+2E … of B.
+
+    During a call of the module the parameter is W + scaling · B A. That is computed for all
+    experts, as the module itself decides which ones it uses. Several parameters of a module are
+    adapted by nested wrappers, one for each.
+
+    Args:
+        base_layer: the module, or another wrapper around it.
+        parameter_name: its parameter.
+
+    Raises:
+        ValueError: the parameter has neither 2 nor 3 dimensions.
+    """
+
+    # attributes of PEFT's layers that this kind does not fill
+    lora_embedding_A = lora_embedding_B = lora_magnitude_vector = NOTHING
+    lora_A: nn.ModuleDict
+    lora_B: nn.ModuleDict
+
+    def __init__(self, base_layer: nn.Module, parameter_name: str) -> None:
+        super().__init__()
+        self.parameter_name = parameter_name
+        self.fan_in_fan_out = False
+        self._init_lora(base_layer, lora_A=nn.ModuleDict(), lora_B=nn.ModuleDict())
+
+    def _in_out_features(self) -> tuple[int, int]:
+        parameter = self.get_param()
+        shape = getattr(parameter, "ds_shape", parameter.shape)  # DeepSpeed's shards are empty
+        self.in_first = len(shape) == 3 and getattr(self.get_base_layer(), "is_transposed", False)
+        if len(shape) == 2:
+            self.num_experts = 1
+            return shape[1], shape[0]
+        if len(shape) != 3:
+            raise ValueError(
+                f"lora.{type(self).__name__} was initialized with {len(shape)} dimensional "
+                "Parameter, but only 2d and 3d are supported."
+            )
+        self.num_experts = shape[0]
+        return (shape[1], shape[2]) if self.in_first else (shape[2], shape[1])
+
+    def get_param(self) -> Any:
+        """The parameter as the module has it now."""
+        return getattr(self.get_base_layer(), self.parameter_name)
+
+    # ---------------------------------------------------------------- adapters
+
+    @staticmethod
+    def check_config(config: LoraConfig) -> None:
+        """Raise one ValueError for a setting that has no meaning for a parameter."""
+        settings: dict[str, Any] = {
+            "lora_dropout != 0": config.lora_dropout,
+            "fan_in_fan_out": config.fan_in_fan_out,
+            "lora_bias=True": config.lora_bias,
+            "use_dora=True": config.use_dora,
+        }
+        for what, asked in settings.items():
+            if asked:
+                raise ValueError(f"lora.ParamWrapper does not work with {what}.")
+        if config.init_name not in (True, False, "gaussian"):
+            raise ValueError(
+                f"lora.ParamWrapper does not work with init_lora_weights="
+                f"{config.init_lora_weights!r}, only with True, False and 'gaussian'."
+            )
+
+    def _adapter_placement(self, autocast_dtype: bool, meta: bool) -> dict[str, Any]:
+        parameter = self.get_param()
+        dtype = parameter.dtype if parameter.is_floating_point() else torch.float32
+        if dtype.itemsize == 1 or (autocast_dtype and dtype in (torch.float16, torch.bfloat16)):
+            dtype = torch.float32
+        return {"device": "meta" if meta else parameter.device, "dtype": dtype}
+
+    def _make_weights(
+        self, name: str, r: int, config: LoraConfig, place: dict[str, Any], trainable: bool
+    ) -> None:
+        self.check_config(config)
+        rank = r * self.num_experts
+        A = torch.empty((rank, self.in_features), **place)
+        B = torch.zeros((self.out_features, rank), **place)
+        if config.init_name == "gaussian":
+            A.normal_(std=1 / r)
+        else:
+            A.uniform_(-(self.in_features**-0.5), self.in_features**-0.5)
+            if config.init_name is False:
+                B.uniform_(-(rank**-0.5), rank**-0.5)
+        self.lora_A._modules[name] = bare_linear(A, None, trainable)
+        self.lora_B._modules[name] = bare_linear(B, None, trainable)
+
+    # ---------------------------------------------------------------- the update
+
+    def _merge_target(self) -> tuple[nn.Module, str]:
+        return self.get_base_layer(), self.parameter_name
+
+    def _factors(self, adapter: str) -> tuple[Tensor, Tensor]:
+        """(left [..., r], right [r, ...]) in the adapter's dtype, batched over experts."""
+        A: Tensor = self.lora_A[adapter].weight  # type: ignore[assignment]
+        B: Tensor = self.lora_B[adapter].weight  # type: ignore[assignment]
+        if self.get_param().dim() == 2:
+            return B, A
+        A = A.reshape(self.num_experts, -1, A.shape[1])  # [E, r, K]
+        B = B.reshape(B.shape[0], -1, self.num_experts).permute(2, 0, 1)  # [E, N, r]
+        return (A.transpose(1, 2), B.transpose(1, 2)) if self.in_first else (B, A)
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """The adapter's update, in the parameter's shape and (unless that has 8 bits) dtype."""
+        left, right = self._factors(adapter)
+        delta = (left @ right) * self.scaling[adapter]
+        dtype = self.get_param().dtype
+        return delta.to(dtype) if dtype in COMPUTED else delta
+
+    def _proxy(self, names: Sequence[str]) -> _Proxy:
+        parameter = self.get_param()
+        if len(names) == 1 and parameter.dtype.itemsize > 1:
+            left, right = self._factors(names[0])
+            scaling = self.scaling[names[0]]
+            return _LoraFactorsProxy(left.to(parameter.dtype), right.to(parameter.dtype), scaling)
+        delta = self.get_delta_weight(names[0])
+        for name in names[1:]:
+            delta = delta + self.get_delta_weight(name)
+        return _LoraParameterProxy(delta)
+
+    @contextmanager
+    def _activate_lora(self, active_adapters: Sequence[str]) -> Iterator[None]:
+        """Within the block the parameter is the one with these adapters in it."""
+        names = [name for name in active_adapters if name in self.lora_A]
+        if not names:
+            yield
+            return
+        with ExitStack() as stack:
+            stack.enter_context(nullcontext() if is_compiling() else _ONE_AT_A_TIME)
+            module, attribute = self._merge_target()
+            trains = self.get_param().requires_grad
+            proxy = self._proxy(names)
+            parametrize.register_parametrization(module, attribute, proxy)
+            stack.callback(self._deactivate, proxy)
+            proxy.registering = False
+            original: Any = module.parametrizations[attribute]  # type: ignore[index]
+            original.original.requires_grad_(trains)  # torch forgets
+            stack.enter_context(parametrize.cached())
+            yield
+
+    def _deactivate(self, proxy: _Proxy) -> None:
+        module, attribute = self._merge_target()
+        parametrizations: Any = module.parametrizations[attribute]  # type: ignore
+        if len(parametrizations) == 1:
+            parametrize.remove_parametrizations(module, attribute, leave_parametrized=False)
+            return
+        # others' parametrizations stay, and torch has no way to take out one of several
+        del parametrizations[next(i for i, p in enumerate(parametrizations) if p is proxy)]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if HERE.blocks:
+            kwargs = hand_over(self, kwargs)
+        if kwargs.pop("adapter_names", None) is not None:
+            raise ValueError(
+                f"lora.{type(self).__name__} does not support mixed adapter batches yet."
+            )
+        if self._disable_adapters and self.merged:
+            self.unmerge()
+        if self._disable_adapters or self.merged:
+            return self.base_layer(*args, **kwargs)
+        with self._activate_lora(self.active_adapters):
+            return self.base_layer(*args, **kwargs)
+
+    def decline_reason(self) -> str | None:
+        if self._disable_adapters:
+            return "adapters are disabled"
+        if self.merged:
+            return f"merged: {', '.join(self.merged_adapters)}"
+        if not any(n in self.lora_A for n in self.active_adapters):
+            return "no active adapter has weights here"
+        return (
+            f"`{self.parameter_name}` is a parameter of {type(self.get_base_layer()).__name__}, "
+            "whose own forward computes with it: it gets W + scaling · B A"
+        )
+
+    def __repr__(self) -> str:
+        head, _, rest = super().__repr__().partition("(")
+        return f"lora.{head}(\n  parameter_name='{self.parameter_name}',{rest}"

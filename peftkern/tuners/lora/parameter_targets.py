@@ -1,0 +1,122 @@
+"""Which parameters ``LoraConfig.target_parameters`` adapts, and the wrapping of their modules."""
+
+from __future__ import annotations
+
+from collections import namedtuple
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import nn
+
+from ...utils.other import AuxiliaryTrainingWrapper, get_submodules
+from ..tuners_utils import BaseTunerLayer
+from .config import LoraConfig
+from .parameter import ParamWrapper
+
+# the parameter `name` of the module called `module`; `key` is its full name, without wrappers
+Target = namedtuple("Target", ["module", "name", "key"])
+
+
+def wrapper_of(module: Any, parameter: str) -> ParamWrapper | None:
+    """The wrapper of this parameter in a nest of them."""
+    while isinstance(module, ParamWrapper):
+        if module.parameter_name == parameter:
+            return module
+        module = module.base_layer
+    return None
+
+
+def plan_parameters(
+    config: LoraConfig, model: nn.Module, others: Sequence[tuple[str, Any]], adapted: Sequence[str]
+) -> list[Target]:
+    """The parameters that the configuration names, in the order in which they are wrapped.
+
+    Args:
+        config: ``target_parameters`` holds full names, or ends of names from a dot on.
+        model: nothing is changed in it.
+        others: the configurations of the adapters that the model has.
+        adapted: names of modules that the same configuration gives an adapter layer.
+
+    Raises:
+        ValueError: a setting that cannot be had with parameters; a parameter of the model itself,
+            of an adapter layer, or of another shape than 2 or 3 dimensions; another adapter has
+            other ``target_parameters``.
+    """
+    wanted = sorted(set(config.target_parameters or ()))
+    if not wanted:
+        return []
+    for name, other in others:
+        have = set(getattr(other, "target_parameters", None) or ())
+        if have and have != set(wanted):
+            raise ValueError(
+                "When using multiple adapters with `target_parameters`, all adapters must target "
+                f"the same set of parameters, but got {wanted} for the new adapter and "
+                f"{sorted(have)} for adapter '{name}'."
+            )
+    found = list(_matches(model, wanted))
+    if found:
+        ParamWrapper.check_config(config)
+    for target in found:
+        _check(model, target, adapted)
+    return found
+
+
+def _matches(model: nn.Module, wanted: list[str]) -> Iterator[Target]:
+    ends = tuple(f".{name}" for name in wanted)
+    for module_name, module in _holders(model, "", set()):
+        if hasattr(module, "parametrizations"):
+            # what the module holds is no parameter of that name any more
+            for key in wanted:
+                owner, _, parameter = key.rpartition(".")
+                if owner == module_name and getattr(module, parameter, None) is not None:
+                    yield Target(module_name, parameter, key)
+            continue
+        for parameter in module._parameters:
+            key = f"{module_name}.{parameter}" if module_name else parameter
+            if key in wanted or key.endswith(ends):
+                yield Target(module_name, parameter, key)
+
+
+def _holders(module: Any, name: str, seen: set[int]) -> Iterator[tuple[str, Any]]:
+    """Modules that hold parameters, as ``named_modules`` but for adapters: what one wraps has the
+    name that the adapter has in the model."""
+    if id(module) in seen or isinstance(module, AuxiliaryTrainingWrapper):
+        return
+    seen.add(id(module))
+    while isinstance(module, BaseTunerLayer):
+        module = module.base_layer
+    yield name, module
+    for child_name, child in module._modules.items():
+        if child is not None and child_name != "parametrizations":
+            yield from _holders(child, f"{name}.{child_name}" if name else child_name, seen)
+
+
+def _check(model: nn.Module, target: Target, adapted: Sequence[str]) -> None:
+    if not target.module:
+        raise ValueError(
+            "Targeting an nn.Parameter on the top-level module is not supported (parameter "
+            f"'{target.name}'). "
+        )
+    _, module, _ = get_submodules(model, target.module)
+    is_adapter = isinstance(module, BaseTunerLayer) and not isinstance(module, ParamWrapper)
+    if is_adapter or target.module in adapted:
+        base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        raise ValueError(
+            f"Trying to wrap an `nn.Parameter` of layer '{target.module}' of type "
+            f"{type(base).__name__}, which is not a valid target. Make sure that this layer is not "
+            "also targeted with `target_modules`. For some models, PEFT will do this "
+            "automatically, try setting `target_modules=[]` to prevent it."
+        )
+    if wrapper_of(module, target.name) is None:
+        ParamWrapper(module, target.name)  # refuses what it cannot adapt
+
+
+def wrap_parameter(model: nn.Module, target: Target, active: list[str]) -> ParamWrapper:
+    """The wrapper of the target, made around what is in its place when there is none yet."""
+    parent, module, name = get_submodules(model, target.module)
+    wrapper = wrapper_of(module, target.name)
+    if wrapper is None:
+        wrapper = ParamWrapper(module, target.name)
+        wrapper._active_adapter = active
+        setattr(parent, name, wrapper)
+    return wrapper

@@ -1,0 +1,114 @@
+"""``layer_replication``: a deeper model whose layers share weights, each with adapters of its
+own."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+
+def _find_layers(model: Any) -> tuple[Any, str, Any]:
+    """(module that holds the layers, its attribute, the model that has the configuration)."""
+    while hasattr(model, "model"):
+        model = model.model
+    model = getattr(model, "bert", model)
+    encoder = getattr(model, "encoder", None)
+    for owner, name in ((model, "layers"), (encoder, "layer"), (model, "h")):
+        if hasattr(owner, name):
+            if isinstance(getattr(owner, name), nn.ModuleList):
+                return owner, name, model
+            break
+    raise ValueError(
+        "Could not locate the layers attribute in the model. Expected Llama, Bert or Falcon "
+        "compatible architectures."
+    )
+
+
+def _copy_sharing(layer: nn.Module, index: int) -> nn.Module:
+    """A copy of a layer with the very same parameters; it counts itself as layer ``index``."""
+    parameters = {id(p): p for p in layer.parameters()}
+    clone = copy.deepcopy(layer, parameters)
+    for module in clone.modules():
+        if hasattr(module, "layer_idx"):
+            module.layer_idx = index  # type: ignore[assignment]
+    return clone
+
+
+def replicate_layers(model: nn.Module, layer_map: Sequence[tuple[int, int]]) -> Callable[[], None]:
+    """Stack ranges of a model's layers, in place: [[0, 4], [2, 5]] makes layers 0 1 2 3 2 3 4.
+
+    The copies share all parameters (not their buffers), so what is added is a module tree.
+
+    Args:
+        model: Llama- (``layers``), Bert- (``encoder.layer``) or Falcon-shaped (``h``).
+        layer_map: [start, end) ranges.
+
+    Returns:
+        A function that puts the layers back as they were.
+
+    Raises:
+        ValueError: another architecture, or a range outside of the model's layers.
+    """
+    owner, attribute, inner = _find_layers(model)
+    layers = getattr(owner, attribute)
+    for start, end in layer_map:
+        if not 0 <= start < end <= len(layers):
+            raise ValueError(
+                f"`layer_replication` must hold ranges [start, end) of the model's {len(layers)} "
+                f"layers, got {[start, end]}"
+            )
+    order = [i for start, end in layer_map for i in range(start, end)]
+    stacked = nn.ModuleList(_copy_sharing(layers[i], n) for n, i in enumerate(order))
+    config: Any = getattr(inner, "config", None)
+    before = {
+        name: getattr(config, name)
+        for name in ("num_hidden_layers", "layer_types")
+        if getattr(config, name, None) is not None
+    }
+    after: dict[str, Any] = {"num_hidden_layers": len(stacked)}
+    if "layer_types" in before:  # the kind of attention of each layer
+        after["layer_types"] = [before["layer_types"][i] for i in order]
+
+    def put(new: nn.ModuleList, values: dict[str, Any]) -> None:
+        setattr(owner, attribute, new)
+        for name in before:
+            setattr(config, name, values[name])
+
+    put(stacked, after)
+    return lambda: put(layers, before)
+
+
+@contextmanager
+def stacked(
+    model: nn.Module, config: Any, others: Sequence[Any]
+) -> Iterator[Callable[[], None] | None]:
+    """Stack the model's layers as the configuration says, for good unless the block fails. Yields
+    what puts them back, or None when there was nothing to stack."""
+    restore = None
+    if is_to_be_stacked(config, others):
+        restore = replicate_layers(model, config.layer_replication)
+    try:
+        yield restore
+    except BaseException:
+        if restore is not None:
+            restore()
+        raise
+
+
+def is_to_be_stacked(config: Any, others: Sequence[Any]) -> bool:
+    """Whether the model is to be stacked for this adapter. ValueError when it was stacked in
+    another way, or not at all, for an adapter that it has already."""
+    wanted = config.layer_replication
+    if not wanted or not others:
+        return bool(wanted)
+    as_lists = [[list(r) for r in c.layer_replication or ()] for c in (config, *others)]
+    if as_lists[0] not in as_lists[1:]:
+        raise ValueError(
+            f"`layer_replication`={as_lists[0]} does not fit the adapters that the model has: the "
+            "layers were stacked, or left, for those. All adapters of a model share its layers."
+        )
+    return False

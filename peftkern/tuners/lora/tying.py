@@ -1,0 +1,139 @@
+"""``ensure_weight_tying``: modules that share the input embedding's weight get adapters that share
+its adapter's weights."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import nn
+
+from ...utils.constants import EMBEDDING_LAYER_NAMES
+from ...utils.other import (
+    ModulesToSaveWrapper,
+    find_modules_to_save,
+    get_submodules,
+    wrap_modules_to_save,
+)
+from ...utils.tied import input_embedding_name, modules_tied_to_embedding, plain_name
+from .layer import Linear
+
+UNTIED = (
+    "Model has `tie_word_embeddings=True` and a tied layer is part of the adapter, but "
+    "`ensure_weight_tying` is not set to True. This can lead to complications, for example when "
+    "merging the adapter or converting your model to formats other than safetensors. Check the "
+    "discussion here: https://github.com/huggingface/peft/issues/2777"
+)
+
+
+def _names_embedding(names: Iterable[str]) -> bool:
+    return any(name.rpartition(".")[2] in EMBEDDING_LAYER_NAMES for name in names)
+
+
+def settle_tying(config: Any, model: nn.Module) -> None:
+    """Set ``config.modules_to_tie`` or ``config.target_modules_to_tie`` if tying is asked for, and
+    put the input embedding in place of the modules tied to it in ``modules_to_save`` or
+    ``target_modules``. Warns where nothing can be tied, or where it should perhaps be."""
+    targets = config.target_modules
+    saves = _names_embedding(config.modules_to_save or ())
+    if isinstance(targets, str):
+        adapts = any(re.fullmatch(targets, name) for name in EMBEDDING_LAYER_NAMES)
+    else:
+        adapts = _names_embedding(targets or ())
+    tied = {plain_name(name) for name in modules_tied_to_embedding(model)}
+    if not config.ensure_weight_tying:
+        if (saves or adapts) and tied:
+            warnings.warn(UNTIED, stacklevel=5)
+    elif not tied:
+        warnings.warn(
+            "You have requested `ensure_weight_tying`, but no tied modules were found in the model",
+            stacklevel=5,
+        )
+    elif saves:
+        config.modules_to_tie = tied
+        config.modules_to_save = _with_embedding(config.modules_to_save, tied, model)
+    elif adapts:
+        config.target_modules_to_tie = tied
+        if isinstance(targets, str):
+            name = re.escape(input_embedding_name(model) or "")
+            config.target_modules = rf"(?:{targets}|^{name}$)"
+        else:
+            config.target_modules = set(_with_embedding(sorted(targets), tied, model))
+    else:
+        warnings.warn(
+            "You have requested `ensure_weight_tying`, but no tied modules are added in either "
+            "`modules_to_save` or `target_modules`",
+            stacklevel=5,
+        )
+
+
+def _with_embedding(names: Iterable[str], tied: set[str], model: nn.Module) -> list[str]:
+    """``names`` with the input embedding, and without one name for each tied module it matches."""
+    found = list(names)
+    embedding = input_embedding_name(model) or ""
+    if embedding not in found:
+        found.append(embedding)
+    for key in sorted(tied):
+        match = next((n for n in found if re.match(rf"(^|.*\.){n}($|\..*)", key)), None)
+        if match is not None:
+            found.remove(match)
+    return found
+
+
+def is_tied_target(config: Any, key: str) -> bool:
+    """Whether the module's adapter follows the input embedding's."""
+    tied = getattr(config, "target_modules_to_tie", None) or ()
+    return key in tied or any(key.endswith(f".{name}") for name in tied)
+
+
+def shares_embedding(config: Any, key: str) -> bool:
+    """Whether the adapter of a tied module is made of the embedding's weights. Only modules of the
+    top level do, as in HF PEFT: an adapter saved by one must fit the other."""
+    return key.rpartition(".")[2] in (getattr(config, "target_modules_to_tie", None) or ())
+
+
+def tie_adapter(layer: Any, embedding: Any, adapter_name: str, init: bool | str) -> None:
+    """Make a LoRA ``Linear``'s weights of the adapter views of an ``Embedding``'s: lora_A is
+    lora_embedding_Bᵀ and lora_B is lora_embedding_Aᵀ, in the same memory.
+
+    Values are drawn as for any linear layer, into that memory, unless ``init`` is False.
+    """
+    A, B = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
+    shared_A = embedding.lora_embedding_B[adapter_name].data.t()
+    shared_B = embedding.lora_embedding_A[adapter_name].data.t()
+    if init is not False:
+        shared_A.copy_(A.weight.data)
+        shared_B.copy_(B.weight.data)
+    A.weight = nn.Parameter(shared_A, requires_grad=A.weight.requires_grad)
+    B.weight = nn.Parameter(shared_B, requires_grad=B.weight.requires_grad)
+
+
+def tie_again(model: Any, adapter_name: str) -> None:
+    """Share what the adapter shares after its tensors were replaced, not copied into."""
+    config = model.peft_config[adapter_name]
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if getattr(config, "target_modules_to_tie", None):
+        for key, module in base.named_modules():
+            if shares_embedding(config, key) and isinstance(module, Linear):
+                tie_adapter(module, base.get_input_embeddings(), adapter_name, init=False)
+    for key in find_modules_to_save(base, sorted(getattr(config, "modules_to_tie", ()) or ())):
+        _, wrapper, _ = get_submodules(base, key)
+        copies: Any = base.get_input_embeddings().modules_to_save
+        wrapper.modules_to_save[adapter_name].weight = copies[adapter_name].weight  # type: ignore
+
+
+def tie_saved_modules(
+    model: Any, adapter_name: str, config: Any, activate: bool, keys: Sequence[str]
+) -> None:
+    """Wrap the modules named ``keys`` as ``modules_to_save`` are, each copy with the weight of the
+    input embedding's copy."""
+    if not keys:
+        return
+    weight = model.get_input_embeddings().modules_to_save[adapter_name].weight
+    wrap_modules_to_save(model, adapter_name, keys, config.inference_mode, activate=activate)
+    for key in keys:
+        _, wrapper, _ = get_submodules(model, key)
+        assert isinstance(wrapper, ModulesToSaveWrapper)
+        wrapper.modules_to_save[adapter_name].weight = weight

@@ -1,0 +1,292 @@
+"""Trained rows of an embedding, or of an output layer whose weight is tied to one."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .._buffer_dict import BufferDict
+from ..tuners_utils import BaseTunerLayer
+
+
+class TrainableTokensLayer(nn.Module, BaseTunerLayer):
+    """A frozen embedding W [V, D], or an ``nn.Linear`` with such a weight, some of whose rows are
+    replaced: W' = W with row ``token_indices[name][i]`` taken from
+    ``trainable_tokens_delta[name][i]``.
+
+    W' is never made. An embedding's output is W's with the trained tokens put in; a linear layer's
+    is W's with the trained columns put in. HF PEFT copies the whole of W at every call, and its
+    backward through a tied output layer has a gradient of W's size.
+
+    Args:
+        base_layer: the embedding, or the linear layer.
+        tied_adapter: the layer of the embedding that this one's weight is tied to. Then this layer
+            has nothing of its own: names, indices and rows are that layer's.
+
+    Attributes:
+        trainable_tokens_delta: {adapter: rows [len(indices), D]}, what is trained.
+        trainable_tokens_original: {adapter: the rows of W that they replace}.
+        token_indices: {adapter: indices}.
+    """
+
+    adapter_layer_names = ("trainable_tokens_delta",)
+    other_param_names = ("token_indices", "trainable_tokens_original")
+
+    base_layer: Any
+    trainable_tokens_delta: nn.ParameterDict
+    trainable_tokens_original: BufferDict
+    token_indices: dict[str, list[int]]
+
+    def __init__(
+        self, base_layer: nn.Module, tied_adapter: TrainableTokensLayer | None = None
+    ) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        # in a list, so that it is no submodule with names of its own in the state dict
+        self._tied_adapter = [] if tied_adapter is None else [tied_adapter]
+        if tied_adapter is None:
+            self.trainable_tokens_delta = nn.ParameterDict({})
+            self.trainable_tokens_original = BufferDict({}, persistent=False)
+            self.token_indices = {}
+        else:
+            self.trainable_tokens_delta = tied_adapter.trainable_tokens_delta
+            self.trainable_tokens_original = tied_adapter.trainable_tokens_original
+            self.token_indices = tied_adapter.token_indices
+        self.merged_adapters = []
+        self._merge_calls: list[int] = []
+        self._disable_adapters = False
+        self._active_adapter: list[str] = []
+        # {(adapters, device): where each token's row is}, made when first needed
+        self._places: dict[Any, tuple[Tensor, Tensor]]
+        self._places = {} if tied_adapter is None else tied_adapter._places
+        if isinstance(base_layer, nn.Embedding):
+            self.in_features, self.out_features = (
+                base_layer.num_embeddings,
+                base_layer.embedding_dim,
+            )
+        else:
+            self.out_features, self.in_features = self.base_layer.weight.shape
+
+    @property
+    def tied_adapter(self) -> TrainableTokensLayer | None:
+        return self._tied_adapter[0] if self._tied_adapter else None
+
+    def update_layer(
+        self,
+        adapter_name: str,
+        token_indices: Sequence[int],
+        autocast_dtype: bool = True,
+        trainable: bool = True,
+    ) -> None:
+        """Give the adapter rows of its own, which start as the base weight's.
+
+        Args:
+            adapter_name: its name; nothing happens when this layer is tied to another one.
+            token_indices: rows of the weight, each in [0, V).
+            autocast_dtype: keep them in float32 under a float16 or bfloat16 weight.
+            trainable: whether they require a gradient.
+        """
+        if self.tied_adapter is not None:
+            return
+        weight = self.base_layer.weight.detach()
+        rows = weight[torch.tensor(list(token_indices), dtype=torch.long, device=weight.device)]
+        if autocast_dtype and rows.dtype in (torch.float16, torch.bfloat16):
+            rows = rows.float()
+        self.token_indices[adapter_name] = list(token_indices)
+        self.trainable_tokens_delta[adapter_name] = nn.Parameter(rows, requires_grad=trainable)
+        self.trainable_tokens_original[adapter_name] = rows.clone()
+        self._places.clear()
+
+    # ---------------------------------------------------------------- which adapter is in use
+
+    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make these adapters active, as far as they have rows here."""
+        super().set_adapter(adapter_names, inference_mode)
+        self._active_adapter = [n for n in self._active_adapter if n in self.trainable_tokens_delta]
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        for store in (
+            self.trainable_tokens_delta,
+            self.trainable_tokens_original,
+            self.token_indices,
+        ):
+            if adapter_name in store:
+                del store[adapter_name]
+        self._places.clear()
+        self._active_adapter = [n for n in self.active_adapters if n != adapter_name]
+
+    # ---------------------------------------------------------------- computing
+
+    def _check_overlapping_tokens(self, adapter_names: Sequence[str]) -> None:
+        """ValueError when two of these adapters, or one and a merged one, replace the same row."""
+        seen: set[int] = set()
+        for name in dict.fromkeys([*self.merged_adapters, *adapter_names]):
+            indices = set(self.token_indices[name])
+            if seen & indices:
+                raise ValueError(
+                    f"Token indices of adapter {name} are already defined and would result in "
+                    "undefined merging behavior. Only disjunct token indices are currently "
+                    "supported."
+                )
+            seen |= indices
+
+    def _where(self, names: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor]:
+        """(index [k] of the rows that these adapters replace, one adapter's after the other's;
+        place [V]: where in it a row of W is, k for a row that stays)."""
+        found = self._places.get((*names, device))
+        if found is None:
+            self._check_overlapping_tokens(names)
+            # made for training as well, whoever asks first
+            with torch.inference_mode(False):
+                found = self._places[(*names, device)] = self._look_up(names, device)
+        return found
+
+    def _look_up(self, names: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor]:
+        indices = [i for name in names for i in self.token_indices[name]]
+        index = torch.tensor(indices, dtype=torch.long, device=device)
+        V = self.base_layer.weight.shape[0]
+        place = torch.full((V,), len(indices), dtype=torch.long, device=device)
+        place[index] = torch.arange(len(indices), device=device)
+        return index, place
+
+    def _rows(self, names: Sequence[str], like: Tensor) -> Tensor:
+        """The replaced rows [k, D] of these adapters, in ``like``'s dtype and on its device."""
+        rows = [self.trainable_tokens_delta[name].to(like) for name in names]
+        return rows[0] if len(rows) == 1 else torch.cat(rows)
+
+    def get_merged_weights(self, active_adapters: Sequence[str]) -> Tensor:
+        """W' [V, D] with the rows of these adapters, as a tensor of its own."""
+        W: Tensor = self.base_layer.weight
+        names = [name for name in active_adapters if name in self.trainable_tokens_delta]
+        if not names:
+            return W
+        index, _ = self._where(names, W.device)
+        return W.index_copy(0, index, self._rows(names, W))
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self.forward_adapters(x, self.active_adapters, *args, **kwargs)
+
+    def forward_adapters(
+        self, x: Tensor, active_adapters: Sequence[str], *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """The base layer's output for x with the rows of these adapters in place of W's."""
+        names = [name for name in active_adapters if name in self.trainable_tokens_delta]
+        if self._disable_adapters and self.merged:
+            self.unmerge()
+        if self._disable_adapters or self.merged or not names:
+            return self.base_layer(x, *args, **kwargs)
+        base = self.base_layer
+        if isinstance(base, nn.Linear):
+            return self._linear(base, x, names)
+        if base.max_norm is not None or base.scale_grad_by_freq or base.sparse:
+            # what these do depends on the whole weight
+            return self._scaled(
+                F.embedding(
+                    x,
+                    self.get_merged_weights(names),
+                    base.padding_idx,
+                    base.max_norm,
+                    base.norm_type,
+                    base.scale_grad_by_freq,
+                    base.sparse,
+                )
+            )
+        return self._embedding(base, x, names, *args, **kwargs)
+
+    def _embedding(
+        self, base: Any, x: Tensor, names: Sequence[str], *args: Any, **kwargs: Any
+    ) -> Tensor:
+        y = base(x, *args, **kwargs)
+        index, place = self._where(names, x.device)
+        rows = self._rows(names, base.weight)
+        if base.padding_idx is not None:  # gets no gradient in any embedding
+            rows = torch.where((index == base.padding_idx).unsqueeze(1), rows.detach(), rows)
+        at = place[x]
+        k = len(index)
+        new = F.embedding(at, torch.cat([rows, rows.new_zeros(1, rows.shape[1])]), padding_idx=k)
+        return torch.where((at < k).unsqueeze(-1), self._scaled(new).to(y.dtype), y)
+
+    def _scaled(self, y: Tensor) -> Tensor:
+        """Gemma's embedding scales its output in its own forward."""
+        scale = getattr(self.base_layer, "embed_scale", None)
+        if isinstance(scale, Tensor) and scale.numel() != 1:
+            warnings.warn(
+                f"Found embed_scale attribute with shape {scale.shape}, expected scalar. Embedding "
+                "scaling will not be applied.",
+                stacklevel=3,
+            )
+            scale = None
+        if scale is None:
+            return y
+        return y * (scale.to(y.dtype) if isinstance(scale, Tensor) else scale)
+
+    def _linear(self, base: nn.Linear, x: Tensor, names: Sequence[str]) -> Tensor:
+        y = base(x)
+        index, _ = self._where(names, x.device)
+        bias = None if base.bias is None else base.bias[index]
+        new = F.linear(x, self._rows(names, base.weight), bias).to(y.dtype)
+        # y is this call's own unless a hook has seen it
+        if base._forward_hooks or (y.requires_grad and y.is_leaf):
+            return y.index_copy(-1, index, new)
+        return y.index_copy_(-1, index, new)
+
+    # ---------------------------------------------------------------- merging
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Write the adapters' rows into the base weight, in place; :meth:`unmerge` takes them out.
+
+        Args:
+            safe_merge: refuse rows that are not finite.
+            adapter_names: which adapters; None: the active ones.
+
+        Raises:
+            ValueError: two adapters replace the same row, or ``safe_merge`` and a broken adapter.
+                The weight is then as it was.
+        """
+        names = self._check_mergeable(adapter_names, safe_merge)
+        for name in names:
+            self._write(name, self.trainable_tokens_delta[name])
+        if names:
+            self.merged_adapters.extend(names)
+            self._merge_calls.append(len(names))
+
+    def _check_mergeable(self, adapter_names: list[str] | None, safe_merge: bool) -> list[str]:
+        """Which adapters :meth:`merge` would merge, and its errors."""
+        from ..adapter_calls import check_adapters_to_merge
+        from ..lora.merging import BROKEN  # whose package imports this one
+
+        names = check_adapters_to_merge(self, adapter_names)
+        names = [name for name in names if name in self.trainable_tokens_delta]
+        if names:
+            self._check_overlapping_tokens(names)
+        for name in names if safe_merge else ():
+            if not self.trainable_tokens_delta[name].to(self.base_layer.weight).isfinite().all():
+                raise ValueError(BROKEN.format(name))
+        return names
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Write the rows of the base weight back that merged adapters have replaced."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        while self.merged_adapters:
+            self._unmerge_last()
+
+    def _unmerge_last(self) -> None:
+        """Take the last call of :meth:`merge` back."""
+        for _ in range(self._merge_calls.pop() if self._merge_calls else 1):
+            name = self.merged_adapters.pop()
+            self._write(name, self.trainable_tokens_original[name])
+
+    @torch.no_grad()
+    def _write(self, name: str, rows: Tensor) -> None:
+        weight: Any = self.base_layer.weight.data
+        index = torch.tensor(self.token_indices[name], dtype=torch.long, device=weight.device)
+        weight.index_copy_(0, index, rows.to(weight))

@@ -1,0 +1,82 @@
+"""Which modules share their weight with the input embedding."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from torch import nn
+
+# what wrappers put into the name of a weight
+_INFIX = re.compile(r"\.(?:token_adapter\.base_layer|original_module|base_layer)(?=\.|$)")
+
+
+def plain_name(name: str) -> str:
+    """A module's or weight's name without what adapter layers and wrappers put into it."""
+    return _INFIX.sub("", name)
+
+
+def _innermost(model: Any) -> Any:
+    if hasattr(model, "get_base_model"):
+        model = model.get_base_model()
+    return model.model if hasattr(model, "tuner_layer_cls") else model
+
+
+def modules_tied_to_embedding(model: Any) -> list[str]:
+    """Sorted names of the modules of ``model`` that are tied to its input embedding.
+
+    transformers 5 says so in ``_tied_weights_keys`` as {weight: the weight it is tied to}, of which
+    only those tied to the input embedding count; before, it was a list of weights.
+
+    Returns:
+        Names in the model as it is: those of wrapped modules have the wrapper's parts in them.
+        Empty when ``config.tie_word_embeddings`` is False.
+
+    Raises:
+        ValueError: a mapping, and no ``get_input_embeddings`` to tell which ones count.
+    """
+    model = _innermost(model)
+    keys = getattr(model, "_tied_weights_keys", None)
+    if (
+        getattr(getattr(model, "config", None), "tie_word_embeddings", None) is False
+        or keys is None
+    ):
+        return []
+    if isinstance(keys, dict):
+        if not hasattr(model, "get_input_embeddings"):
+            raise ValueError(
+                "The supplied model implements `_tied_weights_keys` as a dict but doesn't "
+                "implement 'get_input_embeddings' so we can't determine which weights are tied to "
+                "embeddings."
+            )
+        keys = _tied_to_embedding(model)
+    return sorted({key.rpartition(".")[0] for key in keys})
+
+
+def _tied_to_embedding(model: Any) -> list[str]:
+    """Names of the weights that a mapping ties to the input embedding's."""
+    mapping: dict[str, str] = {}
+    for name, module in model.named_modules():
+        own = getattr(module, "_tied_weights_keys", None)
+        if isinstance(own, dict):
+            dot = f"{name}." if name else ""
+            mapping.update({dot + key: dot + source for key, source in own.items()})
+    weights = {id(p) for p in model.get_input_embeddings().parameters()}
+    actual = {
+        plain_name(name): name
+        for name, p in model.named_parameters(remove_duplicate=False)
+        if id(p) in weights
+    }
+    return [actual.get(key, key) for key, source in mapping.items() if source in actual]
+
+
+def input_embedding_name(model: Any, default: str | None = None) -> str | None:
+    """The name of the input embedding in ``model``, or ``default`` where that is not known."""
+    if not hasattr(model, "get_input_embeddings"):
+        return default
+    return name_of(model, model.get_input_embeddings()) or default
+
+
+def name_of(model: nn.Module, wanted: nn.Module) -> str:
+    """The first name of a module in ``model``; empty when it is not there."""
+    return next((name for name, module in model.named_modules() if module is wanted), "")

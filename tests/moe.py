@@ -1,0 +1,86 @@
+"""Tiny mixtures of experts, and adapters for them as transformers 4 had them saved."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers as tf
+from safetensors.torch import save_file
+
+EXPERTS, WIDTH, INNER, VOCAB, LAYERS = 4, 16, 24, 64, 2
+_SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": WIDTH,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "num_experts_per_tok": 2,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+}
+_MAKE = {
+    "mixtral": lambda: tf.MixtralConfig(
+        intermediate_size=INNER, num_local_experts=EXPERTS, **_SIZES
+    ),
+    "qwen3_moe": lambda: tf.Qwen3MoeConfig(
+        intermediate_size=INNER, moe_intermediate_size=INNER, num_experts=EXPERTS, **_SIZES
+    ),
+    "llama4": lambda: tf.Llama4TextConfig(
+        intermediate_size=INNER, intermediate_size_mlp=INNER, num_local_experts=EXPERTS, **_SIZES
+    ),
+    "gpt_oss": lambda: tf.GptOssConfig(
+        intermediate_size=INNER, num_local_experts=EXPERTS, **_SIZES
+    ),
+}
+# the names of a layer's experts module in each family
+EXPERTS_OF = {
+    "mixtral": "mlp.experts",
+    "qwen3_moe": "mlp.experts",
+    "llama4": "feed_forward.experts",
+    "gpt_oss": "mlp.experts",
+}
+IDS = torch.arange(3, 23).view(2, 10)
+
+
+@functools.cache
+def _original(family: str) -> Any:
+    torch.manual_seed(0)
+    model = tf.AutoModelForCausalLM.from_config(_MAKE[family]())
+    with torch.no_grad():
+        for parameter in model.parameters():  # some of these models leave experts uninitialised
+            parameter.normal_(std=0.2)
+    return model.eval()
+
+
+def make(family: str) -> Any:
+    """A fresh tiny model; the same weights each time."""
+    return copy.deepcopy(_original(family))
+
+
+def save_v4_adapter(folder: Path, family: str, r: int = 3) -> None:
+    """An adapter with a linear layer for each projection of each expert, and its configuration."""
+    g = torch.Generator().manual_seed(1)
+    inside, (gate, up, down) = {
+        "mixtral": ("block_sparse_moe", ("w1", "w3", "w2")),
+        "qwen3_moe": ("mlp", ("gate_proj", "up_proj", "down_proj")),
+    }[family]
+    shapes = {f"experts.{e}.{n}": (WIDTH, INNER) for e in range(EXPERTS) for n in (gate, up)}
+    shapes |= {f"experts.{e}.{down}": (INNER, WIDTH) for e in range(EXPERTS)}
+    places = {f"{inside}.{name}": shape for name, shape in shapes.items()}
+    places |= {f"{inside}.gate": (WIDTH, EXPERTS), "self_attn.q_proj": (WIDTH, WIDTH)}
+    weights = {}
+    for layer in range(LAYERS):
+        for name, (k, n) in places.items():
+            at = f"base_model.model.model.layers.{layer}.{name}"
+            weights[f"{at}.lora_A.weight"] = torch.randn(r, k, generator=g) * 0.3
+            weights[f"{at}.lora_B.weight"] = torch.randn(n, r, generator=g) * 0.3
+    save_file(weights, folder / "adapter_model.safetensors")
+    targets = [gate, up, down, "gate", "q_proj"]
+    peft.LoraConfig(r=r, lora_alpha=5, target_modules=targets).save_pretrained(folder)

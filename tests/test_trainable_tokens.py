@@ -1,0 +1,291 @@
+"""Single tokens trained beside LoRA (``trainable_token_indices``), beside HF PEFT."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import peftkern
+from peftkern.tuners.trainable_tokens import TrainableTokensLayer, TrainableTokensWrapper
+from tests.tiny import VOCAB, WIDTH, assert_same, gradients, inputs, make, pair, snapshot
+
+TOKENS = [5, 9, 3, 40]
+# family, settings, dtype; llama's head is its own, gemma's is the embedding (which it scales)
+CASES = {
+    "untied_list": ("llama", {"trainable_token_indices": TOKENS}, torch.float32),
+    "untied_both": (
+        "llama",
+        {"trainable_token_indices": {"embed_tokens": TOKENS, "lm_head": [7, 8]}},
+        torch.float32,
+    ),
+    "tied_scaled": ("gemma", {"trainable_token_indices": TOKENS}, torch.float32),
+    "tied_wte": ("gpt2", {"trainable_token_indices": {"wte": TOKENS}}, torch.float32),
+    "tied_apart": (
+        "gemma",
+        {"trainable_token_indices": {"embed_tokens": TOKENS, "lm_head": [7]}},
+        torch.float32,
+    ),
+    "tied_seq2seq": ("t5", {"trainable_token_indices": {"shared": TOKENS}}, torch.float32),
+    "padding_token": ("llama", {"trainable_token_indices": [0, 5]}, torch.float32),
+    "bf16": ("llama", {"trainable_token_indices": TOKENS}, torch.bfloat16),
+}
+TASK = {"t5": "SEQ_2_SEQ_LM"}
+
+
+def two(case: str, **more: Any) -> tuple[Any, Any]:
+    family, settings, dtype = CASES[case]
+    models = pair(family, TASK.get(family, "CAUSAL_LM"), dtype, **settings, **more)
+    for model in models:
+        train(model)
+    return models
+
+
+def train(model: nn.Module, seed: int = 3) -> None:
+    """Other values in the trained rows, the same in both libraries."""
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, rows in sorted(model.named_parameters(), key=lambda item: item[0]):
+            if "trainable_tokens_delta" in name:
+                rows.copy_(torch.randn(rows.shape, generator=g))
+
+
+def batch_of(family: str) -> dict[str, Tensor]:
+    batch = inputs(family, TASK.get(family, "CAUSAL_LM"))
+    batch["input_ids"][:, :5] = torch.tensor([*TOKENS, 7])
+    return batch
+
+
+def logits(model: Any, family: str = "llama", **more: Any) -> Tensor:
+    with torch.no_grad():
+        return model(**batch_of(family), **more).logits
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_numbers_gradients_and_files_are_hf_pefts(case, tmp_path) -> None:
+    family, _, dtype = CASES[case]
+    ours, theirs = two(case)
+    names = {n for n, p in theirs.named_parameters() if p.requires_grad}
+    assert {n for n, p in ours.named_parameters() if p.requires_grad} == names
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    loose: dict[str, Any] = {} if dtype is torch.float32 else {"rtol": 5e-2, "atol": 5e-2}
+    (loss, grads), (loss_, grads_) = (gradients(m, batch_of(family)) for m in (ours, theirs))
+    torch.testing.assert_close(loss, loss_, **loose)
+    assert grads.keys() == grads_.keys()
+    for name, grad in grads_.items():
+        torch.testing.assert_close(grads[name], grad, msg=name, **loose)
+    with ours.disable_adapter(), theirs.disable_adapter():
+        torch.testing.assert_close(logits(ours, family), logits(theirs, family), **loose)
+
+    ours.save_pretrained(tmp_path / "ours")
+    theirs.save_pretrained(tmp_path / "theirs")
+    files = [load_file(tmp_path / w / "adapter_model.safetensors") for w in ("ours", "theirs")]
+    assert files[0].keys() == files[1].keys()
+    base = make(family, TASK.get(family, "CAUSAL_LM"), dtype)
+    there = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours")
+    here = peftkern.PeftModel.from_pretrained(base, tmp_path / "theirs")
+    want = logits(theirs, family)
+    for model in (here, there):
+        torch.testing.assert_close(logits(model, family), want, **loose)
+
+
+@pytest.mark.parametrize("case", ["untied_list", "tied_scaled", "tied_seq2seq", "bf16"])
+def test_merging_brings_back_the_very_bits(case) -> None:
+    family = CASES[case][0]
+    ours, _ = two(case)
+    want = logits(ours, family)
+    before = {k: v.clone() for k, v in ours.state_dict().items()}
+    loose: dict[str, Any] = {"rtol": 5e-2, "atol": 5e-2} if case == "bf16" else {}
+    ours.merge_adapter()
+    torch.testing.assert_close(logits(ours, family), want, **loose)
+    ours.unmerge_adapter()
+    assert all(torch.equal(v, before[k]) for k, v in ours.state_dict().items())
+    merged = ours.merge_and_unload()
+    torch.testing.assert_close(logits(merged, family), want, **loose)
+    assert not any(isinstance(m, TrainableTokensWrapper) for m in merged.modules())
+    heads = (merged.get_input_embeddings(), merged.get_output_embeddings())
+    tied = merged.config.tie_word_embeddings
+    assert (heads[0].weight is heads[1].weight) is bool(tied)
+
+
+def test_several_adapters(tmp_path) -> None:
+    ours, theirs = two("tied_scaled")
+    lora = {"r": 4, "target_modules": ["q_proj"], "init_lora_weights": False}
+    ours.add_adapter("other", peftkern.LoraConfig(trainable_token_indices=[9, 11], **lora))
+    theirs.add_adapter("other", peft.LoraConfig(trainable_token_indices=[9, 11], **lora))
+    ours.add_adapter("plain", peftkern.LoraConfig(**lora))
+    for model in (ours, theirs):
+        train(model)
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if "lora_" in name and ".other" in name:
+                    p.fill_(0.1)
+    each = {}
+    for name in ("default", "other"):
+        ours.set_adapter(name)
+        theirs.set_adapter(name)
+        each[name] = logits(ours, "gemma")
+        torch.testing.assert_close(each[name], logits(theirs, "gemma"))
+        flags = {n: p.requires_grad for n, p in theirs.named_parameters()}
+        assert all(p.requires_grad == flags[n] for n, p in ours.named_parameters() if n in flags)
+    ours.eval()
+    names = ["default", "other", "default"]
+    mixed = logits(ours, "gemma", adapter_names=names)
+    for i, name in enumerate(names):
+        torch.testing.assert_close(mixed[i], each[name][i])
+    ours.set_adapter("plain")  # which has no rows here
+    embed = ours.get_input_embeddings()
+    assert embed.active_adapters == [] and embed.weight is embed.original_module.weight
+    with pytest.raises(ValueError, match="Only one adapter can be set at a time"):
+        ours.base_model.set_adapter(["default", "other"])
+    with pytest.raises(ValueError, match="are already defined and would result in undefined"):
+        ours.merge_adapter(adapter_names=["default", "other"])
+    before = {k: v.clone() for k, v in ours.state_dict().items()}
+    with torch.no_grad():
+        embed.token_adapter.trainable_tokens_delta["other"][0, 0] = torch.nan
+    for merge in (ours.merge_adapter, ours.merge_and_unload):  # all layers are merged, or none
+        with pytest.raises(ValueError, match="The adapter other seems to be broken"):
+            merge(adapter_names=["other"], safe_merge=True)
+    with torch.no_grad():
+        key = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta.other"
+        embed.token_adapter.trainable_tokens_delta["other"].copy_(before[key])
+    assert all(torch.equal(v, before[k]) for k, v in ours.state_dict().items())
+    ours.set_adapter("other")
+    ours.delete_adapter("default")
+    torch.testing.assert_close(logits(ours, "gemma"), each["other"])
+    assert set(embed.token_adapter.token_indices) == {"other"}
+    ours.save_pretrained(tmp_path)
+    again = peftkern.PeftModel.from_pretrained(make("gemma"), tmp_path / "other")
+    torch.testing.assert_close(logits(again, "gemma"), each["other"])
+
+
+def test_a_resized_embedding_is_saved_beside_the_rows(tmp_path) -> None:
+    base = make("llama")
+    base.save_pretrained(tmp_path / "base")
+    base = type(base).from_pretrained(tmp_path / "base")
+    base.resize_token_embeddings(VOCAB + 2)
+    config = peftkern.LoraConfig(r=2, trainable_token_indices=[VOCAB, 5])
+    ours = peftkern.get_peft_model(copy.deepcopy(base), config)
+    train(ours)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ours.save_pretrained(tmp_path / "ours")
+    key = "base_model.model.model.embed_tokens.token_adapter.base_layer.weight"
+    assert key in load_file(tmp_path / "ours" / "adapter_model.safetensors")
+    again = peftkern.PeftModel.from_pretrained(base, tmp_path / "ours")
+    torch.testing.assert_close(logits(again), logits(ours))
+    # an embedding that is adapted as well is not saved whole
+    config = peftkern.LoraConfig(target_modules=["lm_head"], trainable_token_indices=[5])
+    saved = peftkern.get_peft_model_state_dict(peftkern.get_peft_model(make("llama"), config))
+    assert not any(k.endswith("base_layer.weight") for k in saved)
+
+
+class _Sizes(TorchDispatchMode):
+    """Which operations make a tensor of the whole vocabulary's weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        views = ("t.", "detach", "alias", "transpose", "view")
+        if isinstance(out, Tensor) and sorted(out.shape) == [WIDTH, VOCAB]:
+            if not any(v in str(func) for v in views):
+                self.found.append(str(func))
+        return out
+
+
+def test_nothing_of_the_vocabularys_size_is_computed() -> None:
+    ours, theirs = two("tied_scaled")
+    for model, expected in ((ours, False), (theirs, True)):
+        with _Sizes() as sizes:
+            gradients(model, batch_of("gemma"))
+        assert bool(sizes.found) is expected, sizes.found
+
+
+@pytest.mark.parametrize("options", [{"max_norm": 0.5}, {"scale_grad_by_freq": True}], ids=str)
+def test_an_embedding_that_looks_at_its_whole_weight(options) -> None:
+    torch.manual_seed(0)
+    base = nn.Embedding(10, 4, **options)
+    weight = base.weight.detach().clone()
+    layer = TrainableTokensLayer(base)
+    layer.update_layer("a", [1, 7])
+    layer.set_adapter("a")
+    with torch.no_grad():
+        layer.trainable_tokens_delta["a"].normal_()
+    x = torch.tensor([[1, 1, 2], [7, 0, 1]])
+    layer(x).square().sum().backward()
+    W = weight.index_copy(0, torch.tensor([1, 7]), layer.trainable_tokens_delta["a"].detach())
+    whole = nn.Embedding(10, 4, _weight=W, **options)
+    whole(x).square().sum().backward()
+    torch.testing.assert_close(layer(x), whole(x))
+    grad = layer.trainable_tokens_delta["a"].grad
+    torch.testing.assert_close(grad, whole.weight.grad[[1, 7]])  # type: ignore[index]
+
+
+def test_a_bias_of_a_tied_head_is_kept() -> None:
+    """HF PEFT drops it while tokens train, and not when they are merged."""
+    head, embed = nn.Linear(4, 10), nn.Embedding(10, 4)
+    head.weight = embed.weight
+    source = TrainableTokensLayer(embed)
+    source.update_layer("a", [1, 7])
+    tied = TrainableTokensLayer(head, source)
+    for layer in (source, tied):
+        layer.set_adapter("a")
+    with torch.no_grad():
+        source.trainable_tokens_delta["a"].normal_()
+    x = torch.randn(3, 4)
+    want = nn.functional.linear(x, tied.get_merged_weights(["a"]), head.bias)
+    torch.testing.assert_close(tied(x), want)
+    source.merge()
+    torch.testing.assert_close(head(x), want)
+
+
+BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "no_such_layer": ({"trainable_token_indices": {"no": [1]}}, ValueError, r"Target modules \{'n"),
+    "in_full_as_well": (
+        {"trainable_token_indices": {"embed_tokens": [1]}, "modules_to_save": ["embed_tokens"]},
+        ValueError,
+        "already marked to be trained fully",
+    ),
+    "adapted_as_well": (
+        {"trainable_token_indices": [1], "target_modules": ["embed_tokens"]},
+        TypeError,
+        "trainable_token_indices cannot be applied",
+    ),
+    "no_embedding": (
+        {"trainable_token_indices": {"0.mlp": [1]}},
+        TypeError,
+        "trainable_token_indices cannot be applied to modules of type",
+    ),
+    "too_large": ({"trainable_token_indices": [1, VOCAB]}, ValueError, "from 0 to 63, got .64"),
+    "negative": ({"trainable_token_indices": [-1]}, ValueError, "from 0 to 63, got .-1"),
+    "indices_of_tied_modules": (
+        {
+            "trainable_token_indices": {"lm_head": [1], "embed_tokens": [2]},
+            "ensure_weight_tying": True,
+        },
+        ValueError,
+        "different token indices are specified for tied layers",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_cannot_be_is_refused_and_nothing_is_changed(case) -> None:
+    settings, error, says = BAD[case]
+    model = make("gemma")
+    before = snapshot(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(error, match=says):
+            peftkern.get_peft_model(model, peftkern.LoraConfig(**settings))
+    assert_same(model, before)
