@@ -160,6 +160,11 @@ ONLY_OURS = {
         ValueError,
         "nf4 and int8",
     ),
+    "packed": (
+        {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}, "packed": True},
+        TypeError,
+        "torch.uint8 already",
+    ),
     "meta": ({"init_lora_weights": "pissa", "meta": True}, ValueError, "meta device"),
 }
 
@@ -170,6 +175,8 @@ def test_what_cannot_start_changes_nothing(name):
     settings = {"r": 4, **settings}
     targets, dtype = settings.pop("t", ["a", "b"]), settings.pop("of", torch.float32)
     base = make(dtype)
+    if settings.pop("packed", False):
+        base.b.weight = nn.Parameter(base.b.weight.detach().to(torch.uint8), requires_grad=False)
     if settings.pop("meta", False):
         base.b = base.b.to("meta")
     before = {n: (p, p._version, p.requires_grad) for n, p in base.named_parameters()}

@@ -100,6 +100,11 @@ def check(key: str, base: Any, r: int, config: LoraConfig) -> None:
     weight = base.weight
     if name in WRONG_DTYPE and weight.dtype not in HALF_OR_SINGLE:
         raise TypeError(WRONG_DTYPE[name].format(dtype=weight.dtype))
+    if name == "loftq" and not weight.is_floating_point():
+        raise TypeError(
+            f"LoftQ quantises the weight of `{key}` itself, and that is {weight.dtype} already; "
+            "for a model in 4 bits see `replace_lora_weights_loftq`"
+        )
     if name == "lora_ga" and not hasattr(base, GRADIENT):
         return  # no gradient, as when an adapter is loaded: a plain start
     if weight.is_meta:
