@@ -104,7 +104,6 @@ OLD_JSON = {
 }
 
 UNSUPPORTED = {
-    "init_lora_weights": "mica",
     "use_qalora": True,
     "megatron_config": {"tensor_model_parallel_size": 1},
     "use_bdlora": True,

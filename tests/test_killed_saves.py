@@ -32,18 +32,26 @@ def loads_as(folder):
     return model.peft_config["default"].r, peftkern.get_peft_model_state_dict(model)
 
 
-def killed_while_saving(models, folder, seconds, **options):
+def killed_while_saving(models, folder, draw):
+    """A child saves each of ``models``, says so, and goes on until it is killed: at a moment
+    within the next few saves, however fast the machine is at the time."""
+    reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
         try:
             while True:
                 for model in models:
-                    model.save_pretrained(folder, **options)
+                    model.save_pretrained(folder)
+                    os.write(writing, b".")
         finally:
             os._exit(1)
-    time.sleep(seconds)
+    os.close(writing)
+    start = time.perf_counter()
+    os.read(reading, 1)
+    time.sleep(draw.uniform(0.0, 3.0) * (time.perf_counter() - start))
     os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
+    os.close(reading)
     assert os.WIFSIGNALED(status), "the child failed before it was killed"
 
 
@@ -56,7 +64,7 @@ def _kill_at_random(folder, moments):
     for _ in range(moments):
         order = list(models.values())
         draw.shuffle(order)
-        killed_while_saving(order, folder, draw.uniform(0.0, 0.04))
+        killed_while_saving(order, folder, draw)
         r, weights = loads_as(folder)
         assert weights.keys() == wanted[r].keys()
         assert all(torch.equal(weights[k], v) for k, v in wanted[r].items())
