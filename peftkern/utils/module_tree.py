@@ -14,7 +14,7 @@ def get_submodules(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module, st
     """(parent, module, last part of the name) of the module named ``key``."""
     parent_name, _, name = key.rpartition(".")
     parent = model.get_submodule(parent_name)
-    return parent, getattr(parent, name) if name else parent, name
+    return parent, model.get_submodule(key), name
 
 
 def parameters_of(model: nn.Module) -> list[nn.Parameter]:
