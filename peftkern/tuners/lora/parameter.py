@@ -87,7 +87,7 @@ class ParamWrapper(nn.Module, LoraLayer):
     """
 
     # attributes of PEFT's layers that this kind does not fill
-    lora_embedding_A = lora_embedding_B = lora_magnitude_vector = NOTHING
+    lora_embedding_A = lora_embedding_B = NOTHING
     lora_A: nn.ModuleDict
     lora_B: nn.ModuleDict
 
