@@ -157,6 +157,26 @@ def test_an_error_inside_leaves_nothing_behind() -> None:
         assert torch.equal(pair.model(**batch).logits, pair.base(**batch).logits)
 
 
+def test_a_failed_call_leaves_no_prefix_in_masks() -> None:
+    """generate() makes masks before it calls the model; that call says whose prefix they carry."""
+    pair = alone("stablelm")
+    batch = inputs("stablelm", "left")
+    del batch["labels"]
+    how = {"max_new_tokens": 4, "min_new_tokens": 4, "cache_implementation": "static"}
+    expected = pair.base.generate(**batch, **how)
+
+    def fail(*_: Any) -> None:
+        raise KeyError("in the second layer")
+
+    handle = pair.injection.layers[1].register_forward_pre_hook(fail)
+    with pair.active(), pytest.raises(KeyError, match="second layer"):
+        pair.model(**batch)
+    handle.remove()
+    assert torch.equal(pair.model.generate(**batch, **how), expected)
+    with pair.active():
+        assert not torch.equal(pair.model.generate(**batch, **how), expected)
+
+
 def test_layers_without_a_prefix() -> None:
     pair = alone("llama")
     batch = inputs("llama")

@@ -226,10 +226,11 @@ class PrefixInjection:
         self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         entry = active_in(self)
+        given, kwargs = kwargs, {**dict(zip(self._parameters, args, strict=False)), **kwargs}
         if entry is None:
             set_current(self, None)
-            return None
-        kwargs = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
+            name_state(kwargs.get("attention_mask"), None)  # made after a call that failed
+            return args, given
         if not self._blocks:
             self._stand_before()
         tokens = positions.tokens_of(kwargs)

@@ -65,16 +65,15 @@ class MaskSpec:
 
     def __getitem__(self, index: tuple[slice, slice, slice, slice]) -> MaskSpec:
         """The mask of the last queries alone: Gemma 4 leaves out the others where it can."""
-        *others, rows, _ = index
-        start, stop, step = rows.indices(self.q_length)
-        whole = slice(None)
-        if (stop, step) != (self.q_length, 1) or any(part != whole for part in (*others, index[3])):
+        parts = [part.indices(n) for part, n in zip(index, self.shape, strict=True)]
+        start = parts[2][0]
+        if parts != [(start if i == 2 else 0, n, 1) for i, n in enumerate(self.shape)]:
             raise ValueError(f"a mask behind a prefix cannot be cut to {index}")
         if not start:
             return self
         arguments = {
             **self.arguments,
-            "q_length": stop - start,
+            "q_length": self.q_length - start,
             "q_offset": self.q_offset + start,
         }
         cut = MaskSpec(arguments, self.original, self.skipped + start)
@@ -142,7 +141,7 @@ def prefix_mask(original: str, *args: Any, **arguments: Any) -> MaskSpec:
     return spec
 
 
-def name_state(masks: Any, state: PrefixState) -> None:
+def name_state(masks: Any, state: PrefixState | None) -> None:
     """For masks that `generate` made before the model was called."""
     for mask in masks.values() if isinstance(masks, dict) else (masks,):
         if isinstance(mask, MaskSpec):
