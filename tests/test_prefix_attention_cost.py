@@ -10,10 +10,10 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from peftkern.ops import prefix_attention as operation
-from peftkern.ops import prefix_blocked, prefix_merge, prefix_row
+from peftkern.ops import prefix_blocked, prefix_merge
 from peftkern.ops.prefix_attention import prefix_attention
 from peftkern.ops.prefix_rule import Rule
-from tests.prefix_cases import SCALE, force, gradients, inputs, keep_of, seen, truth
+from tests.prefix_cases import SCALE, force, gradients, inputs, seen, truth
 
 IMPLEMENTATIONS = ("blocked", "merge")
 
@@ -175,35 +175,6 @@ def test_softcap_sinks_and_weights(options):
     leaves = tensors if sinks is None else [*tensors, sinks]
     for a, b in zip(gradients(out[1:], leaves), gradients(expected[1:], leaves), strict=True):
         torch.testing.assert_close(a, b)
-
-
-@pytest.mark.parametrize("shared", [True, False], ids=["shared", "per row"])
-@pytest.mark.parametrize("window", [None, 3, 12, 40])
-@pytest.mark.parametrize("kind", [None, "left", "nothing"])
-def test_decoding_under_softcap_sinks_and_a_window(monkeypatch, kind, window, shared):
-    """One row a sequence: right, and the prefix is neither copied over the batch nor concatenated;
-    also where only the device knows how far the sequence is."""
-    calls, real = [], prefix_row.forward
-    monkeypatch.setattr(prefix_row, "forward", lambda *a: calls.append(a) or real(*a))
-    B, S, P = 3, 20, 30
-    tensors = inputs(B, 4, 2, 1, S, P, 8, shared=shared)
-    options = {"keep": keep_of(kind, B, S), "window": window}
-    sinks = torch.randn(4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    runs = [({}, 19), ({"softcap": 2.0}, 19), ({"sinks": sinks}, 9)]
-    if window is None:
-        runs.append(({"sinks": sinks}, torch.tensor([3, 0, 19])))
-    for more, offset in runs:
-        if window is None and not more:
-            continue  # nothing hidden, nothing capped: the vendor's
-        options["q_offset"] = offset
-        expected, _ = eager(tensors, seen(B, 1, S, P, options), **more)
-        with torch.no_grad(), Recorder(tensors) as record:
-            out = prefix_attention(*tensors, scale=SCALE, causal=True, **options, **more)
-        blind = expected.isnan()  # nothing to see
-        torch.testing.assert_close(out, expected.masked_fill(blind, 0))
-        assert record.largest < B * 2 * P * 8
-    hides = window is not None and window < S + P
-    assert len(calls) == len(runs) - (window is None) - (not hides and window is not None)
 
 
 @pytest.mark.parametrize(
