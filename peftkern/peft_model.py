@@ -27,7 +27,7 @@ from .status import (
     get_model_status,
 )
 from .tuners.lora.group import settle
-from .tuners.tuners_utils import BaseTunerLayer, as_names
+from .tuners.tuners_utils import as_names
 from .utils.other import ModulesToSaveWrapper
 from .utils.peft_types import PeftType
 
@@ -239,8 +239,7 @@ class PeftModel(PromptLearning, AdapterFiles, AdapterStatus, PushToHubMixin, nn.
         """Whether :func:`peftkern.convert_to_lora` can turn the adapter into one of plain LoRA."""
         if self._is_prompt_learning:
             return False
-        layers: list[Any] = [m for m in self.base_model.modules() if isinstance(m, BaseTunerLayer)]
-        return all(layer.supports_lora_conversion(adapter_name) for layer in layers)
+        return self.base_model.supports_lora_conversion(adapter_name)
 
     # ---------------------------------------------------------------- calling it
 

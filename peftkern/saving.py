@@ -14,6 +14,7 @@ from .card import create_or_update_model_card
 from .config import PeftConfig, split_hub_kwargs
 from .loading import LoadResult, check_keys, fill, match_weights
 from .prompts import innermost
+from .tuners.lora.plain import as_plain_lora
 from .utils.constants import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from .utils.module_tree import any_training, parameters_of
 from .utils.save_and_load import get_peft_model_state_dict, load_peft_weights
@@ -83,7 +84,10 @@ class AdapterFiles:
             selected_adapters: names; None saves all.
             save_embedding_layers: see :func:`get_peft_model_state_dict`.
             is_main_process: other processes write nothing.
-            path_initial_model_for_weight_conversion: not supported, must be None.
+            path_initial_model_for_weight_conversion: folder of the adapter as it started, saved
+                before training, when that start has changed the base weights (PiSSA, OLoRA, …).
+                What is saved then is a plain LoRA adapter of twice the rank for the unchanged base
+                model, see :mod:`peftkern.tuners.lora.plain`.
             **kwargs: ``state_dict``, to save from instead of the model's own.
 
         Raises:
@@ -103,11 +107,6 @@ class AdapterFiles:
             self.base_model.save_pretrained(
                 save_directory, safe_serialization, None, save_embedding_layers, **inner
             )
-        if path_initial_model_for_weight_conversion is not None:
-            raise NotImplementedError(
-                "path_initial_model_for_weight_conversion is not supported: no initialisation of "
-                "this version changes the base weights"
-            )
         names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
         if unknown := [n for n in names if n not in self.peft_config]:
             raise ValueError(
@@ -120,6 +119,16 @@ class AdapterFiles:
             )
             for name in names
         }
+        configs = {name: self.peft_config[name] for name in names}
+        if path_initial_model_for_weight_conversion is not None:
+            if self._is_prompt_learning:
+                raise ValueError(
+                    "Passing `path_initial_model_for_weight_conversion` to `save_pretrained` is "
+                    f"not supported for {self.peft_type.value}."
+                )
+            start = load_peft_weights(path_initial_model_for_weight_conversion)
+            for name in names:
+                configs[name], tensors[name] = as_plain_lora(configs[name], tensors[name], start)
         if not is_main_process:
             return
         written, other = SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
@@ -136,7 +145,7 @@ class AdapterFiles:
             # weights and configuration belong together
             with replaced_together(folder, without=[other]) as staged:
                 _write_weights(os.path.join(staged, written), _without_aliases(found))
-                self._save_config(self.peft_config[name], staged)
+                self._save_config(configs[name], staged)
         self.create_or_update_model_card(save_directory)
 
     def _save_config(self: Any, config: PeftConfig, folder: str) -> None:

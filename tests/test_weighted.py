@@ -45,10 +45,10 @@ class Net(nn.Module):
         return self.head(self.conv(self.lin(self.emb(x))))
 
 
-def models(*configs, targets=("emb", "lin", "conv"), **both):
+def models(*configs, targets=("emb", "lin", "conv"), base=Net, **both):
     """(peftkern's, HF PEFT's) model with adapters a0, a1, … of equal random weights."""
     torch.manual_seed(0)
-    base = Net()
+    plain = base()
     found = []
     for package in (peftkern, peft):
         with warnings.catch_warnings():
@@ -57,7 +57,7 @@ def models(*configs, targets=("emb", "lin", "conv"), **both):
                 package.LoraConfig(**{"target_modules": list(targets), **both, **c})
                 for c in configs
             ]
-            model = package.get_peft_model(copy.deepcopy(base), made[0], adapter_name="a0")
+            model = package.get_peft_model(copy.deepcopy(plain), made[0], adapter_name="a0")
             for i, config in enumerate(made[1:], 1):
                 model.add_adapter(f"a{i}", config)
         fill(model)
@@ -138,6 +138,41 @@ def test_the_other_arguments(rule, how):
         assert all(not m.get_delta_weight("new").any() for m in layers(pair[0]).values())
     else:
         assert_agree(pair)
+
+
+class Shapes(nn.Module):
+    """Weights of three and four dimensions, and the joined projections of an attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.one = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 12, 1)
+        self.line, self.mha = nn.Conv1d(12, 12, 3), nn.MultiheadAttention(12, 2, batch_first=True)
+
+    def forward(self, x):
+        y = self.line(self.one(self.wide(x)).flatten(2)).transpose(1, 2)
+        return self.mha(y, y.cos(), y)[0]
+
+
+@pytest.mark.parametrize("rule", ["cat", "svd", "ties_svd", "linear"])
+def test_convolutions_and_attention(rule):
+    # HF PEFT has no SVD of a Conv1d's update
+    targets = ["wide", "one", "mha"] + ["line"] * (rule in ("cat", "linear"))
+    pair = [m.eval() for m in models({}, {}, r=3, targets=targets, base=Shapes)]
+    combine(pair, ["a0", "a1"], [1.0, -0.5], combination_type=rule, density=0.5)
+    x, out = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0)), []
+    for model in pair:
+        before = model(x)
+        model.set_adapter("new")
+        out.append(model(x))
+        assert not torch.allclose(out[-1], before, atol=1e-3)
+    torch.testing.assert_close(*out, atol=1e-5, rtol=1e-4)
+    bits = [p.detach().clone() for p in pair[0].parameters()]
+    pair[0].merge_adapter()
+    torch.testing.assert_close(pair[0](x), out[0], atol=1e-5, rtol=1e-4)
+    pair[0].unmerge_adapter()
+    assert all(torch.equal(*two) for two in zip(pair[0].parameters(), bits, strict=True))
+    done = [model.merge_and_unload(safe_merge=True)(x) for model in pair]
+    torch.testing.assert_close(*done, atol=1e-5, rtol=1e-4)
 
 
 def test_three_adapters_of_which_not_all_are_everywhere():

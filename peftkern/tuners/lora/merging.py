@@ -9,29 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import Parameter
 
+from ..adapter_calls import check_adapters_to_merge
 from .restore import Kept, at_least_float32
 
 BROKEN = "NaNs detected in the merged weights. The adapter {} seems to be broken"
-
-
-def adapters_to_merge(layer: Any, adapter_names: list[str] | None) -> list[str]:
-    """The names of ``adapter_names`` (None: the active ones) that are not merged yet; a warning
-    when some or all of them are. TypeError for a bare str."""
-    names = layer.active_adapters if adapter_names is None else adapter_names
-    if isinstance(names, str):
-        raise TypeError(f"adapter_names should be a list of strings, got {names!r}.")
-    if not layer.merged:
-        return list(names)
-    names = [name for name in names if name not in layer.merged_adapters]
-    if names:
-        warnings.warn(
-            f"Already following adapters were merged {','.join(layer.merged_adapters)}. "
-            f"You are now additionally merging {','.join(names)}.",
-            stacklevel=3,
-        )
-    else:
-        warnings.warn("All adapters are already merged, nothing to do.", stacklevel=3)
-    return names
 
 
 class Merging:
@@ -73,12 +54,15 @@ class Merging:
         return self._delta_weight(adapter).to(self._factors(adapter)[0].dtype)
 
     def _delta_weight(self, adapter: str) -> Tensor:
-        """:meth:`get_delta_weight` before it is rounded: float32, or float64 where the adapter
-        is."""
+        """:meth:`get_delta_weight` before it is rounded: float32, or float64 where the adapter or
+        the base weight is. A tensor of its own."""
         left, right = (at_least_float32(factor) for factor in self._factors(adapter))
         module, attribute = self._merge_target()
+        weight = getattr(module, attribute)
+        if weight.dtype == torch.float64:
+            left, right = left.double(), right.double()
         scaling = self.scaling[adapter]  # type: ignore[attr-defined]
-        return (left @ right).mul(scaling).reshape(getattr(module, attribute).shape)
+        return (left @ right).mul_(scaling).reshape(weight.shape)
 
     def _merged_weight(self, adapter: str, weight: Tensor, base: Tensor | None = None) -> Tensor:
         """The base weight with one more adapter in it.
@@ -90,7 +74,7 @@ class Merging:
         """
         variant = getattr(self, "lora_variant", {}).get(adapter)
         if variant is None:
-            return weight + self._delta_weight(adapter).to(weight.device)
+            return self._delta_weight(adapter).to(weight.device, weight.dtype).add_(weight)
         return variant.merged_weight(self, adapter, weight, weight if base is None else base)
 
     # ---------------------------------------------------------------- in and out
@@ -112,7 +96,7 @@ class Merging:
             NotImplementedError: the kind of layer cannot be merged.
             The weight is then as it was.
         """
-        names = adapters_to_merge(self, adapter_names)
+        names = check_adapters_to_merge(self, adapter_names)  # type: ignore[arg-type]
         self._merge(names, safe_merge, keep=True)
 
     def _check_mergeable(self, names: list[str]) -> list[str]:

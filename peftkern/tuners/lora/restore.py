@@ -2,8 +2,9 @@
 
 W' = round(W + B A) cannot be undone by subtraction alone: where W' has a larger exponent than W,
 low bits of W are gone. A copy of W doubles the adapted weights. Kept instead is what subtraction
-misses: a prediction of W from W', and the distance of each element to it, counted in steps of its
-dtype. Most distances are 0 in 16 bits and a byte in 32.
+misses: a prediction of W from W', and the distance of each element to it, counted in the steps of
+its dtype, which is the difference of their bits as integers. Most distances are 0 in 16 bits and a
+byte in 32.
 
 The prediction must come out the same later, on another device, with other threads, and when the
 adapter has been trained or deleted meanwhile. So it is made of the kept factors, cut into integers
@@ -21,6 +22,7 @@ from torch import Tensor
 logger = logging.getLogger("peftkern")
 
 BITS = 7  # of one piece: |piece| <= 64, a product <= 2^12
+BLOCK = 2**24  # elements that are worked on at once
 PIECES = {torch.float16: 2, torch.bfloat16: 2, torch.float32: 3}
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -35,14 +37,14 @@ def as_integers(x: Tensor) -> Tensor:
     return x.contiguous().view(INTEGERS[x.dtype.itemsize])
 
 
-def _steps(bits: Tensor) -> Tensor:
-    """Bits of floats as integers that count the floats from below; its own inverse."""
-    top = torch.iinfo(bits.dtype).max
-    return bits ^ ((bits >> (8 * bits.dtype.itemsize - 1)) & top)
-
-
 def _check_sum(x: Tensor) -> int:
     return int(as_integers(x).sum(dtype=torch.int64))
+
+
+def _rows(x: Tensor) -> list[slice]:
+    """Slices of the first dimension, of about ``BLOCK`` elements each."""
+    step = max(1, BLOCK // max(1, x[:1].numel()))
+    return [slice(i, i + step) for i in range(0, len(x), step)]
 
 
 class _Product:
@@ -66,19 +68,62 @@ class _Product:
             rest = (rest - piece) * 2**BITS
         return found, scale
 
-    def __call__(self, device: torch.device) -> Tensor:
+    def rows(self, rows: slice, device: torch.device) -> Tensor:
+        """These rows (of the first dimension) of the product, in float32."""
+        stacked = self.left[0].dim() > 2  # one product for each of the first dimension
         total: Tensor | None = None
         for order in range(len(self.left)):
-            a = torch.cat(self.left[: order + 1], -1).to(device, torch.float32)
-            b = torch.cat(self.right[: order + 1][::-1], -2).to(device, torch.float32)
+            left = [piece[rows] for piece in self.left[: order + 1]]
+            right = [piece[rows] if stacked else piece for piece in self.right[: order + 1][::-1]]
+            a = torch.cat(left, -1).to(device, torch.float32)
+            b = torch.cat(right, -2).to(device, torch.float32)
             part = (a @ b).mul_(2.0 ** (-BITS * order))
             total = part if total is None else total.add_(part)
         assert total is not None
-        return total.mul_(self.left_scale.to(device)).mul_(self.right_scale.to(device))
+        over = self.right_scale[rows] if stacked else self.right_scale
+        return total.mul_(self.left_scale[rows].to(device)).mul_(over.to(device))
 
     @property
     def tensors(self) -> list[Tensor]:
         return [*self.left, *self.right, self.left_scale, self.right_scale]
+
+
+class _Block:
+    """A block of rows: what its weight was, relative to a guess that can be made again."""
+
+    def __init__(self, before: Tensor, guess: Tensor | None) -> None:
+        self.copy: Tensor | None = None
+        self.index = self.value = self.near = None
+        count, item = before.numel(), before.dtype.itemsize
+        if guess is None:
+            self.copy = before.clone()
+            return
+        distance = (as_integers(before) - as_integers(guess)).flatten()
+        far = (distance > 127) | (distance < -128)
+        near_cost = count + int(far.sum()) * (4 + item)
+        few_cost = int(distance.count_nonzero()) * (4 + item)
+        if min(near_cost, few_cost) >= count * item:
+            self.copy = before.clone()
+            return
+        if near_cost < few_cost:
+            self.near = distance.masked_fill(far, 0).to(torch.int8)
+            distance.masked_fill_(~far, 0)
+        index = distance.nonzero().squeeze(1)
+        self.index, self.value = index.to(torch.int32), distance[index]
+
+    def restored(self, guess: Tensor | None) -> Tensor:
+        if guess is None or self.index is None or self.value is None:
+            assert self.copy is not None
+            return self.copy
+        bits = as_integers(guess).flatten()
+        if self.near is not None:
+            bits += self.near.to(bits.device)
+        bits[self.index.to(bits.device).long()] += self.value.to(bits.device)
+        return bits.view(guess.dtype).reshape(guess.shape)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [t for t in (self.copy, self.index, self.value, self.near) if t is not None]
 
 
 class Kept:
@@ -87,7 +132,8 @@ class Kept:
     Memory: for 16-bit weights about r (M + N) · 2 bytes, and 6 for each element whose low bits the
     merge has lost (the share is about that of the update in the weight); for float32 one byte an
     element; never more than a copy and the factors. A copy is kept of float64, of a variant's
-    result (which is no sum) and of adapters that are not finite.
+    result (which is no sum) and of adapters that are not finite. Beyond that, some float32 copies
+    of ``BLOCK`` elements while it is made and used.
 
     Args:
         before: the weight without the adapters.
@@ -106,27 +152,9 @@ class Kept:
     ) -> None:
         self.dtype, self.sum = after.dtype, _check_sum(after)
         self.product = self._product(factors) if factors else None
-        self.copy: Tensor | None = None
-        self.index = self.value = self.near = None
-        count, item = before.numel(), before.dtype.itemsize
-        if self.product is None:
-            self.copy = before.clone()
-            return
-        guess = _steps(as_integers(self._guess(after)))
-        distance = (_steps(as_integers(before)) - guess).flatten()
-        far = (distance > 127) | (distance < -128)
-        place = 4 if count < 2**31 else 8
-        n_far, n_all = int(far.sum()), int(distance.count_nonzero())
-        near_cost, few_cost = count + n_far * (place + item), n_all * (place + item)
-        if min(near_cost, few_cost) >= count * item:
-            self.copy = before.clone()
-            return
-        if near_cost < few_cost:
-            self.near = distance.masked_fill(far, 0).to(torch.int8)
-            distance = distance.masked_fill_(~far, 0)
-        index = distance.nonzero().squeeze(1)
-        self.value = distance[index]
-        self.index = index.to(torch.int32 if place == 4 else torch.int64)
+        self.blocks = [
+            (rows, _Block(before[rows], self._guess(after, rows))) for rows in _rows(after)
+        ]
 
     def _product(self, factors: Sequence[tuple[Tensor, Tensor, float]]) -> _Product | None:
         pieces = PIECES.get(self.dtype)
@@ -138,35 +166,37 @@ class Kept:
             return None
         return _Product(left, right, pieces)
 
-    def _guess(self, after: Tensor) -> Tensor:
-        """``before`` from ``after`` by subtraction."""
-        assert self.product is not None
-        update = self.product(after.device).reshape(after.shape)
-        return (at_least_float32(after) - update).to(after.dtype)
+    def _guess(self, after: Tensor, rows: slice) -> Tensor | None:
+        """Rows of ``before`` by subtraction, None without a product."""
+        if self.product is None:
+            return None
+        part = after[rows]
+        update = self.product.rows(rows, part.device).reshape(part.shape)
+        return update.neg_().add_(part).to(part.dtype)
 
     @torch.no_grad()
     def restored(self, after: Tensor) -> Tensor:
         """``before``, bit for bit, on the device of ``after``. When somebody wrote into ``after``
         meanwhile, what they changed is kept and the adapters are subtracted."""
-        if after.dtype != self.dtype or _check_sum(after) != self.sum:
-            if self.product is None:
-                assert self.copy is not None
-                logger.warning("a merged weight was changed; unmerging loses that change")
-                return self.copy.to(after)
-            logger.warning("a merged weight was changed; its adapters are taken out by subtraction")
-            return self._guess(after)
-        if self.copy is not None:
-            return self.copy.to(after.device)
-        assert self.index is not None and self.value is not None
-        bits = _steps(as_integers(self._guess(after))).flatten()
-        if self.near is not None:
-            bits += self.near.to(bits.device)
-        bits[self.index.to(bits.device).long()] += self.value.to(bits.device)
-        return _steps(bits).view(self.dtype).reshape(after.shape)
+        changed = after.dtype != self.dtype or _check_sum(after) != self.sum
+        if changed:
+            logger.warning(
+                "a merged weight was changed; %s",
+                "unmerging loses that change"
+                if self.product is None
+                else "its adapters are taken out by subtraction",
+            )
+        before = torch.empty_like(after)
+        for rows, block in self.blocks:
+            guess = self._guess(after, rows)
+            by_guess = changed and guess is not None
+            before[rows] = guess if by_guess else block.restored(guess)  # type: ignore[assignment]
+        return before
 
     @property
     def nbytes(self) -> int:
         """Memory that is held, in bytes."""
-        tensors = [self.copy, self.index, self.value, self.near, self.bias]
+        tensors = [t for _, block in self.blocks for t in block.tensors]
         tensors += self.product.tensors if self.product is not None else []
-        return sum(t.nbytes for t in tensors if t is not None)
+        tensors += [] if self.bias is None else [self.bias]
+        return sum(t.nbytes for t in tensors)

@@ -10,8 +10,9 @@ from torch import nn
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from ...utils.constants import EMBEDDING_LAYER_NAMES
+from ..adapter_calls import check_adapters_to_merge
 from ..tuners_utils import BaseTunerLayer, get_model_config
-from .merging import Merging, adapters_to_merge
+from .merging import Merging
 from .offload import onloaded
 
 TIED = """Model with `tie_word_embeddings=True` and the tied_target_modules={} are part of the \
@@ -125,16 +126,17 @@ class ModelMerging:
         """
         self._check_merge_allowed()
         self._check_names(adapter_names)
-        plan = {}
+        plan: dict[Any, list[str]] = {}
         for layer in self._tuner_layers():
-            if isinstance(layer, Merging):
-                with onloaded(layer):
-                    names = layer._check_mergeable(adapters_to_merge(layer, adapter_names))
-                    if safe_merge and names:
-                        layer._merged(names, True)
-                plan[layer] = names
-            else:  # merged when it is taken out
-                layer._check_mergeable(adapter_names, safe_merge)
+            if not isinstance(layer, Merging):
+                layer._check_mergeable(adapter_names, safe_merge)  # merged when it is taken out
+                continue
+            module: Any = layer
+            with onloaded(module):
+                names = module._check_mergeable(check_adapters_to_merge(module, adapter_names))
+                if safe_merge and names:
+                    module._merged(names, True)
+            plan[module] = names
         done: list[Any] = []
         try:
             for layer, names in tqdm(

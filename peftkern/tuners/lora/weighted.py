@@ -272,7 +272,7 @@ class Weighted:
                     f"{name!r} has a grouped convolution, whose update is no product; adapters "
                     "of these cannot be combined"
                 )
-            parts.append(Part(A, B, layer.scaling[name], float(weight)))
+            parts.append(Part(A, B, float(layer.scaling[name]), float(weight)))
         if recipe.kind in BY_FACTOR and len({len(p.A) for p in parts}) > 1:
             raise ValueError(
                 f"All adapters must have the same r value when using combination_type "
@@ -316,7 +316,7 @@ class Weighted:
             self._fill_saved(adapter_name, adapters)
         except BaseException:
             tuner.delete_adapter(adapter_name)
-            tuner._take_out()
+            tuner._take_out(only_empty=True)
             raise
         for layer in self._lora_layers():
             layer.set_requires_grad(adapter_name, False)

@@ -258,9 +258,10 @@ class TrainableTokensLayer(nn.Module, BaseTunerLayer):
 
     def _check_mergeable(self, adapter_names: list[str] | None, safe_merge: bool) -> list[str]:
         """Which adapters :meth:`merge` would merge, and its errors."""
-        from ..lora.merging import BROKEN, adapters_to_merge  # whose package imports this one
+        from ..adapter_calls import check_adapters_to_merge
+        from ..lora.merging import BROKEN  # whose package imports this one
 
-        names = adapters_to_merge(self, adapter_names)
+        names = check_adapters_to_merge(self, adapter_names)
         names = [name for name in names if name in self.trainable_tokens_delta]
         if names:
             self._check_overlapping_tokens(names)
