@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import peftkern
+from peftkern.tuners.lora import LoraLayer
 from tests.tiny import fill, first, inputs, make
 
 EXACT = {"rtol": 1e-4, "atol": 1e-5}  # unmerging is exact here, and not in HF PEFT
@@ -234,6 +235,31 @@ def test_base_weights_by_their_old_names():
     assert all(torch.equal(now[k], v) for k, v in changed.items())
 
 
+def test_a_state_dict_of_the_models_own_is_asked():
+    """FSDP and DeepSpeed bring shards together in ``state_dict()``, under the plain names."""
+    ours = peftkern.get_peft_model(make("llama"), settings(peftkern))
+    whole = peftkern.get_peft_model_state_dict(ours)
+
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self._fsdp_wrapped_module = ours
+            self.peft_config = ours.peft_config
+
+        def state_dict(self, *args, **kwargs):
+            found = super().state_dict(*args, **kwargs)
+            return {k.removeprefix("_fsdp_wrapped_module."): v + 1 for k, v in found.items()}
+
+    wrapped = Wrapped()
+    for model in (wrapped, ours):
+        if model is ours:
+            part = {k: v + 1 for k, v in ours.state_dict().items() if "layers.1" not in k}
+            ours.state_dict = lambda part=part: part
+        found = peftkern.get_peft_model_state_dict(model)
+        assert found.keys() == {k for k in whole if model is wrapped or "layers.1" not in k}
+        assert all(torch.equal(v, whole[k] + 1) for k, v in found.items())
+
+
 def test_replaced_modules_are_seen():
     """No list of layers that could go stale: a layer that was put in later is switched as well."""
     ours = peftkern.get_peft_model(make("llama"), settings(peftkern))
@@ -245,6 +271,19 @@ def test_replaced_modules_are_seen():
     ours.set_adapter("b")
     assert attention.q_proj.active_adapters == ["b"]
     assert attention.q_proj.lora_A["b"].weight.requires_grad
+
+
+def test_status_names_the_quantisation():
+    """Told by the classes of the base layer and its weight, which are stood in for."""
+    named = {"bitsandbytes.nn.modules.Linear4bit": "bnb 4bit", "hqq.core.quantize.HQQLinear": "hqq"}
+    for full, name in named.items():
+        ours = peftkern.get_peft_model(make("llama"), settings(peftkern))
+        first_layer, other = (m for m in ours.modules() if isinstance(m, LoraLayer))
+        module, _, cls = full.rpartition(".")
+        first_layer.base_layer.__class__ = type(cls, (nn.Linear,), {"__module__": module})
+        found = {s.quantization_backend for s in ours.get_layer_status()}
+        assert found == {name, None} and other.quantization_backend is None
+        assert ours.get_model_status().quantization_backend == "irregular"
 
 
 def test_several_copies_of_a_head_cannot_be_active_at_once():

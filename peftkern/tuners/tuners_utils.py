@@ -23,6 +23,8 @@ _ELSEWHERE = {
             "find_parameter_name_by_module get_device_map set_adapter set_requires_grad"
         ),
         ".base_tuner": "BaseTuner",
+        ".prompt_encoder": "BasePromptEncoder",
+        ".lora.replication": "replicate_layers",
         ".key_prefixes": (
             "_filter_state_dict_by_key_prefixes _get_tuner_state_dict_key_prefixes "
             "_is_key_under_prefixes"

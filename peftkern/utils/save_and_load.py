@@ -171,9 +171,8 @@ def get_peft_model_state_dict(
 def has_own_state_dict(model: nn.Module) -> bool:
     """Whether ``model.state_dict()`` may give other tensors than the modules hold: it is replaced,
     or has hooks, with which FSDP brings shards together."""
-    return "state_dict" in model.__dict__ or any(
-        m._state_dict_hooks or m._state_dict_pre_hooks for m in model.modules()
-    )
+    replaced = "state_dict" in model.__dict__ or type(model).state_dict is not nn.Module.state_dict
+    return replaced or any(m._state_dict_hooks or m._state_dict_pre_hooks for m in model.modules())
 
 
 def _warn_of_shards(tensors: dict[str, Tensor], adapter_name: str) -> None:
