@@ -112,6 +112,7 @@ _WHERE = {
         "get_peft_config get_peft_model inject_adapter_in_model PEFT_TYPE_TO_CONFIG_MAPPING "
         "PEFT_TYPE_TO_TUNER_MAPPING PEFT_TYPE_TO_PREFIX_MAPPING PEFT_TYPE_TO_MIXED_MODEL_MAPPING"
     ),
+    ".kappa": "find_kappa_target_modules",
     ".mixed_model": "PeftMixedModel",
     ".ops.backend": "use_backend",
     ".ops.lora": "lora_linear",

@@ -14,6 +14,7 @@ from .tuners.trainable_tokens import TrainableTokensLayer
 from .tuners.tuners_utils import BaseTunerLayer, walk
 from .utils.other import ModulesToSaveWrapper
 
+WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 PROMPT_KEY = "prompt_embeddings"
 
 
@@ -23,8 +24,8 @@ class Slot(namedtuple("Slot", ["model_key", "key", "owner", "attribute"])):
 
     @property
     def model_keys(self) -> list[str]:
-        """Names in the model of all tensors that are needed to save this one."""
-        return [self.model_key]
+        """Names in a state dict of all tensors that are needed to save this one."""
+        return [clean(self.model_key)]
 
     @property
     def tensor(self) -> Tensor:
@@ -38,8 +39,8 @@ class Slot(namedtuple("Slot", ["model_key", "key", "owner", "attribute"])):
         return None
 
     def saved(self, state_dict: dict[str, Tensor] | None) -> Tensor:
-        """What goes to the file, from the model or from a state dict of it."""
-        return self.tensor.detach() if state_dict is None else state_dict[self.model_key]
+        """What goes to the file, from the model or from a state dict of it (names cleaned)."""
+        return self.tensor.detach() if state_dict is None else state_dict[clean(self.model_key)]
 
     def assign(self, value: Tensor) -> None:
         """Put ``value`` in place of the present tensor, which may be on the meta device."""
@@ -58,7 +59,8 @@ class PromptSlot(Slot):
 
     @property
     def model_keys(self) -> list[str]:
-        return [f"{self.model_key}.{name}" for name, _ in self.encoder.named_parameters()]
+        at = clean(self.model_key)
+        return [f"{at}.{name}" for name, _ in self.encoder.named_parameters()]
 
     @property
     def refuses(self) -> str | None:
@@ -73,7 +75,8 @@ class PromptSlot(Slot):
         if state_dict is None:
             return self.encoder.prompt().detach()
         names = [name for name, _ in self.encoder.named_parameters()]
-        weights = {f"encoder.{n}": state_dict[f"{self.model_key}.{n}"] for n in names}
+        at = clean(self.model_key)
+        weights = {f"encoder.{n}": state_dict[f"{at}.{n}"] for n in names}
         return torch.func.functional_call(_Prompt(self.encoder), weights, ()).detach()
 
 
@@ -132,5 +135,8 @@ def adapter_slots(model: nn.Module, adapter_name: str) -> Iterator[Slot]:
 
 
 def clean(key: str) -> str:
-    """A name without what torch.compile puts in front of wrapped modules."""
-    return key.replace("_orig_mod.", "")
+    """A name without what torch.compile, FSDP and checkpointing put in front of wrapped modules."""
+    for wrapper in WRAPPERS:
+        if wrapper in key:
+            key = key.replace(wrapper, "")
+    return key

@@ -13,12 +13,17 @@ from typing import Any
 from torch import nn
 
 from .config import PeftConfig
+from .kappa import KappaTuneSelector, find_kappa_target_modules
 from .tuners.lora import LoraLayer
+from .tuners.lora.dora import DoraCaching
 from .tuners.tuners_utils import BaseTunerLayer, adapter_modules
 
 __all__ = [
+    "DoraCaching",
+    "KappaTuneSelector",
     "check_if_peft_model",
     "disable_input_dtype_casting",
+    "find_kappa_target_modules",
     "rescale_adapter_scale",
     "update_forward_signature",
     "update_generate_signature",

@@ -3,6 +3,7 @@ wraps."""
 
 from __future__ import annotations
 
+import importlib
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -37,6 +38,13 @@ __all__ = [
     "get_layer_status",
     "get_model_status",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name.startswith("PeftModelFor"):  # they need this file, and are at HF PEFT's address too
+        return getattr(importlib.import_module(".tasks", __package__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 _claimed: dict[tuple[type, type], type] = {}
 

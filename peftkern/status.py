@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .tuners.base_tuner import BaseTuner
 from .tuners.tuners_utils import BaseTunerLayer, adapter_modules
 from .utils.module_tree import own_parameters
+from .utils.quantization_utils import resolve_quantization_backend
 
 Irregular = Literal["irregular"]
 
@@ -122,13 +123,13 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
         if id(module) not in wanted:
             continue
         layer: Any = module
-        if not isinstance(layer, BaseTunerLayer) and any(
-            isinstance(child, BaseTunerLayer) for child in module.children()
-        ):
-            continue  # the adapter layer inside stands for both
+        if isinstance(module._modules.get("token_adapter"), BaseTunerLayer):
+            continue  # a wrapper around the adapter layer that stands for both
         trained = _tensors_by_adapter(layer, layer.adapter_layer_names)
         held = _tensors_by_adapter(layer, layer.adapter_layer_names + layer.other_param_names)
         backend = getattr(layer, "quantization_backend", None)
+        if backend is None and isinstance(layer, BaseTunerLayer):
+            backend = resolve_quantization_backend(layer.get_base_layer())
         found.append(
             TunerLayerStatus(
                 name=name,

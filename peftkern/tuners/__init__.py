@@ -6,7 +6,10 @@ import importlib
 from typing import Any
 
 _WHERE = {
-    ".lora": "LoraConfig LoraModel LoraRuntimeConfig",
+    ".lora": (
+        "LoraConfig LoraModel LoraRuntimeConfig EvaConfig LoftQConfig LoraGAConfig convert_to_lora "
+        "get_eva_state_dict initialize_lora_eva_weights preprocess_loraga save_as_lora"
+    ),
     ".p_tuning": "PromptEncoder PromptEncoderConfig PromptEncoderReparameterizationType",
     ".prefix_tuning": "PrefixEncoder PrefixTuningConfig",
     ".prompt_tuning": "PromptEmbedding PromptTuningConfig PromptTuningInit",

@@ -24,6 +24,8 @@ class BaseTuner(nn.Module):
         targeted_parameter_names: names of the parameters that were.
     """
 
+    # whether layers share weights that the tuner holds; those of no method here do
+    uses_shared_state: bool = False
     prefix: str = ""
     tuner_layer_cls: type[BaseTunerLayer] = BaseTunerLayer
     target_module_mapping: dict[str, Any] = {}

@@ -23,6 +23,8 @@ _ELSEWHERE = {
             "find_parameter_name_by_module get_device_map set_adapter set_requires_grad"
         ),
         ".base_tuner": "BaseTuner",
+        ".prompt_encoder": "BasePromptEncoder",
+        ".lora.replication": "replicate_layers",
         ".key_prefixes": (
             "_filter_state_dict_by_key_prefixes _get_tuner_state_dict_key_prefixes "
             "_is_key_under_prefixes"
@@ -167,9 +169,9 @@ class BaseTunerLayer:
         return {key for store in self._stores() for key in store.keys()}
 
     def _all_available_adapter_names(self) -> list[str]:
-        """Every adapter that the layer knows, by weights or by settings, sorted."""
-        stores = (getattr(self, name) for name in self.adapter_layer_names + self.other_param_names)
-        return sorted({key for store in stores for key in store.keys()})
+        """Names of all adapters of which this layer holds anything, a setting or a weight."""
+        kept = (getattr(self, n) for n in self.adapter_layer_names + self.other_param_names)
+        return sorted({key for store in kept if hasattr(store, "keys") for key in store.keys()})
 
     def move_adapter_to_base_layer(self, adapter_name: str) -> None:
         """Put an adapter's weights on the device of the base weight (unless that is "meta")."""
@@ -228,7 +230,7 @@ class BaseTunerLayer:
         if adapter_name in active:
             active = [a for a in active if a != adapter_name]
             if not active:
-                active = sorted(self._get_available_adapters())[:1]
+                active = self._all_available_adapter_names()[:1]
                 if active:
                     warnings.warn(
                         f"Adapter {adapter_name} was active which is now deleted. Setting active "

@@ -24,6 +24,12 @@ EMBEDDING_LAYER_NAMES = ("embed_tokens", "lm_head")
 # attribute names under which transformers keeps a sequence classification head
 SEQ_CLS_HEAD_NAMES = ("score", "classifier")
 
+# float dtypes that adapters are never kept in, where torch has them
+UPCAST_DTYPES = tuple(
+    f"float8_{kind}" for kind in ("e4m3fn", "e4m3fnuz", "e5m2", "e5m2fnuz", "e8m0fnu")
+)
+ALLOWED_COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
 # Default LoRA targets by `config.model_type`, grouped by the projections they share.
 _LORA_TARGETS: dict[tuple[str, ...], str] = {
     ("q", "v"): "t5 mt5",
@@ -71,6 +77,9 @@ def bloom_model_postprocess_past_key_value(
     Returns:
         L pairs of keys [B·H, D, P] and values [B·H, P, D].
     """
-    both = torch.cat(past_key_values)  # [2L, B, H, P, D]
-    keys, values = (part.flatten(1, 2) for part in both.chunk(2))
-    return tuple(zip(keys.transpose(2, 3), values, strict=True))
+    both = torch.cat(past_key_values)
+    _, B, H, P, D = both.shape
+    keys, values = both.chunk(2)
+    # numbers go where HF PEFT puts them, which is not the transpose of P and D
+    keys = keys.transpose(2, 3).reshape(-1, B * H, D, P)
+    return tuple(zip(keys, values.flatten(1, 2), strict=True))

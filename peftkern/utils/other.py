@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from .constants import (
+    CONFIG_NAME,
+    EMBEDDING_LAYER_NAMES,
+    INCLUDE_LINEAR_LAYERS_SHORTHAND,
+    SAFETENSORS_WEIGHTS_NAME,
+    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+    TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING,
+    WEIGHTS_NAME,
+    bloom_model_postprocess_past_key_value,
+)
 from .mixed import HERE, hand_over
 from .module_tree import batch_size as _get_batch_size
 from .module_tree import freeze_adapter as _freeze_adapter
@@ -33,7 +44,14 @@ from .preparing import (
 from .tied import modules_tied_to_embedding as _get_module_names_tied_with_embedding
 
 __all__ = [
+    "CONFIG_NAME",
     "CONTAINERS",
+    "EMBEDDING_LAYER_NAMES",
+    "INCLUDE_LINEAR_LAYERS_SHORTHAND",
+    "SAFETENSORS_WEIGHTS_NAME",
+    "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING",
+    "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING",
+    "WEIGHTS_NAME",
     "AuxiliaryTrainingWrapper",
     "ModulesToSaveWrapper",
     "_freeze_adapter",
@@ -45,6 +63,7 @@ __all__ = [
     "_is_valid_match",
     "_set_adapter",
     "_set_layer_requires_grad",
+    "bloom_model_postprocess_past_key_value",
     "cast_mixed_precision_params",
     "find_modules_to_save",
     "get_pattern_key",
@@ -63,6 +82,19 @@ __all__ = [
 CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
 # modules that are known to map each row of a batch to one row
 ROW_WISE = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+# of floors above this one; they come when they are asked for
+_ABOVE = {
+    "TrainableTokensWrapper": "peftkern.tuners.trainable_tokens",
+    "fsdp_auto_wrap_policy": "peftkern.fsdp",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ABOVE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_ABOVE[name]), name)
 
 
 def infer_device() -> str:

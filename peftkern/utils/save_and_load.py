@@ -114,9 +114,10 @@ def get_peft_model_state_dict(
     slots = list(adapter_slots(model, adapter_name))
     inferred = state_dict is None
     if state_dict is None and has_own_state_dict(model):
-        state_dict = model.state_dict()
+        state_dict = {clean(key): value for key, value in model.state_dict().items()}
         slots = [s for s in slots if all(key in state_dict for key in s.model_keys)]
     elif state_dict is not None:
+        state_dict = {clean(key): value for key, value in state_dict.items()}
         if absent := [k for s in slots for k in s.model_keys if k not in state_dict]:
             raise ValueError(f"`state_dict` lacks tensors of {adapter_name!r}: {few(absent)}")
     found = {slot.key: slot.saved(state_dict) for slot in slots}
@@ -147,28 +148,31 @@ def get_peft_model_state_dict(
         prefixes = tuple(_embedding_prefixes(model, targeted))
     elif save_embedding_layers:
         warnings.warn(
-            "Could not identify embedding layer(s) because the model is not a transformers model.",
+            "Could not identify embedding layer(s) because the model is not a 🤗 transformers "
+            "model.",
             stacklevel=2,
         )
     if extra or prefixes:
-        full = state_dict if state_dict is not None else model.state_dict()
-        found.update({clean(k): full[k] for k in extra if k in full})
+        full = state_dict
+        if full is None:
+            full = {clean(key): value for key, value in model.state_dict().items()}
+        found.update({k: full[k] for k in map(clean, extra) if k in full})
         if getattr(config, "bias", None) == "all":
             # HF PEFT's files hold the bias of a fully trained module twice, under this name as well
             own = f".modules_to_save.{adapter_name}."
-            for slot in adapter_slots(model, adapter_name):
+            for slot in slots:
                 if own in slot.model_key and slot.model_key.endswith(".bias"):
                     found[clean(slot.model_key).replace(own, ".modules_to_save.")] = found[slot.key]
-        found.update({clean(k): v for k, v in full.items() if k.startswith(prefixes or ("\0",))})
+        starts = tuple(map(clean, prefixes)) or ("\0",)
+        found.update({key: value for key, value in full.items() if key.startswith(starts)})
     return found
 
 
 def has_own_state_dict(model: nn.Module) -> bool:
     """Whether ``model.state_dict()`` may give other tensors than the modules hold: it is replaced,
     or has hooks, with which FSDP brings shards together."""
-    return "state_dict" in model.__dict__ or any(
-        m._state_dict_hooks or m._state_dict_pre_hooks for m in model.modules()
-    )
+    replaced = "state_dict" in model.__dict__ or type(model).state_dict is not nn.Module.state_dict
+    return replaced or any(m._state_dict_hooks or m._state_dict_pre_hooks for m in model.modules())
 
 
 def _warn_of_shards(tensors: dict[str, Tensor], adapter_name: str) -> None:

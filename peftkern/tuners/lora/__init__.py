@@ -12,6 +12,7 @@ from .layer import Linear
 from .loraga import preprocess_loraga
 from .mixed import AdapterNames
 from .model import LoraModel
+from .parameter import ParamWrapper
 from .subconfigs import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig, LoraRuntimeConfig
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "initialize_lora_eva_weights",
     "preprocess_corda",
     "preprocess_loraga",
+    "ParamWrapper",
     "convert_to_lora",
     "save_as_lora",
 ]

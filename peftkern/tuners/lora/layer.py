@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from types import MethodType
 from typing import Any
 
@@ -303,13 +304,22 @@ def _dtypes_fit(x: Tensor, dtype: torch.dtype, low: torch.dtype, low_b: torch.dt
     return autocast.is_on(x) and x.dtype != torch.float64
 
 
-_PARAMETERS = ("ParamWrapper", "_LoraFactorsProxy", "_LoraParameterProxy")
+# other kinds of layers, at HF PEFT's address; they need this file
+_ELSEWHERE = {
+    "Conv1d": ".conv",
+    "Conv2d": ".conv",
+    "Conv3d": ".conv",
+    "Embedding": ".embedding",
+    "LoraVariant": ".variant",
+    "MultiheadAttention": ".attention",
+    "ParamWrapper": ".parameter",
+    "_LoraFactorsProxy": ".parameter",
+    "_LoraParameterProxy": ".parameter",
+    "_ConvNd": ".conv",
+}
 
 
 def __getattr__(name: str) -> Any:
-    # PEFT's address of what stands in a file that needs this one
-    if name not in _PARAMETERS:
+    if name not in _ELSEWHERE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from . import parameter
-
-    return getattr(parameter, name)
+    return getattr(importlib.import_module(_ELSEWHERE[name], __package__), name)
