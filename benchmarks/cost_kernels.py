@@ -161,11 +161,41 @@ def _gemm(f: Facts) -> Traffic:
     x = f["xs"][0]
     return Traffic(
         "gemm", 1,
-        read=read + _once(f["xs"]) + _once(f["ws"]),
-        written=nbytes(f["y"]),
+        read=read + _once(f["xs"]) + _once(f["ws"]) + nbytes(f["gain"]),
+        written=nbytes(f["y"]) + nbytes(f["v"]),
         flops=flops + 2 * f["M"] * f["N"] * sum(f["Ks"]),
         unit=unit_of(getattr(x, "base", x).dtype),
-        requested=requested + xs * tiles_n + ws * tiles_m,
+        requested=requested + xs * tiles_n + ws * tiles_m + nbytes(f["gain"]) * tiles_m,
+    )  # fmt: skip
+
+
+def _norm(f: Facts) -> Traffic:
+    w, a, b, (blocks, split) = f["w"], nbytes(f["a"]), nbytes(f["b"]), f["grid"]
+    return Traffic(
+        "norm", 1,
+        read=nbytes(w) + a + b,
+        written=nbytes(f["out"]),
+        flops=f["N"] * f["K"] * (2 * f["R"] + 4),
+        unit=unit_of(w.dtype),
+        requested=nbytes(w) + a * blocks + b * split,
+    )  # fmt: skip
+
+
+def _root(f: Facts) -> Traffic:
+    read = nbytes(f["partials"])
+    return Traffic("root", 1, read, nbytes(f["out"]), requested=read)
+
+
+def _scale_grad(f: Facts) -> Traffic:
+    row, (_, split) = nbytes(f["gain"]) + nbytes(f["bias"]), f["grid"]
+    read = nbytes(f["dy"]) + nbytes(f["v"])
+    return Traffic(
+        "scale_grad", 1,
+        read=read + row,
+        written=nbytes(f["dz"]) + nbytes(f["sums"]),
+        flops=4 * f["M"] * f["N"],
+        unit="fp32",
+        requested=read + row * split,
     )  # fmt: skip
 
 
@@ -323,6 +353,9 @@ _KERNELS: dict[str, Callable[[Facts], Traffic]] = {
     "_pair_kernel": _pair,
     "_write_kernel": _write,
     "_gemm_kernel": _gemm,
+    "_norm_kernel": _norm,
+    "_root_kernel": _root,
+    "_scale_grad_kernel": _scale_grad,
     "_gemv_kernel": _small,
     "_rows_kernel": _small,
     "_mixed_kernel": _mixed,

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from peftkern.kernels import (
     bits,
+    dora_grad,
+    dora_norm,
     gemm,
     grad_a,
     mixed,
@@ -77,6 +79,17 @@ def runs(device: str) -> Iterator[tuple[str, list[Tensor]]]:
         )
         conv1d = some(K, N).t()
         yield f"gemm [K, N] tma={tma}", [gemm.fused_linear(x, conv1d, s, b, config=config)]
+        v, gain = torch.empty_like(dy), torch.rand(N, device=device)
+        y = gemm.fused_linear(x, w, s, b, some(N), gain=gain, v=v, config=config)
+        yield f"gemm with DoRA's gain tma={tma}", [y, v]
+    for split in (1, 2):
+        norm = dora_norm.NormConfig(16, 32, split, 4, 2)
+        yield f"dora norms split {split}", [dora_norm.row_norms(w, a, b, 2.0, config=norm)]
+        scale = dora_grad.ScaleConfig(16, 32, split, 4, 2)
+        yield (
+            f"dora gradient split {split}",
+            list(dora_grad.scale_grad(dy, torch.rand(N, device=device), dy, some(N), config=scale)),
+        )
     flat = gemm.GemmConfig(64, 64, 32, tma=True, flatten=True, num_warps=4, num_stages=2)
     yield "gemm flattened", [gemm.fused_linear(x, w, s, b, config=flat)]
     for rows in (1, 3):

@@ -11,6 +11,8 @@ import torch
 
 from peftkern.kernels import (
     bits,
+    dora_grad,
+    dora_norm,
     gemm,
     grad_a,
     mixed,
@@ -206,6 +208,36 @@ def decode_cases(arch: Arch) -> Iterator[Case]:
             yield from _named(f"decode M{m} {_tag(r, 1, False, dtype, adapter)}", launches)
 
 
+def dora_cases(arch: Arch) -> Iterator[Case]:
+    """Norms, the gain in the fused product, and the gradient's pass."""
+    for r, dtype, adapter, transposed in (
+        (16, BF16, FP32, False),
+        (16, BF16, BF16, False),
+        (16, BF16, FP32, True),
+        (128, BF16, FP32, False),
+        (16, FP32, FP32, False),
+    ):
+        w = meta(K, N, dtype=dtype).T if transposed else meta(N, K, dtype=dtype)
+        config = dora_norm.default_config(N, K, arch, dtype.itemsize)
+        a, b = meta(r, K, dtype=adapter), meta(N, r, dtype=adapter)
+        launches = dora_norm.plan_norms(w, a, b, 1.0, meta(N, dtype=FP32), config)
+        layout = "[K,N] " if transposed else ""
+        yield from _named(f"dora norms {layout}{_tag(r, 1, False, dtype, adapter)}", launches)
+    gain, sums = meta(N, dtype=FP32), meta(N, dtype=FP32)
+    for dtype in (BF16, FP32):
+        dy, v, dz = (meta(M, N, dtype=dtype) for _ in range(3))
+        config = dora_grad.default_config(M, N, arch)
+        bias = meta(N, dtype=dtype)
+        launches = dora_grad.plan_scale_grad(dy, gain, v, bias, dz, sums, config)
+        yield from _named(f"dora gradient bias {str(dtype).removeprefix('torch.')}", launches)
+    x, w, s, b = meta(M, K), meta(N, K), meta(M, 16), meta(N, 16, dtype=FP32)
+    config = gemm.default_config(M, N, 16, arch, gain=True)
+    launches = gemm.plan_gemm(
+        meta(M, N), [x], [w], [s], [b.T], [None], meta(N), arch, config, gain, meta(M, N)
+    )
+    yield from _named("dora gemm Y V bias r16 bf16/fp32", launches, True)
+
+
 def mixed_cases(arch: Arch) -> Iterator[Case]:
     """A batch that names adapters: decode of 1 and 16 samples, and prefill of 8."""
     for m, samples, ranks, dtype, adapter in (
@@ -357,4 +389,5 @@ def cases(arch: Arch) -> Iterator[Case]:
     yield from decode_cases(arch)
     yield from mixed_cases(arch)
     yield from gemm_cases(arch)
+    yield from dora_cases(arch)
     yield from prefix_cases(arch)

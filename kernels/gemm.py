@@ -4,9 +4,11 @@
     dX [M, K] = sum over a group of dY_i W_i + mask_i * (dS_i A_i)
 
 Both are out = sum_i X_i W_iᵀ + mask_i * (L_i R_i) + bias, with W_i read as [N, K] or [K, N] by its
-strides. The low-rank part starts the accumulator: after the loop over K it would be a second
-product into an accumulator in flight, which does not compile for sm_100 in a flattened loop, and
-keeps registers alive that the loop needs. The mask is read as packed bits, never made here.
+strides. With DoRA's gain the forward is Y = gain * (V - bias) + bias, V being that sum, which is
+stored as well where the backward wants it. The low-rank part starts the accumulator: after the loop
+over K it would be a second product into an accumulator in flight, which does not compile for sm_100
+in a flattened loop, and keeps registers alive that the loop needs. The mask is read as packed bits,
+never made here.
 
 With ``tma`` tiles come through tensor descriptors (bulk copies) and the grid is persistent;
 without, through pointers: for sm_80, and for operands a descriptor cannot describe (unaligned rows
@@ -76,17 +78,25 @@ class GemmConfig:
 
 
 def default_config(
-    M: int, N: int, r: int, arch: Arch, *, group: int = 1, masked: bool = False, itemsize: int = 2
+    M: int,
+    N: int,
+    r: int,
+    arch: Arch,
+    *,
+    group: int = 1,
+    masked: bool = False,
+    gain: bool = False,
+    itemsize: int = 2,
 ) -> GemmConfig:
     """The tile each architecture's matrix unit likes, narrowed where a masked group needs a second
-    accumulator.
+    accumulator, or a gain the registers of one.
     """
     block_m = 128 if M > 64 else 64
     if itemsize == 4:
         # Exact products hold operands in registers; on 4 warps they spill (sm_80, Triton 3.9).
         return GemmConfig(64, 64, 32, num_warps=8, num_stages=2)
     if arch.capability in (90, 100) and block_m == 128:
-        if masked and group > 1:
+        if gain or (masked and group > 1):
             return GemmConfig(128, 128, 64, tma=True)
         # One loop for all: the next tile's first copies fly during this tile's store. Only a single
         # inner loop can be flattened.
@@ -103,7 +113,7 @@ def default_config(
 
 @triton.jit
 def _gemm_kernel(
-    y, xs, ws, Ls, Rs, words, bias, ranks, l_strides, r_strides, n_strides,
+    y, v, xs, ws, Ls, Rs, words, bias, gain, ranks, l_strides, r_strides, n_strides,
     M, N, Ks, x_strides, w_n_strides, w_k_strides, y_stride, WORDS, RANK_END,
     G: tl.constexpr, TMA: tl.constexpr, W_KN: tl.constexpr, FLATTEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -173,6 +183,21 @@ def _gemm_kernel(
                     )
                 acc = dot(x_tile, w_tile, acc, PRECISION)
 
+        if gain is not None:
+            if v is not None:
+                if TMA:
+                    v.store([m0, n0], cast(acc, v.dtype))
+                else:
+                    tl.store(
+                        v + row64[:, None] * N + col[None, :],
+                        cast(acc, v.dtype.element_ty),
+                        mask=row_ok[:, None] & col_ok[None, :],
+                    )
+            factor = tl.load(gain + col, mask=col_ok, other=0.0)
+            acc = acc * factor[None, :]
+            if bias is not None:
+                shift = tl.load(bias + col, mask=col_ok, other=0.0).to(tl.float32)
+                acc += (shift * (1 - factor))[None, :]
         if TMA:
             y.store([m0, n0], cast(acc, y.dtype))
         else:
@@ -203,24 +228,28 @@ def plan_gemm(
     bias: torch.Tensor | None,
     arch: Arch,
     config: GemmConfig,
+    gain: torch.Tensor | None = None,
+    v: torch.Tensor | None = None,
 ) -> list[Launch]:
     """The launch that fills ``y`` [M, N]: xs[i] [M, K_i], ws[i] [N, K_i] any strides, Ls[i] [M,
-    r_i], Rs[i] [r_i, N].
+    r_i], Rs[i] [r_i, N]; gain [N] fp32, and with it v [M, N] contiguous, filled as well.
 
     Falls back to pointers where an operand cannot have a descriptor; arguments already checked.
     """
     M, N = y.shape
     w_kn = all(w.stride(1) != 1 and w.stride(0) == 1 for w in ws)
     tma = config.tma and all(
-        _describable(t) for t in (y, *xs, *((w.T for w in ws) if w_kn else ws))
+        _describable(t)
+        for t in (y, *([] if v is None else [v]), *xs, *((w.T for w in ws) if w_kn else ws))
     )
     tiles = cdiv(M, config.block_m) * cdiv(N, config.block_n)
     ranks = [r.shape[0] for r in Rs]
     args = (
         _described(y, config.block_m, config.block_n) if tma else y,
+        _described(v, config.block_m, config.block_n) if tma and v is not None else v,
         tuple(_described(x, config.block_m, config.block_k) if tma else x for x in xs),
         tuple(_weight(w, w_kn, config) if tma else w for w in ws),
-        tuple(Ls), tuple(Rs), tuple(words), bias, tuple(ranks),
+        tuple(Ls), tuple(Rs), tuple(words), bias, gain, tuple(ranks),
         tuple(row_stride(v) for v in Ls),
         tuple(r.stride(0) for r in Rs), tuple(r.stride(1) for r in Rs),
         M, N, tuple(x.shape[1] for x in xs), tuple(row_stride(x) for x in xs),
@@ -246,7 +275,7 @@ def _weight(w: torch.Tensor, w_kn: bool, config: GemmConfig) -> TensorDescriptor
     return _described(w, config.block_n, config.block_k)
 
 
-def _fused(xs, ws, Ls, Rs, words, bias, config) -> torch.Tensor:
+def _fused(xs, ws, Ls, Rs, words, bias, config, gain=None, v=None) -> torch.Tensor:
     """Plans and runs on checked arguments, all of one device."""
     M, N = xs[0].shape[0], ws[0].shape[0]
     y = xs[0].new_empty((M, N))
@@ -257,14 +286,15 @@ def _fused(xs, ws, Ls, Rs, words, bias, config) -> torch.Tensor:
         masked = any(w is not None for w in words)
         rank = max((r.shape[0] for r in Rs), default=16)
         config = default_config(
-            M, N, rank, arch, group=len(Ls), masked=masked, itemsize=y.element_size()
-        )
+            M, N, rank, arch, group=len(Ls), masked=masked, gain=gain is not None,
+            itemsize=y.element_size(),
+        )  # fmt: skip
     if config.shared_bytes(y.element_size()) > arch.shared:
         raise ValueError(
             f"config needs {config.shared_bytes(y.element_size())} bytes of shared memory; "
             f"allowed: {arch.shared} here"
         )
-    for launch in plan_gemm(y, xs, ws, Ls, Rs, words, bias, arch, config):
+    for launch in plan_gemm(y, xs, ws, Ls, Rs, words, bias, arch, config, gain, v):
         launch.run()
     return y
 
@@ -285,9 +315,12 @@ def fused_linear(
     b: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     *,
+    gain: torch.Tensor | None = None,
+    v: torch.Tensor | None = None,
     config: GemmConfig | None = None,
 ) -> torch.Tensor:
-    """Y [M, N] in x's dtype = x Wᵀ + S Bᵀ + bias, one launch.
+    """Y [M, N] in x's dtype = x Wᵀ + S Bᵀ + bias, one launch; with ``gain`` [N] (fp32) that is V,
+    and Y = gain * (V - bias) + bias; ``v`` [M, N], x's dtype and contiguous, is then filled with V.
 
     x [M, K] fp16/bf16/fp32, any row stride; w [N, K] x's dtype, any strides (Conv1D's [K, N]: pass
     its transpose); s [M, r] x's dtype, scale included; b [N, r] fp32 or x's dtype, any strides; r
@@ -312,8 +345,17 @@ def fused_linear(
     if bias is not None:
         check_shape("bias", bias, (N,), "w has N rows")
         bias = bias.contiguous()
-    check_device(x=x, w=w, s=s, b=b, bias=bias)
-    return _fused([x], [w], Ls, Rs, [None] * len(Ls), bias, config)
+    if gain is not None:
+        check_shape("gain", gain, (N,), "w has N rows")
+        if gain.dtype != torch.float32:
+            raise TypeError(f"gain has dtype {gain.dtype}; allowed: torch.float32")
+        gain = gain.contiguous()
+    if v is not None:
+        check_shape("v", v, (M, N), "[rows of x, rows of w]")
+        if gain is None or v.dtype != x.dtype or not v.is_contiguous():
+            raise ValueError("v: allowed: with gain, contiguous and of x's dtype")
+    check_device(x=x, w=w, s=s, b=b, bias=bias, gain=gain, v=v)
+    return _fused([x], [w], Ls, Rs, [None] * len(Ls), bias, config, gain, v)
 
 
 def fused_grad_input(

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from . import autocast, dora_torch
+from . import autocast, dora_torch, torch_backend
 from . import backend as _backend
 from .bits import unpack_bits
 from .dora_norm import gain, row_norms
@@ -47,7 +47,8 @@ class _DoraLinear(torch.autograd.Function):
         w = weight if transposed else weight.t()  # [K, N]
         g = gain(magnitude, norms)
         _, needs_w, _, needs_a, needs_b, needs_m = ctx.needs_input_grad[:6]
-        y, s, v, bits = _products(x, A).forward(x2, w, bias, A, B, g, scale, p, needs_m)
+        products = ctx.products = _products(x, A)
+        y, s, v, bits = products.forward(x2, w, bias, A, B, g, scale, p, needs_m)
         ctx.save_for_backward(
             x if needs_a or needs_w else None,
             weight,
@@ -75,7 +76,7 @@ class _DoraLinear(torch.autograd.Function):
         dy2 = dy.reshape(-1, dy.shape[-1])
         x2 = dy2.new_empty((0, shape[-1]), dtype=dtype) if x is None else x.reshape(-1, shape[-1])
         g = gain(magnitude, norms)
-        dx, da, db, sums = _products(x2, A).backward(
+        dx, da, db, sums = ctx.products.backward(
             dy2, x2, w, bias, A, B, g, s, v, bits, ctx.scale, ctx.p, (needs_x, needs_a, needs_b)
         )
         dw = dbias = dm = None
@@ -146,6 +147,11 @@ def plain(
 
 def _products(x: Tensor, A: Tensor) -> ModuleType:
     """What computes a call with these tensors: a module with ``forward`` and ``backward``."""
+    if _backend.active is not torch_backend:
+        from . import dora_triton
+
+        if dora_triton.why_not(x, A) is None:
+            return dora_triton
     return dora_torch
 
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from . import autocast
+from . import autocast, torch_backend
+from . import backend as _backend
 
 # elements of W in a block: what a core's cache holds beside the sum; a GPU wants fewer launches
 _BLOCK_CPU, _BLOCK_ELSEWHERE = 1 << 18, 1 << 25
@@ -37,6 +38,11 @@ def row_norms(
         with torch.autocast(weight.device.type, enabled=False):
             return row_norms(weight, A, B, scale, transposed)
     with torch.no_grad():
+        if not is_compiling() and _backend.active is not torch_backend:
+            from . import dora_triton
+
+            if dora_triton.why_no_norms(weight, A, B) is None:
+                return dora_triton.norms(weight, A, B, scale, transposed)
         wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
         A, B = A.to(wide), B.to(wide)
         dim = 0 if transposed else 1

@@ -1,5 +1,5 @@
-"""Principal components of data that come in batches (Ross et al., 2008, IJCV 77), with the interface of
-scikit-learn's ``IncrementalPCA``, on torch tensors."""
+"""Principal components of data that come in batches (Ross et al., 2008, IJCV 77), with the
+interface of scikit-learn's ``IncrementalPCA``, on torch tensors."""
 
 from __future__ import annotations
 
@@ -27,6 +27,12 @@ class IncrementalPCA:
     ``explained_variance_ratio_`` [n_components], ``mean_``, ``var_`` [F] (float64),
     ``noise_variance_``, ``n_samples_seen_``.
     """
+
+    components_: Tensor
+    singular_values_: Tensor
+    n_samples_seen_: Any
+    mean_: Any
+    var_: Any
 
     def __init__(
         self,
@@ -69,8 +75,8 @@ class IncrementalPCA:
     def partial_fit(self, X: Any, check_input: bool = True) -> IncrementalPCA:
         """Take in one batch X [M, F], with at least ``n_components`` rows and columns.
 
-        The old components, scaled by their singular values, stand for the rows seen before; one more
-        row for the shift of the mean.
+        The old components, scaled by their singular values, stand for the rows seen before; one
+        more row for the shift of the mean.
         """
         X = self._checked(X) if check_input else X
         rows, columns = X.shape
@@ -114,9 +120,9 @@ class IncrementalPCA:
 
     @staticmethod
     def gen_batches(n: int, batch_size: int, min_batch_size: int = 0) -> Iterator[slice]:
-        """Slices of ``batch_size`` rows; a rest smaller than ``min_batch_size`` goes to the last."""
+        """Slices of ``batch_size`` rows; less than ``min_batch_size`` more go to the last one."""
         start = 0
-        for _ in range(n // batch_size):
+        for _ in range(int(n // batch_size)):
             end = start + batch_size
             if end + min_batch_size > n:
                 continue
@@ -160,8 +166,8 @@ class IncrementalPCA:
     def _svd_flip(
         u: Tensor | None, v: Tensor, u_based_decision: bool = True
     ) -> tuple[Tensor | None, Tensor]:
-        """Singular vectors (columns of ``u``, rows of ``v``) with their signs settled by the largest
-        entry of u, or of v."""
+        """Singular vectors (columns of ``u``, rows of ``v``) with their signs settled by the
+        largest entry of u, or of v."""
         if u_based_decision:
             assert u is not None
             signs = u.gather(0, u.abs().argmax(0, keepdim=True))[0].sign()

@@ -153,9 +153,9 @@ class MultiheadAttention(nn.Module, LoraLayer):
     def in_proj_weight(self) -> Tensor:
         """The base's weight. While an adapter acts, torch's fused ``nn.TransformerEncoderLayer``,
         which takes this and skips the forward, declines it."""
-        weight = self.get_base_layer().in_proj_weight
+        weight: Any = self.get_base_layer().in_proj_weight
         acts = not (self._disable_adapters or self.merged or not self._acting())
-        return weight.as_subclass(_Unfused) if acts else weight  # type: ignore[operator,union-attr]
+        return weight.as_subclass(_Unfused) if acts else weight
 
     @property
     def out_proj(self) -> nn.Module:
@@ -209,7 +209,8 @@ class MultiheadAttention(nn.Module, LoraLayer):
                         "Impossible to merge LoRA with `lora_bias=True` because the base layer has "
                         "no bias."
                     )
-                bias = bias + (out_proj.lora_B[name].bias * out_proj.scaling[name]).detach()
+                extra = (out_proj.lora_B[name].bias * out_proj.scaling[name]).detach()
+                bias = (bias + extra).to(bias.dtype)
         stand_in = object.__new__(type(base))
         stand_in.__dict__.update(base.__dict__)
         # found before the parameter and the module of that name
@@ -218,7 +219,7 @@ class MultiheadAttention(nn.Module, LoraLayer):
         return stand_in
 
     def _restore_weights(self) -> None:
-        """HF PEFT's layer needs this after a call; here a call leaves the weights in their places."""
+        """What HF PEFT's layer needs after a call; here a call leaves the weights as they are."""
 
     # ---------------------------------------------------------------- merging
 

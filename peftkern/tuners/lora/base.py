@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..tuners_utils import BaseTunerLayer
 from .config import LoraConfig
+from .frozen import Frozen
 from .merging import Merging
 from .variant import LoraVariant, active_variant, select
 
@@ -47,7 +48,7 @@ def in_out_features(base: Any) -> tuple[int, int] | tuple[None, None]:
     return None, None
 
 
-class LoraLayer(Merging, BaseTunerLayer):
+class LoraLayer(Merging, Frozen, BaseTunerLayer):
     """The state of a LoRA layer: its adapters by name, in PEFT's attributes.
 
     ``lora_A[name].weight`` is [r, K], ``lora_B[name].weight`` [N, r]; an embedding keeps
@@ -206,6 +207,8 @@ class LoraLayer(Merging, BaseTunerLayer):
         if not self.training:
             dropout.training = False
         self.lora_dropout._modules[adapter_name] = dropout
+        if adapter_name in self.frozen_peft_weight_names:
+            del self.frozen_peft_weight_names[adapter_name]
         with torch.no_grad():
             place = self._adapter_placement(autocast_dtype, meta)
             self._make_weights(adapter_name, r, config, place, trainable)

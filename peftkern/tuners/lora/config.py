@@ -44,8 +44,8 @@ class LoraConfig(PeftConfig):
         use_rslora: rank-stabilised scaling.
         modules_to_save: modules trained and saved in full.
         init_lora_weights: True (B is zero), False (both random), "gaussian" (A normal, B zero),
-            "pissa", "pissa_niter_<k>", "olora", "loftq", "eva", "corda", "orthogonal", "lora_ga":
-            see :mod:`peftkern.tuners.lora.inits`.
+            "pissa", "pissa_niter_<k>", "olora", "mica", "loftq", "eva", "corda", "orthogonal",
+            "lora_ga": see :mod:`peftkern.tuners.lora.inits`.
         layers_to_transform: indices of the layers to adapt; needs a list in ``target_modules``.
         layers_pattern: names of the module list that those indices count.
         rank_pattern: name or regular expression -> another ``r``.
@@ -274,8 +274,6 @@ class LoraConfig(PeftConfig):
             "monteclora_config use_bdlora arrow_config kasa_config"
         ).split()
         found = [f"{name}={getattr(self, name)!r}" for name in names if getattr(self, name)]
-        if self.init_name == "mica":
-            found.append("init_lora_weights='mica'")
         return found
 
     def check_supported(self) -> None:

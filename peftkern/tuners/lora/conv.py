@@ -49,7 +49,8 @@ class _ConvNd(nn.Module, LoraLayer):
     ) -> None:
         super().__init__()
         self._init_lora(base_layer, lora_A=nn.ModuleDict(), lora_B=nn.ModuleDict())
-        found = self.get_base_layer().weight.dim()
+        weight: Any = self.get_base_layer().weight
+        found = weight.dim()
         if found != self.dims + 2:
             kind = type(self).__name__
             raise ValueError(

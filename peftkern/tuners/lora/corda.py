@@ -1,7 +1,7 @@
 """CorDA (Yang et al., 2024, arXiv 2406.05223): W decomposed in the light of what the layer sees.
 
-With C the covariance of the layer's inputs, W C = U S Vᵀ and W = U S (C⁻¹ V)ᵀ: a component matters by
-what it does to the data. "ipm" adapts the r leading components, "kpm" the r trailing ones.
+With C the covariance of the layer's inputs, W C = U S Vᵀ and W = U S (C⁻¹ V)ᵀ: a component matters
+by what it does to the data. "ipm" adapts the r leading components, "kpm" the r trailing ones.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 from ...utils.other import get_pattern_key
 from .config import LoraConfig
@@ -24,7 +24,8 @@ TEMPORARY = ("sample_count", "covariance_matrix", "corda_method", "rank")
 
 @dataclass
 class CordaEigens:
-    """What :func:`preprocess_corda` leaves on a layer as ``eigens``: S [r], U [N, r], C⁻¹ V [K, r]."""
+    """What :func:`preprocess_corda` leaves on a layer as ``eigens``: S [r], U [N, r] and
+    C⁻¹ V [K, r]."""
 
     S_WC: Tensor
     U_WC: Tensor
@@ -74,14 +75,17 @@ def preprocess_corda(
     Args:
         model: the model to be adapted afterwards.
         lora_config: which layers, which ranks, and ``corda_config``.
-        run_model: runs the model on samples of the task, one sequence [1, T, K] or [T, K] at a time.
+        run_model: runs the model on samples of the task, one sequence [1, T, K] or [T, K] at a
+            time.
             Not needed when the covariance file or the cache exists.
-        hooked_model: the model that ``run_model`` runs, when that is another one with the same names.
+        hooked_model: the model that ``run_model`` runs, when that is another one with the same
+            names.
 
     The files of ``corda_config`` are safetensors. Memory: a covariance [K, K] for each layer.
 
     Raises:
-        ValueError: ``run_model`` is missing, an input is not finite, or ``corda_method`` is unknown.
+        ValueError: ``run_model`` is missing, an input is not finite, or ``corda_method`` is
+            unknown.
     """
     settings = lora_config.corda_config
     assert settings is not None
@@ -134,7 +138,8 @@ def _covariances(
     run_model: Callable[[], Any] | None,
     hooked: nn.Module,
 ) -> None:
-    """Leave C = Σ xᵀ x / samples on the layers, each input divided by the size of its largest entry."""
+    """Leave C = Σ xᵀ x / samples on the layers, each input divided by the size of its largest
+    entry."""
     if run_model is None:
         raise ValueError(
             "run_model must be specified when covariance file and cache file aren't built."

@@ -67,7 +67,7 @@ def check(key: str, module: nn.Module, r: int, config: LoraConfig) -> None:
     base: Any = base_of(module)
     kind = type(base).__name__
     if isinstance(base, nn.Embedding) and config.lora_bias:
-        raise ValueError(f"lora_bias=True is not supported for Embedding (`{key}`).")
+        raise ValueError(f"lora_bias=True is not supported for Embedding: `{key}`.")
     if isinstance(base, CONVOLUTIONS) and r % base.groups:
         raise ValueError(
             f"Targeting a {kind} with groups={base.groups} and rank {r}. Currently, support is "

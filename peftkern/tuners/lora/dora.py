@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from ...ops import autocast
+from ...ops.backend import describe
 from ...ops.dora import dora_linear
 from ...ops.dora_norm import gain, row_norms
 from .plan import is_hooked
@@ -233,7 +234,13 @@ class DoraLinearVariant(DoraVariant):
         return dora_linear(x, weight, bias, A, B, magnitude, scale, p, transposed, norms)
 
     def fused_as(self, layer: Any, adapter: str) -> str | None:
-        return None if layer.product_reason(adapter) is not None else "DoRA: one operation"
+        if layer.product_reason(adapter) is not None:
+            return None
+        drop = layer.lora_dropout[adapter]
+        drops = isinstance(drop, nn.Dropout) and layer.training and drop.training
+        if drops and describe()[0] != "torch":
+            return "DoRA: one operation; with dropout, its products are torch's"
+        return "DoRA: one operation"
 
     def decline(self, layer: Any, adapter: str) -> str:
         reason = layer.product_reason(adapter)
@@ -306,6 +313,8 @@ def dense_weight(base: Any) -> Tensor:
     if hasattr(base, "W_q"):  # HQQ keeps its own buffers
         return base.dequantize()
     weight = base.weight
+    if type(weight) in (nn.Parameter, Tensor) and weight.is_floating_point():
+        return weight
     kind = type(weight).__name__
     if kind == "Params4bit":
         bitsandbytes = importlib.import_module("bitsandbytes.functional")

@@ -1,8 +1,8 @@
 """The random numbers that A and B start with: for one seed the same as HF PEFT's, bit for bit.
 
-PEFT makes ``nn.Linear`` modules in the default dtype on the default device, which draws both weights,
-and then draws A once more. So do these functions; the numbers then pass through the base weight's
-dtype to the adapter's, as PEFT's do.
+PEFT makes ``nn.Linear`` modules in the default dtype on the default device, which draws both
+weights, and then draws A once more. So do these functions; the numbers then pass through the base
+weight's dtype to the adapter's, as PEFT's do.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def of_linear(
 
 
 def placed(value: Tensor, base: torch.dtype, place: dict[str, Any]) -> Tensor:
-    """``value`` in the dtype and on the device of ``place``, rounded to the dtype ``base`` of the base
-    weight on the way, if that is a floating-point one of more than a byte."""
+    """``value`` in the dtype and on the device of ``place``, on the way rounded to the dtype
+    ``base`` of the base weight, if that is a floating-point one of more than a byte."""
     if base.is_floating_point and base.itemsize > 1:
         value = value.to(base)
     return value.to(**place)

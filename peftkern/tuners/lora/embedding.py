@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...utils.mixed import HERE, hand_over
+from . import inits
 from .base import NOTHING, LoraLayer
 from .config import LoraConfig
 from .dora import DoraEmbeddingVariant
@@ -57,6 +58,8 @@ class Embedding(nn.Module, LoraLayer):
             A, B = (placed(value, self._base_dtype(), place) for value in (A, B))
         self.lora_embedding_A[name] = nn.Parameter(A, requires_grad=trainable)
         self.lora_embedding_B[name] = nn.Parameter(B, requires_grad=trainable)
+        if config.init_name == "mica":
+            inits.start(self, name, config)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if HERE.blocks:

@@ -80,7 +80,7 @@ class Linear(nn.Module, LoraLayer):
             bias = torch.empty(N, **place) if with_bias else None
         else:
             base = self._base_dtype()
-            A, B, bias = of_linear(r, K, N, config.init_name, with_bias)
+            A, B, bias = of_linear(r, K, N, inits.drawn_as(self, config), with_bias)
             A, B = placed(A, base, place), placed(B, base, place)
             bias = None if bias is None else placed(bias, base, place)
         self.lora_A._modules[name] = bare_linear(A, None, trainable)

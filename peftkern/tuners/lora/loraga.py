@@ -16,8 +16,8 @@ GRADIENT = "_peft_loraga_grad"  # HF PEFT's name, on the base layer
 
 
 def lora_ga(layer: Any, adapter: str, config: LoraConfig) -> Start | None:
-    """The start from the gradient that :func:`preprocess_loraga` left on the base layer (and that is
-    taken away here); None without one, as when an adapter is loaded.
+    """The start from the gradient that :func:`preprocess_loraga` left on the base layer (and that
+    is taken away here); None without one, as when an adapter is loaded.
 
     G ≈ U S Vᵀ with 2r triplets; A gets r of the right vectors, B the left vectors of other triplets
     times their S.

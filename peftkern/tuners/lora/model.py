@@ -265,10 +265,10 @@ class LoraModel(ModelMerging, Weighted, Starts, BaseTuner):
                 if parameter.requires_grad and id(parameter) not in keep:
                     parameter.requires_grad_(False)
         trainable = active and not config.inference_mode
+        how = (self._autocast_dtype, low_cpu_mem_usage, trainable)
         parents: dict[str, nn.Module] = {}
         for key, module, make, r, alpha in plan:
             layer, added = module, False
-            how = (self._autocast_dtype, low_cpu_mem_usage, trainable)
             if make is not None:
                 added = make is custom_class(module, config)
                 if added:
@@ -284,7 +284,6 @@ class LoraModel(ModelMerging, Weighted, Starts, BaseTuner):
                 setattr(parents[at], name, layer)
             if not added:
                 add_adapter(layer, adapter_name, key, r, alpha, config, *how)
-        how = (self._autocast_dtype, low_cpu_mem_usage, trainable)
         beside.put_layers(model, adapter_name, self.active_adapters, *how)
         if active:
             # before the copies: in a module trained in full the copy's bias trains, never the

@@ -1,5 +1,6 @@
-"""How A and B start, beyond plain random numbers. Each method is one function from the base weight to
-A and B; those that would change the model's outputs take scaling · B A out of the base weight."""
+"""How A and B start, beyond plain random numbers. Each method is one function from the base weight
+to A and B; those that would change the model's outputs take scaling · B A out of the base weight.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +11,12 @@ import torch
 
 from ..config import LoraConfig
 from ..corda import check_eigens, corda
-from ..loraga import lora_ga
-from .decomposed import olora, orthogonal, pissa
+from ..loraga import GRADIENT, lora_ga
+from .decomposed import mica, olora, orthogonal, pissa
 from .loftq import check_settings, loftq
 from .residual import HALF_OR_SINGLE, Start, collect, note, stored
 
-__all__ = ["check", "collect", "start"]
+__all__ = ["check", "collect", "drawn_as", "start"]
 
 # name -> (layer, adapter, config) -> Start, or None to start plainly
 METHODS: dict[str, Callable[[Any, str, LoraConfig], Start | None]] = {
@@ -25,15 +26,17 @@ METHODS: dict[str, Callable[[Any, str, LoraConfig], Start | None]] = {
     "loftq": loftq,
     "corda": corda,
     "lora_ga": lora_ga,
+    "mica": mica,
 }
 # what a linear layer draws by itself: A at random and B zero
 PLAIN = ("gaussian", "eva")
 WRONG_DTYPE = {
-    "pissa": "Please initialize PiSSA under float32, float16, or bfloat16. Subsequently, re-quantize "
-    "the residual model to help minimize quantization errors.",
-    "corda": "Please initialize CorDA under float32, float16, or bfloat16. Subsequently, re-quantize "
-    "the residual model to help minimize quantization errors.",
+    "pissa": "Please initialize PiSSA under float32, float16, or bfloat16. Subsequently, "
+    "re-quantize the residual model to help minimize quantization errors.",
+    "corda": "Please initialize CorDA under float32, float16, or bfloat16. Subsequently, "
+    "re-quantize the residual model to help minimize quantization errors.",
     "olora": "Unsupported data type for the base layer. Got {dtype}.",
+    "mica": "Please initialize MiCA under float32, float16, or bfloat16.",
 }
 
 
@@ -59,6 +62,14 @@ def method_of(config: LoraConfig) -> str | None:
     return init
 
 
+def drawn_as(layer: Any, config: LoraConfig) -> bool | str:
+    """What to draw before :func:`start`: ``init_name``, or True for LoRA-GA without a gradient."""
+    name = config.init_name
+    if name == "lora_ga" and not hasattr(layer.get_base_layer(), GRADIENT):
+        return True
+    return name
+
+
 def check(key: str, base: Any, r: int, config: LoraConfig) -> None:
     """Raise for what :func:`start` cannot do with the layer ``base`` at ``key``, before anything is
     changed.
@@ -69,11 +80,13 @@ def check(key: str, base: Any, r: int, config: LoraConfig) -> None:
             the method is not for.
     """
     name = method_of(config)
-    if name is None or isinstance(base, torch.nn.Embedding) and name != "loftq":
+    if name is None or isinstance(base, torch.nn.Embedding) and name not in ("loftq", "mica"):
         return  # HF PEFT starts an embedding plainly whatever is asked for
     if isinstance(base, (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)) and name == "lora_ga":
         return  # likewise
-    if not isinstance(base, torch.nn.Linear) and not hasattr(base, "nf"):
+    if name == "mica" and (asked := _beside_mica(base, config)) is not None:
+        raise ValueError(f"Invalid or unsupported variant combination: {asked}")
+    if not (isinstance(base, torch.nn.Linear) or hasattr(base, "nf") or name == "mica"):
         raise ValueError(
             f"Unknown initialization init_lora_weights={config.init_lora_weights!r} for the "
             f"{type(base).__name__} `{key}`; it is for linear layers"
@@ -87,12 +100,27 @@ def check(key: str, base: Any, r: int, config: LoraConfig) -> None:
     weight = base.weight
     if name in WRONG_DTYPE and weight.dtype not in HALF_OR_SINGLE:
         raise TypeError(WRONG_DTYPE[name].format(dtype=weight.dtype))
-    if name == "lora_ga" and not hasattr(base, "_peft_loraga_grad"):
+    if name == "loftq" and not weight.is_floating_point():
+        raise TypeError(
+            f"LoftQ quantises the weight of `{key}` itself, and that is {weight.dtype} already; "
+            "for a model in 4 bits see `replace_lora_weights_loftq`"
+        )
+    if name == "lora_ga" and not hasattr(base, GRADIENT):
         return  # no gradient, as when an adapter is loaded: a plain start
     if weight.is_meta:
         raise ValueError(
             f"init_lora_weights={config.init_lora_weights!r} computes with the weight of `{key}`, "
             "which is on the meta device"
+        )
+    if name == "mica" and r > min(weight.shape):
+        sizes = (
+            "num_embeddings, embedding_dim"
+            if isinstance(base, torch.nn.Embedding)
+            else "in_features, out_features"
+        )
+        raise ValueError(
+            f"MiCA requires `r` <= min({sizes}) but got r={r} for `{key}`, a layer with weight "
+            f"shape {tuple(weight.shape)} (max usable r is {min(weight.shape)})."
         )
     if "_niter_" in str(config.init_name) and r > min(weight.shape):
         raise ValueError(
@@ -101,8 +129,8 @@ def check(key: str, base: Any, r: int, config: LoraConfig) -> None:
         )
     if name in ("olora", "loftq") and hasattr(base, "nf"):
         raise ValueError(
-            f"init_lora_weights='{name}' is not for the Conv1D `{key}`: HF PEFT takes its weight as it "
-            "is stored, [in, out], so that A and B do not fit; use 'pissa'"
+            f"init_lora_weights='{name}' is not for the Conv1D `{key}`: HF PEFT takes its weight "
+            "as it is stored, [in, out], so that A and B do not fit; use 'pissa'"
         )
     if name == "corda":
         check_eigens(base, r)
@@ -110,10 +138,18 @@ def check(key: str, base: Any, r: int, config: LoraConfig) -> None:
         check_settings(config)
 
 
+def _beside_mica(base: Any, config: LoraConfig) -> tuple[str, ...] | None:
+    """The settings that MiCA does not go with on this layer, as HF PEFT names them."""
+    if config.use_dora:
+        return ("mica", "use_dora")
+    fits = isinstance(base, (torch.nn.Linear, torch.nn.Embedding)) or hasattr(base, "nf")
+    return None if fits else ("mica",)
+
+
 @torch.no_grad()
 def start(layer: Any, adapter: str, config: LoraConfig) -> None:
-    """Give ``lora_A`` [r, K] and ``lora_B`` [N, r] of a linear layer their first values, and take them
-    out of the base weight where the method says so (at the end of the injection, see
+    """Give ``lora_A`` [r, K] and ``lora_B`` [N, r] of a linear layer their first values, and take
+    them out of the base weight where the method says so (at the end of the injection, see
     :mod:`.residual`).
 
     They are rounded to the base weight's dtype as HF PEFT rounds them, and kept in their own.
@@ -125,6 +161,11 @@ def start(layer: Any, adapter: str, config: LoraConfig) -> None:
     check(adapter, base, layer.r[adapter], config)
     found = METHODS[name](layer, adapter, config)
     if found is None:
+        return
+    if isinstance(base, torch.nn.Embedding):
+        stores = (layer.lora_embedding_A, layer.lora_embedding_B)
+        for parameters, value in zip(stores, (found.A, found.B), strict=True):
+            parameters[adapter].copy_(value.to(stored(base.weight.dtype)))
         return
     for store, value in ((layer.lora_A, found.A), (layer.lora_B, found.B)):
         linear: Any = store[adapter]

@@ -38,8 +38,8 @@ def has_content(path: str | os.PathLike[str] | None) -> bool:
 
 
 def load_tensors(path: str | os.PathLike[str], device: torch.device) -> dict[str, Tensor]:
-    """The tensors of a safetensors file. ValueError, naming it, for any other file: HF PEFT's caches
-    are pickles, which could run code and are not read."""
+    """The tensors of a safetensors file. ValueError, naming it, for any other file: HF PEFT's
+    caches are pickles, which could run code and are not read."""
     try:
         return load_file(os.fspath(path), device=str(device))
     except SafetensorError as exc:

@@ -1,4 +1,4 @@
-"""PiSSA, OLoRA and the orthogonal start."""
+"""PiSSA, OLoRA, MiCA and the orthogonal start."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def pissa(layer: Any, adapter: str, config: LoraConfig) -> Start:
     """PiSSA (Meng et al., 2024, arXiv 2404.02948): the r leading singular triplets of W.
 
     W ≈ U S Vᵀ; A = √(S/s) Vᵀ and B = U √(S/s), so that s · B A is the best rank-r part of W.
-    "pissa_niter_<k>" finds the triplets with k subspace iterations (Halko et al., 2009), which start
-    at random numbers.
+    "pissa_niter_<k>" finds the triplets with k subspace iterations (Halko et al., 2009), which
+    start at random numbers.
     """
     r, s = layer.r[adapter], layer.scaling[adapter]
     transposed = layer.fan_in_fan_out
@@ -33,8 +33,8 @@ def pissa(layer: Any, adapter: str, config: LoraConfig) -> Start:
 
 
 def olora(layer: Any, adapter: str, config: LoraConfig) -> Start:
-    """OLoRA (Büyükakyüz, 2024, arXiv 2406.01775): W = Q R; A is the first r rows of R, B the first r
-    columns of Q."""
+    """OLoRA (Büyükakyüz, 2024, arXiv 2406.01775): W = Q R; A is the first r rows of R, B the first
+    r columns of Q."""
     r = layer.r[adapter]
     Q, R = torch.linalg.qr(current(layer.get_base_layer().weight).to(torch.float32))
     return minus_product(R[:r].contiguous(), Q[:, :r].contiguous(), layer.scaling[adapter])
@@ -48,3 +48,22 @@ def orthogonal(layer: Any, adapter: str, config: LoraConfig) -> Start:
     A = (torch.randn(layer.in_features, r // 2) @ Q[0::2]).T / 10
     B = torch.randn(r // 2, layer.out_features).T @ Q[1::2] / 10
     return Start(A, B)
+
+
+def mica(layer: Any, adapter: str, config: LoraConfig) -> Start | None:
+    """MiCA (arXiv 2604.01694): B is the r left singular vectors of W [N, K] with the smallest
+    singular values, and never trains; A is zero. An embedding's W is [embedding_dim, num].
+
+    None while the weights are on the meta device: a checkpoint brings both.
+    """
+    embedding = isinstance(layer.get_base_layer(), torch.nn.Embedding)
+    store = "lora_embedding_B" if embedding else "lora_B"
+    layer.freeze_weight(adapter, store)
+    weight = getattr(layer, store)[adapter]
+    if (weight if embedding else weight.weight).is_meta:
+        return None
+    r = layer.r[adapter]
+    W = current(layer.get_base_layer().weight).to(torch.float32)
+    W = W.T if embedding or layer.fan_in_fan_out else W
+    U = torch.linalg.svd(W, full_matrices=False)[0]
+    return Start(W.new_zeros(r, W.shape[1]), U[:, -r:])

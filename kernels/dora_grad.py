@@ -1,0 +1,158 @@
+"""What DoRA's gain does to a gradient, in one pass over dY [M, N]:
+
+    dZ = gain ∘ dY                    the gradient of what the gain multiplies
+    sums_n = sum_m dY[m, n] * (V[m, n] - bias[n])          the gradient of the gain
+
+Sums over rows are left in fp32 by blocks of rows and added in index order by a second kernel, so
+two runs agree bit for bit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from .common import (
+    Arch,
+    Launch,
+    arch_of,
+    cast,
+    cdiv,
+    check_blocks,
+    check_device,
+    check_shape,
+    row_stride,
+    rows,
+)
+from .reduce import plan_sum
+
+
+def reference(
+    dy: torch.Tensor, gain: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(dZ, sums) in float64."""
+    z = v.double() if bias is None else v.double() - bias.double()
+    return dy.double() * gain.double(), (dy.double() * z).sum(0)
+
+
+@dataclass(frozen=True)
+class ScaleConfig:
+    """Tiles [block_m, block_n]; M cut in split_m parts."""
+
+    block_m: int = 32
+    block_n: int = 64
+    split_m: int = 1
+    num_warps: int = 4
+    num_stages: int = 2
+
+    def __post_init__(self) -> None:
+        check_blocks(self, low=1, block_m=self.block_m, block_n=self.block_n)
+        if self.split_m < 1:
+            raise ValueError(f"ScaleConfig.split_m is {self.split_m}; allowed: 1 or more")
+
+
+def default_config(M: int, N: int, arch: Arch) -> ScaleConfig:
+    """M is split until there are four programs for every multiprocessor."""
+    blocks = cdiv(N, 64)
+    return ScaleConfig(split_m=max(1, min(cdiv(4 * arch.sms, blocks), cdiv(M, 32))))
+
+
+@triton.jit
+def _scale_grad_kernel(
+    dy, v, gain, bias, dz, sums, M, N, M_PART, dy_stride, v_stride,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    part = tl.program_id(1)
+    n_ok = n < N
+    factor = tl.load(gain + n, mask=n_ok, other=0.0).to(tl.float32)
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    if bias is not None:
+        shift = tl.load(bias + n, mask=n_ok, other=0.0).to(tl.float32)
+    last = tl.minimum((part + 1) * M_PART, M)
+    for m0 in range(part * M_PART, last, BLOCK_M):
+        m = m0 + tl.arange(0, BLOCK_M)
+        ok = (m < last)[:, None] & n_ok[None, :]
+        m64 = m.to(tl.int64)
+        g = tl.load(dy + m64[:, None] * dy_stride + n[None, :], mask=ok, other=0.0).to(tl.float32)
+        if dz is not None:
+            tl.store(
+                dz + m64[:, None] * N + n[None, :],
+                cast(g * factor[None, :], dz.dtype.element_ty),
+                mask=ok,
+            )
+        if v is not None:
+            z = tl.load(v + m64[:, None] * v_stride + n[None, :], mask=ok, other=0.0).to(tl.float32)
+            if bias is not None:
+                z -= shift[None, :]
+            total += tl.sum(g * z, 0)
+    if v is not None:
+        tl.store(sums + part.to(tl.int64) * N + n, total, mask=n_ok)
+
+
+def plan_scale_grad(
+    dy: torch.Tensor,
+    gain: torch.Tensor,
+    v: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    dz: torch.Tensor | None,
+    sums: torch.Tensor | None,
+    config: ScaleConfig,
+) -> list[Launch]:
+    """Launches that fill dz [M, N] and sums [N] fp32, both contiguous, None where not wanted;
+    arguments already checked."""
+    M, N = dy.shape
+    m_part = cdiv(cdiv(M, config.split_m), config.block_m) * config.block_m
+    split = cdiv(M, m_part)
+    parts = sums if split == 1 or sums is None else sums.new_empty((split, N))
+    args = (
+        dy, v, gain, bias if v is not None else None, dz, parts, M, N, m_part,
+        row_stride(dy), 0 if v is None else row_stride(v),
+    )  # fmt: skip
+    meta = dict(
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    launches = [Launch(_scale_grad_kernel, (cdiv(N, config.block_n), split), args, meta)]
+    if parts is not sums:
+        launches.append(plan_sum([(parts, sums)]))  # type: ignore[list-item]
+    return launches
+
+
+def scale_grad(
+    dy: torch.Tensor,
+    gain: torch.Tensor,
+    v: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    *,
+    wanted: bool = True,
+    config: ScaleConfig | None = None,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """(dZ [M, N] in dY's dtype where ``wanted``, sums [N] in fp32 where v is given).
+
+    dy [M, N] fp16/bf16/fp32, any row stride; gain [N] fp32; v [M, N] dy's dtype, any row stride;
+    bias [N]. Errors: TypeError, ValueError, before any launch.
+    """
+    dy = rows("dy", dy)
+    M, N = dy.shape
+    check_shape("gain", gain, (N,), "dy has N columns")
+    if v is not None:
+        v = rows("v", v, (dy.dtype,))
+        check_shape("v", v, (M, N), "as dy")
+    if bias is not None:
+        check_shape("bias", bias, (N,), "dy has N columns")
+        bias = bias.contiguous()
+    gain = gain.contiguous()
+    check_device(dy=dy, gain=gain, v=v, bias=bias)
+    dz = dy.new_empty((M, N)) if wanted else None
+    sums = dy.new_empty(N, dtype=torch.float32) if v is not None else None
+    if M == 0 or N == 0:
+        return dz, None if sums is None else sums.zero_()
+    if dz is not None or sums is not None:
+        config = config or default_config(M, N, arch_of(dy.device))
+        for launch in plan_scale_grad(dy, gain, v, bias, dz, sums, config):
+            launch.run()
+    return dz, sums

@@ -1,0 +1,97 @@
+"""DoRA's linear on the Triton kernels; what it computes says :mod:`.dora`, signatures
+:mod:`.dora_torch`.
+
+The products are plain LoRA's, in the order that its backend takes. Where that is one kernel for
+base and update, the gain is in its epilogue; the vendor's product is followed by one pass. The
+backward scales dY in the pass that sums dY ∘ (V - bias), and LoRA's backward takes the result.
+Dropout wants a second base product, and goes to torch's.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..kernels.common import INTERPRET
+from ..kernels.dora_grad import scale_grad
+from ..kernels.dora_norm import row_norms
+from ..kernels.gemm import fused_linear
+from ..kernels.shrink import shrink
+from . import backend as _backend
+from . import dora_torch, triton_backend, tuned
+from .device import on_its_device
+from .triton_backend import refusal, why_not
+
+__all__ = ["backward", "forward", "norms", "why_no_norms", "why_not"]
+
+
+def why_no_norms(weight: Tensor, A: Tensor, B: Tensor) -> str | None:
+    """Why :func:`norms` does not take these; None when it does."""
+    if weight.is_meta or not (weight.is_cuda or INTERPRET.value):
+        return f"the weight is on {weight.device.type}"
+    return refusal(weight, A.dtype, A.shape[0]) or refusal(weight, B.dtype, A.shape[0])
+
+
+@on_its_device
+def norms(weight: Tensor, A: Tensor, B: Tensor, scale: float, transposed: bool) -> Tensor:
+    """:func:`.dora_norm.row_norms` in one launch or two."""
+    return row_norms(weight.t() if transposed else weight, A, B, scale)
+
+
+@on_its_device
+def forward(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    gain: Tensor,
+    scale: float,
+    p: float,
+    keep_v: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Y, S, V (None unless ``keep_v``) in x's dtype, and the mask."""
+    if p > 0.0:
+        return dora_torch.forward(x, w, bias, A, B, gain, scale, p, keep_v)
+    if _backend.active is triton_backend and _order(x, w, A) == "fused":
+        (N, r), K = B.shape, x.shape[1]
+        s = shrink(x, [A], [scale], config=tuned.config("shrink", x, A.dtype, 0, K, r))
+        v = x.new_empty((x.shape[0], N)) if keep_v else None
+        # a tuning table's tile is for a product without a gain, which takes fewer registers
+        y = fused_linear(x, w.t(), s, B, bias, gain=gain.float(), v=v)
+        return y, s, v, None
+    v, s, _ = _backend.active.forward(x, w, bias, A, B, scale, 0.0)
+    return dora_torch.scale_columns(v, gain, bias, keep_v), s, v if keep_v else None, None
+
+
+def _order(x: Tensor, w: Tensor, A: Tensor) -> str:
+    numbers = triton_backend._Numbers(x, A.dtype, w.shape[1], w.shape[0], [A.shape[0]], False)
+    return numbers.order(None)
+
+
+@on_its_device
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    gain: Tensor,
+    s: Tensor | None,
+    v: Tensor | None,
+    bits: Tensor | None,
+    scale: float,
+    p: float,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """dX, dA, dB (``needs`` says which), and where v is given the sums over rows of
+    dY ∘ (V - bias)."""
+    if bits is not None:
+        return dora_torch.backward(
+            dy, x, w, bias, A, B, gain, s, v, bits, scale, p, needs
+        )  # fmt: skip
+    scaled, sums = scale_grad(dy, gain.float(), v, bias, wanted=any(needs))
+    if scaled is None:
+        return None, None, None, sums
+    dx, da, db = _backend.active.backward(scaled, x, w, A, B, s, None, scale, 0.0, needs)
+    return dx, da, db, sums

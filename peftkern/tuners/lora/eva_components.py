@@ -1,0 +1,242 @@
+"""The components of what layers read, found batch by batch, and the ranks that follow from them.
+
+For EVA, see :mod:`.eva`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
+from itertools import cycle
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from ...utils.incremental_pca import IncrementalPCA
+from ...utils.other import get_pattern_key
+from .config import LoraConfig
+from .eva_inputs import gathered, layer_rows, move_inputs_to_device
+
+MAX_RHO = 1000  # above it, rho is held to what the model's largest dimension allows
+Prepare = Callable[..., Any] | None
+
+
+class _Watch:
+    """A forward hook on one layer: hands the rows [M, K] of its inputs to ``take``."""
+
+    def __init__(self, name: str, prepare: Prepare, gather: bool) -> None:
+        self.name, self.prepare, self.gather = name, prepare or layer_rows, gather
+        self.model_input: Any = None
+        self.handle: Any = None
+
+    def attach(self, module: nn.Module) -> None:
+        self.handle = module.register_forward_hook(self)
+
+    def detach(self) -> None:
+        if self.handle is not None:
+            self.handle.remove()
+            self.handle = None
+
+    @torch.no_grad()
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        rows = self.prepare(args, self.model_input, self.name)
+        self.take(gathered(rows) if self.gather else rows)
+
+    def take(self, rows: Tensor) -> None:
+        raise NotImplementedError
+
+
+class _Fingerprint(_Watch):
+    """Notes what the layer was called with, so that equal inputs can be told."""
+
+    seen: Any = None
+
+    def take(self, rows: Tensor) -> None:
+        if self.seen is None:
+            data = rows.detach().cpu().contiguous()
+            self.seen = (tuple(data.shape), data.dtype, data.view(torch.uint8).numpy().tobytes())
+
+
+class _Components(_Watch):
+    """The components of the layer's inputs, and which of them the last step left as they were."""
+
+    def __init__(self, watch: _Watch, count: int, tau: float) -> None:
+        super().__init__(watch.name, watch.prepare, watch.gather)
+        self.pca = IncrementalPCA(count, lowrank=True, lowrank_seed=42)
+        self.count, self.tau = count, tau
+        self.converged = torch.zeros(count, dtype=torch.bool)
+        self.settled = False
+        self.steps = 0
+
+    @property
+    def started(self) -> bool:
+        return hasattr(self.pca, "components_")
+
+    def take(self, rows: Tensor) -> None:
+        if len(rows) < self.count:
+            return
+        before = self.pca.components_ if self.started else None
+        self.pca.partial_fit(rows.to(torch.float32))
+        self.steps += 1
+        if before is not None:
+            same = torch.nn.functional.cosine_similarity(self.pca.components_, before)
+            self.converged = same >= self.tau
+
+
+def _ranks(
+    watches: dict[str, _Components], source: dict[str, str], limit: dict[str, int], budget: int
+) -> dict[str, int]:
+    """How many components each layer keeps: the ``budget`` largest by explained variance."""
+    pairs = [
+        (name, share)
+        for name, first in source.items()
+        for share in watches[first].pca.explained_variance_ratio_[: limit[first]]
+    ]
+    order = torch.stack([share for _, share in pairs]).argsort(descending=True)
+    counts = Counter(pairs[i][0] for i in order[:budget].tolist())
+    ranks = {name: counts.get(name, 0) for name in source}
+    # the layer that is watched gets the most of those with its input: it has to converge for them
+    for name, first in source.items():
+        if name != first and ranks[first] < ranks[name]:
+            ranks[first], ranks[name] = ranks[name], ranks[first]
+    return ranks
+
+
+def _device_of(model: nn.Module) -> torch.device | None:
+    devices = {p.device for p in model.parameters() if p.device.type != "meta"}
+    if len(devices) > 1:
+        warnings.warn(
+            f"Could not determine device, model has multiple devices: {sorted(map(str, devices))}",
+            stacklevel=4,
+        )
+    return devices.pop() if len(devices) == 1 else None
+
+
+def components_of(
+    model: nn.Module,
+    targets: dict[str, nn.Module],
+    dataloader: Any,
+    config: LoraConfig,
+    forward_fn: Callable[..., Any],
+    prepare_model_inputs_fn: Prepare,
+    prepare_layer_inputs_fn: Any,
+    gather: bool,
+    show_progress_bar: bool,
+) -> dict[str, Tensor]:
+    """{layer: components [rank, K]} for the layers ``targets``; the other arguments are those of
+    :func:`.eva.get_eva_state_dict`. The model must be in evaluation mode."""
+    settings: Any = config.eva_config
+    if len(dataloader) == 0:
+        raise ValueError("dataloader is empty")
+    per_layer = isinstance(prepare_layer_inputs_fn, Mapping)
+    if per_layer and (unknown := sorted(set(prepare_layer_inputs_fn) - set(targets))):
+        raise ValueError(
+            "prepare_layer_inputs_fn is a mapping but the following module names were not found in "
+            f"the model: {unknown}"
+        )
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if distributed and gather:
+        warnings.warn(
+            "torch.distributed is initialized and `gather_distributed_inputs` is True, therefore "
+            "EVA initialization will gather tensors from all ranks. Ensure the model does not "
+            "receive the same inputs on different ranks.",
+            stacklevel=4,
+        )
+    rho = settings.rho
+    if rho > MAX_RHO:
+        rho = min(rho, max(max(p.shape) for p in model.parameters()) // config.r)
+    device = _device_of(model)
+
+    def run(inputs: Any, watches: Iterable[_Watch]) -> None:
+        prepare = prepare_model_inputs_fn
+        given = deepcopy(inputs) if prepare is None else prepare(inputs, config)
+        for watch in watches:
+            watch.model_input = given
+        forward_fn(model, inputs)
+
+    def moved(inputs: Any) -> Any:
+        return inputs if device is None else move_inputs_to_device(inputs, device)
+
+    limit: dict[str, int] = {}
+    budget = 0
+    prints: dict[str, _Watch] = {}
+    ranks_of = config.rank_pattern
+    for name in targets:
+        rank = ranks_of.get(get_pattern_key(ranks_of, name), config.r)
+        limit[name], budget = round(rank * rho), budget + rank
+        prepare = prepare_layer_inputs_fn.get(name) if per_layer else prepare_layer_inputs_fn
+        prints[name] = _Fingerprint(name, prepare, gather)
+
+    # one batch, to see which layers read the same
+    attached: list[_Watch] = list(prints.values())
+    try:
+        for name, watch in prints.items():
+            watch.attach(targets[name])
+        run(moved(next(iter(dataloader))), attached)
+    finally:
+        for watch in attached:
+            watch.detach()
+    first_with: dict[Any, str] = {}
+    same_as: dict[str, str] = {}
+    for name, watch in prints.items():
+        seen = watch.seen  # type: ignore[attr-defined]
+        if seen is None:
+            raise ValueError(f"the layer `{name}` was not called by `forward_fn`")
+        first = first_with.setdefault(seen, name)
+        if first != name:
+            same_as[name] = first
+            limit[first] = max(limit[first], limit[name])
+    for name, first in same_as.items():
+        limit[name] = limit[first]
+    watches = {
+        name: _Components(watch, limit[name], settings.tau)
+        for name, watch in prints.items()
+        if name not in same_as
+    }
+    source = {**{name: name for name in watches}, **same_as}
+
+    ranks = dict(limit)
+    try:
+        for name, found in watches.items():
+            found.attach(targets[name])
+        quiet = not show_progress_bar or (distributed and torch.distributed.get_rank() != 0)
+        bar = tqdm(cycle(dataloader), position=0, leave=False, disable=quiet)
+        for step, inputs in enumerate(bar):
+            for name, found in watches.items():
+                settled = bool(found.converged[: ranks[name]].all())
+                if settled and not found.settled:
+                    found.detach()
+                elif found.settled and not settled:
+                    found.attach(targets[name])
+                found.settled = settled
+            done = sum(watches[first].settled for first in source.values())
+            bar.set_description(f"{done}/{len(source)} layers have converged")
+            if done == len(source):
+                break
+            run(moved(inputs), watches.values())
+            if step + 1 == len(dataloader) and (
+                idle := [n for n, w in watches.items() if not w.steps]
+            ):
+                raise ValueError(
+                    f"no batch has as many rows for the layers {idle} as they need components "
+                    f"({limit[idle[0]]}, which is r * rho): use larger batches or a smaller `rho`"
+                )
+            if all(found.started for found in watches.values()):
+                ranks = _ranks(watches, source, limit, budget)
+    finally:
+        for found in watches.values():
+            found.detach()
+
+    out = {}
+    for name, rank in ranks.items():
+        pca = watches[source[name]].pca
+        components = pca.components_[:rank]
+        if settings.whiten:
+            # in place, so once for each of the layers that share them: HF PEFT's numbers
+            components /= pca.singular_values_[:rank, None].sqrt()
+        out[name] = components if device is None else components.to(device)
+    return out
