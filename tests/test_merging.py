@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 import peftkern
 from peftkern.tuners.lora import Linear, restore
@@ -73,6 +74,8 @@ def test_unmerging_brings_back_every_bit(
     storage = base.weight.data_ptr()
     with mock.patch.object(restore, "BLOCK", block):
         layer.merge(adapter_names=["a", "b"])
+    held = [t.nbytes for _, block in layer._kept[0][1].blocks for t in block.tensors]
+    assert sum(held) <= before.nbytes  # never more than a copy
     A, B = ([getattr(layer, s)[n].weight.double() for n in "ab"] for s in ("lora_A", "lora_B"))
     exact = before.double() + 2 * (B[0] @ A[0]) + 2 * (B[1] @ A[1])
     merged = base.weight.double()
@@ -423,6 +426,8 @@ def test_what_cannot_be_written_is_refused_by_name():
         (lambda m: m.lin.base_layer.to("meta"), "the weight of a Linear is on the meta device"),
         (lambda m: m.lin.lora_A.to("meta"), "the weights of 'a0' are on the meta device"),
         (lambda m: m.lin.base_layer.to(torch.float8_e4m3fn), "is torch.float8_e4m3fn"),
+        (lambda m: weight_norm(m.lin.base_layer), "Linear is parametrized"),
+        (lambda m: nn.utils.spectral_norm(m.lin.base_layer), "Linear is parametrized"),
         (lambda m: setattr(m, "quantization_method", "gptq"), "gptq quantized"),
         (lambda m: setattr(m.peft_config["a0"], "layer_replication", [(0, 1)]), "are replicated"),
     ]

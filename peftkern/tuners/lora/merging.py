@@ -121,6 +121,14 @@ class Merging:
             raise ValueError(
                 f"Cannot merge adapters: the {attribute} of a {kind} is a {type(weight).__name__}."
             )
+        made_of = (f"{attribute}_g", f"{attribute}_orig")  # what torch's older normalisations keep
+        if attribute in getattr(module, "parametrizations", ()) or any(
+            name in module._parameters for name in made_of
+        ):
+            raise ValueError(
+                f"Cannot merge adapters: the {attribute} of a {kind} is parametrized, so that what "
+                "is written to it is lost."
+            )
         for name in names:
             if reason := self._cannot_merge(name):
                 raise NotImplementedError(reason)

@@ -85,17 +85,16 @@ class ModelMerging:
         self._check_merge_allowed()
         self._check_names(adapter_names)
         layers = self._tuner_layers()
-        merged: list[tuple[Any, int]] = []
+        before = [(layer, len(layer.merged_adapters)) for layer in layers]
         try:
             for layer in layers:
                 with onloaded(layer):
-                    merged.append((layer, len(layer.merged_adapters)))
                     layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         except BaseException:
-            for layer, count in reversed(merged):
-                if len(layer.merged_adapters) > count:
+            for layer, count in reversed(before):
+                while len(layer.merged_adapters) > count:
                     with onloaded(layer):
-                        layer.unmerge() if count == 0 else layer._unmerge_last()
+                        layer._unmerge_last()
             raise
 
     def unmerge_adapter(self) -> None:
@@ -128,15 +127,15 @@ class ModelMerging:
         self._check_names(adapter_names)
         plan: dict[Any, list[str]] = {}
         for layer in self._tuner_layers():
-            if not isinstance(layer, Merging):
-                layer._check_mergeable(adapter_names, safe_merge)  # merged when it is taken out
+            if not _by_factors(layer):  # merged when it is taken out
+                if hasattr(layer, "_check_mergeable"):
+                    layer._check_mergeable(adapter_names, safe_merge)
                 continue
-            module: Any = layer
-            with onloaded(module):
-                names = module._check_mergeable(check_adapters_to_merge(module, adapter_names))
+            with onloaded(layer):
+                names = layer._check_mergeable(check_adapters_to_merge(layer, adapter_names))
                 if safe_merge and names:
-                    module._merged(names, True)
-            plan[module] = names
+                    layer._merged(names, True)
+            plan[layer] = names
         done: list[Any] = []
         try:
             for layer, names in tqdm(
@@ -174,7 +173,7 @@ class ModelMerging:
                     new[module] = without(found)
                 elif isinstance(module, BaseTunerLayer):
                     layer: Any = module
-                    if merge and not isinstance(module, Merging):
+                    if merge and not _by_factors(module):
                         layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
                     new[module] = layer.get_base_layer()
                 else:
@@ -211,6 +210,11 @@ class ModelMerging:
                 "`tie_word_embeddings=False` in the model config.",
                 stacklevel=3,
             )
+
+
+def _by_factors(layer: Any) -> bool:
+    """Whether the layer merges by what :class:`Merging` does, and not in a way of its own."""
+    return isinstance(layer, Merging) and type(layer)._factors is not Merging._factors
 
 
 def _children(parent: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -3,113 +3,19 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ...utils import merge_utils
 from ...utils.other import ModulesToSaveWrapper
 from .base import LoraLayer
 from .config import LoraConfig
 from .embedding import Embedding
+from .recipe import BY_FACTOR, BY_PRODUCT, CombinationType, Part, Recipe
 from .restore import at_least_float32
-
-CombinationType = Literal[
-    "svd",
-    "linear",
-    "cat",
-    "ties",
-    "ties_svd",
-    "dare_ties",
-    "dare_linear",
-    "dare_ties_svd",
-    "dare_linear_svd",
-    "magnitude_prune",
-    "magnitude_prune_svd",
-]
-# those that combine A with A and B with B, and so need equal ranks
-BY_FACTOR = ("linear", "ties", "dare_ties", "dare_linear", "magnitude_prune")
-BY_PRODUCT = ("svd", "ties_svd", "dare_ties_svd", "dare_linear_svd", "magnitude_prune_svd")
-
-
-class Part(NamedTuple):
-    """What one adapter has in one layer, in at least float32."""
-
-    A: Tensor  # [r, K]
-    B: Tensor  # [N, r]
-    scaling: float
-    weight: float
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How the updates of several adapters become one; see :meth:`Weighted.add_weighted_adapter`."""
-
-    kind: str
-    rank: int
-    clamp: float | None
-    full_matrices: bool
-    driver: str | None
-    density: float | None
-    signs: Any
-
-    def combine(self, tensors: list[Tensor], weights: list[float]) -> Tensor:
-        """Tensors of one shape as one, by the rule before "_svd"."""
-        w = torch.tensor(weights, dtype=tensors[0].dtype, device=tensors[0].device)
-        rule = self.kind.removesuffix("_svd")
-        if rule in ("linear", "svd"):
-            return merge_utils.task_arithmetic(tensors, w)
-        args = (self.density, self.signs) if rule.endswith("ties") else (self.density,)
-        return getattr(merge_utils, rule)(tensors, w, *args)
-
-    def factors(self, parts: list[Part], transposed: bool) -> tuple[Tensor, Tensor]:
-        """A [r, K] and B [N, r] of the new adapter, with a scaling of 1 and r at most ``rank``.
-
-        ``transposed``: the layer's weight is [K, N], and pruning draws in that order, as HF PEFT's
-        does.
-        """
-        scaled = [p.weight * p.scaling for p in parts]
-        if self.kind in BY_FACTOR:
-            roots = [math.sqrt(abs(w)) for w in scaled]
-            # the sign on one side only, or it would cancel
-            signed = [math.copysign(root, w) for root, w in zip(roots, scaled, strict=True)]
-            return self.combine([p.A for p in parts], signed), self.combine(
-                [p.B for p in parts], roots
-            )
-        if self.kind == "cat":
-            side = torch.cat([p.A * w for p, w in zip(parts, scaled, strict=True)])
-            return side, torch.cat([p.B for p in parts], 1)
-        ranks, N, K = sum(len(p.A) for p in parts), len(parts[0].B), parts[0].A.shape[1]
-        if self.kind == "svd" and self.clamp is None and ranks < min(N, K):
-            return self._svd_of_sum(parts, scaled)
-        deltas = [(p.B @ p.A) * p.scaling for p in parts]
-        if transposed:
-            deltas = [delta.T for delta in deltas]
-        delta = self.combine(deltas, [p.weight for p in parts])
-        return self._svd(delta.T if transposed else delta)
-
-    def _svd(self, delta: Tensor) -> tuple[Tensor, Tensor]:
-        u, s, vh = torch.linalg.svd(delta, full_matrices=self.full_matrices, driver=self.driver)
-        r = min(self.rank, len(s))
-        A, B = vh[:r], u[:, :r] * s[:r]
-        if self.clamp is not None:
-            high = torch.quantile(torch.cat([B.flatten(), A.flatten()]), self.clamp)
-            A, B = A.clamp(-high, high), B.clamp(-high, high)
-        return A, B
-
-    def _svd_of_sum(self, parts: list[Part], scaled: list[float]) -> tuple[Tensor, Tensor]:
-        """The truncated SVD of Σ w B A without making the sum [N, K]: with all A below each other
-        and all B side by side, Aᵀ = Q_A R_A and B = Q_B R_B, it is that of R_B R_Aᵀ."""
-        q_a, r_a = torch.linalg.qr(
-            torch.cat([p.A * w for p, w in zip(parts, scaled, strict=True)]).T
-        )
-        q_b, r_b = torch.linalg.qr(torch.cat([p.B for p in parts], 1))
-        A, B = self._svd(r_b @ r_a.T)
-        return A @ q_a.T, q_b @ B
 
 
 def _tensors(layer: Any, name: str) -> tuple[Any, Any] | None:
@@ -192,9 +98,9 @@ class Weighted:
             rank_pattern={},
             modules_to_save=list(dict.fromkeys(saved)) or None,
             lora_bias=any(self.peft_config[name].lora_bias for name in adapters),
-            # an initialisation that is overwritten must not change the base weights for itself
-            init_lora_weights=True,
         )
+        # an initialisation that is overwritten must not change the base weights for itself
+        config.init_lora_weights = True
         self._make_from(config, adapter_name, adapters, weights, recipe)
         config.init_lora_weights = first.init_lora_weights
 
