@@ -74,6 +74,8 @@ def test_unmerging_brings_back_every_bit(
     storage = base.weight.data_ptr()
     with mock.patch.object(restore, "BLOCK", block):
         layer.merge(adapter_names=["a", "b"])
+    held = [t.nbytes for _, block in layer._kept[0][1].blocks for t in block.tensors]
+    assert sum(held) <= before.nbytes  # never more than a copy
     A, B = ([getattr(layer, s)[n].weight.double() for n in "ab"] for s in ("lora_A", "lora_B"))
     exact = before.double() + 2 * (B[0] @ A[0]) + 2 * (B[1] @ A[1])
     merged = base.weight.double()

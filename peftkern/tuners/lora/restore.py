@@ -38,7 +38,14 @@ def as_integers(x: Tensor) -> Tensor:
 
 
 def _check_sum(x: Tensor) -> int:
-    return int(as_integers(x).sum(dtype=torch.int64))
+    """Changes with the bits of x; the same on every device."""
+    words = as_integers(x).flatten()
+    several = 8 // x.element_size()  # summed as one integer, which is many times faster
+    whole = words.numel() // several * several
+    if words.storage_offset() % several:
+        words = words.clone()
+    rest = int(words[whole:].sum(dtype=torch.int64))
+    return int(words[:whole].view(torch.int64).sum()) + rest
 
 
 def _rows(x: Tensor) -> list[slice]:
@@ -59,7 +66,8 @@ class _Product:
     def _cut(x: Tensor, over: int, pieces: int) -> tuple[list[Tensor], Tensor]:
         """(int8 pieces, scale): x is about scale · Σ piece_i · 2^(-7 i), the scale a power of 2."""
         largest = x.abs().amax(over, keepdim=True)
-        exponent = torch.frexp(largest).exponent.clamp(-100, 100)
+        # not so small that a product of scaled pieces is no normal number
+        exponent = torch.frexp(largest).exponent.clamp(-50, 50)
         scale = torch.ldexp(torch.ones_like(largest), exponent - (BITS - 1))
         rest, found = x / scale, []
         for _ in range(pieces):
@@ -71,17 +79,17 @@ class _Product:
     def rows(self, rows: slice, device: torch.device) -> Tensor:
         """These rows (of the first dimension) of the product, in float32."""
         stacked = self.left[0].dim() > 2  # one product for each of the first dimension
+        over = rows if stacked else slice(None)
         total: Tensor | None = None
         for order in range(len(self.left)):
-            left = [piece[rows] for piece in self.left[: order + 1]]
-            right = [piece[rows] if stacked else piece for piece in self.right[: order + 1][::-1]]
-            a = torch.cat(left, -1).to(device, torch.float32)
-            b = torch.cat(right, -2).to(device, torch.float32)
-            part = (a @ b).mul_(2.0 ** (-BITS * order))
+            a = torch.cat([piece[rows] for piece in self.left[: order + 1]], -1)
+            b = torch.cat([piece[over] for piece in self.right[: order + 1][::-1]], -2)
+            # factors of 2 on whole rows and columns change no rounding
+            a = a.to(device) * (self.left_scale[rows] * 2.0 ** (-BITS * order)).to(device)
+            part = a @ (b.to(device) * self.right_scale[over].to(device))
             total = part if total is None else total.add_(part)
         assert total is not None
-        over = self.right_scale[rows] if stacked else self.right_scale
-        return total.mul_(self.left_scale[rows].to(device)).mul_(over.to(device))
+        return total
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -99,15 +107,16 @@ class _Block:
             self.copy = before.clone()
             return
         distance = (as_integers(before) - as_integers(guess)).flatten()
-        far = (distance > 127) | (distance < -128)
-        near_cost = count + int(far.sum()) * (4 + item)
+        near = distance.to(torch.int8)
+        far = near != distance
+        near_cost = count + int(far.count_nonzero()) * (4 + item)
         few_cost = int(distance.count_nonzero()) * (4 + item)
         if min(near_cost, few_cost) >= count * item:
             self.copy = before.clone()
             return
         if near_cost < few_cost:
-            self.near = distance.masked_fill(far, 0).to(torch.int8)
-            distance.masked_fill_(~far, 0)
+            self.near = near
+            distance -= near  # a multiple of 256, 0 where it fits
         index = distance.nonzero().squeeze(1)
         self.index, self.value = index.to(torch.int32), distance[index]
 
@@ -172,7 +181,7 @@ class Kept:
             return None
         part = after[rows]
         update = self.product.rows(rows, part.device).reshape(part.shape)
-        return update.neg_().add_(part).to(part.dtype)
+        return torch.sub(part, update, out=update).to(part.dtype)
 
     @torch.no_grad()
     def restored(self, after: Tensor) -> Tensor:

@@ -85,17 +85,16 @@ class ModelMerging:
         self._check_merge_allowed()
         self._check_names(adapter_names)
         layers = self._tuner_layers()
-        merged: list[tuple[Any, int]] = []
+        before = [(layer, len(layer.merged_adapters)) for layer in layers]
         try:
             for layer in layers:
                 with onloaded(layer):
-                    merged.append((layer, len(layer.merged_adapters)))
                     layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         except BaseException:
-            for layer, count in reversed(merged):
-                if len(layer.merged_adapters) > count:
+            for layer, count in reversed(before):
+                while len(layer.merged_adapters) > count:
                     with onloaded(layer):
-                        layer.unmerge() if count == 0 else layer._unmerge_last()
+                        layer._unmerge_last()
             raise
 
     def unmerge_adapter(self) -> None:
