@@ -33,6 +33,11 @@ CASES = {
         {"trainable_token_indices": {"embed_tokens": TOKENS, "lm_head": [7]}},
         torch.float32,
     ),
+    "tied_both": (
+        "gemma",
+        {"trainable_token_indices": {"embed_tokens": TOKENS, "lm_head": TOKENS}},
+        torch.float32,
+    ),
     "tied_seq2seq": ("t5", {"trainable_token_indices": {"shared": TOKENS}}, torch.float32),
     "padding_token": ("llama", {"trainable_token_indices": [0, 5]}, torch.float32),
     "bf16": ("llama", {"trainable_token_indices": TOKENS}, torch.bfloat16),
@@ -209,6 +214,26 @@ def test_nothing_of_the_vocabularys_size_is_computed() -> None:
         with _Sizes() as sizes:
             gradients(model, batch_of("gemma"))
         assert bool(sizes.found) is expected, sizes.found
+
+
+def test_tables_of_tokens_last_as_long_as_their_adapter() -> None:
+    ours, _ = two("tied_scaled")
+    with torch.inference_mode():
+        ours(**batch_of("gemma"))
+    gradients(ours, batch_of("gemma"))  # inference tensors would be refused here
+    lora = {"target_modules": ["q_proj"], "r": 4}
+    ours.add_adapter("other", peftkern.LoraConfig(**lora))
+    ours.set_adapter("other")
+    plain = logits(ours, "gemma")
+    for tokens in ([5, 9], [3, 40]):  # one name, one number of tokens
+        ours.delete_adapter("default")
+        ours.add_adapter("default", peftkern.LoraConfig(trainable_token_indices=tokens, **lora))
+        ours.set_adapter("default")
+        train(ours)
+        embed = ours.get_input_embeddings()
+        changed = (embed(torch.arange(VOCAB)) != embed.original_module(torch.arange(VOCAB))).any(1)
+        assert changed.nonzero().flatten().tolist() == sorted(tokens)
+        assert not torch.equal(logits(ours, "gemma"), plain)
 
 
 @pytest.mark.parametrize("options", [{"max_norm": 0.5}, {"scale_grad_by_freq": True}], ids=str)

@@ -52,12 +52,15 @@ def find_targets(
             raise  # else an architecture without defaults, and the parameters are enough
     error: ValueError | None = None
     matches: list[tuple[str, nn.Module]] = []
-    tied = [(n, m) for n, m in model.named_modules() if is_tied_target(config, n)]
+    tied: list[tuple[str, nn.Module]] = []
+    if getattr(config, "target_modules_to_tie", None):
+        tied = [(n, m) for n, m in model.named_modules() if is_tied_target(config, n)]
     try:
         matches = match_targets(config, model, config.target_modules or set(), state_dict)
     except ValueError as exc:
         error = exc
-    matches = [(n, m) for n, m in matches if not is_tied_target(config, n)] + tied
+    if tied:
+        matches = [(n, m) for n, m in matches if not is_tied_target(config, n)] + tied
     parameters = plan_parameters(config, model, others, [name for name, _ in matches])
     if not matches and not parameters:
         assert error is not None

@@ -42,9 +42,11 @@ def settle_tying(config: Any, model: nn.Module) -> None:
         adapts = any(re.fullmatch(targets, name) for name in EMBEDDING_LAYER_NAMES)
     else:
         adapts = _names_embedding(targets or ())
+    if not (saves or adapts or config.ensure_weight_tying):
+        return  # and the model's names need not be looked through
     tied = {plain_name(name) for name in modules_tied_to_embedding(model)}
     if not config.ensure_weight_tying:
-        if (saves or adapts) and tied:
+        if tied:
             warnings.warn(UNTIED, stacklevel=5)
     elif not tied:
         warnings.warn(
