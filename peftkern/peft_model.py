@@ -26,6 +26,7 @@ from .status import (
     get_layer_status,
     get_model_status,
 )
+from .tuners.lora.alora import get_alora_offsets_for_forward, get_alora_offsets_for_generate
 from .tuners.lora.group import settle
 from .tuners.tuners_utils import as_names
 from .utils.other import ModulesToSaveWrapper
@@ -96,6 +97,7 @@ class PeftModel(PromptLearning, AdapterFiles, AdapterStatus, PushToHubMixin, nn.
     keeps_token_types = False
     labels_are_tokens = False
     prompt_in_encoder = False
+    finds_invocations = False  # of aLoRAs, among its input ids
 
     base_model: Any
 
@@ -113,7 +115,7 @@ class PeftModel(PromptLearning, AdapterFiles, AdapterStatus, PushToHubMixin, nn.
         self._add_heads(peft_config)
         self.active_adapter = adapter_name
         self.peft_type = PeftType(peft_config.peft_type)
-        self.special_peft_forward_args = {"adapter_names"}
+        self.special_peft_forward_args = {"adapter_names", "alora_offsets"}
         self._is_prompt_learning = peft_config.is_prompt_learning
         self._adapters_disabled = False
         if self._is_prompt_learning:
@@ -245,7 +247,8 @@ class PeftModel(PromptLearning, AdapterFiles, AdapterStatus, PushToHubMixin, nn.
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        if kwargs.get("adapter_names") is None or not self.has_active_enabled_adapter:
+        asked = (kwargs.get(name) is not None for name in self.special_peft_forward_args)
+        if not any(asked) or not self.has_active_enabled_adapter:
             yield
             return
         with self.base_model._enable_peft_forward_hooks(*args, **kwargs):
@@ -272,21 +275,28 @@ class PeftModel(PromptLearning, AdapterFiles, AdapterStatus, PushToHubMixin, nn.
         if self._is_prompt_learning:
             return prompted_forward(self, kwargs)
         settle(self.base_model.model)
-        if kwargs.get("adapter_names") is None:
-            kwargs.pop("adapter_names", None)
-            return self.base_model.model(*args, **kwargs)
+        if self.finds_invocations:
+            inputs: dict[str, Any] = {
+                n: kwargs[n] for n in ("input_ids", "inputs_embeds") if n in kwargs
+            }
+            kwargs = {**get_alora_offsets_for_forward(self, **kwargs), **inputs}
+        special = [n for n in self.special_peft_forward_args if kwargs.get(n) is not None]
+        base = {k: v for k, v in kwargs.items() if k not in self.special_peft_forward_args}
+        if not special:
+            return self.base_model.model(*args, **base)
         with self._enable_peft_forward_hooks(*args, **kwargs):
-            kwargs.pop("adapter_names")
-            return self.base_model.model(*args, **kwargs)
+            return self.base_model.model(*args, **base)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's ``generate``, through the active adapter or
         the one named for each row."""
         if self._is_prompt_learning:
             return prompted_generate(self, args, kwargs)
+        if self.finds_invocations:
+            kwargs = get_alora_offsets_for_generate(self, *args, **kwargs)
         with self._enable_peft_forward_hooks(*args, **kwargs):
-            kwargs.pop("adapter_names", None)
-            return self.base_model.model.generate(*args, **kwargs)
+            base = {k: v for k, v in kwargs.items() if k not in self.special_peft_forward_args}
+            return self.base_model.model.generate(*args, **base)
 
     # ---------------------------------------------------------------- adapters
 

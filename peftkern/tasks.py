@@ -66,6 +66,7 @@ class PeftModelForCausalLM(PeftModel):
     """A decoder that predicts the next token."""
 
     labels_are_tokens = True
+    finds_invocations = True
     forward_args = (*_TEXT, "labels", *_OUTPUTS, "task_ids")
     forward = _forward(forward_args)
     prepare_inputs_for_generation = _prepare_inputs_for_generation

@@ -273,6 +273,21 @@ def test_replaced_modules_are_seen():
     assert attention.q_proj.lora_A["b"].weight.requires_grad
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_after_a_deletion_all_layers_use_the_same_adapter():
+    """Each layer would take the first that is left in it, as HF PEFT's do."""
+    found = []
+    for lib in (peftkern, peft):
+        model = lib.get_peft_model(
+            make("llama"), settings(lib, target_modules=["q_proj", "k_proj"])
+        )
+        model.add_adapter("x", settings(lib, target_modules=["q_proj"]))
+        model.add_adapter("y", settings(lib, target_modules=["k_proj"]))
+        model.delete_adapter("default")
+        found.append((model.active_adapters, model.get_model_status().active_adapters))
+    assert found == [(["x"], ["x"]), (["x"], "irregular")]
+
+
 def test_status_names_the_quantisation():
     """Told by the classes of the base layer and its weight, which are stood in for."""
     named = {"bitsandbytes.nn.modules.Linear4bit": "bnb 4bit", "hqq.core.quantize.HQQLinear": "hqq"}

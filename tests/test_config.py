@@ -104,7 +104,6 @@ OLD_JSON = {
 }
 
 UNSUPPORTED = {
-    "alora_invocation_tokens": [5],
     "use_qalora": True,
     "megatron_config": {"tensor_model_parallel_size": 1},
     "use_bdlora": True,

@@ -274,6 +274,7 @@ def test_every_shipped_launch_has_a_rule(gpu: str) -> None:
         assert found.written > 0 and found.requested >= found.read >= 0, case.name
     kernels = {"bits", "shrink", "sum", "outer", "grad_a", "write", "gemm", "small"}
     kernels |= {"attend", "decode", "merge", "grad_rows", "grad_keys"}
+    kernels |= {"norm", "root", "scale_grad"}
     assert seen == kernels | {"update", "pair", "mixed"}
 
 

@@ -204,10 +204,16 @@ class BaseTunerLayer:
         """Make these the active adapters; they train unless ``inference_mode``,
         the others do not."""
         names = as_names(adapter_names)
-        for store in self._stores():
-            for key, layer in store.items():
+        # a model has hundreds of these, and nn.Module's ways look at every value first
+        held: dict[str, Any] = self._modules  # type: ignore[attr-defined]
+        for attribute in self.adapter_layer_names:
+            store = held.get(attribute) if attribute in held else getattr(self, attribute)
+            if not store:
+                continue
+            items = store._modules.items() if type(store) is nn.ModuleDict else store.items()
+            for key, layer in items:
                 set_layer_requires_grad(layer, key in names and not inference_mode)
-        self.__dict__["_active_adapter"] = names  # nn.Module's way looks at every value first
+        self.__dict__["_active_adapter"] = names
 
     def set_requires_grad(
         self, adapter_names: str | Sequence[str], requires_grad: bool = True

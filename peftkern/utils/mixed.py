@@ -16,7 +16,7 @@ from torch import nn
 
 
 class _Here(threading.local):
-    # open blocks of this thread, the innermost last; each is {layer: names}
+    # open blocks of this thread, the innermost last; each is {layer: names, or {keyword: value}}
     blocks: tuple[Mapping[nn.Module, Any], ...] = ()
 
 
@@ -26,7 +26,8 @@ HERE = _Here()
 
 @contextmanager
 def handing(names: Mapping[nn.Module, Any]) -> Iterator[None]:
-    """Within the block each of these layers, called in this thread, gets its ``adapter_names``."""
+    """Within the block each of these layers, called in this thread, gets its ``adapter_names``, or
+    the keywords that are here for it."""
     HERE.blocks = (*HERE.blocks, names)
     try:
         yield
@@ -36,10 +37,11 @@ def handing(names: Mapping[nn.Module, Any]) -> Iterator[None]:
 
 
 def hand_over(layer: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """``kwargs`` of a call of ``layer`` with the ``adapter_names`` that a block has for it; names
-    given with the call itself hold."""
-    if "adapter_names" not in kwargs:
-        for block in reversed(HERE.blocks):
-            if layer in block:
-                return {**kwargs, "adapter_names": block[layer]}
+    """``kwargs`` of a call of ``layer`` with the ``adapter_names`` that the innermost block has for
+    it, and other keywords likewise; what is given with the call itself holds."""
+    for block in reversed(HERE.blocks):
+        if layer in block:
+            found = block[layer]
+            given = found if isinstance(found, dict) else {"adapter_names": found}
+            kwargs = {**given, **kwargs}
     return kwargs

@@ -55,8 +55,13 @@ def own_parameters(module: nn.Module) -> Iterable[nn.Parameter]:
 def set_layer_requires_grad(layer: nn.Module | Tensor, requires_grad: bool) -> None:
     """Set ``requires_grad`` on a tensor, or on all parameters of a module; tensors that are no
     leaves (FSDP's views) are passed over."""
-    for tensor in (layer,) if isinstance(layer, Tensor) else own_parameters(layer):
-        if tensor.requires_grad != requires_grad and tensor.is_leaf:
+    tensors: Iterable[Tensor | None]
+    if isinstance(layer, Tensor):
+        tensors = (layer,)
+    else:
+        tensors = layer.parameters() if layer._modules else layer._parameters.values()
+    for tensor in tensors:
+        if tensor is not None and tensor.requires_grad != requires_grad and tensor.is_leaf:
             tensor.requires_grad_(requires_grad)
 
 

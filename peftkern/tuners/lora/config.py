@@ -56,6 +56,7 @@ class LoraConfig(PeftConfig):
         corda_config: :class:`CordaConfig` of "corda".
         lora_ga_config: :class:`LoraGAConfig` of "lora_ga".
         use_dora: train a magnitude of each output beside A and B (:mod:`.dora`).
+        alora_invocation_tokens: let the adapter work from these tokens on (:mod:`.alora`).
 
     The other fields exist so that configurations of HF PEFT can be read and written; one that asks
     for something not built yet is refused by :meth:`check_supported` before a model is touched.
@@ -86,7 +87,7 @@ class LoraConfig(PeftConfig):
     lora_ga_config: LoraGAConfig | None = field(default=None)
     use_dora: bool = field(default=False, metadata=SELECTS)
     velora_config: Any | None = field(default=None)
-    alora_invocation_tokens: list[int] | None = field(default=None)
+    alora_invocation_tokens: list[int] | None = field(default=None, metadata=SELECTS)
     use_qalora: bool = field(default=False)
     qalora_group_size: int = field(default=16)
     monteclora_config: Any | None = field(default=None)
@@ -270,8 +271,8 @@ class LoraConfig(PeftConfig):
     def unsupported(self) -> list[str]:
         """Every setting, as ``name=value``, that peftkern cannot honour yet."""
         names = (
-            "megatron_config velora_config alora_invocation_tokens use_qalora "
-            "monteclora_config use_bdlora arrow_config kasa_config"
+            "megatron_config velora_config use_qalora monteclora_config use_bdlora arrow_config "
+            "kasa_config"
         ).split()
         found = [f"{name}={getattr(self, name)!r}" for name in names if getattr(self, name)]
         return found

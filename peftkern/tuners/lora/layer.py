@@ -16,6 +16,7 @@ from ...ops.library import traced_lora_linear, why_formula
 from ...ops.lora import lora_linear
 from ...utils.mixed import HERE, hand_over
 from . import inits
+from .alora import ALoraLinearVariant
 from .base import NOTHING, LoraLayer
 from .config import LoraConfig
 from .dora import DoraLinearVariant
@@ -219,7 +220,11 @@ class Linear(nn.Module, LoraLayer):
 
     @property
     def lora_variants(self) -> dict[tuple[str, ...], Any]:
-        return {(): None, ("use_dora",): DoraLinearVariant}
+        return {
+            (): None,
+            ("use_dora",): DoraLinearVariant,
+            ("alora_invocation_tokens",): ALoraLinearVariant,
+        }
 
     def _update(self, name: str, x: Tensor) -> Tensor:
         A: Any = self.lora_A[name]

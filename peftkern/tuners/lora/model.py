@@ -25,6 +25,7 @@ from ...utils.tied import modules_tied_to_embedding
 from ..base_tuner import BaseTuner
 from ..targets import check_compatible
 from ..tuners_utils import BaseTunerLayer
+from .alora import handing_offsets
 from .base import LoraLayer
 from .beside import Beside, find_targets, rank_and_alpha
 from .config import LoraConfig
@@ -334,7 +335,19 @@ class LoraModel(ModelMerging, Weighted, Starts, BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Hand ``adapter_names`` to every layer for the calls within the block."""
+        """Hand ``adapter_names`` and ``alora_offsets`` to the layers for the calls within the
+        block."""
+        offsets = kwargs.get("alora_offsets")
+        if offsets is not None:
+            if (kwargs.get("num_beams") or 1) > 1:
+                raise ValueError("Beam search not yet supported for aLoRA.")
+            layers = [m for m in self.adapter_layers() if isinstance(m, LoraLayer)]
+            with (
+                handing_offsets(layers, self.model, offsets),
+                self._enable_peft_forward_hooks(*args, **{**kwargs, "alora_offsets": None}),
+            ):
+                yield
+            return
         adapter_names = kwargs.get("adapter_names")
         if adapter_names is None:
             yield

@@ -1,5 +1,12 @@
 """The variants of LoRA there are, under HF PEFT's names; what one is says :mod:`.variant`."""
 
+from .alora import (
+    ALoraLinearVariant,
+    calculate_alora_offsets,
+    get_alora_offsets_for_forward,
+    get_alora_offsets_for_generate,
+    is_alora_relevant_in_batch,
+)
 from .dora import (
     DoraConv1dVariant,
     DoraConv2dVariant,
@@ -10,10 +17,15 @@ from .dora import (
 from .variant import LoraVariant
 
 __all__ = [
+    "ALoraLinearVariant",
     "DoraConv1dVariant",
     "DoraConv2dVariant",
     "DoraConv3dVariant",
     "DoraEmbeddingVariant",
     "DoraLinearVariant",
     "LoraVariant",
+    "calculate_alora_offsets",
+    "get_alora_offsets_for_forward",
+    "get_alora_offsets_for_generate",
+    "is_alora_relevant_in_batch",
 ]

@@ -1,0 +1,189 @@
+"""aLoRA (Greenewald et al., 2025, arXiv 2504.12397): an adapter that works from the tokens on that
+invoke it, so that the cache of what stands before them is the base model's.
+
+A row's offset counts tokens from its end: where its last invocation starts, None where it has none.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...ops import autocast
+from ...utils.mixed import handing
+from .variant import LoraVariant
+
+BASE = "__base__"
+
+
+class ALoraLinearVariant(LoraVariant):
+    """On linear layers: plain LoRA for each row's last ``alora_offsets[row]`` tokens."""
+
+    def update(self, layer: Any, adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+        A, B = layer.lora_A[adapter], layer.lora_B[adapter]
+        rows = _active_rows(result, kwargs.get("alora_offsets"))
+        # also without any: then the weights get gradients of 0, as distributed training wants
+        part = x.reshape(-1, x.shape[-1])[rows]
+        if not autocast.is_on(x):
+            part = part.to(A.weight.dtype)
+        update = B(A(layer.lora_dropout[adapter](part))) * layer.scaling[adapter]
+        wide = torch.promote_types(result.dtype, update.dtype)
+        flat = result.reshape(-1, result.shape[-1]).to(wide)
+        return flat.index_add(0, rows, update.to(wide)).view(result.shape)
+
+    def merged_weight(self, layer: Any, adapter: str, weight: Tensor, base: Tensor) -> Tensor:
+        raise NotImplementedError("aLoRA does not support merging.")
+
+    def decline(self, layer: Any, adapter: str) -> str:
+        return "aLoRA: the base layer, then the adapter on the tokens from its invocation on"
+
+
+def _active_rows(result: Tensor, offsets: Sequence[int | None] | None) -> Tensor:
+    """Numbers of the tokens of ``result`` [B, T, N] or [B, N] that are among the last
+    ``offsets[b]`` of their row."""
+    if offsets is None:
+        return torch.zeros(0, dtype=torch.long, device=result.device)
+    batch, length = result.shape[0], result.shape[1] if result.dim() == 3 else 1
+    if len(offsets) != batch:
+        raise ValueError(
+            f"`alora_offsets` must have one number (or None) for each row: got {len(offsets)} for "
+            f"{batch} rows"
+        )
+    counts = [0 if o is None else min(int(o), length) for o in offsets]
+    starts = length - torch.tensor(counts, device=result.device)
+    active = torch.arange(length, device=result.device) >= starts[:, None]
+    return active.flatten().nonzero().squeeze(1)
+
+
+# -------------------------------------------------------------------- where an adapter is invoked
+
+
+def calculate_alora_offsets(
+    peft_config: dict[str, Any],
+    active_adapter: str,
+    input_ids: Tensor | None,
+    adapter_names: Sequence[str] | None = None,
+) -> list[int | None]:
+    """Each row's offset: how many tokens there are from the start of its last invocation to its
+    end.
+
+    Args:
+        peft_config: {adapter: configuration}.
+        active_adapter: the adapter of rows that name none.
+        input_ids: [B, T]; None: no rows.
+        adapter_names: the adapter of each row.
+    """
+    if input_ids is None:
+        return []
+    rows = list(adapter_names or [])
+    rows += [active_adapter] * (input_ids.shape[0] - len(rows))
+    ids = input_ids.tolist()
+    return [_offset(peft_config, name, row) for name, row in zip(rows, ids, strict=False)]
+
+
+def _offset(peft_config: dict[str, Any], name: str, row: list[int]) -> int | None:
+    if name != BASE and name not in peft_config:
+        warnings.warn(
+            f"Adapter '{name}' not found in peft_config. Its row runs through the base model.",
+            stacklevel=4,
+        )
+    tokens = getattr(peft_config.get(name), "alora_invocation_tokens", None)
+    if not tokens:
+        return None
+    for start in range(len(row) - len(tokens), -1, -1):
+        if row[start : start + len(tokens)] == list(tokens):
+            return len(row) - start
+    return None
+
+
+def is_alora_relevant_in_batch(model: Any, adapter_names: Sequence[str] | None = None) -> bool:
+    """Whether the active adapter, or one that a row names, is an aLoRA."""
+    names = {*model.active_adapters, *(adapter_names or ())}
+    configs = (model.peft_config.get(name) for name in names)
+    return any(getattr(config, "alora_invocation_tokens", None) for config in configs)
+
+
+def get_alora_offsets_for_forward(
+    model: Any, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, **kwargs: Any
+) -> dict[str, Any]:
+    """``kwargs`` of a forward with ``alora_offsets``, where an aLoRA takes part."""
+    names = kwargs.get("adapter_names")
+    if not is_alora_relevant_in_batch(model, names) or kwargs.get("alora_offsets") is not None:
+        return kwargs
+    found = None
+    if input_ids is not None:
+        found = calculate_alora_offsets(model.peft_config, _first(model), input_ids, names)
+    elif inputs_embeds is not None:
+        warnings.warn(
+            "Cannot calculate aLoRA offsets when only inputs_embeds are provided. Disabling aLoRA "
+            "for this forward pass.",
+            stacklevel=2,
+        )
+    return {**kwargs, "alora_offsets": found}
+
+
+def get_alora_offsets_for_generate(model: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """``kwargs`` of a generate with ``alora_offsets``, where an aLoRA takes part: those of the
+    prompt, which hold for all that is generated."""
+    names = kwargs.get("adapter_names")
+    if not is_alora_relevant_in_batch(model, names) or kwargs.get("alora_offsets") is not None:
+        return kwargs
+    ids = kwargs.get("input_ids")
+    if ids is None:
+        ids = kwargs.get("inputs")
+    if ids is None and args and isinstance(args[0], Tensor):
+        ids = args[0]
+    if ids is None:
+        warnings.warn(
+            "Cannot calculate aLoRA offsets during generate as input_ids are not available. "
+            "Disabling aLoRA.",
+            stacklevel=2,
+        )
+        return {**kwargs, "alora_offsets": None}
+    ids = ids[None] if ids.dim() == 1 else ids
+    found = calculate_alora_offsets(model.peft_config, _first(model), ids, names)
+    return {**kwargs, "alora_offsets": found}
+
+
+def _first(model: Any) -> str:
+    """The adapter whose invocation counts: the active one, of several the first aLoRA."""
+    names = list(model.active_adapters)
+    tokens = [n for n in names if getattr(model.peft_config[n], "alora_invocation_tokens", None)]
+    return (tokens or names or [BASE])[0]
+
+
+# -------------------------------------------------------------------- how layers hear of it
+
+
+@contextmanager
+def handing_offsets(layers: Sequence[Any], model: nn.Module, offsets: Any) -> Iterator[None]:
+    """Within the block, and in the recomputation of blocks that are checkpointed in it, each of
+    these layers gets ``alora_offsets``."""
+    given = {layer: {"alora_offsets": offsets} for layer in layers}
+    runs = [m for m in model.modules() if "_gradient_checkpointing_func" in m.__dict__]
+    before = [m.__dict__["_gradient_checkpointing_func"] for m in runs]
+    for module, run in zip(runs, before, strict=True):
+        # not handed where no layer is recomputed with it: the function is kept by what it runs
+        module.__dict__["_gradient_checkpointing_func"] = functools.partial(_checkpoint, run, given)
+    try:
+        with handing(given):
+            yield
+    finally:
+        for module, run in zip(runs, before, strict=True):
+            module.__dict__["_gradient_checkpointing_func"] = run
+
+
+def _checkpoint(
+    run: Callable[..., Any], given: Any, function: Any, *args: Any, **kwargs: Any
+) -> Any:
+    def handed(*inner: Any, **more: Any) -> Any:
+        with handing(given):
+            return function(*inner, **more)
+
+    return run(handed, *args, **kwargs)

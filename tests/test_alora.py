@@ -1,0 +1,137 @@
+"""aLoRA against HF PEFT: where it starts to work, training, checkpoints, generation, mixed rows."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import peft
+import pytest
+import torch
+
+import peftkern
+from peftkern.tuners.lora.variants import calculate_alora_offsets
+from tests.tiny import fill, first, gradients, make
+
+CALL = [7, 9]
+# an invocation in the middle, two of them, none, one that is cut off at the end
+IDS = torch.tensor(
+    [[3, 4, 7, 9, 5, 6, 8], [7, 9, 3, 7, 9, 4, 5], [3, 9, 7, 5, 6, 8, 4], [3, 4, 5, 6, 8, 9, 7]]
+)
+OFFSETS = [5, 4, None, None]
+
+
+def models(**settings):
+    base, found = make("llama"), []
+    for library in (peftkern, peft):
+        config = library.LoraConfig(
+            task_type="CAUSAL_LM",
+            r=4,
+            target_modules=["q_proj", "v_proj", "down_proj"],
+            alora_invocation_tokens=CALL,
+            **settings,
+        )
+        found.append(library.get_peft_model(copy.deepcopy(base), config))
+        fill(found[-1])
+    return found
+
+
+def test_offsets():
+    configs = {
+        "a": peftkern.LoraConfig(task_type="CAUSAL_LM", alora_invocation_tokens=CALL),
+        "b": peftkern.LoraConfig(task_type="CAUSAL_LM", alora_invocation_tokens=[3]),
+        "plain": peftkern.LoraConfig(),
+    }
+    for names in (None, ["a", "b", "plain", "__base__"], ["b"]):
+        mine = calculate_alora_offsets(configs, "a", IDS, adapter_names=names)
+        other = peft.tuners.lora.variants.calculate_alora_offsets(configs, "a", IDS, names)
+        assert mine == other
+    assert calculate_alora_offsets(configs, "a", IDS) == OFFSETS
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_numbers_and_gradients(p):
+    ours, theirs = models(lora_dropout=p)
+    found = [gradients(m.train(), {"input_ids": IDS, "labels": IDS}) for m in (ours, theirs)]
+    torch.testing.assert_close(found[0][0], found[1][0])
+    for name, other in found[1][1].items():
+        torch.testing.assert_close(found[0][1][name], other, rtol=1e-4, atol=1e-6)
+    # before its invocation the model is the base model, bit for bit
+    with torch.no_grad():
+        after = first(ours.eval()(input_ids=IDS))
+        with ours.disable_adapter():
+            base = first(ours(input_ids=IDS))
+        plain = first(ours(inputs_embeds=ours.get_input_embeddings()(IDS), attention_mask=None))
+    for row, offset in enumerate(OFFSETS):
+        start = IDS.shape[1] - (offset or 0)
+        torch.testing.assert_close(after[row, :start], base[row, :start])
+        assert offset is None or not torch.allclose(after[row, start:], base[row, start:])
+    torch.testing.assert_close(plain, base)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_blocks_know_their_offsets(reentrant):
+    """Also when there is another forward before the backward, which HF PEFT refuses."""
+    ours, _ = models()
+    batch = {"input_ids": IDS, "labels": IDS}
+    want = gradients(ours.train(), batch)[1]
+    ours.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    ours.enable_input_require_grads()
+    ours.zero_grad()
+    loss = ours(**batch).loss
+    ours(input_ids=IDS.flip(1), labels=IDS)
+    loss.backward()
+    for name, parameter in ours.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(parameter.grad, want[name], rtol=1e-4, atol=1e-6)
+
+
+def test_generation():
+    ours, theirs = models()
+    kwargs = dict(max_new_tokens=6, do_sample=False, pad_token_id=0)
+    mine, other = (m.eval().generate(input_ids=IDS, **kwargs) for m in (ours, theirs))
+    assert torch.equal(mine, other)
+    with ours.disable_adapter():
+        assert not torch.equal(ours.generate(input_ids=IDS, **kwargs), mine)
+    with pytest.raises(ValueError, match="Beam search not yet supported for aLoRA"):
+        ours.generate(input_ids=IDS, num_beams=2, **kwargs)
+
+
+def test_rows_that_name_adapters():
+    pairs = models()
+    for model, library in zip(pairs, (peftkern, peft), strict=True):
+        plain = library.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "v_proj"])
+        model.add_adapter("plain", plain)
+        fill(model)
+    names = ["default", "plain", "__base__", "default"]
+    with torch.no_grad():
+        mine, other = (first(m.eval()(input_ids=IDS, adapter_names=names)) for m in pairs)
+    torch.testing.assert_close(mine, other)
+
+
+def test_what_it_does_not_do():
+    ours, _ = models()
+    with pytest.raises(NotImplementedError, match="aLoRA does not support merging"):
+        ours.merge_adapter()
+    assert "aLoRA" in peftkern.explain(ours)[0].reason
+    with pytest.raises(ValueError, match="one number .* for each row"):
+        ours(input_ids=IDS, alora_offsets=[1, 2])
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        ours(inputs_embeds=torch.zeros(1, 3, 16))
+    assert any("only inputs_embeds" in str(w.message) for w in said)
+    with pytest.raises(ValueError, match="variant combination"):
+        config = peftkern.LoraConfig(
+            task_type="CAUSAL_LM", target_modules=["embed_tokens"], alora_invocation_tokens=CALL
+        )
+        peftkern.get_peft_model(make("llama"), config)
+
+
+def test_files_go_both_ways(tmp_path):
+    ours, theirs = models()
+    ours.save_pretrained(tmp_path / "ours")
+    theirs.save_pretrained(tmp_path / "theirs")
+    want = first(theirs.eval()(input_ids=IDS))
+    for library, name in ((peft, "ours"), (peftkern, "theirs")):
+        model = library.PeftModel.from_pretrained(make("llama"), tmp_path / name)
+        torch.testing.assert_close(first(model.eval()(input_ids=IDS)), want)
