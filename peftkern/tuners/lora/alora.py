@@ -169,7 +169,7 @@ def handing_offsets(layers: Sequence[Any], model: nn.Module, offsets: Any) -> It
     runs = [m for m in model.modules() if "_gradient_checkpointing_func" in m.__dict__]
     before = [m.__dict__["_gradient_checkpointing_func"] for m in runs]
     for module, run in zip(runs, before, strict=True):
-        # not handed where no layer is recomputed with it: the function is kept by what it runs
+        # a recomputation runs what its checkpoint was given, and so with the offsets of its forward
         module.__dict__["_gradient_checkpointing_func"] = functools.partial(_checkpoint, run, given)
     try:
         with handing(given):
