@@ -52,7 +52,9 @@ def real(batch: dict[str, Any], logits: Tensor) -> Tensor:
 def unmoved(monkeypatch: pytest.MonkeyPatch) -> None:
     """The mistake of leaving own tokens where they would be without a prefix."""
     monkeypatch.setattr(positions, "move", lambda *_: None)
-    monkeypatch.setattr(positions, "move_in_table", lambda args, kwargs, offset: (args, kwargs))
+    monkeypatch.setattr(
+        positions, "move_in_table", lambda table, args, kwargs, offset: (args, kwargs)
+    )
 
 
 @pytest.mark.parametrize("padding", ["left", "right", None])

@@ -117,7 +117,8 @@ def _with_prefix(
     # one query sees all own keys, causal or not; a window is one of causal attention
     causal = causal and (T > 1 or sliding_window is not None)
     spec = mask if isinstance(mask, MaskSpec) else None
-    window, offset, plan = sliding_window, state.past, dict[str, Any]()
+    window, offset = sliding_window, state.past
+    plan: dict[str, Any] = {}
     if spec is not None:
         _check_length(spec, S, state)
         causal, offset = spec.causal, spec.q_offset
