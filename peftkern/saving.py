@@ -14,9 +14,10 @@ from .card import create_or_update_model_card
 from .config import PeftConfig, split_hub_kwargs
 from .loading import LoadResult, check_keys, fill, match_weights
 from .prompts import innermost
+from .tuners.base_tuner import BaseTuner
 from .tuners.lora.plain import as_plain_lora
 from .utils.constants import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from .utils.module_tree import any_training, parameters_of
+from .utils.module_tree import parameters_of, training_modules
 from .utils.save_and_load import get_peft_model_state_dict, load_peft_weights
 
 
@@ -46,6 +47,17 @@ def _write_weights(path: str, tensors: dict[str, Tensor]) -> None:
             torch.save(tensors, tmp)
 
     write_atomically(path, write)
+
+
+def evaluate(model: nn.Module) -> None:
+    """``model.eval()``, which costs as much as a small adapter's loading: left out where the
+    wrappers around a model in evaluation mode are all that is to be switched."""
+    training = training_modules(model)
+    if all(isinstance(module, (AdapterFiles, BaseTuner)) for module in training):
+        for module in training:
+            module.training = False
+    else:
+        model.eval()
 
 
 class AdapterFiles:
@@ -243,7 +255,7 @@ class AdapterFiles:
         if is_trainable and config.is_prompt_learning:
             peft_model.set_adapter(adapter_name)
         if not is_trainable:
-            peft_model.eval()
+            evaluate(peft_model)
         return peft_model
 
     def load_adapter(
@@ -302,8 +314,8 @@ class AdapterFiles:
             config.inference_mode = not is_trainable
         if new and is_trainable and not prompts:  # a prompt trains from `set_adapter` on
             self.set_requires_grad(adapter_name)
-        if not is_trainable and any_training(self):
-            self.eval()
+        if not is_trainable:
+            evaluate(self)
         return result
 
     def _fill(

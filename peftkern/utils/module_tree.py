@@ -33,15 +33,15 @@ def parameters_of(model: nn.Module) -> list[nn.Parameter]:
     return list(found.values())
 
 
-def any_training(model: nn.Module) -> bool:
-    """Whether a module of ``model`` is in training mode; asking is cheaper than ``eval()``."""
-    stack = [model]
+def training_modules(model: nn.Module) -> list[nn.Module]:
+    """The modules of ``model`` that are in training mode."""
+    found, stack = [], [model]
     while stack:
         module = stack.pop()
         if module.training:
-            return True
+            found.append(module)
         stack += [m for m in module._modules.values() if m is not None]
-    return False
+    return found
 
 
 def own_parameters(module: nn.Module) -> Iterable[nn.Parameter]:
