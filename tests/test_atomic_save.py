@@ -25,8 +25,10 @@ def test_arguments_of_save(tmp_path):
         model.save_pretrained(tmp_path / "file")
     with pytest.raises(ValueError, match="ghost"):
         model.save_pretrained(tmp_path / "out", selected_adapters=["default", "ghost"])
-    with pytest.raises(NotImplementedError, match="path_initial_model"):
-        model.save_pretrained(tmp_path / "out", path_initial_model_for_weight_conversion="x")
+    with pytest.raises(ValueError, match="nowhere"):
+        model.save_pretrained(
+            tmp_path / "out", path_initial_model_for_weight_conversion="./nowhere"
+        )
     model.save_pretrained(tmp_path / "out", is_main_process=False)
     assert sorted(os.listdir(tmp_path)) == ["file"] and (tmp_path / "file").read_text() == "mine"
 
