@@ -13,6 +13,7 @@ from ._io import replaced_together, write_atomically
 from .card import create_or_update_model_card
 from .config import PeftConfig, split_hub_kwargs
 from .loading import LoadResult, check_keys, fill, match_weights
+from .mapping import check_adapter_name
 from .prompts import innermost
 from .tuners.base_tuner import BaseTuner
 from .tuners.lora.plain import as_plain_lora
@@ -125,6 +126,8 @@ class AdapterFiles:
                 "You passed an invalid `selected_adapters` arguments, current supported adapter "
                 f"names are {list(self.peft_config)} - got {unknown}."
             )
+        for name in names:
+            check_adapter_name(name)  # it becomes a folder's, whoever put it into `peft_config`
         tensors = {
             name: get_peft_model_state_dict(
                 self, kwargs.get("state_dict"), name, save_embedding_layers=save_embedding_layers
@@ -212,7 +215,6 @@ class AdapterFiles:
             RuntimeError: shapes differ from the model's.
             Either way the base model is as it was.
         """
-        from .mapping import check_adapter_name
         from .tasks import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 
         check_adapter_name(adapter_name)
