@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,61 @@ def card_tags(model: Any) -> list[str]:
     return sorted(tags)
 
 
+_FOR_THE_AUTHOR = (
+    ("What it is for", "the task it was trained for, and what it should not be used for"),
+    ("Training data", "where it comes from, its size and licence, how it was filtered and split"),
+    ("Training", "steps, batch size, learning rate and schedule, precision, hardware, hours"),
+    ("Evaluation", "metrics on held-out data beside those of the base model alone"),
+    ("Limits", "languages, biases and failures that are known"),
+)
+
+
+def _settings(config: Any) -> Iterator[str]:
+    """What of an adapter's configuration a reader of the card wants to know, as list items."""
+    for name in ("r", "lora_alpha", "lora_dropout", "target_modules", "num_virtual_tokens"):
+        value = getattr(config, name, None)
+        if value is not None and value != 0:
+            shown = ", ".join(sorted(value)) if isinstance(value, (set, list)) else value
+            yield f"- `{name}`: {shown}"
+
+
+def _new_text(model: Any) -> str:
+    """The text of a card that nobody has written yet: what is known, how to load the adapter, and
+    headings for what only its author knows."""
+    config = model.active_peft_config
+    base = getattr(innermost(model), "name_or_path", None) or "the base model"
+    method = PeftType(config.peft_type).value.replace("_", " ").lower()
+    auto = _auto_class(model)
+    load = [f"from transformers import {auto}"] if auto else []
+    made = f'{auto}.from_pretrained("{base}")' if auto else f"...  # {base}"
+    lines = [
+        *("# Adapter", ""),
+        f"An adapter ({method}) for `{base}`, trained and saved with peftkern. It has HF PEFT's",
+        "format: whatever loads adapters of HF PEFT loads it.",
+        *("", "## Configuration", "", *_settings(config)),
+        *("", "## How to load it", "", "```python"),
+        *load,
+        "from peftkern import PeftModel  # or: from peft import PeftModel",
+        "",
+        f"model = {made}",
+        'model = PeftModel.from_pretrained(model, "this folder or repository")',
+        "```",
+    ]
+    for heading, what in _FOR_THE_AUTHOR:
+        lines += ["", f"## {heading}", "", f"[To be written by the author: {what}.]"]
+    return "\n".join(lines) + "\n"
+
+
+def _auto_class(model: Any) -> str | None:
+    """The class of transformers that loads the base model; None for a model of another library."""
+    import transformers
+
+    if not isinstance(innermost(model), transformers.PreTrainedModel):
+        return None
+    task = type(model).__name__.removeprefix("PeftModel").removeprefix("For")
+    return "AutoModel" if task in ("", "FeatureExtraction") else f"AutoModelFor{task}"
+
+
 def create_or_update_model_card(model: Any, output_dir: str | os.PathLike[str]) -> None:
     """Write ``README.md`` into ``output_dir``, or bring the one that is there up to date.
 
@@ -46,7 +102,7 @@ def create_or_update_model_card(model: Any, output_dir: str | os.PathLike[str]) 
         card = ModelCard.load(path)
     else:
         header = ModelCardData().to_yaml()
-        card = ModelCard(f"---\n{header}\n---\n\n# Adapter\n\nTrained and saved with peftkern.\n")
+        card = ModelCard(f"---\n{header}\n---\n\n{_new_text(model)}")
     card.data["library_name"] = "peft"
     card.data["tags"] = sorted({*(card.data.get("tags") or []), *card_tags(model)})
     if model.active_peft_config.task_type == TaskType.CAUSAL_LM and not card.data.get(

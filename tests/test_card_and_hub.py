@@ -38,6 +38,8 @@ def test_card_has_what_pefts_has(tmp_path):
     assert set(ours.pop("tags")) - set(theirs.pop("tags")) == {"peftkern"}
     assert ours == theirs and ours["library_name"] == "peft" and ours["base_model"] == "owner/base"
     assert ours["pipeline_tag"] == "text-generation"
+    assert '= AutoModelForCausalLM.from_pretrained("owner/base")' in cards[0].text
+    assert "- `r`: 4\n" in cards[0].text and "## Training data" in cards[0].text
     assert f"- peftkern {peftkern.__version__}" in cards[0].text and "- PEFT 0." in cards[0].text
 
 
