@@ -403,6 +403,47 @@ def test_a_class_with_an_update_of_its_own_is_called_as_peft_calls_it():
     assert type(model.base_model.model[0]) is Own
 
 
+class OwnMerge(nn.Module, lora.LoraLayer):
+    """A layer with a forward and a merge of its own, as users write them."""
+
+    def __init__(self, base_layer, adapter_name, config, r, **kwargs) -> None:
+        super().__init__()
+        lora.LoraLayer.__init__(self, base_layer)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, r)
+
+    def update_layer(self, adapter_name, r, **kwargs):
+        self.r[adapter_name], self.scaling[adapter_name] = r, 1.0
+        self.lora_A[adapter_name] = nn.Linear(3, r)
+        self.lora_B[adapter_name] = nn.Linear(r, 4)
+
+    def forward(self, x):
+        return self.base_layer(x)[0]
+
+    def merge(self, safe_merge=False, adapter_names=None):
+        self.merged_adapters.append("default")
+
+    def unmerge(self):
+        self.merged_adapters.clear()
+
+
+def test_a_class_that_merges_in_its_own_way_is_explained_merged_and_rolled_back():
+    config = peftkern.LoraConfig(target_modules=["0", "1"])
+    config._register_custom_module({nn.LSTM: OwnMerge})
+    model = peftkern.get_peft_model(nn.Sequential(nn.LSTM(3, 4), nn.Linear(4, 2)), config)
+    own, linear = model.base_model.model
+    row = peftkern.explain(model)[0]
+    assert not row.fused and "OwnMerge has a forward of its own" in row.reason
+    weight = linear.lora_B["default"].weight
+    weight.data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="NaNs detected"):
+        model.merge_adapter(safe_merge=True)
+    assert not own.merged and not linear.merged
+    weight.data.zero_()
+    merged = model.merge_and_unload()
+    assert type(merged[0]) is nn.LSTM and type(merged[1]) is nn.Linear
+
+
 def test_layers_may_be_made_by_hand():
     torch.manual_seed(0)
     config = peftkern.LoraConfig(init_lora_weights=False)
