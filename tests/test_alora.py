@@ -113,6 +113,8 @@ def test_what_it_does_not_do():
     ours, _ = models()
     with pytest.raises(NotImplementedError, match="aLoRA does not support merging"):
         ours.merge_adapter()
+    with pytest.raises(TypeError, match="do not support LoRA conversion"):
+        peftkern.convert_to_lora(ours, rank=2)
     assert "aLoRA" in peftkern.explain(ours)[0].reason
     with pytest.raises(ValueError, match="one number .* for each row"):
         ours(input_ids=IDS, alora_offsets=[1, 2])

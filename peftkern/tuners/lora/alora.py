@@ -40,6 +40,10 @@ class ALoraLinearVariant(LoraVariant):
     def merged_weight(self, layer: Any, adapter: str, weight: Tensor, base: Tensor) -> Tensor:
         raise NotImplementedError("aLoRA does not support merging.")
 
+    def supports_lora_conversion(self) -> bool:
+        """No: plain LoRA works on every token."""
+        return False
+
     def decline(self, layer: Any, adapter: str) -> str:
         return "aLoRA: the base layer, then the adapter on the tokens from its invocation on"
 
