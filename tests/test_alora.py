@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 import warnings
 
 import peft
@@ -84,6 +85,34 @@ def test_checkpointed_blocks_know_their_offsets(reentrant):
     for name, parameter in ours.named_parameters():
         if parameter.requires_grad:
             torch.testing.assert_close(parameter.grad, want[name], rtol=1e-4, atol=1e-6)
+
+
+def test_checkpoints_of_several_threads_keep_their_offsets_apart():
+    ours, _ = models()
+    batch = {"input_ids": IDS, "labels": IDS}
+    want = gradients(ours.train(), batch)[1]
+    ours.gradient_checkpointing_enable({"use_reentrant": False})
+    ours.zero_grad()
+    name = "_gradient_checkpointing_func"
+    runs = {m: m.__dict__[name] for m in ours.modules() if name in m.__dict__}
+    entered, leave = threading.Event(), threading.Event()
+
+    def other():
+        with ours.base_model._enable_peft_forward_hooks(alora_offsets=[1, 1, 1, 1]):
+            entered.set()
+            leave.wait(60)
+
+    thread = threading.Thread(target=other)
+    with ours.base_model._enable_peft_forward_hooks(alora_offsets=OFFSETS):
+        thread.start()
+        assert entered.wait(60)
+        ours.base_model.model(**batch).loss.backward()
+    leave.set()
+    thread.join()
+    for key, parameter in ours.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(parameter.grad, want[key], rtol=1e-4, atol=1e-6)
+    assert runs and all(m.__dict__[name] is run for m, run in runs.items())
 
 
 def test_generation():
