@@ -138,6 +138,33 @@ def test_rows_that_name_adapters():
     torch.testing.assert_close(mine, other)
 
 
+def test_layers_of_plain_adapters_beside_it_are_not_handed_offsets():
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.lin = torch.nn.Embedding(10, 8), torch.nn.Linear(8, 8)
+            self.attn = torch.nn.MultiheadAttention(8, 2, batch_first=True)
+            self.box = torch.nn.Sequential(torch.nn.Linear(8, 8))
+
+        def forward(self, input_ids=None, **kwargs):
+            x = self.lin(self.embed(input_ids))
+            return self.box(self.attn(x, x, x)[0])
+
+    plain = peftkern.LoraConfig(target_modules=["attn"], target_parameters=["box.0.weight"])
+    ours = peftkern.get_peft_model(Model(), plain, "plain")
+    alora = peftkern.LoraConfig(
+        task_type="CAUSAL_LM", target_modules=["lin"], alora_invocation_tokens=CALL
+    )
+    ours.add_adapter("alora", alora)
+    fill(ours)
+    ours.set_adapter("alora")
+    with ours.disable_adapter():
+        base = ours(input_ids=IDS)
+    with ours.base_model._enable_peft_forward_hooks(alora_offsets=OFFSETS):
+        got = ours.base_model.model(input_ids=IDS)
+    assert torch.equal(got[2:], base[2:]) and not torch.allclose(got[:2], base[:2])
+
+
 def test_what_it_does_not_do():
     ours, _ = models()
     with pytest.raises(NotImplementedError, match="aLoRA does not support merging"):
