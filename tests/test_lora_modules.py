@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+import warnings
 
 import peft
 import pytest
@@ -164,6 +165,27 @@ def test_dilated_convolutions_which_peft_cannot_run():
     with pytest.raises(RuntimeError):
         models[1](x)
     torch.testing.assert_close(models[0](x), models[1].merge_and_unload()(x), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "settings, says",
+    [
+        ({"padding": "same", "dilation": 2}, "not dilated"),
+        ({"padding": 1, "padding_mode": "reflect"}, "pads with zeros"),
+        ({"padding_mode": "reflect"}, None),
+    ],
+)
+def test_a_merge_that_changes_outputs_says_so(settings, says):
+    config = peftkern.LoraConfig(target_modules=["0"], init_lora_weights=False)
+    model = peftkern.get_peft_model(nn.Sequential(nn.Conv1d(4, 4, 3, **settings)), config)
+    x = torch.randn(2, 4, 9)
+    y = model(x)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        model.merge_adapter()
+    assert torch.allclose(model(x), y, atol=1e-5) is (says is None)
+    assert [w for w in said if "changes the outputs" in str(w.message)] == said
+    assert len(said) == (says is not None) and all(says in str(w.message) for w in said)
 
 
 @pytest.mark.parametrize("name", ["conv2d", "conv1d"])
