@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 import warnings
 
 import peft
@@ -86,6 +87,34 @@ def test_checkpointed_blocks_know_their_offsets(reentrant):
             torch.testing.assert_close(parameter.grad, want[name], rtol=1e-4, atol=1e-6)
 
 
+def test_checkpoints_of_several_threads_keep_their_offsets_apart():
+    ours, _ = models()
+    batch = {"input_ids": IDS, "labels": IDS}
+    want = gradients(ours.train(), batch)[1]
+    ours.gradient_checkpointing_enable({"use_reentrant": False})
+    ours.zero_grad()
+    name = "_gradient_checkpointing_func"
+    runs = {m: m.__dict__[name] for m in ours.modules() if name in m.__dict__}
+    entered, leave = threading.Event(), threading.Event()
+
+    def other():
+        with ours.base_model._enable_peft_forward_hooks(alora_offsets=[1, 1, 1, 1]):
+            entered.set()
+            leave.wait(60)
+
+    thread = threading.Thread(target=other)
+    with ours.base_model._enable_peft_forward_hooks(alora_offsets=OFFSETS):
+        thread.start()
+        assert entered.wait(60)
+        ours.base_model.model(**batch).loss.backward()
+    leave.set()
+    thread.join()
+    for key, parameter in ours.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(parameter.grad, want[key], rtol=1e-4, atol=1e-6)
+    assert runs and all(m.__dict__[name] is run for m, run in runs.items())
+
+
 def test_generation():
     ours, theirs = models()
     kwargs = dict(max_new_tokens=6, do_sample=False, pad_token_id=0)
@@ -109,10 +138,39 @@ def test_rows_that_name_adapters():
     torch.testing.assert_close(mine, other)
 
 
+def test_layers_of_plain_adapters_beside_it_are_not_handed_offsets():
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.lin = torch.nn.Embedding(10, 8), torch.nn.Linear(8, 8)
+            self.attn = torch.nn.MultiheadAttention(8, 2, batch_first=True)
+            self.box = torch.nn.Sequential(torch.nn.Linear(8, 8))
+
+        def forward(self, input_ids=None, **kwargs):
+            x = self.lin(self.embed(input_ids))
+            return self.box(self.attn(x, x, x)[0])
+
+    plain = peftkern.LoraConfig(target_modules=["attn"], target_parameters=["box.0.weight"])
+    ours = peftkern.get_peft_model(Model(), plain, "plain")
+    alora = peftkern.LoraConfig(
+        task_type="CAUSAL_LM", target_modules=["lin"], alora_invocation_tokens=CALL
+    )
+    ours.add_adapter("alora", alora)
+    fill(ours)
+    ours.set_adapter("alora")
+    with ours.disable_adapter():
+        base = ours(input_ids=IDS)
+    with ours.base_model._enable_peft_forward_hooks(alora_offsets=OFFSETS):
+        got = ours.base_model.model(input_ids=IDS)
+    assert torch.equal(got[2:], base[2:]) and not torch.allclose(got[:2], base[:2])
+
+
 def test_what_it_does_not_do():
     ours, _ = models()
     with pytest.raises(NotImplementedError, match="aLoRA does not support merging"):
         ours.merge_adapter()
+    with pytest.raises(TypeError, match="do not support LoRA conversion"):
+        peftkern.convert_to_lora(ours, rank=2)
     assert "aLoRA" in peftkern.explain(ours)[0].reason
     with pytest.raises(ValueError, match="one number .* for each row"):
         ours(input_ids=IDS, alora_offsets=[1, 2])

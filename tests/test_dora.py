@@ -277,6 +277,11 @@ def test_caching_lasts_while_it_may():
         with torch.no_grad():
             layer.lora_A["default"].weight.mul_(2)  # torch counts this write
         assert not torch.equal(first(ours(**batch)), want) and kept[1]["norms"] is not norms
+        with torch.no_grad():
+            layer.lora_A["default"].weight.mul_(2)
+        with torch.inference_mode():
+            ours(**batch)
+        ours(**batch).logits.sum().backward()  # takes no norms of inference mode
         with DoraCaching(enabled=False):
             ours(**batch)
         assert not any(kept)

@@ -96,6 +96,7 @@ def test_inputs_that_differ_are_not_grouped(operations, caplog):
     assert operations == [3, 3]  # found out in the first step, settled before the second
     assert group_of(ours).off and "inputs differ" in peftkern.explain(ours)[0].reason
     assert caplog.text.count("q_proj, k_proj, v_proj are not grouped") == 1
+    assert "stash" not in group_of(ours)._local.__dict__  # the last input is not kept alive
 
 
 @pytest.mark.parametrize("reentrant", [None, False, True])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+import warnings
 
 import peft
 import pytest
@@ -164,6 +165,27 @@ def test_dilated_convolutions_which_peft_cannot_run():
     with pytest.raises(RuntimeError):
         models[1](x)
     torch.testing.assert_close(models[0](x), models[1].merge_and_unload()(x), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "settings, says",
+    [
+        ({"padding": "same", "dilation": 2}, "not dilated"),
+        ({"padding": 1, "padding_mode": "reflect"}, "pads with zeros"),
+        ({"padding_mode": "reflect"}, None),
+    ],
+)
+def test_a_merge_that_changes_outputs_says_so(settings, says):
+    config = peftkern.LoraConfig(target_modules=["0"], init_lora_weights=False)
+    model = peftkern.get_peft_model(nn.Sequential(nn.Conv1d(4, 4, 3, **settings)), config)
+    x = torch.randn(2, 4, 9)
+    y = model(x)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        model.merge_adapter()
+    assert torch.allclose(model(x), y, atol=1e-5) is (says is None)
+    assert [w for w in said if "changes the outputs" in str(w.message)] == said
+    assert len(said) == (says is not None) and all(says in str(w.message) for w in said)
 
 
 @pytest.mark.parametrize("name", ["conv2d", "conv1d"])
@@ -401,6 +423,47 @@ def test_a_class_with_an_update_of_its_own_is_called_as_peft_calls_it():
     model.add_adapter("b", config())
     assert seen == [("default", 3, 5, "0"), ("b", 3, 5, "0")]
     assert type(model.base_model.model[0]) is Own
+
+
+class OwnMerge(nn.Module, lora.LoraLayer):
+    """A layer with a forward and a merge of its own, as users write them."""
+
+    def __init__(self, base_layer, adapter_name, config, r, **kwargs) -> None:
+        super().__init__()
+        lora.LoraLayer.__init__(self, base_layer)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, r)
+
+    def update_layer(self, adapter_name, r, **kwargs):
+        self.r[adapter_name], self.scaling[adapter_name] = r, 1.0
+        self.lora_A[adapter_name] = nn.Linear(3, r)
+        self.lora_B[adapter_name] = nn.Linear(r, 4)
+
+    def forward(self, x):
+        return self.base_layer(x)[0]
+
+    def merge(self, safe_merge=False, adapter_names=None):
+        self.merged_adapters.append("default")
+
+    def unmerge(self):
+        self.merged_adapters.clear()
+
+
+def test_a_class_that_merges_in_its_own_way_is_explained_merged_and_rolled_back():
+    config = peftkern.LoraConfig(target_modules=["0", "1"])
+    config._register_custom_module({nn.LSTM: OwnMerge})
+    model = peftkern.get_peft_model(nn.Sequential(nn.LSTM(3, 4), nn.Linear(4, 2)), config)
+    own, linear = model.base_model.model
+    row = peftkern.explain(model)[0]
+    assert not row.fused and "OwnMerge has a forward of its own" in row.reason
+    weight = linear.lora_B["default"].weight
+    weight.data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="NaNs detected"):
+        model.merge_adapter(safe_merge=True)
+    assert not own.merged and not linear.merged
+    weight.data.zero_()
+    merged = model.merge_and_unload()
+    assert type(merged[0]) is nn.LSTM and type(merged[1]) is nn.Linear
 
 
 def test_layers_may_be_made_by_hand():

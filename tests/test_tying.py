@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import warnings
 from typing import Any
 
@@ -72,6 +73,31 @@ def assert_shared(model: Any, in_full: bool) -> None:
     A, B = embed.lora_embedding_A["default"], embed.lora_embedding_B["default"]
     assert head.lora_A["default"].weight.data_ptr() == B.data_ptr()
     assert head.lora_B["default"].weight.data_ptr() == A.data_ptr()
+
+
+def test_a_tied_adapter_stays_tied() -> None:
+    def config() -> Any:
+        return peftkern.LoraConfig(
+            target_modules=["lm_head"], ensure_weight_tying=True, init_lora_weights=False
+        )
+
+    model = peftkern.get_peft_model(make("gemma"), config())
+    params = list(model.parameters())
+    copied = copy.deepcopy(model)
+    assert_shared(copied, False)
+    torch.testing.assert_close(logits(copied), logits(model))
+    assert_shared(copied.to(torch.float64), False)
+    assert_shared(pickle.loads(pickle.dumps(model)), False)
+    assert [id(p) for p in model.double().parameters()] == [id(p) for p in params]
+    assert_shared(model, False)
+    model.float().add_adapter("b", config())
+    model.add_weighted_adapter(["default", "b"], [0.7, -0.4], "default_b", "cat")
+    layer = model.base_model.model.lm_head
+    want = 0.7 * layer.get_delta_weight("default") - 0.4 * layer.get_delta_weight("b")
+    torch.testing.assert_close(layer.get_delta_weight("default_b"), want)
+    embed = model.get_input_embeddings()
+    A = embed.lora_embedding_A["default_b"]
+    assert layer.lora_B["default_b"].weight.data_ptr() == A.data_ptr()
 
 
 @pytest.mark.parametrize("init", [True, False, "gaussian"])
@@ -199,6 +225,14 @@ def test_stacked_layers_share_weights_and_have_adapters_of_their_own(
     here.set_adapter("again")
     with torch.no_grad():
         torch.testing.assert_close(here(**batch).logits, want)
+
+
+def test_a_stacked_model_is_pickled_and_copied() -> None:
+    model = peftkern.get_peft_model(make("llama"), peftkern.LoraConfig(layer_replication=MAP))
+    for other in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        other.base_model.withdraw("default")
+        assert len(_layers(other, "llama")) == other.config.num_hidden_layers == 2
+        assert len(_layers(model, "llama")) == model.config.num_hidden_layers == 4
 
 
 def test_stacking_costs_no_second_copy_of_a_weight(monkeypatch) -> None:

@@ -7,16 +7,18 @@ A row's offset counts tokens from its end: where its last invocation starts, Non
 from __future__ import annotations
 
 import functools
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from ...ops import autocast
-from ...utils.mixed import handing
+from ...utils.mixed import HERE, handing
 from .variant import LoraVariant
 
 BASE = "__base__"
@@ -39,6 +41,10 @@ class ALoraLinearVariant(LoraVariant):
 
     def merged_weight(self, layer: Any, adapter: str, weight: Tensor, base: Tensor) -> Tensor:
         raise NotImplementedError("aLoRA does not support merging.")
+
+    def supports_lora_conversion(self) -> bool:
+        """No: plain LoRA works on every token."""
+        return False
 
     def decline(self, layer: Any, adapter: str) -> str:
         return "aLoRA: the base layer, then the adapter on the tokens from its invocation on"
@@ -161,29 +167,45 @@ def _first(model: Any) -> str:
 # -------------------------------------------------------------------- how layers hear of it
 
 
+_RUN = "_gradient_checkpointing_func"  # how transformers runs a block that it checkpoints
+_LOCK = threading.Lock()
+# {module: how many calls need its checkpoints to carry what they hand over}
+_CARRYING: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+
+
 @contextmanager
 def handing_offsets(layers: Sequence[Any], model: nn.Module, offsets: Any) -> Iterator[None]:
     """Within the block, and in the recomputation of blocks that are checkpointed in it, each of
     these layers gets ``alora_offsets``."""
-    given = {layer: {"alora_offsets": offsets} for layer in layers}
-    runs = [m for m in model.modules() if "_gradient_checkpointing_func" in m.__dict__]
-    before = [m.__dict__["_gradient_checkpointing_func"] for m in runs]
-    for module, run in zip(runs, before, strict=True):
-        # a recomputation runs what its checkpoint was given, and so with the offsets of its forward
-        module.__dict__["_gradient_checkpointing_func"] = functools.partial(_checkpoint, run, given)
+    runs = [m for m in model.modules() if _RUN in m.__dict__]
+    # the modules are every thread's, so what they are given says nothing about a call
+    with _LOCK:
+        for module in runs:
+            count = _CARRYING.get(module, 0)
+            if count == 0:
+                module.__dict__[_RUN] = functools.partial(_checkpoint, module.__dict__[_RUN])
+            _CARRYING[module] = count + 1
     try:
-        with handing(given):
+        with handing({layer: {"alora_offsets": offsets} for layer in layers}):
             yield
     finally:
-        for module, run in zip(runs, before, strict=True):
-            module.__dict__["_gradient_checkpointing_func"] = run
+        with _LOCK:
+            for module in runs:
+                _CARRYING[module] -= 1
+                run = module.__dict__.get(_RUN)
+                if not _CARRYING[module] and getattr(run, "func", None) is _checkpoint:
+                    module.__dict__[_RUN] = run.args[0]  # type: ignore[union-attr]
 
 
-def _checkpoint(
-    run: Callable[..., Any], given: Any, function: Any, *args: Any, **kwargs: Any
-) -> Any:
+def _checkpoint(run: Callable[..., Any], function: Any, *args: Any, **kwargs: Any) -> Any:
+    """A checkpoint whose recomputation is handed what its forward, in this thread, is handed."""
+    blocks = HERE.blocks
+
     def handed(*inner: Any, **more: Any) -> Any:
-        with handing(given):
+        before, HERE.blocks = HERE.blocks, blocks
+        try:
             return function(*inner, **more)
+        finally:
+            HERE.blocks = before
 
     return run(handed, *args, **kwargs)

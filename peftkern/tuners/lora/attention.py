@@ -17,6 +17,7 @@ from ...utils.mixed import HERE, hand_over
 from .base import NOTHING, LoraLayer
 from .config import LoraConfig
 from .layer import Linear
+from .variant import take_kwargs
 
 
 class _Unfused(Tensor):
@@ -169,6 +170,7 @@ class MultiheadAttention(nn.Module, LoraLayer):
     def forward(self, query: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         if HERE.blocks:
             kwargs = hand_over(self, kwargs)
+            take_kwargs(kwargs)  # no variant of an attention has any
         if "adapter_names" in kwargs:
             raise TypeError("lora.MultiheadAttention does not support mixed adapter batches.")
         base: Any = self.base_layer

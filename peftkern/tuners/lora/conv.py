@@ -9,6 +9,7 @@ of the base's shape when there is one group, and only then can it be merged.
 from __future__ import annotations
 
 import math
+import warnings
 from contextlib import nullcontext
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ...utils.mixed import HERE, hand_over
+from ...utils.warning import PeftWarning
 from .base import NOTHING, LoraLayer
 from .config import LoraConfig
 from .dora import DoraConv1dVariant, DoraConv2dVariant, DoraConv3dVariant
@@ -106,6 +108,22 @@ class _ConvNd(nn.Module, LoraLayer):
             return None
         # each output sees all inputs through A, which no kernel of the base's shape expresses
         return "Merging is not supported for _ConvNd layers with groups > 1!"
+
+    def _check_mergeable(self, names: list[str]) -> list[str]:
+        names = super()._check_mergeable(names)
+        base: Any = self.get_base_layer()
+        said = None
+        if base.padding == "same" and any(d != 1 for d in base.dilation):
+            said = "lora_A is not dilated and the base layer is"
+        elif base.padding_mode != "zeros" and base.padding != "valid" and any(base.padding):
+            said = f"lora_A pads with zeros and the base layer by {base.padding_mode!r}"
+        if names and said is not None:
+            warnings.warn(
+                f"Merging changes the outputs of a {type(base).__name__}: {said}, as in HF PEFT.",
+                PeftWarning,
+                stacklevel=4,
+            )
+        return names
 
     def _factors(self, adapter: str) -> tuple[Tensor, Tensor]:
         if (reason := self._cannot_merge(adapter)) is not None:

@@ -78,9 +78,15 @@ class DoraLayer(nn.Module):
                 self._dora_cache.clear()
             return compute()
         state = tuple(_state(source) for source in sources)
-        if self._dora_cache.get("sources") != state:
-            self._dora_cache.update(sources=state, norms=compute())
-        return self._dora_cache["norms"]
+        known, norms = self._dora_cache.get("norms", (None, None))
+        # autograd takes none that were made in inference mode
+        usable = norms is not None and (
+            not norms.is_inference() or torch.is_inference_mode_enabled()
+        )
+        if known != state or not usable:
+            norms = compute()
+            self._dora_cache["norms"] = state, norms  # at once: threads share the layer
+        return norms
 
     def __repr__(self) -> str:
         return "lora.dora." + super().__repr__()

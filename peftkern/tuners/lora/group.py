@@ -162,6 +162,7 @@ class Group:
         if len(self._open):
             return False
         self.off = True
+        self._fresh()  # or what waits for a layer that never comes would live on
         logging.getLogger("peftkern").info(
             "%s are not grouped: they were called with different inputs", ", ".join(self.names)
         )

@@ -45,7 +45,7 @@ from .layer import Linear
 from .mixed import AdapterNames
 from .plain import Starts
 from .replication import stacked
-from .tying import settle_tying
+from .tying import settle_tying, share_again
 from .unloading import ModelMerging
 from .weighted import Weighted
 
@@ -305,6 +305,16 @@ class LoraModel(ModelMerging, Weighted, Starts, BaseTuner):
                     bias = getattr(module.get_base_layer(), "bias", None)
                     if bias is not None:
                         bias.requires_grad_(True)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        """What moves and casts a module's tensors, one by one: tied adapters stay tied."""
+        super()._apply(*args, **kwargs)
+        share_again(self)
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        share_again(self)  # in a copy as well
 
     # ---------------------------------------------------------------- taking them out
 

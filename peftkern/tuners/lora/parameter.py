@@ -16,6 +16,7 @@ from ...utils.mixed import HERE, hand_over
 from .base import NOTHING, LoraLayer
 from .config import LoraConfig
 from .layer import bare_linear
+from .variant import take_kwargs
 
 COMPUTED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # A parametrization changes the module's class, and torch's cache of them is the whole process's:
@@ -224,6 +225,7 @@ class ParamWrapper(nn.Module, LoraLayer):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if HERE.blocks:
             kwargs = hand_over(self, kwargs)
+            take_kwargs(kwargs)  # no variant of a parameter has any
         if kwargs.pop("adapter_names", None) is not None:
             raise ValueError(
                 f"lora.{type(self).__name__} does not support mixed adapter batches yet."

@@ -4,6 +4,7 @@ own."""
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -73,13 +74,17 @@ def replicate_layers(model: nn.Module, layer_map: Sequence[tuple[int, int]]) -> 
     if "layer_types" in before:  # the kind of attention of each layer
         after["layer_types"] = [before["layer_types"][i] for i in order]
 
-    def put(new: nn.ModuleList, values: dict[str, Any]) -> None:
-        setattr(owner, attribute, new)
-        for name in before:
-            setattr(config, name, values[name])
+    put = functools.partial(_put, owner, attribute, config)
+    put(stacked, {name: after[name] for name in before})
+    return functools.partial(put, layers, before)  # the model keeps it, and may be pickled
 
-    put(stacked, after)
-    return lambda: put(layers, before)
+
+def _put(
+    owner: Any, attribute: str, config: Any, layers: nn.ModuleList, values: dict[str, Any]
+) -> None:
+    setattr(owner, attribute, layers)
+    for name, value in values.items():
+        setattr(config, name, value)
 
 
 @contextmanager

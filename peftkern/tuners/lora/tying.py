@@ -18,6 +18,7 @@ from ...utils.other import (
     wrap_modules_to_save,
 )
 from ...utils.tied import input_embedding_name, modules_tied_to_embedding, plain_name
+from ..tuners_utils import walk
 from .layer import Linear
 
 UNTIED = (
@@ -110,6 +111,29 @@ def tie_adapter(layer: Any, embedding: Any, adapter_name: str, init: bool | str)
         shared_B.copy_(B.weight.data)
     A.weight = nn.Parameter(shared_A, requires_grad=A.weight.requires_grad)
     B.weight = nn.Parameter(shared_B, requires_grad=B.weight.requires_grad)
+
+
+def share_again(model: Any) -> None:
+    """Have tied adapters of ``model`` share memory once more, after each tensor was moved, cast or
+    copied by itself. The parameters stay the same objects, as an optimizer may hold them."""
+    for name, config in model.peft_config.items():
+        if not getattr(config, "target_modules_to_tie", None):
+            continue
+        embedding: Any = model.get_input_embeddings()
+        for key, layer in walk(model):
+            if not (isinstance(layer, Linear) and name in layer.lora_A):
+                continue
+            if not shares_embedding(config, key) or name not in embedding.lora_embedding_A:
+                continue
+            for store, shared in (
+                (layer.lora_A, embedding.lora_embedding_B[name]),
+                (layer.lora_B, embedding.lora_embedding_A[name]),
+            ):
+                weight: Any = store[name].weight
+                value = shared.data.t()
+                same = (weight.shape, weight.dtype, weight.device)
+                if same == (value.shape, value.dtype, value.device):
+                    weight.data = value
 
 
 def tie_again(model: Any, adapter_name: str) -> None:

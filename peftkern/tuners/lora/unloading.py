@@ -92,9 +92,15 @@ class ModelMerging:
                     layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         except BaseException:
             for layer, count in reversed(before):
+                own = isinstance(layer, Merging) and not _by_factors(layer)
                 while len(layer.merged_adapters) > count:
                     with onloaded(layer):
-                        layer._unmerge_last()
+                        if own:  # a user's class knows no other way than to take out all
+                            layer.unmerge()
+                        else:
+                            layer._unmerge_last()
+                    if own:
+                        break
             raise
 
     def unmerge_adapter(self) -> None:
@@ -128,7 +134,7 @@ class ModelMerging:
         plan: dict[Any, list[str]] = {}
         for layer in self._tuner_layers():
             if not _by_factors(layer):  # merged when it is taken out
-                if hasattr(layer, "_check_mergeable"):
+                if not isinstance(layer, Merging):
                     layer._check_mergeable(adapter_names, safe_merge)
                 continue
             with onloaded(layer):
@@ -213,8 +219,14 @@ class ModelMerging:
 
 
 def _by_factors(layer: Any) -> bool:
-    """Whether the layer merges by what :class:`Merging` does, and not in a way of its own."""
-    return isinstance(layer, Merging) and type(layer)._factors is not Merging._factors
+    """Whether the layer merges by what :class:`Merging` does, and not in a way of its own, as the
+    class of a user may."""
+    cls = type(layer)
+    return (
+        isinstance(layer, Merging)
+        and cls._factors is not Merging._factors
+        and cls.merge.__module__.startswith("peftkern.")
+    )
 
 
 def _children(parent: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -16,6 +16,7 @@ from .config import LoraConfig
 from .embedding import Embedding
 from .recipe import BY_FACTOR, BY_PRODUCT, CombinationType, Part, Recipe
 from .restore import at_least_float32
+from .tying import share_again
 
 
 def _tensors(layer: Any, name: str) -> tuple[Any, Any] | None:
@@ -219,6 +220,7 @@ class Weighted:
                     flat.narrow(axis, 0, value.shape[axis]).copy_(value)
                     tensor.data = flat.to(dtype).view_as(tensor)
                 self._fill_bias(layer, adapter_name, adapters, weights)
+            share_again(tuner)
             self._fill_saved(adapter_name, adapters)
         except BaseException:
             tuner.delete_adapter(adapter_name)
