@@ -69,6 +69,41 @@ def test_swapped_adapters_answer_as_loaded_ones(tmp_path, prepared, order):
                 torch.testing.assert_close(mine, first(theirs(**inputs("llama"))), **CLOSE)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_adapters_of_similar_names_keep_their_weights(tmp_path):
+    """ "default2" begins like "default", and a layer may be called like an adapter."""
+    saved(tmp_path, peftkern, 2)
+    model = loaded(peftkern, tmp_path, 2)
+    model.add_adapter("default2", peftkern.LoraConfig(**ADAPTERS[0]))
+    model.add_adapter("self_attn", peftkern.LoraConfig(**ADAPTERS[0]))
+    fill(model, seed=3)
+    kept = {k: v.clone() for k, v in model.state_dict().items() if ".default." not in k}
+    hotswap_adapter(model, tmp_path / "2", "default")
+    hotswap_adapter(model, tmp_path / "2", "self_attn")
+    after = model.state_dict()
+    for key, value in kept.items():
+        if ".self_attn.weight" not in key:
+            assert torch.equal(after[key], value), key
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_dora_layer_that_the_new_adapter_leaves_alone(tmp_path):
+    """HF PEFT sets its magnitudes to 0, with which the layer answers 0."""
+    answers = []
+    for n, targets in enumerate((["q_proj", "v_proj"], ["q_proj"])):
+        config = peftkern.LoraConfig(r=4, use_dora=True, target_modules=targets)
+        model = peftkern.get_peft_model(make("llama"), config).eval()
+        fill(model, seed=n)
+        model.save_pretrained(tmp_path / str(n))
+        with torch.no_grad():
+            answers.append(first(model(**inputs("llama"))))
+    model = loaded(peftkern, tmp_path)
+    with torch.no_grad(), peftkern.tuners.lora.dora.DoraCaching():
+        torch.testing.assert_close(first(model(**inputs("llama"))), answers[0], **CLOSE)
+        hotswap_adapter(model, tmp_path / "1", "default")
+        torch.testing.assert_close(first(model(**inputs("llama"))), answers[1], **CLOSE)
+
+
 class Two(nn.Module):
     """What is compiled fast."""
 
