@@ -169,8 +169,9 @@ class PrefixInjection:
         no_prefix: Tensor | None = None,
         positions_moved: bool = False,
         always_visible: bool = False,
-    ) -> Iterator[None]:
-        """Calls of the model by this thread within the block see the prefixes.
+    ) -> Iterator[ActivePrefix]:
+        """Calls of the model by this thread within the block see the prefixes; what the block is
+        given says in ``seen`` whether there was one.
 
         Args:
             prefixes: for each layer keys and values, each [H_kv, P, D] for all rows or
@@ -190,7 +191,7 @@ class PrefixInjection:
         given = ActivePrefix(self, tuple(prefixes), no_prefix, positions_moved, always_visible)
         before = push(given)
         try:
-            yield
+            yield given
         finally:
             restore(before)
 
@@ -231,6 +232,7 @@ class PrefixInjection:
             set_current(self, None)
             name_state(kwargs.get("attention_mask"), None)  # made after a call that failed
             return args, given
+        entry.seen = True
         if not self._blocks:
             self._stand_before()
         tokens = positions.tokens_of(kwargs)

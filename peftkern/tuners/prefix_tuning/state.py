@@ -25,15 +25,16 @@ class _Local(threading.local):
 _local = _Local()
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class ActivePrefix:
-    """The prefixes within one ``PrefixInjection.active`` block."""
+    """The prefixes within one ``PrefixInjection.active`` block; ``seen`` once a call has begun."""
 
     owner: Any
     prefixes: tuple[Prefix | None, ...]
     no_prefix: Tensor | None
     positions_moved: bool = False
     always_visible: bool = False
+    seen: bool = False
 
 
 def offset_behind(virtual: int, no_prefix: Tensor | None) -> int | Tensor:
