@@ -88,6 +88,11 @@ def test_layers_dropped_in_training_are_not_missed(family: str) -> None:
         torch.manual_seed(0)
         losses = {float(pair.model(**batch).loss) for _ in range(8)}
     assert len(losses) > 1
+    for module in pair.injection.attentions:  # called, and without their prefix
+        delattr(module, attention.SLOT)
+    with torch.no_grad(), pair.active(), pytest.raises(RuntimeError, match="did not hand the pre"):
+        for _ in range(8):
+            pair.model(**batch)
 
 
 def test_a_second_backward_through_reentrant_checkpoints() -> None:

@@ -115,6 +115,9 @@ class PrefixInjection:
             seen.update({id(m.config): m.config for m in self.attentions if hasattr(m, "config")})
             self.configs = list(seen.values())
             self._stand_before()
+        if hasattr(self.stack, "layerdrop"):
+            for slot, layer in enumerate(self.layers):
+                self._handles.append(layer.register_forward_pre_hook(_Entered(self, slot)))
         first = self.layers[0]
         self._handles.append(first.register_forward_pre_hook(self._at_first, with_kwargs=True))
         if self.family.positions == "table":
@@ -278,8 +281,9 @@ class PrefixInjection:
         seen = state.hits
         if state.checkpointed:
             seen = seen.union(traced_slots(self._number))
-        missed = [slot for slot in range(len(self.attentions)) if slot not in seen]
-        if missed and not dropped:
+        called = state.entered if dropped else range(len(self.attentions))
+        missed = [slot for slot in sorted(called) if slot not in seen]
+        if missed:
             raise RuntimeError(
                 f"{self._model_name} did not hand the prefix to the attention of layers {missed}: "
                 "what it computed is not what was asked for, and prefix tuning of this model is "
@@ -313,6 +317,19 @@ class PrefixInjection:
         args, kwargs = positions.move_in_table(table, args, kwargs, -state.virtual)
         plain = type(table).forward(table, *args, **kwargs)
         return torch.where(state.no_prefix[:, None, None], plain, output)
+
+
+class _Entered:
+    """Notes that a layer was called, in a model that leaves out some while it trains."""
+
+    def __init__(self, injection: PrefixInjection, slot: int) -> None:
+        self.injection = injection
+        self.slot = slot
+
+    def __call__(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
+        state = current_of(self.injection)
+        if state is not None:
+            state.entered.add(self.slot)
 
 
 class _BlockHook:

@@ -58,6 +58,7 @@ class PrefixState:
     alibi: Tensor | None = None  # Falcon: [B * H, 1, P + S]
     collected: tuple[list[Tensor], list[Tensor]] | None = None  # leaves and what they stand for
     hits: set[int] = field(default_factory=set)  # slots that have seen their prefix, or have none
+    entered: set[int] = field(default_factory=set)  # layers that were called, where some are not
     injection: int = 0  # its number
     checkpointed: bool = False  # whether layers run within checkpoints
 
