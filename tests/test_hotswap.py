@@ -104,6 +104,43 @@ def test_a_dora_layer_that_the_new_adapter_leaves_alone(tmp_path):
         torch.testing.assert_close(first(model(**inputs("llama"))), answers[1], **CLOSE)
 
 
+class Experts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(4, 6, 5))
+
+    def forward(self, x):
+        return torch.einsum("bi,eoi->beo", x, self.w)
+
+
+def test_factors_of_experts_are_not_padded():
+    """Their ranks are not at the start of a larger matrix: what is smaller is refused."""
+    config = {"target_parameters": ["0.w"], "init_lora_weights": False}
+    model, other = (
+        peftkern.get_peft_model(nn.Sequential(Experts()), peftkern.LoraConfig(r=r, **config))
+        for r in (4, 2)
+    )
+    x = torch.randn(3, 5)
+    before = model(x)
+    small = {k: v for k, v in other.state_dict().items() if "lora_" in k}
+    with pytest.raises(ValueError, match="Incompatible shapes"):
+        hotswap_adapter_from_state_dict(model, small, "default", other.peft_config["default"])
+    with pytest.raises(ValueError, match="experts lie in one matrix"):
+        prepare_model_for_compiled_hotswap(model, target_rank=16)
+    prepare_model_for_compiled_hotswap(model, target_rank=4)
+    torch.testing.assert_close(model(x), before)
+
+
+def test_attention_is_prepared():
+    config = peftkern.LoraConfig(r=2, target_modules=["attention"], init_lora_weights=False)
+    base = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2)})
+    layer = peftkern.get_peft_model(base, config).base_model.model["attention"]
+    x = torch.randn(3, 8)
+    before = layer(x, x, x)[0]
+    prepare_model_for_compiled_hotswap(layer, target_rank=4)
+    torch.testing.assert_close(layer(x, x, x)[0], before)
+
+
 class Two(nn.Module):
     """What is compiled fast."""
 

@@ -20,6 +20,7 @@ from ..config import PeftConfig, split_hub_kwargs
 from ..loading import PREFIX, _insert_adapter_name_into_state_dict
 from ..tuners.lora import LoraConfig, LoraLayer
 from ..tuners.lora.layer import Linear
+from ..tuners.lora.parameter import ParamWrapper
 from ..tuners.tuners_utils import BaseTunerLayer, adapter_modules
 from .module_tree import get_pattern_key
 from .other import infer_device
@@ -89,7 +90,8 @@ def prepare_model_for_compiled_hotswap(
     for layer in layers:
         for name, value in layer.scaling.items():
             if not isinstance(value, Tensor):
-                layer.scaling[name] = torch.tensor(float(value), device=layer.weight.device)
+                device = next(layer.parameters()).device
+                layer.scaling[name] = torch.tensor(float(value), device=device)
     if target_rank is None:
         return
     for one in config.values() if isinstance(config, dict) else filter(None, [config]):
@@ -100,6 +102,14 @@ def prepare_model_for_compiled_hotswap(
 def _padded(layer: Any, rank: int) -> list[tuple[Any, Tensor]]:
     """(module, larger weight) for A and B of a layer's adapters that have less than ``rank``."""
     groups = getattr(layer.get_base_layer(), "groups", 1)
+    if _interleaved(layer):
+        if other := sorted(r for r in layer.r.values() if r != rank):
+            raise ValueError(
+                f"Trying to pad an adapter of the parameter {layer.parameter_name!r} to the target "
+                f"rank {rank}, but one of rank {other[0]} cannot be padded: its factors of several "
+                "experts lie in one matrix."
+            )
+        return []
     convolves = not isinstance(layer, Linear) and getattr(layer, "lora_A", None)
     if not isinstance(layer, Linear) and not convolves:
         return []  # embeddings stay as they are, as in HF PEFT
@@ -127,6 +137,11 @@ def _padded(layer: Any, rank: int) -> list[tuple[Any, Tensor]]:
             shape[dim] = rank // per
             found.append((module, _put_into(old.new_zeros(shape), old, dim, groups)))
     return found
+
+
+def _interleaved(layer: Any) -> bool:
+    """Whether A and B hold the factors of several experts, so that their place is not a corner."""
+    return isinstance(layer, ParamWrapper) and layer.num_experts > 1
 
 
 def _put_into(room: Tensor, weight: Tensor, dim: int, groups: int) -> Tensor:
@@ -252,7 +267,14 @@ def hotswap_adapter_from_state_dict(
         here, new = tuple(places[key].shape), tuple(value.shape)
         larger = any(n > h for h, n in zip(here, new, strict=False))
         smaller = any(n < h for h, n in zip(here, new, strict=False))
-        if len(here) != len(new) or (larger and smaller) or (smaller and len(here) not in (2, 4)):
+        at, found, _ = key.rpartition("." + parameter_prefix)
+        whole = bool(found) and _interleaved(bare.get_submodule(at))
+        if (
+            (whole and smaller)
+            or len(here) != len(new)
+            or (larger and smaller)
+            or (smaller and len(here) not in (2, 4))
+        ):
             raise ValueError(
                 f"Incompatible shapes found for LoRA weights {key}: {here} vs {new}. Please ensure "
                 "that all ranks are padded to the largest rank among all LoRA adapters by using "
