@@ -263,6 +263,7 @@ class PrefixInjection:
                     f"of {self._model_name} share: choose use_reentrant=False"
                 )
             reentrant.use_leaves(state)
+        state.trains = state.collected is None and torch.is_grad_enabled() and _train(entry)
         name_state(kwargs.get("attention_mask"), state)
         kwargs[attention.KEYWORD] = state
         set_current(self, state)
@@ -317,6 +318,10 @@ class PrefixInjection:
         args, kwargs = positions.move_in_table(table, args, kwargs, -state.virtual)
         plain = type(table).forward(table, *args, **kwargs)
         return torch.where(state.no_prefix[:, None, None], plain, output)
+
+
+def _train(entry: ActivePrefix) -> bool:
+    return any(x.requires_grad for pair in entry.prefixes if pair is not None for x in pair)
 
 
 class _Entered:
