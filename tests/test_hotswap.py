@@ -80,6 +80,9 @@ def test_adapters_of_similar_names_keep_their_weights(tmp_path):
     kept = {k: v.clone() for k, v in model.state_dict().items() if ".default." not in k}
     hotswap_adapter(model, tmp_path / "2", "default")
     hotswap_adapter(model, tmp_path / "2", "self_attn")
+    model.add_adapter("scaled", peftkern.LoraConfig(use_rslora=True, **ADAPTERS[2]))
+    with pytest.raises(ValueError, match="use_rslora"):  # of the one swapped, not the active one
+        hotswap_adapter(model, tmp_path / "2", "scaled")
     after = model.state_dict()
     for key, value in kept.items():
         if ".self_attn.weight" not in key:

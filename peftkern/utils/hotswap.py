@@ -209,7 +209,8 @@ def hotswap_adapter(
     """
     hub, rest = split_hub_kwargs(kwargs)
     config = PeftConfig.from_pretrained(model_name_or_path, **hub)
-    check_hotswap_configs_compatible(model.active_peft_config, config)
+    here = model.peft_config.get(adapter_name, model.active_peft_config)
+    check_hotswap_configs_compatible(here, config)
     assert isinstance(config, LoraConfig)
     weights = load_peft_weights(
         model_name_or_path, torch_device or infer_device(), rest.get("key_mapping"), **hub
