@@ -181,8 +181,14 @@ def prefixed(
         move = offset_behind(config.num_virtual_tokens, no_prefix)
         kwargs["position_ids"] = kwargs["position_ids"] + move
         more["positions_moved"] = True
-    with model._prefix_injection.active(prefixes, **more):
+    with model._prefix_injection.active(prefixes, **more) as given:
         yield
+    if not given.seen:
+        stack = type(model._prefix_injection.stack).__name__
+        raise RuntimeError(
+            f"the call did not reach the {stack} whose attention takes the prefix (or went to its "
+            "`forward`, past its hooks): what was computed is without the prefix"
+        )
 
 
 # -------------------------------------------------------------------- generation

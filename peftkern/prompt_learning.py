@@ -123,14 +123,14 @@ class PromptLearning(Prompts):
         room.check(draft.num_virtual_tokens, 1)
         heads = self._heads_of(draft)
         encoder = _make_encoder(draft, words)
-        if isinstance(config, PrefixTuningConfig) and has_config(base):
-            self._inject(draft)  # of another kind of model, a call says that it takes no prefix
         place = next((base if words is None else words).parameters()).device
         if place.type != "meta":  # where the embeddings are, as the prompt goes with them
             encoder.to(place)
         active = adapter_name in self.active_adapters
         flags = [(p, p.requires_grad) for p in model.parameters()]
         try:
+            if isinstance(config, PrefixTuningConfig) and has_config(base):
+                self._inject(draft)  # of another kind of model, a call says that it takes no prefix
             if not self.prompt_encoder and not isinstance(model, Prompts):
                 # the first; a LoRA model inside has frozen what it adapts, and goes on training
                 model.requires_grad_(False)
@@ -229,7 +229,7 @@ class PromptLearning(Prompts):
     def _remove_prompts(self: Any, only_empty: bool = False) -> None:
         """Give the base model back as it was before the first prompt; ``only_empty``: only where no
         adapter is left."""
-        if self._prefix_injection is not None and not (only_empty and self.peft_config):
+        if self._prefix_injection is not None and not (only_empty and self.prompt_encoder):
             self._prefix_injection.remove()
             self._prefix_injection = None
         heads = {id(m) for m in self._heads() if not (only_empty and m._get_available_adapters())}

@@ -11,7 +11,7 @@ from torch import nn
 
 from peftkern.ops import dora_norm
 from peftkern.ops.dora import dora_linear, plain
-from peftkern.ops.dora_norm import row_norms
+from peftkern.ops.dora_norm import gain, row_norms
 from tests.test_ops import case, dtypes, ranks, relaxed, sizes
 
 
@@ -34,6 +34,13 @@ def test_norms(K, N, r, dtype, transposed, block):
     exact = exact_norms(w, A, B, 0.7, transposed)
     assert found.dtype == (torch.float64 if w.dtype == torch.float64 else torch.float32)
     torch.testing.assert_close(found.double(), exact, rtol=2e-6, atol=1e-6)
+
+
+def test_a_row_of_zeros_has_a_gradient():
+    magnitude = torch.ones(3, requires_grad=True)
+    found = gain(magnitude, torch.tensor([2.0, 0.0, 4.0]))
+    assert found.tolist() == [0.5, 0.0, 0.25]
+    assert torch.autograd.grad(found.sum(), magnitude)[0].tolist() == [0.5, 0.0, 0.25]
 
 
 def test_norms_of_rows_that_the_update_takes_back():

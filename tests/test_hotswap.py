@@ -69,6 +69,81 @@ def test_swapped_adapters_answer_as_loaded_ones(tmp_path, prepared, order):
                 torch.testing.assert_close(mine, first(theirs(**inputs("llama"))), **CLOSE)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_adapters_of_similar_names_keep_their_weights(tmp_path):
+    """ "default2" begins like "default", and a layer may be called like an adapter."""
+    saved(tmp_path, peftkern, 2)
+    model = loaded(peftkern, tmp_path, 2)
+    model.add_adapter("default2", peftkern.LoraConfig(**ADAPTERS[0]))
+    model.add_adapter("self_attn", peftkern.LoraConfig(**ADAPTERS[0]))
+    fill(model, seed=3)
+    kept = {k: v.clone() for k, v in model.state_dict().items() if ".default." not in k}
+    hotswap_adapter(model, tmp_path / "2", "default")
+    hotswap_adapter(model, tmp_path / "2", "self_attn")
+    model.add_adapter("scaled", peftkern.LoraConfig(use_rslora=True, **ADAPTERS[2]))
+    with pytest.raises(ValueError, match="use_rslora"):  # of the one swapped, not the active one
+        hotswap_adapter(model, tmp_path / "2", "scaled")
+    after = model.state_dict()
+    for key, value in kept.items():
+        if ".self_attn.weight" not in key:
+            assert torch.equal(after[key], value), key
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_dora_layer_that_the_new_adapter_leaves_alone(tmp_path):
+    """HF PEFT sets its magnitudes to 0, with which the layer answers 0."""
+    answers = []
+    for n, targets in enumerate((["q_proj", "v_proj"], ["q_proj"])):
+        config = peftkern.LoraConfig(r=4, use_dora=True, target_modules=targets)
+        model = peftkern.get_peft_model(make("llama"), config).eval()
+        fill(model, seed=n)
+        model.save_pretrained(tmp_path / str(n))
+        with torch.no_grad():
+            answers.append(first(model(**inputs("llama"))))
+    model = loaded(peftkern, tmp_path)
+    with torch.no_grad(), peftkern.tuners.lora.dora.DoraCaching():
+        torch.testing.assert_close(first(model(**inputs("llama"))), answers[0], **CLOSE)
+        hotswap_adapter(model, tmp_path / "1", "default")
+        torch.testing.assert_close(first(model(**inputs("llama"))), answers[1], **CLOSE)
+
+
+class Experts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(4, 6, 5))
+
+    def forward(self, x):
+        return torch.einsum("bi,eoi->beo", x, self.w)
+
+
+def test_factors_of_experts_are_not_padded():
+    """Their ranks are not at the start of a larger matrix: what is smaller is refused."""
+    config = {"target_parameters": ["0.w"], "init_lora_weights": False}
+    model, other = (
+        peftkern.get_peft_model(nn.Sequential(Experts()), peftkern.LoraConfig(r=r, **config))
+        for r in (4, 2)
+    )
+    x = torch.randn(3, 5)
+    before = model(x)
+    small = {k: v for k, v in other.state_dict().items() if "lora_" in k}
+    with pytest.raises(ValueError, match="Incompatible shapes"):
+        hotswap_adapter_from_state_dict(model, small, "default", other.peft_config["default"])
+    with pytest.raises(ValueError, match="experts lie in one matrix"):
+        prepare_model_for_compiled_hotswap(model, target_rank=16)
+    prepare_model_for_compiled_hotswap(model, target_rank=4)
+    torch.testing.assert_close(model(x), before)
+
+
+def test_attention_is_prepared():
+    config = peftkern.LoraConfig(r=2, target_modules=["attention"], init_lora_weights=False)
+    base = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2)})
+    layer = peftkern.get_peft_model(base, config).base_model.model["attention"]
+    x = torch.randn(3, 8)
+    before = layer(x, x, x)[0]
+    prepare_model_for_compiled_hotswap(layer, target_rank=4)
+    torch.testing.assert_close(layer(x, x, x)[0], before)
+
+
 class Two(nn.Module):
     """What is compiled fast."""
 

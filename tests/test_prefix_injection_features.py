@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import transformers as tf
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from peftkern.tuners.prefix_tuning import attention
 from tests.prefix_models import (
@@ -88,6 +90,25 @@ def test_layers_dropped_in_training_are_not_missed(family: str) -> None:
         torch.manual_seed(0)
         losses = {float(pair.model(**batch).loss) for _ in range(8)}
     assert len(losses) > 1
+    for module in pair.injection.attentions:  # called, and without their prefix
+        delattr(module, attention.SLOT)
+    with torch.no_grad(), pair.active(), pytest.raises(RuntimeError, match="did not hand the pre"):
+        for _ in range(8):
+            pair.model(**batch)
+
+
+def test_a_reentrant_checkpoint_of_somebody_else() -> None:
+    """The prefix would silently not train."""
+    pair = alone("llama")
+    layer = pair.injection.layers[1]
+    inner = layer.forward
+    layer.forward = lambda x, **rest: checkpoint(partial(inner, **rest), x, use_reentrant=True)
+    prefixes: Any = [tuple(x.detach().requires_grad_() for x in both) for both in pair.prefixes()]
+    with pair.injection.active(prefixes):
+        with pytest.raises(RuntimeError, match="layer 1 runs without gradients"):
+            pair.model(**inputs("llama"))
+        with torch.no_grad():
+            pair.model(**inputs("llama"))
 
 
 def test_a_second_backward_through_reentrant_checkpoints() -> None:

@@ -10,6 +10,7 @@ import torch
 import transformers as tf
 
 import peftkern
+from peftkern import prompt_learning
 from peftkern.tuners.prefix_tuning import inject
 from tests.prompts import config_of, prompt_model
 from tests.tiny import assert_same, make, snapshot
@@ -81,6 +82,34 @@ def test_what_injection_refuses_changes_nothing(monkeypatch):
     with pytest.raises(ValueError, match="not this family"):
         peftkern.get_peft_model(base, config_of(peftkern, "prefix"))
     assert_same(base, before)
+
+
+def test_heads_that_cannot_be_made_leave_no_injection(monkeypatch):
+    """As when memory runs out: the base model takes a prefix afterwards."""
+
+    def fail(*args, **kwargs):
+        raise MemoryError("no room")
+
+    base = make("llama")
+    before = snapshot(base)
+    with monkeypatch.context() as patch:
+        patch.setattr(prompt_learning, "wrap_modules_to_save", fail)
+        with pytest.raises(MemoryError):
+            peftkern.get_peft_model(base, config_of(peftkern, "prefix"))
+    assert_same(base, before)
+    peftkern.get_peft_model(base, config_of(peftkern, "prefix"))
+
+
+@pytest.mark.parametrize("generates", [False, True])
+def test_a_call_past_the_hooks_is_an_error(monkeypatch, generates):
+    """A prefix that nothing could see is no answer."""
+    model = prompt_model(peftkern, "prefix")
+    stack = model.get_base_model().model
+    monkeypatch.setattr(stack, "__class__", type("Past", (type(stack),), {}))
+    monkeypatch.setattr(type(stack), "__call__", lambda self, *a, **k: self.forward(*a, **k))
+    call = model.generate if generates else model
+    with pytest.raises(RuntimeError, match="did not reach the Past"):
+        call(input_ids=torch.full((1, 4), 7))
 
 
 def test_models_that_cannot_have_prompts():

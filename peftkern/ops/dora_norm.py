@@ -69,4 +69,5 @@ def row_norms(
 def gain(magnitude: Tensor, norms: Tensor) -> Tensor:
     """m / n [N], in the wider dtype of both, with a graph to ``magnitude``. 0 where the norm is: a
     row of zeros has no direction, and its outputs are 0 whatever its magnitude."""
-    return torch.where(norms == 0, 0.0, magnitude / norms)
+    # not where(…, magnitude / norms): the gradient of what it leaves out would be nan
+    return magnitude / torch.where(norms == 0, torch.inf, norms)

@@ -20,6 +20,7 @@ from ..config import PeftConfig, split_hub_kwargs
 from ..loading import PREFIX, _insert_adapter_name_into_state_dict
 from ..tuners.lora import LoraConfig, LoraLayer
 from ..tuners.lora.layer import Linear
+from ..tuners.lora.parameter import ParamWrapper
 from ..tuners.tuners_utils import BaseTunerLayer, adapter_modules
 from .module_tree import get_pattern_key
 from .other import infer_device
@@ -30,6 +31,7 @@ from .save_and_load import load_peft_weights
 CONFIG_KEYS_TO_CHECK = {
     PeftType.LORA: ["use_rslora", "lora_dropout", "alpha_pattern", "use_dora"],
 }
+_MAGNITUDE = "lora_magnitude_vector"
 
 
 def prepare_model_for_compiled_hotswap(
@@ -88,7 +90,8 @@ def prepare_model_for_compiled_hotswap(
     for layer in layers:
         for name, value in layer.scaling.items():
             if not isinstance(value, Tensor):
-                layer.scaling[name] = torch.tensor(float(value), device=layer.weight.device)
+                device = next(layer.parameters()).device
+                layer.scaling[name] = torch.tensor(float(value), device=device)
     if target_rank is None:
         return
     for one in config.values() if isinstance(config, dict) else filter(None, [config]):
@@ -99,6 +102,14 @@ def prepare_model_for_compiled_hotswap(
 def _padded(layer: Any, rank: int) -> list[tuple[Any, Tensor]]:
     """(module, larger weight) for A and B of a layer's adapters that have less than ``rank``."""
     groups = getattr(layer.get_base_layer(), "groups", 1)
+    if _interleaved(layer):
+        if other := sorted(r for r in layer.r.values() if r != rank):
+            raise ValueError(
+                f"Trying to pad an adapter of the parameter {layer.parameter_name!r} to the target "
+                f"rank {rank}, but one of rank {other[0]} cannot be padded: its factors of several "
+                "experts lie in one matrix."
+            )
+        return []
     convolves = not isinstance(layer, Linear) and getattr(layer, "lora_A", None)
     if not isinstance(layer, Linear) and not convolves:
         return []  # embeddings stay as they are, as in HF PEFT
@@ -126,6 +137,11 @@ def _padded(layer: Any, rank: int) -> list[tuple[Any, Tensor]]:
             shape[dim] = rank // per
             found.append((module, _put_into(old.new_zeros(shape), old, dim, groups)))
     return found
+
+
+def _interleaved(layer: Any) -> bool:
+    """Whether A and B hold the factors of several experts, so that their place is not a corner."""
+    return isinstance(layer, ParamWrapper) and layer.num_experts > 1
 
 
 def _put_into(room: Tensor, weight: Tensor, dim: int, groups: int) -> Tensor:
@@ -193,12 +209,15 @@ def hotswap_adapter(
     """
     hub, rest = split_hub_kwargs(kwargs)
     config = PeftConfig.from_pretrained(model_name_or_path, **hub)
-    check_hotswap_configs_compatible(model.active_peft_config, config)
+    here = model.peft_config.get(adapter_name, model.active_peft_config)
+    check_hotswap_configs_compatible(here, config)
     assert isinstance(config, LoraConfig)
     weights = load_peft_weights(
         model_name_or_path, torch_device or infer_device(), rest.get("key_mapping"), **hub
     )
     named = _insert_adapter_name_into_state_dict(weights, adapter_name, "lora_")
+    short = f".{_MAGNITUDE}.{adapter_name}"  # how files name what is a module's weight
+    named = {k + ".weight" if k.endswith(short) else k: v for k, v in named.items()}
     hotswap_adapter_from_state_dict(model, named, adapter_name, config)
 
 
@@ -214,7 +233,8 @@ def hotswap_adapter_from_state_dict(
     Args:
         model: with the adapter in it, compiled or not.
         state_dict: by the names that the tensors have in the model, the adapter's own included.
-            Layers of the adapter without a tensor here are set to zero.
+            Layers of the adapter without a tensor here are set to zero, DoRA's magnitudes to the
+            norms that they are divided by: such a layer is the base model's.
         adapter_name: the adapter to replace.
         config: of the new adapter: its ranks and scalings.
         parameter_prefix: how the names of adapter tensors begin.
@@ -248,16 +268,26 @@ def hotswap_adapter_from_state_dict(
         here, new = tuple(places[key].shape), tuple(value.shape)
         larger = any(n > h for h, n in zip(here, new, strict=False))
         smaller = any(n < h for h, n in zip(here, new, strict=False))
-        if len(here) != len(new) or (larger and smaller) or (smaller and len(here) not in (2, 4)):
+        at, found, _ = key.rpartition("." + parameter_prefix)
+        whole = bool(found) and _interleaved(bare.get_submodule(at))
+        if (
+            (whole and smaller)
+            or len(here) != len(new)
+            or (larger and smaller)
+            or (smaller and len(here) not in (2, 4))
+        ):
             raise ValueError(
                 f"Incompatible shapes found for LoRA weights {key}: {here} vs {new}. Please ensure "
                 "that all ranks are padded to the largest rank among all LoRA adapters by using "
                 "peft.utils.hotswap.prepare_model_for_compiled_hotswap."
             )
+    # what belongs to layers that the new adapter leaves alone
+    rest = [
+        key for key in places if key not in state and _is_of(key, adapter_name, parameter_prefix)
+    ]
     with torch.no_grad():
-        for key, place in places.items():
-            if parameter_prefix in key and f".{adapter_name}" in key and key not in state:
-                place.data.zero_()  # a layer that the new adapter leaves alone
+        for key in rest:
+            places[key].zero_()
         for key, value in state.items():
             at, found, _ = key.rpartition("." + parameter_prefix)
             layer: Any = bare.get_submodule(at) if found else None
@@ -265,6 +295,21 @@ def hotswap_adapter_from_state_dict(
                 _set_scaling(layer, adapter_name, _scaling_of(config, at.removeprefix(PREFIX)))
             groups = getattr(layer.get_base_layer(), "groups", 1) if ".lora_A." in key else 1
             _swap(places[key], value, groups)
+        for key in rest:
+            at, found, _ = key.rpartition(f".{_MAGNITUDE}.")
+            if found:  # DoRA's, of 0, would silence the layer: with the norm it changes nothing
+                layer = bare.get_submodule(at)
+                norms = layer.lora_variant[adapter_name].norms(layer, adapter_name)
+                places[key].copy_(norms.view_as(places[key]))
+
+
+def _is_of(key: str, adapter_name: str, parameter_prefix: str) -> bool:
+    """Whether a parameter's name says that it is of this adapter."""
+    parts = key.split(".")
+    return any(
+        store.startswith(parameter_prefix) and name == adapter_name
+        for store, name in zip(parts, parts[1:], strict=False)
+    )
 
 
 def _scaling_of(config: LoraConfig, key: str) -> float:
@@ -284,10 +329,11 @@ def _set_scaling(layer: Any, adapter_name: str, scaling: float) -> None:
 
 def _swap(place: nn.Parameter, value: Tensor, groups: int) -> None:
     value = value.to(place.device, place.dtype)
+    # written through the parameter, so that norms kept of it (DoraCaching) are made anew
     if place.shape == value.shape:
-        place.data.copy_(value)
+        place.copy_(value)
     elif all(h >= n for h, n in zip(place.shape, value.shape, strict=True)):
-        place.data.zero_()
-        _put_into(place.data, value, 0 if place.shape[0] > value.shape[0] else 1, groups)
+        place.zero_()
+        _put_into(place, value, 0 if place.shape[0] > value.shape[0] else 1, groups)
     else:  # more room than there is; a compiled graph is compiled again for it
         place.data = value.clone()

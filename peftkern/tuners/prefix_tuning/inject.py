@@ -115,6 +115,9 @@ class PrefixInjection:
             seen.update({id(m.config): m.config for m in self.attentions if hasattr(m, "config")})
             self.configs = list(seen.values())
             self._stand_before()
+        if hasattr(self.stack, "layerdrop"):
+            for slot, layer in enumerate(self.layers):
+                self._handles.append(layer.register_forward_pre_hook(_Entered(self, slot)))
         first = self.layers[0]
         self._handles.append(first.register_forward_pre_hook(self._at_first, with_kwargs=True))
         if self.family.positions == "table":
@@ -169,8 +172,9 @@ class PrefixInjection:
         no_prefix: Tensor | None = None,
         positions_moved: bool = False,
         always_visible: bool = False,
-    ) -> Iterator[None]:
-        """Calls of the model by this thread within the block see the prefixes.
+    ) -> Iterator[ActivePrefix]:
+        """Calls of the model by this thread within the block see the prefixes; what the block is
+        given says in ``seen`` whether there was one.
 
         Args:
             prefixes: for each layer keys and values, each [H_kv, P, D] for all rows or
@@ -190,7 +194,7 @@ class PrefixInjection:
         given = ActivePrefix(self, tuple(prefixes), no_prefix, positions_moved, always_visible)
         before = push(given)
         try:
-            yield
+            yield given
         finally:
             restore(before)
 
@@ -231,6 +235,7 @@ class PrefixInjection:
             set_current(self, None)
             name_state(kwargs.get("attention_mask"), None)  # made after a call that failed
             return args, given
+        entry.seen = True
         if not self._blocks:
             self._stand_before()
         tokens = positions.tokens_of(kwargs)
@@ -258,6 +263,7 @@ class PrefixInjection:
                     f"of {self._model_name} share: choose use_reentrant=False"
                 )
             reentrant.use_leaves(state)
+        state.trains = state.collected is None and torch.is_grad_enabled() and _train(entry)
         name_state(kwargs.get("attention_mask"), state)
         kwargs[attention.KEYWORD] = state
         set_current(self, state)
@@ -276,8 +282,9 @@ class PrefixInjection:
         seen = state.hits
         if state.checkpointed:
             seen = seen.union(traced_slots(self._number))
-        missed = [slot for slot in range(len(self.attentions)) if slot not in seen]
-        if missed and not dropped:
+        called = state.entered if dropped else range(len(self.attentions))
+        missed = [slot for slot in sorted(called) if slot not in seen]
+        if missed:
             raise RuntimeError(
                 f"{self._model_name} did not hand the prefix to the attention of layers {missed}: "
                 "what it computed is not what was asked for, and prefix tuning of this model is "
@@ -311,6 +318,23 @@ class PrefixInjection:
         args, kwargs = positions.move_in_table(table, args, kwargs, -state.virtual)
         plain = type(table).forward(table, *args, **kwargs)
         return torch.where(state.no_prefix[:, None, None], plain, output)
+
+
+def _train(entry: ActivePrefix) -> bool:
+    return any(x.requires_grad for pair in entry.prefixes if pair is not None for x in pair)
+
+
+class _Entered:
+    """Notes that a layer was called, in a model that leaves out some while it trains."""
+
+    def __init__(self, injection: PrefixInjection, slot: int) -> None:
+        self.injection = injection
+        self.slot = slot
+
+    def __call__(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
+        state = current_of(self.injection)
+        if state is not None:
+            state.entered.add(self.slot)
 
 
 class _BlockHook:

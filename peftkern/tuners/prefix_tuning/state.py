@@ -25,15 +25,16 @@ class _Local(threading.local):
 _local = _Local()
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class ActivePrefix:
-    """The prefixes within one ``PrefixInjection.active`` block."""
+    """The prefixes within one ``PrefixInjection.active`` block; ``seen`` once a call has begun."""
 
     owner: Any
     prefixes: tuple[Prefix | None, ...]
     no_prefix: Tensor | None
     positions_moved: bool = False
     always_visible: bool = False
+    seen: bool = False
 
 
 def offset_behind(virtual: int, no_prefix: Tensor | None) -> int | Tensor:
@@ -57,11 +58,23 @@ class PrefixState:
     alibi: Tensor | None = None  # Falcon: [B * H, 1, P + S]
     collected: tuple[list[Tensor], list[Tensor]] | None = None  # leaves and what they stand for
     hits: set[int] = field(default_factory=set)  # slots that have seen their prefix, or have none
+    entered: set[int] = field(default_factory=set)  # layers that were called, where some are not
+    trains: bool = False  # the call is to have gradients of its prefixes, by way of no leaves
     injection: int = 0  # its number
     checkpointed: bool = False  # whether layers run within checkpoints
 
     def hit(self, slot: int) -> None:
-        """Notes that the attention of this slot has seen its prefix."""
+        """Notes that the attention of this slot has seen its prefix.
+
+        Raises:
+            RuntimeError: it sees it without gradients in a call that has them.
+        """
+        if self.trains and not torch.is_grad_enabled():
+            raise RuntimeError(
+                f"layer {slot} runs without gradients in a call with them, as in a reentrant "
+                "checkpoint: its prefix would get none. Allowed: "
+                "gradient_checkpointing_enable(), or checkpoints with use_reentrant=False"
+            )
         if self.checkpointed and torch.compiler.is_compiling():
             _hit_in_trace(self.injection, slot)
         else:
