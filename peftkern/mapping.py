@@ -61,6 +61,16 @@ def check_adapter_name(adapter_name: Any, existing: Any = ()) -> None:
         raise ValueError(f"Adapter with name '{adapter_name}' already exists.")
 
 
+def check_config(peft_config: Any) -> None:
+    """Raise a TypeError for what is no configuration of peftkern's, such as one of HF PEFT's."""
+    if isinstance(peft_config, PeftConfig):
+        return
+    kind = type(peft_config)
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    hint = f"; import {kind.__name__} from peftkern" if name.startswith("peft.") else ""
+    raise TypeError(f"`peft_config` must be a configuration of peftkern's, got {name}{hint}")
+
+
 def warn_of_prefix(adapter_name: str, peft_type: Any) -> None:
     """A name that is part of the method's prefix ("lora" in "lora_") is found in other names."""
     prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(PeftType(peft_type))
@@ -96,6 +106,7 @@ def inject_adapter_in_model(
         ValueError, NotImplementedError: as :func:`get_peft_model`.
     """
     check_adapter_name(adapter_name)
+    check_config(peft_config)
     if peft_config.is_prompt_learning:
         raise ValueError(
             "`create_and_replace` does not support prompt learning, adaption prompt and shadow yet."
@@ -131,6 +142,7 @@ def get_peft_model(
         low_cpu_mem_usage: make the adapter's weights on the meta device, to be loaded afterwards.
 
     Raises:
+        TypeError: ``peft_config`` is not one of peftkern's.
         ValueError: a bad name, no match for the targets, or a target that cannot be adapted.
         NotImplementedError: the configuration asks for something not built yet.
         Either way the model is left as it was.
@@ -143,6 +155,7 @@ def get_peft_model(
             "mixed=True (several adapter methods in one model) is not supported by peftkern"
         )
     check_adapter_name(adapter_name)
+    check_config(peft_config)
     peft_config.check_supported()
     old_name = peft_config.base_model_name_or_path
     # a model made from a config has an empty name, which is no name

@@ -15,7 +15,7 @@ from torch import nn
 from transformers.utils import PushToHubMixin
 
 from .config import PeftConfig
-from .mapping import PEFT_TYPE_TO_TUNER_MAPPING, check_adapter_name, warn_of_prefix
+from .mapping import PEFT_TYPE_TO_TUNER_MAPPING, check_adapter_name, check_config, warn_of_prefix
 from .prompt_calls import prompted_forward, prompted_generate
 from .prompt_learning import PromptLearning
 from .saving import AdapterFiles
@@ -117,6 +117,7 @@ class PeftModel(PromptLearning, AdapterFiles, AdapterStatus, PushToHubMixin, nn.
     ) -> None:
         super().__init__()
         check_adapter_name(adapter_name)
+        check_config(peft_config)
         peft_config.check_supported()
         self._add_heads(peft_config)
         self.active_adapter = adapter_name
@@ -349,6 +350,7 @@ class PeftModel(PromptLearning, AdapterFiles, AdapterStatus, PushToHubMixin, nn.
             The model is then as it was.
         """
         check_adapter_name(adapter_name, self.peft_config)
+        check_config(peft_config)
         warn_of_prefix(adapter_name, peft_config.peft_type)
         if PeftType(peft_config.peft_type) != self.peft_type:
             raise ValueError(

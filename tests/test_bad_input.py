@@ -8,6 +8,7 @@ import pickle
 import shutil
 import warnings
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -317,3 +318,20 @@ def test_folders_that_are_not_there():
         with pytest.raises(ValueError, match=CONFIG):
             peftkern.PeftConfig.from_pretrained(where)
     assert_same(base, before)
+
+
+@pytest.mark.parametrize("config", [peft.LoraConfig(), {"peft_type": "LORA"}, None], ids=str)
+def test_configurations_of_others_are_named(config):
+    model = make("llama")
+    before = snapshot(model)
+    adapted = peftkern.get_peft_model(make("llama"), peftkern.LoraConfig())
+    for door in (
+        lambda: peftkern.get_peft_model(model, config),
+        lambda: peftkern.PeftModel(model, config),
+        lambda: peftkern.inject_adapter_in_model(config, model),
+        lambda: adapted.add_adapter("other", config),
+    ):
+        with pytest.raises(TypeError, match=f"peft_config.*{type(config).__name__}"):
+            door()
+    assert_same(model, before)
+    assert list(adapted.peft_config) == ["default"]
