@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import warnings
 from typing import Any, Literal
 
@@ -254,9 +255,10 @@ def hotswap_adapter_from_state_dict(
                 "that all ranks are padded to the largest rank among all LoRA adapters by using "
                 "peft.utils.hotswap.prepare_model_for_compiled_hotswap."
             )
+    ours = re.compile(rf"\.{re.escape(parameter_prefix)}\w+\.{re.escape(adapter_name)}(\.|$)")
     with torch.no_grad():
         for key, place in places.items():
-            if parameter_prefix in key and f".{adapter_name}" in key and key not in state:
+            if key not in state and ours.search(key):
                 place.data.zero_()  # a layer that the new adapter leaves alone
         for key, value in state.items():
             at, found, _ = key.rpartition("." + parameter_prefix)
