@@ -11,7 +11,9 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
+T = TypeVar("T")
 _STAGING = ".saving-"  # how names of what is not complete yet begin
 _STALE_SECONDS = 3600.0  # and when they are as old as this they are nobody's any more
 
@@ -114,6 +116,33 @@ def places(folder: str | os.PathLike[str]) -> Iterator[str]:
     if os.path.isdir(committed):
         yield committed
     yield os.fspath(folder)
+
+
+def _version(path: str) -> tuple[int, int] | None:
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_mtime_ns
+
+
+def read_whole(find: Callable[[], str | None], read: Callable[[str], T]) -> T | None:
+    """``read(find())``, or None when nothing is found; done again when a save moved or replaced the
+    file meanwhile, be it that ``read`` noticed or not."""
+    for last in (*[False] * 19, True):
+        path = find()
+        if path is None:
+            return None
+        before = _version(path)
+        try:
+            value = read(path)
+        except (OSError, ValueError):
+            if last or (before is not None and _version(path) == before):
+                raise
+            continue
+        if last or _version(path) == before:
+            return value
+    raise AssertionError
 
 
 def write_text_atomically(path: str | os.PathLike[str], text: str) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import peftkern
-from peftkern._io import COMMITTED, _put_in_place, replaced_together
+from peftkern._io import COMMITTED, _put_in_place, read_whole, replaced_together
 from peftkern.utils.save_and_load import load_peft_weights
 from tests.tiny import fill, make
 
@@ -174,3 +174,26 @@ def test_threads_that_save_to_one_folder(tmp_path):
     assert loads_as(tmp_path)[0] in (4, 6)
     assert not any(m.peft_config["default"].inference_mode for m in models)
     assert all((tmp_path / n).stat().st_mode & 0o777 == 0o640 for n in (SAFE, CONFIG))
+
+
+@pytest.mark.parametrize("notices", [True, False])
+def test_a_file_that_is_replaced_while_it_is_read_is_read_again(notices, tmp_path):
+    file, news = tmp_path / "file", [b"new", b"newer"]
+    file.write_bytes(b"old")
+
+    def read(path):
+        seen = file.read_bytes()
+        if news:
+            (tmp_path / "next").write_bytes(news.pop(0))
+            os.replace(tmp_path / "next", file)
+            if notices:
+                raise ValueError("half of it")
+        return seen
+
+    assert read_whole(lambda: str(file), read) == b"newer"
+    assert read_whole(lambda: None, read) is None
+    with pytest.raises(ValueError, match="damaged"):  # and not tried again for nothing
+        read_whole(lambda: str(file), lambda path: news.append(b"") or int("damaged"))
+    assert len(news) == 1
+    with pytest.raises(FileNotFoundError):
+        read_whole(lambda: str(tmp_path / "none"), lambda path: open(path))
