@@ -98,6 +98,8 @@ def fits_type(value: Any, hint: Any) -> bool:
         )
     if isinstance(hint, type) and issubclass(hint, Enum):
         return True  # its own check says what is allowed
+    if dataclasses.is_dataclass(hint):
+        return isinstance(value, dict)
     return isinstance(value, hint if hint in (str, bool) else (str, dict))
 
 
