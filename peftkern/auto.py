@@ -23,6 +23,8 @@ from .tasks import (
 )
 from .utils.constants import TOKENIZER_CONFIG_NAME
 
+# arguments of `from_pretrained` that the base model's would not know, or not mean in this way
+_ADAPTER_ALONE = ("subfolder", "autocast_adapter_dtype", "ephemeral_gpu_offload", "torch_device")
 # An adapter's configuration names the module that its base model's class is in. A file from
 # elsewhere must not be able to have any module imported, so these and what is inside them are all.
 IMPORT_ALLOWLIST = ("diffusers", "lerobot", "megatron-core", "transformers")
@@ -153,7 +155,7 @@ class _BaseAutoPeftModel:
         base = target.from_pretrained(
             adapter.base_model_name_or_path,
             revision=adapter.revision,
-            **{k: v for k, v in kwargs.items() if k != "subfolder"},
+            **{k: v for k, v in kwargs.items() if k not in _ADAPTER_ALONE},
         )
         _add_tokens_of(base, source, hub, bool(kwargs.get("trust_remote_code")))
         return cls._target_peft_class.from_pretrained(

@@ -27,7 +27,7 @@ def card_tags(model: Any) -> list[str]:
     tags = {"peftkern", *(getattr(base, "model_tags", None) or [])}
     if isinstance(base, transformers.PreTrainedModel):
         tags.add("transformers")
-    if model.active_peft_config.peft_type == PeftType.LORA:
+    if any(config.peft_type == PeftType.LORA for config in model.peft_config.values()):
         tags.add("lora")
     if getattr(base, "name_or_path", None):
         tags.add(f"base_model:adapter:{base.name_or_path}")
@@ -105,9 +105,8 @@ def create_or_update_model_card(model: Any, output_dir: str | os.PathLike[str]) 
         card = ModelCard(f"---\n{header}\n---\n\n{_new_text(model)}")
     card.data["library_name"] = "peft"
     card.data["tags"] = sorted({*(card.data.get("tags") or []), *card_tags(model)})
-    if model.active_peft_config.task_type == TaskType.CAUSAL_LM and not card.data.get(
-        "pipeline_tag"
-    ):
+    tasks = [adapter.task_type for adapter in model.peft_config.values()]
+    if TaskType.CAUSAL_LM in tasks and not card.data.get("pipeline_tag"):
         card.data["pipeline_tag"] = "text-generation"
     config = get_model_config(innermost(model))
     if config != DUMMY_MODEL_CONFIG and config.get("_name_or_path"):

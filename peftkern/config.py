@@ -16,7 +16,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from transformers.utils import PushToHubMixin
 
-from ._io import places, write_text_atomically
+from ._io import places, read_whole, write_text_atomically
 from ._version import PEFT_COMPAT_VERSION as __version__  # of HF PEFT, whose format is written
 from .utils.constants import CONFIG_NAME
 from .utils.error import MissingKeysError
@@ -98,6 +98,8 @@ def fits_type(value: Any, hint: Any) -> bool:
         )
     if isinstance(hint, type) and issubclass(hint, Enum):
         return True  # its own check says what is allowed
+    if dataclasses.is_dataclass(hint):
+        return isinstance(value, dict)
     return isinstance(value, hint if hint in (str, bool) else (str, dict))
 
 
@@ -245,10 +247,13 @@ class PeftConfigMixin(PushToHubMixin):
         """
         hub, rest = split_hub_kwargs({**kwargs, "subfolder": subfolder})
         where = os.fspath(pretrained_model_name_or_path)
-        file = locate_file(where, CONFIG_NAME, **hub)
-        if file is None:
+        found = read_whole(
+            lambda: locate_file(where, CONFIG_NAME, **hub),
+            lambda path: (path, cls.from_json_file(path)),
+        )
+        if found is None:
             raise ValueError(f"Can't find '{CONFIG_NAME}' at '{where}'")
-        values = cls.from_json_file(file)
+        file, values = found
         values = {**{k: v for k, v in rest.items() if k in _field_names(cls)}, **values}
         if not values.get("peft_type"):
             raise MissingKeysError(

@@ -87,6 +87,19 @@ def check_keys(match: Match, adapter_name: str, source: str) -> None:
         )
 
 
+def check_shapes(match: Match) -> None:
+    """Raise one RuntimeError that names every tensor of another shape than the model's."""
+    if match.mismatched:
+        raise RuntimeError(
+            "Error(s) in loading the adapter:\n\t"
+            + "\n\t".join(
+                f"size mismatch for {key}: copying a param with shape {saved} from checkpoint, the "
+                f"shape in current model is {here}."
+                for _, key, saved, here in match.mismatched
+            )
+        )
+
+
 def insert_adapter_name(key: str, adapter_name: str, prefix: str = "lora_") -> str:
     """A name on disk as it is in the model: "x.lora_A.weight" as "x.lora_A.<name>.weight"."""
     head, found, tail = key.rpartition(prefix)
@@ -153,15 +166,8 @@ def fill(
     """What :func:`set_peft_model_state_dict` does once every tensor has its place; only names of
     this adapter are reported as missing."""
     wrong = [(slot.model_key, saved, here) for slot, _, saved, here in match.mismatched]
-    if wrong and not ignore_mismatched_sizes:
-        raise RuntimeError(
-            "Error(s) in loading the adapter:\n\t"
-            + "\n\t".join(
-                f"size mismatch for {key}: copying a param with shape {saved} from checkpoint, the "
-                f"shape in current model is {here}."
-                for _, key, saved, here in match.mismatched
-            )
-        )
+    if not ignore_mismatched_sizes:
+        check_shapes(match)
     if wrong:
         warnings.warn(
             f"Some weights of {type(model).__name__} were not initialized from the model "

@@ -406,5 +406,6 @@ class PeftModel(PromptLearning, AdapterFiles, AdapterStatus, PushToHubMixin, nn.
             self._delete_prompt(adapter_name)
             return
         self.base_model.delete_adapter(adapter_name)
-        if len(self.active_adapters) == 1:
-            self.active_adapter = self.active_adapters[0]
+        left = self.active_adapters
+        if len(left) == 1 or (left and self.active_adapter not in self.peft_config):
+            self.active_adapter = left[0]

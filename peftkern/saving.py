@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, Literal
 
@@ -12,10 +14,11 @@ from torch import Tensor, nn
 from ._io import replaced_together, write_atomically
 from .card import create_or_update_model_card
 from .config import PeftConfig, split_hub_kwargs
-from .loading import LoadResult, check_keys, fill, match_weights
+from .loading import LoadResult, check_keys, check_shapes, fill, match_weights
 from .mapping import check_adapter_name
 from .prompts import innermost
 from .tuners.base_tuner import BaseTuner
+from .tuners.lora.inits import collect
 from .tuners.lora.plain import as_plain_lora
 from .utils.constants import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from .utils.module_tree import parameters_of, training_modules
@@ -173,11 +176,9 @@ class AdapterFiles:
                 "base_model_class": type(base).__name__,
                 "parent_library": type(base).__module__,
             }
-        mode, config.inference_mode = config.inference_mode, True
-        try:
-            config.save_pretrained(folder, auto_mapping_dict=mapping)
-        finally:
-            config.inference_mode = mode
+        saved = copy.copy(config)  # the model's own may be in use, or be saved, by another thread
+        saved.inference_mode = True
+        saved.save_pretrained(folder, auto_mapping_dict=mapping)
 
     @classmethod
     def from_pretrained(
@@ -234,22 +235,28 @@ class AdapterFiles:
         weights = load_peft_weights(model_id, rest.get("torch_device"), key_mapping, **hub)
         config.check_fits(weights)
         flags = [(p, p.requires_grad) for p in parameters_of(model)]
+        before = model.__dict__.get("peft_config")  # of adapters that are in it already
         peft_model = None
         try:
-            peft_model = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, cls)(
-                model,
-                config,
-                adapter_name,
-                autocast_adapter_dtype=autocast_adapter_dtype,
-                low_cpu_mem_usage=low_cpu_mem_usage,
-            )
-            peft_model._fill(weights, adapter_name, model_id, low_cpu_mem_usage, rest)
-        except Exception:
+            with collect() as change_base_weights:
+                peft_model = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, cls)(
+                    model,
+                    config,
+                    adapter_name,
+                    autocast_adapter_dtype=autocast_adapter_dtype,
+                    low_cpu_mem_usage=low_cpu_mem_usage,
+                )
+                peft_model._fill(
+                    weights, adapter_name, model_id, low_cpu_mem_usage, rest, change_base_weights
+                )
+        except BaseException:
             if peft_model is not None and config.is_prompt_learning:
                 peft_model._remove_prompts()
             elif peft_model is not None:
                 peft_model.base_model.withdraw(adapter_name)
-                del model.peft_config
+                del peft_model.peft_config[adapter_name]
+                if before is None:
+                    del model.peft_config
             for parameter, flag in flags:
                 parameter.requires_grad_(flag)
             raise
@@ -294,18 +301,29 @@ class AdapterFiles:
         weights = load_peft_weights(model_id, torch_device, key_mapping, **hub)
         if new:
             config.check_fits(weights)
-            self.add_adapter(
-                adapter_name,
-                config,
-                low_cpu_mem_usage=low_cpu_mem_usage,
-                autocast_adapter_dtype=autocast_adapter_dtype,
-            )
         prompts = self._is_prompt_learning
+        added = False
         try:
-            with self._loadable(adapter_name, is_trainable) if prompts else nullcontext():
-                result = self._fill(weights, adapter_name, model_id, low_cpu_mem_usage, rest)
-        except Exception:
-            if new:
+            with collect() as change_base_weights:
+                if new:
+                    self.add_adapter(
+                        adapter_name,
+                        config,
+                        low_cpu_mem_usage=low_cpu_mem_usage,
+                        autocast_adapter_dtype=autocast_adapter_dtype,
+                    )
+                    added = True
+                with self._loadable(adapter_name, is_trainable) if prompts else nullcontext():
+                    result = self._fill(
+                        weights,
+                        adapter_name,
+                        model_id,
+                        low_cpu_mem_usage,
+                        rest,
+                        change_base_weights,
+                    )
+        except BaseException:
+            if added:
                 self.delete_adapter(adapter_name)
                 if prompts:
                     self._remove_prompts(only_empty=True)
@@ -327,10 +345,14 @@ class AdapterFiles:
         source: Any,
         assign: bool,
         options: dict[str, Any],
+        change_base_weights: Callable[[], None],
     ) -> LoadResult:
-        """Check names and shapes of all ``weights`` against the adapter, then put them in."""
+        """Check names and shapes of all ``weights`` against the adapter, then put them in; between
+        both ``change_base_weights`` does what the adapter's start (PiSSA, …) does to the base."""
         match = match_weights(self, weights, adapter_name)
         check_keys(match, adapter_name, os.fspath(source))
-        return fill(
-            self, match, adapter_name, options.get("ignore_mismatched_sizes", False), assign
-        )
+        ignore = options.get("ignore_mismatched_sizes", False)
+        if not ignore:
+            check_shapes(match)
+        change_base_weights()
+        return fill(self, match, adapter_name, ignore, assign)

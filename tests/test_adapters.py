@@ -346,3 +346,44 @@ def test_refusals(call, error, says):
     with pytest.raises(error, match=says):
         call(ours)
     assert state(ours)[0] == flags and set(ours.peft_config) == {"default", "b"}
+
+
+def test_an_adapter_that_cannot_be_deleted_stays_whole():
+    """Of a fully trained module's copies one is in use: refused before a layer has lost its own."""
+    model = peftkern.get_peft_model(
+        make("llama"), settings(peftkern, modules_to_save=["lm_head"]), adapter_name="one"
+    )
+    for name in ("b", "c"):
+        model.add_adapter(name, settings(peftkern))
+    model.base_model.set_adapter(["one", "b", "c"])
+    before = state(model)
+    with pytest.raises(ValueError, match="multiple"):
+        model.delete_adapter("one")
+    assert state(model) == before and list(model.peft_config) == ["one", "b", "c"]
+
+
+def test_saved_after_the_first_of_several_active_ones_is_deleted(tmp_path):
+    model = peftkern.get_peft_model(make("llama"), settings(peftkern), adapter_name="one")
+    for name in ("b", "c"):
+        model.add_adapter(name, settings(peftkern))
+    model.base_model.set_adapter(["one", "b", "c"])
+    model.delete_adapter("one")
+    assert model.active_peft_config is model.peft_config["b"]
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").exists() and (tmp_path / "c").is_dir()
+
+
+def test_a_failed_load_keeps_the_adapters_that_were_there(tmp_path):
+    peftkern.get_peft_model(make("llama"), settings(peftkern)).save_pretrained(tmp_path)
+    base = make("llama")
+    model = peftkern.get_peft_model(base, settings(peftkern))
+    before = state(model)
+    (tmp_path / "adapter_config.json").write_text(
+        (tmp_path / "adapter_config.json").read_text().replace('"r": 3', '"r": 4')
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(RuntimeError, match="size mismatch"):
+            peftkern.PeftModel.from_pretrained(base, tmp_path, adapter_name="x")
+    assert base.peft_config is model.peft_config and list(model.peft_config) == ["default"]
+    assert state(model) == before

@@ -133,3 +133,11 @@ def test_a_tokenizer_of_which_a_part_is_missing(tmp_path, monkeypatch):
     with pytest.warns(UserWarning, match="tokenizer of .* cannot be loaded"):
         model = peftkern.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
     assert model.get_input_embeddings().weight.shape[0] == 64
+
+
+def test_arguments_for_the_adapter_alone_do_not_reach_the_base_model(tmp_path):
+    saved(tmp_path)
+    model = peftkern.AutoPeftModelForCausalLM.from_pretrained(
+        tmp_path / "adapter", dtype=torch.bfloat16, autocast_adapter_dtype=False, torch_device="cpu"
+    )
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}

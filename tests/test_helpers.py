@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import random
+import threading
 
 import peft
 import peft.helpers
@@ -230,3 +231,18 @@ def test_empty_weights():
     with init_empty_weights(include_buffers=True):
         assert nn.BatchNorm1d(2).running_mean.is_meta
     assert not nn.Linear(2, 2).weight.is_meta
+
+
+def test_empty_weights_are_those_of_one_thread():
+    register = nn.Module.register_parameter
+    first, second = init_empty_weights(), init_empty_weights()
+    first.__enter__()
+    thread = threading.Thread(target=lambda: seen.append(nn.Linear(2, 2).weight.is_meta))
+    seen: list[bool] = []
+    thread.start()
+    thread.join()
+    second.__enter__()
+    first.__exit__(None, None, None)  # blocks of two threads need not end in order
+    assert nn.Linear(2, 2).weight.is_meta
+    second.__exit__(None, None, None)
+    assert seen == [False] and nn.Module.register_parameter is register

@@ -267,3 +267,14 @@ def test_refusals_change_nothing(call, error, says):
 
 
 C = peftkern.LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
+
+
+def test_an_adapter_whose_name_begins_alike_is_left_alone(tmp_path):
+    saved(tmp_path, peftkern, 0)
+    model = loaded(peftkern, tmp_path)
+    model.load_adapter(tmp_path / "0", "default_2")
+    hotswap_adapter(model, tmp_path / "0", "default")
+    places = dict(model.named_parameters())
+    for key, value in places.items():
+        if ".default_2" in key:
+            assert torch.equal(value, places[key.replace(".default_2", ".default")]), key

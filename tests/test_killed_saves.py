@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import random
 import signal
+import threading
 import time
 
 import pytest
 import torch
 
 import peftkern
-from peftkern._io import COMMITTED, replaced_together
+from peftkern._io import COMMITTED, _put_in_place, read_whole, replaced_together
 from peftkern.utils.save_and_load import load_peft_weights
 from tests.tiny import fill, make
 
@@ -118,6 +119,8 @@ def test_stopped_between_any_two_steps(point, safe, tmp_path, monkeypatch):
     want = peftkern.get_peft_model_state_dict({4: old, 6: new}[r])
     assert all(torch.equal(weights[k], v) for k, v in want.items())
     assert r == (4 if point <= 2 else 6)  # two temporary files are renamed, then all is decided
+    _put_in_place(os.fspath(tmp_path))  # as far as the next save gets, when it is killed as well
+    assert loads_as(tmp_path)[0] == r
     new.save_pretrained(tmp_path, safe_serialization=safe)
     kept, gone = (SAFE, PICKLE) if safe else (PICKLE, SAFE)
     assert (tmp_path / kept).exists() and not (tmp_path / gone).exists()
@@ -144,3 +147,53 @@ def test_what_killed_saves_left_behind_goes_after_an_hour(tmp_path):
     with replaced_together(tmp_path):
         pass
     assert os.listdir(tmp_path) == [".saving-new"]
+
+
+def test_threads_that_save_to_one_folder(tmp_path):
+    """The files are those of one of them, and no thread sees another's passing settings."""
+    models = [adapted(4, 1), adapted(6, 2)]
+    errors = []
+
+    def save(model):
+        try:
+            for _ in range(10):
+                model.save_pretrained(tmp_path)
+        except Exception as exc:
+            errors.append(exc)
+
+    before = os.umask(0o027)
+    try:
+        threads = [threading.Thread(target=save, args=(m,)) for m in models * 2]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        assert os.umask(before) == 0o027
+    assert not errors
+    assert loads_as(tmp_path)[0] in (4, 6)
+    assert not any(m.peft_config["default"].inference_mode for m in models)
+    assert all((tmp_path / n).stat().st_mode & 0o777 == 0o640 for n in (SAFE, CONFIG))
+
+
+@pytest.mark.parametrize("notices", [True, False])
+def test_a_file_that_is_replaced_while_it_is_read_is_read_again(notices, tmp_path):
+    file, news = tmp_path / "file", [b"new", b"newer"]
+    file.write_bytes(b"old")
+
+    def read(path):
+        seen = file.read_bytes()
+        if news:
+            (tmp_path / "next").write_bytes(news.pop(0))
+            os.replace(tmp_path / "next", file)
+            if notices:
+                raise ValueError("half of it")
+        return seen
+
+    assert read_whole(lambda: str(file), read) == b"newer"
+    assert read_whole(lambda: None, read) is None
+    with pytest.raises(ValueError, match="damaged"):  # and not tried again for nothing
+        read_whole(lambda: str(file), lambda path: news.append(b"") or int("damaged"))
+    assert len(news) == 1
+    with pytest.raises(FileNotFoundError):
+        read_whole(lambda: str(tmp_path / "none"), lambda path: open(path))

@@ -12,6 +12,7 @@ import peft
 import pytest
 import torch
 from peft.tuners.lora.config import CordaConfig as PeftCordaConfig
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -421,3 +422,37 @@ def test_a_configuration_s_parts_come_back_from_its_file(tmp_path):
     for lib in LIBS:
         loaded = lib.LoraConfig.from_pretrained(tmp_path)
         assert isinstance(loaded.eva_config, lib.EvaConfig) and loaded.eva_config.rho == 1.5
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora", "loftq"])
+@pytest.mark.parametrize("broken", ["missing", "shape"])
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_file_that_does_not_fit_leaves_the_base_weights_alone(init, broken, dora, tmp_path):
+    """Such a start takes itself out of the base weights, and is only then found not to fit."""
+    more = {"loftq_config": peftkern.LoftQConfig()} if init == "loftq" else {}
+    config = peftkern.LoraConfig(
+        r=4, target_modules=["a", "b"], init_lora_weights=init, use_dora=dora, **more
+    )
+    peftkern.get_peft_model(make(), config).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    weights = load_file(file)
+    if broken == "missing":
+        del weights["base_model.model.b.lora_B.weight"]
+    else:
+        weights["base_model.model.b.lora_B.weight"] = torch.zeros(3, 3)
+    save_file(weights, file)
+
+    base = make()
+    plain = peftkern.get_peft_model(make(), peftkern.LoraConfig(r=2, target_modules=["a"]))
+    for model, load in (
+        (base, lambda: peftkern.PeftModel.from_pretrained(base, tmp_path)),
+        (plain, lambda: plain.load_adapter(tmp_path, "other")),
+    ):
+        before = copy.deepcopy(model.state_dict())
+        with pytest.raises((ValueError, RuntimeError)):
+            load()
+        assert model.state_dict().keys() == before.keys()
+        for key, value in model.state_dict().items():  # DoRA measures the changed weight at once
+            torch.testing.assert_close(value, before[key], rtol=0, atol=1e-6 if dora else 0)
+    assert list(plain.peft_config) == ["default"]
+    assert plain.base_model.targeted_module_names == ["a"]

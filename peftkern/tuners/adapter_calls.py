@@ -73,6 +73,15 @@ def delete_adapter(
             f"Cannot delete adapter(s) {[adapter_name]} while they are merged. Please unmerge them "
             "first."
         )
+    active = layers[0].active_adapters if layers else []
+    left = [name for name in active if name != adapter_name]
+    for module in found:  # of these only one can be in use, and none shall be found out half-way
+        if len(left) > 1 and isinstance(module, AuxiliaryTrainingWrapper):
+            if adapter_name in module._get_available_adapters():
+                raise ValueError(
+                    f"Attempted to set multiple ({left}) adapters at once for "
+                    f"{type(module).__name__}, which is not allowed."
+                )
     new: list[str] | None = None
     for layer in layers:
         was_active = adapter_name in layer.active_adapters

@@ -14,38 +14,54 @@ from torch import nn
 
 class _Here(threading.local):
     skipped = 0  # how many functions of this thread want real weights
+    parameters = 0  # blocks that this thread has open
+    buffers = 0  # those among them that are for buffers too
 
 
 _HERE = _Here()
+# nn.Module is every thread's: it is changed by the first block and put back by the last
+_LOCK = threading.Lock()
+_open = 0
+_real: tuple[Any, Any] = (nn.Module.register_parameter, nn.Module.register_buffer)
+
+
+def _register_parameter(module: nn.Module, name: str, param: Any) -> None:
+    _real[0](module, name, param)
+    if param is not None and _HERE.parameters and not _HERE.skipped:
+        made = module._parameters[name]
+        assert made is not None
+        extra = {**made.__dict__, "requires_grad": param.requires_grad}
+        module._parameters[name] = type(made)(made.to("meta"), **extra)
+
+
+def _register_buffer(module: nn.Module, name: str, tensor: Any, persistent: bool = True) -> None:
+    kept = tensor is None or _HERE.skipped or not _HERE.buffers
+    _real[1](module, name, tensor if kept else tensor.to("meta"), persistent)
 
 
 @contextmanager
 def init_empty_weights(include_buffers: bool | None = None) -> Iterator[None]:
-    """Within the block parameters that modules are given go to the meta device, so that their
-    initialisation costs nothing; ``include_buffers``: buffers as well."""
-    register_parameter, register_buffer = nn.Module.register_parameter, nn.Module.register_buffer
-
-    def empty_parameter(module: nn.Module, name: str, param: Any) -> None:
-        register_parameter(module, name, param)
-        if param is not None and not _HERE.skipped:
-            made = module._parameters[name]
-            assert made is not None
-            extra = {**made.__dict__, "requires_grad": param.requires_grad}
-            module._parameters[name] = type(made)(made.to("meta"), **extra)
-
-    def empty_buffer(module: nn.Module, name: str, tensor: Any, persistent: bool = True) -> None:
-        kept = tensor is None or _HERE.skipped
-        register_buffer(module, name, tensor if kept else tensor.to("meta"), persistent)
-
+    """Within the block parameters that modules are given in this thread go to the meta device, so
+    that their initialisation costs nothing; ``include_buffers``: buffers as well."""
+    global _open, _real
+    with _LOCK:
+        if not _open:
+            _real = nn.Module.register_parameter, nn.Module.register_buffer
+            nn.Module.register_parameter = _register_parameter  # type: ignore
+            nn.Module.register_buffer = _register_buffer  # type: ignore
+        _open += 1
+    _HERE.parameters += 1
+    _HERE.buffers += bool(include_buffers)
     try:
-        nn.Module.register_parameter = empty_parameter  # type: ignore
-        if include_buffers:
-            nn.Module.register_buffer = empty_buffer  # type: ignore
         with torch.device("meta") if include_buffers else nullcontext():
             yield
     finally:
-        nn.Module.register_parameter = register_parameter  # type: ignore[method-assign]
-        nn.Module.register_buffer = register_buffer  # type: ignore[method-assign]
+        _HERE.parameters -= 1
+        _HERE.buffers -= bool(include_buffers)
+        with _LOCK:
+            _open -= 1
+            if not _open:
+                nn.Module.register_parameter, nn.Module.register_buffer = _real  # type: ignore
 
 
 def skip_init_on_device(func: Callable[..., Any]) -> Callable[..., Any]:

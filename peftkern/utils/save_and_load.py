@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from .._io import read_whole
 from ..adapter_slots import adapter_slots, clean
 from ..base_weights import get_base_model_state_dict, set_base_model_state_dict
 from ..config import locate_file
@@ -253,14 +254,17 @@ def load_peft_weights(
         ValueError: there is no such file, or it cannot be read; see :func:`read_weights_file`.
     """
     where = os.fspath(model_id)
-    file = locate_file(where, (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME), **hub)
-    if file is None:
+    device = infer_device() if device is None else device
+    weights = read_whole(
+        lambda: locate_file(where, (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME), **hub),
+        lambda file: read_weights_file(file, device),
+    )
+    if weights is None:
         raise ValueError(
             f"Can't find weights for {where} in {where} or in the Hugging Face Hub. Please check "
             "that the file "
             f"{WEIGHTS_NAME} or {SAFETENSORS_WEIGHTS_NAME} is present at {where}."
         )
-    weights = read_weights_file(file, infer_device() if device is None else device)
     if not key_mapping:
         return weights
     return {_map_key(key, key_mapping): value for key, value in weights.items()}

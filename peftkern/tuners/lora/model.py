@@ -24,7 +24,7 @@ from ...utils.other import (
 from ...utils.tied import modules_tied_to_embedding
 from ..base_tuner import BaseTuner
 from ..targets import check_compatible
-from ..tuners_utils import BaseTunerLayer
+from ..tuners_utils import BaseTunerLayer, walk
 from .alora import handing_offsets
 from .base import LoraLayer
 from .beside import Beside, find_targets, rank_and_alpha
@@ -324,6 +324,9 @@ class LoraModel(ModelMerging, Weighted, Starts, BaseTuner):
             layer.delete_adapter(adapter_name)
         rest = [name for name in self.peft_config if name != adapter_name]
         self._take_out(only_empty=bool(rest))
+        left = {name for name, m in walk(self.model) if isinstance(m, BaseTunerLayer)}
+        left = {name.replace("_orig_mod.", "") for name in left}
+        self.targeted_module_names = [n for n in self.targeted_module_names if n in left]
 
     def _take_out(self, only_empty: bool = True) -> None:
         """Put the original modules back where no adapter is left, or everywhere: then the model is

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -19,6 +20,13 @@ def as_subconfig(value: Any, cls: type[T]) -> T | None:
         return value
     if isinstance(value, dict):
         known = {f.name for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
+        unknown = sorted(str(k) for k, v in value.items() if k not in known and v is not None)
+        if unknown:
+            warnings.warn(
+                f"Unexpected keyword arguments {unknown} for class {cls.__name__}, these are "
+                "ignored.",
+                stacklevel=5,
+            )
         return cls(**{k: v for k, v in value.items() if k in known})
     raise TypeError(f"`{cls.__name__}` must be a `{cls.__name__}`, a dict, or None.")
 

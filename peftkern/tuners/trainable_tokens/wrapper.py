@@ -132,6 +132,8 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
         self, adapter_name: str, new_active_adapters: Sequence[str] | None = None
     ) -> None:
         """Drop the adapter's rows; ``new_active_adapters`` is what other layers use from now on."""
+        if adapter_name not in self._get_available_adapters():
+            return
         names = list(new_active_adapters or ())
         if len(names) > 1:
             raise ValueError(

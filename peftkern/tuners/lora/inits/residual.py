@@ -82,15 +82,19 @@ def _change(weight: Tensor, start: Start) -> None:
 
 @contextmanager
 def collect() -> Iterator[Callable[[], None]]:
-    """Hold back the changes of base weights; they are made by calling what the block is given.
+    """Hold back the changes of base weights; they are made by calling what the block is given, or,
+    in a block within another one, what the outer one is given.
 
     When the block ends in an error, the weights are as they were: those that nothing was done to to
     the bit, those that were changed already up to one rounding, as no copy of them is kept.
     """
-    before = _HERE.waiting, _HERE.made
+    outer, made_before = before = _HERE.waiting, _HERE.made
     _HERE.waiting, _HERE.made = [], []
 
     def apply() -> None:
+        if outer is not None:
+            outer.extend(_HERE.waiting or ())
+            _HERE.waiting = []
         while _HERE.waiting:
             _change(*_HERE.waiting.pop(0))
 
@@ -100,5 +104,8 @@ def collect() -> Iterator[Callable[[], None]]:
         for weight, start, old in reversed(_HERE.made):
             weight.data = old if start.undo is None else start.undo(weight.data)  # type: ignore
         raise
+    else:
+        if outer is not None:  # whose error takes these back as well
+            made_before.extend(_HERE.made)
     finally:
         _HERE.waiting, _HERE.made = before
