@@ -92,6 +92,10 @@ def test_a_start_that_changed_the_base_is_taken_out(tmp_path, lora):
     [
         ({"use_rslora": True, "rank_pattern": {"lin": 2}}, "`rank_pattern` or `alpha_pattern`"),
         ({"use_dora": True, "target_modules": ["lin"]}, "`use_dora=True`"),
+        (
+            {"target_parameters": ["lin.weight"], "target_modules": [], "init_lora_weights": True},
+            "`target_parameters`",
+        ),
     ],
 )
 def test_what_has_no_plain_form_is_refused(tmp_path, lora, text):

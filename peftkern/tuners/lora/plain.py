@@ -69,8 +69,8 @@ def as_plain_lora(
         start: those that it started from.
 
     Raises:
-        ValueError: a scaling that doubles to nothing a configuration can say, DoRA, or a start that
-            is not this adapter's.
+        ValueError: a scaling that doubles to nothing a configuration can say, DoRA,
+            ``target_parameters``, or a start that is not this adapter's.
     """
     if config.use_rslora and (config.rank_pattern or config.alpha_pattern):
         raise ValueError(
@@ -82,6 +82,11 @@ def as_plain_lora(
         raise ValueError(
             "Passing `path_initial_model_for_weight_conversion` to `save_pretrained` is not "
             "supported with `use_dora=True`: its update is no difference of products."
+        )
+    if config.target_parameters:
+        raise ValueError(
+            "Passing `path_initial_model_for_weight_conversion` to `save_pretrained` is not "
+            "supported with `target_parameters`: factors of several experts share one tensor."
         )
     if not str(config.init_lora_weights).lower().startswith(_STARTS):
         warnings.warn(
