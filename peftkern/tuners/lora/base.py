@@ -191,7 +191,8 @@ class LoraLayer(Merging, Frozen, BaseTunerLayer):
             autocast_dtype: keep float32 weights under a float16 or bfloat16 base.
             meta: make the weights on the meta device, to be assigned from a checkpoint.
             trainable: whether its weights require a gradient.
-            **kwargs: what callers written for HF PEFT pass beside these; not used.
+            **kwargs: ``target_name``, the layer's name in the model, for variants that ask for it;
+                the others that callers written for HF PEFT pass are not used.
         """
         if r <= 0:
             raise ValueError(f"`r` should be a positive integer value but the value passed is {r}")
@@ -215,6 +216,7 @@ class LoraLayer(Merging, Frozen, BaseTunerLayer):
             self.lora_variant.pop(adapter_name, None)
             if variant is not None:
                 self.lora_variant[adapter_name] = variant
+                variant.target_name = kwargs.get("target_name", "")
                 variant.init(self, adapter_name, config, trainable)
 
     def _make_weights(
