@@ -105,8 +105,8 @@ def test_merging():
         torch.testing.assert_close(first(ours(input_ids=IDS)), want)
         ours.unmerge_adapter(), theirs.unmerge_adapter()
         assert all(torch.equal(ours.get_parameter(n), old) for n, old in before.items())
-    torch.testing.assert_close(first(ours.merge_and_unload()(input_ids=IDS)), want)
     assert not theirs.supports_lora_conversion() and not ours.supports_lora_conversion()
+    torch.testing.assert_close(first(ours.merge_and_unload()(input_ids=IDS)), want)
 
 
 @pytest.mark.parametrize("low", [False, True])
@@ -134,23 +134,22 @@ def test_a_base_that_comes_after_the_adapter(merge):
     """The base weight is on the meta device when the adapter is added, and is loaded later."""
     torch.manual_seed(0)
     base = torch.nn.Sequential(torch.nn.Linear(8, 6))
+    settings = config(target_modules=["0"], init_lora_weights=False)
+    want = peftkern.inject_adapter_in_model(settings, copy.deepcopy(base))
+    model = peftkern.inject_adapter_in_model(settings, copy.deepcopy(base).to("meta"))
     x = torch.randn(3, 8)
-    want = peftkern.get_peft_model(copy.deepcopy(base), config(target_modules=["0"]))
-    model = copy.deepcopy(base).to("meta")
-    model = peftkern.inject_adapter_in_model(config(target_modules=["0"]), model)
-    layer = model[0]
-    for name in ("lora_A", "lora_B"):
-        getattr(layer, name)["default"].weight = getattr(want.base_model.model[0], name)[
-            "default"
-        ].weight
-    layer.lora_diag["default"] = want.base_model.model[0].lora_diag["default"]
-    with pytest.raises(RuntimeError, match="still on the meta device"):
-        model(x)
-    layer.base_layer.load_state_dict(base[0].state_dict(), assign=True)
+    for call in (lambda: model(x), model[0].merge):
+        with pytest.raises(RuntimeError, match="still on the meta device"):
+            call()
+    for store in ("lora_A", "lora_B"):
+        getattr(model[0], store)["default"] = getattr(want[0], store)["default"]
+    model[0].lora_diag["default"] = want[0].lora_diag["default"]
+    model[0].base_layer.load_state_dict(base[0].state_dict(), assign=True)
     if merge:
-        layer.merge()
-    torch.testing.assert_close(model(x), want(x))
-    assert not torch.allclose(model(x), base(x))
+        model[0].merge()
+    for _ in range(2):
+        torch.testing.assert_close(model(x), want(x))
+    assert torch.allclose(model[0].base_layer.weight, want[0].base_layer.weight) is not merge
 
 
 @pytest.mark.parametrize(

@@ -108,8 +108,8 @@ def check(key: str, features: tuple[Any, Any], r: int, config: Any) -> None:
     factor = diagonal_factor(config, key)
     if factor is not None:
         K, N = features
-        sizes = (K, r) if factor == "A" else (r, N)
-        BlockDiagonalLinear(*sizes, config.use_bdlora.nblocks, device="meta")
+        k, n = (K, r) if factor == "A" else (r, N)
+        BlockDiagonalLinear(k, n, config.use_bdlora.nblocks, device="meta")
 
 
 class BdLoraLinearVariant(LoraVariant):
