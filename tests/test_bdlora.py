@@ -135,6 +135,30 @@ def test_rows_that_name_adapters_and_a_conversion():
         torch.testing.assert_close(mine, first(pairs[0](input_ids=IDS)), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["linear", "ties", "svd", "cat"])
+def test_weighted_sums(kind):
+    outputs = []
+    for model, library in zip(models(use_rslora=False), (peftkern, peft), strict=True):
+        for name, nblocks in (("b", 2), ("other", 1)):
+            blocks = {**BLOCKS, "nblocks": nblocks}
+            targets = ["q_proj", "v_proj", "o_proj", "down_proj"]
+            config = library.LoraConfig(r=4, target_modules=targets, use_bdlora=blocks)
+            model.add_adapter(name, config)
+        fill(model)
+        call = {"combination_type": kind, "density": 0.5, "adapter_name": "sum"}
+        if library is peftkern:
+            with pytest.raises(ValueError, match="BD-LoRA"):
+                model.add_weighted_adapter(["default", "other"], [0.5, 0.7], **call)
+            if kind in ("svd", "cat"):  # HF PEFT fails, or joins blocks that do not belong together
+                with pytest.raises(ValueError, match="allowed: linear, ties"):
+                    model.add_weighted_adapter(["default", "b"], [0.5, 0.7], **call)
+                return
+        model.add_weighted_adapter(["default", "b"], [0.5, 0.7], **call)
+        model.set_adapter("sum")
+        outputs.append(first(model.eval()(input_ids=IDS)))
+    torch.testing.assert_close(*outputs)
+
+
 def test_explain():
     ours, _ = models()
     reasons = {row.name.rsplit(".", 1)[-1]: row for row in peftkern.explain(ours)}

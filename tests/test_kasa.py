@@ -171,6 +171,26 @@ def test_refusals_leave_the_model(settings, said):
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
+def test_a_failure_after_the_truncation_takes_it_back(monkeypatch):
+    from peftkern.tuners.lora import kasa
+
+    model, calls = make("llama"), []
+    before = copy.deepcopy(model.state_dict())
+
+    def failing(weight, r, whole=kasa.split):
+        calls.append(weight)
+        if len(calls) == 4:
+            raise RuntimeError("no convergence")
+        return whole(weight, r)
+
+    monkeypatch.setattr(kasa, "split", failing)
+    with pytest.raises(RuntimeError, match="no convergence"):
+        peftkern.get_peft_model(model, config())
+    assert list(before) == list(model.state_dict())
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, before[name])
+
+
 def test_more_refusals():
     for library in (peftkern, peft):
         for one, two in ((None, {}), ({}, None)):

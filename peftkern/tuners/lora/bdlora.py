@@ -71,6 +71,12 @@ class BlockDiagonalLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, nblocks={self.nblocks}"
 
 
+def has_blocks(layer: Any, adapter: str) -> bool:
+    """Whether one of the adapter's factors is block-diagonal."""
+    stores = (layer._modules.get(name, {}) for name in ("lora_A", "lora_B"))
+    return any(adapter in s and isinstance(s[adapter], BlockDiagonalLinear) for s in stores)
+
+
 def dense(module: Any) -> Tensor:
     """The matrix that a factor multiplies by."""
     if isinstance(module, BlockDiagonalLinear):

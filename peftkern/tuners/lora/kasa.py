@@ -26,12 +26,29 @@ PENDING = (
 )
 
 
-def truncated(weight: Tensor, r: int) -> Tensor:
-    """``weight`` [N, K] without its r smallest singular values, in its own dtype; the decomposition
-    is in float32."""
+def split(weight: Tensor, r: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """``weight`` [N, K] without its r smallest singular values, in its own dtype, and what that
+    leaves out as float32 factors [N, r] and [r, K]."""
     u, s, vh = torch.linalg.svd(weight.detach().to(torch.float32), full_matrices=False)
     k = len(s) - r
-    return ((u[:, :k] * s[:k]) @ vh[:k]).to(weight.dtype)
+    kept = ((u[:, :k] * s[:k]) @ vh[:k]).to(weight.dtype)
+    return kept, (u[:, k:] * s[k:], vh[k:].clone())
+
+
+def truncation(A: Tensor, B: Tensor, r: int) -> Start:
+    """What adding an adapter with these A and B does to the base weight."""
+    lost: list[tuple[Tensor, Tensor]] = []
+
+    def cut(weight: Tensor) -> Tensor:
+        kept, rest = split(weight, r)
+        lost[:] = [rest]
+        return kept
+
+    def back(weight: Tensor) -> Tensor:
+        left, right = lost[0]
+        return torch.addmm(weight.to(torch.float32), left, right).to(weight.dtype)
+
+    return Start(A, B, cut, back)
 
 
 def check(base: Any, r: int, config: Any) -> None:
@@ -92,7 +109,7 @@ class KasaLinearVariant(LoraVariant):
         if weight.is_meta:
             waiting.add(adapter)
         else:
-            note(weight, Start(A, B, lambda W: truncated(W, r)))
+            note(weight, truncation(A, B, r))
 
     def ready(self, layer: Any, adapter: str) -> None:
         if adapter not in layer._lora_kasa_truncation_deferred:
@@ -102,7 +119,7 @@ class KasaLinearVariant(LoraVariant):
             if layer._disable_adapters:
                 return
             raise RuntimeError(PENDING)
-        weight.data = truncated(weight.data, layer.r[adapter])
+        weight.data, _ = split(weight.data, layer.r[adapter])
         layer._lora_kasa_truncation_deferred.discard(adapter)
 
     def update(self, layer: Any, adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
