@@ -200,3 +200,28 @@ def test_combinations(more):
             )
     with pytest.raises(ValueError, match="`nblocks` must be at least 1"):
         peftkern.BdLoraConfig(nblocks=0)
+
+
+def test_layer_classes_of_users_and_no_bias_beside_blocks():
+    """A layer class that is registered learns the layer's name; a B of blocks has no bias, so that
+    merging, at which HF PEFT stops, has none to add."""
+
+    class Mine(peftkern.tuners.lora.Linear):
+        pass
+
+    config = peftkern.LoraConfig(
+        r=4, target_modules=["q_proj", "v_proj"], lora_bias=True, use_bdlora=BLOCKS
+    )
+    config._register_custom_module({torch.nn.Linear: Mine})
+    base = make("llama")
+    for layer in base.model.layers:
+        for name in ("q_proj", "v_proj"):
+            linear = getattr(layer.self_attn, name)
+            linear.bias = torch.nn.Parameter(torch.randn(linear.out_features))
+    model = peftkern.get_peft_model(base, config)
+    fill(model)
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    assert type(layer) is Mine and type(layer.lora_B["default"]) is BlockDiagonalLinear
+    want = first(model.eval()(input_ids=IDS))
+    model.merge_adapter()
+    torch.testing.assert_close(first(model(input_ids=IDS)), want)
