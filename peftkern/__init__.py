@@ -128,6 +128,7 @@ _WHERE = {
         "MODEL_TYPE_TO_PEFT_MODEL_MAPPING"
     ),
     ".tuners.lora": (
+        "BdLoraConfig KasaConfig "
         "AdapterNames CordaConfig EvaConfig LoftQConfig LoraConfig LoraGAConfig LoraModel "
         "LoraRuntimeConfig convert_to_lora get_eva_state_dict initialize_lora_eva_weights "
         "preprocess_corda preprocess_loraga save_as_lora"

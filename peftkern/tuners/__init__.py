@@ -7,6 +7,7 @@ from typing import Any
 
 _WHERE = {
     ".lora": (
+        "BdLoraConfig KasaConfig "
         "LoraConfig LoraModel LoraRuntimeConfig EvaConfig LoftQConfig LoraGAConfig convert_to_lora "
         "get_eva_state_dict initialize_lora_eva_weights preprocess_loraga save_as_lora"
     ),

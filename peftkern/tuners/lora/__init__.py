@@ -13,16 +13,26 @@ from .loraga import preprocess_loraga
 from .mixed import AdapterNames
 from .model import LoraModel
 from .parameter import ParamWrapper
-from .subconfigs import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig, LoraRuntimeConfig
+from .subconfigs import (
+    BdLoraConfig,
+    CordaConfig,
+    EvaConfig,
+    KasaConfig,
+    LoftQConfig,
+    LoraGAConfig,
+    LoraRuntimeConfig,
+)
 
 __all__ = [
     "AdapterNames",
+    "BdLoraConfig",
     "Conv1d",
     "Conv2d",
     "Conv3d",
     "CordaConfig",
     "Embedding",
     "EvaConfig",
+    "KasaConfig",
     "Linear",
     "LoftQConfig",
     "LoraConfig",

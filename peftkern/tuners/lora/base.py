@@ -142,7 +142,7 @@ class LoraLayer(Merging, Frozen, BaseTunerLayer):
             return
         if config is None:
             raise TypeError(f"{type(self).__name__}: `config` is missing for `{adapter_name}`")
-        kinds = ("autocast_dtype", "meta", "trainable")
+        kinds = ("autocast_dtype", "meta", "trainable", "target_name")
         given = {k: kwargs[k] for k in kinds if k in kwargs}
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r, lora_alpha, config, **{"autocast_dtype": False, **given})
@@ -191,7 +191,8 @@ class LoraLayer(Merging, Frozen, BaseTunerLayer):
             autocast_dtype: keep float32 weights under a float16 or bfloat16 base.
             meta: make the weights on the meta device, to be assigned from a checkpoint.
             trainable: whether its weights require a gradient.
-            **kwargs: what callers written for HF PEFT pass beside these; not used.
+            **kwargs: ``target_name``, the layer's name in the model, for variants that ask for it;
+                the others that callers written for HF PEFT pass are not used.
         """
         if r <= 0:
             raise ValueError(f"`r` should be a positive integer value but the value passed is {r}")
@@ -212,9 +213,12 @@ class LoraLayer(Merging, Frozen, BaseTunerLayer):
         with torch.no_grad():
             place = self._adapter_placement(autocast_dtype, meta)
             self._make_weights(adapter_name, r, config, place, trainable)
-            self.lora_variant.pop(adapter_name, None)
+            old: Any = self.lora_variant.pop(adapter_name, None)
             if variant is not None:
                 self.lora_variant[adapter_name] = variant
+                variant.target_name = str(
+                    kwargs.get("target_name") or getattr(old, "target_name", "")
+                )
                 variant.init(self, adapter_name, config, trainable)
 
     def _make_weights(

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from ...config import PeftConfig
 from ...utils.peft_types import PeftType
 from .subconfigs import (
+    BdLoraConfig,
     CordaConfig,
     EvaConfig,
+    KasaConfig,
     LoftQConfig,
     LoraGAConfig,
     LoraRuntimeConfig,
@@ -56,6 +58,8 @@ class LoraConfig(PeftConfig):
         corda_config: :class:`CordaConfig` of "corda".
         lora_ga_config: :class:`LoraGAConfig` of "lora_ga".
         use_dora: train a magnitude of each output beside A and B (:mod:`.dora`).
+        use_bdlora: :class:`BdLoraConfig`, for a block-diagonal A or B (:mod:`.bdlora`).
+        kasa_config: :class:`KasaConfig`, for singular values of its own (:mod:`.kasa`).
         alora_invocation_tokens: let the adapter work from these tokens on (:mod:`.alora`).
 
     The other fields exist so that configurations of HF PEFT can be read and written; one that asks
@@ -94,9 +98,9 @@ class LoraConfig(PeftConfig):
     layer_replication: list[tuple[int, int]] | None = field(default=None)
     runtime_config: LoraRuntimeConfig = field(default_factory=LoraRuntimeConfig)
     target_parameters: list[str] | None = field(default=None)
-    use_bdlora: Any | None = field(default=None)
+    use_bdlora: BdLoraConfig | None = field(default=None, metadata=SELECTS)
     arrow_config: Any | None = field(default=None)
-    kasa_config: Any | None = field(default=None)
+    kasa_config: KasaConfig | None = field(default=None, metadata=SELECTS)
     ensure_weight_tying: bool = field(default=False)
 
     def __post_init__(self) -> None:
@@ -112,6 +116,8 @@ class LoraConfig(PeftConfig):
         self.eva_config = as_subconfig(self.eva_config, EvaConfig)
         self.corda_config = as_subconfig(self.corda_config, CordaConfig)
         self.lora_ga_config = as_subconfig(self.lora_ga_config, LoraGAConfig)
+        self.use_bdlora = as_subconfig(self.use_bdlora, BdLoraConfig)
+        self.kasa_config = as_subconfig(self.kasa_config, KasaConfig)
         if self.runtime_config is None or isinstance(self.runtime_config, dict):
             self.runtime_config = LoraRuntimeConfig(**(self.runtime_config or {}))
         if self.ensure_weight_tying:
@@ -270,10 +276,7 @@ class LoraConfig(PeftConfig):
 
     def unsupported(self) -> list[str]:
         """Every setting, as ``name=value``, that peftkern cannot honour yet."""
-        names = (
-            "megatron_config velora_config use_qalora monteclora_config use_bdlora arrow_config "
-            "kasa_config"
-        ).split()
+        names = ("megatron_config velora_config use_qalora monteclora_config arrow_config").split()
         found = [f"{name}={getattr(self, name)!r}" for name in names if getattr(self, name)]
         return found
 

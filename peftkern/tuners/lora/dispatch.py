@@ -11,9 +11,9 @@ from transformers.pytorch_utils import Conv1D
 
 from ...utils.warning import PeftWarning
 from ..tuners_utils import BaseTunerLayer
-from . import inits
+from . import bdlora, inits, kasa
 from .attention import MultiheadAttention, check_attention
-from .base import LoraLayer
+from .base import LoraLayer, in_out_features
 from .config import LoraConfig
 from .conv import Conv1d, Conv2d, Conv3d
 from .embedding import Embedding
@@ -76,6 +76,11 @@ def check(key: str, module: nn.Module, r: int, config: LoraConfig) -> None:
         )
     if isinstance(base, nn.MultiheadAttention):
         check_attention(base, config)
+    if isinstance(base, (nn.Linear, Conv1D)):
+        if config.use_bdlora is not None:
+            bdlora.check(key, in_out_features(base), r, config)
+        if config.kasa_config is not None:
+            kasa.check(base, r, config)
     inits.check(key, base, r, config)
 
 
@@ -124,7 +129,7 @@ def add_adapter(
 ) -> None:
     """Give a LoRA layer one more adapter; a user's class is called as HF PEFT calls it."""
     if type(layer).update_layer.__module__.startswith("peftkern."):
-        layer.update_layer(name, r, alpha, config, autocast_dtype, meta, trainable)
+        layer.update_layer(name, r, alpha, config, autocast_dtype, meta, trainable, target_name=key)
     else:
         layer.update_layer(name, r, lora_alpha=alpha, target_name=key, config=config)
 

@@ -18,13 +18,15 @@ from ...utils.mixed import HERE, hand_over
 from . import inits
 from .alora import ALoraLinearVariant
 from .base import NOTHING, LoraLayer
+from .bdlora import BdLoraLinearVariant
 from .config import LoraConfig
 from .dora import DoraLinearVariant
 from .draws import of_linear, placed
 from .group import Group
+from .kasa import KasaLinearVariant
 from .mixed import AdapterNames, forward_mixed
 from .plan import GLOBAL_HOOKS, Plan, is_hooked, weight_layout
-from .variant import take_kwargs
+from .variant import make_ready, take_kwargs
 
 # where a compiler traces the call, it is one operation all the same
 SCALING_IS_A_TENSOR = "the scaling is a tensor (prepared for hot-swapping into a compiled model)"
@@ -192,6 +194,8 @@ class Linear(nn.Module, LoraLayer):
         """Any base layer, any adapters: the base's own call, then each update on top."""
         adapter_names = kwargs.pop("adapter_names", None)
         variant_kwargs = take_kwargs(kwargs)
+        if self.lora_variant:
+            make_ready(self)
         if adapter_names is not None:
             self._check_adapter_names(x, adapter_names)
             names = AdapterNames.of(adapter_names)
@@ -224,6 +228,8 @@ class Linear(nn.Module, LoraLayer):
             (): None,
             ("use_dora",): DoraLinearVariant,
             ("alora_invocation_tokens",): ALoraLinearVariant,
+            ("use_bdlora",): BdLoraLinearVariant,
+            ("kasa_config",): KasaLinearVariant,
         }
 
     def _update(self, name: str, x: Tensor) -> Tensor:
@@ -233,11 +239,13 @@ class Linear(nn.Module, LoraLayer):
         return self.lora_B[name](A(self.lora_dropout[name](x))) * self.scaling[name]
 
     def _factors(self, adapter: str) -> tuple[Tensor, Tensor]:
-        A: Any = self.lora_A[adapter]
-        B: Any = self.lora_B[adapter]
-        if self.fan_in_fan_out:
-            return A.weight.T, B.weight.T
-        return B.weight, A.weight
+        variant = self.lora_variant.get(adapter)
+        if variant is None:
+            B: Any = self.lora_B[adapter].weight
+            A: Any = self.lora_A[adapter].weight
+        else:
+            B, A = variant.factors(self, adapter)
+        return (A.T, B.T) if self.fan_in_fan_out else (B, A)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether the adapter's update can be written as that of plain LoRA."""

@@ -11,6 +11,7 @@ from torch.nn.parameter import Parameter
 
 from ..adapter_calls import check_adapters_to_merge
 from .restore import Kept, at_least_float32
+from .variant import make_ready
 
 BROKEN = "NaNs detected in the merged weights. The adapter {} seems to be broken"
 
@@ -104,6 +105,7 @@ class Merging:
         layer: Any = self
         have = layer._get_available_adapters()
         names = [name for name in names if name in have]
+        make_ready(layer)
         if not names:
             return names
         module, attribute = self._merge_target()

@@ -41,6 +41,7 @@ from .dispatch import (
 from .fused_experts import convert_config
 from .group import form_groups
 from .inits import collect
+from .kasa import KasaLoss, check_others
 from .layer import Linear
 from .mixed import AdapterNames
 from .plain import Starts
@@ -50,7 +51,7 @@ from .unloading import ModelMerging
 from .weighted import Weighted
 
 
-class LoraModel(ModelMerging, Weighted, Starts, BaseTuner):
+class LoraModel(ModelMerging, Weighted, Starts, KasaLoss, BaseTuner):
     """A model with LoRA layers in the places that the configuration names.
 
     Args:
@@ -105,6 +106,7 @@ class LoraModel(ModelMerging, Weighted, Starts, BaseTuner):
                 "LoraModel supports only 1 adapter with bias. When using multiple adapters, set "
                 "bias to 'none' for all adapters."
             )
+        check_others(config, others)
         convert_config(config, model)
         settle_tying(config, model)
         matches, parameters = find_targets(config, model, others, state_dict)

@@ -131,6 +131,8 @@ class ParamWrapper(nn.Module, LoraLayer):
         for what, asked in settings.items():
             if asked:
                 raise ValueError(f"lora.ParamWrapper does not work with {what}.")
+        if config.kasa_config is not None:
+            raise ValueError("lora.ParamWrapper does not work when `kasa_config` is set.")
         if config.init_name not in (True, False, "gaussian"):
             raise ValueError(
                 f"lora.ParamWrapper does not work with init_lora_weights="

@@ -49,6 +49,51 @@ class LoraRuntimeConfig:
 
 
 @dataclass
+class BdLoraConfig:
+    """BD-LoRA (Wang et al., 2025, arXiv 2510.23346).
+
+    Args:
+        target_modules_bd_a: A is block-diagonal in layers whose names contain one of these; those
+            that a server shards by rows, such as "o_proj" and "down_proj".
+        target_modules_bd_b: B is, likewise; those sharded by columns, such as "q_proj", "up_proj".
+        nblocks: number of blocks, at least 1.
+        match_strict: refuse adapted layers that neither list names; they get plain LoRA otherwise.
+    """
+
+    target_modules_bd_a: list[str] | None = field(default=None)
+    target_modules_bd_b: list[str] | None = field(default=None)
+    nblocks: int = field(default=1)
+    match_strict: bool = field(default=True)
+
+    def __post_init__(self) -> None:
+        a, b = self.target_modules_bd_a or [], self.target_modules_bd_b or []
+        if set(a) & set(b):
+            raise ValueError(f"Found overlapping modules in target_modules_bd lists: {a} and {b}.")
+        if self.nblocks < 1:
+            raise ValueError(f"`nblocks` must be at least 1, got {self.nblocks}.")
+
+
+@dataclass
+class KasaConfig:
+    """KaSA (Wang et al., 2024, arXiv 2412.06071). Adding such an adapter changes the base weights
+    for good, so it does not go with adapters of another kind. Both numbers are for
+    ``LoraModel._get_kasa_loss()``, which training adds to its loss itself.
+
+    Args:
+        beta: weight of the sum of the squared singular values, at least 0.
+        gamma: weight of the distance of A and B from orthogonal, at least 0.
+    """
+
+    beta: float = field(default=1e-4)
+    gamma: float = field(default=1e-3)
+
+    def __post_init__(self) -> None:
+        for name in ("beta", "gamma"):
+            if (value := getattr(self, name)) < 0:
+                raise ValueError(f"`{name}` must be non-negative, got {value}.")
+
+
+@dataclass
 class LoftQConfig:
     """LoftQ (Li et al., 2023, arXiv 2310.08659).
 

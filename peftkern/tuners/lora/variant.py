@@ -26,6 +26,9 @@ class LoraVariant:
     Methods get the layer and the adapter's name, since one class serves several kinds of layer.
     """
 
+    # the layer's name in the model, for `init`
+    target_name = ""
+
     def init(self, layer: Any, adapter: str, config: Any, trainable: bool) -> None:
         """Make what the adapter has beside A and B, which are made already; they may be on the meta
         device, to be assigned later."""
@@ -61,7 +64,15 @@ class LoraVariant:
             weight: the base weight with the adapters merged so far, at least float32.
             base: the base weight without any adapter, which is ``weight`` for the first one.
         """
-        raise NotImplementedError
+        return layer._delta_weight(adapter).to(weight.device, weight.dtype).add_(weight)
+
+    def factors(self, layer: Any, adapter: str) -> tuple[Tensor, Tensor]:
+        """B [N, r] and A [r, K] whose product times the scaling is the update of a linear layer's
+        weight, where the variant's is one."""
+        return layer.lora_B[adapter].weight, layer.lora_A[adapter].weight
+
+    def ready(self, layer: Any, adapter: str) -> None:
+        """Do what had to wait for the base weight, before a call or a merge reads it."""
 
     def decline(self, layer: Any, adapter: str) -> str:
         """Why calls do not run as plain LoRA's one operation, for ``explain`` and logs."""
@@ -123,6 +134,12 @@ def rows_of(kwargs: dict[str, Any], rows: Tensor) -> dict[str, Any]:
         return kwargs
     indices = rows.tolist()
     return {k: v if v is None else [v[i] for i in indices] for k, v in kwargs.items()}
+
+
+def make_ready(layer: Any) -> None:
+    """See :meth:`LoraVariant.ready`."""
+    for name, variant in layer.lora_variant.items():
+        variant.ready(layer, name)
 
 
 def active_variant(layer: Any) -> tuple[str, LoraVariant] | None:

@@ -7,6 +7,7 @@ from .alora import (
     get_alora_offsets_for_generate,
     is_alora_relevant_in_batch,
 )
+from .bdlora import BdLoraLinearVariant, BlockDiagonalLinear
 from .dora import (
     DoraConv1dVariant,
     DoraConv2dVariant,
@@ -14,15 +15,19 @@ from .dora import (
     DoraEmbeddingVariant,
     DoraLinearVariant,
 )
+from .kasa import KasaLinearVariant
 from .variant import LoraVariant
 
 __all__ = [
     "ALoraLinearVariant",
+    "BdLoraLinearVariant",
+    "BlockDiagonalLinear",
     "DoraConv1dVariant",
     "DoraConv2dVariant",
     "DoraConv3dVariant",
     "DoraEmbeddingVariant",
     "DoraLinearVariant",
+    "KasaLinearVariant",
     "LoraVariant",
     "calculate_alora_offsets",
     "get_alora_offsets_for_forward",

@@ -12,6 +12,7 @@ from torch import nn
 
 from ...utils.other import ModulesToSaveWrapper
 from .base import LoraLayer
+from .bdlora import has_blocks
 from .config import LoraConfig
 from .embedding import Embedding
 from .recipe import BY_FACTOR, BY_PRODUCT, CombinationType, Part, Recipe
@@ -174,7 +175,13 @@ class Weighted:
             if found is None:
                 continue
             A, B = (at_least_float32(t.detach()).flatten(1) for t in found)
-            if B.shape[1] != len(A):
+            if has_blocks(layer, name):
+                if recipe.kind not in BY_FACTOR:
+                    raise ValueError(
+                        f"{name!r} has block-diagonal factors (BD-LoRA), which {recipe.kind!r} "
+                        f"does not keep; allowed: {', '.join(BY_FACTOR)}"
+                    )
+            elif B.shape[1] != len(A):
                 raise ValueError(
                     f"{name!r} has a grouped convolution, whose update is no product; adapters "
                     "of these cannot be combined"
@@ -185,6 +192,11 @@ class Weighted:
                 f"All adapters must have the same r value when using combination_type "
                 f"{recipe.kind}, but in a layer of {type(layer.get_base_layer()).__name__} they "
                 f"have {[len(p.A) for p in parts]} (rank_pattern)."
+            )
+        if recipe.kind in BY_FACTOR and len({(p.A.shape, p.B.shape) for p in parts}) > 1:
+            raise ValueError(
+                f"{recipe.kind!r} combines factors of one shape, but {list(adapters)} have other "
+                "blocks in the same layer, or only some have any (BD-LoRA)"
             )
         return parts
 

@@ -1,0 +1,187 @@
+"""KaSA (Wang et al., 2024, arXiv 2412.06071): an update with singular values of its own, on a base
+weight without its r smallest ones.
+
+    Y = X W'ᵀ + s · drop(X) Aᵀ diag(λ) Bᵀ        W' = Σ_{i ≤ k-r} σ_i u_i v_iᵀ,  k = min(N, K)
+
+λ is ``lora_diag[name]`` [r] and trains beside A and B. Cutting W down is part of adding the adapter
+and is never undone: the base model is another one from then on.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import Parameter
+
+from ...ops import autocast
+from ...ops.lora import lora_linear
+from .inits.residual import Start, note
+from .variant import LoraVariant
+
+PENDING = (
+    "KaSA could not apply its SVD base-weight truncation because the base weight is still on the "
+    "meta device. Materialize the base model weights before running a forward pass or merging."
+)
+
+
+def split(weight: Tensor, r: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """``weight`` [N, K] without its r smallest singular values, in its own dtype, and what that
+    leaves out as float32 factors [N, r] and [r, K]."""
+    u, s, vh = torch.linalg.svd(weight.detach().to(torch.float32), full_matrices=False)
+    k = len(s) - r
+    kept = ((u[:, :k] * s[:k]) @ vh[:k]).to(weight.dtype)
+    return kept, (u[:, k:] * s[k:], vh[k:].clone())
+
+
+def truncation(A: Tensor, B: Tensor, r: int) -> Start:
+    """What adding an adapter with these A and B does to the base weight."""
+    lost: list[tuple[Tensor, Tensor]] = []
+
+    def cut(weight: Tensor) -> Tensor:
+        kept, rest = split(weight, r)
+        lost[:] = [rest]
+        return kept
+
+    def back(weight: Tensor) -> Tensor:
+        left, right = lost[0]
+        return torch.addmm(weight.to(torch.float32), left, right).to(weight.dtype)
+
+    return Start(A, B, cut, back)
+
+
+def check(base: Any, r: int, config: Any) -> None:
+    """Raise for a linear layer that cannot get such an adapter, before anything is changed.
+
+    Raises:
+        ValueError: a weight stored as [in, out], or a rank that would leave nothing of it.
+        TypeError: a weight that is no numbers.
+    """
+    if config.fan_in_fan_out or hasattr(base, "nf"):
+        raise ValueError(
+            "KaSA does not support `fan_in_fan_out=True` layers (e.g. Conv1D). Please target "
+            "nn.Linear layers."
+        )
+    weight = base.weight
+    if not weight.is_floating_point():
+        raise TypeError(
+            f"KaSA takes the singular values of the weight, and that of a {type(base).__name__} is "
+            f"{weight.dtype}; allowed: floating point"
+        )
+    k = min(weight.shape)
+    if r >= k:
+        raise ValueError(
+            f"KaSA requires `r` ({r}) to be smaller than min(in_features, out_features) ({k}) so "
+            "that at least one singular component of the base weight is preserved after truncation."
+        )
+
+
+def check_others(config: Any, others: list[tuple[str, Any]]) -> None:
+    """ValueError when one of ``others``, (name, configuration), uses KaSA and ``config`` does not,
+    or the other way round: what base weight an adapter sees would depend on their order."""
+    new = getattr(config, "kasa_config", None) is not None
+    for name, other in others:
+        if (getattr(other, "kasa_config", None) is not None) is not new:
+            raise ValueError(
+                "KaSA cannot be combined with adapters that don't use KaSA, since KaSA modifies "
+                f"the base weights: the new adapter {'uses' if new else 'does not use'} KaSA but "
+                f"adapter '{name}' {'does not' if new else 'does'}."
+            )
+
+
+class KasaLinearVariant(LoraVariant):
+    """On ``nn.Linear``: the fused operation of plain LoRA with B diag(λ) for its B."""
+
+    def init(self, layer: Any, adapter: str, config: Any, trainable: bool) -> None:
+        if "lora_diag" not in layer._modules:
+            layer.lora_diag = nn.ParameterDict()
+            layer.adapter_layer_names = (*layer.adapter_layer_names, "lora_diag")
+            layer._lora_kasa_truncation_deferred = set()
+        waiting: set[str] = layer._lora_kasa_truncation_deferred
+        waiting.discard(adapter)
+        A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+        weight, r = layer.get_base_layer().weight, layer.r[adapter]
+        # drawn as HF PEFT draws it, in the base weight's dtype
+        drawn = torch.float32 if weight.itemsize == 1 else weight.dtype
+        diag = torch.randn(r, device=A.device, dtype=drawn).to(A.dtype)
+        layer.lora_diag[adapter] = Parameter(diag, requires_grad=trainable)
+        if weight.is_meta:
+            waiting.add(adapter)
+        else:
+            note(weight, truncation(A, B, r))
+
+    def ready(self, layer: Any, adapter: str) -> None:
+        if adapter not in layer._lora_kasa_truncation_deferred:
+            return
+        weight = layer.get_base_layer().weight
+        if weight.is_meta:
+            if layer._disable_adapters:
+                return
+            raise RuntimeError(PENDING)
+        weight.data, _ = split(weight.data, layer.r[adapter])
+        layer._lora_kasa_truncation_deferred.discard(adapter)
+
+    def update(self, layer: Any, adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+        A, B = layer.lora_A[adapter], layer.lora_B[adapter]
+        if not autocast.is_on(x):
+            x = layer._cast_input_dtype(x, A.weight.dtype)
+        h = A(layer.lora_dropout[adapter](x)) * layer.lora_diag[adapter]
+        return result + B(h) * layer.scaling[adapter]
+
+    def factors(self, layer: Any, adapter: str) -> tuple[Tensor, Tensor]:
+        diag = layer.lora_diag[adapter]
+        return layer.lora_B[adapter].weight * diag, layer.lora_A[adapter].weight
+
+    def fused(self, layer: Any, adapter: str, x: Tensor) -> Tensor | None:
+        found = layer.product_call(x, adapter)
+        if found is None:
+            return None
+        weight, bias, A, B, *rest = found
+        return lora_linear(x, weight, bias, A, B * layer.lora_diag[adapter].to(B.dtype), *rest)
+
+    def fused_as(self, layer: Any, adapter: str) -> str | None:
+        if layer.product_reason(adapter) is not None or layer._lora_kasa_truncation_deferred:
+            return None
+        return "KaSA: one operation, with its singular values in B"
+
+    def decline(self, layer: Any, adapter: str) -> str:
+        reason = layer.product_reason(adapter)
+        return "KaSA has its singular values in B" if reason is None else f"KaSA; {reason}"
+
+    def supports_lora_conversion(self) -> bool:
+        return False  # the update is one of another base weight
+
+
+def layer_loss(layer: Any, adapter: str, beta: float, gamma: float) -> Tensor:
+    """β Σ λ² + γ (‖Bᵀ B - I‖ + ‖A Aᵀ - I‖), Frobenius norms, in float32 (equations 9 to 11)."""
+    A = layer.lora_A[adapter].weight.float()
+    B = layer.lora_B[adapter].weight.float()
+    eye = torch.eye(A.shape[0], device=A.device)
+    apart = torch.linalg.norm(B.T @ B - eye) + torch.linalg.norm(A @ A.T - eye)
+    return beta * layer.lora_diag[adapter].float().square().sum() + gamma * apart
+
+
+class KasaLoss(nn.Module):
+    """The part of :class:`LoraModel` that has KaSA's loss, under HF PEFT's name."""
+
+    def _get_kasa_loss(self, adapter_names: str | list[str] | None = None) -> Tensor | float:
+        """What KaSA adds to a task's loss, summed over the layers: see :func:`layer_loss`, with
+        ``beta`` and ``gamma`` of each adapter's ``kasa_config``.
+
+        Args:
+            adapter_names: which adapters; None: the active ones.
+
+        Returns:
+            A scalar tensor with a graph, or 0.0 when none of them uses KaSA.
+        """
+        model: Any = self
+        names = model.active_adapters if adapter_names is None else adapter_names
+        total: Tensor | float = 0.0
+        for layer in self.modules():
+            stored: Any = layer._modules.get("lora_diag", ())
+            for name in [names] if isinstance(names, str) else names:
+                if name in stored:
+                    settings = model.peft_config[name].kasa_config
+                    total = total + layer_loss(layer, name, settings.beta, settings.gamma)
+        return total

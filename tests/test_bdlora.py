@@ -1,0 +1,227 @@
+"""BD-LoRA against HF PEFT: numbers, training, merging, files, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+
+import peft
+import pytest
+import torch
+from peft.tuners.lora.variants import BlockDiagonalLinear as Theirs
+
+import peftkern
+from peftkern.tuners.lora.variants import BlockDiagonalLinear
+from tests.tiny import fill, first, gradients, make
+
+IDS = torch.arange(3, 17).view(2, 7)
+BATCH = {"input_ids": IDS, "labels": IDS}
+BLOCKS = {
+    "target_modules_bd_a": ["o_proj", "down_proj"],
+    "target_modules_bd_b": ["q_proj"],
+    "nblocks": 2,
+    "match_strict": False,
+}
+
+
+def models(dtype=torch.float32, **settings):
+    base, found = make("llama").to(dtype), []
+    settings = {"use_bdlora": BLOCKS, "lora_alpha": 12, "use_rslora": True, **settings}
+    for library in (peftkern, peft):
+        torch.manual_seed(0)
+        config = library.LoraConfig(
+            task_type="CAUSAL_LM",
+            r=4,
+            target_modules=["q_proj", "v_proj", "o_proj", "down_proj"],
+            **settings,
+        )
+        found.append(library.get_peft_model(copy.deepcopy(base), config))
+    return found
+
+
+@pytest.mark.parametrize("init", [True, False, "gaussian"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_starts_as_in_peft(init, dtype):
+    ours, theirs = models(dtype, init_lora_weights=init)
+    want = dict(theirs.named_parameters())
+    assert set(want) == {name for name, _ in ours.named_parameters()}
+    for name, parameter in ours.named_parameters():
+        assert torch.equal(parameter, want[name]), name
+        assert parameter.requires_grad == want[name].requires_grad
+
+
+def test_blocks():
+    torch.manual_seed(0)
+    for shape in ((3, 12), (2, 5, 12), (12,)):
+        layer = BlockDiagonalLinear(12, 8, 4)
+        other = Theirs(12, 8, 4)
+        other.load_state_dict(layer.state_dict())
+        x = torch.randn(shape)
+        M = layer.weight_as_blockdiagonal_matrix()
+        assert torch.equal(M, other.weight_as_blockdiagonal_matrix())
+        torch.testing.assert_close(layer(x), x @ M.T)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_numbers_and_gradients(p):
+    ours, theirs = models(lora_dropout=p)
+    fill(ours), fill(theirs)
+    found = [gradients(m.train(), BATCH) for m in (ours, theirs)]
+    torch.testing.assert_close(found[0][0], found[1][0])
+    assert set(found[0][1]) == set(found[1][1])
+    for name, other in found[1][1].items():
+        torch.testing.assert_close(found[0][1][name], other, rtol=1e-4, atol=1e-6)
+
+
+def test_merging():
+    ours, theirs = models()
+    fill(ours), fill(theirs)
+    before = {n: p.clone() for n, p in ours.named_parameters() if "base_layer" in n}
+    want = first(ours.eval()(input_ids=IDS))
+    for safe in (False, True):
+        ours.merge_adapter(safe_merge=safe), theirs.merge_adapter(safe_merge=safe)
+        merged = dict(theirs.named_parameters())
+        for name, old in before.items():
+            torch.testing.assert_close(ours.get_parameter(name), merged[name])
+            assert name.endswith("bias") or not torch.equal(ours.get_parameter(name), old)
+        torch.testing.assert_close(first(ours(input_ids=IDS)), want)
+        ours.unmerge_adapter(), theirs.unmerge_adapter()
+        assert all(torch.equal(ours.get_parameter(n), old) for n, old in before.items())
+    torch.testing.assert_close(first(ours.merge_and_unload()(input_ids=IDS)), want)
+
+
+def test_conv1d_stores_its_weight_the_other_way():
+    config = peftkern.LoraConfig(
+        r=4,
+        target_modules=["c_attn"],
+        fan_in_fan_out=True,
+        use_bdlora=peftkern.BdLoraConfig(target_modules_bd_a=["c_attn"], nblocks=2),
+    )
+    model = peftkern.get_peft_model(make("gpt2"), config)
+    fill(model)
+    want = first(model.eval()(input_ids=IDS))
+    model.merge_adapter()
+    torch.testing.assert_close(first(model(input_ids=IDS)), want)
+
+
+def test_files_go_both_ways(tmp_path):
+    ours, theirs = models()
+    fill(ours), fill(theirs)
+    ours.save_pretrained(tmp_path / "ours"), theirs.save_pretrained(tmp_path / "theirs")
+    want = first(theirs.eval()(input_ids=IDS))
+    for library, name in ((peft, "ours"), (peftkern, "theirs"), (peftkern, "ours")):
+        for low in (False, True):
+            model = library.PeftModel.from_pretrained(
+                make("llama"), tmp_path / name, low_cpu_mem_usage=low
+            )
+            torch.testing.assert_close(first(model.eval()(input_ids=IDS)), want)
+    found = peftkern.LoraConfig.from_pretrained(tmp_path / "theirs").use_bdlora
+    assert found == peftkern.BdLoraConfig(**BLOCKS)
+
+
+def test_rows_that_name_adapters_and_a_conversion():
+    pairs = models()
+    for model, library in zip(pairs, (peftkern, peft), strict=True):
+        model.add_adapter("plain", library.LoraConfig(r=2, target_modules=["q_proj", "o_proj"]))
+        fill(model)
+    names = ["default", "plain"]
+    with torch.no_grad():
+        mine, other = (first(m.eval()(input_ids=IDS, adapter_names=names)) for m in pairs)
+    torch.testing.assert_close(mine, other)
+    config, tensors = peftkern.convert_to_lora(pairs[0], 4)
+    plain = peftkern.get_peft_model(make("llama"), config)
+    peftkern.set_peft_model_state_dict(plain, tensors)
+    with torch.no_grad():
+        mine = first(plain.eval()(input_ids=IDS))
+        torch.testing.assert_close(mine, first(pairs[0](input_ids=IDS)), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["linear", "ties", "svd", "cat"])
+def test_weighted_sums(kind):
+    outputs = []
+    for model, library in zip(models(use_rslora=False), (peftkern, peft), strict=True):
+        for name, nblocks in (("b", 2), ("other", 1)):
+            blocks = {**BLOCKS, "nblocks": nblocks}
+            targets = ["q_proj", "v_proj", "o_proj", "down_proj"]
+            config = library.LoraConfig(r=4, target_modules=targets, use_bdlora=blocks)
+            model.add_adapter(name, config)
+        fill(model)
+        call = {"combination_type": kind, "density": 0.5, "adapter_name": "sum"}
+        if library is peftkern:
+            with pytest.raises(ValueError, match="BD-LoRA"):
+                model.add_weighted_adapter(["default", "other"], [0.5, 0.7], **call)
+            if kind in ("svd", "cat"):  # HF PEFT fails, or joins blocks that do not belong together
+                with pytest.raises(ValueError, match="allowed: linear, ties"):
+                    model.add_weighted_adapter(["default", "b"], [0.5, 0.7], **call)
+                return
+        model.add_weighted_adapter(["default", "b"], [0.5, 0.7], **call)
+        model.set_adapter("sum")
+        outputs.append(first(model.eval()(input_ids=IDS)))
+    torch.testing.assert_close(*outputs)
+
+
+def test_explain():
+    ours, _ = models()
+    reasons = {row.name.rsplit(".", 1)[-1]: row for row in peftkern.explain(ours)}
+    assert "lora_A is block-diagonal" in reasons["o_proj"].reason
+    assert "lora_B is block-diagonal" in reasons["q_proj"].reason
+    assert reasons["v_proj"].fused
+
+
+@pytest.mark.parametrize(
+    "blocks, said",
+    [
+        ({"target_modules_bd_a": ["proj"], "target_modules_bd_b": ["q_proj"]}, "matches both"),
+        ({"target_modules_bd_a": ["q_proj"]}, "matches neither A nor B"),
+        ({"target_modules_bd_a": ["proj"], "nblocks": 3}, "not divisible by 3"),
+        ({"target_modules_bd_b": ["proj"], "nblocks": 8}, "not divisible by 8"),
+    ],
+)
+def test_refusals_leave_the_model(blocks, said):
+    for library in (peftkern, peft):
+        model = make("llama")
+        names = [name for name, _ in model.named_modules()]
+        config = library.LoraConfig(r=4, target_modules=["q_proj", "o_proj"], use_bdlora=blocks)
+        with pytest.raises(ValueError, match=said):
+            library.get_peft_model(model, config)
+        if library is peftkern:
+            assert [name for name, _ in model.named_modules()] == names
+            assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("more", [{"use_dora": True}, {"target_modules": ["embed_tokens"]}])
+def test_combinations(more):
+    settings = {"target_modules": ["q_proj"], "use_bdlora": {"target_modules_bd_a": ["_"]}, **more}
+    for library in (peftkern, peft):
+        with pytest.raises(ValueError, match="variant combination.*use_bdlora"):
+            library.get_peft_model(make("llama"), library.LoraConfig(**settings))
+        with pytest.raises(ValueError, match="Found overlapping modules"):
+            library.BdLoraConfig(["a"], ["a", "b"]) if library is peftkern else library.LoraConfig(
+                use_bdlora={"target_modules_bd_a": ["a"], "target_modules_bd_b": ["a"]}
+            )
+    with pytest.raises(ValueError, match="`nblocks` must be at least 1"):
+        peftkern.BdLoraConfig(nblocks=0)
+
+
+def test_layer_classes_of_users_and_no_bias_beside_blocks():
+    """A layer class that is registered learns the layer's name; a B of blocks has no bias, so that
+    merging, at which HF PEFT stops, has none to add."""
+
+    class Mine(peftkern.tuners.lora.Linear):
+        pass
+
+    config = peftkern.LoraConfig(
+        r=4, target_modules=["q_proj", "v_proj"], lora_bias=True, use_bdlora=BLOCKS
+    )
+    config._register_custom_module({torch.nn.Linear: Mine})
+    base = make("llama")
+    for layer in base.model.layers:
+        for name in ("q_proj", "v_proj"):
+            linear = getattr(layer.self_attn, name)
+            linear.bias = torch.nn.Parameter(torch.randn(linear.out_features))
+    model = peftkern.get_peft_model(base, config)
+    fill(model)
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    assert type(layer) is Mine and type(layer.lora_B["default"]) is BlockDiagonalLinear
+    want = first(model.eval()(input_ids=IDS))
+    model.merge_adapter()
+    torch.testing.assert_close(first(model(input_ids=IDS)), want)
