@@ -277,5 +277,9 @@ def check_attention(base: Any, config: LoraConfig | None) -> None:
         raise ValueError(
             "MultiheadAttention does not support DoRA (yet), please set use_dora to False"
         )
+    if config is not None and config.velora_config is not None:
+        raise ValueError(
+            "MultiheadAttention does not support VeLoRA, please set `velora_config=None`."
+        )
     if not isinstance(base.out_proj, nn.Linear) and not isinstance(base.out_proj, Linear):
         raise TypeError("out_proj must be an instance of nn.Linear for MultiheadAttention.")

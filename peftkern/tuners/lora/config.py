@@ -18,6 +18,7 @@ from .subconfigs import (
     LoftQConfig,
     LoraGAConfig,
     LoraRuntimeConfig,
+    VeloraConfig,
     as_subconfig,
 )
 from .variant import SELECTS
@@ -56,6 +57,7 @@ class LoraConfig(PeftConfig):
         corda_config: :class:`CordaConfig` of "corda".
         lora_ga_config: :class:`LoraGAConfig` of "lora_ga".
         use_dora: train a magnitude of each output beside A and B (:mod:`.dora`).
+        velora_config: :class:`VeloraConfig`: keep A's inputs compressed for its gradient.
         alora_invocation_tokens: let the adapter work from these tokens on (:mod:`.alora`).
 
     The other fields exist so that configurations of HF PEFT can be read and written; one that asks
@@ -86,7 +88,7 @@ class LoraConfig(PeftConfig):
     corda_config: CordaConfig | None = field(default=None)
     lora_ga_config: LoraGAConfig | None = field(default=None)
     use_dora: bool = field(default=False, metadata=SELECTS)
-    velora_config: Any | None = field(default=None)
+    velora_config: VeloraConfig | None = field(default=None, metadata=SELECTS)
     alora_invocation_tokens: list[int] | None = field(default=None, metadata=SELECTS)
     use_qalora: bool = field(default=False)
     qalora_group_size: int = field(default=16)
@@ -109,6 +111,7 @@ class LoraConfig(PeftConfig):
         self.rank_pattern = self.rank_pattern or {}
         self.alpha_pattern = self.alpha_pattern or {}
         self.loftq_config = self.loftq_config or {}
+        self.velora_config = as_subconfig(self.velora_config, VeloraConfig)
         self.eva_config = as_subconfig(self.eva_config, EvaConfig)
         self.corda_config = as_subconfig(self.corda_config, CordaConfig)
         self.lora_ga_config = as_subconfig(self.lora_ga_config, LoraGAConfig)
@@ -271,8 +274,7 @@ class LoraConfig(PeftConfig):
     def unsupported(self) -> list[str]:
         """Every setting, as ``name=value``, that peftkern cannot honour yet."""
         names = (
-            "megatron_config velora_config use_qalora monteclora_config use_bdlora arrow_config "
-            "kasa_config"
+            "megatron_config use_qalora monteclora_config use_bdlora arrow_config kasa_config"
         ).split()
         found = [f"{name}={getattr(self, name)!r}" for name in names if getattr(self, name)]
         return found

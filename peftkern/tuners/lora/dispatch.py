@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ...utils.warning import PeftWarning
 from ..tuners_utils import BaseTunerLayer
-from . import inits
+from . import inits, linear_only
 from .attention import MultiheadAttention, check_attention
 from .base import LoraLayer
 from .config import LoraConfig
@@ -76,6 +76,7 @@ def check(key: str, module: nn.Module, r: int, config: LoraConfig) -> None:
         )
     if isinstance(base, nn.MultiheadAttention):
         check_attention(base, config)
+    linear_only.check(base, config)
     inits.check(key, base, r, config)
 
 

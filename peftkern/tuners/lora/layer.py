@@ -25,6 +25,7 @@ from .group import Group
 from .mixed import AdapterNames, forward_mixed
 from .plan import GLOBAL_HOOKS, Plan, is_hooked, weight_layout
 from .variant import take_kwargs
+from .velora import VeloraLinearVariant
 
 # where a compiler traces the call, it is one operation all the same
 SCALING_IS_A_TENSOR = "the scaling is a tensor (prepared for hot-swapping into a compiled model)"
@@ -224,6 +225,7 @@ class Linear(nn.Module, LoraLayer):
             (): None,
             ("use_dora",): DoraLinearVariant,
             ("alora_invocation_tokens",): ALoraLinearVariant,
+            ("velora_config",): VeloraLinearVariant,
         }
 
     def _update(self, name: str, x: Tensor) -> Tensor:

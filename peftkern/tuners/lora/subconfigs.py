@@ -41,6 +41,33 @@ class LoraRuntimeConfig:
 
 
 @dataclass
+class VeloraConfig:
+    """VeLoRA (Miles et al., 2024, arXiv 2405.17991).
+
+    Args:
+        num_groups: into how many groups a layer's inputs are split before each is kept as one
+            number, at least 1.
+        scale: factor of the inputs that are made again of those numbers, above 0.
+        init_type: what the groups are projected on: "batch_average" (their mean, in every call of a
+            training), "batch_average_once" (their mean in the first) or "random".
+    """
+
+    num_groups: int = field(default=64)
+    scale: float = field(default=1.0)
+    init_type: str = field(default="batch_average")
+
+    def __post_init__(self) -> None:
+        for name in ("num_groups", "scale"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"`{name}` should be positive, got {getattr(self, name)}.")
+        if self.init_type not in ("batch_average_once", "batch_average", "random"):
+            raise ValueError(
+                f"Unsupported `init_type` {self.init_type!r}. Supported values are "
+                "'batch_average_once', 'batch_average', and 'random'."
+            )
+
+
+@dataclass
 class LoftQConfig:
     """LoftQ (Li et al., 2023, arXiv 2310.08659).
 

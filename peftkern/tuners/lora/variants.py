@@ -15,6 +15,7 @@ from .dora import (
     DoraLinearVariant,
 )
 from .variant import LoraVariant
+from .velora import VeloraLinearVariant
 
 __all__ = [
     "ALoraLinearVariant",
@@ -24,6 +25,7 @@ __all__ = [
     "DoraEmbeddingVariant",
     "DoraLinearVariant",
     "LoraVariant",
+    "VeloraLinearVariant",
     "calculate_alora_offsets",
     "get_alora_offsets_for_forward",
     "get_alora_offsets_for_generate",
