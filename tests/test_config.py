@@ -108,7 +108,6 @@ UNSUPPORTED = {
     "megatron_config": {"tensor_model_parallel_size": 1},
     "use_bdlora": True,
     "arrow_config": {"top_k": 1},
-    "monteclora_config": {"x": 1},
     "kasa_config": {"x": 1},
 }
 

@@ -9,7 +9,7 @@ _WHERE = {
     ".lora": (
         "LoraConfig LoraModel LoraRuntimeConfig EvaConfig LoftQConfig LoraGAConfig convert_to_lora "
         "get_eva_state_dict initialize_lora_eva_weights preprocess_loraga save_as_lora "
-        "VeloraConfig"
+        "VeloraConfig MontecloraConfig"
     ),
     ".p_tuning": "PromptEncoder PromptEncoderConfig PromptEncoderReparameterizationType",
     ".prefix_tuning": "PrefixEncoder PrefixTuningConfig",

@@ -14,6 +14,7 @@ from .mixed import AdapterNames
 from .model import LoraModel
 from .parameter import ParamWrapper
 from .subconfigs import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig, LoraRuntimeConfig
+from .subconfigs import MontecloraConfig as MontecloraConfig
 from .subconfigs import VeloraConfig as VeloraConfig
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "LoraLayer",
     "LoraModel",
     "LoraRuntimeConfig",
+    "MontecloraConfig",
     "MultiheadAttention",
     "VeloraConfig",
     "get_eva_state_dict",

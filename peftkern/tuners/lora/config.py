@@ -18,6 +18,7 @@ from .subconfigs import (
     LoftQConfig,
     LoraGAConfig,
     LoraRuntimeConfig,
+    MontecloraConfig,
     VeloraConfig,
     as_subconfig,
 )
@@ -58,6 +59,7 @@ class LoraConfig(PeftConfig):
         lora_ga_config: :class:`LoraGAConfig` of "lora_ga".
         use_dora: train a magnitude of each output beside A and B (:mod:`.dora`).
         velora_config: :class:`VeloraConfig`: keep A's inputs compressed for its gradient.
+        monteclora_config: :class:`MontecloraConfig`: train with random perturbations of A.
         alora_invocation_tokens: let the adapter work from these tokens on (:mod:`.alora`).
 
     The other fields exist so that configurations of HF PEFT can be read and written; one that asks
@@ -92,7 +94,7 @@ class LoraConfig(PeftConfig):
     alora_invocation_tokens: list[int] | None = field(default=None, metadata=SELECTS)
     use_qalora: bool = field(default=False)
     qalora_group_size: int = field(default=16)
-    monteclora_config: Any | None = field(default=None)
+    monteclora_config: MontecloraConfig | None = field(default=None, metadata=SELECTS)
     layer_replication: list[tuple[int, int]] | None = field(default=None)
     runtime_config: LoraRuntimeConfig = field(default_factory=LoraRuntimeConfig)
     target_parameters: list[str] | None = field(default=None)
@@ -112,6 +114,7 @@ class LoraConfig(PeftConfig):
         self.alpha_pattern = self.alpha_pattern or {}
         self.loftq_config = self.loftq_config or {}
         self.velora_config = as_subconfig(self.velora_config, VeloraConfig)
+        self.monteclora_config = as_subconfig(self.monteclora_config, MontecloraConfig)
         self.eva_config = as_subconfig(self.eva_config, EvaConfig)
         self.corda_config = as_subconfig(self.corda_config, CordaConfig)
         self.lora_ga_config = as_subconfig(self.lora_ga_config, LoraGAConfig)
@@ -273,9 +276,7 @@ class LoraConfig(PeftConfig):
 
     def unsupported(self) -> list[str]:
         """Every setting, as ``name=value``, that peftkern cannot honour yet."""
-        names = (
-            "megatron_config use_qalora monteclora_config use_bdlora arrow_config kasa_config"
-        ).split()
+        names = ("megatron_config use_qalora use_bdlora arrow_config kasa_config").split()
         found = [f"{name}={getattr(self, name)!r}" for name in names if getattr(self, name)]
         return found
 

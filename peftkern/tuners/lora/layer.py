@@ -23,6 +23,7 @@ from .dora import DoraLinearVariant
 from .draws import of_linear, placed
 from .group import Group
 from .mixed import AdapterNames, forward_mixed
+from .monteclora import MontecloraLinearVariant
 from .plan import GLOBAL_HOOKS, Plan, is_hooked, weight_layout
 from .variant import take_kwargs
 from .velora import VeloraLinearVariant
@@ -226,6 +227,7 @@ class Linear(nn.Module, LoraLayer):
             ("use_dora",): DoraLinearVariant,
             ("alora_invocation_tokens",): ALoraLinearVariant,
             ("velora_config",): VeloraLinearVariant,
+            ("monteclora_config",): MontecloraLinearVariant,
         }
 
     def _update(self, name: str, x: Tensor) -> Tensor:

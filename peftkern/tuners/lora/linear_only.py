@@ -10,7 +10,7 @@ from ...ops.lora import lora_linear
 from .variant import LoraVariant
 
 # fields of LoraConfig that ask for such a variant: what it is called
-FIELDS = {"velora_config": "VeLoRA"}
+FIELDS = {"velora_config": "VeLoRA", "monteclora_config": "MonteCLoRA"}
 # other fields that select a variant by being true
 OTHERS = ("alora_invocation_tokens", "use_dora")
 

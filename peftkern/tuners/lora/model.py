@@ -43,6 +43,7 @@ from .group import form_groups
 from .inits import collect
 from .layer import Linear
 from .mixed import AdapterNames
+from .monteclora import variational_loss
 from .plain import Starts
 from .replication import stacked
 from .tying import settle_tying
@@ -379,6 +380,8 @@ class LoraModel(ModelMerging, Weighted, Starts, BaseTuner):
         given = {m: once if id(m) in in_encoder else names for m in self.adapter_layers()}
         with handing(given):
             yield
+
+    _get_monteclora_loss = variational_loss
 
 
 __all__ = ["LoraModel", "layer_class"]

@@ -81,6 +81,33 @@ class LoftQConfig:
 
 
 @dataclass
+class MontecloraConfig:
+    """MonteCLoRA (:mod:`.monteclora`).
+
+    Args:
+        num_samples: perturbations of A that are averaged in a call of a training, at least 1.
+        use_entropy: add the sum of the squares of their weights to the loss.
+        dirichlet_prior: concentration of the prior of their weights, above 0.
+        sample_scaler: factor of the perturbations.
+        kl_loss_weight: factor of the divergences from the priors in the loss.
+        buffer_size: for how many calls random numbers are drawn at once, at least 1. A layer with K
+            inputs and rank r keeps buffer_size · num_samples · K · r of them.
+    """
+
+    num_samples: int = field(default=8)
+    use_entropy: bool = field(default=False)
+    dirichlet_prior: float = field(default=0.1)
+    sample_scaler: float = field(default=1e-4)
+    kl_loss_weight: float = field(default=1e-5)
+    buffer_size: int = field(default=150)
+
+    def __post_init__(self) -> None:
+        for name in ("num_samples", "dirichlet_prior", "buffer_size"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"`{name}` must be greater than 0.")
+
+
+@dataclass
 class EvaConfig:
     """EVA (Paischer et al., 2024, arXiv 2410.07170).
 

@@ -14,6 +14,7 @@ from .dora import (
     DoraEmbeddingVariant,
     DoraLinearVariant,
 )
+from .monteclora import MontecloraLinearVariant
 from .variant import LoraVariant
 from .velora import VeloraLinearVariant
 
@@ -25,6 +26,7 @@ __all__ = [
     "DoraEmbeddingVariant",
     "DoraLinearVariant",
     "LoraVariant",
+    "MontecloraLinearVariant",
     "VeloraLinearVariant",
     "calculate_alora_offsets",
     "get_alora_offsets_for_forward",
