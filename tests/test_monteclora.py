@@ -142,12 +142,7 @@ def test_files_both_ways(tmp_path):
         want = peft.get_peft_model_state_dict(source)
         # HF PEFT drops the sampler's tensors with low_cpu_mem_usage
         for library, low in ((peftkern, False), (peftkern, True), (peft, False)):
-            base = copy.deepcopy(source).eval().unload() if library is peftkern else None
-            base = (
-                nn.Sequential(nn.Linear(16, 12), nn.Tanh(), nn.Linear(12, 8))
-                if base is None
-                else base
-            )
+            base = nn.Sequential(nn.Linear(16, 12), nn.Tanh(), nn.Linear(12, 8))
             loaded = library.PeftModel.from_pretrained(
                 base, tmp_path / folder, low_cpu_mem_usage=low, is_trainable=True
             )
@@ -181,8 +176,8 @@ def test_trainer_mixin():
             loss = y.square().mean()
             return (loss, y) if return_outputs else loss
 
-    x, found = torch.randn(4, 16), []
-    for mixin, model in zip((MontecloraTrainerMixin, Theirs), models(), strict=True):
+    x, found, pair = torch.randn(4, 16), [], models(own={"buffer_size": 3})
+    for mixin, model in zip((MontecloraTrainerMixin, Theirs), pair, strict=True):
         trainer = type("Both", (mixin, Trainer), {})()
         loss = trainer.compute_loss(model.train(), {"x": x})
         task = Trainer().compute_loss(model, {"x": x})

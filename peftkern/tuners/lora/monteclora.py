@@ -186,7 +186,9 @@ class MontecloraLinearVariant(TrainedOtherwise):
             device=A.device,
             dtype=layer._base_dtype(),  # in which HF PEFT draws
         )
-        sampler.to(A.dtype).requires_grad_(trainable).train(layer.training)
+        for parameter in sampler.parameters():  # the buffers get it from the first call's numbers
+            parameter.data = parameter.data.to(A.dtype)
+        sampler.requires_grad_(trainable).train(layer.training)
         layer.lora_monteclora_sampler[adapter] = sampler
 
     def differs(self, layer: Any) -> bool:
