@@ -15,7 +15,7 @@ import peftkern
 from peftkern.helpers import MontecloraTrainerMixin
 from peftkern.tuners.lora.monteclora import MontecloraSampler
 from tests.changes import layer_of
-from tests.tiny import assert_same, make, snapshot
+from tests.tiny import assert_same, gradients, inputs, make, snapshot
 
 
 def config(library, **settings):
@@ -118,6 +118,24 @@ def test_loss_of_named_adapters_and_copies():
     close(twin._get_monteclora_loss() * 0, torch.tensor(0.0))
     pair[0].delete_adapter("second")
     assert not any("second" in key for key in pair[0].state_dict())
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_blocks_compute_the_same_twice(reentrant):
+    """HF PEFT's recomputation goes on to the next random numbers."""
+    found = []
+    for checkpointed in (False, True):
+        torch.manual_seed(1)
+        own = config(peftkern, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+        model = peftkern.get_peft_model(make("llama"), own).train()
+        if checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        found.append([gradients(model, inputs("llama"))[1] for _ in range(2)])
+    for mine, other in zip(found[1], found[0], strict=True):
+        assert mine.keys() == other.keys()
+        for name in other:
+            close(mine[name], other[name], 1e-4)
 
 
 def test_nan_is_said_and_leaves_the_weights_alone():

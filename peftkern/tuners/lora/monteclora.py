@@ -104,15 +104,19 @@ class MontecloraSampler(nn.Module):
         self.sampler = Draws(self, buffer_size, self.device)
         # v [r] and w [samples] of the last call, with their graph
         self._last: tuple[Tensor, Tensor] | None = None
+        self._drawn: tuple[Tensor, Tensor, Tensor] | None = None
         self.to(self.device)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_last": None}  # a graph cannot be copied
+        return {**self.__dict__, "_last": None, "_drawn": None}  # a graph cannot be copied
 
     def _next(self) -> tuple[Tensor, Tensor, Tensor]:
         """z [samples, K, r], v [r] and w [samples] of a call; noted for the loss."""
         s, a = self.std_prior, self.expert_weights_prior
-        z, of_variance, of_weights = self.sampler.get(s.device, s.dtype)
+        # within a backward this is a checkpoint's recomputation, which needs its forward's numbers
+        if self._drawn is None or torch._C._current_graph_task_id() == -1:
+            self._drawn = self.sampler.get(s.device, s.dtype)
+        z, of_variance, of_weights = self._drawn
         v = (torch.exp(2 * s) * of_variance).clamp(min=1e-3)
         alpha = a.exp().clamp(min=1e-6)
         samples, inverse, log = self.num_samples, 1 / alpha, alpha.log()
