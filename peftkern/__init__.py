@@ -131,7 +131,8 @@ _WHERE = {
         "BdLoraConfig KasaConfig "
         "AdapterNames CordaConfig EvaConfig LoftQConfig LoraConfig LoraGAConfig LoraModel "
         "LoraRuntimeConfig convert_to_lora get_eva_state_dict initialize_lora_eva_weights "
-        "preprocess_corda preprocess_loraga save_as_lora"
+        "preprocess_corda preprocess_loraga save_as_lora VeloraConfig "
+        "MontecloraConfig"
     ),
     ".tuners.p_tuning": "PromptEncoder PromptEncoderConfig PromptEncoderReparameterizationType",
     ".tuners.prefix_tuning": "PrefixEncoder PrefixTuningConfig",

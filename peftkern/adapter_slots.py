@@ -128,6 +128,10 @@ def adapter_slots(model: nn.Module, adapter_name: str) -> Iterator[Slot]:
                     # files hold a magnitude as the parameter that it was in HF PEFT's first DoRA
                     rest = "" if attribute == "lora_magnitude_vector" else key[len(inner) :]
                     yield Slot(key, clean(at + rest), owner, last)
+            for attribute, buffers in module._saved_buffers():
+                if adapter_name in buffers:
+                    at = f"{name}.{attribute}"
+                    yield Slot(f"{at}.{adapter_name}", clean(at), buffers, adapter_name)
         elif isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
             inner = f"{name}.modules_to_save.{adapter_name}"
             for key, owner, last in tensors_of(module.modules_to_save[adapter_name], inner):

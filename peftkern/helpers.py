@@ -16,11 +16,13 @@ from .config import PeftConfig
 from .kappa import KappaTuneSelector, find_kappa_target_modules
 from .tuners.lora import LoraLayer
 from .tuners.lora.dora import DoraCaching
+from .tuners.lora.monteclora import MontecloraTrainerMixin
 from .tuners.tuners_utils import BaseTunerLayer, adapter_modules
 
 __all__ = [
     "DoraCaching",
     "KappaTuneSelector",
+    "MontecloraTrainerMixin",
     "check_if_peft_model",
     "disable_input_dtype_casting",
     "find_kappa_target_modules",

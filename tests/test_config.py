@@ -107,8 +107,6 @@ UNSUPPORTED = {
     "use_qalora": True,
     "megatron_config": {"tensor_model_parallel_size": 1},
     "arrow_config": {"top_k": 1},
-    "velora_config": {"x": 1},
-    "monteclora_config": {"x": 1},
 }
 
 

@@ -9,7 +9,8 @@ _WHERE = {
     ".lora": (
         "BdLoraConfig KasaConfig "
         "LoraConfig LoraModel LoraRuntimeConfig EvaConfig LoftQConfig LoraGAConfig convert_to_lora "
-        "get_eva_state_dict initialize_lora_eva_weights preprocess_loraga save_as_lora"
+        "get_eva_state_dict initialize_lora_eva_weights preprocess_loraga save_as_lora "
+        "VeloraConfig MontecloraConfig"
     ),
     ".p_tuning": "PromptEncoder PromptEncoderConfig PromptEncoderReparameterizationType",
     ".prefix_tuning": "PrefixEncoder PrefixTuningConfig",

@@ -13,6 +13,7 @@ from torch import nn
 
 from ..utils.constants import DUMMY_MODEL_CONFIG
 from ..utils.other import AuxiliaryTrainingWrapper, set_layer_requires_grad
+from ._buffer_dict import BufferDict
 
 # PEFT's address of what stands in other files here; those need this one, so they come when asked
 _ELSEWHERE = {
@@ -165,6 +166,13 @@ class BaseTunerLayer:
         for name in self.adapter_layer_names:
             yield getattr(self, name)
 
+    def _saved_buffers(self) -> Iterator[tuple[str, BufferDict]]:
+        """(attribute, {adapter: tensor}) of what is saved with adapters and never trains."""
+        for name in self.other_param_names:
+            store = getattr(self, name, None)
+            if isinstance(store, BufferDict) and store.persistent:
+                yield name, store
+
     def _get_available_adapters(self) -> set[str]:
         return {key for store in self._stores() for key in store.keys()}
 
@@ -186,6 +194,9 @@ class BaseTunerLayer:
                 layer.to(weight.device)
             else:
                 layer.data = layer.data.to(weight.device)
+        for _, buffers in self._saved_buffers():
+            if adapter_name in buffers and not buffers[adapter_name].is_meta:
+                buffers[adapter_name] = buffers[adapter_name].to(weight.device)
 
     _move_adapter_to_device_of_base_layer = move_adapter_to_base_layer
 

@@ -21,6 +21,8 @@ from .subconfigs import (
     LoftQConfig,
     LoraGAConfig,
     LoraRuntimeConfig,
+    MontecloraConfig,
+    VeloraConfig,
 )
 
 __all__ = [
@@ -40,7 +42,9 @@ __all__ = [
     "LoraLayer",
     "LoraModel",
     "LoraRuntimeConfig",
+    "MontecloraConfig",
     "MultiheadAttention",
+    "VeloraConfig",
     "get_eva_state_dict",
     "initialize_lora_eva_weights",
     "preprocess_corda",

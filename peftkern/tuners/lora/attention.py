@@ -281,5 +281,9 @@ def check_attention(base: Any, config: LoraConfig | None) -> None:
         )
     if config is not None and config.kasa_config is not None:
         raise ValueError("MultiheadAttention does not support KaSA, please set `kasa_config=None`.")
+    if config is not None and config.velora_config is not None:
+        raise ValueError(
+            "MultiheadAttention does not support VeLoRA, please set `velora_config=None`."
+        )
     if not isinstance(base.out_proj, nn.Linear) and not isinstance(base.out_proj, Linear):
         raise TypeError("out_proj must be an instance of nn.Linear for MultiheadAttention.")

@@ -20,6 +20,8 @@ from .subconfigs import (
     LoftQConfig,
     LoraGAConfig,
     LoraRuntimeConfig,
+    MontecloraConfig,
+    VeloraConfig,
     as_subconfig,
 )
 from .variant import SELECTS
@@ -60,6 +62,8 @@ class LoraConfig(PeftConfig):
         use_dora: train a magnitude of each output beside A and B (:mod:`.dora`).
         use_bdlora: :class:`BdLoraConfig`, for a block-diagonal A or B (:mod:`.bdlora`).
         kasa_config: :class:`KasaConfig`, for singular values of its own (:mod:`.kasa`).
+        velora_config: :class:`VeloraConfig`: keep A's inputs compressed for its gradient.
+        monteclora_config: :class:`MontecloraConfig`: train with random perturbations of A.
         alora_invocation_tokens: let the adapter work from these tokens on (:mod:`.alora`).
 
     The other fields exist so that configurations of HF PEFT can be read and written; one that asks
@@ -90,11 +94,11 @@ class LoraConfig(PeftConfig):
     corda_config: CordaConfig | None = field(default=None)
     lora_ga_config: LoraGAConfig | None = field(default=None)
     use_dora: bool = field(default=False, metadata=SELECTS)
-    velora_config: Any | None = field(default=None)
+    velora_config: VeloraConfig | None = field(default=None, metadata=SELECTS)
     alora_invocation_tokens: list[int] | None = field(default=None, metadata=SELECTS)
     use_qalora: bool = field(default=False)
     qalora_group_size: int = field(default=16)
-    monteclora_config: Any | None = field(default=None)
+    monteclora_config: MontecloraConfig | None = field(default=None, metadata=SELECTS)
     layer_replication: list[tuple[int, int]] | None = field(default=None)
     runtime_config: LoraRuntimeConfig = field(default_factory=LoraRuntimeConfig)
     target_parameters: list[str] | None = field(default=None)
@@ -113,6 +117,8 @@ class LoraConfig(PeftConfig):
         self.rank_pattern = self.rank_pattern or {}
         self.alpha_pattern = self.alpha_pattern or {}
         self.loftq_config = self.loftq_config or {}
+        self.velora_config = as_subconfig(self.velora_config, VeloraConfig)
+        self.monteclora_config = as_subconfig(self.monteclora_config, MontecloraConfig)
         self.eva_config = as_subconfig(self.eva_config, EvaConfig)
         self.corda_config = as_subconfig(self.corda_config, CordaConfig)
         self.lora_ga_config = as_subconfig(self.lora_ga_config, LoraGAConfig)
@@ -276,7 +282,7 @@ class LoraConfig(PeftConfig):
 
     def unsupported(self) -> list[str]:
         """Every setting, as ``name=value``, that peftkern cannot honour yet."""
-        names = ("megatron_config velora_config use_qalora monteclora_config arrow_config").split()
+        names = ("megatron_config use_qalora arrow_config").split()
         found = [f"{name}={getattr(self, name)!r}" for name in names if getattr(self, name)]
         return found
 

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ...utils.warning import PeftWarning
 from ..tuners_utils import BaseTunerLayer
-from . import bdlora, inits, kasa
+from . import bdlora, inits, kasa, linear_only
 from .attention import MultiheadAttention, check_attention
 from .base import LoraLayer, in_out_features
 from .config import LoraConfig
@@ -81,6 +81,7 @@ def check(key: str, module: nn.Module, r: int, config: LoraConfig) -> None:
             bdlora.check(key, in_out_features(base), r, config)
         if config.kasa_config is not None:
             kasa.check(base, r, config)
+    linear_only.check(base, config)
     inits.check(key, base, r, config)
 
 

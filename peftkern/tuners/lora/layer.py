@@ -25,8 +25,10 @@ from .draws import of_linear, placed
 from .group import Group
 from .kasa import KasaLinearVariant
 from .mixed import AdapterNames, forward_mixed
+from .monteclora import MontecloraLinearVariant
 from .plan import GLOBAL_HOOKS, Plan, is_hooked, weight_layout
 from .variant import make_ready, take_kwargs
+from .velora import VeloraLinearVariant
 
 # where a compiler traces the call, it is one operation all the same
 SCALING_IS_A_TENSOR = "the scaling is a tensor (prepared for hot-swapping into a compiled model)"
@@ -230,6 +232,8 @@ class Linear(nn.Module, LoraLayer):
             ("alora_invocation_tokens",): ALoraLinearVariant,
             ("use_bdlora",): BdLoraLinearVariant,
             ("kasa_config",): KasaLinearVariant,
+            ("velora_config",): VeloraLinearVariant,
+            ("monteclora_config",): MontecloraLinearVariant,
         }
 
     def _update(self, name: str, x: Tensor) -> Tensor:

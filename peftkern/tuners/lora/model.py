@@ -44,6 +44,7 @@ from .inits import collect
 from .kasa import KasaLoss, check_others
 from .layer import Linear
 from .mixed import AdapterNames
+from .monteclora import variational_loss
 from .plain import Starts
 from .replication import stacked
 from .tying import settle_tying, share_again
@@ -394,6 +395,8 @@ class LoraModel(ModelMerging, Weighted, Starts, KasaLoss, BaseTuner):
         given = {m: once if id(m) in in_encoder else names for m in self.adapter_layers()}
         with handing(given):
             yield
+
+    _get_monteclora_loss = variational_loss
 
 
 __all__ = ["LoraModel", "layer_class"]

@@ -133,6 +133,10 @@ class ParamWrapper(nn.Module, LoraLayer):
                 raise ValueError(f"lora.ParamWrapper does not work with {what}.")
         if config.kasa_config is not None:
             raise ValueError("lora.ParamWrapper does not work when `kasa_config` is set.")
+        if config.velora_config is not None:
+            raise ValueError("lora.ParamWrapper does not work when `velora_config` is set.")
+        if config.monteclora_config is not None:
+            raise ValueError("Invalid or unsupported variant combination: ('monteclora_config',)")
         if config.init_name not in (True, False, "gaussian"):
             raise ValueError(
                 f"lora.ParamWrapper does not work with init_lora_weights="

@@ -94,6 +94,33 @@ class KasaConfig:
 
 
 @dataclass
+class VeloraConfig:
+    """VeLoRA (Miles et al., 2024, arXiv 2405.17991).
+
+    Args:
+        num_groups: into how many groups a layer's inputs are split before each is kept as one
+            number, at least 1.
+        scale: factor of the inputs that are made again of those numbers, above 0.
+        init_type: what the groups are projected on: "batch_average" (their mean, in every call of a
+            training), "batch_average_once" (their mean in the first) or "random".
+    """
+
+    num_groups: int = field(default=64)
+    scale: float = field(default=1.0)
+    init_type: str = field(default="batch_average")
+
+    def __post_init__(self) -> None:
+        for name in ("num_groups", "scale"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"`{name}` should be positive, got {getattr(self, name)}.")
+        if self.init_type not in ("batch_average_once", "batch_average", "random"):
+            raise ValueError(
+                f"Unsupported `init_type` {self.init_type!r}. Supported values are "
+                "'batch_average_once', 'batch_average', and 'random'."
+            )
+
+
+@dataclass
 class LoftQConfig:
     """LoftQ (Li et al., 2023, arXiv 2310.08659).
 
@@ -104,6 +131,33 @@ class LoftQConfig:
 
     loftq_bits: int = field(default=4)
     loftq_iter: int = field(default=1)
+
+
+@dataclass
+class MontecloraConfig:
+    """MonteCLoRA (:mod:`.monteclora`).
+
+    Args:
+        num_samples: perturbations of A that are averaged in a call of a training, at least 1.
+        use_entropy: add the sum of the squares of their weights to the loss.
+        dirichlet_prior: concentration of the prior of their weights, above 0.
+        sample_scaler: factor of the perturbations.
+        kl_loss_weight: factor of the divergences from the priors in the loss.
+        buffer_size: for how many calls random numbers are drawn at once, at least 1. A layer with K
+            inputs and rank r keeps buffer_size · num_samples · K · r of them.
+    """
+
+    num_samples: int = field(default=8)
+    use_entropy: bool = field(default=False)
+    dirichlet_prior: float = field(default=0.1)
+    sample_scaler: float = field(default=1e-4)
+    kl_loss_weight: float = field(default=1e-5)
+    buffer_size: int = field(default=150)
+
+    def __post_init__(self) -> None:
+        for name in ("num_samples", "dirichlet_prior", "buffer_size"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"`{name}` must be greater than 0.")
 
 
 @dataclass

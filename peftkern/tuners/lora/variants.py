@@ -16,7 +16,9 @@ from .dora import (
     DoraLinearVariant,
 )
 from .kasa import KasaLinearVariant
+from .monteclora import MontecloraLinearVariant
 from .variant import LoraVariant
+from .velora import VeloraLinearVariant
 
 __all__ = [
     "ALoraLinearVariant",
@@ -29,6 +31,8 @@ __all__ = [
     "DoraLinearVariant",
     "KasaLinearVariant",
     "LoraVariant",
+    "MontecloraLinearVariant",
+    "VeloraLinearVariant",
     "calculate_alora_offsets",
     "get_alora_offsets_for_forward",
     "get_alora_offsets_for_generate",

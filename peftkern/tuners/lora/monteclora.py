@@ -1,0 +1,249 @@
+"""MonteCLoRA: LoRA trained with random perturbations of A, whose size is learned (HF PEFT's
+variant of Monte Carlo enhanced low-rank adaptation).
+
+In a call of a training A [r, K] is replaced by A + ε Σ_n w_n (z_n √v)ᵀ with
+
+    v = max(e^{2 s} ⊙ diag(Z), 0.001)                     Z ~ Wishart(r degrees, I), s [r] trains
+    w = softmax(log α - mean(log α) + √σ ⊙ z)              α = e^a, a [samples] trains
+    σ = (1 - 2 / samples) / α + Σ (1 / α) / samples²       the normal approach to Dirichlet(α)
+
+and z, z_n [K, r] normal; ε is ``sample_scaler``. Merged, and outside training, the adapter is B A.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributions.wishart import Wishart
+from torch.nn.functional import linear, softmax
+
+from ...ops import autocast
+from ...utils.other import infer_device
+from ..tuners_utils import as_names
+from .base import LoraLayer
+from .linear_only import TrainedOtherwise
+
+
+class Draws:
+    """Random numbers for ``buffer_size`` calls, drawn at once, in HF PEFT's order."""
+
+    def __init__(self, sampler: MontecloraSampler, buffer_size: int, device: Any) -> None:
+        self.shape = (sampler.num_samples, sampler.in_features, sampler.out_features)
+        self.dtype, self.buffer_size, self.device = sampler.dtype, buffer_size, device
+        self.left: list[tuple[Tensor, Tensor, Tensor]] = []
+        if torch.device(device).type != "meta":
+            self.draw()
+
+    @torch.no_grad()
+    def draw(self) -> None:
+        (samples, _, r), count = self.shape, self.buffer_size
+        place = {"device": self.device, "dtype": self.dtype}
+        noise = torch.randn(count, *self.shape, **place)
+        of_weights = torch.randn(count, samples, **place)
+        source = Wishart(r, scale_tril=torch.eye(r, device=self.device))
+        # what is not on the diagonal has no use
+        of_variances = [source._bartlett_sampling(torch.Size()).diag() for _ in range(count)]
+        variances = torch.stack(of_variances).to(noise.dtype)
+        self.left = list(zip(noise, variances, of_weights, strict=True))[::-1]
+
+    def get(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """z [samples, K, r], diag(Z) [r] and z [samples] of the next call."""
+        if not self.left:
+            if torch.device(self.device).type == "meta":
+                self.device = device
+            self.draw()
+        return tuple(t.to(device, dtype) for t in self.left.pop())  # type: ignore[return-value]
+
+
+class MontecloraSampler(nn.Module):
+    """The perturbations of one adapter of one layer.
+
+    Args:
+        in_features: K.
+        out_features: the rank r.
+        num_samples, use_entropy, dirichlet_prior, sample_scaler, kl_loss_weight, buffer_size: see
+            :class:`MontecloraConfig`.
+        device: where numbers are drawn; None: the accelerator, if there is one. "meta": the
+            parameters are to be assigned, and the first call draws.
+        dtype: of the parameters and of what is drawn.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        num_samples: int,
+        use_entropy: bool = True,
+        dirichlet_prior: float = 1.0,
+        sample_scaler: float = 3e-4,
+        kl_loss_weight: float = 1e-5,
+        buffer_size: int = 10,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.num_samples = (
+            in_features,
+            out_features,
+            num_samples,
+        )
+        self.use_entropy, self.dirichlet_prior = use_entropy, dirichlet_prior
+        self.sample_scaler, self.kl_loss_weight = sample_scaler, kl_loss_weight
+        self.device = infer_device() if device is None else device
+        self.dtype = dtype
+        r, samples = out_features, num_samples
+        with torch.device("meta" if torch.device(self.device).type == "meta" else "cpu"):
+            self.std_prior = nn.Parameter(torch.rand(r, dtype=dtype))
+            self.expert_weights_prior = nn.Parameter(torch.rand(samples, dtype=dtype))
+            self.register_buffer("gaussian_var_prior", torch.eye(r, dtype=dtype))
+            self.register_buffer("expert_weights", torch.full((samples,), 1 / samples, dtype=dtype))
+        self.sampler = Draws(self, buffer_size, self.device)
+        # v [r] and w [samples] of the last call, with their graph
+        self._last: tuple[Tensor, Tensor] | None = None
+        self._drawn: tuple[Tensor, Tensor, Tensor] | None = None
+        self.to(self.device)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_last": None, "_drawn": None}  # a graph cannot be copied
+
+    def _next(self) -> tuple[Tensor, Tensor, Tensor]:
+        """z [samples, K, r], v [r] and w [samples] of a call; noted for the loss."""
+        s, a = self.std_prior, self.expert_weights_prior
+        # within a backward this is a checkpoint's recomputation, which needs its forward's numbers
+        if self._drawn is None or torch._C._current_graph_task_id() == -1:
+            self._drawn = self.sampler.get(s.device, s.dtype)
+        z, of_variance, of_weights = self._drawn
+        v = (torch.exp(2 * s) * of_variance).clamp(min=1e-3)
+        alpha = a.exp().clamp(min=1e-6)
+        samples, inverse, log = self.num_samples, 1 / alpha, alpha.log()
+        spread = inverse * (1 - 2 / samples) + inverse.sum() / samples**2
+        spread = spread.clamp(min=1e-6) + 1e-6
+        w = softmax(log - log.mean() + spread.sqrt() * of_weights, dim=-1)
+        self._last = v, w
+        self.gaussian_var_prior, self.expert_weights = v.detach().diag(), w.detach()
+        return z, v, w
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """The perturbations [samples, K, r] of a call and their weights [samples]."""
+        z, v, w = self._next()
+        return self.sample_scaler * torch.nan_to_num(z * v.sqrt(), nan=1e-3), w
+
+    def perturbation(self) -> Tensor:
+        """The weighted sum of what :meth:`forward` returns, as [r, K]."""
+        z, v, w = self._next()
+        mean = (w @ z.flatten(1)).view(z.shape[1:])
+        return (self.sample_scaler * mean * v.sqrt()).t()
+
+    def get_variational_loss(self) -> tuple[Tensor | float, Tensor | float]:
+        """(divergences from the priors, entropy) of the last call; zeros outside training."""
+        if not self.training:
+            return 0.0, 0.0
+        last: Any = self._last or (self.gaussian_var_prior.diag(), self.expert_weights)
+        kl = self._weights_kl() + self._scale_kl() + self._variance_kl(last[0])
+        return self.kl_loss_weight * kl, last[1].square().sum() if self.use_entropy else 0
+
+    def _weights_kl(self) -> Tensor:
+        """HF PEFT's divergence of Dirichlet(α) from the prior, in logarithms of the gamma function
+        (its own value is infinite from 36 on)."""
+        alpha = self.expert_weights_prior.exp()
+        prior = torch.full_like(alpha, self.dirichlet_prior)
+        whole, gamma = alpha.sum(), torch.lgamma
+        return (
+            gamma(whole)
+            - gamma(prior.sum())
+            + (gamma(alpha) - gamma(prior)).sum()
+            + ((alpha - prior) * (torch.digamma(alpha) - torch.digamma(whole))).sum()
+        )
+
+    def _scale_kl(self) -> Tensor:
+        r, variances = self.out_features, torch.exp(2 * self.std_prior)
+        return 0.5 * (r * (variances.sum() - 2 * self.std_prior.sum()) - r**2)
+
+    def _variance_kl(self, v: Tensor) -> Tensor:
+        v = v.clamp(min=1e-6)
+        return 0.5 * self.num_samples * (v.sum() - v.log().sum() - self.out_features)
+
+
+class MontecloraLinearVariant(TrainedOtherwise):
+    """On linear layers: ``lora_monteclora_sampler[adapter]`` is saved with the adapter."""
+
+    name = "MonteCLoRA"
+
+    def init(self, layer: Any, adapter: str, config: Any, trainable: bool) -> None:
+        if not hasattr(layer, "lora_monteclora_sampler"):
+            layer.lora_monteclora_sampler = nn.ModuleDict()
+            layer.adapter_layer_names = (*layer.adapter_layer_names, "lora_monteclora_sampler")
+        own, A = config.monteclora_config, layer.lora_A[adapter].weight
+        sampler = MontecloraSampler(
+            in_features=layer.in_features,
+            out_features=A.shape[0],
+            num_samples=own.num_samples,
+            use_entropy=own.use_entropy,
+            dirichlet_prior=own.dirichlet_prior,
+            sample_scaler=own.sample_scaler,
+            kl_loss_weight=own.kl_loss_weight,
+            buffer_size=own.buffer_size,
+            device=A.device,
+            dtype=layer._base_dtype(),  # in which HF PEFT draws
+        )
+        for parameter in sampler.parameters():  # the buffers get it from the first call's numbers
+            parameter.data = parameter.data.to(A.dtype)
+        sampler.requires_grad_(trainable).train(layer.training)
+        layer.lora_monteclora_sampler[adapter] = sampler
+
+    def differs(self, layer: Any) -> bool:
+        return layer.training
+
+    def update(self, layer: Any, adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+        if not self.differs(layer):
+            return result + layer._update(adapter, x)
+        A: Tensor = layer.lora_A[adapter].weight
+        if not autocast.is_on(x):
+            x = layer._cast_input_dtype(x, A.dtype)
+        x = layer.lora_dropout[adapter](x)
+        with torch.autocast(x.device.type, enabled=False):
+            noise = layer.lora_monteclora_sampler[adapter].perturbation()
+        if noise.isnan().any():
+            warnings.warn("Monteclora sampling produced NaNs, using base weights.", stacklevel=2)
+        else:
+            A = A + noise
+        return result + layer.lora_B[adapter](linear(x, A)) * layer.scaling[adapter]
+
+
+def variational_loss(model: nn.Module, adapter_names: str | list[str] | None = None) -> Any:
+    """The mean, over layers and adapters, of what MonteCLoRA adds to the loss.
+
+    Args:
+        model: a LoraModel.
+        adapter_names: of which adapters; None: of the active ones.
+
+    Returns:
+        A tensor with a graph to the last call; 0.0 where no adapter is of MonteCLoRA.
+    """
+    active: Any = model.active_adapters
+    names = as_names(active if adapter_names is None else adapter_names)
+    found: list[Any] = []
+    for layer in model.modules():
+        samplers = (
+            getattr(layer, "lora_monteclora_sampler", {}) if isinstance(layer, LoraLayer) else {}
+        )
+        found += [sum(samplers[n].get_variational_loss()) for n in names if n in samplers]
+    return sum(found) / len(found) if found else 0.0
+
+
+class MontecloraTrainerMixin:
+    """Put before transformers' ``Trainer`` (or a subclass) among the bases of a class, to add
+    MonteCLoRA's loss to the task's."""
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
+    ) -> Any:
+        """``Trainer.compute_loss``, with the mean of the losses of all LoRA models in ``model``."""
+        found = super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)  # type: ignore[misc]
+        tuners = [m for m in model.modules() if hasattr(type(m), "_get_monteclora_loss")]
+        more = sum(m._get_monteclora_loss() for m in tuners) / max(len(tuners), 1)  # type: ignore
+        return (found[0] + more, found[1]) if return_outputs else found + more

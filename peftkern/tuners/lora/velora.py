@@ -1,0 +1,153 @@
+"""VeLoRA (Miles et al., 2024, arXiv 2405.17991): the gradient of A from compressed inputs.
+
+What a training keeps of A's input x [T, K] are the products of its G groups of K / G features with
+one unit vector v: z = x_g · v, [T, G] (equation 1). For the gradient of A, and only there, the
+input is s · z v (equation 2). The output and all other gradients are those of plain LoRA.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, pad
+
+from ...ops import autocast
+from .._buffer_dict import BufferDict
+from .linear_only import TrainedOtherwise
+
+
+def _get_group_dim(in_features: int, num_groups: int) -> int:
+    """Features of a group: the last ones are filled up with zeros."""
+    return -(-in_features // num_groups)
+
+
+def _reshape_to_grouped_subtokens(x: Tensor, num_groups: int) -> Tensor:
+    """x [..., K] as [T, G, D]."""
+    size = _get_group_dim(x.shape[-1], num_groups)
+    missing = num_groups * size - x.shape[-1]
+    return (pad(x, (0, missing)) if missing else x).reshape(-1, num_groups, size)
+
+
+def _compress_activations(x: Tensor, embed: Tensor, num_groups: int) -> Tensor:
+    """[T, G] of x [..., K] and the vector ``embed`` [D]."""
+    return _reshape_to_grouped_subtokens(x, num_groups) @ embed
+
+
+def _reconstruct_activations(
+    compressed: Tensor, embed: Tensor, in_features: int, velora_scale: float
+) -> Tensor:
+    """[T, K] of what :func:`_compress_activations` left."""
+    groups = compressed[..., None] * embed
+    return groups.flatten(1)[:, :in_features] * velora_scale
+
+
+def _normalize_projection(embed: Tensor) -> Tensor:
+    """``embed`` [D] with norm 1, in float32; all alike in place of zeros."""
+    embed = embed.float()
+    norm = torch.linalg.vector_norm(embed)
+    ones = torch.full_like(embed, embed.numel() ** -0.5)
+    # chosen on the device, which a comparison here would wait for
+    return torch.where(norm == 0, ones, embed / norm)
+
+
+class VeloraFunction(torch.autograd.Function):
+    """x Wᵀ + b for x [..., K], W [r, K]; the gradient of W is that of the compressed x, which is
+    kept in place of x. Arguments: x, W, b or None, ``embed`` [D], number of groups, scale."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        embed: Tensor,
+        num_groups: int,
+        velora_scale: float,
+    ) -> Tensor:
+        compressed = None
+        if ctx.needs_input_grad[1]:
+            compressed = _compress_activations(x, embed.to(x.dtype), num_groups)
+        ctx.save_for_backward(compressed, weight, embed)
+        ctx.shape, ctx.dtype, ctx.scale = x.shape, x.dtype, velora_scale
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        compressed, weight, embed = ctx.saved_tensors
+        grad = grads[0].reshape(-1, grads[0].shape[-1])
+        of_x = of_weight = of_bias = None
+        if ctx.needs_input_grad[0]:
+            of_x = (grad @ weight.to(grad.dtype)).view(ctx.shape).to(ctx.dtype)
+        if ctx.needs_input_grad[1]:
+            x = _reconstruct_activations(
+                compressed.to(grad.dtype), embed.to(grad.dtype), ctx.shape[-1], ctx.scale
+            )
+            of_weight = (grad.t() @ x).to(weight.dtype)
+        if ctx.needs_input_grad[2]:
+            of_bias = grad.sum(0).to(ctx.bias_dtype)
+        return of_x, of_weight, of_bias, None, None, None
+
+
+class VeloraLinearVariant(TrainedOtherwise):
+    """On linear layers. ``lora_velora_embed[adapter]`` [D] is saved with the adapter; whether it
+    was made of a batch already is not, so that "batch_average_once" makes it again in a training
+    that goes on, as in HF PEFT."""
+
+    name = "VeLoRA"
+    # fields of VeloraConfig that a layer keeps by adapter, in lora_velora_<field>
+    settings = ("num_groups", "init_type", "scale")
+
+    def init(self, layer: Any, adapter: str, config: Any, trainable: bool) -> None:
+        if not hasattr(layer, "lora_velora_embed"):
+            layer.lora_velora_embed = BufferDict({}, persistent=True)
+            plain = [f"lora_velora_{name}" for name in ("initialized", *self.settings)]
+            layer.__dict__.update({name: {} for name in plain})
+            layer.other_param_names = (*layer.other_param_names, "lora_velora_embed", *plain)
+        own = config.velora_config
+        for name in self.settings:
+            getattr(layer, f"lora_velora_{name}")[adapter] = getattr(own, name)
+        base = layer._some_weight()
+        size = _get_group_dim(layer.in_features, own.num_groups)
+        random = own.init_type == "random"
+        embed = (torch.randn if random else torch.zeros)(size, device=base.device, dtype=base.dtype)
+        if random:
+            embed = _normalize_projection(embed).to(base.dtype)
+        layer.lora_velora_embed[adapter] = embed.to(layer.lora_A[adapter].weight.dtype)
+        layer.lora_velora_initialized[adapter] = random
+
+    def differs(self, layer: Any) -> bool:
+        return layer.training and torch.is_grad_enabled()
+
+    @torch.no_grad()
+    def follow(self, layer: Any, adapter: str, x: Tensor) -> None:
+        """Make the vector of x, when its settings say so."""
+        kind = layer.lora_velora_init_type[adapter]
+        ready = layer.lora_velora_initialized[adapter]
+        if kind == "random" or (kind == "batch_average_once" and ready):
+            return
+        groups = _reshape_to_grouped_subtokens(x, layer.lora_velora_num_groups[adapter])
+        embeds = layer.lora_velora_embed
+        # another tensor: the one of an earlier call is needed for its backward
+        embeds[adapter] = _normalize_projection(groups.flatten(0, 1).mean(0)).to(embeds[adapter])
+        layer.lora_velora_initialized[adapter] = True
+
+    def update(self, layer: Any, adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+        if not self.differs(layer):
+            return result + layer._update(adapter, x)
+        A, B = layer.lora_A[adapter], layer.lora_B[adapter]
+        if not autocast.is_on(x):
+            x = layer._cast_input_dtype(x, A.weight.dtype)
+        x = layer.lora_dropout[adapter](x)
+        self.follow(layer, adapter, x)
+        low = VeloraFunction.apply(
+            x,
+            A.weight,
+            A.bias,
+            layer.lora_velora_embed[adapter],
+            layer.lora_velora_num_groups[adapter],
+            layer.lora_velora_scale[adapter],
+        )
+        return result + B(low) * layer.scaling[adapter]

@@ -1,0 +1,253 @@
+"""MonteCLoRA against HF PEFT: draws, outputs, the loss, gradients, files both ways, merging."""
+
+from __future__ import annotations
+
+import copy
+
+import peft
+import pytest
+import torch
+from peft.helpers import MontecloraTrainerMixin as Theirs
+from peft.tuners.lora.monteclora import MontecloraSampler as TheirSampler
+from torch import nn
+
+import peftkern
+from peftkern.helpers import MontecloraTrainerMixin
+from peftkern.tuners.lora.monteclora import MontecloraSampler
+from tests.changes import layer_of
+from tests.tiny import assert_same, gradients, inputs, make, snapshot
+
+
+def config(library, **settings):
+    own = dict(
+        num_samples=3, sample_scaler=0.1, use_entropy=True, buffer_size=2, kl_loss_weight=0.1
+    )
+    own.update(settings.pop("own", {}))
+    settings = {"target_modules": ["0", "2"], "r": 4, "init_lora_weights": False, **settings}
+    return library.LoraConfig(monteclora_config=library.MontecloraConfig(**own), **settings)
+
+
+def models(dtype=torch.float32, own=(), **settings):
+    """(ours, theirs), each made from the same state of the random generator."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(16, 12), nn.Tanh(), nn.Linear(12, 8)).to(dtype)
+    found = []
+    for library in (peftkern, peft):
+        torch.manual_seed(1)
+        own_config = config(library, own=dict(own), **settings)
+        found.append(library.get_peft_model(copy.deepcopy(base), own_config))
+    return found
+
+
+def close(mine, other, tolerance=1e-5):
+    largest = max(other.abs().max().item(), 1e-3)
+    torch.testing.assert_close(mine, other, rtol=tolerance, atol=tolerance * largest)
+
+
+def same_tensors(ours, theirs):
+    mine, other = peft.get_peft_model_state_dict(ours), peft.get_peft_model_state_dict(theirs)
+    have = peftkern.get_peft_model_state_dict(ours)
+    assert have.keys() == mine.keys() == other.keys()
+    assert sum("monteclora_sampler" in key for key in have) == 8
+    for key, value in other.items():
+        close(have[key], value)
+
+
+def step(model, x, seed):
+    """Output, the variational loss, and all gradients of both."""
+    torch.manual_seed(seed)
+    x = x.clone().requires_grad_()
+    y, loss = model(x), model._get_monteclora_loss()
+    trained = [p for _, p in sorted(model.named_parameters()) if p.requires_grad]
+    total = y.float().square().mean() + loss
+    return [y, torch.as_tensor(loss), *torch.autograd.grad(total, [x, *trained], allow_unused=True)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("own", [{}, {"use_entropy": False, "num_samples": 1}])
+def test_training_and_evaluation(dtype, own):
+    pair = models(dtype, own, lora_dropout=0.3)
+    same_tensors(*pair)  # also what is drawn for the second layer, after the first one's numbers
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    outputs = []
+    for seed in range(3):  # the third draws again
+        x = torch.randn(3, 6, 16, generator=torch.Generator().manual_seed(4)).to(dtype)
+        found = [step(m.train(), x, seed // 3) for m in pair]
+        for mine, other in zip(*found, strict=True):
+            close(mine, other, tolerance)
+        same_tensors(*pair)
+        outputs.append(found[0][0])
+    assert not torch.equal(outputs[0], outputs[1])
+    assert not any(row.fused for row in peftkern.explain(pair[0]))
+    mine, other = (step(m.eval(), x, 0) for m in pair)
+    assert mine[1].item() == other[1].item() == 0.0
+    for a, b in zip(mine, other, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            close(a, b, tolerance)
+    assert all(row.fused for row in peftkern.explain(pair[0]))
+
+
+def test_the_sampler_itself():
+    torch.manual_seed(0)
+    mine = MontecloraSampler(6, 4, 3, device="cpu")
+    torch.manual_seed(0)
+    other = TheirSampler(6, 4, 3, device="cpu")
+    for a, b in zip(mine(), other(), strict=True):
+        close(a, b)
+    for a, b in zip(mine.get_variational_loss(), other.get_variational_loss(), strict=True):
+        close(a, b)
+    # where HF PEFT's loss is infinite
+    many = MontecloraSampler(6, 4, 64, device="cpu")
+    assert many.get_variational_loss()[0].isfinite()
+    assert not TheirSampler(6, 4, 64, device="cpu").get_variational_loss()[0].isfinite()
+
+
+def test_loss_of_named_adapters_and_copies():
+    pair = models()
+    for library, model in zip((peftkern, peft), pair, strict=True):
+        torch.manual_seed(5)
+        model.add_adapter("second", config(library, own={"num_samples": 2}))
+        model.add_adapter("plain", library.LoraConfig(target_modules=["0"]))
+        model.train()(torch.ones(2, 16))
+    for names in (None, "second", ["default", "second"], "plain"):
+        mine, other = (torch.as_tensor(m.base_model._get_monteclora_loss(names)) for m in pair)
+        close(mine, other)
+    twin = copy.deepcopy(pair[0])  # HF PEFT's cannot be copied after a call
+    twin.train()(torch.ones(2, 16))
+    close(twin._get_monteclora_loss() * 0, torch.tensor(0.0))
+    pair[0].delete_adapter("second")
+    assert not any("second" in key for key in pair[0].state_dict())
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_blocks_compute_the_same_twice(reentrant):
+    """HF PEFT's recomputation goes on to the next random numbers."""
+    found = []
+    for checkpointed in (False, True):
+        torch.manual_seed(1)
+        own = config(peftkern, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+        model = peftkern.get_peft_model(make("llama"), own).train()
+        if checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        found.append([gradients(model, inputs("llama"))[1] for _ in range(2)])
+    for mine, other in zip(found[1], found[0], strict=True):
+        assert mine.keys() == other.keys()
+        for name in other:
+            close(mine[name], other[name], 1e-4)
+
+
+def test_nan_is_said_and_leaves_the_weights_alone():
+    ours, _ = models()
+    x = torch.ones(2, 16)
+    want = ours.eval()(x)
+    with torch.no_grad():
+        for i in (0, 2):
+            sampler = ours.base_model.model[i].lora_monteclora_sampler["default"]
+            sampler.expert_weights_prior.fill_(float("nan"))
+    with pytest.warns(UserWarning, match="sampling produced NaNs, using base weights"):
+        close(ours.train()(x), want)
+
+
+def test_files_both_ways(tmp_path):
+    pair = models()
+    x = torch.randn(5, 16)
+    for model, folder in zip(pair, ("ours", "theirs"), strict=True):
+        model.train()(x)
+        model.save_pretrained(tmp_path / folder)
+    for source, folder in zip(pair, ("ours", "theirs"), strict=True):
+        want = peft.get_peft_model_state_dict(source)
+        # HF PEFT drops the sampler's tensors with low_cpu_mem_usage
+        for library, low in ((peftkern, False), (peftkern, True), (peft, False)):
+            base = nn.Sequential(nn.Linear(16, 12), nn.Tanh(), nn.Linear(12, 8))
+            loaded = library.PeftModel.from_pretrained(
+                base, tmp_path / folder, low_cpu_mem_usage=low, is_trainable=True
+            )
+            have = library.get_peft_model_state_dict(loaded)
+            assert have.keys() == want.keys()
+            assert all(torch.equal(have[key], want[key]) for key in want)
+            own = loaded.peft_config["default"].monteclora_config
+            assert own == config(library).monteclora_config
+            loaded.train()(x).sum().backward()
+            assert loaded._get_monteclora_loss().isfinite()
+
+
+def test_merging():
+    pair = models()
+    x = torch.randn(5, 16)
+    want = pair[0].eval()(x)
+    before = layer_of(pair[0]).base_layer.weight.clone()
+    for model in pair:
+        model.merge_adapter()
+    close(layer_of(pair[0]).base_layer.weight, layer_of(pair[1]).base_layer.weight)
+    close(pair[0](x), want)
+    pair[0].unmerge_adapter()
+    assert torch.equal(layer_of(pair[0]).base_layer.weight, before)
+    close(pair[0].merge_and_unload()(x), want)
+
+
+def test_trainer_mixin():
+    class Trainer:
+        def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+            y = model(inputs["x"])
+            loss = y.square().mean()
+            return (loss, y) if return_outputs else loss
+
+    x, found, pair = torch.randn(4, 16), [], models(own={"buffer_size": 3})
+    for mixin, model in zip((MontecloraTrainerMixin, Theirs), pair, strict=True):
+        trainer = type("Both", (mixin, Trainer), {})()
+        loss = trainer.compute_loss(model.train(), {"x": x})
+        task = Trainer().compute_loss(model, {"x": x})
+        both, y = trainer.compute_loss(model, {"x": x}, return_outputs=True)
+        assert loss != task and y.shape == (4, 8)
+        found.append([loss, task, both])
+        plain = nn.Linear(16, 8)
+        assert trainer.compute_loss(plain, {"x": x}) == Trainer().compute_loss(plain, {"x": x})
+    for mine, other in zip(*found, strict=True):
+        close(mine, other)
+
+
+@pytest.mark.parametrize("bad", ["num_samples", "dirichlet_prior", "buffer_size"])
+def test_bad_settings(bad):
+    found = []
+    for library in (peftkern, peft):
+        with pytest.raises(ValueError) as error:
+            library.MontecloraConfig(**{bad: 0})
+        found.append(str(error.value))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(
+    ("base", "settings"),
+    [
+        (nn.Linear(4, 4), {"use_dora": True}),
+        (nn.Linear(4, 4), {"velora": True}),
+        (nn.Conv2d(4, 4, 1), {}),
+        (nn.Embedding(4, 4), {}),
+        (nn.MultiheadAttention(4, 2), {}),
+    ],
+)
+def test_refused_as_hf_peft_refuses(base, settings):
+    found = [nn.Sequential(nn.Linear(4, 4), copy.deepcopy(base)) for _ in range(2)]
+    before = snapshot(found[0])
+    said = []
+    for library, model in zip((peftkern, peft), found, strict=True):
+        more = dict(settings)
+        if more.pop("velora", False):
+            more["velora_config"] = library.VeloraConfig()
+        with pytest.raises(ValueError) as error:
+            own = config(library, **{"target_modules": ["1"], "init_lora_weights": True, **more})
+            library.get_peft_model(model, own)
+        said.append(str(error.value))
+    assert said[0] == said[1]
+    assert_same(found[0], before)
+
+
+def test_refused_for_parameters():
+    model = make("llama")
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="variant combination: .'monteclora_config',"):
+        own = config(peftkern, target_modules=[], target_parameters=["q_proj.weight"])
+        peftkern.get_peft_model(model, own)
+    assert_same(model, before)
