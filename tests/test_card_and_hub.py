@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import os
@@ -116,6 +117,32 @@ class Hub(BaseHTTPRequestHandler):
 
     do_HEAD = do_GET
 
+    def do_POST(self):
+        """A repository is made, files are announced, and one commit brings them."""
+        path = unquote(urlsplit(self.path).path).strip("/")
+        self.asked.append(path)
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        where = f"http://{self.headers['Host']}"
+        if path == "api/repos/create":
+            given = json.loads(body)
+            repo = f"{given['organization']}/{given['name']}"
+            self.files[repo, ".gitattributes"] = b""
+            answer = {"url": f"{where}/{repo}"}
+        elif "/preupload/" in path:
+            names = [file["path"] for file in json.loads(body)["files"]]
+            kept = {"uploadMode": "regular", "shouldIgnore": False}
+            answer = {"files": [{"path": name, **kept} for name in names]}
+        elif "/commit/" in path:
+            repo = path.removeprefix("api/models/").partition("/commit/")[0]
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    file = line["value"]
+                    self.files[repo, file["path"]] = base64.b64decode(file["content"])
+            answer = {"commitUrl": f"{where}/{repo}/commit/{self.sha}", "commitOid": self.sha}
+        else:  # the yaml of a card
+            answer = {"errors": [], "warnings": []}
+        self.reply(200, json.dumps(answer).encode(), Content_Type="application/json")
+
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
@@ -206,6 +233,25 @@ def test_a_local_folder_is_taken_before_the_hub(hub, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=WEIGHTS):
         peftkern.PeftModel.from_pretrained(make("llama"), "owner/lora", **where)
     assert asked == []
+
+
+def test_pushed_to_the_hub_and_loaded_from_it(hub, monkeypatch):
+    where, files, asked = hub
+    url, constants = where["endpoint"], huggingface_hub.constants
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    template = url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # one that asks this endpoint
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", where["cache_dir"])
+    ours, theirs = pair("llama")
+    ours.push_to_hub("owner/pushed", token="t")
+    assert "api/models/owner/pushed/commit/main" in asked
+    sent = {name for repo, name in files if repo == "owner/pushed"}
+    assert sent == {CONFIG, WEIGHTS, "README.md", ".gitattributes"}
+    assert b"library_name: peft" in files["owner/pushed", "README.md"]
+    loaded = peftkern.PeftModel.from_pretrained(make("llama"), "owner/pushed", **where)
+    batch = inputs("llama")
+    torch.testing.assert_close(first(loaded(**batch)), first(theirs.eval()(**batch)), **EXACT)
 
 
 class NoNetwork(RuntimeError):
