@@ -237,12 +237,21 @@ class BaseTunerLayer:
                 if key in names:
                     set_layer_requires_grad(layer, requires_grad)
 
+    def _drop_empty_stores(self) -> None:
+        """Remove what a variant has added to this layer alone, once no adapter uses it."""
+        for kind in ("adapter_layer_names", "other_param_names"):
+            for name in getattr(self, kind):
+                if name not in getattr(type(self), kind) and not getattr(self, name):
+                    delattr(self, name)
+                    setattr(self, kind, tuple(n for n in getattr(self, kind) if n != name))
+
     def delete_adapter(self, adapter_name: str) -> None:
         """Drop an adapter; another one becomes active when it was the only active one."""
         for name in self.adapter_layer_names + self.other_param_names:
             store = getattr(self, name)
             if adapter_name in store:
                 del store[adapter_name]
+        self._drop_empty_stores()
         active = self.active_adapters
         if adapter_name in active:
             active = [a for a in active if a != adapter_name]
