@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .config import PeftConfig, build_config
+from .mixed_model import INSTEAD
 from .tuners.lora import LoraConfig, LoraModel
 from .tuners.p_tuning import PromptEncoder, PromptEncoderConfig
 from .tuners.prefix_tuning import PrefixEncoder, PrefixTuningConfig
@@ -151,9 +152,7 @@ def get_peft_model(
     from .tasks import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 
     if mixed:
-        raise NotImplementedError(
-            "mixed=True (several adapter methods in one model) is not supported by peftkern"
-        )
+        raise NotImplementedError(f"mixed=True: {INSTEAD}")
     check_adapter_name(adapter_name)
     check_config(peft_config)
     peft_config.check_supported()

@@ -253,7 +253,7 @@ class Linear(nn.Module, LoraLayer):
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether the adapter's update can be written as that of plain LoRA."""
-        variant = getattr(self, "lora_variant", {}).get(adapter_name)
+        variant = self.lora_variant.get(adapter_name)
         return variant is None or variant.supports_lora_conversion()
 
     def decline_reason(self) -> str | None:

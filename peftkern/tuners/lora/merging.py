@@ -25,6 +25,7 @@ class Merging:
     """
 
     merged_adapters: list[str]
+    lora_variant: dict[str, Any]
     # (adapters, what undoes it) of each merge() that has not been taken back; None: subtraction
     _kept: list[tuple[list[str], Kept | None]]
 
@@ -73,7 +74,7 @@ class Merging:
             weight: the weight with the adapters so far, at least float32; left as it is.
             base: the weight without any adapter; None: ``weight`` is that.
         """
-        variant = getattr(self, "lora_variant", {}).get(adapter)
+        variant = self.lora_variant.get(adapter)
         if variant is None:
             return self._delta_weight(adapter).to(weight.device, weight.dtype).add_(weight)
         return variant.merged_weight(self, adapter, weight, weight if base is None else base)
@@ -152,7 +153,7 @@ class Merging:
         layer: Any = self
         module, attribute = self._merge_target()
         before = getattr(module, attribute).data
-        variants = getattr(self, "lora_variant", {})
+        variants = self.lora_variant
         base = None
         if any(name in variants for name in names) and (self._kept or len(names) > 1):
             base = at_least_float32(self._unmerged_weight())
@@ -179,7 +180,7 @@ class Merging:
         kept = None
         if keep:
             factors = None
-            if not any(name in getattr(self, "lora_variant", ()) for name in names):
+            if not any(name in self.lora_variant for name in names):
                 factors = [(*self._factors(n), self.scaling[n]) for n in names]  # type: ignore
             kept = Kept(target.data, weight, factors)
             kept.bias = None if bias is None else module.bias.data.clone()

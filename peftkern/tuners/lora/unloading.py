@@ -15,20 +15,12 @@ from ..tuners_utils import BaseTunerLayer, get_model_config
 from .merging import Merging
 from .offload import onloaded
 
-TIED = """Model with `tie_word_embeddings=True` and the tied_target_modules={} are part of the \
-adapter. The weight is shared, so what is merged into one place shows in the other. To merge \
-without that, load the model untied, give `lm_head` a copy of the embeddings, and save it:
-```python
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained(model_id, tie_word_embeddings=False)
-model.lm_head.weight.data = model.model.embed_tokens.weight.data.clone()
-model.save_pretrained(untied_model_dir)
-
-# Now use the original model but in untied format
-model = AutoModelForCausalLM.from_pretrained(untied_model_dir)
-```
-"""
+TIED = (
+    "Model with `tie_word_embeddings=True` and the tied_target_modules={} are part of the adapter. "
+    "The weight is shared, so what is merged into one place shows in the other. To merge without "
+    "that, load the base model with `tie_word_embeddings=False`, copy the weight of the embeddings "
+    "into `lm_head`, and adapt that model."
+)
 
 
 class ModelMerging:
