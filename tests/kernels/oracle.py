@@ -4,11 +4,11 @@ float64.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from hypothesis import HealthCheck, Phase, settings
 from torch import Tensor
+
+from tests.closeness import assert_as_good_as_torch as assert_as_good_as_torch  # for kernel tests
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -27,26 +27,6 @@ def blas(a: Tensor, b: Tensor) -> Tensor:
     """a @ b in fp32 as the interpreter multiplies: numpy's BLAS may sum in another order than
     torch's, and err more, which is no property of a kernel."""
     return torch.from_numpy(a.float().numpy() @ b.float().numpy())
-
-
-def assert_as_good_as_torch(
-    kernel: Tensor, torch_result: Tensor | Sequence[Tensor], exact: Tensor
-) -> None:
-    """max |kernel - exact| <= 2 max |torch - exact|, or two roundings of the output where torch
-    happens to be exact. ``torch_result`` may be several results of one formula, by several BLAS.
-    """
-    results = [torch_result] if isinstance(torch_result, Tensor) else torch_result
-    assert kernel.shape == exact.shape, (
-        f"shape {tuple(kernel.shape)}, expected {tuple(exact.shape)}"
-    )
-    if not exact.numel():
-        return
-    error = (kernel.double() - exact).abs().max().item()
-    reference = max((t.double() - exact).abs().max().item() for t in results)
-    rounding = 2 * torch.finfo(results[0].dtype).eps * exact.abs().max().item()
-    assert error <= max(2 * reference, rounding), (
-        f"error {error:.3e}, torch's {reference:.3e}, rounding {rounding:.3e}"
-    )
 
 
 def matrix(

@@ -1,0 +1,114 @@
+"""How tests tell rounding from a mistake on any machine, without a tolerance picked on one.
+
+Processors, instruction sets and libraries sum in different orders, so fp32 results differ by
+amounts that no test can know beforehand. What is the same on all of them:
+
+- two ways to one number agree in float64: :func:`assert_same_number`;
+- where the dtype itself is what is tested, our error against float64 is not above that of torch's
+  own computation (or HF PEFT's) in the same dtype: :func:`assert_as_good_as_torch`;
+- the same operations in the same order give the same bits: ``torch.equal``.
+
+A module that takes its yardstick from here belongs to the numeric part of the suite, which
+``make test-cpus`` and ``make test-versions`` repeat (see conftest.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# In a float64 model transformers still computes norms, softmaxes and rotary angles in fp32. Two
+# orders of float64 sums differ by 1e-16, which those round away, or now and then up to the next
+# fp32 number: a few of its roundings are what may remain. A mistake is orders of magnitude larger.
+ISLANDS = 16 * torch.finfo(torch.float32).eps
+_TINY = 2.0**-20  # of tensors that are smaller than this everywhere, what may remain is absolute
+
+
+def assert_same_number(actual: Any, expected: Any, name: str = "") -> None:
+    """The same numbers by another way, computed in float64.
+
+    Args:
+        actual, expected: float64 tensors (others must be equal), or mappings, sequences and
+            transformers' outputs of such, of the same keys and lengths.
+        name: said when they differ.
+
+    Raises:
+        AssertionError: they differ by more than 16 fp32 roundings of the largest number of
+            ``expected``, in shape, or in dtype; or are floating point but not float64.
+    """
+    if isinstance(expected, Mapping):
+        assert isinstance(actual, Mapping), f"{name}: {type(actual).__name__}, expected a mapping"
+        assert actual.keys() == expected.keys(), (
+            f"{name}: keys differ: {sorted(map(str, actual.keys() ^ expected.keys()))}"
+        )
+        for key in expected:
+            assert_same_number(actual[key], expected[key], f"{name}[{key!r}]")
+        return
+    if isinstance(expected, Sequence) and not isinstance(expected, str):
+        assert len(actual) == len(expected), f"{name}: {len(actual)}, expected {len(expected)}"
+        for index, (a, b) in enumerate(zip(actual, expected, strict=True)):
+            assert_same_number(a, b, f"{name}[{index}]")
+        return
+    if isinstance(expected, float):
+        actual, expected = (torch.as_tensor(x, dtype=torch.float64) for x in (actual, expected))
+    if not isinstance(expected, Tensor):
+        assert actual == expected, f"{name}: {actual!r}, expected {expected!r}"
+        return
+    assert isinstance(actual, Tensor), f"{name}: {type(actual).__name__}, expected a tensor"
+    assert actual.shape == expected.shape, (
+        f"{name}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    )
+    assert actual.dtype == expected.dtype, f"{name}: {actual.dtype}, expected {expected.dtype}"
+    if not expected.is_floating_point():
+        assert torch.equal(actual, expected), f"{name}: {actual}, expected {expected}"
+        return
+    assert expected.dtype == torch.float64, (
+        f"{name} is {expected.dtype}: compare float64 models, or use assert_as_good_as_torch"
+    )
+    if not expected.numel():
+        return
+    actual, expected = actual.detach().cpu(), expected.detach().cpu()
+    finite = expected.isfinite()
+    assert torch.equal(actual[~finite].nan_to_num(0.5), expected[~finite].nan_to_num(0.5)), name
+    if not finite.any():
+        return
+    scale = max(float(expected[finite].abs().max()), _TINY)
+    error = float((actual - expected)[finite].abs().max())
+    assert error <= ISLANDS * scale, f"{name}: differs by {error:.3e} where numbers reach {scale:g}"
+
+
+def differ(actual: Tensor, expected: Tensor) -> bool:
+    """Whether two float64 results are not the same number; for tests that something has effect."""
+    try:
+        assert_same_number(actual, expected)
+    except AssertionError:
+        return True
+    return False
+
+
+def assert_as_good_as_torch(
+    ours: Tensor, torch_result: Tensor | Sequence[Tensor], exact: Tensor
+) -> None:
+    """max |ours - exact| <= 2 max |torch - exact|, or two roundings of the output where torch
+    happens to be exact.
+
+    Args:
+        ours: the result on trial, of any dtype.
+        torch_result: the same by torch's (or HF PEFT's) own computation in the same dtype; several
+            results where several orders of sums are as good.
+        exact: the same in float64.
+    """
+    results = [torch_result] if isinstance(torch_result, Tensor) else torch_result
+    assert ours.shape == exact.shape, f"shape {tuple(ours.shape)}, expected {tuple(exact.shape)}"
+    assert exact.dtype == torch.float64, f"exact is {exact.dtype}, expected float64"
+    if not exact.numel():
+        return
+    error = (ours.double() - exact).abs().max().item()
+    reference = max((t.double() - exact).abs().max().item() for t in results)
+    rounding = 2 * torch.finfo(results[0].dtype).eps * exact.abs().max().item()
+    assert error <= max(2 * reference, rounding), (
+        f"error {error:.3e}, torch's {reference:.3e}, rounding {rounding:.3e}"
+    )
