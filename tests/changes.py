@@ -51,8 +51,10 @@ def layer_of(model):
     return model.base_model.model[0]
 
 
-def _noise(*shape):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(3))
+def _noise(layer, *shape):
+    """The same numbers in the dtype of the layer."""
+    noise = torch.randn(*shape, generator=torch.Generator().manual_seed(3))
+    return noise.to(next(layer.parameters()).dtype)
 
 
 class Twice(nn.Linear):
@@ -95,20 +97,21 @@ def _subclass(layer):
     layer.base_layer.__class__ = Twice
 
 
-def _a():
+def _a(layer):
     a = nn.Linear(K, R, bias=False)
-    a.weight.data = _noise(R, K)
+    a.weight.data = _noise(layer, R, K)
     return a
 
 
 def _swap_base(layer):
+    weight, bias = _noise(layer, N, K), _noise(layer, N)
     layer.base_layer = nn.Linear(K, N)
-    layer.base_layer.weight.data, layer.base_layer.bias.data = _noise(N, K), _noise(N)
+    layer.base_layer.weight.data, layer.base_layer.bias.data = weight, bias
 
 
 def _other_rank(layer):
-    layer.lora_A["default"].weight = nn.Parameter(_noise(R + 2, K))
-    layer.lora_B["default"].weight = nn.Parameter(_noise(N, R + 2))
+    layer.lora_A["default"].weight = nn.Parameter(_noise(layer, R + 2, K))
+    layer.lora_B["default"].weight = nn.Parameter(_noise(layer, N, R + 2))
 
 
 def _parametrise(layer):
@@ -121,22 +124,24 @@ def _freeze_a(layer):
 
 CHANGES = {
     "nothing": lambda m: None,
-    "base_data": lambda m: setattr(m.base_layer.weight, "data", _noise(N, K)),
-    "a_data": lambda m: setattr(m.lora_A["default"].weight, "data", _noise(R, K)),
-    "b_data": lambda m: setattr(m.lora_B["default"].weight, "data", _noise(N, R)),
-    "bias_data": lambda m: setattr(m.base_layer.bias, "data", _noise(N)),
+    "base_data": lambda m: setattr(m.base_layer.weight, "data", _noise(m, N, K)),
+    "a_data": lambda m: setattr(m.lora_A["default"].weight, "data", _noise(m, R, K)),
+    "b_data": lambda m: setattr(m.lora_B["default"].weight, "data", _noise(m, N, R)),
+    "bias_data": lambda m: setattr(m.base_layer.bias, "data", _noise(m, N)),
     "in_place": lambda m: m.lora_A["default"].weight.data.mul_(3),
-    "new_parameter": lambda m: setattr(m.lora_B["default"], "weight", nn.Parameter(_noise(N, R))),
-    "new_base_parameter": lambda m: setattr(m.base_layer, "weight", nn.Parameter(_noise(N, K))),
+    "new_parameter": lambda m: setattr(
+        m.lora_B["default"], "weight", nn.Parameter(_noise(m, N, R))
+    ),
+    "new_base_parameter": lambda m: setattr(m.base_layer, "weight", nn.Parameter(_noise(m, N, K))),
     "no_more_bias": lambda m: setattr(m.base_layer, "bias", None),
     "other_rank": _other_rank,
-    "swap_a": lambda m: m.lora_A.update({"default": _a()}),
+    "swap_a": lambda m: m.lora_A.update({"default": _a(m)}),
     "swap_base": _swap_base,
     "scaling": lambda m: m.scaling.update(default=7.5),
     "new_scaling": lambda m: setattr(m, "scaling", {**m.scaling, "default": 7.5}),
-    "b_bias": lambda m: setattr(m.lora_B["default"], "bias", nn.Parameter(_noise(N))),
+    "b_bias": lambda m: setattr(m.lora_B["default"], "bias", nn.Parameter(_noise(m, N))),
     "swap_a_dict": lambda m: setattr(
-        m, "lora_A", nn.ModuleDict({**copy.deepcopy(m.lora_A), "default": _a()})
+        m, "lora_A", nn.ModuleDict({**copy.deepcopy(m.lora_A), "default": _a(m)})
     ),
     "swap_dropouts": lambda m: setattr(
         m, "lora_dropout", nn.ModuleDict({"default": nn.Dropout(0.7)})
@@ -170,7 +175,7 @@ CHANGES = {
     "fsdp1": lambda m: m.lora_A.update({"default": Wrapped(m.lora_A["default"])}),
     "weight_is_buffer": lambda m: (
         delattr(m.base_layer, "weight"),
-        m.base_layer.register_buffer("weight", _noise(N, K)),
+        m.base_layer.register_buffer("weight", _noise(m, N, K)),
     ),
     "disabled": lambda m: m.enable_adapters(False),
     "other_active": lambda m: m.set_adapter("other"),

@@ -89,26 +89,40 @@ def differ(actual: Tensor, expected: Tensor) -> bool:
     return False
 
 
-def assert_as_good_as_torch(
-    ours: Tensor, torch_result: Tensor | Sequence[Tensor], exact: Tensor
-) -> None:
+def assert_as_good_as_torch(ours: Any, torch_result: Any, exact: Any) -> None:
     """max |ours - exact| <= 2 max |torch - exact|, or two roundings of the output where torch
     happens to be exact.
 
     Args:
-        ours: the result on trial, of any dtype.
+        ours: the result on trial, of any dtype; or a mapping of several, such as the gradients by
+            name, which are measured together, each in units of its largest number: the largest
+            error of a few numbers alone differs by chance.
         torch_result: the same by torch's (or HF PEFT's) own computation in the same dtype; several
             results where several orders of sums are as good.
         exact: the same in float64.
     """
-    results = [torch_result] if isinstance(torch_result, Tensor) else torch_result
+    results = torch_result if isinstance(torch_result, list | tuple) else [torch_result]
+    if isinstance(exact, Mapping):
+        assert all(r.keys() == exact.keys() for r in (ours, *results)), "other keys"
+        eps = max(torch.finfo(t.dtype).eps for t in results[0].values())
+        scale = {k: t.abs().max().clamp_min(_TINY) if t.numel() else 1 for k, t in exact.items()}
+        for key, value in exact.items():
+            assert value.dtype == torch.float64, f"exact[{key!r}] is {value.dtype}"
+            for found in (ours, *results):
+                assert found[key].shape == value.shape, f"{key}: shape {tuple(found[key].shape)}"
+        ours, exact, *results = (
+            torch.cat([(r[k].double() / s).flatten() for k, s in scale.items()])
+            for r in (ours, exact, *results)
+        )
+    else:
+        eps = torch.finfo(results[0].dtype).eps
     assert ours.shape == exact.shape, f"shape {tuple(ours.shape)}, expected {tuple(exact.shape)}"
     assert exact.dtype == torch.float64, f"exact is {exact.dtype}, expected float64"
     if not exact.numel():
         return
     error = (ours.double() - exact).abs().max().item()
     reference = max((t.double() - exact).abs().max().item() for t in results)
-    rounding = 2 * torch.finfo(results[0].dtype).eps * exact.abs().max().item()
+    rounding = 2 * eps * exact.abs().max().item()
     assert error <= max(2 * reference, rounding), (
         f"error {error:.3e}, torch's {reference:.3e}, rounding {rounding:.3e}"
     )

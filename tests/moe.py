@@ -59,9 +59,9 @@ def _original(family: str) -> Any:
     return model.eval()
 
 
-def make(family: str) -> Any:
+def make(family: str, dtype: torch.dtype = torch.float32) -> Any:
     """A fresh tiny model; the same weights each time."""
-    return copy.deepcopy(_original(family))
+    return copy.deepcopy(_original(family)).to(dtype)
 
 
 def save_v4_adapter(folder: Path, family: str, r: int = 3) -> None:

@@ -172,7 +172,10 @@ def pair(
     base: Any = None,
     **lora: Any,
 ) -> tuple[Any, Any]:
-    """(peftkern's, HF PEFT's) model with equal weights, LoRA of the given settings in both."""
+    """(peftkern's, HF PEFT's) model with equal weights, LoRA of the given settings in both.
+
+    The numbers are the same in every dtype, up to its rounding: fp32 is judged by float64.
+    """
     base = make(family, task, dtype) if base is None else base
     lora = {"r": 4, "lora_alpha": 8, **lora}
     other = copy.deepcopy(base)
@@ -215,6 +218,17 @@ def gradients(
     loss = loss_of(model(**batch))
     loss.backward()
     return loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def step(model: nn.Module, batch: dict[str, Any], seed: int = 5) -> dict[str, Tensor]:
+    """All numbers of a training step: the output, the loss and every gradient by its name."""
+    model.zero_grad(set_to_none=True)
+    torch.manual_seed(seed)
+    output = model(**batch)
+    loss = loss_of(output)
+    loss.backward()
+    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return {"output": first(output).detach(), "loss": loss.detach(), **grads}
 
 
 def snapshot(model: nn.Module) -> dict[str, Any]:
