@@ -198,11 +198,13 @@ def first(output: Any) -> Tensor:
 
 
 def loss_of(output: Any) -> Tensor:
-    """The model's loss, or a scalar made of the hidden states where the task has none."""
-    loss = getattr(output, "loss", None)
+    """The model's loss, or a scalar made of the hidden states where the task has none.
+
+    Of a float64 model in float64, though transformers computes that of a language model in fp32.
+    """
+    loss, hidden = getattr(output, "loss", None), first(output)
     if loss is not None:
-        return loss
-    hidden = first(output)
+        return loss.double() if hidden.dtype == torch.float64 else loss
     weights = torch.linspace(
         -1, 1, hidden.numel(), dtype=hidden.dtype
     ).cos()  # no symmetry that a norm hides
