@@ -18,6 +18,7 @@ import transformers as tf
 from torch import Tensor, nn
 
 from peftkern.tuners.prefix_tuning.inject import PrefixInjection
+from tests.plain_reference import with_prefix
 
 VOCAB, WIDTH, HEADS, LAYERS, LABELS, P = 64, 32, 4, 2, 3, 5
 _ABSENT = object()  # a setting that a class would keep without having a use for it
@@ -249,7 +250,7 @@ def task_of(family: str) -> str:
 
 
 @functools.cache
-def _original(family: str, task: str, implementation: str | None) -> nn.Module:
+def _original(family: str, task: str, implementation: str | None, dtype: torch.dtype) -> nn.Module:
     torch.manual_seed(0)
     config = CONFIGS[family]()
     model = _CLASSES[task].from_config(config, attn_implementation=implementation)
@@ -263,12 +264,19 @@ def _original(family: str, task: str, implementation: str | None) -> nn.Module:
                 weight.normal_()
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.eos_token_id = None  # every row runs to the end
-    return model.eval()
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")  # the other has no float64
+    return model.to(dtype).eval()
 
 
-def make(family: str, task: str | None = None, implementation: str | None = None) -> Any:
+def make(
+    family: str,
+    task: str | None = None,
+    implementation: str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Any:
     """A fresh tiny model; the same weights for the same arguments."""
-    return copy.deepcopy(_original(family, task or task_of(family), implementation))
+    return copy.deepcopy(_original(family, task or task_of(family), implementation, dtype))
 
 
 def split(weight: Tensor, heads: int, layers: int, seq2seq: bool) -> list[tuple[Tensor, Tensor]]:
@@ -292,11 +300,12 @@ class Pair:
         virtual: int = P,
         peft_too: bool = True,
         implementation: str | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.family, self.task = family, task or task_of(family)
         self.seq2seq = family in SEQ2SEQ
-        self.model = make(family, self.task, implementation)
-        self.base = make(family, self.task, implementation)
+        self.model = make(family, self.task, implementation, dtype)
+        self.base = make(family, self.task, implementation, dtype)
         config = peft.PrefixTuningConfig(
             task_type=self.task, num_virtual_tokens=virtual, **SIZES.get(family, {})
         )
@@ -305,7 +314,9 @@ class Pair:
         if peft_too:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                self.peft = peft.get_peft_model(make(family, self.task, implementation), config)
+                self.peft = peft.get_peft_model(
+                    make(family, self.task, implementation, dtype), config
+                )
             encoder = self.peft.prompt_encoder["default"]
             self.heads, width = config.num_attention_heads, config.token_dim
             self.peft.eval()
@@ -315,8 +326,9 @@ class Pair:
             self.heads = 1 if family == "falcon_mqa" else sizes or HEADS
             width = self.heads * (getattr(self.base.config, "head_dim", None) or WIDTH // HEADS)
         layers = config.num_layers or LAYERS
-        weight = torch.randn(virtual, 2 * layers * width)
+        weight = torch.randn(virtual, 2 * layers * width).to(dtype)
         if encoder is not None:
+            encoder.to(dtype)
             with torch.no_grad():
                 encoder.embedding.weight.copy_(weight)
         self.weight = weight.requires_grad_()
@@ -336,6 +348,10 @@ class Pair:
 
     def active(self, **more: Any) -> Any:
         return self.injection.active(self.prefixes(), **more)
+
+    def plain(self, **call: Any) -> Any:
+        """The plain reference's output."""
+        return with_prefix(self.base, self.prefixes(), **call)
 
     @property
     def peft_weight(self) -> Tensor:
