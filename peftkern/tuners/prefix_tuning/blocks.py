@@ -1,4 +1,5 @@
-"""Layers that compute attention themselves: Bloom, Falcon, GPT-J, GPT-Neo, CodeGen, MPT, and with
+"""Layers that compute attention themselves (Bloom, Falcon, GPT-J, GPT-Neo, CodeGen, MPT, ...), or
+make something of the keys before they call transformers' AttentionInterface (Doge, DiffLlama); with
 another mechanism (deberta.py) DeBERTa.
 
 Their attention asks one object for the keys of earlier tokens, and adds one mask. A hook before
@@ -19,6 +20,7 @@ from transformers import PreTrainedModel
 
 from . import deberta
 from .families import Family, at
+from .masks import prefix_visible
 from .positions import tokens_of
 from .state import PrefixState
 
@@ -92,9 +94,16 @@ def _dtype(stack: PreTrainedModel) -> torch.dtype:
 
 
 def enter(
-    family: Family, block: nn.Module, slot: int, kwargs: dict[str, Any], state: PrefixState | None
+    family: Family,
+    block: nn.Module,
+    slot: int,
+    hidden: Tensor,
+    kwargs: dict[str, Any],
+    state: PrefixState | None,
+    config: Any,
 ) -> dict[str, Any]:
-    """The keywords to call a layer with in place of ``kwargs``."""
+    """The keywords to call a layer with in place of ``kwargs``; ``hidden`` [B, T, d] is its input,
+    ``config`` that of the module that owns the layers."""
     kwargs = dict(kwargs)
     if family.block == "relative_pos":
         if state is None or state.prefixes[slot] is None:
@@ -116,8 +125,13 @@ def enter(
     kwargs[family.past] = PrefixedPast(past, state, slot)
     own = kwargs.get("attention_mask")
     inverted = family.block == "position_bias"  # MPT's mask is True where nothing is seen
-    if own is None or own.dim() != 4:
-        raise RuntimeError(f"{type(block).__name__} was called without a mask [B, 1, T, S]")
+    if own is None:
+        reason = f"{type(block).__name__} was called without a mask [B, 1, T, S]"
+        own = _left_out(family, at(block, family.attention), hidden, state, config, reason)
+        if own is None:
+            return kwargs
+    if not isinstance(own, Tensor) or own.dim() != 4:
+        raise RuntimeError(f"{type(block).__name__} was called with a mask that is no [B, 1, T, S]")
     alibi = kwargs.get("alibi") if family.block == "alibi" else None
     if alibi is not None and state.alibi is not None:  # Falcon
         whole = state.alibi.view(own.shape[0], -1, 1, state.alibi.shape[-1])
@@ -127,20 +141,62 @@ def enter(
             "alibi": whole,
             "attention_mask": _with_alibi(own, whole, head_dim, state),
         }
-    kwargs["attention_mask"] = _wider(own, state, inverted)
+    window = getattr(config, family.window or "", None)
+    kwargs["attention_mask"] = _wider(own, state, inverted, window)
     if alibi is not None:
         kwargs["alibi"] = _bloom(alibi, own.shape[0], state)
     return kwargs
 
 
-def _wider(own: Tensor, state: PrefixState, inverted: bool) -> Tensor:
-    """P more columns in front, visible but to the rows that have no prefix."""
+def _left_out(
+    family: Family, attention: Any, hidden: Tensor, state: PrefixState, config: Any, reason: str
+) -> Tensor | None:
+    """The mask [B, 1, T, S] of own tokens that transformers left out where attention does without;
+    None where it does without one with the prefix as well.
+
+    Raises:
+        RuntimeError: says ``reason``; the attention might take another mask than can be made here.
+    """
+    B, T = hidden.shape[:2]
+    both = not getattr(attention, "is_decoder", True)  # sees tokens before and behind
+    if both or T == 1:
+        if state.no_prefix is None and family.window is None:
+            return None
+        S = T if both else _past(state, reason) + T
+        seen = torch.ones(1, 1, T, S, dtype=torch.bool, device=hidden.device)
+    else:
+        past = _past(state, reason)
+        seen = torch.ones(1, 1, T, past + T, dtype=torch.bool, device=hidden.device).tril(past)
+    seen = seen.expand(B, -1, -1, -1)
+    how = getattr(config, "_attn_implementation", None)
+    if how == "sdpa":
+        return seen
+    if how not in (None, "eager"):
+        raise RuntimeError(reason)
+    lowest = torch.finfo(hidden.dtype).min
+    return torch.zeros((), dtype=hidden.dtype, device=hidden.device).where(seen, lowest)
+
+
+def _past(state: PrefixState, reason: str) -> int:
+    if isinstance(state.past, Tensor):
+        raise RuntimeError(reason)
+    return state.past
+
+
+def _wider(own: Tensor, state: PrefixState, inverted: bool, window: int | None = None) -> Tensor:
+    """P more columns in front, visible but to the rows that have no prefix, and to the tokens in
+    whose window they are not."""
     B, h, T, _ = own.shape
     visible: Any = 0.0
     hidden: Any = torch.finfo(own.dtype).min if own.is_floating_point() else True
     if own.dtype == torch.bool:
         visible, hidden = (False, True) if inverted else (True, False)
     front = torch.full((B, h, T, state.virtual), visible, dtype=own.dtype, device=own.device)
+    if window is not None and not state.always_visible:
+        seen = prefix_visible(
+            state.virtual, T, state.past, window, state.positions, True, own.device
+        )
+        front = front.masked_fill(~seen, hidden)
     if state.no_prefix is not None:
         front = front.masked_fill(state.no_prefix[:, None, None, None], hidden)
     return torch.cat([front, own], dim=-1)

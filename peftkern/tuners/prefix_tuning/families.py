@@ -31,6 +31,7 @@ class Family:
         past: for layers that compute attention themselves, their argument that holds earlier keys.
         block: for layers that compute attention themselves, the name that the bias by distance
             has among their arguments ("" when there is none); None for the others.
+        window: for these layers, the attribute of the configuration that holds their window.
     """
 
     layers: str
@@ -39,6 +40,7 @@ class Family:
     table: str | None = None
     block: str | None = None
     past: str = "layer_past"
+    window: str | None = None
 
 
 _DECODER = Family("layers", "self_attn")
@@ -104,6 +106,10 @@ FAMILIES: dict[str, Family] = {
         block="",
         past="past_key_values",
     ),
+    "doge": Family(
+        "layers", "self_attn", block="", past="past_key_values", window="sliding_window"
+    ),
+    "diffllama": Family("layers", "self_attn", block="", past="past_key_values"),
     "mpt": Family("blocks", "attn", "none", table="max_seq_len", block="position_bias"),
 }
 

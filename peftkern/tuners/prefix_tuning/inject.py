@@ -352,4 +352,7 @@ class _BlockHook:
             names = tuple(inspect.signature(block.forward).parameters)
             kwargs = {**dict(zip(names[1:], args[1:], strict=False)), **kwargs}
             args = args[:1]
-        return args, blocks.enter(self.injection.family, block, self.slot, kwargs, state)
+        hidden = args[0] if args else kwargs["hidden_states"]
+        owner = self.injection
+        config = owner.stack.config
+        return args, blocks.enter(owner.family, block, self.slot, hidden, kwargs, state, config)

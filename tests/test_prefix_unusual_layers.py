@@ -1,0 +1,85 @@
+"""Families that make something of their keys before attention, or go without a mask: injected all
+the same, with HF PEFT's numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import peftkern
+from tests.closeness import assert_same_number, differ
+from tests.prefix_zoo import FAMILIES as _ALL
+from tests.prefix_zoo import batch_of, gradient, pair, real, tuned, weight_of
+
+INJECTED = [
+    "doge",
+    "doge window",
+    "diffllama",
+    "megatron-bert",
+    "megatron-bert decoder",
+    "rembert",
+    "rembert decoder",
+]
+DECODERS = [family for family in INJECTED if _ALL[family][0] == "CAUSAL_LM"]
+
+
+@pytest.mark.parametrize("padding", [None, "left"])
+@pytest.mark.parametrize("family", INJECTED)
+def test_is_hf_pefts(family: str, padding: str | None) -> None:
+    ours, theirs = pair(family)
+    batch = batch_of(family, padding)
+    mine, grad = gradient(ours, batch)
+    wanted, expected = gradient(theirs, batch)
+    assert_same_number(real(batch, mine.logits), real(batch, wanted.logits))
+    assert_same_number(mine.loss.double(), wanted.loss.double())  # transformers: in fp32
+    assert_same_number(grad, expected)
+    with torch.no_grad(), ours.disable_adapter():
+        plain = ours(**batch).logits
+    assert differ(real(batch, plain), real(batch, wanted.logits))
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_generation(family: str) -> None:
+    ours, theirs = pair(family)
+    batch = batch_of(family, "left")
+    del batch["labels"]
+    for how in ({}, {"num_beams": 3}):
+        how = {"max_new_tokens": 6, "do_sample": False, **how}
+        tokens = ours.generate(**batch, **how)
+        assert torch.equal(tokens, theirs.generate(**batch, **how))
+        assert torch.equal(tokens, ours.generate(**batch, **how, use_cache=False))
+
+
+def _checkpoints(model: Any, what: str, *args: Any) -> None:
+    """transformers 5.23 has a new name for it, and warns of the old one."""
+    new = getattr(model, f"activation_checkpointing_{what}", None)
+    (new or getattr(model, f"gradient_checkpointing_{what}"))(*args)
+
+
+@pytest.mark.parametrize("family", ["doge window", "diffllama", "rembert"])
+def test_what_injection_gives(family: str) -> None:
+    """Gradient checkpointing, and rows with a prefix of their own or none."""
+    model = tuned(peftkern, family)
+    batch = batch_of(family, None)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    model.train()
+    _, expected = gradient(model, batch)
+    _checkpoints(model, "enable", {"use_reentrant": False})
+    _, grad = gradient(model, batch)
+    assert_same_number(grad, expected)
+
+    _checkpoints(model, "disable")
+    model.eval()
+    model.add_adapter("other", model.peft_config["default"])
+    with torch.no_grad():
+        weight_of(model, "other").normal_(generator=torch.Generator().manual_seed(2))
+        mixed = model(**batch, adapter_names=["other", "__base__", "default"]).logits
+        assert_same_number(mixed[2], model(**batch).logits[2])
+        model.set_adapter("other")
+        assert_same_number(mixed[0], model(**batch).logits[0])
+        with model.disable_adapter():
+            assert_same_number(mixed[1], model(**batch).logits[1])
