@@ -19,10 +19,11 @@ import torch
 from huggingface_hub import ModelCard
 
 import peftkern
+from tests.closeness import assert_same_number
 from tests.tiny import assert_same, first, inputs, make, pair, snapshot
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-EXACT = {"rtol": 0, "atol": 1e-5}
+DOUBLE = {"dtype": torch.float64}
 
 # ---------------------------------------------------------------- model cards
 
@@ -243,15 +244,15 @@ def test_pushed_to_the_hub_and_loaded_from_it(hub, monkeypatch):
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # one that asks this endpoint
     monkeypatch.setattr(constants, "HF_HUB_CACHE", where["cache_dir"])
-    ours, theirs = pair("llama")
+    ours, theirs = pair("llama", **DOUBLE)
     ours.push_to_hub("owner/pushed", token="t")
     assert "api/models/owner/pushed/commit/main" in asked
     sent = {name for repo, name in files if repo == "owner/pushed"}
     assert sent == {CONFIG, WEIGHTS, "README.md", ".gitattributes"}
     assert b"library_name: peft" in files["owner/pushed", "README.md"]
-    loaded = peftkern.PeftModel.from_pretrained(make("llama"), "owner/pushed", **where)
+    loaded = peftkern.PeftModel.from_pretrained(make("llama", **DOUBLE), "owner/pushed", **where)
     batch = inputs("llama")
-    torch.testing.assert_close(first(loaded(**batch)), first(theirs.eval()(**batch)), **EXACT)
+    assert_same_number(first(loaded(**batch)), first(theirs.eval()(**batch)))
 
 
 class NoNetwork(RuntimeError):
@@ -318,7 +319,7 @@ def uploads(monkeypatch):
 
 
 def test_push_to_hub(uploads, no_network, tmp_path):
-    ours, theirs = pair("llama")
+    ours, theirs = pair("llama", **DOUBLE)
     ours.push_to_hub("owner/new", commit_message="first", private=True)
     (repo, files, kwargs) = uploads[0]
     assert repo == "owner/new" and kwargs["commit_message"] == "first"
@@ -327,8 +328,8 @@ def test_push_to_hub(uploads, no_network, tmp_path):
         (tmp_path / name).write_bytes(data)
     batch = inputs("llama")
     for library in (peftkern, peft):
-        model = library.PeftModel.from_pretrained(make("llama"), tmp_path)
-        torch.testing.assert_close(first(model(**batch)), first(theirs.eval()(**batch)), **EXACT)
+        model = library.PeftModel.from_pretrained(make("llama", **DOUBLE), tmp_path)
+        assert_same_number(first(model(**batch)), first(theirs.eval()(**batch)))
     assert "peftkern" in ModelCard.load(tmp_path / "README.md").data.tags
 
 

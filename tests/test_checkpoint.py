@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
-import warnings
 
 import peft
 import pytest
@@ -13,17 +13,20 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import peftkern
+from tests.closeness import assert_as_good_as_torch, assert_same_number
 from tests.test_parity import SETTINGS
 from tests.tiny import CASES, assert_same, fill, first, inputs, make, pair, snapshot
 
-EXACT = {"rtol": 0, "atol": 1e-5}
+DOUBLE = {"dtype": torch.float64}
 WEIGHTS = "adapter_model.safetensors"
-
-
-def quietly(function, *args, **kwargs):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return function(*args, **kwargs)
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore:{said}:UserWarning")
+    for said in (
+        "`lora_bias=True` was passed but the targeted layer of type Linear has no bias",
+        "Model has `tie_word_embeddings=True` and a tied layer",
+        "Setting `save_embedding_layers` to `True`",
+    )
+]
 
 
 def perturb(*models):
@@ -39,10 +42,12 @@ def perturb(*models):
 
 
 def both_directions(tmp_path, family, task, **settings):
+    settings = {**DOUBLE, **settings}
+    dtype, double = settings["dtype"], settings["dtype"] is torch.float64
     ours, theirs = pair(family, task, **settings)
     perturb(ours, theirs)
-    quietly(ours.save_pretrained, tmp_path / "ours")
-    quietly(theirs.save_pretrained, tmp_path / "theirs")
+    ours.save_pretrained(tmp_path / "ours")
+    theirs.save_pretrained(tmp_path / "theirs")
     saved, expected = (
         load_file(tmp_path / "ours" / WEIGHTS),
         load_file(tmp_path / "theirs" / WEIGHTS),
@@ -51,10 +56,9 @@ def both_directions(tmp_path, family, task, **settings):
     for key, value in expected.items():
         assert torch.equal(saved[key], value) and saved[key].dtype == value.dtype, key
     batch = inputs(family, task)
-    dtype = settings.get("dtype", torch.float32)
-    tolerance = EXACT if dtype is torch.float32 else {"rtol": 0.03, "atol": 0.03}
     how = {"autocast_adapter_dtype": settings.get("autocast_adapter_dtype", True)}
     logits = first(theirs.eval()(**batch))
+    exact = logits if double else first(copy.deepcopy(theirs).double()(**batch))
     for folder in ("ours", "theirs"):
         for library in (peftkern, peft):
             model = library.PeftModel.from_pretrained(
@@ -63,9 +67,12 @@ def both_directions(tmp_path, family, task, **settings):
             assert not model.training and not any(
                 p.requires_grad for n, p in model.named_parameters() if "lora_" in n
             )
-            torch.testing.assert_close(first(model(**batch)), logits, **tolerance)
+            if double:
+                assert_same_number(first(model(**batch)), logits)
+            else:
+                assert_as_good_as_torch(first(model(**batch)), logits, exact)
             if library is peftkern:
-                quietly(model.save_pretrained, tmp_path / "again")
+                model.save_pretrained(tmp_path / "again")
                 again = load_file(tmp_path / "again" / WEIGHTS)
                 assert (
                     all(torch.equal(again[k], v) for k, v in expected.items())
@@ -108,7 +115,7 @@ def test_the_file_is_plain_safetensors(tmp_path):
 
 
 def test_other_adapters_go_to_folders_of_their_names(tmp_path):
-    both = pair("llama")
+    both = pair("llama", **DOUBLE)
     for library, model in zip((peftkern, peft), both, strict=True):
         model.add_adapter(
             "second", library.LoraConfig(r=2, target_modules=["k_proj"], task_type="CAUSAL_LM")
@@ -128,13 +135,17 @@ def test_other_adapters_go_to_folders_of_their_names(tmp_path):
         for path, tensors in seen[1].items():
             assert seen[0][path].keys() == tensors.keys()
             assert all(torch.equal(seen[0][path][k], v) for k, v in tensors.items())
-    model = peft.PeftModel.from_pretrained(make("llama"), tmp_path / "peftkern" / "second", "x")
-    ours = peftkern.PeftModel.from_pretrained(make("llama"), tmp_path / "peft" / "second", "y")
+    model = peft.PeftModel.from_pretrained(
+        make("llama", **DOUBLE), tmp_path / "peftkern" / "second", "x"
+    )
+    ours = peftkern.PeftModel.from_pretrained(
+        make("llama", **DOUBLE), tmp_path / "peft" / "second", "y"
+    )
     batch = inputs("llama")
     both[0].set_adapter("second")
     expected = first(both[0].eval()(**batch))
     for loaded in (model, ours):
-        torch.testing.assert_close(first(loaded(**batch)), expected, **EXACT)
+        assert_same_number(first(loaded(**batch)), expected)
 
 
 @pytest.mark.parametrize("trainable", [True, False])
@@ -167,24 +178,24 @@ def test_config_given_by_the_caller(tmp_path):
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
 def test_weights_take_the_place_or_are_copied(tmp_path, low_cpu_mem_usage):
-    ours, _ = pair("llama", modules_to_save=["norm"])
+    ours, _ = pair("llama", modules_to_save=["norm"], **DOUBLE)
     perturb(ours)
     ours.save_pretrained(tmp_path)
     how = {"low_cpu_mem_usage": low_cpu_mem_usage}
-    model = peftkern.PeftModel.from_pretrained(make("llama"), tmp_path, is_trainable=True, **how)
+    model = peftkern.PeftModel.from_pretrained(
+        make("llama", **DOUBLE), tmp_path, is_trainable=True, **how
+    )
     model.load_adapter(tmp_path, "second", **how)
     batch = inputs("llama")
     for name in ("default", "second"):
         model.set_adapter(name)
         assert not any(p.is_meta for p in model.parameters())
-        torch.testing.assert_close(
-            first(model.eval()(**batch)), first(ours.eval()(**batch)), **EXACT
-        )
+        assert_same_number(first(model.eval()(**batch)), first(ours.eval()(**batch)))
     model.train()(**batch).loss.backward()
 
 
 def test_state_dict_functions_speak_with_pefts():
-    ours, theirs = pair("bert", "SEQ_CLS", bias="all")
+    ours, theirs = pair("bert", "SEQ_CLS", bias="all", **DOUBLE)
     perturb(theirs)
     state = peft.get_peft_model_state_dict(theirs)
     missing, unexpected = peftkern.set_peft_model_state_dict(ours, state)
@@ -196,7 +207,7 @@ def test_state_dict_functions_speak_with_pefts():
     perturb(ours)
     peft.set_peft_model_state_dict(theirs, peftkern.get_peft_model_state_dict(ours))
     batch = inputs("bert", "SEQ_CLS")
-    torch.testing.assert_close(first(theirs(**batch)), first(ours(**batch)), **EXACT)
+    assert_same_number(first(theirs(**batch)), first(ours(**batch)))
     # names of the adapter are left out on disk, so it may be loaded under another
     ours.add_adapter("other", peftkern.LoraConfig(r=4, task_type="SEQ_CLS"))
     peftkern.set_peft_model_state_dict(
@@ -231,25 +242,23 @@ def test_compiled_models_save_the_same_keys(tmp_path):
 def test_adapter_named_like_a_module_loses_nothing(tmp_path):
     """HF PEFT drops tensors when the adapter has the name of a module (its issue 3584)."""
     model = peftkern.get_peft_model(
-        make("llama"), peftkern.LoraConfig(task_type="CAUSAL_LM"), "q_proj"
+        make("llama", **DOUBLE), peftkern.LoraConfig(task_type="CAUSAL_LM"), "q_proj"
     )
     fill(model)
     model.save_pretrained(tmp_path)
     assert len(load_file(tmp_path / "q_proj" / WEIGHTS)) == 8
-    again = peftkern.PeftModel.from_pretrained(make("llama"), tmp_path / "q_proj")
+    again = peftkern.PeftModel.from_pretrained(make("llama", **DOUBLE), tmp_path / "q_proj")
     batch = inputs("llama")
-    torch.testing.assert_close(first(again(**batch)), first(model(**batch)), **EXACT)
+    assert_same_number(first(again(**batch)), first(model(**batch)))
 
 
 def test_a_torch_pickle_of_tensors_is_read(tmp_path):
-    ours, _ = pair("llama")
+    ours, _ = pair("llama", **DOUBLE)
     ours.save_pretrained(tmp_path)
     torch.save(load_file(tmp_path / WEIGHTS), tmp_path / "adapter_model.bin")
     os.remove(tmp_path / WEIGHTS)
-    model = peftkern.PeftModel.from_pretrained(make("llama"), tmp_path)
-    torch.testing.assert_close(
-        first(model(**inputs("llama"))), first(ours.eval()(**inputs("llama"))), **EXACT
-    )
+    model = peftkern.PeftModel.from_pretrained(make("llama", **DOUBLE), tmp_path)
+    assert_same_number(first(model(**inputs("llama"))), first(ours.eval()(**inputs("llama"))))
 
 
 def test_embeddings_are_saved_when_asked_or_resized(tmp_path):
@@ -269,24 +278,22 @@ def test_embeddings_are_saved_when_asked_or_resized(tmp_path):
             if resized:
                 base.resize_token_embeddings(64 + resized, mean_resizing=False)
             model = library.get_peft_model(base, library.LoraConfig(r=2, task_type="CAUSAL_LM"))
-            quietly(model.save_pretrained, tmp_path / "out", save_embedding_layers=how)
+            model.save_pretrained(tmp_path / "out", save_embedding_layers=how)
             counts.append(load_file(tmp_path / "out" / WEIGHTS).keys())
         assert counts[0] == counts[1] and len(counts[0]) == expected, (how, resized)
 
 
 def test_key_mapping(tmp_path):
-    ours, _ = pair("llama")
+    ours, _ = pair("llama", **DOUBLE)
     ours.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / WEIGHTS)
     save_file(
         {k.replace(".layers.", ".blocks."): v for k, v in tensors.items()}, tmp_path / WEIGHTS
     )
     model = peftkern.PeftModel.from_pretrained(
-        make("llama"), tmp_path, key_mapping={r"\.blocks\.": ".layers."}
+        make("llama", **DOUBLE), tmp_path, key_mapping={r"\.blocks\.": ".layers."}
     )
-    torch.testing.assert_close(
-        first(model(**inputs("llama"))), first(ours.eval()(**inputs("llama"))), **EXACT
-    )
+    assert_same_number(first(model(**inputs("llama"))), first(ours.eval()(**inputs("llama"))))
 
 
 def test_new_weights_into_the_same_adapter(tmp_path):
