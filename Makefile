@@ -12,7 +12,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all bench gpu lint clean FORCE
+.PHONY: help setup demo quick test test-all test-cpus bench gpu lint clean FORCE
 
 VENV ?= .venv
 READY := $(VENV)/.ready
@@ -37,8 +37,10 @@ GPU_PYTHON := $(if $(filter file,$(origin PYTHON)),python3,$(PYTHON))
 
 help:
 	@echo "make demo      fine-tune a small model beside HF PEFT and write demo-report.html"
+	@echo "make quick     ruff and one case of each test, in under two minutes"
 	@echo "make test      ruff, mypy and the tests that are neither slow nor for a GPU"
 	@echo "make test-all  the slow tests too"
+	@echo "make test-cpus the numeric tests under every instruction set of this processor"
 	@echo "make bench     peftkern, HF PEFT and bare layers side by side"
 	@echo "make gpu       on a CUDA machine: tests, sanitizer, race, benchmarks (docs/gpu.md)"
 	@echo "make lint      ruff and mypy"
@@ -57,11 +59,19 @@ lint: $(READY)
 # One thread a worker: the tests are many and small.
 RUN_TESTS = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) -p no:benchmark
 
+quick: $(READY)
+	$(PY) -m ruff check .
+	$(RUN_TESTS) -q --quick $(ARGS)
+
 test: lint
 	$(RUN_TESTS) -m "not slow and not gpu" $(ARGS)
 
 test-all: lint
 	$(RUN_TESTS) -m "not gpu" $(ARGS)
+
+# A process for each way to compute: torch reads its variables when it is loaded.
+test-cpus: $(READY)
+	$(PY) -m tests.machines.cpus -n $(JOBS) $(ARGS)
 
 bench: $(READY)
 	HF_HUB_OFFLINE=1 $(PY) -m pytest benchmarks --benchmark-only --benchmark-quiet $(ARGS)

@@ -1,13 +1,38 @@
-"""The numeric part of the suite: modules that take their yardstick from closeness.py."""
+"""Which tests are numeric, and which ones `make quick` runs."""
 
 from __future__ import annotations
 
 import pytest
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--quick",
+        action="store_true",
+        help="of each parametrised test the first case alone, and none that is marked long",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         module = getattr(item, "module", None)
         names = vars(module).values() if module is not None else ()
+        # a module that takes its yardstick from closeness.py compares numbers
         if any(getattr(x, "__module__", "") == "tests.closeness" for x in names):
             item.add_marker(pytest.mark.numeric)
+    if config.getoption("--quick"):
+        _keep_the_first_of_each(config, items)
+
+
+def _keep_the_first_of_each(config: pytest.Config, items: list[pytest.Item]) -> None:
+    seen: set[str] = set()
+    kept, rest = [], []
+    for item in items:
+        test = item.nodeid.partition("[")[0]
+        # of those that another marker will leave out, none is the first
+        out = any(item.get_closest_marker(name) for name in ("long", "slow", "gpu"))
+        (rest if out or test in seen else kept).append(item)
+        if not out:
+            seen.add(test)
+    items[:] = kept
+    config.hook.pytest_deselected(items=rest)
