@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 
 from . import autocast, torch_backend
 from . import backend as _backend
+from .tracing import is_recording
 
 # elements of W in a block: what a core's cache holds beside the sum; a GPU wants fewer launches
 _BLOCK_CPU, _BLOCK_ELSEWHERE = 1 << 18, 1 << 25
@@ -38,7 +38,7 @@ def row_norms(
         with torch.autocast(weight.device.type, enabled=False):
             return row_norms(weight, A, B, scale, transposed)
     with torch.no_grad():
-        if not is_compiling() and _backend.active is not torch_backend:
+        if not is_recording() and _backend.active is not torch_backend:
             from . import dora_triton
 
             if dora_triton.why_no_norms(weight, A, B) is None:
@@ -46,9 +46,10 @@ def row_norms(
         wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
         A, B = A.to(wide), B.to(wide)
         dim = 0 if transposed else 1
-        if is_compiling() or weight.is_meta:  # a compiler makes the blocks itself
+        if is_recording() or weight.is_meta:  # a compiler makes the blocks itself
             update = (A.t() @ B.t()) if transposed else (B @ A)
-            return torch.linalg.vector_norm(weight.to(wide) + scale * update, dim=dim)
+            # detached as well: torch.jit.trace does not write down that gradients are off
+            return torch.linalg.vector_norm(weight.to(wide) + scale * update, dim=dim).detach()
         size = _BLOCK_CPU if weight.is_cpu else _BLOCK_ELSEWHERE
         step = max(1, size // max(1, weight.shape[1]))
         if not transposed:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import autocast, torch_backend
 from . import backend as _backend
+from .tracing import is_recording
 
 _noted: set[str] = set()
 
@@ -80,13 +81,13 @@ class SampleIndex:
         """For each adapter the numbers of its samples, int64 on ``device``; None where it has none,
         so that nobody waits for the device to hear that."""
         found = self._rows.get(device)
-        if found is None or torch.compiler.is_compiling():
+        if found is None or is_recording():
             of: list[list[int]] = [[] for _ in range(self.adapters)]
             for sample, i in enumerate(self.choice):
                 if i >= 0:
                     of[i].append(sample)
             found = [torch.tensor(samples, device=device) if samples else None for samples in of]
-            if not torch.compiler.is_compiling():  # what a traced graph makes is its own
+            if not is_recording():  # what a traced graph makes is its own
                 self._rows[device] = found
         return found
 

@@ -26,6 +26,7 @@ from torch import Tensor
 from . import autocast, prefix_blocked, prefix_concat, prefix_merge, prefix_row, torch_backend
 from . import backend as _backend
 from .prefix_rule import Rule, check
+from .tracing import is_tracing
 
 _noted: set[str] = set()
 
@@ -271,7 +272,9 @@ def prefix_attention(
         if window is not None and last <= window:
             window = None
     reason = why_concat(bias=bias, dropout=dropout, return_weights=return_weights)
-    if reason is None and not query.numel():
+    if reason is None and is_tracing():
+        reason = "torch.jit.trace or an ONNX export is tracing"
+    elif reason is None and not query.numel():
         reason = "an empty query"
     if reason is not None:
         _note(reason)

@@ -49,7 +49,7 @@ def attend(
     if bias is not None and no_prefix is not None:
         mask = _without_prefix(bias, no_prefix, P, S)
     if softcap is None and sinks is None and not weights and query.numel():
-        grouped = H != H_kv
+        grouped = bool(H != H_kv)
         if grouped and mask is not None and not query.is_cpu:
             # only the CPU's attention takes groups and a mask at once without repeating the keys
             keys, values = (x.repeat_interleave(H // H_kv, 1) for x in (keys, values))

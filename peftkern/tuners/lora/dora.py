@@ -20,6 +20,7 @@ from ...ops import autocast
 from ...ops.backend import describe
 from ...ops.dora import dora_linear
 from ...ops.dora_norm import gain, row_norms
+from ...ops.tracing import is_tracing
 from .plan import is_hooked
 from .variant import LoraVariant
 
@@ -73,7 +74,7 @@ class DoraLayer(nn.Module):
 
     def norms(self, compute: Callable[[], Tensor], sources: tuple[Any, ...]) -> Tensor:
         """The norms: those kept, if they were made of ``sources``, or else computed."""
-        if not ENABLE_DORA_CACHING or self.training:
+        if not ENABLE_DORA_CACHING or self.training or is_tracing():  # a trace computes them
             if self._dora_cache:
                 self._dora_cache.clear()
             return compute()
@@ -224,9 +225,8 @@ class DoraLinearVariant(DoraVariant):
             dtype = layer.lora_magnitude_vector[adapter].weight.dtype
             eye = torch.eye(weight.shape[1], device=weight.device, dtype=dtype)
             update = B(A(eye)).t().to(wide)
-            return torch.linalg.vector_norm(
-                weight.to(wide) + update * layer.scaling[adapter], dim=1
-            )
+            whole = weight.to(wide) + update * layer.scaling[adapter]
+            return torch.linalg.vector_norm(whole, dim=1).detach()
 
     def fused(self, layer: Any, adapter: str, x: Tensor) -> Tensor | None:
         found = layer.product_call(x, adapter)
@@ -282,7 +282,8 @@ class DoraConvVariant(DoraVariant):
         with torch.no_grad():
             wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
             whole = self.updated(weight.to(wide), A, B, scale, layer)
-            return torch.linalg.vector_norm(whole.flatten(1), dim=1)
+            # detached as well: torch.jit.trace does not write down that gradients are off
+            return torch.linalg.vector_norm(whole.flatten(1), dim=1).detach()
 
     def updated(self, weight: Tensor, A: Tensor, B: Tensor, scale: float, layer: Any) -> Tensor:
         # with groups HF PEFT shapes the product like the weight without regard to them; a

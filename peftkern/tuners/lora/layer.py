@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.compiler import is_compiling
 from torch.nn.parameter import Parameter
 
 from ...ops import autocast
 from ...ops.library import traced_lora_linear, why_formula
 from ...ops.lora import lora_linear
+from ...ops.tracing import is_compiling, is_tracing
 from ...utils.mixed import HERE, hand_over
 from . import inits
 from .alora import ALoraLinearVariant
@@ -128,6 +128,7 @@ class Linear(nn.Module, LoraLayer):
             or state["merged_adapters"]
             or plan.is_hooked()
             or torch._C._are_functorch_transforms_active()
+            or torch._C._is_tracing()  # torch.jit.is_tracing at a third of its cost
         ):
             return None
         params = plan.base_params
@@ -168,7 +169,7 @@ class Linear(nn.Module, LoraLayer):
     def product_call(self, x: Tensor, name: str) -> tuple[Any, ...] | None:
         """What :meth:`fused_call` returns, for a call with this adapter, whose
         :meth:`product_reason` is None."""
-        if torch._C._are_functorch_transforms_active():
+        if torch._C._are_functorch_transforms_active() or is_tracing():
             return None
         base: Any = self.base_layer
         a: Any = self.lora_A[name]
@@ -277,6 +278,8 @@ class Linear(nn.Module, LoraLayer):
         they can."""
         base: Any = self.base_layer
         weight = base._parameters.get("weight")
+        if is_tracing():
+            return "torch.jit.trace records the plain formula"
         if weight_layout(base.__class__) is None:
             return f"base layer {type(base).__name__} computes its product itself"
         A: Any = self.lora_A[name]

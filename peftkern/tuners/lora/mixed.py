@@ -13,6 +13,7 @@ from torch.nn.parameter import Parameter
 
 from ...ops import autocast
 from ...ops.lora_mixed import Adapter, SampleIndex, lora_mixed
+from ...ops.tracing import is_recording
 from .plan import GLOBAL_HOOKS, is_hooked, weight_layout
 from .variant import rows_of
 
@@ -66,7 +67,7 @@ def forward_mixed(
     reason = "the call has more arguments" if args or kwargs else mixed_reason(layer, x, names)
     if reason is None and not disabled:
         return as_one(layer, x, names)
-    if not disabled and not torch.compiler.is_compiling():
+    if not disabled and not is_recording():
         _note(layer, reason)
     y = layer.base_layer(x, *args, **kwargs)
     if disabled:
@@ -106,7 +107,7 @@ def as_one(layer: Linear, x: Tensor, names: AdapterNames) -> Tensor:
 def mixed_reason(layer: Linear, x: Tensor, names: AdapterNames) -> str | None:
     """Why a mixed batch is not one operation in this layer; None when it is."""
     base: Any = layer.base_layer
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if is_recording() or torch._C._are_functorch_transforms_active():
         return "a transform traces the plain formula"
     if weight_layout(base.__class__) is None or "bias" not in base._parameters:
         return f"base layer {type(base).__name__} computes its product itself"

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.compiler import is_compiling
 from torch.nn.utils import parametrize
 
+from ...ops.tracing import is_compiling, is_tracing
 from ...utils.mixed import HERE, hand_over
 from .base import NOTHING, LoraLayer
 from .config import LoraConfig
@@ -216,7 +216,8 @@ class ParamWrapper(nn.Module, LoraLayer):
             proxy.registering = False
             original: Any = module.parametrizations[attribute]  # type: ignore[index]
             original.original.requires_grad_(trains)  # torch forgets
-            stack.enter_context(parametrize.cached())
+            if not is_tracing():  # torch refuses; W + update is then computed at each look
+                stack.enter_context(parametrize.cached())
             yield
 
     def _deactivate(self, proxy: _Proxy) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import linear, pad
 
 from ...ops import autocast
+from ...ops.tracing import is_tracing
 from .._buffer_dict import BufferDict
 from .linear_only import TrainedOtherwise
 
@@ -119,7 +120,7 @@ class VeloraLinearVariant(TrainedOtherwise):
         layer.lora_velora_initialized[adapter] = random
 
     def differs(self, layer: Any) -> bool:
-        return layer.training and torch.is_grad_enabled()
+        return layer.training and torch.is_grad_enabled() and not is_tracing()
 
     @torch.no_grad()
     def follow(self, layer: Any, adapter: str, x: Tensor) -> None:

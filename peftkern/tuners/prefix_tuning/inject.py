@@ -206,7 +206,7 @@ class PrefixInjection:
                 f"prefixes has {len(prefixes)} entries; {self._model_name} has "
                 f"{len(self.attentions)} layers that take one"
             )
-        given = next((pair[0].shape[-2] for pair in prefixes if pair is not None), 0)
+        given = next((int(pair[0].shape[-2]) for pair in prefixes if pair is not None), 0)
         P = given if given in self.lengths else self.num_virtual_tokens
         tail = (self.kv_heads, P, self.head_dim)
         for slot, pair in enumerate(prefixes):

@@ -21,6 +21,7 @@ from transformers.masking_utils import (
     causal_mask_function,
 )
 
+from ...ops.tracing import is_recording
 from .state import PrefixState, current_with
 
 
@@ -82,7 +83,7 @@ class MaskSpec:
 
     def keep(self) -> Tensor | None:
         """[B, S], False on padding; None when there is none (not looked at under tracing)."""
-        if torch.compiler.is_compiling():  # nothing may be kept from within a checkpoint
+        if is_recording():  # nothing may be kept from within a checkpoint
             return self._padding()
         if self._keep is None:  # asked by every layer, and looking costs a GPU a stop
             self._keep = (self._padding(),)
@@ -91,7 +92,7 @@ class MaskSpec:
     def _padding(self) -> Tensor | None:
         if self.padding is None:
             return None
-        if not torch.compiler.is_compiling() and bool(self.padding.all()):
+        if not is_recording() and bool(self.padding.all()):
             return None  # what a static cache has not reached yet is hidden by causality
         end = self.kv_offset + self.kv_length
         short = end - self.padding.shape[-1]
@@ -100,7 +101,7 @@ class MaskSpec:
 
     def visible(self) -> Tensor:
         """bool [B, 1, T, S], the own part."""
-        if torch.compiler.is_compiling():
+        if is_recording():
             return self._own_part()
         if self._visible is None:
             self._visible = self._own_part()
@@ -112,7 +113,7 @@ class MaskSpec:
 
     def unprefixed(self) -> Any:
         """What the model's own implementation would have been given."""
-        if torch.compiler.is_compiling():
+        if is_recording():
             return self._of_original()
         if self._unprefixed is None:
             self._unprefixed = (self._of_original(),)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ...ops.tracing import is_recording
 from .families import Family, at
 from .masks import MaskSpec
 from .state import PrefixState
@@ -63,7 +64,7 @@ def move(
 
 def _is_packed(ids: Tensor) -> bool:
     """Whether positions start again within a row; always, where they cannot be looked at."""
-    if torch.compiler.is_compiling():
+    if is_recording():
         return True
     return bool((torch.diff(ids, dim=-1) != 1).any())
 

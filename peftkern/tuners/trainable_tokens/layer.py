@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...ops.tracing import is_tracing
 from .._buffer_dict import BufferDict
 from ..tuners_utils import BaseTunerLayer
 
@@ -139,8 +140,10 @@ class TrainableTokensLayer(nn.Module, BaseTunerLayer):
         """(index [k] of the rows that these adapters replace, one adapter's after the other's;
         place [V]: where in it a row of W is, k for a row that stays)."""
         found = self._places.get((*names, device))
-        if found is None:
+        if found is None or is_tracing():
             self._check_overlapping_tokens(names)
+            if is_tracing():  # what a traced graph makes is its own
+                return self._look_up(names, device)
             # made for training as well, whoever asks first
             with torch.inference_mode(False):
                 found = self._places[(*names, device)] = self._look_up(names, device)
