@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 import peftkern
 from peftkern.utils import merge_utils as ours_utils
+from tests.closeness import assert_same_number
 from tests.tiny import assert_same, fill, snapshot
 
 V, E, H, OUT = 20, 12, 18, 10
@@ -45,10 +46,10 @@ class Net(nn.Module):
         return self.head(self.conv(self.lin(self.emb(x))))
 
 
-def models(*configs, targets=("emb", "lin", "conv"), base=Net, **both):
+def models(*configs, targets=("emb", "lin", "conv"), base=Net, dtype=torch.float64, **both):
     """(peftkern's, HF PEFT's) model with adapters a0, a1, … of equal random weights."""
     torch.manual_seed(0)
-    plain = base()
+    plain = base().to(dtype)
     found = []
     for package in (peftkern, peft):
         with warnings.catch_warnings():
@@ -87,14 +88,14 @@ def combine(pair, names, weights, **how):
             model.add_weighted_adapter(names, weights, "new", **how)
 
 
-def assert_agree(pair, atol=2e-6):
+def assert_agree(pair):
     ours, theirs = (layers(m) for m in pair)
     assert ours.keys() == theirs.keys()
     for name in theirs:
         assert ours[name].scaling["new"] == theirs[name].scaling["new"], name
         mine, other = (m[name].get_delta_weight("new") for m in (ours, theirs))
         assert other.abs().max() > 1e-2, "a delta of zeros proves nothing"
-        torch.testing.assert_close(mine, other, atol=atol, rtol=1e-5, msg=lambda t, n=name: n + t)
+        assert_same_number(mine, other, name)
 
 
 @pytest.mark.parametrize("weights", [[1.0, 0.4], [-1.5, 0.7]])
@@ -116,7 +117,7 @@ def test_every_rule_gives_peft_numbers(rule, weights):
             u, s, vh = torch.linalg.svd(want)
             keep = 3 if rule == "svd" else len(s)
             best = u[:, :keep] * s[:keep] @ vh[:keep]
-            torch.testing.assert_close(got, best, atol=1e-5, rtol=1e-4)
+            assert_same_number(got, best)
 
 
 @pytest.mark.parametrize(
@@ -159,20 +160,23 @@ def test_convolutions_and_attention(rule):
     targets = ["wide", "one", "mha"] + ["line"] * (rule in ("cat", "linear"))
     pair = [m.eval() for m in models({}, {}, r=3, targets=targets, base=Shapes)]
     combine(pair, ["a0", "a1"], [1.0, -0.5], combination_type=rule, density=0.5)
-    x, out = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0)), []
+    g, out = torch.Generator().manual_seed(0), []
+    x = torch.randn(2, 3, 6, 6, generator=g, dtype=torch.float64)
     for model in pair:
         before = model(x)
         model.set_adapter("new")
         out.append(model(x))
-        assert not torch.allclose(out[-1], before, atol=1e-3)
-    torch.testing.assert_close(*out, atol=1e-5, rtol=1e-4)
+        assert (out[-1] - before).abs().max() > 1e-3
+    assert_same_number(*out)
     bits = [p.detach().clone() for p in pair[0].parameters()]
-    pair[0].merge_adapter()
-    torch.testing.assert_close(pair[0](x), out[0], atol=1e-5, rtol=1e-4)
+    # an attention has merged its out_proj when that layer's turn comes
+    with pytest.warns(UserWarning, match="All adapters are already merged"):
+        pair[0].merge_adapter()
+    assert_same_number(pair[0](x), out[0])
     pair[0].unmerge_adapter()
     assert all(torch.equal(*two) for two in zip(pair[0].parameters(), bits, strict=True))
     done = [model.merge_and_unload(safe_merge=True)(x) for model in pair]
-    torch.testing.assert_close(*done, atol=1e-5, rtol=1e-4)
+    assert_same_number(*done)
 
 
 def test_three_adapters_of_which_not_all_are_everywhere():
@@ -197,7 +201,7 @@ def test_rank_stabilised_adapters_keep_their_size(rule):
     ours, theirs = models({}, {}, r=4, use_rslora=True)
     combine((ours, theirs), ["a0"], [1.0], combination_type=rule)
     for (name, mine), other in zip(layers(ours).items(), layers(theirs).values(), strict=True):
-        torch.testing.assert_close(mine.get_delta_weight("new"), mine.get_delta_weight("a0"))
+        assert_same_number(mine.get_delta_weight("new"), mine.get_delta_weight("a0"))
         assert other.scaling["new"] == 2.0 and mine.scaling["new"] == 1.0, name
 
 
@@ -219,11 +223,10 @@ def test_16_bit_adapters_are_combined_in_float32():
         exact = copy.deepcopy(model).to(torch.float32)
         for m in (model, exact):
             m.add_weighted_adapter(["a0", "a1"], [1.0, -0.3], "new")  # PEFT: no SVD in 16 bits
-        mine, want = (
-            layers(m)["base_model.model.lin"].get_delta_weight("new") for m in (model, exact)
-        )
-        assert mine.dtype == dtype
-        torch.testing.assert_close(mine.float(), want, atol=5e-3, rtol=2e-2)
+        mine, wide = (layers(m)["base_model.model.lin"] for m in (model, exact))
+        for factor in ("lora_A", "lora_B"):
+            got, want = (getattr(m, factor)["new"].weight for m in (mine, wide))
+            assert got.dtype == dtype and torch.equal(got, want.to(dtype))
 
 
 def test_lora_bias_and_fully_trained_modules_are_combined():
@@ -237,7 +240,9 @@ def test_lora_bias_and_fully_trained_modules_are_combined():
         want = sum(
             w * layer.scaling[n] * layer.lora_B[n].bias for n, w in (("a1", 2.0), ("a0", -1.0))
         )
-        torch.testing.assert_close(layer.lora_B["new"].bias.data, want.detach())
+        got = layer.lora_B["new"].bias
+        assert_same_number(got, want)
+        assert not torch.equal(got, got.float().double())  # nothing went through float32
     assert ours.base_model.model.head.modules_to_save["new"].weight.eq(3.0).all()
 
 
@@ -320,15 +325,15 @@ def test_the_pruning_maths(shape):
     from peft.utils import merge_utils as theirs_utils
 
     g = torch.Generator().manual_seed(0)
-    tasks = [torch.randn(shape, generator=g) for _ in range(3)]
+    tasks = [torch.randn(shape, generator=g, dtype=torch.float64) for _ in range(3)]
     tasks[1].view(-1)[:3] = 0.0
-    w = torch.tensor([1.0, -0.5, 2.0])
+    w = torch.tensor([1.0, -0.5, 2.0], dtype=torch.float64)
     for name in ("task_arithmetic", "magnitude_prune", "ties", "dare_linear", "dare_ties"):
         how = {} if name == "task_arithmetic" else {"density": 0.55}
         for sign in ("total", "frequency") if name.endswith("ties") else (None,):
             more = {**how, **({"majority_sign_method": sign} if sign else {})}
             mine, other = (getattr(u, name)(tasks, w, **more) for u in (ours_utils, theirs_utils))
-            torch.testing.assert_close(mine, other, msg=lambda m, n=name: f"{n}: {m}")
+            assert_same_number(mine, other, name)
     with pytest.warns(UserWarning, match="no pruning will be performed"):
         assert ours_utils.prune(tasks[0], 1.5, "magnitude") is tasks[0]
     for density, method, text in ((-0.1, "random", "Density should be"), (0.5, "x", "Unknown")):

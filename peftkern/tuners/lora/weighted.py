@@ -266,11 +266,12 @@ class Weighted:
         if not layer.lora_bias.get(adapter_name):
             return
         bias = layer.lora_B[adapter_name].bias
-        total = torch.zeros_like(bias, dtype=torch.float32)
+        total = torch.zeros_like(at_least_float32(bias))
         dtype = layer.lora_B[adapter_name].weight.dtype
         for name, weight in zip(adapters, weights, strict=True):
             if layer.lora_bias.get(name):
-                total += layer.lora_B[name].bias.float() * (weight * layer.scaling[name])
+                found = at_least_float32(layer.lora_B[name].bias)
+                total += found * (weight * layer.scaling[name])
         bias.data = total.to(dtype)
 
 
