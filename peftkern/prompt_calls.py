@@ -17,6 +17,7 @@ from .tuners.prefix_tuning import PrefixTuningConfig
 from .tuners.prefix_tuning.state import offset_behind
 from .utils.mixed import handing
 from .utils.other import ModulesToSaveWrapper
+from .utils.versions import cache_name, cache_of, cached_tokens
 
 # -------------------------------------------------------------------- what is checked
 
@@ -35,13 +36,9 @@ def batch_and_length(model: Any, kwargs: dict[str, Any]) -> tuple[int, int]:
     raise ValueError("You have to provide either input_ids or inputs_embeds")
 
 
-def _cached(cache: Any) -> int:
-    """Tokens in a cache; 0 for none."""
-    if cache is None:
-        return 0
-    if hasattr(cache, "get_seq_length"):
-        return int(cache.get_seq_length())
-    return cache[0][0].shape[-2]
+def _cached(model: Any, kwargs: dict[str, Any]) -> int:
+    """Tokens in the cache among the keywords of a call; 0 for none."""
+    return cached_tokens(cache_of(innermost(model), kwargs))
 
 
 # -------------------------------------------------------------------- what the inputs become
@@ -77,8 +74,8 @@ def _masked(kwargs: dict[str, Any], P: int) -> None:
 def with_prompt(model: Any, kwargs: dict[str, Any], prompts: Tensor) -> dict[str, Any]:
     """``kwargs`` with the virtual tokens ``prompts`` [B, P, dim] in front of the input.
 
-    Masks get ones, labels of tokens -100 and token types 0 for them. When ``past_key_values`` holds
-    tokens already, the prompt is taken to be among them.
+    Masks get ones, labels of tokens -100 and token types 0 for them. When a cache holds tokens
+    already, the prompt is taken to be among them.
     """
     kwargs = dict(kwargs)
     P = prompts.shape[1]
@@ -86,7 +83,7 @@ def with_prompt(model: Any, kwargs: dict[str, Any], prompts: Tensor) -> dict[str
     if not model.keeps_token_types:
         _drop(kwargs, "token_type_ids", "Token type ids")
     _masked(kwargs, P)
-    if not model.prompt_in_encoder and _cached(kwargs.get("past_key_values")):
+    if not model.prompt_in_encoder and _cached(model, kwargs):
         return kwargs
     if kwargs.get("token_type_ids") is not None:
         kwargs["token_type_ids"] = _longer(kwargs["token_type_ids"], P, 0)
@@ -139,13 +136,14 @@ def prompted_forward(model: Any, kwargs: dict[str, Any]) -> Any:
         prompts = model._prompts(batch, rows)
         if prompts is None:
             return base(**kwargs)
-        if not _cached(kwargs.get("past_key_values")):
+        if not _cached(model, kwargs):
             model._room.check(prompts.shape[1], tokens)
         return base(**with_prompt(model, kwargs, prompts))
 
 
 def _check_prefix_room(model: Any, kwargs: dict[str, Any], rows: Any, tokens: int) -> None:
-    if kwargs.get("position_ids") is not None or kwargs.get("past_key_values") is not None:
+    cache = cache_of(innermost(model), kwargs)
+    if kwargs.get("position_ids") is not None or cache is not None:
         return  # then positions are not counted from the input's length
     if getattr(innermost(model).config, "is_encoder_decoder", False):  # the decoder's, then
         labels = ("labels",) if model.prompt_in_encoder else ()
@@ -262,7 +260,7 @@ def _check_cache(base: Any, kwargs: dict[str, Any]) -> None:
     if isinstance(how, str) and "static" in how:
         raise ValueError(
             f"cache_implementation={how!r} makes a cache without room for the virtual tokens; "
-            "pass `past_key_values=StaticCache(config, max_cache_len=...)` with room for them"
+            f"pass `{cache_name(base)}=StaticCache(config, max_cache_len=...)` with room for them"
         )
 
 
@@ -335,7 +333,7 @@ def prepare_step(
     if mask is not None and mask.dim() == 2:
         kwargs["attention_mask"] = _longer(mask, P, 1)
     extended = kwargs.get("attention_mask")
-    before = _cached(kwargs.get("past_key_values"))
+    before = _cached(model, kwargs)
     if before:
         if kwargs.get("is_first_iteration"):  # goes on from a cache, which holds the prompt
             kwargs["next_sequence_length"] = ids.shape[1] - (before - P)

@@ -362,7 +362,7 @@ def test_generation_in_ways_that_peft_has_not():
     static = tf.StaticCache(ours.config, max_cache_len=5 + 16)
     more = ours.generate(ids, past_key_values=static, max_new_tokens=9, min_new_tokens=9)
     assert torch.equal(more, whole)
-    with pytest.raises(ValueError, match="cache_implementation='static'.*past_key_values"):
+    with pytest.raises(ValueError, match="cache_implementation='static'.*=StaticCache"):
         ours.generate(ids, cache_implementation="static", max_new_tokens=4)
     logits = ours(ids).logits[:, -3:]
     some = ours(ids[:, :4], use_cache=True)

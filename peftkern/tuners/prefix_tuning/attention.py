@@ -28,7 +28,7 @@ REGISTERED: set[str] = set()
 
 # Keywords that reach the attention function and do not change what it computes.
 _NEUTRAL = frozenset(
-    "position_ids position_embeddings cache_position use_cache past_key_values layer_past "
+    "position_ids position_embeddings cache_position use_cache cache past_key_values layer_past "
     "output_attentions output_hidden_states output_router_logits return_dict num_items_in_batch "
     "token_type_ids logits_to_keep max_length_q max_length_k layer_idx head_dim "
     "deterministic".split()

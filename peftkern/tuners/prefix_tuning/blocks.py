@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ...utils.versions import cache_name, cache_of, in_checkpoint
 from . import deberta
 from .families import Family, at
 from .masks import prefix_visible
@@ -26,7 +27,7 @@ from .state import PrefixState
 
 
 class PrefixedPast:
-    """Stands for ``layer_past``: takes a layer's new keys, returns prefix, past and new ones."""
+    """Stands for a layer's cache: takes a layer's new keys, returns prefix, past and new ones."""
 
     def __init__(self, past: Any, state: PrefixState, slot: int) -> None:
         self.past = getattr(past, "self_attention_cache", past)
@@ -63,7 +64,7 @@ def prepare(
     mask = kwargs.get("attention_mask")
     tokens = tokens_of(kwargs)
     B, T = tokens.shape[:2]
-    static = getattr(kwargs.get("past_key_values"), "is_compileable", False)
+    static = getattr(cache_of(stack, kwargs), "is_compileable", False)
     if isinstance(mask, Tensor) and mask.dim() == 2 and not static:
         if mask.shape[1] != state.past + T:
             raise ValueError(
@@ -109,12 +110,14 @@ def enter(
         if state is None or state.prefixes[slot] is None:
             return kwargs
         return deberta.enter(slot, kwargs, state)
-    past = kwargs.get(family.past)
-    if getattr(block, "gradient_checkpointing", False) and block.training:
+    name = cache_name(block)
+    assert name is not None
+    past = kwargs.get(name)
+    if in_checkpoint(block):
         past = None  # a replay would write to the cache again; transformers drops it likewise
         if kwargs.get("use_cache"):
             kwargs["use_cache"] = False
-    kwargs[family.past] = past
+    kwargs[name] = past
     if state is None or state.prefixes[slot] is None:
         return kwargs
     if kwargs.get("encoder_hidden_states") is not None:
@@ -122,7 +125,7 @@ def enter(
             f"{type(block).__name__} attends to an encoder through the cache that its prefix goes "
             "through: prefix tuning supports it as a decoder alone"
         )
-    kwargs[family.past] = PrefixedPast(past, state, slot)
+    kwargs[name] = PrefixedPast(past, state, slot)
     own = kwargs.get("attention_mask")
     inverted = family.block == "position_bias"  # MPT's mask is True where nothing is seen
     if own is None:

@@ -28,10 +28,11 @@ class Family:
             mask), "tokens" (RoBERTa: counted over what is no padding), "table" (BART: counted
             inside, at the table ``embed_positions``), "none" (a bias by distance alone).
         table: the learned positions, or the attribute of the configuration that bounds them.
-        past: for layers that compute attention themselves, their argument that holds earlier keys.
         block: for layers that compute attention themselves, the name that the bias by distance
             has among their arguments ("" when there is none); None for the others.
         window: for these layers, the attribute of the configuration that holds their window.
+        until_interface: with ``block``: newer transformers call this attention through the
+            interface, and there the family is one of the others.
     """
 
     layers: str
@@ -39,17 +40,18 @@ class Family:
     positions: str = "ids"
     table: str | None = None
     block: str | None = None
-    past: str = "layer_past"
     window: str | None = None
+    until_interface: bool = False
 
 
 _DECODER = Family("layers", "self_attn")
 _BERT = Family("encoder.layer", "attention.self", table="embeddings.position_embeddings")
-_BERT_BLOCK = replace(_BERT, block="", past="past_key_values")
+_BERT_BLOCK = replace(_BERT, block="", until_interface=True)
 _ROBERTA = Family("encoder.layer", "attention.self", "tokens", "embeddings.position_embeddings")
 _BART = Family("layers", "self_attn", "table", "embed_positions")
 _T5 = Family("block", "layer.0.SelfAttention", "none")
 _GPT2 = Family("h", "attn", table="wpe")
+_GPTJ = Family("h", "attn", table="max_position_embeddings", block="", until_interface=True)
 _DEBERTA = replace(_BERT, block="relative_pos")
 
 FAMILIES: dict[str, Family] = {
@@ -95,21 +97,19 @@ FAMILIES: dict[str, Family] = {
     "whisper": Family("layers", "self_attn", table="embed_positions"),
     "bloom": Family("h", "self_attention", "none", block="alibi"),
     "falcon": Family("h", "self_attention", block="alibi"),
-    "gptj": Family("h", "attn", table="max_position_embeddings", block=""),
-    "codegen": Family("h", "attn", table="max_position_embeddings", block=""),
-    "gpt_neo": Family("h", "attn.attention", table="wpe", block=""),
-    "gpt_neox_japanese": Family("layers", "attention", block=""),
+    "gptj": _GPTJ,
+    "codegen": _GPTJ,
+    "gpt_neo": Family("h", "attn.attention", table="wpe", block="", until_interface=True),
+    "gpt_neox_japanese": Family("layers", "attention", block="", until_interface=True),
     "xglm": Family(
         "layers",
         "self_attn",
         table="max_position_embeddings",
         block="",
-        past="past_key_values",
+        until_interface=True,
     ),
-    "doge": Family(
-        "layers", "self_attn", block="", past="past_key_values", window="sliding_window"
-    ),
-    "diffllama": Family("layers", "self_attn", block="", past="past_key_values"),
+    "doge": Family("layers", "self_attn", block="", window="sliding_window"),
+    "diffllama": Family("layers", "self_attn", block=""),
     "mpt": Family("blocks", "attn", "none", table="max_seq_len", block="position_bias"),
 }
 
@@ -148,6 +148,8 @@ def _candidate(name: str, stack: nn.Module) -> Found | None:
     attentions = tuple(at(layer, family.attention) for layer in layers)
     if not all(isinstance(a, nn.Module) for a in attentions):
         return None
+    if family.until_interface and all(_uses_interface(a) for a in attentions):
+        family = replace(family, block=None)
     return Found(stack, name, family, tuple(layers), attentions)
 
 

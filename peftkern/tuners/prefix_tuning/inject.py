@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...utils.versions import cache_of, in_checkpoint
 from . import attention, blocks, deberta, positions, reentrant
 from .families import find, refuse
 from .masks import name_state
@@ -239,7 +240,7 @@ class PrefixInjection:
         if not self._blocks:
             self._stand_before()
         tokens = positions.tokens_of(kwargs)
-        cache = kwargs.get("past_key_values")
+        cache = cache_of(stack, kwargs)
         past = 0 if cache is None else cache.get_seq_length()
         P = next((pair[0].shape[-2] for pair in entry.prefixes if pair is not None), 0)
         state = begin(entry, tokens.shape[0], P, past)
@@ -270,8 +271,7 @@ class PrefixInjection:
         return (), kwargs
 
     def _checkpointed(self) -> bool:
-        first: Any = self.layers[0]
-        return bool(getattr(first, "gradient_checkpointing", False) and first.training)
+        return in_checkpoint(self.layers[0])
 
     def _after(self, stack: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         state: PrefixState | None = kwargs.get(attention.KEYWORD)

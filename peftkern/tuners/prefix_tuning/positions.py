@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ...ops.tracing import is_recording
+from ...utils.versions import CACHE_LENGTHS, cache_of
 from .families import Family, at
 from .masks import MaskSpec
 from .state import PrefixState
@@ -40,7 +41,7 @@ def move(
         return
     if ids is not None:
         ids = ids if state.positions_moved else ids + state.offset
-        if padded is None and kwargs.get("past_key_values") is None and _is_packed(ids):
+        if padded is None and cache_of(stack, kwargs) is None and _is_packed(ids):
             state.positions = ids
         kwargs["position_ids"] = ids
         return
@@ -111,8 +112,9 @@ def move_in_table(
     told the positions, or of M2M-100's, which counts them from the number of earlier tokens."""
     names = tuple(inspect.signature(type(table).forward).parameters)[1:]
     kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
-    name = "position_ids" if "position_ids" in names else "past_key_values_length"
-    if kwargs.get(name) is None:
-        raise RuntimeError(f"embed_positions was called without the {name} to move")
+    name = next((n for n in ("position_ids", *CACHE_LENGTHS) if n in names), None)
+    if name is None or kwargs.get(name) is None:
+        wanted = name or "position_ids"
+        raise RuntimeError(f"embed_positions was called without the {wanted} to move")
     kwargs[name] = kwargs[name] + offset
     return (), kwargs

@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...utils.versions import in_checkpoint
 from .state import Prefix, PrefixState
 
 
 def is_reentrant(layer: nn.Module) -> bool:
     """Whether transformers will run this layer in a reentrant checkpoint now."""
-    if not (getattr(layer, "gradient_checkpointing", False) and layer.training):
+    if not in_checkpoint(layer):
         return False
     run = getattr(layer, "_gradient_checkpointing_func", None)
     return bool(getattr(run, "keywords", {}).get("use_reentrant", False))

@@ -1,0 +1,114 @@
+"""What transformers calls or does otherwise from one version to the next, asked in one place.
+
+Answers come from the signatures and the behaviour of what is installed, not from version numbers:
+a model with code of its own may keep an old name under a new transformers.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# What a forward calls the keys of earlier tokens: first the name that transformers takes since
+# 5.24, then those before it, in models and in the layers of some (Bloom, GPT-J, ...).
+CACHE_NAMES = ("cache", "past_key_values", "layer_past")
+# What M2M-100's table of positions calls the number of earlier tokens.
+CACHE_LENGTHS = ("cache_length", "past_key_values_length")
+
+
+@functools.cache
+def _parameters(kind: type) -> tuple[str, ...]:
+    return tuple(inspect.signature(kind.forward).parameters)  # type: ignore[attr-defined]
+
+
+# torch.compile asks while it traces, and keeps the answer
+@torch.compiler.assume_constant_result
+def _cache_name(kind: type) -> str | None:
+    return next((name for name in CACHE_NAMES if name in _parameters(kind)), None)
+
+
+def cache_name(module: nn.Module) -> str | None:
+    """What ``module.forward`` calls the cache; None for a module that takes none (encoders)."""
+    return _cache_name(type(module))
+
+
+def cache_of(module: nn.Module, kwargs: dict[str, Any]) -> Any:
+    """The cache among the keywords of a call of ``module``, or None.
+
+    Where the name is ``cache``, transformers goes on to take ``past_key_values``, with a warning.
+    """
+    name = cache_name(module)
+    if name is None:
+        return None
+    found = kwargs.get(name)
+    if found is None and name == "cache":
+        found = kwargs.get("past_key_values")
+    return found
+
+
+def cached_tokens(cache: Any) -> int:
+    """How many tokens a cache holds; 0 for none."""
+    if cache is None:
+        return 0
+    if hasattr(cache, "get_seq_length"):
+        return int(cache.get_seq_length())
+    return cache[0][0].shape[-2]
+
+
+def how_checkpointed(base: Any) -> tuple[bool, bool]:
+    """(hooks run inside, also without gradients) of layers of a class with transformers' way of
+    checkpointing, found by running one without weights."""
+
+    class Layer(base):
+        def forward(self, x: Tensor) -> Tensor:
+            return x
+
+    hooked: list[bool] = []
+    hooked_before: list[int] = []
+
+    def run(function: Any, x: Tensor) -> Tensor:
+        hooked_before.append(len(hooked))
+        return function(x)
+
+    layer: Any = Layer()
+    layer.gradient_checkpointing, layer._gradient_checkpointing_func = True, run
+    layer.register_forward_pre_hook(lambda *_: hooked.append(True))
+    x = torch.zeros(())
+    with torch.enable_grad():
+        layer(x)
+    if not hooked_before:
+        raise RuntimeError(f"a {base.__name__} of transformers runs in no checkpoint")
+    with torch.no_grad():
+        layer(x)
+    return hooked_before[0] == 0, len(hooked_before) == 2
+
+
+@functools.cache
+def _checkpoints() -> tuple[bool, bool]:
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return how_checkpointed(GradientCheckpointingLayer)
+
+
+@torch.compiler.assume_constant_result
+def hooks_in_checkpoints() -> bool:
+    """Whether a layer's hooks are within its gradient checkpoint (transformers 5.17), so that a
+    replay runs them again; later versions checkpoint ``forward`` alone."""
+    return _checkpoints()[0]
+
+
+@torch.compiler.assume_constant_result
+def checkpoints_without_gradients() -> bool:
+    """Whether layers run within checkpoints under ``torch.no_grad`` as well (before 5.24)."""
+    return _checkpoints()[1]
+
+
+def in_checkpoint(layer: nn.Module) -> bool:
+    """Whether transformers will run this layer within a checkpoint now."""
+    if not (getattr(layer, "gradient_checkpointing", False) and layer.training):
+        return False
+    return torch.is_grad_enabled() or checkpoints_without_gradients()

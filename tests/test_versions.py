@@ -1,0 +1,122 @@
+"""What differs between versions of transformers: names and ways of checkpointing, old and new.
+
+The versions themselves are run by ``make test-versions``.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from torch import Tensor, nn
+
+from peftkern.utils import versions
+
+
+class New(nn.Module):
+    def forward(self, input_ids: Tensor, cache: Any = None) -> None: ...
+
+
+class Old(nn.Module):
+    def forward(self, input_ids: Tensor, past_key_values: Any = None) -> None: ...
+
+
+class Layer(nn.Module):
+    def forward(self, hidden: Tensor, layer_past: Any = None, **rest: Any) -> None: ...
+
+
+class Encoder(nn.Module):
+    def forward(self, input_ids: Tensor, **rest: Any) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [(New, "cache"), (Old, "past_key_values"), (Layer, "layer_past"), (Encoder, None)],
+)
+def test_the_name_is_the_one_in_the_signature(kind: Any, name: str | None) -> None:
+    assert versions.cache_name(kind()) == name
+
+
+def test_a_cache_is_found_under_the_names_that_the_module_takes() -> None:
+    old, new = object(), object()
+    both = {"past_key_values": old, "cache": new}
+    assert versions.cache_of(Old(), both) is old
+    assert versions.cache_of(New(), both) is new
+    assert versions.cache_of(New(), {"past_key_values": old, "cache": None}) is old
+    assert versions.cache_of(Old(), {"cache": new}) is None
+    assert versions.cache_of(Encoder(), both) is None
+    assert versions.cached_tokens(None) == 0
+    kept = tf.DynamicCache()
+    kept.update(torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3, 4), 0)
+    assert versions.cached_tokens(kept) == 3
+
+
+class AroundHooks(nn.Module):
+    """As in transformers 5.17."""
+
+    gradient_checkpointing = False
+    _gradient_checkpointing_func: Any
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.gradient_checkpointing and self.training:
+            return self._gradient_checkpointing_func(partial(super().__call__, **kwargs), *args)
+        return super().__call__(*args, **kwargs)
+
+
+class InForward(nn.Module):
+    """As in 5.23, and with ``needs`` as in 5.24."""
+
+    gradient_checkpointing = False
+    needs = False
+    _gradient_checkpointing_func: Any
+
+    def __init_subclass__(cls) -> None:
+        forward = cls.forward
+
+        def checkpointing(self: Any, *args: Any) -> Any:
+            wanted = torch.is_grad_enabled() or not self.needs
+            if self.gradient_checkpointing and self.training and wanted:
+                return self._gradient_checkpointing_func(partial(forward, self), *args)
+            return forward(self, *args)
+
+        cls.forward = checkpointing
+
+
+class WithGradients(InForward):
+    needs = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+class Never(nn.Module): ...
+
+
+def test_ways_of_checkpointing_are_told_apart() -> None:
+    assert versions.how_checkpointed(AroundHooks) == (True, True)
+    assert versions.how_checkpointed(InForward) == (False, True)
+    assert versions.how_checkpointed(WithGradients) == (False, False)
+    with pytest.raises(RuntimeError, match="a Never of transformers runs in no checkpoint"):
+        versions.how_checkpointed(Never)
+
+
+def test_a_layer_is_in_a_checkpoint_when_transformers_puts_it_there() -> None:
+    model = tf.LlamaModel(
+        tf.LlamaConfig(
+            vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+            num_attention_heads=1,
+        )
+    )  # fmt: skip
+    layer, ids, runs = model.layers[0], torch.ones(1, 2, dtype=torch.long), []
+    model.gradient_checkpointing_enable()
+    layer._gradient_checkpointing_func = lambda f, *a: runs.append(f) or f(*a)
+    for mode in (True, False):
+        model.train(mode)
+        for grad in (True, False):
+            runs.clear()
+            with torch.set_grad_enabled(grad):
+                model(ids)
+                assert versions.in_checkpoint(layer) == bool(runs)
