@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
+
+from peftkern.tuners.lora import inits
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -36,3 +39,12 @@ def _keep_the_first_of_each(config: pytest.Config, items: list[pytest.Item]) -> 
             seen.add(test)
     items[:] = kept
     config.hook.pytest_deselected(items=rest)
+
+
+@pytest.fixture
+def doubled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What both libraries' very code computes in fp32, whatever the model, is done in float64."""
+    half_or_single = (torch.float64, torch.float16, torch.bfloat16)
+    monkeypatch.setattr(inits, "HALF_OR_SINGLE", half_or_single)
+    monkeypatch.setattr(torch, "float32", torch.float64)
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
