@@ -16,11 +16,17 @@ from .utils.other import ModulesToSaveWrapper
 
 WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 PROMPT_KEY = "prompt_embeddings"
+PREFIX = "base_model.model."
 
 
 class Slot(namedtuple("Slot", ["model_key", "key", "owner", "attribute"])):
     """One tensor of an adapter: its names in the model and on disk,
     and the module that holds it."""
+
+    @property
+    def in_base(self) -> bool:
+        """Whether it is a tensor of the base model, which no adapter is named after."""
+        return self.model_key == self.key
 
     @property
     def model_keys(self) -> list[str]:

@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .adapter_slots import Slot, adapter_slots, clean, tensors_of
+from .adapter_slots import PREFIX, Slot, adapter_slots, clean, tensors_of
+from .saved_beside import Beside, find_beside
 from .tuners.lora.fused_experts import convert_weights
 from .tuners.lora.tying import tie_again
 from .tuners.tuners_utils import BaseTunerLayer, adapter_modules
-
-PREFIX = "base_model.model."
 
 
 class LoadResult(namedtuple("LoadResult", ["missing_keys", "unexpected_keys"])):
@@ -29,45 +28,74 @@ def few(names: list[str]) -> str:
     return shown + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-class Match(namedtuple("Match", ["pairs", "missing", "unexpected", "mismatched"])):
-    """Saved tensors beside their places: [(slot, tensor)], the slots without one, and what did not
-    fit (names as on disk; the mismatched with their slots)."""
+class Match(namedtuple("Match", ["pairs", "missing", "unexpected", "mismatched", "passed"])):
+    """Saved tensors beside their places: [(slot, tensor)], the slots without one, what did not fit
+    (names as on disk; the mismatched with their slots), and names that are known and need no
+    place."""
 
 
 def match_weights(model: Any, weights: dict[str, Tensor], adapter_name: str) -> Match:
-    """Find the place of every saved tensor. Nothing is changed."""
+    """Find the place of every saved tensor. Nothing is changed.
+
+    A tensor may be named as in a file or as in the model, with the adapter's own name in it. Beside
+    the adapter's there are only places for what its configuration trains with it (biases), and for
+    embeddings, see :func:`find_beside`.
+
+    Raises:
+        ValueError: no adapter of that name; a place that takes no saved tensor; embeddings that
+            would change what other adapters compute.
+    """
     if adapter_name not in model.peft_config:
         raise ValueError(
             f"no adapter named {adapter_name!r}; there are {sorted(model.peft_config)}"
         )
+    config = model.peft_config[adapter_name]
     slots = {slot.key.removeprefix(PREFIX): slot for slot in adapter_slots(model, adapter_name)}
-    weights = convert_weights(model, weights, slots)
+    in_model = {
+        key.removeprefix(PREFIX): slot
+        for slot in slots.values()
+        for key in slot.model_keys
+        if key == clean(slot.model_key)  # a prompt's are its encoder's weights
+    }
+    weights = convert_weights(model, weights, {*slots, *in_model})
     missing = dict(slots)
-    pairs, unexpected, mismatched = [], [], []
-    others: dict[str, Slot] | None = None
+    pairs, unexpected, mismatched, passed = [], [], [], []
+    beside: Beside | None = None
     for key, value in weights.items():
         short = clean(key).removeprefix(PREFIX)
-        slot = slots.get(short)
-        missing.pop(short, None)
+        slot = slots.get(short) or in_model.get(short)
+        again = slot is not None and missing.pop(slot.key.removeprefix(PREFIX), None) is None
+        if slot is None or again:
+            beside = beside or find_beside(model, config, slots.values())
+            if short in beside.twice:
+                passed.append(clean(key))
+                continue
+            slot = None if again else beside.biases.get(short)
+            if slot is None and not again and beside.has_embedding(short, weights):
+                slot = beside.embeddings[short]
+                check_shared(model, adapter_name, slot, key, value)
         if slot is None:
-            if others is None:  # biases and embeddings of the base model, saved beside the adapter
-                others = {
-                    clean(k).removeprefix("." + PREFIX).removeprefix("."): Slot(k, k, owner, last)
-                    for k, owner, last in tensors_of(model, "")
-                }
-            slot = others.get(short)
-        if slot is None:
-            # with bias="all" HF PEFT writes the biases of fully trained modules twice, once under
-            # this name
-            if short.replace(".modules_to_save.", ".") not in slots:
-                unexpected.append(key)
+            unexpected.append(key)
         elif slot.refuses:
             raise ValueError(slot.refuses)
         elif slot.tensor.shape != value.shape:
             mismatched.append((slot, key, tuple(value.shape), tuple(slot.tensor.shape)))
         else:
             pairs.append((slot, value))
-    return Match(pairs, list(missing.values()), unexpected, mismatched)
+    return Match(pairs, list(missing.values()), unexpected, mismatched, passed)
+
+
+def check_shared(model: Any, adapter_name: str, slot: Slot, key: str, value: Tensor) -> None:
+    """ValueError where an embedding in a file would change what other adapters compute."""
+    others = sorted(name for name in getattr(model, "peft_config", {}) if name != adapter_name)
+    here = slot.tensor
+    if not others or here.is_meta or here.shape != value.shape:
+        return
+    if not torch.equal(here.detach(), value.to(here)):
+        raise ValueError(
+            f"The embedding {key!r} differs from the base model's, which the "
+            f"adapters {others} use as well. Load {adapter_name!r} into a model of its own."
+        )
 
 
 def check_keys(match: Match, adapter_name: str, source: str) -> None:
@@ -150,7 +178,9 @@ def set_peft_model_state_dict(
     given = {slot.model_key.removeprefix(".") for slot, _ in match.pairs}
     known = given.union(result.missing_keys, (name for name, _, _ in result.mismatched_keys))
     names = (key.removeprefix(".") for key, _, _ in tensors_of(model, ""))
-    missing = result.missing_keys + [name for name in names if name not in known]
+    missing = result.missing_keys + [
+        name for name in names if name not in known and clean(name) not in match.passed
+    ]
     whole = LoadResult(missing, result.unexpected_keys)
     whole.mismatched_keys = result.mismatched_keys
     return whole
@@ -182,7 +212,8 @@ def fill(
     with torch.no_grad():
         for slot, value in match.pairs:
             target = slot.tensor
-            if low_cpu_mem_usage or target.is_meta:
+            # a base weight may be another module's as well
+            if target.is_meta or (low_cpu_mem_usage and not slot.in_base):
                 slot.assign(value.to(target.dtype))
             else:
                 target.copy_(value)

@@ -29,6 +29,7 @@ from .status import (
 from .tuners.lora.alora import get_alora_offsets_for_forward, get_alora_offsets_for_generate
 from .tuners.lora.group import settle
 from .tuners.tuners_utils import BaseTunerLayer, as_names
+from .utils.module_tree import checkpoints_activations
 from .utils.other import ModulesToSaveWrapper
 from .utils.peft_types import PeftType
 
@@ -137,13 +138,7 @@ class PeftModel(PromptLearning, AdapterFiles, AdapterStatus, PushToHubMixin, nn.
                 autocast_adapter_dtype=autocast_adapter_dtype,
             )
         self._note_head_layer()
-        # transformers renamed the property in 5.x; a model without either gets the hook, as in PEFT
-        renamed = (
-            "is_activation_checkpointing"
-            if hasattr(type(model), "is_activation_checkpointing")
-            else None
-        )
-        if getattr(model, renamed or "is_gradient_checkpointing", True):
+        if checkpoints_activations(model):
             self._prepare_model_for_gradient_checkpointing(model)
         config: Any = getattr(model, "config", None)
         if hasattr(config, "pretraining_tp"):

@@ -21,8 +21,15 @@ from .tuners.base_tuner import BaseTuner
 from .tuners.lora.inits import collect
 from .tuners.lora.plain import as_plain_lora
 from .utils.constants import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from .utils.module_tree import parameters_of, training_modules
-from .utils.save_and_load import get_peft_model_state_dict, load_peft_weights
+from .utils.module_tree import checkpoints_activations, parameters_of, training_modules
+from .utils.save_and_load import (
+    check_named,
+    check_whole,
+    get_peft_model_state_dict,
+    load_peft_weights,
+    state_dict_of,
+)
+from .utils.undo import unchanged_on_error
 
 
 def _without_aliases(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -104,25 +111,16 @@ class AdapterFiles:
                 before training, when that start has changed the base weights (PiSSA, OLoRA, …).
                 What is saved then is a plain LoRA adapter of twice the rank for the unchanged base
                 model, see :mod:`peftkern.tuners.lora.plain`.
-            **kwargs: ``state_dict``, to save from instead of the model's own.
+            **kwargs: ``state_dict``, to save from instead of the model's own: names as in
+                ``model.state_dict()``, or as in a file of one adapter.
 
         Raises:
-            ValueError: the folder is a file, or an adapter is unknown.
+            ValueError: the folder is a file, an adapter is unknown, ``state_dict`` lacks tensors of
+                an adapter, or tensors are empty, as parts of a sharded model are. Nothing has been
+                written then.
         """
         if os.path.isfile(save_directory):
             raise ValueError(f"Provided path ({save_directory}) should be a directory, not a file")
-        if isinstance(self.base_model, AdapterFiles) and selected_adapters is None:
-            # a prompt on top of LoRA adapters, which may train with it
-            inner = kwargs | {"is_main_process": is_main_process}
-            if (state := kwargs.get("state_dict")) is not None:
-                inner["state_dict"] = {
-                    key.removeprefix("base_model."): value
-                    for key, value in state.items()
-                    if key.startswith("base_model.")
-                }
-            self.base_model.save_pretrained(
-                save_directory, safe_serialization, None, save_embedding_layers, **inner
-            )
         names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
         if unknown := [n for n in names if n not in self.peft_config]:
             raise ValueError(
@@ -131,12 +129,33 @@ class AdapterFiles:
             )
         for name in names:
             check_adapter_name(name)  # it becomes a folder's, whoever put it into `peft_config`
-        tensors = {
-            name: get_peft_model_state_dict(
-                self, kwargs.get("state_dict"), name, save_embedding_layers=save_embedding_layers
+        given = kwargs.get("state_dict")
+        tensors: dict[str, dict[str, Tensor]] = {}
+        if not is_main_process:
+            # may have parts of tensors, or an empty state dict; with FSDP all processes gather
+            for _ in names if given is None else ():
+                state_dict_of(self)
+        elif given is not None and len(names) > 1:
+            check_named(self, given, names)
+        for name in names if is_main_process else ():
+            tensors[name] = get_peft_model_state_dict(
+                self, given, name, save_embedding_layers=save_embedding_layers
             )
-            for name in names
-        }
+            check_whole(tensors[name], name, given is not None)
+        if isinstance(self.base_model, AdapterFiles) and selected_adapters is None:
+            # a prompt on top of LoRA adapters, which may train with it
+            inner = kwargs | {"is_main_process": is_main_process}
+            if given is not None:
+                inner["state_dict"] = {
+                    key.removeprefix("base_model."): value
+                    for key, value in given.items()
+                    if key.startswith("base_model.")
+                }
+            self.base_model.save_pretrained(
+                save_directory, safe_serialization, None, save_embedding_layers, **inner
+            )
+        if not is_main_process:
+            return
         configs = {name: self.peft_config[name] for name in names}
         if path_initial_model_for_weight_conversion is not None:
             if self._is_prompt_learning:
@@ -147,8 +166,6 @@ class AdapterFiles:
             start = load_peft_weights(path_initial_model_for_weight_conversion)
             for name in names:
                 configs[name], tensors[name] = as_plain_lora(configs[name], tensors[name], start)
-        if not is_main_process:
-            return
         written, other = SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
         if not safe_serialization:
             written, other = other, written
@@ -197,7 +214,8 @@ class AdapterFiles:
         """Wrap ``model`` with a saved adapter.
 
         Args:
-            model: the base model, changed in place.
+            model: the base model, changed in place. A PeftModel only where the adapter is a prompt,
+                which goes on top of LoRA adapters.
             model_id: folder of the adapter, or ``owner/name`` on the hub; a folder is taken first.
             adapter_name: its name in this model.
             is_trainable: let it train on; otherwise it is frozen.
@@ -212,7 +230,7 @@ class AdapterFiles:
 
         Raises:
             ValueError: files missing, damaged, of another method, not finite, or with missing or
-                extra keys.
+                extra keys; the model is a PeftModel.
             RuntimeError: shapes differ from the model's.
             Either way the base model is as it was.
         """
@@ -226,6 +244,13 @@ class AdapterFiles:
             config = PeftConfig.from_pretrained(model_id, **hub)
         elif not isinstance(config, PeftConfig):
             raise ValueError(f"The input config must be a PeftConfig, got {config.__class__}")
+        if isinstance(model, AdapterFiles) and not config.is_prompt_learning:
+            inside: Any = model
+            raise ValueError(
+                f"`model` is a {type(model).__name__} already, with the adapters "
+                f"{sorted(inside.peft_config)}: use `model.load_adapter(model_id, name)` to "
+                "load another one into it, or `model.unload()` first. Nothing was changed."
+            )
         config.check_loadable(is_trainable)
         # the first values of a prompt are not needed, and may need a tokenizer
         config.inference_mode = not is_trainable or config.is_prompt_learning
@@ -236,9 +261,17 @@ class AdapterFiles:
         config.check_fits(weights)
         flags = [(p, p.requires_grad) for p in parameters_of(model)]
         before = model.__dict__.get("peft_config")  # of adapters that are in it already
+        settings: Any = getattr(model, "config", None)
+        split = getattr(settings, "pretraining_tp", None)
+        # adapters that are there already, and hooks, would not come back by themselves
+        kept = before is not None or isinstance(model, AdapterFiles)
+        kept = kept or checkpoints_activations(model)
         peft_model = None
         try:
-            with collect() as change_base_weights:
+            with (
+                unchanged_on_error(model, when=kept),
+                collect() as change_base_weights,
+            ):
                 peft_model = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, cls)(
                     model,
                     config,
@@ -252,13 +285,16 @@ class AdapterFiles:
         except BaseException:
             if peft_model is not None and config.is_prompt_learning:
                 peft_model._remove_prompts()
+            elif peft_model is not None and kept:
+                if peft_model.base_model._unstack is not None:
+                    peft_model.base_model._unstack()
             elif peft_model is not None:
                 peft_model.base_model.withdraw(adapter_name)
-                del peft_model.peft_config[adapter_name]
-                if before is None:
-                    del model.peft_config
+                del model.peft_config
             for parameter, flag in flags:
                 parameter.requires_grad_(flag)
+            if split is not None:
+                settings.pretraining_tp = split
             raise
         config.inference_mode = not is_trainable
         if is_trainable and config.is_prompt_learning:
@@ -302,7 +338,10 @@ class AdapterFiles:
         if new:
             config.check_fits(weights)
         prompts = self._is_prompt_learning
-        added = False
+        added, active = (
+            False,
+            (self.active_adapter, getattr(self.base_model, "active_adapter", None)),
+        )
         try:
             with collect() as change_base_weights:
                 if new:
@@ -329,6 +368,7 @@ class AdapterFiles:
                     self._remove_prompts(only_empty=True)
                 else:
                     self.base_model.withdraw(adapter_name)
+                    self.active_adapter, self.base_model.active_adapter = active
             raise
         if new and prompts:
             config.inference_mode = not is_trainable

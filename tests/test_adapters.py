@@ -257,8 +257,10 @@ def test_a_state_dict_of_the_models_own_is_asked():
             part = {k: v + 1 for k, v in ours.state_dict().items() if "layers.1" not in k}
             ours.state_dict = lambda part=part: part
         found = peftkern.get_peft_model_state_dict(model)
-        assert found.keys() == {k for k in whole if model is wrapped or "layers.1" not in k}
-        assert all(torch.equal(v, whole[k] + 1) for k, v in found.items())
+        assert found.keys() == whole.keys()  # what it lacks comes from the model
+        for key, value in found.items():
+            changed = model is wrapped or "layers.1" not in key
+            assert torch.equal(value, whole[key] + 1 if changed else whole[key])
 
 
 def test_replaced_modules_are_seen():

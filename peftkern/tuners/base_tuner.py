@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..config import PeftConfig
+from ..utils.undo import unchanged_on_error
 from .adapter_calls import cast_adapter_dtype, delete_adapter, set_adapter, set_requires_grad
 from .tuners_utils import BaseTunerLayer, adapter_modules, as_names, get_model_config
 
@@ -58,12 +59,16 @@ class BaseTuner(nn.Module):
         self.targeted_module_names: list[str] = []
         self.targeted_parameter_names: list[str] = []
         try:
-            self.inject_adapter(
-                self.model,
-                adapter_name,
-                low_cpu_mem_usage=low_cpu_mem_usage,
-                state_dict=state_dict,
-            )
+            # what adapters that are there already have is not told by the new one's name
+            with unchanged_on_error(
+                model, when=known or next(self.adapter_layers(), None) is not None
+            ):
+                self.inject_adapter(
+                    self.model,
+                    adapter_name,
+                    low_cpu_mem_usage=low_cpu_mem_usage,
+                    state_dict=state_dict,
+                )
         except BaseException:
             self.peft_config.clear()
             self.peft_config.update(was)

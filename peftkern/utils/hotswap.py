@@ -16,8 +16,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..adapter_slots import PREFIX, Slot, adapter_slots
 from ..config import PeftConfig, split_hub_kwargs
-from ..loading import PREFIX, _insert_adapter_name_into_state_dict
+from ..loading import check_shared, insert_adapter_name
+from ..saved_beside import find_beside
 from ..tuners.lora import LoraConfig, LoraLayer
 from ..tuners.lora.layer import Linear
 from ..tuners.lora.parameter import ParamWrapper
@@ -215,7 +217,8 @@ def hotswap_adapter(
     weights = load_peft_weights(
         model_name_or_path, torch_device or infer_device(), rest.get("key_mapping"), **hub
     )
-    named = _insert_adapter_name_into_state_dict(weights, adapter_name, "lora_")
+    own = _places(getattr(model, "_orig_mod", model), adapter_name, config)
+    named = {k if k in own else insert_adapter_name(k, adapter_name): v for k, v in weights.items()}
     short = f".{_MAGNITUDE}.{adapter_name}"  # how files name what is a module's weight
     named = {k + ".weight" if k.endswith(short) else k: v for k, v in named.items()}
     hotswap_adapter_from_state_dict(model, named, adapter_name, config)
@@ -258,13 +261,16 @@ def hotswap_adapter_from_state_dict(
         )
     places = dict(bare.named_parameters(remove_duplicate=False))
     state = {key.removeprefix("_orig_mod."): value for key, value in state_dict.items()}
-    unexpected = [key for key in state if key not in places]
+    known = _places(bare, adapter_name, config)
+    unexpected = [key for key in state if key not in places or key not in known]
     if unexpected:
         raise RuntimeError(
             "Hot swapping the adapter did not succeed, unexpected keys found: "
             f"{', '.join(unexpected)}."
         )
     for key, value in state.items():
+        if (slot := known[key]) is not None:
+            check_shared(bare, adapter_name, slot, key, value)
         here, new = tuple(places[key].shape), tuple(value.shape)
         larger = any(n > h for h, n in zip(here, new, strict=False))
         smaller = any(n < h for h, n in zip(here, new, strict=False))
@@ -301,6 +307,17 @@ def hotswap_adapter_from_state_dict(
                 layer = bare.get_submodule(at)
                 norms = layer.lora_variant[adapter_name].norms(layer, adapter_name)
                 places[key].copy_(norms.view_as(places[key]))
+
+
+def _places(model: nn.Module, adapter_name: str, config: Any) -> dict[str, Slot | None]:
+    """{name in the model} of what a swap may write: the adapter's own tensors, and what files hold
+    beside them, of which embeddings have their slots here."""
+    slots = list(adapter_slots(model, adapter_name))
+    found: dict[str, Slot | None] = {slot.model_key: None for slot in slots}
+    beside = find_beside(model, config, slots)
+    found.update({slot.model_key: slot for slot in beside.embeddings.values()})
+    found.update({slot.model_key: None for slot in beside.biases.values()})
+    return found
 
 
 def _is_of(key: str, adapter_name: str, parameter_prefix: str) -> bool:

@@ -44,6 +44,14 @@ def training_modules(model: nn.Module) -> list[nn.Module]:
     return found
 
 
+def checkpoints_activations(model: Any) -> bool:
+    """Whether the model recomputes activations in its backward; True of one that does not tell."""
+    # transformers renamed the property in 5.x
+    renamed = "is_activation_checkpointing"
+    name = renamed if hasattr(type(model), renamed) else "is_gradient_checkpointing"
+    return bool(getattr(model, name, True))
+
+
 def own_parameters(module: nn.Module) -> Iterable[nn.Parameter]:
     """``module.parameters()``; the walk is left out for a module without children, as most weights
     of adapters are in."""

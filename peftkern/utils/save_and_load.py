@@ -13,17 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from .._io import read_whole
-from ..adapter_slots import adapter_slots, clean
+from ..adapter_slots import PREFIX, Slot, adapter_slots, clean, tensors_of
 from ..base_weights import get_base_model_state_dict, set_base_model_state_dict
 from ..config import locate_file
 from ..loading import (
-    PREFIX,
     _insert_adapter_name_into_state_dict,
     few,
     set_peft_model_state_dict,
 )
+from ..saved_beside import bias_slots, embedding_slots
 from ..tuners.targets import targets_embedding
-from ..tuners.tuners_utils import BaseTunerLayer
 from .constants import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from .other import infer_device
 from .warning import PeftWarning
@@ -36,36 +35,6 @@ __all__ = [
     "set_base_model_state_dict",
     "set_peft_model_state_dict",
 ]
-
-
-def _bias_keys(model: nn.Module, config: Any) -> Iterator[str]:
-    bias = getattr(config, "bias", "none")
-    if bias == "none":
-        return
-    for name, module in model.named_modules():
-        if bias == "lora_only":
-            if (
-                isinstance(module, BaseTunerLayer)
-                and getattr(module.base_layer, "bias", None) is not None
-            ):
-                yield f"{name}.base_layer.bias"
-        elif module._parameters.get("bias") is not None and not re.search(
-            r"\.(lora_[AB]|modules_to_save)\.", f".{name}."
-        ):
-            yield f"{name}.bias" if name else "bias"
-
-
-def _embedding_prefixes(model: Any, targeted: bool) -> Iterator[str]:
-    for get in ("get_input_embeddings", "get_output_embeddings"):
-        layer = getattr(model, get)()
-        wrapped = isinstance(layer, BaseTunerLayer)
-        if layer is None or (targeted and not wrapped):
-            continue
-        wanted = layer.base_layer if targeted else layer
-        for name, module in model.named_modules():
-            if module is wanted:
-                yield f"{name}."
-                break
 
 
 def _vocabulary_was_resized(model: Any, config: Any) -> bool:
@@ -114,14 +83,10 @@ def get_peft_model_state_dict(
     config = model.peft_config[adapter_name]
     slots = list(adapter_slots(model, adapter_name))
     inferred = state_dict is None
-    if state_dict is None and has_own_state_dict(model):
-        state_dict = {clean(key): value for key, value in model.state_dict().items()}
-        slots = [s for s in slots if all(key in state_dict for key in s.model_keys)]
-    elif state_dict is not None:
-        state_dict = {clean(key): value for key, value in state_dict.items()}
-        if absent := [k for s in slots for k in s.model_keys if k not in state_dict]:
-            raise ValueError(f"`state_dict` lacks tensors of {adapter_name!r}: {few(absent)}")
-    found = {slot.key: slot.saved(state_dict) for slot in slots}
+    given = state_dict_of(model) if state_dict is None else state_dict
+    if given is not None:
+        given = {clean(key): value for key, value in given.items()}
+    found = _tensors_for_file(model, slots, given, adapter_name, inferred)
     if inferred:
         _warn_of_shards(found, adapter_name)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -143,30 +108,133 @@ def get_peft_model_state_dict(
                 stacklevel=2,
             )
             save_embedding_layers = True
-    extra = list(_bias_keys(model, config))
-    prefixes: tuple[str, ...] = ()
+    biases = [clean(slot.key) for slot in bias_slots(model, config)]
+    embeddings: list[str] = []
     if save_embedding_layers and hasattr(model, "get_input_embeddings"):
-        prefixes = tuple(_embedding_prefixes(model, targeted))
+        embeddings = [clean(slot.key) for slot in embedding_slots(model, targeted)]
     elif save_embedding_layers:
         warnings.warn(
             "Could not identify embedding layer(s) because the model is not a 🤗 transformers "
             "model.",
             stacklevel=2,
         )
-    if extra or prefixes:
-        full = state_dict
-        if full is None:
-            full = {clean(key): value for key, value in model.state_dict().items()}
-        found.update({k: full[k] for k in map(clean, extra) if k in full})
+    if biases or embeddings:
+        own = dict(named_tensors(model)) if given is None or inferred else {}
+        full = own if given is None else {**own, **given}
+        if absent := [key for key in biases if key not in full]:
+            raise _lacks(absent, adapter_name)
+        found.update({key: full[key] for key in biases})
         if getattr(config, "bias", None) == "all":
             # HF PEFT's files hold the bias of a fully trained module twice, under this name as well
-            own = f".modules_to_save.{adapter_name}."
+            at = f".modules_to_save.{adapter_name}."
             for slot in slots:
-                if own in slot.model_key and slot.model_key.endswith(".bias"):
-                    found[clean(slot.model_key).replace(own, ".modules_to_save.")] = found[slot.key]
-        starts = tuple(map(clean, prefixes)) or ("\0",)
-        found.update({key: value for key, value in full.items() if key.startswith(starts)})
+                if at in slot.model_key and slot.model_key.endswith(".bias"):
+                    found[clean(slot.model_key).replace(at, ".modules_to_save.")] = found[slot.key]
+        found.update({key: full[key] for key in embeddings if key in full})
     return found
+
+
+def _tensors_for_file(
+    model: nn.Module,
+    slots: list[Slot],
+    given: dict[str, Tensor] | None,
+    adapter_name: str,
+    inferred: bool,
+) -> dict[str, Tensor]:
+    """{name in the file: tensor} of every slot: from ``given`` by its name in the model, else by
+    its name in a file (a dict that this function made before), else, where ``given`` is the model's
+    own, from the model itself.
+
+    Raises:
+        ValueError: ``given`` is the caller's and has neither name.
+    """
+    if given is None:
+        return {slot.key: slot.saved(None) for slot in slots}
+    # which adapter's a name without one is can be told only where there is a single adapter, or
+    # where the caller says so
+    nameless = not inferred or len(model.peft_config) == 1  # type: ignore[arg-type]
+    found, absent = {}, []
+    for slot in slots:
+        missing = [key for key in slot.model_keys if key not in given]
+        if not missing:
+            found[slot.key] = slot.saved(given)
+        elif nameless and slot.key in given:
+            found[slot.key] = given[slot.key].detach()
+        elif inferred:
+            found[slot.key] = slot.saved(None)
+        else:
+            absent += missing
+    if absent:
+        raise _lacks(absent, adapter_name)
+    return found
+
+
+def check_named(model: nn.Module, state_dict: dict[str, Tensor], names: list[str]) -> None:
+    """ValueError unless ``state_dict`` says of every tensor of several adapters whose it is."""
+    given = {clean(key) for key in state_dict}
+    for name in names:
+        keys = (key for slot in adapter_slots(model, name) for key in slot.model_keys)
+        if absent := [key for key in keys if key not in given]:
+            raise ValueError(
+                f"{_lacks(absent, name)}. Of one that is not named after its adapter, as in what "
+                "`get_peft_model_state_dict` returns, it cannot be told which of "
+                f"{names} it belongs to: pass `selected_adapters` with one name."
+            )
+
+
+def _lacks(names: list[str], adapter_name: str) -> ValueError:
+    return ValueError(f"`state_dict` lacks tensors of {adapter_name!r}: {few(names)}")
+
+
+def state_dict_of(model: nn.Module) -> dict[str, Tensor] | None:
+    """``model.state_dict()`` where it may give other tensors than the modules hold, else None. With
+    FSDP it brings shards together, so every process has to ask."""
+    return model.state_dict() if has_own_state_dict(model) else None
+
+
+def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors of a plain ``model.state_dict()``, whatever ``model.state_dict`` is."""
+    for name, owner, attribute in tensors_of(model, ""):
+        yield clean(name.removeprefix(".")), Slot(name, name, owner, attribute).tensor.detach()
+
+
+def check_whole(tensors: dict[str, Tensor], adapter_name: str, given: bool) -> None:
+    """Refuse to save parts of tensors.
+
+    Args:
+        tensors: by their names in the file.
+        adapter_name: whose they are.
+        given: they come from a state dict of the caller's.
+
+    Raises:
+        ValueError: a tensor is empty, as what ZeRO-3 leaves of one that was not gathered is; or,
+            in a caller's state dict, a matrix of LoRA is flat. (Of the model's own, a warning says
+            so, as in HF PEFT.)
+    """
+    flat = {key for key, _ in _flat(tensors)}
+    bad = [
+        key
+        for key, value in tensors.items()
+        if key in flat and (given or not value.numel()) or value.dim() < 2 and not value.numel()
+    ]
+    if bad:
+        raise ValueError(
+            f"{'`state_dict` holds' if given else 'the model holds'} only parts of "
+            f"{adapter_name!r}: {few([f'{k} {tuple(tensors[k].shape)}' for k in bad])}. Gather the "
+            "parameters (deepspeed.zero.GatheredParameters, summon_full_params of FSDP, or "
+            "accelerator.get_state_dict) around the call that saves. Nothing was written."
+        )
+
+
+def _flat(tensors: dict[str, Tensor]) -> list[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of LoRA's matrices that are no matrices."""
+    return [
+        (key, tuple(value.shape))
+        for key, value in tensors.items()
+        if (".lora_A" in key or ".lora_B" in key)
+        and not key.endswith(".bias")
+        and (value.dim() < 2 or not value.numel())
+    ]
 
 
 def has_own_state_dict(model: nn.Module) -> bool:
@@ -178,11 +246,7 @@ def has_own_state_dict(model: nn.Module) -> bool:
 
 def _warn_of_shards(tensors: dict[str, Tensor], adapter_name: str) -> None:
     """A matrix of LoRA that is flat or empty is what one process has of a sharded one."""
-    bad = [
-        (key, tuple(t.shape))
-        for key, t in tensors.items()
-        if (".lora_A" in key or ".lora_B" in key) and (t.dim() < 2 or t.numel() == 0)
-    ]
+    bad = _flat(tensors)
     if bad:
         warnings.warn(
             f"Adapter {adapter_name!r}: {len(bad)} LoRA tensor(s) have invalid shape: "
