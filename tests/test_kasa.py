@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import peftkern
-from tests.tiny import fill, first, gradients, make
+from tests.closeness import assert_as_good_as_torch, assert_same_number, differ
+from tests.tiny import fill, first, gradients, make, step
 
 IDS = torch.arange(3, 17).view(2, 7)
 BATCH = {"input_ids": IDS, "labels": IDS}
@@ -21,8 +22,8 @@ def config(library=peftkern, **settings):
     return library.LoraConfig(task_type="CAUSAL_LM", **settings)
 
 
-def models(dtype=torch.float32, **settings):
-    base, found = make("llama").to(dtype), []
+def models(dtype=torch.float64, **settings):
+    base, found = make("llama", dtype=dtype), []
     for library in (peftkern, peft):
         torch.manual_seed(0)
         found.append(library.get_peft_model(copy.deepcopy(base), config(library, **settings)))
@@ -48,11 +49,15 @@ def test_numbers_and_gradients(p):
     ours, theirs = models(lora_dropout=p)
     fill(ours), fill(theirs)
     found = [gradients(m.train(), BATCH) for m in (ours, theirs)]
-    torch.testing.assert_close(found[0][0], found[1][0])
-    assert set(found[0][1]) == set(found[1][1])
+    assert_same_number(*found)
     assert any("lora_diag" in name for name in found[0][1])
-    for name, other in found[1][1].items():
-        torch.testing.assert_close(found[0][1][name], other, rtol=1e-4, atol=1e-6)
+
+
+def test_fp32_errs_no_more_than_peft():
+    ours, theirs = models(torch.float32)
+    fill(ours), fill(theirs)
+    exact = step(copy.deepcopy(theirs).double(), BATCH)
+    assert_as_good_as_torch(step(ours, BATCH), step(theirs, BATCH), exact)
 
 
 def test_two_active_adapters_are_not_one_operation():
@@ -62,12 +67,10 @@ def test_two_active_adapters_are_not_one_operation():
         model.add_adapter("b", config(library, r=6, init_lora_weights=False))
         model.base_model.set_adapter(["b", "default"])
     mine, other = (gradients(m.train(), BATCH) for m in pairs)
-    torch.testing.assert_close(mine[0], other[0])
-    for name in other[1]:
-        torch.testing.assert_close(mine[1][name], other[1][name], rtol=1e-4, atol=1e-6)
+    assert_same_number(mine, other)
     with torch.no_grad():
         rows = [first(m.eval()(input_ids=IDS, adapter_names=["b", "__base__"])) for m in pairs]
-    torch.testing.assert_close(*rows)
+    assert_same_number(*rows)
 
 
 def test_one_operation_says_so():
@@ -75,16 +78,16 @@ def test_one_operation_says_so():
     assert all(row.fused and "KaSA: one operation" in row.reason for row in peftkern.explain(ours))
 
 
-def test_loss():
+def test_loss(doubled):
     ours, theirs = models(init_lora_weights=False, kasa_config={"beta": 0.3, "gamma": 0.2})
     losses = [m._get_kasa_loss() for m in (ours, theirs)]
-    torch.testing.assert_close(*losses)
+    assert_same_number(*losses)
     for loss in losses:
         loss.backward()
     want = dict(theirs.named_parameters())
     for name, parameter in ours.named_parameters():
         if parameter.requires_grad:
-            torch.testing.assert_close(parameter.grad, want[name].grad)
+            assert_same_number(parameter.grad, want[name].grad, name)
     assert ours._get_kasa_loss("default").item() == losses[0].item()
     assert ours._get_kasa_loss(["other"]) == 0.0
     plain = peftkern.get_peft_model(make("llama"), config(kasa_config=None))
@@ -100,44 +103,44 @@ def test_merging():
         ours.merge_adapter(safe_merge=safe), theirs.merge_adapter(safe_merge=safe)
         merged = dict(theirs.named_parameters())
         for name, old in before.items():
-            torch.testing.assert_close(ours.get_parameter(name), merged[name])
+            assert_same_number(ours.get_parameter(name), merged[name], name)
             assert not torch.equal(ours.get_parameter(name), old)
-        torch.testing.assert_close(first(ours(input_ids=IDS)), want)
+        assert_same_number(first(ours(input_ids=IDS)), want)
         ours.unmerge_adapter(), theirs.unmerge_adapter()
         assert all(torch.equal(ours.get_parameter(n), old) for n, old in before.items())
     assert not theirs.supports_lora_conversion() and not ours.supports_lora_conversion()
-    torch.testing.assert_close(first(ours.merge_and_unload()(input_ids=IDS)), want)
+    assert_same_number(first(ours.merge_and_unload()(input_ids=IDS)), want)
 
 
 @pytest.mark.parametrize("low", [False, True])
-def test_files_go_both_ways(tmp_path, low):
+def test_files_go_both_ways(tmp_path, doubled, low):
     ours, theirs = models(kasa_config={"beta": 0.5})
     fill(ours), fill(theirs)
     ours.save_pretrained(tmp_path / "ours"), theirs.save_pretrained(tmp_path / "theirs")
     want = first(theirs.eval()(input_ids=IDS))
     for library, name in ((peft, "ours"), (peftkern, "theirs")):
         model = library.PeftModel.from_pretrained(
-            make("llama"), tmp_path / name, low_cpu_mem_usage=low
+            make("llama", dtype=torch.float64), tmp_path / name, low_cpu_mem_usage=low
         )
         for _ in range(2):
-            torch.testing.assert_close(first(model.eval()(input_ids=IDS)), want)
+            assert_same_number(first(model.eval()(input_ids=IDS)), want)
     settings = peftkern.LoraConfig.from_pretrained(tmp_path / "theirs").kasa_config
     assert settings == peftkern.KasaConfig(beta=0.5)
     merged = peftkern.PeftModel.from_pretrained(
-        make("llama"), tmp_path / "theirs", low_cpu_mem_usage=low
+        make("llama", dtype=torch.float64), tmp_path / "theirs", low_cpu_mem_usage=low
     ).merge_and_unload()
-    torch.testing.assert_close(first(merged(input_ids=IDS)), want)
+    assert_same_number(first(merged(input_ids=IDS)), want)
 
 
 @pytest.mark.parametrize("merge", [False, True])
 def test_a_base_that_comes_after_the_adapter(merge):
     """The base weight is on the meta device when the adapter is added, and is loaded later."""
     torch.manual_seed(0)
-    base = torch.nn.Sequential(torch.nn.Linear(8, 6))
+    base = torch.nn.Sequential(torch.nn.Linear(8, 6)).double()
     settings = config(target_modules=["0"], init_lora_weights=False)
     want = peftkern.inject_adapter_in_model(settings, copy.deepcopy(base))
     model = peftkern.inject_adapter_in_model(settings, copy.deepcopy(base).to("meta"))
-    x = torch.randn(3, 8)
+    x = torch.randn(3, 8, dtype=torch.float64)
     for call in (lambda: model(x), model[0].merge):
         with pytest.raises(RuntimeError, match="still on the meta device"):
             call()
@@ -148,8 +151,8 @@ def test_a_base_that_comes_after_the_adapter(merge):
     if merge:
         model[0].merge()
     for _ in range(2):
-        torch.testing.assert_close(model(x), want(x))
-    assert torch.allclose(model[0].base_layer.weight, want[0].base_layer.weight) is not merge
+        assert_same_number(model(x), want(x))
+    assert differ(model[0].base_layer.weight, want[0].base_layer.weight) is merge
 
 
 @pytest.mark.parametrize(
@@ -188,9 +191,16 @@ def test_a_failure_after_the_truncation_takes_it_back(monkeypatch):
         peftkern.get_peft_model(model, config())
     assert list(before) == list(model.state_dict())
     for name, value in model.state_dict().items():
-        torch.testing.assert_close(value, before[name])
+        exact = before[name].double()
+        if exact.ndim < 2:
+            assert torch.equal(value, before[name])
+            continue
+        # the weight is the sum of its parts again, as torch's own of all of them is
+        u, s, vh = torch.linalg.svd(before[name], full_matrices=False)
+        assert_as_good_as_torch(value, (u * s) @ vh, exact)
 
 
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False but")
 def test_more_refusals():
     for library in (peftkern, peft):
         for one, two in ((None, {}), ({}, None)):
