@@ -15,6 +15,7 @@ from peftkern.ops.lora_mixed import Adapter, SampleIndex, lora_mixed
 from peftkern.tuners.lora.layer import Linear
 from peftkern.tuners.lora.mixed import AdapterNames
 from peftkern.utils.mixed import HERE, hand_over, handing
+from tests.closeness import assert_as_good_as_torch, assert_same_number
 from tests.tiny import fill, first, inputs, make
 
 CPU = torch.device("cpu")
@@ -24,16 +25,16 @@ NAMES = ("b", "__base__", "a", "b")
 def model_of(family="llama", task="CAUSAL_LM", **settings):
     """Adapters ``default`` (rank 4), ``a`` (2) and ``b`` (9) on a tiny model."""
     config = peftkern.LoraConfig(task_type=task, r=4, lora_alpha=8, **settings)
-    model = peftkern.get_peft_model(make(family, task), config)
+    model = peftkern.get_peft_model(make(family, task, torch.float64), config)
     for name, r in (("a", 2), ("b", 9)):
         model.add_adapter(name, peftkern.LoraConfig(task_type=task, r=r, lora_alpha=r, **settings))
     fill(model)
     return model.eval()
 
 
-def layer_of(base=None, **settings):
+def layer_of(base=None, dtype=torch.float64, **settings):
     torch.manual_seed(0)
-    layer = Linear(nn.Linear(12, 10) if base is None else base)
+    layer = Linear((nn.Linear(12, 10) if base is None else base).to(dtype))
     for name, r in (("a", 2), ("b", 9)):
         config = peftkern.LoraConfig(r=r, target_modules=["x"], init_lora_weights=False, **settings)
         layer.update_layer(name, r, r, config)
@@ -83,7 +84,7 @@ def test_eight_threads_on_one_model_do_not_mix():
     handle.remove()
     assert not failed
     for mine, alone in zip(got, want, strict=True):
-        torch.testing.assert_close(mine, alone, atol=1e-6, rtol=1e-5)
+        assert_same_number(mine, alone)
     assert (want[0] - want[1]).abs().max() > 1e-2
 
 
@@ -133,7 +134,8 @@ def test_nothing_is_left_after_an_exception_and_hooks_are_not_touched():
 def test_a_base_layer_called_inside_is_the_base_layer():
     model = model_of()
     layer = next(m for m in model.modules() if isinstance(m, Linear))
-    x, ids, seen = torch.randn(2, 16), inputs("llama", batch=4)["input_ids"], []
+    x, seen = torch.randn(2, 16, dtype=torch.float64), []
+    ids = inputs("llama", batch=4)["input_ids"]
     norm = model.base_model.model.model.norm
     handle = norm.register_forward_pre_hook(lambda *_: seen.append(layer.base_layer(x)))
     model(ids, adapter_names=NAMES)
@@ -161,10 +163,10 @@ def test_layers_that_come_and_go_between_forwards():
     config = peftkern.LoraConfig(r=3, target_modules=["up_proj"], init_lora_weights=False)
     before = first(model(ids, adapter_names=NAMES))
     model.add_adapter("c", config)  # layers that no adapter had
-    torch.testing.assert_close(first(model(ids, adapter_names=NAMES)), before)
+    assert_same_number(first(model(ids, adapter_names=NAMES)), before)
     mixed = first(model(ids, adapter_names=["c", *NAMES[1:]]))
     model.set_adapter("c")
-    torch.testing.assert_close(mixed[:1], first(model(ids[:1])), atol=3e-5, rtol=0)
+    assert_same_number(mixed[:1], first(model(ids[:1])))
     assert (mixed[:1] - before[:1]).abs().max() > 1e-2
 
 
@@ -179,7 +181,7 @@ def test_compiled_by_torch():
     inner.forward = torch.compile(inner.forward, backend="eager", fullgraph=True)
     for names, plain in zip(choices, want, strict=True):
         got = first(model(ids, adapter_names=names))
-        torch.testing.assert_close(got, plain, atol=1e-5, rtol=1e-5)
+        assert_same_number(got, plain)
 
 
 # ---------------------------------------------------------------- the names as an object
@@ -229,7 +231,7 @@ def test_the_operation_and_its_gradients(transposed):
         if i >= 0:
             A, B, scale = adapters[i]
             want[b] += scale * (x[b] @ A.T @ B.T)
-    torch.testing.assert_close(y, want)
+    assert_same_number(y, want)
     inputs = [x, weight, bias, *(t for a in adapters for t in a[:2])]
     for t in inputs:
         t.requires_grad_()
@@ -275,7 +277,7 @@ def hooked_a(layer):
 
 
 def biased(layer):
-    layer.lora_B["b"].bias = nn.Parameter(torch.ones(10))
+    layer.lora_B["b"].bias = nn.Parameter(torch.ones(10, dtype=torch.float64))
 
 
 def wider(layer):
@@ -309,14 +311,20 @@ SLOW = {
 @torch.no_grad()
 def test_a_layer_that_cannot_be_one_operation_says_why_and_is_right(reason, caplog):
     make_slow = SLOW[reason]
-    layer = make_slow() if make_slow.__name__ == "<lambda>" else layer_of()
+    dtype = torch.float32 if make_slow is wider else torch.float64
+    layer = make_slow() if make_slow.__name__ == "<lambda>" else layer_of(dtype=dtype)
     if make_slow.__name__ != "<lambda>":
         make_slow(layer)
     caplog.set_level("INFO", logger="peftkern")
-    x = torch.randn(4, 3, 12)
+    x = torch.randn(4, 3, 12, dtype=dtype)
     for _ in range(2):
         y = layer(x, adapter_names=list(NAMES))
-    torch.testing.assert_close(y, one_by_one(layer, x, NAMES), atol=1e-5, rtol=1e-5)
+    plain = one_by_one(layer, x, NAMES)
+    if dtype == torch.float64:
+        assert_same_number(y, plain)
+    else:
+        exact = one_by_one(copy.deepcopy(layer).double(), x.double(), NAMES)
+        assert_as_good_as_torch(y, plain, exact)
     assert caplog.text.count(reason) == 1 and "adapter by adapter" in caplog.text
 
 
@@ -325,9 +333,9 @@ def test_a_plain_layer_is_one_operation_for_2_and_3_dimensions(caplog):
     caplog.set_level("INFO", logger="peftkern")
     layer = layer_of()
     for shape in ((4, 12), (4, 3, 12), (4, 2, 3, 12), (4, 0, 12)):
-        x = torch.randn(*shape)
+        x = torch.randn(*shape, dtype=torch.float64)
         y = layer(x, adapter_names=list(NAMES))
-        torch.testing.assert_close(y, one_by_one(layer, x, NAMES), atol=1e-5, rtol=1e-5)
+        assert_same_number(y, one_by_one(layer, x, NAMES))
     assert not caplog.text
     layer.enable_adapters(False)
     assert torch.equal(layer(x, adapter_names=list(NAMES)), layer.base_layer(x))
@@ -336,7 +344,7 @@ def test_a_plain_layer_is_one_operation_for_2_and_3_dimensions(caplog):
 def test_dropout_of_a_layer_in_training_mode_drops(caplog):
     caplog.set_level("INFO", logger="peftkern")
     layer = layer_of(lora_dropout=0.5).train()
-    x = torch.randn(4, 3, 12)
+    x = torch.randn(4, 3, 12, dtype=torch.float64)
     a, b = (layer(x, adapter_names=list(NAMES)) for _ in range(2))
     assert not torch.equal(a, b) and torch.equal(a[1], b[1]) and "dropout of b" in caplog.text
 
@@ -345,4 +353,4 @@ def test_merged_adapters_are_refused_as_by_hf_peft():
     layer = layer_of()
     layer.merged_adapters.append("a")
     with pytest.raises(ValueError, match="Cannot pass `adapter_names` when there are merged"):
-        layer(torch.randn(4, 12), adapter_names=list(NAMES))
+        layer(torch.ones(4, 12, dtype=torch.float64), adapter_names=list(NAMES))
