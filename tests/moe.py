@@ -61,7 +61,14 @@ def _original(family: str) -> Any:
 
 def make(family: str, dtype: torch.dtype = torch.float32) -> Any:
     """A fresh tiny model; the same weights each time."""
-    return copy.deepcopy(_original(family)).to(dtype)
+    model = copy.deepcopy(_original(family)).to(dtype)
+    return eager(model) if dtype == torch.float64 else model
+
+
+def eager(model: Any) -> Any:
+    """The model with its experts one after the other: torch's grouped product has no float64."""
+    model.set_experts_implementation("eager")
+    return model
 
 
 def save_v4_adapter(folder: Path, family: str, r: int = 3) -> None:

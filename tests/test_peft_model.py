@@ -10,16 +10,16 @@ import pytest
 import torch
 
 import peftkern
+from tests.closeness import assert_same_number, differ
 from tests.tiny import assert_same, fill, first, gradients, inputs, loss_of, make, pair, snapshot
 
-EXACT = {"rtol": 0, "atol": 1e-5}
 SECOND = {"r": 2, "lora_alpha": 3, "target_modules": ["q_proj", "up_proj"], "use_rslora": True}
 THIRD = {"r": 3, "target_modules": ["k_proj"], "init_lora_weights": False}
 
 
 def three(family="llama", task="CAUSAL_LM", second=None, third=None, **settings):
     """(ours, theirs) with the adapters default, second and third."""
-    models = pair(family, task, **settings)
+    models = pair(family, task, torch.float64, **settings)
     for library, model in zip((peftkern, peft), models, strict=True):
         for name, config in (("second", second or SECOND), ("third", third or THIRD)):
             model.add_adapter(name, library.LoraConfig(task_type=task, **config))
@@ -38,7 +38,7 @@ def assert_alike(ours, theirs, family="llama", task="CAUSAL_LM"):
     assert ours.get_nb_trainable_parameters() == theirs.get_nb_trainable_parameters()
     assert sorted(ours.peft_config) == sorted(theirs.peft_config)
     batch = inputs(family, task)
-    torch.testing.assert_close(first(ours(**batch)), first(theirs(**batch)), **EXACT)
+    assert_same_number(first(ours(**batch)), first(theirs(**batch)))
 
 
 @contextlib.contextmanager
@@ -83,9 +83,7 @@ def test_switching(step):
     assert_alike(ours, theirs)
     if ours.get_nb_trainable_parameters()[0]:
         mine, other = (gradients(m, inputs("llama"))[1] for m in (ours, theirs))
-        assert mine.keys() == other.keys()
-        for name, grad in other.items():
-            torch.testing.assert_close(mine[name], grad, **EXACT, msg=name)
+        assert_same_number(mine, other)
 
 
 @pytest.mark.parametrize("step", ["set", "set_inference", "delete_inactive", "disable_layers"])
@@ -100,7 +98,7 @@ def test_switching_trained_modules(step):
     g = torch.Generator().manual_seed(3)
     for (name, p), (_, q) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
         if "modules_to_save" in name:
-            p.data = q.data = torch.randn(p.shape, generator=g)
+            p.data = q.data = torch.randn(p.shape, generator=g, dtype=p.dtype)
     with quiet():
         for model in (ours, theirs):
             STEPS[step](model)
@@ -127,7 +125,7 @@ def test_deleting_the_active_adapter_activates_the_same_one_in_every_layer():
     ours.set_adapter("default")
     with quiet():
         ours.delete_adapter("default")
-    torch.testing.assert_close(first(ours(**batch)), expected, **EXACT)
+    assert_same_number(first(ours(**batch)), expected)
     assert {n for n, p in ours.named_parameters() if p.requires_grad} == {
         n for n, _ in ours.named_parameters() if ".second." in n
     }
@@ -135,7 +133,7 @@ def test_deleting_the_active_adapter_activates_the_same_one_in_every_layer():
 
 def test_a_module_with_no_copy_for_the_active_adapter_is_the_original():
     """HF PEFT calls no adapter's copy there either."""
-    base = make("llama")
+    base = make("llama", dtype=torch.float64)
     model = peftkern.get_peft_model(base, peftkern.LoraConfig(modules_to_save=["lm_head"]))
     model.add_adapter("second", peftkern.LoraConfig(target_modules=["q_proj"]))
     with torch.no_grad():
@@ -143,7 +141,7 @@ def test_a_module_with_no_copy_for_the_active_adapter_is_the_original():
     batch = inputs("llama")
     assert not first(model.eval()(**batch)).any()
     model.set_adapter("second")
-    torch.testing.assert_close(first(model(**batch)), first(make("llama")(**batch)), **EXACT)
+    assert_same_number(first(model(**batch)), first(make("llama", dtype=torch.float64)(**batch)))
     assert not base.lm_head.modules_to_save["default"].weight.requires_grad
 
 
@@ -151,24 +149,24 @@ def test_a_module_with_no_copy_for_the_active_adapter_is_the_original():
     ("family", "task"), [("llama", "CAUSAL_LM"), ("gpt2", "SEQ_CLS"), ("bert", "TOKEN_CLS")]
 )
 def test_disable_adapter(family, task):
-    ours, theirs = pair(family, task, lora_dropout=0.4)
+    ours, theirs = pair(family, task, torch.float64, lora_dropout=0.4)
     batch = inputs(family, task)
     before = snapshot(ours)
-    bare = first(make(family, task)(**batch))
+    bare = first(make(family, task, torch.float64)(**batch))
     for model in (ours.eval(), theirs.eval()):
         adapted = first(model(**batch))
         with model.disable_adapter():
-            torch.testing.assert_close(first(model(**batch)), bare, **EXACT)
+            assert_same_number(first(model(**batch)), bare)
             assert not any(p.requires_grad for n, p in model.named_parameters() if "lora_" in n)
             with model.disable_adapter():  # once more inside
-                torch.testing.assert_close(first(model(**batch)), bare, **EXACT)
-        torch.testing.assert_close(first(model(**batch)), adapted, rtol=0, atol=0)
+                assert_same_number(first(model(**batch)), bare)
+        assert torch.equal(first(model(**batch)), adapted)
     assert flags(ours) == flags(theirs)
     ours.train(), theirs.train()
     before["training"] = snapshot(ours)["training"]
     assert_same(ours, before)
     assert ours.has_active_enabled_adapter and theirs.has_active_enabled_adapter
-    assert not torch.allclose(bare, first(ours.eval()(**batch, adapter_names=["default"] * 3)))
+    assert differ(bare, first(ours.eval()(**batch, adapter_names=["default"] * 3)))
     ours.train()
     with pytest.raises(RuntimeError, match="mine"), ours.disable_adapter():
         raise RuntimeError("mine")
@@ -176,7 +174,7 @@ def test_disable_adapter(family, task):
 
 
 def test_disable_adapter_with_trained_biases_warns():
-    ours, theirs = pair("bert", "SEQ_CLS", bias="all")
+    ours, theirs = pair("bert", "SEQ_CLS", torch.float64, bias="all")
     with torch.no_grad():
         for model in (ours, theirs):
             model.get_submodule("base_model.model.bert.pooler.dense").bias.add_(1)
@@ -187,7 +185,7 @@ def test_disable_adapter_with_trained_biases_warns():
         ):
             logits = first(model(**inputs("bert", "SEQ_CLS")))
     with quiet(), ours.disable_adapter():
-        torch.testing.assert_close(first(ours(**inputs("bert", "SEQ_CLS"))), logits, **EXACT)
+        assert_same_number(first(ours(**inputs("bert", "SEQ_CLS"))), logits)
 
 
 MIXED = ["second", "__base__", "default", "third", "second", "default"]
@@ -200,7 +198,7 @@ def test_an_adapter_for_each_row(family, task):
     for model in (ours, theirs):
         model.eval()
     mixed = first(ours(**batch, adapter_names=MIXED))
-    torch.testing.assert_close(mixed, first(theirs(**batch, adapter_names=MIXED)), **EXACT)
+    assert_same_number(mixed, first(theirs(**batch, adapter_names=MIXED)))
     for i, name in enumerate(MIXED):  # each row is what its adapter alone says
         row = {k: v[i : i + 1] for k, v in batch.items()}
         if name == "__base__":
@@ -209,14 +207,12 @@ def test_an_adapter_for_each_row(family, task):
         else:
             ours.set_adapter(name)
             alone = first(ours(**row))
-        torch.testing.assert_close(mixed[i : i + 1], alone, rtol=0, atol=3e-5)
+        assert_same_number(mixed[i : i + 1], alone)
     # and nothing of it stays
-    torch.testing.assert_close(
-        first(ours(**batch)), first(ours(**batch, adapter_names=["default"] * 6)), **EXACT
-    )
+    assert_same_number(first(ours(**batch)), first(ours(**batch, adapter_names=["default"] * 6)))
     with ours.disable_adapter():
         bare = first(ours(**batch))
-        torch.testing.assert_close(first(ours(**batch, adapter_names=MIXED)), bare, **EXACT)
+        assert_same_number(first(ours(**batch, adapter_names=MIXED)), bare)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "t5"])
@@ -233,10 +229,8 @@ def test_an_adapter_for_each_row_of_embeddings_and_conv1d(family):
     batch = inputs(family, task, batch=6)
     for model in (ours, theirs):
         model.eval()
-    torch.testing.assert_close(
-        first(ours(**batch, adapter_names=MIXED)),
-        first(theirs(**batch, adapter_names=MIXED)),
-        **EXACT,
+    assert_same_number(
+        first(ours(**batch, adapter_names=MIXED)), first(theirs(**batch, adapter_names=MIXED))
     )
 
 
@@ -278,7 +272,8 @@ def test_generate_with_an_adapter_for_each_row(family, beams):
 def test_adapters_added_loaded_and_deleted_again(tmp_path):
     ours, theirs = three()
     ours.save_pretrained(tmp_path)
-    reloaded = peftkern.PeftModel.from_pretrained(make("llama"), tmp_path)
+    base = make("llama", dtype=torch.float64)
+    reloaded = peftkern.PeftModel.from_pretrained(base, tmp_path)
     for name in ("second", "third"):
         result = reloaded.load_adapter(tmp_path / name, name)
         assert not result.missing_keys and not result.unexpected_keys
@@ -287,7 +282,7 @@ def test_adapters_added_loaded_and_deleted_again(tmp_path):
     for name in ("default", "second", "third"):
         for model in (ours.eval(), reloaded):
             model.set_adapter(name)
-        torch.testing.assert_close(first(reloaded(**batch)), first(ours(**batch)), rtol=0, atol=0)
+        assert torch.equal(first(reloaded(**batch)), first(ours(**batch)))
     reloaded.delete_adapter("second")
     assert not any(".second." in n for n in reloaded.state_dict())
     reloaded.load_adapter(tmp_path / "second", "second", is_trainable=True)
@@ -295,14 +290,12 @@ def test_adapters_added_loaded_and_deleted_again(tmp_path):
     assert any(".second." in n for n in trainable)
     reloaded.set_adapter("second")
     ours.set_adapter("second")
-    torch.testing.assert_close(
-        first(reloaded.eval()(**batch)), first(ours(**batch)), rtol=0, atol=0
-    )
+    assert torch.equal(first(reloaded.eval()(**batch)), first(ours(**batch)))
 
 
 @pytest.mark.parametrize("trainable", [True, False])
 def test_load_adapter_beside_another_has_pefts_flags(tmp_path, trainable):
-    models = pair("llama")
+    models = pair("llama", dtype=torch.float64)
     models[0].save_pretrained(tmp_path)
     for model in models:
         model.load_adapter(tmp_path, "second", is_trainable=trainable)
@@ -324,7 +317,7 @@ def test_only_the_active_adapter_trains():
 
 def test_what_a_peft_model_answers():
     for family, task in [("llama", "CAUSAL_LM"), ("bert", None)]:
-        ours, theirs = three() if task else pair(family, task)
+        ours, theirs = three() if task else pair(family, task, torch.float64)
         for model in (ours, theirs):
             model.eval()
         assert str(ours.peft_type.value) == str(theirs.peft_type.value) == "LORA"
@@ -334,7 +327,7 @@ def test_what_a_peft_model_answers():
         )
         assert ours.active_peft_config is ours.peft_config["default"]
         assert ours.modules_to_save == theirs.modules_to_save
-        assert ours.base_model_torch_dtype == theirs.base_model_torch_dtype == torch.float32
+        assert ours.base_model_torch_dtype == theirs.base_model_torch_dtype == torch.float64
         assert ours.has_active_enabled_adapter is theirs.has_active_enabled_adapter is True
         with ours.disable_adapter(), theirs.disable_adapter():
             assert ours.has_active_enabled_adapter is theirs.has_active_enabled_adapter is False
@@ -348,7 +341,10 @@ def test_second_wrapping_warns_like_peft():
     for library in (peftkern, peft):
         base = make("llama")
         library.get_peft_model(base, library.LoraConfig())
-        with pytest.warns(UserWarning, match="second time"):
+        with (
+            pytest.warns(UserWarning, match="second time"),
+            pytest.warns(UserWarning, match="Already found a `peft_config` attribute"),
+        ):
             library.get_peft_model(base, library.LoraConfig(), "again")
 
 

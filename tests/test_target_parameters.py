@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -15,8 +16,12 @@ from torch.nn.utils import parametrize
 import peftkern
 from peftkern.tuners.lora.parameter import ParamWrapper, _LoraFactorsProxy
 from tests import moe
+from tests.closeness import assert_as_good_as_torch, assert_same_number
 from tests.tiny import assert_same, fill, gradients, make, pair, snapshot
 
+pytestmark = pytest.mark.filterwarnings(  # HF PEFT's, about patterns that it made itself
+    "ignore:The following (rank|alpha)_pattern keys did not match any:RuntimeWarning"
+)
 BATCH = {"input_ids": moe.IDS, "labels": moe.IDS}
 BOTH = {f: [f"{e}.gate_up_proj", f"{e}.down_proj"] for f, e in moe.EXPERTS_OF.items()}
 CASES = {
@@ -35,9 +40,9 @@ CASES = {
 }
 
 
-def two(case: str, **more: Any) -> tuple[Any, Any]:
+def two(case: str, dtype: torch.dtype = torch.float64, **more: Any) -> tuple[Any, Any]:
     family, settings = CASES[case]
-    base = moe.make(family)
+    base = moe.make(family, dtype)
     return pair(family, base=base, **{"target_modules": ["q_proj"], **settings, **more})
 
 
@@ -46,11 +51,7 @@ def test_numbers_gradients_and_files_are_hf_pefts(case, tmp_path) -> None:
     ours, theirs = two(case)
     names = {n for n, p in theirs.named_parameters() if p.requires_grad}
     assert {n for n, p in ours.named_parameters() if p.requires_grad} == names
-    (loss, grads), (loss_, grads_) = gradients(ours, BATCH), gradients(theirs, BATCH)
-    torch.testing.assert_close(loss, loss_)
-    assert grads.keys() == grads_.keys()
-    for name, grad in grads_.items():
-        torch.testing.assert_close(grads[name], grad, msg=name)
+    assert_same_number(gradients(ours, BATCH), gradients(theirs, BATCH))
     # the update shows, and no parametrization is left behind
     with ours.disable_adapter(), torch.no_grad():
         assert (ours(**BATCH).logits - theirs(**BATCH).logits).abs().max() > 1e-2
@@ -61,21 +62,29 @@ def test_numbers_gradients_and_files_are_hf_pefts(case, tmp_path) -> None:
     theirs.save_pretrained(tmp_path / "theirs")
     with torch.no_grad():
         want = theirs(**BATCH).logits
-        there = peft.PeftModel.from_pretrained(moe.make(family), tmp_path / "ours")
-        here = peftkern.PeftModel.from_pretrained(moe.make(family), tmp_path / "theirs")
-        for model in (there, here):
-            torch.testing.assert_close(model(**BATCH).logits, want)
+        for library, folder in ((peft, "ours"), (peftkern, "theirs")):
+            base = moe.make(family, torch.float64)
+            model = library.PeftModel.from_pretrained(base, tmp_path / folder)
+            assert_same_number(model(**BATCH).logits, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", ["both_of_a_module", "with_modules"])
+def test_other_dtypes_are_as_good_as_hf_pefts(case, dtype) -> None:
+    ours, theirs = two(case, dtype)
+    exact = copy.deepcopy(theirs).double()
+    moe.eager(exact.get_base_model())
+    assert_as_good_as_torch(*(gradients(m, BATCH)[1] for m in (ours, theirs, exact)))
 
 
 def test_a_parameter_of_two_dimensions_is_a_linear_layers_weight() -> None:
-    ours, theirs = pair("llama", target_modules=[], target_parameters=["gate_proj.weight"])
+    settings = {"dtype": torch.float64, "target_parameters": ["gate_proj.weight"]}
+    ours, theirs = pair("llama", target_modules=[], **settings)
     batch = {"input_ids": moe.IDS, "labels": moe.IDS}
-    (loss, grads), (loss_, grads_) = gradients(ours, batch), gradients(theirs, batch)
-    torch.testing.assert_close(loss, loss_)
-    torch.testing.assert_close(grads, grads_)
+    assert_same_number(gradients(ours, batch), gradients(theirs, batch))
     # and nothing is grouped with a wrapper
-    ours, theirs = pair("llama", target_modules=["up_proj"], target_parameters=["gate_proj.weight"])
-    torch.testing.assert_close(gradients(ours, batch)[1], gradients(theirs, batch)[1])
+    ours, theirs = pair("llama", target_modules=["up_proj"], **settings)
+    assert_same_number(gradients(ours, batch), gradients(theirs, batch))
 
 
 def test_several_adapters_and_merging(tmp_path) -> None:
@@ -88,34 +97,34 @@ def test_several_adapters_and_merging(tmp_path) -> None:
     for model in (ours, theirs):
         fill(model, "other", seed=7)
 
-    def same(rtol: float | None = None) -> None:
+    def same() -> None:
         with torch.no_grad():
             got, want = ours(**BATCH).logits, theirs(**BATCH).logits
-        torch.testing.assert_close(got, want, rtol=rtol, atol=rtol)
+        assert_same_number(got, want)
 
     for names in ("other", ["default", "other"]):
         ours.base_model.set_adapter(names)
         theirs.base_model.set_adapter(names)
-        same(1e-4)
+        same()
     before = {k: v.clone() for k, v in ours.state_dict().items()}
     ours.merge_adapter()
     theirs.merge_adapter()
-    same(1e-4)
+    same()
     ours.unmerge_adapter()
     assert all(torch.equal(v, before[k]) for k, v in ours.state_dict().items())
     theirs.unmerge_adapter()
     ours.delete_adapter("default")
     theirs.delete_adapter("default")
-    same(1e-4)
+    same()
     with torch.no_grad():
         want = ours(**BATCH).logits
         merged = ours.merge_and_unload()
-        torch.testing.assert_close(merged(**BATCH).logits, want, rtol=1e-4, atol=1e-4)
+        assert_same_number(merged(**BATCH).logits, want)
     assert not any(isinstance(m, ParamWrapper) for m in merged.modules())
 
 
 def test_the_sum_is_computed_once_a_call_in_the_parameters_dtype(monkeypatch) -> None:
-    ours, _ = two("both_of_a_module")
+    ours, _ = two("both_of_a_module", torch.float32)
     sums = []
     add = _LoraFactorsProxy.updated
     monkeypatch.setattr(
@@ -139,7 +148,7 @@ def test_threads_do_not_see_each_others_parametrizations() -> None:
 
     with ThreadPoolExecutor(8) as pool:
         for got, expected in zip(pool.map(call, batches), want, strict=True):
-            torch.testing.assert_close(got, expected)
+            assert_same_number(got, expected)
 
 
 def test_explain_names_the_parameter() -> None:
@@ -209,11 +218,11 @@ def test_other_refusals() -> None:
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
 def test_adapters_of_transformers_4_become_those_of_fused_experts(family, tmp_path) -> None:
     moe.save_v4_adapter(tmp_path, family)
-    here = peftkern.PeftModel.from_pretrained(moe.make(family), tmp_path)
-    there = peft.PeftModel.from_pretrained(moe.make(family), tmp_path)
+    here = peftkern.PeftModel.from_pretrained(moe.make(family, torch.float64), tmp_path)
+    there = peft.PeftModel.from_pretrained(moe.make(family, torch.float64), tmp_path)
     with torch.no_grad():
         want = there(input_ids=moe.IDS).logits
-        torch.testing.assert_close(here(input_ids=moe.IDS).logits, want, rtol=1e-4, atol=1e-4)
+        assert_same_number(here(input_ids=moe.IDS).logits, want)
     got, expected = here.peft_config["default"], there.peft_config["default"]
     for name in ("target_modules", "rank_pattern", "alpha_pattern"):
         assert getattr(got, name) == getattr(expected, name)
@@ -223,9 +232,9 @@ def test_adapters_of_transformers_4_become_those_of_fused_experts(family, tmp_pa
         assert torch.equal(weights.pop(key), value), key
     assert not weights
     here.save_pretrained(tmp_path / "new")  # in the new form, which either reads
-    again = peft.PeftModel.from_pretrained(moe.make(family), tmp_path / "new")
+    again = peft.PeftModel.from_pretrained(moe.make(family, torch.float64), tmp_path / "new")
     with torch.no_grad():
-        torch.testing.assert_close(again(input_ids=moe.IDS).logits, want)
+        assert_same_number(again(input_ids=moe.IDS).logits, want)
 
 
 @pytest.mark.parametrize(
@@ -270,13 +279,14 @@ def test_transformers_own_loader_finds_its_conversions(family, tmp_path, monkeyp
     logits = []
     for build in (theirs.build_peft_weight_mapping, build_peft_weight_mapping):
         monkeypatch.setattr(theirs, "build_peft_weight_mapping", build)
-        model = moe.make(family)
+        model = moe.make(family, torch.float64)
         model.load_adapter(str(tmp_path))
         with torch.no_grad():
             logits.append(model(input_ids=moe.IDS).logits)
-    torch.testing.assert_close(logits[1], logits[0])
+    assert_same_number(logits[1], logits[0])
     with torch.no_grad():
-        assert (logits[0] - moe.make(family)(input_ids=moe.IDS).logits).abs().max() > 0.1
+        base = moe.make(family, torch.float64)
+        assert (logits[0] - base(input_ids=moe.IDS).logits).abs().max() > 0.1
 
 
 def test_an_incomplete_v4_adapter_is_refused(tmp_path) -> None:

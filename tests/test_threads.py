@@ -10,6 +10,7 @@ import torch
 import peftkern
 from peftkern.tuners.lora import group as groups
 from peftkern.tuners.lora.mixed import AdapterNames
+from tests.closeness import assert_same_number
 from tests.tiny import fill, first, inputs, make
 
 THREADS = 8
@@ -47,7 +48,7 @@ def assert_as_alone(model, block, calls):
     alone = [call() for call in calls]
     for found, wanted in zip(together(model, block, calls), alone, strict=True):
         for each in found:
-            torch.testing.assert_close(each, wanted, atol=1e-5, rtol=1e-5)
+            assert_same_number(each, wanted)
     assert len({round(float(x.abs().sum()), 3) for x in alone}) > len(alone) // 2
 
 
@@ -83,7 +84,7 @@ def test_adapter_names_and_heads(kind):
     """A name for each row in some threads and the active adapter in others, with heads that the
     adapters trained."""
     config = KINDS[kind]
-    model = peftkern.get_peft_model(make("llama", "SEQ_CLS"), config("SEQ_CLS"))
+    model = peftkern.get_peft_model(make("llama", "SEQ_CLS", torch.float64), config("SEQ_CLS"))
     for name in ("a", "b"):
         model.add_adapter(name, config("SEQ_CLS"))
     randomize(model)
@@ -108,7 +109,7 @@ def _block(model):
 @pytest.mark.parametrize("kind", ["prefix", "prompt"])
 def test_generation(kind):
     """Some threads generate with the names of their rows, and one calls the base model."""
-    model = peftkern.get_peft_model(make("llama"), KINDS[kind]("CAUSAL_LM"))
+    model = peftkern.get_peft_model(make("llama", dtype=torch.float64), KINDS[kind]("CAUSAL_LM"))
     for name in ("a", "b"):
         model.add_adapter(name, KINDS[kind]("CAUSAL_LM"))
     randomize(model)
@@ -122,7 +123,8 @@ def test_generation(kind):
         called = model.base_model if given == "base" else model
         if isinstance(given, list):
             settings["adapter_names"] = given
-        return torch.stack(called.generate(input_ids=ids, **settings).logits)
+        found = called.generate(input_ids=ids, **settings).logits
+        return torch.stack(found).double()  # which transformers gives in fp32
 
     assert_as_alone(model.base_model, _block(model), [lambda g=g: call(g) for g in names])
     assert "prepare_inputs_for_generation" not in model.base_model.__dict__
@@ -131,7 +133,7 @@ def test_generation(kind):
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_prefixes_of_different_lengths(family):
     """An adapter's hooks serve all lengths: they are not put on anew under another thread."""
-    model = peftkern.get_peft_model(make(family), prefix("CAUSAL_LM", 3))
+    model = peftkern.get_peft_model(make(family, dtype=torch.float64), prefix("CAUSAL_LM", 3))
     for name, P in (("long", 6), ("a", 3)):
         model.add_adapter(name, prefix("CAUSAL_LM", P))
     randomize(model)
@@ -149,7 +151,7 @@ def test_prefixes_of_different_lengths(family):
 def test_groups_with_gradients():
     """Each thread's set is its own: nobody fetches, or gives up, another thread's outputs."""
     config = peftkern.LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")
-    model = randomize(peftkern.get_peft_model(make("llama"), config))
+    model = randomize(peftkern.get_peft_model(make("llama", dtype=torch.float64), config))
     batches = [inputs("llama", batch=1 + i % 3, length=4 + i)["input_ids"] for i in range(THREADS)]
     weights = [p for p in model.parameters() if p.requires_grad]
 
@@ -165,7 +167,7 @@ def test_groups_with_gradients():
 
 
 def test_one_object_of_names_in_all_threads():
-    model = peftkern.get_peft_model(make("llama"), lora("CAUSAL_LM"))
+    model = peftkern.get_peft_model(make("llama", dtype=torch.float64), lora("CAUSAL_LM"))
     model.add_adapter("a", lora("CAUSAL_LM"))
     randomize(model)
     ids = inputs("llama")["input_ids"]
