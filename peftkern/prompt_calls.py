@@ -165,13 +165,13 @@ def prefixed(
     ``position_ids`` in ``kwargs``, of a call of the base model, are moved behind the prefix here:
     the base model is called with them as HF PEFT calls it.
     """
-    prefixes, no_prefix = model._prefix_layers(batch, rows)
-    if not prefixes:  # every row is the base model's
+    named = [name for name in rows or [model.active_adapter] if name != BASE]
+    if not named:  # every row is the base model's
         yield
         return
-    named = [name for name in rows or [model.active_adapter] if name != BASE]
     config = model.peft_config[named[0]]
     model._inject(config)
+    prefixes, no_prefix = model._prefix_layers(batch, rows)
     more: dict[str, Any] = {} if no_prefix is None else {"no_prefix": no_prefix}
     if config.prefix_always_visible:
         more["always_visible"] = True

@@ -7,6 +7,7 @@ in ``prompts.py``, what a call does with them in ``prompt_calls.py``.
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import PromptLearningConfig
-from .prompts import Prompts, innermost
+from .prompts import Prompts, divide, innermost
 from .tuners.p_tuning import PromptEncoder, PromptEncoderConfig
 from .tuners.positions import Room
 from .tuners.prefix_tuning import PrefixEncoder, PrefixTuningConfig
@@ -171,25 +172,26 @@ class PromptLearning(Prompts):
 
     def _inject(self: Any, config: PromptLearningConfig) -> None:
         """Have the attention layers ready for prefixes of this adapter's length too."""
-        from .tuners.prefix_tuning.inject import (  # type: ignore[import-not-found, unused-ignore]
-            PrefixInjection,
-        )
+        from .tuners.prefix_tuning import way
 
         P, heads = config.num_virtual_tokens, config.num_attention_heads
         assert P is not None and config.token_dim is not None and heads is not None
         always_visible = getattr(config, "prefix_always_visible", False)
-        if self._prefix_injection is not None:
-            # never made anew: another thread may be in a forward with the hooks that there are
-            self._prefix_injection.allow(P, always_visible)
-            return
         base = innermost(self)
-        self._prefix_injection = PrefixInjection(
+        if self._prefix_injection is not None:
+            # not made anew: another thread may be in a forward with the hooks that there are
+            if not way.again(self._prefix_injection, base):
+                self._prefix_injection.allow(P, always_visible)
+                return
+            self._prefix_injection.remove()
+        self._prefix_injection = way.choose(
             base,
             num_layers=attention_layers(config, base),
             kv_heads=heads,
             head_dim=config.token_dim // heads,
             num_virtual_tokens=P,
             always_visible=always_visible,
+            divide=functools.partial(divide, model=base),
         )
 
     def _heads(self: Any) -> list[ModulesToSaveWrapper]:

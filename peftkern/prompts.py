@@ -32,6 +32,7 @@ class Prompts:
     """
 
     prompt_encoder: nn.ModuleDict
+    _prefix_injection: Any = None
 
     def get_prompt_embedding_to_save(self: Any, adapter_name: str) -> Tensor:
         """The virtual tokens as a file holds them, [rows, numbers of a row], on the CPU.
@@ -102,11 +103,11 @@ class Prompts:
         self: Any, batch_size: int, adapter_names: Sequence[str] | None = None
     ) -> tuple[list[LayerPrefix | None], Tensor | None]:
         """What every attention layer sees of the prefix: see :meth:`_own_prefixes`; a layer that
-        attends to another's keys sees that one's."""
+        attends to another's keys sees that one's. What goes through the cache is without those."""
         prefixes, no_prefix = self._own_prefixes(batch_size, adapter_names)
-        if prefixes and (lenders := key_lenders(innermost(self), len(prefixes))):
-            prefixes = [prefixes[lenders.get(layer, layer)] for layer in range(len(prefixes))]
-        return prefixes, no_prefix
+        if getattr(self._prefix_injection, "through_cache", False):
+            return prefixes, no_prefix
+        return _lent(prefixes, innermost(self)), no_prefix
 
     def _own_prefixes(
         self: Any, batch_size: int, adapter_names: Sequence[str] | None = None
@@ -180,25 +181,25 @@ class Prompts:
         config: PeftConfig = self.active_peft_config
         if not isinstance(config, PrefixTuningConfig):
             return self.prompt_encoder[self.active_adapter].prompt().expand(batch_size, -1, -1)
-        from transformers import DynamicCache, EncoderDecoderCache
+        from .tuners.prefix_tuning.cached import prefix_cache  # imports transformers' caches
 
         prefixes, _ = self._own_prefixes(batch_size)
-        pairs = [
-            None if pair is None else tuple(x.expand(batch_size, -1, -1, -1) for x in pair)
-            for pair in prefixes
-        ]
-        model_config = innermost(self).config
-        model_config = getattr(model_config, "get_text_config", lambda: model_config)()
-        if any(name in model_config.model_type for name in ("gemma2", "gemma3_text", "gemma4")):
-            cache = DynamicCache(config=model_config)
-            for layer, pair in enumerate(pairs):
-                if pair is not None:
-                    cache.update(*pair, layer)
-            return cache
-        cache = DynamicCache([pair for pair in pairs if pair is not None])
-        if config.num_transformer_submodules == 2:
-            return EncoderDecoderCache(cache, DynamicCache())
-        return cache
+        two = config.num_transformer_submodules == 2
+        return prefix_cache(prefixes, batch_size, innermost(self), two)
+
+
+def divide(
+    pairs: list[LayerPrefix], model: Any
+) -> tuple[list[LayerPrefix | None], list[LayerPrefix | None]]:
+    """What every attention layer of ``model`` sees of a prefix for each layer, and what those have
+    that write keys of their own."""
+    own = _fitted(pairs, model)
+    return _lent(own, model), own
+
+
+def _lent(own: list[LayerPrefix | None], model: Any) -> list[LayerPrefix | None]:
+    lenders = key_lenders(model, len(own)) if own else {}
+    return [own[lenders.get(layer, layer)] for layer in range(len(own))]
 
 
 def _index(names: list[str], among: list[str], device: torch.device) -> Tensor:

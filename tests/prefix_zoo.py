@@ -17,9 +17,61 @@ import transformers as tf
 from torch import Tensor
 
 import peftkern
-from tests.prefix_models import WIDTH, P, _bert, _decoder, inputs
+from tests.prefix_models import (
+    _ABSENT,
+    HEADS,
+    LABELS,
+    LAYERS,
+    VOCAB,
+    WIDTH,
+    P,
+    _bart,
+    _bert,
+    _decoder,
+    inputs,
+)
+from tests.tiny import loss_of
 
 _AS_DECODER = {"is_decoder": True, "tie_word_embeddings": False}
+
+
+def _led() -> Any:
+    config = _bart(tf.LEDConfig)
+    config.attention_window = [4, 4]
+    config.max_encoder_position_embeddings = config.max_decoder_position_embeddings = 64
+    return config
+
+
+def _bigbird_pegasus() -> Any:
+    config = _bart(tf.BigBirdPegasusConfig)
+    config.attention_type = "original_full"
+    return config
+
+
+def _seamless(cls: type) -> Any:
+    config = cls(
+        vocab_size=VOCAB,
+        hidden_size=WIDTH,
+        encoder_layers=LAYERS,
+        decoder_layers=LAYERS,
+        encoder_attention_heads=HEADS,
+        decoder_attention_heads=HEADS,
+        encoder_ffn_dim=24,
+        decoder_ffn_dim=24,
+        speech_encoder_layers=1,
+        t2u_encoder_layers=1,
+        t2u_decoder_layers=1,
+        max_position_embeddings=64,
+        encoder_layerdrop=0.0,
+        decoder_layerdrop=0.0,
+        dropout=0.0,
+        attention_dropout=0.0,
+        activation_dropout=0.0,
+        num_hidden_layers=LAYERS,
+    )
+    config.pad_token_id, config.decoder_start_token_id = 0, 3
+    return config
+
 
 # (task, configuration)
 FAMILIES: dict[str, tuple[str, Callable[[], Any]]] = {
@@ -35,6 +87,74 @@ FAMILIES: dict[str, tuple[str, Callable[[], Any]]] = {
             tf.RemBertConfig, input_embedding_size=WIDTH, output_embedding_size=WIDTH, **_AS_DECODER
         ),
     ),
+    "eurobert": (
+        "FEATURE_EXTRACTION",
+        lambda: _decoder(tf.EuroBertConfig, mask_token_id=3, num_key_value_heads=2),
+    ),
+    # whose attention is not reached: through the cache
+    "roformer": ("TOKEN_CLS", lambda: _bert(tf.RoFormerConfig, embedding_size=WIDTH)),
+    "roformer decoder": (
+        "CAUSAL_LM",
+        lambda: _bert(tf.RoFormerConfig, embedding_size=WIDTH, **_AS_DECODER),
+    ),
+    "ctrl": (
+        "CAUSAL_LM",
+        lambda: tf.CTRLConfig(
+            vocab_size=VOCAB,
+            n_positions=64,
+            n_embd=WIDTH,
+            dff=24,
+            n_layer=LAYERS,
+            n_head=HEADS,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            pad_token_id=0,
+            num_labels=LABELS,
+            tie_word_embeddings=False,
+        ),
+    ),
+    "jetmoe": (
+        "CAUSAL_LM",
+        lambda: _decoder(
+            tf.JetMoeConfig,
+            num_attention_heads=_ABSENT,
+            kv_channels=8,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+        ),
+    ),
+    "recurrent_gemma": (
+        "CAUSAL_LM",
+        lambda: _decoder(
+            tf.RecurrentGemmaConfig,
+            lru_width=WIDTH,
+            attention_window_size=32,
+            block_types=["recurrent", "attention"],
+            num_key_value_heads=1,
+            tie_word_embeddings=False,
+            max_position_embeddings=_ABSENT,
+        ),
+    ),
+    "big_bird": (
+        "TOKEN_CLS",
+        lambda: _bert(tf.BigBirdConfig, attention_type="original_full", use_bias=True),
+    ),
+    "llama4": (
+        "CAUSAL_LM",
+        lambda: _decoder(
+            tf.Llama4TextConfig,
+            intermediate_size_mlp=24,
+            num_local_experts=2,
+            num_experts_per_tok=1,
+            head_dim=8,
+            attention_chunk_size=32,
+        ),
+    ),
+    "mvp": ("SEQ_2_SEQ_LM", lambda: _bart(tf.MvpConfig)),
+    "led": ("SEQ_2_SEQ_LM", _led),
+    "bigbird_pegasus": ("SEQ_2_SEQ_LM", _bigbird_pegasus),
+    "seamless_m4t": ("SEQ_2_SEQ_LM", lambda: _seamless(tf.SeamlessM4TConfig)),
+    "seamless_m4t_v2": ("SEQ_2_SEQ_LM", lambda: _seamless(tf.SeamlessM4Tv2Config)),
 }
 CLASSES = {
     "CAUSAL_LM": tf.AutoModelForCausalLM,
@@ -90,7 +210,17 @@ def weight_of(model: Any, adapter: str = "default") -> Tensor:
 
 def batch_of(family: str, padding: str | None = None, task: str | None = None) -> dict[str, Any]:
     """A batch of three with labels; "left" or "right" padding, or None for no mask at all."""
-    return inputs("", padding, task or FAMILIES[family][0])
+    task = task or FAMILIES[family][0]
+    batch = inputs("", padding, task)
+    if task == "FEATURE_EXTRACTION":
+        del batch["labels"]
+    elif task == "QUESTION_ANS":
+        del batch["labels"]
+        batch |= {
+            "start_positions": torch.tensor([4, 5, 6]),
+            "end_positions": torch.tensor([6, 7, 8]),
+        }
+    return batch
 
 
 def real(batch: dict[str, Any], logits: Tensor) -> Tensor:
@@ -101,8 +231,15 @@ def real(batch: dict[str, Any], logits: Tensor) -> Tensor:
 
 
 def gradient(model: Any, batch: dict[str, Any]) -> tuple[Any, Tensor]:
-    """The output of a call with labels, and the prefix's gradient."""
+    """The output of a call, and the gradient that its loss (or what :func:`tests.tiny.loss_of`
+    makes of it) gives the prefix."""
     model.zero_grad()
     output = model(**batch)
-    output.loss.backward()
+    loss_of(output).backward()
     return output, weight_of(model).grad.clone()
+
+
+def checkpoints(model: Any, what: str, *args: Any) -> None:
+    """ "enable" or "disable" them: transformers 5.23 has a new name, and warns of the old one."""
+    new = getattr(model, f"activation_checkpointing_{what}", None)
+    (new or getattr(model, f"gradient_checkpointing_{what}"))(*args)

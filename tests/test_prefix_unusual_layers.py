@@ -3,15 +3,14 @@ the same, with HF PEFT's numbers."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 
 import peftkern
 from tests.closeness import assert_same_number, differ
 from tests.prefix_zoo import FAMILIES as _ALL
-from tests.prefix_zoo import batch_of, gradient, pair, real, tuned, weight_of
+from tests.prefix_zoo import batch_of, checkpoints, gradient, pair, real, tuned, weight_of
+from tests.tiny import first, loss_of
 
 INJECTED = [
     "doge",
@@ -21,6 +20,7 @@ INJECTED = [
     "megatron-bert decoder",
     "rembert",
     "rembert decoder",
+    "eurobert",
 ]
 DECODERS = [family for family in INJECTED if _ALL[family][0] == "CAUSAL_LM"]
 
@@ -32,12 +32,13 @@ def test_is_hf_pefts(family: str, padding: str | None) -> None:
     batch = batch_of(family, padding)
     mine, grad = gradient(ours, batch)
     wanted, expected = gradient(theirs, batch)
-    assert_same_number(real(batch, mine.logits), real(batch, wanted.logits))
-    assert_same_number(mine.loss.double(), wanted.loss.double())  # transformers: in fp32
+    assert_same_number(real(batch, first(mine)), real(batch, first(wanted)))
+    assert_same_number(loss_of(mine).double(), loss_of(wanted).double())  # transformers: in fp32
     assert_same_number(grad, expected)
     with torch.no_grad(), ours.disable_adapter():
-        plain = ours(**batch).logits
-    assert differ(real(batch, plain), real(batch, wanted.logits))
+        plain = first(ours(**batch))
+    assert differ(real(batch, plain), real(batch, first(wanted)))
+    assert all("compared" not in row.reason for row in peftkern.explain(ours))
 
 
 @pytest.mark.parametrize("family", DECODERS)
@@ -52,12 +53,6 @@ def test_generation(family: str) -> None:
         assert torch.equal(tokens, ours.generate(**batch, **how, use_cache=False))
 
 
-def _checkpoints(model: Any, what: str, *args: Any) -> None:
-    """transformers 5.23 has a new name for it, and warns of the old one."""
-    new = getattr(model, f"activation_checkpointing_{what}", None)
-    (new or getattr(model, f"gradient_checkpointing_{what}"))(*args)
-
-
 @pytest.mark.parametrize("family", ["doge window", "diffllama", "rembert"])
 def test_what_injection_gives(family: str) -> None:
     """Gradient checkpointing, and rows with a prefix of their own or none."""
@@ -68,11 +63,11 @@ def test_what_injection_gives(family: str) -> None:
             module.p = 0.0
     model.train()
     _, expected = gradient(model, batch)
-    _checkpoints(model, "enable", {"use_reentrant": False})
+    checkpoints(model, "enable", {"use_reentrant": False})
     _, grad = gradient(model, batch)
     assert_same_number(grad, expected)
 
-    _checkpoints(model, "disable")
+    checkpoints(model, "disable")
     model.eval()
     model.add_adapter("other", model.peft_config["default"])
     with torch.no_grad():

@@ -108,6 +108,7 @@ FAMILIES: dict[str, Family] = {
         block="",
         until_interface=True,
     ),
+    "eurobert": Family("layers", "self_attn", "none"),  # through the cache, none are moved
     "doge": Family("layers", "self_attn", block="", window="sliding_window"),
     "diffllama": Family("layers", "self_attn", block=""),
     "mpt": Family("blocks", "attn", "none", table="max_seq_len", block="position_bias"),
@@ -134,8 +135,47 @@ class Found:
     attentions: tuple[nn.Module, ...]
 
 
-def refuse(model: nn.Module, why: str) -> ValueError:
-    return ValueError(f"prefix tuning does not support {type(model).__name__}: {why}")
+class NotInjectable(ValueError):
+    """The attention of a model cannot be reached; ``why`` says so without its name."""
+
+    def __init__(self, model: nn.Module, why: str) -> None:
+        super().__init__(f"prefix tuning does not support {type(model).__name__}: {why}")
+        self.why = why
+
+
+def refuse(model: nn.Module, why: str) -> NotInjectable:
+    return NotInjectable(model, why)
+
+
+# Kinds of models whose injection our tests compare with keys and values in the model's cache, by
+# ``model_type``; of models of images and text their own and that of the part that reads. Others
+# are compared when they get their first prefix (check.py).
+VERIFIED = frozenset(
+    """
+    bart bert bert-generation blenderbot blenderbot-small bloom camembert codegen cohere cohere2
+    data2vec-text deberta deberta-v2 diffllama distilbert doge electra ernie eurobert falcon gemma
+    gemma2 gemma3_text gemma3n_text gemma4_text gpt2 gpt_bigcode gpt_neo gpt_neox gpt_neox_japanese
+    gpt_oss gptj granite layoutlm llama llava longt5 m2m_100 marian mbart megatron-bert mistral
+    mixtral modernbert modernbert-decoder mpt mt5 nemotron nllb-moe olmo2 opt pegasus pegasus_x phi
+    phi3 plbart qwen2 qwen2_5_vl qwen2_5_vl_text qwen2_moe qwen3 qwen3_moe rembert roberta
+    roberta-prelayernorm roc_bert smollm3 stablelm starcoder2 switch_transformers t5 umt5 whisper
+    xglm xlm-roberta xlm-roberta-xl xmod
+    """.split()
+)
+
+
+def is_verified(model: nn.Module, here: Found) -> bool:
+    """Whether all that injection rests on in ``model`` is transformers' own, of a kind that our
+    tests verify."""
+    kinds = {getattr(getattr(m, "config", None), "model_type", "") for m in (model, here.stack)}
+    parts = (model, here.stack, *here.layers, *here.attentions)
+    return kinds <= VERIFIED and all(_is_transformers_own(part) for part in parts)
+
+
+def _is_transformers_own(module: nn.Module) -> bool:
+    forward = getattr(module, "_old_forward", module.forward)  # the former behind accelerate's hook
+    places = (type(module).__module__, getattr(forward, "__module__", None) or "")
+    return all(place.startswith("transformers.") for place in places)
 
 
 def _candidate(name: str, stack: nn.Module) -> Found | None:

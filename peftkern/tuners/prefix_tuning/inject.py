@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ...utils.versions import cache_of, in_checkpoint
 from . import attention, blocks, deberta, positions, reentrant
-from .families import find, refuse
+from .families import find
 from .masks import name_state
 from .state import (
     ActivePrefix,
@@ -48,7 +48,8 @@ class PrefixInjection:
         always_visible: see :meth:`allow`.
 
     Raises:
-        ValueError: the model is not supported, or the numbers are not its own; names its class.
+        NotInjectable: the model's attention cannot be reached; names its class.
+        ValueError: the numbers are not its own, or it takes prefixes already.
     """
 
     def __init__(
@@ -63,7 +64,12 @@ class PrefixInjection:
     ) -> None:
         found = find(model, num_layers)
         if any(hasattr(m, attention.SLOT) for m in found.attentions):
-            raise refuse(model, "it takes prefixes already; remove the first injection")
+            raise ValueError(
+                f"prefix tuning does not support {type(model).__name__}: it takes prefixes "
+                "already; remove the first injection"
+            )
+        self.note = ""  # for explain: that a comparison with the model's cache was not possible
+        self.pending = False  # but may be later
         self.kv_heads = kv_heads
         self.head_dim = head_dim
         self.num_virtual_tokens = num_virtual_tokens

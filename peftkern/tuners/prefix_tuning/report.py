@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ...ops.prefix_report import describe
+from .cached import CachedPrefix
 from .inject import PrefixInjection
 
 
@@ -23,14 +24,19 @@ def _dropout(module: nn.Module) -> float:
 
 
 def layers_of(
-    model: nn.Module, injection: PrefixInjection
+    model: nn.Module, injection: PrefixInjection | CachedPrefix
 ) -> Iterator[tuple[str, nn.Module, tuple[int, int], tuple[bool, str, str]]]:
     """(name in ``model``, module, (P, width of the prefix's keys), what
-    :func:`peftkern.ops.prefix_report.describe` says) of every layer with a prefix."""
+    :func:`peftkern.ops.prefix_report.describe` says) of every layer with a prefix; of a prefix that
+    goes through the cache, one row for the module that takes it."""
     names = {id(module): name for name, module in model.named_modules()}
+    told: tuple[bool, str, str]
+    if isinstance(injection, CachedPrefix):
+        told = (False, "keys and values in the cache", injection.why)
+        yield names.get(id(injection.stack), ""), injection.stack, injection.shape, told
+        return
     shape = (injection.num_virtual_tokens, injection.kv_heads * injection.head_dim)
     for module in injection.attentions:
-        told: tuple[bool, str, str]
         if injection.family.block is not None:
             told = (
                 False,
@@ -48,4 +54,6 @@ def layers_of(
                 dropout=_dropout(module),
                 bias=torch.empty(0) if biased else None,
             )
+        if injection.note:
+            told = (*told[:2], f"{told[2]}; {injection.note}")
         yield names.get(id(module), ""), module, shape, told

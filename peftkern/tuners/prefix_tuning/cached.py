@@ -1,0 +1,309 @@
+"""Prefixes that go through the model's cache, as in HF PEFT: keys and values of P earlier tokens.
+
+It is how a model takes a prefix whose attention cannot be reached. The tokens stand behind P that
+are in the cache, so masks get P columns and positions move by P. A hook does it on the module that
+takes the cache, in ``forward`` as in each step of ``generate``.
+
+What the other way can do and this one cannot is refused: layers within a checkpoint write to no
+cache, a static cache has no room for a prefix, and what a caller's own cache holds has seen none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    Cache,
+    DynamicCache,
+    EncoderDecoderCache,
+    GenerationMixin,
+    PreTrainedModel,
+)
+
+from ...utils.versions import CACHE_NAMES, cache_name, cache_of, cached_tokens
+from .state import (
+    ActivePrefix,
+    Prefix,
+    active_in,
+    by_row,
+    current_of,
+    push,
+    restore,
+    set_current,
+)
+
+NO_CACHE = "Model does not support past key values which are required for prefix tuning."
+_MARK = "_peftkern_prefix"  # on a cache's first layer: how long the prefix in it is
+
+
+def taker(model: nn.Module) -> tuple[nn.Module, str] | None:
+    """The module that a cache is handed to, and what it calls it: the model, or the first
+    transformers model in it that takes one (of a classifier the part below its head), or a model
+    that hands any keyword on to its layers; None when there is none."""
+    for module in (model, *(m for m in model.children() if isinstance(m, PreTrainedModel))):
+        name = cache_name(module)
+        if name is not None:
+            return module, name
+    kinds = (p.kind for p in inspect.signature(model.forward).parameters.values())
+    if inspect.Parameter.VAR_KEYWORD not in kinds:
+        return None
+    steps = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+    return model, next(name for name in CACHE_NAMES if name in steps)
+
+
+def prefix_cache(
+    pairs: Sequence[Prefix | None], rows: int, model: Any, seq2seq: bool = False
+) -> Cache:
+    """A cache that holds the prefix for ``rows`` rows.
+
+    Args:
+        pairs: keys and values of each layer, [H_kv, P, D] or [B, H_kv, P, D] with B a divisor of
+            ``rows``; None for a layer that writes to no cache.
+        model: the transformers model that it is for.
+        seq2seq: as an ``EncoderDecoderCache``, which holds nothing of the encoder yet.
+    """
+    config: Any = getattr(model, "config", None)
+    text: Any = config.get_text_config() if hasattr(config, "get_text_config") else config
+    kind = str(getattr(text, "model_type", ""))
+    # its layers with a window keep no more than that
+    own = any(name in kind for name in ("gemma2", "gemma3_text", "gemma4"))
+    recurrent = hasattr(model, "_setup_cache")
+    cache = DynamicCache(config=text) if own or recurrent else DynamicCache()
+    places = _layer_devices(model)
+    for layer, pair in enumerate(pairs):
+        if pair is None or (recurrent and not hasattr(cache.layers[layer], "keys")):
+            continue
+        both = (
+            by_row(x, rows, "prefixes") if x.dim() == 4 else x.expand(rows, -1, -1, -1)
+            for x in pair
+        )
+        key, value = (x.to(places[layer]) if layer in places else x for x in both)
+        cache.update(key, value, layer)
+    return EncoderDecoderCache(cache, DynamicCache()) if seq2seq else cache
+
+
+def _layer_devices(model: Any) -> dict[int, Any]:
+    """{layer: its device} of a model whose layers accelerate has put on several."""
+    places: dict[str, Any] = getattr(model, "hf_device_map", None) or {}
+    found: dict[int, Any] = {}
+    for name, place in places.items():
+        parts = name.split(".")
+        number = next((int(part) for part in parts if part.isdigit()), None)
+        # what is offloaded runs where its input is
+        if number is not None and "encoder" not in parts and place not in ("cpu", "disk", "meta"):
+            found[number] = place
+    return found
+
+
+@dataclass(eq=False)
+class _Call:
+    """What a call of the module is to leave out of its output."""
+
+    drops_cache: bool
+
+
+class CachedPrefix:
+    """The hook by which a model takes prefixes through its cache; stands in for
+    :class:`PrefixInjection`.
+
+    Args:
+        model: a transformers model (with or without a head).
+        kv_heads, head_dim, num_virtual_tokens: as :class:`PrefixInjection`.
+        why: why the model is not injected, for ``explain`` and errors.
+
+    Attributes:
+        stack: the module that takes the cache.
+        named: whether the cache is one of its arguments by name, or might be any keyword's.
+
+    Raises:
+        ValueError: the model takes no cache; in HF PEFT's words, after ``why``.
+    """
+
+    through_cache = True
+    configs = ()  # of modules whose masks it makes: none
+
+    def __init__(
+        self, model: Any, *, kv_heads: int, head_dim: int, num_virtual_tokens: int, why: str
+    ) -> None:
+        self.why = why
+        self.model = model
+        self._model_name = type(model).__name__
+        found = taker(model)
+        if found is None:
+            raise ValueError(
+                f"prefix tuning does not support {self._model_name}: {why}. {NO_CACHE}"
+            )
+        self.stack, self.name = found
+        self.named = cache_name(self.stack) is not None
+        self.seq2seq = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+        self._parameters = tuple(inspect.signature(self.stack.forward).parameters)
+        self._kept = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
+        self.num_virtual_tokens = num_virtual_tokens
+        self.shape = (num_virtual_tokens, kv_heads * head_dim)
+        self.allow(num_virtual_tokens)
+        self._handles: list[Any] = [
+            self.stack.register_forward_pre_hook(self._before, with_kwargs=True),
+            self.stack.register_forward_hook(self._after, with_kwargs=True),
+        ]
+
+    # -------------------------------------------------------------------------- on and off
+
+    def allow(self, num_virtual_tokens: int, always_visible: bool = False) -> None:
+        """Take prefixes of this length as well. ValueError with ``always_visible``."""
+        if num_virtual_tokens <= 0:
+            raise ValueError(f"num_virtual_tokens must be positive, got {num_virtual_tokens}")
+        if always_visible:
+            raise ValueError(
+                f"prefix_always_visible is not possible for {self._model_name}, whose prefix goes "
+                f"through its cache: {self.why}"
+            )
+
+    def remove(self) -> None:
+        """Leaves the model as it was before."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    @contextlib.contextmanager
+    def active(
+        self,
+        prefixes: list[Prefix | None],
+        *,
+        no_prefix: Tensor | None = None,
+        positions_moved: bool = False,
+        always_visible: bool = False,
+    ) -> Iterator[ActivePrefix]:
+        """Calls of the model by this thread within the block see the prefixes: as
+        :meth:`PrefixInjection.active`, but for ``prefixes`` of layers that share another's keys,
+        which are None.
+
+        Raises:
+            ValueError: rows without a prefix; within the block, a call that this way cannot serve.
+        """
+        if no_prefix is not None:
+            raise ValueError(
+                "`adapter_names`: '__base__' cannot share a batch with prefixes that go through "
+                f"the cache of {self._model_name} ({self.why}); call the model apart for those rows"
+            )
+        given = ActivePrefix(self, tuple(prefixes), None, positions_moved)
+        before = push(given)
+        try:
+            yield given
+        finally:
+            restore(before)
+
+    def refuse_checkpoints(self, training: bool = True) -> None:
+        """ValueError when layers of the model run in checkpoints: now, or (``training`` False)
+        once it trains."""
+        if any(m.gradient_checkpointing and (m.training or not training) for m in self._kept):
+            raise ValueError(
+                f"PREFIX_TUNING does not work with gradient checkpointing for {self._model_name}, "
+                f"whose prefix goes through its cache: {self.why}"
+            )
+
+    # -------------------------------------------------------------------------------- hooks
+
+    def _before(
+        self, stack: nn.Module, args: tuple[Any, ...], given: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        entry = active_in(self)
+        set_current(self, None)
+        if entry is None:
+            return None
+        entry.seen = True
+        self.refuse_checkpoints()
+        kwargs = {**dict(zip(self._parameters, args, strict=False)), **given}
+        P = next(pair[0].shape[-2] for pair in entry.prefixes if pair is not None)
+        kwargs[self.name] = self._with_prefix(kwargs, entry)
+        self._lengthen_mask(kwargs, P)
+        ids = "decoder_position_ids" if self.seq2seq else "position_ids"
+        if kwargs.get(ids) is not None and not (entry.positions_moved and not self.seq2seq):
+            kwargs[ids] = kwargs[ids] + P
+        drops = False
+        if "use_cache" in self._parameters:
+            wanted = kwargs.get("use_cache")
+            if wanted is None:
+                wanted = getattr(getattr(stack, "config", None), "use_cache", True)
+            if not wanted:  # some models would then not look into the cache, or not all over
+                kwargs["use_cache"], drops = True, True
+        set_current(self, _Call(drops))  # type: ignore[arg-type]
+        return (), kwargs
+
+    def _with_prefix(self, kwargs: dict[str, Any], entry: ActivePrefix) -> Cache:
+        """The cache to call the module with in place of the one given, if one is."""
+        cache = cache_of(self.stack, kwargs)
+        if self.name != "past_key_values":
+            kwargs.pop("past_key_values", None)  # its former name, where transformers takes both
+        if cache is None:
+            return self._made(kwargs, entry)
+        own = getattr(cache, "self_attention_cache", cache)
+        held = cached_tokens(own)
+        layers = getattr(own, "layers", ())
+        if held and layers and hasattr(layers[0], _MARK):
+            return cache  # goes on from an earlier call
+        if held or type(own) is not DynamicCache:
+            what = f"a {type(own).__name__} of {held} tokens without the prefix"
+            raise ValueError(
+                f"the prefix of {self._model_name} goes through its cache ({self.why}), and the "
+                f"call has {what}. Allowed: none, an empty DynamicCache, or one that an earlier "
+                "call with the prefix has filled"
+            )
+        made = self._made(kwargs, entry)
+        own.layers = getattr(made, "self_attention_cache", made).layers  # the caller's fills up
+        return cache
+
+    def _made(self, kwargs: dict[str, Any], entry: ActivePrefix) -> Cache:
+        rows = _rows(kwargs)
+        cache = prefix_cache(entry.prefixes, rows, self.model, self.seq2seq)
+        layers: Any = getattr(cache, "self_attention_cache", cache).layers
+        setattr(layers[0], _MARK, self.num_virtual_tokens)
+        begin = getattr(self.model, "_setup_cache", None)
+        if (
+            begin is not None
+        ):  # it keeps a recurrent state in its layers, and begins with position 0
+            begin(self.model.config, rows, self.model.device, self.model.dtype)
+        return cache
+
+    def _lengthen_mask(self, kwargs: dict[str, Any], P: int) -> None:
+        name = "decoder_attention_mask" if self.seq2seq else "attention_mask"
+        mask = kwargs.get(name)
+        if mask is None:
+            return
+        if not isinstance(mask, Tensor) or mask.dim() != 2:
+            shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+            raise ValueError(
+                f"`{name}` must be [batch, tokens] so that the prefix can be put in front of it, "
+                f"got {shape}"
+            )
+        kwargs[name] = torch.cat((mask.new_ones(mask.shape[0], P), mask), dim=1)
+
+    def _after(self, stack: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        call: Any = current_of(self)
+        set_current(self, None)
+        if not isinstance(call, _Call) or not call.drops_cache:
+            return None
+        if isinstance(output, tuple):
+            return tuple(part for part in output if not isinstance(part, Cache))
+        if hasattr(output, "items"):
+            kept = {k: v for k, v in output.items() if not isinstance(v, Cache)}
+            return type(output)(**kept)
+        return None
+
+
+def _rows(kwargs: dict[str, Any]) -> int:
+    """Rows of a call's batch; of an encoder-decoder model's, the decoder's."""
+    names = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds", "labels")
+    for name in names:
+        if kwargs.get(name) is not None:
+            return kwargs[name].shape[0]
+    given = (x for x in kwargs.values() if isinstance(x, Tensor) and x.dim() > 0)
+    first = next(given, None)
+    if first is None:
+        raise ValueError("You have to provide either input_ids or inputs_embeds")
+    return first.shape[0]

@@ -1,0 +1,153 @@
+"""Which way a model's prefix goes: into its attention where that is known or found to be right,
+else through its cache."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import threading
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from .cached import NO_CACHE, CachedPrefix
+from .check import judge, random_prefix, run_cached, why_not_now
+from .families import NotInjectable, find, is_verified, refuse
+from .inject import PrefixInjection
+from .state import Prefix
+
+Divide = Callable[[list[Prefix]], tuple[list[Prefix | None], list[Prefix | None]]]
+
+_choosing = threading.Lock()
+_noted: set[str] = set()
+
+
+def choose(
+    model: Any,
+    *,
+    num_layers: int,
+    kv_heads: int,
+    head_dim: int,
+    num_virtual_tokens: int,
+    always_visible: bool,
+    divide: Divide,
+) -> PrefixInjection | CachedPrefix:
+    """The way of prefixes into ``model``, installed.
+
+    Args:
+        model, num_layers, kv_heads, head_dim, num_virtual_tokens, always_visible: as
+            :class:`PrefixInjection`.
+        divide: from a prefix for each of ``num_layers`` layers to what every attention layer sees
+            of it, and what every layer that writes keys has of its own.
+
+    Raises:
+        ValueError: neither way works, or not with these settings; the model is as it was.
+    """
+    sizes = {
+        "num_layers": num_layers,
+        "kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "num_virtual_tokens": num_virtual_tokens,
+    }
+    with _choosing:
+        inject = functools.partial(PrefixInjection, model, **sizes, always_visible=always_visible)
+        why = ""
+        try:
+            if is_verified(model, find(model, num_layers)):
+                return inject()
+        except NotInjectable as refusal:
+            why = refusal.why
+        shape = {name: n for name, n in sizes.items() if name != "num_layers"}
+        try:
+            cached = CachedPrefix(model, **shape, why=why)
+        except ValueError:
+            if why:
+                raise
+            injection = inject()
+            injection.note = "not compared with its cache, which it has none of"
+            return injection
+        try:
+            chosen = _chosen(model, None if why else inject, cached, sizes, divide)
+        except BaseException:
+            cached.remove()
+            raise
+        if chosen is not cached:
+            cached.remove()
+            return chosen
+        try:
+            cached.allow(num_virtual_tokens, always_visible)
+            cached.refuse_checkpoints(training=False)
+        except BaseException:
+            cached.remove()
+            raise
+        _note(model, cached)
+        return cached
+
+
+def _chosen(
+    model: Any,
+    inject: Callable[[], PrefixInjection] | None,
+    cached: CachedPrefix,
+    sizes: dict[str, int],
+    divide: Divide,
+) -> PrefixInjection | CachedPrefix:
+    name = type(model).__name__
+    pending = why_not_now(model) is not None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what a real call will say
+        prefixes, own = divide(_random_pairs(model, sizes))
+        found = run_cached(model, cached, own)
+    if inject is None:
+        if found.ran and found.through is None:
+            raise refuse(model, f"{cached.why}; through its cache: {found.why}")
+        if found.through is None and not cached.named:
+            raise refuse(model, f"{cached.why}. {NO_CACHE}")
+        return cached
+    injection = inject()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            right, why = judge(model, injection, prefixes, found)
+    except BaseException:
+        injection.remove()
+        raise
+    if right is not False:
+        injection.pending = pending
+        injection.note = "" if right else f"not compared with the cache: {why}"
+        return injection
+    injection.remove()
+    if found.through is None:
+        raise refuse(model, f"{why}; through its cache: {found.why}")
+    cached.why = why
+    warnings.warn(
+        f"The prefix of {name} goes through its cache, as in HF PEFT: {why}.", stacklevel=2
+    )
+    return cached
+
+
+def _note(model: Any, cached: CachedPrefix) -> None:
+    """Logs once that the prefix goes through the cache."""
+    said = f"the prefix of {type(model).__name__} goes through its cache: {cached.why}"
+    if said not in _noted:
+        _noted.add(said)
+        logging.getLogger("peftkern").info(said)
+
+
+def _random_pairs(model: nn.Module, sizes: dict[str, int]) -> list[Prefix]:
+    """A prefix of normal numbers for each layer, where and of the dtype that the weights are."""
+    like = next(p for p in model.parameters() if p.is_floating_point())
+    drawn = random_prefix(
+        like,
+        sizes["kv_heads"],
+        sizes["num_virtual_tokens"],
+        sizes["head_dim"],
+        2 * sizes["num_layers"],
+    )
+    return list(zip(drawn[::2], drawn[1::2], strict=True))
+
+
+def again(way: PrefixInjection | CachedPrefix, model: nn.Module) -> bool:
+    """Whether a model that could not be run when its way was chosen can be now."""
+    return getattr(way, "pending", False) and why_not_now(model) is None

@@ -1,0 +1,247 @@
+"""A model that our tests do not know is compared with its cache before its first prefix, so that
+none computes something else without a word."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers as tf
+from torch import Tensor
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama import modeling_llama as llama
+
+import peftkern
+from peftkern.tuners.prefix_tuning import families
+from tests import test_prefix_more_families as more
+from tests.closeness import assert_same_number, differ
+from tests.plain_reference import with_prefix
+from tests.prefix_models import CONFIGS, P, split
+from tests.prefix_zoo import FAMILIES as _ZOO
+from tests.prefix_zoo import weight_of
+from tests.test_prefix_fallback import CACHED as _CACHED
+
+
+class Attention(llama.LlamaAttention):
+    """Llama's, in a class that nobody has tested; ``turned``: it turns the order of the heads of
+    what the cache gave it, so that a prefix put in afterwards meets the wrong heads."""
+
+    turned = False
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        position_embeddings: Any = None,
+        attention_mask: Any = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (p(hidden_states).view(shape).transpose(1, 2) for p in projections)
+        q, k = llama.apply_rotary_pos_emb(q, k, *position_embeddings)
+        if past_key_values is not None:
+            k, v = past_key_values.update(k, v, self.layer_idx)
+        if self.turned:
+            k, v = k.flip(1), v.flip(1)
+        run = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, llama.eager_attention_forward
+        )
+        out, weights = run(self, q, k, v, attention_mask, scaling=self.scaling, **kwargs)
+        return self.o_proj(out.reshape(*hidden_states.shape[:-1], -1)), weights
+
+
+class Turned(Attention):
+    turned = True
+
+
+def toy(kind: type, dtype: torch.dtype = torch.float64) -> Any:
+    torch.manual_seed(0)
+    model = tf.LlamaForCausalLM(CONFIGS["llama"]())
+    for i, layer in enumerate(model.model.layers):
+        own: Any = kind(model.config, i)
+        own.load_state_dict(layer.self_attn.state_dict())
+        layer.self_attn = own
+    return model.to(dtype).eval()
+
+
+CONFIG = {"task_type": "CAUSAL_LM", "num_virtual_tokens": P}
+IDS = torch.randint(3, 60, (2, 7), generator=torch.Generator().manual_seed(1))
+
+
+def tuned(model: Any, library: Any = peftkern) -> Any:
+    model = library.get_peft_model(model, library.PrefixTuningConfig(**CONFIG))
+    with torch.no_grad():
+        weight_of(model).normal_(generator=torch.Generator().manual_seed(1))
+    return model.to(next(model.base_model.parameters()).dtype).eval()
+
+
+def reference(model: Any, bare: Any) -> Tensor:
+    """The logits with the prefix in the cache."""
+    config = model.peft_config["default"]
+    pairs = split(weight_of(model), config.num_attention_heads, config.num_layers, False)
+    return with_prefix(bare, pairs, input_ids=IDS).logits
+
+
+# -------------------------------------------------------------------- it is caught
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_attention_that_slips_past_is_caught(dtype: torch.dtype) -> None:
+    with pytest.warns(UserWarning, match="The prefix of LlamaForCausalLM goes through its cache"):
+        model = tuned(toy(Turned, dtype))
+    (row,) = peftkern.explain(model)
+    assert row.backend == "keys and values in the cache"
+    assert "injected, it comes out otherwise than through the cache" in row.reason
+    if dtype == torch.float64:
+        logits = model(input_ids=IDS).logits
+        assert_same_number(logits, reference(model, toy(Turned)))
+        assert_same_number(logits, tuned(toy(Turned), peft)(input_ids=IDS).logits)
+
+
+def test_without_the_comparison_it_is_not(monkeypatch: Any) -> None:
+    """What the test above is for: injected, the toy is wrong and nothing says so."""
+    monkeypatch.setattr("peftkern.tuners.prefix_tuning.way.is_verified", lambda *_: True)
+    model = tuned(toy(Turned))
+    assert differ(model(input_ids=IDS).logits, reference(model, toy(Turned)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_model_that_is_right_is_injected(dtype: torch.dtype) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = tuned(toy(Attention, dtype))
+    rows = peftkern.explain(model)
+    assert len(rows) == 2 and all("cache" not in row.reason for row in rows)
+    if dtype == torch.float64:
+        assert_same_number(model(input_ids=IDS).logits, reference(model, toy(Attention)))
+
+
+def test_attention_that_fails_is_caught() -> None:
+    class Demanding(Attention):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            if "peftkern_prefix" in kwargs:
+                raise TypeError("an argument that it does not know")  # ALL_ATTENTION_FUNCTIONS
+            return super().forward(*args, **kwargs)
+
+    with pytest.warns(UserWarning, match="TypeError: an argument that it does not know"):
+        model = tuned(toy(Demanding))
+    assert_same_number(model(input_ids=IDS).logits, reference(model, toy(Attention)))
+
+
+# -------------------------------------------------------------------- it leaves no trace
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model = toy(Attention)
+    model.model.layers[0].train()
+    model.register_buffer("count", torch.zeros(()))
+    calls: list[Any] = []
+
+    def count(module: Any, args: Any) -> None:
+        calls.append(args)
+
+    def keep(module: Any, args: Any, output: Any) -> None:
+        model.count += 1
+        model.last = output
+
+    model.model.register_forward_pre_hook(count)
+    model.lm_head.register_forward_hook(keep)
+
+    class Counting(torch.nn.Module):
+        def __init__(self, norm: Any) -> None:
+            super().__init__()
+            self.norm = norm
+            self.register_buffer("seen", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen += 1  # in place
+            self.last = x
+            return self.norm(x) + 0.0 * torch.rand(())  # and draws
+
+    model.model.norm = Counting(model.model.norm)
+    modes = [m.training for m in model.modules()]
+    names = [set(vars(m)) for m in model.modules()]
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    tuner = peftkern.get_peft_model(model, peftkern.PrefixTuningConfig(**CONFIG))
+    tuner.prompt_encoder["default"].embedding.weight.data.zero_()
+    assert not calls and model.count == 0 and model.model.norm.seen == 0
+    assert [m.training for m in model.modules()] == modes
+    marks = {"_peftkern_prefix_slot"}
+    assert [set(vars(m)) - marks for m in model.modules()] == names
+    torch.manual_seed(3)
+    tuner._prefix_injection = None  # and again, the random numbers looked at alone
+    for module in model.modules():
+        module.__dict__.pop("_peftkern_prefix_slot", None)
+    torch.set_rng_state(state)
+    tuner._inject(tuner.active_peft_config)
+    assert torch.equal(torch.get_rng_state(), state)
+    tuner(input_ids=IDS)
+    assert len(calls) == 1 and model.count == 1 and model.model.norm.seen == 1
+
+
+# -------------------------------------------------------------------- it cannot be made
+
+
+def test_weights_that_are_not_here() -> None:
+    """Then it is made up for before the first call."""
+    with torch.device("meta"):
+        model = toy(Turned)
+    tuner = peftkern.get_peft_model(model, peftkern.PrefixTuningConfig(**CONFIG))
+    assert "not compared with the cache: some of its weights" in peftkern.explain(tuner)[0].reason
+    real = toy(Turned)
+    model.to_empty(device="cpu")
+    model.load_state_dict(real.state_dict())
+    for module, own in zip(model.modules(), real.modules(), strict=True):
+        for name, buffer in own._buffers.items():
+            module._buffers[name] = buffer
+    with torch.no_grad():
+        weight_of(tuner).normal_(generator=torch.Generator().manual_seed(1))
+    tuner.double().eval()
+    with pytest.warns(UserWarning, match="goes through its cache"):
+        logits = tuner(input_ids=IDS).logits
+    assert_same_number(logits, reference(tuner, toy(Turned)))
+
+
+def test_a_model_that_wants_more_than_tokens() -> None:
+    class Wanting(tf.LlamaForCausalLM):
+        def forward(self, *args: Any, pixels: Tensor, **kwargs: Any) -> Any:
+            return super().forward(*args, **kwargs)
+
+    torch.manual_seed(0)
+    model = tuned(Wanting(CONFIGS["llama"]()).double())
+    assert "does not run on 3 tokens alone (TypeError" in peftkern.explain(model)[0].reason
+    logits = model(input_ids=IDS, pixels=IDS).logits
+    assert differ(logits, model.base_model(input_ids=IDS, pixels=IDS).logits)
+
+
+# -------------------------------------------------------------------- who is not compared
+
+
+def test_the_list_of_verified_kinds_is_what_tests_verify() -> None:
+    tables = [make for make in CONFIGS.values()]
+    tables += [make for _, make in more.FAMILIES.values()]
+    tables += [make for name, (_, make) in _ZOO.items() if name not in _CACHED]
+    kinds = {make().model_type for make in tables}
+    elsewhere = {"whisper", "llava", "qwen2_5_vl", "qwen2_5_vl_text"}  # test_prefix_more_families
+    elsewhere |= {"deberta", "deberta-v2"}  # test_prefix_deberta
+    assert families.VERIFIED == kinds | elsewhere
+
+
+def test_a_verified_kind_is_not_run(monkeypatch: Any) -> None:
+    def run(*_: Any) -> None:
+        raise AssertionError("it was run")
+
+    monkeypatch.setattr("peftkern.tuners.prefix_tuning.way.run_cached", run)
+    model = tf.LlamaForCausalLM(CONFIGS["llama"]())
+    tuned(copy.deepcopy(model))
+    with pytest.raises(AssertionError, match="it was run"):
+        tuned(toy(Attention))
+    monkeypatch.setattr(model.model.layers[1].self_attn, "forward", lambda *a, **k: None)
+    with pytest.raises(AssertionError, match="it was run"):
+        tuned(model)
