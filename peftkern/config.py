@@ -18,6 +18,7 @@ from transformers.utils import PushToHubMixin
 
 from ._io import places, read_whole, write_text_atomically
 from ._version import PEFT_COMPAT_VERSION as __version__  # of HF PEFT, whose format is written
+from .utils.config_values import as_names
 from .utils.constants import CONFIG_NAME
 from .utils.error import MissingKeysError
 from .utils.peft_types import PeftType, TaskType
@@ -332,6 +333,7 @@ class PromptLearningConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.modules_to_save = as_names("modules_to_save", self.modules_to_save)
         for name in (
             "num_virtual_tokens",
             "token_dim",

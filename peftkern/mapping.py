@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .config import PeftConfig, build_config
 from .mixed_model import INSTEAD
+from .tuners._buffer_dict import BufferDict
 from .tuners.lora import LoraConfig, LoraModel
 from .tuners.p_tuning import PromptEncoder, PromptEncoderConfig
 from .tuners.prefix_tuning import PrefixEncoder, PrefixTuningConfig
@@ -31,6 +32,10 @@ PEFT_TYPE_TO_TUNER_MAPPING: dict[PeftType, Any] = {  # a tuner, or an encoder of
 }
 PEFT_TYPE_TO_PREFIX_MAPPING: dict[PeftType, str] = {PeftType.LORA: LoraModel.prefix}
 PEFT_TYPE_TO_MIXED_MODEL_MAPPING: dict[PeftType, Any] = {PeftType.LORA: LoraModel}
+
+
+# what adapters stand in, by name: names that these have already are taken
+_STORES = (nn.ModuleDict(), nn.ParameterDict(), BufferDict({}))
 
 
 def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:
@@ -58,6 +63,11 @@ def check_adapter_name(adapter_name: Any, existing: Any = ()) -> None:
             "`adapter_name` must not hold a dot or a slash (it becomes part of parameter and "
             f"folder names), got {adapter_name!r}"
         )
+    if any(hasattr(store, adapter_name) for store in _STORES):
+        raise ValueError(
+            f"`adapter_name` must not be the name of a method or an attribute of torch's modules, "
+            f"got {adapter_name!r}"
+        )
     if adapter_name in existing:
         raise ValueError(f"Adapter with name '{adapter_name}' already exists.")
 
@@ -73,12 +83,14 @@ def check_config(peft_config: Any) -> None:
 
 
 def warn_of_prefix(adapter_name: str, peft_type: Any) -> None:
-    """A name that is part of the method's prefix ("lora" in "lora_") is found in other names."""
+    """A name that the method's prefix begins with ("lora" of "lora_"): here it is a name as any
+    other, but code that looks for ".lora" in the names of parameters, as older releases of HF PEFT
+    do, finds every adapter. A part from elsewhere in the prefix ("a") is in nobody's way."""
     prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(PeftType(peft_type))
-    if prefix and adapter_name in prefix:
+    if prefix and prefix.startswith(adapter_name):
         warnings.warn(
-            f"Adapter name '{adapter_name}' should not be contained in the prefix '{prefix}'. This "
-            "may lead to reinitialization of the adapter weights during loading.",
+            f"Adapter name '{adapter_name}' should not be contained in the prefix '{prefix}'. Code "
+            f"that looks for '.{adapter_name}' in names of parameters finds all adapters.",
             stacklevel=3,
         )
 

@@ -396,11 +396,12 @@ class PeftModel(PromptLearning, AdapterFiles, AdapterStatus, PushToHubMixin, nn.
         self.base_model.set_requires_grad(adapter_names, requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter; when it was active, the first one left becomes active."""
+        """Remove an adapter; when it was active, the first one left becomes active, with what it
+        trains in full or by token."""
         if self._is_prompt_learning:
             self._delete_prompt(adapter_name)
             return
         self.base_model.delete_adapter(adapter_name)
         left = self.active_adapters
-        if len(left) == 1 or (left and self.active_adapter not in self.peft_config):
+        if left and self.active_adapter not in left:
             self.active_adapter = left[0]

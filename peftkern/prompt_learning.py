@@ -27,10 +27,10 @@ from .tuners.prompt_tuning import PromptEmbedding, PromptTuningConfig
 from .utils.other import (
     CONTAINERS,
     ModulesToSaveWrapper,
-    find_modules_to_save,
     get_submodules,
-    wrap_modules_to_save,
 )
+from .utils.places import replace
+from .utils.saved_modules import find_modules_to_save, wrap_modules_to_save
 
 
 def _make_encoder(config: Any, word_embeddings: nn.Module | None) -> BasePromptEncoder:
@@ -235,10 +235,9 @@ class PromptLearning(Prompts):
             self._prefix_injection.remove()
             self._prefix_injection = None
         heads = {id(m) for m in self._heads() if not (only_empty and m._get_available_adapters())}
-        for name, module in list(self.base_model.named_modules()):
+        for module in list(self.base_model.modules()):
             if id(module) in heads:
-                parent, _, last = get_submodules(self.base_model, name)
-                setattr(parent, last, module.original_module)
+                replace(self.base_model, module, module.original_module)
 
     @contextmanager
     def _without_prompts(self: Any) -> Iterator[None]:

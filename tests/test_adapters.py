@@ -128,6 +128,8 @@ def test_every_flag_is_pefts(steps):
 @pytest.mark.parametrize("steps", HEADS)
 @pytest.mark.parametrize("task", [None, "SEQ_CLS"])
 def test_flags_with_modules_trained_in_full(steps, task):
+    if task is None:  # "b" has no head, and HF PEFT then leaves that of "default" unused
+        steps = steps.removesuffix(" delete_b")
     run(steps, modules_to_save=None if task else ["score"], task_type=task)
 
 

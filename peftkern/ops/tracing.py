@@ -8,7 +8,7 @@ values in a tensor: ``torch.compile`` looks into no ``autograd.Function`` of our
 from __future__ import annotations
 
 from torch.compiler import is_compiling
-from torch.jit import is_tracing
+from torch.jit import is_tracing  # type: ignore[attr-defined]
 
 __all__ = ["is_compiling", "is_recording", "is_tracing"]
 

@@ -74,6 +74,7 @@ def delete_adapter(
             "first."
         )
     active = layers[0].active_adapters if layers else []
+    was_active = adapter_name in active
     left = [name for name in active if name != adapter_name]
     for module in found:  # of these only one can be in use, and none shall be found out half-way
         if len(left) > 1 and isinstance(module, AuxiliaryTrainingWrapper):
@@ -82,18 +83,30 @@ def delete_adapter(
                     f"Attempted to set multiple ({left}) adapters at once for "
                     f"{type(module).__name__}, which is not allowed."
                 )
-    new: list[str] | None = None
+    new = left
+    if was_active and not left:  # the first that is left in the first layer that has one
+        held = (layer._all_available_adapter_names() for layer in layers)
+        rest = ([name for name in names if name != adapter_name] for names in held)
+        new = next((names[:1] for names in rest if names), [])
+        if new:
+            warnings.warn(
+                f"Adapter {adapter_name} was active which is now deleted. Setting active adapter "
+                f"to {new[0]}.",
+                stacklevel=4,
+            )
     for layer in layers:
-        was_active = adapter_name in layer.active_adapters
-        layer.delete_adapter(adapter_name)
-        if new is None:
-            new = list(layer.active_adapters)
-        elif was_active and list(layer.active_adapters) != new:
+        if adapter_name in layer.active_adapters:
             layer.set_adapter(new)  # layers need not have the same adapters, but use the same
+        layer.delete_adapter(adapter_name)
     for module in found:
-        if isinstance(module, AuxiliaryTrainingWrapper):
-            module.delete_adapter(adapter_name, new_active_adapters=new or [])
-    return new
+        if not isinstance(module, AuxiliaryTrainingWrapper):
+            continue
+        module.delete_adapter(adapter_name, new_active_adapters=new)
+        # one that had nothing of the deleted adapter may have something of what is active now
+        use = [name for name in new if name in module._get_available_adapters()]
+        if was_active and use != list(module.active_adapters):
+            module.set_adapter(use)
+    return new if layers else None
 
 
 def set_requires_grad(

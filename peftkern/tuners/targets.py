@@ -20,6 +20,7 @@ from ..utils.constants import (
 )
 from ..utils.error import NoMatchingPeftModuleError
 from ..utils.peft_types import TaskType
+from ..utils.places import further_names
 from .target_names import _find_minimal_target_modules, ends_with_one_of
 from .tuners_utils import BaseTunerLayer, get_model_config, walk
 
@@ -100,9 +101,11 @@ class TargetMatcher:
         )
         # a module that is trained in full is never adapted as well, nor is anything inside it
         saved = getattr(config, "modules_to_save", None) or []
-        self.saved = (
-            re.compile(r"(?:.*\.)?(?:" + "|".join(saved) + r")(?:$|\..*)") if saved else None
+        # by the rule of `ends_with_words`
+        names = "|".join(
+            ("" if n[:1] in "._" else r"(?:^|(?<=[._]))") + re.escape(n) for n in saved
         )
+        self.saved = re.compile(rf".*?(?:{names})(?:$|\..*)") if saved else None
         layers = getattr(config, "layers_to_transform", None)
         self.layers = None
         if layers is not None and layers != [] and not isinstance(targets, str):
@@ -178,6 +181,7 @@ def match_targets(
         return []
     matcher = TargetMatcher(config, targets)
     given = None if state_dict is None else _named_in(state_dict, prefix)
+    aliases = further_names(model)
     found: list[tuple[str, nn.Module]] = []
     configured: set[str] = set()
     any_excluded = any_other = False
@@ -192,10 +196,12 @@ def match_targets(
                 found.append((name, module))
             else:
                 any_other = True
-        elif matcher(name):
-            found.append((name, module))
-        elif matcher.is_excluded(name):
+            continue
+        names = aliases.get(id(module), (name,))  # it is adapted under all, or under none
+        if any(map(matcher.is_excluded, names)):
             any_excluded = True
+        elif any(map(matcher, names)):
+            found.append((name, module))
         else:
             any_other = True
     if given is not None:

@@ -65,7 +65,6 @@ __all__ = [
     "_set_layer_requires_grad",
     "bloom_model_postprocess_past_key_value",
     "cast_mixed_precision_params",
-    "find_modules_to_save",
     "get_pattern_key",
     "get_submodules",
     "id_tensor_storage",
@@ -75,7 +74,6 @@ __all__ = [
     "set_layer_requires_grad",
     "shift_tokens_right",
     "transpose",
-    "wrap_modules_to_save",
 ]
 
 # modules that hold others and have no forward to copy
@@ -84,10 +82,12 @@ CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
 ROW_WISE = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-# of floors above this one; they come when they are asked for
+# of floors above this one, or of files that need it; they come when they are asked for
 _ABOVE = {
     "TrainableTokensWrapper": "peftkern.tuners.trainable_tokens",
+    "find_modules_to_save": "peftkern.utils.saved_modules",
     "fsdp_auto_wrap_policy": "peftkern.fsdp",
+    "wrap_modules_to_save": "peftkern.utils.saved_modules",
 }
 
 
@@ -218,10 +218,42 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         return set(self.modules_to_save.keys())
 
     def in_use(self) -> Any:
-        """The active adapter's copy, or the original module when none is active."""
-        if self._disable_adapters or not self._active_adapter:
+        """The copy of what is merged; else the active adapter's, or the original module when none
+        is active."""
+        names = self.active_adapters if self._merged is None else self._merged
+        if self._disable_adapters or not names:
             return self.original_module
-        return self.modules_to_save._modules.get(self.active_adapters[0])
+        return self.modules_to_save._modules.get(names[0])
+
+    # ---------------------------------------------------------------- beside merged layers
+
+    # whose copy is in use while adapters are merged into the layers; None: nothing is merged
+    _merged: list[str] | None = None
+
+    def merge_choice(self, adapter_names: Sequence[str] | None) -> list[str]:
+        """Whose copy is in use when these adapters (None: the active ones) are merged into the
+        layers, beside those that are already: [name], or [] for the original module.
+
+        Raises:
+            ValueError: several have a copy, and none of them is the active one.
+        """
+        wanted = self.active_adapters if adapter_names is None else adapter_names
+        names = dict.fromkeys([*(self._merged or ()), *wanted])
+        held = [name for name in names if name in self.modules_to_save]
+        if len(held) > 1:
+            active = [name for name in held if name in self.active_adapters]
+            if not active:
+                raise ValueError(
+                    f"`adapter_names`: {held} have each trained a {type(self.original_module)} in "
+                    "full (`modules_to_save`), and only one can be in use; make that one active "
+                    "with `set_adapter`, or merge one alone"
+                )
+            held = active
+        return held
+
+    def note_merged(self, names: list[str] | None) -> None:
+        """Use this adapter's copy (from :meth:`merge_choice`) until adapters are unmerged: None."""
+        self._merged = names
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if HERE.blocks:
@@ -232,6 +264,8 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
                 f"{len(adapter_names)} and {len(args[0])} respectively."
             )
+        if self._disable_adapters:  # the layers unmerge in such a call
+            self._merged = None
         if adapter_names is None or self._disable_adapters:
             used = self.in_use()
             return (self.original_module if used is None else used)(*args, **kwargs)
@@ -282,6 +316,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         for name in names:
             set_layer_requires_grad(self.modules_to_save[name], not inference_mode)
         self._active_adapter = names
+        self._merged = None
 
     def set_requires_grad(
         self, adapter_names: str | Sequence[str], requires_grad: bool = True
@@ -328,9 +363,12 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
-        """The active adapter's copy, whether adapters are switched off or not; the original when
-        none is active here."""
-        names = self.active_adapters
+        """The copy of the adapters that are merged, or else of the active one, whether adapters are
+        switched off or not; the original module when that has none."""
+        if merge:
+            names = self.merge_choice(adapter_names)
+        else:
+            names = self.active_adapters if self._merged is None else self._merged
         return self.modules_to_save[names[0]] if names else self.original_module
 
 
@@ -344,35 +382,3 @@ def _set_adapter(
     for module, name in chosen:
         known = name is not None and name in module._adapters
         module.set_adapter([name] if known and name else [], inference_mode=inference_mode)
-
-
-def find_modules_to_save(model: nn.Module, names: Sequence[str] | None) -> list[str]:
-    """Names of the modules that ``modules_to_save`` matches (a name that ends so),
-    tied ones included."""
-    if not names:
-        return []
-    return [
-        key
-        for key, _ in model.named_modules(remove_duplicate=False)
-        if key and any(key.endswith(name) for name in names) and ".modules_to_save." not in key
-    ]
-
-
-def wrap_modules_to_save(
-    model: nn.Module, adapter_name: str, keys: Sequence[str], inference_mode: bool, activate: bool
-) -> None:
-    """Wrap the modules named ``keys`` (from :func:`find_modules_to_save`) for this adapter."""
-    for key in keys:
-        parent, target, name = get_submodules(model, key)
-        if isinstance(target, ModulesToSaveWrapper):
-            target.update(adapter_name)
-            wrapper = target
-        elif isinstance(parent, ModulesToSaveWrapper):
-            continue  # the original_module of one that is wrapped already
-        else:
-            wrapper = ModulesToSaveWrapper(target, adapter_name)
-            setattr(parent, name, wrapper)
-        if activate:
-            wrapper.set_adapter([adapter_name], inference_mode=inference_mode)
-        elif wrapper._active_adapter == [adapter_name]:
-            wrapper.set_adapter([])

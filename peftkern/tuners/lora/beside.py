@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...utils.other import find_modules_to_save, get_pattern_key
+from ...utils.other import get_pattern_key
+from ...utils.saved_modules import find_modules_to_save
 from ...utils.tied import input_embedding_name
 from ..targets import match_targets, resolve_targets
 from ..trainable_tokens.inject import plan_tokens, wrap_tokens

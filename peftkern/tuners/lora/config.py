@@ -11,6 +11,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...config import PeftConfig
+from ...utils.config_values import (
+    as_names,
+    check_ints,
+    check_names,
+    check_pattern,
+    is_int,
+    is_number,
+    shown,
+)
 from ...utils.peft_types import PeftType
 from .subconfigs import (
     BdLoraConfig,
@@ -28,6 +37,9 @@ from .variant import SELECTS
 
 MAX_RANK = 65536  # above it a saved adapter must show its rank before memory is taken for it
 BIAS_CHOICES = ("none", "all", "lora_only")
+_FLAGS = (
+    "fan_in_fan_out use_rslora lora_bias use_dora use_qalora ensure_weight_tying inference_mode"
+).split()
 # initialisations that change the base weight
 CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga")
 
@@ -110,12 +122,11 @@ class LoraConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.LORA
+        self._check_names()
         # PEFT keeps name lists as sets, and its users compare with sets
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             setattr(self, name, set(value) if isinstance(value, (list, tuple)) else value)
-        self.rank_pattern = self.rank_pattern or {}
-        self.alpha_pattern = self.alpha_pattern or {}
         self.loftq_config = self.loftq_config or {}
         self.velora_config = as_subconfig(self.velora_config, VeloraConfig)
         self.monteclora_config = as_subconfig(self.monteclora_config, MontecloraConfig)
@@ -129,8 +140,6 @@ class LoraConfig(PeftConfig):
         if self.ensure_weight_tying:
             self.modules_to_tie = None
             self.target_modules_to_tie = None
-        if isinstance(self.target_parameters, str):
-            raise TypeError("`target_parameters` must be a list of strings or None.")
         self._check_values()
         self._settle_inits()
         self._warn()
@@ -228,30 +237,58 @@ class LoraConfig(PeftConfig):
                 stacklevel=4,
             )
 
-    def _check_values(self) -> None:
-        def positive_int(value: Any) -> bool:
-            return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-        if not positive_int(self.r):
-            raise ValueError(
-                f"`r` should be a positive integer value but the value passed is {self.r}"
-            )
-        for key, rank in self.rank_pattern.items():
-            if not positive_int(rank):
+    def _check_names(self) -> None:
+        """The types of everything that holds names, indices or patterns."""
+        pattern = "a regular expression"
+        check_names("target_modules", self.target_modules, one=f"{pattern} or 'all-linear'")
+        check_names("exclude_modules", self.exclude_modules, one=pattern)
+        check_names("layers_pattern", self.layers_pattern, one="one name")
+        if isinstance(self.target_parameters, str):
+            raise TypeError("`target_parameters` must be a list of strings or None.")
+        check_names("target_parameters", self.target_parameters)
+        self.modules_to_save = as_names("modules_to_save", self.modules_to_save)
+        for name in ("rank_pattern", "alpha_pattern"):
+            setattr(self, name, getattr(self, name) or {})
+            check_pattern(name, getattr(self, name))
+        tokens: Any = self.trainable_token_indices
+        layers: Any = self.layers_to_transform
+        if isinstance(tokens, dict):
+            check_names("trainable_token_indices", tokens)
+            for key, indices in tokens.items():
+                check_ints(f"trainable_token_indices[{key!r}]", indices)
+        else:
+            check_ints("trainable_token_indices", tokens)
+            if isinstance(tokens, (set, frozenset)):  # rows of a file have an order
+                self.trainable_token_indices = sorted(tokens)
+        check_ints("layers_to_transform", layers, one=True)
+        if isinstance(layers, range):
+            self.layers_to_transform = list(layers)
+        for name in _FLAGS:
+            if isinstance(getattr(self, name), str):  # "no" would be taken for a yes
                 raise ValueError(
-                    f"`rank_pattern[{key!r}]` should be a positive integer value but the value "
-                    f"passed is {rank}"
+                    f"`{name}` must be True or False, got {shown(getattr(self, name))}"
+                )
+
+    def _check_values(self) -> None:
+        ranks = {"r": self.r}
+        ranks |= {f"rank_pattern[{key!r}]": rank for key, rank in self.rank_pattern.items()}
+        for name, rank in ranks.items():
+            if not is_int(rank) or rank <= 0:
+                raise ValueError(
+                    f"`{name}` should be a positive integer value but the value passed is "
+                    f"{rank if is_number(rank) else shown(rank)}"
                 )
         for name, alpha in [("lora_alpha", self.lora_alpha)] + [
             (f"alpha_pattern[{k!r}]", v) for k, v in self.alpha_pattern.items()
         ]:
-            if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
-                raise ValueError(f"`{name}` should be a number but the value passed is {alpha!r}")
+            if not is_number(alpha):
+                raise ValueError(
+                    f"`{name}` should be a number but the value passed is {shown(alpha)}"
+                )
         p = self.lora_dropout
-        if isinstance(p, bool) or not isinstance(p, (int, float)) or not 0.0 <= p < 1.0:
-            raise ValueError(f"`lora_dropout` should be in [0, 1) but the value passed is {p!r}")
-        if isinstance(self.target_parameters, str):
-            raise TypeError("`target_parameters` must be a list of strings or None.")
+        if not is_number(p) or not 0.0 <= p < 1.0:
+            given = p if is_number(p) else shown(p)
+            raise ValueError(f"`lora_dropout` should be in [0, 1) but the value passed is {given}")
         if self.use_dora and self.megatron_config:
             raise ValueError("DoRA does not support megatron_core, please set `use_dora=False`.")
         if isinstance(self.target_modules, str):

@@ -18,6 +18,7 @@ from .config import LoraConfig
 from .conv import Conv1d, Conv2d, Conv3d
 from .embedding import Embedding
 from .layer import Linear
+from .merging import own_forward
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # in the order in which they are tried
@@ -86,13 +87,20 @@ def check(key: str, module: nn.Module, r: int, config: LoraConfig) -> None:
 
 
 def warn(module: nn.Module, config: LoraConfig) -> None:
-    """The warnings of HF PEFT about a layer that gets an adapter."""
+    """The warnings of HF PEFT about a layer that gets an adapter, and one about its forward."""
     base: Any = base_of(module)
     if config.lora_bias and getattr(base, "bias", None) is None:
         warnings.warn(
             "`lora_bias=True` was passed but the targeted layer of type "
             f"{type(base).__name__} has no bias. This means that merging LoRA weights won't be "
             "possible.",
+            PeftWarning,
+            stacklevel=5,
+        )
+    if config.changes_base_weights and (said := own_forward(base)) is not None:
+        warnings.warn(
+            f"init_lora_weights={config.init_lora_weights!r} takes the adapter's start out of the "
+            f"weight of {said}: outputs change unless both compute the same.",
             PeftWarning,
             stacklevel=5,
         )

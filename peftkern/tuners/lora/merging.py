@@ -6,12 +6,40 @@ import warnings
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parameter import Parameter
+from transformers.pytorch_utils import Conv1D
 
+from ...utils.warning import PeftWarning
 from ..adapter_calls import check_adapters_to_merge
 from .restore import Kept, at_least_float32
 from .variant import make_ready
+
+# how torch's and transformers' layers compute with their weight
+_FORWARDS: dict[type[nn.Module], tuple[str, ...]] = {
+    nn.Linear: ("forward",),
+    Conv1D: ("forward",),
+    nn.Embedding: ("forward",),
+    nn.Conv1d: ("forward", "_conv_forward"),
+    nn.Conv2d: ("forward", "_conv_forward"),
+    nn.Conv3d: ("forward", "_conv_forward"),
+}
+
+
+def own_forward(base: Any) -> str | None:
+    """Words for a subclass of a known layer that computes in a way of its own, so that nothing
+    says that adding to its weight adds to its output; None for what is known."""
+    for kind, methods in _FORWARDS.items():
+        if not isinstance(base, kind):
+            continue
+        cls: Any = type(base)
+        if all(getattr(cls, name) is getattr(kind, name) for name in methods):
+            return None
+        if kind is nn.Embedding and hasattr(base, "embed_scale"):  # which the update is given too
+            return None
+        return f"a {cls.__name__}, which has another forward than {kind.__name__}"
+    return None
+
 
 BROKEN = "NaNs detected in the merged weights. The adapter {} seems to be broken"
 
@@ -144,6 +172,12 @@ class Merging:
                     "Impossible to merge LoRA with `lora_bias=True` because the base layer has no "
                     "bias."
                 )
+        if (said := own_forward(module)) is not None:
+            warnings.warn(
+                f"Merging into {said}: outputs change unless both compute the same.",
+                PeftWarning,
+                stacklevel=4,
+            )
         return names
 
     @torch.no_grad()

@@ -10,17 +10,20 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from ...utils.constants import (
+    SEQ_CLS_HEAD_NAMES,
+    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+)
 from ...utils.mixed import handing
 from ...utils.module_tree import parameters_of
 from ...utils.other import (
     CONTAINERS,
     AuxiliaryTrainingWrapper,
     ModulesToSaveWrapper,
-    find_modules_to_save,
     get_submodules,
-    wrap_modules_to_save,
 )
+from ...utils.places import ends_with_words, places_of
+from ...utils.saved_modules import find_modules_to_save, wrap_modules_to_save
 from ...utils.tied import modules_tied_to_embedding
 from ..base_tuner import BaseTuner
 from ..targets import check_compatible
@@ -50,6 +53,9 @@ from .replication import stacked
 from .tying import settle_tying, share_again
 from .unloading import ModelMerging
 from .weighted import Weighted
+
+# heads that a task asks for whether a model has them under this name or not
+HEADS = (*SEQ_CLS_HEAD_NAMES, "qa_outputs")
 
 
 class LoraModel(ModelMerging, Weighted, Starts, KasaLoss, BaseTuner):
@@ -141,27 +147,26 @@ class LoraModel(ModelMerging, Weighted, Starts, KasaLoss, BaseTuner):
                 raise TypeError(
                     f"modules_to_save cannot be applied to modules of type {type(module)} (`{key}`)"
                 )
-        within = next(
-            (
-                layer
-                for key in saved
-                for at in [key.split(".")]
-                for layer in [model.get_submodule(".".join(at[:-2]))]
-                if isinstance(layer, BaseTunerLayer) and at[-2] in layer.adapter_layer_names
-            ),
-            None,
-        )
-        # the new adapter's own weights would be matched as well
-        weights = [f"{store}.{name}" for store in ("lora_dropout", "lora_A", "lora_B")]
-        hit = any(w.endswith(n) for w in weights for n in config.modules_to_save or ())
-        if within is None and not (hit and plan):
-            return
-        kind = Linear if within is None else type(within)
-        raise ValueError(
-            f"You are trying to target a module with {ModulesToSaveWrapper} that is a child of "
-            f"{kind}. This is almost certainly not the intended behavior. Please ensure that the "
-            f"adapter name, '{name}', does not conflict with any of the targeted modules."
-        )
+        within = next((k for k in saved for key, *_ in plan if k.startswith(f"{key}.")), None)
+        if within is not None:
+            raise TypeError(
+                f"modules_to_save cannot be applied to `{within}`: it is a part of a layer that "
+                "gets an adapter"
+            )
+        # what is inside of adapter layers is never meant; where nothing else is, that is said
+        parts = ("base_layer", "lora_dropout", "lora_A", "lora_B", f"lora_A.{name}")
+        for wanted in config.modules_to_save or ():
+            if wanted in HEADS or any(ends_with_words(key, wanted) for key in saved):
+                continue
+            inside = [f"{key}.{part}" for key, *_ in plan for part in parts]
+            inside += [key for key, _ in model.named_modules() if key]
+            if any(ends_with_words(key, wanted) for key in inside):
+                raise ValueError(
+                    f"You are trying to target a module with {ModulesToSaveWrapper} that is a "
+                    f"child of {Linear}. This is almost certainly not the intended behavior. "
+                    f"Please ensure that the adapter name, '{name}', does not conflict with any of "
+                    f"the targeted modules. (`modules_to_save` has {wanted!r}.)"
+                )
 
     @staticmethod
     def _check_patterns(config: LoraConfig, keys: list[str]) -> None:
@@ -268,7 +273,7 @@ class LoraModel(ModelMerging, Weighted, Starts, KasaLoss, BaseTuner):
                     parameter.requires_grad_(False)
         trainable = active and not config.inference_mode
         how = (self._autocast_dtype, low_cpu_mem_usage, trainable)
-        parents: dict[str, nn.Module] = {}
+        places = places_of(model, (module for _, module, make, *_ in plan if make is not None))
         for key, module, make, r, alpha in plan:
             layer, added = module, False
             if make is not None:
@@ -280,10 +285,8 @@ class LoraModel(ModelMerging, Weighted, Starts, KasaLoss, BaseTuner):
                 else:
                     layer = make(module)
                 layer._active_adapter = self.active_adapters
-                at, _, name = key.rpartition(".")
-                if at not in parents:
-                    parents[at] = model.get_submodule(at)
-                setattr(parents[at], name, layer)
+                for parent, name in places[id(module)]:
+                    setattr(parent, name, layer)
             if not added:
                 add_adapter(layer, adapter_name, key, r, alpha, config, *how)
         beside.put_layers(model, adapter_name, self.active_adapters, *how)

@@ -9,6 +9,8 @@ from typing import Any
 from torch import nn
 
 from ...utils.other import AuxiliaryTrainingWrapper, get_submodules
+from ...utils.places import further_names, replace
+from ...utils.tied import plain_name
 from ..tuners_utils import BaseTunerLayer
 from .config import LoraConfig
 from .parameter import ParamWrapper
@@ -63,6 +65,7 @@ def plan_parameters(
 
 def _matches(model: nn.Module, wanted: list[str]) -> Iterator[Target]:
     ends = tuple(f".{name}" for name in wanted)
+    aliases = further_names(model)
     for module_name, module in _holders(model, "", set()):
         if hasattr(module, "parametrizations"):
             # what the module holds is no parameter of that name any more
@@ -73,7 +76,8 @@ def _matches(model: nn.Module, wanted: list[str]) -> Iterator[Target]:
             continue
         for parameter in module._parameters:
             key = f"{module_name}.{parameter}" if module_name else parameter
-            if key in wanted or key.endswith(ends):
+            names = [f"{plain_name(n)}.{parameter}" for n in aliases.get(id(module), ())]
+            if any(name in wanted or name.endswith(ends) for name in (key, *names)):
                 yield Target(module_name, parameter, key)
 
 
@@ -113,10 +117,10 @@ def _check(model: nn.Module, target: Target, adapted: Sequence[str]) -> None:
 
 def wrap_parameter(model: nn.Module, target: Target, active: list[str]) -> ParamWrapper:
     """The wrapper of the target, made around what is in its place when there is none yet."""
-    parent, module, name = get_submodules(model, target.module)
+    _, module, _ = get_submodules(model, target.module)
     wrapper = wrapper_of(module, target.name)
     if wrapper is None:
         wrapper = ParamWrapper(module, target.name)
         wrapper._active_adapter = active
-        setattr(parent, name, wrapper)
+        replace(model, module, wrapper)
     return wrapper

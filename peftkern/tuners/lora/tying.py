@@ -11,12 +11,8 @@ from typing import Any
 from torch import nn
 
 from ...utils.constants import EMBEDDING_LAYER_NAMES
-from ...utils.other import (
-    ModulesToSaveWrapper,
-    find_modules_to_save,
-    get_submodules,
-    wrap_modules_to_save,
-)
+from ...utils.other import ModulesToSaveWrapper, get_submodules
+from ...utils.saved_modules import find_modules_to_save, wrap_modules_to_save
 from ...utils.tied import input_embedding_name, modules_tied_to_embedding, plain_name
 from ..tuners_utils import walk
 from .layer import Linear

@@ -10,9 +10,10 @@ from torch import nn
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from ...utils.constants import EMBEDDING_LAYER_NAMES
+from ...utils.other import ModulesToSaveWrapper
 from ..adapter_calls import check_adapters_to_merge
 from ..tuners_utils import BaseTunerLayer, get_model_config
-from .merging import Merging
+from .merging import BROKEN, Merging
 from .offload import onloaded
 
 TIED = (
@@ -65,7 +66,8 @@ class ModelMerging:
         (updates of 0.1% to 10% of the weight), for float32 about one, never more than a copy.
 
         Args:
-            adapter_names: which adapters, in this order; None: the active ones.
+            adapter_names: which adapters, in this order; None: the active ones. What they train in
+                full beside the layers is used with them (of several, the active one's).
             safe_merge: refuse results with NaN or infinity in them.
 
         Raises:
@@ -77,6 +79,7 @@ class ModelMerging:
         self._check_merge_allowed()
         self._check_names(adapter_names)
         layers = self._tuner_layers()
+        copies = self._choose_copies(adapter_names, safe_merge)
         before = [(layer, len(layer.merged_adapters)) for layer in layers]
         try:
             for layer in layers:
@@ -94,13 +97,35 @@ class ModelMerging:
                     if own:
                         break
             raise
+        for wrapper, names in copies:
+            wrapper.note_merged(names)
 
     def unmerge_adapter(self) -> None:
         """Take all merged adapters out of the base weights."""
         # the last one first: where two layers share a weight, that is what each has recorded
-        for layer in reversed(self._tuner_layers()):
+        layers = self._tuner_layers()
+        merged = [layer for layer in layers if layer.merged]
+        for layer in reversed(merged or layers):  # without any each says that it is not
             with onloaded(layer):
                 layer.unmerge()
+        for wrapper in self._wrappers():
+            wrapper.note_merged(None)
+
+    def _wrappers(self) -> list[ModulesToSaveWrapper]:
+        return [m for m in self.model.modules() if isinstance(m, ModulesToSaveWrapper)]
+
+    def _choose_copies(
+        self, adapter_names: list[str] | None, safe_merge: bool
+    ) -> list[tuple[ModulesToSaveWrapper, list[str]]]:
+        """Each module that adapters train in full, with the adapter whose copy goes with the
+        merged ones. ValueError: there are several such, or (``safe_merge``) it is broken."""
+        found = [(wrapper, wrapper.merge_choice(adapter_names)) for wrapper in self._wrappers()]
+        for wrapper, names in found if safe_merge else ():
+            for name in names:
+                tensors = wrapper.modules_to_save[name].parameters()
+                if not all(bool(t.isfinite().all()) for t in tensors):
+                    raise ValueError(BROKEN.format(name))
+        return found
 
     def merge_and_unload(
         self,
@@ -116,13 +141,15 @@ class ModelMerging:
         Args:
             progressbar: show progress.
             safe_merge: refuse results with NaN or infinity in them; computes every layer twice.
-            adapter_names: which adapters, in this order; None: the active ones.
+            adapter_names: which adapters, in this order; None: the active ones. What they train in
+                full beside the layers is used with them (of several, the active one's).
 
         Raises:
             ValueError, RuntimeError: as :meth:`merge_adapter`, before any weight is changed.
         """
         self._check_merge_allowed()
         self._check_names(adapter_names)
+        self._choose_copies(adapter_names, safe_merge)
         plan: dict[Any, list[str]] = {}
         for layer in self._tuner_layers():
             if not _by_factors(layer):  # merged when it is taken out

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from ...utils.other import get_submodules
+from ...utils.places import ends_with_words, replace
 from ...utils.tied import input_embedding_name, modules_tied_to_embedding, plain_name
 from ..tuners_utils import BaseTunerLayer
 from .wrapper import TrainableTokensWrapper, check_wrappable
@@ -113,7 +114,7 @@ def _places(model: nn.Module) -> list[str]:
 
 
 def _ending_with(places: list[str], names: Sequence[str]) -> list[str]:
-    found = [key for key in places if any(key.endswith(name) for name in names)]
+    found = [key for key in places if any(ends_with_words(key, name) for name in names)]
     if not found:
         raise ValueError(
             f"Target modules {set(names)} not found in the base model. Please check the target "
@@ -154,11 +155,11 @@ def wrap_tokens(
 ) -> None:
     """Wrap what :func:`plan_tokens` found, and give the adapter its rows there."""
     for target in plan:
-        parent, module, name = get_submodules(model, target.key)
+        _, module, _ = get_submodules(model, target.key)
         if not isinstance(module, TrainableTokensWrapper):
             source = model.get_input_embeddings().token_adapter if target.tied else None
-            module = TrainableTokensWrapper(module, source)
-            setattr(parent, name, module)
+            wrapped, module = module, TrainableTokensWrapper(module, source)
+            replace(model, wrapped, module)
             active = [adapter_name] if activate else []
         else:
             active = module.active_adapters
