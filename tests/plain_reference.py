@@ -16,6 +16,7 @@ import contextlib
 import copy
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -63,7 +64,7 @@ def with_prefix(model: Any, prefixes: Prefixes, **call: Any) -> Any:
     mask = "decoder_attention_mask" if model.config.is_encoder_decoder else "attention_mask"
     if is_encoder(model):
         call["position_ids"] = positions(model, call["input_ids"], P)
-        with in_attention(pairs):
+        with in_attention(model, pairs):
             return model(**call)
     if call.get(mask) is not None:
         call[mask] = F.pad(call[mask], (P, 0), value=1)
@@ -74,7 +75,16 @@ def with_prefix(model: Any, prefixes: Prefixes, **call: Any) -> Any:
         cache.update(*pair, layer)
     if model.config.is_encoder_decoder:
         cache = tf.EncoderDecoderCache(cache, tf.DynamicCache())
-    return model(**call | {CACHE: cache, "use_cache": True})
+    if takes(model, CACHE):
+        return model(**call, **{CACHE: cache})
+    # a head that has no such argument and may not hand it on: to the model under it
+    hook = model.base_model.register_forward_pre_hook(
+        lambda _, args, rest: (args, rest | {CACHE: cache}), with_kwargs=True
+    )
+    try:
+        return model(**call)
+    finally:
+        hook.remove()
 
 
 def with_prompt(model: Any, prompt: Tensor, **call: Any) -> Any:
@@ -118,9 +128,10 @@ def positions(model: Any, ids: Tensor, P: int) -> Tensor:
 
 
 @contextlib.contextmanager
-def in_attention(pairs: Sequence[Any]) -> Iterator[None]:
+def in_attention(model: Any, pairs: Sequence[Any]) -> Iterator[None]:
     """Within the block the n-th call of attention has the n-th layer's keys and values in front."""
-    plain, left = ALL_ATTENTION_FUNCTIONS["sdpa"], list(pairs)
+    name, left = model.config._attn_implementation, list(pairs)
+    registered = ALL_ATTENTION_FUNCTIONS.get(name)
 
     def longer(
         module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, *a: Any, **rest: Any
@@ -129,13 +140,15 @@ def in_attention(pairs: Sequence[Any]) -> Iterator[None]:
         if mask is not None:  # bool, or to be added
             mask = F.pad(mask, (keys.shape[-2], 0), value=mask.dtype == torch.bool)
         k, v = torch.cat([keys, k], dim=-2), torch.cat([values, v], dim=-2)
+        # what is called eager stands in each model's own file
+        plain = registered or sys.modules[type(module).__module__].eager_attention_forward
         return plain(module, q, k, v, mask, *a, **rest)
 
-    ALL_ATTENTION_FUNCTIONS["sdpa"] = longer
+    ALL_ATTENTION_FUNCTIONS[name] = longer
     try:
         yield
     finally:
-        del ALL_ATTENTION_FUNCTIONS["sdpa"]
+        del ALL_ATTENTION_FUNCTIONS[name]
     assert not left, f"attention ran {len(pairs) - len(left)} times for {len(pairs)} layers"
 
 
@@ -175,7 +188,7 @@ def takes(model: Any, name: str) -> bool:
 
 
 def recomputed(model: Any, run: Callable[[Any], Run]) -> Any:
-    """A model whose ``generate(..., use_cache=False)`` runs the reference for each token.
+    """A model whose ``generate`` runs the reference over the whole sequence for each token.
 
     Not for prompts of encoder-decoders: generate() runs the encoder by itself.
 
@@ -183,6 +196,7 @@ def recomputed(model: Any, run: Callable[[Any], Run]) -> Any:
         run: of a model, such as ``lambda m: partial(with_prefix, m, prefixes)``.
     """
     outer = copy.deepcopy(model)
+    outer.generate = lambda **call: type(model).generate(outer, **call | {"use_cache": False})
     inner = run(model)
     outer.forward = functools.wraps(model.forward)(
         lambda **call: inner(**{k: v for k, v in call.items() if k not in (CACHE, "use_cache")})

@@ -1,15 +1,16 @@
-"""Tiny models with a prefix: peftkern's injection beside HF PEFT, from the same numbers.
+"""Tiny models with a prefix: peftkern's injection, the plain reference and HF PEFT's way, from the
+same numbers.
 
 Weights are drawn wide, so that attention is sharp and the prefix, its place and its order show in
-the output far beyond any tolerance.
+the output far beyond rounding. Models are float64, so that nothing else may show.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
-import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import peft
@@ -18,7 +19,8 @@ import transformers as tf
 from torch import Tensor, nn
 
 from peftkern.tuners.prefix_tuning.inject import PrefixInjection
-from tests.plain_reference import with_prefix
+from tests.plain_reference import peft_is_right, recomputed, with_prefix
+from tests.tiny import loss_of
 
 VOCAB, WIDTH, HEADS, LAYERS, LABELS, P = 64, 32, 4, 2, 3, 5
 _ABSENT = object()  # a setting that a class would keep without having a use for it
@@ -273,7 +275,7 @@ def make(
     family: str,
     task: str | None = None,
     implementation: str | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype = torch.float64,
 ) -> Any:
     """A fresh tiny model; the same weights for the same arguments."""
     return copy.deepcopy(_original(family, task or task_of(family), implementation, dtype))
@@ -291,7 +293,7 @@ def split(weight: Tensor, heads: int, layers: int, seq2seq: bool) -> list[tuple[
 
 
 class Pair:
-    """One model twice: with peftkern's injection, and as HF PEFT's."""
+    """One model and one prefix: with peftkern's injection, as the plain reference, as HF PEFT's."""
 
     def __init__(
         self,
@@ -300,7 +302,7 @@ class Pair:
         virtual: int = P,
         peft_too: bool = True,
         implementation: str | None = None,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype = torch.float64,
     ) -> None:
         self.family, self.task = family, task or task_of(family)
         self.seq2seq = family in SEQ2SEQ
@@ -312,11 +314,7 @@ class Pair:
         self.peft: Any = None
         torch.manual_seed(1)
         if peft_too:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                self.peft = peft.get_peft_model(
-                    make(family, self.task, implementation, dtype), config
-                )
+            self.peft = peft.get_peft_model(make(family, self.task, implementation, dtype), config)
             encoder = self.peft.prompt_encoder["default"]
             self.heads, width = config.num_attention_heads, config.token_dim
             self.peft.eval()
@@ -352,6 +350,23 @@ class Pair:
     def plain(self, **call: Any) -> Any:
         """The plain reference's output."""
         return with_prefix(self.base, self.prefixes(), **call)
+
+    def oracles(self) -> list[tuple[Callable[..., Any], Tensor]]:
+        """Those who know what a call gives, each with the weight that its gradient belongs to."""
+        found: list[tuple[Callable[..., Any], Tensor]] = [(self.plain, self.weight)]
+        head = self.task in ("SEQ_CLS", "TOKEN_CLS")
+        if self.peft is not None and peft_is_right("prefix of a head" if head else "prefix"):
+            found.append((self.peft, self.peft_weight))
+        return found
+
+    def generators(self) -> list[Callable[..., Tensor]]:
+        """The ``generate`` of those who know what it gives, by any way of drawing tokens."""
+        prefixes = [(k.detach(), v.detach()) for k, v in self.prefixes()]
+        plain = recomputed(self.base, lambda model: partial(with_prefix, model, prefixes))
+        found: list[Callable[..., Tensor]] = [plain.generate]
+        if self.peft is not None and peft_is_right("prefix generate"):
+            found.append(self.peft.generate)
+        return found
 
     @property
     def peft_weight(self) -> Tensor:
@@ -399,7 +414,15 @@ def sizes(pair: Pair) -> dict[str, int]:
     }
 
 
-def assert_close(a: Tensor, b: Tensor, tolerance: float = 1e-4) -> None:
-    """Within ``tolerance`` of the largest number of ``b``."""
-    scale = max(1e-3, float(b.detach().abs().max()))
-    assert float((a - b).detach().abs().max()) <= tolerance * scale
+def real(batch: dict[str, Any], logits: Tensor) -> Tensor:
+    """The logits of real tokens: those of padding are nobody's business."""
+    mask = batch.get("attention_mask")
+    if mask is None or logits.dim() != 3 or logits.shape[1] != mask.shape[1]:
+        return logits
+    return logits[mask.bool()]
+
+
+def numbers(batch: dict[str, Any], output: Any, weight: Tensor) -> dict[str, Tensor]:
+    """All that a call gives: logits, the loss, and the gradient of the prefix's weight."""
+    gradient = torch.autograd.grad(output.loss, weight)[0]
+    return {"logits": real(batch, output.logits), "loss": loss_of(output), "gradient": gradient}

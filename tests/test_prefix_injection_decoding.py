@@ -8,12 +8,13 @@ import pytest
 import torch
 import transformers as tf
 
+from tests.closeness import assert_same_number, differ
+from tests.plain_reference import CACHE
 from tests.prefix_models import (
     IN_BLOCKS,
     SEQ2SEQ,
     Pair,
     alone,
-    assert_close,
     inputs,
     split,
 )
@@ -53,7 +54,7 @@ def test_static_cache_where_the_model_itself_is_wrong(family: str) -> None:
     ids = inputs(family, None)["input_ids"]
     cache = tf.StaticCache(config=pair.model.config, max_cache_len=16)
     with pair.active(), pytest.raises(ValueError, match="use a dynamic cache"):
-        pair.model(ids, past_key_values=cache)
+        pair.model(ids, **{CACHE: cache})
 
 
 @pytest.mark.parametrize("padding", ["left", None])
@@ -73,11 +74,11 @@ def test_a_callers_own_cache(family: str, padding: str | None) -> None:
             parts = []
             for a, b in ((0, 4), (4, 8), (8, 9)):
                 seen = None if mask is None else mask[:, :b]
-                call = {"attention_mask": seen, "past_key_values": cache}
+                call = {"attention_mask": seen, CACHE: cache}
                 parts.append(pair.model(ids[:, a:b], **call).logits)
             assert cache.get_seq_length() == 9
             real = slice(None) if mask is None else mask.bool()
-            assert_close(torch.cat(parts, dim=1)[real], whole[real])
+            assert_same_number(torch.cat(parts, dim=1)[real], whole[real])
 
 
 @pytest.mark.parametrize("family", ["llama", "bart", "t5", "bert", "bloom", "falcon_alibi", "opt"])
@@ -98,13 +99,13 @@ def test_rows_without_a_prefix(family: str) -> None:
         a, b = mixed[row], wanted[row]
         if seen is not None:
             a, b = a[seen[row]], b[seen[row]]
-        assert_close(a, b)
-    assert (bare - full).abs().max() > 0.1
+        assert_same_number(a, b)
+    assert differ(bare, full)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bart", "bloom"])
 def test_a_prefix_for_each_row_with_beams(family: str) -> None:
-    pair = alone(family)
+    pair = alone(family, dtype=torch.float32)  # Bloom alone has no number for padding in float64
     batch = inputs(family, "left")
     del batch["labels"]
     weights = [pair.weight.detach() * s for s in (1.0, -1.0, 0.5)]
@@ -132,6 +133,7 @@ def slow(*families: str) -> list[Any]:
     return [pytest.param(family, marks=pytest.mark.slow) for family in families]
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo's
 @pytest.mark.parametrize("family", ["llama", *slow("gpt2", "bert", "t5", "mistral", "bloom")])
 def test_compiled_forward_and_backward(family: str) -> None:
     torch._dynamo.reset()
@@ -150,8 +152,7 @@ def test_compiled_forward_and_backward(family: str) -> None:
                 out = model(**batch).logits
             loss = (out * torch.linspace(-1, 1, out.numel()).cos().view_as(out)).sum()
             found.append((out, torch.autograd.grad(loss, pair.weight)[0]))
-        for eager, other in zip(*found, strict=True):
-            assert_close(other, eager)
+        assert_same_number(found[1], found[0])
 
     both(1.0)
     with torch.compiler.set_stance("fail_on_recompile"):
@@ -167,12 +168,12 @@ def test_compiled_static_decode(family: str) -> None:
     with torch.no_grad(), pair.active():
         expected = pair.model(ids).logits
         cache = tf.StaticCache(config=pair.model.config, max_cache_len=16)
-        pair.model(ids[:, :4], past_key_values=cache)
+        pair.model(ids[:, :4], **{CACHE: cache})
         for t in range(
             4, 8
         ):  # at 8 a sliding cache is full, and compiles anew without a prefix too
             where = torch.full((3, 1), t)
             stance = "default" if t < 6 else "fail_on_recompile"
             with torch.compiler.set_stance(stance):
-                got = step(ids[:, t : t + 1], past_key_values=cache, position_ids=where).logits
-            assert_close(got[:, 0], expected[:, t])
+                got = step(ids[:, t : t + 1], **{CACHE: cache}, position_ids=where).logits
+            assert_same_number(got[:, 0], expected[:, t])

@@ -1,11 +1,15 @@
-"""Prefix tuning from ``get_peft_model`` to attention, with the injection itself, beside HF PEFT."""
+"""Prefix tuning from ``get_peft_model`` to attention, beside keys and values in a cache."""
+
+from functools import partial
 
 import pytest
 import torch
 
 import peftkern
-from tests.prompts import prompt_model, prompt_pair
-from tests.tiny import inputs, loss_of
+from tests.closeness import assert_same_number, differ
+from tests.plain_reference import peft_is_right, recomputed
+from tests.prompts import plain, prompt_model, prompt_pair, virtual_tokens
+from tests.tiny import inputs, loss_of, make
 
 CASES = [
     *((f, "CAUSAL_LM") for f in ("llama", "qwen2", "gemma", "gpt2")),
@@ -28,57 +32,61 @@ def widen(*models):
                 p.mul_(3.0)
 
 
-def step(model, batch):
+def training_step(model, batch):
+    """Loss and gradients of the virtual tokens' parameters."""
     model.zero_grad()
     loss = loss_of(model(**batch))
     loss.backward()
-    return loss.detach(), [p.grad.clone() for p in prompt_of(model)]
+    return {"loss": loss.detach(), "gradients": [p.grad.clone() for p in prompt_of(model)]}
 
 
 @pytest.mark.parametrize("kind", ["prefix", "projection"])
 @pytest.mark.parametrize("family, task", CASES)
-def test_loss_and_gradients_are_hf_pefts(family, task, kind):
+def test_loss_and_gradients(family, task, kind):
+    """Are the plain reference's, and HF PEFT's where it is right."""
     ours, theirs = prompt_pair(kind, family, task)
     widen(ours, theirs)
     ours.eval(), theirs.eval()
     batch = inputs(family, task)
-    (mine, grads), (other, wanted) = step(ours, batch), step(theirs, batch)
-    torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
-    assert len(grads) == len(wanted) > 0
-    for a, b in zip(grads, wanted, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * max(1.0, b.abs().max().item()))
-    assert any(g.any() for g in grads)
-    with ours.disable_adapter():
-        without = loss_of(ours(**batch)).detach()
-    assert (without - mine).abs() > 1e-4  # the prefix matters
+    found = training_step(ours, batch)
+    assert found["gradients"] and any(g.any() for g in found["gradients"])
+    tokens = virtual_tokens(ours)
+    expected = loss_of(plain(kind, ours, tokens)(make(family, task, torch.float64))(**batch))
+    assert_same_number(found["loss"], expected.detach())
+    if kind == "prefix":
+        expected.backward()
+        assert_same_number(found["gradients"], [tokens.grad])
+    if peft_is_right("prefix of a head" if task.endswith("CLS") else "prefix"):
+        assert_same_number(found, training_step(theirs, batch))
+    with ours.disable_adapter():  # the prefix matters
+        assert differ(loss_of(ours(**batch)), found["loss"])
 
 
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_generation_is_hf_pefts(family, beams):
+def test_generation(family, beams):
     ours, theirs = prompt_pair("prefix", family)
     widen(ours, theirs)
     ids = torch.tensor([[0, 0, 7, 9], [5, 6, 7, 8]])
     mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
     settings = dict(max_new_tokens=6, do_sample=False, num_beams=beams, pad_token_id=0)
-    mine, other = (
-        m.eval().generate(input_ids=ids, attention_mask=mask, **settings) for m in (ours, theirs)
-    )
-    assert torch.equal(mine, other)
-    bare = ours.generate(input_ids=ids, attention_mask=mask, use_cache=False, **settings)
-    assert torch.equal(mine, bare)  # HF PEFT cannot
+    run = plain("prefix", ours, virtual_tokens(ours).detach())
+    generators = [recomputed(make(family, dtype=torch.float64), run).generate]
+    if peft_is_right("prefix generate"):
+        generators.append(theirs.eval().generate)
+    generators.append(partial(ours.eval().generate, use_cache=False))  # HF PEFT cannot
+    mine = ours.generate(input_ids=ids, attention_mask=mask, **settings)
+    for generate in generators:
+        assert torch.equal(mine, generate(input_ids=ids, attention_mask=mask, **settings))
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_which_hf_peft_refuses(reentrant):
     model, batch = prompt_model(peftkern, "prefix"), inputs("llama", "CAUSAL_LM")
     model.train()
-    loss, grads = step(model, batch)
+    expected = training_step(model, batch)
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    again, same = step(model, batch)
-    torch.testing.assert_close(loss, again)
-    for a, b in zip(grads, same, strict=True):
-        torch.testing.assert_close(a, b)
+    assert_same_number(training_step(model, batch), expected)
 
 
 def test_explain_has_a_row_for_each_attention_with_a_prefix():

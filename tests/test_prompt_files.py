@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import peft
@@ -10,6 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import peftkern
+from tests.closeness import assert_as_good_as_torch, assert_same_number
+from tests.plain_reference import peft_is_right
 from tests.prompts import KINDS, PREFIXES, config_of, prompt_model, prompt_pair
 from tests.tiny import assert_same, first, inputs, make, snapshot
 
@@ -18,8 +21,11 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 def trained(library, kind, family="llama", task="CAUSAL_LM", **more):
-    """A model with values that no initialisation gives, heads included."""
-    model = prompt_model(library, kind, family, task, **more)
+    """A model with values that no initialisation gives, heads included.
+
+    In fp32, as files are: what is read is judged by the error of what was saved.
+    """
+    model = prompt_model(library, kind, family, task, **{"dtype": torch.float32, **more})
     g = torch.Generator().manual_seed(9)
     with torch.no_grad():
         for _, value in sorted(model.named_parameters()):
@@ -33,6 +39,11 @@ def run(model, family, task):
         return first(model(**inputs(family, task)))
 
 
+def exactly(model, family, task):
+    """The model's result and that of its numbers in float64."""
+    return run(model, family, task), run(copy.deepcopy(model).double(), family, task)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("family", "task"), TASKS)
 def test_each_library_reads_the_others_files(kind, family, task, tmp_path):
@@ -41,20 +52,27 @@ def test_each_library_reads_the_others_files(kind, family, task, tmp_path):
         model.save_pretrained(tmp_path / name)
     mine, other = (load_file(tmp_path / n / WEIGHTS) for n in ("ours", "theirs"))
     assert mine.keys() == other.keys() and "prompt_embeddings" in mine
-    for key, value in other.items():
-        torch.testing.assert_close(mine[key], value, rtol=0, atol=1e-6)
+    for model, tensors in ((ours, mine), (theirs, other)):
+        tokens = copy.deepcopy(model).double().get_prompt_embedding_to_save("default")
+        assert_as_good_as_torch(tensors["prompt_embeddings"], other["prompt_embeddings"], tokens)
+    assert all(torch.equal(mine[k], v) for k, v in other.items() if k != "prompt_embeddings")
     configs = []
     for name in ("ours", "theirs"):
         values = json.loads((tmp_path / name / "adapter_config.json").read_text())
         values["modules_to_save"] = set(values["modules_to_save"] or ())
         configs.append(values)
     assert configs[0] == configs[1] and configs[0]["inference_mode"] is True
-    wanted = run(ours, family, task)
+    wanted = exactly(ours, family, task)
     for name in ("ours", "theirs"):
         for library in (peftkern, peft):
             base = make(family, task)
             again = library.PeftModel.from_pretrained(base, tmp_path / name, torch_device="cpu")
-            torch.testing.assert_close(run(again, family, task), wanted, rtol=0, atol=1e-5)
+            if (
+                library is peftkern
+                or kind not in PREFIXES
+                or peft_is_right("prefix of a head" if task == "SEQ_CLS" else "prefix")
+            ):
+                assert_as_good_as_torch(run(again, family, task), *wanted)
             assert not again.training
             if library is peftkern:
                 assert again.peft_config["default"].inference_mode
@@ -102,13 +120,13 @@ def test_training_on(kind, tmp_path):
 def test_networks_are_not_in_files(kind, tmp_path):
     ours = trained(peftkern, kind)
     ours.save_pretrained(tmp_path)
-    wanted = run(ours, "llama", "CAUSAL_LM")
+    wanted = exactly(ours, "llama", "CAUSAL_LM")
     base = make("llama")
     before = snapshot(base)
     with pytest.raises(ValueError, match="Cannot set a prompt learning adapter to trainable"):
         peftkern.PeftModel.from_pretrained(base, tmp_path, is_trainable=True)
     assert_same(base, before)
-    other = prompt_model(peftkern, kind, seed=8).eval()
+    other = prompt_model(peftkern, kind, seed=8, dtype=torch.float32).eval()
     before = snapshot(other)
     for call in (
         lambda: other.load_adapter(tmp_path, "b", is_trainable=True),
@@ -121,7 +139,7 @@ def test_networks_are_not_in_files(kind, tmp_path):
     # the same adapter, frozen as its tokens: what Trainer asks for with load_best_model_at_end
     with pytest.warns(UserWarning, match="'default' is frozen"):
         other.load_adapter(tmp_path, "default")
-    torch.testing.assert_close(run(other, "llama", "CAUSAL_LM"), wanted, rtol=0, atol=1e-6)
+    assert_as_good_as_torch(run(other, "llama", "CAUSAL_LM"), *wanted)
     assert not any(p.requires_grad for p in other.parameters())
     assert other.peft_config["default"].inference_mode
     encoder = other.prompt_encoder["default"]
@@ -140,16 +158,22 @@ def test_several_adapters_in_one_folder(kind, tmp_path):
     ours = trained(peftkern, kind, family, task)
     ours.add_adapter("b", config_of(peftkern, kind, task, P=3))
     ours.set_adapter("b")
-    results = {"b": run(ours, family, task)}
+    results = {"b": exactly(ours, family, task)}
     ours.set_adapter("default")
-    results["default"] = run(ours, family, task)
+    results["default"] = exactly(ours, family, task)
     ours.save_pretrained(tmp_path)
     for library in (peftkern, peft):
         again = library.PeftModel.from_pretrained(make(family, task), tmp_path)
         again.load_adapter(tmp_path / "b", "other")
-        torch.testing.assert_close(run(again, family, task), results["default"], rtol=0, atol=1e-5)
-        again.set_adapter("other")
-        torch.testing.assert_close(run(again, family, task), results["b"], rtol=0, atol=1e-5)
+        right = (
+            library is peftkern
+            or kind not in PREFIXES
+            or peft_is_right("prefix of a head" if task == "SEQ_CLS" else "prefix")
+        )
+        for adapter, name in (("default", "default"), ("other", "b")):
+            again.set_adapter(adapter)
+            if right:
+                assert_as_good_as_torch(run(again, family, task), *results[name])
     ours.save_pretrained(tmp_path / "some", selected_adapters=["b"])
     assert not (tmp_path / "some" / WEIGHTS).exists()
     assert (tmp_path / "some" / "b" / WEIGHTS).exists()
@@ -160,14 +184,14 @@ def test_several_adapters_in_one_folder(kind, tmp_path):
 @pytest.mark.parametrize("kind", ["lstm", "projection", "prompt"])
 def test_saving_from_a_state_dict(kind, tmp_path):
     """As Trainer does under FSDP or DeepSpeed: the tensors given count, and not the model's."""
-    ours = trained(peftkern, kind)
+    ours = trained(peftkern, kind, dtype=torch.float64)
     state = {k: v.clone() for k, v in ours.state_dict().items()}
     wanted = ours.get_prompt_embedding_to_save("default")
     with torch.no_grad():
         for value in ours.prompt_encoder.parameters():
             value.zero_()
     found = peftkern.get_peft_model_state_dict(ours, state)
-    torch.testing.assert_close(found["prompt_embeddings"], wanted, rtol=0, atol=1e-6)
+    assert_same_number(found["prompt_embeddings"], wanted)
     assert not torch.equal(ours.get_prompt_embedding_to_save("default"), wanted)
     state.pop("prompt_encoder.default.embedding.weight")
     with pytest.raises(ValueError, match="state_dict.*prompt_encoder.default.embedding.weight"):

@@ -64,7 +64,7 @@ CASES = [
 
 @pytest.mark.parametrize(("family", "padding"), CASES)
 def test_loss_and_gradients_are_those_on_torch(family, padding, calls):
-    pair, batch = alone(family), batch_of(family, padding)
+    pair, batch = alone(family, dtype=torch.float32), batch_of(family, padding)
     for name, p in pair.model.named_parameters():
         p.requires_grad_(name.endswith(("sinks", "q_proj.weight")))
     with peftkern.use_backend("torch"):
@@ -77,7 +77,7 @@ def test_loss_and_gradients_are_those_on_torch(family, padding, calls):
 
 
 def test_a_prefix_for_each_row(calls, family="llama"):
-    pair, batch = alone(family), batch_of(family, "left")
+    pair, batch = alone(family, dtype=torch.float32), batch_of(family, "left")
     rows = torch.tensor([0.5, -1.0]).view(2, 1, 1, 1)
     found = []
     for choice in ("torch", "triton"):
@@ -92,7 +92,7 @@ def test_a_prefix_for_each_row(calls, family="llama"):
 @pytest.mark.parametrize("family", ["llama", "mistral", "gpt_oss"])
 def test_generation_is_that_on_torch(family, calls):
     """From beyond the window on; then with a static cache, whose offset is on the device."""
-    pair, batch = alone(family), batch_of(family, "left")
+    pair, batch = alone(family, dtype=torch.float32), batch_of(family, "left")
     batch.pop("labels")
     settings = dict(max_new_tokens=2, do_sample=False, pad_token_id=0)
     found = []
@@ -114,7 +114,10 @@ def test_generation_is_that_on_torch(family, calls):
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_a_prefix_tuned_model(reentrant, calls, monkeypatch):
     """From ``get_peft_model``, the environment choosing; under gradient checkpointing."""
-    model, batch = prompt_model(peftkern, "prefix").train(), tiny_inputs("llama", "CAUSAL_LM")
+    model, batch = (
+        prompt_model(peftkern, "prefix", dtype=torch.float32).train(),
+        tiny_inputs("llama", "CAUSAL_LM"),
+    )
     batch = {name: t[:1] for name, t in batch.items()}
     weight = model.prompt_encoder["default"].embedding.weight
     with torch.no_grad():
