@@ -1,6 +1,6 @@
 # What a checkout can do. Every target first makes $(VENV), once; `make` alone lists them.
 #
-#   make demo STEPS=20            fewer steps
+#   make demo STEPS=40            more steps
 #   make demo ARGS="--task seqcls"
 #   make test ARGS="-k layout"    arguments for pytest
 #   make demo TORCH="torch==2.13.0 --index-url ..."   another build of torch: anything pip takes

