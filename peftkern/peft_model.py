@@ -16,7 +16,12 @@ from transformers.utils import PushToHubMixin
 
 from .config import PeftConfig
 from .mapping import PEFT_TYPE_TO_TUNER_MAPPING, check_adapter_name, check_config, warn_of_prefix
-from .prompt_calls import prompted_forward, prompted_generate
+from .prompt_calls import (
+    generation_setting,
+    prompted_forward,
+    prompted_generate,
+    row_repeats,
+)
 from .prompt_learning import PromptLearning
 from .saving import AdapterFiles
 from .status import (
@@ -296,9 +301,14 @@ class PeftModel(PromptLearning, AdapterFiles, AdapterStatus, PushToHubMixin, nn.
             return prompted_generate(self, args, kwargs)
         if self.finds_invocations:
             kwargs = get_alora_offsets_for_generate(self, *args, **kwargs)
-        with self._enable_peft_forward_hooks(*args, **kwargs):
+        model = self.base_model.model
+        how = {
+            "num_beams": generation_setting(model, kwargs, "num_beams", *args[1:2]),
+            "row_repeats": row_repeats(model, args[1:], kwargs),
+        }
+        with self._enable_peft_forward_hooks(*args, **{**kwargs, **how}):
             base = {k: v for k, v in kwargs.items() if k not in self.special_peft_forward_args}
-            return self.base_model.model.generate(*args, **base)
+            return model.generate(*args, **base)
 
     # ---------------------------------------------------------------- adapters
 

@@ -206,7 +206,9 @@ def prompted_generate(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
         kwargs["input_ids"] = kwargs.pop("inputs")
     batch, tokens = batch_and_length(model, kwargs)
     rows = model._rows(names, batch)
-    times = 1 if rows is None else _repeats(base, kwargs)  # rows are repeated for the beams
+    times = (
+        1 if rows is None else row_repeats(base, args, kwargs)
+    )  # rows are repeated for the beams
     with named_rows(model, rows, times):
         if rows is not None and set(rows) == {BASE}:
             return base.generate(*args, **kwargs)
@@ -241,22 +243,25 @@ def _encoder_generate(model: Any, args: Any, kwargs: dict[str, Any], prompts: Te
     return model.base_model.generate(*args, **given)
 
 
-def _setting(base: Any, kwargs: dict[str, Any], name: str) -> Any:
-    """A setting of generation, from the call, its configuration or the model's."""
-    for source in (kwargs.get("generation_config"), getattr(base, "generation_config", None)):
+def generation_setting(base: Any, kwargs: dict[str, Any], name: str, config: Any = None) -> Any:
+    """A setting of generation, from the call, its configuration (``config`` when that was given by
+    position) or the model's."""
+    given = kwargs.get("generation_config") if config is None else config
+    for source in (given, getattr(base, "generation_config", None)):
         if kwargs.get(name) is None and getattr(source, name, None) is not None:
             return getattr(source, name)
     return kwargs.get(name)
 
 
-def _repeats(base: Any, kwargs: dict[str, Any]) -> int:
-    """How often generate() repeats each row of its input."""
+def row_repeats(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """How often ``base.generate`` repeats each row of its input, for arguments behind the input."""
+    config = args[0] if args else None
     names = ("num_beams", "num_return_sequences")
-    return max(_setting(base, kwargs, name) or 1 for name in names)
+    return max(generation_setting(base, kwargs, name, config) or 1 for name in names)
 
 
 def _check_cache(base: Any, kwargs: dict[str, Any]) -> None:
-    how = _setting(base, kwargs, "cache_implementation")
+    how = generation_setting(base, kwargs, "cache_implementation")
     if isinstance(how, str) and "static" in how:
         raise ValueError(
             f"cache_implementation={how!r} makes a cache without room for the virtual tokens; "

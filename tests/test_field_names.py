@@ -320,3 +320,73 @@ def test_what_stands_for_a_list_is_taken() -> None:
     assert config.modules_to_save == ["lm_head"]
     model = peftkern.get_peft_model(make("llama"), config)
     assert {n.split(".")[4] for n, _ in model.named_parameters() if "lora_A" in n} == {"1"}
+
+
+# -------------------------------------------------------------------- the indices of layers
+
+
+class _Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q = nn.Linear(4, 4)
+        self.experts = nn.ModuleList([nn.ModuleDict({"w": nn.Linear(4, 4)}) for _ in range(3)])
+
+
+class _Mixture(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([_Block() for _ in range(3)])
+
+
+class _Headed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = _Mixture()
+
+
+def _places(model: nn.Module, **settings: Any) -> set[str]:
+    found = peftkern.get_peft_model(model, _lora(**settings)).named_parameters()
+    return {
+        n.removeprefix("base_model.model.").split(".lora_")[0] for n, _ in found if "lora_A" in n
+    }
+
+
+@pytest.mark.parametrize("indices", [1, [0, 2], [1]])
+@pytest.mark.parametrize(
+    ("root", "make_model"),
+    [("layers.", _Mixture), ("model.layers.", _Headed), ("", lambda: _Mixture().layers)],
+)
+def test_layers_are_counted_and_never_their_experts(
+    root: str, make_model: Any, indices: Any
+) -> None:
+    model = make_model()
+    if isinstance(model, nn.ModuleList):
+        model = nn.Sequential(*model)
+    found = _places(model, target_modules=["q", "w"], layers_to_transform=indices)
+    wanted = [indices] if isinstance(indices, int) else indices
+    inner = ["q", *(f"experts.{e}.w" for e in range(3))]
+    assert found == {f"{root}{i}.{name}" for i in wanted for name in inner}
+
+
+@pytest.mark.parametrize(
+    ("family", "names"),
+    [("llama", ["q_proj", "up_proj"]), ("gpt2", ["c_attn"]), ("bert", ["query"])],
+)
+def test_a_bare_model_has_layers_too(family: str, names: list[str]) -> None:
+    bare = _places(make(family, None), target_modules=names, layers_to_transform=[1])
+    headed = "TOKEN_CLS" if family == "bert" else "CAUSAL_LM"
+    found = _places(make(family, headed), target_modules=names, layers_to_transform=[1])
+    assert bare and {n.split(".", 1)[1] for n in found} == bare
+
+
+@pytest.mark.parametrize(
+    ("family", "task"), [("llama", "CAUSAL_LM"), ("gpt2", "CAUSAL_LM"), ("t5", "SEQ_2_SEQ_LM")]
+)
+def test_where_layers_are_not_at_the_root_they_are_those_of_hf_peft(family: str, task: str) -> None:
+    import peft
+
+    targets = {"llama": ["q_proj"], "gpt2": ["c_attn", "c_fc"], "t5": ["q", "wo"]}[family]
+    for settings in ({"layers_to_transform": [1]}, {"layers_to_transform": 0}):
+        config = peft.LoraConfig(target_modules=targets, **settings)
+        theirs = peft.get_peft_model(make(family, task), config).targeted_module_names
+        assert _places(make(family, task), target_modules=targets, **settings) == set(theirs)

@@ -115,7 +115,7 @@ class TargetMatcher:
         self.index = (
             [re.compile(rf"(?:^|.*?\.){p}\.(\d+)\.") for p in patterns]
             if patterns
-            else [re.compile(r".*?\.[^.]*\.(\d+)\.")]
+            else [re.compile(r"(?:^|.*?\.)(\d+)\.")]  # at the root as well, unlike in HF PEFT
         )
 
     def is_excluded(self, name: str) -> bool:

@@ -360,11 +360,14 @@ class LoraModel(ModelMerging, Weighted, Starts, KasaLoss, BaseTuner):
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """Hand ``adapter_names`` and ``alora_offsets`` to the layers for the calls within the
-        block."""
+        block; ``row_repeats``: how often generate() repeats each row there, for beams or for
+        several returned sequences."""
+        times = kwargs.get("row_repeats") or kwargs.get("num_beams") or 1
         offsets = kwargs.get("alora_offsets")
         if offsets is not None:
             if (kwargs.get("num_beams") or 1) > 1:
                 raise ValueError("Beam search not yet supported for aLoRA.")
+            offsets = [offset for offset in offsets for _ in range(times)]
             layers = [m for m in self.adapter_layers() if isinstance(m, LoraLayer)]
             with (
                 handing_offsets(layers, self.model, offsets),
@@ -382,19 +385,14 @@ class LoraModel(ModelMerging, Weighted, Starts, KasaLoss, BaseTuner):
         unknown = sorted(set(adapter_names) - have)
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
-        beams = (
-            kwargs.get("num_beams")
-            or getattr(kwargs.get("generation_config"), "num_beams", None)
-            or 1
-        )
         once = AdapterNames.of(adapter_names)
-        names = AdapterNames(n for n in once for _ in range(beams)) if beams > 1 else once
+        names = AdapterNames(n for n in once for _ in range(times)) if times > 1 else once
         model: Any = self.model
         encoder = model.get_encoder() if hasattr(model, "get_encoder") else None
         encoder = None if encoder is self.model else encoder
         in_encoder = {id(m) for m in encoder.modules()} if encoder is not None else set()
 
-        # generate() runs the encoder once for each row, before the rows are repeated for the beams
+        # generate() runs the encoder once for each row, before the rows are repeated
         given = {m: once if id(m) in in_encoder else names for m in self.adapter_layers()}
         with handing(given):
             yield
