@@ -44,9 +44,13 @@ _MARK = "_peftkern_prefix"  # on a cache's first layer: how long the prefix in i
 
 def taker(model: nn.Module) -> tuple[nn.Module, str] | None:
     """The module that a cache is handed to, and what it calls it: the model, or the first
-    transformers model in it that takes one (of a classifier the part below its head), or a model
-    that hands any keyword on to its layers; None when there is none."""
-    for module in (model, *(m for m in model.children() if isinstance(m, PreTrainedModel))):
+    transformers model in it that takes one (of a classifier the part below its head; no encoder
+    that a decoder stands behind), or a model that hands any keyword on to its layers; None when
+    there is none."""
+    parts = [m for m in model.children() if isinstance(m, PreTrainedModel)]
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        parts = [part for part in parts if part is not getattr(model, "encoder", None)]
+    for module in (model, *parts):
         name = cache_name(module)
         if name is not None:
             return module, name
@@ -142,7 +146,9 @@ class CachedPrefix:
         self.stack, self.name = found
         self.named = cache_name(self.stack) is not None
         self.seq2seq = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-        self._parameters = tuple(inspect.signature(self.stack.forward).parameters)
+        self._parameters: tuple[str, ...] = tuple(inspect.signature(self.stack.forward).parameters)
+        # of a whole encoder-decoder the decoder's inputs are told by name
+        self._side = "decoder_" if "decoder_input_ids" in self._parameters else ""
         self._kept = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
         self.num_virtual_tokens = num_virtual_tokens
         self.shape = (num_virtual_tokens, kv_heads * head_dim)
@@ -222,8 +228,9 @@ class CachedPrefix:
         P = next(pair[0].shape[-2] for pair in entry.prefixes if pair is not None)
         kwargs[self.name] = self._with_prefix(kwargs, entry)
         self._lengthen_mask(kwargs, P)
-        ids = "decoder_position_ids" if self.seq2seq else "position_ids"
-        if kwargs.get(ids) is not None and not (entry.positions_moved and not self.seq2seq):
+        ids = f"{self._side}position_ids"
+        moved = entry.positions_moved and not self.seq2seq
+        if kwargs.get(ids) is not None and not moved:
             kwargs[ids] = kwargs[ids] + P
         drops = False
         if "use_cache" in self._parameters:
@@ -271,7 +278,7 @@ class CachedPrefix:
         return cache
 
     def _lengthen_mask(self, kwargs: dict[str, Any], P: int) -> None:
-        name = "decoder_attention_mask" if self.seq2seq else "attention_mask"
+        name = f"{self._side}attention_mask"
         mask = kwargs.get(name)
         if mask is None:
             return
