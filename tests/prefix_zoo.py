@@ -12,14 +12,16 @@ from collections.abc import Callable
 from typing import Any
 
 import peft
+import pytest
 import torch
 import transformers as tf
 from torch import Tensor
 
 import peftkern
+from peftkern.utils.versions import cache_name
+from tests.plain_reference import is_encoder, peft_is_right, recomputed, with_prefix
 from tests.prefix_models import (
     _ABSENT,
-    HEADS,
     LABELS,
     LAYERS,
     VOCAB,
@@ -29,6 +31,10 @@ from tests.prefix_models import (
     _bert,
     _decoder,
     inputs,
+    split,
+)
+from tests.prefix_models import (
+    HEADS as H,
 )
 from tests.tiny import loss_of
 
@@ -54,8 +60,8 @@ def _seamless(cls: type) -> Any:
         hidden_size=WIDTH,
         encoder_layers=LAYERS,
         decoder_layers=LAYERS,
-        encoder_attention_heads=HEADS,
-        decoder_attention_heads=HEADS,
+        encoder_attention_heads=H,
+        decoder_attention_heads=H,
         encoder_ffn_dim=24,
         decoder_ffn_dim=24,
         speech_encoder_layers=1,
@@ -105,7 +111,7 @@ FAMILIES: dict[str, tuple[str, Callable[[], Any]]] = {
             n_embd=WIDTH,
             dff=24,
             n_layer=LAYERS,
-            n_head=HEADS,
+            n_head=H,
             resid_pdrop=0.0,
             embd_pdrop=0.0,
             pad_token_id=0,
@@ -204,6 +210,40 @@ def pair(family: str, task: str | None = None, **more: Any) -> tuple[Any, Any]:
     return tuned(peftkern, family, task, **more), tuned(peft, family, task, **more)
 
 
+HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+
+
+def pairs_of(model: Any) -> list[tuple[Tensor, Tensor]]:
+    """The keys and values that a model with a prefix has in front, for each layer."""
+    config = model.peft_config["default"]
+    two = config.num_transformer_submodules == 2
+    return split(weight_of(model), config.num_attention_heads, config.num_layers, two)
+
+
+def oracle(ours: Any, family: str, task: str | None = None) -> Any:
+    """What to call for the right output: HF PEFT's model with the same prefix, or where HF PEFT is
+    none (:func:`peft_is_right`) the prefix in the cache of the model itself."""
+    task = task or FAMILIES[family][0]
+    if peft_is_right("prefix of a head" if task in HEADS else "prefix"):
+        return tuned(peft, family, task)
+    base = make(family, task)
+    if task in HEADS and cache_name(base.base_model) is None and not is_encoder(base):
+        pytest.skip("there is no oracle: it takes no cache, and its attention no other's")
+    return lambda **call: with_prefix(base, pairs_of(ours), **call)
+
+
+def generated(ours: Any, family: str, batch: dict[str, Any], **how: Any) -> Tensor:
+    """The tokens that are right, drawn after ``manual_seed(0)``."""
+    if peft_is_right("prefix generate"):
+        model = tuned(peft, family)
+    else:
+        run = functools.partial
+        model = recomputed(make(family), lambda m: run(with_prefix, m, pairs_of(ours)))
+        how["use_cache"] = False
+    torch.manual_seed(0)
+    return model.generate(**batch, **how)
+
+
 def weight_of(model: Any, adapter: str = "default") -> Tensor:
     return model.prompt_encoder[adapter].embedding.weight
 
@@ -230,13 +270,17 @@ def real(batch: dict[str, Any], logits: Tensor) -> Tensor:
     return logits[mask.bool()] if seen else logits
 
 
-def gradient(model: Any, batch: dict[str, Any]) -> tuple[Any, Tensor]:
+def gradient(
+    model: Any, batch: dict[str, Any], run: Callable[..., Any] | None = None
+) -> tuple[Any, Tensor]:
     """The output of a call, and the gradient that its loss (or what :func:`tests.tiny.loss_of`
-    makes of it) gives the prefix."""
-    model.zero_grad()
-    output = model(**batch)
+    makes of it) gives the prefix of ``model``; ``run``: the call is one of this."""
+    weight = weight_of(run if isinstance(run, peft.PeftModel) else model)
+    weight.grad = None
+    output = (run or model)(**batch)
     loss_of(output).backward()
-    return output, weight_of(model).grad.clone()
+    assert weight.grad is not None
+    return output, weight.grad.clone()
 
 
 def checkpoints(model: Any, what: str, *args: Any) -> None:

@@ -38,14 +38,16 @@ class Attention(llama.LlamaAttention):
         position_embeddings: Any = None,
         attention_mask: Any = None,
         past_key_values: Any = None,
+        cache: Any = None,  # its name from transformers 5.24 on
         **kwargs: Any,
     ) -> Any:
+        cache = past_key_values if cache is None else cache
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         projections = (self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (p(hidden_states).view(shape).transpose(1, 2) for p in projections)
         q, k = llama.apply_rotary_pos_emb(q, k, *position_embeddings)
-        if past_key_values is not None:
-            k, v = past_key_values.update(k, v, self.layer_idx)
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer_idx)
         if self.turned:
             k, v = k.flip(1), v.flip(1)
         run = ALL_ATTENTION_FUNCTIONS.get_interface(

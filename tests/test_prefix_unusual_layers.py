@@ -9,7 +9,16 @@ import torch
 import peftkern
 from tests.closeness import assert_same_number, differ
 from tests.prefix_zoo import FAMILIES as _ALL
-from tests.prefix_zoo import batch_of, checkpoints, gradient, pair, real, tuned, weight_of
+from tests.prefix_zoo import (
+    batch_of,
+    checkpoints,
+    generated,
+    gradient,
+    oracle,
+    real,
+    tuned,
+    weight_of,
+)
 from tests.tiny import first, loss_of
 
 INJECTED = [
@@ -28,10 +37,9 @@ DECODERS = [family for family in INJECTED if _ALL[family][0] == "CAUSAL_LM"]
 @pytest.mark.parametrize("padding", [None, "left"])
 @pytest.mark.parametrize("family", INJECTED)
 def test_is_hf_pefts(family: str, padding: str | None) -> None:
-    ours, theirs = pair(family)
-    batch = batch_of(family, padding)
+    ours, batch = tuned(peftkern, family), batch_of(family, padding)
     mine, grad = gradient(ours, batch)
-    wanted, expected = gradient(theirs, batch)
+    wanted, expected = gradient(ours, batch, oracle(ours, family))
     assert_same_number(real(batch, first(mine)), real(batch, first(wanted)))
     assert_same_number(loss_of(mine).double(), loss_of(wanted).double())  # transformers: in fp32
     assert_same_number(grad, expected)
@@ -43,13 +51,12 @@ def test_is_hf_pefts(family: str, padding: str | None) -> None:
 
 @pytest.mark.parametrize("family", DECODERS)
 def test_generation(family: str) -> None:
-    ours, theirs = pair(family)
-    batch = batch_of(family, "left")
+    ours, batch = tuned(peftkern, family), batch_of(family, "left")
     del batch["labels"]
     for how in ({}, {"num_beams": 3}):
         how = {"max_new_tokens": 6, "do_sample": False, **how}
         tokens = ours.generate(**batch, **how)
-        assert torch.equal(tokens, theirs.generate(**batch, **how))
+        assert torch.equal(tokens, generated(ours, family, batch, **how))
         assert torch.equal(tokens, ours.generate(**batch, **how, use_cache=False))
 
 

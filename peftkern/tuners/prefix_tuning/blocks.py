@@ -161,29 +161,23 @@ def _left_out(
         RuntimeError: says ``reason``; the attention might take another mask than can be made here.
     """
     B, T = hidden.shape[:2]
-    both = not getattr(attention, "is_decoder", True)  # sees tokens before and behind
-    if both or T == 1:
-        if state.no_prefix is None and family.window is None:
-            return None
-        S = T if both else _past(state, reason) + T
-        seen = torch.ones(1, 1, T, S, dtype=torch.bool, device=hidden.device)
-    else:
-        past = _past(state, reason)
-        seen = torch.ones(1, 1, T, past + T, dtype=torch.bool, device=hidden.device).tril(past)
-    seen = seen.expand(B, -1, -1, -1)
     how = getattr(config, "_attn_implementation", None)
+    # Whether tokens see those behind them: added to the scores, a mask that hides some is needed.
+    both = how in (None, "eager") or not getattr(attention, "is_decoder", True)
+    all_seen = both or T == 1
+    if all_seen and state.no_prefix is None and family.window is None:
+        return None
+    if isinstance(state.past, Tensor):
+        raise RuntimeError(reason)
+    S = state.past + T
+    seen = torch.ones(1, 1, T, S, dtype=torch.bool, device=hidden.device)
+    seen = (seen if all_seen else seen.tril(state.past)).expand(B, -1, -1, -1)
     if how == "sdpa":
         return seen
     if how not in (None, "eager"):
         raise RuntimeError(reason)
     lowest = torch.finfo(hidden.dtype).min
     return torch.zeros((), dtype=hidden.dtype, device=hidden.device).where(seen, lowest)
-
-
-def _past(state: PrefixState, reason: str) -> int:
-    if isinstance(state.past, Tensor):
-        raise RuntimeError(reason)
-    return state.past
 
 
 def _wider(own: Tensor, state: PrefixState, inverted: bool, window: int | None = None) -> Tensor:
