@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .fp32 import tf32
+
 # True when this process runs kernels in Triton's CPU interpreter (TRITON_INTERPRET=1 at import).
 INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
@@ -82,10 +84,8 @@ class Launch(NamedTuple):
 
 
 def precision(dtype: torch.dtype) -> str:
-    """How fp32 operands multiply: as torch is told to (``torch.set_float32_matmul_precision``)."""
-    if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
-        return "tf32"
-    return "ieee"
+    """How fp32 operands multiply: as torch is told to."""
+    return "tf32" if dtype == torch.float32 and tf32() else "ieee"
 
 
 def rank_end(ranks: Sequence[int], block_r: int) -> int | tl.constexpr:

@@ -270,8 +270,9 @@ def _check_cache(base: Any, kwargs: dict[str, Any]) -> None:
 
 
 class _Here(threading.local):
-    # {id of a transformers model: what prepares its steps of generation} in this thread
-    prepare: dict[int, Callable[..., dict[str, Any]]] = {}
+    def __init__(self) -> None:  # in each thread, see `utils.mixed`
+        # {id of a transformers model: what prepares its steps of generation} in this thread
+        self.prepare: dict[int, Callable[..., dict[str, Any]]] = {}
 
 
 _here = _Here()

@@ -5,6 +5,7 @@ comparison with HF PEFT."""
 import copy
 import pickle
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -172,9 +173,9 @@ def test_layers_that_come_and_go_between_forwards():
 
 @torch.no_grad()
 def test_compiled_by_torch():
-    """One graph, made anew for other names and for none."""
+    """One graph, made anew for other names and for none, in whatever thread."""
     model, ids = model_of(), inputs("llama", batch=4)["input_ids"]
-    choices = (NAMES, ["a"] * 4, None, NAMES)
+    choices = (None, NAMES, ["a"] * 4, None, NAMES)
     want = [first(model(ids, adapter_names=c)) for c in choices]
     inner = model.base_model.model.model
     torch._dynamo.reset()
@@ -182,6 +183,9 @@ def test_compiled_by_torch():
     for names, plain in zip(choices, want, strict=True):
         got = first(model(ids, adapter_names=names))
         assert_same_number(got, plain)
+        with ThreadPoolExecutor() as another, torch.no_grad():
+            there = another.submit(torch.no_grad()(model), ids, adapter_names=names).result()
+        assert torch.equal(first(there), got)
 
 
 # ---------------------------------------------------------------- the names as an object

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from peftkern.tuners.prefix_tuning import attention
+from peftkern.utils.versions import checkpoints_without_gradients
 from tests.closeness import assert_same_number, differ
 from tests.plain_reference import CACHE
 from tests.prefix_models import (
@@ -76,9 +77,12 @@ def test_checkpointing_beside_a_cache(family: str) -> None:
     _, found = gradients(pair, {**batch, CACHE: cache})
     assert cache.get_seq_length() == 0
     assert_same_number(found, expected)
-    with torch.no_grad():  # nor where there is no prefix
-        pair.model(**batch, **{CACHE: cache})
+    pair.model(**batch, **{CACHE: cache}).loss.backward()  # nor where there is no prefix
     assert cache.get_seq_length() == 0
+    with torch.no_grad():  # nothing is replayed, and since transformers 5.24 the cache is used
+        pair.model(**batch, **{CACHE: cache})
+    unused = checkpoints_without_gradients()
+    assert cache.get_seq_length() == (0 if unused else batch["input_ids"].shape[1])
 
 
 @pytest.mark.parametrize("family", ["bart", "opt"])

@@ -12,8 +12,13 @@ import pytest
 import torch
 import transformers as tf
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+import peftkern
+from peftkern.tuners.prefix_tuning import outside
 from peftkern.utils import versions
+from tests.prompts import prompt_model
+from tests.tiny import inputs
 
 
 class New(nn.Module):
@@ -95,12 +100,71 @@ class WithGradients(InForward):
 class Never(nn.Module): ...
 
 
+class Adding(AroundHooks):
+    def forward(self, x: Tensor, *, more: Tensor) -> Tensor:
+        return x * more
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_hooks_stay_outside_a_checkpoint(reentrant: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a layer as in transformers 5.17: a replay sees what its own forward was given."""
+    monkeypatch.setattr(outside, "hooks_in_checkpoints", lambda: True)
+    layer, factors, grads = Adding(), [2.0, 3.0], []
+    weight = torch.ones(1, requires_grad=True)
+
+    def give(_: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        grads.append(torch.is_grad_enabled())
+        return (args[0] * weight,), {**kwargs, "more": kwargs["more"] * factors[len(grads) - 1]}
+
+    hook = outside.Outside(layer, lambda *_: None, give)
+    layer.gradient_checkpointing = True
+    run = layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=reentrant)
+    losses = []
+    for _ in factors:
+        hook.prepare()
+        losses.append(layer(torch.ones(1), more=torch.ones(1)))
+    assert layer._gradient_checkpointing_func.keywords == {"use_reentrant": reentrant}
+    sum(losses).backward()
+    assert grads == [True, True] and weight.grad == 5.0
+    hook.remove()
+    assert layer._gradient_checkpointing_func is run
+    layer.gradient_checkpointing = False
+    layer(torch.ones(1), more=torch.ones(1))
+    assert len(grads) == 2
+
+
+def test_a_call_makes_no_copy_of_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is slow, and torch.compile before torch 2.13 cannot trace it."""
+    model = prompt_model(peftkern, "prefix")
+    monkeypatch.setattr(type(model.config), "to_dict", lambda _: pytest.fail("to_dict was called"))
+    model(**inputs("llama"))
+
+
 def test_ways_of_checkpointing_are_told_apart() -> None:
     assert versions.how_checkpointed(AroundHooks) == (True, True)
     assert versions.how_checkpointed(InForward) == (False, True)
     assert versions.how_checkpointed(WithGradients) == (False, False)
     with pytest.raises(RuntimeError, match="a Never of transformers runs in no checkpoint"):
         versions.how_checkpointed(Never)
+
+
+def test_a_cap_that_is_dropped_is_told_from_one_that_is_not() -> None:
+    def capped(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **more: Any) -> Any:
+        scores = q @ k.mT * more["scaling"]
+        cap = more.get("softcap")
+        return (scores if cap is None else cap * (scores / cap).tanh()).softmax(-1) @ v, None
+
+    def dropped(*args: Any, softcap: Any = None, **more: Any) -> Any:
+        return capped(*args, **more)
+
+    def refused(*args: Any, softcap: Any = None, **more: Any) -> Any:
+        if softcap is not None:
+            raise ValueError("no softcap")
+        return capped(*args, **more)
+
+    assert not versions._ignores_softcap(capped)
+    assert versions._ignores_softcap(dropped)
+    assert not versions._ignores_softcap(refused)
 
 
 def test_a_layer_is_in_a_checkpoint_when_transformers_puts_it_there() -> None:

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.common import INTERPRET
+from ..kernels.fp32 import tf32
 from ..kernels.tuning import Entry, Key
 from . import choices, device, race, torch_backend, triton_backend, tuned
 from .choices import TORCH
@@ -146,8 +147,8 @@ def _memo(
     """The numbers of a call as the key of a book's decisions: cheaper to make than a table's."""
     bits = (M - 1).bit_length()  # of kernels.tuning.bucket
     dtype = like.dtype
-    exact = torch.get_float32_matmul_precision() if dtype is torch.float32 else None
-    return op, dtype, adapter, bits if bits < 13 else 13, n, k, r, group, mask, grads, exact
+    loose = dtype is torch.float32 and tf32()
+    return op, dtype, adapter, bits if bits < 13 else 13, n, k, r, group, mask, grads, loose
 
 
 def _known(*numbers: Any) -> Decision | None:

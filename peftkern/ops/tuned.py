@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..kernels.fp32 import tf32
 from ..kernels.tuning import FOLDER, Entry, Key, Table, bucket, load, path_for
 from . import device
 
@@ -300,7 +301,7 @@ def name_of(dtype: torch.dtype) -> str:
 def products_in(dtype: torch.dtype) -> str:
     """The dtype's name in the key of a whole operation: float32 products may run in TF32, which is
     another race."""
-    if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+    if dtype == torch.float32 and tf32():
         return "tf32"
     return name_of(dtype)
 

@@ -40,15 +40,19 @@ def text_config(model: Any) -> Any:
             f"prompt learning needs a transformers model; a {type(model).__name__} without a "
             "configuration of transformers' kind was given"
         )
-    config = model.config
-    return config.get_text_config() if "text_config" in config.to_dict() else config
+    config = model.config  # asked in every call, so its dictionary, a deep copy, is not made
+    return config.get_text_config() if "text_config" in vars(config) else config
+
+
+def _layers_differ(config: Any) -> bool:
+    return bool(getattr(config, "is_heterogeneous", False))
 
 
 def _first(config: Any, names: tuple[str, ...]) -> int | None:
-    values = {**config.to_dict()}
+    values = config.to_dict() if _layers_differ(config) else {}
     for name in names:
         value = getattr(config, name, None)
-        if value is None:
+        if value is None:  # what layers have their own of cannot be asked for
             value = values.get(name)
         if isinstance(value, int) and value > 0:
             return value
@@ -196,7 +200,7 @@ def layer_shapes(model: Any, num_layers: int) -> list[tuple[int, int] | None]:
     None for a layer that computes no keys of its own. An empty list when all layers are alike.
     """
     config = text_config(model)
-    if not config.to_dict().get("per_layer_config"):
+    if not _layers_differ(config):
         return []
     borrowers = key_lenders(model, num_layers)
     each = [config.per_layer_config[layer] for layer in range(num_layers)]

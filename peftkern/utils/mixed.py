@@ -16,8 +16,11 @@ from torch import nn
 
 
 class _Here(threading.local):
-    # open blocks of this thread, the innermost last; each is {layer: names, or {keyword: value}}
-    blocks: tuple[Mapping[nn.Module, Any], ...] = ()
+    # In each thread, when it first looks. As a default of the class, torch.compile before torch
+    # 2.13 would take it for what every thread has, without a guard.
+    def __init__(self) -> None:
+        # open blocks of this thread, the innermost last: {layer: names, or {keyword: value}} each
+        self.blocks: tuple[Mapping[nn.Module, Any], ...] = ()
 
 
 # a threading.local, and no ContextVar, because torch.compile traces it

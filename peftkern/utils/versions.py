@@ -112,3 +112,28 @@ def in_checkpoint(layer: nn.Module) -> bool:
     if not (getattr(layer, "gradient_checkpointing", False) and layer.training):
         return False
     return torch.is_grad_enabled() or checkpoints_without_gradients()
+
+
+@functools.cache
+def _ignores_softcap(function: Any) -> bool:
+    module = nn.Module()
+    module.num_key_value_groups, module.is_causal = 1, False  # type: ignore[assignment]
+    x = torch.eye(2)[None, None]
+    try:
+        with torch.no_grad():
+            capped, plain = (
+                function(module, x, x, x, None, dropout=0.0, scaling=1.0, **more)[0]
+                for more in ({"softcap": 1e-3}, {})
+            )
+    except Exception:
+        return False
+    return torch.equal(capped, plain)
+
+
+@torch.compiler.assume_constant_result
+def sdpa_ignores_softcap() -> bool:
+    """Whether transformers' "sdpa" drops the cap on scores without a word, as in 5.17, where
+    Gemma 2 takes it by default; later versions refuse it, and Gemma 2 takes "eager"."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    return _ignores_softcap(sdpa_attention_forward)

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import peftkern
+from peftkern.kernels.common import precision
 from peftkern.ops import (
     auto_backend,
     backend,
@@ -87,14 +88,35 @@ def test_each_bucket_of_rows_and_each_shape_is_its_own_race(clock):
     assert clock.races == 12
 
 
-def test_where_float32_products_are_rounded_is_another_race(clock):
-    step(*drawn())
-    before = torch.get_float32_matmul_precision()
+def by_precision():
     torch.set_float32_matmul_precision("high")
-    try:
-        step(*drawn())
-    finally:
-        torch.set_float32_matmul_precision(before)
+
+
+def by_backend():
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+
+
+def by_all_backends():  # as TrainingArguments(tf32=True)
+    torch.backends.fp32_precision = "tf32"
+
+
+@pytest.fixture
+def switches_put_back():
+    """By the setters that both take back: after the others the old switch cannot be asked."""
+    matmul = torch.backends.cuda.matmul
+    before = torch.backends.fp32_precision, matmul.fp32_precision
+    yield
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.fp32_precision, matmul.fp32_precision = before
+
+
+@pytest.mark.parametrize("switch", [by_precision, by_backend, by_all_backends])
+def test_where_float32_products_are_rounded_is_another_race(clock, switches_put_back, switch):
+    assert precision(torch.float32) == "ieee"
+    step(*drawn())
+    switch()
+    assert precision(torch.float32) == "tf32" and precision(torch.bfloat16) == "ieee"
+    step(*drawn())
     assert clock.races == 4
     assert {k.dtype for k in tuned.book(-1).cached.entries} == {"float32", "tf32"}
 

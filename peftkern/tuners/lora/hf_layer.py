@@ -84,8 +84,9 @@ class _Names(threading.local):
     """The names of the last mixed batch in this thread: HF PEFT hands the same list to each of
     hundreds of layers, and the index made from it serves them all."""
 
-    known: AdapterNames = AdapterNames(())
-    inference = False
+    def __init__(self) -> None:  # in each thread, see `utils.mixed`
+        self.known = AdapterNames(())
+        self.inference = False
 
     def of(self, names: Sequence[str]) -> AdapterNames:
         if isinstance(names, AdapterNames):

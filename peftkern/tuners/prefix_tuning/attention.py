@@ -18,6 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ...ops.prefix_attention import prefix_attention
+from ...utils.versions import sdpa_ignores_softcap
 from .masks import MaskSpec, prefix_mask, prefix_visible
 from .state import PrefixState
 
@@ -90,6 +91,8 @@ def attention(
         run = _implementation(original, module)
         return run(module, query, key, value, attention_mask, *args, **kwargs)
     state.hit(slot)
+    if original == "sdpa" and kwargs.get("softcap") is not None and sdpa_ignores_softcap():
+        del kwargs["softcap"]  # a prefix changes nothing of what the model computes itself
     return _with_prefix(module, query, key, value, attention_mask, state, slot, **kwargs)
 
 

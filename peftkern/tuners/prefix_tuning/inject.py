@@ -20,6 +20,7 @@ from ...utils.versions import cache_of, in_checkpoint
 from . import attention, blocks, deberta, positions, reentrant
 from .families import find
 from .masks import name_state
+from .outside import Outside
 from .state import (
     ActivePrefix,
     Prefix,
@@ -83,6 +84,7 @@ class PrefixInjection:
         self._parameters = tuple(inspect.signature(found.stack.forward).parameters)
         self._blocks = found.family.block is not None
         self._handles: list[Any] = []
+        self._outside: list[Outside] = []  # hooks of layers
         self._removed = False  # asked in place of the handles, which torch.compile cannot look at
         self.configs: list[Any] = []
         self.allow(num_virtual_tokens, always_visible)
@@ -115,18 +117,17 @@ class PrefixInjection:
             for slot, block in enumerate(self.layers):
                 # A replay may use the object that stands for the cache: it writes to none.
                 block._can_checkpoint_with_cache = True  # type: ignore[assignment]
-                hook = _BlockHook(self, slot)
-                self._handles.append(block.register_forward_pre_hook(hook, with_kwargs=True))
+                own = (_BlockHook(self, slot), *([self._at_first] if slot == 0 else []))
+                self._outside.append(Outside(block, *own))
         else:
             seen: dict[int, Any] = {id(self.stack.config): self.stack.config}
             seen.update({id(m.config): m.config for m in self.attentions if hasattr(m, "config")})
             self.configs = list(seen.values())
             self._stand_before()
+            self._outside.append(Outside(self.layers[0], self._at_first))
         if hasattr(self.stack, "layerdrop"):
             for slot, layer in enumerate(self.layers):
                 self._handles.append(layer.register_forward_pre_hook(_Entered(self, slot)))
-        first = self.layers[0]
-        self._handles.append(first.register_forward_pre_hook(self._at_first, with_kwargs=True))
         if self.family.positions == "table":
             table = self.stack.embed_positions
             self._handles.append(table.register_forward_pre_hook(self._at_table, with_kwargs=True))
@@ -152,9 +153,10 @@ class PrefixInjection:
 
     def remove(self) -> None:
         """Leaves the model as it was before: hooks, marks and attention implementation."""
-        for handle in self._handles:
+        for handle in (*self._handles, *self._outside):
             handle.remove()
         self._handles.clear()
+        self._outside.clear()
         self._removed = True
         for module in self.attentions:
             if hasattr(module, attention.SLOT):
@@ -236,6 +238,8 @@ class PrefixInjection:
     def _before(
         self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        for layer in self._outside:
+            layer.prepare()
         entry = active_in(self)
         given, kwargs = kwargs, {**dict(zip(self._parameters, args, strict=False)), **kwargs}
         if entry is None:

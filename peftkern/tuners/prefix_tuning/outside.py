@@ -1,0 +1,69 @@
+"""Hooks of a layer that stay outside its gradient checkpoint, in every version of transformers.
+
+What a hook hands to a layer must be handed over before the checkpoint begins: a replay then gets
+the very same objects, in whatever thread and after whatever other call, and a reentrant checkpoint
+sees the tensors that gradients go to. Where transformers checkpoints a layer's ``__call__``, with
+its hooks in it, such a hook does nothing within a checkpoint, and what runs the checkpoint calls it
+first.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from ...utils.versions import hooks_in_checkpoints, in_checkpoint
+
+
+class Outside:
+    """Forward pre-hooks (with keywords) of one layer, in the order in which they are to run."""
+
+    def __init__(self, layer: nn.Module, *hooks: Any) -> None:
+        self.layer = layer
+        self.hooks = hooks
+        self._handle = layer.register_forward_pre_hook(self._before, with_kwargs=True)
+
+    def prepare(self) -> None:
+        """To call before a call of the layer: whoever asks for checkpoints sets what runs them, at
+        any time."""
+        layer: Any = self.layer
+        if not (hooks_in_checkpoints() and in_checkpoint(layer)):
+            return
+        if not isinstance(layer._gradient_checkpointing_func, _Runner):
+            layer._gradient_checkpointing_func = _Runner(self, layer._gradient_checkpointing_func)
+
+    def remove(self) -> None:
+        self._handle.remove()
+        run = self.layer.__dict__.get("_gradient_checkpointing_func")
+        if isinstance(run, _Runner) and run.outside is self:
+            self.layer._gradient_checkpointing_func = run.run
+
+    def _before(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if hooks_in_checkpoints() and in_checkpoint(layer):
+            return None
+        return self.run(args, kwargs)
+
+    def run(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        for hook in self.hooks:
+            args, kwargs = hook(self.layer, args, kwargs) or (args, kwargs)
+        return args, kwargs
+
+
+class _Runner:
+    """Stands for ``_gradient_checkpointing_func`` of a layer."""
+
+    def __init__(self, outside: Outside, run: Any) -> None:
+        self.outside, self.run = outside, run
+
+    def __call__(self, function: Any, *args: Any) -> Any:
+        """function: a partial of the layer's call, with its keywords."""
+        args, kwargs = self.outside.run(args, function.keywords)
+        return self.run(partial(function.func, *function.args, **kwargs), *args)
+
+    @property
+    def keywords(self) -> dict[str, Any]:
+        return getattr(self.run, "keywords", {})
