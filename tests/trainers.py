@@ -44,7 +44,7 @@ def sentences(count: int = 8, length: int = 6, seed: int = 0) -> list[str]:
     return [" ".join(f"w{int(i)}" for i in row) for row in rows]
 
 
-def theirs(dtype: torch.dtype = torch.float32, **lora: Any) -> Any:
+def theirs(dtype: torch.dtype = torch.float64, **lora: Any) -> Any:
     """HF PEFT's model, with random numbers in A and B."""
     config = peft.LoraConfig(task_type="CAUSAL_LM", **{**LORA, **lora})
     model = peft.get_peft_model(make("llama", dtype=dtype), config)
@@ -52,7 +52,7 @@ def theirs(dtype: torch.dtype = torch.float32, **lora: Any) -> Any:
     return model
 
 
-def ours(dtype: torch.dtype = torch.float32, **lora: Any) -> Any:
+def ours(dtype: torch.dtype = torch.float64, **lora: Any) -> Any:
     """The same of peftkern."""
     config = peftkern.LoraConfig(task_type="CAUSAL_LM", **{**LORA, **lora})
     model = peftkern.get_peft_model(make("llama", dtype=dtype), config)
@@ -77,7 +77,8 @@ def adapter(model: Any) -> dict[str, torch.Tensor]:
     return {n: p.detach().clone() for n, p in model.named_parameters() if "lora_" in n}
 
 
-def assert_close(found: dict[str, Any], wanted: dict[str, Any], tolerance: float = 1e-4) -> None:
+def assert_equal(found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """The same tensors, bit for bit."""
     assert found.keys() == wanted.keys() and found
     for name, value in wanted.items():
-        torch.testing.assert_close(found[name], value, rtol=0, atol=tolerance, msg=name)
+        assert torch.equal(found[name], value), name
