@@ -83,7 +83,7 @@ def test_losses_are_hf_pefts(door, arguments, tmp_path):
     ("door", "dtype", "arguments"),
     [
         ("peftkern", torch.float32, {}),
-        pytest.param("fused", torch.float32, {"bf16": True}, marks=pytest.mark.slow),
+        ("fused", torch.float32, {"bf16": True}),
         ("peftkern", torch.bfloat16, {"gradient_accumulation_steps": 2}),
     ],
     ids=["float32", "autocast", "bfloat16"],
@@ -164,9 +164,7 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize(
-    "kind", ["two adapters", "prefix", pytest.param("prompt", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("kind", OTHERS)
 def test_other_adapters_resume_and_give_the_best_model_back(kind, tmp_path):
     settings = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True,
                 "metric_for_best_model": "eval_loss", "greater_is_better": True}  # fmt: skip

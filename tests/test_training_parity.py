@@ -40,7 +40,8 @@ def test_gradients(family, task):
 
 @pytest.mark.parametrize(("family", "task"), CASES)
 def test_float32_gradients_are_as_good_as_pefts(family, task):
-    """With dropout, the gradients of several draws together."""
+    """With dropout, the gradients of several draws together, but for those that are sums to zero:
+    a start's or an end's bias changes no softmax."""
     ours, theirs = pair(family, task, torch.float32, lora_dropout=0.25)
     exact, batch = copy.deepcopy(theirs).double(), inputs(family, task)
     found = [{}, {}, {}]
@@ -48,7 +49,9 @@ def test_float32_gradients_are_as_good_as_pefts(family, task):
         for grads, model in zip(found, (ours, theirs, exact), strict=True):
             fill(model, seed=seed)
             grads.update(((seed, n), g) for n, g in gradients(model.train(), batch)[1].items())
-    assert_as_good_as_torch(*found)
+    zeros = [key for key, grad in found[2].items() if grad.abs().max() < 1e-12]
+    assert all(n.endswith("qa_outputs.modules_to_save.default.bias") for _, n in zeros)
+    assert_as_good_as_torch(*({k: g for k, g in f.items() if k not in zeros} for f in found))
 
 
 @pytest.mark.parametrize(
@@ -151,7 +154,7 @@ def test_autocast_draws_the_mask_of_peft():
     torch.manual_seed(3)
     exact = first(copy.deepcopy(theirs).double().train()(**batch))
     (a, _), (b, _) = (_under_autocast(m.train(), batch) for m in (ours, theirs))
-    assert_as_good_as_torch(a, b, exact.detach())
+    assert_as_good_as_torch(*({"logits": t.detach()} for t in (a, b, exact)))
 
 
 def test_accumulated_gradients_and_optimiser_steps():

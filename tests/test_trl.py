@@ -88,7 +88,6 @@ def test_sft_losses_are_hf_pefts(door, beside, arguments, tmp_path):
     assert len(ours[0]) == 4
 
 
-@pytest.mark.slow
 def test_sft_in_bfloat16_with_packing_is_as_good_as_hf_pefts(tmp_path):
     """With SGD: Adam's steps have the size of the learning rate even where a gradient is noise."""
     doors, settings = ("a peftkern model", "HF PEFT's model"), {"packing": True, "optim": "sgd"}
@@ -97,10 +96,7 @@ def test_sft_in_bfloat16_with_packing_is_as_good_as_hf_pefts(tmp_path):
     assert_as_good_as_torch(*found, run(doors[1], tmp_path, False, **settings)[1])
 
 
-@pytest.mark.parametrize(
-    "door",
-    [pytest.param("a peftkern model", marks=pytest.mark.slow), "peft_config, fused"],
-)
+@pytest.mark.parametrize("door", ["a peftkern model", "peft_config, fused"])
 def test_sft_checkpoint_resume_best_model_and_save(door, tmp_path):
     settings = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True,
                 "metric_for_best_model": "eval_loss", "greater_is_better": True}  # fmt: skip
@@ -144,10 +140,7 @@ def test_rules_of_trl(tmp_path):
         sft(ours(), tmp_path, config=lora())
 
 
-@pytest.mark.parametrize(
-    "door",
-    ["a peftkern model", pytest.param("peft_config, fused", marks=pytest.mark.slow)],
-)
+@pytest.mark.parametrize("door", ["a peftkern model", "peft_config, fused"])
 def test_dpo_takes_the_model_without_its_adapter_as_reference(door, tmp_path):
     data = {"prompt": sentences(8, 3, 5), "chosen": sentences(8, 3, 6),
             "rejected": sentences(8, 3, 7)}  # fmt: skip
