@@ -16,7 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama as llama
 
 import peftkern
-from peftkern.tuners.prefix_tuning import families
+from peftkern.tuners.prefix_tuning import families, way
 from tests import test_prefix_more_families as more
 from tests.closeness import assert_same_number, differ
 from tests.plain_reference import with_prefix
@@ -247,3 +247,17 @@ def test_a_verified_kind_is_not_run(monkeypatch: Any) -> None:
     monkeypatch.setattr(model.model.layers[1].self_attn, "forward", lambda *a, **k: None)
     with pytest.raises(AssertionError, match="it was run"):
         tuned(model)
+
+
+def test_under_another_transformers_every_kind_is_compared(monkeypatch: Any) -> None:
+    monkeypatch.setattr(tf, "__version__", "5.99.0.dev0")
+    monkeypatch.setattr(way, "_noted", set())
+    compared: list[Any] = []
+    judge = way.judge
+    monkeypatch.setattr(way, "judge", lambda *a: compared.append(judge(*a)) or compared[-1])
+    with pytest.warns(UserWarning, match=r"tested with transformers 5.17 to 5.24, this is 5.99"):
+        tuned(tf.LlamaForCausalLM(CONFIGS["llama"]()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it is said once
+        tuned(tf.GPT2LMHeadModel(CONFIGS["gpt2"]()))
+    assert compared == [(True, "")] * 2

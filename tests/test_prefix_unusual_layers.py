@@ -14,6 +14,7 @@ from tests.prefix_zoo import (
     checkpoints,
     generated,
     gradient,
+    make,
     oracle,
     real,
     tuned,
@@ -53,11 +54,15 @@ def test_is_hf_pefts(family: str, padding: str | None) -> None:
 def test_generation(family: str) -> None:
     ours, batch = tuned(peftkern, family), batch_of(family, "left")
     del batch["labels"]
+    ids, base = batch["input_ids"], make(family)
+    with torch.no_grad():  # on transformers 5.17, decoders of BERT's kin see what is behind
+        causal = not differ(base(ids[:, :5]).logits, base(ids).logits[:, :5])
     for how in ({}, {"num_beams": 3}):
         how = {"max_new_tokens": 6, "do_sample": False, **how}
         tokens = ours.generate(**batch, **how)
         assert torch.equal(tokens, generated(ours, family, batch, **how))
-        assert torch.equal(tokens, ours.generate(**batch, **how, use_cache=False))
+        if causal:
+            assert torch.equal(tokens, ours.generate(**batch, **how, use_cache=False))
 
 
 @pytest.mark.parametrize("family", ["doge window", "diffllama", "rembert"])

@@ -13,6 +13,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+# The transformers that the tests have verified, first and last: within them whatever the third
+# number is.
+TESTED = ((5, 17), (5, 24))
+
+
+def is_tested() -> bool:
+    """Whether the tests have verified this version of transformers."""
+    import transformers
+
+    first, last = TESTED
+    return first <= release(transformers.__version__) <= last
+
+
+def release(version: str) -> tuple[int, int]:
+    """(5, 24) of "5.24.0.dev0"."""
+    major, minor = version.split(".")[:2]
+    return int(major), int(minor)
+
+
 # What a forward calls the keys of earlier tokens: first the name that transformers takes since
 # 5.24, then those before it, in models and in the layers of some (Bloom, GPT-J, ...).
 CACHE_NAMES = ("cache", "past_key_values", "layer_past")

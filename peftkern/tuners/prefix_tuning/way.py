@@ -10,8 +10,10 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import transformers
 from torch import nn
 
+from ...utils.versions import TESTED, is_tested
 from .cached import NO_CACHE, CachedPrefix
 from .check import judge, random_prefix, run_cached, why_not_now
 from .families import NotInjectable, find, is_verified, refuse
@@ -52,10 +54,12 @@ def choose(
         "num_virtual_tokens": num_virtual_tokens,
     }
     with _choosing:
+        if not is_tested():
+            _warn_of_version()
         inject = functools.partial(PrefixInjection, model, **sizes, always_visible=always_visible)
         why = ""
         try:
-            if is_verified(model, find(model, num_layers)):
+            if is_verified(model, find(model, num_layers)) and is_tested():
                 return inject()
         except NotInjectable as refusal:
             why = refusal.why
@@ -125,6 +129,18 @@ def _chosen(
         f"The prefix of {name} goes through its cache, as in HF PEFT: {why}.", stacklevel=2
     )
     return cached
+
+
+def _warn_of_version() -> None:
+    if "version" not in _noted:
+        _noted.add("version")
+        first, last = (".".join(map(str, version)) for version in TESTED)
+        warnings.warn(
+            f"peftkern's prefixes were tested with transformers {first} to {last}, this is "
+            f"{transformers.__version__}: each model is compared with its own cache first (see "
+            "peftkern.explain).",
+            stacklevel=2,
+        )
 
 
 def _note(model: Any, cached: CachedPrefix) -> None:
