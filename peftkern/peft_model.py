@@ -107,6 +107,7 @@ class PeftModel(PromptLearning, AdapterFiles, AdapterStatus, PushToHubMixin, nn.
     forward_args: tuple[str, ...] = ()
     head_names: tuple[str, ...] = ()
     keeps_token_types = False
+    pools_last_token = False
     labels_are_tokens = False
     prompt_in_encoder = False
     finds_invocations = False  # of aLoRAs, among its input ids

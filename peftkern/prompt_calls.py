@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .prompt_pooling import reading_last_tokens
 from .prompts import BASE, innermost
 from .tuners.prefix_tuning import PrefixTuningConfig
 from .tuners.prefix_tuning.state import offset_behind
@@ -136,9 +137,11 @@ def prompted_forward(model: Any, kwargs: dict[str, Any]) -> Any:
         prompts = model._prompts(batch, rows)
         if prompts is None:
             return base(**kwargs)
-        if not _cached(model, kwargs):
-            model._room.check(prompts.shape[1], tokens)
-        return base(**with_prompt(model, kwargs, prompts))
+        if _cached(model, kwargs):
+            return base(**with_prompt(model, kwargs, prompts))
+        model._room.check(prompts.shape[1], tokens)
+        with reading_last_tokens(model, kwargs, prompts.shape[1]):
+            return base(**with_prompt(model, kwargs, prompts))
 
 
 def _check_prefix_room(model: Any, kwargs: dict[str, Any], rows: Any, tokens: int) -> None:

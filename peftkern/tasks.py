@@ -3,9 +3,10 @@
 ``forward_args`` are the names of positional arguments, in HF PEFT's order; ``head_names`` the
 modules that train in full because the task's head starts random. The rest is for prompts in front
 of the input: ``labels_are_tokens`` says that labels have a place for every token,
-``keeps_token_types`` that token types are extended (and not ignored), and ``prompt_in_encoder``
-that the prompt is the encoder's. Which it is for which task is HF PEFT's choice, but for the labels
-of token classification, with which it fails.
+``keeps_token_types`` that token types are extended (and not ignored), ``pools_last_token`` that a
+head which scores every token is read at the last one (see ``prompt_pooling``), and
+``prompt_in_encoder`` that the prompt is the encoder's. Which it is for which task is HF PEFT's
+choice, but for the labels of token classification, with which it fails.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ class PeftModelForSequenceClassification(PeftModel):
 
     head_names = ("classifier", "score")
     keeps_token_types = True
+    pools_last_token = True
     forward_args = (*_TEXT, "labels", *_OUTPUTS, "task_ids")
     forward = _forward(forward_args)
 

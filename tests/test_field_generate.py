@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers as tf
 from torch import Tensor
 
 import peftkern
+from tests.closeness import assert_same_number, differ
 from tests.prompts import config_of, prompt_model
 from tests.tiny import fill, make
 
@@ -120,3 +122,123 @@ def test_an_invocation_holds_for_all_sequences_of_its_row() -> None:
     beams = tf.GenerationConfig(max_new_tokens=2, num_beams=2)
     with pytest.raises(ValueError, match="Beam search not yet supported for aLoRA"):
         _generate(model, ids, generation_config=beams)
+
+
+# -------------------------------------------------------------------- what a classifier reads
+
+P = 5
+
+
+def _classifier(kind: str, family: str, pad: int | None = 0) -> Any:
+    base = make(family, "SEQ_CLS", torch.float64)
+    base.config.pad_token_id = pad
+    if hasattr(base, "pad_token_id"):
+        base.pad_token_id = pad
+    model = prompt_model(peftkern, kind, family, "SEQ_CLS", base=base, P=P)
+    model.add_adapter("b", config_of(peftkern, kind, "SEQ_CLS", P=P))
+    g = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "prompt_encoder" in name or "modules_to_save" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=g))
+    return model.eval()
+
+
+LENGTHS = [6, 3, 5]
+
+
+def _padded(side: str) -> tuple[Tensor, Tensor]:
+    """[3, 6], of which the second and third row are padded with 0 on the one side or the other."""
+    ids, mask = torch.zeros_like(IDS), torch.zeros_like(IDS)
+    for i, n in enumerate(LENGTHS):
+        at = slice(0, n) if side == "right" else slice(6 - n, 6)
+        ids[i, at], mask[i, at] = IDS[i, :n], 1
+    return ids, mask
+
+
+def _each(model: Any, names: Any = None, embeds: bool = False) -> Tensor:
+    """The logits of each row in a call of its own, without padding."""
+    rows = []
+    for i, n in enumerate(LENGTHS):
+        given: dict[str, Any] = {"input_ids": IDS[i : i + 1, :n]}
+        if embeds:
+            given = {"inputs_embeds": model.word_embeddings(given["input_ids"])}
+        more = {} if names is None else {"adapter_names": [names[i]]}
+        rows.append(model(**given, attention_mask=torch.ones(1, n).long(), **more).logits)
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("kind", ["prompt", "mlp", "prefix"])
+def test_the_last_real_token_is_read(kind: str, family: str) -> None:
+    model = _classifier(kind, family)
+    ids, mask = _padded("right")
+    expected = _each(model)
+    assert_same_number(model(input_ids=ids, attention_mask=mask).logits, expected)
+    assert_same_number(model(input_ids=ids).logits, expected)  # causal: padding behind is not seen
+    names = ["b", "default", "b"]
+    found = model(input_ids=ids, attention_mask=mask, adapter_names=names).logits
+    assert_same_number(found, _each(model, names))
+    assert differ(found, expected)
+
+
+@pytest.mark.parametrize("kind", ["prompt", "mlp"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_embeddings_are_read_by_their_mask(kind: str, family: str) -> None:
+    model = _classifier(kind, family)
+    ids, mask = _padded("right")
+    embeds = model.word_embeddings(ids)
+    found = model(inputs_embeds=embeds, attention_mask=mask).logits
+    assert_same_number(found, _each(model, embeds=True))
+    alone = model(inputs_embeds=embeds[:1]).logits  # nothing says what is padding
+    assert_same_number(alone, _each(model)[:1])
+
+
+@pytest.mark.parametrize("kind", ["prompt", "mlp"])
+def test_padding_on_the_left_is_as_before(kind: str) -> None:
+    """The last place is the last token: what a prompt in front of padding does is HF PEFT's."""
+    ids, mask = _padded("left")
+
+    models = []
+    for library in (peftkern, peft):
+        base = make("llama", "SEQ_CLS", torch.float64)
+        models.append(prompt_model(library, kind, "llama", "SEQ_CLS", base=base).eval())
+    ours, theirs = (m(input_ids=ids, attention_mask=mask).logits for m in models)
+    assert_same_number(ours, theirs)
+
+
+def test_a_model_without_a_pad_token_is_read_by_the_mask() -> None:
+    model = _classifier("prompt", "llama", pad=None)
+    ids, mask = _padded("right")
+    found = model(input_ids=ids[1:2], attention_mask=mask[1:2]).logits
+    assert_same_number(found, _each(model)[1:2])
+    with pytest.raises(ValueError, match="no padding token is defined"):  # the base model's word
+        model(input_ids=ids, attention_mask=mask)
+
+
+def test_the_loss_and_its_gradients_are_those_of_the_last_real_token() -> None:
+    model = _classifier("prompt", "llama")
+    ids, mask = _padded("right")
+    labels = torch.tensor([2, 0, 1])
+    gradients = []
+    for call in (
+        lambda: model(input_ids=ids, attention_mask=mask, labels=labels).loss,
+        lambda: torch.nn.functional.cross_entropy(_each(model), labels),
+    ):
+        model.zero_grad()
+        call().backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert any("score" in name for name in gradients[0])
+    assert_same_number(*gradients)
+
+
+def test_an_encoder_and_a_classifier_of_tokens_are_left_alone() -> None:
+
+    for family, task in (("bert", "SEQ_CLS"), ("llama", "TOKEN_CLS")):
+        ids, mask = _padded("right")
+        found = []
+        for library in (peftkern, peft):
+            base = make(family, task, torch.float64)
+            model = prompt_model(library, "prompt", family, task, base=base).eval()
+            found.append(model(input_ids=ids, attention_mask=mask).logits)
+        assert_same_number(*found)

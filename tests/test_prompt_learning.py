@@ -92,6 +92,9 @@ def test_numbers_of_prompts(kind, family, task):
     """Loss, logits and every gradient, padding included."""
     ours, theirs = prompt_pair(kind, family, task)
     batch = inputs(family, task)
+    if task == "SEQ_CLS" and family not in ("bert", "t5"):
+        # without the padded row, of which HF PEFT reads the padding: see test_field_generate.py
+        batch = {name: value[::2] for name, value in batch.items()}
     tokens = virtual_tokens(ours)
     base = plain(kind, ours, tokens)(make(family, task, torch.float64))
     if family == "t5" and task in ("SEQ_CLS", "QUESTION_ANS"):

@@ -258,6 +258,14 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if HERE.blocks:
             kwargs = hand_over(self, kwargs)
+        last = kwargs.pop("last_tokens", None)  # behind a prompt, see peftkern/prompt_pooling.py
+        y = self._called(*args, **kwargs)
+        if last is None or not isinstance(y, torch.Tensor) or y.dim() != 3:
+            return y
+        # the model takes what is in the last place for the row's
+        return torch.cat([y[:, :-1], y[torch.arange(len(y), device=y.device), last, None]], 1)
+
+    def _called(self, *args: Any, **kwargs: Any) -> Any:
         adapter_names = kwargs.pop("adapter_names", None)
         if adapter_names is not None and args and len(args[0]) != len(adapter_names):
             raise ValueError(
