@@ -131,6 +131,7 @@ def inject_adapter_in_model(
         adapter_name,
         low_cpu_mem_usage=low_cpu_mem_usage,
         state_dict=state_dict,
+        training=model.training,
     ).model
 
 

@@ -38,8 +38,10 @@ class BaseTuner(nn.Module):
         adapter_name: str,
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, torch.Tensor] | None = None,
+        training: bool = True,
     ):
         super().__init__()
+        self.training = training  # the mode of layers that are made, whatever that of the model is
         self.model = model
         # a model that was adapted before brings its adapters along
         before = getattr(model, "peft_config", None)

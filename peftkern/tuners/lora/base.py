@@ -125,8 +125,6 @@ class LoraLayer(Merging, Frozen, BaseTunerLayer):
             _group=None,
         )
         self.in_features, self.out_features = self._in_out_features()
-        if not base_layer.training:
-            module.train(False)
 
     def _first_adapter(
         self,
@@ -146,6 +144,15 @@ class LoraLayer(Merging, Frozen, BaseTunerLayer):
         given = {k: kwargs[k] for k in kinds if k in kwargs}
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r, lora_alpha, config, **{"autocast_dtype": False, **given})
+
+    def start_in_evaluation(self) -> None:
+        """Put the layer and what it has for adapters, but not the base layer, into evaluation
+        mode; a layer is made in training mode, as in HF PEFT."""
+        module: Any = self
+        module.training = False
+        for name, child in module._modules.items():
+            if name != "base_layer" and child is not None:
+                child.train(False)
 
     def _in_out_features(self) -> tuple[int, int] | tuple[None, None]:
         return in_out_features(self.get_base_layer())
@@ -205,8 +212,6 @@ class LoraLayer(Merging, Frozen, BaseTunerLayer):
         self.lora_bias[adapter_name] = config.lora_bias
         p = config.lora_dropout
         dropout: nn.Module = nn.Dropout(p=p) if p > 0.0 else nn.Identity()
-        if not self.training:
-            dropout.training = False
         self.lora_dropout._modules[adapter_name] = dropout
         if adapter_name in self.frozen_peft_weight_names:
             del self.frozen_peft_weight_names[adapter_name]
@@ -220,6 +225,15 @@ class LoraLayer(Merging, Frozen, BaseTunerLayer):
                     kwargs.get("target_name") or getattr(old, "target_name", "")
                 )
                 variant.init(self, adapter_name, config, trainable)
+        if not self.training:
+            self._evaluate(adapter_name)
+
+    def _evaluate(self, adapter_name: str) -> None:
+        """Put what an adapter has here into evaluation mode."""
+        for store in (self.lora_dropout, *self._stores()):
+            held: Any = store[adapter_name] if adapter_name in store else None
+            if isinstance(held, nn.Module):
+                held.train(False)
 
     def _make_weights(
         self, name: str, r: int, config: LoraConfig, place: dict[str, Any], trainable: bool

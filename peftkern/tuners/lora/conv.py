@@ -94,7 +94,7 @@ class _ConvNd(nn.Module, LoraLayer):
             for parameter in layer.parameters():
                 parameter.data = placed(parameter.data, self._base_dtype(), place)
             layer.requires_grad_(trainable)
-            layer.train(base.training)
+            layer.train(self.training)
             store._modules[name] = layer
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -70,6 +70,7 @@ class LoraModel(ModelMerging, Weighted, Starts, KasaLoss, BaseTuner):
             configuration's targets are.
         autocast_adapter_dtype: keep float32 weights under a float16 or bfloat16 model; without it
             they have the dtype of the layer that they adapt.
+        training: whether the layers start in training mode, where dropout is on.
 
     Raises:
         NotImplementedError: the configuration asks for something not built yet.
@@ -90,10 +91,11 @@ class LoraModel(ModelMerging, Weighted, Starts, KasaLoss, BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
         autocast_adapter_dtype: bool = False,
+        training: bool = True,
     ) -> None:
         # not a module, so it may be set before nn.Module.__init__
         self.__dict__["_autocast_dtype"] = autocast_adapter_dtype
-        super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage, state_dict)
+        super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage, state_dict, training)
 
     # ---------------------------------------------------------------- putting adapters in
 
@@ -272,6 +274,7 @@ class LoraModel(ModelMerging, Weighted, Starts, KasaLoss, BaseTuner):
                 if parameter.requires_grad and id(parameter) not in keep:
                     parameter.requires_grad_(False)
         trainable = active and not config.inference_mode
+        before = set() if self.training else {id(layer) for layer in self.adapter_layers()}
         how = (self._autocast_dtype, low_cpu_mem_usage, trainable)
         places = places_of(model, (module for _, module, make, *_ in plan if make is not None))
         for key, module, make, r, alpha in plan:
@@ -290,6 +293,10 @@ class LoraModel(ModelMerging, Weighted, Starts, KasaLoss, BaseTuner):
             if not added:
                 add_adapter(layer, adapter_name, key, r, alpha, config, *how)
         beside.put_layers(model, adapter_name, self.active_adapters, *how)
+        if not self.training:
+            for layer in self.adapter_layers():
+                if isinstance(layer, LoraLayer) and id(layer) not in before:
+                    layer.start_in_evaluation()
         if active:
             # before the copies: in a module trained in full the copy's bias trains, never the
             # original's
