@@ -186,11 +186,16 @@ def test_a_cache_of_the_callers() -> None:
         assert cache.get_seq_length() == P + ids.shape[1]
         with model.disable_adapter():
             foreign = model(input_ids=ids).past_key_values
-        with pytest.raises(ValueError, match="DynamicCache of 9 tokens without the prefix"):
+        with pytest.raises(ValueError, match="DynamicCache of 9 tokens without the prefix of 5"):
             model(input_ids=ids, past_key_values=foreign)
-        with pytest.raises(ValueError, match="a StaticCache of 0 tokens without the prefix"):
+        with pytest.raises(ValueError, match="a StaticCache of 0 tokens without the prefix of 5"):
             model.generate(input_ids=ids, max_new_tokens=3, cache_implementation="static")
         assert_same_number(model(input_ids=ids).logits, whole)
+        longer = peftkern.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=P + 2)
+        model.add_adapter("longer", longer)
+        model.set_adapter("longer")
+        with pytest.raises(ValueError, match="14 tokens without the prefix of 7"):
+            model(input_ids=ids, past_key_values=cache)
         with pytest.raises(ValueError, match="attention_mask.*batch, tokens"):
             model(input_ids=ids, attention_mask=torch.ones(3, 1, 9, 9))
 

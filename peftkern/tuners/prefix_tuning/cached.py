@@ -150,7 +150,6 @@ class CachedPrefix:
         # of a whole encoder-decoder the decoder's inputs are told by name
         self._side = "decoder_" if "decoder_input_ids" in self._parameters else ""
         self._kept = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
-        self.num_virtual_tokens = num_virtual_tokens
         self.shape = (num_virtual_tokens, kv_heads * head_dim)
         self.allow(num_virtual_tokens)
         self._handles: list[Any] = [
@@ -226,7 +225,7 @@ class CachedPrefix:
         self.refuse_checkpoints()
         kwargs = {**dict(zip(self._parameters, args, strict=False)), **given}
         P = next(pair[0].shape[-2] for pair in entry.prefixes if pair is not None)
-        kwargs[self.name] = self._with_prefix(kwargs, entry)
+        kwargs[self.name] = self._with_prefix(kwargs, entry, P)
         self._lengthen_mask(kwargs, P)
         ids = f"{self._side}position_ids"
         moved = entry.positions_moved and not self.seq2seq
@@ -242,38 +241,36 @@ class CachedPrefix:
         set_current(self, _Call(drops))  # type: ignore[arg-type]
         return (), kwargs
 
-    def _with_prefix(self, kwargs: dict[str, Any], entry: ActivePrefix) -> Cache:
+    def _with_prefix(self, kwargs: dict[str, Any], entry: ActivePrefix, P: int) -> Cache:
         """The cache to call the module with in place of the one given, if one is."""
         cache = cache_of(self.stack, kwargs)
         if self.name != "past_key_values":
             kwargs.pop("past_key_values", None)  # its former name, where transformers takes both
         if cache is None:
-            return self._made(kwargs, entry)
+            return self._made(kwargs, entry, P)
         own = getattr(cache, "self_attention_cache", cache)
         held = cached_tokens(own)
-        layers = getattr(own, "layers", ())
-        if held and layers and hasattr(layers[0], _MARK):
+        layers = getattr(own, "layers", None) or (None,)
+        if held and getattr(layers[0], _MARK, None) == P:
             return cache  # goes on from an earlier call
         if held or type(own) is not DynamicCache:
-            what = f"a {type(own).__name__} of {held} tokens without the prefix"
+            what = f"a {type(own).__name__} of {held} tokens without the prefix of {P}"
             raise ValueError(
                 f"the prefix of {self._model_name} goes through its cache ({self.why}), and the "
                 f"call has {what}. Allowed: none, an empty DynamicCache, or one that an earlier "
                 "call with the prefix has filled"
             )
-        made = self._made(kwargs, entry)
+        made = self._made(kwargs, entry, P)
         own.layers = getattr(made, "self_attention_cache", made).layers  # the caller's fills up
         return cache
 
-    def _made(self, kwargs: dict[str, Any], entry: ActivePrefix) -> Cache:
+    def _made(self, kwargs: dict[str, Any], entry: ActivePrefix, P: int) -> Cache:
         rows = _rows(kwargs)
         cache = prefix_cache(entry.prefixes, rows, self.model, self.seq2seq)
         layers: Any = getattr(cache, "self_attention_cache", cache).layers
-        setattr(layers[0], _MARK, self.num_virtual_tokens)
+        setattr(layers[0], _MARK, P)
         begin = getattr(self.model, "_setup_cache", None)
-        if (
-            begin is not None
-        ):  # it keeps a recurrent state in its layers, and begins with position 0
+        if begin is not None:  # its layers keep a state, which they drop at position 0 alone
             begin(self.model.config, rows, self.model.device, self.model.dtype)
         return cache
 
