@@ -105,6 +105,14 @@ def test_attention_that_slips_past_is_caught(dtype: torch.dtype) -> None:
         assert_same_number(logits, tuned(toy(Turned), peft)(input_ids=IDS).logits)
 
 
+def test_several_ends_of_a_text() -> None:
+    """GLM's ``eos_token_id`` is a list; none of its tokens is what the model is run on."""
+    model = toy(Turned)
+    model.config.eos_token_id = [3, 4]
+    with pytest.warns(UserWarning, match="goes through its cache"):
+        tuned(model)
+
+
 def test_without_the_comparison_it_is_not(monkeypatch: Any) -> None:
     """What the test above is for: injected, the toy is wrong and nothing says so."""
     monkeypatch.setattr("peftkern.tuners.prefix_tuning.way.is_verified", lambda *_: True)

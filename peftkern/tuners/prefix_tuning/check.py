@@ -132,8 +132,9 @@ def _inputs(model: Any) -> dict[str, Tensor]:
     config = model.config
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     marks: set[Any] = set()
-    for one in (config, text):
-        marks.update(v for k, v in vars(one).items() if k.endswith(("_token_id", "_token_index")))
+    for name, value in (*vars(config).items(), *vars(text).items()):
+        if name.endswith(("_token_id", "_token_index")):
+            marks.update(value if isinstance(value, (list, tuple)) else [value])
     words = (n for n in range(3, int(text.vocab_size)) if n not in marks)
     ids = list(itertools.islice(words, TOKENS))
     if len(ids) < TOKENS:
