@@ -12,7 +12,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo quick test test-all test-cpus bench gpu lint clean FORCE
+.PHONY: help setup demo quick test test-all test-cpus test-versions bench gpu lint clean FORCE
 
 VENV ?= .venv
 READY := $(VENV)/.ready
@@ -41,6 +41,7 @@ help:
 	@echo "make test      ruff, mypy and the tests that are neither slow nor for a GPU"
 	@echo "make test-all  the slow tests too"
 	@echo "make test-cpus the numeric tests under every instruction set of this processor"
+	@echo "make test-versions  the same on the oldest versions, the CUDA target's and the newest"
 	@echo "make bench     peftkern, HF PEFT and bare layers side by side"
 	@echo "make gpu       on a CUDA machine: tests, sanitizer, race, benchmarks (docs/gpu.md)"
 	@echo "make lint      ruff and mypy"
@@ -72,6 +73,10 @@ test-all: lint
 # A process for each way to compute: torch reads its variables when it is loaded.
 test-cpus: $(READY)
 	$(PY) -m tests.machines.cpus -n $(JOBS) $(ARGS)
+
+# An environment each under .venvs/, and the table in docs/versions.md.
+test-versions: $(READY)
+	$(PY) -m tests.machines.versions -n $(JOBS) $(ARGS)
 
 bench: $(READY)
 	HF_HUB_OFFLINE=1 $(PY) -m pytest benchmarks --benchmark-only --benchmark-quiet $(ARGS)

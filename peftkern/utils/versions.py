@@ -115,7 +115,7 @@ def _checkpoints() -> tuple[bool, bool]:
 
 @torch.compiler.assume_constant_result
 def hooks_in_checkpoints() -> bool:
-    """Whether a layer's hooks are within its gradient checkpoint (transformers 5.17), so that a
+    """Whether a layer's hooks are within its gradient checkpoint (before 5.23), so that a
     replay runs them again; later versions checkpoint ``forward`` alone."""
     return _checkpoints()[0]
 
