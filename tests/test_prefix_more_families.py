@@ -16,6 +16,7 @@ from torch import Tensor
 
 import peftkern
 from tests.closeness import assert_same_number, differ
+from tests.needs import needs
 from tests.plain_reference import CACHE, peft_is_right, recomputed, with_prefix
 from tests.prefix_models import (
     HEADS,
@@ -230,6 +231,8 @@ def test_is_what_the_oracles_say(family: str) -> None:
         how |= {"max_new_tokens": 6, "do_sample": False}
         tokens = ours.generate(**batch, **how)
         assert torch.equal(tokens, plain.generate(**batch, **how))
+        if family == "rembert decoder":  # before, it counts padded positions anew without one
+            needs("transformers>=5.23", "the model itself differs with and without a cache")
         assert torch.equal(tokens, ours.generate(**batch, **how, use_cache=False))
         if peft_is_right("prefix generate"):
             assert torch.equal(tokens, theirs.generate(**batch, **how))
