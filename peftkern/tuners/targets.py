@@ -19,6 +19,7 @@ from ..utils.constants import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
 )
 from ..utils.error import NoMatchingPeftModuleError
+from ..utils.patterns import Pattern, whole
 from ..utils.peft_types import TaskType
 from ..utils.places import further_names
 from .target_names import _find_minimal_target_modules, ends_with_one_of
@@ -85,7 +86,7 @@ class TargetMatcher:
         self.targets = targets
         self.exact = targets if not isinstance(targets, str) else set()
         self.match = (
-            re.compile(targets).fullmatch
+            Pattern(targets, "target_modules").fullmatch
             if isinstance(targets, str)
             else _suffix_pattern(targets).fullmatch
             if targets
@@ -93,7 +94,7 @@ class TargetMatcher:
         )
         exclude = getattr(config, "exclude_modules", None)
         self.excluded = (
-            re.compile(exclude).fullmatch
+            Pattern(exclude, "exclude_modules").fullmatch
             if isinstance(exclude, str) and exclude
             else _suffix_pattern(exclude).fullmatch
             if exclude
@@ -112,8 +113,8 @@ class TargetMatcher:
             self.layers = {layers} if isinstance(layers, int) else set(layers)
         patterns = getattr(config, "layers_pattern", None) or []
         patterns = [patterns] if isinstance(patterns, str) else list(patterns)
-        self.index = (
-            [re.compile(rf"(?:^|.*?\.){p}\.(\d+)\.") for p in patterns]
+        self.index: list[Any] = (
+            [Pattern(rf"(?:^|.*?\.){p}\.(\d+)\.", "layers_pattern", p) for p in patterns]
             if patterns
             else [re.compile(r"(?:^|.*?\.)(\d+)\.")]  # at the root as well, unlike in HF PEFT
         )
@@ -329,5 +330,5 @@ def targets_embedding(config: Any, model: nn.Module) -> bool:
         names = (
             n for n, _ in model.named_modules() if n.rpartition(".")[2] in EMBEDDING_LAYER_NAMES
         )
-        return any(re.fullmatch(targets, n) for n in names)
+        return any(map(whole(targets, "target_modules").fullmatch, names))
     return any(name in targets for name in EMBEDDING_LAYER_NAMES)

@@ -21,10 +21,10 @@ from ..config import PeftConfig, split_hub_kwargs
 from ..loading import check_shared, insert_adapter_name
 from ..saved_beside import find_beside
 from ..tuners.lora import LoraConfig, LoraLayer
+from ..tuners.lora.beside import rank_and_alpha
 from ..tuners.lora.layer import Linear
 from ..tuners.lora.parameter import ParamWrapper
 from ..tuners.tuners_utils import BaseTunerLayer, adapter_modules
-from .module_tree import get_pattern_key
 from .other import infer_device
 from .peft_types import PeftType
 from .save_and_load import load_peft_weights
@@ -330,8 +330,7 @@ def _is_of(key: str, adapter_name: str, parameter_prefix: str) -> bool:
 
 
 def _scaling_of(config: LoraConfig, key: str) -> float:
-    r = config.rank_pattern.get(get_pattern_key(config.rank_pattern, key), config.r)
-    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, key), config.lora_alpha)
+    r, alpha = rank_and_alpha(config, key)
     return alpha / (math.sqrt(r) if config.use_rslora else r)
 
 

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .patterns import ending, whole
+
 
 def get_submodules(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module, str]:
     """(parent, module, last part of the name) of the module named ``key``."""
@@ -74,15 +76,18 @@ def set_layer_requires_grad(layer: nn.Module | Tensor, requires_grad: bool) -> N
 
 
 def match_target_against_key(target_pattern: str, key: str) -> re.Match[str] | None:
-    """Whether a regular expression is the whole of a module's name."""
-    return re.fullmatch(target_pattern, key)
+    """Whether a regular expression is the whole of a module's name. ValueError: it takes too long,
+    or is none."""
+    return whole(target_pattern, "target_modules").fullmatch(key)
 
 
-def get_pattern_key(patterns: Iterable[str], key: str) -> str:
-    """The first of ``patterns`` that is ``key`` or the end of it (as names or
-    regular expressions), or ``key``."""
+def get_pattern_key(
+    patterns: Iterable[str], key: str, field: str = "rank_pattern or alpha_pattern"
+) -> str:
+    """The first of ``patterns`` (of the setting ``field``) that is ``key`` or the end of it (as
+    names or regular expressions), or ``key``. ValueError: one takes too long, or is no pattern."""
     for pattern in patterns:
-        if re.match(rf"(.*\.)?({pattern})$", key):
+        if ending(pattern, field).match(key):
             return pattern
     return key
 

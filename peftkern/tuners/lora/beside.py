@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ...utils.error import NoMatchingPeftModuleError
 from ...utils.other import get_pattern_key
 from ...utils.saved_modules import find_modules_to_save
 from ...utils.tied import input_embedding_name
@@ -23,9 +24,9 @@ from .tying import is_tied_target, shares_embedding, tie_adapter, tie_saved_modu
 
 def rank_and_alpha(config: LoraConfig, key: str) -> tuple[int, float]:
     """r and lora_alpha of the module or parameter named ``key``."""
-    r = config.rank_pattern.get(get_pattern_key(config.rank_pattern, key), config.r)
-    patterns = config.alpha_pattern
-    return r, patterns.get(get_pattern_key(patterns, key), config.lora_alpha)
+    ranks, alphas = config.rank_pattern, config.alpha_pattern
+    r = ranks.get(get_pattern_key(ranks, key, "rank_pattern"), config.r)
+    return r, alphas.get(get_pattern_key(alphas, key, "alpha_pattern"), config.lora_alpha)
 
 
 def find_targets(
@@ -58,7 +59,7 @@ def find_targets(
         tied = [(n, m) for n, m in model.named_modules() if is_tied_target(config, n)]
     try:
         matches = match_targets(config, model, config.target_modules or set(), state_dict)
-    except ValueError as exc:
+    except NoMatchingPeftModuleError as exc:
         error = exc
     if tied:
         matches = [(n, m) for n, m in matches if not is_tied_target(config, n)] + tied

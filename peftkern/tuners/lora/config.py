@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from ...utils.config_values import (
     is_number,
     shown,
 )
+from ...utils.patterns import Pattern
 from ...utils.peft_types import PeftType
 from .subconfigs import (
     BdLoraConfig,
@@ -300,12 +300,7 @@ class LoraConfig(PeftConfig):
             for pattern in (value,) if isinstance(value, str) else value or ():
                 if isinstance(value, set):  # names, not patterns
                     break
-                try:
-                    re.compile(pattern)
-                except (re.error, TypeError) as exc:
-                    raise ValueError(
-                        f"`{name}` holds {pattern!r}, which is not a regular expression: {exc}"
-                    ) from exc
+                Pattern(pattern, name)
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(
                 "When `layers_pattern` is specified, `layers_to_transform` must also be specified. "

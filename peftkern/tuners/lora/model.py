@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from ...utils.other import (
     ModulesToSaveWrapper,
     get_submodules,
 )
+from ...utils.patterns import ending
 from ...utils.places import ends_with_words, places_of
 from ...utils.saved_modules import find_modules_to_save, wrap_modules_to_save
 from ...utils.tied import modules_tied_to_embedding
@@ -176,7 +176,7 @@ class LoraModel(ModelMerging, Weighted, Starts, KasaLoss, BaseTuner):
             unused = sorted(
                 pattern
                 for pattern in getattr(config, attribute)
-                if not any(re.match(rf"(.*\.)?({pattern})$", key) for key in keys)
+                if not any(map(ending(pattern, attribute).match, keys))
             )
             if unused:
                 warnings.warn(

@@ -12,6 +12,7 @@ from torch import nn
 
 from ...utils.constants import EMBEDDING_LAYER_NAMES
 from ...utils.other import ModulesToSaveWrapper, get_submodules
+from ...utils.patterns import whole
 from ...utils.saved_modules import find_modules_to_save, wrap_modules_to_save
 from ...utils.tied import input_embedding_name, modules_tied_to_embedding, plain_name
 from ..tuners_utils import walk
@@ -36,7 +37,7 @@ def settle_tying(config: Any, model: nn.Module) -> None:
     targets = config.target_modules
     saves = _names_embedding(config.modules_to_save or ())
     if isinstance(targets, str):
-        adapts = any(re.fullmatch(targets, name) for name in EMBEDDING_LAYER_NAMES)
+        adapts = any(map(whole(targets, "target_modules").fullmatch, EMBEDDING_LAYER_NAMES))
     else:
         adapts = _names_embedding(targets or ())
     if not (saves or adapts or config.ensure_weight_tying):
