@@ -112,9 +112,9 @@ def per_token(labels: Tensor | None, ids: Tensor) -> bool:
 
 
 def is_encoder(model: Any) -> bool:
-    """Tokens see those behind them, and no keys are kept."""
-    both_ways = any(getattr(m, "is_causal", None) is False for m in model.modules())
-    return both_ways and not model.config.is_encoder_decoder
+    """Tokens see those behind them in all attention, and no keys are kept."""
+    ways = {m.is_causal for m in model.modules() if hasattr(m, "is_causal")}
+    return ways == {False} and not model.config.is_encoder_decoder
 
 
 def positions(model: Any, ids: Tensor, P: int) -> Tensor:

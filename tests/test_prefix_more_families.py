@@ -362,26 +362,53 @@ def _qwen_vl() -> tuple[Any, dict[str, Tensor]]:
     return tf.Qwen2_5_VLForConditionalGeneration(config), call
 
 
+def positions_of(model: Any, call: dict[str, Tensor]) -> Tensor | None:
+    """What the model itself counts, without a prefix: it reads images from a mask of T tokens."""
+    found = []
+    hook = model.model.language_model.register_forward_pre_hook(
+        lambda _, args, rest: found.append(rest.get("position_ids")), with_kwargs=True
+    )
+    model(**call)
+    hook.remove()
+    return found[0]
+
+
 @pytest.mark.parametrize("family", [_llava, _qwen_vl])
 def test_models_of_images_and_text(family: Callable[[], Any]) -> None:
     torch.manual_seed(0)
     base, call = family()
     words = {"input_ids": call["input_ids"].clamp(max=59)}
-    logits, tokens = [], []
-    for library in (peftkern, peft):
-        prefix = library.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=P)
-        model = library.get_peft_model(copy.deepcopy(base), prefix).double().eval()
-        how = {"attention_mask": torch.ones_like(call["input_ids"])}
-        with torch.no_grad():
+    how = {"attention_mask": torch.ones_like(call["input_ids"])}
+    longer = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+    ours, theirs = (
+        library.get_peft_model(
+            copy.deepcopy(base),
+            library.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=P),
+        )
+        .double()
+        .eval()
+        for library in (peftkern, peft)
+    )
+    prefix = ours.peft_config["default"]
+    with torch.no_grad():
+        for model in (ours, theirs):
             weight_of(model).normal_(generator=torch.Generator().manual_seed(1))
-            logits.append(model(**words, **how).logits)
-            if library is peftkern or family is _llava:  # HF PEFT's mask is too long for Qwen's
-                seen = model(**call, **how).logits
-                assert differ(seen, logits[-1])
-        how |= {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
-        tokens.append(model.generate(**call, **how))
-    assert_same_number(*logits)
-    assert torch.equal(*tokens)
+        pairs = split(weight_of(ours), prefix.num_attention_heads, prefix.num_layers, False)
+        base = base.double().eval()
+        logits = ours(**words, **how).logits
+        seen = ours(**call, **how).logits
+        assert_same_number(logits, with_prefix(base, pairs, **words, **how).logits)
+        where = {"position_ids": positions_of(base, call)}
+        assert_same_number(seen, with_prefix(base, pairs, **call, **how, **where).logits)
+        assert differ(seen, logits)
+        assert_same_number(logits, theirs(**words, **how).logits)
+        if family is _llava:  # HF PEFT's mask is too long for Qwen's images
+            assert_same_number(seen, theirs(**call, **how).logits)
+    plain = recomputed(base, lambda model: partial(with_prefix, model, pairs))
+    tokens = ours.generate(**call, **how, **longer)
+    assert torch.equal(tokens, plain.generate(**call, **how, **longer))
+    if peft_is_right("prefix generate"):
+        assert torch.equal(tokens, theirs.generate(**call, **how, **longer))
 
 
 def test_families_refused_by_name() -> None:
