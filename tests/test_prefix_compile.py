@@ -15,6 +15,12 @@ from tests.closeness import assert_same_number
 from tests.prompts import prompt_model
 from tests.tiny import inputs
 
+pytestmark = [
+    pytest.mark.filterwarnings("error:Dynamo detected a call"),  # to a cached function of ours
+    # torch's own, where the graph breaks and a prefix goes into the next one
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
+]
+
 
 @pytest.fixture(autouse=True)
 def nothing_compiled():

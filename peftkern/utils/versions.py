@@ -39,9 +39,14 @@ CACHE_NAMES = ("cache", "past_key_values", "layer_past")
 CACHE_LENGTHS = ("cache_length", "past_key_values_length")
 
 
-@functools.cache
+# no functools.cache, which torch.compile warns of where a hook runs between two of its graphs
+_known: dict[type, tuple[str, ...]] = {}
+
+
 def _parameters(kind: type) -> tuple[str, ...]:
-    return tuple(inspect.signature(kind.forward).parameters)  # type: ignore[attr-defined]
+    if kind not in _known:
+        _known[kind] = tuple(inspect.signature(kind.forward).parameters)  # type: ignore[attr-defined]
+    return _known[kind]
 
 
 # torch.compile asks while it traces, and keeps the answer
