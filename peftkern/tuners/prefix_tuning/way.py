@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import transformers
 from torch import nn
 
@@ -153,7 +154,8 @@ def _note(model: Any, cached: CachedPrefix) -> None:
 
 def _random_pairs(model: nn.Module, sizes: dict[str, int]) -> list[Prefix]:
     """A prefix of normal numbers for each layer, where and of the dtype that the weights are."""
-    like = next(p for p in model.parameters() if p.is_floating_point())
+    kinds = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    like = next((p for p in model.parameters() if p.dtype in kinds), torch.empty(0))
     drawn = random_prefix(
         like,
         sizes["kv_heads"],
