@@ -95,43 +95,56 @@ def assert_as_good_as_torch(
     """max |ours - exact| <= 2 max |torch - exact|, or two roundings of the output where torch
     happens to be exact.
 
+    For what a whole model computes, the median of all errors may be twice torch's instead, and the
+    largest 16 times: an early rounding that a sharp softmax enlarges makes the largest errors of
+    two runs differ threefold by chance, their medians by a seventh.
+
     Args:
-        ours: the result on trial, of any dtype; or a mapping of several, such as the gradients by
-            name, which are measured together, each in units of its largest number: the largest
-            error of a few numbers alone differs by chance.
+        ours: the result on trial, of any dtype; or a mapping of several, such as all numbers of a
+            training step, which are measured together, each in units of its largest number.
         torch_result: the same by torch's (or HF PEFT's) own computation in the same dtype; several
             results where several orders of sums are as good.
         exact: the same in float64.
-        average: compare root mean squares instead. Sharp attention makes a rounding of one score
-            large: the largest errors of two runs of a whole model differ threefold by chance, their
-            means by a tenth.
+        average: measure a single tensor as mappings are measured.
     """
     results = torch_result if isinstance(torch_result, list | tuple) else [torch_result]
+    if average:
+        ours, exact, *results = ({"": t} for t in (ours, exact, *results))
     if isinstance(exact, Mapping):
-        assert all(r.keys() == exact.keys() for r in (ours, *results)), "other keys"
-        eps = max(torch.finfo(t.dtype).eps for t in results[0].values())
-        scale = {k: t.abs().max().clamp_min(_TINY) if t.numel() else 1 for k, t in exact.items()}
-        for key, value in exact.items():
-            assert value.dtype == torch.float64, f"exact[{key!r}] is {value.dtype}"
-            for found in (ours, *results):
-                assert found[key].shape == value.shape, f"{key}: shape {tuple(found[key].shape)}"
-        ours, exact, *results = (
-            torch.cat([(r[k].double() / s).flatten() for k, s in scale.items()])
-            for r in (ours, exact, *results)
-        )
-    else:
-        eps = torch.finfo(results[0].dtype).eps
+        error, *references = (_scaled_errors(result, exact) for result in (ours, *results))
+        if not error.numel():
+            return
+        rounding = 2 * max(torch.finfo(t.dtype).eps for t in results[0].values())
+        _at_most(error.median(), 2, [r.median() for r in references], rounding, "median error")
+        _at_most(error.max(), 16, [r.max() for r in references], rounding, "largest error")
+        return
     assert ours.shape == exact.shape, f"shape {tuple(ours.shape)}, expected {tuple(exact.shape)}"
     assert exact.dtype == torch.float64, f"exact is {exact.dtype}, expected float64"
     if not exact.numel():
         return
+    error, *references = ((r.double() - exact).abs().max() for r in (ours, *results))
+    rounding = 2 * torch.finfo(results[0].dtype).eps * exact.abs().max().item()
+    _at_most(error, 2, references, rounding, "error")
 
-    def size(errors: Tensor) -> float:
-        return (errors.square().mean().sqrt() if average else errors.abs().max()).item()
 
-    error = size(ours.double() - exact)
-    reference = max(size(t.double() - exact) for t in results)
-    rounding = 2 * eps * exact.abs().max().item()
-    assert error <= max(2 * reference, rounding), (
-        f"error {error:.3e}, torch's {reference:.3e}, rounding {rounding:.3e}"
+def _scaled_errors(found: Mapping[Any, Tensor], exact: Mapping[Any, Tensor]) -> Tensor:
+    """All errors of a mapping, each tensor's in units of its largest number."""
+    assert found.keys() == exact.keys(), f"keys differ: {found.keys() ^ exact.keys()}"
+    errors = [torch.empty(0, dtype=torch.float64)]
+    for key, value in exact.items():
+        assert value.dtype == torch.float64, f"exact[{key!r}] is {value.dtype}, expected float64"
+        shape = tuple(found[key].shape)
+        assert shape == tuple(value.shape), f"{key}: {shape}, expected {tuple(value.shape)}"
+        if value.numel():
+            scale = value.abs().max().clamp_min(_TINY)
+            errors.append(((found[key].double() - value).abs() / scale).flatten())
+    return torch.cat(errors)
+
+
+def _at_most(
+    error: Tensor, times: int, references: list[Tensor], rounding: float, what: str
+) -> None:
+    reference = max(r.item() for r in references)
+    assert error.item() <= max(times * reference, rounding), (
+        f"{what} {error.item():.3e}, torch's {reference:.3e}, rounding {rounding:.3e}"
     )
