@@ -4,6 +4,10 @@ torch.library on that backend. Those on the kernels: tests/kernels/test_library.
 
 from __future__ import annotations
 
+import getpass
+import tempfile
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -142,7 +146,11 @@ def test_what_is_changed_after_compiling_is_seen(change):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
-def test_inductor():
+def test_inductor(monkeypatch):
+    # what it has compiled for one instruction set it would run on another, with other numbers
+    capability = torch.backends.cpu.get_cpu_capability()
+    folder = Path(tempfile.gettempdir()) / f"inductor-{getpass.getuser()}-{capability}"
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder))
     model, _ = layer_pair("conv1d", dtype=torch.float64)
     x = torch.randn(4, 5, K, dtype=torch.float64, requires_grad=True)
     found = []
