@@ -108,7 +108,7 @@ def assert_as_good_as_torch(
         average: measure a single tensor as mappings are measured.
     """
     results = torch_result if isinstance(torch_result, list | tuple) else [torch_result]
-    if average:
+    if average and isinstance(exact, Tensor):
         ours, exact, *results = ({"": t} for t in (ours, exact, *results))
     if isinstance(exact, Mapping):
         error, *references = (_scaled_errors(result, exact) for result in (ours, *results))
