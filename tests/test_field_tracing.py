@@ -8,8 +8,10 @@ import io
 import warnings
 from typing import Any
 
+import peft
 import pytest
 import torch
+import transformers as tf
 from torch import Tensor, nn
 
 import peftkern
@@ -171,11 +173,55 @@ def test_an_attention_is_traced() -> None:
     _check(model, (a,), (b,))
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.parametrize("kind", ["prefix", "projection", "prompt", "mlp", "lstm"])
+@pytest.mark.parametrize(
+    ("kind", "family"),
+    [*((k, "llama") for k in ("prefix", "projection", "prompt", "lstm")), ("prefix", "gpt2")],
+)
 def test_prompts_and_prefixes_are_traced(kind: str, family: str) -> None:
     base = make(family, "CAUSAL_LM", torch.float64)
     model = prompt_model(peftkern, kind, family, base=base).eval()
+    _check(_Logits(model), _batch(2, 7), _batch(3, 11))
+
+
+_SIZES = {"vocab_size": 64, "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2}
+FAMILIES = {  # that take a prefix in ways of their own
+    "mpt": lambda: tf.MptConfig(vocab_size=64, d_model=16, n_heads=2, n_layers=2),
+    "bloom": lambda: tf.BloomConfig(vocab_size=64, hidden_size=16, n_layer=2, n_head=2),
+    "gptj": lambda: tf.GPTJConfig(vocab_size=64, n_embd=16, n_layer=2, n_head=2, rotary_dim=4),
+    "falcon": lambda: tf.FalconConfig(**_SIZES, alibi=True),
+    "mistral": lambda: tf.MistralConfig(
+        **_SIZES, intermediate_size=24, num_key_value_heads=1, sliding_window=6
+    ),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prefixes_of_other_families_are_traced(family: str) -> None:
+    torch.manual_seed(0)
+    base = tf.AutoModelForCausalLM.from_config(FAMILIES[family]()).double()
+    model = prompt_model(peftkern, "prefix", base=base)
+    _check(_Logits(model.eval()), _batch(2, 7), _batch(3, 11))
+
+
+class _Seq2Seq(_Logits):
+    def forward(self, ids: Tensor, mask: Tensor, target: Tensor) -> Tensor:
+        given = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": target}
+        return self.model(**given, use_cache=False).logits
+
+
+@pytest.mark.parametrize("kind", ["prefix", "prompt"])
+def test_prompts_of_an_encoder_and_a_decoder_are_traced(kind: str) -> None:
+    base = make("t5", "SEQ_2_SEQ_LM", torch.float64)
+    model = prompt_model(peftkern, kind, "t5", "SEQ_2_SEQ_LM", base=base).eval()
+    example, other = ((*_batch(r, n), _batch(r, n - 2)[0]) for r, n in ((2, 7), (3, 9)))
+    _check(_Seq2Seq(model), example, other)
+
+
+def test_a_fused_model_of_hf_peft_is_traced() -> None:
+    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=_LLAMA)
+    model = peft.get_peft_model(make("llama", "CAUSAL_LM", torch.float64), config).eval()
+    fill(model)
+    peftkern.fuse(model)
     _check(_Logits(model), _batch(2, 7), _batch(3, 11))
 
 

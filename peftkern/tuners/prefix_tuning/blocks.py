@@ -187,7 +187,8 @@ def _wider(own: Tensor, state: PrefixState, inverted: bool, window: int | None =
     visible: Any = 0.0
     hidden: Any = torch.finfo(own.dtype).min if own.is_floating_point() else True
     if own.dtype == torch.bool:
-        visible, hidden = (False, True) if inverted else (True, False)
+        # a tracer writes no bool down as what to fill with
+        visible, hidden = (0.0, True) if inverted else (1.0, False)
     front = torch.full((B, h, T, state.virtual), visible, dtype=own.dtype, device=own.device)
     if window is not None and not state.always_visible:
         seen = prefix_visible(
