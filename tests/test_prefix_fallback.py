@@ -298,3 +298,11 @@ def test_copies_and_threads() -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+@pytest.mark.slow
+def test_compiled_as_one_graph() -> None:
+    model, batch = tuned(peftkern, "roformer decoder"), batch_of("roformer decoder", "left")
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert_same_number(compiled(**batch).logits, model(**batch).logits)
+    torch._dynamo.reset()

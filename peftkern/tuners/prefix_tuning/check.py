@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...ops.tracing import is_recording
 from .cached import CachedPrefix
 from .inject import PrefixInjection
 from .state import Prefix
@@ -36,8 +37,8 @@ class _CannotRun(Exception):
 
 def why_not_now(model: nn.Module) -> str | None:
     """Why the model cannot be run here and now, or None."""
-    if torch.compiler.is_compiling():
-        return "it is being compiled"
+    if is_recording():
+        return "it is being compiled or traced"
     for tensor in itertools.chain(model.parameters(), model.buffers()):
         if tensor.is_meta or hasattr(tensor, "ds_id"):  # the latter: ZeRO-3 holds its parts apart
             return "some of its weights are not here (offloaded, sharded or on the meta device)"
