@@ -53,6 +53,57 @@ def modules_tied_to_embedding(model: Any) -> list[str]:
     return sorted({key.rpartition(".")[0] for key in keys})
 
 
+def embedding_group(model: Any) -> list[tuple[str, nn.Module]]:
+    """(plain name, module) of the modules that have the input embedding's weight, that embedding
+    first. Told by storage; where a weight is on the meta device, which has none, by being the same
+    parameter and by what the class and its configuration say (``_tied_weights_keys``).
+
+    Returns:
+        One entry when nothing is tied, none when the model does not tell its embedding.
+    """
+    model = _innermost(model)
+    try:
+        first: Any = _base_of(model.get_input_embeddings())
+    except (AttributeError, NotImplementedError):
+        return []
+    weight = getattr(first, "_parameters", {}).get("weight")
+    if weight is None:
+        return []
+    found = [
+        (plain_name(name), module)
+        for name, module in model.named_modules()
+        if (other := module._parameters.get("weight")) is not None
+        and (other is weight or _same_storage(other, weight))
+    ]
+    if weight.is_meta:
+        known = {id(module) for _, module in found}
+        for name in modules_tied_to_embedding(model):
+            module = model.get_submodule(name)
+            if id(module) not in known:
+                found.append((plain_name(name), module))
+    return sorted(found, key=lambda item: item[1] is not first)  # stable
+
+
+def _base_of(module: Any) -> Any:
+    """The module that adapters were put around."""
+    while module is not None:
+        inner = module._modules.get("base_layer") or module._modules.get("original_module")
+        inner = inner or module._modules.get("token_adapter")
+        if inner is None:
+            break
+        module = inner
+    return module
+
+
+def _same_storage(one: Any, other: Any) -> bool:
+    if one.shape != other.shape or one.device != other.device or one.is_meta:
+        return False
+    try:
+        return one.data_ptr() == other.data_ptr() != 0
+    except RuntimeError:  # a tensor without memory of its own, a fake one for instance
+        return False
+
+
 def _tied_to_embedding(model: Any) -> list[str]:
     """Names of the weights that a mapping ties to the input embedding's."""
     mapping: dict[str, str] = {}

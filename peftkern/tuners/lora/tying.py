@@ -10,11 +10,11 @@ from typing import Any
 
 from torch import nn
 
-from ...utils.constants import EMBEDDING_LAYER_NAMES
 from ...utils.other import ModulesToSaveWrapper, get_submodules
-from ...utils.patterns import whole
+from ...utils.places import ends_with_words
 from ...utils.saved_modules import find_modules_to_save, wrap_modules_to_save
-from ...utils.tied import input_embedding_name, modules_tied_to_embedding, plain_name
+from ...utils.tied import embedding_group, input_embedding_name
+from ..targets import TargetMatcher
 from ..tuners_utils import walk
 from .layer import Linear
 
@@ -26,26 +26,23 @@ UNTIED = (
 )
 
 
-def _names_embedding(names: Iterable[str]) -> bool:
-    return any(name.rpartition(".")[2] in EMBEDDING_LAYER_NAMES for name in names)
-
-
 def settle_tying(config: Any, model: nn.Module) -> None:
     """Set ``config.modules_to_tie`` or ``config.target_modules_to_tie`` if tying is asked for, and
     put the input embedding in place of the modules tied to it in ``modules_to_save`` or
-    ``target_modules``. Warns where nothing can be tied, or where it should perhaps be."""
+    ``target_modules``. Warns where nothing can be tied, where it should perhaps be, and where an
+    embedding is adapted that the model never calls."""
     targets = config.target_modules
-    saves = _names_embedding(config.modules_to_save or ())
-    if isinstance(targets, str):
-        adapts = any(map(whole(targets, "target_modules").fullmatch, EMBEDDING_LAYER_NAMES))
-    else:
-        adapts = _names_embedding(targets or ())
-    if not (saves or adapts or config.ensure_weight_tying):
-        return  # and the model's names need not be looked through
-    tied = {plain_name(name) for name in modules_tied_to_embedding(model)}
+    group = embedding_group(model)
+    names = [name for name, _ in group]
+    saves = [n for n in names if any(ends_with_words(n, m) for m in config.modules_to_save or ())]
+    adapts = _adapted(config, [n for n in names if n not in saves])
+    tied = set(names[1:])
+    if getattr(getattr(model, "config", None), "tie_word_embeddings", None) is False:
+        tied = set()  # the weights are one by chance, and a checkpoint would part them
     if not config.ensure_weight_tying:
-        if tied:
+        if (saves or adapts) and len(group) > 1:
             warnings.warn(UNTIED, stacklevel=5)
+            _warn_if_never_called(model, group, {*saves, *adapts})
     elif not tied:
         warnings.warn(
             "You have requested `ensure_weight_tying`, but no tied modules were found in the model",
@@ -69,6 +66,34 @@ def settle_tying(config: Any, model: nn.Module) -> None:
         )
 
 
+def _adapted(config: Any, names: list[str]) -> list[str]:
+    """Those of the embeddings called ``names`` that ``target_modules`` matches."""
+    targets = config.target_modules
+    if not targets or (isinstance(targets, str) and targets.lower() == "all-linear"):
+        return []  # neither the defaults nor "all-linear" have embeddings or heads in them
+    matcher = TargetMatcher(config, targets)
+    return [name for name in names if matcher.match(name) and not matcher.excluded(name)]
+
+
+def _warn_if_never_called(
+    model: Any, group: list[tuple[str, nn.Module]], adapted: set[str]
+) -> None:
+    """T5, BART and their kin keep the weight in a module of their own (``shared``) that is never
+    called; encoder and decoder call others of that weight."""
+    first = group[0][0]
+    called = [
+        name for name, module in group[1:] if isinstance(module, nn.Embedding) and name != first
+    ]
+    if first not in adapted or adapted.intersection(called) or not called:
+        return
+    warnings.warn(
+        f"`{first}` is adapted, but the model never calls it: {called} have its weight and are "
+        "called. The adapter of it trains nothing and has no effect. Name those modules instead, "
+        "or set `ensure_weight_tying=True`, which adapts all of them.",
+        stacklevel=6,
+    )
+
+
 def _with_embedding(names: Iterable[str], tied: set[str], model: nn.Module) -> list[str]:
     """``names`` with the input embedding, and without one name for each tied module it matches."""
     found = list(names)
@@ -76,7 +101,7 @@ def _with_embedding(names: Iterable[str], tied: set[str], model: nn.Module) -> l
     if embedding not in found:
         found.append(embedding)
     for key in sorted(tied):
-        match = next((n for n in found if re.match(rf"(^|.*\.){n}($|\..*)", key)), None)
+        match = next((n for n in found if f".{n}." in f".{key}."), None)
         if match is not None:
             found.remove(match)
     return found

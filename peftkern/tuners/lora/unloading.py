@@ -9,18 +9,17 @@ from typing import Any
 from torch import nn
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from ...utils.constants import EMBEDDING_LAYER_NAMES
 from ...utils.other import ModulesToSaveWrapper
 from ..adapter_calls import check_adapters_to_merge
-from ..tuners_utils import BaseTunerLayer, get_model_config
+from ..tuners_utils import BaseTunerLayer
 from .merging import BROKEN, Merging
 from .offload import onloaded
+from .parting import Parting
 
 TIED = (
     "Model with `tie_word_embeddings=True` and the tied_target_modules={} are part of the adapter. "
-    "The weight is shared, so what is merged into one place shows in the other. To merge without "
-    "that, load the base model with `tie_word_embeddings=False`, copy the weight of the embeddings "
-    "into `lm_head`, and adapt that model."
+    "The weight is shared: what `merge_adapter` adds in one place shows in the others, and outputs "
+    "change. `merge_and_unload` gives each its own weight."
 )
 
 
@@ -31,16 +30,12 @@ class ModelMerging:
     peft_config: dict[str, Any]
     targeted_module_names: list[str]
 
-    def _check_merge_allowed(self) -> None:
-        """ValueError where adapters cannot be merged; a warning where tied weights are adapted."""
-        config = get_model_config(self.model)
-        tied_target_modules = [
-            name
-            for name in self.targeted_module_names
-            if config.get("tie_word_embeddings") and name.split(".")[-1] in EMBEDDING_LAYER_NAMES
-        ]
-        if tied_target_modules:
-            warnings.warn(TIED.format(tied_target_modules), stacklevel=4)
+    def _check_merge_allowed(self, in_place: bool = True) -> None:
+        """ValueError where adapters cannot be merged; a warning where tied weights are adapted and
+        stay tied (``in_place``)."""
+        adapted = Parting(self.model).adapted(self._tuner_layers()) if in_place else []
+        if adapted:
+            warnings.warn(TIED.format(adapted), stacklevel=4)
         if getattr(self.model, "quantization_method", None) == "gptq":
             raise ValueError("Cannot merge LORA layers when the model is gptq quantized")
         if any(getattr(c, "layer_replication", None) for c in self.peft_config.values()):
@@ -136,7 +131,9 @@ class ModelMerging:
         """The base model with adapters merged into it and all layers of theirs taken out.
 
         The adapters and what :meth:`merge_adapter` would keep are gone: no memory beyond the base
-        model's is held afterwards, or needed but for one layer at a time.
+        model's is held afterwards, or needed but for one layer at a time. Only embeddings that
+        share a weight, when some of them are adapted, get weights of their own, and the model's
+        configuration says so.
 
         Args:
             progressbar: show progress.
@@ -147,7 +144,7 @@ class ModelMerging:
         Raises:
             ValueError, RuntimeError: as :meth:`merge_adapter`, before any weight is changed.
         """
-        self._check_merge_allowed()
+        self._check_merge_allowed(in_place=False)
         self._check_names(adapter_names)
         self._choose_copies(adapter_names, safe_merge)
         plan: dict[Any, list[str]] = {}
@@ -162,7 +159,9 @@ class ModelMerging:
                     layer._merged(names, True)
             plan[layer] = names
         done: list[Any] = []
+        parting = Parting(self.model)
         try:
+            parting.part([layer for layer, names in plan.items() if names])
             for layer, names in tqdm(
                 plan.items(), disable=not progressbar, desc="Unloading and merging model"
             ):
@@ -174,9 +173,11 @@ class ModelMerging:
                 if plan[layer] and layer._kept and layer._kept[-1] == (plan[layer], None):
                     with onloaded(layer):
                         layer._unmerge_last()
+            parting.put_back()
             raise
+        parting.join(plan, self.peft_config)
         self._strip(True, safe_merge, adapter_names)
-        self._untie_config()
+        parting.settle()
         return self.model
 
     def unload(self) -> nn.Module:
@@ -215,26 +216,6 @@ class ModelMerging:
         visit(self.model)
         if hasattr(self.model, "peft_config"):
             del self.model.peft_config
-
-    def _untie_config(self) -> None:
-        """Say in the model's config that its embeddings are not tied, when they are not."""
-        model: Any = self.model
-        if not get_model_config(model).get("tie_word_embeddings"):
-            return
-        try:
-            weights: list[Any] = [
-                getattr(getattr(model, f"get_{which}_embeddings")(), "weight", None)
-                for which in ("input", "output")
-            ]
-        except (AttributeError, NotImplementedError):
-            return
-        if all(w is not None for w in weights) and weights[0].data_ptr() != weights[1].data_ptr():
-            model.config.tie_word_embeddings = False
-            warnings.warn(
-                "Input and output embeddings are no longer tied after merging. Setting "
-                "`tie_word_embeddings=False` in the model config.",
-                stacklevel=3,
-            )
 
 
 def _by_factors(layer: Any) -> bool:

@@ -1,0 +1,124 @@
+"""Embeddings whose weight is one tensor, when adapters are merged into some of them for good."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...utils.tied import embedding_group
+from ..tuners_utils import get_model_config, walk
+from .tying import shares_embedding
+
+NO_LONGER = (
+    "Input and output embeddings are no longer tied after merging. Setting "
+    "`tie_word_embeddings=False` in the model config."
+)
+KEPT = (
+    "The embeddings {} are no longer tied after merging. `tie_word_embeddings` stays as it is, as "
+    "{} computes otherwise, or sets it again, without it: a transformers that ties them again when "
+    "the saved model is loaded would lose what was merged."
+)
+# whose forward scales by what the configuration says of tying
+_SCALED_BY_TYING = ("switch_transformers", "t5gemma", "udop", "umt5")
+
+
+class Parting:
+    """What has one weight with the input embedding of ``model``, with adapters in it or not."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model: Any = model
+        self.group: list[tuple[str, Any]] = list(embedding_group(model))
+        self._before = [(module, module._parameters["weight"]) for _, module in self.group]
+
+    def adapted(self, layers: Any) -> list[str]:
+        """Names of those that are the base of one of these layers; [] where nothing is tied."""
+        bases = {id(layer.get_base_layer()) for layer in layers}
+        if len(self.group) < 2:
+            return []
+        return [name for name, module in self.group if id(module) in bases]
+
+    def part(self, layers: Any) -> None:
+        """Give the bases of these layers weights of their own, so that what is merged into one does
+        not show in the others. Weights that are no plain ones are left as they are."""
+        bases = {id(layer.get_base_layer()) for layer in layers}
+        for _, module in self.group if len(self.group) > 1 else ():
+            weight = module._parameters["weight"]
+            others = [m for _, m in self.group if m is not module]
+            if id(module) not in bases or type(weight) is not nn.Parameter or weight.is_meta:
+                continue
+            if any(m._parameters["weight"].data_ptr() == weight.data_ptr() for m in others):
+                own = weight.detach().clone()
+                module.weight = nn.Parameter(own, requires_grad=weight.requires_grad)
+
+    def put_back(self) -> None:
+        """Tie what was tied."""
+        for module, weight in self._before:
+            module._parameters["weight"] = weight
+
+    def join(self, plan: dict[Any, list[str]], configs: dict[str, Any]) -> None:
+        """Tie again what tied adapters (``ensure_weight_tying``) were merged into: the updates are
+        one."""
+        names = {id(layer): names for layer, names in plan.items()}
+        layers = [(key, layer) for key, layer in walk(self.model) if id(layer) in names]
+        if not self.group:
+            return
+        first = self.group[0][1]
+        source = next((m for _, m in layers if m.get_base_layer() is first), None)
+        for key, layer in layers:
+            merged = names[id(layer)]
+            base = layer.get_base_layer()
+            if (
+                source is not None
+                and merged
+                and merged == names[id(source)]
+                and any(base is module for _, module in self.group)
+                and all(shares_embedding(configs[name], key) for name in merged)
+            ):
+                base.weight = first.weight
+
+    def settle(self) -> None:
+        """For a model without adapter layers: where input and output embedding have come apart, say
+        so in its configuration, and give the others weights of their own as well, which a saved
+        model has to hold."""
+        model = self.model
+        if not get_model_config(model).get("tie_word_embeddings"):
+            return
+        try:
+            ends: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
+        except (AttributeError, NotImplementedError):
+            return
+        weights: list[Any] = [getattr(end, "weight", None) for end in ends]
+        now: list[Any] = [model.get_submodule(name) for name, _ in self.group]
+        known = all(weight is not None for weight in weights)
+        if known and weights[0].data_ptr() == weights[1].data_ptr():
+            apart = {m.weight.data_ptr() for m in now} != {weights[0].data_ptr()}
+        else:
+            apart = known
+        if not apart:
+            return
+        seen = {weights[0].data_ptr()}
+        for module in now[1:]:
+            weight: Any = module.weight
+            if weight.data_ptr() in seen and type(weight) is nn.Parameter:
+                own = torch.clone(weight.detach())
+                module.weight = nn.Parameter(own, requires_grad=weight.requires_grad)
+            seen.add(module.weight.data_ptr())
+        config = model.config
+        if getattr(config, "model_type", None) in _SCALED_BY_TYING or _always_ties(config):
+            names = [name for name, _ in self.group]
+            warnings.warn(KEPT.format(names, type(model).__name__), stacklevel=4)
+            return
+        config.tie_word_embeddings = False
+        warnings.warn(NO_LONGER, stacklevel=4)
+
+
+def _always_ties(config: Any) -> bool:
+    """Whether configurations of this class say that embeddings are tied whatever they are told, as
+    those of T5 do, which take what they are told for something else."""
+    try:
+        return bool(type(config)(tie_word_embeddings=False).tie_word_embeddings)
+    except Exception:  # a class that cannot be made of this alone
+        return False
