@@ -5,9 +5,6 @@ from __future__ import annotations
 import gc
 
 import pytest
-import torch
-
-from peftkern.tuners.lora import inits
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -52,6 +49,10 @@ def pytest_collection_finish() -> None:
 @pytest.fixture
 def doubled(monkeypatch: pytest.MonkeyPatch) -> None:
     """What both libraries' very code computes in fp32, whatever the model, is done in float64."""
+    import torch
+
+    from peftkern.tuners.lora import inits
+
     half_or_single = (torch.float64, torch.float16, torch.bfloat16)
     monkeypatch.setattr(inits, "HALF_OR_SINGLE", half_or_single)
     monkeypatch.setattr(torch, "float32", torch.float64)

@@ -62,15 +62,6 @@ def both(base, targets, seed=3, r=4, **settings):
     return out
 
 
-@pytest.fixture
-def doubled(monkeypatch):
-    """What these starts compute in float32, both libraries' very code, is computed in float64."""
-    half_or_single = (torch.float64, torch.float16, torch.bfloat16)
-    monkeypatch.setattr(inits, "HALF_OR_SINGLE", half_or_single)
-    monkeypatch.setattr(torch, "float32", torch.float64)
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-
-
 STARTS = {
     "default": (ALL + ["c"], {}),
     "random": (ALL + ["c"], {"init_lora_weights": False}),
