@@ -272,7 +272,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
                 f"{len(adapter_names)} and {len(args[0])} respectively."
             )
-        if self._disable_adapters:  # the layers unmerge in such a call
+        if self._disable_adapters and self._merged is not None:  # layers unmerge in such a call
             self._merged = None
         if adapter_names is None or self._disable_adapters:
             used = self.in_use()
