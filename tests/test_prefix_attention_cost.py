@@ -316,6 +316,7 @@ def test_bad_input(case):
 # ---- compiled; and on a device that is not there -------------------------------------------------
 
 
+@pytest.mark.long
 def test_compiles_to_one_graph():
     """Training, and decoding with the offset in a tensor; nothing recompiles for new values."""
     compiled = torch.compile(prefix_attention, backend="aot_eager", fullgraph=True)

@@ -69,6 +69,7 @@ def test_a_layer_that_misses_its_prefix_is_an_error_in_a_checkpoint_too():
         step(torch.compile(model, backend="aot_eager"), weight)
 
 
+@pytest.mark.long
 def test_reentrant_checkpoints_are_refused():
     """They would give no gradient at all, without an error."""
     model, weight = model_and_weight()

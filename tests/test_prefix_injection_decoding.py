@@ -137,6 +137,7 @@ def slow(*families: str) -> list[Any]:
     return [pytest.param(family, marks=pytest.mark.slow) for family in families]
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo's
 @pytest.mark.parametrize("family", ["llama", *slow("gpt2", "bert", "t5", "mistral", "bloom")])
 def test_compiled_forward_and_backward(family: str) -> None:
@@ -163,6 +164,7 @@ def test_compiled_forward_and_backward(family: str) -> None:
         both(-1.0)  # another prefix is another input, not a constant of the graph
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", ["llama", *slow("gemma2", "gpt2", "gptj")])
 def test_compiled_static_decode(family: str) -> None:
     torch._dynamo.reset()

@@ -338,6 +338,7 @@ def test_train_and_eval_reach_the_encoder(kind):
         assert torch.equal(model.get_prompt(1), model.get_prompt(1))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["prompt", "mlp", "prefix"])
 def test_trainer_trains_saves_and_resumes(kind, tmp_path):
     batch = inputs("llama", batch=4)

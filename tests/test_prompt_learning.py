@@ -429,6 +429,7 @@ def test_steps_of_generation_by_hand():
             assert torch.equal(mine["decoder_input_ids"], ids)
 
 
+@pytest.mark.long
 def test_compile():
     ours = prompt_model(peftkern, "prompt").eval()
     batch = inputs("llama")
