@@ -140,7 +140,7 @@ def test_is_what_tokens_with_those_keys_give(name: str, T: int, monkeypatch: Any
         got = model.base_model(**inputs).last_hidden_state
     assert_same_number(got[real], expected[real])
     (got[real] ** 2 * torch.arange(1, WIDTH + 1)).sum().backward()
-    assert wanted.abs().max() > 1e-3
+    assert wanted.any()
     assert_same_number(weight.grad, wanted)
 
     # it could have failed: without the prefix, and at other distances
@@ -229,7 +229,7 @@ def test_prefix_tuning(task: str, tmp_path: Any) -> None:
     before = model(**call)[0].sum()
     before.backward()
     weight = model.prompt_encoder["default"].embedding.weight
-    assert weight.grad.abs().max() > 0
+    assert weight.grad.any()
     with torch.no_grad():
         weight.sub_(weight.grad)
     model.eval().save_pretrained(tmp_path)

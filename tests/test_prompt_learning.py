@@ -312,7 +312,7 @@ def test_layers_of_different_sizes():
     assert [None if p is None else p[0].shape[-1] for p in prefixes] == [8, 16, 8, 16]
     assert prefixes[3][0] is prefixes[1][0]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        warnings.filterwarnings("ignore", "Prefix tuning injected into layers")
         other = cached(theirs.get_prompt(2))
     for pair, wanted in zip(mine, other, strict=True):
         for found, value in zip(pair, wanted, strict=True):
