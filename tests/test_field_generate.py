@@ -16,6 +16,9 @@ from tests.closeness import assert_same_number, differ
 from tests.prompts import config_of, prompt_model
 from tests.tiny import fill, make
 
+# HF PEFT asks for it in every model
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+
 IDS = torch.randint(3, 60, (3, 6), generator=torch.Generator().manual_seed(1))
 MASK = torch.ones_like(IDS)
 NAMES = ["b", "default", "b"]

@@ -14,6 +14,9 @@ import peftkern
 from tests.closeness import assert_same_number, differ
 from tests.tiny import fill, first, inputs, make
 
+# HF PEFT asks for it in every model
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+
 
 class _Net(nn.Module):
     """A layer of each kind that LoRA has, and dropout of its own."""

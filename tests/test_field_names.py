@@ -14,6 +14,9 @@ from peftkern.utils.warning import PeftWarning
 from tests.closeness import assert_same_number
 from tests.tiny import assert_same, fill, inputs, make, snapshot
 
+# HF PEFT asks for it in every model
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+
 # -------------------------------------------------------------------- adapters' names
 
 BATCH = {k: v for k, v in inputs("llama", "SEQ_CLS").items() if k != "labels"}
@@ -139,6 +142,7 @@ def test_an_embedding_that_scales_its_output_is_merged_without_a_word() -> None:
     ids = torch.arange(3, 11).view(2, 4)
     base = make("gemma", "CAUSAL_LM", torch.float64)
     base.config.tie_word_embeddings = False
+    base.lm_head.weight = nn.Parameter(base.lm_head.weight.detach().clone())
     model = peftkern.get_peft_model(base, _lora(target_modules=["embed_tokens"]))
     fill(model)
     expected = model.get_input_embeddings()(ids)
@@ -373,9 +377,10 @@ def test_layers_are_counted_and_never_their_experts(
     [("llama", ["q_proj", "up_proj"]), ("gpt2", ["c_attn"]), ("bert", ["query"])],
 )
 def test_a_bare_model_has_layers_too(family: str, names: list[str]) -> None:
-    bare = _places(make(family, None), target_modules=names, layers_to_transform=[1])
+    how = {"target_modules": names, "layers_to_transform": [1], "fan_in_fan_out": family == "gpt2"}
+    bare = _places(make(family, None), **how)
     headed = "TOKEN_CLS" if family == "bert" else "CAUSAL_LM"
-    found = _places(make(family, headed), target_modules=names, layers_to_transform=[1])
+    found = _places(make(family, headed), **how)
     assert bare and {n.split(".", 1)[1] for n in found} == bare
 
 
@@ -386,7 +391,8 @@ def test_where_layers_are_not_at_the_root_they_are_those_of_hf_peft(family: str,
     import peft
 
     targets = {"llama": ["q_proj"], "gpt2": ["c_attn", "c_fc"], "t5": ["q", "wo"]}[family]
-    for settings in ({"layers_to_transform": [1]}, {"layers_to_transform": 0}):
-        config = peft.LoraConfig(target_modules=targets, **settings)
+    for layers in ([1], 0):
+        how = {"layers_to_transform": layers, "fan_in_fan_out": family == "gpt2"}
+        config = peft.LoraConfig(target_modules=targets, **how)
         theirs = peft.get_peft_model(make(family, task), config).targeted_module_names
-        assert _places(make(family, task), target_modules=targets, **settings) == set(theirs)
+        assert _places(make(family, task), target_modules=targets, **how) == set(theirs)
