@@ -22,6 +22,7 @@ from peftkern.ops import (
 from peftkern.ops.lora_group import lora_group
 from peftkern.ops.lora_mixed import SampleIndex, lora_mixed
 from peftkern.ops.projection import Projection
+from tests.closeness import assert_as_good_as_torch
 from tests.kernels.racing import FakeClock, decided, dispatcher, drawn, entry, ship, step
 
 WAYS = ("torch", *triton_backend.PRODUCTS)
@@ -50,7 +51,7 @@ def ran(monkeypatch):
 
 
 @pytest.mark.parametrize("fastest", WAYS)
-@pytest.mark.parametrize("p", [0.0, 0.25])
+@pytest.mark.parametrize("p", [0.0, 0.5])
 def test_the_fastest_way_is_taken_and_nobody_is_raced_twice(clock, ran, fastest, p):
     clock.fastest = fastest
     tensors = drawn()
@@ -68,8 +69,7 @@ def test_the_fastest_way_is_taken_and_nobody_is_raced_twice(clock, ran, fastest,
     with peftkern.use_backend("torch" if p == 0.0 else "triton"):  # torch would draw another mask
         torch.manual_seed(1)
         want = step(*tensors, p)
-    for a, b in zip(first, want, strict=True):
-        torch.testing.assert_close(a, b, atol=2e-5, rtol=2e-5)
+    assert all(map(torch.equal, first, want))
 
 
 def test_each_bucket_of_rows_and_each_shape_is_its_own_race(clock):
@@ -151,7 +151,7 @@ def test_a_batch_of_several_adapters_is_raced_by_how_many_they_are(clock, ran, f
         assert len(ran) == (1 if want is not None and count == 3 else 3)
         with peftkern.use_backend("torch"):
             want = lora_mixed(x.view(3, 2, -1), w, None, adapters[:count], index)
-        torch.testing.assert_close(y, want, atol=2e-5, rtol=2e-5)
+        assert torch.equal(y, want)
         peftkern.ops.backend.select()
     keys = [k for k in tuned.book(-1).cached.entries if k.op == "mixed"]
     assert {(k.m, k.n, k.k, k.r, k.group) for k in keys} == {(8, 24, 40, 4, 4), (8, 24, 40, 4, 2)}
@@ -275,8 +275,7 @@ def test_a_checkpointed_call_drops_the_same_elements_whatever_is_decided_between
             y.sum().backward()
             found[-1] = (y, x.grad, A.grad, B.grad)
     assert ran[0] == ("forward", "torch") and decided("forward").how == "fused"
-    for a, b in zip(*found, strict=True):
-        torch.testing.assert_close(a, b, atol=2e-5, rtol=2e-5)
+    assert all(map(torch.equal, *found))
     assert (found[0][1] != found[0][1][0]).any()  # rows differ: there was a mask
 
 
@@ -302,6 +301,7 @@ def test_dispatch_modes_do_not_see_a_race(clock):
     assert clock.races == 1 and counts[0] == counts[1] and counts[0]
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop because")  # torch.vmap's
 def test_tensors_that_are_not_plain_go_to_torch(clock):
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -310,7 +310,7 @@ def test_tensors_that_are_not_plain_go_to_torch(clock):
     assert y.shape == (12, 24) and clock.races == 0 and not tuned.books()
     x, w, A, B = drawn(grad=False)
     got = torch.vmap(lambda row: peftkern.lora_linear(row, w, None, A, B, 2.0))(x)
-    torch.testing.assert_close(got, torch_backend.infer(x, w, None, A, B, 2.0, False))
+    assert torch.equal(got, torch_backend.infer(x, w, None, A, B, 2.0, False))
     assert clock.races == 0
 
 
@@ -363,10 +363,17 @@ def test_float32_adapters_below_bf16_can_change_their_way_between_forward_and_ba
             key = choices.key_of(op, x.dtype, A.dtype, 12, 24, 40, 4, grads=grads)
             tuned.book(-1).keep([replace(entry(op, way), key=key)])
         got = step(x, w, A, B)
-        want = step(*[t.detach().float().requires_grad_(t.requires_grad) for t in (x, w, A, B)])
-        for a, c in zip(got, want, strict=True):
-            assert ((a - c).norm() / c.norm()).item() < 2e-2
-    assert clock.races == 2  # those in float32
+        assert clock.races == 0
+        with peftkern.use_backend("torch"):
+            plain, exact = (
+                step(*[t.detach().to(d).requires_grad_(t.requires_grad) for t, d in pairs])
+                for pairs in (
+                    [(t, torch.bfloat16) for t in (x, w, A, B)],
+                    [(t, torch.float64) for t in (x, w, A, B)],
+                )
+            )
+        peftkern.ops.backend.select()
+        assert_as_good_as_torch(*(dict(enumerate(f)) for f in (got, plain, exact)))
 
 
 def test_nothing_is_asked_of_an_empty_batch(clock):

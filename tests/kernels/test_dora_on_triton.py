@@ -1,5 +1,7 @@
 """DoRA's operation on ``PEFTKERN_BACKEND=triton``, by kernels that are seen to run."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -97,20 +99,23 @@ def test_a_layer_says_what_runs_it(launched, p):
     )
     model = peftkern.get_peft_model(model, config)
     x, found = matrix(M, K, torch.float32, seed=0), []
-    for choice in ("torch", "triton"):
+    exact = copy.deepcopy(model).double()
+    for choice, one in (("triton", model), ("torch", model), ("torch", exact)):
         with peftkern.use_backend(choice):
             torch.manual_seed(1)
-            model.zero_grad()
-            y = model(x)
+            one.zero_grad()
+            y = one(x.double() if one is exact else x)
             y.square().sum().backward()
-            [row] = peftkern.explain(model)
-            assert row.backend == f"{choice} fused"
-        found.append([y.detach(), *(q.grad for q in model.parameters() if q.requires_grad)])
+            found.append({"y": y.detach()})
+            found[-1] |= {n: q.grad for n, q in one.named_parameters() if q.requires_grad}
+            [said] = peftkern.explain(one)
+            assert said.backend == f"{choice} fused"
+            if choice == "triton":
+                row = said
     assert "_norm_kernel" in launched and ("_scale_grad_kernel" in launched) == (p == 0.0)
     assert row.reason == (
         "DoRA: one operation; with dropout, its products are torch's"
         if p
         else "DoRA: one operation"
     )
-    for mine, other in zip(*found, strict=True):
-        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
+    assert_as_good_as_torch(*found)

@@ -274,7 +274,7 @@ def test_empty(B, T, S, P):
     o, lse = attend(*tensors, **options)
     exact = by_torch(tensors, None, torch.float64, options)
     assert o.shape == (B, 2, T, 16) and lse.shape == (B, 2, T)
-    torch.testing.assert_close(o.double(), exact[0])
+    assert_as_good_as_torch(o, by_torch(tensors, None, torch.float32, options)[0], exact[0])
     grads = attend_backward(torch.ones_like(o), *tensors, o, lse, **options)
     assert all(g.shape == t.shape for g, t in zip(grads, tensors, strict=False))
     if B == 0 or T == 0:

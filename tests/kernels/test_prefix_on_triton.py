@@ -1,6 +1,7 @@
 """Ring 2 through the public layers: models with a prefix on ``PEFTKERN_BACKEND=triton``, beside the
 same models on torch; and the operation, whose choice is told."""
 
+import copy
 import logging
 
 import pytest
@@ -11,6 +12,7 @@ from peftkern.ops import backend, prefix_auto, prefix_kernel
 from peftkern.ops import prefix_attention as operation
 from peftkern.ops.prefix_attention import prefix_attention
 from peftkern.ops.prefix_report import describe
+from tests.closeness import assert_as_good_as_torch
 from tests.kernels.racing import FakeClock, dispatcher
 from tests.prefix_cases import SCALE, gradients
 from tests.prefix_cases import inputs as tensors_of
@@ -48,10 +50,23 @@ def step(pair, batch, **more):
     return [out.loss.detach(), logits.detach(), *(g for g in grads if g is not None)]
 
 
-def same(one, other, tolerance=2e-5):
-    assert len(one) == len(other)
-    for a, b in zip(one, other, strict=True):
-        assert (a - b).abs().max() <= tolerance * max(1.0, b.abs().max().item())
+def assert_as_good(ours, torchs, exact):
+    exact = [t.double() for t in exact]  # the loss is fp32 in any model
+    assert_as_good_as_torch(*(dict(enumerate(found)) for found in (ours, torchs, exact)))
+
+
+def wide(pair):
+    """The pair in float64."""
+    found = alone(pair.family, dtype=torch.float64)
+    found.model.load_state_dict(pair.model.state_dict())
+    found.weight.data.copy_(pair.weight.data)
+    for p, q in zip(found.model.parameters(), pair.model.parameters(), strict=True):
+        p.requires_grad_(q.requires_grad)
+    return found
+
+
+def leaves(tensors, dtype=torch.float64):
+    return [t.detach().to(dtype).requires_grad_() for t in tensors]
 
 
 CASES = [
@@ -68,10 +83,10 @@ def test_loss_and_gradients_are_those_on_torch(family, padding, calls):
     for name, p in pair.model.named_parameters():
         p.requires_grad_(name.endswith(("sinks", "q_proj.weight")))
     with peftkern.use_backend("torch"):
-        expected = step(pair, batch)
+        expected, exact = step(pair, batch), step(wide(pair), batch)
     assert not calls
     with peftkern.use_backend("triton"):
-        same(step(pair, batch), expected)
+        assert_as_good(step(pair, batch), expected, exact)
     assert calls == ["forward"] * pair.layers + ["backward"] * pair.layers
     assert all(x.any() for x in expected[2:])
 
@@ -80,12 +95,12 @@ def test_a_prefix_for_each_row(calls, family="llama"):
     pair, batch = alone(family, dtype=torch.float32), batch_of(family, "left")
     rows = torch.tensor([0.5, -1.0]).view(2, 1, 1, 1)
     found = []
-    for choice in ("torch", "triton"):
-        prefixes = [(k * rows, v * rows) for k, v in pair.prefixes()]
+    for choice, one in (("triton", pair), ("torch", pair), ("torch", wide(pair))):
+        prefixes = [(k * rows, v * rows) for k, v in one.prefixes()]
         with peftkern.use_backend(choice):
             no_prefix = torch.tensor([False, True])
-            found.append(step(pair, batch, prefixes=prefixes, no_prefix=no_prefix))
-    same(found[1], found[0])
+            found.append(step(one, batch, prefixes=prefixes, no_prefix=no_prefix))
+    assert_as_good(*found)
     assert calls == ["forward"] * pair.layers + ["backward"] * pair.layers
 
 
@@ -123,17 +138,19 @@ def test_a_prefix_tuned_model(reentrant, calls, monkeypatch):
     with torch.no_grad():
         weight.mul_(3.0)
     found = []
-    for choice in ("torch", "triton"):
+    for choice, dtype in (("torch", torch.float64), ("torch", None), ("triton", None)):
         monkeypatch.setenv("PEFTKERN_BACKEND", choice)
         monkeypatch.delattr(backend, "active", raising=False)
+        one = model if dtype is None else copy.deepcopy(model).to(dtype)
         if choice == "triton":
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-        loss = model(**batch).loss
+        loss = one(**batch).loss
         loss.backward()
-        found.append([loss.detach(), weight.grad.clone()])
-        weight.grad = None
+        embedding = one.prompt_encoder["default"].embedding
+        found.append([loss.detach().to(dtype), embedding.weight.grad.clone()])
+        embedding.weight.grad = None
     monkeypatch.delattr(backend, "active")
-    same(*found[::-1])
+    assert_as_good(*found[::-1])
     assert calls.count("backward") == 2
     assert calls.count("forward") == 4  # computed again
     with peftkern.use_backend("triton"):
@@ -169,15 +186,19 @@ def test_what_the_kernel_does_not_take_says_why(caplog, calls, monkeypatch):
 def test_second_derivatives_with_softcap_and_sinks():
     tensors = tensors_of(2, 4, 2, 5, 5, 3, 8, dtype=torch.float32)
     sinks = torch.randn(4, generator=torch.Generator().manual_seed(1)).requires_grad_()
-    found = []
-    for choice in ("torch", "triton"):
+    found, options = [], {"scale": SCALE, "causal": True, "softcap": 2.0}
+    for choice, of in (
+        ("triton", torch.float32),
+        ("torch", torch.float32),
+        ("torch", torch.float64),
+    ):
         with peftkern.use_backend(choice):
-            out = prefix_attention(*tensors, scale=SCALE, causal=True, softcap=2.0, sinks=sinks)
-            leaves = [*tensors, sinks]
-            first = torch.autograd.grad(out.sin().sum(), leaves, create_graph=True)
-            second = torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
-            found.append([*first, *second])
-    same(found[1], found[0], 1e-4)
+            *qkv, sinks_ = given = leaves([*tensors, sinks], of)
+            out = prefix_attention(*qkv, sinks=sinks_, **options)
+            first = torch.autograd.grad(out.sin().sum(), given, create_graph=True)
+            second = torch.autograd.grad(sum(g.square().sum() for g in first), given)
+            found.append([t.detach() for t in (*first, *second)])
+    assert_as_good(*found)
 
 
 # ---- auto: raced --------------------------------------------------------------------------------
@@ -192,9 +213,13 @@ def test_auto_races_each_kind_of_call_once(fastest, calls, monkeypatch, tmp_path
         for T, races in ((8, 1), (7, 1), (9, 2)):
             tensors = tensors_of(1, 2, 1, T, T, 5, 8, dtype=torch.float32)
             with peftkern.use_backend("torch"):
-                expected = gradients(prefix_attention(*tensors, **options), tensors)
+                double = leaves(tensors)
+                expected, exact = (
+                    gradients(prefix_attention(*t, **options), t) for t in (tensors, double)
+                )
             state = torch.get_rng_state()
-            same(gradients(prefix_attention(*tensors, **options), tensors), expected)
+            found = gradients(prefix_attention(*tensors, **options), tensors)
+            assert_as_good(found, expected, exact)
             assert torch.equal(torch.get_rng_state(), state)
             assert clock.races == races
         calls.clear()
