@@ -91,7 +91,7 @@ def test_eight_threads_on_one_model_do_not_mix():
 
 @torch.no_grad()
 def test_a_model_called_inside_gets_names_of_its_own_or_none():
-    outer, inner = model_of(), model_of("gpt2")
+    outer, inner = model_of(), model_of("gpt2", fan_in_fan_out=True)
     ids = inputs("llama", batch=4)["input_ids"]
     want_outer = first(outer(ids, adapter_names=NAMES))
     want_inner, want_named = first(inner(ids)), first(inner(ids, adapter_names=["b"] * 4))

@@ -215,6 +215,8 @@ def test_an_adapter_for_each_row(family, task):
         assert_same_number(first(ours(**batch, adapter_names=MIXED)), bare)
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True` and a tied layer")
+@pytest.mark.filterwarnings("ignore:`shared` is adapted, but the model never calls it")
 @pytest.mark.parametrize("family", ["gpt2", "t5"])
 def test_an_adapter_for_each_row_of_embeddings_and_conv1d(family):
     task = "SEQ_2_SEQ_LM" if family == "t5" else "CAUSAL_LM"

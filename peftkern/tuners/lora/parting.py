@@ -34,9 +34,13 @@ class Parting:
         self._before = [(module, module._parameters["weight"]) for _, module in self.group]
 
     def adapted(self, layers: Any) -> list[str]:
-        """Names of those that are the base of one of these layers; [] where nothing is tied."""
+        """Names of those that are the base of one of these layers; [] where nothing is tied, and
+        where single tokens train in all of them together, as merging those is one change."""
+        layers = list(layers)
         bases = {id(layer.get_base_layer()) for layer in layers}
-        if len(self.group) < 2:
+        tokens = [layer for layer in layers if getattr(layer, "_tied_adapter", None)]
+        together = {id(m.get_base_layer()) for t in tokens for m in (t, *t._tied_adapter)}
+        if len(self.group) < 2 or all(id(module) in together for _, module in self.group):
             return []
         return [name for name, module in self.group if id(module) in bases]
 
