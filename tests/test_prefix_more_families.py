@@ -225,14 +225,14 @@ def test_is_what_the_oracles_say(family: str) -> None:
         assert differ(real(batch, ours(**batch).logits), found["logits"])
     if task == "SEQ_CLS":
         return
+    if family == "rembert decoder":  # before, it counts padded positions anew without a cache
+        needs("transformers>=5.23", "the model itself differs with and without a cache")
     del batch["labels"]
     plain = recomputed(base, lambda model: partial(with_prefix, model, *run.args[1:]))
     for how in ({}, {"num_beams": 3}):
         how |= {"max_new_tokens": 6, "do_sample": False}
         tokens = ours.generate(**batch, **how)
         assert torch.equal(tokens, plain.generate(**batch, **how))
-        if family == "rembert decoder":  # before, it counts padded positions anew without one
-            needs("transformers>=5.23", "the model itself differs with and without a cache")
         assert torch.equal(tokens, ours.generate(**batch, **how, use_cache=False))
         if peft_is_right("prefix generate"):
             assert torch.equal(tokens, theirs.generate(**batch, **how))
