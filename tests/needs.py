@@ -14,12 +14,8 @@ from packaging.requirements import Requirement
 
 def needs(requirement: str, why: str) -> None:
     """Skips the test that runs, unless the installed version is one of ``requirement``, such as
-    "transformers>=5.15"."""
+    "transformers>=5.23"."""
     wanted = Requirement(requirement)
     version = metadata.version(wanted.name)
     if not wanted.specifier.contains(version, prereleases=True):
         pytest.skip(f"{wanted.name} {version}, needs {wanted.specifier}: {why}")
-
-
-def t5_in_the_interface() -> None:
-    needs("transformers>=5.15", "T5 computes its attention itself; its prefix takes the cache")

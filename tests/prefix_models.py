@@ -19,7 +19,6 @@ import transformers as tf
 from torch import Tensor, nn
 
 from peftkern.tuners.prefix_tuning.inject import PrefixInjection
-from tests.needs import t5_in_the_interface
 from tests.plain_reference import peft_is_right, recomputed, with_prefix
 from tests.tiny import loss_of
 
@@ -307,8 +306,6 @@ class Pair:
     ) -> None:
         self.family, self.task = family, task or task_of(family)
         self.seq2seq = family in SEQ2SEQ
-        if family in ("t5", "mt5"):
-            t5_in_the_interface()
         self.model = make(family, self.task, implementation, dtype)
         self.base = make(family, self.task, implementation, dtype)
         config = peft.PrefixTuningConfig(

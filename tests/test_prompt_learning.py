@@ -10,7 +10,6 @@ import transformers as tf
 
 import peftkern
 from tests.closeness import assert_same_number
-from tests.needs import needs, t5_in_the_interface
 from tests.plain_reference import greedy, peft_is_right, recomputed
 from tests.prompts import KINDS, PREFIXES, plain, prompt_model, prompt_pair, virtual_tokens
 from tests.tiny import CASES, first, inputs, loss_of, make, step
@@ -282,8 +281,6 @@ SIZES_PEFT_CANNOT_TELL = {
 def test_sizes_that_peft_cannot_tell(name):
     cls, config, sizes = SIZES_PEFT_CANNOT_TELL[name]
     task = "SEQ_2_SEQ_LM" if name == "t5" else "CAUSAL_LM"
-    if name == "t5":
-        t5_in_the_interface()
     ours = prompt_model(peftkern, "prefix", base=cls(config), task=task)
     injection = ours._prefix_injection
     found = (injection.kv_heads, injection.head_dim, injection.num_virtual_tokens)
@@ -292,7 +289,6 @@ def test_sizes_that_peft_cannot_tell(name):
 
 def test_layers_of_different_sizes():
     """Gemma 4: layers take a part of the prefix, and one with another's keys takes that one's."""
-    needs("transformers>=5.14", "Gemma 4's configuration does not tell layers' sizes apart")
     config = tf.Gemma4TextConfig(
         **{**SMALL, "num_hidden_layers": 4},
         intermediate_size=24,

@@ -6,9 +6,7 @@ from __future__ import annotations
 import peft
 import pytest
 import torch
-from datasets import Dataset
 from safetensors.torch import load_file
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 import peftkern
 from tests.closeness import assert_as_good_as_torch, assert_same_number
@@ -24,6 +22,13 @@ from tests.trainers import (
     sentences,
     theirs,
     tokenizer,
+)
+
+# both need Python 3.11
+trl = pytest.importorskip("trl")
+Dataset = pytest.importorskip("datasets").Dataset
+DPOConfig, DPOTrainer, SFTConfig, SFTTrainer = (
+    getattr(trl, name) for name in ("DPOConfig", "DPOTrainer", "SFTConfig", "SFTTrainer")
 )
 
 

@@ -116,7 +116,7 @@ def test_hooks_stay_outside_a_checkpoint(reentrant: bool, monkeypatch: pytest.Mo
         grads.append(torch.is_grad_enabled())
         return (args[0] * weight,), {**kwargs, "more": kwargs["more"] * factors[len(grads) - 1]}
 
-    hook = outside.Outside(layer, lambda *_: None, give)
+    hook = outside.Outside(None, layer, lambda *_: None, give)
     layer.gradient_checkpointing = True
     run = layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=reentrant)
     losses = []

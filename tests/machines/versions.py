@@ -51,12 +51,13 @@ ROWS = (
     Row(
         "oldest",
         "3.10",
-        "2.10.0",
+        "2.11.0",
         (
-            *("triton==3.6.0", "transformers==5.4.0", "safetensors==0.4.3", "numpy==2.0.0"),
+            *("triton==3.6.0", "transformers==5.15.1", "safetensors==0.8.0", "numpy==2.0.0"),
             *("huggingface_hub==1.5.0", "typer==0.15.1", "rich==13.0.0"),
+            "regex==2025.10.22",
         ),
-        ("accelerate==1.1.0", "peft==0.21.2"),
+        ("accelerate==1.3.0", "peft==0.21.2"),
     ),
     Row(
         "CUDA target",

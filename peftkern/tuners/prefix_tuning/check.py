@@ -239,7 +239,7 @@ def _only(hooks: Any, way: Any) -> Any:
     """The hooks among these that are methods of ``way``, or objects that belong to it."""
     kept = type(hooks)()
     for key, hook in hooks.items():
-        owner = getattr(hook, "__self__", None) or getattr(hook, "injection", None)
-        if owner is way:
+        holder = getattr(hook, "__self__", hook)
+        if holder is way or getattr(holder, "injection", None) is way:
             kept[key] = hook
     return kept

@@ -118,13 +118,13 @@ class PrefixInjection:
                 # A replay may use the object that stands for the cache: it writes to none.
                 block._can_checkpoint_with_cache = True  # type: ignore[assignment]
                 own = (_BlockHook(self, slot), *([self._at_first] if slot == 0 else []))
-                self._outside.append(Outside(block, *own))
+                self._outside.append(Outside(self, block, *own))
         else:
             seen: dict[int, Any] = {id(self.stack.config): self.stack.config}
             seen.update({id(m.config): m.config for m in self.attentions if hasattr(m, "config")})
             self.configs = list(seen.values())
             self._stand_before()
-            self._outside.append(Outside(self.layers[0], self._at_first))
+            self._outside.append(Outside(self, self.layers[0], self._at_first))
         if hasattr(self.stack, "layerdrop"):
             for slot, layer in enumerate(self.layers):
                 self._handles.append(layer.register_forward_pre_hook(_Entered(self, slot)))

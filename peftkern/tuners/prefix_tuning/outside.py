@@ -18,9 +18,11 @@ from ...utils.versions import hooks_in_checkpoints, in_checkpoint
 
 
 class Outside:
-    """Forward pre-hooks (with keywords) of one layer, in the order in which they are to run."""
+    """Forward pre-hooks (with keywords) of one layer, in the order in which they are to run, on
+    behalf of an injection."""
 
-    def __init__(self, layer: nn.Module, *hooks: Any) -> None:
+    def __init__(self, injection: Any, layer: nn.Module, *hooks: Any) -> None:
+        self.injection = injection
         self.layer = layer
         self.hooks = hooks
         self._handle = layer.register_forward_pre_hook(self._before, with_kwargs=True)
