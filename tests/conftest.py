@@ -56,4 +56,5 @@ def doubled(monkeypatch: pytest.MonkeyPatch) -> None:
     half_or_single = (torch.float64, torch.float16, torch.bfloat16)
     monkeypatch.setattr(inits, "HALF_OR_SINGLE", half_or_single)
     monkeypatch.setattr(torch, "float32", torch.float64)
+    monkeypatch.setattr(torch, "float", torch.float64)
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)

@@ -19,3 +19,7 @@ def needs(requirement: str, why: str) -> None:
     version = metadata.version(wanted.name)
     if not wanted.specifier.contains(version, prereleases=True):
         pytest.skip(f"{wanted.name} {version}, needs {wanted.specifier}: {why}")
+
+
+def merging_on_a_cpu() -> None:
+    needs("torch>=2.13", "its CPU attention takes no groups, so there are no parts to merge")

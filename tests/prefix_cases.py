@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from peftkern.ops import prefix_blocked
+from tests.needs import merging_on_a_cpu
 
 NAMES = ("output", "query", "key", "value", "prefix_key", "prefix_value")
 SCALE = 0.3
@@ -15,6 +16,8 @@ SCALE = 0.3
 
 def force(monkeypatch: Any, implementation: str) -> None:
     """Make the choice between the two exact implementations, which depends on the size alone."""
+    if implementation == "merge":
+        merging_on_a_cpu()
     rows = {"blocked": 0, "merge": 10**9}[implementation]
     for name in ("ROWS", "HALF_ROWS"):
         monkeypatch.setattr(prefix_blocked, name, rows)

@@ -9,6 +9,7 @@ import pickle
 import peft
 import pytest
 import torch
+from packaging.version import Version
 from peft.tuners.lora import Linear as HFLinear
 from torch import nn
 
@@ -17,6 +18,8 @@ from peftkern.tuners.lora import group as groups
 from peftkern.tuners.lora import hf_layer
 from peftkern.tuners.lora.hf_layer import FusedLinear
 from tests.closeness import assert_as_good_as_torch, assert_same_number, differ
+from tests.needs import needs
+from tests.plain_reference import TRANSFORMERS
 from tests.tiny import fill, first, inputs, make, step
 
 ALL = "all-linear"
@@ -266,6 +269,8 @@ def test_layers_that_are_added_later_are_named_and_fused_by_the_next_call():
 
 
 def test_a_model_with_injected_layers_and_one_of_transformers():
+    if TRANSFORMERS >= Version("5.24"):
+        needs("peft>=0.22", "transformers' own add_adapter asks for it since 5.24")
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     injected = peft.inject_adapter_in_model(config, make("llama", dtype=torch.float64))
     of_transformers = make("llama", dtype=torch.float64)

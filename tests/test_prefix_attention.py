@@ -14,6 +14,7 @@ from peftkern.ops import prefix_attention as operation
 from peftkern.ops import prefix_blocked, prefix_concat, prefix_merge
 from peftkern.ops.prefix_attention import prefix_attention
 from tests.closeness import assert_as_good_as_torch, assert_same_number
+from tests.needs import merging_on_a_cpu
 from tests.prefix_cases import NAMES, SCALE, force, gradients, inputs, keep_of, seen, truth
 
 relaxed = settings(
@@ -280,6 +281,7 @@ def test_prefix_of_another_dtype_and_autocast():
 
 
 def test_the_choice_follows_the_size(monkeypatch):
+    merging_on_a_cpu()
     calls = ran(monkeypatch)
     monkeypatch.setattr(prefix_blocked, "THREADS", torch.get_num_threads())
     for T, dtype in ((200, torch.float32), (20, torch.float32), (20, torch.bfloat16)):

@@ -14,6 +14,7 @@ from peftkern.ops import prefix_blocked, prefix_merge
 from peftkern.ops.prefix_attention import prefix_attention
 from peftkern.ops.prefix_rule import Rule
 from tests.closeness import assert_same_number
+from tests.needs import merging_on_a_cpu
 from tests.prefix_cases import SCALE, force, gradients, inputs, seen, truth
 
 IMPLEMENTATIONS = ("blocked", "merge")
@@ -114,6 +115,7 @@ def test_no_mask_of_all_rows_and_keys(monkeypatch, implementation):
 def test_decoding_takes_few_calls(heads, keep, most):
     """Two calls of the vendor's attention, and no more than 4 that compute beside them (7 with
     padding)."""
+    merging_on_a_cpu()
     B, S = 8, 40
     tensors = inputs(B, *heads, 1, S, 20, 16, dtype=torch.float32)
     mask = torch.ones(B, S, dtype=torch.bool) if keep else None
@@ -243,6 +245,7 @@ def test_dropout_draws_as_torch_does(weights):
 
 
 def test_a_reason_is_logged_once(caplog, monkeypatch):
+    merging_on_a_cpu()  # or there is another reason before
     monkeypatch.setattr(operation, "_noted", set())
     tensors = inputs(1, 2, 2, 4, 4, 3, 8)
     with caplog.at_level(logging.INFO, "peftkern"):
@@ -358,6 +361,7 @@ def test_cuda_calls_follow_the_schema(as_cuda, T):
 
 
 def test_reasons(as_cuda):
+    merging_on_a_cpu()
     cpu, rule = torch.zeros(1, 1, 200, 8), Rule(1.0, True, 0)
     assert prefix_merge.why_not(cpu, rule) is None
     assert "window" in prefix_merge.why_not(cpu, rule._replace(window=3))

@@ -83,7 +83,7 @@ def functions(root: Path | None = None) -> list[Mined]:
     found: list[Mined] = []
     seen: set[str] = set()
     for module, source, tree in _parsed(root or stdlib_folder()):
-        lines = source.splitlines()
+        lines = source.split("\n")  # as ast counts them: a form feed ends none
         for node in ast.walk(tree):
             if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 continue

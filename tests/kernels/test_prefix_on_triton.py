@@ -14,6 +14,7 @@ from peftkern.ops.prefix_attention import prefix_attention
 from peftkern.ops.prefix_report import describe
 from tests.closeness import assert_as_good_as_torch
 from tests.kernels.racing import FakeClock, dispatcher
+from tests.needs import merging_on_a_cpu
 from tests.prefix_cases import SCALE, gradients
 from tests.prefix_cases import inputs as tensors_of
 from tests.prefix_models import alone, inputs
@@ -163,6 +164,7 @@ def test_a_prefix_tuned_model(reentrant, calls, monkeypatch):
 
 
 def test_what_the_kernel_does_not_take_says_why(caplog, calls, monkeypatch):
+    merging_on_a_cpu()  # or there is another reason besides
     monkeypatch.setattr(operation, "_noted", set())
     wide = tensors_of(1, 2, 2, 4, 4, 3, 80, dtype=torch.float32)
     double = tensors_of(1, 2, 2, 4, 4, 3, 8)

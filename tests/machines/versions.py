@@ -45,7 +45,14 @@ _NEEDS = (
     *("psutil", "pyyaml", "tqdm"),
 )
 # What the tests need. The interpreter of triton 3.6 fails on numpy 2.4.
-_TESTS = ("pytest>=8.4", "pytest-timeout", "pytest-xdist", "hypothesis", "sentencepiece")
+_TESTS = (
+    "pytest>=8.4",
+    "pytest-timeout",
+    "pytest-xdist",
+    "hypothesis",
+    "sentencepiece",
+    "matplotlib",
+)
 
 ROWS = (
     Row(
