@@ -48,10 +48,9 @@ def training_modules(model: nn.Module) -> list[nn.Module]:
 
 def checkpoints_activations(model: Any) -> bool:
     """Whether the model recomputes activations in its backward; True of one that does not tell."""
-    # transformers renamed the property in 5.x
-    renamed = "is_activation_checkpointing"
-    name = renamed if hasattr(type(model), renamed) else "is_gradient_checkpointing"
-    return bool(getattr(model, name, True))
+    # transformers renamed the property in 5.x; a model around one hands it on
+    found = getattr(model, "is_activation_checkpointing", None)
+    return bool(getattr(model, "is_gradient_checkpointing", True) if found is None else found)
 
 
 def own_parameters(module: nn.Module) -> Iterable[nn.Parameter]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -71,9 +72,8 @@ def embedding_group(model: Any) -> list[tuple[str, nn.Module]]:
         return []
     found = [
         (plain_name(name), module)
-        for name, module in model.named_modules()
-        if (other := module._parameters.get("weight")) is not None
-        and (other is weight or _same_storage(other, weight))
+        for name, module in _weighted(model)
+        if (other := module._parameters["weight"]) is weight or _same_storage(other, weight)
     ]
     if weight.is_meta:
         known = {id(module) for _, module in found}
@@ -82,6 +82,30 @@ def embedding_group(model: Any) -> list[tuple[str, nn.Module]]:
             if id(module) not in known:
                 found.append((plain_name(name), module))
     return sorted(found, key=lambda item: item[1] is not first)  # stable
+
+
+def _weighted(model: nn.Module) -> Iterator[tuple[Any, nn.Module]]:
+    """(name, module) of the modules with a weight, but for what adapter layers hold for their
+    adapters, which is most of an adapted model."""
+    stack: list[tuple[tuple[str, ...], nn.Module]] = [((), model)]
+    seen = set()
+    while stack:
+        path, module = stack.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        if module._parameters.get("weight") is not None:
+            yield ".".join(path), module
+        if module._modules:
+            kind = type(module)
+            inner = getattr(kind, "adapter_layer_names", ()) + getattr(
+                kind, "other_param_names", ()
+            )
+            stack += [
+                ((*path, name), child)
+                for name, child in reversed(module._modules.items())
+                if child is not None and name not in inner
+            ]
 
 
 def _base_of(module: Any) -> Any:
