@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 
 import pytest
 
@@ -46,13 +47,25 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """What a test draws without a seed of its own is the same whatever ran before it."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
+
+
 @pytest.fixture
 def doubled(monkeypatch: pytest.MonkeyPatch) -> None:
     """What both libraries' very code computes in fp32, whatever the model, is done in float64."""
+    import io
+
     import torch
 
     from peftkern.tuners.lora import inits
 
+    file = io.BytesIO()  # torch keeps tables of its dtypes once they are made, which must be whole
+    torch.save(torch.zeros(1), file)
+    torch.load(io.BytesIO(file.getvalue()), weights_only=True)
     half_or_single = (torch.float64, torch.float16, torch.bfloat16)
     monkeypatch.setattr(inits, "HALF_OR_SINGLE", half_or_single)
     monkeypatch.setattr(torch, "float32", torch.float64)

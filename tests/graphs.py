@@ -31,13 +31,13 @@ class JointGraphs:
     """The same behind AOTAutograd and the partitioner: ``forward`` and ``backward`` graphs."""
 
     def __init__(self) -> None:
-        from functorch.compile import min_cut_rematerialization_partition
+        from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
         from torch._dynamo.backends.common import aot_autograd
 
         self.forward, self.backward = Graphs(), Graphs()
         self._compile = aot_autograd(
-            fw_compiler=lambda *args: self.forward(*args),
-            bw_compiler=lambda *args: self.backward(*args),
+            fw_compiler=lambda *args: make_boxed_func(self.forward(*args)),
+            bw_compiler=lambda *args: make_boxed_func(self.backward(*args)),
             partition_fn=min_cut_rematerialization_partition,
         )
 

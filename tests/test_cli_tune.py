@@ -85,6 +85,7 @@ SHAPES = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False but the target")
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_the_shapes_of_a_model_come_from_its_config_alone(kind, tmp_path):
     CONFIGS[kind].save_pretrained(tmp_path)

@@ -57,6 +57,7 @@ def test_a_call_that_is_not_fused_has_a_reason(change):
     assert not row.fused and REASONS[change] in row.reason and row.backend == "base layer + update"
 
 
+@pytest.mark.filterwarnings("ignore:Adapter default was active which is now deleted")
 @pytest.mark.parametrize("change", CHANGES)
 def test_the_operation_runs_exactly_when_explain_says_so(change, monkeypatch):
     """The words of explain() and the way of a call are decided in two places; they must agree."""

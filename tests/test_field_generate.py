@@ -33,9 +33,10 @@ def _lora_model(family: str, task: str = "CAUSAL_LM") -> Any:
         return peftkern.LoraConfig(r=4, task_type=task, target_modules=targets)
 
     base = make(family, task, torch.float64)
+    g = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in base.parameters() if family == "t5" else ():
-            parameter.normal_(std=0.4)  # as made it says the same whatever it is asked
+            parameter.normal_(std=0.4, generator=g)  # as made it says the same whatever it is asked
     model = peftkern.get_peft_model(base, config())
     model.add_adapter("b", config())
     fill(model)
@@ -46,9 +47,10 @@ def _prompts_model(kind: str) -> Any:
     base = make("llama", "CAUSAL_LM", torch.float64)
     model = prompt_model(peftkern, kind, "llama", base=base)
     model.add_adapter("b", config_of(peftkern, kind))
+    g = torch.Generator().manual_seed(4)
     with torch.no_grad():
         for name, parameter in model.prompt_encoder.named_parameters():
-            parameter.normal_(std=2.0 if name.startswith("b") else 1.0)
+            parameter.normal_(std=2.0 if name.startswith("b") else 1.0, generator=g)
     return model.eval()
 
 

@@ -57,7 +57,10 @@ def t5():
     )  # fmt: skip
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False but the target")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False but the target"),
+    pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True` and a tied layer"),
+]
 TARGETS = {
     llama: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
     gpt2: ["wte", "c_attn", "c_fc"],
