@@ -26,7 +26,7 @@ pytestmark = [
         "Model has `tie_word_embeddings=True` and a tied layer",
         "Setting `save_embedding_layers` to `True`",
         "`shared` is adapted, but the model never calls it",
-        r"Adapter 'default': 4 LoRA tensor\(s\) have invalid shape: .*lora_B.bias",  # HF PEFT's
+        r"Adapter 'default'. 4 LoRA tensor\(s\) have invalid shape. .*lora_B.bias",  # HF PEFT's
     )
 ]
 
