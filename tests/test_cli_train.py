@@ -210,6 +210,7 @@ def child(peft: str, die_at: int, args: list[str]) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
+@pytest.mark.long
 def test_killed_while_saving_without_peft(folder: Path, tmp_path: Path, reference: Any) -> None:
     out = tmp_path / "out"
     process = child("no-peft", 3, command(folder, out))

@@ -44,6 +44,7 @@ def in_process(code):
     return done.stdout
 
 
+@pytest.mark.long
 def test_a_dry_run_continues_what_was_cut_off(tmp_path):
     # as an earlier run left it when its machine went away within a case
     cut = Store.create(
@@ -75,6 +76,7 @@ def test_a_dry_run_continues_what_was_cut_off(tmp_path):
     assert "unsloth" in row["missing"] or "unsloth" in measured
 
 
+@pytest.mark.long
 def test_a_dry_run_of_the_prefix_checks_all_ways_against_float64(tmp_path):
     out = gpu("--part", "prefix", "--dry-run", "--out", str(tmp_path)).stdout
     assert "prefix decode B=8 T=1 S=512 P=128 32/8x128" in out
@@ -296,6 +298,7 @@ for bad, said in ((table.replace('"ID"', "ID"), "no table"), (cut, "counted")):
 """
 
 
+@pytest.mark.long
 def test_reported_traffic_is_compared_with_what_ncu_counts():
     in_process(COUNTERS)
 

@@ -86,6 +86,7 @@ def run(code, block):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.long
 def test_without_hf_peft(tmp_path):
     """The whole way, in a process that cannot import peft; its files are then read by HF PEFT."""
     make("llama", dtype=torch.float64).save_pretrained(tmp_path / "base")
@@ -124,6 +125,7 @@ def test_without_hf_peft(tmp_path):
     assert_same_number(theirs(torch.arange(6)[None]).logits, expected)
 
 
+@pytest.mark.long
 def test_peft_imported_after_the_model_was_made():
     code = """
     import torch, peftkern

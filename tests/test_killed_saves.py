@@ -77,6 +77,7 @@ def _kill_at_random(folder, moments):
     )
 
 
+@pytest.mark.long
 def test_killed_at_random_moments(tmp_path):
     _kill_at_random(tmp_path, 25)
 

@@ -177,6 +177,7 @@ def test_every_folder_of_the_package_is_one() -> None:
 # ----------------------------------------------------------------------------- what it costs
 
 
+@pytest.mark.long
 def test_import_is_fast_and_lazy() -> None:
     code = """
     import sys, time, torch
@@ -196,6 +197,7 @@ def test_import_is_fast_and_lazy() -> None:
     assert min(times) < 0.3, times
 
 
+@pytest.mark.long
 def test_no_module_opens_a_socket() -> None:
     """Neither `import peftkern` nor any module of it, the command line included."""
     code = """
@@ -274,6 +276,7 @@ def add_stand_in(site: Path) -> Path:
     return init
 
 
+@pytest.mark.long
 def test_transformers_without_hf_kernels(tmp_path: Path) -> None:
     site = installed_site(tmp_path / "site")
     # -S: only the links are seen, so nothing of the package is left, its metadata included. What
@@ -281,6 +284,7 @@ def test_transformers_without_hf_kernels(tmp_path: Path) -> None:
     assert run_python(TRANSFORMERS_WORKS, "-S", PYTHONPATH=str(site)) == "False None"
 
 
+@pytest.mark.long
 def test_transformers_with_a_kernels_it_accepts(tmp_path: Path) -> None:
     site = installed_site(tmp_path / "site")
     init = add_stand_in(site)
@@ -294,6 +298,7 @@ def test_transformers_with_a_kernels_it_accepts(tmp_path: Path) -> None:
         run_python("from transformers import BertModel", "-S", cwd=bad, PYTHONPATH=str(site))
 
 
+@pytest.mark.long
 def test_transformers_with_hf_kernels_itself() -> None:
     try:
         theirs = metadata.distribution("kernels").locate_file("kernels/__init__.py")

@@ -171,6 +171,7 @@ def test_layers_that_come_and_go_between_forwards():
     assert (mixed[:1] - before[:1]).abs().max() > 1e-2
 
 
+@pytest.mark.long
 @torch.no_grad()
 def test_compiled_by_torch():
     """One graph, made anew for other names and for none, in whatever thread."""

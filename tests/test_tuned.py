@@ -167,6 +167,7 @@ for k in range(20):
 """
 
 
+@pytest.mark.long
 def test_processes_that_write_at_once_lose_nothing(folder):
     writers = [
         subprocess.Popen(

@@ -52,6 +52,7 @@ def adapted(base, **settings):
     return peftkern.get_peft_model(copy.deepcopy(base), config)
 
 
+@pytest.mark.long
 def test_a_tiny_llama_trains_as_on_torch_and_races_in_its_first_step_only(clock):
     base, ids = tiny_llama(), torch.randint(0, 50, (2, 9))
     found, races = [], []
@@ -80,6 +81,7 @@ def test_a_tiny_llama_trains_as_on_torch_and_races_in_its_first_step_only(clock)
     assert_as_good_as_torch(*found)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("between", ["nothing", "forward undecided", "backward undecided"])
 def test_checkpointed_gradients_are_those_without_whatever_is_decided_between(

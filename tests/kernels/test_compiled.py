@@ -62,6 +62,7 @@ def one_block(family, **lora):
     return pair(family, base=base, target_modules="all-linear", **lora)[0]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("family", "p", "compiler"),
     [
@@ -97,6 +98,7 @@ def test_a_model_is_one_graph_with_one_operator_a_layer(family, p, compiler):
     assert made[1:] == [{"lora_linear_infer": layers}]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_a_checkpointed_block_draws_the_same_mask_again(reentrant):
     """Inside the compiled model, where forward operators stand in the backward's graph, and around
@@ -174,6 +176,7 @@ def test_hooks_of_before_are_called():
         assert graphs == [PLAIN, PLAIN], change
 
 
+@pytest.mark.long
 def test_the_adapter_the_backend_and_disabling_may_go_back_and_forth():
     model, compiled, graphs = compiled_layer(dropout=0.3)
     x = torch.randn(2, 5, K)
@@ -232,6 +235,7 @@ def test_one_graph_for_every_batch_size(kind, how):
     assert graphs.forward == [TRAINED] and graphs.backward == [{"lora_linear_backward": 1}]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_autocast_is_part_of_the_graph(dtype):
     """On, off and with inputs of other dtypes; gradients have the dtypes of eager calls."""

@@ -45,6 +45,7 @@ def test_it_is_the_last_row_of_the_forward(mask, dtype):
     assert_as_good_as_torch(*(t[:, :, -1:][seen] for t in (last_lse[..., -1:], lse, exact[1])))
 
 
+@pytest.mark.long
 @few
 @given(
     sizes=st.tuples(st.integers(1, 3), st.integers(1, 2), st.integers(1, 5)),

@@ -12,6 +12,7 @@ from benchmarks.static import TARGETS, occupancy
 from tests.kernels.compiler import RESULTS, ROOT, python
 
 
+@pytest.mark.long
 def test_a_case_compiles_for_sm_90_with_wgmma_and_the_repeat_is_cached(tmp_path):
     command = ["-m", "benchmarks.static", "--json", "--jobs", "1", "--arch", "sm_90"]
     command += ["--only", "gemm dX r16 mask fp16"]
@@ -69,6 +70,7 @@ print(json.dumps(seen))
 """
 
 
+@pytest.mark.long
 def test_the_committed_file_is_read_refreshed_and_never_trusted_when_broken(tmp_path):
     done = python("-c", COMMITTED, str(tmp_path), cache=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -104,6 +106,7 @@ def before(tmp_path_factory):
     return keys(ROOT, tmp_path_factory.mktemp("cache"))
 
 
+@pytest.mark.long
 def test_the_committed_file_holds_no_row_that_nothing_asks_for(before):
     path = RESULTS / f"triton-{triton.__version__}.json"
     if not path.exists():
@@ -129,6 +132,7 @@ def edited(tmp_path, *edits):
     return keys(root, tmp_path)
 
 
+@pytest.mark.long
 def test_keys_change_with_what_the_compiler_sees_and_with_nothing_else(before, tmp_path):
     after = edited(
         tmp_path,
@@ -150,6 +154,7 @@ def test_keys_change_with_what_the_compiler_sees_and_with_nothing_else(before, t
     }
 
 
+@pytest.mark.long
 def test_keys_follow_helpers(before, tmp_path):
     helper = ("kernels/common.py", "keep_tile(words_ptr", "keep_tile(words_at")
     after = edited(
@@ -258,6 +263,7 @@ print(measure(Case("fp32", launch, True), "sm_90").get("problem"))
 """
 
 
+@pytest.mark.long
 def test_too_much_shared_memory_spills_and_a_missing_instruction_are_problems(tmp_path):
     done = python("-c", BAD, cache=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -296,6 +302,7 @@ print(json.dumps({
 """
 
 
+@pytest.mark.long
 def test_configs_of_tuning_tables_are_compiled_for_their_architecture(tmp_path):
     done = python("-c", TUNED, str(tmp_path), cache=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -138,6 +138,7 @@ def through_sizes(layers, x, keeps, seeds):
     return [t.detach().double() for t in (*outs, *gs)]
 
 
+@pytest.mark.long
 def test_any_shape_mask_group_dtype_and_order(masks):
     run_any(masks)
 

@@ -144,6 +144,7 @@ def test_bf16_rows_are_within_rounding():
     assert_as_good_as_torch(ours, torchs, want, average=True)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("make", list(TARGETS), ids=lambda f: f.__name__)
 @pytest.mark.parametrize("beams", [1, 3])
 def test_generated_tokens_are_those_of_each_row_alone(make, beams, launches):

@@ -78,6 +78,7 @@ CASES = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("family", "padding"), CASES)
 def test_loss_and_gradients_are_those_on_torch(family, padding, calls):
     pair, batch = alone(family, dtype=torch.float32), batch_of(family, padding)
@@ -105,6 +106,7 @@ def test_a_prefix_for_each_row(calls, family="llama"):
     assert calls == ["forward"] * pair.layers + ["backward"] * pair.layers
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", ["llama", "mistral", "gpt_oss"])
 def test_generation_is_that_on_torch(family, calls):
     """From beyond the window on; then with a static cache, whose offset is on the device."""

@@ -62,6 +62,7 @@ def shipped_kernels():
     return found
 
 
+@pytest.mark.long
 def test_every_kernel_is_compiled_for_every_architecture(sweep):
     kernels = shipped_kernels()
     assert {"gemm._gemm_kernel", "bits._bits_kernel", "reduce._sum_kernel"} <= kernels
@@ -102,6 +103,7 @@ def test_products_use_the_matrix_instruction_and_the_copies_of_their_architectur
         assert row["instructions"].get("cp.async.bulk.tensor"), row
 
 
+@pytest.mark.long
 def test_committed_results_are_what_the_compiler_says_now(sweep, tmp_path):
     command = ["-m", "benchmarks.static", "--json", "--no-cache", "--jobs", "1", "--only", *SAMPLE]
     done = python(*command, cache=tmp_path)

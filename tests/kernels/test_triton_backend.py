@@ -51,6 +51,7 @@ def train(model, ids, steps):
     return torch.stack(losses)
 
 
+@pytest.mark.long
 def test_a_tiny_llama_trains_as_on_the_torch_backend(product):
     base, ids = tiny_llama(), torch.randint(0, 50, (2, 9))
     found = []
