@@ -112,6 +112,22 @@ def tensors_of(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module,
                 yield f"{place}.{attribute}", sub, attribute
 
 
+def slots_to_save(model: Any, adapter_name: str) -> list[Slot]:
+    """:func:`adapter_slots` of an adapter that there is. ValueError where there is none, or where
+    it has no tensors: what would be saved holds nothing, and what is loaded goes nowhere."""
+    if adapter_name not in model.peft_config:
+        raise ValueError(
+            f"no adapter named {adapter_name!r}; there are {sorted(model.peft_config)}"
+        )
+    slots = list(adapter_slots(model, adapter_name))
+    if not slots:
+        raise ValueError(
+            f"the model holds no tensors of the adapter {adapter_name!r}. Was it merged or "
+            "unloaded? (If HF PEFT made it, as for `peftkern.fuse`, use peft's functions.)"
+        )
+    return slots
+
+
 def adapter_slots(model: nn.Module, adapter_name: str) -> Iterator[Slot]:
     """Every tensor that belongs to the adapter, found by structure and never by name."""
     encoders: Any = model._modules.get("prompt_encoder") or {}

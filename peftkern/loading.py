@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .adapter_slots import PREFIX, Slot, adapter_slots, clean, tensors_of
+from .adapter_slots import PREFIX, Slot, clean, slots_to_save, tensors_of
 from .saved_beside import Beside, find_beside
 from .tuners.lora.fused_experts import convert_weights
 from .tuners.lora.tying import tie_again
@@ -42,15 +42,11 @@ def match_weights(model: Any, weights: dict[str, Tensor], adapter_name: str) -> 
     embeddings, see :func:`find_beside`.
 
     Raises:
-        ValueError: no adapter of that name; a place that takes no saved tensor; embeddings that
-            would change what other adapters compute.
+        ValueError: no adapter of that name, or no tensors of it; a place that takes no saved
+            tensor; embeddings that would change what other adapters compute.
     """
-    if adapter_name not in model.peft_config:
-        raise ValueError(
-            f"no adapter named {adapter_name!r}; there are {sorted(model.peft_config)}"
-        )
+    slots = {slot.key.removeprefix(PREFIX): slot for slot in slots_to_save(model, adapter_name)}
     config = model.peft_config[adapter_name]
-    slots = {slot.key.removeprefix(PREFIX): slot for slot in adapter_slots(model, adapter_name)}
     in_model = {
         key.removeprefix(PREFIX): slot
         for slot in slots.values()
@@ -98,7 +94,7 @@ def check_shared(model: Any, adapter_name: str, slot: Slot, key: str, value: Ten
         )
 
 
-def check_keys(match: Match, adapter_name: str, source: str) -> None:
+def check_keys(match: Match, adapter_name: str, source: str, config: Any) -> None:
     """Raise one ValueError, naming the source,
     when a file lacks keys of the adapter or has others."""
     said = []
@@ -111,8 +107,23 @@ def check_keys(match: Match, adapter_name: str, source: str) -> None:
             f"The weights in {source} do not fit the adapter {adapter_name!r} that its "
             "configuration describes: "
             + "; ".join(said)
-            + ". Is it for another base model, or from an incomplete copy?"
+            + ". "
+            + (
+                "HF PEFT's `ensure_weight_tying` leaves modules untied that are tied here, and "
+                "saves none of theirs: for the model that it trained, load the configuration, set "
+                "`ensure_weight_tying` to False in it, and pass it as `config`."
+                if _lacks_only_tied(match, config)
+                else "Is it for another base model, or from an incomplete copy?"
+            )
         )
+
+
+def _lacks_only_tied(match: Match, config: Any) -> bool:
+    """Whether a file lacks nothing but what ``ensure_weight_tying`` ties to the embedding."""
+    tied: set[str] = set(getattr(config, "modules_to_tie", None) or ())
+    tied |= set(getattr(config, "target_modules_to_tie", None) or ())
+    places = tuple(f"{PREFIX}{name}." for name in tied)
+    return not match.unexpected and all(slot.key.startswith(places) for slot in match.missing)
 
 
 def check_shapes(match: Match) -> None:
@@ -170,7 +181,7 @@ def set_peft_model_state_dict(
         (the base model's among them), and ``unexpected_keys``; also ``mismatched_keys``.
 
     Raises:
-        ValueError: no adapter of that name.
+        ValueError: no adapter of that name, or the model holds no tensors of it.
         RuntimeError: a tensor has another shape than the model's.
     """
     match = match_weights(model, peft_model_state_dict, adapter_name)

@@ -390,7 +390,7 @@ class AdapterFiles:
         """Check names and shapes of all ``weights`` against the adapter, then put them in; between
         both ``change_base_weights`` does what the adapter's start (PiSSA, …) does to the base."""
         match = match_weights(self, weights, adapter_name)
-        check_keys(match, adapter_name, os.fspath(source))
+        check_keys(match, adapter_name, os.fspath(source), self.peft_config[adapter_name])
         ignore = options.get("ignore_mismatched_sizes", False)
         if not ignore:
             check_shapes(match)

@@ -143,3 +143,23 @@ def test_a_prompt_on_lora_is_saved_whole_or_not_at_all(tmp_path) -> None:
         with pytest.raises(ValueError, match="`state_dict` lacks tensors"):
             model.save_pretrained(tmp_path / "b", state_dict=less)
     assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("how", ["unload", "merge_and_unload", "peftkern.fuse"])
+def test_an_adapter_that_is_not_there_is_no_empty_file(how, tmp_path) -> None:
+    """HF PEFT writes a file with nothing in it after either, and ours did for a model of HF
+    PEFT's."""
+    library = peft if how == "peftkern.fuse" else peftkern
+    model = library.get_peft_model(make("llama"), library.LoraConfig(task_type="CAUSAL_LM"))
+    weights = library.get_peft_model_state_dict(model)
+    if library is peft:
+        peftkern.fuse(model)
+    else:
+        getattr(model, how)()
+        with pytest.raises(ValueError, match="holds no tensors of the adapter 'default'"):
+            model.save_pretrained(tmp_path / "empty")
+        assert not (tmp_path / "empty").exists()
+    with pytest.raises(ValueError, match="holds no tensors of the adapter 'default'"):
+        peftkern.get_peft_model_state_dict(model)
+    with pytest.raises(ValueError, match="holds no tensors of the adapter 'default'"):
+        peftkern.set_peft_model_state_dict(model, weights)

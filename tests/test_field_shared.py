@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import peftkern
+from peftkern.utils.hotswap import hotswap_adapter
 from tests.closeness import assert_same_number, differ
 from tests.tiny import assert_same, make, snapshot
 
@@ -134,6 +135,31 @@ def test_a_name_that_is_excluded_excludes_the_module() -> None:
     model = peftkern.get_peft_model(_base(), config).base_model.model
     assert type(model.a) is type(model.b) is nn.Linear
     assert hasattr(model.inner["own"], "lora_A")
+
+
+@pytest.mark.parametrize("name", ["a", "b", "^b", "blocks.1.0"])
+def test_rank_and_alpha_are_given_by_any_name(name: str) -> None:
+    config = peftkern.LoraConfig(
+        r=4,
+        target_modules=["a", "blocks.0.0", "own"],
+        rank_pattern={name: 2},
+        alpha_pattern={name: 6},
+    )
+    base = peftkern.get_peft_model(_base(), config).base_model.model  # and no warning
+    here, other = base.a, base.blocks[0][0]
+    if name.startswith("blocks"):
+        here, other = other, here
+    assert (here.r, here.scaling) == ({"default": 2}, {"default": 3.0})
+    assert other.r == base.inner["own"].r == {"default": 4}
+
+
+def test_a_swapped_adapter_is_scaled_by_any_name(tmp_path: Any) -> None:
+    adapted = _adapted(target_modules=["b"], rank_pattern={"^b": 4})
+    adapted.save_pretrained(tmp_path)
+    model = _adapted(target_modules=["a"], rank_pattern={"a": 4})
+    hotswap_adapter(model, tmp_path, "default")
+    assert model.base_model.model.a.scaling == {"default": 2.0}
+    assert torch.equal(model(IDS), adapted(IDS))
 
 
 def test_a_second_adapter_and_its_failure() -> None:

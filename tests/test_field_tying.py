@@ -302,6 +302,28 @@ def test_hf_pefts_file_loads(tmp_path) -> None:
     assert_same_number(logits(ours, "gpt2"), logits(theirs, "gpt2"))
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"modules_to_save": ["wte"], "target_modules": ["c_attn"]},
+        {"target_modules": ["wte", "c_attn"]},
+    ],
+    ids=["in full", "lora"],
+)
+def test_hf_pefts_file_that_it_did_not_tie_says_how_to_load_it(settings, tmp_path) -> None:
+    theirs = adapted("gpt2", peft, ensure_weight_tying=True, **settings)
+    fill(theirs)
+    quietly(theirs.save_pretrained, tmp_path)
+    load = peftkern.PeftModel.from_pretrained
+    how = {"autocast_adapter_dtype": False}
+    with pytest.raises(ValueError, match=r"missing keys: base_model\.model\.lm_head.* to False"):
+        quietly(load, base("gpt2"), tmp_path, **how)
+    config = peftkern.PeftConfig.from_pretrained(tmp_path)
+    config.ensure_weight_tying = False
+    ours = quietly(load, base("gpt2"), tmp_path, config=config, **how)
+    assert_same_number(logits(ours, "gpt2"), logits(theirs, "gpt2"))
+
+
 @pytest.mark.parametrize("family", ["gpt2", "gemma", "bloom", "opt"])
 def test_a_tied_adapter_is_merged_once_and_the_weights_stay_tied(family) -> None:
     _, output = NAMES[family]

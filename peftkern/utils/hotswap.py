@@ -27,6 +27,7 @@ from ..tuners.lora.parameter import ParamWrapper
 from ..tuners.tuners_utils import BaseTunerLayer, adapter_modules
 from .other import infer_device
 from .peft_types import PeftType
+from .places import further_names
 from .save_and_load import load_peft_weights
 
 # what two adapters must have in common: it is not swapped with the weights
@@ -291,6 +292,7 @@ def hotswap_adapter_from_state_dict(
     rest = [
         key for key in places if key not in state and _is_of(key, adapter_name, parameter_prefix)
     ]
+    aliases = further_names(bare) if config.alpha_pattern or config.rank_pattern else {}
     with torch.no_grad():
         for key in rest:
             places[key].zero_()
@@ -298,7 +300,8 @@ def hotswap_adapter_from_state_dict(
             at, found, _ = key.rpartition("." + parameter_prefix)
             layer: Any = bare.get_submodule(at) if found else None
             if layer is not None:  # and not a base weight that was saved with the adapter
-                _set_scaling(layer, adapter_name, _scaling_of(config, at.removeprefix(PREFIX)))
+                names = [n.removeprefix(PREFIX) for n in aliases.get(id(layer), (at,))]
+                _set_scaling(layer, adapter_name, _scaling_of(config, *names))
             groups = getattr(layer.get_base_layer(), "groups", 1) if ".lora_A." in key else 1
             _swap(places[key], value, groups)
         for key in rest:
@@ -329,8 +332,8 @@ def _is_of(key: str, adapter_name: str, parameter_prefix: str) -> bool:
     )
 
 
-def _scaling_of(config: LoraConfig, key: str) -> float:
-    r, alpha = rank_and_alpha(config, key)
+def _scaling_of(config: LoraConfig, *names: str) -> float:
+    r, alpha = rank_and_alpha(config, *names)
     return alpha / (math.sqrt(r) if config.use_rslora else r)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .._io import read_whole
-from ..adapter_slots import PREFIX, Slot, adapter_slots, clean, tensors_of
+from ..adapter_slots import PREFIX, Slot, adapter_slots, clean, slots_to_save, tensors_of
 from ..base_weights import get_base_model_state_dict, set_base_model_state_dict
 from ..config import locate_file
 from ..loading import (
@@ -72,16 +72,13 @@ def get_peft_model_state_dict(
             or when the vocabulary was resized.
 
     Raises:
-        ValueError: no adapter of that name.
+        ValueError: no adapter of that name, or the model holds no tensors of it (it was merged or
+            unloaded, or is HF PEFT's).
     """
     if unwrap_compiled:
         model = getattr(model, "_orig_mod", model)
-    if adapter_name not in model.peft_config:
-        raise ValueError(
-            f"no adapter named {adapter_name!r}; there are {sorted(model.peft_config)}"
-        )
+    slots = slots_to_save(model, adapter_name)
     config = model.peft_config[adapter_name]
-    slots = list(adapter_slots(model, adapter_name))
     inferred = state_dict is None
     given = state_dict_of(model) if state_dict is None else state_dict
     if given is not None:

@@ -22,11 +22,16 @@ from .parameter_targets import Target, plan_parameters, wrap_parameter
 from .tying import is_tied_target, shares_embedding, tie_adapter, tie_saved_modules
 
 
-def rank_and_alpha(config: LoraConfig, key: str) -> tuple[int, float]:
-    """r and lora_alpha of the module or parameter named ``key``."""
-    ranks, alphas = config.rank_pattern, config.alpha_pattern
-    r = ranks.get(get_pattern_key(ranks, key, "rank_pattern"), config.r)
-    return r, alphas.get(get_pattern_key(alphas, key, "alpha_pattern"), config.lora_alpha)
+def rank_and_alpha(config: LoraConfig, *names: str) -> tuple[int, float]:
+    """r and lora_alpha of the module or parameter with these names: what the first name that a
+    pattern matches is given."""
+
+    def value(field: str, default: Any) -> Any:
+        patterns = getattr(config, field)
+        keys = (get_pattern_key(patterns, name, field) for name in names)
+        return next((patterns[key] for key in keys if key in patterns), default)
+
+    return value("rank_pattern", config.r), value("alpha_pattern", config.lora_alpha)
 
 
 def find_targets(

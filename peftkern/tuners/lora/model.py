@@ -22,7 +22,7 @@ from ...utils.other import (
     get_submodules,
 )
 from ...utils.patterns import ending
-from ...utils.places import ends_with_words, places_of
+from ...utils.places import ends_with_words, further_names, places_of
 from ...utils.saved_modules import find_modules_to_save, wrap_modules_to_save
 from ...utils.tied import modules_tied_to_embedding
 from ..base_tuner import BaseTuner
@@ -121,15 +121,17 @@ class LoraModel(ModelMerging, Weighted, Starts, KasaLoss, BaseTuner):
         matches, parameters = find_targets(config, model, others, state_dict)
         check_compatible(config, model, [key for key, _ in matches])
         plan = []
+        aliases = further_names(model) if config.rank_pattern or config.alpha_pattern else {}
+        names = [name for key, m in matches for name in aliases.get(id(m), (key,))]
         for key, module in matches:
             custom = custom_class(module, config)
             make = None if isinstance(module, LoraLayer) else custom or layer_class(module)
-            r, alpha = rank_and_alpha(config, key)
+            r, alpha = rank_and_alpha(config, *aliases.get(id(module), (key,)))
             if custom is None:
                 check(key, module, r, config)
             plan.append((key, module, make, r, alpha))
         beside = Beside(config, model, [key for key, _ in matches], parameters)
-        self._check_patterns(config, [key for key, _ in matches] + beside.parameter_names)
+        self._check_patterns(config, names + beside.parameter_names)
         self._check_fan_in_fan_out(config, [m for _, m, make, *_ in plan if make is not None])
         saved = find_modules_to_save(model, config.modules_to_save)
         self._check_saved(model, config, name, plan, saved)
