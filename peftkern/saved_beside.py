@@ -8,10 +8,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .adapter_slots import PREFIX, Slot, clean, tensors_of
-from .tuners.tuners_utils import BaseTunerLayer
+from .tuners.lora.merging import Merging
+from .tuners.tuners_utils import BaseTunerLayer, adapter_modules
 from .utils.other import AuxiliaryTrainingWrapper
 from .utils.tied import plain_name
 
@@ -53,6 +54,22 @@ def embedding_slots(model: Any, targeted: bool = False) -> Iterator[Slot]:
         if name is not None:
             for key, owner, last in tensors_of(wanted, name):
                 yield Slot(key, key, owner, last)
+
+
+def unmerged(model: nn.Module, slots: Iterable[Slot]) -> dict[str, Tensor]:
+    """{name in the model: the tensor without adapters} of those slots that adapters are merged
+    into."""
+    names: dict[int, list[str]] = {}
+    for slot in slots:
+        names.setdefault(id(slot.tensor), []).append(slot.model_key)
+    found = {}
+    for layer in adapter_modules(model):
+        if not getattr(layer, "merged", False) or not isinstance(layer, Merging):
+            continue
+        module, attribute = layer._merge_target()
+        if keys := names.get(id(getattr(module, attribute))):
+            found.update(dict.fromkeys(keys, layer._unmerged_weight()))
+    return found
 
 
 @dataclass

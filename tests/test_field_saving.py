@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 import peftkern
 from tests.field import KINDS, WEIGHTS, assert_equal, base_of, quietly, trained
-from tests.tiny import first, inputs, make
+from tests.tiny import fill, first, inputs, make
 
 PROMPTS = ("prefix", "prompt", "p_tuning")
 
@@ -163,3 +163,25 @@ def test_an_adapter_that_is_not_there_is_no_empty_file(how, tmp_path) -> None:
         peftkern.get_peft_model_state_dict(model)
     with pytest.raises(ValueError, match="holds no tensors of the adapter 'default'"):
         peftkern.set_peft_model_state_dict(model, weights)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("given", [False, True])
+def test_an_embedding_with_its_adapter_merged_is_saved_without(
+    family, dora, given, tmp_path
+) -> None:
+    """HF PEFT saves it as it is: an adapter that is loaded with it counts twice."""
+    name = {"llama": "embed_tokens", "gpt2": "wte"}[family]
+    base = make(family, dtype=torch.float64)
+    config = peftkern.LoraConfig(task_type="CAUSAL_LM", target_modules=[name], use_dora=dora)
+    model = quietly(peftkern.get_peft_model, base, config)
+    fill(model)
+    expected = saved(model, tmp_path / "before")
+    for _ in range(2):
+        quietly(model.merge_adapter)
+        how = {"state_dict": dict(model.state_dict())} if given else {}
+        assert_equal(saved(model, tmp_path / "merged", **how), expected)
+        everything = saved(model, tmp_path / "all", save_embedding_layers=True, **how)
+        model.unmerge_adapter()
+        assert_equal(saved(model, tmp_path / "all", save_embedding_layers=True), everything)

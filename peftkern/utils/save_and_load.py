@@ -21,7 +21,7 @@ from ..loading import (
     few,
     set_peft_model_state_dict,
 )
-from ..saved_beside import bias_slots, embedding_slots
+from ..saved_beside import bias_slots, embedding_slots, unmerged
 from ..tuners.targets import targets_embedding
 from .constants import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from .other import infer_device
@@ -106,9 +106,9 @@ def get_peft_model_state_dict(
             )
             save_embedding_layers = True
     biases = [clean(slot.key) for slot in bias_slots(model, config)]
-    embeddings: list[str] = []
+    embeddings: list[Slot] = []
     if save_embedding_layers and hasattr(model, "get_input_embeddings"):
-        embeddings = [clean(slot.key) for slot in embedding_slots(model, targeted)]
+        embeddings = list(embedding_slots(model, targeted))
     elif save_embedding_layers:
         warnings.warn(
             "Could not identify embedding layer(s) because the model is not a 🤗 transformers "
@@ -127,7 +127,15 @@ def get_peft_model_state_dict(
             for slot in slots:
                 if at in slot.model_key and slot.model_key.endswith(".bias"):
                     found[clean(slot.model_key).replace(at, ".modules_to_save.")] = found[slot.key]
-        found.update({key: full[key] for key in embeddings if key in full})
+        plain = unmerged(model, embeddings)
+        for slot in embeddings:
+            value = full.get(clean(slot.key))
+            # with what is merged in it the adapter would count twice when it is loaded
+            if slot.key in plain and value is not None:
+                now = slot.tensor
+                value = plain[slot.key] if torch.equal(value.to(now), now) else value
+            if value is not None:
+                found[clean(slot.key)] = value
     return found
 
 
