@@ -72,7 +72,7 @@ test-all: lint
 
 # A process for each way to compute: torch reads its variables when it is loaded.
 test-cpus: $(READY)
-	$(PY) -m tests.machines.cpus -n $(JOBS) $(ARGS)
+	$(PY) -m tests.machines.cpus --jobs $(JOBS) $(ARGS)
 
 # An environment each under .venvs/, and the table in docs/versions.md.
 test-versions: $(READY)

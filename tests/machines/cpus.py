@@ -78,7 +78,10 @@ def environment(cpu: Cpu) -> dict[str, str]:
     kept = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
     if cpu.capability:
         kept["ATEN_CPU_CAPABILITY"] = cpu.capability
-    return {**kept, **cpu.variables, "OMP_NUM_THREADS": str(cpu.threads), "HF_HUB_OFFLINE": "1"}
+    kept |= cpu.variables
+    # threads that spin while they wait take the cores from each other
+    kept |= {"OMP_NUM_THREADS": str(cpu.threads), "OMP_WAIT_POLICY": "PASSIVE"}
+    return {**kept, "HF_HUB_OFFLINE": "1"}
 
 
 def capability_taken(cpu: Cpu) -> str:
@@ -90,10 +93,12 @@ def capability_taken(cpu: Cpu) -> str:
     return done.stdout.strip().lower()
 
 
-def run_tests(cpu: Cpu, arguments: list[str]) -> tuple[bool, str]:
-    """(whether all passed, pytest's last line) of the numeric tests in that environment."""
+def run_tests(cpu: Cpu, jobs: int, arguments: list[str]) -> tuple[bool, str]:
+    """(whether all passed, pytest's last line) of the numeric tests in that environment, in as many
+    processes as ``jobs`` threads are enough for."""
     command = [
         *(sys.executable, "-m", "pytest", "-p", "no:benchmark", "-q"),
+        *("-n", str(max(1, jobs // cpu.threads))),
         *("-m", "numeric and not slow and not gpu", *arguments),
     ]
     with subprocess.Popen(
@@ -111,6 +116,7 @@ def run_tests(cpu: Cpu, arguments: list[str]) -> tuple[bool, str]:
 def main() -> int:
     """0 when every way that this processor has passed every test."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--jobs", type=int, default=2, help="threads in all")
     parser.add_argument("--only", default="", help="rows whose name contains this")
     options, arguments = parser.parse_known_args()
     flags = processor_flags()
@@ -129,7 +135,7 @@ def main() -> int:
             continue
         print(f"\n{cpu.name}", flush=True)
         start = time.perf_counter()
-        passed, said = run_tests(cpu, arguments)
+        passed, said = run_tests(cpu, options.jobs, arguments)
         good += passed
         colour = "green" if passed else "red"
         minutes = f"{(time.perf_counter() - start) / 60:.1f}"
