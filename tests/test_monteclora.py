@@ -29,12 +29,12 @@ def config(library, **settings):
 
 
 @pytest.fixture
-def doubled(monkeypatch):
-    """What the samplers draw and compute in float32, both libraries' very code, is in float64."""
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+def doubled(doubled):
+    """What the samplers draw in the default dtype is in float64 too."""
+    before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     yield
-    torch.set_default_dtype(torch.float32)
+    torch.set_default_dtype(before)
 
 
 def models(dtype=None, own=(), **settings):

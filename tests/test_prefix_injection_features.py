@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from peftkern.tuners.prefix_tuning import attention
 from peftkern.utils.versions import checkpoints_without_gradients
 from tests.closeness import assert_same_number, differ
+from tests.needs import needs
 from tests.plain_reference import CACHE
 from tests.prefix_models import (
     HEADS,
@@ -168,6 +169,8 @@ def test_attention_dropout(family: str) -> None:
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "t5", "gemma3"])
 def test_output_attentions(family: str, implementation: str) -> None:
+    if family == "t5" and implementation == "sdpa":
+        needs("transformers>=5.23", "T5's decoder does not take another implementation later")
     pair = Pair(family, implementation=implementation)
     batch = inputs(family)
     name = "decoder_attentions" if family in SEQ2SEQ else "attentions"

@@ -13,6 +13,7 @@ from tests.closeness import assert_as_good_as_torch, assert_same_number
 from tests.tiny import first, inputs, make
 from tests.trainers import (
     ARGUMENTS,
+    CHECKPOINTING,
     LORA,
     adapter,
     assert_equal,
@@ -83,7 +84,7 @@ def run(name, out, fused, **arguments):
     [
         ("a peftkern model", "HF PEFT's model", {}),
         ("peft_config, fused", "peft_config", {}),
-        ("peft_config, fused", "peft_config", {"activation_checkpointing": True}),
+        ("peft_config, fused", "peft_config", {CHECKPOINTING: True}),
     ],
     ids=["door 1", "door 2", "checkpointing"],
 )

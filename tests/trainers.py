@@ -26,6 +26,9 @@ ARGUMENTS = {
     "disable_tqdm": True,
     "bf16": False,  # TRL's default is True
 }
+# what TrainingArguments calls it: "gradient" in older versions of transformers
+_NEW = "activation_checkpointing" in transformers.TrainingArguments.__dataclass_fields__
+CHECKPOINTING = "activation_checkpointing" if _NEW else "gradient_checkpointing"
 
 
 def tokenizer() -> Any:

@@ -144,6 +144,8 @@ def run_tests(row: Row, python: Path, arguments: list[str]) -> dict[str, int]:
     report.unlink(missing_ok=True)
     command = [
         *(str(python), "-m", "pytest", "-q", "-m", "numeric and not slow and not gpu"),
+        # what warns differs from version to version; `make test` judges it on one set
+        *("-W", "default"),
         *("-p", "no:cacheprovider", f"--junitxml={report}", *arguments),
     ]
     ours = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
