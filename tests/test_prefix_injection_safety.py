@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import threading
+import weakref
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ import torch
 import transformers as tf
 from torch import Tensor
 
+import peftkern
 from peftkern.tuners.prefix_tuning import attention
 from peftkern.tuners.prefix_tuning.inject import PrefixInjection
 from tests.closeness import assert_same_number, differ
@@ -27,6 +30,7 @@ from tests.prefix_models import (
     make,
     sizes,
 )
+from tests.prefix_zoo import tuned
 
 # -------------------------------------------------------------------- around it: safe and clean
 
@@ -156,6 +160,29 @@ def test_an_error_inside_leaves_nothing_behind() -> None:
     batch = inputs("llama")
     with torch.no_grad():
         assert torch.equal(pair.model(**batch).logits, pair.base(**batch).logits)
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom", "ctrl"])  # interface, blocks, cache
+def test_a_failed_call_keeps_no_model_alive(family: str) -> None:
+    model = tuned(peftkern, family) if family == "ctrl" else None
+    if model is None:
+        config = peftkern.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=P)
+        model = peftkern.get_peft_model(make(family), config)
+    injection = model._prefix_injection
+
+    def fail(*_: Any) -> None:
+        raise KeyError("in a layer")
+
+    norms = [m for m in injection.stack.modules() if "Norm" in type(m).__name__]
+    norms[-1].register_forward_pre_hook(fail)
+    with pytest.raises(KeyError, match="in a layer"):
+        model(input_ids=torch.arange(3, 8)[None])
+    kept = [
+        weakref.ref(x) for x in (injection, injection.stack, *model.prompt_encoder.parameters())
+    ]
+    del model, injection, norms
+    gc.collect()
+    assert [ref() for ref in kept] == [None] * len(kept)
 
 
 def test_a_failed_call_leaves_no_prefix_in_masks() -> None:

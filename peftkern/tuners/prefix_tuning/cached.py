@@ -201,7 +201,7 @@ class CachedPrefix:
         try:
             yield given
         finally:
-            restore(before)
+            restore(before, self)
 
     def refuse_checkpoints(self, training: bool = True) -> None:
         """ValueError when layers of the model run in checkpoints: now, or (``training`` False)

@@ -205,7 +205,7 @@ class PrefixInjection:
         try:
             yield given
         finally:
-            restore(before)
+            restore(before, self)
 
     def _check(self, prefixes: list[Prefix | None], no_prefix: Tensor | None) -> None:
         if self._removed:

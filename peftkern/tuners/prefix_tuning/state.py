@@ -139,8 +139,11 @@ def push(entry: ActivePrefix) -> tuple[ActivePrefix, ...]:
     return before
 
 
-def restore(before: tuple[ActivePrefix, ...]) -> None:
+def restore(before: tuple[ActivePrefix, ...], owner: Any) -> None:
+    """Ends a block: what was active before is again, and no call of ``owner`` runs any more. One
+    that failed has not said so, and would keep the model and its prefixes."""
     _local.active = before
+    set_current(owner, None)
 
 
 def set_current(owner: Any, state: PrefixState | None) -> None:
