@@ -49,6 +49,23 @@ def test_static_cache(family: str) -> None:
     assert not torch.equal(pair.base.generate(**batch, max_new_tokens=8), dynamic)
 
 
+@pytest.mark.parametrize("family", ["llama", "bloom"])
+def test_classifier_free_guidance(family: str) -> None:
+    """The prefix belongs to the tuned model: the pass without the text has it as well."""
+    pair, scale = alone(family), 1.5
+    tokens = inputs(family, None)["input_ids"][:1]
+    begin = tokens.shape[1] - 1  # the pass without the text begins with its last token
+    with pair.active(), torch.no_grad():
+        found = pair.model.generate(tokens, max_new_tokens=5, guidance_scale=scale)
+        plain = pair.model.generate(tokens, max_new_tokens=5)
+        for _ in range(5):
+            texts = (tokens, tokens[:, begin:])
+            full, none = (pair.model(ids).logits[:, -1].log_softmax(-1) for ids in texts)
+            chosen = (none + scale * (full - none)).argmax(-1)
+            tokens = torch.cat([tokens, chosen[:, None]], dim=1)
+    assert torch.equal(found, tokens) and not torch.equal(found, plain)
+
+
 @pytest.mark.parametrize("family", ["gpt_neo", "falcon_alibi"])
 def test_static_cache_where_the_model_itself_is_wrong(family: str) -> None:
     pair = alone(family)
