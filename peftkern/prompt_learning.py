@@ -183,16 +183,22 @@ class PromptLearning(Prompts):
             if not way.again(self._prefix_injection, base):
                 self._prefix_injection.allow(P, always_visible)
                 return
-            self._prefix_injection.remove()
-        self._prefix_injection = way.choose(
-            base,
-            num_layers=attention_layers(config, base),
-            kv_heads=heads,
-            head_dim=config.token_dim // heads,
-            num_virtual_tokens=P,
-            always_visible=always_visible,
-            divide=functools.partial(divide, model=base),
-        )
+        with way.choosing:
+            if self._prefix_injection is not None:
+                if not way.again(self._prefix_injection, base):  # another thread was here first
+                    self._prefix_injection.allow(P, always_visible)
+                    return
+                self._prefix_injection.remove()
+                self._prefix_injection = None  # if none can be chosen, the next call says so too
+            self._prefix_injection = way.choose(
+                base,
+                num_layers=attention_layers(config, base),
+                kv_heads=heads,
+                head_dim=config.token_dim // heads,
+                num_virtual_tokens=P,
+                always_visible=always_visible,
+                divide=functools.partial(divide, model=base),
+            )
 
     def _heads(self: Any) -> list[ModulesToSaveWrapper]:
         """The modules that train in full with these adapters (or with none any more)."""

@@ -4,7 +4,10 @@ none computes something else without a word."""
 from __future__ import annotations
 
 import copy
+import functools
+import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import peft
@@ -12,6 +15,7 @@ import pytest
 import torch
 import transformers as tf
 from torch import Tensor
+from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama as llama
 
@@ -143,6 +147,78 @@ def test_attention_that_fails_is_caught() -> None:
     assert_same_number(model(input_ids=IDS).logits, reference(model, toy(Attention)))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_under_autocast(dtype: torch.dtype) -> None:
+    """What counts as rounding is autocast's, and not that of the weights."""
+    with warnings.catch_warnings(), torch.autocast("cpu", torch.bfloat16):
+        warnings.simplefilter("error")
+        model = tuned(toy(Attention, dtype))
+    assert "cache" not in peftkern.explain(model)[0].reason
+    with torch.autocast("cpu", torch.bfloat16), pytest.warns(UserWarning, match="its cache"):
+        tuned(toy(Turned, dtype))
+
+
+# -------------------------------------------------------------------- attention of the user's own
+
+
+@pytest.fixture
+def implementations() -> Any:
+    """Registers "threefold" and "as sdpa"; the first is what no prefix operation knows."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward as plain
+
+    def threefold(*args: Any, scaling: float, **kwargs: Any) -> Any:
+        return plain(*args, scaling=3 * scaling, **kwargs)
+
+    def as_sdpa(*args: Any, **kwargs: Any) -> Any:
+        return plain(*args, **kwargs)
+
+    both = {"threefold": threefold, "as sdpa": functools.partial(as_sdpa)}
+    for name, function in both.items():
+        tf.AttentionInterface.register(name, function)
+        tf.AttentionMaskInterface.register(name, sdpa_mask)
+    yield
+    for name in both:
+        del tf.AttentionInterface._global_mapping[name]
+        del tf.AttentionMaskInterface._global_mapping[name]
+
+
+def with_attention(name: str) -> Any:
+    model = toy(llama.LlamaAttention)
+    model.set_attn_implementation(name)
+    return model
+
+
+def test_attention_of_ones_own(implementations: None) -> None:
+    """A kind that is verified is so with transformers' attention."""
+    with pytest.warns(UserWarning, match="goes through its cache"):
+        model = tuned(with_attention("threefold"))
+    logits = model(input_ids=IDS).logits
+    assert_same_number(logits, reference(model, with_attention("threefold")))
+    assert differ(logits, reference(model, with_attention("sdpa")))
+
+
+def test_attention_of_ones_own_chosen_later(implementations: None) -> None:
+    model = tuned(with_attention("sdpa"))
+    before = model(input_ids=IDS).logits
+    assert_same_number(before, reference(model, with_attention("sdpa")))
+    base = model.get_base_model()
+    base.set_attn_implementation("as sdpa")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(model(input_ids=IDS).logits, before)
+    compared = model._prefix_injection
+    assert "cache" not in peftkern.explain(model)[0].reason
+    assert torch.equal(model(input_ids=IDS).logits, before)
+    assert copy.deepcopy(model)._prefix_injection.judged == compared.judged
+    base.set_attn_implementation("eager")  # transformers' own is not compared
+    assert_same_number(model(input_ids=IDS).logits, before)
+    assert model._prefix_injection is compared
+    base.set_attn_implementation("threefold")
+    with pytest.warns(UserWarning, match="goes through its cache"):
+        logits = model(input_ids=IDS).logits
+    assert_same_number(logits, reference(model, with_attention("threefold")))
+
+
 # -------------------------------------------------------------------- it leaves no trace
 
 
@@ -200,11 +276,19 @@ def test_the_model_is_left_as_it_was() -> None:
 
 def test_weights_that_are_not_here() -> None:
     """Then it is made up for before the first call."""
+    tuner = late(Turned)
+    with pytest.warns(UserWarning, match="goes through its cache"):
+        logits = tuner(input_ids=IDS).logits
+    assert_same_number(logits, reference(tuner, toy(Turned)))
+
+
+def late(kind: type) -> Any:
+    """A tuned model whose weights came after its prefix."""
     with torch.device("meta"):
-        model = toy(Turned)
+        model = toy(kind)
     tuner = peftkern.get_peft_model(model, peftkern.PrefixTuningConfig(**CONFIG))
     assert "not compared with the cache: some of its weights" in peftkern.explain(tuner)[0].reason
-    real = toy(Turned)
+    real = toy(kind)
     model.to_empty(device="cpu")
     model.load_state_dict(real.state_dict())
     for module, own in zip(model.modules(), real.modules(), strict=True):
@@ -212,10 +296,56 @@ def test_weights_that_are_not_here() -> None:
             module._buffers[name] = buffer
     with torch.no_grad():
         weight_of(tuner).normal_(generator=torch.Generator().manual_seed(1))
-    tuner.double().eval()
-    with pytest.warns(UserWarning, match="goes through its cache"):
-        logits = tuner(input_ids=IDS).logits
-    assert_same_number(logits, reference(tuner, toy(Turned)))
+    return tuner.double().eval()
+
+
+@pytest.mark.parametrize("kind", [Attention, Turned])
+@pytest.mark.filterwarnings("ignore:The prefix of LlamaForCausalLM goes through its cache")
+def test_made_up_for_by_one_of_several_threads(kind: type, monkeypatch: Any) -> None:
+    tuner = late(kind)
+    expected = reference(tuner, toy(kind))
+    count, all_here, compared = 3, threading.Barrier(3), []
+    choose, again = way.choose, way.again
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        compared.append(threading.get_ident())
+        return choose(*args, **kwargs)
+
+    asked = threading.local()
+
+    def ask(*args: Any) -> bool:
+        answer = again(*args)
+        if not hasattr(asked, "once"):  # all have heard that it is to be made up for
+            asked.once = True
+            all_here.wait(60)
+        return answer
+
+    monkeypatch.setattr(way, "choose", counted)
+    monkeypatch.setattr(way, "again", ask)
+
+    def run(_: int) -> Tensor:
+        with torch.no_grad():
+            return tuner(input_ids=IDS).logits
+
+    with ThreadPoolExecutor(count) as pool:
+        for logits in pool.map(run, range(count)):
+            assert_same_number(logits, expected)
+    assert len(compared) == 1
+
+
+@pytest.mark.parametrize("kind", [Attention, Turned])
+def test_weights_that_accelerate_brings(kind: type) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = toy(kind)
+    accelerate.cpu_offload(model)
+    assert next(model.parameters()).is_meta
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        tuner = tuned(model)
+    assert [("goes through its cache" in str(w.message)) for w in said] == [True] * (kind is Turned)
+    assert "not compared" not in peftkern.explain(tuner)[0].reason
+    assert all(p.is_meta for p in model.parameters())
+    assert_same_number(tuner(input_ids=IDS).logits, reference(tuner, toy(kind)))
 
 
 def test_a_model_that_wants_more_than_tokens() -> None:

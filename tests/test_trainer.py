@@ -169,9 +169,7 @@ OTHERS = {
 @pytest.mark.parametrize("kind", OTHERS)
 def test_other_adapters_resume_and_give_the_best_model_back(kind, tmp_path):
     if kind == "two adapters":
-        needs(
-            "transformers>=5.23", "Trainer resumes two adapters otherwise, HF PEFT's too"
-        )
+        needs("transformers>=5.23", "Trainer resumes two adapters otherwise, HF PEFT's too")
     settings = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True,
                 "metric_for_best_model": "eval_loss", "greater_is_better": True}  # fmt: skip
     runs = []

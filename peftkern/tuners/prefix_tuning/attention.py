@@ -58,6 +58,19 @@ def original_of(name: str | None) -> str | None:
     return bytes.fromhex(name[len(_NAME) :]).decode()
 
 
+def foreign(config: Any) -> str | None:
+    """Name of the function that somebody registered with transformers for the attention that this
+    configuration names; None where it is transformers' own."""
+    name = config._attn_implementation
+    function = ALL_ATTENTION_FUNCTIONS.get(original_of(name) or name)
+    while isinstance(function, functools.partial):
+        function = function.func
+    place = getattr(function, "__module__", None)
+    if function is None or str(place).startswith("transformers."):
+        return None  # eager attention is none, and stands beside the model's class
+    return f"{place}.{getattr(function, '__qualname__', type(function).__qualname__)}"
+
+
 def _implementation(original: str, module: nn.Module) -> Callable[..., Any]:
     if original != "eager":
         return ALL_ATTENTION_FUNCTIONS[original]

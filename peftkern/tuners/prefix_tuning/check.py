@@ -27,6 +27,7 @@ TOKENS = 3
 # Moving the prefix by two roundings moves the outputs as far as summing in another order does, to a
 # factor of 1.3 in what was measured (random Llamas of 2 to 24 layers, float32, float16, bfloat16).
 _SLACK = 4
+KINDS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # that are computed with
 _SMALL = 2**20  # bytes; larger buffers are weights (GPTQ's, say), which a forward leaves alone
 _SHARE = 1e-3  # of the prefix's effect; mistakes in its place, its order or its mask are larger
 
@@ -39,10 +40,22 @@ def why_not_now(model: nn.Module) -> str | None:
     """Why the model cannot be run here and now, or None."""
     if is_recording():
         return "it is being compiled or traced"
-    for tensor in itertools.chain(model.parameters(), model.buffers()):
-        if tensor.is_meta or hasattr(tensor, "ds_id"):  # the latter: ZeRO-3 holds its parts apart
-            return "some of its weights are not here (offloaded, sharded or on the meta device)"
+    for module in model.modules():
+        for tensor in itertools.chain(module._parameters.values(), module._buffers.values()):
+            # ds_id: ZeRO-3 holds its parts apart
+            if hasattr(tensor, "ds_id") or (_is_meta(tensor) and not _brings_weights(module)):
+                return "some of its weights are not here (sharded or on the meta device)"
     return None
+
+
+def _is_meta(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.is_meta
+
+
+def _brings_weights(module: nn.Module) -> bool:
+    """Whether accelerate, which offloaded its weights, brings them for each call of it."""
+    hook = getattr(module, "_hf_hook", None)
+    return any(getattr(one, "offload", False) for one in getattr(hook, "hooks", (hook,)))
 
 
 @dataclass(frozen=True)
@@ -88,7 +101,8 @@ def run_cached(model: Any, cached: CachedPrefix, own: list[Prefix | None]) -> Ca
         effect = _distance(through, plain)
         if effect == 0:
             return Cached(True, "its cache has no effect on what it computes", call)
-        nudged, _ = _try(model, call, cached, [_nudged(pair) for pair in own])
+        step = 2 * _spacing(model)
+        nudged, _ = _try(model, call, cached, [_nudged(pair, step) for pair in own])
         assert nudged is not None
         return Cached(True, "", call, through, effect, _SLACK * _distance(nudged, through))
 
@@ -124,7 +138,7 @@ def random_prefix(like: Tensor, heads: int, length: int, width: int, slices: int
     g = torch.Generator().manual_seed(20)
     shape = (slices, heads, length, width)
     drawn = torch.randn(shape, generator=g, dtype=torch.float32)
-    return list(drawn.to(device=like.device, dtype=like.dtype).unbind(0))
+    return list(drawn.to(device="cpu" if like.is_meta else like.device, dtype=like.dtype).unbind(0))
 
 
 # -------------------------------------------------------------------------------- runs
@@ -144,7 +158,8 @@ def _inputs(model: Any) -> dict[str, Tensor]:
     seq2seq = getattr(config, "is_encoder_decoder", False)
     if seq2seq and isinstance(getattr(text, "eos_token_id", None), int):
         ids[-1] = text.eos_token_id  # where classifiers read
-    tokens = torch.tensor([ids], device=model.device)
+    # where weights are brought to, inputs are
+    tokens = torch.tensor([ids], device=None if model.device.type == "meta" else model.device)
     call = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
     if seq2seq:
         call["decoder_input_ids"] = tokens.clone()
@@ -176,11 +191,25 @@ def _said(error: Exception) -> str:
     return f"{type(error).__name__}: {text[:200]}"
 
 
-def _nudged(pair: Prefix | None) -> Prefix | None:
-    if pair is None:
-        return None
-    key, value = (x * (1 + 2 * torch.finfo(x.dtype).eps) for x in pair)
-    return key, value
+def _nudged(pair: Prefix | None, step: float) -> Prefix | None:
+    return None if pair is None else (pair[0] * (1 + step), pair[1] * (1 + step))
+
+
+def _spacing(model: nn.Module) -> float:
+    """How far apart, relative to them, the numbers are that the model computes with: those of the
+    coarsest dtype of its weights, or of what matrices are multiplied in (autocast, TF32)."""
+    here = (p for p in model.parameters() if p.dtype in KINDS)
+    kinds = {("cpu" if p.is_meta else p.device, p.dtype) for p in here}
+    random = torch.Generator().manual_seed(20)
+    spacing = 0.0
+    for device, dtype in kinds:
+        x = torch.randn(64, 64, generator=random, dtype=torch.float64).to(dtype)
+        exact = x.double() @ x.double()
+        error = (x.to(device) @ x.to(device)).cpu().double() - exact
+        # of what is rounded before and after the product, about half a spacing
+        measured = 2 * float(error.abs().max() / exact.abs().max())
+        spacing = max(spacing, torch.finfo(dtype).eps, measured)
+    return spacing
 
 
 def _distance(a: list[Tensor], b: list[Tensor]) -> float:
@@ -206,7 +235,7 @@ def _quietly(model: nn.Module, way: Any) -> Iterator[None]:
     attributes = [dict(vars(m)) for m in modules]
     tables = ("_modules", "_parameters", "_buffers")
     held = [{name: dict(vars(m)[name]) for name in tables} for m in modules]
-    buffers = [(b, b.detach().clone()) for b in model.buffers() if b.nbytes <= _SMALL]
+    buffers = [(b, b.detach().clone()) for b in model.buffers() if _kept(b)]
     devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
     try:
         with torch.random.fork_rng(devices=[d for d in devices if d is not None]), torch.no_grad():
@@ -229,6 +258,10 @@ def _quietly(model: nn.Module, way: Any) -> Iterator[None]:
             for buffer, value in buffers:
                 if not torch.equal(buffer, value):
                     buffer.copy_(value)
+
+
+def _kept(buffer: Tensor) -> bool:
+    return buffer.nbytes <= _SMALL and not buffer.is_meta
 
 
 def _moved(table: dict[str, Any], kept: dict[str, Any]) -> bool:

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from . import deberta
+from .attention import foreign
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,15 @@ class Found:
     layers: tuple[nn.Module, ...]
     attentions: tuple[nn.Module, ...]
 
+    @property
+    def configs(self) -> list[Any]:
+        """What names the attention function of these layers; none where they do not ask for one
+        before they see the prefix."""
+        if self.family.block is not None:
+            return []
+        named = (self.stack, *(m for m in self.attentions if hasattr(m, "config")))
+        return list({id(m.config): m.config for m in named}.values())
+
 
 class NotInjectable(ValueError):
     """The attention of a model cannot be reached; ``why`` says so without its name."""
@@ -169,7 +179,8 @@ def is_verified(model: nn.Module, here: Found) -> bool:
     tests verify."""
     kinds = {getattr(getattr(m, "config", None), "model_type", "") for m in (model, here.stack)}
     parts = (model, here.stack, *here.layers, *here.attentions)
-    return kinds <= VERIFIED and all(_is_transformers_own(part) for part in parts)
+    own = all(_is_transformers_own(part) for part in parts)
+    return own and kinds <= VERIFIED and not any(foreign(config) for config in here.configs)
 
 
 def _is_transformers_own(module: nn.Module) -> bool:

@@ -86,7 +86,8 @@ class PrefixInjection:
         self._handles: list[Any] = []
         self._outside: list[Outside] = []  # hooks of layers
         self._removed = False  # asked in place of the handles, which torch.compile cannot look at
-        self.configs: list[Any] = []
+        self.configs = found.configs
+        self.judged = self.foreign()  # functions of attention that this way was chosen with
         self.allow(num_virtual_tokens, always_visible)
         self._install()
 
@@ -120,9 +121,6 @@ class PrefixInjection:
                 own = (_BlockHook(self, slot), *([self._at_first] if slot == 0 else []))
                 self._outside.append(Outside(self, block, *own))
         else:
-            seen: dict[int, Any] = {id(self.stack.config): self.stack.config}
-            seen.update({id(m.config): m.config for m in self.attentions if hasattr(m, "config")})
-            self.configs = list(seen.values())
             self._stand_before()
             self._outside.append(Outside(self, self.layers[0], self._at_first))
         if hasattr(self.stack, "layerdrop"):
@@ -135,6 +133,10 @@ class PrefixInjection:
         stack = self.stack
         self._handles.append(stack.register_forward_pre_hook(self._before, with_kwargs=True))
         self._handles.append(stack.register_forward_hook(self._after, with_kwargs=True))
+
+    def foreign(self) -> set[str]:
+        """Names of the functions that stand in place of transformers' own attention now."""
+        return {name for config in self.configs if (name := attention.foreign(config))}
 
     def _stand_before(self) -> None:
         """Before whatever attention implementation is set now, a user's later choice included."""

@@ -14,16 +14,17 @@ import torch
 import transformers
 from torch import nn
 
+from ...ops.tracing import is_recording
 from ...utils.versions import TESTED, is_tested
 from .cached import NO_CACHE, CachedPrefix
-from .check import judge, random_prefix, run_cached, why_not_now
+from .check import KINDS, judge, random_prefix, run_cached, why_not_now
 from .families import NotInjectable, find, is_verified, refuse
 from .inject import PrefixInjection
 from .state import Prefix
 
 Divide = Callable[[list[Prefix]], tuple[list[Prefix | None], list[Prefix | None]]]
 
-_choosing = threading.Lock()
+choosing = threading.RLock()  # also held from asking whether to choose anew to having done so
 _noted: set[str] = set()
 
 
@@ -54,7 +55,7 @@ def choose(
         "head_dim": head_dim,
         "num_virtual_tokens": num_virtual_tokens,
     }
-    with _choosing:
+    with choosing:
         if not is_tested():
             _warn_of_version()
         inject = functools.partial(PrefixInjection, model, **sizes, always_visible=always_visible)
@@ -154,8 +155,7 @@ def _note(model: Any, cached: CachedPrefix) -> None:
 
 def _random_pairs(model: nn.Module, sizes: dict[str, int]) -> list[Prefix]:
     """A prefix of normal numbers for each layer, where and of the dtype that the weights are."""
-    kinds = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-    like = next((p for p in model.parameters() if p.dtype in kinds), torch.empty(0))
+    like = next((p for p in model.parameters() if p.dtype in KINDS), torch.empty(0))
     drawn = random_prefix(
         like,
         sizes["kv_heads"],
@@ -167,5 +167,8 @@ def _random_pairs(model: nn.Module, sizes: dict[str, int]) -> list[Prefix]:
 
 
 def again(way: PrefixInjection | CachedPrefix, model: nn.Module) -> bool:
-    """Whether a model that could not be run when its way was chosen can be now."""
-    return getattr(way, "pending", False) and why_not_now(model) is None
+    """Whether to choose anew: a model that could not be run when its way was chosen can be now, or
+    attention that is not transformers' own was set since."""
+    if not isinstance(way, PrefixInjection) or is_recording():
+        return False
+    return (way.pending and why_not_now(model) is None) or not way.foreign() <= way.judged
