@@ -16,8 +16,6 @@ from tests.plain_reference import greedy, peft_is_right, with_prompt
 from tests.prefix_models import CONFIGS, ENCODERS, WITHOUT_HEADS, Pair, numbers
 from tests.prompts import prompt_model
 
-# HF PEFT's name for it, from transformers 5.24 on
-pytestmark = pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")
 # of encoders only those that HF PEFT takes
 PREFIXED = [(f, None) for f in CONFIGS if f not in ("distilbert", "modernbert", *WITHOUT_HEADS)]
 PREFIXED += [("bert", "TOKEN_CLS"), ("llama", "SEQ_CLS"), ("gpt2", "TOKEN_CLS")]
