@@ -25,6 +25,7 @@ relaxed = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 IMPLEMENTATIONS = ("blocked", "merge")
+FEW = (0, 2**30)  # one row is joined to the prefix at any size, or never
 
 
 def compare(tensors, options):
@@ -34,9 +35,11 @@ def compare(tensors, options):
     found = gradients(prefix_attention(*tensors, scale=SCALE, **options), tensors)
     named = (dict(zip(NAMES, values, strict=True)) for values in (found, expected))
     assert_same_number(*named, name=str(options))
-    with torch.no_grad():
-        again = prefix_attention(*tensors, scale=SCALE, **options)
-    assert_same_number(again, expected[0], "without gradients")
+    for few in FEW:
+        with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(prefix_merge, "_FEW", few)
+            again = prefix_attention(*tensors, scale=SCALE, **options)
+        assert_same_number(again, expected[0], "without gradients")
 
 
 def ran(monkeypatch):
@@ -168,7 +171,9 @@ def test_error_is_that_of_concatenation(dtype, T, sharp):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", [None, "left", "nothing"])
-def test_decoding_in_half_precision(dtype, kind):
+@pytest.mark.parametrize("few", FEW)
+def test_decoding_in_half_precision(dtype, kind, few, monkeypatch):
+    monkeypatch.setattr(prefix_merge, "_FEW", few)
     tensors = inputs(3, 4, 2, 1, 50, 20, 64, dtype=dtype)
     keep = keep_of(kind, 3, 50)
     with torch.no_grad():

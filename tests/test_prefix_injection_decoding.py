@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 import transformers as tf
 from packaging.version import Version
 
+from peftkern.tuners.prefix_tuning import attention, blocks
 from tests.closeness import assert_same_number, differ
 from tests.plain_reference import CACHE, TRANSFORMERS
 from tests.prefix_models import (
@@ -47,6 +50,37 @@ def test_static_cache(family: str) -> None:
         static = pair.model.generate(**batch, max_new_tokens=8, cache_implementation="static")
     assert torch.equal(static, dynamic)
     assert not torch.equal(pair.base.generate(**batch, max_new_tokens=8), dynamic)
+
+
+@pytest.mark.parametrize("family", ["t5", "mt5", "bloom", "falcon", "gptj", "gpt_neo", "bart"])
+def test_a_step_makes_nothing_twice(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What all layers share (a mask, a bias) is made for the first, and no signature is read."""
+    pair, made, read = alone(family), [], []
+    for module, name in [
+        *((blocks, name) for name in ("_wider", "_bloom", "_with_alibi")),
+        (attention, "_with_bias"),
+    ]:
+        make = getattr(module, name)
+        monkeypatch.setattr(
+            module, name, lambda *a, n=name, f=make, **k: made.append(n) or f(*a, **k)
+        )
+    signature = inspect.signature
+
+    def reading(*args: Any, **kwargs: Any) -> Any:
+        caller = sys._getframe(1).f_globals["__name__"]
+        read.extend([caller] if caller.startswith("peftkern") else [])
+        return signature(*args, **kwargs)
+
+    batch = inputs(family, "left")
+    batch.pop("labels", None)
+    batch |= {"decoder_input_ids": batch["input_ids"][:, :1]} if family in SEQ2SEQ else {}
+    with pair.active(), torch.no_grad():
+        expected = pair.model(**batch).logits
+        first, seen = list(made), set(made)
+        monkeypatch.setattr(inspect, "signature", reading)
+        assert torch.equal(pair.model(**batch).logits, expected)
+    assert not read and made == 2 * first
+    assert len(first) == len(seen), first
 
 
 @pytest.mark.parametrize("family", ["llama", "bloom"])

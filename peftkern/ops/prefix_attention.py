@@ -2,9 +2,10 @@
 
     O = softmax(scale · Q [Kp; K]ᵀ) [Vp; V]          (Li and Liang, 2021)
 
-The prefix is never concatenated to the own keys and, where it is shared, never copied over the
-batch; its gradients come out summed over the batch. For the backward it keeps Q, K, V, Kp, Vp, O
-and one number a row. The implementations, in the order in which they are asked:
+The prefix is not concatenated to the own keys and, where it is shared, not copied over the batch,
+but for one query row over so few keys that copying them is quicker than a second call. Its
+gradients come out summed over the batch. For the backward it keeps Q, K, V, Kp, Vp, O and one
+number a row. The implementations, in the order in which they are asked:
 
 - the Triton kernel (:func:`why_not_kernel`);
 - on a CPU one row under a window, softcap or sinks (:mod:`.prefix_row`): decoding;

@@ -49,7 +49,17 @@ def _parameters(kind: type) -> tuple[str, ...]:
     return _known[kind]
 
 
-# torch.compile asks while it traces, and keeps the answer
+# torch.compile asks these while it traces, and keeps the answers
+@torch.compiler.assume_constant_result
+def _own_parameters(kind: type) -> tuple[str, ...]:
+    return _parameters(kind)[1:]
+
+
+def parameters_of(module: nn.Module) -> tuple[str, ...]:
+    """Names of the parameters of its class's ``forward``, ``self`` left out; read once a class."""
+    return _own_parameters(type(module))
+
+
 @torch.compiler.assume_constant_result
 def _cache_name(kind: type) -> str | None:
     return next((name for name in CACHE_NAMES if name in _parameters(kind)), None)

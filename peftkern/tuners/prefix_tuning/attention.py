@@ -161,8 +161,18 @@ def _with_prefix(
             positions = None if state.positions is None else state.positions[:, skipped:]
             past = state.past + skipped
             reach = None if apart else window
-            seen = prefix_visible(state.virtual, T, past, reach, positions, causal, query.device)
-            bias = _with_bias(own, seen, position_bias, module, state, query)
+            device, visible = query.device, own
+
+            def join() -> Tensor:
+                seen = prefix_visible(state.virtual, T, past, reach, positions, causal, device)
+                return _with_bias(visible, seen, position_bias, module, state, query)
+
+            if (
+                position_bias is None or torch.is_grad_enabled()
+            ):  # a checkpoint's replay makes its own
+                bias = join()
+            else:  # T5's layers have one, UMT5's one each
+                bias = state.once((position_bias, mask), join)
             if shared is not None and not torch.compiler.is_compiling():  # which shares by itself
                 shared.joined = bias
         plan = {"causal": False, "bias": bias}

@@ -139,15 +139,13 @@ def enter(
     if alibi is not None and state.alibi is not None:  # Falcon
         whole = state.alibi.view(own.shape[0], -1, 1, state.alibi.shape[-1])
         head_dim = at(block, family.attention).head_dim
-        return {
-            **kwargs,
-            "alibi": whole,
-            "attention_mask": _with_alibi(own, whole, head_dim, state),
-        }
+        laid = state.once((own,), lambda: _with_alibi(own, whole, head_dim, state))
+        return {**kwargs, "alibi": whole, "attention_mask": laid}
     window = getattr(config, family.window or "", None)
-    kwargs["attention_mask"] = _wider(own, state, inverted, window)
+    kwargs["attention_mask"] = state.once((own,), lambda: _wider(own, state, inverted, window))
     if alibi is not None:
-        kwargs["alibi"] = _bloom(alibi, own.shape[0], state)
+        rows = own.shape[0]
+        kwargs["alibi"] = state.once((alibi,), lambda: _bloom(alibi, rows, state))
     return kwargs
 
 

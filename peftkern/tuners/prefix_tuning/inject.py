@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...utils.versions import cache_of, in_checkpoint
+from ...utils.versions import cache_of, in_checkpoint, parameters_of
 from . import attention, blocks, deberta, positions, reentrant
 from .families import find
 from .masks import name_state
@@ -361,7 +361,7 @@ class _BlockHook:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         state = current_of(self.injection)
         if len(args) > 1:
-            names = tuple(inspect.signature(block.forward).parameters)
+            names = parameters_of(block)
             kwargs = {**dict(zip(names[1:], args[1:], strict=False)), **kwargs}
             args = args[:1]
         hidden = args[0] if args else kwargs["hidden_states"]

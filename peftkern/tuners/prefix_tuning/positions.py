@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ...ops.tracing import is_recording
-from ...utils.versions import CACHE_LENGTHS, cache_of
+from ...utils.versions import CACHE_LENGTHS, cache_of, parameters_of
 from .families import Family, at
 from .masks import MaskSpec
 from .state import PrefixState
@@ -110,7 +109,7 @@ def move_in_table(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments for a call of ``embed_positions``, ``offset`` further on: of BART's, which is
     told the positions, or of M2M-100's, which counts them from the number of earlier tokens."""
-    names = tuple(inspect.signature(type(table).forward).parameters)[1:]
+    names = parameters_of(table)
     kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
     name = next((n for n in ("position_ids", *CACHE_LENGTHS) if n in names), None)
     if name is None or kwargs.get(name) is None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ...ops.tracing import is_recording
 
 Prefix = tuple[Tensor, Tensor]  # keys and values, each [H_kv, P, D] or [B, H_kv, P, D]
 
@@ -56,6 +59,7 @@ class PrefixState:
     positions: Tensor | None = None  # of a packed batch's tokens, P included
     bias_module: Any = None  # T5: the layer that holds the relative bias of all
     alibi: Tensor | None = None  # Falcon: [B * H, 1, P + S]
+    made: list[tuple[tuple[Any, ...], Tensor]] = field(default_factory=list)  # see once()
     collected: tuple[list[Tensor], list[Tensor]] | None = None  # leaves and what they stand for
     hits: set[int] = field(default_factory=set)  # slots that have seen their prefix, or have none
     entered: set[int] = field(default_factory=set)  # layers that were called, where some are not
@@ -79,6 +83,17 @@ class PrefixState:
             _hit_in_trace(self.injection, slot)
         else:
             self.hits.add(slot)
+
+    def once(self, given: tuple[Any, ...], make: Callable[[], Tensor]) -> Tensor:
+        """What ``make`` returns; for the next layer that is given the very same objects as well."""
+        if is_recording():  # a compiler shares by itself, and nothing may be kept from its trace
+            return make()
+        for known, tensor in self.made:
+            if len(known) == len(given) and all(a is b for a, b in zip(known, given, strict=True)):
+                return tensor
+        del self.made[:-1]  # a mask and a bias, or two masks: where each layer has its own, no more
+        self.made.append((given, make()))
+        return self.made[-1][1]
 
     @property
     def offset(self) -> int | Tensor:
