@@ -79,7 +79,7 @@ test-versions: $(READY)
 	$(PY) -m tests.machines.versions -n $(JOBS) $(ARGS)
 
 bench: $(READY)
-	HF_HUB_OFFLINE=1 $(PY) -m pytest benchmarks --benchmark-only --benchmark-quiet $(ARGS)
+	HF_HUB_OFFLINE=1 $(PY) -m pytest benchmarks/host --benchmark-only --benchmark-quiet $(ARGS)
 
 # No environment, no install, no network: the machine's own python3 with torch and triton in it
 # (or PYTHON=), and this checkout. PART=tests|sanitizer|counters|race|linear|group|layer|e2e|decode|prefix|all

@@ -33,8 +33,13 @@ if TYPE_CHECKING:
     from .auto import (
         AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification,
     )
-    from .config import PeftConfig as PeftConfig
-    from .config import PromptLearningConfig as PromptLearningConfig
+    from .checkpoint.base_weights import get_base_model_state_dict as get_base_model_state_dict
+    from .checkpoint.base_weights import set_base_model_state_dict as set_base_model_state_dict
+    from .checkpoint.loading import set_peft_model_state_dict as set_peft_model_state_dict
+    from .checkpoint.state_dicts import get_peft_model_state_dict as get_peft_model_state_dict
+    from .checkpoint.state_dicts import load_peft_weights as load_peft_weights
+    from .configs.base import PeftConfig as PeftConfig
+    from .configs.prompt_learning import PromptLearningConfig as PromptLearningConfig
     from .explain import explain as explain
     from .fuse_callback import FuseCallback as FuseCallback
     from .fusing import fuse as fuse
@@ -43,29 +48,19 @@ if TYPE_CHECKING:
     from .mapping import get_peft_model as get_peft_model
     from .mapping import inject_adapter_in_model as inject_adapter_in_model
     from .mixed_model import PeftMixedModel as PeftMixedModel
-    from .ops.backend import use_backend as use_backend
-    from .ops.lora import lora_linear as lora_linear
-    from .peft_model import PeftModel as PeftModel
-    from .status import get_layer_status as get_layer_status
-    from .status import get_model_status as get_model_status
-    from .tasks import (
-        PeftModelForCausalLM as PeftModelForCausalLM,
-    )
-    from .tasks import (
-        PeftModelForFeatureExtraction as PeftModelForFeatureExtraction,
-    )
-    from .tasks import (
-        PeftModelForQuestionAnswering as PeftModelForQuestionAnswering,
-    )
-    from .tasks import (
-        PeftModelForSeq2SeqLM as PeftModelForSeq2SeqLM,
-    )
-    from .tasks import (
+    from .model.base import PeftModel as PeftModel
+    from .model.status import get_layer_status as get_layer_status
+    from .model.status import get_model_status as get_model_status
+    from .model.tasks import PeftModelForCausalLM as PeftModelForCausalLM
+    from .model.tasks import PeftModelForFeatureExtraction as PeftModelForFeatureExtraction
+    from .model.tasks import PeftModelForQuestionAnswering as PeftModelForQuestionAnswering
+    from .model.tasks import PeftModelForSeq2SeqLM as PeftModelForSeq2SeqLM
+    from .model.tasks import (
         PeftModelForSequenceClassification as PeftModelForSequenceClassification,
     )
-    from .tasks import (
-        PeftModelForTokenClassification as PeftModelForTokenClassification,
-    )
+    from .model.tasks import PeftModelForTokenClassification as PeftModelForTokenClassification
+    from .ops.backend import use_backend as use_backend
+    from .ops.lora import lora_linear as lora_linear
     from .tuners.lora import AdapterNames as AdapterNames
     from .tuners.lora import LoraConfig as LoraConfig
     from .tuners.lora import LoraModel as LoraModel
@@ -86,21 +81,6 @@ if TYPE_CHECKING:
         prepare_model_for_kbit_training as prepare_model_for_kbit_training,
     )
     from .utils.preparing import shift_tokens_right as shift_tokens_right
-    from .utils.save_and_load import (
-        get_base_model_state_dict as get_base_model_state_dict,
-    )
-    from .utils.save_and_load import (
-        get_peft_model_state_dict as get_peft_model_state_dict,
-    )
-    from .utils.save_and_load import (
-        load_peft_weights as load_peft_weights,
-    )
-    from .utils.save_and_load import (
-        set_base_model_state_dict as set_base_model_state_dict,
-    )
-    from .utils.save_and_load import (
-        set_peft_model_state_dict as set_peft_model_state_dict,
-    )
     from .utils.warning import PeftWarning as PeftWarning
 
 _WHERE = {
@@ -109,7 +89,7 @@ _WHERE = {
         "AutoPeftModelForQuestionAnswering AutoPeftModelForSeq2SeqLM "
         "AutoPeftModelForSequenceClassification AutoPeftModelForTokenClassification"
     ),
-    ".config": "PeftConfig PromptLearningConfig",
+    ".configs": "PeftConfig PromptLearningConfig",
     ".explain": "explain",
     ".fusing": "fuse unfuse",
     ".fuse_callback": "FuseCallback",
@@ -117,13 +97,13 @@ _WHERE = {
         "get_peft_config get_peft_model inject_adapter_in_model PEFT_TYPE_TO_CONFIG_MAPPING "
         "PEFT_TYPE_TO_TUNER_MAPPING PEFT_TYPE_TO_PREFIX_MAPPING PEFT_TYPE_TO_MIXED_MODEL_MAPPING"
     ),
-    ".kappa": "find_kappa_target_modules",
+    ".condition_numbers": "find_kappa_target_modules",
     ".mixed_model": "PeftMixedModel",
     ".ops.backend": "use_backend",
     ".ops.lora": "lora_linear",
-    ".peft_model": "PeftModel",
-    ".tasks": (
-        "PeftModelForCausalLM PeftModelForFeatureExtraction PeftModelForQuestionAnswering "
+    ".model": (
+        "PeftModel PeftModelForCausalLM PeftModelForFeatureExtraction "
+        "PeftModelForQuestionAnswering "
         "PeftModelForSeq2SeqLM PeftModelForSequenceClassification PeftModelForTokenClassification "
         "MODEL_TYPE_TO_PEFT_MODEL_MAPPING"
     ),
@@ -138,7 +118,7 @@ _WHERE = {
     ".tuners.prefix_tuning": "PrefixEncoder PrefixTuningConfig",
     ".tuners.trainable_tokens": "TrainableTokensLayer TrainableTokensWrapper",
     ".tuners.prompt_tuning": "PromptEmbedding PromptTuningConfig PromptTuningInit",
-    ".status": "get_layer_status get_model_status",
+    ".model.status": "get_layer_status get_model_status",
     ".utils.constants": (
         "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING "
         "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING "
@@ -151,10 +131,9 @@ _WHERE = {
     ".utils.preparing": (
         "cast_mixed_precision_params prepare_model_for_kbit_training shift_tokens_right"
     ),
-    ".utils.save_and_load": (
-        "get_base_model_state_dict get_peft_model_state_dict load_peft_weights "
-        "set_base_model_state_dict set_peft_model_state_dict"
-    ),
+    ".checkpoint.base_weights": "get_base_model_state_dict set_base_model_state_dict",
+    ".checkpoint.loading": "set_peft_model_state_dict",
+    ".checkpoint.state_dicts": "get_peft_model_state_dict load_peft_weights",
     ".utils.warning": "PeftWarning",
 }
 _LAZY = {name: module for module, names in _WHERE.items() for name in names.split()}

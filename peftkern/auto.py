@@ -10,9 +10,9 @@ from typing import Any
 
 import transformers
 
-from .config import PeftConfig, locate_file, split_hub_kwargs
-from .peft_model import PeftModel
-from .tasks import (
+from .configs.base import PeftConfig
+from .files.hub import locate_file, split_hub_kwargs
+from .model import (
     MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
     PeftModelForCausalLM,
     PeftModelForFeatureExtraction,
@@ -21,6 +21,7 @@ from .tasks import (
     PeftModelForSequenceClassification,
     PeftModelForTokenClassification,
 )
+from .model.base import PeftModel
 from .utils.constants import TOKENIZER_CONFIG_NAME
 
 # arguments of `from_pretrained` that the base model's would not know, or not mean in this way

@@ -1,6 +1,8 @@
 """The functions that other libraries build on, for models without a :class:`PeftModel` around them;
 HF PEFT's address of them."""
 
+from .checkpoint.loading import set_peft_model_state_dict
+from .checkpoint.state_dicts import get_peft_model_state_dict
 from .mapping import inject_adapter_in_model
 from .tuners.adapter_calls import (
     cast_adapter_dtype,
@@ -8,7 +10,6 @@ from .tuners.adapter_calls import (
     set_adapter,
     set_requires_grad,
 )
-from .utils.save_and_load import get_peft_model_state_dict, set_peft_model_state_dict
 
 __all__ = [
     "cast_adapter_dtype",

@@ -117,7 +117,7 @@ def hf_layers(model: nn.Module) -> dict[str, Any]:
 
 
 def _is_ours(model: nn.Module) -> bool:
-    from .peft_model import PeftModel
+    from .model.base import PeftModel
 
     return isinstance(model, PeftModel)
 

@@ -12,12 +12,12 @@ from typing import Any
 
 from torch import nn
 
-from .config import PeftConfig
-from .kappa import KappaTuneSelector, find_kappa_target_modules
+from .condition_numbers import KappaTuneSelector, find_kappa_target_modules
+from .configs.base import PeftConfig
+from .tuners.base_layer import BaseTunerLayer, adapter_modules
 from .tuners.lora import LoraLayer
 from .tuners.lora.dora import DoraCaching
 from .tuners.lora.monteclora import MontecloraTrainerMixin
-from .tuners.tuners_utils import BaseTunerLayer, adapter_modules
 
 __all__ = [
     "DoraCaching",

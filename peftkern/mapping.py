@@ -1,5 +1,4 @@
-"""From names to classes: configurations, tuners, and the functions that start from a
-configuration."""
+"""Functions that start from a configuration; HF PEFT's address of them and of the tables."""
 
 from __future__ import annotations
 
@@ -8,34 +7,32 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .config import PeftConfig, build_config
+from .configs.base import (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    PeftConfig,
+    build_config,
+    config_class_for,
+)
 from .mixed_model import INSTEAD
-from .tuners._buffer_dict import BufferDict
-from .tuners.lora import LoraConfig, LoraModel
-from .tuners.p_tuning import PromptEncoder, PromptEncoderConfig
-from .tuners.prefix_tuning import PrefixEncoder, PrefixTuningConfig
-from .tuners.prompt_tuning import PromptEmbedding, PromptTuningConfig
-from .tuners.tuners_utils import BaseTunerLayer, adapter_modules
+from .model import PeftModel
+from .tuners.base_layer import BaseTunerLayer, adapter_modules
+from .tuners.checks import check_adapter_name, check_config, warn_of_prefix
+from .tuners.registry import (
+    PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
+    PEFT_TYPE_TO_PREFIX_MAPPING,
+    PEFT_TYPE_TO_TUNER_MAPPING,
+)
 from .utils.peft_types import PeftType
 
-PEFT_TYPE_TO_CONFIG_MAPPING: dict[PeftType, type[PeftConfig]] = {
-    PeftType.LORA: LoraConfig,
-    PeftType.PREFIX_TUNING: PrefixTuningConfig,
-    PeftType.PROMPT_TUNING: PromptTuningConfig,
-    PeftType.P_TUNING: PromptEncoderConfig,
-}
-PEFT_TYPE_TO_TUNER_MAPPING: dict[PeftType, Any] = {  # a tuner, or an encoder of prompts
-    PeftType.LORA: LoraModel,
-    PeftType.PREFIX_TUNING: PrefixEncoder,
-    PeftType.PROMPT_TUNING: PromptEmbedding,
-    PeftType.P_TUNING: PromptEncoder,
-}
-PEFT_TYPE_TO_PREFIX_MAPPING: dict[PeftType, str] = {PeftType.LORA: LoraModel.prefix}
-PEFT_TYPE_TO_MIXED_MODEL_MAPPING: dict[PeftType, Any] = {PeftType.LORA: LoraModel}
-
-
-# what adapters stand in, by name: names that these have already are taken
-_STORES = (nn.ModuleDict(), nn.ParameterDict(), BufferDict({}))
+__all__ = [
+    "PEFT_TYPE_TO_CONFIG_MAPPING",
+    "PEFT_TYPE_TO_MIXED_MODEL_MAPPING",
+    "PEFT_TYPE_TO_PREFIX_MAPPING",
+    "PEFT_TYPE_TO_TUNER_MAPPING",
+    "get_peft_config",
+    "get_peft_model",
+    "inject_adapter_in_model",
+]
 
 
 def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:
@@ -47,52 +44,9 @@ def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:
     Raises:
         ValueError: no ``peft_type``, or one that peftkern does not have.
     """
-    from .config import config_class_for
-
     if not config_dict.get("peft_type"):
         raise ValueError(f"`config_dict` needs the key 'peft_type'; it has {sorted(config_dict)}")
     return build_config(config_class_for(config_dict["peft_type"]), config_dict, "get_peft_config")
-
-
-def check_adapter_name(adapter_name: Any, existing: Any = ()) -> None:
-    """Raise a ValueError for a name that cannot be used in parameter names, or that is taken."""
-    if not isinstance(adapter_name, str) or not adapter_name:
-        raise ValueError(f"`adapter_name` must be a non-empty string, got {adapter_name!r}")
-    if "." in adapter_name or "/" in adapter_name or "\\" in adapter_name:
-        raise ValueError(
-            "`adapter_name` must not hold a dot or a slash (it becomes part of parameter and "
-            f"folder names), got {adapter_name!r}"
-        )
-    if any(hasattr(store, adapter_name) for store in _STORES):
-        raise ValueError(
-            f"`adapter_name` must not be the name of a method or an attribute of torch's modules, "
-            f"got {adapter_name!r}"
-        )
-    if adapter_name in existing:
-        raise ValueError(f"Adapter with name '{adapter_name}' already exists.")
-
-
-def check_config(peft_config: Any) -> None:
-    """Raise a TypeError for what is no configuration of peftkern's, such as one of HF PEFT's."""
-    if isinstance(peft_config, PeftConfig):
-        return
-    kind = type(peft_config)
-    name = f"{kind.__module__}.{kind.__qualname__}"
-    hint = f"; import {kind.__name__} from peftkern" if name.startswith("peft.") else ""
-    raise TypeError(f"`peft_config` must be a configuration of peftkern's, got {name}{hint}")
-
-
-def warn_of_prefix(adapter_name: str, peft_type: Any) -> None:
-    """A name that the method's prefix begins with ("lora" of "lora_"): here it is a name as any
-    other, but code that looks for ".lora" in the names of parameters, as older releases of HF PEFT
-    do, finds every adapter. A part from elsewhere in the prefix ("a") is in nobody's way."""
-    prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(PeftType(peft_type))
-    if prefix and prefix.startswith(adapter_name):
-        warnings.warn(
-            f"Adapter name '{adapter_name}' should not be contained in the prefix '{prefix}'. Code "
-            f"that looks for '.{adapter_name}' in names of parameters finds all adapters.",
-            stacklevel=3,
-        )
 
 
 def inject_adapter_in_model(
@@ -161,9 +115,6 @@ def get_peft_model(
         NotImplementedError: the configuration asks for something not built yet.
         Either way the model is left as it was.
     """
-    from .peft_model import PeftModel
-    from .tasks import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
-
     if mixed:
         raise NotImplementedError(f"mixed=True: {INSTEAD}")
     check_adapter_name(adapter_name)
@@ -198,7 +149,7 @@ def get_peft_model(
             )
         peft_config.revision = revision
     warn_of_prefix(adapter_name, peft_config.peft_type)
-    cls = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(peft_config.task_type, PeftModel)
+    cls = PeftModel.class_for(peft_config.task_type)
     return cls(
         model,
         peft_config,

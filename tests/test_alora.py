@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import peftkern
-from peftkern.tuners.lora.variants import calculate_alora_offsets
+from peftkern.tuners.lora.variant_registry import calculate_alora_offsets
 from tests.closeness import assert_same_number, differ
 from tests.tiny import fill, first, gradients, make
 

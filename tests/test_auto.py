@@ -10,7 +10,7 @@ import torch
 import transformers as tf
 
 import peftkern
-from peftkern.tasks import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+from peftkern.model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 from tests.closeness import assert_same_number
 from tests.tiny import fill, first, inputs, make
 

@@ -10,7 +10,7 @@ import torch
 from peft.tuners.lora.variants import BlockDiagonalLinear as Theirs
 
 import peftkern
-from peftkern.tuners.lora.variants import BlockDiagonalLinear
+from peftkern.tuners.lora.variant_registry import BlockDiagonalLinear
 from tests.closeness import assert_same_number
 from tests.tiny import fill, first, gradients, make
 

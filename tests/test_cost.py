@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks import cost
-from benchmarks.cost_cases import PROVIDERS, Shape, measure
-from benchmarks.cost_count import Counter, as_cuda, count, record
-from benchmarks.cost_gpus import GPUS, microseconds
-from benchmarks.cost_kernels import Traffic, traffic
-from benchmarks.static_cases import cases as shipped
+from benchmarks.cost import run as cost
+from benchmarks.cost.cases import PROVIDERS, Shape, measure
+from benchmarks.cost.count import Counter, as_cuda, count, record
+from benchmarks.cost.gpus import GPUS, microseconds
+from benchmarks.cost.kernels import Traffic, traffic
+from benchmarks.static.cases import cases as shipped
 from peftkern.kernels import bits as kernel_bits
 from peftkern.kernels import gemm, grad_a, mixed, outer, pair, reduce, shrink, small, update, write
 from peftkern.kernels.common import Arch, Launch

@@ -2,10 +2,11 @@
 
 import json
 
-from benchmarks import cost, cost_prefix
-from benchmarks.cost_gpus import GPUS
-from benchmarks.cost_kernels import traffic
-from benchmarks.static_cases import prefix_decoding, prefix_problem, prefix_training
+from benchmarks.cost import prefix as cost_prefix
+from benchmarks.cost import run as cost
+from benchmarks.cost.gpus import GPUS
+from benchmarks.cost.kernels import traffic
+from benchmarks.static.cases import prefix_decoding, prefix_problem, prefix_training
 from peftkern.kernels.common import Arch
 
 ARCH = Arch(*GPUS["H100"].arch)

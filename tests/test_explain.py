@@ -61,7 +61,7 @@ def test_a_call_that_is_not_fused_has_a_reason(change):
 @pytest.mark.parametrize("change", CHANGES)
 def test_the_operation_runs_exactly_when_explain_says_so(change, monkeypatch):
     """The words of explain() and the way of a call are decided in two places; they must agree."""
-    import peftkern.tuners.lora.layer as module
+    import peftkern.tuners.lora.linear as module
 
     calls = []
     real = module.lora_linear

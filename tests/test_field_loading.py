@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import peftkern
-from peftkern.adapter_slots import adapter_slots
-from peftkern.utils.hotswap import hotswap_adapter
+from peftkern.checkpoint.hotswap import hotswap_adapter
+from peftkern.checkpoint.slots import adapter_slots
 from tests.field import KINDS, WEIGHTS, assert_equal, base_of, quietly, randomize, trained
 from tests.tiny import assert_same, make, snapshot
 

@@ -11,9 +11,9 @@ import pytest
 import regex
 
 import peftkern
+from peftkern.checkpoint.hotswap import hotswap_adapter
 from peftkern.utils import patterns
-from peftkern.utils.hotswap import hotswap_adapter
-from peftkern.utils.other import get_pattern_key, match_target_against_key
+from peftkern.utils.module_tree import get_pattern_key, match_target_against_key
 from peftkern.utils.patterns import Pattern
 from tests.field import quietly, trained
 from tests.tiny import assert_same, make, snapshot

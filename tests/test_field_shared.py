@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import peftkern
-from peftkern.utils.hotswap import hotswap_adapter
+from peftkern.checkpoint.hotswap import hotswap_adapter
 from tests.closeness import assert_same_number, differ
 from tests.tiny import assert_same, make, snapshot
 

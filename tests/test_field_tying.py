@@ -229,7 +229,7 @@ def test_modules_trained_in_full_are_merged_saved_and_reloaded(family, tmp_path)
 
 
 def test_a_merge_that_fails_leaves_the_weights_tied(monkeypatch) -> None:
-    from peftkern.tuners.lora.layer import Linear
+    from peftkern.tuners.lora.linear import Linear
 
     model = adapted("gpt2", target_modules=["wte", "lm_head", "c_attn"])
     fill(model)

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import peftkern
-from peftkern.tuners.lora.layer import Linear
+from peftkern.tuners.lora.linear import Linear
 from tests.field import KINDS, WEIGHTS, base_of, quietly, randomize, trained
 from tests.tiny import assert_same, first, inputs, make, snapshot
 

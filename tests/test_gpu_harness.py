@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu_cases, gpu_report, gpu_store
-from benchmarks.gpu_store import Store
+from benchmarks.gpu import cases as gpu_cases
+from benchmarks.gpu import report as gpu_report
+from benchmarks.gpu import store as gpu_store
+from benchmarks.gpu.store import Store
 
 ROOT = Path(__file__).resolve().parents[1]
 FIELDS = {"schema", "part", "sources", "kernels", "gpu", "versions", "ceilings", "started",
@@ -110,7 +112,7 @@ def test_the_prefix_goal_is_judged_on_its_card():
 def test_without_a_device_it_says_so():
     import torch
 
-    from benchmarks import gpu_parts
+    from benchmarks.gpu import parts as gpu_parts
 
     if torch.cuda.is_available():
         pytest.skip("there is one")
@@ -141,7 +143,7 @@ def test_only_results_of_the_same_code_and_card_are_continued(tmp_path):
 
 
 def test_a_hang_is_ended(tmp_path):
-    from benchmarks import gpu as harness
+    from benchmarks.gpu import harness as harness
 
     store = Store.create(tmp_path / "1-linear.json", "linear")
     store.begin("case", 0.5)
@@ -203,8 +205,8 @@ def test_goals_and_losses_are_said_plainly():
 TABLE = """
 import json, sys
 from pathlib import Path
-from benchmarks import gpu_race, gpu_table
-from benchmarks.gpu_store import Store
+from benchmarks.gpu import race as gpu_race, table as gpu_table
+from benchmarks.gpu.store import Store
 from peftkern.ops import tuned
 from peftkern.kernels import tuning
 from peftkern.kernels.gemm import GemmConfig
@@ -270,9 +272,9 @@ def test_a_race_becomes_a_tuning_table(tmp_path):
 
 COUNTERS = """
 import json, os, subprocess, sys
-from benchmarks import gpu_counters as g
+from benchmarks.gpu import counters as g
 from peftkern.kernels.common import Launch
-done = subprocess.run([sys.executable, "-m", "benchmarks.gpu_counters"], text=True,
+done = subprocess.run([sys.executable, "-m", "benchmarks.gpu.counters"], text=True,
                       capture_output=True, env={**os.environ, "TRITON_INTERPRET": "1"})
 (line,) = [s for s in done.stdout.splitlines() if s.startswith(g.REPORT)]
 reports = json.loads(line.removeprefix(g.REPORT))

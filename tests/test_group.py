@@ -13,7 +13,7 @@ from peftkern.ops.lora import lora_linear
 from peftkern.ops.lora_group import lora_group
 from peftkern.ops.projection import Projection
 from peftkern.tuners.lora import group as module
-from peftkern.tuners.lora.layer import Linear
+from peftkern.tuners.lora.linear import Linear
 from tests.closeness import assert_as_good_as_torch, assert_same_number
 
 K = 12

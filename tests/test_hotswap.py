@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 import peftkern
-from peftkern.ops.lora import lora_linear
-from peftkern.utils.hotswap import (
+from peftkern.checkpoint.hotswap import (
     hotswap_adapter,
     hotswap_adapter_from_state_dict,
     prepare_model_for_compiled_hotswap,
 )
+from peftkern.ops.lora import lora_linear
 from tests.closeness import assert_as_good_as_torch, assert_same_number
 from tests.tiny import fill, first, inputs, make, step
 

@@ -29,7 +29,7 @@ def snapshot(model):
 
 @pytest.mark.parametrize("second", [False, True])
 def test_a_failure_halfway_leaves_nothing_behind(second, monkeypatch):
-    from peftkern.tuners.lora.layer import Linear
+    from peftkern.tuners.lora.linear import Linear
 
     model = Net()
     wrapped = None

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import peftkern
-from peftkern._io import COMMITTED, _put_in_place, read_whole, replaced_together
-from peftkern.utils.save_and_load import load_peft_weights
+from peftkern.checkpoint.state_dicts import load_peft_weights
+from peftkern.files.atomic import COMMITTED, _put_in_place, read_whole, replaced_together
 from tests.tiny import fill, make
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

@@ -70,10 +70,9 @@ def imported_names(tree: ast.AST, package: str) -> Iterator[str]:
 
 
 def imports_of(path: Path) -> list[str]:
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    if parts[0] == "kernels":
-        parts = ("peftkern", *parts)
-    return list(imported_names(ast.parse(path.read_text()), ".".join(parts[:-1])))
+    here = module_of(path)
+    package = here if path.name == "__init__.py" else here.rpartition(".")[0]
+    return list(imported_names(ast.parse(path.read_text()), package))
 
 
 def test_imported_names_sees_every_form() -> None:
@@ -115,52 +114,176 @@ def test_kernel_files_know_tensors_only(path: Path) -> None:
     assert kernel_leaks(path) == []
 
 
-# Each arrow of the data flow points one way: a file imports from its own floor or one below.
-# `_io`, `config` and `utils` compute nothing and stand at the bottom; what is not named here
-# belongs to the model, and so does `save_and_load`, which has PEFT's address.
-MODEL_FLOOR = 3
-FLOORS = {"kernels": 0, "_version": 0, "_io": 0, "utils": 0, "config": 0, "ops": 1, "tuners": 2}
-FLOORS |= {
-    "utils.save_and_load": MODEL_FLOOR,
-    "utils.hotswap": MODEL_FLOOR,
-    "cli": 4,
-    "__main__": 4,
+# The layers, from the ground up: a file imports from its own or from one below. What is not named
+# here stands at the entry (get_peft_model, auto, fuse, explain, helpers). `utils` holds what has no
+# layer of its own.
+LAYERS = (
+    {"_version", "files", "utils", "kernels"},
+    {"configs", "ops"},
+    {"tuners"},
+    {"checkpoint"},
+    {"model"},
+    {"entry"},
+    {"cli", "__main__"},
+)
+# HF PEFT's addresses that stand below what they hand on. Nothing of ours imports them, and they
+# hold nothing but imports (`test_faces_only_hand_on`).
+FACES = {
+    *("config", "mapping_func", "peft_model"),
+    *("tuners.lora.config", "tuners.lora.layer", "tuners.lora.variants"),
+    *("tuners.p_tuning.config", "tuners.tuners_utils"),
+    *("tuners.prefix_tuning.config", "tuners.prompt_tuning.config"),
+    *("utils.hotswap", "utils.other", "utils.save_and_load"),
 }
-# PEFT's API has factories on its base classes (`PeftConfig.from_pretrained` gives a LoraConfig)
-# and uploads on its configs: for these, and inside functions, a lower floor looks up.
-FACTORIES = {("peftkern.config", "mapping"), ("peftkern.config", "hub")}
+
+# names that come when they are asked for, from whatever layer they are of
+LAZY = {"peftkern", "peftkern.tuners", "peftkern.utils"}
 
 
-def floor_of(module: str) -> int:
-    """The floor of `peftkern.X` or of anything inside it."""
-    _, room, *inside = module.split(".")
-    return FLOORS.get(".".join([room, *inside[:1]]), FLOORS.get(room, MODEL_FLOOR))
+def layer_of(module: str) -> int:
+    """The layer of `peftkern.X` or of anything inside it, counted from the ground."""
+    room = module.split(".")[1]
+    at = [i for i, layer in enumerate(LAYERS) if room in layer]
+    return at[0] if at else next(i for i, layer in enumerate(LAYERS) if "entry" in layer)
+
+
+def module_of(path: Path) -> str:
+    """The dotted name of a file, `peftkern.X`; a folder's `__init__` has the folder's."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    parts = ("peftkern", *parts) if parts[0] == "kernels" else parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 def import_breaches(path: Path) -> list[str]:
-    """What a file of the package imports from a floor above its own."""
-    module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
-    here = floor_of(module)
-    breaches = []
+    """What a file of the package imports from a layer above its own."""
+    here, breaches = module_of(path), []
     for name in imports_of(path):
         top, _, rest = name.partition(".")
-        rooms = {p.stem for p in (ROOT / "peftkern").iterdir()}
         room = rest.split(".")[0]
-        if top != "peftkern" or (module, room) in FACTORIES:
+        if top != "peftkern":
             continue
-        # `from peftkern import get_peft_model` goes through the exports, that is, to the model.
-        if (floor_of(name) if room in rooms else MODEL_FLOOR) > here:
+        # `from peftkern import get_peft_model` goes through the exports, that is, to the entry
+        if layer_of(name) > layer_of(here):
             breaches.append(name)
-        elif ".ops." in module and room not in ("ops", "kernels"):
+        elif here.startswith("peftkern.ops") and room not in ("ops", "kernels"):
             breaches.append(name)  # ops know kernels and tensors, nothing else of ours
     return breaches
 
 
 @pytest.mark.parametrize("path", PACKAGE_FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_point_down(path: Path) -> None:
-    if path == ROOT / "peftkern" / "__init__.py":
-        pytest.skip("the package's exports name every floor")
+    module = module_of(path)
+    if module in LAZY or module.removeprefix("peftkern.") in FACES:
+        pytest.skip("it hands on names of layers above")
     assert import_breaches(path) == []
+
+
+def strings_imported(tree: ast.AST, package: str) -> Iterator[str]:
+    """Modules that are named in strings: arguments of `import_module`, and the tables of names
+    that come when they are asked for (`_WHERE`)."""
+
+    def absolute(text: str) -> str:
+        level = len(text) - len(text.lstrip("."))
+        parents = package.split(".")
+        parents = parents[: len(parents) - (level - 1)] if level else []
+        return ".".join([*parents, text.lstrip(".")])
+
+    for node in ast.walk(tree):
+        found: list[ast.AST] = []
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            found = list(node.args[:1])
+        elif isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
+            if ast.unparse(node.targets[0]) == "_WHERE":
+                found = [key for key in node.value.keys if key is not None]
+        for part in found:
+            if isinstance(part, ast.Constant) and str(part.value).startswith((".", "peftkern.")):
+                yield absolute(str(part.value))
+
+
+def import_graph(paths: list[Path]) -> dict[str, set[str]]:
+    """{file: files that it imports}, at any depth, in strings too."""
+    names = {module_of(path) for path in paths}
+    graph: dict[str, set[str]] = {}
+    for path in paths:
+        here = module_of(path)
+        package = here if path.name == "__init__.py" else here.rpartition(".")[0]
+        tree = ast.parse(path.read_text())
+        graph[here] = set()
+        for name in (*imported_names(tree, package), *strings_imported(tree, package)):
+            while name and name not in names:
+                name = name.rpartition(".")[0]
+            graph[here] |= {name} - {"", here}
+    return graph
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """The strongly connected components of more than one file (Tarjan, 1972)."""
+    index: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+    found = []
+
+    def visit(node: str) -> None:
+        index[node] = low[node] = len(index)
+        stack.append(node)
+        for other in sorted(graph[node]):
+            if other not in index:
+                visit(other)
+            if other in stack:
+                low[node] = min(low[node], low[other])
+        if low[node] == index[node]:
+            circle = stack[stack.index(node) :]
+            del stack[stack.index(node) :]
+            if len(circle) > 1:
+                found.append(sorted(circle))
+
+    for node in graph:
+        if node not in index:
+            visit(node)
+    return found
+
+
+def test_names_that_come_later_stand_in_known_tables() -> None:
+    """A file whose names are imported when they are asked for has its table in `_WHERE`."""
+    for path in PACKAGE_FILES:
+        tree = ast.parse(path.read_text())
+        later = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "__getattr__"]
+        if later and "import_module" in ast.unparse(later[0]):
+            assert module_of(path) in LAZY and "_WHERE" in path.read_text(), path
+
+
+def test_circles_are_found() -> None:
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a", "d"}}) == [["b", "c"]]
+
+
+def test_strings_that_import_are_seen() -> None:
+    source = """
+    import importlib
+    importlib.import_module(".tasks", __package__)
+    _WHERE = {"..auto": "names", ".model": "PeftModel"}
+    importlib.import_module("peftkern.checkpoint.x")
+    other = {".no": "module"}
+    """
+    found = set(strings_imported(ast.parse(textwrap.dedent(source)), "top.mid"))
+    assert found == {"top.mid.tasks", "top.auto", "top.mid.model", "peftkern.checkpoint.x"}
+
+
+@pytest.mark.parametrize("folder", ["peftkern", "benchmarks", "tests"])
+def test_no_file_imports_itself_through_others(folder: str) -> None:
+    paths = sorted((ROOT / folder).rglob("*.py")) + (KERNEL_FILES if folder == "peftkern" else [])
+    assert circles(import_graph(paths)) == []
+
+
+@pytest.mark.parametrize("face", sorted(FACES))
+def test_faces_only_hand_on(face: str) -> None:
+    module = f"peftkern.{face}"
+    path = ROOT / (module.replace(".", "/") + ".py")
+    for node in ast.parse(path.read_text()).body:
+        doc = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        names = isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
+        assert doc or names or isinstance(node, ast.ImportFrom), ast.unparse(node)
+    graph = import_graph(PACKAGE_FILES)
+    assert {other for other, imported in graph.items() if module in imported} <= LAZY
 
 
 @pytest.mark.parametrize("path", [*PACKAGE_FILES, *KERNEL_FILES], ids=lambda p: p.name)

@@ -13,9 +13,9 @@ from torch import nn
 
 import peftkern
 from peftkern.ops.lora_mixed import Adapter, SampleIndex, lora_mixed
-from peftkern.tuners.lora.layer import Linear
-from peftkern.tuners.lora.mixed import AdapterNames
-from peftkern.utils.mixed import HERE, hand_over, handing
+from peftkern.tuners.lora.linear import Linear
+from peftkern.tuners.lora.row_adapters import AdapterNames
+from peftkern.utils.handing import HERE, hand_over, handing
 from tests.closeness import assert_as_good_as_torch, assert_same_number
 from tests.tiny import fill, first, inputs, make
 

@@ -11,8 +11,8 @@ import torch
 import transformers as tf
 
 import peftkern
-from peftkern import prompt_learning
 from peftkern.tuners.prefix_tuning import way
+from peftkern.tuners.prompting import tuner as prompt_learning
 from tests.prompts import config_of, prompt_model
 from tests.tiny import assert_same, make, snapshot
 

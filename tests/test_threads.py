@@ -9,7 +9,7 @@ import torch
 
 import peftkern
 from peftkern.tuners.lora import group as groups
-from peftkern.tuners.lora.mixed import AdapterNames
+from peftkern.tuners.lora.row_adapters import AdapterNames
 from tests.closeness import assert_same_number
 from tests.tiny import fill, first, inputs, make
 

@@ -22,7 +22,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from .._io import write_text_atomically
+from ..files.atomic import write_text_atomically
 from .checks import disagreements, print_table
 from .demo_data import KINDS, Kind, Prepared, model_folder, prepare, save_base
 from .errors import RunError, UserError

@@ -92,7 +92,8 @@ class AdapterTrainer(Trainer):
         save_adapter(self.model, output_dir or self.args.output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        from ..utils.save_and_load import load_peft_weights, set_peft_model_state_dict
+        from ..checkpoint.loading import set_peft_model_state_dict
+        from ..checkpoint.state_dicts import load_peft_weights
 
         state = load_peft_weights(resume_from_checkpoint, device="cpu")
         model = self.model if model is None else model

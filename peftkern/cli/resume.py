@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .._io import write_text_atomically
+from ..files.atomic import write_text_atomically
 from .errors import UserError
 from .settings import first_difference
 

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from .._io import write_text_atomically
+from ..files.atomic import write_text_atomically
 from . import resume
 from .data import Dataset, read_data, split_records
 from .encode import Example, collator, encode, pad_id

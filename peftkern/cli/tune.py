@@ -98,7 +98,7 @@ def shapes_of(path: str, settings: TuneSettings) -> tuple[dict[Any, None], dict[
     import transformers
 
     from .. import LoraConfig, get_peft_model
-    from ..tuners.lora.layer import Linear
+    from ..tuners.lora.linear import Linear
     from .modelio import hush_transformers, locate_model
 
     hush_transformers()

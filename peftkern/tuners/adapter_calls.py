@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..utils.other import AuxiliaryTrainingWrapper, _set_adapter
-from .tuners_utils import BaseTunerLayer, adapter_modules
+from .base_layer import BaseTunerLayer, adapter_modules
+from .modules_to_save import AuxiliaryTrainingWrapper, _set_adapter
+
+BROKEN = "NaNs detected in the merged weights. The adapter {} seems to be broken"
 
 
 def set_adapter(

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config import PeftConfig
+from ..configs.base import PeftConfig
 from ..utils.undo import unchanged_on_error
 from .adapter_calls import cast_adapter_dtype, delete_adapter, set_adapter, set_requires_grad
-from .tuners_utils import BaseTunerLayer, adapter_modules, as_names, get_model_config
+from .base_layer import BaseTunerLayer, adapter_modules, as_names, get_model_config
 
 
 class BaseTuner(nn.Module):

@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from ..utils.other import AuxiliaryTrainingWrapper
 from ._buffer_dict import BufferDict
+from .base_layer import BaseTunerLayer
 from .base_tuner import BaseTuner
-from .tuners_utils import BaseTunerLayer
+from .modules_to_save import AuxiliaryTrainingWrapper
 
 _STORES = (nn.ModuleDict, nn.ParameterDict, BufferDict)
 _WRAPPED = ("base_layer", "model")  # what a layer, and a tuner, hold of the base model

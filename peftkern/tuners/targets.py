@@ -22,8 +22,8 @@ from ..utils.error import NoMatchingPeftModuleError
 from ..utils.patterns import Pattern, whole
 from ..utils.peft_types import TaskType
 from ..utils.places import further_names
+from .base_layer import BaseTunerLayer, get_model_config, walk
 from .target_names import _find_minimal_target_modules, ends_with_one_of
-from .tuners_utils import BaseTunerLayer, get_model_config, walk
 
 # selective state space layers compute with these weights in ways that a LoRA layer does not see
 _MAMBA = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")

@@ -8,7 +8,7 @@ import sys
 import pytest
 import triton
 
-from benchmarks.static import TARGETS, occupancy
+from benchmarks.static.run import TARGETS, occupancy
 from tests.kernels.compiler import RESULTS, ROOT, python
 
 
@@ -33,8 +33,8 @@ def test_a_case_compiles_for_sm_90_with_wgmma_and_the_repeat_is_cached(tmp_path)
 COMMITTED = """
 import contextlib, io, json, os, sys
 from pathlib import Path
-import benchmarks.static as static
-from benchmarks import static_store as store
+import benchmarks.static.run as static
+from benchmarks.static import store
 folder = Path(sys.argv[1])
 store.ROOT = folder
 store.FOLDER = folder / "results"
@@ -89,7 +89,7 @@ def test_the_committed_file_is_read_refreshed_and_never_trusted_when_broken(tmp_
 KEYS = """
 import json
 from pathlib import Path
-from benchmarks.static import TARGETS, all_cases, specify
+from benchmarks.static.run import TARGETS, all_cases, specify
 rows = [specify(c, name) for name in TARGETS for c in all_cases(name, Path("kernels/tuning"))]
 print(json.dumps({r["arch"] + " " + r["case"]: [r["kernel"], r["key"]] for r in rows}))
 """
@@ -169,7 +169,7 @@ def test_keys_follow_helpers(before, tmp_path):
 TOY = """
 import importlib.util, json, sys
 from pathlib import Path
-from benchmarks import static_compile, static_key
+from benchmarks.static import compiling as static_compile, key as static_key
 
 folder, edits = Path(sys.argv[1]), json.loads(sys.argv[2])
 toy = (folder / "toy.py").read_text()
@@ -245,8 +245,8 @@ def test_a_key_covers_helpers_of_helpers_constants_closures_and_the_reader(tmp_p
 
 BAD = """
 import torch
-from benchmarks.static import TARGETS, measure
-from benchmarks.static_cases import Case, meta
+from benchmarks.static.run import TARGETS, measure
+from benchmarks.static.cases import Case, meta
 from peftkern.kernels import gemm
 x, w, y = meta(256, 512), meta(512, 512), meta(256, 512)
 for name, tile in (("sm_90", (128, 256, 64, 4)), ("sm_80", (256, 256, 32, 2))):
@@ -276,8 +276,8 @@ def test_too_much_shared_memory_spills_and_a_missing_instruction_are_problems(tm
 TUNED = """
 import json, sys
 from pathlib import Path
-from benchmarks.static import TARGETS, specify
-from benchmarks.static_tuned import PLANS, tuned_cases
+from benchmarks.static.run import TARGETS, specify
+from benchmarks.static.tuned import PLANS, tuned_cases
 from peftkern.kernels import tuning
 folder = Path(sys.argv[1])
 chosen = {"outer": "one_pass"}
@@ -341,9 +341,8 @@ def test_occupancy_is_bounded_by_what_runs_out_first(arch, warps, registers, sha
 
 
 def test_interpreting_is_refused(tmp_path):
-    code = (
-        "import os; os.environ['TRITON_INTERPRET'] = '1'; import benchmarks.static as s; s.main([])"
-    )
+    code = "import os; os.environ['TRITON_INTERPRET'] = '1'; "
+    code += "from benchmarks.static.run import main; main([])"
     done = python("-c", code, cache=tmp_path)
     assert done.returncode == 2 and "unset it" in done.stderr
 

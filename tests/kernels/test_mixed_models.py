@@ -16,7 +16,7 @@ from transformers import (
 
 import peftkern
 from peftkern.kernels import common
-from peftkern.tuners.lora.layer import Linear
+from peftkern.tuners.lora.linear import Linear
 from tests.closeness import assert_as_good_as_torch
 
 RANKS = {"default": 3, "wide": 20, "part": 8}

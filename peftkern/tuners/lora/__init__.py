@@ -1,19 +1,7 @@
 """LoRA (Hu et al., 2021, arXiv 2106.09685) on fused operations."""
 
-from .attention import MultiheadAttention
-from .base import LoraLayer
-from .config import LoraConfig
-from .conv import Conv1d, Conv2d, Conv3d
-from .conversion import convert_to_lora, save_as_lora
-from .corda import preprocess_corda
-from .embedding import Embedding
-from .eva import get_eva_state_dict, initialize_lora_eva_weights
-from .layer import Linear
-from .loraga import preprocess_loraga
-from .mixed import AdapterNames
-from .model import LoraModel
-from .parameter import ParamWrapper
-from .subconfigs import (
+from ...configs.lora import LoraConfig
+from ...configs.lora_options import (
     BdLoraConfig,
     CordaConfig,
     EvaConfig,
@@ -24,6 +12,18 @@ from .subconfigs import (
     MontecloraConfig,
     VeloraConfig,
 )
+from .attention import MultiheadAttention
+from .base import LoraLayer
+from .conv import Conv1d, Conv2d, Conv3d
+from .conversion import convert_to_lora, save_as_lora
+from .corda import preprocess_corda
+from .embedding import Embedding
+from .eva import get_eva_state_dict, initialize_lora_eva_weights
+from .linear import Linear
+from .loraga import preprocess_loraga
+from .model import LoraModel
+from .parameter import ParamWrapper
+from .row_adapters import AdapterNames
 
 __all__ = [
     "AdapterNames",

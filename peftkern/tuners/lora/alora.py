@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ...ops import autocast
-from ...utils.mixed import HERE, handing
+from ...utils.handing import HERE, handing
 from .variant import LoraVariant
 
 BASE = "__base__"

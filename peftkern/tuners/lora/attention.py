@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...utils.mixed import HERE, hand_over
+from ...configs.lora import LoraConfig
+from ...utils.handing import HERE, hand_over
 from .base import NOTHING, LoraLayer
-from .config import LoraConfig
-from .layer import Linear
+from .linear import Linear
 from .variant import take_kwargs
 
 

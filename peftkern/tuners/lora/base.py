@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..tuners_utils import BaseTunerLayer
-from .config import LoraConfig
+from ...configs.lora import LoraConfig
+from ..base_layer import BaseTunerLayer
 from .frozen import Frozen
 from .merging import Merging
 from .variant import LoraVariant, active_variant, select

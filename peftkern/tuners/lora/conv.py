@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...utils.mixed import HERE, hand_over
+from ...configs.lora import LoraConfig
+from ...utils.handing import HERE, hand_over
 from ...utils.warning import PeftWarning
 from .base import NOTHING, LoraLayer
-from .config import LoraConfig
 from .dora import DoraConv1dVariant, DoraConv2dVariant, DoraConv3dVariant
-from .draws import placed
-from .layer import Linear
+from .inits.random import placed
+from .linear import Linear
 
 
 class _ConvNd(nn.Module, LoraLayer):

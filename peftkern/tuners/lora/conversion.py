@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from ..._io import replaced_together, write_atomically
+from ...configs.lora import LoraConfig
+from ...files.atomic import replaced_together, write_atomically
 from ...utils.constants import SAFETENSORS_WEIGHTS_NAME
-from ...utils.other import ModulesToSaveWrapper
 from ...utils.peft_types import PeftType
-from ..tuners_utils import BaseTunerLayer
-from .config import LoraConfig
+from ..base_layer import BaseTunerLayer
+from ..modules_to_save import ModulesToSaveWrapper
 from .restore import at_least_float32
 
 PREFIX = "base_model.model."

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from ...utils.other import get_pattern_key
-from .config import LoraConfig
+from ...configs.lora import LoraConfig
+from ...utils.module_tree import get_pattern_key
 from .inits.calibration import has_content, linear_targets, load_tensors, model_device, save_tensors
 from .inits.residual import Start, minus_product
 

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...utils.mixed import HERE, hand_over
+from ...configs.lora import LoraConfig
+from ...utils.handing import HERE, hand_over
 from . import inits
 from .base import NOTHING, LoraLayer
-from .config import LoraConfig
 from .dora import DoraEmbeddingVariant
-from .draws import placed
-from .mixed import AdapterNames
+from .inits.random import placed
+from .row_adapters import AdapterNames
 from .variant import take_kwargs
 
 
@@ -51,7 +51,7 @@ class Embedding(nn.Module, LoraLayer):
         shapes = (r, self.in_features), (self.out_features, r)
         if place["device"] == "meta":
             A, B = (torch.empty(shape, **place) for shape in shapes)
-        else:  # drawn as HF PEFT draws them, see `draws`
+        else:  # drawn as HF PEFT draws them, see `inits.random`
             A, B = (torch.randn(shape) for shape in shapes)
             if config.init_name is not False:
                 A, B = A.zero_(), B.normal_()

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...configs.lora import LoraConfig
 from ...utils.constants import MIN_TARGET_MODULES_FOR_OPTIMIZATION
-from ...utils.other import get_pattern_key, get_submodules
+from ...utils.module_tree import get_pattern_key, get_submodules
 from ..target_names import _find_minimal_target_modules
 from .attention import MultiheadAttention
 from .base import LoraLayer
-from .config import LoraConfig
 from .conv import _ConvNd
 from .embedding import Embedding
 from .eva_components import Prepare, components_of
@@ -33,7 +33,7 @@ from .eva_inputs import (
 )
 from .group import form_groups
 from .inits.calibration import linear_targets
-from .layer import Linear
+from .linear import Linear
 
 UNSUPPORTED_LORA_MODULES = (Embedding, MultiheadAttention, _ConvNd)
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from ...configs.lora import LoraConfig
 from ...utils.incremental_pca import IncrementalPCA
-from ...utils.other import get_pattern_key
-from .config import LoraConfig
+from ...utils.module_tree import get_pattern_key
 from .eva_inputs import gathered, layer_rows, move_inputs_to_device
 
 MAX_RHO = 1000  # above it, rho is held to what the model's largest dimension allows

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .config import LoraConfig
+from ...configs.lora import LoraConfig
 
 
 def forward_fn_dict(model: nn.Module, inputs: Mapping[str, Any]) -> Any:

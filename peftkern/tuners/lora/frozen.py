@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from types import MappingProxyType
 from typing import Any
 
-from ...utils.other import set_layer_requires_grad
-from ..tuners_utils import BaseTunerLayer
+from ...utils.module_tree import set_layer_requires_grad
+from ..base_layer import BaseTunerLayer
 
 
 class Frozen(BaseTunerLayer):

@@ -14,10 +14,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ...configs.lora import LoraConfig
 from ...utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from ...utils.experts import fuse_experts
 from ..targets import TargetMatcher, all_linear
-from .config import LoraConfig
 from .parameter import ParamWrapper
 
 # {family: {name of a linear layer: the parameter that it is, or is part of}}

@@ -23,7 +23,7 @@ from torch.compiler import is_compiling
 from ...ops import autocast
 from ...ops.lora_group import lora_group
 from ...ops.projection import Projection
-from ..tuners_utils import walk
+from ..base_layer import walk
 
 # names of children that commonly read one input, in the order in which models call them
 SETS = (

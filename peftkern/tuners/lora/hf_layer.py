@@ -3,7 +3,7 @@ imported for a model that holds HF PEFT's layers, and for nothing else.
 
 A fused layer is HF PEFT's object with another class, a subclass of HF PEFT's, so all that is kept
 and all that its API does stays HF PEFT's; only ``forward`` looks first whether the call is one
-that :class:`peftkern.tuners.lora.layer.Linear` runs as one operation.
+that :class:`peftkern.tuners.lora.linear.Linear` runs as one operation.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from .base import LoraLayer
-from .layer import Linear
-from .mixed import AdapterNames, as_one, mixed_reason
+from .linear import Linear
+from .row_adapters import AdapterNames, as_one, mixed_reason
 
 # what the fused forward keeps in a layer, and `give_back` takes out again
 _OWN = ("_plan", "_group", "_noted_reason", "_noted_mixed")
@@ -84,7 +84,7 @@ class _Names(threading.local):
     """The names of the last mixed batch in this thread: HF PEFT hands the same list to each of
     hundreds of layers, and the index made from it serves them all."""
 
-    def __init__(self) -> None:  # in each thread, see `utils.mixed`
+    def __init__(self) -> None:  # in each thread, see `utils.handing`
         self.known = AdapterNames(())
         self.inference = False
 

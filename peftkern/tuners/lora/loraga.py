@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .config import LoraConfig
+from ...configs.lora import LoraConfig
 from .inits.calibration import has_content, linear_targets, load_tensors, model_device, save_tensors
 from .inits.residual import Start, current, minus_product
 

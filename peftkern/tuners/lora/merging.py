@@ -11,7 +11,7 @@ from torch.nn.parameter import Parameter
 from transformers.pytorch_utils import Conv1D
 
 from ...utils.warning import PeftWarning
-from ..adapter_calls import check_adapters_to_merge
+from ..adapter_calls import BROKEN, check_adapters_to_merge
 from .restore import Kept, at_least_float32
 from .variant import make_ready
 
@@ -39,9 +39,6 @@ def own_forward(base: Any) -> str | None:
             return None
         return f"a {cls.__name__}, which has another forward than {kind.__name__}"
     return None
-
-
-BROKEN = "NaNs detected in the merged weights. The adapter {} seems to be broken"
 
 
 class Merging:

@@ -9,30 +9,34 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ...configs.lora import LoraConfig
 from ...utils.constants import (
     SEQ_CLS_HEAD_NAMES,
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
 )
-from ...utils.mixed import handing
-from ...utils.module_tree import parameters_of
-from ...utils.other import (
+from ...utils.handing import handing
+from ...utils.module_tree import get_submodules, parameters_of
+from ...utils.patterns import ending
+from ...utils.places import ends_with_words, further_names, places_of
+from ...utils.tied import modules_tied_to_embedding
+from ..base_layer import BaseTunerLayer, walk
+from ..base_tuner import BaseTuner
+from ..modules_to_save import (
     CONTAINERS,
     AuxiliaryTrainingWrapper,
     ModulesToSaveWrapper,
-    get_submodules,
+    find_modules_to_save,
+    wrap_modules_to_save,
 )
-from ...utils.patterns import ending
-from ...utils.places import ends_with_words, further_names, places_of
-from ...utils.saved_modules import find_modules_to_save, wrap_modules_to_save
-from ...utils.tied import modules_tied_to_embedding
-from ..base_tuner import BaseTuner
 from ..targets import check_compatible
-from ..tuners_utils import BaseTunerLayer, walk
 from .alora import handing_offsets
 from .base import LoraLayer
-from .beside import Beside, find_targets, rank_and_alpha
-from .config import LoraConfig
-from .dispatch import (
+from .extra_targets import Beside, find_targets, rank_and_alpha
+from .fused_experts import convert_config
+from .group import form_groups
+from .inits import collect
+from .kasa import KasaLoss, check_others
+from .layer_classes import (
     add_adapter,
     check,
     custom_class,
@@ -41,15 +45,11 @@ from .dispatch import (
     warn,
     warn_of_changed_base,
 )
-from .fused_experts import convert_config
-from .group import form_groups
-from .inits import collect
-from .kasa import KasaLoss, check_others
-from .layer import Linear
-from .mixed import AdapterNames
+from .linear import Linear
 from .monteclora import variational_loss
 from .plain import Starts
 from .replication import stacked
+from .row_adapters import AdapterNames
 from .tying import settle_tying, share_again
 from .unloading import ModelMerging
 from .weighted import Weighted

@@ -21,10 +21,10 @@ from torch.distributions.wishart import Wishart
 from torch.nn.functional import linear, softmax
 
 from ...ops import autocast
-from ...utils.other import infer_device
-from ..tuners_utils import as_names
+from ...utils.device import infer_device
+from ..base_layer import as_names
 from .base import LoraLayer
-from .linear_only import TrainedOtherwise
+from .training_variants import TrainedOtherwise
 
 
 class Draws:

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ...configs.lora import LoraConfig
 from ...ops.tracing import is_compiling, is_tracing
-from ...utils.mixed import HERE, hand_over
+from ...utils.handing import HERE, hand_over
 from .base import NOTHING, LoraLayer
-from .config import LoraConfig
-from .layer import bare_linear
+from .linear import bare_linear
 from .variant import take_kwargs
 
 COMPUTED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -8,11 +8,12 @@ from typing import Any
 
 from torch import nn
 
-from ...utils.other import AuxiliaryTrainingWrapper, get_submodules
+from ...configs.lora import LoraConfig
+from ...utils.module_tree import get_submodules
 from ...utils.places import further_names, replace
 from ...utils.tied import plain_name
-from ..tuners_utils import BaseTunerLayer
-from .config import LoraConfig
+from ..base_layer import BaseTunerLayer
+from ..modules_to_save import AuxiliaryTrainingWrapper
 from .parameter import ParamWrapper
 
 # the parameter `name` of the module called `module`; `key` is its full name, without wrappers

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ...utils.tied import embedding_group
-from ..tuners_utils import get_model_config, walk
+from ..base_layer import get_model_config, walk
 from .tying import shares_embedding
 
 NO_LONGER = (

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .config import LoraConfig
+from ...configs.lora import LoraConfig
 
 _FACTOR = re.compile(r"\.lora_(?:embedding_)?([AB])(?:\.weight)?$")
 # how init_lora_weights may begin where the difference to the start is the whole update

@@ -9,7 +9,7 @@ from torch.nn.modules import module as _nn_module
 from torch.utils.hooks import RemovableHandle
 
 if TYPE_CHECKING:
-    from .layer import Linear
+    from .linear import Linear
 
 # torch's own dicts of global hooks; a call that skips a module's __call__ must not skip these
 GLOBAL_HOOKS: tuple[Any, ...] = (

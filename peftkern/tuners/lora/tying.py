@@ -10,13 +10,13 @@ from typing import Any
 
 from torch import nn
 
-from ...utils.other import ModulesToSaveWrapper, get_submodules
+from ...utils.module_tree import get_submodules
 from ...utils.places import ends_with_words
-from ...utils.saved_modules import find_modules_to_save, wrap_modules_to_save
 from ...utils.tied import embedding_group, input_embedding_name
+from ..base_layer import walk
+from ..modules_to_save import ModulesToSaveWrapper, find_modules_to_save, wrap_modules_to_save
 from ..targets import TargetMatcher
-from ..tuners_utils import walk
-from .layer import Linear
+from .linear import Linear
 
 UNTIED = (
     "Model has `tie_word_embeddings=True` and a tied layer is part of the adapter, but "

@@ -9,10 +9,10 @@ from typing import Any
 from torch import nn
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from ...utils.other import ModulesToSaveWrapper
-from ..adapter_calls import check_adapters_to_merge
-from ..tuners_utils import BaseTunerLayer
-from .merging import BROKEN, Merging
+from ..adapter_calls import BROKEN, check_adapters_to_merge
+from ..base_layer import BaseTunerLayer
+from ..modules_to_save import ModulesToSaveWrapper
+from .merging import Merging
 from .offload import onloaded
 from .parting import Parting
 

@@ -14,8 +14,6 @@ from typing import Any
 
 from torch import Tensor
 
-# set on fields of LoraConfig that select a variant when they hold something true
-SELECTS: dict[str, Any] = {"is_lora_variant": True}
 # what a model hands to variants of its layers, and never to their base layers
 VARIANT_KWARGS = ("alora_offsets",)
 

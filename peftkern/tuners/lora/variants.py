@@ -1,24 +1,23 @@
-"""The variants of LoRA there are, under HF PEFT's names; what one is says :mod:`.variant`."""
+"""HF PEFT's address of the variants of LoRA."""
 
-from .alora import (
+from ...tuners.lora.variant_registry import (
     ALoraLinearVariant,
-    calculate_alora_offsets,
-    get_alora_offsets_for_forward,
-    get_alora_offsets_for_generate,
-    is_alora_relevant_in_batch,
-)
-from .bdlora import BdLoraLinearVariant, BlockDiagonalLinear
-from .dora import (
+    BdLoraLinearVariant,
+    BlockDiagonalLinear,
     DoraConv1dVariant,
     DoraConv2dVariant,
     DoraConv3dVariant,
     DoraEmbeddingVariant,
     DoraLinearVariant,
+    KasaLinearVariant,
+    LoraVariant,
+    MontecloraLinearVariant,
+    VeloraLinearVariant,
+    calculate_alora_offsets,
+    get_alora_offsets_for_forward,
+    get_alora_offsets_for_generate,
+    is_alora_relevant_in_batch,
 )
-from .kasa import KasaLinearVariant
-from .monteclora import MontecloraLinearVariant
-from .variant import LoraVariant
-from .velora import VeloraLinearVariant
 
 __all__ = [
     "ALoraLinearVariant",

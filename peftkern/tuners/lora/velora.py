@@ -16,7 +16,7 @@ from torch.nn.functional import linear, pad
 from ...ops import autocast
 from ...ops.tracing import is_tracing
 from .._buffer_dict import BufferDict
-from .linear_only import TrainedOtherwise
+from .training_variants import TrainedOtherwise
 
 
 def _get_group_dim(in_features: int, num_groups: int) -> int:

@@ -10,12 +10,12 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ...utils.other import ModulesToSaveWrapper
+from ...configs.lora import LoraConfig
+from ..modules_to_save import ModulesToSaveWrapper
 from .base import LoraLayer
 from .bdlora import has_blocks
-from .config import LoraConfig
+from .combination import BY_FACTOR, BY_PRODUCT, CombinationType, Part, Recipe
 from .embedding import Embedding
-from .recipe import BY_FACTOR, BY_PRODUCT, CombinationType, Part, Recipe
 from .restore import at_least_float32
 from .tying import share_again
 

@@ -1,6 +1,6 @@
 """P-tuning (Liu et al., 2021, arXiv 2103.10385)."""
 
-from .config import PromptEncoderConfig, PromptEncoderReparameterizationType
+from ...configs.p_tuning import PromptEncoderConfig, PromptEncoderReparameterizationType
 from .model import PromptEncoder
 
 __all__ = ["PromptEncoder", "PromptEncoderConfig", "PromptEncoderReparameterizationType"]

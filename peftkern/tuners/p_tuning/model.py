@@ -6,8 +6,8 @@ import warnings
 
 from torch import Tensor, nn
 
-from ..prompt_encoder import BasePromptEncoder
-from .config import PromptEncoderConfig, PromptEncoderReparameterizationType
+from ...configs.p_tuning import PromptEncoderConfig, PromptEncoderReparameterizationType
+from ..prompting.encoder import BasePromptEncoder
 
 MLP_LAYERS = 2  # hidden layers of the MLP, whatever `encoder_num_layers` says
 

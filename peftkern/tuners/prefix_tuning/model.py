@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..prompt_encoder import BasePromptEncoder
-from .config import PrefixTuningConfig
+from ...configs.prefix_tuning import PrefixTuningConfig
+from ..prompting.encoder import BasePromptEncoder
 
 
 class PrefixEncoder(BasePromptEncoder):

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..prompt_encoder import BasePromptEncoder
-from .config import PromptTuningConfig, PromptTuningInit
+from ...configs.prompt_tuning import PromptTuningConfig, PromptTuningInit
+from ..prompting.encoder import BasePromptEncoder
 
 
 class PromptEmbedding(BasePromptEncoder):

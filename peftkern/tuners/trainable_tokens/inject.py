@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import nn
 
-from ...utils.other import get_submodules
+from ...utils.module_tree import get_submodules
 from ...utils.places import ends_with_words, replace
 from ...utils.tied import input_embedding_name, modules_tied_to_embedding, plain_name
-from ..tuners_utils import BaseTunerLayer
+from ..base_layer import BaseTunerLayer
 from .wrapper import TrainableTokensWrapper, check_wrappable
 
 # the module named `key` trains the tokens `indices`; `tied`: through the input embedding's rows

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ...ops.tracing import is_tracing
 from .._buffer_dict import BufferDict
-from ..tuners_utils import BaseTunerLayer
+from ..base_layer import BaseTunerLayer
 
 
 class TrainableTokensLayer(nn.Module, BaseTunerLayer):
@@ -261,8 +261,7 @@ class TrainableTokensLayer(nn.Module, BaseTunerLayer):
 
     def _check_mergeable(self, adapter_names: list[str] | None, safe_merge: bool) -> list[str]:
         """Which adapters :meth:`merge` would merge, and its errors."""
-        from ..adapter_calls import check_adapters_to_merge
-        from ..lora.merging import BROKEN  # whose package imports this one
+        from ..adapter_calls import BROKEN, check_adapters_to_merge
 
         names = check_adapters_to_merge(self, adapter_names)
         names = [name for name in names if name in self.trainable_tokens_delta]

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...utils.mixed import HERE, hand_over
-from ...utils.other import CONTAINERS, AuxiliaryTrainingWrapper, set_layer_requires_grad
-from ..tuners_utils import BaseTunerLayer
+from ...utils.handing import HERE, hand_over
+from ...utils.module_tree import set_layer_requires_grad
+from ..base_layer import BaseTunerLayer
+from ..modules_to_save import CONTAINERS, AuxiliaryTrainingWrapper
 from .layer import TrainableTokensLayer
 
 

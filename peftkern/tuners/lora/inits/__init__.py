@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..config import LoraConfig
+from ....configs.lora import LoraConfig
 from ..corda import check_eigens, corda
 from ..loraga import GRADIENT, lora_ga
 from .decomposed import mica, olora, orthogonal, pissa

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ...._io import write_atomically
+from ....configs.lora import LoraConfig
+from ....files.atomic import write_atomically
 from ...targets import TargetMatcher, resolve_targets
-from ..config import LoraConfig
 
 
 def model_device(model: nn.Module) -> torch.device:

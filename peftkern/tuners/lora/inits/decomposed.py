@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..config import LoraConfig
+from ....configs.lora import LoraConfig
 from .residual import Start, current, minus_product
 
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ....configs.lora import LoraConfig
 from ....utils.loftq_utils import int8, low_rank, nf4
-from ..config import LoraConfig
 from .residual import Start, current
 
 QUANTISED: dict[int, Callable[[Tensor], Tensor]] = {4: nf4, 8: int8}

@@ -1,0 +1,249 @@
+"""The cases (a LoRA linear, a q,k,v group, one Llama-8B layer) and who is counted on them."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+from peftkern.kernels import common, gemm, grad_a, outer, pair, shrink, small, update
+from peftkern.ops import bits as mask_bits
+
+from . import floor as cost_floor
+from .count import Count, count, record
+from .kernels import traffic
+
+BF16, FP32 = torch.bfloat16, torch.float32
+CASES = ("linear", "group", "layer")
+_FLASH = "peftkern_cost_flash"
+
+
+class Shape(NamedTuple):
+    """M rows, K inputs, N outputs of each projection, rank r. The layer has Llama-8B's own."""
+
+    M: int = 8192
+    K: int = 4096
+    N: int = 4096
+    r: int = 16
+
+
+class Provider(NamedTuple):
+    """Who computes it. ``kind``: "peft", "plain" (no adapters), "torch", "hybrid", "joined",
+    "fused" (peftkern's layers on a backend), or "floor" (``cost_floor``)."""
+
+    name: str
+    kind: str
+    adapter: torch.dtype = BF16
+
+
+PROVIDERS = (
+    Provider("floor", "floor"),
+    Provider("plain frozen", "plain"),
+    Provider("HF PEFT bf16", "peft"),
+    Provider("HF PEFT default", "peft", FP32),
+    Provider("torch backend", "torch"),
+    Provider("torch backend fp32", "torch", FP32),
+    Provider("triton hybrid", "hybrid"),
+    Provider("triton hybrid fp32", "hybrid", FP32),
+    Provider("triton joined", "joined"),
+    Provider("triton joined fp32", "joined", FP32),
+    Provider("triton fused", "fused"),
+    Provider("triton fused fp32", "fused", FP32),
+)
+
+
+class Projections(nn.Module):
+    """Frozen projections q, k, v, … of one X."""
+
+    def __init__(self, K: int, Ns: Sequence[int]) -> None:
+        super().__init__()
+        self.names = list("qkv")[: len(Ns)]
+        for name, n in zip(self.names, Ns, strict=True):
+            setattr(self, name, nn.Linear(K, n, bias=False, device="meta", dtype=BF16))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(getattr(self, name)(x) for name in self.names)
+
+
+def _flash(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any,
+    scaling: float | None = None, **_: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """One fused kernel, grouped heads and all; the same for every provider."""
+    attend = torch.ops.aten._scaled_dot_product_flash_attention
+    out = attend(query, key, value, 0.0, True, scale=scaling)[0]
+    return out.transpose(1, 2), None
+
+
+class LlamaLayer(nn.Module):
+    """transformers' decoder layer with Llama-3-8B's sizes, rotary angles given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from transformers import AttentionInterface, LlamaConfig
+        from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+        AttentionInterface.register(_FLASH, _flash)
+        config = LlamaConfig(
+            hidden_size=4096, intermediate_size=14336, num_attention_heads=32,
+            num_key_value_heads=8, attn_implementation=_FLASH,
+        )  # fmt: skip
+        with torch.device("meta"):
+            self.layer = LlamaDecoderLayer(config, layer_idx=0).to(BF16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        angles = x.new_empty((1, x.shape[1], 128))
+        return self.layer(x, position_embeddings=(angles, angles))
+
+
+_LAYER_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def _build(case: str, shape: Shape) -> tuple[nn.Module, Tensor, list[str]]:
+    """(frozen model, X, names of the projections to adapt)."""
+    if case == "layer":
+        tokens = min(2048, shape.M)
+        size = (shape.M // tokens, tokens, 4096) if shape.M % tokens == 0 else (1, shape.M, 4096)
+        model, targets = LlamaLayer(), _LAYER_TARGETS
+    else:
+        model = Projections(shape.K, [shape.N] * (1 if case == "linear" else 3))
+        size, targets = (shape.M, shape.K), model.names
+    model.requires_grad_(False)
+    return model, torch.empty(size, dtype=BF16, device="meta", requires_grad=True), targets
+
+
+class _Floor(torch.autograd.Function):
+    """Stands for a group: launches the floor, keeps X alone, makes empty outputs."""
+
+    @staticmethod
+    def forward(ctx: Any, module: FloorGroup, x: Tensor, *weights: Tensor) -> Any:
+        g, rows = module.group, x.shape[:-1]
+        record([cost_floor.forward(g)])
+        ctx.save_for_backward(x, *weights)
+        ctx.module, ctx.shapes = module, [tuple(w.shape) for w in weights]
+        return tuple(x.new_empty((*rows, n)) for n in g.Ns)
+
+    @staticmethod
+    def backward(ctx: Any, *dys: Tensor) -> Any:
+        x = ctx.saved_tensors[0]
+        for dy in dys:
+            dy.reshape(-1, dy.shape[-1])  # a copy, and counted, where the layout asks for one
+        record([cost_floor.backward(ctx.module.group)])
+        grads = [
+            x.new_empty(shape, dtype=ctx.module.group.adapter) if needed else None
+            for shape, needed in zip(ctx.shapes, ctx.needs_input_grad[2:], strict=True)
+        ]
+        return None, torch.empty_like(x), *grads
+
+
+class FloorGroup(nn.Module):
+    """Projections of one X, at their floor."""
+
+    def __init__(self, group: cost_floor.Group) -> None:
+        super().__init__()
+        self.group = group
+        for i, n in enumerate(group.Ns):
+            for name, rows, cols in (("w", n, group.K), ("A", group.r, group.K), ("B", n, group.r)):
+                dtype = BF16 if name == "w" else group.adapter
+                t = torch.empty(rows, cols, dtype=dtype, device="meta")
+                self.register_parameter(f"{name}{i}", nn.Parameter(t, requires_grad=name != "w"))
+        self.outputs: tuple[Tensor | None, list[Tensor]] = (None, [])
+
+    def member(self, i: int, x: Tensor) -> Tensor:
+        """Output i; the first one asked for an X makes them all."""
+        if self.outputs[0] is not x:
+            self.outputs = (x, list(_Floor.apply(self, x, *self.parameters())))
+        y = self.outputs[1][i]
+        if i == len(self.group.Ns) - 1:
+            self.outputs = (None, [])
+        return y
+
+
+class _Member(nn.Module):
+    def __init__(self, group: FloorGroup, i: int) -> None:
+        super().__init__()
+        self.group, self.i = group, i
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.group.member(self.i, x)
+
+
+def _to_floor(model: nn.Module, shape: Shape) -> None:
+    """Replace the projections of ``model`` by floors, those that share an X together."""
+    groups: list[tuple[nn.Module, list[str]]]
+    if isinstance(model, LlamaLayer):
+        attention, mlp = model.layer.self_attn, model.layer.mlp
+        groups = [
+            (attention, ["q_proj", "k_proj", "v_proj"]), (attention, ["o_proj"]),
+            (mlp, ["gate_proj", "up_proj"]), (mlp, ["down_proj"]),
+        ]  # fmt: skip
+    else:
+        groups = [(model, model.names)]
+    for owner, names in groups:
+        Ns = tuple(getattr(owner, name).out_features for name in names)
+        K = getattr(owner, names[0]).in_features
+        floor = FloorGroup(cost_floor.Group(shape.M, K, Ns, shape.r))
+        for i, name in enumerate(names):
+            setattr(owner, name, _Member(floor, i))
+
+
+def _adapt(
+    library: Any, model: nn.Module, targets: list[str], who: Provider, r: int, p: float
+) -> None:
+    config = library.LoraConfig(r=r, lora_alpha=2 * r, lora_dropout=p, target_modules=targets)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        library.get_peft_model(model, config, autocast_adapter_dtype=who.adapter == FP32)
+    found = {q.dtype for q in model.parameters() if q.requires_grad}
+    if found != {who.adapter}:
+        raise RuntimeError(f"{who.name}: adapters came out as {found}, not {who.adapter}")
+
+
+@contextlib.contextmanager
+def _backend(kind: str, arch: common.Arch) -> Iterator[None]:
+    """peftkern's real layers on one backend; Triton launches are recorded instead of run."""
+    from peftkern.ops import backend, triton_backend
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(backend.use_backend("torch" if kind == "torch" else "triton"))
+        stack.enter_context(mock.patch.dict(mask_bits._TABLES, clear=True))
+        if kind != "torch":
+            stack.enter_context(mock.patch.object(triton_backend, "product", kind))
+            stack.enter_context(
+                mock.patch.object(common.Launch, "run", lambda self: record([traffic(self)]))
+            )
+            for module in (gemm, grad_a, outer, pair, shrink, small, update, triton_backend):
+                stack.enter_context(mock.patch.object(module, "arch_of", lambda device: arch))
+        yield
+
+
+def measure(who: Provider, case: str, shape: Shape, p: float, arch: common.Arch) -> Count:
+    """Count one provider on one case, in training mode with dropout ``p``.
+
+    Raises:
+        RuntimeError: the provider did not run what it is named for.
+    """
+    model, x, targets = _build(case, shape)
+    if who.kind == "plain":
+        return count(model, x)
+    if who.kind == "peft":
+        import peft
+
+        _adapt(peft, model, targets, who, shape.r, p)
+        return count(model.train(), x)
+    if who.kind != "floor":
+        import peftkern
+
+        _adapt(peftkern, model, targets, who, shape.r, p)
+        with _backend(who.kind, arch):
+            result = count(model.train(), x)
+        if (who.kind != "torch") != any(t.requested for t in result.forward):
+            raise RuntimeError(f"{who.name}: the layers did not take the {who.kind} path")
+        return result
+    _to_floor(model, shape)
+    return count(model, x)

@@ -1,0 +1,49 @@
+"""Rates of named GPUs, and the least time that counted launches take on one (roofline)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from .kernels import Traffic
+
+
+class Gpu(NamedTuple):
+    """What a kernel can reach: TB/s of device memory, TFLOP/s of bf16 matrix products and of fp32
+    products; and what kernels' default configs ask: multiprocessors, capability, shared bytes."""
+
+    bandwidth: float
+    matrix: float
+    fp32: float
+    arch: tuple[int, int, int]
+    measured: bool = False
+
+
+# H100 holds measured rates: 0.90 of the data sheet's bandwidth, 0.80 of its dense bf16 rate. The
+# others are data sheets times the same two shares; nobody has measured them here.
+_BANDWIDTH, _MATRIX = 0.90, 0.80
+
+
+def _sheet(bandwidth: float, matrix: float, fp32: float, *arch: int) -> Gpu:
+    sms, capability, shared = arch
+    return Gpu(_BANDWIDTH * bandwidth, _MATRIX * matrix, _MATRIX * fp32, (sms, capability, shared))
+
+
+GPUS = {
+    "H100": Gpu(3.0, 790.0, _MATRIX * 67.0, (132, 90, 232448), measured=True),
+    "H200": _sheet(4.8, 989.0, 67.0, 132, 90, 232448),
+    "A100": _sheet(2.04, 312.0, 19.5, 108, 80, 166912),
+    "L40S": _sheet(0.864, 362.0, 91.6, 142, 89, 101376),
+    "B200": _sheet(8.0, 2250.0, 75.0, 148, 100, 232448),
+    "RTX4090": _sheet(1.008, 165.2, 82.6, 128, 89, 101376),
+}
+
+
+def microseconds(launches: Iterable[Traffic], gpu: Gpu) -> float:
+    """Roofline time: each launch takes the longer of its memory time and its arithmetic time, and
+    launches follow one another. No launch overhead, no tails: a lower bound."""
+    total = 0.0
+    for t in launches:
+        rate = {"matrix": gpu.matrix, "fp32": gpu.fp32, "none": float("inf")}[t.unit]
+        total += max(t.bytes / (gpu.bandwidth * 1e6), t.flops / (rate * 1e6))
+    return total

@@ -1,0 +1,253 @@
+"""Launches, bytes and FLOPs of LoRA, counted without a GPU: HF PEFT, peftkern, and the floor.
+
+    python -m benchmarks.cost [--gpu H100] [--M 8192 --K 4096 --N 4096 --r 16] [--json]
+
+Three cases, forward and backward, dropout 0 and 0.1, bf16 activations: one LoRA linear, three
+projections of one X, one Llama-8B layer with an adapter on every linear (its own widths; M tokens).
+A fourth, ``--case prefix``, is a prefix inside attention (``cost_prefix``).
+HF PEFT's and peftkern's real modules run on tensors without data (``cost_count``); Triton launches
+report their traffic from their grids (``cost_kernels``). Times are rooflines: lower bounds of what
+the launches need on the named GPU, as if every product reached the matrix rate (so ``fused`` is
+charged nothing for a product slower than the vendor's), launch overhead left out. No speed was
+measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+from peftkern.kernels.common import MAX_RANK, Arch
+
+from . import prefix as cost_prefix
+from .cases import CASES, FP32, PROVIDERS, Provider, Shape, measure
+from .count import Count
+from .gpus import GPUS, Gpu, microseconds
+from .kernels import Traffic
+
+DROPOUTS = (0.0, 0.1)
+RULER = "HF PEFT bf16"  # ratios are to it: the stricter of PEFT's two
+TITLES = {
+    "linear": "LoRA linear",
+    "group": "q, k, v of one X",
+    "layer": "Llama-8B layer, 7 adapters",
+}
+JUDGED = ("torch", "hybrid", "joined", "fused")
+KEPT_AT = (8192, 4096)  # the M, K that the limit on kept bytes is for
+
+
+class Row(NamedTuple):
+    case: str
+    p: float
+    who: Provider
+    count: Count
+
+
+class Verdict(NamedTuple):
+    """One target for one provider; values are per projection."""
+
+    case: str
+    provider: str
+    target: str
+    value: float
+    limit: float
+
+    @property
+    def met(self) -> bool:
+        return self.value <= self.limit
+
+
+def launches(list_: Iterable[Traffic]) -> int:
+    return sum(t.launches for t in list_)
+
+
+def moved(list_: Iterable[Traffic]) -> int:
+    """Bytes read and written."""
+    return sum(t.bytes for t in list_)
+
+
+def table(
+    shape: Shape,
+    gpu: Gpu,
+    cases: Sequence[str] = CASES,
+    providers: Sequence[Provider] = PROVIDERS,
+) -> list[Row]:
+    """Every provider counted on every case and dropout."""
+    arch = Arch(*gpu.arch)
+    return [
+        Row(case, p, who, measure(who, case, shape, p, arch))
+        for case in cases
+        for p in DROPOUTS
+        for who in providers
+    ]
+
+
+def verdicts(rows: Sequence[Row], shape: Shape) -> list[Verdict]:
+    """The targets of a LoRA linear, for the linear and, per projection, for the group."""
+    found: dict[tuple[str, float, str], Count] = {(r.case, r.p, r.who.name): r.count for r in rows}
+    out = []
+    for case, projections in (("linear", 1), ("group", 3)):
+        for who in PROVIDERS:
+            plain, dropped = (found.get((case, p, who.name)) for p in DROPOUTS)
+            ruler = found.get((case, DROPOUTS[1], RULER))
+            if who.kind not in JUDGED or plain is None or dropped is None or ruler is None:
+                continue
+            back = max(launches(plain.backward), launches(dropped.backward))
+            checks = [
+                ("launches fwd", launches(plain.forward) / projections, 2),
+                ("launches fwd p=0.1", launches(dropped.forward) / projections, 3),
+                ("launches bwd", back / projections, 4),
+                ("fwd bytes / PEFT", moved(dropped.forward) / moved(ruler.forward), 0.45),
+                ("bwd bytes / PEFT", moved(dropped.backward) / moved(ruler.backward), 0.5),
+            ]
+            if (shape.M, shape.K) == KEPT_AT:
+                checks.append(("kept beyond X, MB", dropped.kept / projections / 1e6, 4.5))
+            out += [Verdict(case, who.name, name, v, limit) for name, v, limit in checks]
+    return out
+
+
+def _phase(list_: list[Traffic], ruler: list[Traffic] | None, gpu: Gpu) -> dict[str, Any]:
+    return {
+        "launches": launches(list_),
+        "read": sum(t.read for t in list_),
+        "written": sum(t.written for t in list_),
+        "flops": sum(t.flops for t in list_),
+        "us": round(microseconds(list_, gpu), 2),
+        "bytes_to_peft": None if ruler is None else round(moved(list_) / moved(ruler), 4),
+    }
+
+
+def as_json(rows: Sequence[Row], shape: Shape, name: str, every: bool) -> dict[str, Any]:
+    """The table as plain data; ``every``: with each single launch."""
+    gpu = GPUS[name]
+    rulers = {(r.case, r.p): r.count for r in rows if r.who.name == RULER}
+    out = []
+    for r in rows:
+        ruler = rulers.get((r.case, r.p))
+        row: dict[str, Any] = {
+            "case": r.case,
+            "dropout": r.p,
+            "provider": r.who.name,
+            "adapters": "fp32" if r.who.adapter == FP32 else "bf16",
+            "forward": _phase(r.count.forward, ruler and ruler.forward, gpu),
+            "backward": _phase(r.count.backward, ruler and ruler.backward, gpu),
+            "kept": r.count.kept,
+        }
+        if every:
+            row["forward"]["list"] = [t._asdict() for t in r.count.forward]
+            row["backward"]["list"] = [t._asdict() for t in r.count.backward]
+        out.append(row)
+    return {
+        "counted": "not measured",
+        "gpu": {"name": name} | gpu._asdict(),
+        "shape": shape._asdict(),
+        "versions": {n: importlib.metadata.version(n) for n in ("torch", "triton", "peft")},
+        "rows": out,
+        "targets": [v._asdict() | {"met": v.met} for v in verdicts(rows, shape)],
+    }
+
+
+def _block(title: str, rows: Sequence[Row], gpu: Gpu) -> Table:
+    block = Table(title=title, title_justify="left", header_style="bold")
+    block.add_column("")
+    for phase in ("fwd", "bwd"):
+        for head in (f"{phase} launches", "MB", "x PEFT", "us"):
+            block.add_column(head, justify="right")
+    block.add_column("kept MB", justify="right")
+    block.add_column("both us", justify="right")
+    ruler = next((r.count for r in rows if r.who.name == RULER), None)
+    for r in rows:
+        cells = []
+        times = []
+        for which in ("forward", "backward"):
+            list_ = getattr(r.count, which)
+            times.append(microseconds(list_, gpu))
+            to = f"{moved(list_) / moved(getattr(ruler, which)):.2f}" if ruler else "-"
+            cells += [str(launches(list_)), f"{moved(list_) / 1e6:,.0f}", to, f"{times[-1]:,.0f}"]
+        kept = f"{r.count.kept / 1e6:,.2f}"
+        block.add_row(r.who.name, *cells, kept, f"{sum(times):,.0f}")
+    return block
+
+
+def _targets(found: Sequence[Verdict]) -> Table:
+    heads = list(dict.fromkeys((v.target, v.limit) for v in found))
+    block = Table(title="Targets, per projection", title_justify="left", header_style="bold")
+    block.add_column("")
+    for name, limit in heads:
+        block.add_column(f"{name}\n<= {limit:g}", justify="right")
+    for key in dict.fromkeys((v.case, v.provider) for v in found):
+        own = [v for v in found if (v.case, v.provider) == key]
+        cells = [f"{v.value:.3g} {'[green]met' if v.met else '[red]NOT met'}[/]" for v in own]
+        block.add_row(" ".join(key), *cells)
+    return block
+
+
+def _show(rows: Sequence[Row], shape: Shape, name: str) -> None:
+    gpu = GPUS[name]
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    how = "measured rates" if gpu.measured else "data sheet x H100's measured share, not measured"
+    console.print(
+        f"M={shape.M} K={shape.K} N={shape.N} r={shape.r}, bf16. Counted, not measured."
+        f" us: roofline on {name} at {gpu.bandwidth:.3g} TB/s, {gpu.matrix:.0f} TFLOP/s ({how})."
+        " kept: for backward, beyond X and weights."
+    )
+    for case in dict.fromkeys(r.case for r in rows):
+        for p in DROPOUTS:
+            some = [r for r in rows if (r.case, r.p) == (case, p)]
+            console.print(_block(f"{TITLES[case]}, dropout {p:g}", some, gpu))
+    found = verdicts(rows, shape)
+    if found:
+        console.print(_targets(found))
+        missed = sum(not v.met for v in found)
+        console.print(f"{len(found) - missed} of {len(found)} met, {missed} NOT met.")
+
+
+def _positive(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}; allowed: an integer, 1 or more")
+    return value
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.cost", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument("--gpu", choices=sorted(GPUS), default="H100")
+    for name, value in Shape()._asdict().items():
+        parser.add_argument(f"--{name}", type=_positive, default=value, help=f"default {value}")
+    every = [*CASES, "prefix"]
+    parser.add_argument("--case", nargs="+", choices=every, default=every)
+    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    parser.add_argument("--launches", action="store_true", help="with --json: list every launch")
+    options = parser.parse_args(argv)
+    if options.r > MAX_RANK:
+        parser.error(f"argument --r: {options.r}; allowed: 1 to {MAX_RANK}, what the kernels take")
+    shape = Shape(options.M, options.K, options.N, options.r)
+    rows = table(shape, GPUS[options.gpu], [c for c in options.case if c in CASES])
+    wide = cost_prefix.PrefixShape()
+    prefix = []
+    if "prefix" in options.case:
+        prefix = cost_prefix.table(wide, Arch(*GPUS[options.gpu].arch))
+    if options.json:
+        data = as_json(rows, shape, options.gpu, options.launches)
+        if prefix:
+            data["prefix"] = cost_prefix.as_json(prefix, wide)
+        json.dump(data, sys.stdout)
+        print()
+        return 0
+    if rows:
+        _show(rows, shape, options.gpu)
+    if prefix:
+        print("\n".join(cost_prefix.lines(prefix, wide)))
+    return 0

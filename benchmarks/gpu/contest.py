@@ -1,0 +1,69 @@
+"""One case of the race, and what runs in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor
+
+from peftkern.kernels import tuning
+
+from .cases import TINY
+
+SCALE = 2.0
+
+
+@dataclass(frozen=True)
+class RaceCase:
+    """One operation on one bucket; ``n``, ``k`` are 0 where it has no such dimension."""
+
+    op: str
+    m: int
+    n: int
+    k: int
+    r: int
+    mask: bool = False
+    dtype: str = "bfloat16"
+    adapter_dtype: str = "float32"
+    group: int = 1
+    ns: tuple[int, ...] = ()  # of each projection, for whole operations and "update"; n: their sum
+    graph: bool = False  # a whole operation in a CUDA graph; kernels always are
+
+    @property
+    def whole(self) -> bool:
+        return self.op in tuning.WHOLE
+
+    @property
+    def table_key(self) -> tuning.Key:
+        grads = "xab" if self.op == "backward" else ""
+        return tuning.Key(
+            self.op, self.dtype, self.adapter_dtype, tuning.bucket(self.m), self.n, self.k, self.r,
+            self.group, self.mask, grads, self.graph,
+        )  # fmt: skip
+
+    @property
+    def key(self) -> str:
+        tail = f"{' mask' if self.mask else ''}{f' x{self.group}' if self.group > 1 else ''}"
+        tail += " graph" if self.graph else ""
+        return f"{self.op} m={self.m} n={self.n} k={self.k} r={self.r}{tail}"
+
+    def tiny(self) -> RaceCase:
+        """The same on shapes that Triton's interpreter takes in no time."""
+        n, k = (TINY.hidden if v else 0 for v in (self.n, self.k))
+        ns = (TINY.hidden,) * len(self.ns)
+        case = asdict(self) | {"m": min(self.m, 8), "n": sum(ns) or n, "k": k, "ns": ns}
+        return RaceCase(**case | {"r": min(self.r, 4)})
+
+
+Make = Callable[[Any], Callable[[int], Any]]  # config -> (buffer index -> outputs)
+
+
+@dataclass
+class Contest:
+    """Tensors of one case, ``copies`` times, and what to do with them."""
+
+    run: Callable[[Any, int], Any]  # (config or choice, copy) -> outputs
+    exact: Callable[[], list[Tensor]]  # of copy 0
+    entrants: dict[str, Any]  # label -> config object, None (default), or choice

@@ -1,0 +1,175 @@
+"""Each kernel's traffic as it is counted without a GPU (:mod:`benchmarks.cost.kernels`) beside what
+the hardware counts.
+
+    python -m benchmarks.gpu.counters            launch every kernel once, print the reports
+
+Under NVIDIA's ``ncu`` that gives DRAM bytes read (caches are emptied before each kernel) against
+the reported ``read``, and sectors written to L2 against ``written``: a result of a few MB stays in
+L2, so DRAM would not show it.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from peftkern.kernels import bits, common, gemm, grad_a, outer, pair, shrink, small, update, write
+
+from ..cost.kernels import Traffic, traffic
+from .store import ROOT, Store
+
+METRICS = ("dram__bytes_read.sum", "lts__t_sectors_op_write.sum")
+SECTOR = 32
+BETWEEN = (0.9, 1.25)  # counted / reported: what counts as agreement
+REPORT = "REPORT "
+
+
+def runs(device: str, M: int, K: int) -> Iterator[Callable[[], Any]]:
+    """One call a kernel family, operands of [M, K] and [K, K], r = 16, with a mask."""
+    torch.manual_seed(0)
+
+    def some(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.randn(*shape, dtype=torch.float32, device=device).to(dtype)
+
+    x, dy, w = some(M, K), some(M, K), some(K, K)
+    a, b = some(16, K, dtype=torch.float32), some(K, 16, dtype=torch.float32)
+    s, words = some(M, 16), bits.dropout_bits(M, K, 0.1, 7, device=device)
+    yield lambda: bits.dropout_bits(M, K, 0.1, 7, device=device)
+    yield lambda: shrink.shrink(x, [a], 2.0, words)
+    yield lambda: write.expand(s, b)
+    yield lambda: update.update(x, [a], [b], 2.0, words)
+    yield lambda: write.low_rank_grad_input([s], [a], words)
+    yield lambda: outer.grad_output(dy, b, s, 2.0)
+    yield lambda: grad_a.grad_a(x, [s], words)
+    yield lambda: pair.grad_pair(x, [s], [a], words)
+    yield lambda: gemm.fused_linear(x, w, s, b)
+    yield lambda: gemm.fused_grad_input([dy], [w], [s], [a], words)
+    yield lambda: small.decode(x[:1], w, a, b)
+    yield lambda: small.decode(x[:16], w, a, b)
+
+
+def launch_all(device: str, M: int, K: int) -> list[Traffic]:
+    """Run them; the report of every launch in order."""
+    reports: list[Traffic] = []
+    run = common.Launch.run
+
+    def noted(self: Any) -> None:
+        reports.append(traffic(self))
+        run(self)
+
+    calls = list(runs(device, M, K))
+    with mock.patch.object(common.Launch, "run", noted):
+        for call in calls:
+            call()
+    return reports
+
+
+def read_csv(text: str) -> list[tuple[str, dict[str, float]]]:
+    """[(kernel, {metric: value})] out of ``ncu --csv --page raw --print-units base``.
+
+    Raises:
+        ValueError: there is no such table.
+    """
+    lines = text.splitlines()
+    start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), None)
+    if start is None:
+        raise ValueError("ncu printed no table")
+    found = []
+    for row in csv.DictReader(lines[start:]):
+        if not (row.get("ID") or "").isdigit():  # the line of units
+            continue
+        values = {m: float((row.get(m) or "nan").replace(",", "")) for m in METRICS}
+        found.append((row["Kernel Name"], values))
+    return found
+
+
+def compare(
+    reports: list[dict[str, Any]], counted: list[tuple[str, dict[str, float]]]
+) -> list[dict[str, Any]]:
+    """A row for each launch: reported, counted, and whether they agree.
+
+    Raises:
+        ValueError: another number of launches.
+    """
+    if len(reports) != len(counted):
+        raise ValueError(f"{len(reports)} launches reported, {len(counted)} counted")
+    rows = []
+    for i, (report, (kernel, values)) in enumerate(zip(reports, counted, strict=True)):
+        read, written = values[METRICS[0]], values[METRICS[1]] * SECTOR
+        ratios = {
+            "read": read / report["read"] if report["read"] else None,
+            "written": written / report["written"],
+        }
+        agrees = all(v is None or BETWEEN[0] <= v <= BETWEEN[1] for v in ratios.values())
+        rows.append(
+            {
+                "key": f"{i} {report['name']}",
+                "part": "counters",
+                "kernel": kernel,
+                "reported": {k: report[k] for k in ("read", "written", "requested")},
+                "counted": {"read": read, "written": written},
+                "ratios": ratios,
+                "outcome": "passed" if agrees else "failed",
+                "why": "" if agrees else f"counted / reported: {ratios}",
+            }
+        )
+    return rows
+
+
+def check(store: Store, until: float, dry: bool, env: dict[str, str]) -> None:
+    """Put a row for each launch; where ``ncu`` is absent or may not read counters, that is said."""
+    tool = shutil.which("ncu") or "/usr/local/cuda/bin/ncu"
+    script = [sys.executable, "-m", "benchmarks.gpu.counters"]
+    if dry or not Path(tool).exists():
+        why = "ncu is not here"
+        store.put({"key": "ncu", "part": "counters", "outcome": "absent", "why": why})
+        store.finish([])
+        return
+    command = [
+        tool, "--csv", "--page", "raw", "--print-units", "base", "--clock-control", "none",
+        "--cache-control", "all", "--metrics", ",".join(METRICS),
+        "--kernel-name", "regex:^_[a-z]+_kernel", "--target-processes", "all", *script,
+    ]  # fmt: skip
+    try:
+        # once without the tool: what is to be compiled is compiled then
+        subprocess.run(script, env=env, cwd=ROOT, capture_output=True, timeout=until - time.time())
+        done = subprocess.run(
+            command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=until - time.time()
+        )
+    except subprocess.TimeoutExpired:
+        store.put({"key": "ncu", "part": "counters", "outcome": "time limit"})
+        store.finish([])
+        return
+    lines = [line for line in done.stdout.splitlines() if line.startswith(REPORT)]
+    try:
+        reports = json.loads(lines[0].removeprefix(REPORT)) if lines else []
+        for row in compare(reports, read_csv(done.stdout)):
+            store.put(row)
+    except ValueError as e:
+        tail = (done.stdout + done.stderr)[-2000:]
+        why = f"{e}; exit status {done.returncode}"
+        outcome = "unusable" if "ERR_NVGPUCTRPERM" in tail or "profiler" in tail else "failed"
+        store.put({"key": "ncu", "part": "counters", "outcome": outcome, "why": why, "tail": tail})
+    store.finish([])
+
+
+def main() -> int:
+    cuda = torch.cuda.is_available()
+    reports = launch_all("cuda", 4096, 2048) if cuda else launch_all("cpu", 300, 64)
+    print(REPORT + json.dumps([t._asdict() for t in reports]), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,202 @@
+"""The file that a part of ``benchmarks.gpu`` writes, row by row, and continues after a cut.
+
+Every change rewrites the whole file under a temporary name and renames it, so that a machine that
+goes away leaves the last complete state. ``current`` names the case under way: the supervisor reads
+there that a case hangs, and the next run which case killed its process.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import os
+import subprocess
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from peftkern.ops import tuned
+
+SCHEMA = 1
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = Path(__file__).parents[1] / "results"
+MEASURED = ("kernels", "peftkern/ops", "peftkern/tuners/lora")  # what a row is a statement about
+
+
+def now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).replace(microsecond=0).isoformat()
+
+
+def stamp() -> str:
+    return f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%dT%H%M%SZ}"
+
+
+def sources() -> str:
+    """A hash of the code that is measured: rows of another hash are not continued."""
+    digest = hashlib.sha256()
+    for folder in MEASURED:
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            digest.update(path.relative_to(ROOT).as_posix().encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def commit() -> str | None:
+    """The checkout's commit, None without git."""
+    try:
+        done = subprocess.run(
+            ["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True
+        )
+    except OSError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+class Broken(RuntimeError):
+    """The device is unusable after ``culprit`` ran: this process must end."""
+
+    def __init__(self, culprit: str, error: BaseException) -> None:
+        super().__init__(f"{type(error).__name__}: {str(error)[:300]}")
+        self.culprit = culprit
+
+
+class Watch:
+    """What a measurement tells while it runs, and whom it must leave out: providers that broke the
+    device, or hung, in an earlier try at this very case."""
+
+    def __init__(self, banned: dict[str, str] | None = None, store: Store | None = None) -> None:
+        self.banned = banned or {}
+        self._store = store
+
+    def at(self, culprit: str | None) -> None:
+        """``culprit`` is running now; None: several at once."""
+        if self._store is not None and self._store.data["current"] is not None:
+            self._store.data["current"]["culprit"] = culprit
+            self._store.write()
+
+
+class Store:
+    """One results file, open for writing."""
+
+    def __init__(self, path: Path, data: dict[str, Any]) -> None:
+        self.path, self.data = path, data
+
+    @classmethod
+    def create(cls, path: Path, part: str, **header: Any) -> Store:
+        data = {
+            "schema": SCHEMA,
+            "part": part,
+            "sources": sources(),
+            "kernels": tuned.sources(),  # what a tuning table made of this is a statement about
+            "commit": commit(),
+            "started": now(),
+            "updated": now(),
+            "finished": False,
+            **header,
+            "current": None,
+            "not_run": [],
+            "notes": [],
+            "banned": {},
+            "rows": [],
+        }
+        store = cls(path, data)
+        store.write()
+        return store
+
+    @classmethod
+    def open(cls, path: Path) -> Store:
+        """The file as it is.
+
+        Raises:
+            ValueError: no results file of this schema.
+        """
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if data.get("schema") != SCHEMA or "rows" not in data:
+            raise ValueError(f"{path} is no results file of schema {SCHEMA}")
+        return cls(path, data)
+
+    def write(self) -> None:
+        self.data["updated"] = now()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_name(f".{self.path.name}.tmp")
+        temporary.write_text(json.dumps(self.data, indent=1) + "\n", encoding="utf-8")
+        temporary.replace(self.path)
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        return self.data["rows"]
+
+    def done(self) -> set[str]:
+        """Keys that need no second run: those with a result, and those that killed a process."""
+        return {row["key"] for row in self.rows}
+
+    def begin(self, key: str, limit_s: float) -> None:
+        """A case starts; it may take ``limit_s`` seconds before it counts as hung."""
+        self.data["current"] = {"key": key, "since": time.time(), "limit_s": limit_s}
+        self.write()
+
+    def put(self, row: dict[str, Any]) -> None:
+        """Add a row, in place of one with the same key."""
+        self.data["rows"] = [r for r in self.rows if r["key"] != row["key"]] + [row]
+        self.data["current"] = None
+        self.write()
+
+    def watch(self, key: str) -> Watch:
+        return Watch(self.data["banned"].get(key), self)
+
+    def blame(self, why: str, culprit: str | None = None) -> str | None:
+        """The case under way ended its process. With a culprit, known or given, it is left out of
+        the next try at the case; without one, or for the third time, the case is closed with an
+        error.
+
+        Returns who was blamed, None when no case was under way.
+        """
+        current = self.data["current"]
+        if current is None:
+            return None
+        key, culprit = current["key"], culprit or current.get("culprit")
+        banned = self.data["banned"].setdefault(key, {})
+        if culprit is None or len(banned) >= 3:
+            self.put({"key": key, "part": self.data["part"], "error": why})
+            return key
+        banned[culprit] = why
+        self.data["current"] = None
+        self.write()
+        return f"{culprit} in {key}"
+
+    def note(self, text: str) -> None:
+        if text not in self.data["notes"]:
+            self.data["notes"].append(text)
+            self.write()
+
+    def finish(self, not_run: Iterable[str]) -> None:
+        """``not_run``: keys of cases that the budget left out; without any the part is finished."""
+        self.data["not_run"] = list(not_run)
+        self.data["finished"] = not self.data["not_run"]
+        self.data["current"] = None
+        self.write()
+
+
+def earlier(part: str, gpu: str, folders: Iterable[Path]) -> list[Store]:
+    """Results of this part on this GPU and of the code as it stands, oldest first."""
+    found = []
+    for folder in dict.fromkeys(folders):
+        for path in sorted(folder.glob(f"*-{part}.json")):
+            try:
+                store = Store.open(path)
+            except (ValueError, OSError):
+                continue  # not ours, or cut off by something else than us
+            same = store.data["part"] == part and store.data["sources"] == sources()
+            if same and store.data.get("gpu", {}).get("name") == gpu:
+                found.append(store)
+    return sorted(found, key=lambda s: s.data["started"])
+
+
+def results_folder(gpu: str, given: Path | None = None) -> Path:
+    """Where files go: ``given``, else $OUT, else benchmarks/results/<gpu>."""
+    if given is not None:
+        return given
+    out = os.environ.get("OUT")
+    return Path(out) if out else RESULTS / gpu

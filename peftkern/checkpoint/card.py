@@ -1,0 +1,125 @@
+"""The README of a saved adapter, as the hub expects it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from .._version import PEFT_COMPAT_VERSION, __version__
+from ..files.atomic import write_text_atomically
+from ..tuners.base_layer import get_model_config
+from ..tuners.prompting.prompts import innermost
+from ..utils.constants import DUMMY_MODEL_CONFIG
+from ..utils.peft_types import PeftType, TaskType
+
+_VERSIONS = "### Framework versions"
+_QUANTISED = "The base model was quantised with this configuration:"
+
+
+def card_tags(model: Any) -> list[str]:
+    """Sorted tags: the base model's own, the method, where the adapter belongs,
+    and who wrote it."""
+    import transformers
+
+    base = innermost(model)
+    tags = {"peftkern", *(getattr(base, "model_tags", None) or [])}
+    if isinstance(base, transformers.PreTrainedModel):
+        tags.add("transformers")
+    if any(config.peft_type == PeftType.LORA for config in model.peft_config.values()):
+        tags.add("lora")
+    if getattr(base, "name_or_path", None):
+        tags.add(f"base_model:adapter:{base.name_or_path}")
+    return sorted(tags)
+
+
+_FOR_THE_AUTHOR = (
+    ("What it is for", "the task it was trained for, and what it should not be used for"),
+    ("Training data", "where it comes from, its size and licence, how it was filtered and split"),
+    ("Training", "steps, batch size, learning rate and schedule, precision, hardware, hours"),
+    ("Evaluation", "metrics on held-out data beside those of the base model alone"),
+    ("Limits", "languages, biases and failures that are known"),
+)
+
+
+def _settings(config: Any) -> Iterator[str]:
+    """What of an adapter's configuration a reader of the card wants to know, as list items."""
+    for name in ("r", "lora_alpha", "lora_dropout", "target_modules", "num_virtual_tokens"):
+        value = getattr(config, name, None)
+        if value is not None and value != 0:
+            shown = ", ".join(sorted(value)) if isinstance(value, (set, list)) else value
+            yield f"- `{name}`: {shown}"
+
+
+def _new_text(model: Any) -> str:
+    """The text of a card that nobody has written yet: what is known, how to load the adapter, and
+    headings for what only its author knows."""
+    config = model.active_peft_config
+    base = getattr(innermost(model), "name_or_path", None) or "the base model"
+    method = PeftType(config.peft_type).value.replace("_", " ").lower()
+    auto = _auto_class(model)
+    load = [f"from transformers import {auto}"] if auto else []
+    made = f'{auto}.from_pretrained("{base}")' if auto else f"...  # {base}"
+    lines = [
+        *("# Adapter", ""),
+        f"An adapter ({method}) for `{base}`, trained and saved with peftkern. It has HF PEFT's",
+        "format: whatever loads adapters of HF PEFT loads it.",
+        *("", "## Configuration", "", *_settings(config)),
+        *("", "## How to load it", "", "```python"),
+        *load,
+        "from peftkern import PeftModel  # or: from peft import PeftModel",
+        "",
+        f"model = {made}",
+        'model = PeftModel.from_pretrained(model, "this folder or repository")',
+        "```",
+    ]
+    for heading, what in _FOR_THE_AUTHOR:
+        lines += ["", f"## {heading}", "", f"[To be written by the author: {what}.]"]
+    return "\n".join(lines) + "\n"
+
+
+def _auto_class(model: Any) -> str | None:
+    """The class of transformers that loads the base model; None for a model of another library."""
+    import transformers
+
+    if not isinstance(innermost(model), transformers.PreTrainedModel):
+        return None
+    task = type(model).__name__.removeprefix("PeftModel").removeprefix("For")
+    return "AutoModel" if task in ("", "FeatureExtraction") else f"AutoModelFor{task}"
+
+
+def create_or_update_model_card(model: Any, output_dir: str | os.PathLike[str]) -> None:
+    """Write ``README.md`` into ``output_dir``, or bring the one that is there up to date.
+
+    ``library_name`` stays "peft": the adapter is one that HF PEFT, and every tool made for it, can
+    load.
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+
+    path = Path(output_dir) / "README.md"
+    if path.exists():
+        card = ModelCard.load(path)
+    else:
+        header = ModelCardData().to_yaml()
+        card = ModelCard(f"---\n{header}\n---\n\n{_new_text(model)}")
+    card.data["library_name"] = "peft"
+    card.data["tags"] = sorted({*(card.data.get("tags") or []), *card_tags(model)})
+    tasks = [adapter.task_type for adapter in model.peft_config.values()]
+    if TaskType.CAUSAL_LM in tasks and not card.data.get("pipeline_tag"):
+        card.data["pipeline_tag"] = "text-generation"
+    config = get_model_config(innermost(model))
+    if config != DUMMY_MODEL_CONFIG and config.get("_name_or_path"):
+        card.data["base_model"] = config["_name_or_path"]
+    lines = card.text.splitlines()
+    quantisation = config.get("quantization_config")
+    if quantisation and _QUANTISED not in lines:
+        lines += ["", "## Training procedure", "", _QUANTISED, ""]
+        lines += [f"- {name}: {value}" for name, value in quantisation.items()]
+    versions = [f"- PEFT {PEFT_COMPAT_VERSION}", f"- peftkern {__version__}"]
+    if _VERSIONS not in lines:
+        lines += ["", _VERSIONS, ""]
+    at = lines.index(_VERSIONS) + 2
+    lines[at:at] = [line for line in versions if line not in lines]
+    card.text = "\n".join(lines)
+    write_text_atomically(path, str(card))

@@ -1,0 +1,397 @@
+"""Saving and loading of adapters: what ``PeftModel`` does with files and the hub."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..configs.base import PeftConfig
+from ..files.atomic import replaced_together, write_atomically
+from ..files.hub import split_hub_kwargs
+from ..tuners.base_tuner import BaseTuner
+from ..tuners.checks import check_adapter_name
+from ..tuners.lora.inits import collect
+from ..tuners.lora.plain import as_plain_lora
+from ..tuners.prompting.prompts import innermost
+from ..utils.constants import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from ..utils.module_tree import checkpoints_activations, parameters_of, training_modules
+from ..utils.undo import unchanged_on_error
+from .card import create_or_update_model_card
+from .loading import LoadResult, check_keys, check_shapes, fill, match_weights
+from .state_dicts import (
+    check_named,
+    check_whole,
+    get_peft_model_state_dict,
+    load_peft_weights,
+    state_dict_of,
+)
+
+
+def _without_aliases(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors, each with storage of its own, as the safetensors format wants them."""
+    seen: set[tuple[Any, ...]] = set()
+    out = {}
+    for key, value in tensors.items():
+        value = value.detach().contiguous()
+        place = (value.device, value.untyped_storage().data_ptr())
+        if value.numel() and place in seen:
+            value = value.clone()
+        seen.add((value.device, value.untyped_storage().data_ptr()))
+        out[key] = value
+    return out
+
+
+def _write_weights(path: str, tensors: dict[str, Tensor]) -> None:
+    """As safetensors, or as a torch pickle of tensors when the name does not end so."""
+
+    def write(tmp: str) -> None:
+        if path.endswith(".safetensors"):
+            from safetensors.torch import save_file
+
+            save_file(tensors, tmp, metadata={"format": "pt"})
+        else:
+            torch.save(tensors, tmp)
+
+    write_atomically(path, write)
+
+
+def evaluate(model: nn.Module) -> None:
+    """``model.eval()``, which costs as much as a small adapter's loading: left out where the
+    wrappers around a model in evaluation mode are all that is to be switched."""
+    training = training_modules(model)
+    if all(isinstance(module, (AdapterFiles, BaseTuner)) for module in training):
+        for module in training:
+            module.training = False
+    else:
+        model.eval()
+
+
+class AdapterFiles:
+    """Mixed into :class:`PeftModel`."""
+
+    def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
+        """Write the adapter's ``README.md``, or bring it up to date."""
+        create_or_update_model_card(self, output_dir)
+
+    def _upload_modified_files(
+        self, working_dir: str | os.PathLike[str], *args: Any, **kwargs: Any
+    ) -> Any:
+        # transformers' push_to_hub has put a card of its own, or the hub's, over the one just saved
+        self.create_or_update_model_card(working_dir)
+        return super()._upload_modified_files(working_dir, *args, **kwargs)  # type: ignore[misc]
+
+    def save_pretrained(
+        self: Any,
+        save_directory: str | os.PathLike[str],
+        safe_serialization: bool = True,
+        selected_adapters: list[str] | None = None,
+        save_embedding_layers: bool | Literal["auto"] = "auto",
+        is_main_process: bool = True,
+        path_initial_model_for_weight_conversion: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Save adapters: weights, configuration and model card, written aside and renamed.
+
+        The adapter "default" goes to ``save_directory``, any other to a folder of its name inside
+        it.
+
+        Args:
+            save_directory: folder, made when missing.
+            safe_serialization: True writes ``adapter_model.safetensors``, False a torch pickle of
+                plain tensors, ``adapter_model.bin``. Only the one that was saved last is kept.
+            selected_adapters: names; None saves all.
+            save_embedding_layers: see :func:`get_peft_model_state_dict`.
+            is_main_process: other processes write nothing.
+            path_initial_model_for_weight_conversion: folder of the adapter as it started, saved
+                before training, when that start has changed the base weights (PiSSA, OLoRA, …).
+                What is saved then is a plain LoRA adapter of twice the rank for the unchanged base
+                model, see :mod:`peftkern.tuners.lora.plain`.
+            **kwargs: ``state_dict``, to save from instead of the model's own: names as in
+                ``model.state_dict()``, or as in a file of one adapter.
+
+        Raises:
+            ValueError: the folder is a file, an adapter is unknown, ``state_dict`` lacks tensors of
+                an adapter, or tensors are empty, as parts of a sharded model are. Nothing has been
+                written then.
+        """
+        if os.path.isfile(save_directory):
+            raise ValueError(f"Provided path ({save_directory}) should be a directory, not a file")
+        names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
+        if unknown := [n for n in names if n not in self.peft_config]:
+            raise ValueError(
+                "You passed an invalid `selected_adapters` arguments, current supported adapter "
+                f"names are {list(self.peft_config)} - got {unknown}."
+            )
+        for name in names:
+            check_adapter_name(name)  # it becomes a folder's, whoever put it into `peft_config`
+        given = kwargs.get("state_dict")
+        tensors: dict[str, dict[str, Tensor]] = {}
+        if not is_main_process:
+            # may have parts of tensors, or an empty state dict; with FSDP all processes gather
+            for _ in names if given is None else ():
+                state_dict_of(self)
+        elif given is not None and len(names) > 1:
+            check_named(self, given, names)
+        for name in names if is_main_process else ():
+            tensors[name] = get_peft_model_state_dict(
+                self, given, name, save_embedding_layers=save_embedding_layers
+            )
+            check_whole(tensors[name], name, given is not None)
+        if isinstance(self.base_model, AdapterFiles) and selected_adapters is None:
+            # a prompt on top of LoRA adapters, which may train with it
+            inner = kwargs | {"is_main_process": is_main_process}
+            if given is not None:
+                inner["state_dict"] = {
+                    key.removeprefix("base_model."): value
+                    for key, value in given.items()
+                    if key.startswith("base_model.")
+                }
+            self.base_model.save_pretrained(
+                save_directory, safe_serialization, None, save_embedding_layers, **inner
+            )
+        if not is_main_process:
+            return
+        configs = {name: self.peft_config[name] for name in names}
+        if path_initial_model_for_weight_conversion is not None:
+            if self._is_prompt_learning:
+                raise ValueError(
+                    "Passing `path_initial_model_for_weight_conversion` to `save_pretrained` is "
+                    f"not supported for {self.peft_type.value}."
+                )
+            start = load_peft_weights(path_initial_model_for_weight_conversion)
+            for name in names:
+                configs[name], tensors[name] = as_plain_lora(configs[name], tensors[name], start)
+        written, other = SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+        if not safe_serialization:
+            written, other = other, written
+        os.makedirs(save_directory, exist_ok=True)
+        for name, found in tensors.items():
+            folder = (
+                os.fspath(save_directory)
+                if name == "default"
+                else os.path.join(save_directory, name)
+            )
+            os.makedirs(folder, exist_ok=True)
+            # weights and configuration belong together
+            with replaced_together(folder, without=[other]) as staged:
+                _write_weights(os.path.join(staged, written), _without_aliases(found))
+                self._save_config(configs[name], staged)
+        self.create_or_update_model_card(save_directory)
+
+    def _save_config(self: Any, config: PeftConfig, folder: str) -> None:
+        base = innermost(self)
+        if config.base_model_name_or_path is None:
+            config.base_model_name_or_path = base.__dict__.get("name_or_path") or None
+        mapping = None
+        if config.task_type is None:
+            mapping = {
+                "base_model_class": type(base).__name__,
+                "parent_library": type(base).__module__,
+            }
+        saved = copy.copy(config)  # the model's own may be in use, or be saved, by another thread
+        saved.inference_mode = True
+        saved.save_pretrained(folder, auto_mapping_dict=mapping)
+
+    @classmethod
+    def from_pretrained(
+        cls: Any,
+        model: nn.Module,
+        model_id: str | os.PathLike[str],
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: PeftConfig | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: dict[str, str] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Wrap ``model`` with a saved adapter.
+
+        Args:
+            model: the base model, changed in place. A PeftModel only where the adapter is a prompt,
+                which goes on top of LoRA adapters.
+            model_id: folder of the adapter, or ``owner/name`` on the hub; a folder is taken first.
+            adapter_name: its name in this model.
+            is_trainable: let it train on; otherwise it is frozen.
+            config: take this configuration instead of the saved one.
+            autocast_adapter_dtype: keep adapter weights in float32 under a float16 or bfloat16
+                model.
+            ephemeral_gpu_offload: not supported, must be False.
+            low_cpu_mem_usage: put the loaded tensors in place instead of copying them.
+            key_mapping: regular expression -> replacement for names in the file.
+            **kwargs: ``torch_device``, ``ignore_mismatched_sizes`` and what
+                ``hf_hub_download`` takes.
+
+        Raises:
+            ValueError: files missing, damaged, of another method, not finite, or with missing or
+                extra keys; the model is a PeftModel.
+            RuntimeError: shapes differ from the model's.
+            Either way the base model is as it was.
+        """
+        check_adapter_name(adapter_name)
+        if ephemeral_gpu_offload:
+            raise NotImplementedError("ephemeral_gpu_offload=True is not supported")
+        hub, rest = split_hub_kwargs(kwargs)
+        if config is None:
+            config = PeftConfig.from_pretrained(model_id, **hub)
+        elif not isinstance(config, PeftConfig):
+            raise ValueError(f"The input config must be a PeftConfig, got {config.__class__}")
+        if isinstance(model, AdapterFiles) and not config.is_prompt_learning:
+            inside: Any = model
+            raise ValueError(
+                f"`model` is a {type(model).__name__} already, with the adapters "
+                f"{sorted(inside.peft_config)}: use `model.load_adapter(model_id, name)` to "
+                "load another one into it, or `model.unload()` first. Nothing was changed."
+            )
+        config.check_loadable(is_trainable)
+        # the first values of a prompt are not needed, and may need a tokenizer
+        config.inference_mode = not is_trainable or config.is_prompt_learning
+        config.check_supported()
+        if key_mapping is None and not config.is_prompt_learning:
+            key_mapping = getattr(model, "_checkpoint_conversion_mapping", None)
+        weights = load_peft_weights(model_id, rest.get("torch_device"), key_mapping, **hub)
+        config.check_fits(weights)
+        flags = [(p, p.requires_grad) for p in parameters_of(model)]
+        before = model.__dict__.get("peft_config")  # of adapters that are in it already
+        settings: Any = getattr(model, "config", None)
+        split = getattr(settings, "pretraining_tp", None)
+        # adapters that are there already, and hooks, would not come back by themselves
+        kept = before is not None or isinstance(model, AdapterFiles)
+        kept = kept or checkpoints_activations(model)
+        peft_model = None
+        try:
+            with (
+                unchanged_on_error(model, when=kept),
+                collect() as change_base_weights,
+            ):
+                peft_model = cls.class_for(config.task_type)(
+                    model,
+                    config,
+                    adapter_name,
+                    autocast_adapter_dtype=autocast_adapter_dtype,
+                    low_cpu_mem_usage=low_cpu_mem_usage,
+                )
+                peft_model._fill(
+                    weights, adapter_name, model_id, low_cpu_mem_usage, rest, change_base_weights
+                )
+        except BaseException:
+            if peft_model is not None and config.is_prompt_learning:
+                peft_model._remove_prompts()
+            elif peft_model is not None and kept:
+                if peft_model.base_model._unstack is not None:
+                    peft_model.base_model._unstack()
+            elif peft_model is not None:
+                peft_model.base_model.withdraw(adapter_name)
+                del model.peft_config
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
+            if split is not None:
+                settings.pretraining_tp = split
+            raise
+        config.inference_mode = not is_trainable
+        if is_trainable and config.is_prompt_learning:
+            peft_model.set_adapter(adapter_name)
+        if not is_trainable:
+            evaluate(peft_model)
+        return peft_model
+
+    def load_adapter(
+        self: Any,
+        model_id: str | os.PathLike[str],
+        adapter_name: str,
+        is_trainable: bool = False,
+        torch_device: str | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: dict[str, str] | None = None,
+        **kwargs: Any,
+    ) -> LoadResult:
+        """Load a saved adapter beside the others, or new weights into the one of that name.
+
+        It is not made active. Arguments and errors are those of :meth:`from_pretrained`; after an
+        error no adapter was added and no weight was changed.
+
+        Returns:
+            ``missing_keys``, ``unexpected_keys``, ``mismatched_keys`` (empty, but for what
+            ``ignore_mismatched_sizes`` allowed).
+        """
+        if ephemeral_gpu_offload:
+            raise NotImplementedError("ephemeral_gpu_offload=True is not supported")
+        hub, rest = split_hub_kwargs(kwargs)
+        new = adapter_name not in self.peft_config
+        if new:
+            config = PeftConfig.from_pretrained(model_id, **hub)
+            config.check_loadable(is_trainable)
+            config.inference_mode = not is_trainable or config.is_prompt_learning
+        if key_mapping is None and not self._is_prompt_learning:
+            key_mapping = getattr(self.get_base_model(), "_checkpoint_conversion_mapping", None)
+        weights = load_peft_weights(model_id, torch_device, key_mapping, **hub)
+        if new:
+            config.check_fits(weights)
+        prompts = self._is_prompt_learning
+        added, active = (
+            False,
+            (self.active_adapter, getattr(self.base_model, "active_adapter", None)),
+        )
+        try:
+            with collect() as change_base_weights:
+                if new:
+                    self.add_adapter(
+                        adapter_name,
+                        config,
+                        low_cpu_mem_usage=low_cpu_mem_usage,
+                        autocast_adapter_dtype=autocast_adapter_dtype,
+                    )
+                    added = True
+                with self._loadable(adapter_name, is_trainable) if prompts else nullcontext():
+                    result = self._fill(
+                        weights,
+                        adapter_name,
+                        model_id,
+                        low_cpu_mem_usage,
+                        rest,
+                        change_base_weights,
+                    )
+        except BaseException:
+            if added:
+                self.delete_adapter(adapter_name)
+                if prompts:
+                    self._remove_prompts(only_empty=True)
+                else:
+                    self.base_model.withdraw(adapter_name)
+                    self.active_adapter, self.base_model.active_adapter = active
+            raise
+        if new and prompts:
+            config.inference_mode = not is_trainable
+        if new and is_trainable and not prompts:  # a prompt trains from `set_adapter` on
+            self.set_requires_grad(adapter_name)
+        if not is_trainable:
+            evaluate(self)
+        return result
+
+    def _fill(
+        self: Any,
+        weights: dict[str, Tensor],
+        adapter_name: str,
+        source: Any,
+        assign: bool,
+        options: dict[str, Any],
+        change_base_weights: Callable[[], None],
+    ) -> LoadResult:
+        """Check names and shapes of all ``weights`` against the adapter, then put them in; between
+        both ``change_base_weights`` does what the adapter's start (PiSSA, …) does to the base."""
+        match = match_weights(self, weights, adapter_name)
+        check_keys(match, adapter_name, os.fspath(source), self.peft_config[adapter_name])
+        ignore = options.get("ignore_mismatched_sizes", False)
+        if not ignore:
+            check_shapes(match)
+        change_base_weights()
+        return fill(self, match, adapter_name, ignore, assign)

@@ -1,0 +1,211 @@
+"""``PeftConfig``: what an adapter is, as a dataclass and as ``adapter_config.json``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import PushToHubMixin
+
+from .._version import PEFT_COMPAT_VERSION as __version__  # of HF PEFT, whose format is written
+from ..files.atomic import read_whole, write_text_atomically
+from ..files.hub import locate_file, split_hub_kwargs
+from ..utils.constants import CONFIG_NAME
+from ..utils.error import MissingKeysError
+from ..utils.peft_types import PeftType, TaskType
+from .checks import check_types, one_of
+
+# {method: its configuration}; filled where the classes are made, see `PeftConfig`
+PEFT_TYPE_TO_CONFIG_MAPPING: dict[PeftType, type[PeftConfig]] = {}
+
+
+def config_class_for(peft_type: Any) -> type[PeftConfig]:
+    """The configuration class of a ``peft_type``;
+    ValueError when peftkern does not have the method."""
+    return PEFT_TYPE_TO_CONFIG_MAPPING[one_of(PeftType, peft_type, "peft_type")]
+
+
+def build_config(cls: type[PeftConfig], values: dict[str, Any], source: str) -> PeftConfig:
+    """Make ``cls`` from a dict that may hold keys of other PEFT versions.
+
+    A key that ``cls`` lacks is dropped silently when it is None (old versions wrote such keys) and
+    with a warning that names it when it has a value.
+    """
+    known = {f.name for f in dataclasses.fields(cls) if f.init}
+    unknown = sorted(k for k, v in values.items() if k not in known and v is not None)
+    if unknown:
+        warnings.warn(
+            f"Unexpected keyword arguments {unknown} for class {cls.__name__}, these are ignored. "
+            f"They come from {source}, may be of another version of PEFT, and what they ask for is "
+            "not done.",
+            stacklevel=3,
+        )
+    return cls(**{k: v for k, v in values.items() if k in known})
+
+
+@dataclass
+class PeftConfigMixin(PushToHubMixin):
+    """Reading and writing of ``adapter_config.json``, common to all methods.
+
+    Args:
+        task_type: one of :class:`TaskType`, or None for a model without a task.
+        peft_type: one of :class:`PeftType`.
+        auto_mapping: base model class and library, written for models without a task type.
+        peft_version: the version of HF PEFT whose format this follows; filled in when None.
+    """
+
+    task_type: TaskType | str | None = field(default=None)
+    peft_type: PeftType | str | None = field(default=None)
+    auto_mapping: dict | None = field(default=None)
+    peft_version: str | None = field(default=None)
+
+    def __post_init__(self) -> None:
+        if self.task_type is not None:
+            one_of(TaskType, self.task_type, "task type")
+        if self.peft_version is None:
+            self.peft_version = __version__
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as plain Python values."""
+        return asdict(self)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Write ``adapter_config.json`` into ``save_directory`` (made when missing), in one step.
+
+        Args:
+            save_directory: a folder; AssertionError when it is a file.
+            **kwargs: ``auto_mapping_dict`` replaces ``auto_mapping``.
+        """
+        if os.path.isfile(save_directory):
+            raise AssertionError(
+                f"Provided path ({save_directory}) should be a directory, not a file"
+            )
+        os.makedirs(save_directory, exist_ok=True)
+        values = {k: sorted(v) if isinstance(v, set) else v for k, v in self.to_dict().items()}
+        if kwargs.get("auto_mapping_dict") is not None:
+            values["auto_mapping"] = kwargs["auto_mapping_dict"]
+        text = json.dumps(values, indent=2, sort_keys=True)
+        write_text_atomically(Path(save_directory) / CONFIG_NAME, text)
+
+    @classmethod
+    def from_json_file(
+        cls, path_json_file: str | os.PathLike[str], **kwargs: Any
+    ) -> dict[str, Any]:
+        """The dict in a config file. ValueError, naming the file, when it is not a JSON object."""
+        try:
+            values = json.loads(Path(path_json_file).read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as exc:
+            raise ValueError(f"{os.fspath(path_json_file)} is not valid JSON: {exc}") from exc
+        if not isinstance(values, dict):
+            kind = type(values).__name__
+            raise ValueError(f"{os.fspath(path_json_file)} must hold a JSON object, got {kind}")
+        if "runtime_config" in values:  # only valid at run time, never from disk
+            warnings.warn(
+                f"{os.fspath(path_json_file)}: `runtime_config` is ignored.", stacklevel=2
+            )
+            del values["runtime_config"]
+        return values
+
+    @classmethod
+    def from_peft_type(cls, **kwargs: Any) -> PeftConfig:
+        """The configuration of the class that ``peft_type`` names (or
+        of this class without one)."""
+        target = config_class_for(kwargs["peft_type"]) if kwargs.get("peft_type") else cls
+        return build_config(target, kwargs, target.__name__)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        subfolder: str | None = None,
+        **kwargs: Any,
+    ) -> PeftConfig:
+        """Read the configuration from a local folder or a hub repository.
+
+        Args:
+            pretrained_model_name_or_path: folder, or ``owner/name`` on the hub.
+            subfolder: folder inside it.
+            **kwargs: passed to ``hf_hub_download`` (``revision``, ``token``, ``cache_dir``, …).
+
+        Raises:
+            ValueError: no such file, bad JSON, or a ``peft_type`` that peftkern does not have.
+
+        As in HF PEFT the class is the one that the file names, whichever this is called on.
+        """
+        hub, rest = split_hub_kwargs({**kwargs, "subfolder": subfolder})
+        where = os.fspath(pretrained_model_name_or_path)
+        found = read_whole(
+            lambda: locate_file(where, CONFIG_NAME, **hub),
+            lambda path: (path, cls.from_json_file(path)),
+        )
+        if found is None:
+            raise ValueError(f"Can't find '{CONFIG_NAME}' at '{where}'")
+        file, values = found
+        values = {**{k: v for k, v in rest.items() if k in _field_names(cls)}, **values}
+        if not values.get("peft_type"):
+            raise MissingKeysError(
+                f"The {cls.__name__} config that is trying to be loaded is missing required keys: "
+                f"{{'peft_type'}}. {file} is not an adapter configuration."
+            )
+        try:
+            target = config_class_for(values["peft_type"])
+            check_types(target, values)
+            return build_config(target, values, file)
+        except (ValueError, TypeError) as exc:
+            raise ValueError(f"{file}: {exc}") from exc
+
+    @property
+    def is_prompt_learning(self) -> bool:
+        """Whether the method trains virtual tokens rather than weights."""
+        return False
+
+    @property
+    def is_adaption_prompt(self) -> bool:
+        """Always False: peftkern has no adaption prompt."""
+        return False
+
+
+def _field_names(cls: type) -> set[str]:
+    return {f.name for f in dataclasses.fields(cls)}
+
+
+@dataclass
+class PeftConfig(PeftConfigMixin):
+    """What every adapter configuration has.
+
+    A subclass that is made with ``method=`` (a :class:`PeftType`) is that method's: files that name
+    the method are read as it.
+
+    Args:
+        base_model_name_or_path: the model that the adapter belongs to.
+        revision: its revision on the hub.
+        inference_mode: True when the adapter is loaded frozen.
+    """
+
+    base_model_name_or_path: str | None = field(default=None)
+    revision: str | None = field(default=None)
+    inference_mode: bool = field(default=False)
+
+    def __init_subclass__(cls, method: PeftType | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if method is not None:
+            PEFT_TYPE_TO_CONFIG_MAPPING[method] = cls
+
+    def check_supported(self) -> None:
+        """Raise one NotImplementedError that names everything asked for that peftkern cannot do."""
+        raise NotImplementedError(
+            f"{type(self).__name__} alone describes no adapter that can be built"
+        )
+
+    def check_loadable(self, is_trainable: bool) -> None:
+        """Raise a ValueError when a saved adapter of this kind cannot be trained on."""
+
+    def check_fits(self, weights: Mapping[str, Any]) -> None:
+        """Raise a ValueError when sizes in the configuration are far beyond the saved tensors, so
+        that a damaged file cannot make us ask for terabytes."""

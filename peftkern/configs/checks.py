@@ -1,0 +1,71 @@
+"""Checks of single values of configurations: one error that names the field and what was given."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from enum import Enum
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+
+def one_of(enum_cls: type, value: Any, what: str) -> Any:
+    """``value`` as a member of the string enum ``enum_cls``,
+    or a ValueError naming what is allowed."""
+    try:
+        return enum_cls(value)
+    except ValueError:
+        allowed = ", ".join(member.value for member in enum_cls)  # type: ignore[attr-defined]
+        raise ValueError(
+            f"Invalid {what}: {value!r}. Must be one of the following {what}s: {allowed}."
+        ) from None
+
+
+def positive(name: str, value: Any, optional: bool = False) -> None:
+    """Raise a ValueError, naming the field, unless ``value`` is an integer above 0."""
+    if value is None and optional:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+        raise ValueError(f"`{name}` must be a positive integer, got {value!r}")
+
+
+def fits_type(value: Any, hint: Any) -> bool:
+    """Whether a value read from JSON is what a field's type hint describes."""
+    origin, args = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return True
+    if origin in (Union, UnionType):
+        return any(fits_type(value, h) for h in args)
+    if hint is None or hint is type(None):
+        return value is None
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if origin is Literal:
+        return value in args
+    if origin in (list, set, Sequence) or hint in (list, set):
+        return isinstance(value, list) and all(fits_type(v, h) for v in value for h in args[:1])
+    if origin is tuple:
+        return (
+            isinstance(value, list) and len(value) == len(args) and all(map(fits_type, value, args))
+        )
+    if origin is dict or hint is dict:
+        return isinstance(value, dict) and all(
+            fits_type(v, h) for v in value.values() for h in args[1:]
+        )
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return True  # its own check says what is allowed
+    if dataclasses.is_dataclass(hint):
+        return isinstance(value, dict)
+    return isinstance(value, hint if hint in (str, bool) else (str, dict))
+
+
+def check_types(cls: type, values: dict[str, Any]) -> None:
+    """Raise a ValueError, naming the key, for a value from a file that is of a wrong type."""
+    hints = get_type_hints(cls)
+    for name, value in values.items():
+        # old files hold null for what had no default then
+        if name in hints and value is not None and not fits_type(value, hints[name]):
+            shown = str(hints[name]).replace("typing.", "").replace("NoneType", "None")
+            raise ValueError(f"`{name}` must be {shown}, got {value!r}")

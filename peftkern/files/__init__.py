@@ -1,0 +1,1 @@
+"""Files: replaced so that no reader sees a part, and found in a folder or on the hub."""

@@ -1,0 +1,413 @@
+"""``PeftModel``: an adapted model that calls, generates, saves and loads like the model it
+wraps."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.utils import PushToHubMixin
+
+from ..checkpoint.saving import AdapterFiles
+from ..configs.base import PeftConfig
+from ..tuners.base_layer import BaseTunerLayer, as_names
+from ..tuners.checks import check_adapter_name, check_config, warn_of_prefix
+from ..tuners.lora.alora import get_alora_offsets_for_forward, get_alora_offsets_for_generate
+from ..tuners.lora.group import settle
+from ..tuners.modules_to_save import ModulesToSaveWrapper
+from ..tuners.prompting.calls import (
+    generation_setting,
+    prompted_forward,
+    prompted_generate,
+    row_repeats,
+)
+from ..tuners.prompting.tuner import PromptLearning
+from ..tuners.registry import PEFT_TYPE_TO_TUNER_MAPPING
+from ..utils.module_tree import checkpoints_activations
+from ..utils.peft_types import PeftType, TaskType
+from .status import (
+    AdapterStatus,
+)
+
+_claimed: dict[tuple[type, type], type] = {}
+
+
+def _with_hf_peft(cls: type) -> type:
+    """``cls``, joined with HF PEFT's class of the same name when HF PEFT is loaded.
+
+    Trainer, accelerate and TRL decide by ``isinstance(model, peft.PeftModel)``. Whoever asks has
+    imported peft, so looking into ``sys.modules`` is enough and nothing is imported here.
+    """
+    peft = sys.modules.get("peft")
+    theirs = getattr(peft, cls.__name__, None) or getattr(peft, "PeftModel", None)
+    if not isinstance(theirs, type) or not issubclass(theirs, nn.Module) or issubclass(cls, theirs):
+        return cls
+    if (cls, theirs) not in _claimed:
+        names = {"__module__": cls.__module__, "__doc__": cls.__doc__}
+        _claimed[cls, theirs] = type(cls.__name__, (cls, theirs), names)
+        # TRL also asks, by isinstance(layer, BaseTunerLayer), whether lm_head has an adapter, which
+        # its losses would not see
+        layers = sys.modules.get("peft.tuners.tuners_utils")
+        register = getattr(getattr(layers, "BaseTunerLayer", None), "register", None)
+        if register is not None:
+            register(BaseTunerLayer)
+    return _claimed[cls, theirs]
+
+
+def _new(cls: Any) -> Any:
+    return cls.__new__(cls)
+
+
+# {task: its class}; filled where the classes are made, see tasks.py
+MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[Any, type[PeftModel]] = {}
+
+
+class PeftModel(PromptLearning, AdapterFiles, AdapterStatus, PushToHubMixin, nn.Module):
+    """A base model with adapters in it, or with prompts beside it (see :class:`PromptLearning`).
+
+    Args:
+        model: the base model, changed in place.
+        peft_config: the first adapter.
+        adapter_name: its name; no dots.
+        autocast_adapter_dtype: keep adapter weights in float32 under a float16 or bfloat16 model.
+        low_cpu_mem_usage: make the adapter's weights on the meta device, to be loaded afterwards.
+
+    Attributes:
+        base_model: the tuner; ``base_model.model`` is the adapted model. With prompts, the model
+            itself.
+        peft_config: {adapter name: configuration}.
+        active_adapter: the adapter that calls go through.
+
+    Raises:
+        ValueError, NotImplementedError: as :func:`peftkern.get_peft_model`; the model is left as it
+            was.
+    """
+
+    # data of the task classes, see tasks.py
+    forward_args: tuple[str, ...] = ()
+    head_names: tuple[str, ...] = ()
+    keeps_token_types = False
+    pools_last_token = False
+    labels_are_tokens = False
+    prompt_in_encoder = False
+    finds_invocations = False  # of aLoRAs, among its input ids
+
+    base_model: Any
+
+    def __init_subclass__(cls, task: TaskType | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if task is not None:
+            MODEL_TYPE_TO_PEFT_MODEL_MAPPING[task] = cls
+
+    @classmethod
+    def class_for(cls, task_type: Any) -> type[PeftModel]:
+        """The class of a task; this one where there is none."""
+        return MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(task_type, cls)
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig,
+        adapter_name: str = "default",
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+    ) -> None:
+        super().__init__()
+        check_adapter_name(adapter_name)
+        check_config(peft_config)
+        peft_config.check_supported()
+        self._add_heads(peft_config)
+        self.active_adapter = adapter_name
+        self.peft_type = PeftType(peft_config.peft_type)
+        self.special_peft_forward_args = {"adapter_names", "alora_offsets"}
+        self._is_prompt_learning = peft_config.is_prompt_learning
+        self._adapters_disabled = False
+        if self._is_prompt_learning:
+            self._start_prompts(model, peft_config)
+            self.add_adapter(adapter_name, peft_config)
+        else:
+            self.base_model = PEFT_TYPE_TO_TUNER_MAPPING[self.peft_type](
+                model,
+                {adapter_name: peft_config},
+                adapter_name,
+                low_cpu_mem_usage=low_cpu_mem_usage,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+            )
+        self._note_head_layer()
+        if checkpoints_activations(model):
+            self._prepare_model_for_gradient_checkpointing(model)
+        config: Any = getattr(model, "config", None)
+        if hasattr(config, "pretraining_tp"):
+            config.pretraining_tp = 1  # the split changes numbers, for parity with TP training only
+
+    # isinstance() looks at this when type(model) does not match
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return _with_hf_peft(type(self))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _new, (type(self),), self.__dict__
+
+    def _add_heads(self, config: Any) -> None:
+        """The task's head trains in full and is saved with the adapter."""
+        if self.head_names:
+            have = list(config.modules_to_save or [])
+            config.modules_to_save = have + [n for n in self.head_names if n not in have]
+
+    def _note_head_layer(self) -> None:
+        for name, module in self.get_base_model().named_children():
+            if isinstance(module, ModulesToSaveWrapper):
+                self.cls_layer_name = name
+                break
+
+    def prepare_model_for_gradient_checkpointing(self, model: Any) -> Any:
+        """Have the embeddings of ``model`` require a gradient, and return it."""
+        self._prepare_model_for_gradient_checkpointing(model)
+        return model
+
+    @staticmethod
+    def _prepare_model_for_gradient_checkpointing(model: Any) -> None:
+        """Let the embeddings' output require a gradient:
+        checkpointed blocks pass none on otherwise."""
+        if any(
+            getattr(model, f"is_{how}", False)
+            for how in ("loaded_in_8bit", "loaded_in_4bit", "quantized")
+        ):
+            return
+        if hasattr(model, "enable_input_require_grads"):
+            model.enable_input_require_grads()
+        elif hasattr(model, "get_input_embeddings"):
+            model.get_input_embeddings().register_forward_hook(
+                lambda m, i, out: out.requires_grad_(True)
+            )
+
+    # ---------------------------------------------------------------- what it is
+
+    @property
+    def peft_config(self) -> dict[str, Any]:
+        return self._peft_config if self._is_prompt_learning else self.base_model.peft_config
+
+    @peft_config.setter
+    def peft_config(self, value: dict[str, Any]) -> None:
+        if self._is_prompt_learning:
+            self._peft_config = value
+        else:
+            self.base_model.peft_config = value
+
+    @property
+    def active_peft_config(self) -> Any:
+        name = self.active_adapter
+        return self.peft_config[name if isinstance(name, str) else name[0]]
+
+    @property
+    def active_adapters(self) -> list[str]:
+        if self._is_prompt_learning:
+            return as_names(self.active_adapter)
+        return self.base_model.active_adapters
+
+    @property
+    def base_model_torch_dtype(self) -> torch.dtype | None:
+        return getattr(self.base_model, "dtype", None)
+
+    @property
+    def has_active_enabled_adapter(self) -> bool:
+        return not self._adapters_disabled and bool(self.active_adapters)
+
+    @property
+    def modules_to_save(self) -> set[str] | None:
+        """Every name in the adapters' ``modules_to_save``, or None when there is none."""
+        names = {
+            n
+            for c in self.peft_config.values()
+            for n in (getattr(c, "modules_to_save", None) or ())
+        }
+        return names or None
+
+    def get_base_model(self) -> nn.Module:
+        """The model that was wrapped, adapter layers included."""
+        return self.base_model if self._is_prompt_learning else self.base_model.model
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_model":  # not built yet
+                raise
+            return getattr(self.base_model, name)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether :func:`peftkern.convert_to_lora` can turn the adapter into one of plain LoRA."""
+        if self._is_prompt_learning:
+            return False
+        return self.base_model.supports_lora_conversion(adapter_name)
+
+    # ---------------------------------------------------------------- calling it
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        asked = (kwargs.get(name) is not None for name in self.special_peft_forward_args)
+        if not any(asked) or not self.has_active_enabled_adapter:
+            yield
+            return
+        with self.base_model._enable_peft_forward_hooks(*args, **kwargs):
+            yield
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the base model. Positional arguments are the task's (``forward_args``), keywords the
+        base's.
+
+        ``adapter_names`` gives each row of the batch its own adapter ("__base__" for none).
+        """
+        if self.forward_args:
+            if len(args) > len(self.forward_args):
+                raise TypeError(
+                    f"forward takes at most {len(self.forward_args)} positional arguments"
+                )
+            for name, value in zip(self.forward_args, args, strict=False):
+                if name in kwargs:
+                    raise TypeError(f"forward got multiple values for argument {name!r}")
+                if value is not None:
+                    kwargs[name] = value
+            args = ()
+            kwargs.pop("task_ids", None)  # for adapter methods that learn several tasks at once
+        if self._is_prompt_learning:
+            return prompted_forward(self, kwargs)
+        settle(self.base_model.model)
+        if self.finds_invocations:
+            inputs: dict[str, Any] = {
+                n: kwargs[n] for n in ("input_ids", "inputs_embeds") if n in kwargs
+            }
+            kwargs = {**get_alora_offsets_for_forward(self, **kwargs), **inputs}
+        special = [n for n in self.special_peft_forward_args if kwargs.get(n) is not None]
+        base = {k: v for k, v in kwargs.items() if k not in self.special_peft_forward_args}
+        if not special:
+            return self.base_model.model(*args, **base)
+        with self._enable_peft_forward_hooks(*args, **kwargs):
+            return self.base_model.model(*args, **base)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's ``generate``, through the active adapter or
+        the one named for each row."""
+        if self._is_prompt_learning:
+            return prompted_generate(self, args, kwargs)
+        if self.finds_invocations:
+            kwargs = get_alora_offsets_for_generate(self, *args, **kwargs)
+        model = self.base_model.model
+        how = {
+            "num_beams": generation_setting(model, kwargs, "num_beams", *args[1:2]),
+            "row_repeats": row_repeats(model, args[1:], kwargs),
+        }
+        with self._enable_peft_forward_hooks(*args, **{**kwargs, **how}):
+            base = {k: v for k, v in kwargs.items() if k not in self.special_peft_forward_args}
+            return model.generate(*args, **base)
+
+    # ---------------------------------------------------------------- adapters
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Within the block the model is the base model (but for biases that were trained)."""
+        if self._is_prompt_learning:
+            with self._without_prompts():
+                yield
+            return
+        was = self._adapters_disabled
+        layers = list(self.base_model.adapter_layers())
+        states = {layer.disable_adapters for layer in layers}
+        if len(states) > 1:
+            warnings.warn(
+                "The model contains some adapter layers that are enabled and others that are "
+                "disabled. This is "
+                "most likely unintentional. After exiting the disable_adapter context, all "
+                "adapters will be enabled",
+                stacklevel=3,
+            )
+        try:
+            self.base_model.disable_adapter_layers()
+            self._adapters_disabled = True
+            yield
+        finally:
+            if states != {True}:
+                self.base_model.enable_adapter_layers()
+            self._adapters_disabled = was
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: PeftConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
+        """Add an untrained adapter, inactive and frozen until :meth:`set_adapter`.
+
+        Raises:
+            ValueError: the name is taken or holds a dot, the method is another one, or nothing
+                matches.
+            NotImplementedError: the configuration asks for something not built yet.
+            The model is then as it was.
+        """
+        check_adapter_name(adapter_name, self.peft_config)
+        check_config(peft_config)
+        warn_of_prefix(adapter_name, peft_config.peft_type)
+        if PeftType(peft_config.peft_type) != self.peft_type:
+            raise ValueError(
+                f"Cannot combine adapters with different peft types. Found {self.peft_type} and "
+                f"{PeftType(peft_config.peft_type)}."
+            )
+        peft_config.check_supported()
+        self._add_heads(peft_config)
+        self.peft_config[adapter_name] = peft_config
+        try:
+            if self._is_prompt_learning:
+                self._setup_prompt_encoder(adapter_name)
+                return
+            tuner = self.base_model.__dict__
+            was, tuner["_autocast_dtype"] = tuner["_autocast_dtype"], autocast_adapter_dtype
+            try:
+                self.base_model.inject_adapter(
+                    self.base_model.model, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage
+                )
+            finally:
+                tuner["_autocast_dtype"] = was
+        except Exception:
+            self.peft_config.pop(adapter_name, None)
+            raise
+
+    def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
+        """Make ``adapter_name`` the active adapter; it trains unless ``inference_mode``,
+        the others do not."""
+        if not isinstance(adapter_name, str) or adapter_name not in self.peft_config:
+            raise ValueError(
+                f"Adapter {adapter_name} not found. There are {sorted(self.peft_config)}."
+            )
+        if self._is_prompt_learning:
+            self._set_prompt(adapter_name, inference_mode)
+            return
+        self.active_adapter = adapter_name
+        self.base_model.set_adapter(adapter_name, inference_mode=inference_mode)
+
+    def set_requires_grad(
+        self, adapter_names: str | Sequence[str], requires_grad: bool = True
+    ) -> None:
+        """Let the parameters of these adapters train, or freeze them. TypeError for prompts."""
+        if self._is_prompt_learning:
+            raise TypeError(
+                "Setting `requires_grad` is not supported for prompt learning methods like "
+                f"{self.peft_type.value}."
+            )
+        self.base_model.set_requires_grad(adapter_names, requires_grad)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter; when it was active, the first one left becomes active, with what it
+        trains in full or by token."""
+        if self._is_prompt_learning:
+            self._delete_prompt(adapter_name)
+            return
+        self.base_model.delete_adapter(adapter_name)
+        left = self.active_adapters
+        if left and self.active_adapter not in left:
+            self.active_adapter = left[0]

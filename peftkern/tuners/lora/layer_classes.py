@@ -1,0 +1,171 @@
+"""Which LoRA layer a base layer gets, and what is refused before anything is changed."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ...configs.lora import LoraConfig
+from ...utils.warning import PeftWarning
+from ..base_layer import BaseTunerLayer
+from . import bdlora, inits, kasa, training_variants
+from .attention import MultiheadAttention, check_attention
+from .base import LoraLayer, in_out_features
+from .conv import Conv1d, Conv2d, Conv3d
+from .embedding import Embedding
+from .linear import Linear
+from .merging import own_forward
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+# in the order in which they are tried
+LAYERS: dict[type[nn.Module], Callable[[Any], LoraLayer]] = {
+    Conv1D: lambda base: Linear(base, fan_in_fan_out=True),
+    nn.Linear: Linear,
+    nn.Embedding: Embedding,
+    nn.Conv2d: Conv2d,
+    nn.Conv3d: Conv3d,
+    nn.Conv1d: Conv1d,
+    nn.MultiheadAttention: MultiheadAttention,
+}
+
+
+def layer_class(base: nn.Module) -> Callable[[nn.Module], LoraLayer]:
+    """What makes the LoRA layer for a base layer. ValueError for a class that cannot be adapted."""
+    for kind, make in LAYERS.items():
+        if isinstance(base, kind):
+            return make
+    raise ValueError(
+        f"Target module {base} is not supported. Currently, only the following modules are "
+        "supported: `torch.nn.Linear`, `torch.nn.Embedding`, `torch.nn.Conv1d`, `torch.nn.Conv2d`, "
+        "`torch.nn.Conv3d`, `transformers.pytorch_utils.Conv1D`, `torch.nn.MultiheadAttention.`."
+    )
+
+
+def base_of(module: Any) -> nn.Module:
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def custom_class(module: nn.Module, config: LoraConfig) -> type[nn.Module] | None:
+    """The user's LoRA layer class for a base layer; see ``LoraConfig._register_custom_module``."""
+    for kind, cls in (config._custom_modules or {}).items():
+        if isinstance(base_of(module), kind):
+            return cls
+    return None
+
+
+def check(key: str, module: nn.Module, r: int, config: LoraConfig) -> None:
+    """Raise, mostly with HF PEFT's words, for an adapter that the layer ``module`` cannot get.
+
+    Raises:
+        ValueError: ``lora_bias`` on an embedding, a rank that the groups of a convolution do not
+            divide, an attention or an initialisation that cannot be done.
+        TypeError: a dtype that the initialisation is not for.
+    """
+    base: Any = base_of(module)
+    kind = type(base).__name__
+    if isinstance(base, nn.Embedding) and config.lora_bias:
+        raise ValueError(f"lora_bias=True is not supported for Embedding: `{key}`.")
+    if isinstance(base, CONVOLUTIONS) and r % base.groups:
+        raise ValueError(
+            f"Targeting a {kind} with groups={base.groups} and rank {r}. Currently, support is "
+            "limited to conv layers where the rank is divisible by groups. Either choose a "
+            "different rank or do not target this specific layer."
+        )
+    if isinstance(base, nn.MultiheadAttention):
+        check_attention(base, config)
+    if isinstance(base, (nn.Linear, Conv1D)):
+        if config.use_bdlora is not None:
+            bdlora.check(key, in_out_features(base), r, config)
+        if config.kasa_config is not None:
+            kasa.check(base, r, config)
+    training_variants.check(base, config)
+    inits.check(key, base, r, config)
+
+
+def warn(module: nn.Module, config: LoraConfig) -> None:
+    """The warnings of HF PEFT about a layer that gets an adapter, and one about its forward."""
+    base: Any = base_of(module)
+    if config.lora_bias and getattr(base, "bias", None) is None:
+        warnings.warn(
+            "`lora_bias=True` was passed but the targeted layer of type "
+            f"{type(base).__name__} has no bias. This means that merging LoRA weights won't be "
+            "possible.",
+            PeftWarning,
+            stacklevel=5,
+        )
+    if config.changes_base_weights and (said := own_forward(base)) is not None:
+        warnings.warn(
+            f"init_lora_weights={config.init_lora_weights!r} takes the adapter's start out of the "
+            f"weight of {said}: outputs change unless both compute the same.",
+            PeftWarning,
+            stacklevel=5,
+        )
+    if isinstance(base, CONVOLUTIONS) and base.groups > 1 and module is base:
+        warnings.warn(
+            "LoRA adapter added to ConvNd layer with groups > 1. Merging is not supported.",
+            stacklevel=5,
+        )
+
+
+def warn_of_changed_base(configs: list[Any]) -> None:
+    """HF PEFT's warning when one of several adapters changed the weights that all share."""
+    names = {"pissa": "PiSSA", "corda": "CorDA", "olora": "OLoRA", "lora_ga": "LoRA-GA"}
+    inits = [str(getattr(c, "init_name", "")).partition("_niter_")[0] for c in configs]
+    found = [shown for name, shown in names.items() if name in inits]
+    if len(configs) > 1 and found:
+        warnings.warn(
+            f"{found[0]} changes the base weights of the model and should thus not be used with "
+            f"other adapters. Consider converting the {found[0]} adapter into a normal LoRA "
+            "adapter: `save_pretrained(..., path_initial_model_for_weight_conversion=...)`.",
+            stacklevel=5,
+        )
+
+
+def add_adapter(
+    layer: Any,
+    name: str,
+    key: str,
+    r: int,
+    alpha: float,
+    config: LoraConfig,
+    autocast_dtype: bool,
+    meta: bool,
+    trainable: bool,
+) -> None:
+    """Give a LoRA layer one more adapter; a user's class is called as HF PEFT calls it."""
+    if type(layer).update_layer.__module__.startswith("peftkern."):
+        layer.update_layer(name, r, alpha, config, autocast_dtype, meta, trainable, target_name=key)
+    else:
+        layer.update_layer(name, r, lora_alpha=alpha, target_name=key, config=config)
+
+
+def make_custom(
+    cls: Any,
+    base: nn.Module,
+    name: str,
+    key: str,
+    r: int,
+    alpha: float,
+    config: LoraConfig,
+    **how: Any,
+) -> Any:
+    """A user's LoRA layer around ``base`` with its first adapter, made as HF PEFT makes it; ``how``
+    is what our own layers take in addition."""
+    return cls(
+        base,
+        name,
+        config=config,
+        r=r,
+        lora_alpha=alpha,
+        target_name=key,
+        loaded_in_8bit=False,
+        loaded_in_4bit=False,
+        ephemeral_gpu_offload=config.runtime_config.ephemeral_gpu_offload,
+        parameter_name=None,
+        tied_adapter={},
+        **how,
+    )

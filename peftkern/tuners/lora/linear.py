@@ -1,0 +1,323 @@
+"""LoRA on ``nn.Linear`` and transformers' ``Conv1D``: the fused call, and when there is none."""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import Parameter
+
+from ...configs.lora import LoraConfig
+from ...ops import autocast
+from ...ops.library import traced_lora_linear, why_formula
+from ...ops.lora import lora_linear
+from ...ops.tracing import is_compiling, is_tracing
+from ...utils.handing import HERE, hand_over
+from . import inits
+from .alora import ALoraLinearVariant
+from .base import NOTHING, LoraLayer
+from .bdlora import BdLoraLinearVariant
+from .dora import DoraLinearVariant
+from .group import Group
+from .inits.random import of_linear, placed
+from .kasa import KasaLinearVariant
+from .monteclora import MontecloraLinearVariant
+from .plan import GLOBAL_HOOKS, Plan, is_hooked, weight_layout
+from .row_adapters import AdapterNames, forward_mixed
+from .variant import make_ready, take_kwargs
+from .velora import VeloraLinearVariant
+
+# where a compiler traces the call, it is one operation all the same
+SCALING_IS_A_TENSOR = "the scaling is a tensor (prepared for hot-swapping into a compiled model)"
+
+
+def bare_linear(weight: Tensor, bias: Tensor | None, trainable: bool) -> nn.Linear:
+    """An ``nn.Linear`` around a given weight [out, in],
+    without drawing one that would be thrown away."""
+    linear = nn.Linear.__new__(nn.Linear)
+    nn.Module.__init__(linear)
+    linear.__dict__["out_features"], linear.__dict__["in_features"] = weight.shape
+    linear._parameters["weight"] = Parameter(weight, requires_grad=trainable)
+    linear._parameters["bias"] = None if bias is None else Parameter(bias, requires_grad=trainable)
+    return linear
+
+
+class Linear(nn.Module, LoraLayer):
+    """A frozen linear layer with low-rank updates: Y = base(X) + Σ scaling · B A drop(X).
+
+    One active adapter on a plain weight runs as one operation
+    (:func:`peftkern.ops.lora.lora_linear`); anything else calls ``base_layer`` and adds the
+    updates, and :meth:`decline_reason` says why.
+    """
+
+    # attributes of PEFT's layers that this kind does not fill
+    lora_embedding_A = lora_embedding_B = NOTHING
+    lora_A: nn.ModuleDict
+    lora_B: nn.ModuleDict
+    _plan: Plan | None
+    _group: Group | None
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str | None = None,
+        config: LoraConfig | None = None,
+        r: int = 0,
+        lora_alpha: float = 1,
+        fan_in_fan_out: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__()
+        self._init_lora(base_layer, lora_A=nn.ModuleDict(), lora_B=nn.ModuleDict())
+        self.fan_in_fan_out = fan_in_fan_out or (config is not None and config.fan_in_fan_out)
+        self._first_adapter(adapter_name, config, r, lora_alpha, kwargs)
+
+    def _make_weights(
+        self, name: str, r: int, config: LoraConfig, place: dict[str, Any], trainable: bool
+    ) -> None:
+        K, N, with_bias = self.in_features, self.out_features, config.lora_bias
+        bias: Tensor | None
+        if place["device"] == "meta":
+            A, B = torch.empty((r, K), **place), torch.empty((N, r), **place)
+            bias = torch.empty(N, **place) if with_bias else None
+        else:
+            base = self._base_dtype()
+            A, B, bias = of_linear(r, K, N, inits.drawn_as(self, config), with_bias)
+            A, B = placed(A, base, place), placed(B, base, place)
+            bias = None if bias is None else placed(bias, base, place)
+        self.lora_A._modules[name] = bare_linear(A, None, trainable)
+        self.lora_B._modules[name] = bare_linear(B, bias, trainable)
+        if isinstance(config.init_name, str):
+            inits.start(self, name, config)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if HERE.blocks:
+            kwargs = hand_over(self, kwargs)
+        if is_compiling():
+            call = None if args or kwargs else self.traced_call(x)
+            if call is None:
+                return self._forward_general(x, *args, **kwargs)
+            return traced_lora_linear(x, *call)
+        call = None if args or kwargs else self.fused_call(x)
+        if call is None:
+            return self._forward_general(x, *args, **kwargs)
+        group = self.__dict__["_group"]
+        # without gradients only where masks are drawn: the first pass of a reentrant checkpoint
+        # must draw them in the order of the second
+        if group is not None and not group.off and (call[5] > 0.0 or torch.is_grad_enabled()):
+            y = group.output(self, x, call)
+            if y is not None:
+                return y
+        return lora_linear(x, *call)
+
+    def fused_call(self, x: Tensor) -> tuple[Any, ...] | None:
+        """The arguments of :func:`lora_linear` after x for a call with x [..., K], or None when it
+        cannot be fused; :meth:`decline_reason` says why in words, and must be kept in step."""
+        # This runs hundreds of times a token. The plan holds *where* weights, scaling and hooks
+        # live, never the weights: what was replaced, rescaled or hooked is seen at the next call.
+        state = self.__dict__
+        plan = state["_plan"]
+        if plan is None or not plan.holds(state):
+            plan = state["_plan"] = Plan.of(self)
+        if (
+            plan is None
+            or state["_disable_adapters"]
+            or state["merged_adapters"]
+            or plan.is_hooked()
+            or torch._C._are_functorch_transforms_active()
+            or torch._C._is_tracing()  # torch.jit.is_tracing at a third of its cost
+        ):
+            return None
+        params = plan.base_params
+        weight = params.get("weight")
+        A, B = plan.a_params.get("weight"), plan.b_params.get("weight")
+        if (
+            weight.__class__ is not Parameter
+            or A.__class__ is not Parameter
+            or B.__class__ is not Parameter
+            or weight.is_meta
+            or A.is_meta
+        ):
+            return None
+        dtype, low = weight.dtype, A.dtype
+        if x.dtype is not dtype or low is not dtype or B.dtype is not dtype:
+            if not _dtypes_fit(x, dtype, low, B.dtype):
+                return None
+        p = plan.drop.p if plan.drops and plan.drop.training else 0.0
+        if p >= 1.0:  # drops everything, which no factor 1 / (1 - p) expresses
+            return None
+        scale = state["scaling"][plan.name]
+        if scale.__class__ is Tensor:
+            return None
+        return weight, params["bias"], A, B, scale, p, plan.transposed
+
+    def traced_call(self, x: Tensor) -> tuple[Any, ...] | None:
+        """:meth:`fused_call` for a compiler, or None when it gets the plain formula. Nothing is
+        written and everything is read from the modules, so that the compiler sees what the answer
+        depends on."""
+        if self.decline_reason() not in (None, SCALING_IS_A_TENSOR):
+            return None
+        name = self.active_adapters[0]
+        call = self.product_call(x, name)
+        if call is None or why_formula(x, call[2]) is not None:
+            return None
+        return call
+
+    def product_call(self, x: Tensor, name: str) -> tuple[Any, ...] | None:
+        """What :meth:`fused_call` returns, for a call with this adapter, whose
+        :meth:`product_reason` is None."""
+        if torch._C._are_functorch_transforms_active() or is_tracing():
+            return None
+        base: Any = self.base_layer
+        a: Any = self.lora_A[name]
+        b: Any = self.lora_B[name]
+        drop: Any = self.lora_dropout[name]
+        p = drop.p if drop.training and isinstance(drop, nn.Dropout) else 0.0
+        if (
+            p >= 1.0
+            # product_reason looked for replaced forwards as well, in a way that compilers set no
+            # guard for; with this one a forward that is replaced later is seen
+            or not all(isinstance(m.forward, MethodType) for m in (base, a, b, drop))
+            or not _dtypes_fit(x, base.weight.dtype, a.weight.dtype, b.weight.dtype)
+        ):
+            return None
+        scale: Any = self.scaling[name]
+        B = b.weight
+        if isinstance(scale, Tensor):  # the operation takes a number
+            B, scale = B * scale, 1.0
+        return base.weight, base.bias, a.weight, B, scale, p, weight_layout(base.__class__)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_plan": None}  # a copy has its own modules
+
+    def _forward_general(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Any base layer, any adapters: the base's own call, then each update on top."""
+        adapter_names = kwargs.pop("adapter_names", None)
+        variant_kwargs = take_kwargs(kwargs)
+        if self.lora_variant:
+            make_ready(self)
+        if adapter_names is not None:
+            self._check_adapter_names(x, adapter_names)
+            names = AdapterNames.of(adapter_names)
+            return forward_mixed(self, x, names, args, kwargs, variant_kwargs)
+        if not torch.compiler.is_compiling():
+            if self.lora_variant and not (args or kwargs or variant_kwargs):
+                y = self._variant_operation(x)
+                if y is not None:
+                    return y
+            self._note_decline()
+        if self._disable_adapters and self.merged:
+            self.unmerge()
+        y = self.base_layer(x, *args, **kwargs)
+        if self._disable_adapters or self.merged:
+            return y
+        dtype = y.dtype
+        for name in self.active_adapters:
+            if name not in self.lora_A:
+                continue
+            variant = self.lora_variant.get(name)
+            if variant is None:
+                y = y + self._update(name, x)
+            else:
+                y = variant.update(self, name, x, y, **variant_kwargs)
+        return y.to(dtype)
+
+    @property
+    def lora_variants(self) -> dict[tuple[str, ...], Any]:
+        return {
+            (): None,
+            ("use_dora",): DoraLinearVariant,
+            ("alora_invocation_tokens",): ALoraLinearVariant,
+            ("use_bdlora",): BdLoraLinearVariant,
+            ("kasa_config",): KasaLinearVariant,
+            ("velora_config",): VeloraLinearVariant,
+            ("monteclora_config",): MontecloraLinearVariant,
+        }
+
+    def _update(self, name: str, x: Tensor) -> Tensor:
+        A: Any = self.lora_A[name]
+        if not autocast.is_on(x):
+            x = self._cast_input_dtype(x, A.weight.dtype)
+        return self.lora_B[name](A(self.lora_dropout[name](x))) * self.scaling[name]
+
+    def _factors(self, adapter: str) -> tuple[Tensor, Tensor]:
+        variant = self.lora_variant.get(adapter)
+        if variant is None:
+            B: Any = self.lora_B[adapter].weight
+            A: Any = self.lora_A[adapter].weight
+        else:
+            B, A = variant.factors(self, adapter)
+        return (A.T, B.T) if self.fan_in_fan_out else (B, A)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether the adapter's update can be written as that of plain LoRA."""
+        variant = self.lora_variant.get(adapter_name)
+        return variant is None or variant.supports_lora_conversion()
+
+    def decline_reason(self) -> str | None:
+        active = [n for n in self.active_adapters if n in self.lora_A]
+        if self._disable_adapters:
+            return "adapters are disabled"
+        if self.merged:
+            return f"merged: {', '.join(self.merged_adapters)}"
+        if not active:
+            return "no active adapter has weights here"
+        if len(self.active_adapters) > 1:
+            return f"several adapters are active: {', '.join(self.active_adapters)}"
+        if (of_variant := self._variant_reason()) is not None:
+            return of_variant
+        if torch.is_tensor(self.scaling[active[0]]):
+            return self.product_reason(active[0]) or SCALING_IS_A_TENSOR
+        return self.product_reason(active[0])
+
+    def product_reason(self, name: str) -> str | None:
+        """Why the products of the base layer and of this adapter cannot be one operation, None when
+        they can."""
+        base: Any = self.base_layer
+        weight = base._parameters.get("weight")
+        if is_tracing():
+            return "torch.jit.trace records the plain formula"
+        if weight_layout(base.__class__) is None:
+            return f"base layer {type(base).__name__} computes its product itself"
+        A: Any = self.lora_A[name]
+        B: Any = self.lora_B[name]
+        for what, module in (("base layer", base), ("lora_A", A), ("lora_B", B)):
+            if type(module.__dict__["_parameters"].get("weight")) is not Parameter:
+                found = type(getattr(module, "weight", None)).__name__
+                return f"the weight of {what} is a {found}, not a plain Parameter"
+            if is_hooked(module):
+                return f"{what} has hooks or an overridden forward"
+        for what, module in (("lora_A", A), ("lora_B", B)):
+            if type(module) is not nn.Linear:
+                return f"{what} is a {type(module).__name__}, not an nn.Linear"
+        if any(GLOBAL_HOOKS):
+            return "torch has global module hooks"
+        if B._parameters.get("bias") is not None:
+            return "lora_bias"
+        if weight.is_meta or A.weight.is_meta:
+            return "a weight is on the meta device (offloaded or not loaded yet)"
+        dtype = weight.dtype
+        low = A.weight.dtype
+        if not weight.is_floating_point() or low not in (dtype, torch.float32):
+            return f"dtypes: base {dtype}, adapter {low}"
+        if B.weight.dtype != low:
+            return f"dtypes: lora_A {low}, lora_B {B.weight.dtype}"
+        if type(self.lora_dropout[name]) not in (nn.Dropout, nn.Identity):
+            return f"dropout is a {type(self.lora_dropout[name]).__name__}"
+        if is_hooked(self.lora_dropout[name]):
+            return "lora_dropout has hooks"
+        return None
+
+    def __repr__(self) -> str:
+        return "lora." + super().__repr__()
+
+
+def _dtypes_fit(x: Tensor, dtype: torch.dtype, low: torch.dtype, low_b: torch.dtype) -> bool:
+    """Whether the fused operation takes x under a weight of ``dtype`` with adapters of ``low``."""
+    if low_b != low or not dtype.is_floating_point:
+        return False
+    if x.dtype == dtype:
+        return low == dtype or low == torch.float32
+    return autocast.is_on(x) and x.dtype != torch.float64

@@ -1,0 +1,163 @@
+"""A batch whose rows name their adapters: the names as one object for a whole forward, and when a
+layer runs such a batch as one operation."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import Parameter
+
+from ...ops import autocast
+from ...ops.lora_mixed import Adapter, SampleIndex, lora_mixed
+from ...ops.tracing import is_recording
+from .plan import GLOBAL_HOOKS, is_hooked, weight_layout
+from .variant import rows_of
+
+if TYPE_CHECKING:
+    from .linear import Linear
+
+logger = logging.getLogger("peftkern")
+
+
+class AdapterNames(tuple[str, ...]):
+    """The adapter of each row of a batch ("__base__" for none), in place of a list of names.
+
+    It holds the index that the kernels read, made once for each device and not in each of hundreds
+    of layers. ``adapter_names`` may be given as one of these: then the index lives as long as it
+    does, so that a captured CUDA graph finds it, and may be rewritten between replays with numbers
+    of ``order``.
+
+    Attributes:
+        order: the distinct names without "__base__", as they come.
+        samples: which of them each row takes; ``samples.on(device)`` is the index.
+    """
+
+    order: tuple[str, ...]
+    samples: SampleIndex
+
+    def __new__(cls, names: Iterable[str]) -> AdapterNames:
+        self = super().__new__(cls, names)
+        numbers: dict[str, int] = {"__base__": -1}
+        for name in self:
+            numbers.setdefault(name, len(numbers) - 1)
+        self.order = tuple(numbers)[1:]
+        self.samples = SampleIndex([numbers[name] for name in self], len(self.order))
+        return self
+
+    @classmethod
+    def of(cls, names: Iterable[str]) -> AdapterNames:
+        """``names`` itself when it is one of these."""
+        return names if isinstance(names, AdapterNames) else cls(names)
+
+
+def forward_mixed(
+    layer: Linear,
+    x: Tensor,
+    names: AdapterNames,
+    args: Any,
+    kwargs: Any,
+    variant_kwargs: dict[str, Any],
+) -> Tensor:
+    """Y of a LoRA linear layer for x [B, ..., K], row b of the batch through ``names[b]``."""
+    disabled = layer._disable_adapters
+    reason = "the call has more arguments" if args or kwargs else mixed_reason(layer, x, names)
+    if reason is None and not disabled:
+        return as_one(layer, x, names)
+    if not disabled and not is_recording():
+        _note(layer, reason)
+    y = layer.base_layer(x, *args, **kwargs)
+    if disabled:
+        return y
+    dtype = y.dtype
+    for name, rows in zip(names.order, names.samples.rows(y.device), strict=True):
+        if rows is None or name not in layer.lora_A:
+            continue
+        variant = layer.lora_variant.get(name)
+        if variant is None:
+            y = y.index_add(0, rows, layer._update(name, x[rows]).to(y.dtype))
+        else:
+            given = rows_of(variant_kwargs, rows)
+            part = variant.update(layer, name, x[rows], y[rows], **given)
+            y = y.index_copy(0, rows, part.to(y.dtype))
+    return y.to(dtype)
+
+
+def as_one(layer: Linear, x: Tensor, names: AdapterNames) -> Tensor:
+    """The same as one operation, for which there is no :func:`mixed_reason`."""
+    base: Any = layer.base_layer
+    adapters = [
+        Adapter(
+            layer.lora_A._modules[name]._parameters["weight"],  # type: ignore
+            layer.lora_B._modules[name]._parameters["weight"],  # type: ignore
+            layer.scaling[name],
+        )
+        if name in layer.lora_A._modules
+        else None
+        for name in names.order
+    ]
+    params = base._parameters
+    transposed = bool(weight_layout(base.__class__))
+    return lora_mixed(x, params["weight"], params["bias"], adapters, names.samples, transposed)
+
+
+def mixed_reason(layer: Linear, x: Tensor, names: AdapterNames) -> str | None:
+    """Why a mixed batch is not one operation in this layer; None when it is."""
+    base: Any = layer.base_layer
+    if is_recording() or torch._C._are_functorch_transforms_active():
+        return "a transform traces the plain formula"
+    if weight_layout(base.__class__) is None or "bias" not in base._parameters:
+        return f"base layer {type(base).__name__} computes its product itself"
+    if any(GLOBAL_HOOKS):
+        return "torch has global module hooks"
+    weight = base._parameters.get("weight")
+    parts: list[tuple[str, Any, Any]] = [("base layer", base, weight)]
+    for name in names.order:
+        A: Any = layer.lora_A._modules.get(name)
+        if A is None:
+            continue
+        if name in layer.lora_variant:
+            return f"{name}: {layer.lora_variant[name].decline(layer, name)}"
+        B: Any = layer.lora_B._modules[name]
+        if torch.is_tensor(layer.scaling[name]):
+            return f"the scaling of {name} is a tensor (prepared for hot-swapping)"
+        drop: Any = layer.lora_dropout._modules[name]
+        if type(A) is not nn.Linear or type(B) is not nn.Linear:
+            return f"lora_A or lora_B of {name} is not an nn.Linear"
+        if B._parameters["bias"] is not None:
+            return f"lora_bias of {name}"
+        if type(drop) is not nn.Identity and not (type(drop) is nn.Dropout and not drop.training):
+            return f"dropout of {name} is active, or a {type(drop).__name__}"
+        if is_hooked(drop):
+            return f"lora_dropout of {name} has hooks"
+        a, b = A._parameters.get("weight"), B._parameters.get("weight")
+        parts += (f"lora_A of {name}", A, a), (f"lora_B of {name}", B, b)
+        if a is not None and b is not None and a.dtype != b.dtype:
+            return f"dtypes: lora_A of {name} {a.dtype}, lora_B {b.dtype}"
+    for what, module, w in parts:
+        if w.__class__ is not Parameter:
+            return f"the weight of {what} is a {type(w).__name__}, not a plain Parameter"
+        if is_hooked(module):
+            return f"{what} has hooks or an overridden forward"
+        if w.is_meta:
+            return f"the weight of {what} is on the meta device (offloaded or not loaded yet)"
+        if w.dtype != weight.dtype and w.dtype != torch.float32:
+            return f"dtypes: base {weight.dtype}, {what} {w.dtype}"
+    if not weight.dtype.is_floating_point:
+        return f"dtypes: base {weight.dtype}"
+    if x.dtype != weight.dtype and not (autocast.is_on(x) and x.dtype != torch.float64):
+        return f"dtypes: input {x.dtype}, base {weight.dtype}"
+    return None
+
+
+def _note(layer: Linear, reason: str | None) -> None:
+    """Log the reason once for each new one of this layer."""
+    state = layer.__dict__
+    if reason is not None and reason != state.get("_noted_mixed"):
+        state["_noted_mixed"] = reason
+        logger.info(
+            "a %s layer runs a mixed batch adapter by adapter: %s", type(layer).__name__, reason
+        )

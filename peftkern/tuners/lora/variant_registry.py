@@ -1,0 +1,40 @@
+"""The variants of LoRA there are, under HF PEFT's names; what one is says :mod:`.variant`."""
+
+from .alora import (
+    ALoraLinearVariant,
+    calculate_alora_offsets,
+    get_alora_offsets_for_forward,
+    get_alora_offsets_for_generate,
+    is_alora_relevant_in_batch,
+)
+from .bdlora import BdLoraLinearVariant, BlockDiagonalLinear
+from .dora import (
+    DoraConv1dVariant,
+    DoraConv2dVariant,
+    DoraConv3dVariant,
+    DoraEmbeddingVariant,
+    DoraLinearVariant,
+)
+from .kasa import KasaLinearVariant
+from .monteclora import MontecloraLinearVariant
+from .variant import LoraVariant
+from .velora import VeloraLinearVariant
+
+__all__ = [
+    "ALoraLinearVariant",
+    "BdLoraLinearVariant",
+    "BlockDiagonalLinear",
+    "DoraConv1dVariant",
+    "DoraConv2dVariant",
+    "DoraConv3dVariant",
+    "DoraEmbeddingVariant",
+    "DoraLinearVariant",
+    "KasaLinearVariant",
+    "LoraVariant",
+    "MontecloraLinearVariant",
+    "VeloraLinearVariant",
+    "calculate_alora_offsets",
+    "get_alora_offsets_for_forward",
+    "get_alora_offsets_for_generate",
+    "is_alora_relevant_in_batch",
+]

@@ -1,0 +1,1 @@
+"""Prompts as a tuner: virtual tokens and prefixes beside a model that is not changed."""
