@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -12,6 +13,7 @@ import transformers as tf
 from torch import Tensor
 
 import peftkern
+from peftkern.tuners.prompting.pooling import last_tokens
 from tests.closeness import assert_same_number, differ
 from tests.prompts import config_of, prompt_model
 from tests.tiny import fill, make
@@ -181,6 +183,8 @@ def test_the_last_real_token_is_read(kind: str, family: str) -> None:
     expected = _each(model)
     assert_same_number(model(input_ids=ids, attention_mask=mask).logits, expected)
     assert_same_number(model(input_ids=ids).logits, expected)  # causal: padding behind is not seen
+    shown = torch.ones_like(mask)  # the model's own rule is the pad token, whatever a mask shows
+    assert_same_number(model(input_ids=ids, attention_mask=shown).logits, expected)
     names = ["b", "default", "b"]
     found = model(input_ids=ids, attention_mask=mask, adapter_names=names).logits
     assert_same_number(found, _each(model, names))
@@ -219,6 +223,14 @@ def test_a_model_without_a_pad_token_is_read_by_the_mask() -> None:
     assert_same_number(found, _each(model)[1:2])
     with pytest.raises(ValueError, match="no padding token is defined"):  # the base model's word
         model(input_ids=ids, attention_mask=mask)
+
+
+def test_a_model_of_images_has_the_pad_token_of_its_text() -> None:
+    config = tf.Gemma3Config(text_config=tf.Gemma3TextConfig(pad_token_id=7))
+    config.pad_token_id = None
+    ids = torch.tensor([[5, 6, 7, 7], [5, 7, 6, 7], [5, 6, 8, 9]])
+    found = last_tokens(SimpleNamespace(config=config), {"input_ids": ids})
+    assert found is not None and found.tolist() == [1, 2, 3]
 
 
 def test_the_loss_and_its_gradients_are_those_of_the_last_real_token() -> None:

@@ -16,7 +16,8 @@ import transformers as tf
 from torch import Tensor, nn
 
 import peftkern
-from tests.closeness import assert_same_number
+from peftkern.helpers import DoraCaching
+from tests.closeness import assert_same_number, differ
 from tests.prompts import prompt_model
 from tests.tiny import fill, make
 
@@ -119,6 +120,23 @@ LORA = {
 def test_a_traced_model_computes_what_it_does_untraced(case: str) -> None:
     family, settings = LORA[case]
     _check(_Logits(_lora(family, **dict(settings))), _batch(2, 7), _batch(3, 11))
+
+
+def test_a_trace_computes_the_norms_that_are_kept() -> None:
+    """What DoraCaching keeps is right for weights that stay; a traced graph follows those that
+    change."""
+    model = _lora("gpt2", target_modules=["c_attn"], use_dora=True)
+    batch = _batch(2, 7)
+    with DoraCaching(), torch.no_grad():
+        model(input_ids=batch[0], attention_mask=batch[1])  # keeps them
+        traced = torch.jit.trace(_Logits(model), batch)
+    before = traced(*batch)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_A" in name:
+                weight.mul_(3)
+    assert_same_number(traced(*batch), _Logits(model)(*batch))
+    assert differ(traced(*batch), before)
 
 
 def test_several_active_adapters_are_traced() -> None:
