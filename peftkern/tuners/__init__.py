@@ -3,7 +3,32 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .lora import BdLoraConfig as BdLoraConfig
+    from .lora import EvaConfig as EvaConfig
+    from .lora import KasaConfig as KasaConfig
+    from .lora import LoftQConfig as LoftQConfig
+    from .lora import LoraConfig as LoraConfig
+    from .lora import LoraGAConfig as LoraGAConfig
+    from .lora import LoraModel as LoraModel
+    from .lora import LoraRuntimeConfig as LoraRuntimeConfig
+    from .lora import MontecloraConfig as MontecloraConfig
+    from .lora import VeloraConfig as VeloraConfig
+    from .lora import convert_to_lora as convert_to_lora
+    from .lora import get_eva_state_dict as get_eva_state_dict
+    from .lora import initialize_lora_eva_weights as initialize_lora_eva_weights
+    from .lora import preprocess_loraga as preprocess_loraga
+    from .lora import save_as_lora as save_as_lora
+    from .p_tuning import PromptEncoder as PromptEncoder
+    from .p_tuning import PromptEncoderConfig as PromptEncoderConfig
+    from .p_tuning import PromptEncoderReparameterizationType as PromptEncoderReparameterizationType
+    from .prefix_tuning import PrefixEncoder as PrefixEncoder
+    from .prefix_tuning import PrefixTuningConfig as PrefixTuningConfig
+    from .prompt_tuning import PromptEmbedding as PromptEmbedding
+    from .prompt_tuning import PromptTuningConfig as PromptTuningConfig
+    from .prompt_tuning import PromptTuningInit as PromptTuningInit
 
 _WHERE = {
     ".lora": (
@@ -21,7 +46,9 @@ _LAZY = {name: module for module, names in _WHERE.items() for name in names.spli
 __all__ = list(_LAZY)
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_LAZY[name], __name__), name)
+if not TYPE_CHECKING:  # a checker would take any name for one of it, misspelt ones too
+
+    def __getattr__(name: str) -> Any:
+        if name not in _LAZY:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(_LAZY[name], __name__), name)
