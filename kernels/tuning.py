@@ -15,7 +15,7 @@ times, launches or decides (``benchmarks.gpu`` and ``peftkern tune`` write table
                   "n": int, "k": int, "r": int, "group": int, "mask": bool,
                   "grads": str,                  # backward: which of x, a, b, e.g. "xab"
                   "graph": bool,                 # infer, few rows: replayed in a CUDA graph
-                  "choice": str | null,          # for ops of WHOLE, and for "outer"
+                  "choice": str | null,          # for ops of WHOLE, and for "grad_sb"
                   "config": {field: value} | null,  # of the op's *Config; null: its default
                   "us": {"p20": float, "p50": float, "p80": float},
                   "default_us": float | null,    # median of the kernel's own default config
@@ -41,10 +41,10 @@ SCHEMA = 1
 FOLDER = Path(__file__).with_name("tuning")
 LARGEST_BUCKET = 8192
 
-# Kernels, of which an entry holds the best config; "outer" also chooses between PASSES over dY.
+# Kernels, of which an entry holds the best config; "grad_sb" also chooses between PASSES over dY.
 KERNELS = (
-    "shrink", "expand", "update", "outer", "grad_a", "low_rank_grad_input", "pair", "gemm",
-    "gemm_grad_input", "small",
+    "shrink", "expand", "shrink_expand", "grad_sb", "grad_a", "low_rank_grad_input", "grad_xa",
+    "gemm", "gemm_grad_input", "decode",
 )  # fmt: skip
 PASSES = ("one_pass", "two_pass")
 # Operations of which an entry chooses the implementation. Their names belong to the dispatcher,
@@ -100,7 +100,7 @@ class Entry:
     def __post_init__(self) -> None:
         op, choice = self.key.op, self.choice
         allowed = "a name" if op in WHOLE else "None"
-        if op == "outer":
+        if op == "grad_sb":
             fine, allowed = choice in PASSES, ", ".join(PASSES)
         else:
             fine = (isinstance(choice, str) and choice != "") if op in WHOLE else choice is None
@@ -178,9 +178,9 @@ class Table:
 
 
 def _alike(a: Key, b: Key) -> bool:
-    """Whether two keys differ in M alone, and not between one row and several for "small", which
+    """Whether two keys differ in M alone, and not between one row and several for "decode", which
     are two kernels."""
-    if a.op == "small" and (a.m == 1) != (b.m == 1):
+    if a.op == "decode" and (a.m == 1) != (b.m == 1):
         return False
     return replace(a, m=b.m) == b
 

@@ -62,7 +62,7 @@ def test_show_works_without_a_gpu(capsys, monkeypatch, tmp_path):
     assert "No table ships" in capsys.readouterr().out
     for name, sources in (("NVIDIA A", tuned.sources()), ("NVIDIA B", "other")):
         table = Table({"name": name}, {}, sources, "2026-01-02T00:00")
-        table.add([Entry(Key("infer", "bfloat16", "float32", 1, 8, 8, 4), "small", None, US)])
+        table.add([Entry(Key("infer", "bfloat16", "float32", 1, 8, 8, 4), "decode", None, US)])
         table.save(tuning.path_for(name, tmp_path))
     assert run(["tune", "--show"]) == 0
     out = " ".join(capsys.readouterr().out.split())

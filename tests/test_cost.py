@@ -17,7 +17,18 @@ from benchmarks.cost.gpus import GPUS, microseconds
 from benchmarks.cost.kernels import Traffic, traffic
 from benchmarks.static.cases import cases as shipped
 from peftkern.kernels import bits as kernel_bits
-from peftkern.kernels import gemm, grad_a, mixed, outer, pair, reduce, shrink, small, update, write
+from peftkern.kernels import (
+    decode,
+    expand,
+    gemm,
+    grad_a,
+    grad_sb,
+    grad_xa,
+    mixed,
+    reduce,
+    shrink,
+    shrink_expand,
+)
 from peftkern.kernels.common import Arch, Launch
 
 BF16, FP32, INT32 = torch.bfloat16, torch.float32, torch.int32
@@ -193,8 +204,8 @@ def test_kernel_traffic_by_hand() -> None:
     assert byte_counts(first)[:2] == (65536 + 2 * 4096 + 4096, 2 * 256 * 32 * 4)
     assert byte_counts(second) == (2 * 256 * 32 * 4, 256 * 32 * 2, 2 * 256 * 32 * 4)
 
-    config_w = write.WriteConfig(block_m=64, block_n=32, block_r=16)
-    (launch,) = write.plan_write(y, [s], [b.T], [None], meta(64), None, config_w)
+    config_w = expand.ExpandConfig(block_m=64, block_n=32, block_r=16)
+    (launch,) = expand.plan_expand(y, [s], [b.T], [None], meta(64), None, config_w)
     wanted = (8192 + 2048 + 128, 32768, 2 * 8192 + 4 * 2048 + 4 * 128)
     assert byte_counts(launch) == wanted
 
@@ -206,8 +217,8 @@ def test_kernel_traffic_by_hand() -> None:
     assert traffic(launch).flops == 2 * 256 * 64 * (128 + 16)
 
     ds, db, da = meta(256, 16), meta(64, 16, dtype=FP32), meta(16, 128, dtype=FP32)
-    config_o = outer.OuterConfig(block_m=128, block_n=32, split_n=1)
-    first, second = outer.plan_outer(y, b, s, 1.0, ds, db, config_o)
+    config_o = grad_sb.GradSBConfig(block_m=128, block_n=32, split_n=1)
+    first, second = grad_sb.plan_grad_sb(y, b, s, 1.0, ds, db, config_o)
     wanted = (32768 + 2048 + 8192, 8192 + 2 * 4096, 32768 + 2 * 2048 + 8192)
     assert byte_counts(first) == wanted
     assert byte_counts(second)[:2] == (2 * 4096, 4096)
@@ -215,16 +226,16 @@ def test_kernel_traffic_by_hand() -> None:
     assert byte_counts(launch) == (65536 + 8192 + 4096, 8192, 65536 + 4 * 8192 + 4096)
 
     # two projections with one mask: X and the mask once, both Y and S written
-    tall = update.UpdateConfig(block_m=64, block_k=64)
-    (launch,) = update.plan_update(
+    tall = shrink_expand.ShrinkExpandConfig(block_m=64, block_k=64)
+    (launch,) = shrink_expand.plan_shrink_expand(
         x, [a] * 2, [b] * 2, [words] * 2, [None, meta(64)], [1.0] * 2, meta(256, 32), [y, y], tall
     )
     once = 2 * 4096 + 2 * 2048 + 128
     wanted = (65536 + 4096 + once, 2 * 32768 + 2 * 8192, 65536 + 4 * once + 2 * 4096)
     assert byte_counts(launch) == wanted
     assert traffic(launch).flops == 2 * 2 * 256 * 16 * (128 + 64)
-    strip = pair.PairConfig(block_m=64, block_k=32)
-    (launch,) = pair.plan_pair(x, [ds], [a], [words], meta(256, 128), [da], strip)
+    strip = grad_xa.GradXAConfig(block_m=64, block_k=32)
+    (launch,) = grad_xa.plan_grad_xa(x, [ds], [a], [words], meta(256, 128), [da], strip)
     wanted = (65536 + 8192 + 4096 + 4096, 65536 + 8192, 65536 + 4 * 8192 + 4 * 4096 + 4096)
     assert byte_counts(launch) == wanted
     assert traffic(launch).flops == 2 * 2 * 256 * 128 * 16
@@ -233,8 +244,8 @@ def test_kernel_traffic_by_hand() -> None:
 def test_decode_traffic_by_hand() -> None:
     x, w, y = meta(1, 128), meta(64, 128), meta(1, 64)
     a, b = meta(16, 128), meta(64, 16)
-    config = small.SmallConfig(block_n=16)
-    (launch,) = small.plan_small(y, x, w, a, b, None, None, 1.0, config)
+    config = decode.DecodeConfig(block_n=16)
+    (launch,) = decode.plan_decode(y, x, w, a, b, None, None, 1.0, config)
     assert byte_counts(launch) == (
         256 + 16384 + 4096 + 2048, 128, 16384 + 2048 + 4 * (256 + 4096)
     )  # fmt: skip
@@ -259,8 +270,8 @@ def test_mixed_traffic_by_hand() -> None:
 def test_a_rank_chunk_reads_dy_again() -> None:
     y, b, s = meta(256, 64), meta(64, 256), meta(256, 256)
     ds, db = meta(256, 256), meta(64, 256, dtype=FP32)
-    config = outer.OuterConfig(block_m=256, block_n=32)
-    (launch,) = outer.plan_outer(y, b, s, 1.0, ds, db, config)
+    config = grad_sb.GradSBConfig(block_m=256, block_n=32)
+    (launch,) = grad_sb.plan_grad_sb(y, b, s, 1.0, ds, db, config)
     assert launch.grid[2] == 2
     assert traffic(launch).read == 2 * 32768 + 64 * 256 * 2 + 256 * 256 * 2
 
@@ -272,10 +283,10 @@ def test_every_shipped_launch_has_a_rule(gpu: str) -> None:
         found = traffic(case.launch)
         seen.add(found.name)
         assert found.written > 0 and found.requested >= found.read >= 0, case.name
-    kernels = {"bits", "shrink", "sum", "outer", "grad_a", "write", "gemm", "small"}
-    kernels |= {"attend", "decode", "merge", "grad_rows", "grad_keys"}
+    kernels = {"bits", "shrink", "sum", "grad_sb", "grad_a", "expand", "gemm", "decode"}
+    kernels |= {"attend", "prefix_decode", "merge", "grad_rows", "grad_keys"}
     kernels |= {"norm", "root", "scale_grad"}
-    assert seen == kernels | {"update", "pair", "mixed"}
+    assert seen == kernels | {"shrink_expand", "grad_xa", "mixed"}
 
 
 def test_a_kernel_without_a_rule_is_an_error() -> None:

@@ -225,8 +225,8 @@ way = dict(key="b", part="race", case=case | dict(op="forward", ns=[64]), entran
     "fused": dict(config=None, ok=False, why="OutOfResources: x")})
 close = dict(key="c", part="race", case=case | dict(op="infer", ns=[64], graph=True, m=1),
     entrants={"torch": dict(config=None, ok=True, us=us(10.0)),
-              "small": dict(config=None, ok=True, us=us(9.9))})
-passes = dict(key="d", part="race", case=case | dict(op="outer", k=0), entrants={
+              "decode": dict(config=None, ok=True, us=us(9.9))})
+passes = dict(key="d", part="race", case=case | dict(op="grad_sb", k=0), entrants={
     "default": dict(config=None, ok=True, us=us(30.0)),
     "two_pass": dict(config=None, ok=True, us=us(20.0))})
 card = {"name": "NVIDIA H200", "capability": [9, 0], "sms": 132, "memory_bytes": 1}
@@ -245,7 +245,8 @@ assert choice.choice == "hybrid" and choice.times == {"torch": 10, "hybrid": 5}
 assert choice.left_out == {"fused": "OutOfResources: x"} and choice.default_us == 10
 key1 = tuning.Key("infer", "bfloat16", "float32", 1, 64, 64, 16, graph=True)
 assert table.find(key1).choice == "torch"  # 1% is noise
-assert table.find(tuning.Key("outer", "bfloat16", "float32", 4096, 64, 0, 16)).choice == "two_pass"
+key2 = tuning.Key("grad_sb", "bfloat16", "float32", 4096, 64, 0, 16)
+assert table.find(key2).choice == "two_pass"
 assert table.sources == tuned.sources() != store.data["sources"]
 near = tuning.Key("gemm", "bfloat16", "float32", 512, 64, 64, 16)
 assert table.find(near) is None and table.find_near(near) is entry
@@ -279,8 +280,9 @@ done = subprocess.run([sys.executable, "-m", "benchmarks.gpu.counters"], text=Tr
 (line,) = [s for s in done.stdout.splitlines() if s.startswith(g.REPORT)]
 reports = json.loads(line.removeprefix(g.REPORT))
 assert {r["name"] for r in reports} == {
-    "bits", "shrink", "write", "update", "outer", "grad_a", "pair", "gemm", "small", "sum"}
-wrong = next(i for i, r in enumerate(reports) if r["name"] == "pair")
+    "bits", "shrink", "expand", "shrink_expand", "grad_sb", "grad_a", "grad_xa", "gemm", "decode",
+    "sum"}
+wrong = next(i for i, r in enumerate(reports) if r["name"] == "grad_xa")
 rows = ['"ID","Kernel Name","%s","%s"' % g.METRICS, '"","","byte","sector"']
 for i, r in enumerate(reports):
     read = f"{r['read'] * (2 if i == wrong else 1):,}"

@@ -56,7 +56,7 @@ def test_a_race_is_found_by_the_next_process(folder):
 def test_a_config_for_one_row_is_none_for_several():
     """They are two kernels, one with tensor cores and one without."""
     table = tuned.Table({}, {}, "", "")
-    key = Key("small", "bfloat16", "float32", 1, 64, 32, 8)
+    key = Key("decode", "bfloat16", "float32", 1, 64, 32, 8)
     table.add([Entry(key, None, {"block_n": 4}, US)])
     assert table.find_near(key) and not table.find_near(replace(key, m=2))
     other = replace(key, op="shrink", m=2)
@@ -191,7 +191,11 @@ def test_processes_that_write_at_once_lose_nothing(folder):
 
 @pytest.mark.parametrize(
     ("op", "choice", "says"),
-    [("infer", None, "a name"), ("shrink", "fused", "None"), ("outer", None, "one_pass, two_pass")],
+    [
+        ("infer", None, "a name"),
+        ("shrink", "fused", "None"),
+        ("grad_sb", None, "one_pass, two_pass"),
+    ],
 )
 def test_an_entry_chooses_what_its_operation_has(op, choice, says):
     with pytest.raises(ValueError, match=f"choice of {op} is {choice!r}; allowed: {says}"):

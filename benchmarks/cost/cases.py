@@ -11,7 +11,16 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from peftkern.kernels import common, gemm, grad_a, outer, pair, shrink, small, update
+from peftkern.kernels import (
+    common,
+    decode,
+    gemm,
+    grad_a,
+    grad_sb,
+    grad_xa,
+    shrink,
+    shrink_expand,
+)
 from peftkern.ops import bits as mask_bits
 
 from . import floor as cost_floor
@@ -217,7 +226,9 @@ def _backend(kind: str, arch: common.Arch) -> Iterator[None]:
             stack.enter_context(
                 mock.patch.object(common.Launch, "run", lambda self: record([traffic(self)]))
             )
-            for module in (gemm, grad_a, outer, pair, shrink, small, update, triton_backend):
+            for module in (
+                gemm, grad_a, grad_sb, grad_xa, shrink, decode, shrink_expand, triton_backend,
+            ):  # fmt: skip
                 stack.enter_context(mock.patch.object(module, "arch_of", lambda device: arch))
         yield
 

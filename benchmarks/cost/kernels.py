@@ -81,11 +81,11 @@ def _shrink(f: Facts) -> Traffic:
     )  # fmt: skip
 
 
-def _update(f: Facts) -> Traffic:
+def _shrink_expand(f: Facts) -> Traffic:
     x, As, Bs, words, (blocks,) = f["x"], f["As"], f["Bs"], f["words"], f["grid"]
     once = _total(Bs) + _total(f["biases"])
     return Traffic(
-        "update", 1,
+        "shrink_expand", 1,
         read=nbytes(x) + _total(As) + _once(words) + once,
         written=nbytes(f["s_out"]) + _total(f["ys"]),
         flops=2 * f["M"] * sum(r * (f["K"] + n) for r, n in zip(f["ranks"], f["Ns"], strict=True)),
@@ -99,10 +99,10 @@ def _sum(f: Facts) -> Traffic:
     return Traffic("sum", 1, read, _total(f["outs"]), requested=read)
 
 
-def _outer(f: Facts) -> Traffic:
+def _grad_sb(f: Facts) -> Traffic:
     dy, b, s, (blocks, split, chunks) = f["dy"], f["b"], f["s"], f["grid"]
     return Traffic(
-        "outer", 1,
+        "grad_sb", 1,
         read=nbytes(dy) * chunks + nbytes(b) + nbytes(s),
         written=nbytes(f["ds_out"]) + nbytes(f["db_out"]),
         flops=4 * f["M"] * f["N"] * f["R"],
@@ -123,11 +123,11 @@ def _grad_a(f: Facts) -> Traffic:
     )  # fmt: skip
 
 
-def _pair(f: Facts) -> Traffic:
+def _grad_xa(f: Facts) -> Traffic:
     x, ds, As, words = f["x"], f["ds"], f["As"], f["words"]
     strips, blocks = f["grid"][0], _cdiv(f["M"], f["BLOCK_M"])
     return Traffic(
-        "pair", 1,
+        "grad_xa", 1,
         read=nbytes(x) + _total(ds) + _total(As) + _once(words),
         written=nbytes(f["d_out"]) + _total(f["outs"]),
         flops=4 * f["M"] * f["K"] * sum(f["ranks"]),
@@ -137,7 +137,7 @@ def _pair(f: Facts) -> Traffic:
 
 
 def _low_rank(f: Facts) -> tuple[int, int, int]:
-    """(read, requested, flops) of the part that write and gemm share: Ls, Rs, words, bias."""
+    """(read, requested, flops) of the part that expand and gemm share: Ls, Rs, words, bias."""
     tiles_m, tiles_n = _cdiv(f["M"], f["BLOCK_M"]), _cdiv(f["N"], f["BLOCK_N"])
     left, right, bias = _total(f["Ls"]), _total(f["Rs"]), nbytes(f["bias"])
     return (
@@ -147,11 +147,11 @@ def _low_rank(f: Facts) -> tuple[int, int, int]:
     )
 
 
-def _write(f: Facts) -> Traffic:
+def _expand(f: Facts) -> Traffic:
     read, requested, flops = _low_rank(f)
     add = nbytes(f["add"])
     unit = unit_of(f["Ls"][0].dtype)
-    return Traffic("write", 1, read + add, nbytes(f["out"]), flops, unit, requested + add)
+    return Traffic("expand", 1, read + add, nbytes(f["out"]), flops, unit, requested + add)
 
 
 def _gemm(f: Facts) -> Traffic:
@@ -199,14 +199,14 @@ def _scale_grad(f: Facts) -> Traffic:
     )  # fmt: skip
 
 
-def _small(f: Facts) -> Traffic:
+def _decode(f: Facts) -> Traffic:
     """The decode kernels."""
     x, w, s, a, b = f["x"], f["w"], f["s"], nbytes(f["a"]), nbytes(f["b"])
     M, (programs,) = f.get("M", 1), f["grid"]
     N, K, R = f["N"], f["K"], f["R"]
     low = (2 * M * K * R * programs if s is None else 0) + 2 * M * N * R
     return Traffic(
-        "small", 1,
+        "decode", 1,
         read=nbytes(x) + nbytes(w) + a + b + nbytes(s) + nbytes(f["bias"]),
         written=nbytes(f["y"]),
         flops=2 * M * N * K + low,
@@ -290,12 +290,12 @@ def _attend(f: Facts) -> Traffic:
     )  # fmt: skip
 
 
-def _decode(f: Facts) -> Traffic:
+def _prefix_decode(f: Facts) -> Traffic:
     q, (own, prefix, rest) = nbytes(f["q"]), _sources(f)
     B, H, _, D = f["q"].shape
     splits = f["SPLITS_S"] + (f["SPLITS_P"] if f["P"] else 0)
     return Traffic(
-        "decode", 1,
+        "prefix_decode", 1,
         read=q + own + prefix + rest,
         written=nbytes(f["part_o"]) + nbytes(f["part_lse"]),
         flops=4 * B * H * D * _pairs(f),
@@ -346,21 +346,21 @@ def _grad_keys(f: Facts) -> Traffic:
 _KERNELS: dict[str, Callable[[Facts], Traffic]] = {
     "_bits_kernel": _bits,
     "_shrink_kernel": _shrink,
-    "_update_kernel": _update,
+    "_shrink_expand_kernel": _shrink_expand,
     "_sum_kernel": _sum,
-    "_outer_kernel": _outer,
+    "_grad_sb_kernel": _grad_sb,
     "_grad_a_kernel": _grad_a,
-    "_pair_kernel": _pair,
-    "_write_kernel": _write,
+    "_grad_xa_kernel": _grad_xa,
+    "_expand_kernel": _expand,
     "_gemm_kernel": _gemm,
     "_norm_kernel": _norm,
     "_root_kernel": _root,
     "_scale_grad_kernel": _scale_grad,
-    "_gemv_kernel": _small,
-    "_rows_kernel": _small,
+    "_gemv_kernel": _decode,
+    "_rows_kernel": _decode,
     "_mixed_kernel": _mixed,
     "_attend_kernel": _attend,
-    "_decode_kernel": _decode,
+    "_decode_kernel": _prefix_decode,
     "_merge_kernel": _merge,
     "_grad_rows_kernel": _grad_rows,
     "_grad_keys_kernel": _grad_keys,

@@ -13,15 +13,15 @@ from torch import Tensor
 
 from peftkern.kernels import (
     bits,
+    decode,
+    expand,
     gemm,
     grad_a,
-    outer,
-    pair,
+    grad_sb,
+    grad_xa,
     reference,
     shrink,
-    small,
-    update,
-    write,
+    shrink_expand,
 )
 
 from .cases import LLAMA_8B, LLAMA_70B
@@ -53,36 +53,36 @@ def config_list(case: RaceCase) -> list[Any]:
         ]  # fmt: skip
         block_r = min(64, max(16, 1 << (case.r - 1).bit_length()))
         return [
-            write.WriteConfig(m, n, block_r, warps, stages)
+            expand.ExpandConfig(m, n, block_r, warps, stages)
             for m, n, warps, stages in rows
             if m <= max(16, 2 * M)
         ]
-    if op == "update":
+    if op == "shrink_expand":
         rows = [
             (64, 64, 128, 4, 3), (32, 64, 128, 4, 3), (32, 128, 128, 4, 3), (64, 64, 64, 4, 3),
             (64, 128, 128, 8, 3), (128, 64, 128, 8, 3), (64, 64, 256, 8, 3), (16, 128, 128, 4, 3),
         ]  # fmt: skip
         return _configs(
-            update.UpdateConfig, "block_m block_k block_n num_warps num_stages",
+            shrink_expand.ShrinkExpandConfig, "block_m block_k block_n num_warps num_stages",
             [r for r in rows if r[0] <= max(16, 2 * M)],
         )  # fmt: skip
-    if op == "pair":
+    if op == "grad_xa":
         rows = [
             (64, 64, 1, 4, 3), (64, 64, 2, 4, 3), (64, 64, 4, 4, 3), (64, 32, 1, 4, 3),
             (64, 32, 2, 4, 3), (128, 32, 2, 4, 3), (128, 64, 4, 8, 3), (32, 64, 4, 4, 3),
             (64, 128, 8, 8, 2), (64, 64, 8, 4, 3),
         ]  # fmt: skip
         return _configs(
-            pair.PairConfig, "block_m block_k split_m num_warps num_stages",
+            grad_xa.GradXAConfig, "block_m block_k split_m num_warps num_stages",
             [r for r in rows if r[2] * r[0] <= max(64, M)],
         )  # fmt: skip
-    if op == "outer":
+    if op == "grad_sb":
         rows = [
             (128, 64, 1, 8, 3), (128, 64, 2, 8, 3), (256, 64, 2, 8, 2), (256, 64, 4, 8, 3),
             (128, 128, 2, 8, 2), (64, 128, 1, 4, 3), (64, 64, 2, 4, 4), (32, 64, 4, 4, 3),
         ]  # fmt: skip
         return _configs(
-            outer.OuterConfig, "block_m block_n split_n num_warps num_stages",
+            grad_sb.GradSBConfig, "block_m block_n split_n num_warps num_stages",
             [r for r in rows if r[0] <= max(16, 2 * M)],
         )  # fmt: skip
     if op == "grad_a":
@@ -107,13 +107,13 @@ def config_list(case: RaceCase) -> list[Any]:
         names = "block_m block_n block_k block_r group_m tma flatten num_warps num_stages"
         rows = [r for r in rows if (r[0] <= M or r[0] <= 64) and (case.r <= 16 or not r[6])]
         return _configs(gemm.GemmConfig, names, rows)
-    if op == "small":
+    if op == "decode":
         one = [(4, 512, 8, 3), (8, 512, 8, 3), (16, 512, 8, 3), (4, 1024, 8, 2), (8, 256, 4, 3),
                (16, 256, 4, 3), (4, 512, 4, 4), (2, 1024, 8, 3)]  # fmt: skip
         few = [(16, 128, 4, 4), (16, 256, 4, 3), (32, 128, 4, 3), (32, 256, 8, 3), (64, 128, 4, 3),
                (64, 64, 4, 4), (16, 256, 2, 3), (32, 64, 4, 5)]  # fmt: skip
         return _configs(
-            small.SmallConfig, "block_n block_k num_warps num_stages", one if M == 1 else few
+            decode.DecodeConfig, "block_n block_k num_warps num_stages", one if M == 1 else few
         )
     return []
 
@@ -128,12 +128,12 @@ def race_cases() -> list[RaceCase]:
         yield RaceCase("grad_a", M, 0, size, r, mask)
         if not mask:
             yield RaceCase("expand", M, size, 0, r)
-            yield RaceCase("outer", M, size, 0, r)
+            yield RaceCase("grad_sb", M, size, 0, r)
 
     def joined(M: int, r: int, mask: bool, k: int, *ns: int) -> Iterator[RaceCase]:
-        if pair.fits([r] * len(ns)):
-            yield RaceCase("update", M, sum(ns), k, r, mask, group=len(ns), ns=ns)
-            yield RaceCase("pair", M, 0, k, r, mask, group=len(ns))
+        if grad_xa.fits([r] * len(ns)):
+            yield RaceCase("shrink_expand", M, sum(ns), k, r, mask, group=len(ns), ns=ns)
+            yield RaceCase("grad_xa", M, 0, k, r, mask, group=len(ns))
 
     def products(M: int, r: int, n: int, k: int) -> Iterator[RaceCase]:
         yield RaceCase("gemm", M, n, k, r)
@@ -146,7 +146,7 @@ def race_cases() -> list[RaceCase]:
                 yield RaceCase(op, M, sum(ns), k, r, mask, group=len(ns), ns=ns)
 
     def infer(M: int, r: int, k: int, n: int) -> Iterator[RaceCase]:
-        for graph in (True, False) if M <= small.MAX_ROWS else (False,):
+        for graph in (True, False) if M <= decode.MAX_ROWS else (False,):
             yield RaceCase("infer", M, n, k, r, ns=(n,), graph=graph)
 
     def order() -> Iterator[RaceCase]:
@@ -158,7 +158,7 @@ def race_cases() -> list[RaceCase]:
             yield from train(M, 16, h, h)
         for M in (1, 16):
             for n, k in ((h, h), (wide, h), (h, wide), (kv, h)):
-                yield RaceCase("small", M, n, k, 16)
+                yield RaceCase("decode", M, n, k, 16)
                 yield from infer(M, 16, k, n)
         for size in (wide, kv):
             for mask in (True, False):
@@ -194,7 +194,7 @@ def race_cases() -> list[RaceCase]:
             yield from train(M, 16, LLAMA_70B.hidden, LLAMA_70B.hidden)
         for M in (1, 16):
             for r in (64, 128, 8):
-                yield RaceCase("small", M, h, h, r)
+                yield RaceCase("decode", M, h, h, r)
                 yield from infer(M, r, h, h)
 
     return list(dict.fromkeys(order()))
@@ -239,7 +239,7 @@ def contest(case: RaceCase, device: Device, copies: int) -> Contest:
     if case.op == "expand":
         s, b = some(M, r), adapters(N, r)
         return Contest(
-            lambda c, i: [write.expand(s[i], b[i], config=c)],
+            lambda c, i: [expand.expand(s[i], b[i], config=c)],
             lambda: [reference.expand(s[0], b[0])],
             entrants,
         )
@@ -247,14 +247,14 @@ def contest(case: RaceCase, device: Device, copies: int) -> Contest:
         ds, As = [some(M, r) for _ in range(G)], [adapters(r, K) for _ in range(G)]
         return Contest(
             lambda c, i: [
-                write.low_rank_grad_input([d[i] for d in ds], [a[i] for a in As], words, config=c)
+                expand.low_rank_grad_input([d[i] for d in ds], [a[i] for a in As], words, config=c)
             ],
             lambda: [
                 reference.low_rank_grad_input([d[0] for d in ds], [a[0] for a in As], keeps or none)
             ],
             entrants,
         )
-    if case.op == "update":
+    if case.op == "shrink_expand":
         x, As = some(M, K), [adapters(r, K) for _ in range(G)]
         Bs = [adapters(n, r) for n in case.ns]
 
@@ -266,16 +266,16 @@ def contest(case: RaceCase, device: Device, copies: int) -> Contest:
 
         def joined(c: Any, i: int) -> list[Tensor]:
             each = [a[i] for a in As], [b[i] for b in Bs]
-            s, ys = update.update(x[i], *each, SCALE, words, config=c)
+            s, ys = shrink_expand.shrink_expand(x[i], *each, SCALE, words, config=c)
             return [s, *ys]
 
         return Contest(joined, joined_exact, entrants)
-    if case.op == "pair":
+    if case.op == "grad_xa":
         x, ds = some(M, K), [some(M, r) for _ in range(G)]
         As = [adapters(r, K) for _ in range(G)]
 
         def paired(c: Any, i: int) -> list[Tensor]:
-            d, das = pair.grad_pair(x[i], [d[i] for d in ds], [a[i] for a in As], words, config=c)
+            d, das = grad_xa.grad_xa(x[i], [d[i] for d in ds], [a[i] for a in As], words, config=c)
             return [d, *das]
 
         def paired_exact() -> list[Tensor]:
@@ -285,12 +285,12 @@ def contest(case: RaceCase, device: Device, copies: int) -> Contest:
             return [d, *das]
 
         return Contest(paired, paired_exact, entrants)
-    if case.op == "outer":
+    if case.op == "grad_sb":
         dy, b, s = some(M, N), adapters(N, r), some(M, r)
         return Contest(
-            lambda c, i: list(outer.grad_output(dy[i], b[i], s[i], SCALE, config=c)),
+            lambda c, i: list(grad_sb.grad_sb(dy[i], b[i], s[i], SCALE, config=c)),
             lambda: [reference.grad_s(dy[0], b[0], SCALE), reference.grad_b(dy[0], s[0])],
-            entrants | {outer.TWO_PASS: outer.TWO_PASS},
+            entrants | {grad_sb.TWO_PASS: grad_sb.TWO_PASS},
         )
     if case.op == "grad_a":
         x, ds = some(M, K), [some(M, r) for _ in range(G)]
@@ -319,10 +319,10 @@ def contest(case: RaceCase, device: Device, copies: int) -> Contest:
             lambda: [reference.grad_input([dy[0]], [weights[0]], [ds[0]], [a[0]], [keep])],
             entrants,
         )
-    if case.op == "small":
+    if case.op == "decode":
         x, a, b = some(M, K), adapters(r, K), adapters(N, r)
         return Contest(
-            lambda c, i: [small.decode(x[i], weights[i], a[i], b[i], SCALE, config=c)],
+            lambda c, i: [decode.decode(x[i], weights[i], a[i], b[i], SCALE, config=c)],
             lambda: [reference.linear(x[0], weights[0], reference.shrink(x[0], a[0], SCALE), b[0])],
             entrants,
         )

@@ -28,7 +28,9 @@ class RaceCase:
     dtype: str = "bfloat16"
     adapter_dtype: str = "float32"
     group: int = 1
-    ns: tuple[int, ...] = ()  # of each projection, for whole operations and "update"; n: their sum
+    ns: tuple[
+        int, ...
+    ] = ()  # of each projection, for whole operations and shrink_expand; n: the sum
     graph: bool = False  # a whole operation in a CUDA graph; kernels always are
 
     @property

@@ -24,7 +24,18 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from peftkern.kernels import bits, common, gemm, grad_a, outer, pair, shrink, small, update, write
+from peftkern.kernels import (
+    bits,
+    common,
+    decode,
+    expand,
+    gemm,
+    grad_a,
+    grad_sb,
+    grad_xa,
+    shrink,
+    shrink_expand,
+)
 
 from ..cost.kernels import Traffic, traffic
 from .store import ROOT, Store
@@ -47,16 +58,16 @@ def runs(device: str, M: int, K: int) -> Iterator[Callable[[], Any]]:
     s, words = some(M, 16), bits.dropout_bits(M, K, 0.1, 7, device=device)
     yield lambda: bits.dropout_bits(M, K, 0.1, 7, device=device)
     yield lambda: shrink.shrink(x, [a], 2.0, words)
-    yield lambda: write.expand(s, b)
-    yield lambda: update.update(x, [a], [b], 2.0, words)
-    yield lambda: write.low_rank_grad_input([s], [a], words)
-    yield lambda: outer.grad_output(dy, b, s, 2.0)
+    yield lambda: expand.expand(s, b)
+    yield lambda: shrink_expand.shrink_expand(x, [a], [b], 2.0, words)
+    yield lambda: expand.low_rank_grad_input([s], [a], words)
+    yield lambda: grad_sb.grad_sb(dy, b, s, 2.0)
     yield lambda: grad_a.grad_a(x, [s], words)
-    yield lambda: pair.grad_pair(x, [s], [a], words)
+    yield lambda: grad_xa.grad_xa(x, [s], [a], words)
     yield lambda: gemm.fused_linear(x, w, s, b)
     yield lambda: gemm.fused_grad_input([dy], [w], [s], [a], words)
-    yield lambda: small.decode(x[:1], w, a, b)
-    yield lambda: small.decode(x[:16], w, a, b)
+    yield lambda: decode.decode(x[:1], w, a, b)
+    yield lambda: decode.decode(x[:16], w, a, b)
 
 
 def launch_all(device: str, M: int, K: int) -> list[Traffic]:
@@ -139,7 +150,7 @@ def check(store: Store, until: float, dry: bool, env: dict[str, str]) -> None:
     command = [
         tool, "--csv", "--page", "raw", "--print-units", "base", "--clock-control", "none",
         "--cache-control", "all", "--metrics", ",".join(METRICS),
-        "--kernel-name", "regex:^_[a-z]+_kernel", "--target-processes", "all", *script,
+        "--kernel-name", "regex:^_[a-z_]+_kernel", "--target-processes", "all", *script,
     ]  # fmt: skip
     try:
         # once without the tool: what is to be compiled is compiled then

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from typing import Any
 
 from peftkern.kernels import tuning
-from peftkern.kernels.outer import TWO_PASS
+from peftkern.kernels.grad_sb import TWO_PASS
 from peftkern.ops import choices, tuned
 
 from .candidates import contest
@@ -153,7 +153,7 @@ def entries(row: dict[str, Any]) -> list[tuning.Entry]:
         return []
     best = min(times, key=lambda name: times[name])
     choice = None
-    if case.op == "outer":
+    if case.op == "grad_sb":
         choice = TWO_PASS if best == TWO_PASS else "one_pass"
     return [entry(best, choice, "default")]
 

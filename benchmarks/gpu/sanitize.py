@@ -18,19 +18,19 @@ from torch import Tensor
 
 from peftkern.kernels import (
     bits,
+    decode,
     dora_grad,
     dora_norm,
+    expand,
     gemm,
     grad_a,
+    grad_sb,
+    grad_xa,
     mixed,
-    outer,
-    pair,
     prefix_backward,
     prefix_decode,
     shrink,
-    small,
-    update,
-    write,
+    shrink_expand,
 )
 from peftkern.kernels import prefix_attention as prefix
 
@@ -55,21 +55,23 @@ def runs(device: str) -> Iterator[tuple[str, list[Tensor]]]:
     for split in (1, 2):
         config = shrink.ShrinkConfig(16, 32, split, 4, 2)
         yield f"shrink split {split}", [shrink.shrink(x, [a, a], 2.0, words, config=config)]
-    yield "expand", [write.expand(s, b, some(N), config=write.WriteConfig(16, 32, 16, 4, 1))]
-    yield "dX low-rank", [write.low_rank_grad_input([s, s], [a, a], words)]
+    yield "expand", [expand.expand(s, b, some(N), config=expand.ExpandConfig(16, 32, 16, 4, 1))]
+    yield "dX low-rank", [expand.low_rank_grad_input([s, s], [a, a], words)]
     for split in (1, 2):
-        config = outer.OuterConfig(16, 32, split, 4, 2)
-        yield f"outer split {split}", list(outer.grad_output(dy, b, s, 2.0, config=config))
+        config = grad_sb.GradSBConfig(16, 32, split, 4, 2)
+        yield f"grad_sb split {split}", list(grad_sb.grad_sb(dy, b, s, 2.0, config=config))
         grad = grad_a.GradAConfig(16, 32, split, 4, 2)
         yield f"grad_a split {split}", grad_a.grad_a(x, [s, s], words, config=grad)
-        joined = pair.PairConfig(16, 32, split, 4, 2)
-        low, das = pair.grad_pair(x, [s, s], [a, a], words, config=joined)
-        yield f"pair split {split}", [low, *das]
-    tall = update.UpdateConfig(16, 32, 32, 4, 2)
-    done, ys = update.update(x, [a, a], [b, b], 2.0, words, [some(N), None], config=tall)
-    yield "update", [done, *ys]
+        joined = grad_xa.GradXAConfig(16, 32, split, 4, 2)
+        low, das = grad_xa.grad_xa(x, [s, s], [a, a], words, config=joined)
+        yield f"grad_xa split {split}", [low, *das]
+    tall = shrink_expand.ShrinkExpandConfig(16, 32, 32, 4, 2)
+    done, ys = shrink_expand.shrink_expand(
+        x, [a, a], [b, b], 2.0, words, [some(N), None], config=tall
+    )
+    yield "shrink_expand", [done, *ys]
     wide = some(N, 100, dtype=torch.float32)
-    yield "outer, two passes", list(outer.grad_output(dy, wide, some(M, 100), 2.0))
+    yield "grad_sb, two passes", list(grad_sb.grad_sb(dy, wide, some(M, 100), 2.0))
     for tma in (False, True):
         config = gemm.GemmConfig(64, 64, 32, tma=tma, group_m=2, num_warps=4, num_stages=2)
         yield f"gemm tma={tma}", [gemm.fused_linear(x, w, s, b, config=config)]
@@ -93,8 +95,8 @@ def runs(device: str) -> Iterator[tuple[str, list[Tensor]]]:
     flat = gemm.GemmConfig(64, 64, 32, tma=True, flatten=True, num_warps=4, num_stages=2)
     yield "gemm flattened", [gemm.fused_linear(x, w, s, b, config=flat)]
     for rows in (1, 3):
-        yield f"small M={rows}", [small.decode(x[:rows], w, a, b, 2.0)]
-        yield f"small M={rows}, S given", [small.decode(x[:rows], w, None, b, s=s[:rows])]
+        yield f"decode M={rows}", [decode.decode(x[:rows], w, a, b, 2.0)]
+        yield f"decode M={rows}, S given", [decode.decode(x[:rows], w, None, b, s=s[:rows])]
     wide_a = some(20, K, dtype=torch.float32)
     adapters = [a, wide_a, None], [b, some(N, 20, dtype=torch.float32), None]
     for samples, choice in ((1, [1]), (4, [1, -1, 0, 7]), (36, [1, -1, 0, 2] * 9)):

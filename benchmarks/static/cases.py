@@ -11,21 +11,21 @@ import torch
 
 from peftkern.kernels import (
     bits,
+    decode,
     dora_grad,
     dora_norm,
+    expand,
     gemm,
     grad_a,
+    grad_sb,
+    grad_xa,
     mixed,
-    outer,
-    pair,
     prefix_attention,
     prefix_backward,
     prefix_decode,
     prefix_tile,
     shrink,
-    small,
-    update,
-    write,
+    shrink_expand,
 )
 from peftkern.kernels.common import Arch, Launch
 
@@ -65,7 +65,7 @@ def _tag(
 
 
 def low_rank_cases(arch: Arch) -> Iterator[Case]:
-    """bits, shrink, grad_a and write."""
+    """bits, shrink, grad_a and expand."""
     yield from _named(
         "bits p=0.1", bits.plan_bits(meta(1, M, K // 32, dtype=INT32), K, 0.1, 7, bits.BitsConfig())
     )
@@ -94,17 +94,17 @@ def low_rank_cases(arch: Arch) -> Iterator[Case]:
             da = [meta(r, k, dtype=FP32)] * group
             launches = grad_a.plan_grad_a(xs, ds, keep, da, grad_config)
             yield from _named(f"grad_a K{k} {tag}", launches)
-        config = write.default_config(M, [r] * group)
-        launches = write.plan_write(x, ds, a, words, None, None, config)
-        yield from _named(f"write dX {tag}", launches)
+        config = expand.default_config(M, [r] * group)
+        launches = expand.plan_expand(x, ds, a, words, None, None, config)
+        yield from _named(f"expand dX {tag}", launches)
         if group == 1 and not masked:
             b, y, bias = meta(N, r, dtype=adapter), meta(M, N, dtype=dtype), meta(N, dtype=dtype)
-            launches = write.plan_write(y, ds, [b.T], [None], bias, None, config)
-            yield from _named(f"write Y {tag}", launches)
+            launches = expand.plan_expand(y, ds, [b.T], [None], bias, None, config)
+            yield from _named(f"expand Y {tag}", launches)
 
 
 def joined_cases(arch: Arch) -> Iterator[Case]:
-    """update and pair, where they apply: ranks of at most 128 together."""
+    """shrink_expand and grad_xa, where they apply: ranks of at most 128 together."""
     for r, group, masked, dtype, adapter in (
         (16, 1, False, BF16, FP32),
         (16, 1, True, BF16, FP32),
@@ -119,31 +119,33 @@ def joined_cases(arch: Arch) -> Iterator[Case]:
         words = [meta(M, K // 32, dtype=INT32) if masked else None] * group
         ys, biases = [meta(M, N, dtype=dtype)] * group, [meta(N, dtype=dtype), *[None] * group]
         for m in (M, 4096):  # fewer rows a program below
-            config = update.default_config(m, [r] * group, arch)
-            launches = update.plan_update(
+            config = shrink_expand.default_config(m, [r] * group, arch)
+            launches = shrink_expand.plan_shrink_expand(
                 x, a, b, words, biases[:group], [1.0] * group, s, ys, config
             )
-            yield from _named(f"update M{m} {tag}", launches)
+            yield from _named(f"shrink_expand M{m} {tag}", launches)
         ds = [s[:, i * r : i * r + r] for i in range(group)]
         for k in (K, 14336):
             words = [meta(M, k // 32, dtype=INT32) if masked else None] * group
             xs, low = meta(M, k, dtype=dtype), [meta(r, k, dtype=adapter)] * group
             das = [meta(r, k, dtype=FP32)] * group
-            config_p = pair.default_config(M, k, [r] * group, arch, dtype.itemsize)
-            launches = pair.plan_pair(xs, ds, low, words, meta(M, k, dtype=dtype), das, config_p)
-            yield from _named(f"pair K{k} {tag}", launches)
+            config_p = grad_xa.default_config(M, k, [r] * group, arch, dtype.itemsize)
+            launches = grad_xa.plan_grad_xa(
+                xs, ds, low, words, meta(M, k, dtype=dtype), das, config_p
+            )
+            yield from _named(f"grad_xa K{k} {tag}", launches)
 
 
 def outer_cases(arch: Arch) -> Iterator[Case]:
     """dS and dB in one pass, or in two where the default says so."""
     for r, m in ((16, M), (16, 128), (32, M), (64, 128), (128, M)):
         y, b, s = meta(m, N), meta(N, r, dtype=FP32), meta(m, r)
-        db, config = meta(N, r, dtype=FP32), outer.default_outer_config(m, N, r, arch)
+        db, config = meta(N, r, dtype=FP32), grad_sb.default_config(m, N, r, arch)
         if config is None:
-            launches = outer.plan_two_pass(y, b, s, 1.0, meta(m, r), db, arch)
+            launches = grad_sb.plan_two_pass(y, b, s, 1.0, meta(m, r), db, arch)
         else:
-            launches = outer.plan_outer(y, b, s, 1.0, meta(m, r), db, config)
-        yield from _named(f"outer M{m} {_tag(r)}", launches)
+            launches = grad_sb.plan_grad_sb(y, b, s, 1.0, meta(m, r), db, config)
+        yield from _named(f"grad_sb M{m} {_tag(r)}", launches)
 
 
 def gemm_cases(arch: Arch) -> Iterator[Case]:
@@ -191,7 +193,7 @@ def gemm_cases(arch: Arch) -> Iterator[Case]:
 
 
 def decode_cases(arch: Arch) -> Iterator[Case]:
-    """small: one row and sixteen."""
+    """decode: one row and sixteen."""
     for m in (1, 16):
         for r, dtype, adapter in (
             (16, BF16, FP32),
@@ -200,10 +202,10 @@ def decode_cases(arch: Arch) -> Iterator[Case]:
             (128, BF16, FP32),
             (16, FP32, FP32),
         ):
-            launches = small.plan_small(
+            launches = decode.plan_decode(
                 meta(m, N, dtype=dtype), meta(m, K, dtype=dtype), meta(N, K, dtype=dtype),
                 meta(r, K, dtype=adapter), meta(N, r, dtype=adapter),
-                None, None, 1.0, small.default_config(m, N, r, arch),
+                None, None, 1.0, decode.default_config(m, N, r, arch),
             )  # fmt: skip
             yield from _named(f"decode M{m} {_tag(r, 1, False, dtype, adapter)}", launches)
 

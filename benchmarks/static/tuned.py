@@ -9,7 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftkern.kernels import gemm, grad_a, outer, pair, shrink, small, tuning, update, write
+from peftkern.kernels import (
+    decode,
+    expand,
+    gemm,
+    grad_a,
+    grad_sb,
+    grad_xa,
+    shrink,
+    shrink_expand,
+    tuning,
+)
 from peftkern.kernels.common import Arch, Launch
 
 from .cases import FP32, INT32, Case, meta
@@ -48,32 +58,34 @@ def _shrink(t: _Tensors, config: Any, arch: Arch) -> list[Launch]:
 
 def _expand(t: _Tensors, config: Any, arch: Arch) -> list[Launch]:
     y, s, b = t("m", "n"), t("m", "r"), t.low("n", "r")
-    return write.plan_write(y, [s], [b.T], [None], None, None, config)
+    return expand.plan_expand(y, [s], [b.T], [None], None, None, config)
 
 
 def _low_rank_grad_input(t: _Tensors, config: Any, arch: Arch) -> list[Launch]:
     ds, As = [t("m", "r")] * t.key.group, [t.low("r", "k")] * t.key.group
-    return write.plan_write(t("m", "k"), ds, As, t.words(), None, None, config)
+    return expand.plan_expand(t("m", "k"), ds, As, t.words(), None, None, config)
 
 
-def _update(t: _Tensors, config: Any, arch: Arch) -> list[Launch]:
+def _shrink_expand(t: _Tensors, config: Any, arch: Arch) -> list[Launch]:
     k, g = t.key, t.key.group
     s = meta(k.m, k.r * g, dtype=t.dtype)
     # n is the sum over the group; how it is shared out does not matter to the compiler
     Bs, ys = [t.low("n", "r")] * g, [t("m", "n")] * g
     As, scales = [t.low("r", "k")] * g, [1.0] * g
-    return update.plan_update(t("m", "k"), As, Bs, t.words(), [None] * g, scales, s, ys, config)
+    return shrink_expand.plan_shrink_expand(
+        t("m", "k"), As, Bs, t.words(), [None] * g, scales, s, ys, config
+    )
 
 
-def _pair(t: _Tensors, config: Any, arch: Arch) -> list[Launch]:
+def _grad_xa(t: _Tensors, config: Any, arch: Arch) -> list[Launch]:
     g = t.key.group
     ds, As, das = [t("m", "r")] * g, [t.low("r", "k")] * g, [t.grad("r", "k")] * g
-    return pair.plan_pair(t("m", "k"), ds, As, t.words(), t("m", "k"), das, config)
+    return grad_xa.plan_grad_xa(t("m", "k"), ds, As, t.words(), t("m", "k"), das, config)
 
 
-def _outer(t: _Tensors, config: Any, arch: Arch) -> list[Launch]:
+def _grad_sb(t: _Tensors, config: Any, arch: Arch) -> list[Launch]:
     dy, b, s = t("m", "n"), t.low("n", "r"), t("m", "r")
-    return outer.plan_outer(dy, b, s, 1.0, t("m", "r"), t.grad("n", "r"), config)
+    return grad_sb.plan_grad_sb(dy, b, s, 1.0, t("m", "r"), t.grad("n", "r"), config)
 
 
 def _grad_a(t: _Tensors, config: Any, arch: Arch) -> list[Launch]:
@@ -93,24 +105,24 @@ def _gemm_grad_input(t: _Tensors, config: Any, arch: Arch) -> list[Launch]:
     return gemm.plan_gemm(t("m", "k"), dys, ws, ds, As, t.words(), None, arch, config)
 
 
-def _small(t: _Tensors, config: Any, arch: Arch) -> list[Launch]:
+def _decode(t: _Tensors, config: Any, arch: Arch) -> list[Launch]:
     y, x, w = t("m", "n"), t("m", "k"), t("n", "k")
     a, b = t.low("r", "k"), t.low("n", "r")
-    return small.plan_small(y, x, w, a, b, None, None, 1.0, config)
+    return decode.plan_decode(y, x, w, a, b, None, None, 1.0, config)
 
 
 Plan = Callable[[_Tensors, Any, Arch], list[Launch]]
 PLANS: dict[str, tuple[type, Plan]] = {
     "shrink": (shrink.ShrinkConfig, _shrink),
-    "expand": (write.WriteConfig, _expand),
-    "low_rank_grad_input": (write.WriteConfig, _low_rank_grad_input),
-    "update": (update.UpdateConfig, _update),
-    "pair": (pair.PairConfig, _pair),
-    "outer": (outer.OuterConfig, _outer),
+    "expand": (expand.ExpandConfig, _expand),
+    "low_rank_grad_input": (expand.ExpandConfig, _low_rank_grad_input),
+    "shrink_expand": (shrink_expand.ShrinkExpandConfig, _shrink_expand),
+    "grad_xa": (grad_xa.GradXAConfig, _grad_xa),
+    "grad_sb": (grad_sb.GradSBConfig, _grad_sb),
     "grad_a": (grad_a.GradAConfig, _grad_a),
     "gemm": (gemm.GemmConfig, _gemm),
     "gemm_grad_input": (gemm.GemmConfig, _gemm_grad_input),
-    "small": (small.SmallConfig, _small),
+    "decode": (decode.DecodeConfig, _decode),
 }
 
 

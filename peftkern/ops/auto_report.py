@@ -16,7 +16,7 @@ def describe(
     like: Tensor, adapter: torch.dtype, alone: Numbers, together: Numbers | None = None
 ) -> str:
     """Which way the operations of a layer go and why, e.g. ``auto: forward M<=2048 hybrid 1.31x
-    torch, infer M<=1 small: raced here on 2026-11-25``.
+    torch, infer M<=1 decode: raced here on 2026-11-25``.
 
     Args:
         like: a tensor of the activations' dtype and device, the weight say.

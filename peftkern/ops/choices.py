@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.small import MAX_ROWS
+from ..kernels.decode import MAX_ROWS
 from ..kernels.tuning import Key, bucket
 from . import torch_backend, triton_backend
 from .tuned import name_of, products_in

@@ -19,18 +19,18 @@ from torch import Tensor
 
 from ..kernels.bits import dropout_bits
 from ..kernels.common import DTYPES, INTERPRET, MAX_RANK, arch_of
+from ..kernels.decode import MAX_ROWS, decode
+from ..kernels.expand import expand, low_rank_grad_input
 from ..kernels.gemm import fused_grad_input, fused_linear
 from ..kernels.grad_a import grad_a
+from ..kernels.grad_sb import grad_sb_group
+from ..kernels.grad_xa import fits as grad_xa_fits
+from ..kernels.grad_xa import grad_xa
 from ..kernels.mixed import MAX_ADAPTERS
 from ..kernels.mixed import mixed as _mixed
-from ..kernels.outer import grad_outputs
-from ..kernels.pair import fits as pair_fits
-from ..kernels.pair import grad_pair
 from ..kernels.shrink import shrink
-from ..kernels.small import MAX_ROWS, decode
-from ..kernels.update import fits as update_fits
-from ..kernels.update import update
-from ..kernels.write import expand, low_rank_grad_input
+from ..kernels.shrink_expand import fits as shrink_expand_fits
+from ..kernels.shrink_expand import shrink_expand
 from . import torch_backend, tuned
 from .device import capturing, on_its_device
 from .projection import Part, Projection
@@ -45,7 +45,7 @@ from .projection import Part, Projection
 PRODUCTS = ("hybrid", "joined", "fused")
 product: str | None = None
 # without gradients, up to MAX_ROWS rows, there is also one launch for everything
-INFER = ("small", *PRODUCTS)
+INFER = ("decode", *PRODUCTS)
 
 _noted: set[str] = set()
 
@@ -122,9 +122,9 @@ class _Numbers(NamedTuple):
                 len(self.ranks), self.masked, self.grads,
             )  # fmt: skip
         if how == "joined" or how is None:
-            held = pair_fits(self.ranks)
+            held = grad_xa_fits(self.ranks)
             if how is None and held:
-                held = update_fits(self.like.shape[0], self.ranks, arch_of(self.like.device))
+                held = shrink_expand_fits(self.like.shape[0], self.ranks, arch_of(self.like.device))
             return "joined" if held else "hybrid"
         return how
 
@@ -201,8 +201,8 @@ def group_forward(
     order = numbers.order(how)
     if order == "joined":
         Bs, biases = [m.B for m in members], [m.bias for m in members]
-        config = numbers.config("update", n, K)
-        s, ys = update(x, As, Bs, scales, words, biases, config=config)
+        config = numbers.config("shrink_expand", n, K)
+        s, ys = shrink_expand(x, As, Bs, scales, words, biases, config=config)
         ys = [y.addmm_(x, m.w) for y, m in zip(ys, members, strict=True)]
         return list(zip(ys, s.split(ranks, 1), words, strict=True))
     done = []
@@ -239,8 +239,8 @@ def group_backward(
     dx = None
     wanted = [i for i, part in enumerate(parts) if part.needs_a]
     if order == "joined" and needs_x and len(wanted) == len(parts):
-        config = numbers.config("pair", 0, K)
-        dx, found = grad_pair(x, ds, As, bits, out_dtypes=[a.dtype for a in As], config=config)
+        config = numbers.config("grad_xa", 0, K)
+        dx, found = grad_xa(x, ds, As, bits, out_dtypes=[a.dtype for a in As], config=config)
         das = list(found)
     elif wanted:
         ours = numbers._replace(
@@ -284,11 +284,11 @@ def _over_dy(parts: list[Any]) -> tuple[list[Tensor], list[Tensor | None]]:
         N, r = part.B.shape
         if part.needs_b and part.s is not None:
             both.append(i)
-            configs.append(tuned.config("outer", part.dy, part.B.dtype, N, 0, r))
+            configs.append(tuned.config("grad_sb", part.dy, part.B.dtype, N, 0, r))
         else:
             config = tuned.config("shrink", part.dy, part.B.dtype, 0, N, r)
             ds[i] = shrink(part.dy, [part.B.t()], part.scale / (1.0 - part.p), config=config)
-    done = grad_outputs(
+    done = grad_sb_group(
         [(q.dy, q.B, q.s, q.scale / (1.0 - q.p)) for q in (parts[i] for i in both)],
         [parts[i].B.dtype for i in both],
         configs,
@@ -310,7 +310,7 @@ def infer(
     how: str | None = None,
 ) -> Tensor:
     """Y for x [..., K] without gradients or dropout; ``w`` as stored, [K, N] when ``transposed``;
-    ``how`` one of ``INFER``, by default "small" for as many rows as that takes, unless a table
+    ``how`` one of ``INFER``, by default "decode" for as many rows as that takes, unless a table
     knows better."""
     if _declines(x, A):
         return torch_backend.infer(x, w, bias, A, B, scale, transposed)
@@ -320,8 +320,8 @@ def infer(
     if few and how is None:
         K = x2.shape[1]
         how = tuned.best_of(INFER, "infer", x2, A.dtype, N, K, r) or INFER[0]
-    if few and how == "small":
-        config = tuned.config("small", x2, A.dtype, N, x2.shape[1], r)
+    if few and how == "decode":
+        config = tuned.config("decode", x2, A.dtype, N, x2.shape[1], r)
         y = decode(x2, w.t() if transposed else w, A, B, scale, bias, config=config)
     else:
         how = how if how in PRODUCTS else None

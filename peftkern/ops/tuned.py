@@ -43,15 +43,15 @@ _OWN = ("bits.py", "choices.py", "torch_backend.py", "triton_backend.py")
 _NOT_MEASURED = ("reference.py", "tuning.py")
 _CONFIG_OF = {  # op of a table -> (module of kernels/, class)
     "shrink": ("shrink", "ShrinkConfig"),
-    "expand": ("write", "WriteConfig"),
-    "low_rank_grad_input": ("write", "WriteConfig"),
-    "outer": ("outer", "OuterConfig"),
+    "expand": ("expand", "ExpandConfig"),
+    "low_rank_grad_input": ("expand", "ExpandConfig"),
+    "grad_sb": ("grad_sb", "GradSBConfig"),
     "grad_a": ("grad_a", "GradAConfig"),
-    "update": ("update", "UpdateConfig"),
-    "pair": ("pair", "PairConfig"),
+    "shrink_expand": ("shrink_expand", "ShrinkExpandConfig"),
+    "grad_xa": ("grad_xa", "GradXAConfig"),
     "gemm": ("gemm", "GemmConfig"),
     "gemm_grad_input": ("gemm", "GemmConfig"),
-    "small": ("small", "SmallConfig"),
+    "decode": ("decode", "DecodeConfig"),
 }
 
 
@@ -336,7 +336,7 @@ def config(
 
 def _make(entry: Entry) -> Any:
     if entry.choice == "two_pass":
-        return entry.choice  # as kernels.outer.grad_output takes it
+        return entry.choice  # as kernels.grad_sb.grad_sb takes it
     module, name = _CONFIG_OF[entry.key.op]
     kernels = importlib.import_module(f"..kernels.{module}", __package__)
     try:

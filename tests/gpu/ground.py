@@ -20,23 +20,23 @@ if not ON_CPU and not torch.cuda.is_available():
 # after the skip: where tests/kernels runs in this process too, nobody else may import these
 from peftkern.kernels import (
     bits,
+    decode,
+    expand,
     gemm,
     grad_a,
+    grad_sb,
     mixed,
-    outer,
     prefix_attention,
     prefix_backward,
     prefix_decode,
     prefix_reference,
     reference,
     shrink,
-    small,
-    write,
 )
 from peftkern.ops import backend, triton_backend
 
-__all__ = ["backend", "bits", "gemm", "grad_a", "mixed", "outer", "reference", "shrink", "small"]
-__all__ += ["triton_backend", "write"]
+__all__ = ["backend", "bits", "gemm", "grad_a", "mixed", "grad_sb", "reference", "shrink", "decode"]
+__all__ += ["triton_backend", "expand"]
 __all__ += ["prefix_attention", "prefix_backward", "prefix_decode", "prefix_reference"]
 
 DEVICE = torch.device("cpu" if ON_CPU else "cuda")

@@ -10,17 +10,17 @@ from tests.gpu.ground import (
     as_good_as_torch,
     bits,
     cut,
+    decode,
+    expand,
     gemm,
     grad_a,
+    grad_sb,
     mixed,
-    outer,
     poison,
     reference,
     shrink,
-    small,
     some,
     words_of,
-    write,
 )
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -68,11 +68,11 @@ def test_low_rank_kernels(shape, dtype, mask):
     as_good_as_torch(s, plain, exact)
     s = s[:, :r]
 
-    y = write.expand(s, B, some(N, dtype=dtype, seed=4))
+    y = expand.expand(s, B, some(N, dtype=dtype, seed=4))
     bias = some(N, dtype=dtype, seed=4)
     as_good_as_torch(y, s @ low_b.T + bias, reference.expand(s, B, bias))
 
-    ds, db = outer.grad_output(dy, B, s, 2.0)
+    ds, db = grad_sb.grad_sb(dy, B, s, 2.0)
     as_good_as_torch(ds, 2.0 * (dy @ low_b), reference.grad_s(dy, B, 2.0))
     exact_db = reference.grad_b(dy, s)
     assert db.dtype == FP32
@@ -81,7 +81,7 @@ def test_low_rank_kernels(shape, dtype, mask):
     (da,) = grad_a.grad_a(x, [ds], words)
     as_good_as_torch(da, (ds.T @ masked(x, keep)).float(), reference.grad_a(x, ds, keep))
 
-    dx = write.low_rank_grad_input([ds, s], [A, A], words)
+    dx = expand.low_rank_grad_input([ds, s], [A, A], words)
     plain = masked(ds @ low_a, keep) + masked(s @ low_a, keep)
     as_good_as_torch(dx, plain, reference.low_rank_grad_input([ds, s], [A, A], [keep, keep]))
 
@@ -94,7 +94,7 @@ def test_every_rank(r):
     words, keep = words_of(M, K)
     s = shrink.shrink(x, [A], 1.0, words)
     as_good_as_torch(s, masked(x, keep) @ A.bfloat16().T, reference.shrink(x, A, 1.0, keep))
-    ds, db = outer.grad_output(dy, B, s)
+    ds, db = grad_sb.grad_sb(dy, B, s)
     as_good_as_torch(ds, dy @ B.bfloat16(), reference.grad_s(dy, B, 1.0))
     as_good_as_torch(db, (dy.T @ s).float(), reference.grad_b(dy, s))
     (da,) = grad_a.grad_a(x, [ds], words)
@@ -105,7 +105,7 @@ def test_every_rank(r):
     dx = gemm.fused_grad_input([dy], [w], [ds], [A], words)
     plain = dy @ w + masked(ds @ A.bfloat16(), keep)
     as_good_as_torch(dx, plain, reference.grad_input([dy], [w], [ds], [A], [keep]))
-    one = small.decode(x[:1], w, A, B)
+    one = decode.decode(x[:1], w, A, B)
     low = reference.shrink(x[:1], A, 1.0)
     plain = x[:1] @ w.T + (x[:1] @ A.bfloat16().T) @ B.bfloat16().T
     as_good_as_torch(one, plain, reference.linear(x[:1], w, low, B))
@@ -153,7 +153,7 @@ def test_decode(M, dtype):
         A, B = some(r, K, dtype=FP32, seed=2, scale=0.1), some(N, r, dtype=FP32, seed=3, scale=0.2)
         bias = some(N, dtype=dtype, seed=4)
         poison()
-        y = small.decode(x, w, A, B, 2.0, bias)
+        y = decode.decode(x, w, A, B, 2.0, bias)
         plain = x @ w.T + (2.0 * (x @ A.to(dtype).T)) @ B.to(dtype).T + bias
         as_good_as_torch(y, plain, reference.linear(x, w, reference.shrink(x, A, 2.0), B, bias))
 
@@ -202,12 +202,12 @@ def test_an_index_rewritten_between_replays_of_a_graph():
 def test_no_rows():
     x, A, B = some(0, 64), some(4, 64), some(32, 4)
     s = shrink.shrink(x, [A])
-    assert s.shape == (0, 4) and write.expand(s, B).shape == (0, 32)
+    assert s.shape == (0, 4) and expand.expand(s, B).shape == (0, 32)
     assert gemm.fused_linear(x, some(32, 64), s, B).shape == (0, 32)
-    ds, db = outer.grad_output(some(0, 32), B, s)
+    ds, db = grad_sb.grad_sb(some(0, 32), B, s)
     assert ds.shape == (0, 4) and not db.any()
     assert not grad_a.grad_a(x, [ds])[0].any()
-    assert small.decode(x, some(32, 64), A, B).shape == (0, 32)
+    assert decode.decode(x, some(32, 64), A, B).shape == (0, 32)
     assert bits.dropout_bits(0, 64, 0.1, 1, device=DEVICE).shape == (0, 2)
 
 
@@ -225,14 +225,14 @@ def test_offsets_past_int32():
         config = gemm.GemmConfig(64, 64, 32, tma=tma, num_warps=4, num_stages=2)
         y = gemm.fused_linear(far, w, s, B, config=config)
         as_good_as_torch(y, near @ w.T + s @ B.T, reference.linear(near, w, s, B))
-    ds, db = outer.grad_output(far, some(512, 16, seed=3), s)
+    ds, db = grad_sb.grad_sb(far, some(512, 16, seed=3), s)
     as_good_as_torch(db, (near.T @ s).float(), reference.grad_b(near, s))
     (da,) = grad_a.grad_a(far, [ds], words)
     as_good_as_torch(da, (ds.T @ (near * keep)).float(), reference.grad_a(near, ds, keep))
-    y = small.decode(far, w, A, B)
+    y = decode.decode(far, w, A, B)
     low = reference.shrink(near, A, 1.0)
     as_good_as_torch(y, near @ w.T + (near @ A.T) @ B.T, reference.linear(near, w, low, B))
-    y = small.decode(near[:2], far[:, :512], A, B[:3])  # and rows of W that far apart
+    y = decode.decode(near[:2], far[:, :512], A, B[:3])  # and rows of W that far apart
     low = reference.shrink(near[:2], A, 1.0)
     as_good_as_torch(
         y,
@@ -247,10 +247,10 @@ def test_outputs_of_more_than_int32_elements():
         pytest.skip("needs 24 GiB of device memory")
     M, N = 2**17 + 8, 2**14 + 64  # 2.1e9 elements
     s, B = some(M, 8), some(N, 8, seed=1)
-    y = write.expand(s, B)
+    y = expand.expand(s, B)
     for rows in (slice(0, 64), slice(M // 2, M // 2 + 64), slice(M - 64, M)):
         as_good_as_torch(y[rows], s[rows] @ B.T, reference.expand(s[rows], B))
-    ds, db = outer.grad_output(y, B, s)
+    ds, db = grad_sb.grad_sb(y, B, s)
     rows = slice(M - 64, M)
     as_good_as_torch(ds[rows], y[rows] @ B, reference.grad_s(y[rows], B, 1.0))
     assert bool(db.isfinite().all())

@@ -208,16 +208,16 @@ def test_in_a_graph_another_way_may_be_faster(monkeypatch, tmp_path, ran):
     monkeypatch.setattr(device, "capturing", lambda x: capturing)
     capturing = False
     x, w, A, B = drawn(grad=False)
-    with dispatcher(monkeypatch, tmp_path, FakeClock("torch", in_graph="small")) as clock:
+    with dispatcher(monkeypatch, tmp_path, FakeClock("torch", in_graph="decode")) as clock:
         for capturing in (False, True):
             ran.clear()
             peftkern.lora_linear(x, w, None, A, B, 2.0)
-            assert ran[-1] == ("infer", "small" if capturing else "torch")
+            assert ran[-1] == ("infer", "decode" if capturing else "torch")
         assert len(ran) == 1 and clock.races == 1
         tuned.forget()
         capturing = False
         peftkern.lora_linear(x, w, None, A, B, 2.0)  # from the file
-        assert clock.races == 1 and decided("infer").in_graph == "small"
+        assert clock.races == 1 and decided("infer").in_graph == "decode"
         x, w, A, B = drawn(M=20, grad=False)  # with many rows the host's time is hidden
         peftkern.lora_linear(x, w, None, A, B, 2.0)
         assert [k.graph for k in tuned.book(-1).cached.entries if k.m == 32] == [False]

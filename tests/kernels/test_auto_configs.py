@@ -19,7 +19,7 @@ def launches(monkeypatch):
 
 
 def config(op, fields, M=12, N=0, K=0, **more):
-    choice = "one_pass" if op == "outer" else None
+    choice = "one_pass" if op == "grad_sb" else None
     return entry(op, choice, M=M, N=N, K=K, config=fields, **more)
 
 
@@ -28,15 +28,15 @@ def test_kernels_run_with_the_configs_of_a_table(monkeypatch, tmp_path):
         ship(tmp_path, [
             config("shrink", {"block_m": 16, "block_k": 32, "split_k": 1, "num_warps": 2}, K=40),
             config("expand", {"block_m": 16, "block_n": 32, "num_warps": 1}, N=24),
-            config("outer", {"block_m": 16, "block_n": 16, "num_warps": 1}, N=24),
+            config("grad_sb", {"block_m": 16, "block_n": 16, "num_warps": 1}, N=24),
             config("grad_a", {"block_m": 16, "block_k": 32, "num_warps": 1}, K=40),
             config("low_rank_grad_input", {"block_m": 16, "block_n": 64, "num_warps": 2}, K=40),
-            config("update", {"block_m": 16, "block_k": 64, "block_n": 16}, N=24, K=40),
-            config("pair", {"block_m": 16, "block_k": 32, "num_warps": 1}, K=40),
+            config("shrink_expand", {"block_m": 16, "block_k": 64, "block_n": 16}, N=24, K=40),
+            config("grad_xa", {"block_m": 16, "block_k": 32, "num_warps": 1}, K=40),
             config("gemm", {"block_m": 16, "block_n": 32, "block_k": 16}, N=24, K=40),
             config("gemm_grad_input", {"block_m": 32, "block_n": 32, "block_k": 16}, N=24, K=40),
-            config("small", {"block_n": 8, "block_k": 16, "num_warps": 1}, N=24, K=40),
-            config("small", {"block_n": 4, "block_k": 64, "num_warps": 1}, M=1, N=24, K=40),
+            config("decode", {"block_n": 8, "block_k": 16, "num_warps": 1}, N=24, K=40),
+            config("decode", {"block_n": 4, "block_k": 64, "num_warps": 1}, M=1, N=24, K=40),
             # too far from 12 rows: the kernel's own default knows better
             config("shrink", {"block_m": 128, "block_k": 128}, M=4096, K=48),
         ])  # fmt: skip
@@ -50,11 +50,11 @@ def test_kernels_run_with_the_configs_of_a_table(monkeypatch, tmp_path):
                 peftkern.lora_linear(x[:1], w, None, A, B, 2.0)
         assert {m["BLOCK_K"] for m in seen["_shrink_kernel"]} == {32}
         assert {m["num_warps"] for m in seen["_shrink_kernel"]} == {2}
-        assert [m["BLOCK_N"] for m in seen["_write_kernel"]] == [32, 64]  # expand, dX
-        assert {m["BLOCK_N"] for m in seen["_outer_kernel"]} == {16}
+        assert [m["BLOCK_N"] for m in seen["_expand_kernel"]] == [32, 64]  # expand, dX
+        assert {m["BLOCK_N"] for m in seen["_grad_sb_kernel"]} == {16}
         assert {m["BLOCK_K"] for m in seen["_grad_a_kernel"]} == {32}
-        assert [(m["BLOCK_K"], m["BLOCK_N"]) for m in seen["_update_kernel"]] == [(64, 16)]
-        assert {m["num_warps"] for m in seen["_pair_kernel"]} == {1}
+        assert [(m["BLOCK_K"], m["BLOCK_N"]) for m in seen["_shrink_expand_kernel"]] == [(64, 16)]
+        assert {m["num_warps"] for m in seen["_grad_xa_kernel"]} == {1}
         assert [m["BLOCK_M"] for m in seen["_gemm_kernel"]] == [16, 32]
         assert {m["BLOCK_K"] for m in seen["_rows_kernel"]} == {16}
         assert {m["BLOCK_N"] for m in seen["_gemv_kernel"]} == {4}
@@ -66,11 +66,11 @@ def test_kernels_run_with_the_configs_of_a_table(monkeypatch, tmp_path):
 
 def test_two_passes_over_dy_where_the_table_says_so(monkeypatch, tmp_path):
     with dispatcher(monkeypatch, tmp_path, FakeClock()):
-        ship(tmp_path, [entry("outer", "two_pass", K=0)])
+        ship(tmp_path, [entry("grad_sb", "two_pass", K=0)])
         seen = launches(monkeypatch)
         with peftkern.use_backend("triton"):
             step(*drawn())
-        assert "_outer_kernel" not in seen and len(seen["_grad_a_kernel"]) == 2
+        assert "_grad_sb_kernel" not in seen and len(seen["_grad_a_kernel"]) == 2
 
 
 def test_a_config_that_a_kernel_refuses_is_ignored(monkeypatch, tmp_path, caplog):
@@ -88,12 +88,12 @@ def test_the_triton_backend_takes_its_product_from_a_table_and_never_races(monke
         tuned.book(-1).keep([entry("forward", "torch", times=times)])
         with peftkern.use_backend("triton"):
             step(*drawn())
-            assert "_gemm_kernel" in seen and len(seen["_write_kernel"]) == 1  # dX by the default
+            assert "_gemm_kernel" in seen and len(seen["_expand_kernel"]) == 1  # dX by the default
             x, w, A, B = drawn(grad=False)
             peftkern.lora_linear(x, w, None, A, B, 2.0)
             assert "_rows_kernel" in seen  # the default
             tuned.book(-1).keep([entry("infer", "hybrid", M=8)])  # the nearest bucket
             seen.clear()
             peftkern.lora_linear(x, w, None, A, B, 2.0)
-            assert "_write_kernel" in seen and "_rows_kernel" not in seen
+            assert "_expand_kernel" in seen and "_rows_kernel" not in seen
         assert clock.races == 0

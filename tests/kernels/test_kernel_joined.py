@@ -5,14 +5,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peftkern.kernels import common, pair, reference, update
+from peftkern.kernels import common, reference
+from peftkern.kernels import grad_xa as joined_backward
 from peftkern.kernels.bits import pack_bits
 from peftkern.kernels.common import Arch
 from peftkern.kernels.grad_a import GradAConfig, grad_a
 from peftkern.kernels.grad_a import default_config as default_grad_a_config
-from peftkern.kernels.outer import grad_outputs
-from peftkern.kernels.pair import PairConfig, grad_pair
-from peftkern.kernels.update import UpdateConfig
+from peftkern.kernels.grad_sb import grad_sb_group
+from peftkern.kernels.grad_xa import GradXAConfig, grad_xa
+from peftkern.kernels.shrink_expand import ShrinkExpandConfig, fits, shrink_expand
 from tests.kernels.oracle import (
     DTYPES,
     assert_as_good_as_torch,
@@ -37,7 +38,7 @@ def check_update(M, K, Ns, ranks, dtype, adapter, masks, bias=True, config=None)
               for i, n in enumerate(Ns)]  # fmt: skip
     scales = [0.5 * (i + 1) for i in range(len(ranks))]
     keeps, words = masks_of(M, K, masks)
-    s, ys = update.update(x, As, Bs, scales, words, biases, config=config)
+    s, ys = shrink_expand(x, As, Bs, scales, words, biases, config=config)
     assert s.dtype == dtype and s.shape == (M, sum(ranks))
     parts = zip(ys, s.split(list(ranks), 1), As, Bs, biases, scales, keeps, strict=True)
     for y, own, a, b, c, scale, keep in parts:
@@ -45,7 +46,7 @@ def check_update(M, K, Ns, ranks, dtype, adapter, masks, bias=True, config=None)
         assert_as_good_as_torch(own, plain, reference.shrink(x, a, scale, keep))
         written = own @ b.to(dtype).T if c is None else own @ b.to(dtype).T + c
         assert_as_good_as_torch(y, written, reference.expand(own, b, c))
-    again = update.update(x, As, Bs, scales, words, biases, config=config)
+    again = shrink_expand(x, As, Bs, scales, words, biases, config=config)
     assert torch.equal(s, again[0])
     assert all(torch.equal(p, q) for p, q in zip(ys, again[1], strict=True))
 
@@ -55,13 +56,13 @@ def check_pair(M, K, ranks, dtype, adapter, masks, config=None):
     ds = [matrix(M, r, dtype, seed=1 + i, offset=1) for i, r in enumerate(ranks)]
     As = [matrix(r, K, adapter, seed=9 + i) for i, r in enumerate(ranks)]
     keeps, words = masks_of(M, K, masks)
-    d_out, das = grad_pair(x, ds, As, words, config=config)
+    d_out, das = grad_xa(x, ds, As, words, config=config)
     plain = sum(masked(d @ a.to(dtype), k) for d, a, k in zip(ds, As, keeps, strict=True))
     assert_as_good_as_torch(d_out, plain, reference.low_rank_grad_input(ds, As, keeps))
     for da, d, k in zip(das, ds, keeps, strict=True):
         assert da.dtype == torch.float32
         assert_as_good_as_torch(da, d.T @ masked(x, k), reference.grad_a(x, d, k))
-    again = grad_pair(x, ds, As, words, config=config)
+    again = grad_xa(x, ds, As, words, config=config)
     assert torch.equal(d_out, again[0]), "two runs differ"
     assert all(torch.equal(a, b) for a, b in zip(das, again[1], strict=True)), "two runs differ"
 
@@ -102,27 +103,27 @@ def test_pair_against_float64(M, K, ranks, masks, dtype):
 )
 def test_any_shape(M, K, N, ranks, dtype, same, masks, split):
     adapter, masks = dtype if same else torch.float32, masks[: len(ranks)]
-    config = UpdateConfig(block_m=32, block_k=32, block_n=32)
+    config = ShrinkExpandConfig(block_m=32, block_k=32, block_n=32)
     check_update(M, K, [N + i for i in range(len(ranks))], ranks, dtype, adapter, masks,
                  config=config)  # fmt: skip
-    check_pair(M, K, ranks, dtype, adapter, masks, PairConfig(32, 32, split_m=split))
+    check_pair(M, K, ranks, dtype, adapter, masks, GradXAConfig(32, 32, split_m=split))
 
 
 def test_one_launch_each_where_the_device_is_filled(monkeypatch):
     """Without a second stage at the shape the design counts with, on every GPU it names."""
     for sms, capability, shared in ((108, 80, 166912), (132, 90, 232448), (148, 100, 232448)):
         arch = Arch(sms, capability, shared)
-        assert pair.default_config(8192, 4096, [16], arch).split_m == 1
+        assert joined_backward.default_config(8192, 4096, [16], arch).split_m == 1
         assert default_grad_a_config(8192, 4096, arch).split_m == 1
-        assert update.fits(8192, [16], arch) and not update.fits(512, [16], arch)
-    assert not update.fits(8192, [64, 64, 16], Arch(132, 90, 232448))
+        assert fits(8192, [16], arch) and not fits(512, [16], arch)
+    assert not fits(8192, [64, 64, 16], Arch(132, 90, 232448))
     ran = []
     monkeypatch.setattr(common.Launch, "run", lambda self: ran.append(self.kernel.__name__))
     x, a, b = torch.ones(40, 32), torch.ones(4, 32), torch.ones(8, 4)
-    update.update(x, [a, a], [b, b])
-    grad_pair(x, [torch.ones(40, 4)], [a], config=PairConfig(split_m=1))
-    grad_pair(x, [torch.ones(40, 4)], [a], config=PairConfig(16, 32, split_m=2))
-    assert ran == ["_update_kernel", "_pair_kernel", "_pair_kernel", "_sum_kernel"]
+    shrink_expand(x, [a, a], [b, b])
+    grad_xa(x, [torch.ones(40, 4)], [a], config=GradXAConfig(split_m=1))
+    grad_xa(x, [torch.ones(40, 4)], [a], config=GradXAConfig(16, 32, split_m=2))
+    assert ran == ["_shrink_expand_kernel", "_grad_xa_kernel", "_grad_xa_kernel", "_sum_kernel"]
 
 
 def test_a_group_sums_its_partials_in_one_launch_and_in_the_wanted_dtype(monkeypatch):
@@ -137,7 +138,7 @@ def test_a_group_sums_its_partials_in_one_launch_and_in_the_wanted_dtype(monkeyp
         common.Launch, "run", lambda self: (ran.append(self.kernel.__name__), run(self))
     )
     dtypes = [torch.float32, torch.bfloat16, torch.float32]
-    done = grad_outputs(parts, dtypes)
+    done = grad_sb_group(parts, dtypes)
     assert ran.count("_sum_kernel") == 1 and ran[-1] == "_sum_kernel"
     for (ds, db), (want_s, want_b), dtype, (dy, b, s, c) in zip(
         done, exact, dtypes, parts, strict=True
@@ -155,52 +156,52 @@ def test_a_group_sums_its_partials_in_one_launch_and_in_the_wanted_dtype(monkeyp
 
 def test_offsets_past_int32():
     x, a, b = far_rows(3, 40, seed=0), matrix(8, 40, torch.float32, seed=1), torch.ones(5, 8)
-    s, (y,) = update.update(x, [a], [b])
+    s, (y,) = shrink_expand(x, [a], [b])
     assert_as_good_as_torch(s, x @ a.half().T, reference.shrink(x, a, 1.0))
     assert_as_good_as_torch(y, s @ b.half().T, reference.expand(s, b))
     d = far_rows(3, 8, seed=2)
-    d_out, (da,) = grad_pair(x, [d], [a])
+    d_out, (da,) = grad_xa(x, [d], [a])
     assert_as_good_as_torch(d_out, d @ a.half(), reference.low_rank_grad_input([d], [a], [None]))
     assert_as_good_as_torch(da, d.T @ x, reference.grad_a(x, d))
 
 
 def test_empty():
-    s, (y,) = update.update(torch.ones(0, 6), [torch.ones(4, 6)], [torch.ones(5, 4)])
+    s, (y,) = shrink_expand(torch.ones(0, 6), [torch.ones(4, 6)], [torch.ones(5, 4)])
     assert s.shape == (0, 4) and y.shape == (0, 5)
-    d_out, (da,) = grad_pair(torch.ones(0, 6), [torch.ones(0, 4)], [torch.ones(4, 6)])
+    d_out, (da,) = grad_xa(torch.ones(0, 6), [torch.ones(0, 4)], [torch.ones(4, 6)])
     assert d_out.shape == (0, 6) and da.shape == (4, 6) and not da.any()
 
 
 def test_bad_arguments_are_named():
     x, a, b, d = torch.ones(5, 6), torch.ones(4, 6), torch.ones(3, 4), torch.ones(5, 4)
     for call, error, message in (
-        (lambda: update.update(x.long(), [a], [b]), TypeError, "x has dtype torch.int64"),
-        (lambda: update.update(x, [], []), ValueError, "As has 0 entries, Bs 0"),
-        (lambda: update.update(x, [a], []), ValueError, "As has 1 entries, Bs 0"),
-        (lambda: update.update(x, [a.T], [b]), ValueError, r"As\[0\] has shape \(6, 4\)"),
-        (lambda: update.update(x, [a], [b.T]), ValueError, r"Bs\[0\] has shape \(4, 3\)"),
-        (lambda: update.update(x, [a[:0]], [b[:, :0]]), ValueError, r"As\[0\] has rank 0"),
-        (lambda: update.update(x, [a.double()], [b]), TypeError, r"As\[0\] has dtype"),
+        (lambda: shrink_expand(x.long(), [a], [b]), TypeError, "x has dtype torch.int64"),
+        (lambda: shrink_expand(x, [], []), ValueError, "As has 0 entries, Bs 0"),
+        (lambda: shrink_expand(x, [a], []), ValueError, "As has 1 entries, Bs 0"),
+        (lambda: shrink_expand(x, [a.T], [b]), ValueError, r"As\[0\] has shape \(6, 4\)"),
+        (lambda: shrink_expand(x, [a], [b.T]), ValueError, r"Bs\[0\] has shape \(4, 3\)"),
+        (lambda: shrink_expand(x, [a[:0]], [b[:, :0]]), ValueError, r"As\[0\] has rank 0"),
+        (lambda: shrink_expand(x, [a.double()], [b]), TypeError, r"As\[0\] has dtype"),
         (
-            lambda: update.update(x, [a] * 9, [b] * 9),
+            lambda: shrink_expand(x, [a] * 9, [b] * 9),
             ValueError,
             "144 with padding; allowed: 128 together",
         ),
         (
-            lambda: update.update(x, [a], [b], biases=[torch.ones(4)]),
+            lambda: shrink_expand(x, [a], [b], biases=[torch.ones(4)]),
             ValueError,
             r"biases\[0\] has shape \(4,\); allowed: \(3,\)",
         ),
-        (lambda: update.update(x, [a], [b], bits=torch.ones(5, 2, dtype=torch.int32)),
+        (lambda: shrink_expand(x, [a], [b], bits=torch.ones(5, 2, dtype=torch.int32)),
          ValueError, r"bits\[0\] has shape \(5, 2\)"),
-        (lambda: grad_pair(x, [], []), ValueError, "ds has 0 entries, As 0"),
-        (lambda: grad_pair(x, [d[:4]], [a]), ValueError, r"ds\[0\] has shape \(4, 4\)"),
-        (lambda: grad_pair(x, [d], [a.T]), ValueError, r"As\[0\] has shape \(6, 4\)"),
-        (lambda: grad_pair(x, [d.half()], [a]), TypeError, r"ds\[0\] has dtype torch.float16"),
-        (lambda: grad_pair(x, [d] * 9, [a] * 9), ValueError, "allowed: 128 together"),
-        (lambda: PairConfig(split_m=0), ValueError, "PairConfig.split_m is 0"),
-        (lambda: PairConfig(block_k=16), ValueError, "PairConfig.block_k is 16"),
-        (lambda: UpdateConfig(block_n=8), ValueError, "UpdateConfig.block_n is 8"),
+        (lambda: grad_xa(x, [], []), ValueError, "ds has 0 entries, As 0"),
+        (lambda: grad_xa(x, [d[:4]], [a]), ValueError, r"ds\[0\] has shape \(4, 4\)"),
+        (lambda: grad_xa(x, [d], [a.T]), ValueError, r"As\[0\] has shape \(6, 4\)"),
+        (lambda: grad_xa(x, [d.half()], [a]), TypeError, r"ds\[0\] has dtype torch.float16"),
+        (lambda: grad_xa(x, [d] * 9, [a] * 9), ValueError, "allowed: 128 together"),
+        (lambda: GradXAConfig(split_m=0), ValueError, "GradXAConfig.split_m is 0"),
+        (lambda: GradXAConfig(block_k=16), ValueError, "GradXAConfig.block_k is 16"),
+        (lambda: ShrinkExpandConfig(block_n=8), ValueError, "ShrinkExpandConfig.block_n is 8"),
     ):  # fmt: skip
         with pytest.raises(error, match=message):
             call()

@@ -138,10 +138,10 @@ def test_keys_change_with_what_the_compiler_sees_and_with_nothing_else(before, t
         tmp_path,
         ("kernels/common.py", "from __future__", "# All lines move.\n\nfrom __future__"),
         ("kernels/gemm.py", "        band = tile", "        # Why.\n        band = (tile)"),
-        ("kernels/small.py", '"""One row, no', '"""Words. One row, no'),
-        ("kernels/small.py", "low = tl.load(s + rank, mask=rank_ok, other=0.0)",
+        ("kernels/decode.py", '"""One row, no', '"""Words. One row, no'),
+        ("kernels/decode.py", "low = tl.load(s + rank, mask=rank_ok, other=0.0)",
          "low = tl.load(s + rank, mask=rank_ok, other=1.0)"),  # in _gemv_kernel
-        ("kernels/write.py", "block_r=min(64,", "block_r=min(32,"),  # matters where r > 32
+        ("kernels/expand.py", "block_r=min(64,", "block_r=min(32,"),  # matters where r > 32
     )  # fmt: skip
     assert before.keys() == after.keys()
     changed = {case for case, (_, key) in before.items() if after[case][1] != key}
@@ -149,8 +149,8 @@ def test_keys_change_with_what_the_compiler_sees_and_with_nothing_else(before, t
     assert changed == {
         case
         for case, (kernel, _) in before.items()
-        if kernel == "small._gemv_kernel"
-        or (kernel == "write._write_kernel" and any(r in case for r in wide))
+        if kernel == "decode._gemv_kernel"
+        or (kernel == "expand._expand_kernel" and any(r in case for r in wide))
     }
 
 
@@ -161,9 +161,9 @@ def test_keys_follow_helpers(before, tmp_path):
         tmp_path, helper, ("kernels/common.py", "        words_ptr + row", "        words_at + row")
     )
     changed = {before[case][0] for case in before if after[case] != before[case]}
-    callers = {"shrink._shrink_kernel", "grad_a._grad_a_kernel", "write._write_kernel"}
+    callers = {"shrink._shrink_kernel", "grad_a._grad_a_kernel", "expand._expand_kernel"}
     assert callers | {"gemm._gemm_kernel"} <= changed
-    assert not changed & {"bits._bits_kernel", "small._gemv_kernel", "outer._outer_kernel"}
+    assert not changed & {"bits._bits_kernel", "decode._gemv_kernel", "grad_sb._grad_sb_kernel"}
 
 
 TOY = """
@@ -280,12 +280,12 @@ from benchmarks.static.run import TARGETS, specify
 from benchmarks.static.tuned import PLANS, tuned_cases
 from peftkern.kernels import tuning
 folder = Path(sys.argv[1])
-chosen = {"outer": "one_pass"}
+chosen = {"grad_sb": "one_pass"}
 us = {"p20": 1.0, "p50": 1.0, "p80": 1.0}
 table = tuning.Table({"name": "Test", "capability": [9, 0]}, {}, "", "")
 for op in tuning.KERNELS:
     config = vars(PLANS[op][0]())
-    group = 1 if op in ("expand", "outer", "gemm", "small") else 2
+    group = 1 if op in ("expand", "grad_sb", "gemm", "decode") else 2
     key = tuning.Key(op, "bfloat16", "float32", 16, 512, 512, 16, group, group > 1)
     table.add([tuning.Entry(key, chosen.get(op), config, us)])
 odd = {"block_m": 64, "block_n": 64, "block_k": 128, "tma": True, "num_warps": 4}

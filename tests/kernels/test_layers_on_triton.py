@@ -149,7 +149,10 @@ def test_one_launch_more_for_a_mask_and_the_vendor_adds(monkeypatch):
     monkeypatch.setattr(Launch, "run", lambda self: (ran.append(self.kernel.__name__), run(self)))
     monkeypatch.setattr(triton_backend, "product", "joined")
     with peftkern.use_backend("triton"):
-        for p, forward in ((0.0, ["_update_kernel"]), (0.1, ["_bits_kernel", "_update_kernel"])):
+        for p, forward in (
+            (0.0, ["_shrink_expand_kernel"]),
+            (0.1, ["_bits_kernel", "_shrink_expand_kernel"]),
+        ):
             model = adapted(64, [48, 40, 32], 8, p=p)
             x = torch.randn(300, 64, requires_grad=True)
             ran.clear()
@@ -157,7 +160,11 @@ def test_one_launch_more_for_a_mask_and_the_vendor_adds(monkeypatch):
             assert ran == forward  # for three projections
             ran.clear()
             sum(y.sum() for y in ys).backward()
-            assert ran == ["_outer_kernel"] * 3 + ["_sum_kernel", "_pair_kernel", "_sum_kernel"]
+            assert ran == ["_grad_sb_kernel"] * 3 + [
+                "_sum_kernel",
+                "_grad_xa_kernel",
+                "_sum_kernel",
+            ]
 
 
 @pytest.mark.parametrize("wants", ["x", "A", "B", "xA", "xB", "AB", "xAB"])

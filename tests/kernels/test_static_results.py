@@ -21,8 +21,8 @@ SHARED = {  # bytes a program may have
 MATRIX = {"sm_90": "wgmma", "sm_100": "tcgen05"}
 SAMPLE = [
     "sm_80 shrink M128 r16 mask bf16/fp32",
-    "sm_86 outer M128 r16 bf16/fp32",
-    "sm_89 write Y r16 bf16/fp32",
+    "sm_86 grad_sb M128 r16 bf16/fp32",
+    "sm_89 expand Y r16 bf16/fp32",
     "sm_90 gemm dX r64 mask bf16/fp32",
     "sm_90 gemm Y r16 fp16/fp32",
     "sm_100 gemm Y M64 r16 bf16/fp32",

@@ -23,7 +23,7 @@ CONFIG = LlamaConfig(
 def clock(monkeypatch, tmp_path):
     monkeypatch.setattr(tune, "_device", lambda: torch.device("cpu"))
     monkeypatch.setenv("COLUMNS", "300")
-    with dispatcher(monkeypatch, tmp_path, FakeClock("hybrid", in_graph="small")) as clock:
+    with dispatcher(monkeypatch, tmp_path, FakeClock("hybrid", in_graph="decode")) as clock:
         yield clock
 
 
@@ -34,7 +34,7 @@ def test_tune_races_ahead_and_the_first_step_does_not(clock, tmp_path, capsys):
     assert "5 operations on CPU" in out and "6 results, kept in" in out  # infer: in a graph too
     line = next(line for line in out.splitlines() if "forward, dropout " in line)
     assert "hybrid" in line and "2.00" in line and "fused 200000.0" in line and "24 x 40" in line
-    assert any("infer, in a graph" in line and "small" in line for line in out.splitlines())
+    assert any("infer, in a graph" in line and "decode" in line for line in out.splitlines())
     assert clock.races == 5
     tuned.forget()  # another process
     step(*drawn(), 0.1)
@@ -131,7 +131,7 @@ def test_explain_says_what_was_decided_and_why(clock, monkeypatch):
     assert "trains as one operation with k_proj" in said["q_proj"]
     with torch.no_grad():
         model.eval()(ids[:, :1])
-    assert "infer M<=1 hybrid (in a graph small) 2.00x torch" in reasons(model)["o_proj"]
+    assert "infer M<=1 hybrid (in a graph decode) 2.00x torch" in reasons(model)["o_proj"]
     tuned.forget()
     assert "not called yet: M<=1, 16 known from earlier, else raced" in reasons(model)["o_proj"]
     monkeypatch.setenv("PEFTKERN_CACHE", str(tuned.cache_folder() / "other"))

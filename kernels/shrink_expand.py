@@ -1,11 +1,12 @@
-"""Shrink and write in one launch, for the order in which the vendor's product comes last:
+"""Shrink and expand in one launch, for the order in which the vendor's product comes last:
 
     S_i [M, r_i] = scale_i * (mask_i X) A_iᵀ
     Y_i [M, N_i] = S_i B_iᵀ + bias_i        for every projection i that reads X
 
 A program keeps its rows of S in registers and walks over the columns of each Y with them, so S is
 not read back and one launch is saved. It needs all of K for a row before the first column of Y:
-with few rows there are too few programs, and :mod:`.shrink` (K split) with :mod:`.write` is better.
+with few rows there are too few programs, and :mod:`.shrink` (K split) with :mod:`.expand` is
+better.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from .shrink import LAUNCH_RANK, accumulate
 
 
 @dataclass(frozen=True)
-class UpdateConfig:
+class ShrinkExpandConfig:
     """Tiles of X [block_m, block_k] on the way down, of Y [block_m, block_n] on the way up."""
 
     block_m: int = 64
@@ -61,13 +62,13 @@ def fits(M: int, ranks: Sequence[int], arch: Arch) -> bool:
     return held <= LAUNCH_RANK and cdiv(M, 32) >= arch.sms * 3 // 4
 
 
-def default_config(M: int, ranks: Sequence[int], arch: Arch) -> UpdateConfig:
+def default_config(M: int, ranks: Sequence[int], arch: Arch) -> ShrinkExpandConfig:
     """Rows a program: as many as still give every multiprocessor a program."""
     held = sum(max(16, next_pow2(r)) for r in ranks)
     block_m = 64 if cdiv(M, 64) >= arch.sms * 3 // 4 else 32
     if not arch.warpgroups and held > 64:
         block_m = 32
-    return UpdateConfig(
+    return ShrinkExpandConfig(
         block_m=block_m,
         block_k=128 if block_m <= 32 and held <= 32 else 64,
         block_n=128 if held <= 64 else 64,
@@ -77,7 +78,7 @@ def default_config(M: int, ranks: Sequence[int], arch: Arch) -> UpdateConfig:
 
 
 @triton.jit
-def _update_kernel(
+def _shrink_expand_kernel(
     x, As, words, s_out, Bs, biases, ys, ranks, columns, scales,
     a_r_strides, a_k_strides, b_n_strides, b_r_strides, y_strides, Ns,
     M, K, x_stride, s_stride, WORDS,
@@ -121,7 +122,7 @@ def _update_kernel(
             )
 
 
-def plan_update(
+def plan_shrink_expand(
     x: torch.Tensor,
     As: Sequence[torch.Tensor],
     Bs: Sequence[torch.Tensor],
@@ -130,7 +131,7 @@ def plan_update(
     scales: Sequence[float],
     s: torch.Tensor,
     ys: Sequence[torch.Tensor],
-    config: UpdateConfig,
+    config: ShrinkExpandConfig,
 ) -> list[Launch]:
     """The launch that fills ``s`` [M, sum r] (contiguous) and ys[i] [M, N_i]; arguments already
     checked, ranks held by one launch.
@@ -150,10 +151,10 @@ def plan_update(
         BLOCK_R=max(16, next_pow2(max(ranks))), PRECISION=precision(x.dtype),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
-    return [Launch(_update_kernel, (cdiv(M, config.block_m),), args, meta)]
+    return [Launch(_shrink_expand_kernel, (cdiv(M, config.block_m),), args, meta)]
 
 
-def update(
+def shrink_expand(
     x: torch.Tensor,
     As: Sequence[torch.Tensor],
     Bs: Sequence[torch.Tensor],
@@ -161,7 +162,7 @@ def update(
     bits: torch.Tensor | Sequence[torch.Tensor | None] | None = None,
     biases: Sequence[torch.Tensor | None] | None = None,
     *,
-    config: UpdateConfig | None = None,
+    config: ShrinkExpandConfig | None = None,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """(S [M, sum r_i], [Y_i [M, N_i]]) in x's dtype, one launch: columns of adapter i of S hold
     scale_i * (mask_i X) A_iᵀ, and Y_i = S_i B_iᵀ + bias_i.
@@ -216,6 +217,6 @@ def update(
     if M:
         config = config or default_config(M, ranks, arch_of(x.device))
         factors = per_adapter("scales", scales, len(As))
-        for launch in plan_update(x, As, Bs, words, biases, factors, s, ys, config):
+        for launch in plan_shrink_expand(x, As, Bs, words, biases, factors, s, ys, config):
             launch.run()
     return s, ys

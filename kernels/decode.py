@@ -39,7 +39,7 @@ VECTOR_RANK = 64  # above it the one-row kernel would hold too much of A in regi
 
 
 @dataclass(frozen=True)
-class SmallConfig:
+class DecodeConfig:
     """Outputs a program, and how much of K it reads at a time."""
 
     block_n: int = 32
@@ -52,17 +52,17 @@ class SmallConfig:
         check_blocks(self, block_k=self.block_k)
 
 
-def default_config(M: int, N: int, r: int, arch: Arch) -> SmallConfig:
+def default_config(M: int, N: int, r: int, arch: Arch) -> DecodeConfig:
     """The widest block that still gives every multiprocessor a program."""
     if M == 1 and r <= VECTOR_RANK:
         block_n = 16 if cdiv(N, 16) >= arch.sms else 8 if cdiv(N, 8) >= arch.sms else 4
-        return SmallConfig(
+        return DecodeConfig(
             block_n=block_n, block_k=512 if r <= 32 and arch.capability >= 90 else 256, num_warps=8
         )
     block_n = 64
     while block_n > 16 and cdiv(N, block_n) < arch.sms:
         block_n //= 2
-    return SmallConfig(
+    return DecodeConfig(
         block_n=block_n,
         block_k=128 if r <= 64 else 64,
         num_stages=3 if r <= (64 if arch.shared > 80_000 else 16) else 2,
@@ -177,7 +177,7 @@ def _rows_kernel(
     )
 
 
-def plan_small(
+def plan_decode(
     y: torch.Tensor,
     x: torch.Tensor,
     w: torch.Tensor,
@@ -186,7 +186,7 @@ def plan_small(
     s: torch.Tensor | None,
     bias: torch.Tensor | None,
     scale: float,
-    config: SmallConfig,
+    config: DecodeConfig,
 ) -> list[Launch]:
     """The one launch that fills ``y`` [M, N] (contiguous); arguments already checked."""
     (M, K), (N, r) = x.shape, b.shape
@@ -217,7 +217,7 @@ def decode(
     bias: torch.Tensor | None = None,
     *,
     s: torch.Tensor | None = None,
-    config: SmallConfig | None = None,
+    config: DecodeConfig | None = None,
 ) -> torch.Tensor:
     """Y [M, N] in x's dtype = x Wᵀ + scale * (x Aᵀ) Bᵀ + bias, M <= 16, one launch.
 
@@ -229,7 +229,7 @@ def decode(
     M, K = x.shape
     if M > MAX_ROWS:
         raise ValueError(
-            f"x has {M} rows; allowed: at most {MAX_ROWS} (use the gemm or write kernels)"
+            f"x has {M} rows; allowed: at most {MAX_ROWS} (use the gemm or expand kernels)"
         )
     check_matrix("w", w)
     N = w.shape[0]
@@ -259,6 +259,6 @@ def decode(
     y = x.new_empty((M, N))
     if y.numel():
         config = config or default_config(M, N, r, arch_of(x.device))
-        for launch in plan_small(y, x, w, a, b, s, bias, float(scale), config):
+        for launch in plan_decode(y, x, w, a, b, s, bias, float(scale), config):
             launch.run()
     return y

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from peftkern.kernels import reference
 from peftkern.kernels.bits import pack_bits
-from peftkern.kernels.write import WriteConfig, expand, low_rank_grad_input, plan_write
+from peftkern.kernels.expand import ExpandConfig, expand, low_rank_grad_input, plan_expand
 from tests.kernels.oracle import (
     DTYPES,
     assert_as_good_as_torch,
@@ -18,7 +18,7 @@ from tests.kernels.oracle import (
     matrix,
 )
 
-SMALL = WriteConfig(block_m=16, block_n=32, block_r=16)
+SMALL = ExpandConfig(block_m=16, block_n=32, block_r=16)
 
 
 def check_expand(M, N, r, dtype, adapter, bias, config=None):
@@ -84,7 +84,7 @@ def test_offsets_past_int32_in_and_out():
     assert_as_good_as_torch(expand(s, b), s @ b.half().T, reference.expand(s, b))
     out = far_rows(3, 40, seed=2)
     near = matrix(3, 8, torch.float16, seed=3)
-    for launch in plan_write(out, [near], [b.T], [None], None, None, SMALL):
+    for launch in plan_expand(out, [near], [b.T], [None], None, None, SMALL):
         launch.run()
     assert_as_good_as_torch(out, near @ b.half().T, reference.expand(near, b))
 
@@ -114,5 +114,5 @@ def test_bad_arguments_are_named():
         low_rank_grad_input([s, s.half()], [a, a])
     with pytest.raises(ValueError, match=r"bits\[0\] has shape"):
         low_rank_grad_input([s], [a], torch.zeros(5, 2, dtype=torch.int32))
-    with pytest.raises(ValueError, match="WriteConfig.block_n is 16"):
-        WriteConfig(block_n=16)
+    with pytest.raises(ValueError, match="ExpandConfig.block_n is 16"):
+        ExpandConfig(block_n=16)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peftkern.kernels import reference
-from peftkern.kernels.small import MAX_ROWS, SmallConfig, decode
+from peftkern.kernels.decode import MAX_ROWS, DecodeConfig, decode
 from tests.kernels.oracle import DTYPES, assert_as_good_as_torch, blas, far_rows, few, matrix
 
 
@@ -70,7 +70,7 @@ def test_given_s_and_conv1d_weight(M, dtype):
 )
 def test_any_shape(M, K, N, r, dtype, same):
     adapter = dtype if same else torch.float32
-    config = SmallConfig(block_n=16, block_k=64)
+    config = DecodeConfig(block_n=16, block_k=64)
     check(M, K, N, r, dtype, adapter, conv1d=same, config=config)
 
 
@@ -108,5 +108,5 @@ def test_bad_arguments_are_named():
         decode(x, w, torch.ones(0, 6), torch.ones(7, 0))
     with pytest.raises(ValueError, match="a and s: allowed: exactly one"):
         decode(x, w, None, b)
-    with pytest.raises(ValueError, match="SmallConfig.block_k is 8"):
-        SmallConfig(block_k=8)
+    with pytest.raises(ValueError, match="DecodeConfig.block_k is 8"):
+        DecodeConfig(block_k=8)

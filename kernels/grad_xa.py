@@ -1,12 +1,13 @@
-"""Everything of the backward that the mask touches, in one pass over X:
+"""Gradients of X and of A through (mask X) Aᵀ, which is all of the backward that the mask touches,
+in one pass over X:
 
     dA_i [r_i, K] = dS_iᵀ (mask_i X)                  for each adapter of a group
     D    [M, K]   = sum over i of mask_i * (dS_i A_i)   the low-rank part of dX
 
 on which the vendor's products dY_i W_i then accumulate. A program owns a strip of columns of X and
 walks down its rows: the mask and dS are read once for both results, and a launch is saved beside
-:func:`.grad_a.grad_a` with :func:`.write.low_rank_grad_input`. M is not split where the strips fill
-the device, so that dA needs no second stage.
+:func:`.grad_a.grad_a` with :func:`.expand.low_rank_grad_input`. M is not split where the strips
+fill the device, so that dA needs no second stage.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from .reduce import plan_sum
 
 
 @dataclass(frozen=True)
-class PairConfig(GradAConfig):
+class GradXAConfig(GradAConfig):
     """As for ``grad_a``: tiles of X [block_m, block_k], M cut in split_m parts."""
 
 
@@ -54,7 +55,7 @@ def fits(ranks: Sequence[int]) -> bool:
 
 def default_config(
     M: int, K: int, ranks: Sequence[int], arch: Arch, itemsize: int = 2
-) -> PairConfig:
+) -> GradXAConfig:
     """Strips as for ``grad_a``, but narrow where several adapters or fp32 products would not leave
     registers for wide ones; fewer tiles in flight where A and its gradient fill them. Exact fp32
     products hold operands in registers: on sm_80 4 warps spill them (Triton 3.9), elsewhere 8 do.
@@ -66,7 +67,7 @@ def default_config(
     # Short tiles where wide accumulators fill the registers, which on sm_90 they do in wide strips
     # alone (in narrow ones ptxas of Triton 3.9 spills with the short tile).
     block_m = 64 if held <= 64 or (block_k == 32 and arch.capability == 90) else 32
-    return PairConfig(
+    return GradXAConfig(
         block_m=block_m,
         block_k=block_k,
         split_m=split,
@@ -76,7 +77,7 @@ def default_config(
 
 
 @triton.jit
-def _pair_kernel(
+def _grad_xa_kernel(
     x, ds, As, words, d_out, outs, ranks, ds_strides, a_r_strides, a_k_strides,
     part_strides, r_strides, k_strides, M, K, M_PART, x_stride, d_stride, WORDS,
     G: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -139,14 +140,14 @@ def _pair_kernel(
         )
 
 
-def plan_pair(
+def plan_grad_xa(
     x: torch.Tensor,
     ds: Sequence[torch.Tensor],
     As: Sequence[torch.Tensor],
     words: Sequence[torch.Tensor | None],
     d_out: torch.Tensor,
     das: Sequence[torch.Tensor],
-    config: PairConfig,
+    config: GradXAConfig,
 ) -> list[Launch]:
     """Launches that fill ``d_out`` [M, K] and das[i] [r_i, K] (contiguous); arguments already
     checked, ranks held by one launch.
@@ -171,26 +172,26 @@ def plan_pair(
         BLOCK_R=max(16, next_pow2(max(ranks))), PRECISION=precision(x.dtype),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
-    launches = [Launch(_pair_kernel, (cdiv(K, config.block_k), split), args, meta)]
+    launches = [Launch(_grad_xa_kernel, (cdiv(K, config.block_k), split), args, meta)]
     if split > 1:
         launches.append(plan_sum(list(zip(partials, das, strict=True))))
     return launches
 
 
-def grad_pair(
+def grad_xa(
     x: torch.Tensor,
     ds: Sequence[torch.Tensor],
     As: Sequence[torch.Tensor],
     bits: torch.Tensor | Sequence[torch.Tensor | None] | None = None,
     *,
     out_dtypes: Sequence[torch.dtype] | None = None,
-    config: PairConfig | None = None,
+    config: GradXAConfig | None = None,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """(D [M, K] in x's dtype, [dA_i [r_i, K]]): D = sum over i of mask_i * (dS_i A_i), dA_i =
     dS_iᵀ (mask_i X) in out_dtypes[i] (default fp32); X, dS and the masks are read once.
 
     x [M, K] fp16/bf16/fp32, any row stride; ds[i] [M, r_i] x's dtype, any row stride; As[i] [r_i,
-    K] fp32 or x's dtype, any strides; ranks as for :func:`.update.update`; bits as in
+    K] fp32 or x's dtype, any strides; ranks as for :func:`.shrink_expand.shrink_expand`; bits as in
     :func:`.shrink.shrink`. Errors: TypeError, ValueError naming the argument, before any launch.
     """
     x = rows("x", x)
@@ -228,6 +229,6 @@ def grad_pair(
     if M == 0 or K == 0:
         return d_out, [o.zero_() for o in das]
     config = config or default_config(M, K, ranks, arch_of(x.device), x.element_size())
-    for launch in plan_pair(x, ds, As, words, d_out, das, config):
+    for launch in plan_grad_xa(x, ds, As, words, d_out, das, config):
         launch.run()
     return d_out, das

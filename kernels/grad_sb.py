@@ -1,4 +1,4 @@
-"""One pass over dY gives dS = scale * dY B and the gradient of B, dB = dYᵀ S.
+"""Gradients of S and of B through S Bᵀ, in one pass over dY: dS = scale * dY B and dB = dYᵀ S.
 
 dY [M, N], B [N, r], S and dS [M, r]. The sums over N (for dS) and over M (for dB) are split over
 programs, which write fp32 partials; a second kernel adds them in fixed order. No atomics: two runs
@@ -40,11 +40,11 @@ from .shrink import default_config as default_shrink_config
 from .shrink import plan_shrink
 
 BLOCK_R_MAX = 128  # ranks one program accumulates; beyond it dY is read again
-TWO_PASS = "two_pass"  # in place of a config of grad_output
+TWO_PASS = "two_pass"  # in place of a config of grad_sb
 
 
 @dataclass(frozen=True)
-class OuterConfig:
+class GradSBConfig:
     """Tiles of dY [block_m, block_n]; N cut in split_n parts. dB partials number M / block_m."""
 
     block_m: int = 128
@@ -56,12 +56,10 @@ class OuterConfig:
     def __post_init__(self) -> None:
         check_blocks(self, block_m=self.block_m, block_n=self.block_n)
         if self.split_n < 1:
-            raise ValueError(f"OuterConfig.split_n is {self.split_n}; allowed: 1 or more")
+            raise ValueError(f"GradSBConfig.split_n is {self.split_n}; allowed: 1 or more")
 
 
-def default_outer_config(
-    M: int, N: int, r: int, arch: Arch, itemsize: int = 2
-) -> OuterConfig | None:
+def default_config(M: int, N: int, r: int, arch: Arch, itemsize: int = 2) -> GradSBConfig | None:
     """Tall tiles keep the dB partials few (M / block_m of them); N is split until the device is
     full.
 
@@ -81,7 +79,7 @@ def default_outer_config(
     partials = (8 * r * N * blocks if blocks > 1 else 0) + (8 * r * M * split if split > 1 else 0)
     if partials > itemsize * M * N and M > 256:
         return None
-    return OuterConfig(
+    return GradSBConfig(
         block_m=block_m,
         block_n=64 if stages > 2 or block_m * itemsize < 512 else 32,
         split_n=split,
@@ -91,7 +89,7 @@ def default_outer_config(
 
 
 @triton.jit
-def _outer_kernel(
+def _grad_sb_kernel(
     dy, b, s, ds_out, db_out, scale, M, N, R, N_PART,
     dy_stride, b_n_stride, b_r_stride, s_stride, ds_part_stride, db_part_stride,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
@@ -137,14 +135,14 @@ def _outer_kernel(
     )
 
 
-def plan_outer(
+def plan_grad_sb(
     dy: torch.Tensor,
     b: torch.Tensor,
     s: torch.Tensor,
     scale: float,
     ds: torch.Tensor,
     db: torch.Tensor,
-    config: OuterConfig,
+    config: GradSBConfig,
 ) -> list[Launch]:
     """Launches that fill ds [M, r] and db [N, r], both contiguous; arguments already checked."""
     (M, N), r = dy.shape, b.shape[1]
@@ -162,7 +160,7 @@ def plan_outer(
         PRECISION=precision(dy.dtype),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
-    launches = [Launch(_outer_kernel, (blocks, split, cdiv(r, block_r)), args, meta)]
+    launches = [Launch(_grad_sb_kernel, (blocks, split, cdiv(r, block_r)), args, meta)]
     pairs = [(p, o) for p, o in ((ds_parts, ds), (db_parts, db)) if p is not o]
     if pairs:
         launches.append(plan_sum(pairs))
@@ -186,13 +184,13 @@ def plan_two_pass(
     return down + plan_grad_a(dy, [s], [None], [db.T], default_grad_a_config(M, N, arch, [r]))
 
 
-def _plan_grad_output(
+def _plan_checked(
     dy: torch.Tensor,
     b: torch.Tensor,
     s: torch.Tensor,
     scale: float,
     out_dtype: torch.dtype,
-    config: OuterConfig | str | None,
+    config: GradSBConfig | str | None,
 ) -> tuple[torch.Tensor, torch.Tensor, list[Launch]]:
     """(dS, dB, the launches that fill them), after all checks."""
     dy, s = rows("dy", dy), rows("s", s, (dy.dtype,))
@@ -206,20 +204,20 @@ def _plan_grad_output(
     if M == 0 or N == 0:
         return ds.zero_(), db.zero_(), []
     arch = arch_of(dy.device)
-    config = config or default_outer_config(M, N, r, arch, dy.element_size())
-    if isinstance(config, OuterConfig):
-        return ds, db, plan_outer(dy, b, s, scale, ds, db, config)
+    config = config or default_config(M, N, r, arch, dy.element_size())
+    if isinstance(config, GradSBConfig):
+        return ds, db, plan_grad_sb(dy, b, s, scale, ds, db, config)
     return ds, db, plan_two_pass(dy, b, s, scale, ds, db, arch)
 
 
-def grad_output(
+def grad_sb(
     dy: torch.Tensor,
     b: torch.Tensor,
     s: torch.Tensor,
     scale: float = 1.0,
     *,
     out_dtype: torch.dtype = torch.float32,
-    config: OuterConfig | str | None = None,
+    config: GradSBConfig | str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(dS [M, r] in dY's dtype, dB [N, r] in ``out_dtype``) = (scale * dY B, dYᵀ S), dY read once
     (twice for large r, and with ``config=TWO_PASS``).
@@ -228,20 +226,20 @@ def grad_output(
     dy's dtype, any row stride, its scale already in it; r from 1 to 256. Errors: TypeError,
     ValueError, before any launch.
     """
-    ds, db, launches = _plan_grad_output(dy, b, s, scale, out_dtype, config)
+    ds, db, launches = _plan_checked(dy, b, s, scale, out_dtype, config)
     for launch in sums_last(launches):
         launch.run()
     return ds, db
 
 
-def grad_outputs(
+def grad_sb_group(
     parts: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]],
     out_dtypes: Sequence[torch.dtype],
-    configs: Sequence[OuterConfig | str | None] | None = None,
+    configs: Sequence[GradSBConfig | str | None] | None = None,
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """:func:`grad_output` of every (dY, B, S, scale), all their second stages in one launch."""
+    """:func:`grad_sb` of every (dY, B, S, scale), all their second stages in one launch."""
     plans = [
-        _plan_grad_output(*part, dtype, config)
+        _plan_checked(*part, dtype, config)
         for part, dtype, config in zip(
             parts, out_dtypes, per_adapter("configs", configs, len(parts)), strict=True
         )

@@ -1,4 +1,4 @@
-"""The low-rank part written to a new matrix, on which the vendor GEMM then accumulates
+"""The low-rank part expanded to a new matrix, on which the vendor GEMM then accumulates
 (``addmm_``): the hybrid order.
 
 Forward: S Bᵀ + bias. Backward: sum over the group of mask_i * (dS_i A_i). Both are one kernel: out
@@ -37,7 +37,7 @@ from .common import (
 
 
 @dataclass(frozen=True)
-class WriteConfig:
+class ExpandConfig:
     """Tile of the output [block_m, block_n]; ranks above block_r are summed in chunks of it."""
 
     block_m: int = 64
@@ -52,7 +52,7 @@ class WriteConfig:
 
 
 @triton.jit
-def _write_kernel(
+def _expand_kernel(
     out, Ls, Rs, words, bias, add, ranks, l_strides, r_strides, n_strides,
     M, N, out_stride, add_stride, WORDS, RANK_END,
     G: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -99,26 +99,26 @@ def _write_kernel(
     )
 
 
-def default_config(M: int, ranks: Sequence[int]) -> WriteConfig:
+def default_config(M: int, ranks: Sequence[int]) -> ExpandConfig:
     """A write-bound kernel: 64x128 tiles, shorter for few rows; rank chunks no wider than the
     ranks.
     """
     block_m = 64 if M > 32 else max(16, next_pow2(M))
-    return WriteConfig(
+    return ExpandConfig(
         block_m=block_m,
         num_warps=8 if block_m == 64 else 4,
         block_r=min(64, max(16, next_pow2(max(ranks)))),
     )
 
 
-def plan_write(
+def plan_expand(
     out: torch.Tensor,
     Ls: Sequence[torch.Tensor],
     Rs: Sequence[torch.Tensor],
     words: Sequence[torch.Tensor | None],
     bias: torch.Tensor | None,
     add: torch.Tensor | None,
-    config: WriteConfig,
+    config: ExpandConfig,
 ) -> list[Launch]:
     """The launch that fills ``out`` [M, N]; arguments already checked, Rs any strides."""
     M, N = out.shape
@@ -136,7 +136,7 @@ def plan_write(
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     grid = (cdiv(M, config.block_m) * cdiv(N, config.block_n),)
-    return [Launch(_write_kernel, grid, args, meta)]
+    return [Launch(_expand_kernel, grid, args, meta)]
 
 
 def expand(
@@ -146,7 +146,7 @@ def expand(
     *,
     add: torch.Tensor | None = None,
     out_dtype: torch.dtype | None = None,
-    config: WriteConfig | None = None,
+    config: ExpandConfig | None = None,
 ) -> torch.Tensor:
     """[M, N] = S Bᵀ (+ bias) (+ add), a new tensor in ``out_dtype`` (default S's).
 
@@ -171,7 +171,7 @@ def expand(
     check_device(s=s, b=b, bias=bias, add=add)
     out = s.new_empty((M, N), dtype=out_dtype or s.dtype)
     if out.numel():
-        for launch in plan_write(
+        for launch in plan_expand(
             out, [s], [b.T], [None], bias, add, config or default_config(M, [r])
         ):
             launch.run()
@@ -184,7 +184,7 @@ def low_rank_grad_input(
     bits: torch.Tensor | Sequence[torch.Tensor | None] | None = None,
     *,
     out_dtype: torch.dtype | None = None,
-    config: WriteConfig | None = None,
+    config: ExpandConfig | None = None,
 ) -> torch.Tensor:
     """[M, K] = sum over adapters of mask_i * (dS_i A_i), a new tensor in ``out_dtype`` (default
     dS's).
@@ -223,6 +223,6 @@ def low_rank_grad_input(
     out = ds[0].new_empty((M, K), dtype=out_dtype or ds[0].dtype)
     if out.numel():
         config = config or default_config(M, [d.shape[1] for d in ds])
-        for launch in plan_write(out, ds, As, words, None, None, config):
+        for launch in plan_expand(out, ds, As, words, None, None, config):
             launch.run()
     return out
