@@ -17,16 +17,18 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from peftkern.cli import demo as demo_module
-from peftkern.cli import mine, modelio
+from peftkern.cli import modelio
 from peftkern.cli.app import run
-from peftkern.cli.checks import disagreements
-from peftkern.cli.demo import DemoSettings, demo
-from peftkern.cli.demo_data import KINDS, Kind, prepare
+from peftkern.cli.demo import docstrings
+from peftkern.cli.demo import run as demo_module
+from peftkern.cli.demo.checks import disagreements
+from peftkern.cli.demo.data import KINDS, Kind, prepare
+from peftkern.cli.demo.memory import PeakMeter
+from peftkern.cli.demo.report import render
+from peftkern.cli.demo.run import demo
+from peftkern.cli.demo.settings import DemoSettings
+from peftkern.cli.demo.worker import Worker
 from peftkern.cli.errors import RunError, UserError
-from peftkern.cli.memory import PeakMeter
-from peftkern.cli.report import render
-from peftkern.cli.worker import Worker
 from tests.closeness import assert_as_good_as_torch, assert_same_number
 
 
@@ -35,10 +37,10 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small library of the real one's packages."""
     root = tmp_path_factory.mktemp("stdlib")
     for name in ("email", "json", "unittest", "importlib"):
-        shutil.copytree(mine.stdlib_folder() / name, root / name)
+        shutil.copytree(docstrings.stdlib_folder() / name, root / name)
     for name in ("random.py", "statistics.py", "threading.py", "zipfile.py", "tempfile.py"):
-        if (mine.stdlib_folder() / name).is_file():
-            shutil.copy(mine.stdlib_folder() / name, root / name)
+        if (docstrings.stdlib_folder() / name).is_file():
+            shutil.copy(docstrings.stdlib_folder() / name, root / name)
     return root
 
 
@@ -61,22 +63,22 @@ def test_functions_lose_their_docstring_and_nothing_else(tmp_path: Path) -> None
     (tmp_path / "broken.py").write_text("def f(:\n")
     (tmp_path / "test").mkdir()
     (tmp_path / "test" / "b.py").write_text((tmp_path / "a.py").read_text())
-    (item,) = mine.functions(tmp_path)
+    (item,) = docstrings.functions(tmp_path)
     assert (item.module, item.name) == ("a.py", "width")
     assert item.target == "Return the width of the thing, in pixels."
     code = (
         "@property\ndef width(self, number: int):\n    # a comment stays\n"
         "    return self.number + number * 12345678901234567890"
     )
-    assert item.text == mine.PROMPT.format(source=code)
+    assert item.text == docstrings.PROMPT.format(source=code)
 
 
 def test_mining_is_deterministic_and_leak_free(sources: Path) -> None:
-    items = mine.functions(sources)
-    assert len(items) > 100 and items == mine.functions(sources)
-    training, held = mine.split_by_module(items, 20, seed=0, per_module=4)
-    assert (training, held) == mine.split_by_module(items, 20, seed=0, per_module=4)
-    assert mine.split_by_module(items, 20, seed=1, per_module=4) != (training, held)
+    items = docstrings.functions(sources)
+    assert len(items) > 100 and items == docstrings.functions(sources)
+    training, held = docstrings.split_by_module(items, 20, seed=0, per_module=4)
+    assert (training, held) == docstrings.split_by_module(items, 20, seed=0, per_module=4)
+    assert docstrings.split_by_module(items, 20, seed=1, per_module=4) != (training, held)
     assert len(held) == 20
     modules = [i.module for i in held]
     assert max(modules.count(m) for m in modules) <= 4
@@ -88,17 +90,17 @@ def test_mining_is_deterministic_and_leak_free(sources: Path) -> None:
 
 
 def test_topics_are_held_out_by_file_in_every_class() -> None:
-    items = mine.topics(mine.stdlib_folder())
-    assert {i.target for i in items} == set(mine.TOPICS)
-    training, held = mine.split_by_module(items, 5, seed=0, per_module=5, by_target=True)
+    items = docstrings.topics(docstrings.stdlib_folder())
+    assert {i.target for i in items} == set(docstrings.TOPICS)
+    training, held = docstrings.split_by_module(items, 5, seed=0, per_module=5, by_target=True)
     assert {i.module for i in training}.isdisjoint(i.module for i in held)
-    assert Counter(i.target for i in held) == dict.fromkeys(mine.TOPICS, 5)
+    assert Counter(i.target for i in held) == dict.fromkeys(docstrings.TOPICS, 5)
     assert {i.text for i in training}.isdisjoint(i.text for i in held)
 
 
 def test_a_python_without_sources_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="came without the sources"):
-        mine.functions(tmp_path)
+        docstrings.functions(tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +137,7 @@ def test_prepared_data_repeat_when_the_steps_outrun_them(
 ) -> None:
     from peftkern.cli.modelio import load_tokenizer
 
-    monkeypatch.setattr(mine, "stdlib_folder", lambda: sources / "email")
+    monkeypatch.setattr(docstrings, "stdlib_folder", lambda: sources / "email")
     tokenizer = load_tokenizer(str(model))
     few = prepare(Kind(**{**vars(kind), "held_out": 1}), tokenizer, 2, seed=0)
     assert len(few.training) == 4 and few.notes["training_examples"] == 4
@@ -155,7 +157,7 @@ def test_both_libraries_take_the_same_steps(
 ) -> None:
     from safetensors.torch import load_file
 
-    monkeypatch.setattr(mine, "stdlib_folder", lambda: sources)
+    monkeypatch.setattr(docstrings, "stdlib_folder", lambda: sources)
     double = functools.partial(modelio.load_model, dtype=torch.float64)
     monkeypatch.setattr(modelio, "load_model", double)
     data = prepare(kind, modelio.load_tokenizer(str(model)), 4, seed=0)
@@ -297,7 +299,7 @@ def test_a_missing_model_package_is_named(monkeypatch: Any, capsys: Any, tmp_pat
 def test_whole_demo_on_a_tiny_model(
     sources: Path, model: Path, kind: Kind, tmp_path: Path, monkeypatch: Any, capsys: Any
 ) -> None:
-    monkeypatch.setattr(mine, "stdlib_folder", lambda: sources)
+    monkeypatch.setattr(docstrings, "stdlib_folder", lambda: sources)
     monkeypatch.setitem(KINDS, "lm", kind)
     monkeypatch.setattr(demo_module, "model_folder", lambda kind: model)
     out = tmp_path / "out"
@@ -312,7 +314,7 @@ def test_whole_demo_on_a_tiny_model(
     assert f"{result['providers']['peft']['after']['loss']:.5f}" in page
     assert len(result["providers"]["peftkern"]["losses"]) == 5
 
-    monkeypatch.setattr("peftkern.cli.checks.LOSS_TOLERANCE", -1.0)
+    monkeypatch.setattr("peftkern.cli.demo.checks.LOSS_TOLERANCE", -1.0)
     with pytest.raises(RunError, match="held-out loss before"):
         demo(DemoSettings(steps=1, out=str(out), cpu=True))
     assert "allowed" in (out / "demo-report.html").read_text(encoding="utf-8")

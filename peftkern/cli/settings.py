@@ -13,9 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError
+from .options import option, setting
 
 TASKS = ("causal_lm", "seq_cls", "token_cls", "seq_2_seq_lm")
 SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup")
+
+# the boxes of the help
+_LORA = "The adapter"
+_LOOP = "The training"
+PLACE = "Saving and going on"
 
 # These do not change the weights that come out, only where they lie and how often they are written.
 _FREE_TO_CHANGE = frozenset({"out", "save_every", "keep", "data"})
@@ -27,33 +33,37 @@ class TrainSettings:
     optimizer steps.
     """
 
-    model: str
-    data: str
-    out: str
-    task: str = "causal_lm"
-    gguf_file: str | None = None
-    lora_r: int = 16
-    lora_alpha: float = 32.0
-    lora_dropout: float = 0.0
-    target_modules: str = "all-linear"
-    rslora: bool = False
-    lr: float = 2e-4
-    scheduler: str = "linear"
-    warmup_steps: int = 0
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    steps: int | None = None
-    epochs: float = 3.0
-    batch_size: int = 4
-    grad_accumulation: int = 1
-    max_length: int = 512
-    eval_split: float = 0.1
-    seed: int = 0
-    bf16: bool | None = None
-    gradient_checkpointing: bool = False
-    cpu: bool = False
-    save_every: int = 100
-    keep: int = 2
+    model: str = setting(help="Folder of the base model (or a .gguf file).")
+    data: str = setting(help="A .jsonl or .txt file, or a folder of such files.")
+    out: str = setting(help="Folder for checkpoints and the adapter.")
+    task: str = setting("causal_lm", "causal_lm, seq_cls, token_cls or seq_2_seq_lm.")
+    gguf_file: str | None = setting(None, "Which .gguf file, if the model folder holds several.")
+    lora_r: int = setting(16, "Rank.", _LORA)
+    lora_alpha: float = setting(32.0, "Scale: alpha / r.", _LORA)
+    lora_dropout: float = setting(0.0, "Dropout before A.", _LORA)
+    target_modules: str = setting("all-linear", "all-linear, or names with commas.", _LORA)
+    rslora: bool = setting(False, "Scale: alpha / sqrt(r).", _LORA, "--rslora")
+    lr: float = setting(2e-4, "Learning rate.", _LOOP)
+    scheduler: str = setting("linear", "linear, cosine, constant or constant_with_warmup.", _LOOP)
+    warmup_steps: int = setting(0, panel=_LOOP)
+    weight_decay: float = setting(0.0, panel=_LOOP)
+    max_grad_norm: float = setting(1.0, "Gradient clipping; 0: none.", _LOOP)
+    steps: int | None = setting(None, "Optimizer steps; instead of --epochs.", _LOOP)
+    epochs: float = setting(3.0, "Passes over the data.", _LOOP)
+    batch_size: int = setting(4, "Examples per forward pass.", _LOOP)
+    grad_accumulation: int = setting(1, "Forward passes per optimizer step.", _LOOP)
+    max_length: int = setting(512, "Longest example, in tokens.", _LOOP)
+    eval_split: float = setting(0.1, "Share of the examples held out.", _LOOP)
+    seed: int = setting(0, panel=_LOOP)
+    bf16: bool | None = setting(
+        None, "Base in bfloat16 (default: on a GPU that has it).", _LOOP, "--bf16/--no-bf16"
+    )
+    gradient_checkpointing: bool = setting(
+        False, "Less memory, more time.", _LOOP, "--gradient-checkpointing"
+    )
+    cpu: bool = setting(False, "Leave the GPU alone.", _LOOP, "--cpu")
+    save_every: int = setting(100, "Steps between checkpoints.", PLACE)
+    keep: int = setting(2, "How many checkpoints stay on disk.", PLACE)
 
     def validate(self) -> None:
         """Raise UserError for the first option whose value cannot be meant."""
@@ -100,11 +110,6 @@ class TrainSettings:
             del record["epochs"]  # not looked at when the number of steps is given
         record["data"] = data_sha256
         return record
-
-
-def option(field: str) -> str:
-    """``lora_r`` -> ``--lora-r``: the name under which a user knows a setting."""
-    return "--" + field.replace("_", "-")
 
 
 def first_difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:

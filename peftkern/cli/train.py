@@ -18,7 +18,8 @@ from .data import Dataset, read_data, split_records
 from .encode import Example, collator, encode, pad_id
 from .errors import UserError, first_line
 from .modelio import hush_transformers, load_model, load_tokenizer, locate_model
-from .settings import TrainSettings, option
+from .options import option
+from .settings import TrainSettings
 
 
 def train(

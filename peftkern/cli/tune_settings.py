@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from .errors import UserError
+from .options import option, setting
 
 DTYPES = ("bfloat16", "float16", "float32")
 MAX_RANK = 256  # of the kernels; above it everything goes to torch
@@ -19,16 +20,18 @@ T = TypeVar("T")
 class TuneSettings:
     """The options of ``peftkern tune``. Lists are texts with commas, as they were typed."""
 
-    model: str | None = None
-    shapes: str | None = None
-    r: int = 16
-    rows: str = "1,16,2048,8192"
-    dtype: str = "bfloat16"
-    adapter_dtype: str = "float32"
-    dropout: str = "0,0.1"
-    targets: str = "all-linear"
-    show: bool = False
-    export: str | None = None
+    model: str | None = setting(None, "Folder of a model: its config.json gives the shapes.")
+    shapes: str | None = setting(None, "OUTxIN of weights instead: 4096x4096,14336x4096.")
+    r: int = setting(16, "Rank of the adapters.")
+    rows: str = setting("1,16,2048,8192", "Tokens in a batch; each stands for its power of two.")
+    dtype: str = setting("bfloat16", "bfloat16, float16 or float32.")
+    adapter_dtype: str = setting("float32", "float32, or that of --dtype.")
+    dropout: str = setting("0,0.1", "Dropout of A's input; only 0 or not 0 matters.")
+    targets: str = setting("all-linear", "all-linear, or names with commas.")
+    show: bool = setting(
+        False, "Print what is known for this GPU, and race nothing.", flag="--show"
+    )
+    export: str | None = setting(None, "Write what is known to a file, as tables ship.")
 
     def validate(self) -> None:
         """Raise UserError for the first option whose value cannot be meant."""
@@ -97,5 +100,4 @@ class TuneSettings:
 
     def _require(self, name: str, ok: bool, allowed: str) -> None:
         if not ok:
-            option = "--" + name.replace("_", "-")
-            raise UserError(f"{option} is {getattr(self, name)}; it must be {allowed}")
+            raise UserError(f"{option(name)} is {getattr(self, name)}; it must be {allowed}")

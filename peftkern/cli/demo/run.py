@@ -13,7 +13,6 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -22,44 +21,15 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ..files.atomic import write_text_atomically
+from ...files.atomic import write_text_atomically
+from ..errors import RunError
+from ..modelio import hush_transformers
 from .checks import disagreements, print_table
-from .demo_data import KINDS, Kind, Prepared, model_folder, prepare, save_base
-from .errors import RunError, UserError
-from .modelio import hush_transformers
+from .data import Kind, Prepared, model_folder, prepare, save_base
 from .peers import NAMES, Peer, environment
+from .settings import DemoSettings
 
 TURN = 2  # steps a worker takes before the other one's turn
-
-
-@dataclass
-class DemoSettings:
-    """The options of ``peftkern demo``."""
-
-    task: str = "lm"
-    steps: int | None = None
-    out: str = "demo-out"
-    lora_dropout: float = 0.0
-    seed: int = 0
-    cpu: bool = False
-
-    def validate(self) -> Kind:
-        """The demo that is meant; UserError for an option that cannot be meant."""
-        if self.task not in KINDS:
-            raise UserError(f"--task is {self.task}; it must be one of {', '.join(KINDS)}")
-        if self.steps is not None and self.steps < 1:
-            raise UserError(f"--steps is {self.steps}; it must be at least 1")
-        if not 0 <= self.lora_dropout < 1:
-            raise UserError(f"--lora-dropout is {self.lora_dropout}; it must be in [0, 1)")
-        if not 0 <= self.seed < 2**32:
-            raise UserError(f"--seed is {self.seed}; it must be an integer of 0 or above")
-        if Path(self.out).exists() and not Path(self.out).is_dir():
-            raise UserError(f"--out {self.out}: exists and is not a folder")
-        if importlib.util.find_spec("matplotlib") is None:
-            raise UserError(
-                "the report needs matplotlib, which is not installed: pip install matplotlib"
-            )
-        return KINDS[self.task]
 
 
 def demo(settings: DemoSettings, console: Console | None = None) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""One library's half of the demo, in a process of its own: ``python -m peftkern.cli.worker``.
+"""One library's half of the demo, in a process of its own: ``python -m peftkern.cli.demo.worker``.
 
 It takes one JSON object per line on stdin and answers each with one on stdout, so that the
-coordinator (``demo.py``) can let two workers take turns. Whatever else prints goes to stderr. The
+coordinator (``run.py``) can let two workers take turns. Whatever else prints goes to stderr. The
 code is the same for both libraries; only the name in ``import_module`` differs.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from .encode import collator
+from ..encode import collator
 from .memory import PeakMeter
 
 
@@ -27,7 +27,7 @@ class Worker:
         """Read base and data, attach the adapter: a new one (which is saved) or the one that was
         saved.
         """
-        from .modelio import hush_transformers
+        from ..modelio import hush_transformers
 
         hush_transformers()
         self.job = job
@@ -65,7 +65,7 @@ class Worker:
 
     def held_out(self, job: dict[str, Any]) -> dict[str, float]:
         """Loss (and accuracy) on the held-out examples."""
-        from .engine import held_out
+        from ..engine import held_out
 
         return held_out(self.model, self.held, self.job["task"])
 
@@ -148,7 +148,7 @@ class Worker:
         return logits
 
     def _base(self) -> Any:
-        from .modelio import load_model
+        from ..modelio import load_model
 
         names = self.job["label_names"]
         model = load_model(self.job["base"], self.job["task"], None, names)

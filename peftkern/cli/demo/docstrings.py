@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import UserError
+from ..errors import UserError
 
 # Installed packages, tests and vendored code are not the standard library's own text.
 _SKIPPED = frozenset(

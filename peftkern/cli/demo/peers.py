@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .errors import RunError
+from ..errors import RunError
 
 NAMES = {"peftkern": "peftkern", "peft": "HF PEFT"}
 
@@ -28,7 +28,7 @@ class Peer:
         root = str(Path(__file__).resolve().parents[2])
         env["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [env.get("PYTHONPATH")])])
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "peftkern.cli.worker"],
+            [sys.executable, "-m", "peftkern.cli.demo.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,

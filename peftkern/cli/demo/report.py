@@ -6,7 +6,7 @@ import os
 from html import escape
 from typing import Any
 
-from ..files.atomic import write_text_atomically
+from ...files.atomic import write_text_atomically
 from . import plots
 from .peers import NAMES
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import mine
-from .data import Record
-from .encode import Example, encode, pad_id
-from .errors import UserError
+from ..data import Record
+from ..encode import Example, encode, pad_id
+from ..errors import UserError
+from . import docstrings
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Prepared:
     held_out: list[Example]
     pad: int
     label_names: list[str]
-    samples: list[mine.Mined]
+    samples: list[docstrings.Mined]
     sample_prompts: list[list[int]]
     notes: dict[str, Any]
 
@@ -97,14 +97,14 @@ def prepare(kind: Kind, tokenizer: Any, steps: int, seed: int) -> Prepared:
     seed.
     """
     by_topic = kind.task == "seq_cls"
-    items = mine.topics() if by_topic else mine.functions()
+    items = docstrings.topics() if by_topic else docstrings.functions()
     names = sorted({i.target for i in items}) if by_topic else []
-    training, held = mine.split_by_module(
+    training, held = docstrings.split_by_module(
         items, kind.held_out, seed, per_module=10 if by_topic else 3, by_target=by_topic
     )
     pad = pad_id(tokenizer)
 
-    def encoded(part: list[mine.Mined]) -> tuple[list[Example], list[mine.Mined]]:
+    def encoded(part: list[docstrings.Mined]) -> tuple[list[Example], list[docstrings.Mined]]:
         pairs = []
         for item in part:
             record = Record(item.module, text=item.text, label=item.target)
@@ -154,7 +154,7 @@ def prepare(kind: Kind, tokenizer: Any, steps: int, seed: int) -> Prepared:
     )
 
 
-def _balanced(items: list[mine.Mined], names: list[str]) -> list[mine.Mined]:
+def _balanced(items: list[docstrings.Mined], names: list[str]) -> list[docstrings.Mined]:
     """Topics in turn, each as long as it lasts, so that any stretch of the data has all."""
     queues = {name: [i for i in items if i.target == name] for name in names}
     longest = max(len(q) for q in queues.values())
@@ -167,7 +167,7 @@ def save_base(kind: Kind, folder: Path, target: Path) -> Any:
 
     For the GGUF package this is where the 4-bit weights become float32, once instead of four times.
     """
-    from .modelio import load_model, load_tokenizer, locate_model
+    from ..modelio import load_model, load_tokenizer, locate_model
 
     where, gguf_file = locate_model(str(folder))
     tokenizer = load_tokenizer(where, gguf_file)
