@@ -107,7 +107,7 @@ def explain(model: nn.Module) -> Explanation:
 
 
 def _prefix_rows(model: nn.Module) -> list[LayerReport]:
-    injection: Any = getattr(model, "_prefix_injection", None)
+    injection: Any = getattr(getattr(model, "tuner", None), "injection", None)
     if injection is None:
         return []
     from .tuners.prefix_tuning.report import layers_of  # imports transformers

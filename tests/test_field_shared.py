@@ -183,5 +183,5 @@ def test_heads_of_prompts_leave_under_all_names() -> None:
     model = peftkern.get_peft_model(base, config)
     assert base.also is base.score and hasattr(base.score, "modules_to_save")
     model.delete_adapter("default")
-    model._remove_prompts()
+    model.tuner.take_down(model, "default", model.base_model, False)
     assert base.also is base.score and type(base.score) is nn.Linear

@@ -206,13 +206,13 @@ def test_attention_of_ones_own_chosen_later(implementations: None) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert torch.equal(model(input_ids=IDS).logits, before)
-    compared = model._prefix_injection
+    compared = model.tuner.injection
     assert "cache" not in peftkern.explain(model)[0].reason
     assert torch.equal(model(input_ids=IDS).logits, before)
-    assert copy.deepcopy(model)._prefix_injection.judged == compared.judged
+    assert copy.deepcopy(model).tuner.injection.judged == compared.judged
     base.set_attn_implementation("eager")  # transformers' own is not compared
     assert_same_number(model(input_ids=IDS).logits, before)
-    assert model._prefix_injection is compared
+    assert model.tuner.injection is compared
     base.set_attn_implementation("threefold")
     with pytest.warns(UserWarning, match="goes through its cache"):
         logits = model(input_ids=IDS).logits
@@ -261,11 +261,11 @@ def test_the_model_is_left_as_it_was() -> None:
     marks = {"_peftkern_prefix_slot"}
     assert [set(vars(m)) - marks for m in model.modules()] == names
     torch.manual_seed(3)
-    tuner._prefix_injection = None  # and again, the random numbers looked at alone
+    tuner.tuner.injection = None  # and again, the random numbers looked at alone
     for module in model.modules():
         module.__dict__.pop("_peftkern_prefix_slot", None)
     torch.set_rng_state(state)
-    tuner._inject(tuner.active_peft_config)
+    tuner.tuner.inject(tuner, tuner.active_peft_config)
     assert torch.equal(torch.get_rng_state(), state)
     tuner(input_ids=IDS)
     assert len(calls) == 1 and model.count == 1 and model.model.norm.seen == 1

@@ -168,7 +168,7 @@ def test_a_failed_call_keeps_no_model_alive(family: str) -> None:
     if model is None:
         config = peftkern.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=P)
         model = peftkern.get_peft_model(make(family), config)
-    injection = model._prefix_injection
+    injection = model.tuner.injection
 
     def fail(*_: Any) -> None:
         raise KeyError("in a layer")

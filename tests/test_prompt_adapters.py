@@ -160,19 +160,19 @@ def test_a_prompt_for_each_row(kind, family, task, rows):
 def test_what_the_injection_is_given_for_rows():
     model = several("prefix", names=("default", "b", "c"))
     model.prompt_encoder.requires_grad_(True)
-    shared, none = model._prefix_layers(4)
+    shared, none = model.tuner.prefix_layers(model, 4)
     assert none is None and all(k.dim() == 3 for k, _ in shared)
-    one, none = model._prefix_layers(4, ["b", "__base__", "b", "b"])
+    one, none = model.tuner.prefix_layers(model, 4, ["b", "__base__", "b", "b"])
     assert all(k.dim() == 3 for k, _ in one) and none.tolist() == [False, True, False, False]
-    parts = {n: model._prefix_layers(1, [n])[0] for n in ("default", "b", "c")}
-    many, none = model._prefix_layers(4, ["c", "__base__", "default", "c"])
+    parts = {n: model.tuner.prefix_layers(model, 1, [n])[0] for n in ("default", "b", "c")}
+    many, none = model.tuner.prefix_layers(model, 4, ["c", "__base__", "default", "c"])
     assert none.tolist() == [False, True, False, False]
     for layer, (key, value) in enumerate(many):
         assert key.shape == value.shape == (4, 1, 5, 8)
         for row, name in ((0, "c"), (2, "default"), (3, "c")):
             assert torch.equal(key[row], parts[name][layer][0])
             assert torch.equal(value[row], parts[name][layer][1])
-    assert model._prefix_layers(2, ["__base__"] * 2) == ([], None)
+    assert model.tuner.prefix_layers(model, 2, ["__base__"] * 2) == ([], None)
     loss = sum((k * k).sum() + v.sum() for k, v in many)
     loss.backward()
     grads = {n: e.embedding.weight.grad for n, e in model.prompt_encoder.items()}
@@ -190,7 +190,7 @@ def test_prompts_of_different_lengths(kind):
         model.set_adapter(name)
         lengths.append(first(model(**batch)).shape[1])
         if kind == "prefix":
-            assert model.peft_config[name].num_virtual_tokens in model._prefix_injection.lengths
+            assert model.peft_config[name].num_virtual_tokens in model.tuner.injection.lengths
     assert lengths == ([12, 16, 12] if kind == "prompt" else [7, 7, 7])
     with pytest.raises(ValueError, match="one length.*default: 5, long: 9"):
         model(**batch, adapter_names=["default", "long", "default"])

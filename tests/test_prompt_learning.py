@@ -168,7 +168,7 @@ def test_bits_of_prompts_in_other_dtypes(family, kind, dtype):
 def test_a_trained_prefix_is_handed_over_as_it_is():
     """No copy over the batch, and none of the parameter: each layer gets views of it."""
     ours = prompt_model(peftkern, "prefix")
-    prefixes, no_prefix = ours._prefix_layers(7)
+    prefixes, no_prefix = ours.tuner.prefix_layers(ours, 7)
     weight = ours.prompt_encoder["default"].embedding.weight
     assert no_prefix is None and len(prefixes) == 2
     for pair in prefixes:
@@ -179,7 +179,7 @@ def test_a_trained_prefix_is_handed_over_as_it_is():
     # layer 0's keys are the first slice of a row, layer 1's values the last
     assert torch.equal(weight.grad, torch.tensor([1.0] * 8 + [0.0] * 16 + [2.0] * 8).expand(5, 32))
     prompt = prompt_model(peftkern, "prompt")
-    assert prompt._prompts(7).stride(0) == 0
+    assert prompt.tuner.prompts(prompt, 7).stride(0) == 0
 
 
 MODELS = {
@@ -258,7 +258,7 @@ def test_layout_of_seq2seq_prefixes(submodules):
     weight = ours.prompt_encoder["default"].embedding.weight.detach()
     slices = weight.view(5, 6, 2, 8).permute(1, 2, 0, 3)
     step = 2 * submodules
-    for layer, (key, value) in enumerate(ours._prefix_layers(1)[0]):
+    for layer, (key, value) in enumerate(ours.tuner.prefix_layers(ours, 1)[0]):
         assert torch.equal(key, slices[step * layer % 6])
         assert torch.equal(value, slices[(step * layer + 1) % 6])
 
@@ -282,7 +282,7 @@ def test_sizes_that_peft_cannot_tell(name):
     cls, config, sizes = SIZES_PEFT_CANNOT_TELL[name]
     task = "SEQ_2_SEQ_LM" if name == "t5" else "CAUSAL_LM"
     ours = prompt_model(peftkern, "prefix", base=cls(config), task=task)
-    injection = ours._prefix_injection
+    injection = ours.tuner.injection
     found = (injection.kv_heads, injection.head_dim, injection.num_virtual_tokens)
     assert (len(injection.attentions), *found) == sizes
 
@@ -303,7 +303,7 @@ def test_layers_of_different_sizes():
     ours, theirs = prompt_pair("prefix", base=tf.Gemma4ForCausalLM(config))
     assert ours.peft_config["default"].to_dict() == theirs.peft_config["default"].to_dict()
     with pytest.warns(UserWarning, match=r"skipped \[3\] due to KV shape"):
-        prefixes, _ = ours._prefix_layers(1)
+        prefixes, _ = ours.tuner.prefix_layers(ours, 1)
         mine = cached(ours.get_prompt(2))
     assert [None if p is None else p[0].shape[-1] for p in prefixes] == [8, 16, 8, 16]
     assert prefixes[3][0] is prefixes[1][0]

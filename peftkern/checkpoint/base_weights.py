@@ -59,9 +59,7 @@ def get_base_model_state_dict(model: Any) -> dict[str, Tensor]:
 
     What was trained in full beside an adapter (``modules_to_save``) is there as it was before.
     """
-    if model._is_prompt_learning:
-        return dict(model.base_model.state_dict())
-    return {key: value for key, (_, value) in _renamed(model.base_model.model).items()}
+    return {key: value for key, (_, value) in _renamed(model.get_base_model()).items()}
 
 
 def set_base_model_state_dict(
@@ -80,9 +78,7 @@ def set_base_model_state_dict(
     Raises:
         RuntimeError: with ``strict``, names are missing or unknown; nothing was loaded then.
     """
-    if model._is_prompt_learning:
-        return model.base_model.load_state_dict(state_dict, strict=strict)
-    base = model.base_model.model
+    base = model.get_base_model()
     places = _renamed(base)
     missing = [key for key in places if key not in state_dict]
     unexpected = [key for key in state_dict if key not in places]

@@ -10,7 +10,7 @@ from typing import Any
 from .._version import PEFT_COMPAT_VERSION, __version__
 from ..files.atomic import write_text_atomically
 from ..tuners.base_layer import get_model_config
-from ..tuners.prompting.prompts import innermost
+from ..tuners.wrapped import innermost
 from ..utils.constants import DUMMY_MODEL_CONFIG
 from ..utils.peft_types import PeftType, TaskType
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
@@ -18,7 +17,7 @@ from ..tuners.base_tuner import BaseTuner
 from ..tuners.checks import check_adapter_name
 from ..tuners.lora.inits import collect
 from ..tuners.lora.plain import as_plain_lora
-from ..tuners.prompting.prompts import innermost
+from ..tuners.wrapped import innermost
 from ..utils.constants import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from ..utils.module_tree import checkpoints_activations, parameters_of, training_modules
 from ..utils.undo import unchanged_on_error
@@ -159,7 +158,7 @@ class AdapterFiles:
             return
         configs = {name: self.peft_config[name] for name in names}
         if path_initial_model_for_weight_conversion is not None:
-            if self._is_prompt_learning:
+            if self.active_peft_config.is_prompt_learning:
                 raise ValueError(
                     "Passing `path_initial_model_for_weight_conversion` to `save_pretrained` is "
                     f"not supported for {self.peft_type.value}."
@@ -282,22 +281,14 @@ class AdapterFiles:
                     weights, adapter_name, model_id, low_cpu_mem_usage, rest, change_base_weights
                 )
         except BaseException:
-            if peft_model is not None and config.is_prompt_learning:
-                peft_model._remove_prompts()
-            elif peft_model is not None and kept:
-                if peft_model.base_model._unstack is not None:
-                    peft_model.base_model._unstack()
-            elif peft_model is not None:
-                peft_model.base_model.withdraw(adapter_name)
-                del model.peft_config
+            if peft_model is not None:
+                peft_model.tuner.take_down(peft_model, adapter_name, model, kept)
             for parameter, flag in flags:
                 parameter.requires_grad_(flag)
             if split is not None:
                 settings.pretraining_tp = split
             raise
-        config.inference_mode = not is_trainable
-        if is_trainable and config.is_prompt_learning:
-            peft_model.set_adapter(adapter_name)
+        peft_model.tuner.loaded(peft_model, adapter_name, is_trainable, first=True)
         if not is_trainable:
             evaluate(peft_model)
         return peft_model
@@ -331,16 +322,14 @@ class AdapterFiles:
             config = PeftConfig.from_pretrained(model_id, **hub)
             config.check_loadable(is_trainable)
             config.inference_mode = not is_trainable or config.is_prompt_learning
-        if key_mapping is None and not self._is_prompt_learning:
+        else:
+            config = self.peft_config[adapter_name]
+        if key_mapping is None and not config.is_prompt_learning:
             key_mapping = getattr(self.get_base_model(), "_checkpoint_conversion_mapping", None)
         weights = load_peft_weights(model_id, torch_device, key_mapping, **hub)
         if new:
             config.check_fits(weights)
-        prompts = self._is_prompt_learning
-        added, active = (
-            False,
-            (self.active_adapter, getattr(self.base_model, "active_adapter", None)),
-        )
+        added, active = False, self.tuner.active_state(self)
         try:
             with collect() as change_base_weights:
                 if new:
@@ -351,7 +340,7 @@ class AdapterFiles:
                         autocast_adapter_dtype=autocast_adapter_dtype,
                     )
                     added = True
-                with self._loadable(adapter_name, is_trainable) if prompts else nullcontext():
+                with self.tuner.loading(self, adapter_name, is_trainable):
                     result = self._fill(
                         weights,
                         adapter_name,
@@ -362,17 +351,10 @@ class AdapterFiles:
                     )
         except BaseException:
             if added:
-                self.delete_adapter(adapter_name)
-                if prompts:
-                    self._remove_prompts(only_empty=True)
-                else:
-                    self.base_model.withdraw(adapter_name)
-                    self.active_adapter, self.base_model.active_adapter = active
+                self.tuner.withdraw(self, adapter_name, active)
             raise
-        if new and prompts:
-            config.inference_mode = not is_trainable
-        if new and is_trainable and not prompts:  # a prompt trains from `set_adapter` on
-            self.set_requires_grad(adapter_name)
+        if new:
+            self.tuner.loaded(self, adapter_name, is_trainable, first=False)
         if not is_trainable:
             evaluate(self)
         return result

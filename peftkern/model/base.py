@@ -4,7 +4,6 @@ wraps."""
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,24 +14,16 @@ from transformers.utils import PushToHubMixin
 
 from ..checkpoint.saving import AdapterFiles
 from ..configs.base import PeftConfig
-from ..tuners.base_layer import BaseTunerLayer, as_names
+from ..tuners.base_layer import BaseTunerLayer
 from ..tuners.checks import check_adapter_name, check_config, warn_of_prefix
-from ..tuners.lora.alora import get_alora_offsets_for_forward, get_alora_offsets_for_generate
-from ..tuners.lora.group import settle
 from ..tuners.modules_to_save import ModulesToSaveWrapper
-from ..tuners.prompting.calls import (
-    generation_setting,
-    prompted_forward,
-    prompted_generate,
-    row_repeats,
-)
-from ..tuners.prompting.tuner import PromptLearning
-from ..tuners.registry import PEFT_TYPE_TO_TUNER_MAPPING
+from ..tuners.registry import tuner_for
+from ..tuners.tuner import Tuner
+from ..tuners.wrapped import Wrapped
 from ..utils.module_tree import checkpoints_activations
 from ..utils.peft_types import PeftType, TaskType
-from .status import (
-    AdapterStatus,
-)
+from .prompt_names import PromptNames
+from .status import AdapterStatus
 
 _claimed: dict[tuple[type, type], type] = {}
 
@@ -67,8 +58,8 @@ def _new(cls: Any) -> Any:
 MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[Any, type[PeftModel]] = {}
 
 
-class PeftModel(PromptLearning, AdapterFiles, AdapterStatus, PushToHubMixin, nn.Module):
-    """A base model with adapters in it, or with prompts beside it (see :class:`PromptLearning`).
+class PeftModel(Wrapped, PromptNames, AdapterFiles, AdapterStatus, PushToHubMixin, nn.Module):
+    """A base model with adapters in it, or with prompts beside it.
 
     Args:
         model: the base model, changed in place.
@@ -78,8 +69,8 @@ class PeftModel(PromptLearning, AdapterFiles, AdapterStatus, PushToHubMixin, nn.
         low_cpu_mem_usage: make the adapter's weights on the meta device, to be loaded afterwards.
 
     Attributes:
-        base_model: the tuner; ``base_model.model`` is the adapted model. With prompts, the model
-            itself.
+        base_model: holds the adapted model as ``base_model.model``. With prompts, the model itself.
+        tuner: how adapters of this method are kept, called, saved and loaded.
         peft_config: {adapter name: configuration}.
         active_adapter: the adapter that calls go through.
 
@@ -98,6 +89,7 @@ class PeftModel(PromptLearning, AdapterFiles, AdapterStatus, PushToHubMixin, nn.
     finds_invocations = False  # of aLoRAs, among its input ids
 
     base_model: Any
+    tuner: Tuner
 
     def __init_subclass__(cls, task: TaskType | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -125,19 +117,11 @@ class PeftModel(PromptLearning, AdapterFiles, AdapterStatus, PushToHubMixin, nn.
         self.active_adapter = adapter_name
         self.peft_type = PeftType(peft_config.peft_type)
         self.special_peft_forward_args = {"adapter_names", "alora_offsets"}
-        self._is_prompt_learning = peft_config.is_prompt_learning
         self._adapters_disabled = False
-        if self._is_prompt_learning:
-            self._start_prompts(model, peft_config)
-            self.add_adapter(adapter_name, peft_config)
-        else:
-            self.base_model = PEFT_TYPE_TO_TUNER_MAPPING[self.peft_type](
-                model,
-                {adapter_name: peft_config},
-                adapter_name,
-                low_cpu_mem_usage=low_cpu_mem_usage,
-                autocast_adapter_dtype=autocast_adapter_dtype,
-            )
+        self.tuner = tuner_for(self.peft_type)
+        self.tuner.start(
+            self, model, adapter_name, peft_config, low_cpu_mem_usage, autocast_adapter_dtype
+        )
         self._note_head_layer()
         if checkpoints_activations(model):
             self._prepare_model_for_gradient_checkpointing(model)
@@ -190,14 +174,11 @@ class PeftModel(PromptLearning, AdapterFiles, AdapterStatus, PushToHubMixin, nn.
 
     @property
     def peft_config(self) -> dict[str, Any]:
-        return self._peft_config if self._is_prompt_learning else self.base_model.peft_config
+        return self.tuner.configs(self)
 
     @peft_config.setter
     def peft_config(self, value: dict[str, Any]) -> None:
-        if self._is_prompt_learning:
-            self._peft_config = value
-        else:
-            self.base_model.peft_config = value
+        self.tuner.set_configs(self, value)
 
     @property
     def active_peft_config(self) -> Any:
@@ -206,9 +187,7 @@ class PeftModel(PromptLearning, AdapterFiles, AdapterStatus, PushToHubMixin, nn.
 
     @property
     def active_adapters(self) -> list[str]:
-        if self._is_prompt_learning:
-            return as_names(self.active_adapter)
-        return self.base_model.active_adapters
+        return self.tuner.active(self)
 
     @property
     def base_model_torch_dtype(self) -> torch.dtype | None:
@@ -230,21 +209,19 @@ class PeftModel(PromptLearning, AdapterFiles, AdapterStatus, PushToHubMixin, nn.
 
     def get_base_model(self) -> nn.Module:
         """The model that was wrapped, adapter layers included."""
-        return self.base_model if self._is_prompt_learning else self.base_model.model
+        return self.tuner.base(self)
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "base_model":  # not built yet
+            if name in ("base_model", "tuner"):  # not built yet
                 raise
             return getattr(self.base_model, name)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether :func:`peftkern.convert_to_lora` can turn the adapter into one of plain LoRA."""
-        if self._is_prompt_learning:
-            return False
-        return self.base_model.supports_lora_conversion(adapter_name)
+        return self.tuner.supports_lora_conversion(self, adapter_name)
 
     # ---------------------------------------------------------------- calling it
 
@@ -275,65 +252,25 @@ class PeftModel(PromptLearning, AdapterFiles, AdapterStatus, PushToHubMixin, nn.
                     kwargs[name] = value
             args = ()
             kwargs.pop("task_ids", None)  # for adapter methods that learn several tasks at once
-        if self._is_prompt_learning:
-            return prompted_forward(self, kwargs)
-        settle(self.base_model.model)
-        if self.finds_invocations:
-            inputs: dict[str, Any] = {
-                n: kwargs[n] for n in ("input_ids", "inputs_embeds") if n in kwargs
-            }
-            kwargs = {**get_alora_offsets_for_forward(self, **kwargs), **inputs}
-        special = [n for n in self.special_peft_forward_args if kwargs.get(n) is not None]
-        base = {k: v for k, v in kwargs.items() if k not in self.special_peft_forward_args}
-        if not special:
-            return self.base_model.model(*args, **base)
-        with self._enable_peft_forward_hooks(*args, **kwargs):
-            return self.base_model.model(*args, **base)
+        return self.tuner.forward(self, args, kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's ``generate``, through the active adapter or
         the one named for each row."""
-        if self._is_prompt_learning:
-            return prompted_generate(self, args, kwargs)
-        if self.finds_invocations:
-            kwargs = get_alora_offsets_for_generate(self, *args, **kwargs)
-        model = self.base_model.model
-        how = {
-            "num_beams": generation_setting(model, kwargs, "num_beams", *args[1:2]),
-            "row_repeats": row_repeats(model, args[1:], kwargs),
-        }
-        with self._enable_peft_forward_hooks(*args, **{**kwargs, **how}):
-            base = {k: v for k, v in kwargs.items() if k not in self.special_peft_forward_args}
-            return model.generate(*args, **base)
+        return self.tuner.generate(self, args, kwargs)
 
     # ---------------------------------------------------------------- adapters
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Within the block the model is the base model (but for biases that were trained)."""
-        if self._is_prompt_learning:
-            with self._without_prompts():
-                yield
-            return
         was = self._adapters_disabled
-        layers = list(self.base_model.adapter_layers())
-        states = {layer.disable_adapters for layer in layers}
-        if len(states) > 1:
-            warnings.warn(
-                "The model contains some adapter layers that are enabled and others that are "
-                "disabled. This is "
-                "most likely unintentional. After exiting the disable_adapter context, all "
-                "adapters will be enabled",
-                stacklevel=3,
-            )
-        try:
-            self.base_model.disable_adapter_layers()
-            self._adapters_disabled = True
-            yield
-        finally:
-            if states != {True}:
-                self.base_model.enable_adapter_layers()
-            self._adapters_disabled = was
+        with self.tuner.disabled(self):
+            try:
+                self._adapters_disabled = True
+                yield
+            finally:
+                self._adapters_disabled = was
 
     def add_adapter(
         self,
@@ -362,17 +299,7 @@ class PeftModel(PromptLearning, AdapterFiles, AdapterStatus, PushToHubMixin, nn.
         self._add_heads(peft_config)
         self.peft_config[adapter_name] = peft_config
         try:
-            if self._is_prompt_learning:
-                self._setup_prompt_encoder(adapter_name)
-                return
-            tuner = self.base_model.__dict__
-            was, tuner["_autocast_dtype"] = tuner["_autocast_dtype"], autocast_adapter_dtype
-            try:
-                self.base_model.inject_adapter(
-                    self.base_model.model, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage
-                )
-            finally:
-                tuner["_autocast_dtype"] = was
+            self.tuner.add(self, adapter_name, low_cpu_mem_usage, autocast_adapter_dtype)
         except Exception:
             self.peft_config.pop(adapter_name, None)
             raise
@@ -384,30 +311,15 @@ class PeftModel(PromptLearning, AdapterFiles, AdapterStatus, PushToHubMixin, nn.
             raise ValueError(
                 f"Adapter {adapter_name} not found. There are {sorted(self.peft_config)}."
             )
-        if self._is_prompt_learning:
-            self._set_prompt(adapter_name, inference_mode)
-            return
-        self.active_adapter = adapter_name
-        self.base_model.set_adapter(adapter_name, inference_mode=inference_mode)
+        self.tuner.activate(self, adapter_name, inference_mode)
 
     def set_requires_grad(
         self, adapter_names: str | Sequence[str], requires_grad: bool = True
     ) -> None:
         """Let the parameters of these adapters train, or freeze them. TypeError for prompts."""
-        if self._is_prompt_learning:
-            raise TypeError(
-                "Setting `requires_grad` is not supported for prompt learning methods like "
-                f"{self.peft_type.value}."
-            )
-        self.base_model.set_requires_grad(adapter_names, requires_grad)
+        self.tuner.set_requires_grad(self, adapter_names, requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter; when it was active, the first one left becomes active, with what it
         trains in full or by token."""
-        if self._is_prompt_learning:
-            self._delete_prompt(adapter_name)
-            return
-        self.base_model.delete_adapter(adapter_name)
-        left = self.active_adapters
-        if left and self.active_adapter not in left:
-            self.active_adapter = left[0]
+        self.tuner.delete(self, adapter_name)

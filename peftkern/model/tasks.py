@@ -14,7 +14,6 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from ..tuners.prompting.calls import prepare_step
 from ..utils.peft_types import TaskType
 from .base import PeftModel
 
@@ -39,9 +38,7 @@ def _forward(names: tuple[str, ...]) -> Any:
 
 def _prepare_inputs_for_generation(self: PeftModel, *args: Any, **kwargs: Any) -> dict[str, Any]:
     """The base model's inputs of one step of generation, with the prompt in front of the first."""
-    if self._is_prompt_learning:
-        return prepare_step(self, None, args, kwargs)
-    return self.base_model.prepare_inputs_for_generation(*args, **kwargs)
+    return self.tuner.prepare_inputs(self, args, kwargs)
 
 
 class PeftModelForSequenceClassification(PeftModel, task=TaskType.SEQ_CLS):

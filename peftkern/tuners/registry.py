@@ -6,9 +6,12 @@ from typing import Any
 
 from ..utils.peft_types import PeftType
 from .lora import LoraModel
+from .lora.tuner import LoraTuner
 from .p_tuning import PromptEncoder
 from .prefix_tuning import PrefixEncoder
 from .prompt_tuning import PromptEmbedding
+from .prompting.tuner import PromptTuner
+from .tuner import Tuner
 
 PEFT_TYPE_TO_TUNER_MAPPING: dict[PeftType, Any] = {  # a tuner, or an encoder of prompts
     PeftType.LORA: LoraModel,
@@ -18,3 +21,8 @@ PEFT_TYPE_TO_TUNER_MAPPING: dict[PeftType, Any] = {  # a tuner, or an encoder of
 }
 PEFT_TYPE_TO_PREFIX_MAPPING: dict[PeftType, str] = {PeftType.LORA: LoraModel.prefix}
 PEFT_TYPE_TO_MIXED_MODEL_MAPPING: dict[PeftType, Any] = {PeftType.LORA: LoraModel}
+
+
+def tuner_for(peft_type: Any) -> Tuner:
+    """What a PeftModel with adapters of this method asks of them."""
+    return LoraTuner() if PeftType(peft_type) is PeftType.LORA else PromptTuner()

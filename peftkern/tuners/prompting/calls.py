@@ -12,13 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...utils.generation import generation_setting, row_repeats
 from ...utils.handing import handing
 from ...utils.versions import cache_name, cache_of, cached_tokens
 from ..modules_to_save import ModulesToSaveWrapper
 from ..prefix_tuning import PrefixTuningConfig
 from ..prefix_tuning.state import offset_behind
+from ..wrapped import innermost
 from .pooling import reading_last_tokens
-from .prompts import BASE, innermost
+from .prompts import BASE
 
 # -------------------------------------------------------------------- what is checked
 
@@ -118,33 +120,35 @@ def named_rows(model: Any, rows: list[str] | None, times: int = 1) -> Iterator[N
 # -------------------------------------------------------------------- forward
 
 
-def prompted_forward(model: Any, kwargs: dict[str, Any]) -> Any:
+def prompted_forward(tuner: Any, model: Any, kwargs: dict[str, Any]) -> Any:
     """The base model's forward, with the active adapter's prompt or each row's own."""
     names = kwargs.pop("adapter_names", None)
     base = model.base_model
     if not model.has_active_enabled_adapter:
         return base(**kwargs)
     batch, tokens = batch_and_length(model, kwargs)
-    rows = model._rows(names, batch)
+    rows = tuner.rows(names, batch)
     config = model.active_peft_config
     with named_rows(model, rows):
         if isinstance(config, PrefixTuningConfig):
             if not model.keeps_token_types:
                 _drop(kwargs, "token_type_ids", "Token type ids")
-            _check_prefix_room(model, kwargs, rows, tokens)
-            with prefixed(model, batch, rows, kwargs):
+            _check_prefix_room(tuner, model, kwargs, rows, tokens)
+            with prefixed(tuner, model, batch, rows, kwargs):
                 return base(**kwargs)
-        prompts = model._prompts(batch, rows)
+        prompts = tuner.prompts(model, batch, rows)
         if prompts is None:
             return base(**kwargs)
         if _cached(model, kwargs):
             return base(**with_prompt(model, kwargs, prompts))
-        model._room.check(prompts.shape[1], tokens)
+        tuner.room.check(prompts.shape[1], tokens)
         with reading_last_tokens(model, kwargs, prompts.shape[1]):
             return base(**with_prompt(model, kwargs, prompts))
 
 
-def _check_prefix_room(model: Any, kwargs: dict[str, Any], rows: Any, tokens: int) -> None:
+def _check_prefix_room(
+    tuner: Any, model: Any, kwargs: dict[str, Any], rows: Any, tokens: int
+) -> None:
     cache = cache_of(innermost(model), kwargs)
     if kwargs.get("position_ids") is not None or cache is not None:
         return  # then positions are not counted from the input's length
@@ -156,12 +160,16 @@ def _check_prefix_room(model: Any, kwargs: dict[str, Any], rows: Any, tokens: in
             tokens = target.shape[1]
         elif model.prompt_in_encoder:  # generation starts with one; other tasks with the input
             tokens = 1
-    model._room.check(model._virtual_tokens(rows), tokens)
+    tuner.room.check(tuner.virtual_tokens(model, rows), tokens)
 
 
 @contextmanager
 def prefixed(
-    model: Any, batch: int, rows: list[str] | None, kwargs: dict[str, Any] | None = None
+    tuner: Any,
+    model: Any,
+    batch: int,
+    rows: list[str] | None,
+    kwargs: dict[str, Any] | None = None,
 ) -> Iterator[None]:
     """Within the block the base model's attention sees the prefixes.
 
@@ -173,8 +181,8 @@ def prefixed(
         yield
         return
     config = model.peft_config[named[0]]
-    model._inject(config)
-    prefixes, no_prefix = model._prefix_layers(batch, rows)
+    tuner.inject(model, config)
+    prefixes, no_prefix = tuner.prefix_layers(model, batch, rows)
     more: dict[str, Any] = {} if no_prefix is None else {"no_prefix": no_prefix}
     if config.prefix_always_visible:
         more["always_visible"] = True
@@ -182,10 +190,10 @@ def prefixed(
         move = offset_behind(config.num_virtual_tokens, no_prefix)
         kwargs["position_ids"] = kwargs["position_ids"] + move
         more["positions_moved"] = True
-    with model._prefix_injection.active(prefixes, **more) as given:
+    with tuner.injection.active(prefixes, **more) as given:
         yield
     if not given.seen:
-        stack = type(model._prefix_injection.stack).__name__
+        stack = type(tuner.injection.stack).__name__
         raise RuntimeError(
             f"the call did not reach the {stack} whose attention takes the prefix (or went to its "
             "`forward`, past its hooks): what was computed is without the prefix"
@@ -195,7 +203,7 @@ def prefixed(
 # -------------------------------------------------------------------- generation
 
 
-def prompted_generate(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def prompted_generate(tuner: Any, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The base model's ``generate``, with the active adapter's prompt or each row's own."""
     names = kwargs.pop("adapter_names", None)
     base = model.base_model
@@ -208,7 +216,7 @@ def prompted_generate(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
     if kwargs.get("inputs") is not None:
         kwargs["input_ids"] = kwargs.pop("inputs")
     batch, tokens = batch_and_length(model, kwargs)
-    rows = model._rows(names, batch)
+    rows = tuner.rows(names, batch)
     times = (
         1 if rows is None else row_repeats(base, args, kwargs)
     )  # rows are repeated for the beams
@@ -216,20 +224,22 @@ def prompted_generate(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
         if rows is not None and set(rows) == {BASE}:
             return base.generate(*args, **kwargs)
         if isinstance(model.active_peft_config, PrefixTuningConfig):
-            return _prefixed_generate(model, args, kwargs, batch, rows)
-        model._room.check(model._virtual_tokens(rows), tokens)
+            return _prefixed_generate(tuner, model, args, kwargs, batch, rows)
+        tuner.room.check(tuner.virtual_tokens(model, rows), tokens)
         if model.prompt_in_encoder:
-            return _encoder_generate(model, args, kwargs, model._prompts(batch, rows))
+            return _encoder_generate(model, args, kwargs, tuner.prompts(model, batch, rows))
         _check_cache(innermost(model), kwargs)
-        with _prepared_by(model, rows):
+        with _prepared_by(tuner, model, rows):
             return base.generate(*args, **kwargs)
 
 
-def _prefixed_generate(model: Any, args: Any, kwargs: dict[str, Any], batch: int, rows: Any) -> Any:
+def _prefixed_generate(
+    tuner: Any, model: Any, args: Any, kwargs: dict[str, Any], batch: int, rows: Any
+) -> Any:
     if not model.keeps_token_types:
         _drop(kwargs, "token_type_ids", "Token type ids")
-    _check_prefix_room(model, kwargs, rows, batch_and_length(model, kwargs)[1])
-    with prefixed(model, batch, rows):  # each row's for all of its beams
+    _check_prefix_room(tuner, model, kwargs, rows, batch_and_length(model, kwargs)[1])
+    with prefixed(tuner, model, batch, rows):  # each row's for all of its beams
         return model.base_model.generate(*args, **kwargs)
 
 
@@ -244,23 +254,6 @@ def _encoder_generate(model: Any, args: Any, kwargs: dict[str, Any], prompts: Te
     kwargs = with_prompt(model, kwargs, prompts)
     given = {name: value for name, value in kwargs.items() if value is not None}
     return model.base_model.generate(*args, **given)
-
-
-def generation_setting(base: Any, kwargs: dict[str, Any], name: str, config: Any = None) -> Any:
-    """A setting of generation, from the call, its configuration (``config`` when that was given by
-    position) or the model's."""
-    given = kwargs.get("generation_config") if config is None else config
-    for source in (given, getattr(base, "generation_config", None)):
-        if kwargs.get(name) is None and getattr(source, name, None) is not None:
-            return getattr(source, name)
-    return kwargs.get(name)
-
-
-def row_repeats(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """How often ``base.generate`` repeats each row of its input, for arguments behind the input."""
-    config = args[0] if args else None
-    names = ("num_beams", "num_return_sequences")
-    return max(generation_setting(base, kwargs, name, config) or 1 for name in names)
 
 
 def _check_cache(base: Any, kwargs: dict[str, Any]) -> None:
@@ -283,11 +276,11 @@ _installing = threading.Lock()
 
 
 @contextmanager
-def _prepared_by(model: Any, rows: list[str] | None) -> Iterator[None]:
+def _prepared_by(tuner: Any, model: Any, rows: list[str] | None) -> Iterator[None]:
     """Within the block the transformers model prepares this thread's steps with the prompts."""
     base = innermost(model)
     was = _here.prepare
-    _here.prepare = {**was, id(base): lambda *a, **k: prepare_step(model, rows, a, k)}
+    _here.prepare = {**was, id(base): lambda *a, **k: prepare_step(tuner, model, rows, a, k)}
     with _installing:
         found = base.__dict__.get("prepare_inputs_for_generation")
         if not hasattr(found, "threads_inside"):
@@ -320,12 +313,16 @@ def _by_thread(model: Any, base: Any, own: Any) -> Any:
 
 
 def prepare_step(
-    model: Any, rows: list[str] | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    tuner: Any,
+    model: Any,
+    rows: list[str] | None,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> dict[str, Any]:
     """The inputs of one step of generation: the first one gets the prompt, all get its mask.
 
     Args:
-        model: a PeftModel with a prompt in front of the input.
+        tuner, model: of a PeftModel with a prompt in front of the input.
         rows: the adapter of each row before generate() repeated them, or None.
         args, kwargs: of the base model's ``prepare_inputs_for_generation``.
     """
@@ -335,7 +332,7 @@ def prepare_step(
         return prepare(*args, **kwargs)
     kwargs = dict(kwargs)
     ids = args[0] if args else kwargs.pop("input_ids", None)
-    P = model._virtual_tokens(rows)
+    P = tuner.virtual_tokens(model, rows)
     for name in ("position_ids", "token_type_ids", "task_ids"):  # counted without the prompt
         kwargs.pop(name, None)
     mask = kwargs.get("attention_mask")
@@ -352,7 +349,7 @@ def prepare_step(
     batch = embeds.shape[0]
     if rows is not None:
         rows = [name for name in rows for _ in range(batch // len(rows))]
-    prompts = model._prompts(batch, rows)
+    prompts = tuner.prompts(model, batch, rows)
     embeds = torch.cat((prompts.to(embeds), embeds), dim=1)
     first = {**kwargs, "is_first_iteration": True, "next_sequence_length": None}
     out = prepare(ids, inputs_embeds=embeds, **first)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...utils.handing import handing
 from ..modules_to_save import ModulesToSaveWrapper
-from .prompts import innermost
+from ..wrapped import innermost
 
 
 def last_tokens(base: Any, kwargs: dict[str, Any]) -> Tensor | None:

@@ -7,43 +7,28 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...configs.base import PeftConfig
 from ..prefix_tuning import PrefixTuningConfig
+from ..wrapped import innermost
 from .sizes import attention_layers, key_lenders, layer_shapes
 
 BASE = "__base__"  # as an adapter's name: the base model alone
 LayerPrefix = tuple[Tensor, Tensor]  # Kp, Vp: [H_kv, P, D], or [B, H_kv, P, D]
 
 
-def innermost(model: Any) -> Any:
-    """The transformers model inside any number of PeftModels."""
-    while isinstance(model, Prompts):  # that is, a PeftModel
-        model = model.get_base_model()  # type: ignore[attr-defined]
-    return model
-
-
 class Prompts:
-    """Mixed into :class:`PeftModel` by :class:`PromptLearning`.
+    """What a :class:`.tuner.PromptTuner` knows of its prompts.
 
-    Attributes:
-        prompt_encoder: ModuleDict, {adapter name: what makes its virtual tokens}.
+    ``host`` is the PeftModel that the prompts belong to, or a copy of it on another device: the
+    encoders and the base model are the host's.
     """
 
-    prompt_encoder: nn.ModuleDict
-    _prefix_injection: Any = None
+    peft_config: dict[str, Any]
+    injection: Any  # of prefixes into the model's attention; None before there is one
 
-    def get_prompt_embedding_to_save(self: Any, adapter_name: str) -> Tensor:
-        """The virtual tokens as a file holds them, [rows, numbers of a row], on the CPU.
-
-        A prefix is [P, num_layers * 2 * token_dim]; a prompt [P * num_transformer_submodules,
-        token_dim].
-        """
-        # with gradients, as in training: an LSTM's last bits depend on it
-        return self.prompt_encoder[adapter_name].prompt().detach().clone().cpu()
-
-    def _rows(self: Any, adapter_names: Sequence[str] | None, batch_size: int) -> list[str] | None:
+    def rows(self, adapter_names: Sequence[str] | None, batch_size: int) -> list[str] | None:
         """The adapter of each row of the batch; None when all take the active one.
 
         Raises:
@@ -73,18 +58,18 @@ class Prompts:
             )
         return names
 
-    def _virtual_tokens(self: Any, rows: list[str] | None) -> int:
-        """P of this batch, see :meth:`_rows`; 0 when every row is the base model's."""
-        names = [name for name in rows or [self.active_adapter] if name != BASE]
+    def virtual_tokens(self, host: Any, rows: list[str] | None) -> int:
+        """P of this batch, see :meth:`rows`; 0 when every row is the base model's."""
+        names = [name for name in rows or [host.active_adapter] if name != BASE]
         return self.peft_config[names[0]].num_virtual_tokens if names else 0
 
-    def _prompts(self: Any, batch_size: int, rows: list[str] | None = None) -> Tensor | None:
+    def prompts(self, host: Any, batch_size: int, rows: list[str] | None = None) -> Tensor | None:
         """Virtual tokens for every row, [batch, P, token_dim], views where rows share them.
 
         None when every row is the base model's. A second submodule's tokens are left out: they are
         not used, but HF PEFT's files have them.
         """
-        names = rows or [self.active_adapter]
+        names = rows or [host.active_adapter]
         unique = list(dict.fromkeys(names))
         if unique == [BASE]:
             return None
@@ -93,24 +78,24 @@ class Prompts:
                 f"`adapter_names`: {BASE!r} cannot share a batch with prompts that stand in front "
                 "of the input, as its rows would be shorter; call the model apart for them"
             )
-        P = self._virtual_tokens(rows)
-        prompts = [self.prompt_encoder[name].prompt()[:P] for name in unique]
+        P = self.virtual_tokens(host, rows)
+        prompts = [host.prompt_encoder[name].prompt()[:P] for name in unique]
         if len(prompts) == 1:
             return prompts[0].expand(batch_size, -1, -1)
         return torch.stack(prompts)[_index(names, unique, prompts[0].device)]
 
-    def _prefix_layers(
-        self: Any, batch_size: int, adapter_names: Sequence[str] | None = None
+    def prefix_layers(
+        self, host: Any, batch_size: int, adapter_names: Sequence[str] | None = None
     ) -> tuple[list[LayerPrefix | None], Tensor | None]:
-        """What every attention layer sees of the prefix: see :meth:`_own_prefixes`; a layer that
+        """What every attention layer sees of the prefix: see :meth:`own_prefixes`; a layer that
         attends to another's keys sees that one's. What goes through the cache is without those."""
-        prefixes, no_prefix = self._own_prefixes(batch_size, adapter_names)
-        if getattr(self._prefix_injection, "through_cache", False):
+        prefixes, no_prefix = self.own_prefixes(host, batch_size, adapter_names)
+        if getattr(self.injection, "through_cache", False):
             return prefixes, no_prefix
-        return _lent(prefixes, innermost(self)), no_prefix
+        return _lent(prefixes, innermost(host)), no_prefix
 
-    def _own_prefixes(
-        self: Any, batch_size: int, adapter_names: Sequence[str] | None = None
+    def own_prefixes(
+        self, host: Any, batch_size: int, adapter_names: Sequence[str] | None = None
     ) -> tuple[list[LayerPrefix | None], Tensor | None]:
         """Keys and values of the prefix for every attention layer that has keys of its own.
 
@@ -126,14 +111,14 @@ class Prompts:
         In HF PEFT's layout layer l reads the rows' slices 2l and 2l + 1. With two submodules it is
         4l and 4l + 1, modulo the number of slices: layers l and l + L/2 share a prefix.
         """
-        rows = self._rows(adapter_names, batch_size)
-        names = rows or [self.active_adapter]
+        rows = self.rows(adapter_names, batch_size)
+        names = rows or [host.active_adapter]
         unique = list(dict.fromkeys(n for n in names if n != BASE))
         if not unique:
             return [], None
         config = self.peft_config[unique[0]]
-        layers = attention_layers(config, innermost(self))
-        slices = [self._slices(name) for name in unique]
+        layers = attention_layers(config, innermost(host))
+        slices = [self._slices(host, name) for name in unique]
         device = slices[0][0].device
         no_prefix = torch.tensor([n == BASE for n in names], device=device)
         per_row = len(unique) > 1
@@ -149,13 +134,13 @@ class Prompts:
         pairs = [
             (of_rows(step * i % count), of_rows((step * i + 1) % count)) for i in range(layers)
         ]
-        return _fitted(pairs, innermost(self)), no_prefix if BASE in names else None
+        return _fitted(pairs, innermost(host)), no_prefix if BASE in names else None
 
-    def _slices(self: Any, adapter_name: str) -> tuple[Tensor, ...]:
+    def _slices(self, host: Any, adapter_name: str) -> tuple[Tensor, ...]:
         """The prefix as 2 * num_layers tensors [H_kv, P, D], views of the parameter."""
         config = self.peft_config[adapter_name]
-        rows = self.prompt_encoder[adapter_name].prompt()  # [P, 2 * num_layers * token_dim]
-        dtype = self.base_model_torch_dtype
+        rows = host.prompt_encoder[adapter_name].prompt()  # [P, 2 * num_layers * token_dim]
+        dtype = host.base_model_torch_dtype
         heads = config.num_attention_heads
         rows = rows if dtype is None else rows.to(dtype)
         parts = rows.view(
@@ -164,28 +149,17 @@ class Prompts:
         # unbound, and not indexed: then backward fills one tensor and not one for each slice
         return parts.permute(1, 2, 0, 3).unbind(0)
 
-    def get_prompt(
-        self: Any, batch_size: int, task_ids: Tensor | None = None, max_cache_len: int | None = None
-    ) -> Any:
-        """The active adapter's prompt for a batch, in HF PEFT's form.
-
-        Args:
-            batch_size: rows of the batch.
-            task_ids, max_cache_len: for HF PEFT's callers; without effect.
-
-        Returns:
-            [batch, P * num_transformer_submodules, token_dim]; for prefix tuning a transformers
-            cache that holds [batch, H_kv, P, D] for each layer (an ``EncoderDecoderCache`` with two
-            submodules). Calls of the model take another way and need no cache.
-        """
-        config: PeftConfig = self.active_peft_config
+    def in_hf_form(self, host: Any, batch_size: int) -> Any:
+        """What HF PEFT's ``get_prompt`` gives for the active adapter, see
+        :meth:`peftkern.PeftModel.get_prompt`."""
+        config: PeftConfig = host.active_peft_config
         if not isinstance(config, PrefixTuningConfig):
-            return self.prompt_encoder[self.active_adapter].prompt().expand(batch_size, -1, -1)
+            return host.prompt_encoder[host.active_adapter].prompt().expand(batch_size, -1, -1)
         from ..prefix_tuning.cached import prefix_cache  # imports transformers' caches
 
-        prefixes, _ = self._own_prefixes(batch_size)
+        prefixes, _ = self.own_prefixes(host, batch_size)
         two = config.num_transformer_submodules == 2
-        return prefix_cache(prefixes, batch_size, innermost(self), two)
+        return prefix_cache(prefixes, batch_size, innermost(host), two)
 
 
 def divide(

@@ -1,4 +1,4 @@
-"""Prompt learning: what :class:`PeftModel` keeps and gives for prefixes and virtual tokens.
+"""Prompt learning: the tuner of prefixes and virtual tokens.
 
 The base model itself is not changed, but for heads that train in full. What the prompts are stands
 in ``prompts.py``, what a call does with them in ``calls.py``.
@@ -14,11 +14,12 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ...configs.prompt_learning import PromptLearningConfig
 from ...utils.module_tree import get_submodules
 from ...utils.places import replace
+from ..base_layer import as_names
 from ..modules_to_save import (
     CONTAINERS,
     ModulesToSaveWrapper,
@@ -28,8 +29,10 @@ from ..modules_to_save import (
 from ..p_tuning import PromptEncoder, PromptEncoderConfig
 from ..prefix_tuning import PrefixEncoder, PrefixTuningConfig
 from ..prompt_tuning import PromptEmbedding, PromptTuningConfig
+from ..wrapped import Wrapped, innermost
+from .calls import prepare_step, prompted_forward, prompted_generate
 from .encoder import BasePromptEncoder
-from .prompts import Prompts, divide, innermost
+from .prompts import Prompts, divide
 from .room import Room
 from .sizes import attention_layers, has_config, infer_sizes
 
@@ -47,115 +50,128 @@ def _make_encoder(config: Any, word_embeddings: nn.Module | None) -> BasePromptE
 
 def _names_inside(model: Any) -> list[str]:
     """Names of the adapters of a PeftModel that a prompt is put on; none for another model."""
-    inside: Any = model if isinstance(model, Prompts) else None
+    inside: Any = model if isinstance(model, Wrapped) else None
     return [] if inside is None else list(inside.peft_config)
 
 
-class PromptLearning(Prompts):
-    """Mixed into :class:`PeftModel`; used when its adapters are prompts.
+class PromptTuner(Prompts):
+    """What a :class:`peftkern.PeftModel` with prompts asks: see :class:`..tuner.Tuner`.
+
+    It has no parameters. The host has them, as ``prompt_encoder`` ({adapter name: what makes its
+    virtual tokens}), and ``prompt_tokens`` ({adapter name: indices of its virtual tokens}).
 
     Attributes:
-        prompt_tokens: {adapter name: indices of its virtual tokens}.
+        peft_config: {adapter name: configuration}.
+        injection: of prefixes into the model's attention; None before there is one.
+        room: how many positions the model has.
     """
 
-    prompt_tokens: dict[str, Tensor]
-    _prefix_injection: Any = None
-    _room: Room
+    room: Room
 
-    # ---------------------------------------------------------------- what it stands on
-
-    @property
-    def transformer_backbone_name(self: Any) -> str:
-        """Name of the first transformers model among the base model's children."""
-        from transformers import PreTrainedModel
-
-        for name, module in self.base_model.named_children():
-            if isinstance(module, PreTrainedModel):
-                return name
-        raise AttributeError(f"{type(self.base_model).__name__} has no backbone as a child")
-
-    @property
-    def word_embeddings(self: Any) -> nn.Module:
-        """The model's input embeddings, as they are now."""
-        base = innermost(self)
-        try:
-            found = base.get_input_embeddings()
-        except (AttributeError, NotImplementedError):
-            found = None
-        if found is None:
-            raise AttributeError(f"{type(base).__name__} has no input embeddings")
-        return found
+    def __init__(self) -> None:
+        self.peft_config: dict[str, Any] = {}
+        self.injection: Any = None
 
     # ---------------------------------------------------------------- adapters
 
-    def _start_prompts(self: Any, model: nn.Module, config: PromptLearningConfig) -> None:
-        """Become a model of prompts around ``model``."""
+    def start(
+        self,
+        host: Any,
+        model: nn.Module,
+        adapter_name: str,
+        config: Any,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
         inner = [m for m in model.modules() if hasattr(m, "prompt_encoder")]
         if inner:
             raise ValueError(
                 "the model has prompt learning adapters already; load further ones with "
                 "`add_adapter` or `load_adapter`"
             )
-        self.base_model = model
-        self.prompt_encoder = nn.ModuleDict()
-        self.prompt_tokens = {}
-        self._peft_config: dict[str, Any] = {}
+        host.base_model = model
+        host.prompt_encoder = nn.ModuleDict()
+        host.prompt_tokens = {}
         base = innermost(model)
         if hasattr(base, "prepare_inputs_for_generation"):  # a name that HF PEFT's callers know
-            self.base_model_prepare_inputs_for_generation = base.prepare_inputs_for_generation
+            host.base_model_prepare_inputs_for_generation = base.prepare_inputs_for_generation
+        host.add_adapter(adapter_name, config)
 
-    def _setup_prompt_encoder(self: Any, adapter_name: str) -> None:
+    def base(self, host: Any) -> nn.Module:
+        return host.base_model
+
+    def configs(self, host: Any) -> dict[str, Any]:
+        return self.peft_config
+
+    def set_configs(self, host: Any, configs: dict[str, Any]) -> None:
+        self.peft_config = configs
+
+    def active(self, host: Any) -> list[str]:
+        return as_names(host.active_adapter)
+
+    def supports_lora_conversion(self, host: Any, adapter_name: str) -> bool:
+        return False
+
+    def add(
+        self,
+        host: Any,
+        adapter_name: str,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
         """Build the encoder, heads and injection of an adapter in ``peft_config``.
 
         Raises:
             ValueError, TypeError: as ``add_adapter``. The model is then as it was.
         """
         config = self.peft_config[adapter_name]
-        base: Any = innermost(self)
-        model: Any = self.base_model
+        base: Any = innermost(host)
+        model: Any = host.base_model
         if adapter_name in _names_inside(model):
             raise ValueError(
                 f"`adapter_name`: {adapter_name!r} is the name of an adapter of the model inside; "
                 "a prompt on top of it needs another, so that both can be saved"
             )
-        words = getattr(self, "word_embeddings", None)
+        words = word_embeddings(host, None)
         draft = copy.copy(config)
         draft.__dict__.update(infer_sizes(config, base, words))
         room = Room(base, decoder=isinstance(config, PrefixTuningConfig))
         room.check(draft.num_virtual_tokens, 1)
-        heads = self._heads_of(draft)
+        heads = self._heads_of(host, draft)
         encoder = _make_encoder(draft, words)
         place = next((base if words is None else words).parameters()).device
         if place.type != "meta":  # where the embeddings are, as the prompt goes with them
             encoder.to(place)
-        active = adapter_name in self.active_adapters
+        active = adapter_name in self.active(host)
         flags = [(p, p.requires_grad) for p in model.parameters()]
         try:
             if isinstance(config, PrefixTuningConfig) and has_config(base):
-                self._inject(draft)  # of another kind of model, a call says that it takes no prefix
-            if not self.prompt_encoder and not isinstance(model, Prompts):
+                self.inject(
+                    host, draft
+                )  # of another kind of model, a call says that it takes no prefix
+            if not host.prompt_encoder and not isinstance(model, Wrapped):
                 # the first; a LoRA model inside has frozen what it adapts, and goes on training
                 model.requires_grad_(False)
             wrap_modules_to_save(model, adapter_name, heads, config.inference_mode, activate=active)
         except BaseException:
-            for module in self._heads():
+            for module in self._heads(host):
                 module.delete_adapter(adapter_name)
-            self._remove_prompts(only_empty=True)
+            self._remove(host, only_empty=True)
             for parameter, flag in flags:
                 parameter.requires_grad_(flag)
             raise
         config.__dict__.update(draft.__dict__)
-        self._room = room
+        self.room = room
         encoder.requires_grad_(active and not config.inference_mode)
-        self.prompt_encoder[adapter_name] = encoder
+        host.prompt_encoder[adapter_name] = encoder
         total = config.num_virtual_tokens * config.num_transformer_submodules
-        self.prompt_tokens[adapter_name] = torch.arange(total)
+        host.prompt_tokens[adapter_name] = torch.arange(total)
 
-    def _heads_of(self: Any, config: PromptLearningConfig) -> list[str]:
+    def _heads_of(self, host: Any, config: PromptLearningConfig) -> list[str]:
         """Names of the modules that ``modules_to_save`` matches, all of which can be trained."""
-        keys = find_modules_to_save(self.base_model, config.modules_to_save)
+        keys = find_modules_to_save(host.base_model, config.modules_to_save)
         for key in keys:
-            _, module, _ = get_submodules(self.base_model, key)
+            _, module, _ = get_submodules(host.base_model, key)
             if isinstance(module, CONTAINERS):
                 raise TypeError(
                     f"modules_to_save cannot be applied to `{key}`: a {type(module).__name__} has "
@@ -171,27 +187,27 @@ class PromptLearning(Prompts):
                 )
         return keys
 
-    def _inject(self: Any, config: PromptLearningConfig) -> None:
+    def inject(self, host: Any, config: PromptLearningConfig) -> None:
         """Have the attention layers ready for prefixes of this adapter's length too."""
         from ..prefix_tuning import way
 
         P, heads = config.num_virtual_tokens, config.num_attention_heads
         assert P is not None and config.token_dim is not None and heads is not None
         always_visible = getattr(config, "prefix_always_visible", False)
-        base = innermost(self)
-        if self._prefix_injection is not None:
+        base = innermost(host)
+        if self.injection is not None:
             # not made anew: another thread may be in a forward with the hooks that there are
-            if not way.again(self._prefix_injection, base):
-                self._prefix_injection.allow(P, always_visible)
+            if not way.again(self.injection, base):
+                self.injection.allow(P, always_visible)
                 return
         with way.choosing:
-            if self._prefix_injection is not None:
-                if not way.again(self._prefix_injection, base):  # another thread was here first
-                    self._prefix_injection.allow(P, always_visible)
+            if self.injection is not None:
+                if not way.again(self.injection, base):  # another thread was here first
+                    self.injection.allow(P, always_visible)
                     return
-                self._prefix_injection.remove()
-                self._prefix_injection = None  # if none can be chosen, the next call says so too
-            self._prefix_injection = way.choose(
+                self.injection.remove()
+                self.injection = None  # if none can be chosen, the next call says so too
+            self.injection = way.choose(
                 base,
                 num_layers=attention_layers(config, base),
                 kv_heads=heads,
@@ -201,78 +217,96 @@ class PromptLearning(Prompts):
                 divide=functools.partial(divide, model=base),
             )
 
-    def _heads(self: Any) -> list[ModulesToSaveWrapper]:
+    def _heads(self, host: Any) -> list[ModulesToSaveWrapper]:
         """The modules that train in full with these adapters (or with none any more)."""
-        wrappers = (m for m in self.base_model.modules() if isinstance(m, ModulesToSaveWrapper))
+        wrappers = (m for m in host.base_model.modules() if isinstance(m, ModulesToSaveWrapper))
         return [m for m in wrappers if m._get_available_adapters() <= set(self.peft_config)]
 
-    def _set_prompt(self: Any, adapter_name: str, inference_mode: bool) -> None:
-        self.active_adapter = adapter_name
-        for name, encoder in self.prompt_encoder.items():
+    def activate(self, host: Any, adapter_name: str, inference_mode: bool) -> None:
+        host.active_adapter = adapter_name
+        for name, encoder in host.prompt_encoder.items():
             encoder.requires_grad_(name == adapter_name and not inference_mode)
-        for module in self._heads():
+        for module in self._heads(host):
             names = [adapter_name] if adapter_name in module._get_available_adapters() else []
             module.set_adapter(names, inference_mode=inference_mode)
 
-    def _delete_prompt(self: Any, adapter_name: str) -> None:
+    def set_requires_grad(self, host: Any, adapter_names: Any, requires_grad: bool) -> None:
+        raise TypeError(
+            "Setting `requires_grad` is not supported for prompt learning methods like "
+            f"{host.peft_type.value}."
+        )
+
+    def delete(self, host: Any, adapter_name: str) -> None:
         if adapter_name not in self.peft_config:
             raise ValueError(f"Adapter {adapter_name} does not exist")
-        for module in self._heads():
+        for module in self._heads(host):
             module.delete_adapter(adapter_name)
         del self.peft_config[adapter_name]
-        del self.prompt_encoder[adapter_name]
-        del self.prompt_tokens[adapter_name]
-        if adapter_name not in self.active_adapters:
+        del host.prompt_encoder[adapter_name]
+        del host.prompt_tokens[adapter_name]
+        if adapter_name not in self.active(host):
             return
         rest = list(self.peft_config)
         if not rest:
-            self.active_adapter = []
+            host.active_adapter = []
             return
         warnings.warn(
             f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to "
             f"{rest[0]}.",
             stacklevel=3,
         )
-        self._set_prompt(rest[0], self.peft_config[rest[0]].inference_mode)
+        self.activate(host, rest[0], self.peft_config[rest[0]].inference_mode)
 
-    def _remove_prompts(self: Any, only_empty: bool = False) -> None:
+    def _remove(self, host: Any, only_empty: bool = False) -> None:
         """Give the base model back as it was before the first prompt; ``only_empty``: only where no
         adapter is left."""
-        if self._prefix_injection is not None and not (only_empty and self.prompt_encoder):
-            self._prefix_injection.remove()
-            self._prefix_injection = None
-        heads = {id(m) for m in self._heads() if not (only_empty and m._get_available_adapters())}
-        for module in list(self.base_model.modules()):
+        if self.injection is not None and not (only_empty and host.prompt_encoder):
+            self.injection.remove()
+            self.injection = None
+        heads = {
+            id(m) for m in self._heads(host) if not (only_empty and m._get_available_adapters())
+        }
+        for module in list(host.base_model.modules()):
             if id(module) in heads:
-                replace(self.base_model, module, module.original_module)
+                replace(host.base_model, module, module.original_module)
 
     @contextmanager
-    def _without_prompts(self: Any) -> Iterator[None]:
+    def disabled(self, host: Any) -> Iterator[None]:
         """Within the block calls go to the base model, its original heads included, and without the
         adapters of a LoRA model inside."""
-        was = self._adapters_disabled
-        heads = [(m, m._disable_adapters) for m in self._heads()]
-        inner = isinstance(self.base_model, Prompts)
-        with self.base_model.disable_adapter() if inner else nullcontext():
+        heads = [(m, m._disable_adapters) for m in self._heads(host)]
+        inner: Any = host.base_model if isinstance(host.base_model, Wrapped) else None
+        with nullcontext() if inner is None else inner.disable_adapter():
             try:
-                self._adapters_disabled = True
                 for module, _ in heads:
                     module._disable_adapters = True
                 yield
             finally:
-                self._adapters_disabled = was
                 for module, disabled in heads:
                     module._disable_adapters = disabled
 
+    # ---------------------------------------------------------------- calls
+
+    def forward(self, host: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return prompted_forward(self, host, kwargs)
+
+    def generate(self, host: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return prompted_generate(self, host, args, kwargs)
+
+    def prepare_inputs(self, host: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return prepare_step(self, host, None, args, kwargs)
+
+    # ---------------------------------------------------------------- loading
+
     @contextmanager
-    def _loadable(self: Any, adapter_name: str, is_trainable: bool) -> Iterator[None]:
+    def loading(self, host: Any, adapter_name: str, is_trainable: bool) -> Iterator[None]:
         """Within the block the adapter's encoder can take saved tokens.
 
         A network cannot be told from the tokens that it made: an adapter that is trained with one
         is frozen as its tokens, as it would be in a model that loads it, unless that fails.
         """
         config = self.peft_config[adapter_name]
-        encoder = self.prompt_encoder[adapter_name]
+        encoder = host.prompt_encoder[adapter_name]
         if not encoder.has_network:
             yield
             return
@@ -281,15 +315,41 @@ class PromptLearning(Prompts):
         draft.inference_mode = True
         place = encoder.embedding.weight
         frozen = _make_encoder(draft, None).to(place.device).requires_grad_(False)
-        self.prompt_encoder[adapter_name] = frozen
+        host.prompt_encoder[adapter_name] = frozen
         try:
             yield
         except BaseException:
-            self.prompt_encoder[adapter_name] = encoder
+            host.prompt_encoder[adapter_name] = encoder
             raise
         config.inference_mode = True
         warnings.warn(
             f"The adapter {adapter_name!r} is frozen now: the file holds its prompt, and not the "
             "network that made it.",
-            stacklevel=4,
+            stacklevel=5,
         )
+
+    def loaded(self, host: Any, adapter_name: str, is_trainable: bool, first: bool) -> None:
+        """Note whether the adapter trains. The first one of a model is active, and trains from now;
+        another one trains from ``set_adapter`` on."""
+        self.peft_config[adapter_name].inference_mode = not is_trainable
+        if first and is_trainable:
+            host.set_adapter(adapter_name)
+
+    def active_state(self, host: Any) -> Any:
+        return None  # what is added is never active
+
+    def withdraw(self, host: Any, adapter_name: str, active: Any) -> None:
+        host.delete_adapter(adapter_name)
+        self._remove(host, only_empty=True)
+
+    def take_down(self, host: Any, adapter_name: str, model: nn.Module, kept: bool) -> None:
+        self._remove(host)
+
+
+def word_embeddings(host: Any, default: Any) -> Any:
+    """The input embeddings of the host's model, as they are now; ``default`` where it has none."""
+    try:
+        found = innermost(host).get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        found = None
+    return default if found is None else found

@@ -1,0 +1,68 @@
+"""HF PEFT's names of what a model with prompts has."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..tuners.prompting.tuner import word_embeddings
+from ..tuners.wrapped import innermost
+
+
+class PromptNames:
+    """Mixed into :class:`peftkern.PeftModel`.
+
+    Attributes:
+        prompt_encoder: ModuleDict, {adapter name: what makes its virtual tokens}.
+        prompt_tokens: {adapter name: indices of its virtual tokens}.
+    """
+
+    tuner: Any
+    base_model: Any
+    prompt_encoder: nn.ModuleDict
+    prompt_tokens: dict[str, Tensor]
+
+    @property
+    def transformer_backbone_name(self) -> str:
+        """Name of the first transformers model among the base model's children."""
+        from transformers import PreTrainedModel
+
+        for name, module in self.base_model.named_children():
+            if isinstance(module, PreTrainedModel):
+                return name
+        raise AttributeError(f"{type(self.base_model).__name__} has no backbone as a child")
+
+    @property
+    def word_embeddings(self) -> nn.Module:
+        """The model's input embeddings, as they are now."""
+        found = word_embeddings(self, None)
+        if found is None:
+            raise AttributeError(f"{type(innermost(self)).__name__} has no input embeddings")
+        return found
+
+    def get_prompt_embedding_to_save(self, adapter_name: str) -> Tensor:
+        """The virtual tokens as a file holds them, [rows, numbers of a row], on the CPU.
+
+        A prefix is [P, num_layers * 2 * token_dim]; a prompt [P * num_transformer_submodules,
+        token_dim].
+        """
+        encoder: Any = self.prompt_encoder[adapter_name]
+        # with gradients, as in training: an LSTM's last bits depend on it
+        return encoder.prompt().detach().clone().cpu()
+
+    def get_prompt(
+        self, batch_size: int, task_ids: Tensor | None = None, max_cache_len: int | None = None
+    ) -> Any:
+        """The active adapter's prompt for a batch, in HF PEFT's form.
+
+        Args:
+            batch_size: rows of the batch.
+            task_ids, max_cache_len: for HF PEFT's callers; without effect.
+
+        Returns:
+            [batch, P * num_transformer_submodules, token_dim]; for prefix tuning a transformers
+            cache that holds [batch, H_kv, P, D] for each layer (an ``EncoderDecoderCache`` with two
+            submodules). Calls of the model take another way and need no cache.
+        """
+        return self.tuner.in_hf_form(self, batch_size)
