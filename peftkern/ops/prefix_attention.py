@@ -17,6 +17,7 @@ What none of them takes is computed as HF PEFT does (:mod:`.prefix_concat`); why
 
 from __future__ import annotations
 
+import functools
 import logging
 from types import ModuleType
 from typing import Any
@@ -58,7 +59,8 @@ def why_not_kernel(
     from . import prefix_auto
 
     return prefix_auto.why_not(
-        query, key, value, prefix_key, prefix_value, rule, training, _by_torch
+        *(query, key, value, prefix_key, prefix_value, rule, training),
+        functools.partial(_by_torch, training=training),
     )
 
 
@@ -73,11 +75,6 @@ def why_concat(*, bias: Tensor | None, dropout: float, return_weights: bool) -> 
     return None
 
 
-def _unit(x: Tensor) -> Tensor:
-    """With unit stride along D, which the vendor's attention takes for granted."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def _note(reason: str, what: str = "runs on concatenated keys and values") -> None:
     if torch.compiler.is_compiling():
         return  # a logger is nothing to compile; the same call without compiling says why
@@ -86,8 +83,28 @@ def _note(reason: str, what: str = "runs on concatenated keys and values") -> No
         logging.getLogger("peftkern").info("prefix attention %s: %s", what, reason)
 
 
+# {what decides: the implementation, or why none takes such calls}, see `_torch_choice`
+_chosen: dict[tuple[Any, ...], ModuleType | str] = {}
+
+
 def _torch_choice(query: Tensor, rule: Rule, training: bool) -> ModuleType | str:
-    """Torch's implementation for a call without bias, dropout or weights, or why none takes it."""
+    """Torch's implementation for a call without bias, dropout or weights, or why none takes it:
+    asked once for each kind of call, since every layer of every step asks."""
+    T = query.shape[2]
+    key = (
+        *(training, query.device.type, query.dtype, query.shape[-1]),
+        T if T < prefix_blocked.ROWS else prefix_blocked.ROWS,
+        *(rule.window is None, rule.softcap, rule.sinks is None, type(rule.offset)),
+        *(rule.keep is None, rule.no_prefix is None),
+        torch.get_num_threads() > prefix_blocked.THREADS,
+    )
+    found = _chosen.get(key)
+    if found is None:
+        found = _chosen[key] = _choose(query, rule, training)
+    return found
+
+
+def _choose(query: Tensor, rule: Rule, training: bool) -> ModuleType | str:
     if not training and prefix_row.why_not(query, rule) is None:
         return prefix_row
     if not torch.compiler.is_compiling() and prefix_blocked.why_not(query, rule) is None:
@@ -96,10 +113,12 @@ def _torch_choice(query: Tensor, rule: Rule, training: bool) -> ModuleType | str
     return prefix_merge if reason is None else reason
 
 
-def _by_torch(q: Tensor, k: Tensor, v: Tensor, kp: Tensor, vp: Tensor, rule: Rule) -> Tensor:
+def _by_torch(
+    q: Tensor, k: Tensor, v: Tensor, kp: Tensor, vp: Tensor, rule: Rule, training: bool
+) -> Tensor:
     """O of a call without bias, dropout or weights, by whatever torch has for it."""
-    training = _needs_gradients(q, k, v, kp, vp, rule.sinks)
-    chosen = _torch_choice(q, rule, training)
+    ask = _choose if torch.compiler.is_compiling() else _torch_choice
+    chosen = ask(q, rule, training)
     if not isinstance(chosen, str):
         return _run(chosen, q, k, v, kp, vp, rule, training)
     _note(chosen)
@@ -110,7 +129,7 @@ def _by_torch(q: Tensor, k: Tensor, v: Tensor, kp: Tensor, vp: Tensor, rule: Rul
 
 
 def _needs_gradients(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return any(t is not None and t.requires_grad for t in tensors)
 
 
 def _run(
@@ -262,8 +281,12 @@ def prefix_attention(
         prefix_key = prefix_key.to(query.dtype)
     if prefix_value.dtype != query.dtype:
         prefix_value = prefix_value.to(query.dtype)
-    query, key, value = _unit(query), _unit(key), _unit(value)
-    prefix_key, prefix_value = _unit(prefix_key), _unit(prefix_value)
+    # unit stride along D, which the vendor's attention takes for granted
+    query = query if query.stride(-1) == 1 else query.contiguous()
+    key = key if key.stride(-1) == 1 else key.contiguous()
+    value = value if value.stride(-1) == 1 else value.contiguous()
+    prefix_key = prefix_key if prefix_key.stride(-1) == 1 else prefix_key.contiguous()
+    prefix_value = prefix_value if prefix_value.stride(-1) == 1 else prefix_value.contiguous()
     T, S, P = query.shape[2], key.shape[2], prefix_key.shape[-2]
     offset: int | Tensor = 0
     if causal:
@@ -272,10 +295,12 @@ def prefix_attention(
         last = P + (S if isinstance(offset, Tensor) else offset + T)
         if window is not None and last <= window:
             window = None
-    reason = why_concat(bias=bias, dropout=dropout, return_weights=return_weights)
-    if reason is None and is_tracing():
+    reason = None
+    if bias is not None or dropout or return_weights:
+        reason = why_concat(bias=bias, dropout=dropout, return_weights=return_weights)
+    elif is_tracing():
         reason = "torch.jit.trace or an ONNX export is tracing"
-    elif reason is None and not query.numel():
+    elif not query.numel():
         reason = "an empty query"
     if reason is not None:
         _note(reason)
@@ -290,12 +315,13 @@ def prefix_attention(
         return out, weights
     rule = Rule(scale, causal, offset, keep, window, no_prefix, softcap, sinks)
     inputs = query, key, value, prefix_key, prefix_value
-    training = _needs_gradients(*inputs, sinks)
+    training = torch.is_grad_enabled() and _needs_gradients(*inputs, sinks)
+    if _backend.active is torch_backend:
+        return _by_torch(*inputs, rule, training)
     reason = why_not_kernel(*inputs, rule, training)
     if reason is not None:
-        if reason != "the torch backend":
-            _note(reason, "does not run on the Triton kernel")
-        return _by_torch(*inputs, rule)
+        _note(reason, "does not run on the Triton kernel")
+        return _by_torch(*inputs, rule, training)
     from . import prefix_kernel
 
     return _run(prefix_kernel, *inputs, rule, training)

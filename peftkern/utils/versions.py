@@ -60,9 +60,15 @@ def parameters_of(module: nn.Module) -> tuple[str, ...]:
     return _own_parameters(type(module))
 
 
+_cache_names: dict[type, str | None] = {}
+
+
 @torch.compiler.assume_constant_result
 def _cache_name(kind: type) -> str | None:
-    return next((name for name in CACHE_NAMES if name in _parameters(kind)), None)
+    if kind not in _cache_names:
+        own = _parameters(kind)
+        _cache_names[kind] = next((name for name in CACHE_NAMES if name in own), None)
+    return _cache_names[kind]
 
 
 def cache_name(module: nn.Module) -> str | None:

@@ -126,7 +126,8 @@ def _with_prefix(
     position_bias: Tensor | None = None,
     **rest: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    _refuse_unknown(module, mask, rest)
+    if rest and not rest.keys() <= _NEUTRAL:
+        _refuse_unknown(module, mask, rest)
     prefix_key, prefix_value = state.pair(slot, key, value)
     T, S = query.shape[2], key.shape[2]
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
