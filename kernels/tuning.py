@@ -37,15 +37,14 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from . import registry
+
 SCHEMA = 1
 FOLDER = Path(__file__).with_name("tuning")
 LARGEST_BUCKET = 8192
 
 # Kernels, of which an entry holds the best config; "grad_sb" also chooses between PASSES over dY.
-KERNELS = (
-    "shrink", "expand", "shrink_expand", "grad_sb", "grad_a", "low_rank_grad_input", "grad_xa",
-    "gemm", "gemm_grad_input", "decode",
-)  # fmt: skip
+KERNELS = registry.OPS
 PASSES = ("one_pass", "two_pass")
 # Operations of which an entry chooses the implementation. Their names belong to the dispatcher,
 # which ignores one that it does not know.

@@ -5,8 +5,9 @@ import json
 from benchmarks.cost import prefix as cost_prefix
 from benchmarks.cost import run as cost
 from benchmarks.cost.gpus import GPUS
-from benchmarks.cost.kernels import traffic
-from benchmarks.static.cases import prefix_decoding, prefix_problem, prefix_training
+from benchmarks.kernels import prefix_attention, prefix_backward, prefix_decode
+from benchmarks.kernels.prefix import problem
+from benchmarks.kernels.table import traffic
 from peftkern.kernels.common import Arch
 
 ARCH = Arch(*GPUS["H100"].arch)
@@ -32,8 +33,8 @@ def test_a_prefix_for_each_row_is_read_for_each_row():
     """The counter sees what a shared prefix saves."""
 
     def read(shared):
-        x = prefix_problem(1, 512, 128, shared=shared)
-        decode, merge = (traffic(launch) for launch in prefix_decoding(x, ARCH))
+        x = problem(1, 512, 128, shared=shared)
+        decode, merge = (traffic(launch) for launch in prefix_decode.launches(x, ARCH))
         assert merge.read == decode.written
         return decode.read
 
@@ -43,8 +44,8 @@ def test_a_prefix_for_each_row_is_read_for_each_row():
 
 def test_decoding_at_the_design_s_shape():
     """B=8, P=128, T=512: own keys and values, one prefix, and less than a tenth on top."""
-    x = prefix_problem(1, 512, 128)
-    found = [traffic(launch) for launch in prefix_decoding(x, ARCH)]
+    x = problem(1, 512, 128)
+    found = [traffic(launch) for launch in prefix_decode.launches(x, ARCH)]
     least = 2 * 2 * 8 * 128 * (8 * 512 + 128)
     assert least < sum(t.bytes for t in found) < 1.1 * least
 
@@ -57,7 +58,8 @@ def test_visible_pairs_are_counted():
         (dict(window=1), 1024),
         (dict(window=256), sum(min(128 + t + 1, 256) for t in range(1024))),
     ):
-        forward, backward = prefix_training(prefix_problem(1024, 1024, D, **options), ARCH)
+        x = problem(1024, 1024, D, **options)
+        forward, backward = prefix_attention.launches(x, ARCH), prefix_backward.launches(x, ARCH)
         assert traffic(forward[0]).flops == 4 * B * H * D * pairs
         assert sum(traffic(launch).flops for launch in backward) == 14 * B * H * D * pairs
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -11,21 +12,13 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from peftkern.kernels import (
-    common,
-    decode,
-    gemm,
-    grad_a,
-    grad_sb,
-    grad_xa,
-    shrink,
-    shrink_expand,
-)
+from peftkern.kernels import common
+from peftkern.kernels.registry import KERNELS
 from peftkern.ops import bits as mask_bits
 
+from ..kernels.table import traffic
 from . import floor as cost_floor
 from .count import Count, count, record
-from .kernels import traffic
 
 BF16, FP32 = torch.bfloat16, torch.float32
 CASES = ("linear", "group", "layer")
@@ -226,9 +219,8 @@ def _backend(kind: str, arch: common.Arch) -> Iterator[None]:
             stack.enter_context(
                 mock.patch.object(common.Launch, "run", lambda self: record([traffic(self)]))
             )
-            for module in (
-                gemm, grad_a, grad_sb, grad_xa, shrink, decode, shrink_expand, triton_backend,
-            ):  # fmt: skip
+            kernels = [importlib.import_module(f"peftkern.kernels.{name}") for name in KERNELS]
+            for module in (triton_backend, *(k for k in kernels if hasattr(k, "arch_of"))):
                 stack.enter_context(mock.patch.object(module, "arch_of", lambda device: arch))
         yield
 

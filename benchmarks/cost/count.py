@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .kernels import Traffic, unit_of
+from ..kernels.traffic import Traffic, unit_of
 
 # How many kernels an operation launches on CUDA, by class. Views and allocation launch none. The
 # copy in an out-of-place addmm onto a full matrix is added in `_product`.

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from .kernels import Traffic, unit_of
+from ..kernels.traffic import Traffic, unit_of
 
 
 class Group(NamedTuple):

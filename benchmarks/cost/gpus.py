@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from .kernels import Traffic
+from ..kernels.traffic import Traffic
 
 
 class Gpu(NamedTuple):

@@ -21,8 +21,9 @@ from torch import Tensor
 from peftkern.kernels import prefix_attention, prefix_tile
 from peftkern.kernels.common import Arch
 
+from ..kernels.table import traffic
+from ..kernels.traffic import Traffic, nbytes
 from .count import Counter, as_cuda
-from .kernels import Traffic, nbytes, traffic
 
 GOAL_MB = 40.0
 BF16 = torch.bfloat16

@@ -5,11 +5,11 @@
 Three cases, forward and backward, dropout 0 and 0.1, bf16 activations: one LoRA linear, three
 projections of one X, one Llama-8B layer with an adapter on every linear (its own widths; M tokens).
 A fourth, ``--case prefix``, is a prefix inside attention (``cost_prefix``).
-HF PEFT's and peftkern's real modules run on tensors without data (``cost_count``); Triton launches
-report their traffic from their grids (``cost_kernels``). Times are rooflines: lower bounds of what
-the launches need on the named GPU, as if every product reached the matrix rate (so ``fused`` is
-charged nothing for a product slower than the vendor's), launch overhead left out. No speed was
-measured.
+HF PEFT's and peftkern's real modules run on tensors without data (:mod:`.count`); Triton launches
+report their traffic from their grids (:mod:`benchmarks.kernels`). Times are rooflines: lower bounds
+of what the launches need on the named GPU, as if every product reached the matrix rate (so
+``fused`` is charged nothing for a product slower than the vendor's), launch overhead left out. No
+speed was measured.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from rich.table import Table
 
 from peftkern.kernels.common import MAX_RANK, Arch
 
+from ..kernels.traffic import Traffic
 from . import prefix as cost_prefix
 from .cases import CASES, FP32, PROVIDERS, Provider, Shape, measure
 from .count import Count
 from .gpus import GPUS, Gpu, microseconds
-from .kernels import Traffic
 
 DROPOUTS = (0.0, 0.1)
 RULER = "HF PEFT bf16"  # ratios are to it: the stricter of PEFT's two

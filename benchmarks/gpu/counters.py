@@ -1,4 +1,4 @@
-"""Each kernel's traffic as it is counted without a GPU (:mod:`benchmarks.cost.kernels`) beside what
+"""Each kernel's traffic as it is counted without a GPU (:mod:`benchmarks.kernels`) beside what
 the hardware counts.
 
     python -m benchmarks.gpu.counters            launch every kernel once, print the reports
@@ -16,28 +16,17 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor
 
-from peftkern.kernels import (
-    bits,
-    common,
-    decode,
-    expand,
-    gemm,
-    grad_a,
-    grad_sb,
-    grad_xa,
-    shrink,
-    shrink_expand,
-)
+from peftkern.kernels import common
 
-from ..cost.kernels import Traffic, traffic
+from ..kernels.entry import Operands
+from ..kernels.table import entries, traffic
+from ..kernels.traffic import Traffic
 from .store import ROOT, Store
 
 METRICS = ("dram__bytes_read.sum", "lts__t_sectors_op_write.sum")
@@ -46,32 +35,9 @@ BETWEEN = (0.9, 1.25)  # counted / reported: what counts as agreement
 REPORT = "REPORT "
 
 
-def runs(device: str, M: int, K: int) -> Iterator[Callable[[], Any]]:
-    """One call a kernel family, operands of [M, K] and [K, K], r = 16, with a mask."""
-    torch.manual_seed(0)
-
-    def some(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        return torch.randn(*shape, dtype=torch.float32, device=device).to(dtype)
-
-    x, dy, w = some(M, K), some(M, K), some(K, K)
-    a, b = some(16, K, dtype=torch.float32), some(K, 16, dtype=torch.float32)
-    s, words = some(M, 16), bits.dropout_bits(M, K, 0.1, 7, device=device)
-    yield lambda: bits.dropout_bits(M, K, 0.1, 7, device=device)
-    yield lambda: shrink.shrink(x, [a], 2.0, words)
-    yield lambda: expand.expand(s, b)
-    yield lambda: shrink_expand.shrink_expand(x, [a], [b], 2.0, words)
-    yield lambda: expand.low_rank_grad_input([s], [a], words)
-    yield lambda: grad_sb.grad_sb(dy, b, s, 2.0)
-    yield lambda: grad_a.grad_a(x, [s], words)
-    yield lambda: grad_xa.grad_xa(x, [s], [a], words)
-    yield lambda: gemm.fused_linear(x, w, s, b)
-    yield lambda: gemm.fused_grad_input([dy], [w], [s], [a], words)
-    yield lambda: decode.decode(x[:1], w, a, b)
-    yield lambda: decode.decode(x[:16], w, a, b)
-
-
 def launch_all(device: str, M: int, K: int) -> list[Traffic]:
-    """Run them; the report of every launch in order."""
+    """Run what the entries count, operands of [M, K] and [K, K], r = 16, with a mask; the report of
+    every launch in order."""
     reports: list[Traffic] = []
     run = common.Launch.run
 
@@ -79,7 +45,9 @@ def launch_all(device: str, M: int, K: int) -> list[Traffic]:
         reports.append(traffic(self))
         run(self)
 
-    calls = list(runs(device, M, K))
+    torch.manual_seed(0)
+    operands = Operands(device, M, K, N=K, r=16)
+    calls = [call for entry in entries().values() for call in entry.counted(operands)]
     with mock.patch.object(common.Launch, "run", noted):
         for call in calls:
             call()

@@ -62,9 +62,9 @@ def _decode_cases() -> list[Any]:
 
 
 def _race_cases() -> Sequence[Any]:
-    from . import candidates as gpu_candidates
+    from .race_cases import race_cases
 
-    return gpu_candidates.race_cases()
+    return race_cases()
 
 
 def _race(case: Any, device: Device, store: Store, left: float, watch: Watch) -> dict[str, Any]:

@@ -16,10 +16,10 @@ from peftkern.kernels import tuning
 from peftkern.kernels.grad_sb import TWO_PASS
 from peftkern.ops import choices, tuned
 
-from .candidates import contest
 from .contest import Contest, RaceCase
 from .device import Device
 from .numerics import LIMITS, relative
+from .race_cases import contest
 from .store import Broken, Watch
 from .timing import Timed, interleave
 

@@ -33,11 +33,11 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
+from benchmarks.kernels.entry import Case
 from benchmarks.static import store
-from benchmarks.static.cases import Case, cases
+from benchmarks.static.cases import cases, tuned_cases
 from benchmarks.static.compiling import compile_launch
 from benchmarks.static.key import key_of
-from benchmarks.static.tuned import tuned_cases
 from peftkern.kernels import tuning
 from peftkern.kernels.common import Arch
 

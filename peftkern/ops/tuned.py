@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.fp32 import tf32
+from ..kernels.registry import config_class
 from ..kernels.tuning import FOLDER, Entry, Key, Table, bucket, load, path_for
 from . import device
 
@@ -40,19 +41,7 @@ CONFIG_STEPS = 2
 _OPS = Path(__file__).parent
 # what a timing is a statement about: the kernels, and what calls them
 _OWN = ("bits.py", "choices.py", "torch_backend.py", "triton_backend.py")
-_NOT_MEASURED = ("reference.py", "tuning.py")
-_CONFIG_OF = {  # op of a table -> (module of kernels/, class)
-    "shrink": ("shrink", "ShrinkConfig"),
-    "expand": ("expand", "ExpandConfig"),
-    "low_rank_grad_input": ("expand", "ExpandConfig"),
-    "grad_sb": ("grad_sb", "GradSBConfig"),
-    "grad_a": ("grad_a", "GradAConfig"),
-    "shrink_expand": ("shrink_expand", "ShrinkExpandConfig"),
-    "grad_xa": ("grad_xa", "GradXAConfig"),
-    "gemm": ("gemm", "GemmConfig"),
-    "gemm_grad_input": ("gemm", "GemmConfig"),
-    "decode": ("decode", "DecodeConfig"),
-}
+_NOT_MEASURED = ("reference.py", "registry.py", "tuning.py")
 
 
 class Machine(NamedTuple):
@@ -337,10 +326,8 @@ def config(
 def _make(entry: Entry) -> Any:
     if entry.choice == "two_pass":
         return entry.choice  # as kernels.grad_sb.grad_sb takes it
-    module, name = _CONFIG_OF[entry.key.op]
-    kernels = importlib.import_module(f"..kernels.{module}", __package__)
     try:
-        return entry.make(getattr(kernels, name))
+        return entry.make(config_class(entry.key.op))
     except (TypeError, ValueError) as e:
         log.warning("a config of a tuning table is ignored: %s", e)
         return None

@@ -246,7 +246,7 @@ def test_a_key_covers_helpers_of_helpers_constants_closures_and_the_reader(tmp_p
 BAD = """
 import torch
 from benchmarks.static.run import TARGETS, measure
-from benchmarks.static.cases import Case, meta
+from benchmarks.kernels.entry import Case, meta
 from peftkern.kernels import gemm
 x, w, y = meta(256, 512), meta(512, 512), meta(256, 512)
 for name, tile in (("sm_90", (128, 256, 64, 4)), ("sm_80", (256, 256, 32, 2))):
@@ -277,14 +277,14 @@ TUNED = """
 import json, sys
 from pathlib import Path
 from benchmarks.static.run import TARGETS, specify
-from benchmarks.static.tuned import PLANS, tuned_cases
-from peftkern.kernels import tuning
+from benchmarks.static.cases import tuned_cases
+from peftkern.kernels import registry, tuning
 folder = Path(sys.argv[1])
 chosen = {"grad_sb": "one_pass"}
 us = {"p20": 1.0, "p50": 1.0, "p80": 1.0}
 table = tuning.Table({"name": "Test", "capability": [9, 0]}, {}, "", "")
 for op in tuning.KERNELS:
-    config = vars(PLANS[op][0]())
+    config = vars(registry.config_class(op)())
     group = 1 if op in ("expand", "grad_sb", "gemm", "decode") else 2
     key = tuning.Key(op, "bfloat16", "float32", 16, 512, 512, 16, group, group > 1)
     table.add([tuning.Entry(key, chosen.get(op), config, us)])

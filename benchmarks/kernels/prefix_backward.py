@@ -1,0 +1,88 @@
+"""Prefix attention, backward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from peftkern.kernels import prefix_attention, prefix_backward, prefix_tile
+from peftkern.kernels.common import Arch, Launch
+
+from . import prefix
+from .entry import FP32, Case, KernelEntry, Operands, meta
+from .traffic import Facts, Traffic, cdiv, nbytes, total, unit_of
+
+
+def _grad_rows(f: Facts) -> Traffic:
+    own, others, rest = prefix.sources(f)
+    rows = nbytes(f["q"]) + nbytes(f["o"]) + nbytes(f["grad_o"]) + nbytes(f["lse"])
+    B, H, _, D = f["q"].shape
+    return Traffic(
+        "grad_rows", 1,
+        read=rows + own + others + rest,
+        written=nbytes(f["grad_q"]) + nbytes(f["delta"]),
+        flops=6 * B * H * D * prefix.pairs(f),
+        unit=unit_of(f["q"].dtype),
+        requested=rows + rest + prefix.per_program(f, f["BLOCK_M"]),
+    )  # fmt: skip
+
+
+def _grad_keys(f: Facts) -> Traffic:
+    """The rows are walked once for the own keys and once for the prefix, by programs that share
+    them as far as they run together."""
+    own, others, rest = prefix.sources(f)
+    rows = nbytes(f["q"]) + nbytes(f["grad_o"]) + nbytes(f["lse"]) + nbytes(f["delta"])
+    B, H, _, D = f["q"].shape
+    tiles_p, tiles_s = cdiv(f["P"], f["BLOCK_N"]), cdiv(f["S"], f["BLOCK_N"])
+    gradients = ("grad_k", "grad_v", "grad_pk", "grad_pv")
+    return Traffic(
+        "grad_keys", 1,
+        read=rows * (bool(tiles_p) + bool(tiles_s)) + own + others + rest,
+        written=total(f[name] for name in gradients),
+        flops=8 * B * H * D * prefix.pairs(f),
+        unit=unit_of(f["q"].dtype),
+        # half of what lies under the diagonal is skipped in whole tiles; bounded by all of it
+        requested=rows * (tiles_p + tiles_s) + own + others + rest,
+    )  # fmt: skip
+
+
+def launches(x: prefix_tile.Problem, arch: Arch) -> list[Launch]:
+    """With the default config."""
+    B, H, _, T, _, _, _ = x.sizes
+    o, lse = x.rows_like_q(), meta(B, H, T, dtype=FP32)
+    grads = prefix_backward.Grads(
+        x.rows_like_q(), torch.empty_like(x.k), torch.empty_like(x.v),
+        *(torch.empty_like(x.prefix_key, dtype=FP32) for _ in range(2)),
+    )  # fmt: skip
+    config = prefix_backward.default_config(x.sizes, x.shared, arch, x.q.element_size())
+    return prefix_backward.plan_backward(
+        x, o, lse, torch.empty_like(o), torch.empty_like(lse), grads, config
+    )
+
+
+def _cases(arch: Arch) -> Iterator[Case]:
+    for name, x, fast in prefix.training():
+        if prefix_backward.declines(x.q.dtype, x.sizes[-1]):
+            continue
+        for launch, what in zip(launches(x, arch), ("rows", "keys", "sum"), strict=False):
+            yield Case(f"prefix bwd {what} {name}", launch, fast and what != "sum")
+
+
+def _sanitize(o: Operands) -> Iterator[tuple[str, list[Tensor]]]:
+    ahead = prefix_attention.AttendConfig(16, 16, 4, 2)
+    config = prefix_backward.BackwardConfig(16, 16, 16, 16, 2)
+    for s in prefix.samples(o):
+        out, lse = prefix_attention.attend(s.q, *s.sources, **s.options, config=ahead)
+        grads = prefix_backward.attend_backward(
+            s.grad, s.q, *s.sources, out, lse, **s.options, config=config
+        )
+        yield f"prefix attention's gradients {s.name}", [*grads[:5]]
+
+
+ENTRY = KernelEntry(
+    traffic={"_grad_rows_kernel": _grad_rows, "_grad_keys_kernel": _grad_keys},
+    cases=_cases,
+    sanitize=_sanitize,
+)

@@ -1,0 +1,14 @@
+"""The second stage of split sums, which the kernels that split launch."""
+
+from __future__ import annotations
+
+from .entry import KernelEntry
+from .traffic import Facts, Traffic, total
+
+
+def _traffic(f: Facts) -> Traffic:
+    read = total(f["partials"])
+    return Traffic("sum", 1, read, total(f["outs"]), requested=read)
+
+
+ENTRY = KernelEntry(traffic={"_sum_kernel": _traffic})

@@ -1,0 +1,111 @@
+"""S of a group of adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftkern.kernels import reference, shrink
+from peftkern.kernels.common import Arch, Launch
+
+from ..gpu.contest import SCALE, RaceCase
+from .entry import (
+    ADAPTERS,
+    BF16,
+    Bucket,
+    Case,
+    Drawn,
+    Exact,
+    K,
+    KernelEntry,
+    M,
+    Operands,
+    Raced,
+    Run,
+    TableTensors,
+    configs,
+    meta,
+    named,
+)  # fmt: skip
+from .traffic import Facts, Traffic, nbytes, once, total, unit_of
+
+
+def _traffic(f: Facts) -> Traffic:
+    x, As, words, (blocks, split) = f["x"], f["As"], f["words"], f["grid"]
+    rank = sum(f["ranks"])
+    return Traffic(
+        "shrink", 1,
+        read=nbytes(x) + total(As) + once(words),
+        written=split * f["M"] * rank * f["out"].element_size(),
+        flops=2 * f["M"] * f["K"] * rank,
+        unit=unit_of(x.dtype),
+        requested=nbytes(x) + blocks * total(As) + total(words),
+    )  # fmt: skip
+
+
+def _cases(arch: Arch) -> Iterator[Case]:
+    for g in ADAPTERS:
+        for m in (M, 128) if g.r == 16 and g.dtype == BF16 else (M,):
+            x, s = meta(m, K, dtype=g.dtype), meta(m, g.r * g.group, dtype=g.dtype)
+            config = shrink.default_config(m, K, [g.r] * g.group, arch)
+            scales = [1.0] * g.group
+            launches = shrink.plan_shrink(x, g.low(g.r, K), g.words(m), scales, s, config)
+            yield from named(f"shrink M{m} {g.tag}", launches)
+
+
+def _race_cases(b: Bucket) -> Iterator[RaceCase]:
+    yield RaceCase("shrink", b.M, 0, b.K, b.r, b.mask, group=len(b.Ns))
+
+
+def _candidates(case: RaceCase) -> list[Any]:
+    rows = [
+        (16, 128, 1, 4, 4), (32, 128, 1, 4, 3), (64, 64, 1, 4, 3), (64, 64, 1, 4, 4),
+        (64, 128, 1, 8, 3), (128, 64, 1, 8, 3), (64, 64, 2, 4, 3), (64, 128, 4, 4, 3),
+        (16, 128, 4, 4, 4), (16, 128, 8, 4, 4), (16, 256, 16, 4, 3), (32, 64, 8, 4, 4),
+    ]  # fmt: skip
+    few = case.m <= 2048
+    keep = [r for r in rows if (r[2] <= 4 or few) and r[0] <= max(16, 2 * case.m)]
+    return configs(shrink.ShrinkConfig, "block_m block_k split_k num_warps num_stages", keep)
+
+
+def _contest(case: RaceCase, t: Drawn) -> tuple[Run, Exact]:
+    x, As = t.some(case.m, case.k), [t.adapters(case.r, case.k) for _ in range(case.group)]
+
+    def exact() -> list[Tensor]:
+        pairs = zip(As, t.keeps, strict=True)
+        return [torch.cat([reference.shrink(x[0], a[0], SCALE, m) for a, m in pairs], dim=1)]
+
+    def run(c: Any, i: int) -> list[Tensor]:
+        return [shrink.shrink(x[i], [a[i] for a in As], SCALE, t.words, config=c)]
+
+    return run, exact
+
+
+def _plan(t: TableTensors, config: Any, arch: Arch) -> list[Launch]:
+    k = t.key
+    out = meta(k.m, k.r * k.group, dtype=t.dtype)
+    As, scales = [t.low("r", "k")] * k.group, [1.0] * k.group
+    return shrink.plan_shrink(t("m", "k"), As, t.words(), scales, out, config)
+
+
+def _sanitize(o: Operands) -> Iterator[tuple[str, list[Tensor]]]:
+    for split in (1, 2):
+        config = shrink.ShrinkConfig(16, 32, split, 4, 2)
+        s = shrink.shrink(o.x, [o.a, o.a], 2.0, o.words, config=config)
+        yield f"shrink split {split}", [s]
+
+
+def _counted(o: Operands) -> Iterator[Callable[[], Any]]:
+    yield lambda: shrink.shrink(o.x, [o.a], 2.0, o.words)
+
+
+ENTRY = KernelEntry(
+    traffic={"_shrink_kernel": _traffic},
+    cases=_cases,
+    ops={"shrink": Raced("low_rank", _race_cases, _candidates, _contest, _plan)},
+    sanitize=_sanitize,
+    counted=_counted,
+)
