@@ -119,7 +119,6 @@ def get_peft_model(
         raise NotImplementedError(f"mixed=True: {INSTEAD}")
     check_adapter_name(adapter_name)
     check_config(peft_config)
-    peft_config.check_supported()
     old_name = peft_config.base_model_name_or_path
     # a model made from a config has an empty name, which is no name
     new_name = model.__dict__.get("name_or_path") or None

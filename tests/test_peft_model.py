@@ -373,3 +373,23 @@ def test_unload_gives_the_base_model_back():
     assert {n: type(m) for n, m in base.named_modules()} == classes
     assert base.state_dict().keys() == state.keys()
     assert all(torch.equal(v, state[k]) for k, v in base.state_dict().items())
+
+
+@pytest.mark.parametrize("method", ["LORA", "PROMPT_TUNING"])
+def test_a_configuration_is_checked_once(method, tmp_path, monkeypatch):
+    """Where an adapter is made, whichever way leads there."""
+    config = peftkern.get_peft_config(
+        {"peft_type": method, "task_type": "CAUSAL_LM"}
+        | ({"target_modules": ["q_proj"]} if method == "LORA" else {"num_virtual_tokens": 2})
+    )
+    checked: list[str] = []
+    was = type(config).check_supported
+    monkeypatch.setattr(
+        type(config), "check_supported", lambda self: (checked.append("x"), was(self))[1]
+    )
+    peftkern.get_peft_model(make("llama"), config).save_pretrained(tmp_path)
+    assert len(checked) == 1
+    model = peftkern.PeftModel.from_pretrained(make("llama"), tmp_path)
+    assert len(checked) == 2
+    model.load_adapter(tmp_path, "other")
+    assert len(checked) == 3

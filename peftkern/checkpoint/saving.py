@@ -252,7 +252,6 @@ class AdapterFiles:
         config.check_loadable(is_trainable)
         # the first values of a prompt are not needed, and may need a tokenizer
         config.inference_mode = not is_trainable or config.is_prompt_learning
-        config.check_supported()
         if key_mapping is None and not config.is_prompt_learning:
             key_mapping = getattr(model, "_checkpoint_conversion_mapping", None)
         weights = load_peft_weights(model_id, rest.get("torch_device"), key_mapping, **hub)

@@ -3,7 +3,6 @@ wraps."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,7 +13,6 @@ from transformers.utils import PushToHubMixin
 
 from ..checkpoint.saving import AdapterFiles
 from ..configs.base import PeftConfig
-from ..tuners.base_layer import BaseTunerLayer
 from ..tuners.checks import check_adapter_name, check_config, warn_of_prefix
 from ..tuners.modules_to_save import ModulesToSaveWrapper
 from ..tuners.registry import tuner_for
@@ -24,30 +22,7 @@ from ..utils.module_tree import checkpoints_activations
 from ..utils.peft_types import PeftType, TaskType
 from .prompt_names import PromptNames
 from .status import AdapterStatus
-
-_claimed: dict[tuple[type, type], type] = {}
-
-
-def _with_hf_peft(cls: type) -> type:
-    """``cls``, joined with HF PEFT's class of the same name when HF PEFT is loaded.
-
-    Trainer, accelerate and TRL decide by ``isinstance(model, peft.PeftModel)``. Whoever asks has
-    imported peft, so looking into ``sys.modules`` is enough and nothing is imported here.
-    """
-    peft = sys.modules.get("peft")
-    theirs = getattr(peft, cls.__name__, None) or getattr(peft, "PeftModel", None)
-    if not isinstance(theirs, type) or not issubclass(theirs, nn.Module) or issubclass(cls, theirs):
-        return cls
-    if (cls, theirs) not in _claimed:
-        names = {"__module__": cls.__module__, "__doc__": cls.__doc__}
-        _claimed[cls, theirs] = type(cls.__name__, (cls, theirs), names)
-        # TRL also asks, by isinstance(layer, BaseTunerLayer), whether lm_head has an adapter, which
-        # its losses would not see
-        layers = sys.modules.get("peft.tuners.tuners_utils")
-        register = getattr(getattr(layers, "BaseTunerLayer", None), "register", None)
-        if register is not None:
-            register(BaseTunerLayer)
-    return _claimed[cls, theirs]
+from .two_libraries import joined
 
 
 def _new(cls: Any) -> Any:
@@ -112,7 +87,6 @@ class PeftModel(Wrapped, PromptNames, AdapterFiles, AdapterStatus, PushToHubMixi
         super().__init__()
         check_adapter_name(adapter_name)
         check_config(peft_config)
-        peft_config.check_supported()
         self._add_heads(peft_config)
         self.active_adapter = adapter_name
         self.peft_type = PeftType(peft_config.peft_type)
@@ -132,7 +106,7 @@ class PeftModel(Wrapped, PromptNames, AdapterFiles, AdapterStatus, PushToHubMixi
     # isinstance() looks at this when type(model) does not match
     @property  # type: ignore[misc]
     def __class__(self) -> type:
-        return _with_hf_peft(type(self))
+        return joined(type(self))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _new, (type(self),), self.__dict__
@@ -295,7 +269,6 @@ class PeftModel(Wrapped, PromptNames, AdapterFiles, AdapterStatus, PushToHubMixi
                 f"Cannot combine adapters with different peft types. Found {self.peft_type} and "
                 f"{PeftType(peft_config.peft_type)}."
             )
-        peft_config.check_supported()
         self._add_heads(peft_config)
         self.peft_config[adapter_name] = peft_config
         try:

@@ -125,6 +125,7 @@ class PromptTuner(Prompts):
             ValueError, TypeError: as ``add_adapter``. The model is then as it was.
         """
         config = self.peft_config[adapter_name]
+        config.check_supported()
         base: Any = innermost(host)
         model: Any = host.base_model
         if adapter_name in _names_inside(model):
