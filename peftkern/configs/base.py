@@ -136,7 +136,8 @@ class PeftConfigMixin(PushToHubMixin):
         Raises:
             ValueError: no such file, bad JSON, or a ``peft_type`` that peftkern does not have.
 
-        As in HF PEFT the class is the one that the file names, whichever this is called on.
+        As in HF PEFT the class is the one that the file names, whichever this is called on; a
+        subclass of that class gives itself.
         """
         hub, rest = split_hub_kwargs({**kwargs, "subfolder": subfolder})
         where = os.fspath(pretrained_model_name_or_path)
@@ -155,6 +156,8 @@ class PeftConfigMixin(PushToHubMixin):
             )
         try:
             target = config_class_for(values["peft_type"])
+            if issubclass(cls, target):  # a user's, which may have fields of its own
+                target = cls
             check_types(target, values)
             return build_config(target, values, file)
         except (ValueError, TypeError) as exc:

@@ -2,39 +2,129 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..utils.patterns import Pattern
 from ..utils.peft_types import PeftType
 from .base import PeftConfig
+from .lora_checks import check_types_of_names, check_values, match_inits, warn_of_settings
 from .lora_options import (
-    BdLoraConfig,
     CordaConfig,
     EvaConfig,
-    KasaConfig,
     LoftQConfig,
     LoraGAConfig,
     LoraRuntimeConfig,
-    MontecloraConfig,
-    VeloraConfig,
-    as_subconfig,
+    convert_options,
+    holds,
+    selects,
 )
-from .names import as_names, check_ints, check_names, check_pattern, is_int, is_number, shown
 
-# set on fields of LoraConfig that select a variant when they hold something true
-SELECTS: dict[str, Any] = {"is_lora_variant": True}
 MAX_RANK = 65536  # above it a saved adapter must show its rank before memory is taken for it
 BIAS_CHOICES = ("none", "all", "lora_only")
-_FLAGS = (
-    "fan_in_fan_out use_rslora lora_bias use_dora use_qalora ensure_weight_tying inference_mode"
-).split()
 # initialisations that change the base weight
 CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga")
+
+
+@dataclass
+class BdLoraConfig:
+    """BD-LoRA (Wang et al., 2025, arXiv 2510.23346).
+
+    Args:
+        target_modules_bd_a: A is block-diagonal in layers whose names contain one of these; those
+            that a server shards by rows, such as "o_proj" and "down_proj".
+        target_modules_bd_b: B is, likewise; those sharded by columns, such as "q_proj", "up_proj".
+        nblocks: number of blocks, at least 1.
+        match_strict: refuse adapted layers that neither list names; they get plain LoRA otherwise.
+    """
+
+    target_modules_bd_a: list[str] | None = field(default=None)
+    target_modules_bd_b: list[str] | None = field(default=None)
+    nblocks: int = field(default=1)
+    match_strict: bool = field(default=True)
+
+    def __post_init__(self) -> None:
+        a, b = self.target_modules_bd_a or [], self.target_modules_bd_b or []
+        if set(a) & set(b):
+            raise ValueError(f"Found overlapping modules in target_modules_bd lists: {a} and {b}.")
+        if self.nblocks < 1:
+            raise ValueError(f"`nblocks` must be at least 1, got {self.nblocks}.")
+
+
+@dataclass
+class KasaConfig:
+    """KaSA (Wang et al., 2024, arXiv 2412.06071). Adding such an adapter changes the base weights
+    for good, so it does not go with adapters of another kind. Both numbers are for
+    ``LoraModel._get_kasa_loss()``, which training adds to its loss itself.
+
+    Args:
+        beta: weight of the sum of the squared singular values, at least 0.
+        gamma: weight of the distance of A and B from orthogonal, at least 0.
+    """
+
+    beta: float = field(default=1e-4)
+    gamma: float = field(default=1e-3)
+
+    def __post_init__(self) -> None:
+        for name in ("beta", "gamma"):
+            if (value := getattr(self, name)) < 0:
+                raise ValueError(f"`{name}` must be non-negative, got {value}.")
+
+
+@dataclass
+class VeloraConfig:
+    """VeLoRA (Miles et al., 2024, arXiv 2405.17991).
+
+    Args:
+        num_groups: into how many groups a layer's inputs are split before each is kept as one
+            number, at least 1.
+        scale: factor of the inputs that are made again of those numbers, above 0.
+        init_type: what the groups are projected on: "batch_average" (their mean, in every call of a
+            training), "batch_average_once" (their mean in the first) or "random".
+    """
+
+    num_groups: int = field(default=64)
+    scale: float = field(default=1.0)
+    init_type: str = field(default="batch_average")
+
+    def __post_init__(self) -> None:
+        for name in ("num_groups", "scale"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"`{name}` should be positive, got {getattr(self, name)}.")
+        if self.init_type not in ("batch_average_once", "batch_average", "random"):
+            raise ValueError(
+                f"Unsupported `init_type` {self.init_type!r}. Supported values are "
+                "'batch_average_once', 'batch_average', and 'random'."
+            )
+
+
+@dataclass
+class MontecloraConfig:
+    """MonteCLoRA (:mod:`.monteclora`).
+
+    Args:
+        num_samples: perturbations of A that are averaged in a call of a training, at least 1.
+        use_entropy: add the sum of the squares of their weights to the loss.
+        dirichlet_prior: concentration of the prior of their weights, above 0.
+        sample_scaler: factor of the perturbations.
+        kl_loss_weight: factor of the divergences from the priors in the loss.
+        buffer_size: for how many calls random numbers are drawn at once, at least 1. A layer with K
+            inputs and rank r keeps buffer_size · num_samples · K · r of them.
+    """
+
+    num_samples: int = field(default=8)
+    use_entropy: bool = field(default=False)
+    dirichlet_prior: float = field(default=0.1)
+    sample_scaler: float = field(default=1e-4)
+    kl_loss_weight: float = field(default=1e-5)
+    buffer_size: int = field(default=150)
+
+    def __post_init__(self) -> None:
+        for name in ("num_samples", "dirichlet_prior", "buffer_size"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"`{name}` must be greater than 0.")
 
 
 @dataclass
@@ -84,7 +174,7 @@ class LoraConfig(PeftConfig, method=PeftType.LORA):
     bias: str = field(default="none")
     use_rslora: bool = field(default=False)
     modules_to_save: list[str] | None = field(default=None)
-    init_lora_weights: bool | str = field(default=True)
+    init_lora_weights: bool | str = field(default=True, metadata={"lora_variants": ["mica"]})
     layers_to_transform: list[int] | int | None = field(default=None)
     layers_pattern: list[str] | str | None = field(default=None)
     rank_pattern: dict[str, int] = field(default_factory=dict)
@@ -95,47 +185,43 @@ class LoraConfig(PeftConfig, method=PeftType.LORA):
     megatron_core: str | None = field(default="megatron.core")
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(default=None)
     loftq_config: LoftQConfig | dict = field(default_factory=dict)
-    eva_config: EvaConfig | None = field(default=None)
-    corda_config: CordaConfig | None = field(default=None)
-    lora_ga_config: LoraGAConfig | None = field(default=None)
-    use_dora: bool = field(default=False, metadata=SELECTS)
-    velora_config: VeloraConfig | None = field(default=None, metadata=SELECTS)
-    alora_invocation_tokens: list[int] | None = field(default=None, metadata=SELECTS)
+    eva_config: EvaConfig | None = field(default=None, metadata=holds(EvaConfig))
+    corda_config: CordaConfig | None = field(default=None, metadata=holds(CordaConfig))
+    lora_ga_config: LoraGAConfig | None = field(default=None, metadata=holds(LoraGAConfig))
+    use_dora: bool = field(default=False, metadata=selects())
+    velora_config: VeloraConfig | None = field(default=None, metadata=selects(VeloraConfig))
+    alora_invocation_tokens: list[int] | None = field(default=None, metadata=selects())
     use_qalora: bool = field(default=False)
     qalora_group_size: int = field(default=16)
-    monteclora_config: MontecloraConfig | None = field(default=None, metadata=SELECTS)
+    monteclora_config: MontecloraConfig | None = field(
+        default=None, metadata=selects(MontecloraConfig)
+    )
     layer_replication: list[tuple[int, int]] | None = field(default=None)
     runtime_config: LoraRuntimeConfig = field(default_factory=LoraRuntimeConfig)
     target_parameters: list[str] | None = field(default=None)
-    use_bdlora: BdLoraConfig | None = field(default=None, metadata=SELECTS)
+    use_bdlora: BdLoraConfig | None = field(default=None, metadata=selects(BdLoraConfig))
     arrow_config: Any | None = field(default=None)
-    kasa_config: KasaConfig | None = field(default=None, metadata=SELECTS)
+    kasa_config: KasaConfig | None = field(default=None, metadata=selects(KasaConfig))
     ensure_weight_tying: bool = field(default=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.LORA
-        self._check_names()
+        check_types_of_names(self)
         # PEFT keeps name lists as sets, and its users compare with sets
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             setattr(self, name, set(value) if isinstance(value, (list, tuple)) else value)
         self.loftq_config = self.loftq_config or {}
-        self.velora_config = as_subconfig(self.velora_config, VeloraConfig)
-        self.monteclora_config = as_subconfig(self.monteclora_config, MontecloraConfig)
-        self.eva_config = as_subconfig(self.eva_config, EvaConfig)
-        self.corda_config = as_subconfig(self.corda_config, CordaConfig)
-        self.lora_ga_config = as_subconfig(self.lora_ga_config, LoraGAConfig)
-        self.use_bdlora = as_subconfig(self.use_bdlora, BdLoraConfig)
-        self.kasa_config = as_subconfig(self.kasa_config, KasaConfig)
+        convert_options(self)
         if self.runtime_config is None or isinstance(self.runtime_config, dict):
             self.runtime_config = LoraRuntimeConfig(**(self.runtime_config or {}))
         if self.ensure_weight_tying:
             self.modules_to_tie = None
             self.target_modules_to_tie = None
-        self._check_values()
-        self._settle_inits()
-        self._warn()
+        check_values(self)
+        match_inits(self)
+        warn_of_settings(self)
         # no field: not written to a file, and not compared
         self._custom_modules: dict[type[nn.Module], type[nn.Module]] | None = None
 
@@ -162,142 +248,6 @@ class LoraConfig(PeftConfig, method=PeftType.LORA):
         """Whether the initialisation subtracts the adapter's product from the base weight."""
         init = self.init_name
         return isinstance(init, str) and (init in CHANGES_BASE or init.startswith("pissa"))
-
-    def _settle_inits(self) -> None:
-        """Bring ``init_lora_weights`` and its configurations into line, with PEFT's warnings."""
-        init = self.init_lora_weights
-        if init == "loftq":
-            if not self.loftq_config:
-                raise ValueError(
-                    "`loftq_config` must be specified when `init_lora_weights` is 'loftq'."
-                )
-            if not isinstance(self.loftq_config, dict):
-                self.loftq_config = vars(self.loftq_config)
-        elif self.loftq_config:
-            self.loftq_config = {}
-            self._ignored("loftq")
-        elif init == "eva" and self.eva_config is None:
-            self._default("eva", "EVA")
-            self.eva_config = EvaConfig()
-        elif init != "eva" and self.eva_config is not None:
-            self._ignored("eva")
-        elif init == "corda" and self.corda_config is None:
-            self._default("corda", "CorDA")
-            self.corda_config = CordaConfig()
-        elif init != "corda" and self.corda_config is not None:
-            self._ignored("corda")
-        if self.lora_bias and init not in (True, False):
-            raise ValueError(
-                "The argument lora_bias=True is only supported with init_lora_weights=True or "
-                f"False, got init_lora_weights={init} instead."
-            )
-        if self.lora_bias and self.use_dora:
-            raise ValueError(
-                "The argument lora_bias=True is not supported for DoRA, please pass use_dora=False"
-            )
-
-    @staticmethod
-    def _ignored(name: str) -> None:
-        warnings.warn(
-            f"`{name}_config` specified but will be ignored when `init_lora_weights` is not "
-            f"'{name}'.",
-            stacklevel=5,
-        )
-
-    @staticmethod
-    def _default(name: str, shown: str) -> None:
-        warnings.warn(
-            f"`init_lora_weights` is '{name}' but `{name}_config` is not specified. Using default "
-            f"{shown} config.",
-            stacklevel=5,
-        )
-
-    def _warn(self) -> None:
-        if self.alora_invocation_tokens is not None and self.task_type != "CAUSAL_LM":
-            warnings.warn("aLoRA is currently only supported for CAUSAL_LM task.", stacklevel=4)
-        if (
-            self.use_rslora
-            and (self.rank_pattern or self.alpha_pattern)
-            and self.changes_base_weights
-        ):
-            # the scale of a layer is not in the file, so the conversion could not know it
-            warnings.warn(
-                "Using Rank-Stabilized LoRA with rank_pattern/alpha_pattern and post-training "
-                "conversion of modified base weights PiSSA/CorDA/OLoRA/LoRA-GA means that you "
-                "won't be able to pass `path_initial_model_for_weight_conversion` to "
-                "`save_pretrained` to restore the initial values of the base weights; if you "
-                "intend to do this, please ensure not to use rslora or rank_pattern/alpha_pattern.",
-                stacklevel=4,
-            )
-
-    def _check_names(self) -> None:
-        """The types of everything that holds names, indices or patterns."""
-        pattern = "a regular expression"
-        check_names("target_modules", self.target_modules, one=f"{pattern} or 'all-linear'")
-        check_names("exclude_modules", self.exclude_modules, one=pattern)
-        check_names("layers_pattern", self.layers_pattern, one="one name")
-        if isinstance(self.target_parameters, str):
-            raise TypeError("`target_parameters` must be a list of strings or None.")
-        check_names("target_parameters", self.target_parameters)
-        self.modules_to_save = as_names("modules_to_save", self.modules_to_save)
-        for name in ("rank_pattern", "alpha_pattern"):
-            setattr(self, name, getattr(self, name) or {})
-            check_pattern(name, getattr(self, name))
-        tokens: Any = self.trainable_token_indices
-        layers: Any = self.layers_to_transform
-        if isinstance(tokens, dict):
-            check_names("trainable_token_indices", tokens)
-            for key, indices in tokens.items():
-                check_ints(f"trainable_token_indices[{key!r}]", indices)
-        else:
-            check_ints("trainable_token_indices", tokens)
-            if isinstance(tokens, (set, frozenset)):  # rows of a file have an order
-                self.trainable_token_indices = sorted(tokens)
-        check_ints("layers_to_transform", layers, one=True)
-        if isinstance(layers, range):
-            self.layers_to_transform = list(layers)
-        for name in _FLAGS:
-            if isinstance(getattr(self, name), str):  # "no" would be taken for a yes
-                raise ValueError(
-                    f"`{name}` must be True or False, got {shown(getattr(self, name))}"
-                )
-
-    def _check_values(self) -> None:
-        ranks = {"r": self.r}
-        ranks |= {f"rank_pattern[{key!r}]": rank for key, rank in self.rank_pattern.items()}
-        for name, rank in ranks.items():
-            if not is_int(rank) or rank <= 0:
-                raise ValueError(
-                    f"`{name}` should be a positive integer value but the value passed is "
-                    f"{rank if is_number(rank) else shown(rank)}"
-                )
-        for name, alpha in [("lora_alpha", self.lora_alpha)] + [
-            (f"alpha_pattern[{k!r}]", v) for k, v in self.alpha_pattern.items()
-        ]:
-            if not is_number(alpha):
-                raise ValueError(
-                    f"`{name}` should be a number but the value passed is {shown(alpha)}"
-                )
-        p = self.lora_dropout
-        if not is_number(p) or not 0.0 <= p < 1.0:
-            given = p if is_number(p) else shown(p)
-            raise ValueError(f"`lora_dropout` should be in [0, 1) but the value passed is {given}")
-        if self.use_dora and self.megatron_config:
-            raise ValueError("DoRA does not support megatron_core, please set `use_dora=False`.")
-        if isinstance(self.target_modules, str):
-            for name in ("layers_to_transform", "layers_pattern"):
-                if getattr(self, name) is not None:
-                    raise ValueError(f"`{name}` cannot be used when `target_modules` is a str.")
-        for name in ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"):
-            value = getattr(self, name)
-            for pattern in (value,) if isinstance(value, str) else value or ():
-                if isinstance(value, set):  # names, not patterns
-                    break
-                Pattern(pattern, name)
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError(
-                "When `layers_pattern` is specified, `layers_to_transform` must also be specified. "
-            )
 
     def to_dict(self) -> dict[str, Any]:
         """All fields but the run-time ones, as plain Python values."""

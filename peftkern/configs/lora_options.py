@@ -1,4 +1,5 @@
-"""The parts of a ``LoraConfig`` that are configurations themselves, with HF PEFT's fields."""
+"""The options of a ``LoraConfig``'s initialisations, with HF PEFT's fields, and how a field says
+that it has options. Those of variants stand beside their fields, in :mod:`.lora`."""
 
 from __future__ import annotations
 
@@ -8,6 +9,29 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+
+def holds(options: type) -> dict[str, Any]:
+    """Metadata of a field that holds an ``options`` or None; a dict becomes an ``options``."""
+    return {"options": options}
+
+
+def selects(options: type | None = None) -> dict[str, Any]:
+    """Metadata of a field that asks for a variant of LoRA when it holds something true, under HF
+    PEFT's name; with ``options`` see :func:`holds`."""
+    found: dict[str, Any] = {"is_lora_variant": True}
+    return found if options is None else {**found, **holds(options)}
+
+
+def convert_options(config: Any) -> None:
+    """Make dicts in the fields of a configuration into the options that the fields hold.
+
+    Raises:
+        TypeError: a field holds neither its options, nor a dict, nor None.
+    """
+    for each in dataclasses.fields(config):
+        if options := each.metadata.get("options"):
+            setattr(config, each.name, as_subconfig(getattr(config, each.name), options))
 
 
 def as_subconfig(value: Any, cls: type[T]) -> T | None:
@@ -49,78 +73,6 @@ class LoraRuntimeConfig:
 
 
 @dataclass
-class BdLoraConfig:
-    """BD-LoRA (Wang et al., 2025, arXiv 2510.23346).
-
-    Args:
-        target_modules_bd_a: A is block-diagonal in layers whose names contain one of these; those
-            that a server shards by rows, such as "o_proj" and "down_proj".
-        target_modules_bd_b: B is, likewise; those sharded by columns, such as "q_proj", "up_proj".
-        nblocks: number of blocks, at least 1.
-        match_strict: refuse adapted layers that neither list names; they get plain LoRA otherwise.
-    """
-
-    target_modules_bd_a: list[str] | None = field(default=None)
-    target_modules_bd_b: list[str] | None = field(default=None)
-    nblocks: int = field(default=1)
-    match_strict: bool = field(default=True)
-
-    def __post_init__(self) -> None:
-        a, b = self.target_modules_bd_a or [], self.target_modules_bd_b or []
-        if set(a) & set(b):
-            raise ValueError(f"Found overlapping modules in target_modules_bd lists: {a} and {b}.")
-        if self.nblocks < 1:
-            raise ValueError(f"`nblocks` must be at least 1, got {self.nblocks}.")
-
-
-@dataclass
-class KasaConfig:
-    """KaSA (Wang et al., 2024, arXiv 2412.06071). Adding such an adapter changes the base weights
-    for good, so it does not go with adapters of another kind. Both numbers are for
-    ``LoraModel._get_kasa_loss()``, which training adds to its loss itself.
-
-    Args:
-        beta: weight of the sum of the squared singular values, at least 0.
-        gamma: weight of the distance of A and B from orthogonal, at least 0.
-    """
-
-    beta: float = field(default=1e-4)
-    gamma: float = field(default=1e-3)
-
-    def __post_init__(self) -> None:
-        for name in ("beta", "gamma"):
-            if (value := getattr(self, name)) < 0:
-                raise ValueError(f"`{name}` must be non-negative, got {value}.")
-
-
-@dataclass
-class VeloraConfig:
-    """VeLoRA (Miles et al., 2024, arXiv 2405.17991).
-
-    Args:
-        num_groups: into how many groups a layer's inputs are split before each is kept as one
-            number, at least 1.
-        scale: factor of the inputs that are made again of those numbers, above 0.
-        init_type: what the groups are projected on: "batch_average" (their mean, in every call of a
-            training), "batch_average_once" (their mean in the first) or "random".
-    """
-
-    num_groups: int = field(default=64)
-    scale: float = field(default=1.0)
-    init_type: str = field(default="batch_average")
-
-    def __post_init__(self) -> None:
-        for name in ("num_groups", "scale"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"`{name}` should be positive, got {getattr(self, name)}.")
-        if self.init_type not in ("batch_average_once", "batch_average", "random"):
-            raise ValueError(
-                f"Unsupported `init_type` {self.init_type!r}. Supported values are "
-                "'batch_average_once', 'batch_average', and 'random'."
-            )
-
-
-@dataclass
 class LoftQConfig:
     """LoftQ (Li et al., 2023, arXiv 2310.08659).
 
@@ -131,33 +83,6 @@ class LoftQConfig:
 
     loftq_bits: int = field(default=4)
     loftq_iter: int = field(default=1)
-
-
-@dataclass
-class MontecloraConfig:
-    """MonteCLoRA (:mod:`.monteclora`).
-
-    Args:
-        num_samples: perturbations of A that are averaged in a call of a training, at least 1.
-        use_entropy: add the sum of the squares of their weights to the loss.
-        dirichlet_prior: concentration of the prior of their weights, above 0.
-        sample_scaler: factor of the perturbations.
-        kl_loss_weight: factor of the divergences from the priors in the loss.
-        buffer_size: for how many calls random numbers are drawn at once, at least 1. A layer with K
-            inputs and rank r keeps buffer_size · num_samples · K · r of them.
-    """
-
-    num_samples: int = field(default=8)
-    use_entropy: bool = field(default=False)
-    dirichlet_prior: float = field(default=0.1)
-    sample_scaler: float = field(default=1e-4)
-    kl_loss_weight: float = field(default=1e-5)
-    buffer_size: int = field(default=150)
-
-    def __post_init__(self) -> None:
-        for name in ("num_samples", "dirichlet_prior", "buffer_size"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"`{name}` must be greater than 0.")
 
 
 @dataclass

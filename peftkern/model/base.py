@@ -14,6 +14,7 @@ from transformers.utils import PushToHubMixin
 from ..checkpoint.saving import AdapterFiles
 from ..configs.base import PeftConfig
 from ..tuners.checks import check_adapter_name, check_config, warn_of_prefix
+from ..tuners.lora.variant import CALL_KWARGS
 from ..tuners.modules_to_save import ModulesToSaveWrapper
 from ..tuners.registry import tuner_for
 from ..tuners.tuner import Tuner
@@ -90,7 +91,7 @@ class PeftModel(Wrapped, PromptNames, AdapterFiles, AdapterStatus, PushToHubMixi
         self._add_heads(peft_config)
         self.active_adapter = adapter_name
         self.peft_type = PeftType(peft_config.peft_type)
-        self.special_peft_forward_args = {"adapter_names", "alora_offsets"}
+        self.special_peft_forward_args = {"adapter_names", *CALL_KWARGS}
         self._adapters_disabled = False
         self.tuner = tuner_for(self.peft_type)
         self.tuner.start(

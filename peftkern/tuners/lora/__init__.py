@@ -1,17 +1,20 @@
 """LoRA (Hu et al., 2021, arXiv 2106.09685) on fused operations."""
 
-from ...configs.lora import LoraConfig
-from ...configs.lora_options import (
+from ...configs.lora import (
     BdLoraConfig,
-    CordaConfig,
-    EvaConfig,
     KasaConfig,
-    LoftQConfig,
-    LoraGAConfig,
-    LoraRuntimeConfig,
+    LoraConfig,
     MontecloraConfig,
     VeloraConfig,
 )
+from ...configs.lora_options import (
+    CordaConfig,
+    EvaConfig,
+    LoftQConfig,
+    LoraGAConfig,
+    LoraRuntimeConfig,
+)
+from . import variant_registry as variant_registry
 from .attention import MultiheadAttention
 from .base import LoraLayer
 from .conv import Conv1d, Conv2d, Conv3d

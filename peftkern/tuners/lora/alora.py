@@ -10,7 +10,7 @@ import functools
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -24,8 +24,11 @@ from .variant import LoraVariant
 BASE = "__base__"
 
 
-class ALoraLinearVariant(LoraVariant):
+class ALoraLinearVariant(LoraVariant, setting="alora_invocation_tokens", layers=("linear",)):
     """On linear layers: plain LoRA for each row's last ``alora_offsets[row]`` tokens."""
+
+    name = "aLoRA"
+    call_kwargs = ("alora_offsets",)
 
     def update(self, layer: Any, adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
         A, B = layer.lora_A[adapter], layer.lora_B[adapter]
@@ -48,6 +51,28 @@ class ALoraLinearVariant(LoraVariant):
 
     def decline(self, layer: Any, adapter: str) -> str:
         return "aLoRA: the base layer, then the adapter on the tokens from its invocation on"
+
+    @classmethod
+    def forward_kwargs(cls, model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        found = get_alora_offsets_for_forward(model, **kwargs)
+        for name in ("input_ids", "inputs_embeds"):  # which that takes out
+            if name in kwargs:
+                found[name] = kwargs[name]
+        return found
+
+    @classmethod
+    def generate_kwargs(
+        cls, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        return get_alora_offsets_for_generate(model, *args, **kwargs)
+
+    @classmethod
+    def handing(
+        cls, model: Any, layers: Sequence[Any], value: Any, kwargs: dict[str, Any], repeats: int
+    ) -> AbstractContextManager[None]:
+        if (kwargs.get("num_beams") or 1) > 1:
+            raise ValueError("Beam search not yet supported for aLoRA.")
+        return handing_offsets(layers, model, [offset for offset in value for _ in range(repeats)])
 
 
 def _active_rows(result: Tensor, offsets: Sequence[int | None] | None) -> Tensor:

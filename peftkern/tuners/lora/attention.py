@@ -17,7 +17,7 @@ from ...configs.lora import LoraConfig
 from ...utils.handing import HERE, hand_over
 from .base import NOTHING, LoraLayer
 from .linear import Linear
-from .variant import take_kwargs
+from .variant import table_of, take_kwargs, variant_class
 
 
 class _Unfused(Tensor):
@@ -80,6 +80,7 @@ class MultiheadAttention(nn.Module, LoraLayer):
         ValueError: query, key and value of different sizes, which have three weights.
     """
 
+    layer_kind = "attention"
     # attributes of PEFT's layers that this kind does not fill
     lora_embedding_A = lora_embedding_B = NOTHING
     lora_A: nn.ModuleDict
@@ -275,15 +276,8 @@ def check_attention(base: Any, config: LoraConfig | None) -> None:
         raise ValueError(
             "Only same embed for query/key/value is supported as of now for MultiheadAttention."
         )
-    if config is not None and config.use_dora:
-        raise ValueError(
-            "MultiheadAttention does not support DoRA (yet), please set use_dora to False"
-        )
-    if config is not None and config.kasa_config is not None:
-        raise ValueError("MultiheadAttention does not support KaSA, please set `kasa_config=None`.")
-    if config is not None and config.velora_config is not None:
-        raise ValueError(
-            "MultiheadAttention does not support VeLoRA, please set `velora_config=None`."
-        )
+    if config is not None:
+        kind = MultiheadAttention.layer_kind
+        variant_class(table_of(kind), kind, config)
     if not isinstance(base.out_proj, nn.Linear) and not isinstance(base.out_proj, Linear):
         raise TypeError("out_proj must be an instance of nn.Linear for MultiheadAttention.")

@@ -16,7 +16,7 @@ from ...configs.lora import LoraConfig
 from ..base_layer import BaseTunerLayer
 from .frozen import Frozen
 from .merging import Merging
-from .variant import LoraVariant, active_variant, select
+from .variant import LoraVariant, active_variant, put_variant, select, table_of
 
 logger = logging.getLogger("peftkern")
 
@@ -56,6 +56,8 @@ class LoraLayer(Merging, Frozen, BaseTunerLayer):
     r].
     """
 
+    # which of the variants' tables is meant, see `variant.TABLES`
+    layer_kind = ""
     adapter_layer_names = (
         "lora_A",
         "lora_B",
@@ -220,11 +222,10 @@ class LoraLayer(Merging, Frozen, BaseTunerLayer):
             self._make_weights(adapter_name, r, config, place, trainable)
             old: Any = self.lora_variant.pop(adapter_name, None)
             if variant is not None:
-                self.lora_variant[adapter_name] = variant
                 variant.target_name = str(
                     kwargs.get("target_name") or getattr(old, "target_name", "")
                 )
-                variant.init(self, adapter_name, config, trainable)
+                put_variant(self, adapter_name, variant, config, trainable)
         if not self.training:
             self._evaluate(adapter_name)
 
@@ -276,12 +277,12 @@ class LoraLayer(Merging, Frozen, BaseTunerLayer):
     @property
     def lora_variants(self) -> dict[tuple[str, ...], type[LoraVariant] | None]:
         """{sorted names of settings: the variant they ask for}; None is plain LoRA."""
-        return {(): None}
+        return table_of(self.layer_kind)
 
     def resolve_lora_variant(self, *, config: Any, **kwargs: Any) -> LoraVariant | None:
         """A new variant as ``config`` asks for, None for plain LoRA. ValueError where this kind of
         layer has none such."""
-        return select(self.lora_variants, config)
+        return select(self.lora_variants, self.layer_kind, config)
 
     # ---------------------------------------------------------------- why a call is fused, or not
 

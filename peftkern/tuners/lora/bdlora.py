@@ -7,6 +7,7 @@ below the other.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 
 from ...ops import autocast
 from ...ops.lora import lora_linear
+from .base import in_out_features
+from .combination import BY_FACTOR
 from .variant import LoraVariant
 
 
@@ -104,22 +107,18 @@ def diagonal_factor(config: Any, key: str) -> str | None:
     return "A" if a else "B" if b else None
 
 
-def check(key: str, features: tuple[Any, Any], r: int, config: Any) -> None:
-    """Raise for what the variant's ``init`` cannot do in a linear layer with ``features`` (K, N),
-    before anything is changed.
-
-    Raises:
-        ValueError: see :func:`diagonal_factor`, and ``nblocks`` must divide the factor's sizes.
-    """
-    factor = diagonal_factor(config, key)
-    if factor is not None:
-        K, N = features
-        k, n = (K, r) if factor == "A" else (r, N)
-        BlockDiagonalLinear(k, n, config.use_bdlora.nblocks, device="meta")
-
-
-class BdLoraLinearVariant(LoraVariant):
+class BdLoraLinearVariant(LoraVariant, setting="use_bdlora", layers=("linear",)):
     """On linear layers: plain LoRA, of which one factor is a :class:`BlockDiagonalLinear`."""
+
+    name = "BD-LoRA"
+
+    @classmethod
+    def check(cls, key: str, base: Any, r: int, config: Any) -> None:
+        factor = diagonal_factor(config, key)
+        if factor is not None:  # the number of blocks must divide both of its sizes
+            K, N = in_out_features(base)
+            k, n = (K, r) if factor == "A" else (r, N)
+            BlockDiagonalLinear(k, n, config.use_bdlora.nblocks, device="meta")  # type: ignore
 
     def init(self, layer: Any, adapter: str, config: Any, trainable: bool) -> None:
         factor = diagonal_factor(config, self.target_name)
@@ -151,6 +150,9 @@ class BdLoraLinearVariant(LoraVariant):
 
     def factors(self, layer: Any, adapter: str) -> tuple[Tensor, Tensor]:
         return dense(layer.lora_B[adapter]), dense(layer.lora_A[adapter])
+
+    def combined_by(self, layer: Any, adapter: str) -> Sequence[str] | None:
+        return BY_FACTOR if has_blocks(layer, adapter) else None
 
     def fused(self, layer: Any, adapter: str, x: Tensor) -> Tensor | None:
         found = layer.product_call(x, adapter)

@@ -29,7 +29,7 @@ BY_FACTOR = ("linear", "ties", "dare_ties", "dare_linear", "magnitude_prune")
 BY_PRODUCT = ("svd", "ties_svd", "dare_ties_svd", "dare_linear_svd", "magnitude_prune_svd")
 
 
-class Part(NamedTuple):
+class AdapterFactors(NamedTuple):
     """What one adapter has in one layer, in at least float32."""
 
     A: Tensor  # [r, K]
@@ -39,7 +39,7 @@ class Part(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Combination:
     """How the updates of several adapters become one; see
     :meth:`peftkern.tuners.lora.weighted.Weighted.add_weighted_adapter`."""
 
@@ -60,7 +60,7 @@ class Recipe:
         args = (self.density, self.signs) if rule.endswith("ties") else (self.density,)
         return getattr(merge_utils, rule)(tensors, w, *args)
 
-    def factors(self, parts: list[Part], transposed: bool) -> tuple[Tensor, Tensor]:
+    def factors(self, parts: list[AdapterFactors], transposed: bool) -> tuple[Tensor, Tensor]:
         """A [r, K] and B [N, r] of the new adapter, with a scaling of 1 and r at most ``rank``.
 
         ``transposed``: the layer's weight is [K, N], and pruning draws in that order, as HF PEFT's
@@ -95,7 +95,9 @@ class Recipe:
             A, B = A.clamp(-high, high), B.clamp(-high, high)
         return A, B
 
-    def _svd_of_sum(self, parts: list[Part], scaled: list[float]) -> tuple[Tensor, Tensor]:
+    def _svd_of_sum(
+        self, parts: list[AdapterFactors], scaled: list[float]
+    ) -> tuple[Tensor, Tensor]:
         """The truncated SVD of Σ w B A without making the sum [N, K]: with all A below each other
         and all B side by side, Aᵀ = Q_A R_A and B = Q_B R_B, it is that of R_B R_Aᵀ."""
         q_a, r_a = torch.linalg.qr(

@@ -1,16 +1,18 @@
 """HF PEFT's address of ``LoraConfig`` and of what it may hold."""
 
-from ...configs.lora import LoraConfig
-from ...configs.lora_options import (
+from ...configs.lora import (
     BdLoraConfig,
+    KasaConfig,
+    LoraConfig,
+    MontecloraConfig,
+    VeloraConfig,
+)
+from ...configs.lora_options import (
     CordaConfig,
     EvaConfig,
-    KasaConfig,
     LoftQConfig,
     LoraGAConfig,
     LoraRuntimeConfig,
-    MontecloraConfig,
-    VeloraConfig,
 )
 
 __all__ = [

@@ -20,7 +20,6 @@ from ...configs.lora import LoraConfig
 from ...utils.handing import HERE, hand_over
 from ...utils.warning import PeftWarning
 from .base import NOTHING, LoraLayer
-from .dora import DoraConv1dVariant, DoraConv2dVariant, DoraConv3dVariant
 from .inits.random import placed
 from .linear import Linear
 
@@ -157,18 +156,18 @@ class Conv1d(_ConvNd):
     """LoRA on ``nn.Conv1d``."""
 
     dims = 1
-    lora_variants: Any = {(): None, ("use_dora",): DoraConv1dVariant}
+    layer_kind = "conv1d"
 
 
 class Conv2d(_ConvNd):
     """LoRA on ``nn.Conv2d``."""
 
     dims = 2
-    lora_variants: Any = {(): None, ("use_dora",): DoraConv2dVariant}
+    layer_kind = "conv2d"
 
 
 class Conv3d(_ConvNd):
     """LoRA on ``nn.Conv3d``."""
 
     dims = 3
-    lora_variants: Any = {(): None, ("use_dora",): DoraConv3dVariant}
+    layer_kind = "conv3d"

@@ -103,6 +103,13 @@ def _state(source: Any) -> Any:
 class DoraVariant(LoraVariant):
     """What DoRA does the same way on every kind of layer; a kind says where W, A and B are."""
 
+    name = "DoRA"
+    measures_weight = True
+    refusals = {
+        "attention": "MultiheadAttention does not support DoRA (yet), please set use_dora to False",
+        "parameter": "lora.ParamWrapper does not work with use_dora=True.",
+    }
+
     def init(self, layer: Any, adapter: str, config: Any, trainable: bool) -> None:
         weight, A, B = self.weights(layer, adapter)
         if A.is_meta or weight.is_meta:
@@ -196,14 +203,11 @@ class DoraVariant(LoraVariant):
         weight = dense_weight(base).to(x.dtype)
         return linear(x, weight.t() if layer.fan_in_fan_out else weight)
 
-    def decline(self, layer: Any, adapter: str) -> str:
-        return "DoRA: the base layer, then the adapter by torch's operations"
-
     def refuses_mixed(self) -> str | None:
         return MIXED
 
 
-class DoraLinearVariant(DoraVariant):
+class DoraLinearVariant(DoraVariant, setting="use_dora", layers=("linear",)):
     """On ``nn.Linear`` and transformers' ``Conv1D``: one operation where nothing stands against
     it."""
 
@@ -253,7 +257,7 @@ class DoraLinearVariant(DoraVariant):
         return "DoRA has an operation of its own" if reason is None else f"DoRA; {reason}"
 
 
-class DoraEmbeddingVariant(DoraVariant):
+class DoraEmbeddingVariant(DoraVariant, setting="use_dora", layers=("embedding",)):
     """On ``nn.Embedding``: a norm for each of its dimensions, over the vocabulary."""
 
     def weights(self, layer: Any, adapter: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -299,15 +303,15 @@ class DoraConvVariant(DoraVariant):
         return base._conv_forward(x, base.weight.to(x.dtype), None)
 
 
-class DoraConv1dVariant(DoraConvVariant):
+class DoraConv1dVariant(DoraConvVariant, setting="use_dora", layers=("conv1d",)):
     """On ``nn.Conv1d``."""
 
 
-class DoraConv2dVariant(DoraConvVariant):
+class DoraConv2dVariant(DoraConvVariant, setting="use_dora", layers=("conv2d",)):
     """On ``nn.Conv2d``."""
 
 
-class DoraConv3dVariant(DoraConvVariant):
+class DoraConv3dVariant(DoraConvVariant, setting="use_dora", layers=("conv3d",)):
     """On ``nn.Conv3d``."""
 
 

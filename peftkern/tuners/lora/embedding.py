@@ -12,7 +12,6 @@ from ...configs.lora import LoraConfig
 from ...utils.handing import HERE, hand_over
 from . import inits
 from .base import NOTHING, LoraLayer
-from .dora import DoraEmbeddingVariant
 from .inits.random import placed
 from .row_adapters import AdapterNames
 from .variant import take_kwargs
@@ -22,6 +21,7 @@ class Embedding(nn.Module, LoraLayer):
     """A frozen embedding with low-rank updates. A row of Aᵀ is gathered,
     so the cost is r numbers a token."""
 
+    layer_kind = "embedding"
     # attributes of PEFT's layers that this kind does not fill
     lora_A = lora_B = NOTHING
     lora_embedding_A: nn.ParameterDict
@@ -94,10 +94,6 @@ class Embedding(nn.Module, LoraLayer):
             else:
                 y = y.index_copy(0, rows, variant.update(self, name, x[rows], y[rows]).to(dtype))
         return y
-
-    @property
-    def lora_variants(self) -> dict[tuple[str, ...], Any]:
-        return {(): None, ("use_dora",): DoraEmbeddingVariant}
 
     def _update(self, name: str, x: Tensor, y: Tensor) -> Tensor:
         base: Any = self.get_base_layer()

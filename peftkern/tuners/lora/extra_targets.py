@@ -28,6 +28,8 @@ def rank_and_alpha(config: LoraConfig, *names: str) -> tuple[int, float]:
 
     def value(field: str, default: Any) -> Any:
         patterns = getattr(config, field)
+        if not patterns:
+            return default
         keys = (get_pattern_key(patterns, name, field) for name in names)
         return next((patterns[key] for key in keys if key in patterns), default)
 
@@ -83,8 +85,8 @@ def find_targets(
     return matches, parameters
 
 
-class Beside:
-    """The plan for what is not in ``target_modules``. Making it checks everything and changes
+class ExtraTargets:
+    """What is adapted that is not in ``target_modules``. Making it checks everything and changes
     nothing.
 
     Args:

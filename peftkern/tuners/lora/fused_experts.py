@@ -18,51 +18,28 @@ from ...configs.lora import LoraConfig
 from ...utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from ...utils.experts import fuse_experts
 from ..targets import TargetMatcher, all_linear
+from .expert_families import fused_names
 from .parameter import ParamWrapper
-
-# {family: {name of a linear layer: the parameter that it is, or is part of}}
-FUSED: dict[str, dict[str, str]] = {
-    "mixtral": {
-        "gate": "gate.weight",
-        "w1": "gate_up_proj",
-        "w3": "gate_up_proj",
-        "w2": "down_proj",
-    },
-    "qwen2_moe": {
-        "gate": "gate.weight",
-        "gate_proj": "gate_up_proj",
-        "up_proj": "gate_up_proj",
-        "down_proj": "down_proj",
-    },
-}
-
-
-def fused_names(model: Any) -> dict[str, str]:
-    """The renamed layers of a model's family; empty for all others."""
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    if not isinstance(model_type, str):
-        return {}
-    from transformers import conversion_mapping  # not there before 5.0
-
-    families = getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {})
-    return FUSED.get("mixtral" if model_type == "mixtral" else families.get(model_type, ""), {})
-
 
 # -------------------------------------------------------------------- the configuration
 
 
-def convert_config(config: LoraConfig, model: Any) -> None:
+def convert_config(config: LoraConfig, model: Any, names: dict[str, str]) -> None:
     """Move fused layers from ``target_modules`` to ``target_parameters``, in place; twice is once.
 
     A parameter that stands for two layers gets twice their rank and alpha, so that each keeps its
     own update and scaling.
 
+    Args:
+        config: of the new adapter.
+        model: the base model.
+        names: :func:`fused_names` of it.
+
     Raises:
         ValueError: one of two layers that are one parameter now is targeted without the other.
     """
-    names = fused_names(model)
     targets = config.target_modules
-    if not names or targets is None:
+    if targets is None:
         return
     if isinstance(targets, str):
         targets = _resolved(config, model, names)

@@ -9,6 +9,7 @@ and is never undone: the base model is another one from then on.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -51,54 +52,84 @@ def truncation(A: Tensor, B: Tensor, r: int) -> Start:
     return Start(A, B, cut, back)
 
 
-def check(base: Any, r: int, config: Any) -> None:
-    """Raise for a linear layer that cannot get such an adapter, before anything is changed.
+def layer_loss(layer: Any, adapter: str, beta: float, gamma: float) -> Tensor:
+    """β Σ λ² + γ (‖Bᵀ B - I‖ + ‖A Aᵀ - I‖), Frobenius norms, in float32 (equations 9 to 11)."""
+    A = layer.lora_A[adapter].weight.float()
+    B = layer.lora_B[adapter].weight.float()
+    eye = torch.eye(A.shape[0], device=A.device)
+    apart = torch.linalg.norm(B.T @ B - eye) + torch.linalg.norm(A @ A.T - eye)
+    return beta * layer.lora_diag[adapter].float().square().sum() + gamma * apart
 
-    Raises:
-        ValueError: a weight stored as [in, out], or a rank that would leave nothing of it.
-        TypeError: a weight that is no numbers.
+
+def kasa_loss(model: Any, adapter_names: str | list[str] | None = None) -> Tensor | float:
+    """What KaSA adds to a task's loss, summed over the layers: see :func:`layer_loss`, with
+    ``beta`` and ``gamma`` of each adapter's ``kasa_config``.
+
+    Args:
+        model: a LoraModel.
+        adapter_names: which adapters; None: the active ones.
+
+    Returns:
+        A scalar tensor with a graph, or 0.0 when none of them uses KaSA.
     """
-    if config.fan_in_fan_out or hasattr(base, "nf"):
-        raise ValueError(
-            "KaSA does not support `fan_in_fan_out=True` layers (e.g. Conv1D). Please target "
-            "nn.Linear layers."
-        )
-    weight = base.weight
-    if not weight.is_floating_point():
-        raise TypeError(
-            f"KaSA takes the singular values of the weight, and that of a {type(base).__name__} is "
-            f"{weight.dtype}; allowed: floating point"
-        )
-    k = min(weight.shape)
-    if r >= k:
-        raise ValueError(
-            f"KaSA requires `r` ({r}) to be smaller than min(in_features, out_features) ({k}) so "
-            "that at least one singular component of the base weight is preserved after truncation."
-        )
+    names = model.active_adapters if adapter_names is None else adapter_names
+    total: Tensor | float = 0.0
+    for layer in model.modules():
+        stored: Any = layer._modules.get("lora_diag", ())
+        for name in [names] if isinstance(names, str) else names:
+            if name in stored:
+                settings = model.peft_config[name].kasa_config
+                total = total + layer_loss(layer, name, settings.beta, settings.gamma)
+    return total
 
 
-def check_others(config: Any, others: list[tuple[str, Any]]) -> None:
-    """ValueError when one of ``others``, (name, configuration), uses KaSA and ``config`` does not,
-    or the other way round: what base weight an adapter sees would depend on their order."""
-    new = getattr(config, "kasa_config", None) is not None
-    for name, other in others:
-        if (getattr(other, "kasa_config", None) is not None) is not new:
-            raise ValueError(
-                "KaSA cannot be combined with adapters that don't use KaSA, since KaSA modifies "
-                f"the base weights: the new adapter {'uses' if new else 'does not use'} KaSA but "
-                f"adapter '{name}' {'does not' if new else 'does'}."
-            )
-
-
-class KasaLinearVariant(LoraVariant):
+class KasaLinearVariant(LoraVariant, setting="kasa_config", layers=("linear",)):
     """On ``nn.Linear``: the fused operation of plain LoRA with B diag(λ) for its B."""
 
+    name = "KaSA"
+    weight_stores = {"lora_diag": nn.ParameterDict}
+    refusals = {
+        "attention": "MultiheadAttention does not support KaSA, please set `kasa_config=None`.",
+        "parameter": "lora.ParamWrapper does not work when `kasa_config` is set.",
+    }
+    model_methods = {"_get_kasa_loss": kasa_loss}
+
+    @classmethod
+    def check(cls, key: str, base: Any, r: int, config: Any) -> None:
+        if config.fan_in_fan_out or hasattr(base, "nf"):
+            raise ValueError(
+                "KaSA does not support `fan_in_fan_out=True` layers (e.g. Conv1D). Please target "
+                "nn.Linear layers."
+            )
+        weight = base.weight
+        if not weight.is_floating_point():
+            raise TypeError(
+                f"KaSA takes the singular values of the weight, and that of a "
+                f"{type(base).__name__} is {weight.dtype}; allowed: floating point"
+            )
+        k = min(weight.shape)
+        if r >= k:  # nothing of the weight would be left
+            raise ValueError(
+                f"KaSA requires `r` ({r}) to be smaller than min(in_features, out_features) ({k}) "
+                "so that at least one singular component of the base weight is preserved after "
+                "truncation."
+            )
+
+    @classmethod
+    def check_beside(cls, config: Any, others: Sequence[tuple[str, Any]]) -> None:
+        """What base weight an adapter sees would depend on the order in which they were added."""
+        new = getattr(config, "kasa_config", None) is not None
+        for name, other in others:
+            if (getattr(other, "kasa_config", None) is not None) is not new:
+                raise ValueError(
+                    "KaSA cannot be combined with adapters that don't use KaSA, since KaSA "
+                    f"modifies the base weights: the new adapter "
+                    f"{'uses' if new else 'does not use'} KaSA but adapter '{name}' "
+                    f"{'does not' if new else 'does'}."
+                )
+
     def init(self, layer: Any, adapter: str, config: Any, trainable: bool) -> None:
-        if "lora_diag" not in layer._modules:
-            layer.lora_diag = nn.ParameterDict()
-            layer.adapter_layer_names = (*layer.adapter_layer_names, "lora_diag")
-            layer._lora_kasa_truncation_deferred = set()
-        waiting: set[str] = layer._lora_kasa_truncation_deferred
+        waiting: set[str] = layer.__dict__.setdefault("_lora_kasa_truncation_deferred", set())
         waiting.discard(adapter)
         A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
         weight, r = layer.get_base_layer().weight, layer.r[adapter]
@@ -151,37 +182,3 @@ class KasaLinearVariant(LoraVariant):
 
     def supports_lora_conversion(self) -> bool:
         return False  # the update is one of another base weight
-
-
-def layer_loss(layer: Any, adapter: str, beta: float, gamma: float) -> Tensor:
-    """β Σ λ² + γ (‖Bᵀ B - I‖ + ‖A Aᵀ - I‖), Frobenius norms, in float32 (equations 9 to 11)."""
-    A = layer.lora_A[adapter].weight.float()
-    B = layer.lora_B[adapter].weight.float()
-    eye = torch.eye(A.shape[0], device=A.device)
-    apart = torch.linalg.norm(B.T @ B - eye) + torch.linalg.norm(A @ A.T - eye)
-    return beta * layer.lora_diag[adapter].float().square().sum() + gamma * apart
-
-
-class KasaLoss(nn.Module):
-    """The part of :class:`LoraModel` that has KaSA's loss, under HF PEFT's name."""
-
-    def _get_kasa_loss(self, adapter_names: str | list[str] | None = None) -> Tensor | float:
-        """What KaSA adds to a task's loss, summed over the layers: see :func:`layer_loss`, with
-        ``beta`` and ``gamma`` of each adapter's ``kasa_config``.
-
-        Args:
-            adapter_names: which adapters; None: the active ones.
-
-        Returns:
-            A scalar tensor with a graph, or 0.0 when none of them uses KaSA.
-        """
-        model: Any = self
-        names = model.active_adapters if adapter_names is None else adapter_names
-        total: Tensor | float = 0.0
-        for layer in self.modules():
-            stored: Any = layer._modules.get("lora_diag", ())
-            for name in [names] if isinstance(names, str) else names:
-                if name in stored:
-                    settings = model.peft_config[name].kasa_config
-                    total = total + layer_loss(layer, name, settings.beta, settings.gamma)
-        return total

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -12,18 +13,19 @@ from transformers.pytorch_utils import Conv1D
 from ...configs.lora import LoraConfig
 from ...utils.warning import PeftWarning
 from ..base_layer import BaseTunerLayer
-from . import bdlora, inits, kasa, training_variants
+from . import inits
 from .attention import MultiheadAttention, check_attention
-from .base import LoraLayer, in_out_features
+from .base import LoraLayer
 from .conv import Conv1d, Conv2d, Conv3d
 from .embedding import Embedding
 from .linear import Linear
 from .merging import own_forward
+from .variant import table_of, variant_class
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # in the order in which they are tried
-LAYERS: dict[type[nn.Module], Callable[[Any], LoraLayer]] = {
-    Conv1D: lambda base: Linear(base, fan_in_fan_out=True),
+LAYERS: dict[type[nn.Module], type[LoraLayer]] = {
+    Conv1D: Linear,
     nn.Linear: Linear,
     nn.Embedding: Embedding,
     nn.Conv2d: Conv2d,
@@ -35,14 +37,21 @@ LAYERS: dict[type[nn.Module], Callable[[Any], LoraLayer]] = {
 
 def layer_class(base: nn.Module) -> Callable[[nn.Module], LoraLayer]:
     """What makes the LoRA layer for a base layer. ValueError for a class that cannot be adapted."""
-    for kind, make in LAYERS.items():
-        if isinstance(base, kind):
-            return make
+    cls = _layer_class(base)
+    if cls is not None:
+        return partial(cls, fan_in_fan_out=True) if isinstance(base, Conv1D) else cls
     raise ValueError(
         f"Target module {base} is not supported. Currently, only the following modules are "
         "supported: `torch.nn.Linear`, `torch.nn.Embedding`, `torch.nn.Conv1d`, `torch.nn.Conv2d`, "
         "`torch.nn.Conv3d`, `transformers.pytorch_utils.Conv1D`, `torch.nn.MultiheadAttention.`."
     )
+
+
+def _layer_class(base: nn.Module) -> type[LoraLayer] | None:
+    for kind, cls in LAYERS.items():
+        if isinstance(base, kind):
+            return cls
+    return None
 
 
 def base_of(module: Any) -> nn.Module:
@@ -62,8 +71,8 @@ def check(key: str, module: nn.Module, r: int, config: LoraConfig) -> None:
 
     Raises:
         ValueError: ``lora_bias`` on an embedding, a rank that the groups of a convolution do not
-            divide, an attention or an initialisation that cannot be done.
-        TypeError: a dtype that the initialisation is not for.
+            divide, an attention, a variant or an initialisation that cannot be done.
+        TypeError: a dtype that the initialisation, or the variant, is not for.
     """
     base: Any = base_of(module)
     kind = type(base).__name__
@@ -77,12 +86,14 @@ def check(key: str, module: nn.Module, r: int, config: LoraConfig) -> None:
         )
     if isinstance(base, nn.MultiheadAttention):
         check_attention(base, config)
-    if isinstance(base, (nn.Linear, Conv1D)):
-        if config.use_bdlora is not None:
-            bdlora.check(key, in_out_features(base), r, config)
-        if config.kasa_config is not None:
-            kasa.check(base, r, config)
-    training_variants.check(base, config)
+    if isinstance(module, LoraLayer):
+        table, layer_kind = module.lora_variants, module.layer_kind
+    else:
+        cls: Any = _layer_class(base)
+        table, layer_kind = table_of(cls.layer_kind), cls.layer_kind
+    variant = variant_class(table, layer_kind, config)
+    if variant is not None:
+        variant.check(key, base, r, config)
     inits.check(key, base, r, config)
 
 

@@ -16,18 +16,12 @@ from ...ops.lora import lora_linear
 from ...ops.tracing import is_compiling, is_tracing
 from ...utils.handing import HERE, hand_over
 from . import inits
-from .alora import ALoraLinearVariant
 from .base import NOTHING, LoraLayer
-from .bdlora import BdLoraLinearVariant
-from .dora import DoraLinearVariant
 from .group import Group
 from .inits.random import of_linear, placed
-from .kasa import KasaLinearVariant
-from .monteclora import MontecloraLinearVariant
 from .plan import GLOBAL_HOOKS, Plan, is_hooked, weight_layout
 from .row_adapters import AdapterNames, forward_mixed
 from .variant import make_ready, take_kwargs
-from .velora import VeloraLinearVariant
 
 # where a compiler traces the call, it is one operation all the same
 SCALING_IS_A_TENSOR = "the scaling is a tensor (prepared for hot-swapping into a compiled model)"
@@ -52,6 +46,7 @@ class Linear(nn.Module, LoraLayer):
     updates, and :meth:`decline_reason` says why.
     """
 
+    layer_kind = "linear"
     # attributes of PEFT's layers that this kind does not fill
     lora_embedding_A = lora_embedding_B = NOTHING
     lora_A: nn.ModuleDict
@@ -223,18 +218,6 @@ class Linear(nn.Module, LoraLayer):
             else:
                 y = variant.update(self, name, x, y, **variant_kwargs)
         return y.to(dtype)
-
-    @property
-    def lora_variants(self) -> dict[tuple[str, ...], Any]:
-        return {
-            (): None,
-            ("use_dora",): DoraLinearVariant,
-            ("alora_invocation_tokens",): ALoraLinearVariant,
-            ("use_bdlora",): BdLoraLinearVariant,
-            ("kasa_config",): KasaLinearVariant,
-            ("velora_config",): VeloraLinearVariant,
-            ("monteclora_config",): MontecloraLinearVariant,
-        }
 
     def _update(self, name: str, x: Tensor) -> Tensor:
         A: Any = self.lora_A[name]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -29,13 +29,12 @@ from ..modules_to_save import (
     wrap_modules_to_save,
 )
 from ..targets import check_compatible
-from .alora import handing_offsets
 from .base import LoraLayer
-from .extra_targets import Beside, find_targets, rank_and_alpha
+from .expert_families import fused_names
+from .extra_targets import ExtraTargets, find_targets, rank_and_alpha
 from .fused_experts import convert_config
 from .group import form_groups
 from .inits import collect
-from .kasa import KasaLoss, check_others
 from .layer_classes import (
     add_adapter,
     check,
@@ -46,19 +45,19 @@ from .layer_classes import (
     warn_of_changed_base,
 )
 from .linear import Linear
-from .monteclora import variational_loss
 from .plain import Starts
 from .replication import stacked
 from .row_adapters import AdapterNames
-from .tying import settle_tying, share_again
+from .tying import resolve_tying, share_again
 from .unloading import ModelMerging
+from .variant import CALL_KWARGS, VariantMethods, check_beside
 from .weighted import Weighted
 
 # heads that a task asks for whether a model has them under this name or not
 HEADS = (*SEQ_CLS_HEAD_NAMES, "qa_outputs")
 
 
-class LoraModel(ModelMerging, Weighted, Starts, KasaLoss, BaseTuner):
+class LoraModel(ModelMerging, Weighted, Starts, VariantMethods, BaseTuner):
     """A model with LoRA layers in the places that the configuration names.
 
     Args:
@@ -99,13 +98,13 @@ class LoraModel(ModelMerging, Weighted, Starts, KasaLoss, BaseTuner):
 
     # ---------------------------------------------------------------- putting adapters in
 
-    def _plan(
+    def _check(
         self,
         model: nn.Module,
         config: LoraConfig,
         name: str,
         state_dict: dict[str, Tensor] | None = None,
-    ) -> tuple[list[Any], list[str], Beside]:
+    ) -> tuple[list[Any], list[str], ExtraTargets]:
         """All that can go wrong, before anything is changed: the matches with rank and alpha, the
         names of the modules to train in full, and what is adapted beside those."""
         config.check_supported()
@@ -115,12 +114,13 @@ class LoraModel(ModelMerging, Weighted, Starts, KasaLoss, BaseTuner):
                 "LoraModel supports only 1 adapter with bias. When using multiple adapters, set "
                 "bias to 'none' for all adapters."
             )
-        check_others(config, others)
-        convert_config(config, model)
-        settle_tying(config, model)
+        check_beside(config, others)
+        if fused := fused_names(model):
+            convert_config(config, model, fused)
+        resolve_tying(config, model)
         matches, parameters = find_targets(config, model, others, state_dict)
         check_compatible(config, model, [key for key, _ in matches])
-        plan = []
+        sites = []
         aliases = further_names(model) if config.rank_pattern or config.alpha_pattern else {}
         names = [name for key, m in matches for name in aliases.get(id(m), (key,))]
         for key, module in matches:
@@ -129,20 +129,20 @@ class LoraModel(ModelMerging, Weighted, Starts, KasaLoss, BaseTuner):
             r, alpha = rank_and_alpha(config, *aliases.get(id(module), (key,)))
             if custom is None:
                 check(key, module, r, config)
-            plan.append((key, module, make, r, alpha))
-        beside = Beside(config, model, [key for key, _ in matches], parameters)
-        self._check_patterns(config, names + beside.parameter_names)
-        self._check_fan_in_fan_out(config, [m for _, m, make, *_ in plan if make is not None])
+            sites.append((key, module, make, r, alpha))
+        extra = ExtraTargets(config, model, [key for key, _ in matches], parameters)
+        self._check_patterns(config, names + extra.parameter_names)
+        self._check_fan_in_fan_out(config, [m for _, m, make, *_ in sites if make is not None])
         saved = find_modules_to_save(model, config.modules_to_save)
-        self._check_saved(model, config, name, plan, saved)
-        for _, module, *_ in plan:
+        self._check_saved(model, config, name, sites, saved)
+        for _, module, *_ in sites:
             warn(module, config)
         warn_of_changed_base([config, *(c for _, c in others)])
-        return plan, saved, beside
+        return sites, saved, extra
 
     @staticmethod
     def _check_saved(
-        model: nn.Module, config: LoraConfig, name: str, plan: list[Any], saved: list[str]
+        model: nn.Module, config: LoraConfig, name: str, sites: list[Any], saved: list[str]
     ) -> None:
         """Modules that cannot be trained in full are refused before anything is changed."""
         for key in saved:
@@ -151,7 +151,7 @@ class LoraModel(ModelMerging, Weighted, Starts, KasaLoss, BaseTuner):
                 raise TypeError(
                     f"modules_to_save cannot be applied to modules of type {type(module)} (`{key}`)"
                 )
-        within = next((k for k in saved for key, *_ in plan if k.startswith(f"{key}.")), None)
+        within = next((k for k in saved for key, *_ in sites if k.startswith(f"{key}.")), None)
         if within is not None:
             raise TypeError(
                 f"modules_to_save cannot be applied to `{within}`: it is a part of a layer that "
@@ -162,7 +162,7 @@ class LoraModel(ModelMerging, Weighted, Starts, KasaLoss, BaseTuner):
         for wanted in config.modules_to_save or ():
             if wanted in HEADS or any(ends_with_words(key, wanted) for key in saved):
                 continue
-            inside = [f"{key}.{part}" for key, *_ in plan for part in parts]
+            inside = [f"{key}.{part}" for key, *_ in sites for part in parts]
             inside += [key for key, _ in model.named_modules() if key]
             if any(ends_with_words(key, wanted) for key in inside):
                 raise ValueError(
@@ -219,8 +219,12 @@ class LoraModel(ModelMerging, Weighted, Starts, KasaLoss, BaseTuner):
         config = self.peft_config[adapter_name]
         assert isinstance(config, LoraConfig)
         others = [c for n, c in self.peft_config.items() if n != adapter_name]
+        rest = (config, adapter_name, low_cpu_mem_usage, state_dict)
+        if not config.layer_replication:
+            self._inject(model, *rest)
+            return
         with stacked(model, config, others) as unstack:
-            self._inject(model, config, adapter_name, low_cpu_mem_usage, state_dict)
+            self._inject(model, *rest)
         if unstack is not None:
             self.__dict__["_unstack"] = unstack
 
@@ -232,14 +236,14 @@ class LoraModel(ModelMerging, Weighted, Starts, KasaLoss, BaseTuner):
         low_cpu_mem_usage: bool,
         state_dict: dict[str, Tensor] | None,
     ) -> None:
-        plan, saved, beside = self._plan(model, config, adapter_name, state_dict)
+        sites, saved, extra = self._check(model, config, adapter_name, state_dict)
         flags = [(p, p.requires_grad) for p in parameters_of(model)]
         # what is there already trains, or does not, as before; the first adapter freezes the model
         first = not any(isinstance(m, BaseTunerLayer) for m in self.adapter_layers())
         try:
             with collect() as change_base_weights:
                 self._put_in(
-                    model, config, adapter_name, plan, saved, beside, low_cpu_mem_usage, first
+                    model, config, adapter_name, sites, saved, extra, low_cpu_mem_usage, first
                 )
                 change_base_weights()
         except BaseException:
@@ -252,19 +256,19 @@ class LoraModel(ModelMerging, Weighted, Starts, KasaLoss, BaseTuner):
                 if parameter.requires_grad != flag:
                     parameter.requires_grad = flag
         known = set(self.targeted_module_names)
-        names = [key.removeprefix("_orig_mod.") for key, *_ in plan]
+        names = [key.removeprefix("_orig_mod.") for key, *_ in sites]
         self.targeted_module_names += [n for n in names if n not in known]
         known = set(self.targeted_parameter_names)
-        self.targeted_parameter_names += [n for n in beside.parameter_names if n not in known]
+        self.targeted_parameter_names += [n for n in extra.parameter_names if n not in known]
 
     def _put_in(
         self,
         model: nn.Module,
         config: LoraConfig,
         adapter_name: str,
-        plan: list[Any],
+        sites: list[Any],
         saved: list[str],
-        beside: Beside,
+        extra: ExtraTargets,
         low_cpu_mem_usage: bool,
         first: bool,
     ) -> None:
@@ -278,8 +282,8 @@ class LoraModel(ModelMerging, Weighted, Starts, KasaLoss, BaseTuner):
         trainable = active and not config.inference_mode
         before = set() if self.training else {id(layer) for layer in self.adapter_layers()}
         how = (self._autocast_dtype, low_cpu_mem_usage, trainable)
-        places = places_of(model, (module for _, module, make, *_ in plan if make is not None))
-        for key, module, make, r, alpha in plan:
+        places = places_of(model, (module for _, module, make, *_ in sites if make is not None))
+        for key, module, make, r, alpha in sites:
             layer, added = module, False
             if make is not None:
                 added = make is custom_class(module, config)
@@ -294,7 +298,7 @@ class LoraModel(ModelMerging, Weighted, Starts, KasaLoss, BaseTuner):
                     setattr(parent, name, layer)
             if not added:
                 add_adapter(layer, adapter_name, key, r, alpha, config, *how)
-        beside.put_layers(model, adapter_name, self.active_adapters, *how)
+        extra.put_layers(model, adapter_name, self.active_adapters, *how)
         if not self.training:
             for layer in self.adapter_layers():
                 if isinstance(layer, LoraLayer) and id(layer) not in before:
@@ -304,7 +308,7 @@ class LoraModel(ModelMerging, Weighted, Starts, KasaLoss, BaseTuner):
             # original's
             self._train_biases(model, config)
         wrap_modules_to_save(model, adapter_name, saved, config.inference_mode, activate=active)
-        beside.put_modules(model, adapter_name, active, self._autocast_dtype)
+        extra.put_modules(model, adapter_name, active, self._autocast_dtype)
         form_groups(model, Linear)
         if active and not first:  # the layers of earlier adapters were on those
             self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -368,26 +372,25 @@ class LoraModel(ModelMerging, Weighted, Starts, KasaLoss, BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Hand ``adapter_names`` and ``alora_offsets`` to the layers for the calls within the
+        """Hand ``adapter_names``, and what is for variants, to the layers for the calls within the
         block; ``row_repeats``: how often generate() repeats each row there, for beams or for
         several returned sequences."""
         times = kwargs.get("row_repeats") or kwargs.get("num_beams") or 1
-        offsets = kwargs.get("alora_offsets")
-        if offsets is not None:
-            if (kwargs.get("num_beams") or 1) > 1:
-                raise ValueError("Beam search not yet supported for aLoRA.")
-            offsets = [offset for offset in offsets for _ in range(times)]
-            layers = [m for m in self.adapter_layers() if isinstance(m, LoraLayer)]
-            with (
-                handing_offsets(layers, self.model, offsets),
-                self._enable_peft_forward_hooks(*args, **{**kwargs, "alora_offsets": None}),
-            ):
-                yield
-            return
         adapter_names = kwargs.get("adapter_names")
-        if adapter_names is None:
+        with ExitStack() as stack:
+            for name, variant in CALL_KWARGS.items():
+                if (value := kwargs.get(name)) is not None:
+                    layers = [m for m in self.adapter_layers() if isinstance(m, LoraLayer)]
+                    block = variant.handing(self.model, layers, value, kwargs, times)
+                    stack.enter_context(block)
+            if adapter_names is not None:
+                stack.enter_context(self._handing_names(adapter_names, times))
             yield
-            return
+
+    def _handing_names(
+        self, adapter_names: Sequence[str], times: int
+    ) -> AbstractContextManager[None]:
+        """Within the block each row, ``times`` in turn, has the adapter that is named for it."""
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
         have = set(self.peft_config) | {"__base__"}
@@ -402,11 +405,7 @@ class LoraModel(ModelMerging, Weighted, Starts, KasaLoss, BaseTuner):
         in_encoder = {id(m) for m in encoder.modules()} if encoder is not None else set()
 
         # generate() runs the encoder once for each row, before the rows are repeated
-        given = {m: once if id(m) in in_encoder else names for m in self.adapter_layers()}
-        with handing(given):
-            yield
-
-    _get_monteclora_loss = variational_loss
+        return handing({m: once if id(m) in in_encoder else names for m in self.adapter_layers()})
 
 
 __all__ = ["LoraModel", "layer_class"]

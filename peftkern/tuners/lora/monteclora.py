@@ -168,15 +168,35 @@ class MontecloraSampler(nn.Module):
         return 0.5 * self.num_samples * (v.sum() - v.log().sum() - self.out_features)
 
 
-class MontecloraLinearVariant(TrainedOtherwise):
+def variational_loss(model: nn.Module, adapter_names: str | list[str] | None = None) -> Any:
+    """The mean, over layers and adapters, of what MonteCLoRA adds to the loss.
+
+    Args:
+        model: a LoraModel.
+        adapter_names: of which adapters; None: of the active ones.
+
+    Returns:
+        A tensor with a graph to the last call; 0.0 where no adapter is of MonteCLoRA.
+    """
+    active: Any = model.active_adapters
+    names = as_names(active if adapter_names is None else adapter_names)
+    found: list[Any] = []
+    for layer in model.modules():
+        samplers = (
+            getattr(layer, "lora_monteclora_sampler", {}) if isinstance(layer, LoraLayer) else {}
+        )
+        found += [sum(samplers[n].get_variational_loss()) for n in names if n in samplers]
+    return sum(found) / len(found) if found else 0.0
+
+
+class MontecloraLinearVariant(TrainedOtherwise, setting="monteclora_config", layers=("linear",)):
     """On linear layers: ``lora_monteclora_sampler[adapter]`` is saved with the adapter."""
 
     name = "MonteCLoRA"
+    weight_stores = {"lora_monteclora_sampler": nn.ModuleDict}
+    model_methods = {"_get_monteclora_loss": variational_loss}
 
     def init(self, layer: Any, adapter: str, config: Any, trainable: bool) -> None:
-        if not hasattr(layer, "lora_monteclora_sampler"):
-            layer.lora_monteclora_sampler = nn.ModuleDict()
-            layer.adapter_layer_names = (*layer.adapter_layer_names, "lora_monteclora_sampler")
         own, A = config.monteclora_config, layer.lora_A[adapter].weight
         sampler = MontecloraSampler(
             in_features=layer.in_features,
@@ -212,27 +232,6 @@ class MontecloraLinearVariant(TrainedOtherwise):
         else:
             A = A + noise
         return result + layer.lora_B[adapter](linear(x, A)) * layer.scaling[adapter]
-
-
-def variational_loss(model: nn.Module, adapter_names: str | list[str] | None = None) -> Any:
-    """The mean, over layers and adapters, of what MonteCLoRA adds to the loss.
-
-    Args:
-        model: a LoraModel.
-        adapter_names: of which adapters; None: of the active ones.
-
-    Returns:
-        A tensor with a graph to the last call; 0.0 where no adapter is of MonteCLoRA.
-    """
-    active: Any = model.active_adapters
-    names = as_names(active if adapter_names is None else adapter_names)
-    found: list[Any] = []
-    for layer in model.modules():
-        samplers = (
-            getattr(layer, "lora_monteclora_sampler", {}) if isinstance(layer, LoraLayer) else {}
-        )
-        found += [sum(samplers[n].get_variational_loss()) for n in names if n in samplers]
-    return sum(found) / len(found) if found else 0.0
 
 
 class MontecloraTrainerMixin:

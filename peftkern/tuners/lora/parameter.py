@@ -16,7 +16,7 @@ from ...ops.tracing import is_compiling, is_tracing
 from ...utils.handing import HERE, hand_over
 from .base import NOTHING, LoraLayer
 from .linear import bare_linear
-from .variant import take_kwargs
+from .variant import table_of, take_kwargs, variant_class
 
 COMPUTED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # A parametrization changes the module's class, and torch's cache of them is the whole process's:
@@ -87,6 +87,7 @@ class ParamWrapper(nn.Module, LoraLayer):
         ValueError: the parameter has neither 2 nor 3 dimensions.
     """
 
+    layer_kind = "parameter"
     # attributes of PEFT's layers that this kind does not fill
     lora_embedding_A = lora_embedding_B = NOTHING
     lora_A: nn.ModuleDict
@@ -126,22 +127,17 @@ class ParamWrapper(nn.Module, LoraLayer):
             "lora_dropout != 0": config.lora_dropout,
             "fan_in_fan_out": config.fan_in_fan_out,
             "lora_bias=True": config.lora_bias,
-            "use_dora=True": config.use_dora,
         }
         for what, asked in settings.items():
             if asked:
                 raise ValueError(f"lora.ParamWrapper does not work with {what}.")
-        if config.kasa_config is not None:
-            raise ValueError("lora.ParamWrapper does not work when `kasa_config` is set.")
-        if config.velora_config is not None:
-            raise ValueError("lora.ParamWrapper does not work when `velora_config` is set.")
-        if config.monteclora_config is not None:
-            raise ValueError("Invalid or unsupported variant combination: ('monteclora_config',)")
         if config.init_name not in (True, False, "gaussian"):
             raise ValueError(
                 f"lora.ParamWrapper does not work with init_lora_weights="
                 f"{config.init_lora_weights!r}, only with True, False and 'gaussian'."
             )
+        kind = ParamWrapper.layer_kind
+        variant_class(table_of(kind), kind, config)
 
     def _adapter_placement(self, autocast_dtype: bool, meta: bool) -> dict[str, Any]:
         parameter = self.get_param()

@@ -8,6 +8,7 @@ and the same s is the same model.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import re
 import warnings
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ...configs.lora import LoraConfig
+from .variant import variants_asked
 
 _FACTOR = re.compile(r"\.lora_(?:embedding_)?([AB])(?:\.weight)?$")
 # how init_lora_weights may begin where the difference to the start is the whole update
@@ -69,8 +71,9 @@ def as_plain_lora(
         start: those that it started from.
 
     Raises:
-        ValueError: a scaling that doubles to nothing a configuration can say, DoRA,
-            ``target_parameters``, or a start that is not this adapter's.
+        ValueError: a scaling that doubles to nothing a configuration can say, a variant whose
+            adapters cannot be stacked (DoRA, KaSA, BD-LoRA, aLoRA), ``target_parameters``, or a
+            start that is not this adapter's.
     """
     if config.use_rslora and (config.rank_pattern or config.alpha_pattern):
         raise ValueError(
@@ -78,11 +81,15 @@ def as_plain_lora(
             "supported when using `rank_pattern` or `alpha_pattern` at the same time as "
             "`use_rslora=True`."
         )
-    if config.use_dora:
-        raise ValueError(
-            "Passing `path_initial_model_for_weight_conversion` to `save_pretrained` is not "
-            "supported with `use_dora=True`: its update is no difference of products."
-        )
+    for variant in variants_asked(config):
+        if not variant.stacks:
+            asked = getattr(config, variant.setting)
+            shown = f"{variant.setting}=True" if asked is True else variant.setting
+            raise ValueError(
+                "Passing `path_initial_model_for_weight_conversion` to `save_pretrained` is not "
+                f"supported with `{shown}`: the difference of two {variant.name} adapters is none "
+                "of twice the rank."
+            )
     if config.target_parameters:
         raise ValueError(
             "Passing `path_initial_model_for_weight_conversion` to `save_pretrained` is not "
@@ -95,6 +102,12 @@ def as_plain_lora(
             stacklevel=3,
         )
     plain = copy.deepcopy(config)
+    for variant in variants_asked(config):
+        if variant().supports_lora_conversion():  # B A is all that is left of it
+            field = next(f for f in dataclasses.fields(config) if f.name == variant.setting)
+            setattr(plain, field.name, field.default)
+            stores = [f".{name}" for name in (*variant.weight_stores, *variant.value_stores)]
+            tensors = {k: t for k, t in tensors.items() if not any(s in k for s in stores)}
     plain.init_lora_weights = True
     plain.r *= 2
     plain.lora_alpha *= 2**0.5 if config.use_rslora else 2

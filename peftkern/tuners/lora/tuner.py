@@ -11,9 +11,9 @@ from typing import Any
 from torch import nn
 
 from ...utils.generation import generation_setting, row_repeats
-from .alora import get_alora_offsets_for_forward, get_alora_offsets_for_generate
 from .group import settle
 from .model import LoraModel
+from .variant import with_call_kwargs, with_generate_kwargs
 
 
 class LoraTuner:
@@ -107,10 +107,7 @@ class LoraTuner:
         model = host.base_model.model
         settle(model)
         if host.finds_invocations:
-            inputs: dict[str, Any] = {
-                n: kwargs[n] for n in ("input_ids", "inputs_embeds") if n in kwargs
-            }
-            kwargs = {**get_alora_offsets_for_forward(host, **kwargs), **inputs}
+            kwargs = with_call_kwargs(host, kwargs)
         own = host.special_peft_forward_args
         if not any(kwargs.get(name) is not None for name in own):
             return model(*args, **{k: v for k, v in kwargs.items() if k not in own})
@@ -119,7 +116,7 @@ class LoraTuner:
 
     def generate(self, host: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if host.finds_invocations:
-            kwargs = get_alora_offsets_for_generate(host, *args, **kwargs)
+            kwargs = with_generate_kwargs(host, args, kwargs)
         model = host.base_model.model
         how = {
             "num_beams": generation_setting(model, kwargs, "num_beams", *args[1:2]),

@@ -26,7 +26,7 @@ UNTIED = (
 )
 
 
-def settle_tying(config: Any, model: nn.Module) -> None:
+def resolve_tying(config: Any, model: nn.Module) -> None:
     """Set ``config.modules_to_tie`` or ``config.target_modules_to_tie`` if tying is asked for, and
     put the input embedding in place of the modules tied to it in ``modules_to_save`` or
     ``target_modules``. Warns where nothing can be tied, where it should perhaps be, and where an

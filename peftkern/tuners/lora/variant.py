@@ -1,35 +1,122 @@
 """Variants of LoRA: other ways to put A and B (and more) on a layer's output, one object for each
 adapter that uses one.
 
-A layer's ``lora_variant`` maps adapter names to them and is empty for plain LoRA; its class says in
-``lora_variants`` which settings of a :class:`LoraConfig` it knows. A call with an active variant
-never takes the fused path of plain LoRA.
+A variant is one class for each kind of layer that it works on. Defining the class enters it into
+``TABLES``, under the field of the configuration that asks for it, and the rest of the package asks
+only there: nothing of a variant runs unless a configuration asks for it. `docs/extending.md` shows
+how to write one. A call with an active variant never takes the fused path of plain LoRA.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
-# what a model hands to variants of its layers, and never to their base layers
-VARIANT_KWARGS = ("alora_offsets",)
+# {kind of layer (`LoraLayer.layer_kind`): {sorted names of settings: class; None for plain LoRA}}
+TABLES: dict[str, dict[tuple[str, ...], type[LoraVariant] | None]] = {}
+# {setting: class that is asked what concerns the whole model; None for plain LoRA}
+SETTINGS: dict[str, type[LoraVariant] | None] = {}
+# {keyword of a model's call: the variant that gets it}; layers never hand it to their base layers
+CALL_KWARGS: dict[str, type[LoraVariant]] = {}
+
+
+def register(setting: str, layers: Iterable[str], variant: type[LoraVariant] | None) -> None:
+    """Let the field ``setting`` of a configuration ask for ``variant`` (None: plain LoRA, started
+    in another way) on these kinds of layer. A class that is defined again replaces itself.
+
+    Raises:
+        ValueError: the setting asks for another class on one of the kinds already.
+    """
+    kinds = (layers,) if isinstance(layers, str) else tuple(layers)
+    for kind in kinds:
+        old = TABLES.get(kind, {}).get((setting,))
+        if old is not None and (variant is None or _address(old) != _address(variant)):
+            raise ValueError(f"`{setting}` asks for {old.__name__} on {kind!r} layers already")
+    for kind in kinds:
+        table_of(kind)[(setting,)] = variant
+    first = SETTINGS.setdefault(setting, variant)
+    if first is not None and variant is not None and _address(first) == _address(variant):
+        SETTINGS[setting] = variant
+
+
+def _address(cls: type) -> tuple[str, str]:
+    return cls.__module__, cls.__qualname__
+
+
+class VariantMethods:
+    """The methods that variants add to :class:`LoraModel`, see ``LoraVariant.model_methods``."""
 
 
 class LoraVariant:
     """What one adapter of one layer does in place of adding B A x.
 
-    Methods get the layer and the adapter's name, since one class serves several kinds of layer.
+    Methods get the layer and the adapter's name, since one class serves several kinds of layer;
+    class methods are asked before there is an adapter. What concerns the whole model (``refusals``,
+    :meth:`check_beside`, :meth:`forward_kwargs`, ...) is asked of a setting's first class.
+
+    Args (of the class statement):
+        setting: the field of the configuration that asks for the variant when it holds something
+            true; it has the metadata :func:`peftkern.configs.lora_options.selects`.
+        layers: on which kinds of layer: "linear" (transformers' ``Conv1D`` too), "embedding",
+            "conv1d", "conv2d", "conv3d".
     """
+
+    # what it is called in `explain` and in errors
+    name: ClassVar[str] = ""
+    setting: ClassVar[str] = ""
+    # {attribute: what makes it}: stores {adapter: what trains and is saved} that a layer gets
+    weight_stores: ClassVar[Mapping[str, Callable[[], Any]]] = {}
+    # likewise {adapter: value}; of these a persistent `BufferDict` is saved
+    value_stores: ClassVar[Mapping[str, Callable[[], Any]]] = {}
+    # {kind of layer: words of the ValueError where the variant is not for that kind}
+    refusals: ClassVar[Mapping[str, str]] = {}
+    # keywords of a model's call that are for the variant, see `handing`
+    call_kwargs: ClassVar[tuple[str, ...]] = ()
+    # {name: function of the LoraModel and more}
+    model_methods: ClassVar[Mapping[str, Callable[..., Any]]] = {}
+    # whether `init` reads the base weight, which must be what it will stay then
+    measures_weight: ClassVar[bool] = False
+    # whether the update less that of a start, on all inputs, is an adapter with both A (and B)
+    # stacked
+    stacks: ClassVar[bool] = False
 
     # the layer's name in the model, for `init`
     target_name = ""
 
+    def __init_subclass__(
+        cls, setting: str | None = None, layers: Iterable[str] = (), **kwargs: Any
+    ) -> None:
+        super().__init_subclass__(**kwargs)
+        if setting is None:
+            return
+        cls.setting = setting
+        register(setting, layers, cls)
+        CALL_KWARGS.update(dict.fromkeys(cls.call_kwargs, cls))
+        for name, method in cls.model_methods.items():
+            setattr(VariantMethods, name, method)
+
+    # ---------------------------------------------------------------- before there is an adapter
+
+    @classmethod
+    def check(cls, key: str, base: Any, r: int, config: Any) -> None:
+        """Raise a ValueError or TypeError where the layer ``base``, called ``key``, cannot get such
+        an adapter of rank ``r``. Nothing has been changed yet."""
+
+    @classmethod
+    def check_beside(cls, config: Any, others: Sequence[tuple[str, Any]]) -> None:
+        """ValueError where the adapter of ``config`` cannot stand beside ``others``, (name,
+        configuration). Asked when ``config`` or one of them asks for the variant."""
+
+    # ---------------------------------------------------------------- in a layer
+
     def init(self, layer: Any, adapter: str, config: Any, trainable: bool) -> None:
         """Make what the adapter has beside A and B, which are made already; they may be on the meta
-        device, to be assigned later."""
+        device, to be assigned later. The stores are there."""
 
     def update(self, layer: Any, adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
         """The layer's output with this adapter.
@@ -39,7 +126,7 @@ class LoraVariant:
             adapter: the adapter's name.
             x: the layer's input, as it came.
             result: the output so far: the base layer's, and that of adapters before this one.
-            **kwargs: those of ``VARIANT_KWARGS`` that the call had.
+            **kwargs: those of ``CALL_KWARGS`` that the call had.
         """
         raise NotImplementedError
 
@@ -52,6 +139,10 @@ class LoraVariant:
         """What that operation is called in ``explain``; None where the layer's modules stand
         against it, or there is none."""
         return None
+
+    def decline(self, layer: Any, adapter: str) -> str:
+        """Why calls do not run as plain LoRA's one operation, for ``explain`` and logs."""
+        return f"{self.name}: the base layer, then the adapter by torch's operations"
 
     def merged_weight(self, layer: Any, adapter: str, weight: Tensor, base: Tensor) -> Tensor:
         """``weight`` with this adapter merged into it.
@@ -69,12 +160,13 @@ class LoraVariant:
         weight, where the variant's is one."""
         return layer.lora_B[adapter].weight, layer.lora_A[adapter].weight
 
+    def combined_by(self, layer: Any, adapter: str) -> Sequence[str] | None:
+        """The rules of ``add_weighted_adapter`` that keep the form of the adapter's A and B in this
+        layer; None where these are plain matrices, for all rules."""
+        return None
+
     def ready(self, layer: Any, adapter: str) -> None:
         """Do what had to wait for the base weight, before a call or a merge reads it."""
-
-    def decline(self, layer: Any, adapter: str) -> str:
-        """Why calls do not run as plain LoRA's one operation, for ``explain`` and logs."""
-        raise NotImplementedError
 
     def refuses_mixed(self) -> str | None:
         """Why the adapter cannot be named for rows of a batch, None when it can."""
@@ -83,6 +175,39 @@ class LoraVariant:
     def supports_lora_conversion(self) -> bool:
         """Whether the adapter may be turned into one of plain LoRA."""
         return True
+
+    # ---------------------------------------------------------------- in calls of the whole model
+
+    @classmethod
+    def forward_kwargs(cls, model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """``kwargs`` of a forward of the PeftModel with those of ``call_kwargs`` that it lacks.
+        Asked where an adapter of the model asks for the variant."""
+        return kwargs
+
+    @classmethod
+    def generate_kwargs(
+        cls, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        """:meth:`forward_kwargs` for ``generate``."""
+        return kwargs
+
+    @classmethod
+    def handing(
+        cls, model: Any, layers: Sequence[Any], value: Any, kwargs: dict[str, Any], repeats: int
+    ) -> AbstractContextManager[None]:
+        """Within the block the layers' calls get a keyword of ``call_kwargs``.
+
+        Args:
+            model: the base model.
+            layers: its LoRA layers.
+            value: what the model's call was given.
+            kwargs: all keywords of that call.
+            repeats: how often ``generate`` repeats each row of the batch.
+        """
+        raise NotImplementedError
+
+
+# -------------------------------------------------------------------- what a configuration asks for
 
 
 @cache
@@ -93,17 +218,68 @@ def _selecting(config_class: type) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return tuple(f.name for f in fields if f.metadata.get("is_lora_variant")), tuple(by_value)
 
 
-def select(known: Any, config: Any) -> LoraVariant | None:
+def settings_asked(config: Any) -> tuple[str, ...]:
+    """The settings of a configuration that ask for a variant, sorted; empty for plain LoRA."""
+    by_truth, by_value = _selecting(config.__class__)
+    asked = []
+    for name in by_truth:  # plain loops: every layer that is made asks this
+        if getattr(config, name):
+            asked.append(name)
+    if by_value:
+        init = getattr(config, "init_name", config.init_lora_weights)
+        for name in by_value:
+            if name == init:
+                asked.append(name)
+    return tuple(sorted(asked))
+
+
+def variants_asked(*configs: Any) -> list[type[LoraVariant]]:
+    """The first class of each setting by which one of these configurations asks for a variant."""
+    names = dict.fromkeys(name for config in configs for name in settings_asked(config))
+    found = (SETTINGS.get(name) for name in names)
+    return [variant for variant in found if variant is not None]
+
+
+def variant_class(table: Any, kind: str, config: Any) -> type[LoraVariant] | None:
+    """The class of ``table`` that ``config`` asks for on a kind of layer; None for plain LoRA.
+
+    Raises:
+        ValueError: the table has none such.
+    """
+    asked = settings_asked(config)
+    if asked in table:
+        return table[asked]
+    for name in asked:
+        of_setting = SETTINGS.get(name)
+        if of_setting is not None and kind in of_setting.refusals:
+            raise ValueError(of_setting.refusals[kind])
+    raise ValueError(f"Invalid or unsupported variant combination: {asked}")
+
+
+def table_of(kind: str) -> dict[tuple[str, ...], type[LoraVariant] | None]:
+    """What a kind of layer knows; the same object at every call, which later classes join."""
+    return TABLES.setdefault(kind, {(): None})
+
+
+def select(known: Any, kind: str, config: Any) -> LoraVariant | None:
     """A new variant as ``config`` asks for, None for plain LoRA.
 
     Args:
         known: {sorted names of settings that ask for it: class of the variant, None for plain
             LoRA}.
+        kind: the kind of layer.
         config: a :class:`LoraConfig`.
 
     Raises:
         ValueError: the settings name no variant of ``known``, or ``known`` itself is wrong.
     """
+    if known is not TABLES.get(kind):  # that of a user's layer class
+        _check_table(known, config)
+    variant = variant_class(known, kind, config)
+    return None if variant is None else variant()
+
+
+def _check_table(known: Any, config: Any) -> None:
     by_truth, by_value = _selecting(config.__class__)
     if any(tuple(sorted(names)) != names for names in known):
         raise ValueError("Keys of lora_variants must be sorted tuples.")
@@ -112,18 +288,41 @@ def select(known: Any, config: Any) -> LoraVariant | None:
             f"{sorted(unknown)} found in lora_variants, but no field of "
             f"{type(config).__name__} selects a variant of that name."
         )
-    asked = [name for name in by_truth if getattr(config, name)]
-    asked += [name for name in by_value if config.init_lora_weights == name]
-    key = tuple(sorted(asked))
-    if key not in known:
-        raise ValueError(f"Invalid or unsupported variant combination: {key}")
-    variant = known[key]
-    return None if variant is None else variant()
+
+
+def check_beside(config: Any, others: Sequence[tuple[str, Any]]) -> None:
+    """Raise where the variants that these adapters ask for cannot stand beside each other.
+
+    Args:
+        config: the new adapter's.
+        others: (name, configuration) of those that the model has.
+    """
+    for variant in variants_asked(config, *(other for _, other in others)):
+        variant.check_beside(config, others)
+
+
+# -------------------------------------------------------------------- in layers
+
+
+def put_variant(
+    layer: Any, adapter: str, variant: LoraVariant, config: Any, trainable: bool
+) -> None:
+    """Let the adapter, whose A and B are made, be of this variant in a layer."""
+    for names, stores in (
+        ("adapter_layer_names", variant.weight_stores),
+        ("other_param_names", variant.value_stores),
+    ):
+        for attribute, make in stores.items():
+            if attribute not in getattr(layer, names):
+                setattr(layer, attribute, make())
+                setattr(layer, names, (*getattr(layer, names), attribute))
+    layer.lora_variant[adapter] = variant
+    variant.init(layer, adapter, config, trainable)
 
 
 def take_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
     """Take what is for variants out of a call's keywords."""
-    return {name: kwargs.pop(name) for name in VARIANT_KWARGS if name in kwargs}
+    return {name: kwargs.pop(name) for name in CALL_KWARGS if name in kwargs}
 
 
 def rows_of(kwargs: dict[str, Any], rows: Tensor) -> dict[str, Any]:
@@ -147,3 +346,34 @@ def active_variant(layer: Any) -> tuple[str, LoraVariant] | None:
         if variant is not None:
             return name, variant
     return None
+
+
+# -------------------------------------------------------------------- in calls of the whole model
+
+
+def with_call_kwargs(model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The keywords of a PeftModel's forward, with what its adapters' variants take from them."""
+    for variant in _with_calls(model):
+        kwargs = variant.forward_kwargs(model, kwargs)
+    return kwargs
+
+
+def with_generate_kwargs(
+    model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """:func:`with_call_kwargs` for ``generate``."""
+    for variant in _with_calls(model):
+        kwargs = variant.generate_kwargs(model, args, kwargs)
+    return kwargs
+
+
+def _with_calls(model: Any) -> list[type[LoraVariant]]:
+    """The variants with keywords of their own that an adapter of the model asks for. Every forward
+    asks this."""
+    found = []
+    for variant in set(CALL_KWARGS.values()):
+        for config in model.peft_config.values():
+            if getattr(config, variant.setting, None):
+                found.append(variant)
+                break
+    return found

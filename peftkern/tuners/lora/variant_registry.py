@@ -1,4 +1,5 @@
-"""The variants of LoRA there are, under HF PEFT's names; what one is says :mod:`.variant`."""
+"""The variants of LoRA there are: a class that is imported here enters the tables of
+:mod:`.variant`, which says what one is. The names are HF PEFT's."""
 
 from .alora import (
     ALoraLinearVariant,

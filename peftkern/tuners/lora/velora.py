@@ -7,6 +7,7 @@ input is s · z v (equation 2). The output and all other gradients are those of 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -92,23 +93,30 @@ class VeloraFunction(torch.autograd.Function):
         return of_x, of_weight, of_bias, None, None, None
 
 
-class VeloraLinearVariant(TrainedOtherwise):
+class VeloraLinearVariant(TrainedOtherwise, setting="velora_config", layers=("linear",)):
     """On linear layers. ``lora_velora_embed[adapter]`` [D] is saved with the adapter; whether it
     was made of a batch already is not, so that "batch_average_once" makes it again in a training
     that goes on, as in HF PEFT."""
 
     name = "VeLoRA"
-    # fields of VeloraConfig that a layer keeps by adapter, in lora_velora_<field>
-    settings = ("num_groups", "init_type", "scale")
+    value_stores = {
+        "lora_velora_embed": partial(BufferDict, {}, persistent=True),
+        "lora_velora_initialized": dict,
+        "lora_velora_num_groups": dict,
+        "lora_velora_init_type": dict,
+        "lora_velora_scale": dict,
+    }
+    refusals = {
+        "attention": "MultiheadAttention does not support VeLoRA, please set `velora_config=None`.",
+        "parameter": "lora.ParamWrapper does not work when `velora_config` is set.",
+        **dict.fromkeys(
+            ("conv1d", "conv2d", "conv3d"), "VeLoRA does not support adapting conv layers."
+        ),
+    }
 
     def init(self, layer: Any, adapter: str, config: Any, trainable: bool) -> None:
-        if not hasattr(layer, "lora_velora_embed"):
-            layer.lora_velora_embed = BufferDict({}, persistent=True)
-            plain = [f"lora_velora_{name}" for name in ("initialized", *self.settings)]
-            layer.__dict__.update({name: {} for name in plain})
-            layer.other_param_names = (*layer.other_param_names, "lora_velora_embed", *plain)
         own = config.velora_config
-        for name in self.settings:
+        for name in ("num_groups", "init_type", "scale"):
             getattr(layer, f"lora_velora_{name}")[adapter] = getattr(own, name)
         base = layer._some_weight()
         size = _get_group_dim(layer.in_features, own.num_groups)

@@ -13,8 +13,7 @@ from torch import nn
 from ...configs.lora import LoraConfig
 from ..modules_to_save import ModulesToSaveWrapper
 from .base import LoraLayer
-from .bdlora import has_blocks
-from .combination import BY_FACTOR, BY_PRODUCT, CombinationType, Part, Recipe
+from .combination import BY_FACTOR, BY_PRODUCT, AdapterFactors, Combination, CombinationType
 from .embedding import Embedding
 from .restore import at_least_float32
 from .tying import share_again
@@ -82,12 +81,12 @@ class Weighted:
                 f"`weights` should have one number for each of {len(adapters)} adapters, but has "
                 f"{len(weights)}"
             )
-        recipe = Recipe(
+        rule = Combination(
             kind, rank, svd_clamp, svd_full_matrices, svd_driver, density, majority_sign_method
         )
-        self._check_recipe(recipe)
+        self._check_combination(rule)
         for layer in self._lora_layers():
-            self._parts(layer, adapters, weights, recipe)
+            self._parts(layer, adapters, weights, rule)
         first = self.peft_config[adapters[0]]
         saved = [m for name in adapters for m in self.peft_config[name].modules_to_save or ()]
         config = replace(
@@ -103,23 +102,23 @@ class Weighted:
         )
         # an initialisation that is overwritten must not change the base weights for itself
         config.init_lora_weights = True
-        self._make_from(config, adapter_name, adapters, weights, recipe)
+        self._make_from(config, adapter_name, adapters, weights, rule)
         config.init_lora_weights = first.init_lora_weights
 
     def _lora_layers(self) -> list[Any]:
         return [m for m in self.model.modules() if isinstance(m, LoraLayer)]
 
-    def _check_recipe(self, recipe: Recipe) -> None:
-        rule = recipe.kind.removesuffix("_svd")
-        if rule not in ("linear", "svd", "cat"):
-            if recipe.density is None:
-                raise ValueError(f"`density` is needed for {recipe.kind!r}, in [0, 1]")
-            if recipe.density < 0:
-                raise ValueError(f"Density should be >= 0, got {recipe.density}")
-            if rule.endswith("ties") and recipe.signs not in ("total", "frequency"):
-                raise RuntimeError(f'Unimplemented mask method "{recipe.signs}"')
-        if recipe.clamp is not None and not 0 <= recipe.clamp <= 1:
-            raise ValueError(f"`svd_clamp` should be in [0, 1] but is {recipe.clamp}")
+    def _check_combination(self, rule: Combination) -> None:
+        base = rule.kind.removesuffix("_svd")
+        if base not in ("linear", "svd", "cat"):
+            if rule.density is None:
+                raise ValueError(f"`density` is needed for {rule.kind!r}, in [0, 1]")
+            if rule.density < 0:
+                raise ValueError(f"Density should be >= 0, got {rule.density}")
+            if base.endswith("ties") and rule.signs not in ("total", "frequency"):
+                raise RuntimeError(f'Unimplemented mask method "{rule.signs}"')
+        if rule.clamp is not None and not 0 <= rule.clamp <= 1:
+            raise ValueError(f"`svd_clamp` should be in [0, 1] but is {rule.clamp}")
 
     def _check_add_weighted_adapter(
         self, adapters: list[str], combination_type: str, svd_rank: int | None
@@ -166,8 +165,8 @@ class Weighted:
         return kind, rank, _union([c.target_modules for c in configs])
 
     def _parts(
-        self, layer: Any, adapters: Sequence[str], weights: Sequence[float], recipe: Recipe
-    ) -> list[Part]:
+        self, layer: Any, adapters: Sequence[str], weights: Sequence[float], rule: Combination
+    ) -> list[AdapterFactors]:
         """What these adapters have in a layer. ValueError when it cannot be combined."""
         parts = []
         for name, weight in zip(adapters, weights, strict=True):
@@ -175,28 +174,31 @@ class Weighted:
             if found is None:
                 continue
             A, B = (at_least_float32(t.detach()).flatten(1) for t in found)
-            if has_blocks(layer, name):
-                if recipe.kind not in BY_FACTOR:
+            variant = layer.lora_variant.get(name)
+            rules = None if variant is None else variant.combined_by(layer, name)
+            if rules is not None:
+                if rule.kind not in rules:
                     raise ValueError(
-                        f"{name!r} has block-diagonal factors (BD-LoRA), which {recipe.kind!r} "
-                        f"does not keep; allowed: {', '.join(BY_FACTOR)}"
+                        f"{name!r} has factors of a form of their own ({variant.name}), which "
+                        f"{rule.kind!r} does not keep; allowed: {', '.join(rules)}"
                     )
             elif B.shape[1] != len(A):
                 raise ValueError(
                     f"{name!r} has a grouped convolution, whose update is no product; adapters "
                     "of these cannot be combined"
                 )
-            parts.append(Part(A, B, float(layer.scaling[name]), float(weight)))
-        if recipe.kind in BY_FACTOR and len({len(p.A) for p in parts}) > 1:
+            parts.append(AdapterFactors(A, B, float(layer.scaling[name]), float(weight)))
+        if rule.kind in BY_FACTOR and len({len(p.A) for p in parts}) > 1:
             raise ValueError(
                 f"All adapters must have the same r value when using combination_type "
-                f"{recipe.kind}, but in a layer of {type(layer.get_base_layer()).__name__} they "
+                f"{rule.kind}, but in a layer of {type(layer.get_base_layer()).__name__} they "
                 f"have {[len(p.A) for p in parts]} (rank_pattern)."
             )
-        if recipe.kind in BY_FACTOR and len({(p.A.shape, p.B.shape) for p in parts}) > 1:
+        if rule.kind in BY_FACTOR and len({(p.A.shape, p.B.shape) for p in parts}) > 1:
             raise ValueError(
-                f"{recipe.kind!r} combines factors of one shape, but {list(adapters)} have other "
-                "blocks in the same layer, or only some have any (BD-LoRA)"
+                f"{rule.kind!r} combines factors of one shape, but those of {list(adapters)} in "
+                f"the same layer are {[(tuple(p.A.shape), tuple(p.B.shape)) for p in parts]}: "
+                f"{', '.join(sorted({v.name for v in layer.lora_variant.values()}))}"
             )
         return parts
 
@@ -207,7 +209,7 @@ class Weighted:
         adapter_name: str,
         adapters: Sequence[str],
         weights: Sequence[float],
-        recipe: Recipe,
+        rule: Combination,
     ) -> None:
         """Put the new adapter into the model and fill it; after an error it is gone."""
         tuner: Any = self
@@ -218,7 +220,7 @@ class Weighted:
                 target = _tensors(layer, adapter_name)
                 if target is None:
                     continue
-                parts = self._parts(layer, adapters, weights, recipe)
+                parts = self._parts(layer, adapters, weights, rule)
                 if not parts:
                     raise ValueError(
                         f"None of {list(adapters)} has weights in a layer that the new adapter "
@@ -226,7 +228,7 @@ class Weighted:
                     )
                 dtype = self._dtype(layer, adapters)
                 transposed = isinstance(layer, Embedding) or getattr(layer, "fan_in_fan_out", False)
-                factors = recipe.factors(parts, transposed)
+                factors = rule.factors(parts, transposed)
                 for tensor, value, axis in zip(target, factors, (0, 1), strict=True):
                     flat = value.new_zeros(tensor.flatten(1).shape)
                     flat.narrow(axis, 0, value.shape[axis]).copy_(value)

@@ -12,6 +12,7 @@ import torch
 from ....configs.lora import LoraConfig
 from ..corda import check_eigens, corda
 from ..loraga import GRADIENT, lora_ga
+from ..variant import register, variants_asked
 from .decomposed import mica, olora, orthogonal, pissa
 from .loftq import check_settings, loftq
 from .residual import HALF_OR_SINGLE, Start, collect, note, stored
@@ -28,6 +29,8 @@ METHODS: dict[str, Callable[[Any, str, LoraConfig], Start | None]] = {
     "lora_ga": lora_ga,
     "mica": mica,
 }
+# in HF PEFT a variant, which goes with no other; its layers compute as plain LoRA's
+register("mica", ("linear", "embedding"), None)
 # what a linear layer draws by itself: A at random and B zero
 PLAIN = ("gaussian", "eva")
 WRONG_DTYPE = {
@@ -84,8 +87,6 @@ def check(key: str, base: Any, r: int, config: LoraConfig) -> None:
         return  # HF PEFT starts an embedding plainly whatever is asked for
     if isinstance(base, (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)) and name == "lora_ga":
         return  # likewise
-    if name == "mica" and (asked := _beside_mica(base, config)) is not None:
-        raise ValueError(f"Invalid or unsupported variant combination: {asked}")
     if not (isinstance(base, torch.nn.Linear) or hasattr(base, "nf") or name == "mica"):
         raise ValueError(
             f"Unknown initialization init_lora_weights={config.init_lora_weights!r} for the "
@@ -138,14 +139,6 @@ def check(key: str, base: Any, r: int, config: LoraConfig) -> None:
         check_settings(config)
 
 
-def _beside_mica(base: Any, config: LoraConfig) -> tuple[str, ...] | None:
-    """The settings that MiCA does not go with on this layer, as HF PEFT names them."""
-    if config.use_dora:
-        return ("mica", "use_dora")
-    fits = isinstance(base, (torch.nn.Linear, torch.nn.Embedding)) or hasattr(base, "nf")
-    return None if fits else ("mica",)
-
-
 @torch.no_grad()
 def start(layer: Any, adapter: str, config: LoraConfig) -> None:
     """Give ``lora_A`` [r, K] and ``lora_B`` [N, r] of a linear layer their first values, and take
@@ -175,5 +168,6 @@ def start(layer: Any, adapter: str, config: LoraConfig) -> None:
             linear.out_features, linear.in_features = value.shape
         if not linear.weight.is_meta:  # then a checkpoint brings the values
             linear.weight.copy_(value.to(stored(base.weight.dtype)))
-    # DoRA measures the weight next
-    note(base.weight, found, at_once=config.use_dora)
+    # a variant that measures the weight does so next
+    measured = any(variant.measures_weight for variant in variants_asked(config))
+    note(base.weight, found, at_once=measured)

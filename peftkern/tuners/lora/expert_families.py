@@ -1,0 +1,35 @@
+"""Which models have their experts' linear layers in fused parameters, under transformers 5.
+
+Every adapter asks this; what is done about it stands in :mod:`.fused_experts`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+# {family: {name of a linear layer: the parameter that it is, or is part of}}
+FUSED: dict[str, dict[str, str]] = {
+    "mixtral": {
+        "gate": "gate.weight",
+        "w1": "gate_up_proj",
+        "w3": "gate_up_proj",
+        "w2": "down_proj",
+    },
+    "qwen2_moe": {
+        "gate": "gate.weight",
+        "gate_proj": "gate_up_proj",
+        "up_proj": "gate_up_proj",
+        "down_proj": "down_proj",
+    },
+}
+
+
+def fused_names(model: Any) -> dict[str, str]:
+    """The renamed layers of a model's family; empty for all others."""
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if not isinstance(model_type, str):
+        return {}
+    from transformers import conversion_mapping  # not there before 5.0
+
+    families = getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {})
+    return FUSED.get("mixtral" if model_type == "mixtral" else families.get(model_type, ""), {})
