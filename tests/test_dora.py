@@ -1,4 +1,4 @@
-"""DoRA against HF PEFT: numbers, gradients, training, files, merging, and what HF PEFT refuses."""
+"""What is particular to DoRA, against HF PEFT: changed layers, norms, training, convolutions."""
 
 from __future__ import annotations
 
@@ -120,11 +120,10 @@ def test_three_steps_of_training(family, p):
     assert_same_number(dict(ours.named_parameters()), dict(theirs.named_parameters()))
 
 
-@pytest.mark.parametrize("family", TARGETS)
-def test_fp32_errs_no_more_than_peft(family):
-    ours, theirs = moved(*pair(family, use_dora=True, target_modules=TARGETS[family]))
+def test_fp32_errs_no_more_than_peft():
+    ours, theirs = moved(*pair("gpt2", use_dora=True, target_modules=TARGETS["gpt2"]))
     models = ours, theirs, copy.deepcopy(theirs).double()
-    assert_as_good_as_torch(*(step(model, inputs(family)) for model in models))
+    assert_as_good_as_torch(*(step(model, inputs("gpt2")) for model in models))
 
 
 @pytest.mark.parametrize("autocast", [True, False])
@@ -177,31 +176,6 @@ def test_nothing_changes_at_first(dtype):
     targets = ["c_attn", "c_proj", "wte"]
     config = peftkern.LoraConfig(use_dora=True, target_modules=targets, fan_in_fan_out=True)
     assert torch.equal(first(peftkern.get_peft_model(base, config).eval()(**batch)), before)
-
-
-@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")
-def test_files_go_both_ways(tmp_path):
-    settings = dict(use_dora=True, target_modules=TARGETS["llama"])
-    double = {"dtype": torch.float64}
-    ours, theirs = moved(*pair("llama", **settings, **double))
-    batch = inputs("llama")
-    ours.save_pretrained(tmp_path / "ours")
-    theirs.save_pretrained(tmp_path / "theirs")
-    files = [
-        peftkern.load_peft_weights(tmp_path / name, device="cpu") for name in ("ours", "theirs")
-    ]
-    assert {k: v.shape for k, v in files[0].items()} == {k: v.shape for k, v in files[1].items()}
-    assert any(k.endswith("q_proj.lora_magnitude_vector") for k in files[0])
-    with torch.no_grad():
-        want = first(theirs(**batch))
-        loaded = peft.PeftModel.from_pretrained(make("llama", **double), tmp_path / "ours")
-        assert_same_number(first(loaded(**batch)), want)
-        for low in (False, True):
-            again = peftkern.PeftModel.from_pretrained(
-                make("llama", **double), tmp_path / "theirs", low_cpu_mem_usage=low
-            )
-            assert_same_number(first(again(**batch)), want)
-            assert not any(q.is_meta for q in again.parameters())
 
 
 @pytest.mark.filterwarnings("ignore:Already following adapters were merged")
