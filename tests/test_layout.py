@@ -524,3 +524,42 @@ def test_editable_install_runs(tree: Path, tmp_path: Path) -> None:
     printed = run_python(code, "-S", cwd=tmp_path, PYTHONPATH=str(others))
     version, table, leaked, home = printed.split(maxsplit=3)
     assert (table, leaked, home) == ("table", "0", str(tree / "kernels"))
+
+
+# -------------------------------------------------------------------- what a PeftModel keeps
+
+
+# HF PEFT's name for what `adapter_names` go through; its users open it themselves
+OPEN = {"_enable_peft_forward_hooks"}
+
+
+def private_names(tree: ast.AST) -> set[str]:
+    """Private names that classes define, or that methods give their object."""
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef):
+            found |= {d.name for d in node.body if isinstance(d, ast.FunctionDef)}
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            found |= {node.attr} if ast.unparse(node.value) == "self" else set()
+    return {name for name in found if name.startswith("_") and not name.startswith("__")} - OPEN
+
+
+def test_nothing_reaches_into_a_peft_model() -> None:
+    own = sorted((ROOT / "peftkern" / "model").glob("*.py"))
+    names: set[str] = set().union(*(private_names(ast.parse(p.read_text())) for p in own))
+    assert {"_add_heads", "_adapters_disabled"} <= names
+    # what tuners define under the same name is theirs
+    reached = [
+        f"{path.relative_to(ROOT)}:{node.lineno} {ast.unparse(node)}"
+        for path in PACKAGE_FILES
+        if path not in own
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and node.attr in names
+        if ast.unparse(node.value) != "self"
+    ]
+    assert reached == []
+
+
+def test_a_peft_model_does_not_ask_which_kind_it_has() -> None:
+    for path in (ROOT / "peftkern" / "model").glob("*.py"):
+        assert "is_prompt_learning" not in path.read_text(), path
