@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
@@ -22,7 +23,6 @@ def fsdp_auto_wrap_policy(model: nn.Module) -> Any:
     ``FSDP_TRANSFORMER_CLS_TO_WRAP``. TypeError when the model has no module of one of them.
     """
     from torch.distributed.fsdp.wrap import (
-        _or_policy,
         lambda_auto_wrap_policy,
         transformer_auto_wrap_policy,
     )
@@ -41,9 +41,18 @@ def fsdp_auto_wrap_policy(model: nn.Module) -> Any:
         return not module._modules and weight is not None and weight.requires_grad
 
     return functools.partial(
-        _or_policy,
+        _any,
         policies=[
             functools.partial(lambda_auto_wrap_policy, lambda_fn=trained_leaf),
             functools.partial(transformer_auto_wrap_policy, transformer_layer_cls=classes),
         ],
+    )
+
+
+def _any(
+    module: nn.Module, recurse: bool, nonwrapped_numel: int, policies: Sequence[Callable[..., bool]]
+) -> bool:
+    return any(
+        policy(module=module, recurse=recurse, nonwrapped_numel=nonwrapped_numel)
+        for policy in policies
     )

@@ -200,3 +200,22 @@ def test_processes_that_write_at_once_lose_nothing(folder):
 def test_an_entry_chooses_what_its_operation_has(op, choice, says):
     with pytest.raises(ValueError, match=f"choice of {op} is {choice!r}; allowed: {says}"):
         entry(32, choice, op)
+
+
+@pytest.mark.parametrize("answer, said", [(0, "CUDA 13020"), (3, "none"), (None, "none")])
+def test_the_driver_is_asked_where_no_file_tells(monkeypatch, answer, said):
+    """Under WSL, say, where a result must not outlive the driver either."""
+
+    class Cuda:
+        def cuDriverGetVersion(self, number):
+            number._obj.value = 13020
+            return answer
+
+    def load(name):
+        if answer is None:
+            raise OSError(f"{name}: cannot open shared object file")
+        return Cuda()
+
+    monkeypatch.setattr(tuned.ctypes, "CDLL", load)
+    monkeypatch.setattr(tuned, "_DRIVER_FILES", ())
+    assert tuned._driver() == said

@@ -13,6 +13,7 @@ from ..tuners.base_layer import get_model_config
 from ..tuners.wrapped import innermost
 from ..utils.constants import DUMMY_MODEL_CONFIG
 from ..utils.peft_types import PeftType, TaskType
+from ..utils.private import NAME_KEY
 
 _VERSIONS = "### Framework versions"
 _QUANTISED = "The base model was quantised with this configuration:"
@@ -109,8 +110,8 @@ def create_or_update_model_card(model: Any, output_dir: str | os.PathLike[str]) 
     if TaskType.CAUSAL_LM in tasks and not card.data.get("pipeline_tag"):
         card.data["pipeline_tag"] = "text-generation"
     config = get_model_config(innermost(model))
-    if config != DUMMY_MODEL_CONFIG and config.get("_name_or_path"):
-        card.data["base_model"] = config["_name_or_path"]
+    if config != DUMMY_MODEL_CONFIG and config.get(NAME_KEY):
+        card.data["base_model"] = config[NAME_KEY]
     lines = card.text.splitlines()
     quantisation = config.get("quantization_config")
     if quantisation and _QUANTISED not in lines:

@@ -26,6 +26,7 @@ from ..tuners.lora.parameter import ParamWrapper
 from ..utils.device import infer_device
 from ..utils.peft_types import PeftType
 from ..utils.places import further_names
+from ..utils.private import COMPILED, is_compiled, uncompiled
 from .base_tensors import find_beside
 from .loading import check_shared, insert_adapter_name
 from .slots import PREFIX, Slot, adapter_slots
@@ -63,7 +64,7 @@ def prepare_model_for_compiled_hotswap(
         ValueError: the model is compiled, has no LoRA layers, or an adapter of a larger rank; it is
             left as it was then.
     """
-    if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None):
+    if is_compiled(model):
         if check_compiled == "error":
             raise ValueError("Call prepare_model_for_compiled_hotswap *before* compiling the model")
         if check_compiled == "warn":
@@ -219,7 +220,7 @@ def hotswap_adapter(
     weights = load_peft_weights(
         model_name_or_path, torch_device or infer_device(), rest.get("key_mapping"), **hub
     )
-    own = _places(getattr(model, "_orig_mod", model), adapter_name, config)
+    own = _places(uncompiled(model), adapter_name, config)
     named = {k if k in own else insert_adapter_name(k, adapter_name): v for k, v in weights.items()}
     short = f".{_MAGNITUDE}.{adapter_name}"  # how files name what is a module's weight
     named = {k + ".weight" if k.endswith(short) else k: v for k, v in named.items()}
@@ -249,7 +250,7 @@ def hotswap_adapter_from_state_dict(
             dimension and smaller in another than its place.
         RuntimeError: names that the model has not got. Either way nothing was changed.
     """
-    bare = getattr(model, "_orig_mod", model)
+    bare = uncompiled(model)
     if any(
         adapter_name in m.merged_adapters
         for m in adapter_modules(bare)
@@ -262,7 +263,7 @@ def hotswap_adapter_from_state_dict(
             "otherwise corrupt them."
         )
     places = dict(bare.named_parameters(remove_duplicate=False))
-    state = {key.removeprefix("_orig_mod."): value for key, value in state_dict.items()}
+    state = {key.removeprefix(COMPILED): value for key, value in state_dict.items()}
     known = _places(bare, adapter_name, config)
     unexpected = [key for key in state if key not in places or key not in known]
     if unexpected:

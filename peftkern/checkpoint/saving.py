@@ -20,6 +20,7 @@ from ..tuners.lora.plain import as_plain_lora
 from ..tuners.wrapped import innermost
 from ..utils.constants import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from ..utils.module_tree import checkpoints_activations, parameters_of, training_modules
+from ..utils.private import RENAMED
 from ..utils.undo import unchanged_on_error
 from .card import create_or_update_model_card
 from .loading import LoadResult, check_keys, check_shapes, fill, match_weights
@@ -253,7 +254,7 @@ class AdapterFiles:
         # the first values of a prompt are not needed, and may need a tokenizer
         config.inference_mode = not is_trainable or config.is_prompt_learning
         if key_mapping is None and not config.is_prompt_learning:
-            key_mapping = getattr(model, "_checkpoint_conversion_mapping", None)
+            key_mapping = getattr(model, RENAMED, None)
         weights = load_peft_weights(model_id, rest.get("torch_device"), key_mapping, **hub)
         config.check_fits(weights)
         flags = [(p, p.requires_grad) for p in parameters_of(model)]
@@ -324,7 +325,7 @@ class AdapterFiles:
         else:
             config = self.peft_config[adapter_name]
         if key_mapping is None and not config.is_prompt_learning:
-            key_mapping = getattr(self.get_base_model(), "_checkpoint_conversion_mapping", None)
+            key_mapping = getattr(self.get_base_model(), RENAMED, None)
         weights = load_peft_weights(model_id, torch_device, key_mapping, **hub)
         if new:
             config.check_fits(weights)

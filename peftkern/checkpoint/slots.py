@@ -13,8 +13,8 @@ from ..tuners.base_layer import BaseTunerLayer, walk
 from ..tuners.modules_to_save import ModulesToSaveWrapper
 from ..tuners.prompting.encoder import BasePromptEncoder
 from ..tuners.trainable_tokens import TrainableTokensLayer
+from ..utils.private import WRAPPERS
 
-WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 PROMPT_KEY = "prompt_embeddings"
 PREFIX = "base_model.model."
 

@@ -17,6 +17,7 @@ from ..files.hub import locate_file
 from ..tuners.targets import targets_embedding
 from ..utils.constants import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from ..utils.device import infer_device
+from ..utils.private import uncompiled
 from ..utils.warning import PeftWarning
 from .base_tensors import bias_slots, embedding_slots, unmerged
 from .loading import few
@@ -62,7 +63,7 @@ def get_peft_model_state_dict(
             unloaded, or is HF PEFT's).
     """
     if unwrap_compiled:
-        model = getattr(model, "_orig_mod", model)
+        model = uncompiled(model)
     slots = slots_to_save(model, adapter_name)
     config = model.peft_config[adapter_name]
     inferred = state_dict is None

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..files.atomic import write_text_atomically
+from ..utils.private import use_one_gpu
 from . import resume
 from .data import Dataset, read_data, split_records
 from .encode import Example, collator, encode, pad_id
@@ -246,7 +247,7 @@ def _training_arguments(settings: TrainSettings) -> Any:
         **options,
     )
     if args.n_gpu > 1:
-        args._n_gpu = 1  # else Trainer would split batches with nn.DataParallel
+        use_one_gpu(args)
     return args
 
 

@@ -33,6 +33,7 @@ from torch import Tensor
 from ..kernels.common import INTERPRET
 from ..kernels.fp32 import tf32
 from ..kernels.tuning import Entry, Key
+from ..utils.private import transforms_active, without_dispatch_modes
 from . import choices, device, race, torch_backend, triton_backend, tuned
 from .choices import TORCH
 from .device import on_its_device
@@ -97,7 +98,7 @@ def races_off() -> str | None:
 
 def _foreign(x: Tensor) -> bool:
     kind: Any = type(x)
-    return kind not in _PLAIN or torch._C._are_functorch_transforms_active()
+    return kind not in _PLAIN or transforms_active()
 
 
 def _no_race_here(x: Tensor) -> str | None:
@@ -107,15 +108,6 @@ def _no_race_here(x: Tensor) -> str | None:
     if torch.compiler.is_compiling():
         return "torch.compile is tracing"
     return None
-
-
-def _unseen() -> contextlib.AbstractContextManager[Any]:
-    """Dispatch modes (selective checkpointing, counters) see the operation, not the race."""
-    if torch._C._len_torch_dispatch_stack() == 0:
-        return contextlib.nullcontext()
-    from torch.utils._python_dispatch import _disable_current_modes
-
-    return _disable_current_modes()
 
 
 @contextlib.contextmanager
@@ -242,7 +234,7 @@ def _race(case: _Case, ways: Callable[[str], race.Run], book: tuned.Book) -> tup
     named = {name: ways(name) for name in choices.names(case.op, case.M)}
     key, graph_key = case.key(), case.key(graph=True)
     try:
-        with _unseen(), torch.no_grad():
+        with without_dispatch_modes(), torch.no_grad():
             plain, graphed = race.run(named, case.like.dtype, clock, graphs=graph_key != key)
     except race.Undecided as e:
         log.info("no race for %s: %s", key, e)

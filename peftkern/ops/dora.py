@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from ..utils.private import unsafe_view
 from . import autocast, dora_torch, torch_backend
 from . import backend as _backend
 from .bits import unpack_bits
 from .dora_norm import gain, row_norms
-from .lora import _reshaped, to_autocast
+from .lora import to_autocast
 
 
 class _DoraLinear(torch.autograd.Function):
@@ -63,7 +64,7 @@ class _DoraLinear(torch.autograd.Function):
         )
         ctx.x_like = (x.shape, x.dtype)
         ctx.scale, ctx.p, ctx.transposed = scale, p, transposed
-        return y if x.dim() == 2 else _reshaped(y, (*x.shape[:-1], y.shape[-1]))
+        return y if x.dim() == 2 else unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

@@ -14,12 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from ..utils.private import unsafe_view
 from . import autocast
 from . import backend as _backend
 from .bits import unpack_bits
-
-# as torch's own linear does: a view that leaves a custom Function may not be written to by callers
-_reshaped = torch.ops.aten._unsafe_view.default
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -46,7 +44,7 @@ class _LoraLinear(torch.autograd.Function):
         )
         ctx.x_like = (x.shape, x.dtype)
         ctx.scale, ctx.p, ctx.transposed = scale, p, transposed
-        return y if x.dim() == 2 else _reshaped(y, (*x.shape[:-1], y.shape[-1]))
+        return y if x.dim() == 2 else unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

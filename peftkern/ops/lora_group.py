@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..utils.private import unsafe_view
 from . import autocast
 from . import backend as _backend
 from .bits import unpack_bits
@@ -37,7 +38,7 @@ class _LoraGroup(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         lead = x.shape[:-1]
         # fresh tensors and, as in torch's own linear, no views: callers may write into the output
-        return tuple(torch.ops.aten._unsafe_view(y, (*lead, y.shape[-1])) for y, _, _ in done)
+        return tuple(unsafe_view(y, (*lead, y.shape[-1])) for y, _, _ in done)
 
     @staticmethod
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:

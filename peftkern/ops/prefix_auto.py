@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..utils.private import without_dispatch_modes
 from . import auto_backend, prefix_kernel, race
 from .choices import TORCH
 from .device import capturing, on_its_device
@@ -101,7 +102,7 @@ def _race(
     else:
         ways[KERNEL] = lambda: prefix_kernel.forward(*tensors, rule)[0]
     try:
-        with auto_backend._unseen(), torch.no_grad():
+        with without_dispatch_modes(), torch.no_grad():
             outcome, _ = race.run(ways, tensors[0].dtype, auto_backend.clock)
     except race.Undecided as e:
         return TORCH, f"no race: {e}"

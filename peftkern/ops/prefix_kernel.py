@@ -17,6 +17,7 @@ from ..kernels.prefix_attention import attend
 from ..kernels.prefix_backward import attend_backward, declines
 from ..kernels.prefix_decode import decode, few_rows
 from ..kernels.prefix_tile import MAX_HEAD_DIM
+from ..utils.private import transforms_active
 from .device import on_its_device
 from .prefix_rule import Needs, Rule
 
@@ -40,7 +41,7 @@ def why_not(q: Tensor, training: bool) -> str | None:
     kind: Any = type(q)
     if kind not in _PLAIN:
         return f"tensors of {kind.__name__}"
-    if torch._C._are_functorch_transforms_active():
+    if transforms_active():
         return "inside a torch.func transform"
     return refusal(q, q.shape[3], training)
 

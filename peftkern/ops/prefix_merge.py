@@ -19,13 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..utils.private import cpu_flash, cpu_flash_backward, flash, flash_backward
 from .prefix_rule import Grads, Needs, Rule
 
-_aten = torch.ops.aten
-_cpu = _aten._scaled_dot_product_flash_attention_for_cpu.default
-_cpu_backward = _aten._scaled_dot_product_flash_attention_for_cpu_backward.default
-_cuda = _aten._scaled_dot_product_flash_attention.default
-_cuda_backward = _aten._scaled_dot_product_flash_attention_backward.default
+_KNOWS_PARTS = None not in (cpu_flash, cpu_flash_backward, flash, flash_backward)
 # whether torch's CPU attention takes fewer key heads than query heads, backward too
 _KNOWS_GROUPS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
 
@@ -34,6 +31,8 @@ def why_not(q: Tensor, rule: Rule) -> str | None:
     """Why the vendor's attention cannot take the parts of a call; None when it can."""
     if rule.scored is not None:
         return rule.scored
+    if not _KNOWS_PARTS:
+        return f"torch {torch.__version__} has no attention that returns its log-sum-exp"
     if rule.window is not None:
         return "a sliding window that hides keys"
     if q.is_cpu:
@@ -101,10 +100,10 @@ def _attend(
 ) -> tuple[Tensor, Tensor, Any]:
     """O [B, H, T, D], lse [B, H, T] in float32 (float64 for float64), and what backward wants."""
     if q.is_cpu:
-        o, lse = _cpu(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
+        o, lse = cpu_flash(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
         return o, lse, None
     # by the operator's schema; run under fake tensors only, never on a device
-    o, lse, *rest = _cuda(q, k, v, 0.0, causal, False, scale=scale)
+    o, lse, *rest = flash(q, k, v, 0.0, causal, False, scale=scale)
     return o, lse, rest[:6]
 
 
@@ -120,10 +119,10 @@ def _attend_backward(
     mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if q.is_cpu:
-        return _cpu_backward(do, q, k, v, o, lse, 0.0, causal, attn_mask=mask, scale=scale)
+        return cpu_flash_backward(do, q, k, v, o, lse, 0.0, causal, attn_mask=mask, scale=scale)
     # never run on a device; without dropout the random state is not read
     state = torch.empty((), dtype=torch.int64, device=q.device)
-    return _cuda_backward(
+    return flash_backward(
         do, q, k, v, o, lse, None, None, q.shape[2], k.shape[2], 0.0, causal, state, state,
         scale=scale,
     )  # fmt: skip

@@ -10,6 +10,7 @@ that write it at the same time lose nothing of each other's.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import datetime
 import functools
 import hashlib
@@ -57,12 +58,18 @@ class Machine(NamedTuple):
         return {"driver": self.driver, "torch": self.torch, "triton": self.triton}
 
 
+_DRIVER_FILES = ("/sys/module/nvidia/version", "/sys/module/amdgpu/version")
+
+
 def _driver() -> str:
-    for path in ("/sys/module/nvidia/version", "/sys/module/amdgpu/version"):
+    for path in _DRIVER_FILES:
         with contextlib.suppress(OSError):
             return Path(path).read_text().strip()
-    ask = getattr(torch._C, "_cuda_getDriverVersion", None)  # not in builds without CUDA
-    return str(ask()) if ask is not None else "none"
+    with contextlib.suppress(OSError):  # under WSL, and in some containers, there are no such files
+        cuda, number = ctypes.CDLL("libcuda.so.1"), ctypes.c_int()
+        if cuda.cuDriverGetVersion(ctypes.byref(number)) == 0:
+            return f"CUDA {number.value}"
+    return "none"
 
 
 @functools.cache

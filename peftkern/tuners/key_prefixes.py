@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from ..utils.private import FSDP
 from ._buffer_dict import BufferDict
 from .base_layer import BaseTunerLayer
 from .base_tuner import BaseTuner
@@ -62,7 +63,7 @@ def _get_tuner_state_dict_key_prefixes(
     found: set[str] = set()
     beside: set[str] = set()
     for name, module in model.named_modules():
-        name = name.removeprefix("_fsdp_wrapped_module.")
+        name = name.removeprefix(FSDP)
         if isinstance(module, AuxiliaryTrainingWrapper):
             beside.add(name)
         elif isinstance(module, BaseTuner) or (

@@ -22,6 +22,7 @@ from ..utils.error import NoMatchingPeftModuleError
 from ..utils.patterns import Pattern, whole
 from ..utils.peft_types import TaskType
 from ..utils.places import further_names
+from ..utils.private import COMPILED
 from .base_layer import BaseTunerLayer, get_model_config, walk
 from .target_names import _find_minimal_target_modules, ends_with_one_of
 
@@ -190,7 +191,7 @@ def match_targets(
         if not name:
             continue
         if given is not None:
-            short = name.removeprefix("_orig_mod.")
+            short = name.removeprefix(COMPILED)
             if matcher(short):
                 configured.add(short)
             if short in given:
@@ -206,7 +207,7 @@ def match_targets(
         else:
             any_other = True
     if given is not None:
-        _warn_inconsistent(configured, {n.removeprefix("_orig_mod.") for n, _ in found})
+        _warn_inconsistent(configured, {n.removeprefix(COMPILED) for n, _ in found})
     if not found:
         _raise_unmatched(config, targets, any_excluded, any_other)
     if getattr(config, "exclude_modules", None) and not any_excluded:
@@ -221,7 +222,7 @@ def match_targets(
 def _named_in(state_dict: dict[str, Tensor], prefix: str) -> set[str]:
     """Names of the modules that have adapter tensors in a state dict."""
     found = (key.rsplit("." + prefix, 1)[0] for key in state_dict if "." + prefix in key)
-    return {n.removeprefix("base_model.model.").removeprefix("_orig_mod.") for n in found}
+    return {n.removeprefix("base_model.model.").removeprefix(COMPILED) for n in found}
 
 
 def _warn_inconsistent(configured: set[str], found: set[str]) -> None:

@@ -73,7 +73,7 @@ class _Files:
         if model_path is None:
             try:
                 model_path = snapshot_download(
-                    model.base_model.config._name_or_path, local_files_only=True
+                    model.base_model.config.name_or_path, local_files_only=True
                 )
             except (AttributeError, HFValidationError) as exc:
                 raise ValueError(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .patterns import ending, whole
+from .private import NO_SPLIT
 
 
 def get_submodules(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module, str]:
@@ -134,4 +135,4 @@ def freeze_adapter(model: nn.Module, adapter_name: str) -> None:
 
 def no_split_modules(model: Any) -> set[str]:
     """Names of the classes whose modules a device map keeps on one device."""
-    return set(getattr(model, "_no_split_modules", None) or ())
+    return set(getattr(model, NO_SPLIT, None) or ())

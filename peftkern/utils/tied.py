@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from .private import TIED
+
 # what wrappers put into the name of a weight
 _INFIX = re.compile(r"\.(?:token_adapter\.base_layer|original_module|base_layer)(?=\.|$)")
 
@@ -37,7 +39,7 @@ def modules_tied_to_embedding(model: Any) -> list[str]:
         ValueError: a mapping, and no ``get_input_embeddings`` to tell which ones count.
     """
     model = _innermost(model)
-    keys = getattr(model, "_tied_weights_keys", None)
+    keys = getattr(model, TIED, None)
     if (
         getattr(getattr(model, "config", None), "tie_word_embeddings", None) is False
         or keys is None
@@ -132,7 +134,7 @@ def _tied_to_embedding(model: Any) -> list[str]:
     """Names of the weights that a mapping ties to the input embedding's."""
     mapping: dict[str, str] = {}
     for name, module in model.named_modules():
-        own = getattr(module, "_tied_weights_keys", None)
+        own = getattr(module, TIED, None)
         if isinstance(own, dict):
             dot = f"{name}." if name else ""
             mapping.update({dot + key: dot + source for key, source in own.items()})

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .private import CHECKPOINT_RUNNER
+
 # The transformers that the tests have verified, first and last: within them whatever the third
 # number is.
 TESTED = ((5, 15), (5, 24))
@@ -115,7 +117,8 @@ def how_checkpointed(base: Any) -> tuple[bool, bool]:
         return function(x)
 
     layer: Any = Layer()
-    layer.gradient_checkpointing, layer._gradient_checkpointing_func = True, run
+    layer.gradient_checkpointing = True
+    setattr(layer, CHECKPOINT_RUNNER, run)
     layer.register_forward_pre_hook(lambda *_: hooked.append(True))
     x = torch.zeros(())
     with torch.enable_grad():

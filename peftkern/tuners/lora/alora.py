@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ...ops import autocast
 from ...utils.handing import HERE, handing
+from ...utils.private import CHECKPOINT_RUNNER, checkpoint_runners
 from .variant import LoraVariant
 
 BASE = "__base__"
@@ -192,7 +193,6 @@ def _first(model: Any) -> str:
 # -------------------------------------------------------------------- how layers hear of it
 
 
-_RUN = "_gradient_checkpointing_func"  # how transformers runs a block that it checkpoints
 _LOCK = threading.Lock()
 # {module: how many calls need its checkpoints to carry what they hand over}
 _CARRYING: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
@@ -202,13 +202,15 @@ _CARRYING: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 def handing_offsets(layers: Sequence[Any], model: nn.Module, offsets: Any) -> Iterator[None]:
     """Within the block, and in the recomputation of blocks that are checkpointed in it, each of
     these layers gets ``alora_offsets``."""
-    runs = [m for m in model.modules() if _RUN in m.__dict__]
+    runs = checkpoint_runners(model)
     # the modules are every thread's, so what they are given says nothing about a call
     with _LOCK:
         for module in runs:
             count = _CARRYING.get(module, 0)
             if count == 0:
-                module.__dict__[_RUN] = functools.partial(_checkpoint, module.__dict__[_RUN])
+                module.__dict__[CHECKPOINT_RUNNER] = functools.partial(
+                    _checkpoint, module.__dict__[CHECKPOINT_RUNNER]
+                )
             _CARRYING[module] = count + 1
     try:
         with handing({layer: {"alora_offsets": offsets} for layer in layers}):
@@ -217,9 +219,9 @@ def handing_offsets(layers: Sequence[Any], model: nn.Module, offsets: Any) -> It
         with _LOCK:
             for module in runs:
                 _CARRYING[module] -= 1
-                run = module.__dict__.get(_RUN)
+                run = module.__dict__.get(CHECKPOINT_RUNNER)
                 if not _CARRYING[module] and getattr(run, "func", None) is _checkpoint:
-                    module.__dict__[_RUN] = run.args[0]  # type: ignore[union-attr]
+                    module.__dict__[CHECKPOINT_RUNNER] = run.args[0]  # type: ignore[union-attr]
 
 
 def _checkpoint(run: Callable[..., Any], function: Any, *args: Any, **kwargs: Any) -> Any:

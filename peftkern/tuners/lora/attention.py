@@ -272,7 +272,7 @@ class MultiheadAttention(nn.Module, LoraLayer):
 
 def check_attention(base: Any, config: LoraConfig | None) -> None:
     """Raise, with HF PEFT's words, for an attention that cannot be adapted so."""
-    if not getattr(base, "_qkv_same_embed_dim", True):
+    if not base.embed_dim == base.kdim == base.vdim:
         raise ValueError(
             "Only same embed for query/key/value is supported as of now for MultiheadAttention."
         )

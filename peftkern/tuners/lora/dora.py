@@ -21,6 +21,7 @@ from ...ops.backend import describe
 from ...ops.dora import dora_linear
 from ...ops.dora_norm import gain, row_norms
 from ...ops.tracing import is_tracing
+from ...utils.private import convolve
 from .plan import is_hooked
 from .variant import LoraVariant
 
@@ -300,7 +301,7 @@ class DoraConvVariant(DoraVariant):
         return layer.get_base_layer().weight.dim() - 2
 
     def product(self, layer: Any, base: Any, x: Tensor) -> Tensor:
-        return base._conv_forward(x, base.weight.to(x.dtype), None)
+        return convolve(base, x, base.weight.to(x.dtype))
 
 
 class DoraConv1dVariant(DoraConvVariant, setting="use_dora", layers=("conv1d",)):

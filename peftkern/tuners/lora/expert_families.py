@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from ...utils.private import conversion_families
+
 # {family: {name of a linear layer: the parameter that it is, or is part of}}
 FUSED: dict[str, dict[str, str]] = {
     "mixtral": {
@@ -29,7 +31,5 @@ def fused_names(model: Any) -> dict[str, str]:
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if not isinstance(model_type, str):
         return {}
-    from transformers import conversion_mapping  # not there before 5.0
-
-    families = getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {})
-    return FUSED.get("mixtral" if model_type == "mixtral" else families.get(model_type, ""), {})
+    family = "mixtral" if model_type == "mixtral" else conversion_families().get(model_type, "")
+    return FUSED.get(family, {})

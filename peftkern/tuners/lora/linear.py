@@ -15,11 +15,12 @@ from ...ops.library import traced_lora_linear, why_formula
 from ...ops.lora import lora_linear
 from ...ops.tracing import is_compiling, is_tracing
 from ...utils.handing import HERE, hand_over
+from ...utils.private import GLOBAL_HOOKS, jit_is_tracing, transforms_active
 from . import inits
 from .base import NOTHING, LoraLayer
 from .group import Group
 from .inits.random import of_linear, placed
-from .plan import GLOBAL_HOOKS, Plan, is_hooked, weight_layout
+from .plan import Plan, is_hooked, weight_layout
 from .row_adapters import AdapterNames, forward_mixed
 from .variant import make_ready, take_kwargs
 
@@ -121,8 +122,8 @@ class Linear(nn.Module, LoraLayer):
             or state["_disable_adapters"]
             or state["merged_adapters"]
             or plan.is_hooked()
-            or torch._C._are_functorch_transforms_active()
-            or torch._C._is_tracing()  # torch.jit.is_tracing at a third of its cost
+            or transforms_active()
+            or jit_is_tracing()  # torch.jit.is_tracing at a third of its cost
         ):
             return None
         params = plan.base_params
@@ -163,7 +164,7 @@ class Linear(nn.Module, LoraLayer):
     def product_call(self, x: Tensor, name: str) -> tuple[Any, ...] | None:
         """What :meth:`fused_call` returns, for a call with this adapter, whose
         :meth:`product_reason` is None."""
-        if torch._C._are_functorch_transforms_active() or is_tracing():
+        if transforms_active() or is_tracing():
             return None
         base: Any = self.base_layer
         a: Any = self.lora_A[name]

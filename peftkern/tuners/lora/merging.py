@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 from transformers.pytorch_utils import Conv1D
 
+from ...utils.private import CONV_FORWARD
 from ...utils.warning import PeftWarning
 from ..adapter_calls import BROKEN, check_adapters_to_merge
 from .restore import Kept, at_least_float32
@@ -20,9 +21,9 @@ _FORWARDS: dict[type[nn.Module], tuple[str, ...]] = {
     nn.Linear: ("forward",),
     Conv1D: ("forward",),
     nn.Embedding: ("forward",),
-    nn.Conv1d: ("forward", "_conv_forward"),
-    nn.Conv2d: ("forward", "_conv_forward"),
-    nn.Conv3d: ("forward", "_conv_forward"),
+    nn.Conv1d: ("forward", CONV_FORWARD),
+    nn.Conv2d: ("forward", CONV_FORWARD),
+    nn.Conv3d: ("forward", CONV_FORWARD),
 }
 
 
@@ -33,7 +34,7 @@ def own_forward(base: Any) -> str | None:
         if not isinstance(base, kind):
             continue
         cls: Any = type(base)
-        if all(getattr(cls, name) is getattr(kind, name) for name in methods):
+        if all(getattr(cls, name, None) is getattr(kind, name, None) for name in methods):
             return None
         if kind is nn.Embedding and hasattr(base, "embed_scale"):  # which the update is given too
             return None

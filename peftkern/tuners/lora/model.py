@@ -18,6 +18,7 @@ from ...utils.handing import handing
 from ...utils.module_tree import get_submodules, parameters_of
 from ...utils.patterns import ending
 from ...utils.places import ends_with_words, further_names, places_of
+from ...utils.private import COMPILED
 from ...utils.tied import modules_tied_to_embedding
 from ..base_layer import BaseTunerLayer, walk
 from ..base_tuner import BaseTuner
@@ -256,7 +257,7 @@ class LoraModel(ModelMerging, Weighted, Starts, VariantMethods, BaseTuner):
                 if parameter.requires_grad != flag:
                     parameter.requires_grad = flag
         known = set(self.targeted_module_names)
-        names = [key.removeprefix("_orig_mod.") for key, *_ in sites]
+        names = [key.removeprefix(COMPILED) for key, *_ in sites]
         self.targeted_module_names += [n for n in names if n not in known]
         known = set(self.targeted_parameter_names)
         self.targeted_parameter_names += [n for n in extra.parameter_names if n not in known]
@@ -344,7 +345,7 @@ class LoraModel(ModelMerging, Weighted, Starts, VariantMethods, BaseTuner):
         rest = [name for name in self.peft_config if name != adapter_name]
         self._take_out(only_empty=bool(rest))
         left = {name for name, m in walk(self.model) if isinstance(m, BaseTunerLayer)}
-        left = {name.replace("_orig_mod.", "") for name in left}
+        left = {name.replace(COMPILED, "") for name in left}
         self.targeted_module_names = [n for n in self.targeted_module_names if n in left]
 
     def _take_out(self, only_empty: bool = True) -> None:

@@ -22,6 +22,7 @@ from torch.nn.functional import linear, softmax
 
 from ...ops import autocast
 from ...utils.device import infer_device
+from ...utils.private import bartlett, in_backward
 from ..base_layer import as_names
 from .base import LoraLayer
 from .training_variants import TrainedOtherwise
@@ -45,7 +46,7 @@ class Draws:
         of_weights = torch.randn(count, samples, **place)
         source = Wishart(r, scale_tril=torch.eye(r, device=self.device))
         # what is not on the diagonal has no use
-        of_variances = [source._bartlett_sampling(torch.Size()).diag() for _ in range(count)]
+        of_variances = [bartlett(source).diag() for _ in range(count)]
         variances = torch.stack(of_variances).to(noise.dtype)
         self.left = list(zip(noise, variances, of_weights, strict=True))[::-1]
 
@@ -114,7 +115,7 @@ class MontecloraSampler(nn.Module):
         """z [samples, K, r], v [r] and w [samples] of a call; noted for the loss."""
         s, a = self.std_prior, self.expert_weights_prior
         # within a backward this is a checkpoint's recomputation, which needs its forward's numbers
-        if self._drawn is None or torch._C._current_graph_task_id() == -1:
+        if self._drawn is None or not in_backward():
             self._drawn = self.sampler.get(s.device, s.dtype)
         z, of_variance, of_weights = self._drawn
         v = (torch.exp(2 * s) * of_variance).clamp(min=1e-3)

@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 
+from ...utils.private import hook_of
+
 
 def _offloads(module: Any) -> bool:
     """Whether accelerate keeps the weights of this module in host memory or on disk."""
-    return bool(getattr(getattr(module, "_hf_hook", None), "offload", False))
+    return bool(getattr(hook_of(module), "offload", False))
 
 
 @contextmanager
@@ -23,13 +25,13 @@ def onloaded(layer: Any) -> Iterator[None]:
     """
     held: list[Any] = [m for m in layer.modules() if m is not layer and _offloads(m)]
     for module in held:
-        module._hf_hook.pre_forward(module)
+        hook_of(module).pre_forward(module)
     try:
         yield
     finally:
         base: Any = layer.get_base_layer() if hasattr(layer, "get_base_layer") else None
         for module in held:
-            hook = module._hf_hook
+            hook = hook_of(module)
             if module is base:
                 tensors = dict(module.named_parameters(recurse=False))
                 if hook.offload_buffers:

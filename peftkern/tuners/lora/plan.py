@@ -5,19 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from torch.nn.modules import module as _nn_module
-from torch.utils.hooks import RemovableHandle
+
+from ...utils.private import GLOBAL_HOOKS, HookCounter
 
 if TYPE_CHECKING:
     from .linear import Linear
-
-# torch's own dicts of global hooks; a call that skips a module's __call__ must not skip these
-GLOBAL_HOOKS: tuple[Any, ...] = (
-    _nn_module._global_forward_hooks,
-    _nn_module._global_forward_pre_hooks,
-    _nn_module._global_backward_hooks,
-    _nn_module._global_backward_pre_hooks,
-)
 
 
 def weight_layout(base_cls: Any) -> bool | None:
@@ -112,7 +104,7 @@ class Plan:
         Looked up only when a hook was registered anywhere since the last time that there was none:
         every registration takes a number, and twenty dicts cost as much as a product of one row.
         """
-        number = RemovableHandle.next_id
+        number = HookCounter.next_id
         if number == self.hooks_seen:
             return False
         if any(self.hooks):

@@ -14,7 +14,8 @@ from torch.nn.parameter import Parameter
 from ...ops import autocast
 from ...ops.lora_mixed import Adapter, SampleIndex, lora_mixed
 from ...ops.tracing import is_recording
-from .plan import GLOBAL_HOOKS, is_hooked, weight_layout
+from ...utils.private import GLOBAL_HOOKS, transforms_active
+from .plan import is_hooked, weight_layout
 from .variant import rows_of
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ def as_one(layer: Linear, x: Tensor, names: AdapterNames) -> Tensor:
 def mixed_reason(layer: Linear, x: Tensor, names: AdapterNames) -> str | None:
     """Why a mixed batch is not one operation in this layer; None when it is."""
     base: Any = layer.base_layer
-    if is_recording() or torch._C._are_functorch_transforms_active():
+    if is_recording() or transforms_active():
         return "a transform traces the plain formula"
     if weight_layout(base.__class__) is None or "bias" not in base._parameters:
         return f"base layer {type(base).__name__} computes its product itself"

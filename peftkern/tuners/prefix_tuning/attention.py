@@ -18,6 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ...ops.prefix_attention import prefix_attention
+from ...utils.private import attention_name, upcast_attention
 from ...utils.versions import sdpa_ignores_softcap
 from .masks import MaskSpec, prefix_mask, prefix_visible
 from .state import PrefixState
@@ -61,7 +62,7 @@ def original_of(name: str | None) -> str | None:
 def foreign(config: Any) -> str | None:
     """Name of the function that somebody registered with transformers for the attention that this
     configuration names; None where it is transformers' own."""
-    name = config._attn_implementation
+    name = attention_name(config)
     function = ALL_ATTENTION_FUNCTIONS.get(original_of(name) or name)
     while isinstance(function, functools.partial):
         function = function.func
@@ -75,7 +76,7 @@ def _implementation(original: str, module: nn.Module) -> Callable[..., Any]:
     if original != "eager":
         return ALL_ATTENTION_FUNCTIONS[original]
     if getattr(module, "reorder_and_upcast_attn", False):  # GPT-2's second eager attention
-        return lambda module, q, k, v, mask, **_: module._upcast_and_reordered_attn(q, k, v, mask)
+        return lambda module, q, k, v, mask, **_: upcast_attention(module, q, k, v, mask)
     for owner in type(module).__mro__:  # eager functions live beside the classes that call them
         function = getattr(sys.modules.get(owner.__module__), "eager_attention_forward", None)
         if function is not None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ...utils.private import attention_name
 from ...utils.versions import cache_name, cache_of, in_checkpoint
 from . import deberta
 from .families import Family, at
@@ -159,7 +160,7 @@ def _left_out(
         RuntimeError: says ``reason``; the attention might take another mask than can be made here.
     """
     B, T = hidden.shape[:2]
-    how = getattr(config, "_attn_implementation", None)
+    how = None if config is None else attention_name(config)
     # Whether tokens see those behind them: added to the scores, a mask that hides some is needed.
     both = how in (None, "eager") or not getattr(attention, "is_decoder", True)
     all_seen = both or T == 1

@@ -26,6 +26,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from ...utils.private import recurrent_start
 from ...utils.versions import CACHE_NAMES, cache_name, cache_of, cached_tokens
 from .state import (
     ActivePrefix,
@@ -77,7 +78,7 @@ def prefix_cache(
     kind = str(getattr(text, "model_type", ""))
     # its layers with a window keep no more than that
     own = any(name in kind for name in ("gemma2", "gemma3_text", "gemma4"))
-    recurrent = hasattr(model, "_setup_cache")
+    recurrent = recurrent_start(model) is not None
     cache = DynamicCache(config=text) if own or recurrent else DynamicCache()
     places = _layer_devices(model)
     for layer, pair in enumerate(pairs):
@@ -269,7 +270,7 @@ class CachedPrefix:
         cache = prefix_cache(entry.prefixes, rows, self.model, self.seq2seq)
         layers: Any = getattr(cache, "self_attention_cache", cache).layers
         setattr(layers[0], _MARK, P)
-        begin = getattr(self.model, "_setup_cache", None)
+        begin = recurrent_start(self.model)
         if begin is not None:  # its layers keep a state, which they drop at position 0 alone
             begin(self.model.config, rows, self.model.device, self.model.dtype)
         return cache

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ...ops.tracing import is_recording
+from ...utils.private import hook_of
 from .cached import CachedPrefix
 from .inject import PrefixInjection
 from .state import Prefix
@@ -54,7 +55,7 @@ def _is_meta(tensor: Tensor | None) -> bool:
 
 def _brings_weights(module: nn.Module) -> bool:
     """Whether accelerate, which offloaded its weights, brings them for each call of it."""
-    hook = getattr(module, "_hf_hook", None)
+    hook = hook_of(module)
     return any(getattr(one, "offload", False) for one in getattr(hook, "hooks", (hook,)))
 
 

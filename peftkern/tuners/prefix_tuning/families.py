@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from ...utils.private import asks_for_attention, forward_of
 from . import deberta
 from .attention import foreign
 
@@ -184,7 +185,7 @@ def is_verified(model: nn.Module, here: Found) -> bool:
 
 
 def _is_transformers_own(module: nn.Module) -> bool:
-    forward = getattr(module, "_old_forward", module.forward)  # the former behind accelerate's hook
+    forward = forward_of(module)
     places = (type(module).__module__, getattr(forward, "__module__", None) or "")
     return all(place.startswith("transformers.") for place in places)
 
@@ -199,17 +200,9 @@ def _candidate(name: str, stack: nn.Module) -> Found | None:
     attentions = tuple(at(layer, family.attention) for layer in layers)
     if not all(isinstance(a, nn.Module) for a in attentions):
         return None
-    if family.until_interface and all(_uses_interface(a) for a in attentions):
+    if family.until_interface and all(asks_for_attention(a) for a in attentions):
         family = replace(family, block=None)
     return Found(stack, name, family, tuple(layers), attentions)
-
-
-def _uses_interface(attention: nn.Module) -> bool:
-    try:
-        source = inspect.getsource(type(attention).forward)
-    except (OSError, TypeError):
-        return False
-    return "ALL_ATTENTION_FUNCTIONS" in source
 
 
 def find(model: nn.Module, num_layers: int) -> Found:
@@ -241,7 +234,7 @@ def find(model: nn.Module, num_layers: int) -> Found:
         raise refuse(model, reason)
     if here.family.block is None:
         for layer in here.attentions:
-            if not _uses_interface(layer):
+            if not asks_for_attention(layer):
                 reason = f"{type(layer).__name__} does not call transformers' AttentionInterface"
                 raise refuse(model, reason)
     if here.family.positions == "ids":

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...utils.private import KEEPS_CACHE, attention_name, keep_cache, set_attention
 from ...utils.versions import cache_of, in_checkpoint, parameters_of
 from . import attention, blocks, deberta, positions, reentrant
 from .families import find
@@ -117,7 +118,7 @@ class PrefixInjection:
         if self._blocks:
             for slot, block in enumerate(self.layers):
                 # A replay may use the object that stands for the cache: it writes to none.
-                block._can_checkpoint_with_cache = True  # type: ignore[assignment]
+                keep_cache(block)
                 own = (_BlockHook(self, slot), *([self._at_first] if slot == 0 else []))
                 self._outside.append(Outside(self, block, *own))
         else:
@@ -141,15 +142,15 @@ class PrefixInjection:
     def _stand_before(self) -> None:
         """Before whatever attention implementation is set now, a user's later choice included."""
         for config in self.configs:
-            name = config._attn_implementation
+            name = attention_name(config)
             if name not in attention.REGISTERED:
-                config._attn_implementation_internal = attention.register(name or "eager")
+                set_attention(config, attention.register(name or "eager"))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._number = next(_numbers)  # this process counts its own
         for config in self.configs:  # in another process its name is not registered yet
-            original = attention.original_of(config._attn_implementation)
+            original = attention.original_of(attention_name(config))
             if original is not None:
                 attention.register(original)
 
@@ -166,11 +167,11 @@ class PrefixInjection:
             deberta.step_aside(module)
         if self._blocks:
             for block in self.layers:
-                block.__dict__.pop("_can_checkpoint_with_cache", None)
+                block.__dict__.pop(KEEPS_CACHE, None)
         for config in self.configs:
-            original = attention.original_of(config._attn_implementation)
+            original = attention.original_of(attention_name(config))
             if original is not None:
-                config._attn_implementation_internal = original
+                set_attention(config, original)
         self.configs.clear()
 
     # ----------------------------------------------------------------------------- prefixes

@@ -120,7 +120,7 @@ class MaskSpec:
         return self._unprefixed[0]
 
     def _of_original(self) -> Any:
-        function = ALL_MASK_ATTENTION_FUNCTIONS._global_mapping.get(self.original)
+        function = ALL_MASK_ATTENTION_FUNCTIONS.get(self.original)
         # an implementation without a mask function takes none, as in transformers
         return None if function is None else function(**self.arguments)
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from ...utils.private import CHECKPOINT_RUNNER
 from ...utils.versions import hooks_in_checkpoints, in_checkpoint
 
 
@@ -33,14 +34,15 @@ class Outside:
         layer: Any = self.layer
         if not (hooks_in_checkpoints() and in_checkpoint(layer)):
             return
-        if not isinstance(layer._gradient_checkpointing_func, _Runner):
-            layer._gradient_checkpointing_func = _Runner(self, layer._gradient_checkpointing_func)
+        run = getattr(layer, CHECKPOINT_RUNNER)
+        if not isinstance(run, _Runner):
+            setattr(layer, CHECKPOINT_RUNNER, _Runner(self, run))
 
     def remove(self) -> None:
         self._handle.remove()
-        run = self.layer.__dict__.get("_gradient_checkpointing_func")
+        run = self.layer.__dict__.get(CHECKPOINT_RUNNER)
         if isinstance(run, _Runner) and run.outside is self:
-            self.layer._gradient_checkpointing_func = run.run
+            setattr(self.layer, CHECKPOINT_RUNNER, run.run)
 
     def _before(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if hooks_in_checkpoints() and in_checkpoint(layer):
@@ -56,7 +58,7 @@ class Outside:
 
 
 class _Runner:
-    """Stands for ``_gradient_checkpointing_func`` of a layer."""
+    """Stands for what transformers runs a layer with that it checkpoints."""
 
     def __init__(self, outside: Outside, run: Any) -> None:
         self.outside, self.run = outside, run

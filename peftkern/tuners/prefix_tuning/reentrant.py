@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...utils.private import CHECKPOINT_RUNNER
 from ...utils.versions import in_checkpoint
 from .state import Prefix, PrefixState
 
@@ -23,7 +24,7 @@ def is_reentrant(layer: nn.Module) -> bool:
     """Whether transformers will run this layer in a reentrant checkpoint now."""
     if not in_checkpoint(layer):
         return False
-    run = getattr(layer, "_gradient_checkpointing_func", None)
+    run = getattr(layer, CHECKPOINT_RUNNER, None)
     return bool(getattr(run, "keywords", {}).get("use_reentrant", False))
 
 

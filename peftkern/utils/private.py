@@ -1,0 +1,222 @@
+"""The private names of torch, transformers and accelerate, reached from here alone;
+:mod:`.private_names` says why each is used, and what happens without it.
+
+A leaf, so that :mod:`peftkern.ops` may import it too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.jit import is_tracing  # type: ignore[attr-defined]  # it is not in its `__all__`
+from torch.nn.modules import module as _nn_module
+from torch.utils.hooks import RemovableHandle
+
+from .private_names import PrivateNameError, warn_without
+
+# ------------------------------------------------------------------------------------ torch
+
+if hasattr(torch._C, "_are_functorch_transforms_active"):
+    transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
+else:
+    warn_without("_C._are_functorch_transforms_active")
+
+    def transforms_active() -> bool:
+        return True
+
+
+jit_is_tracing: Callable[[], bool] = getattr(torch._C, "_is_tracing", is_tracing)
+
+
+def _aten(name: str) -> Any:
+    packet = getattr(torch.ops.aten, name, None)
+    return None if packet is None else packet.default
+
+
+flash = _aten("_scaled_dot_product_flash_attention")
+flash_backward = _aten("_scaled_dot_product_flash_attention_backward")
+cpu_flash = _aten("_scaled_dot_product_flash_attention_for_cpu")
+cpu_flash_backward = _aten("_scaled_dot_product_flash_attention_for_cpu_backward")
+# (tensor, shape) -> the tensor in that shape and, as from torch's own linear, no view: one that
+# leaves a custom Function may not be written to by callers
+unsafe_view: Callable[..., Tensor] = _aten("_unsafe_view") or torch.view_copy
+
+
+def without_dispatch_modes() -> contextlib.AbstractContextManager[Any]:
+    """Within the block no dispatch mode (selective checkpointing, counters) sees a call."""
+    depth = getattr(torch._C, "_len_torch_dispatch_stack", None)
+    if depth is not None and depth() == 0:
+        return contextlib.nullcontext()
+    try:
+        from torch.utils._python_dispatch import _disable_current_modes
+    except ImportError:
+        raise PrivateNameError("utils._python_dispatch._disable_current_modes") from None
+    return _disable_current_modes()
+
+
+def in_backward() -> bool:
+    """Whether this thread is within a backward pass."""
+    ask = getattr(torch._C, "_current_graph_task_id", None)
+    if ask is None:
+        raise PrivateNameError("_C._current_graph_task_id")
+    return ask() != -1
+
+
+def _global_hooks() -> tuple[Any, ...]:
+    found = []
+    for kind in ("forward", "forward_pre", "backward", "backward_pre"):
+        hooks = getattr(_nn_module, f"_global_{kind}_hooks", None)
+        if hooks is None:
+            warn_without(f"nn.modules.module._global_{kind}_hooks")
+            hooks = {"unknown": None}
+        found.append(hooks)
+    return tuple(found)
+
+
+# torch's own dicts of hooks on all modules: they are looked at, never copied
+GLOBAL_HOOKS = _global_hooks()
+
+
+class _Uncounted:
+    next_id = float("nan")  # never the number that was seen before
+
+
+# ``next_id`` is another number once a hook was registered on anything
+HookCounter: Any = RemovableHandle if hasattr(RemovableHandle, "next_id") else _Uncounted
+
+CONV_FORWARD = "_conv_forward"
+
+
+def convolve(conv: Any, x: Tensor, weight: Tensor) -> Tensor:
+    """x through a convolution that has this weight, and no bias."""
+    if not hasattr(conv, CONV_FORWARD):
+        raise PrivateNameError("nn.Conv2d._conv_forward")
+    return getattr(conv, CONV_FORWARD)(x, weight, None)
+
+
+def bartlett(wishart: Any) -> Tensor:
+    """One draw of L [r, r], where L Lᵀ has the Wishart distribution."""
+    draw = getattr(wishart, "_bartlett_sampling", None)
+    if draw is None:
+        raise PrivateNameError("distributions.Wishart._bartlett_sampling")
+    return draw(torch.Size())
+
+
+# what wrappers put into the names of weights: torch.compile, FSDP, torch's checkpoint_wrapper
+COMPILED = "_orig_mod."
+FSDP = "_fsdp_wrapped_module."
+WRAPPERS = (COMPILED, FSDP, "_checkpoint_wrapped_module.")
+
+
+def uncompiled(model: Any) -> Any:
+    """The model within torch.compile's wrapper; any other as it is."""
+    return getattr(model, "_orig_mod", model)
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether torch.compile wrapped the model, or will compile its calls."""
+    return uncompiled(model) is not model or bool(getattr(model, "_compiled_call_impl", None))
+
+
+# ----------------------------------------------------------------------------- transformers
+
+CHECKPOINT_RUNNER = "_gradient_checkpointing_func"
+KEEPS_CACHE = "_can_checkpoint_with_cache"
+NO_SPLIT = "_no_split_modules"
+TIED = "_tied_weights_keys"
+RENAMED = "_checkpoint_conversion_mapping"
+NAME_KEY = "_name_or_path"
+
+
+def attention_name(config: Any) -> str | None:
+    """The attention that a model with this configuration calls ("sdpa", "eager", ...)."""
+    if not hasattr(config, "_attn_implementation"):
+        raise PrivateNameError("PreTrainedConfig._attn_implementation")
+    return config._attn_implementation
+
+
+def set_attention(config: Any, name: str | None) -> None:
+    """Let models with this configuration, and none within it, call that attention."""
+    config._attn_implementation_internal = name
+    if attention_name(config) != name:
+        raise PrivateNameError("PreTrainedConfig._attn_implementation_internal")
+
+
+def keep_cache(block: Any) -> None:
+    """Let this block of a model be given its cache within a gradient checkpoint too."""
+    layers = sys.modules.get("transformers.modeling_layers")
+    wrapped: Any = getattr(layers, "GradientCheckpointingLayer", ())
+    if isinstance(block, wrapped) and not hasattr(type(block), KEEPS_CACHE):
+        raise PrivateNameError("GradientCheckpointingLayer._can_checkpoint_with_cache")
+    setattr(block, KEEPS_CACHE, True)
+
+
+def checkpoint_runners(model: nn.Module) -> list[nn.Module]:
+    """The modules of a model that transformers may run within a checkpoint."""
+    layers = sys.modules.get("transformers.modeling_layers")
+    wrapped: Any = getattr(layers, "GradientCheckpointingLayer", ())
+    found = []
+    for module in model.modules():
+        if CHECKPOINT_RUNNER in module.__dict__:
+            found.append(module)
+        elif isinstance(module, wrapped) and module.gradient_checkpointing:
+            raise PrivateNameError("GradientCheckpointingLayer._gradient_checkpointing_func")
+    return found
+
+
+def upcast_attention(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Any:
+    """GPT-2's attention with ``reorder_and_upcast_attn``."""
+    return module._upcast_and_reordered_attn(q, k, v, mask)
+
+
+def recurrent_start(model: Any) -> Callable[..., None] | None:
+    """What empties the states in a recurrent model's layers; None for all other models."""
+    start = getattr(model, "_setup_cache", None)
+    if start is None and getattr(getattr(model, "config", None), "model_type", "") == _RECURRENT:
+        raise PrivateNameError("RecurrentGemmaPreTrainedModel._setup_cache")
+    return start
+
+
+_RECURRENT = "recurrent_gemma"
+
+
+def conversion_families() -> dict[str, str]:
+    """{model type: the model type whose renamed weights it has}."""
+    from transformers import conversion_mapping
+
+    return getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {})
+
+
+def use_one_gpu(args: Any) -> None:
+    """Keep Trainer, with these arguments, from splitting batches with ``nn.DataParallel``."""
+    args._n_gpu = 1
+    if args.n_gpu != 1:
+        raise PrivateNameError("TrainingArguments._n_gpu")
+
+
+def asks_for_attention(attention: nn.Module) -> bool:
+    """Whether its forward calls the attention that its configuration names."""
+    try:
+        source = inspect.getsource(type(attention).forward)
+    except (OSError, TypeError):
+        return False
+    return "ALL_ATTENTION_FUNCTIONS" in source
+
+
+# ------------------------------------------------------------------------------- accelerate
+
+
+def hook_of(module: Any) -> Any:
+    """The hook that accelerate put on a module; None where there is none."""
+    return getattr(module, "_hf_hook", None)
+
+
+def forward_of(module: Any) -> Callable[..., Any]:
+    """The module's forward, behind a hook of accelerate's."""
+    return getattr(module, "_old_forward", module.forward)

@@ -1,0 +1,284 @@
+"""The register of private names: what of torch, transformers and accelerate the code uses that they
+do not promise to keep.
+
+Each stands here with its reason and with what happens when a version has it no longer, and is
+reached through :mod:`peftkern.utils.private` alone; ``tests/test_private_names.py`` looks for every
+one in the installed versions, and for others in the sources. In place, anywhere, are used only:
+
+- ``IN_PLACE``: torch's names that cannot go. ``nn.Module``'s own dicts are in every pickled module
+  and half of the field's code reads them; :attr:`Tensor._version` is in torch's documentation.
+- ``OVERRIDDEN``: methods of theirs that classes of ours replace, where ours are defined.
+"""
+
+from __future__ import annotations
+
+import warnings
+from importlib import metadata
+from typing import NamedTuple
+
+
+class Private(NamedTuple):
+    """``name`` of the library ``of``, ``why`` it is used, and what happens ``without`` it."""
+
+    of: str
+    name: str
+    why: str
+    without: str
+
+
+IN_PLACE = frozenset(
+    "_parameters _buffers _modules _non_persistent_buffers_set _forward_hooks _forward_pre_hooks "
+    "_backward_hooks _backward_pre_hooks _state_dict_hooks _state_dict_pre_hooks _version".split()
+)
+
+OVERRIDDEN = (
+    Private(
+        "torch",
+        "nn.Module._apply",
+        "moves and casts parameters one by one, which unties adapters that share a weight",
+        "`model.to(...)` leaves two copies of a tied adapter's weight",
+    ),
+    Private(
+        "torch",
+        "nn.MultiheadAttention._qkv_same_embed_dim",
+        "torch's functions read it from the layer that stands for their attention",
+        "nothing: what they read instead comes from the base layer or fails by its name",
+    ),
+    Private(
+        "transformers",
+        "Trainer._get_output_dir",
+        "checkpoints of `peftkern train` are written aside and renamed when complete",
+        "a run that is killed while it saves may leave half a checkpoint",
+    ),
+    Private(
+        "transformers",
+        "Trainer._save_checkpoint",
+        "as `_get_output_dir`",
+        "no checkpoint of `peftkern train` gets its manifest, so that none is gone on from",
+    ),
+    Private(
+        "transformers",
+        "Trainer._save",
+        "Trainer saves adapters alone only for HF PEFT's class",
+        "checkpoints of `peftkern train` hold the base model",
+    ),
+    Private(
+        "transformers",
+        "Trainer._load_from_checkpoint",
+        "Trainer loads adapters alone only for HF PEFT's class",
+        "`peftkern train` cannot go on from a checkpoint",
+    ),
+    Private(
+        "transformers",
+        "PreTrainedModel._upload_modified_files",
+        "`push_to_hub` writes a card of its own over the adapter's",
+        "an adapter on the hub has transformers' card",
+    ),
+)
+
+REGISTER = (
+    Private(
+        "torch",
+        "_C._are_functorch_transforms_active",
+        "vmap, grad and jvp of torch.func cannot look into a fused operation",
+        "one warning; every call goes as if one were active: right, and slow",
+    ),
+    Private(
+        "torch",
+        "_C._is_tracing",
+        "torch.jit.is_tracing at a third of its cost, asked in every call of every layer",
+        "torch.jit.is_tracing",
+    ),
+    Private(
+        "torch",
+        "_C._len_torch_dispatch_stack",
+        "whether any dispatch mode is on, before the import that hides a race from them",
+        "the modes are switched off whether there are some or not",
+    ),
+    Private(
+        "torch",
+        "utils._python_dispatch._disable_current_modes",
+        "counters and selective checkpointing must not see the calls of a race",
+        "a race within a dispatch mode raises PrivateNameError",
+    ),
+    Private(
+        "torch",
+        "_C._current_graph_task_id",
+        "MonteCLoRA draws anew in every forward, but not in a replay within backward",
+        "a forward of MonteCLoRA raises PrivateNameError",
+    ),
+    Private(
+        "torch",
+        "ops.aten._unsafe_view",
+        "an output that is a view of what a Function made may not be written to by callers",
+        "outputs of more than two dimensions are copied",
+    ),
+    *(
+        Private(
+            "torch",
+            f"ops.aten._scaled_dot_product_flash_attention{kind}",
+            "attention that returns its log-sum-exp, and its backward, which takes a merged one",
+            "prefix attention is not computed in parts; `explain` says why",
+        )
+        for kind in ("", "_backward", "_for_cpu", "_for_cpu_backward")
+    ),
+    *(
+        Private(
+            "torch",
+            f"nn.modules.module._global_{kind}_hooks",
+            "a fused call skips the modules' own calls, and must not skip a hook on all modules",
+            "one warning; every module counts as hooked: right, and slow",
+        )
+        for kind in ("forward", "forward_pre", "backward", "backward_pre")
+    ),
+    Private(
+        "torch",
+        "utils.hooks.RemovableHandle.next_id",
+        "tells whether a hook was registered anywhere since the last look for one",
+        "hooks are looked for in every call",
+    ),
+    Private(
+        "torch",
+        "nn.Conv2d._conv_forward",
+        "a convolution with other weights than its own, padded its own way",
+        "DoRA on a convolution raises PrivateNameError",
+    ),
+    Private(
+        "torch",
+        "distributions.Wishart._bartlett_sampling",
+        "the draws of MonteCLoRA's variances",
+        "a MonteCLoRA adapter raises PrivateNameError",
+    ),
+    Private(
+        "torch",
+        "nn.Module._compiled_call_impl",
+        "whether `model.compile()` was called",
+        "preparing such a model for hot-swapping says nothing of the second compilation",
+    ),
+    Private(
+        "torch",
+        "compile(...)._orig_mod",
+        "the model within torch.compile's wrapper, which puts it into the names of weights",
+        "adapters of a wrapped model are not found: saving and hot-swapping raise",
+    ),
+    Private(
+        "torch",
+        "FSDP(...)._fsdp_wrapped_module",
+        "names of weights within FSDP's wrappers",
+        "saving an adapter of a model that FSDP wrapped raises, since its names are unknown",
+    ),
+    Private(
+        "torch",
+        "checkpoint_wrapper(...)._checkpoint_wrapped_module",
+        "names of weights within torch's checkpoint wrappers",
+        "as with FSDP's",
+    ),
+    Private(
+        "transformers",
+        "PreTrainedConfig._attn_implementation",
+        "the attention that a model calls now; it has no public name",
+        "injecting a prefix raises PrivateNameError",
+    ),
+    Private(
+        "transformers",
+        "PreTrainedConfig._attn_implementation_internal",
+        "sets it for one configuration: the public way changes those within it, and checks a list",
+        "injecting a prefix raises PrivateNameError",
+    ),
+    Private(
+        "transformers",
+        "GradientCheckpointingLayer._gradient_checkpointing_func",
+        "what a replay has to be handed (offsets of aLoRA, the pass that a prefix is in)",
+        "checkpointed models: PrivateNameError for aLoRA, AttributeError by this name for a prefix",
+    ),
+    Private(
+        "transformers",
+        "GradientCheckpointingLayer._can_checkpoint_with_cache",
+        "a checkpointed layer is given no cache otherwise, and a prefix is found through it",
+        "PrivateNameError when a prefix is injected into a family whose blocks are wrapped",
+    ),
+    Private(
+        "transformers",
+        "GPT2Attention._upcast_and_reordered_attn",
+        "GPT-2's second eager attention, which is a method",
+        "AttributeError by this name in GPT-2 models with reorder_and_upcast_attn",
+    ),
+    Private(
+        "transformers",
+        "RecurrentGemmaPreTrainedModel._setup_cache",
+        "the states that a recurrent model starts from stand in its layers",
+        "a prefix in the cache of RecurrentGemma starts from the states of the call before",
+    ),
+    Private(
+        "transformers",
+        "conversion_mapping._MODEL_TO_CONVERSION_PATTERN",
+        "which models have their experts stacked, so that a config's old names find them",
+        "old names of experts match no module (ValueError), but for mixtral's own",
+    ),
+    Private(
+        "transformers",
+        "PreTrainedModel._no_split_modules",
+        "the layers that a device map, and FSDP, keep in one piece",
+        "FSDP wraps what FSDP_TRANSFORMER_CLS_TO_WRAP names, and adapters",
+    ),
+    Private(
+        "transformers",
+        "PreTrainedModel._tied_weights_keys",
+        "weights that are one while the model is on the meta device, where storages do not tell",
+        "as for a model that ties nothing by name: told by storage alone",
+    ),
+    Private(
+        "transformers",
+        "model._checkpoint_conversion_mapping",
+        "renamed weights of models with code of their own, written for transformers 4",
+        "as for a model without one; since transformers 5 its own models have none",
+    ),
+    Private(
+        "transformers",
+        "PreTrainedConfig.to_dict()['_name_or_path']",
+        "the base model that a card names",
+        "a new card names no base model",
+    ),
+    Private(
+        "transformers",
+        "TrainingArguments._n_gpu",
+        "Trainer splits batches with nn.DataParallel where there are several GPUs",
+        "`peftkern train` on several GPUs raises PrivateNameError",
+    ),
+    Private(
+        "transformers",
+        "the text 'ALL_ATTENTION_FUNCTIONS' in an attention's forward (inspect.getsource)",
+        "whether an attention asks for its implementation, so that a prefix can stand before it",
+        "the model is refused, by the class's name",
+    ),
+    Private(
+        "accelerate",
+        "module._hf_hook",
+        "weights that it keeps elsewhere are brought in to be merged into",
+        "merging into an offloaded layer raises ValueError: its weight is on the meta device",
+    ),
+    Private(
+        "accelerate",
+        "module._old_forward",
+        "whose forward a hook of accelerate's stands before",
+        "an offloaded model does not count as transformers' own: its prefix is checked first",
+    ),
+)
+
+
+class PrivateNameError(RuntimeError):
+    """A private name that nothing stands in for is not in the installed version."""
+
+    def __init__(self, name: str) -> None:
+        entry = next(p for p in REGISTER if p.name == name)
+        super().__init__(
+            f"{entry.of} {metadata.version(entry.of)} has no {name}, which is needed for this: "
+            f"{entry.why}. An older version has it; please report this one to peftkern."
+        )
+
+
+def warn_without(name: str) -> None:
+    """Say that a private name is gone, and what is done instead."""
+    entry = next(p for p in REGISTER if p.name == name)
+    what = f"{entry.of} {metadata.version(entry.of)} has no {name} ({entry.why})"
+    warnings.warn(f"{what}: {entry.without}", RuntimeWarning, stacklevel=3)
