@@ -17,7 +17,7 @@ from ..tuners.base_tuner import BaseTuner
 from ..tuners.checks import check_adapter_name
 from ..tuners.lora.inits import collect
 from ..tuners.lora.plain import as_plain_lora
-from ..tuners.wrapped import innermost
+from ..tuners.wrapped import Adapted, innermost
 from ..utils.constants import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from ..utils.module_tree import checkpoints_activations, parameters_of, training_modules
 from ..utils.private import RENAMED
@@ -72,6 +72,41 @@ def evaluate(model: nn.Module) -> None:
         model.eval()
 
 
+def _save_config(model: Adapted, config: PeftConfig, folder: str) -> None:
+    base = innermost(model)
+    if config.base_model_name_or_path is None:
+        config.base_model_name_or_path = base.__dict__.get("name_or_path") or None
+    mapping = None
+    if config.task_type is None:
+        mapping = {
+            "base_model_class": type(base).__name__,
+            "parent_library": type(base).__module__,
+        }
+    saved = copy.copy(config)  # the model's own may be in use, or be saved, by another thread
+    saved.inference_mode = True
+    saved.save_pretrained(folder, auto_mapping_dict=mapping)
+
+
+def _fill(
+    model: Adapted,
+    weights: dict[str, Tensor],
+    adapter_name: str,
+    source: Any,
+    assign: bool,
+    options: dict[str, Any],
+    change_base_weights: Callable[[], None],
+) -> LoadResult:
+    """Check names and shapes of all ``weights`` against the adapter, then put them in; between
+    both ``change_base_weights`` does what the adapter's start (PiSSA, …) does to the base."""
+    match = match_weights(model, weights, adapter_name)
+    check_keys(match, adapter_name, os.fspath(source), model.peft_config[adapter_name])
+    ignore = options.get("ignore_mismatched_sizes", False)
+    if not ignore:
+        check_shapes(match)
+    change_base_weights()
+    return fill(model, match, adapter_name, ignore, assign)
+
+
 class AdapterFiles:
     """Mixed into :class:`PeftModel`."""
 
@@ -87,7 +122,7 @@ class AdapterFiles:
         return super()._upload_modified_files(working_dir, *args, **kwargs)  # type: ignore[misc]
 
     def save_pretrained(
-        self: Any,
+        self: Adapted,
         save_directory: str | os.PathLike[str],
         safe_serialization: bool = True,
         selected_adapters: list[str] | None = None,
@@ -120,6 +155,7 @@ class AdapterFiles:
                 an adapter, or tensors are empty, as parts of a sharded model are. Nothing has been
                 written then.
         """
+        assert isinstance(self, nn.Module)
         if os.path.isfile(save_directory):
             raise ValueError(f"Provided path ({save_directory}) should be a directory, not a file")
         names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
@@ -152,7 +188,8 @@ class AdapterFiles:
                     for key, value in given.items()
                     if key.startswith("base_model.")
                 }
-            self.base_model.save_pretrained(
+            below: Any = self.base_model
+            below.save_pretrained(
                 save_directory, safe_serialization, None, save_embedding_layers, **inner
             )
         if not is_main_process:
@@ -181,22 +218,8 @@ class AdapterFiles:
             # weights and configuration belong together
             with replaced_together(folder, without=[other]) as staged:
                 _write_weights(os.path.join(staged, written), _without_aliases(found))
-                self._save_config(configs[name], staged)
+                _save_config(self, configs[name], staged)
         self.create_or_update_model_card(save_directory)
-
-    def _save_config(self: Any, config: PeftConfig, folder: str) -> None:
-        base = innermost(self)
-        if config.base_model_name_or_path is None:
-            config.base_model_name_or_path = base.__dict__.get("name_or_path") or None
-        mapping = None
-        if config.task_type is None:
-            mapping = {
-                "base_model_class": type(base).__name__,
-                "parent_library": type(base).__module__,
-            }
-        saved = copy.copy(config)  # the model's own may be in use, or be saved, by another thread
-        saved.inference_mode = True
-        saved.save_pretrained(folder, auto_mapping_dict=mapping)
 
     @classmethod
     def from_pretrained(
@@ -277,8 +300,14 @@ class AdapterFiles:
                     autocast_adapter_dtype=autocast_adapter_dtype,
                     low_cpu_mem_usage=low_cpu_mem_usage,
                 )
-                peft_model._fill(
-                    weights, adapter_name, model_id, low_cpu_mem_usage, rest, change_base_weights
+                _fill(
+                    peft_model,
+                    weights,
+                    adapter_name,
+                    model_id,
+                    low_cpu_mem_usage,
+                    rest,
+                    change_base_weights,
                 )
         except BaseException:
             if peft_model is not None:
@@ -294,7 +323,7 @@ class AdapterFiles:
         return peft_model
 
     def load_adapter(
-        self: Any,
+        self: Adapted,
         model_id: str | os.PathLike[str],
         adapter_name: str,
         is_trainable: bool = False,
@@ -317,6 +346,7 @@ class AdapterFiles:
         if ephemeral_gpu_offload:
             raise NotImplementedError("ephemeral_gpu_offload=True is not supported")
         hub, rest = split_hub_kwargs(kwargs)
+        assert isinstance(self, nn.Module)
         new = adapter_name not in self.peft_config
         if new:
             config = PeftConfig.from_pretrained(model_id, **hub)
@@ -341,7 +371,8 @@ class AdapterFiles:
                     )
                     added = True
                 with self.tuner.loading(self, adapter_name, is_trainable):
-                    result = self._fill(
+                    result = _fill(
+                        self,
                         weights,
                         adapter_name,
                         model_id,
@@ -358,22 +389,3 @@ class AdapterFiles:
         if not is_trainable:
             evaluate(self)
         return result
-
-    def _fill(
-        self: Any,
-        weights: dict[str, Tensor],
-        adapter_name: str,
-        source: Any,
-        assign: bool,
-        options: dict[str, Any],
-        change_base_weights: Callable[[], None],
-    ) -> LoadResult:
-        """Check names and shapes of all ``weights`` against the adapter, then put them in; between
-        both ``change_base_weights`` does what the adapter's start (PiSSA, …) does to the base."""
-        match = match_weights(self, weights, adapter_name)
-        check_keys(match, adapter_name, os.fspath(source), self.peft_config[adapter_name])
-        ignore = options.get("ignore_mismatched_sizes", False)
-        if not ignore:
-            check_shapes(match)
-        change_base_weights()
-        return fill(self, match, adapter_name, ignore, assign)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -18,7 +18,7 @@ from ..tuners.lora.variant import CALL_KWARGS
 from ..tuners.modules_to_save import ModulesToSaveWrapper
 from ..tuners.registry import tuner_for
 from ..tuners.tuner import Tuner
-from ..tuners.wrapped import Wrapped
+from ..tuners.wrapped import Adapted, Wrapped
 from ..utils.module_tree import checkpoints_activations
 from ..utils.peft_types import PeftType, TaskType
 from .prompt_names import PromptNames
@@ -297,3 +297,7 @@ class PeftModel(Wrapped, PromptNames, AdapterFiles, AdapterStatus, PushToHubMixi
         """Remove an adapter; when it was active, the first one left becomes active, with what it
         trains in full or by token."""
         self.tuner.delete(self, adapter_name)
+
+
+if TYPE_CHECKING:
+    _: type[Adapted] = PeftModel  # what is mixed in finds in it what it asks of `self`

@@ -163,7 +163,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     within, wrapped = _tuner_or_model(model, "get_model_status")
     layers = get_layer_status(model)
     tuner: Any = within
-    trainable, total = AdapterStatus.get_nb_trainable_parameters(model)
+    trainable, total = trainable_parameters(model)
     base = tuner.model if wrapped else model
     named = wrapped or isinstance(model, PreTrainedModel)
     merged = {name for layer in layers for name in layer.merged_adapters}
@@ -197,35 +197,42 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     )
 
 
+def trainable_parameters(model: nn.Module) -> tuple[int, int]:
+    """(trainable, all) parameters. Packed 4-bit weights count as the numbers they stand for."""
+    trainable = total = 0
+    for parameter in model.parameters():
+        # DeepSpeed's shards are empty
+        count = parameter.numel() or getattr(parameter, "ds_numel", 0)
+        if type(parameter).__name__ == "Params4bit":
+            storage = getattr(parameter, "quant_storage", None)
+            count *= 2 * (storage.itemsize if storage is not None else parameter.element_size())
+        total += count
+        if parameter.requires_grad:
+            trainable += count
+    return trainable, total
+
+
 class AdapterStatus:
     """Mixed into :class:`PeftModel`: what can be asked of it."""
 
     base_model: Any
 
-    def get_layer_status(self: Any) -> list[TunerLayerStatus]:
+    def get_layer_status(self) -> list[TunerLayerStatus]:
         """See :func:`peftkern.get_layer_status`."""
+        assert isinstance(self, nn.Module)
         return get_layer_status(self)
 
-    def get_model_status(self: Any) -> TunerModelStatus:
+    def get_model_status(self) -> TunerModelStatus:
         """See :func:`peftkern.get_model_status`."""
+        assert isinstance(self, nn.Module)
         return get_model_status(self)
 
-    def get_nb_trainable_parameters(self: Any) -> tuple[int, int]:
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trainable, all) parameters. Packed 4-bit weights count as the numbers they stand for."""
-        trainable = total = 0
-        for parameter in self.parameters():
-            count = parameter.numel() or getattr(
-                parameter, "ds_numel", 0
-            )  # DeepSpeed shards are empty
-            if type(parameter).__name__ == "Params4bit":
-                storage = getattr(parameter, "quant_storage", None)
-                count *= 2 * (storage.itemsize if storage is not None else parameter.element_size())
-            total += count
-            if parameter.requires_grad:
-                trainable += count
-        return trainable, total
+        assert isinstance(self, nn.Module)
+        return trainable_parameters(self)
 
-    def print_trainable_parameters(self: Any) -> None:
+    def print_trainable_parameters(self) -> None:
         """Print trainable and all parameters, and their ratio in percent."""
         trainable, total = self.get_nb_trainable_parameters()
         share = 100 * trainable / total

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+import os
+from typing import Any, Protocol
 
 from torch import nn
+
+from ..configs.base import PeftConfig
+from ..utils.peft_types import PeftType
+from .tuner import Tuner
 
 
 class Wrapped:
@@ -13,6 +18,32 @@ class Wrapped:
     def get_base_model(self) -> nn.Module:
         """The model that was wrapped, adapter layers included."""
         raise NotImplementedError
+
+
+class Adapted(Protocol):
+    """A :class:`peftkern.PeftModel`, as far as its base classes know it; an ``nn.Module``."""
+
+    base_model: Any
+    tuner: Tuner
+    peft_type: PeftType
+
+    @property
+    def peft_config(self) -> dict[str, Any]: ...
+
+    @property
+    def active_peft_config(self) -> Any: ...
+
+    def get_base_model(self) -> nn.Module: ...
+
+    def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None: ...
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: PeftConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+    ) -> None: ...
 
 
 def innermost(model: Any) -> Any:
