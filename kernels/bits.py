@@ -17,7 +17,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import Launch, cdiv, check_blocks, check_device, device_function
+from . import checks
+from .common import Launch, cdiv, device_function
 from .reference import digits_of, pack_bits, reference_bits, unpack_bits
 
 __all__ = [
@@ -41,7 +42,7 @@ class BitsConfig:
     num_stages: int = 1
 
     def __post_init__(self) -> None:
-        check_blocks(self, block=self.block)
+        checks.blocks(self, block=self.block)
         if not 7 <= self.rounds <= 10:
             raise ValueError(f"BitsConfig.rounds is {self.rounds}; allowed: 7 to 10")
 
@@ -136,7 +137,7 @@ def dropout_bits(
     if M * cdiv(K, 32) > 2**31 - 2**16:
         raise ValueError(f"M, K are {M}, {K}; allowed: M * ceil(K / 32) below 2**31")
     out = torch.empty((groups or 1, M, cdiv(K, 32)), dtype=torch.int32, device=device)
-    check_device(bits=out, seed=seed if isinstance(seed, torch.Tensor) else None)
+    checks.device(bits=out, seed=seed if isinstance(seed, torch.Tensor) else None)
     digits_of(p)
     if out.numel():
         for launch in plan_bits(out, K, p, seed, config):

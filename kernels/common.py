@@ -1,5 +1,5 @@
-"""What every kernel file shares: interpreter-safe device helpers, argument checks, and the record
-of one launch.
+"""What every kernel file shares: interpreter-safe device helpers, the record of one launch, and
+what default configs depend on. Checks of arguments: :mod:`.checks`.
 """
 
 from __future__ import annotations
@@ -16,9 +16,6 @@ from .fp32 import tf32
 
 # True when this process runs kernels in Triton's CPU interpreter (TRITON_INTERPRET=1 at import).
 INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-MAX_RANK = 256
 
 
 def device_function(fn):
@@ -107,6 +104,12 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def padded(*ranks: int) -> int:
+    """Columns that tiles of these ranks take together: each rounded up to a power of two, and to
+    the 16 that a product needs."""
+    return sum(max(16, next_pow2(r)) for r in ranks)
+
+
 class Arch(NamedTuple):
     """What default configs depend on: multiprocessors, compute capability (90 for 9.0), shared
     bytes a program may have.
@@ -144,107 +147,8 @@ def arch_of(device: torch.device) -> Arch:
     return Arch(4 if device.type == "cpu" else 132, 90, 232448)
 
 
-def is_power_of_two(n: int) -> bool:
-    return n > 0 and n & (n - 1) == 0
-
-
-def check_blocks(config: Any, low: int = 16, **blocks: int) -> None:
-    """Shared validity of a config: blocks are powers of two >= low, warps a power of two <= 16,
-    stages >= 1.
-    """
-    for name, value in blocks.items():
-        if not is_power_of_two(value) or value < low:
-            raise ValueError(
-                f"{type(config).__name__}.{name} is {value}; "
-                f"allowed: a power of two, at least {low}"
-            )
-    if not is_power_of_two(config.num_warps) or config.num_warps > 16:
-        raise ValueError(
-            f"{type(config).__name__}.num_warps is {config.num_warps}; allowed: 1, 2, 4, 8, 16"
-        )
-    if config.num_stages < 1:
-        raise ValueError(
-            f"{type(config).__name__}.num_stages is {config.num_stages}; allowed: 1 or more"
-        )
-
-
-def rows(name: str, t: torch.Tensor, dtypes: Sequence[torch.dtype] = DTYPES) -> torch.Tensor:
-    """``t`` checked to be a float matrix, with unit stride along its rows (copied only where it has
-    none).
-    """
-    check_matrix(name, t)
-    if t.dtype not in dtypes:
-        allowed = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
-        raise TypeError(f"{name} has dtype {t.dtype}; allowed: {allowed}")
-    if t.stride(1) == 1 or t.shape[1] <= 1:
-        return t
-    return t.contiguous()
-
-
-def check_matrix(name: str, t: torch.Tensor) -> None:
-    if not isinstance(t, torch.Tensor) or t.dim() != 2:
-        got = (
-            f"shape {tuple(t.shape)}" if isinstance(t, torch.Tensor) else f"type {type(t).__name__}"
-        )
-        raise ValueError(f"{name} has {got}; allowed: a matrix (2 dimensions)")
-
-
 def row_stride(t: torch.Tensor) -> int:
     """Elements from one row to the next (torch reports an arbitrary value where there is at most
     one row).
     """
     return t.stride(0) if t.shape[0] > 1 else max(t.shape[1], 1)
-
-
-def check_shape(name: str, t: torch.Tensor, want: tuple[int, ...], why: str) -> None:
-    if tuple(t.shape) != want:
-        raise ValueError(f"{name} has shape {tuple(t.shape)}; allowed: {want} ({why})")
-
-
-def check_rank(name: str, r: int) -> None:
-    if not 1 <= r <= MAX_RANK:
-        raise ValueError(f"{name} has rank {r}; allowed: 1 to {MAX_RANK}")
-
-
-def check_adapter_dtype(name: str, t: torch.Tensor, activation: torch.dtype) -> None:
-    if t.dtype not in (torch.float32, activation):
-        raise TypeError(
-            f"{name} has dtype {t.dtype}; allowed: torch.float32 or the activation's {activation}"
-        )
-
-
-def check_device(**tensors: torch.Tensor | None) -> torch.device:
-    """One device for all tensors, and one that Triton can run on."""
-    given = [(n, t) for n, t in tensors.items() if t is not None]
-    first, device = given[0][0], given[0][1].device
-    for name, t in given[1:]:
-        if t.device != device:
-            raise ValueError(f"{name} is on {t.device}; allowed: {device}, where {first} is")
-    if device.type not in ("cuda", "meta") and not INTERPRET.value:
-        raise ValueError(
-            f"{first} is on {device}; allowed: a CUDA device "
-            "(or the CPU, with TRITON_INTERPRET=1 set before import)"
-        )
-    return device
-
-
-def check_words(name: str, t: torch.Tensor | None, M: int, K: int) -> torch.Tensor | None:
-    """Packed keep bits int32 [M, ceil(K / 32)], contiguous, or None for no mask."""
-    if t is None:
-        return None
-    if t.dtype != torch.int32:
-        raise TypeError(
-            f"{name} has dtype {t.dtype}; allowed: torch.int32 (packed by bits.pack_bits)"
-        )
-    check_shape(name, t, (M, cdiv(K, 32)), "packed words of [M, K]")
-    return t.contiguous()
-
-
-def per_adapter(name: str, value: Any, count: int) -> list[Any]:
-    """``value`` as a list with one entry per adapter: None and single values repeat."""
-    if value is None or isinstance(value, (int, float, torch.Tensor)):
-        return [value] * count
-    value = list(value)
-    if len(value) != count:
-        raise ValueError(f"{name} has {len(value)} entries; allowed: {count}, one for each adapter")
-    return value

@@ -15,24 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import (
-    Arch,
-    Launch,
-    arch_of,
-    cast,
-    cdiv,
-    check_adapter_dtype,
-    check_blocks,
-    check_device,
-    check_matrix,
-    check_rank,
-    check_shape,
-    dot,
-    next_pow2,
-    precision,
-    row_stride,
-    rows,
-)
+from . import checks
+from .common import Arch, Launch, arch_of, cast, cdiv, dot, padded, precision, row_stride
 
 MAX_ROWS = 16
 VECTOR_RANK = 64  # above it the one-row kernel would hold too much of A in registers
@@ -48,8 +32,8 @@ class DecodeConfig:
     num_stages: int = 3
 
     def __post_init__(self) -> None:
-        check_blocks(self, low=1, block_n=self.block_n)
-        check_blocks(self, block_k=self.block_k)
+        checks.blocks(self, low=1, block_n=self.block_n)
+        checks.blocks(self, block_k=self.block_k)
 
 
 def default_config(M: int, N: int, r: int, arch: Arch) -> DecodeConfig:
@@ -192,7 +176,7 @@ def plan_decode(
     (M, K), (N, r) = x.shape, b.shape
     a_stride = 0 if a is None else a.stride(0)
     tail = (w.stride(0), w.stride(1), a_stride, b.stride(0), b.stride(1))
-    block_r = max(16, next_pow2(r))
+    block_r = padded(r)
     meta = dict(num_warps=config.num_warps, num_stages=config.num_stages)
     if M == 1 and r <= VECTOR_RANK:
         args = (y, x, w, a, b, s, bias, scale, N, K, r, *tail)
@@ -225,37 +209,37 @@ def decode(
     transpose); a [r, K], b [N, r] fp32 or x's dtype, r from 1 to 256; bias [N]. s [M, r] x's dtype,
     scale included, replaces a where given. Errors: TypeError, ValueError, before any launch.
     """
-    x = rows("x", x)
+    x = checks.rows("x", x)
     M, K = x.shape
     if M > MAX_ROWS:
         raise ValueError(
             f"x has {M} rows; allowed: at most {MAX_ROWS} (use the gemm or expand kernels)"
         )
-    check_matrix("w", w)
+    checks.matrix("w", w)
     N = w.shape[0]
-    check_shape("w", w, (N, K), "[N, K], K as x")
+    checks.shape("w", w, (N, K), "[N, K], K as x")
     if w.dtype != x.dtype:
         raise TypeError(f"w has dtype {w.dtype}; allowed: {x.dtype}, that of x")
     if (a is None) == (s is None):
         raise ValueError("a and s: allowed: exactly one of them")
-    check_matrix("b", b)
+    checks.matrix("b", b)
     r = b.shape[1]
-    check_rank("b", r)
-    check_adapter_dtype("b", b, x.dtype)
-    check_shape("b", b, (N, r), "N rows as w")
+    checks.rank("b", r)
+    checks.adapter_dtype("b", b, x.dtype)
+    checks.shape("b", b, (N, r), "N rows as w")
     if a is not None:
-        check_matrix("a", a)
-        check_shape("a", a, (r, K), "rank as b, K as x")
-        check_adapter_dtype("a", a, x.dtype)
+        checks.matrix("a", a)
+        checks.shape("a", a, (r, K), "rank as b, K as x")
+        checks.adapter_dtype("a", a, x.dtype)
         if a.stride(1) != 1 and K > 1:
             a = a.contiguous()
     if s is not None:
-        s = rows("s", s, (x.dtype,))
-        check_shape("s", s, (M, r), "[rows of x, rank]")
+        s = checks.rows("s", s, (x.dtype,))
+        checks.shape("s", s, (M, r), "[rows of x, rank]")
     if bias is not None:
-        check_shape("bias", bias, (N,), "w has N rows")
+        checks.shape("bias", bias, (N,), "w has N rows")
         bias = bias.contiguous()
-    check_device(x=x, w=w, a=a, b=b, bias=bias, s=s)
+    checks.device(x=x, w=w, a=a, b=b, bias=bias, s=s)
     y = x.new_empty((M, N))
     if y.numel():
         config = config or default_config(M, N, r, arch_of(x.device))

@@ -15,18 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import (
-    Arch,
-    Launch,
-    arch_of,
-    cast,
-    cdiv,
-    check_blocks,
-    check_device,
-    check_shape,
-    row_stride,
-    rows,
-)
+from . import checks
+from .common import Arch, Launch, arch_of, cast, cdiv, row_stride
 from .reduce import plan_sum
 
 
@@ -49,7 +39,7 @@ class ScaleConfig:
     num_stages: int = 2
 
     def __post_init__(self) -> None:
-        check_blocks(self, low=1, block_m=self.block_m, block_n=self.block_n)
+        checks.blocks(self, low=1, block_m=self.block_m, block_n=self.block_n)
         if self.split_m < 1:
             raise ValueError(f"ScaleConfig.split_m is {self.split_m}; allowed: 1 or more")
 
@@ -136,17 +126,17 @@ def scale_grad(
     dy [M, N] fp16/bf16/fp32, any row stride; gain [N] fp32; v [M, N] dy's dtype, any row stride;
     bias [N]. Errors: TypeError, ValueError, before any launch.
     """
-    dy = rows("dy", dy)
+    dy = checks.rows("dy", dy)
     M, N = dy.shape
-    check_shape("gain", gain, (N,), "dy has N columns")
+    checks.shape("gain", gain, (N,), "dy has N columns")
     if v is not None:
-        v = rows("v", v, (dy.dtype,))
-        check_shape("v", v, (M, N), "as dy")
+        v = checks.rows("v", v, (dy.dtype,))
+        checks.shape("v", v, (M, N), "as dy")
     if bias is not None:
-        check_shape("bias", bias, (N,), "dy has N columns")
+        checks.shape("bias", bias, (N,), "dy has N columns")
         bias = bias.contiguous()
     gain = gain.contiguous()
-    check_device(dy=dy, gain=gain, v=v, bias=bias)
+    checks.device(dy=dy, gain=gain, v=v, bias=bias)
     dz = dy.new_empty((M, N)) if wanted else None
     sums = dy.new_empty(N, dtype=torch.float32) if v is not None else None
     if M == 0 or N == 0:

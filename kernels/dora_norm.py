@@ -15,20 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import (
-    Arch,
-    Launch,
-    arch_of,
-    cdiv,
-    check_adapter_dtype,
-    check_blocks,
-    check_device,
-    check_matrix,
-    check_rank,
-    check_shape,
-    dot,
-    next_pow2,
-)
+from . import checks
+from .common import Arch, Launch, arch_of, cdiv, dot, padded
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 RANKS = 32  # of one product, which keeps its halves in registers; more come chunk by chunk
@@ -51,7 +39,7 @@ class NormConfig:
     num_stages: int = 3
 
     def __post_init__(self) -> None:
-        check_blocks(self, block_n=self.block_n, block_k=self.block_k)
+        checks.blocks(self, block_n=self.block_n, block_k=self.block_k)
         if self.split_k < 1:
             raise ValueError(f"NormConfig.split_k is {self.split_k}; allowed: 1 or more")
 
@@ -134,7 +122,7 @@ def plan_norms(
     (N, K), r = w.shape, a.shape[0]
     k_part = cdiv(cdiv(K, config.split_k), config.block_k) * config.block_k
     split = cdiv(K, k_part)
-    block_r = min(RANKS, max(16, next_pow2(r)))
+    block_r = min(RANKS, padded(r))
     sums = out if split == 1 else out.new_empty((split, N))
     args = (
         w, a, b, sums, float(scale), N, K, r, k_part,
@@ -168,18 +156,18 @@ def row_norms(
     fp32 or w's dtype, any strides, r from 1 to 256. Errors: TypeError, ValueError, before any
     launch.
     """
-    check_matrix("w", w)
+    checks.matrix("w", w)
     if w.dtype not in DTYPES:
         raise TypeError(f"w has dtype {w.dtype}; allowed: float16, bfloat16, float32")
     (N, K), r = w.shape, a.shape[0]
-    check_matrix("a", a)
-    check_rank("a", r)
-    check_shape("a", a, (r, K), "[r, columns of w]")
-    check_matrix("b", b)
-    check_shape("b", b, (N, r), "[rows of w, rows of a]")
-    check_adapter_dtype("a", a, w.dtype)
-    check_adapter_dtype("b", b, w.dtype)
-    check_device(w=w, a=a, b=b)
+    checks.matrix("a", a)
+    checks.rank("a", r)
+    checks.shape("a", a, (r, K), "[r, columns of w]")
+    checks.matrix("b", b)
+    checks.shape("b", b, (N, r), "[rows of w, rows of a]")
+    checks.adapter_dtype("a", a, w.dtype)
+    checks.adapter_dtype("b", b, w.dtype)
+    checks.device(w=w, a=a, b=b)
     if a.dtype != b.dtype:
         a, b = a.float(), b.float()
     out = w.new_empty(N, dtype=torch.float32)

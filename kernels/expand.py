@@ -15,25 +15,19 @@ import torch
 import triton
 import triton.language as tl
 
+from . import checks
 from .common import (
     Launch,
     cast,
     cdiv,
-    check_adapter_dtype,
-    check_blocks,
-    check_device,
-    check_rank,
-    check_shape,
-    check_words,
     dot,
     keep_tile,
     next_pow2,
-    per_adapter,
+    padded,
     precision,
     rank_end,
     row_stride,
-    rows,
-)
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -47,8 +41,8 @@ class ExpandConfig:
     num_stages: int = 2
 
     def __post_init__(self) -> None:
-        check_blocks(self, block_m=self.block_m, block_r=self.block_r)
-        check_blocks(self, low=32, block_n=self.block_n)  # whole mask words
+        checks.blocks(self, block_m=self.block_m, block_r=self.block_r)
+        checks.blocks(self, low=32, block_n=self.block_n)  # whole mask words
 
 
 @triton.jit
@@ -107,7 +101,7 @@ def default_config(M: int, ranks: Sequence[int]) -> ExpandConfig:
     return ExpandConfig(
         block_m=block_m,
         num_warps=8 if block_m == 64 else 4,
-        block_r=min(64, max(16, next_pow2(max(ranks)))),
+        block_r=min(64, padded(max(ranks))),
     )
 
 
@@ -154,21 +148,21 @@ def expand(
     dtype, any strides; bias [N]; add [M, N], e.g. the output of a base layer that no kernel of ours
     can read. Errors: TypeError, ValueError.
     """
-    s = rows("s", s)
+    s = checks.rows("s", s)
     M, r = s.shape
-    check_rank("s", r)
+    checks.rank("s", r)
     if b.dim() != 2:
         raise ValueError(f"b has shape {tuple(b.shape)}; allowed: [N, r]")
     N = b.shape[0]
-    check_shape("b", b, (N, r), "s has r columns")
-    check_adapter_dtype("b", b, s.dtype)
+    checks.shape("b", b, (N, r), "s has r columns")
+    checks.adapter_dtype("b", b, s.dtype)
     if bias is not None:
-        check_shape("bias", bias, (N,), "b has N rows")
+        checks.shape("bias", bias, (N,), "b has N rows")
         bias = bias.contiguous()
     if add is not None:
-        check_shape("add", add, (M, N), "[rows of s, rows of b]")
-        add = rows("add", add)
-    check_device(s=s, b=b, bias=bias, add=add)
+        checks.shape("add", add, (M, N), "[rows of s, rows of b]")
+        add = checks.rows("add", add)
+    checks.device(s=s, b=b, bias=bias, add=add)
     out = s.new_empty((M, N), dtype=out_dtype or s.dtype)
     if out.numel():
         for launch in plan_expand(
@@ -193,33 +187,16 @@ def low_rank_grad_input(
     :func:`shrink.shrink`. The base part, sum of dY_i W_i, is then accumulated on it. Errors:
     TypeError, ValueError.
     """
-    ds = [rows(f"ds[{i}]", d) for i, d in enumerate(ds)]
-    As = list(As)
-    if not ds or len(ds) != len(As):
-        raise ValueError(
-            f"ds has {len(ds)} entries, As {len(As)}; allowed: equal counts, at least 1"
-        )
-    M = ds[0].shape[0]
-    if As[0].dim() != 2:
-        raise ValueError(f"As[0] has shape {tuple(As[0].shape)}; allowed: [r, K]")
-    K = As[0].shape[1]
-    for i, (d, a) in enumerate(zip(ds, As, strict=True)):
-        check_rank(f"ds[{i}]", d.shape[1])
-        check_shape(f"ds[{i}]", d, (M, d.shape[1]), "M rows as ds[0]")
-        check_shape(f"As[{i}]", a, (d.shape[1], K), "[columns of ds[i], K]")
-        if d.dtype != ds[0].dtype:
-            raise TypeError(f"ds[{i}] has dtype {d.dtype}; allowed: {ds[0].dtype}, that of ds[0]")
-        check_adapter_dtype(f"As[{i}]", a, d.dtype)
-    if len({a.dtype for a in As}) > 1:
-        As = [a.float() for a in As]
-    words = [
-        check_words(f"bits[{i}]", w, M, K) for i, w in enumerate(per_adapter("bits", bits, len(As)))
-    ]
-    check_device(
-        **{f"ds[{i}]": d for i, d in enumerate(ds)},
-        **{f"As[{i}]": a for i, a in enumerate(As)},
-        **{f"bits[{i}]": w for i, w in enumerate(words)},
-    )
+    ds, As = list(ds), list(As)
+    checks.counts(ds=ds, As=As)
+    first = checks.rows("ds[0]", ds[0])
+    M, dtype = first.shape[0], first.dtype
+    ds = checks.low_rank("ds", [first, *ds[1:]], M, dtype, "M rows as ds[0]")
+    checks.matrix("As[0]", As[0])
+    K, shapes = As[0].shape[1], [(d.shape[1], As[0].shape[1]) for d in ds]
+    As = checks.adapters("As", As, shapes, "[columns of ds[{i}], K]", dtype)
+    words = checks.masks(bits, len(As), M, K)
+    checks.device(ds=ds, As=As, bits=words)
     out = ds[0].new_empty((M, K), dtype=out_dtype or ds[0].dtype)
     if out.numel():
         config = config or default_config(M, [d.shape[1] for d in ds])

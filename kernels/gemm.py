@@ -25,27 +25,19 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from . import checks
 from .common import (
     Arch,
     Launch,
     arch_of,
     cast,
     cdiv,
-    check_adapter_dtype,
-    check_blocks,
-    check_device,
-    check_matrix,
-    check_rank,
-    check_shape,
-    check_words,
     dot,
     keep_tile,
-    per_adapter,
     precision,
     rank_end,
     row_stride,
-    rows,
-)
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -65,8 +57,8 @@ class GemmConfig:
     num_stages: int = 3
 
     def __post_init__(self) -> None:
-        check_blocks(self, block_m=self.block_m, block_k=self.block_k, block_r=self.block_r)
-        check_blocks(self, low=32, block_n=self.block_n)  # whole mask words
+        checks.blocks(self, block_m=self.block_m, block_k=self.block_k, block_r=self.block_r)
+        checks.blocks(self, low=32, block_n=self.block_n)  # whole mask words
         if self.group_m < 1:
             raise ValueError(f"GemmConfig.group_m is {self.group_m}; allowed: 1 or more")
 
@@ -302,8 +294,8 @@ def _fused(xs, ws, Ls, Rs, words, bias, config, gain=None, v=None) -> torch.Tens
 def _check_weight(
     name: str, w: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype, why: str
 ) -> None:
-    check_matrix(name, w)
-    check_shape(name, w, shape, why)
+    checks.matrix(name, w)
+    checks.shape(name, w, shape, why)
     if w.dtype != dtype:
         raise TypeError(f"{name} has dtype {w.dtype}; allowed: {dtype}, that of the activation")
 
@@ -326,35 +318,35 @@ def fused_linear(
     its transpose); s [M, r] x's dtype, scale included; b [N, r] fp32 or x's dtype, any strides; r
     from 1 to 256; bias [N]. Errors: TypeError, ValueError, before any launch.
     """
-    x = rows("x", x)
+    x = checks.rows("x", x)
     M, K = x.shape
-    check_matrix("w", w)
+    checks.matrix("w", w)
     N = w.shape[0]
     _check_weight("w", w, (N, K), x.dtype, "[N, K], K as x")
     if (s is None) != (b is None):
         raise ValueError("s and b: allowed: both, or neither")
     Ls, Rs = [], []
     if s is not None and b is not None:
-        s = rows("s", s, (x.dtype,))
-        check_rank("s", s.shape[1])
-        check_shape("s", s, (M, s.shape[1]), "x has M rows")
-        check_matrix("b", b)
-        check_shape("b", b, (N, s.shape[1]), "[rows of w, columns of s]")
-        check_adapter_dtype("b", b, x.dtype)
+        s = checks.rows("s", s, (x.dtype,))
+        checks.rank("s", s.shape[1])
+        checks.shape("s", s, (M, s.shape[1]), "x has M rows")
+        checks.matrix("b", b)
+        checks.shape("b", b, (N, s.shape[1]), "[rows of w, columns of s]")
+        checks.adapter_dtype("b", b, x.dtype)
         Ls, Rs = [s], [b.T]
     if bias is not None:
-        check_shape("bias", bias, (N,), "w has N rows")
+        checks.shape("bias", bias, (N,), "w has N rows")
         bias = bias.contiguous()
     if gain is not None:
-        check_shape("gain", gain, (N,), "w has N rows")
+        checks.shape("gain", gain, (N,), "w has N rows")
         if gain.dtype != torch.float32:
             raise TypeError(f"gain has dtype {gain.dtype}; allowed: torch.float32")
         gain = gain.contiguous()
     if v is not None:
-        check_shape("v", v, (M, N), "[rows of x, rows of w]")
+        checks.shape("v", v, (M, N), "[rows of x, rows of w]")
         if gain is None or v.dtype != x.dtype or not v.is_contiguous():
             raise ValueError("v: allowed: with gain, contiguous and of x's dtype")
-    check_device(x=x, w=w, s=s, b=b, bias=bias, gain=gain, v=v)
+    checks.device(x=x, w=w, s=s, b=b, bias=bias, gain=gain, v=v)
     return _fused([x], [w], Ls, Rs, [None] * len(Ls), bias, config, gain, v)
 
 
@@ -375,37 +367,22 @@ def fused_grad_input(
     (a projection may have none); bits: packed keep masks int32 [M, ceil(K / 32)], one for all
     adapters or one (or None) for each. Errors: TypeError, ValueError.
     """
-    dys = [rows(f"dys[{i}]", d) for i, d in enumerate(dys)]
+    dys = [checks.rows(f"dys[{i}]", d) for i, d in enumerate(dys)]
     ws, As = list(ws), list(As)
-    if not dys or len(dys) != len(ws):
-        raise ValueError(
-            f"dys has {len(dys)} entries, ws {len(ws)}; allowed: equal counts, at least 1"
-        )
+    checks.counts(dys=dys, ws=ws)
     if len(ds) != len(As):
         raise ValueError(f"ds has {len(ds)} entries, As {len(As)}; allowed: equal counts")
     M, dtype = dys[0].shape[0], dys[0].dtype
-    check_matrix("ws[0]", ws[0])
+    checks.matrix("ws[0]", ws[0])
     K = ws[0].shape[1]
     for i, (d, w) in enumerate(zip(dys, ws, strict=True)):
         if d.dtype != dtype:
             raise TypeError(f"dys[{i}] has dtype {d.dtype}; allowed: {dtype}, that of dys[0]")
-        check_shape(f"dys[{i}]", d, (M, d.shape[1]), "M rows as dys[0]")
+        checks.shape(f"dys[{i}]", d, (M, d.shape[1]), "M rows as dys[0]")
         _check_weight(f"ws[{i}]", w, (d.shape[1], K), dtype, "[columns of dys[i], K]")
-    ds = [rows(f"ds[{i}]", d, (dtype,)) for i, d in enumerate(ds)]
-    for i, (d, a) in enumerate(zip(ds, As, strict=True)):
-        check_rank(f"ds[{i}]", d.shape[1])
-        check_shape(f"ds[{i}]", d, (M, d.shape[1]), "M rows as dys[0]")
-        check_matrix(f"As[{i}]", a)
-        check_shape(f"As[{i}]", a, (d.shape[1], K), "[columns of ds[i], K]")
-        check_adapter_dtype(f"As[{i}]", a, dtype)
-    if len({a.dtype for a in As}) > 1:
-        As = [a.float() for a in As]
-    words = [
-        check_words(f"bits[{i}]", w, M, K) for i, w in enumerate(per_adapter("bits", bits, len(As)))
-    ]
-    check_device(
-        **{f"dys[{i}]": t for i, t in enumerate(dys)}, **{f"ws[{i}]": t for i, t in enumerate(ws)},
-        **{f"ds[{i}]": t for i, t in enumerate(ds)}, **{f"As[{i}]": t for i, t in enumerate(As)},
-        **{f"bits[{i}]": t for i, t in enumerate(words)},
-    )  # fmt: skip
+    ds = checks.low_rank("ds", ds, M, dtype, "M rows as dys[0]")
+    shapes = [(d.shape[1], K) for d in ds]
+    As = checks.adapters("As", As, shapes, "[columns of ds[{i}], K]", dtype)
+    words = checks.masks(bits, len(As), M, K)
+    checks.device(dys=dys, ws=ws, ds=ds, As=As, bits=words)
     return _fused(dys, [w.T for w in ws], ds, As, words, None, config)

@@ -14,25 +14,19 @@ import torch
 import triton
 import triton.language as tl
 
+from . import checks
 from .common import (
     Arch,
     Launch,
     arch_of,
     cast,
     cdiv,
-    check_blocks,
-    check_device,
-    check_rank,
-    check_shape,
-    check_words,
     dot,
     keep_tile,
-    next_pow2,
-    per_adapter,
+    padded,
     precision,
     row_stride,
-    rows,
-)
+)  # fmt: skip
 from .reduce import plan_sum
 
 BLOCK_R_MAX = 128  # ranks of one adapter that a program accumulates; beyond it X is read again
@@ -50,10 +44,9 @@ class GradAConfig:
     num_stages: int = 3
 
     def __post_init__(self) -> None:
-        check_blocks(self, block_m=self.block_m)
-        check_blocks(self, low=32, block_k=self.block_k)  # whole mask words
-        if self.split_m < 1:
-            raise ValueError(f"{type(self).__name__}.split_m is {self.split_m}; allowed: 1 or more")
+        checks.blocks(self, block_m=self.block_m)
+        checks.blocks(self, low=32, block_k=self.block_k)  # whole mask words
+        checks.one_or_more(self, split_m=self.split_m)
 
 
 def strips(M: int, K: int, arch: Arch) -> tuple[int, int]:
@@ -69,7 +62,7 @@ def strips(M: int, K: int, arch: Arch) -> tuple[int, int]:
 def default_config(M: int, K: int, arch: Arch, ranks: Sequence[int] = (16,)) -> GradAConfig:
     """Column strips of X, see :func:`strips`; tall tiles where they are narrow."""
     block_k, split = strips(M, K, arch)
-    held = min(GROUP_RANK, sum(max(16, next_pow2(r)) for r in ranks))
+    held = min(GROUP_RANK, padded(*ranks))
     # On sm_90 ptxas gives narrow strips of several adapters too few registers: with three stages
     # under Triton 3.9, on four warps under 3.6.
     tight = block_k == 32 and arch.capability == 90 and held > 32
@@ -162,11 +155,9 @@ def plan_grad_a(
     launches = []
     while pieces:
         held, take = 0, []
-        while pieces and (
-            not take or held + max(16, next_pow2(pieces[0][0].shape[1])) <= GROUP_RANK
-        ):
+        while pieces and (not take or held + padded(pieces[0][0].shape[1]) <= GROUP_RANK):
             take.append(pieces.pop(0))
-            held += max(16, next_pow2(take[-1][0].shape[1]))
+            held += padded(take[-1][0].shape[1])
         ranks = tuple(t[0].shape[1] for t in take)
         args = (
             x, tuple(t[0] for t in take), tuple(t[1] for t in take),
@@ -177,7 +168,7 @@ def plan_grad_a(
         )  # fmt: skip
         meta = dict(
             G=len(take), BLOCK_M=config.block_m, BLOCK_K=config.block_k,
-            BLOCK_R=max(16, next_pow2(max(ranks))), PRECISION=precision(x.dtype),
+            BLOCK_R=padded(max(ranks)), PRECISION=precision(x.dtype),
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
         launches.append(Launch(_grad_a_kernel, (cdiv(K, config.block_k), split), args, meta))
@@ -200,22 +191,13 @@ def grad_a(
     x [M, K] fp16/bf16/fp32, any row stride; ds[i] [M, r_i] x's dtype, any row stride; bits as in
     :func:`shrink.shrink`. Errors: TypeError, ValueError, before any launch.
     """
-    x = rows("x", x)
+    x = checks.rows("x", x)
     M, K = x.shape
-    ds = [rows(f"ds[{i}]", d, (x.dtype,)) for i, d in enumerate(ds)]
+    ds = checks.low_rank("ds", ds, M, x.dtype, "x has M rows")
     if not ds:
         raise ValueError("ds is empty; allowed: one adapter or more")
-    for i, d in enumerate(ds):
-        check_rank(f"ds[{i}]", d.shape[1])
-        check_shape(f"ds[{i}]", d, (M, d.shape[1]), "x has M rows")
-    words = [
-        check_words(f"bits[{i}]", w, M, K) for i, w in enumerate(per_adapter("bits", bits, len(ds)))
-    ]
-    check_device(
-        x=x,
-        **{f"ds[{i}]": d for i, d in enumerate(ds)},
-        **{f"bits[{i}]": w for i, w in enumerate(words)},
-    )
+    words = checks.masks(bits, len(ds), M, K)
+    checks.device(x=x, ds=ds, bits=words)
     dtypes = list(out_dtypes) if out_dtypes is not None else [torch.float32] * len(ds)
     outs = [x.new_empty((d.shape[1], K), dtype=t) for d, t in zip(ds, dtypes, strict=True)]
     if M == 0 or K == 0:

@@ -15,24 +15,19 @@ import torch
 import triton
 import triton.language as tl
 
+from . import checks
 from .common import (
     Arch,
     Launch,
     arch_of,
     cast,
     cdiv,
-    check_adapter_dtype,
-    check_blocks,
-    check_device,
-    check_rank,
-    check_shape,
     dot,
     next_pow2,
-    per_adapter,
+    padded,
     precision,
     row_stride,
-    rows,
-)
+)  # fmt: skip
 from .grad_a import default_config as default_grad_a_config
 from .grad_a import plan_grad_a
 from .reduce import plan_sum, sums_last
@@ -54,9 +49,8 @@ class GradSBConfig:
     num_stages: int = 3
 
     def __post_init__(self) -> None:
-        check_blocks(self, block_m=self.block_m, block_n=self.block_n)
-        if self.split_n < 1:
-            raise ValueError(f"GradSBConfig.split_n is {self.split_n}; allowed: 1 or more")
+        checks.blocks(self, block_m=self.block_m, block_n=self.block_n)
+        checks.one_or_more(self, split_n=self.split_n)
 
 
 def default_config(M: int, N: int, r: int, arch: Arch, itemsize: int = 2) -> GradSBConfig | None:
@@ -148,7 +142,7 @@ def plan_grad_sb(
     (M, N), r = dy.shape, b.shape[1]
     n_part = cdiv(cdiv(N, config.split_n), config.block_n) * config.block_n
     split, blocks = cdiv(N, n_part), cdiv(M, config.block_m)
-    block_r = min(BLOCK_R_MAX, max(16, next_pow2(r)))
+    block_r = min(BLOCK_R_MAX, padded(r))
     ds_parts = ds if split == 1 else ds.new_empty((split, M, r), dtype=torch.float32)
     db_parts = db if blocks == 1 else db.new_empty((blocks, N, r), dtype=torch.float32)
     args = (
@@ -193,13 +187,13 @@ def _plan_checked(
     config: GradSBConfig | str | None,
 ) -> tuple[torch.Tensor, torch.Tensor, list[Launch]]:
     """(dS, dB, the launches that fill them), after all checks."""
-    dy, s = rows("dy", dy), rows("s", s, (dy.dtype,))
+    dy, s = checks.rows("dy", dy), checks.rows("s", s, (dy.dtype,))
     (M, N), r = dy.shape, s.shape[1]
-    check_rank("s", r)
-    check_shape("s", s, (M, r), "dy has M rows")
-    check_shape("b", b, (N, r), "[columns of dy, columns of s]")
-    check_adapter_dtype("b", b, dy.dtype)
-    check_device(dy=dy, b=b, s=s)
+    checks.rank("s", r)
+    checks.shape("s", s, (M, r), "dy has M rows")
+    checks.shape("b", b, (N, r), "[columns of dy, columns of s]")
+    checks.adapter_dtype("b", b, dy.dtype)
+    checks.device(dy=dy, b=b, s=s)
     ds, db = dy.new_empty((M, r)), dy.new_empty((N, r), dtype=out_dtype)
     if M == 0 or N == 0:
         return ds.zero_(), db.zero_(), []
@@ -241,7 +235,7 @@ def grad_sb_group(
     plans = [
         _plan_checked(*part, dtype, config)
         for part, dtype, config in zip(
-            parts, out_dtypes, per_adapter("configs", configs, len(parts)), strict=True
+            parts, out_dtypes, checks.per_adapter("configs", configs, len(parts)), strict=True
         )
     ]
     for launch in sums_last([launch for *_, launches in plans for launch in launches]):

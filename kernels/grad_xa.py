@@ -19,26 +19,19 @@ import torch
 import triton
 import triton.language as tl
 
+from . import checks
 from .common import (
     Arch,
     Launch,
     arch_of,
     cast,
     cdiv,
-    check_adapter_dtype,
-    check_device,
-    check_matrix,
-    check_rank,
-    check_shape,
-    check_words,
     dot,
     keep_tile,
-    next_pow2,
-    per_adapter,
+    padded,
     precision,
     row_stride,
-    rows,
-)
+)  # fmt: skip
 from .grad_a import GROUP_RANK, GradAConfig, strips
 from .reduce import plan_sum
 
@@ -50,7 +43,7 @@ class GradXAConfig(GradAConfig):
 
 def fits(ranks: Sequence[int]) -> bool:
     """Whether one launch holds the accumulators of these ranks."""
-    return sum(max(16, next_pow2(r)) for r in ranks) <= GROUP_RANK
+    return padded(*ranks) <= GROUP_RANK
 
 
 def default_config(
@@ -60,7 +53,7 @@ def default_config(
     registers for wide ones; fewer tiles in flight where A and its gradient fill them. Exact fp32
     products hold operands in registers: on sm_80 4 warps spill them (Triton 3.9), elsewhere 8 do.
     """
-    held = sum(max(16, next_pow2(r)) for r in ranks)
+    held = padded(*ranks)
     block_k, split = strips(M, K, arch)
     if len(ranks) > 1 or itemsize == 4:
         block_k, split = 32, max(1, min(arch.sms // cdiv(K, 32), cdiv(M, 256)))
@@ -169,7 +162,7 @@ def plan_grad_xa(
     )  # fmt: skip
     meta = dict(
         G=len(ds), BLOCK_M=config.block_m, BLOCK_K=config.block_k,
-        BLOCK_R=max(16, next_pow2(max(ranks))), PRECISION=precision(x.dtype),
+        BLOCK_R=padded(max(ranks)), PRECISION=precision(x.dtype),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     launches = [Launch(_grad_xa_kernel, (cdiv(K, config.block_k), split), args, meta)]
@@ -194,35 +187,21 @@ def grad_xa(
     K] fp32 or x's dtype, any strides; ranks as for :func:`.shrink_expand.shrink_expand`; bits as in
     :func:`.shrink.shrink`. Errors: TypeError, ValueError naming the argument, before any launch.
     """
-    x = rows("x", x)
+    x = checks.rows("x", x)
     M, K = x.shape
-    ds, As = [rows(f"ds[{i}]", d, (x.dtype,)) for i, d in enumerate(ds)], list(As)
-    if not ds or len(ds) != len(As):
-        raise ValueError(
-            f"ds has {len(ds)} entries, As {len(As)}; allowed: equal counts, 1 or more"
-        )
-    for i, (d, a) in enumerate(zip(ds, As, strict=True)):
-        check_rank(f"ds[{i}]", d.shape[1])
-        check_shape(f"ds[{i}]", d, (M, d.shape[1]), "x has M rows")
-        check_matrix(f"As[{i}]", a)
-        check_shape(f"As[{i}]", a, (d.shape[1], K), f"[columns of ds[{i}], columns of x]")
-        check_adapter_dtype(f"As[{i}]", a, x.dtype)
+    ds, As = list(ds), list(As)
+    checks.counts(ds=ds, As=As)
+    ds = checks.low_rank("ds", ds, M, x.dtype, "x has M rows")
     ranks = [d.shape[1] for d in ds]
     if not fits(ranks):
         raise ValueError(
             f"ds have ranks {ranks}; allowed: {GROUP_RANK} together, each padded to a power of two "
             "of at least 16 (use grad_a and low_rank_grad_input)"
         )
-    if len({a.dtype for a in As}) > 1:
-        As = [a.float() for a in As]
-    words = [
-        check_words(f"bits[{i}]", w, M, K) for i, w in enumerate(per_adapter("bits", bits, len(ds)))
-    ]
-    check_device(
-        x=x,
-        **{f"ds[{i}]": d for i, d in enumerate(ds)}, **{f"As[{i}]": a for i, a in enumerate(As)},
-        **{f"bits[{i}]": w for i, w in enumerate(words)},
-    )  # fmt: skip
+    why = "[columns of ds[{i}], columns of x]"
+    As = checks.adapters("As", As, [(r, K) for r in ranks], why, x.dtype)
+    words = checks.masks(bits, len(ds), M, K)
+    checks.device(x=x, ds=ds, As=As, bits=words)
     dtypes = list(out_dtypes) if out_dtypes is not None else [torch.float32] * len(ds)
     das = [x.new_empty((r, K), dtype=t) for r, t in zip(ranks, dtypes, strict=True)]
     d_out = x.new_empty((M, K))

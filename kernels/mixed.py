@@ -24,25 +24,19 @@ import torch
 import triton
 import triton.language as tl
 
+from . import checks
 from .common import (
     Arch,
     Launch,
     arch_of,
     cast,
     cdiv,
-    check_adapter_dtype,
-    check_blocks,
-    check_device,
-    check_matrix,
-    check_rank,
-    check_shape,
     device_function,
     dot,
     next_pow2,
     precision,
     row_stride,
-    rows,
-)
+)  # fmt: skip
 
 MAX_ADAPTERS = 64  # a tile keeps the set of its adapters in the bits of an int64
 
@@ -60,7 +54,7 @@ class MixedConfig:
     num_stages: int = 3
 
     def __post_init__(self) -> None:
-        check_blocks(
+        checks.blocks(
             self, block_m=self.block_m, block_n=self.block_n,
             block_k=self.block_k, block_r=self.block_r,
         )  # fmt: skip
@@ -333,20 +327,20 @@ def _check_adapters(
             if (a is None) != (b is None):
                 raise ValueError(f"As[{i}] and Bs[{i}]: allowed: both, or neither")
             continue
-        check_matrix(f"As[{i}]", a)
-        check_matrix(f"Bs[{i}]", b)
-        check_rank(f"As[{i}]", a.shape[0])
-        check_shape(f"As[{i}]", a, (a.shape[0], x.shape[1]), "x has K columns")
-        check_shape(f"Bs[{i}]", b, (N, a.shape[0]), f"[rows of w, rows of As[{i}]]")
-        check_adapter_dtype(f"As[{i}]", a, x.dtype)
-        check_adapter_dtype(f"Bs[{i}]", b, x.dtype)
+        checks.matrix(f"As[{i}]", a)
+        checks.matrix(f"Bs[{i}]", b)
+        checks.rank(f"As[{i}]", a.shape[0])
+        checks.shape(f"As[{i}]", a, (a.shape[0], x.shape[1]), "x has K columns")
+        checks.shape(f"Bs[{i}]", b, (N, a.shape[0]), f"[rows of w, rows of As[{i}]]")
+        checks.adapter_dtype(f"As[{i}]", a, x.dtype)
+        checks.adapter_dtype(f"Bs[{i}]", b, x.dtype)
 
 
 def _alike(ts: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
     """Unit stride along rows and one dtype for all, as the kernel has one type of pointer; copies
     only what differs, which a model's adapters do not."""
     mixed = len({t.dtype for t in ts if t is not None}) > 1
-    return [t if t is None else rows("adapter", t.float() if mixed else t) for t in ts]
+    return [t if t is None else checks.rows("adapter", t.float() if mixed else t) for t in ts]
 
 
 def mixed(
@@ -369,11 +363,11 @@ def mixed(
     len(As) - 1, out of range counting as -1; bias [N]. Errors: TypeError, ValueError, before any
     launch.
     """
-    x = rows("x", x)
+    x = checks.rows("x", x)
     M, K = x.shape
-    check_matrix("w", w)
+    checks.matrix("w", w)
     N = w.shape[0]
-    check_shape("w", w, (N, K), "[N, K], K as x")
+    checks.shape("w", w, (N, K), "[N, K], K as x")
     if w.dtype != x.dtype:
         raise TypeError(f"w has dtype {w.dtype}; allowed: {x.dtype}, that of x")
     As, Bs, scales = list(As), list(Bs), list(scales)
@@ -391,9 +385,9 @@ def mixed(
             f"allowed: one entry for each sample, a divisor of x's {M} rows"
         )
     if bias is not None:
-        check_shape("bias", bias, (N,), "w has N rows")
+        checks.shape("bias", bias, (N,), "w has N rows")
         bias = bias.contiguous()
-    check_device(
+    checks.device(
         x=x, w=w, bias=bias, index=index,
         **{f"As[{i}]": a for i, a in enumerate(As)}, **{f"Bs[{i}]": b for i, b in enumerate(Bs)},
     )  # fmt: skip

@@ -15,7 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import Arch, Launch, arch_of, cast, cdiv, check_blocks, device_function, dot
+from . import checks
+from .common import Arch, Launch, arch_of, cast, cdiv, device_function, dot
 from .prefix_tile import (
     Problem,
     check,
@@ -43,7 +44,7 @@ class AttendConfig:
     num_stages: int = 2
 
     def __post_init__(self) -> None:
-        check_blocks(self, block_m=self.block_m, block_n=self.block_n)
+        checks.blocks(self, block_m=self.block_m, block_n=self.block_n)
 
 
 def default_config(D: int, arch: Arch, itemsize: int = 2) -> AttendConfig:

@@ -15,15 +15,8 @@ from typing import NamedTuple
 
 import torch
 
-from .common import (
-    Arch,
-    Launch,
-    arch_of,
-    cdiv,
-    check_blocks,
-    check_device,
-    check_shape,
-)
+from . import checks
+from .common import Arch, Launch, arch_of, cdiv
 from .prefix_grad import _grad_keys_kernel, _grad_rows_kernel
 from .prefix_tile import Problem, check, strides, unit_rows
 from .reduce import plan_sum
@@ -45,7 +38,7 @@ class BackwardConfig:
     key_stages: int = 2
 
     def __post_init__(self) -> None:
-        check_blocks(
+        checks.blocks(
             self, block_m=self.block_m, block_n=self.block_n, key_m=self.key_m, key_n=self.key_n
         )
         for name, value, allowed in (
@@ -190,13 +183,13 @@ def attend_backward(
     problem = check(q, k, v, prefix_key, prefix_value, **options)  # type: ignore[arg-type]
     B, H, H_kv, T, S, P, D = problem.sizes
     for name, t in (("grad_o", grad_o), ("o", o)):
-        check_shape(name, t, tuple(q.shape), "that of q")
+        checks.shape(name, t, tuple(q.shape), "that of q")
         if t.dtype != q.dtype:
             raise TypeError(f"{name} has dtype {t.dtype}; allowed: {q.dtype}, that of q")
-    check_shape("lse", lse, (B, H, T), "[B, H, T] of q")
+    checks.shape("lse", lse, (B, H, T), "[B, H, T] of q")
     if lse.dtype != torch.float32:
         raise TypeError(f"lse has dtype {lse.dtype}; allowed: torch.float32")
-    check_device(q=q, grad_o=grad_o, o=o, lse=lse)
+    checks.device(q=q, grad_o=grad_o, o=o, lse=lse)
     o, grad_o, lse = unit_rows(o), unit_rows(grad_o), lse.contiguous()
     lead = 1 if problem.shared else B
     dtype = prefix_dtype or q.dtype

@@ -17,16 +17,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import (
-    Arch,
-    Launch,
-    arch_of,
-    cast,
-    cdiv,
-    check_blocks,
-    device_function,
-    next_pow2,
-)
+from . import checks
+from .common import Arch, Launch, arch_of, cast, cdiv, device_function, next_pow2
 from .prefix_attention import attend, key_range, walk
 from .prefix_tile import (
     Problem,
@@ -59,7 +51,7 @@ class DecodeConfig:
     num_stages: int = 2
 
     def __post_init__(self) -> None:
-        check_blocks(self, block_m=self.block_m, block_r=self.block_r, block_n=self.block_n)
+        checks.blocks(self, block_m=self.block_m, block_r=self.block_r, block_n=self.block_n)
         for name, value in (("splits", self.splits), ("prefix_splits", self.prefix_splits)):
             if value < 1:
                 raise ValueError(f"DecodeConfig.{name} is {value}; allowed: 1 or more")

@@ -12,14 +12,8 @@ from typing import NamedTuple
 import torch
 import triton.language as tl
 
-from .common import (
-    DTYPES,
-    check_device,
-    check_shape,
-    device_function,
-    next_pow2,
-    precision,
-)
+from . import checks
+from .common import device_function, next_pow2, precision
 
 MAX_HEAD_DIM = 256
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -208,7 +202,7 @@ def _flags(name: str, t: torch.Tensor | None, shape: tuple[int, ...]) -> torch.T
         return None
     if t.dtype not in (torch.bool, torch.int8, torch.uint8):
         raise TypeError(f"{name} has dtype {t.dtype}; allowed: torch.bool, torch.int8")
-    check_shape(name, t, shape, "one flag each")
+    checks.shape(name, t, shape, "one flag each")
     t = t.view(torch.int8)
     return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()
 
@@ -240,22 +234,22 @@ def check(
         _four(name, t, (3, 4))
     B, H, T, D = q.shape
     H_kv, S, P = k.shape[1], k.shape[2], prefix_key.shape[-2]
-    if q.dtype not in DTYPES:
-        allowed = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
+    if q.dtype not in checks.DTYPES:
+        allowed = ", ".join(str(d).removeprefix("torch.") for d in checks.DTYPES)
         raise TypeError(f"q has dtype {q.dtype}; allowed: {allowed}")
     for name, t in (("k", k), ("v", v), ("prefix_key", prefix_key), ("prefix_value", prefix_value)):
         if t.dtype != q.dtype:
             raise TypeError(f"{name} has dtype {t.dtype}; allowed: {q.dtype}, that of q")
     if not 1 <= D <= MAX_HEAD_DIM:
         raise ValueError(f"q has head dimension {D}; allowed: 1 to {MAX_HEAD_DIM}")
-    check_shape("k", k, (B, H_kv, S, D), "[batch of q, H_kv, S, head dimension of q]")
-    check_shape("v", v, (B, H_kv, S, D), "the shape of k")
+    checks.shape("k", k, (B, H_kv, S, D), "[batch of q, H_kv, S, head dimension of q]")
+    checks.shape("v", v, (B, H_kv, S, D), "the shape of k")
     if H_kv < 1 or H % H_kv:
         raise ValueError(f"q has {H} heads; allowed: a multiple of the {H_kv} heads of k")
     shared = prefix_key.dim() == 3
     want = (H_kv, P, D) if shared else (B, H_kv, P, D)
-    check_shape("prefix_key", prefix_key, want, "[H_kv, P, D], or [B, H_kv, P, D]")
-    check_shape("prefix_value", prefix_value, want, "the shape of prefix_key")
+    checks.shape("prefix_key", prefix_key, want, "[H_kv, P, D], or [B, H_kv, P, D]")
+    checks.shape("prefix_value", prefix_value, want, "the shape of prefix_key")
     if scale is None:
         scale = D**-0.5
     if window is not None and (not causal or window < 1):
@@ -264,7 +258,7 @@ def check(
     if softcap is not None and softcap <= 0:
         raise ValueError(f"softcap is {softcap}; allowed: more than 0, or None")
     if sinks is not None:
-        check_shape("sinks", sinks, (H,), "one for each head of q")
+        checks.shape("sinks", sinks, (H,), "one for each head of q")
         if not sinks.is_floating_point():
             raise TypeError(f"sinks has dtype {sinks.dtype}; allowed: a floating dtype")
         sinks = sinks.contiguous()
@@ -286,7 +280,7 @@ def check(
             )
     keep = _flags("keep", keep, (B, S))
     no_prefix = _flags("no_prefix", no_prefix, (B,))
-    check_device(
+    checks.device(
         q=q, k=k, v=v, prefix_key=prefix_key, prefix_value=prefix_value, keep=keep,
         no_prefix=no_prefix, sinks=sinks, q_offset=q_offset_at,
     )  # fmt: skip

@@ -15,28 +15,20 @@ import torch
 import triton
 import triton.language as tl
 
+from . import checks
 from .common import (
     Arch,
     Launch,
     arch_of,
     cast,
     cdiv,
-    check_adapter_dtype,
-    check_blocks,
-    check_device,
-    check_matrix,
-    check_rank,
-    check_shape,
-    check_words,
     device_function,
     dot,
     keep_tile,
-    next_pow2,
-    per_adapter,
+    padded,
     precision,
     row_stride,
-    rows,
-)
+)  # fmt: skip
 from .reduce import plan_sum
 
 LAUNCH_RANK = 128  # padded ranks one launch holds in registers; beyond it X is read again
@@ -53,17 +45,16 @@ class ShrinkConfig:
     num_stages: int = 3
 
     def __post_init__(self) -> None:
-        check_blocks(self, block_m=self.block_m)
-        check_blocks(self, low=32, block_k=self.block_k)  # whole mask words
-        if self.split_k < 1:
-            raise ValueError(f"ShrinkConfig.split_k is {self.split_k}; allowed: 1 or more")
+        checks.blocks(self, block_m=self.block_m)
+        checks.blocks(self, low=32, block_k=self.block_k)  # whole mask words
+        checks.one_or_more(self, split_k=self.split_k)
 
 
 def default_config(M: int, K: int, ranks: Sequence[int], arch: Arch) -> ShrinkConfig:
     """Enough programs to fill the device: narrower row blocks first, then K split in parts of at
     least 512.
     """
-    held = min(LAUNCH_RANK, sum(max(16, next_pow2(r)) for r in ranks))
+    held = min(LAUNCH_RANK, padded(*ranks))
     block_m = 64 if held <= 64 or arch.warpgroups else 32
     while block_m > 16 and cdiv(M, block_m) < arch.sms * 3 // 4:
         block_m //= 2
@@ -153,12 +144,12 @@ def _parts(As, words, scales) -> list[list[_Part]]:
     for a, w, scale in zip(As, words, scales, strict=True):
         for r0 in range(0, a.shape[0], LAUNCH_RANK):
             piece = a[r0 : r0 + LAUNCH_RANK]
-            padded = max(16, next_pow2(piece.shape[0]))
-            if held and held + padded > LAUNCH_RANK:
+            taken = padded(piece.shape[0])
+            if held and held + taken > LAUNCH_RANK:
                 launches.append([])
                 held = 0
             launches[-1].append(_Part(piece, w, scale, column))
-            held += padded
+            held += taken
             column += piece.shape[0]
     return launches
 
@@ -188,7 +179,7 @@ def plan_shrink(
         )  # fmt: skip
         meta = dict(
             G=len(parts), BLOCK_M=config.block_m, BLOCK_K=config.block_k,
-            BLOCK_R=max(16, next_pow2(max(ranks))), PRECISION=precision(x.dtype),
+            BLOCK_R=padded(max(ranks)), PRECISION=precision(x.dtype),
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
         launches.append(Launch(_shrink_kernel, (cdiv(M, config.block_m), split), args, meta))
@@ -214,27 +205,16 @@ def shrink(
     Fold 1 / (1 - p) into scale_i. Errors: TypeError or ValueError naming the argument, before any
     launch.
     """
-    x = rows("x", x)
+    x = checks.rows("x", x)
     As = list(As)
     if not As:
         raise ValueError("As is empty; allowed: one adapter or more")
     M, K = x.shape
-    for i, a in enumerate(As):
-        check_matrix(f"As[{i}]", a)
-        check_rank(f"As[{i}]", a.shape[0])
-        check_shape(f"As[{i}]", a, (a.shape[0], K), "x has K columns")
-        check_adapter_dtype(f"As[{i}]", a, x.dtype)
-    if len({a.dtype for a in As}) > 1:
-        As = [a.float() for a in As]  # one signature for the group; mixed dtypes are rare
-    words = [
-        check_words(f"bits[{i}]", w, M, K) for i, w in enumerate(per_adapter("bits", bits, len(As)))
-    ]
-    factors = per_adapter("scales", scales, len(As))
-    check_device(
-        x=x,
-        **{f"As[{i}]": a for i, a in enumerate(As)},
-        **{f"bits[{i}]": w for i, w in enumerate(words)},
-    )
+    checks.ranks("As", As)
+    As = checks.adapters("As", As, [(None, K)] * len(As), "x has K columns", x.dtype)
+    words = checks.masks(bits, len(As), M, K)
+    factors = checks.per_adapter("scales", scales, len(As))
+    checks.device(x=x, As=As, bits=words)
     out = x.new_empty((M, sum(a.shape[0] for a in As)), dtype=out_dtype or x.dtype)
     if M == 0:
         return out

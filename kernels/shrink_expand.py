@@ -18,26 +18,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import (
-    Arch,
-    Launch,
-    arch_of,
-    cast,
-    cdiv,
-    check_adapter_dtype,
-    check_blocks,
-    check_device,
-    check_matrix,
-    check_rank,
-    check_shape,
-    check_words,
-    dot,
-    next_pow2,
-    per_adapter,
-    precision,
-    row_stride,
-    rows,
-)
+from . import checks
+from .common import Arch, Launch, arch_of, cast, cdiv, dot, padded, precision, row_stride
 from .shrink import LAUNCH_RANK, accumulate
 
 
@@ -52,19 +34,19 @@ class ShrinkExpandConfig:
     num_stages: int = 3
 
     def __post_init__(self) -> None:
-        check_blocks(self, block_m=self.block_m, block_n=self.block_n)
-        check_blocks(self, low=32, block_k=self.block_k)  # whole mask words
+        checks.blocks(self, block_m=self.block_m, block_n=self.block_n)
+        checks.blocks(self, low=32, block_k=self.block_k)  # whole mask words
 
 
 def fits(M: int, ranks: Sequence[int], arch: Arch) -> bool:
     """Whether one launch holds these ranks, and M rows make enough programs for the device."""
-    held = sum(max(16, next_pow2(r)) for r in ranks)
+    held = padded(*ranks)
     return held <= LAUNCH_RANK and cdiv(M, 32) >= arch.sms * 3 // 4
 
 
 def default_config(M: int, ranks: Sequence[int], arch: Arch) -> ShrinkExpandConfig:
     """Rows a program: as many as still give every multiprocessor a program."""
-    held = sum(max(16, next_pow2(r)) for r in ranks)
+    held = padded(*ranks)
     block_m = 64 if cdiv(M, 64) >= arch.sms * 3 // 4 else 32
     if not arch.warpgroups and held > 64:
         block_m = 32
@@ -148,7 +130,7 @@ def plan_shrink_expand(
     )  # fmt: skip
     meta = dict(
         G=len(As), BLOCK_M=config.block_m, BLOCK_K=config.block_k, BLOCK_N=config.block_n,
-        BLOCK_R=max(16, next_pow2(max(ranks))), PRECISION=precision(x.dtype),
+        BLOCK_R=padded(max(ranks)), PRECISION=precision(x.dtype),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return [Launch(_shrink_expand_kernel, (cdiv(M, config.block_m),), args, meta)]
@@ -172,51 +154,31 @@ def shrink_expand(
     as in :func:`.shrink.shrink`; bias_i [N_i] or None. Errors: TypeError or ValueError naming the
     argument, before any launch.
     """
-    x = rows("x", x)
+    x = checks.rows("x", x)
     As, Bs = list(As), list(Bs)
     M, K = x.shape
-    if not As or len(As) != len(Bs):
+    checks.counts(As=As, Bs=Bs)
+    checks.ranks("As", As)
+    ranks = [a.shape[0] for a in As]
+    As = checks.adapters("As", As, [(None, K)] * len(As), "x has K columns", x.dtype)
+    Bs = checks.adapters("Bs", Bs, [(None, r) for r in ranks], "[N, rows of As[{i}]]", x.dtype)
+    if padded(*ranks) > LAUNCH_RANK:
         raise ValueError(
-            f"As has {len(As)} entries, Bs {len(Bs)}; allowed: equal counts, 1 or more"
-        )
-    for i, (a, b) in enumerate(zip(As, Bs, strict=True)):
-        check_matrix(f"As[{i}]", a)
-        check_rank(f"As[{i}]", a.shape[0])
-        check_shape(f"As[{i}]", a, (a.shape[0], K), "x has K columns")
-        check_matrix(f"Bs[{i}]", b)
-        check_shape(f"Bs[{i}]", b, (b.shape[0], a.shape[0]), f"[N, rows of As[{i}]]")
-        check_adapter_dtype(f"As[{i}]", a, x.dtype)
-        check_adapter_dtype(f"Bs[{i}]", b, x.dtype)
-    held = sum(max(16, next_pow2(a.shape[0])) for a in As)
-    if held > LAUNCH_RANK:
-        raise ValueError(
-            f"As have ranks {[a.shape[0] for a in As]}, {held} with padding; allowed: "
+            f"As have ranks {ranks}, {padded(*ranks)} with padding; allowed: "
             f"{LAUNCH_RANK} together (use shrink and expand)"
         )
-    if len({t.dtype for t in As}) > 1:
-        As = [a.float() for a in As]  # one signature for the group; mixed dtypes are rare
-    if len({t.dtype for t in Bs}) > 1:
-        Bs = [b.float() for b in Bs]
-    words = [
-        check_words(f"bits[{i}]", w, M, K) for i, w in enumerate(per_adapter("bits", bits, len(As)))
-    ]
-    biases = per_adapter("biases", biases, len(As))
+    words = checks.masks(bits, len(As), M, K)
+    biases = checks.per_adapter("biases", biases, len(As))
     for i, (c, b) in enumerate(zip(biases, Bs, strict=True)):
         if c is not None:
-            check_shape(f"biases[{i}]", c, (b.shape[0],), f"Bs[{i}] has N rows")
+            checks.shape(f"biases[{i}]", c, (b.shape[0],), f"Bs[{i}] has N rows")
     biases = [None if c is None else c.contiguous() for c in biases]
-    check_device(
-        x=x,
-        **{f"As[{i}]": t for i, t in enumerate(As)}, **{f"Bs[{i}]": t for i, t in enumerate(Bs)},
-        **{f"bits[{i}]": t for i, t in enumerate(words)},
-        **{f"biases[{i}]": t for i, t in enumerate(biases)},
-    )  # fmt: skip
-    ranks = [a.shape[0] for a in As]
+    checks.device(x=x, As=As, Bs=Bs, bits=words, biases=biases)
     s = x.new_empty((M, sum(ranks)))
     ys = [x.new_empty((M, b.shape[0])) for b in Bs]
     if M:
         config = config or default_config(M, ranks, arch_of(x.device))
-        factors = per_adapter("scales", scales, len(As))
+        factors = checks.per_adapter("scales", scales, len(As))
         for launch in plan_shrink_expand(x, As, Bs, words, biases, factors, s, ys, config):
             launch.run()
     return s, ys

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.common import DTYPES, INTERPRET
+from ..kernels.checks import DTYPES
+from ..kernels.common import INTERPRET
 from ..kernels.prefix_attention import attend
 from ..kernels.prefix_backward import attend_backward, declines
 from ..kernels.prefix_decode import decode, few_rows

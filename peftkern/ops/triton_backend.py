@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from ..kernels.bits import dropout_bits
-from ..kernels.common import DTYPES, INTERPRET, MAX_RANK, arch_of
+from ..kernels.checks import DTYPES, MAX_RANK
+from ..kernels.common import INTERPRET, arch_of
 from ..kernels.decode import MAX_ROWS, decode
 from ..kernels.expand import expand, low_rank_grad_input
 from ..kernels.gemm import fused_grad_input, fused_linear
