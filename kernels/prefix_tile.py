@@ -50,7 +50,7 @@ def tanh(x):
     small = 0.0207444676 - 0.0058527958 * z
     small = 0.133315258 + z * (-0.0537618561 + z * small)
     small = x * (1.0 + z * (-0.333332695 + z * small))
-    e = tl.exp2(-2.0 * LOG2E * tl.abs(x))
+    e = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))  # a tensor first: not a constexpr of one
     large = (1.0 - e) / (1.0 + e)
     return tl.where(tl.abs(x) < 0.6, small, tl.where(x < 0.0, -large, large))
 
@@ -129,7 +129,8 @@ def kept(keep, n, ok, own):
     """ok, and no padding by ``keep`` (int8, at this row of the batch; None: no padding), which is
     of the own keys."""
     if keep is not None:
-        ok = ok & (tl.load(keep + n, mask=ok & (own != 0), other=1) != 0)
+        # `own` as a block: the interpreter of triton 3.9 takes no mask out of a block and a scalar
+        ok = ok & (tl.load(keep + n, mask=ok & (n * 0 + own != 0), other=1) != 0)
     return ok
 
 
