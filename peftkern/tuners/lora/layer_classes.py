@@ -11,8 +11,13 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ...configs.lora import LoraConfig
+from ...utils.constants import SEQ_CLS_HEAD_NAMES
+from ...utils.module_tree import get_submodules
+from ...utils.patterns import ending
+from ...utils.places import ends_with_words
 from ...utils.warning import PeftWarning
 from ..base_layer import BaseTunerLayer
+from ..modules_to_save import CONTAINERS, ModulesToSaveWrapper
 from . import inits
 from .attention import MultiheadAttention, check_attention
 from .base import LoraLayer
@@ -22,6 +27,8 @@ from .linear import Linear
 from .merging import own_forward
 from .variant import table_of, variant_class
 
+# heads that a task asks for whether a model has them under this name or not
+HEADS = (*SEQ_CLS_HEAD_NAMES, "qa_outputs")
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # in the order in which they are tried
 LAYERS: dict[type[nn.Module], type[LoraLayer]] = {
@@ -134,6 +141,86 @@ def warn_of_changed_base(configs: list[Any]) -> None:
             "adapter: `save_pretrained(..., path_initial_model_for_weight_conversion=...)`.",
             stacklevel=5,
         )
+
+
+def check_saved(
+    model: nn.Module, config: LoraConfig, name: str, sites: list[Any], saved: list[str]
+) -> None:
+    """Raise for modules of ``modules_to_save`` that cannot be trained in full.
+
+    Args:
+        model: the base model.
+        config: the new adapter's.
+        name: of the new adapter.
+        sites: (name, module, ...) of each layer that gets the adapter.
+        saved: names of the modules that ``modules_to_save`` matches.
+
+    Raises:
+        TypeError: one of them is an adapter layer or a container, or is inside of a layer of sites.
+        ValueError: a name that matches nothing but what is inside of adapter layers.
+    """
+    for key in saved:
+        _, module, _ = get_submodules(model, key)
+        if isinstance(module, (BaseTunerLayer, *CONTAINERS)):
+            raise TypeError(
+                f"modules_to_save cannot be applied to modules of type {type(module)} (`{key}`)"
+            )
+    within = next((k for k in saved for key, *_ in sites if k.startswith(f"{key}.")), None)
+    if within is not None:
+        raise TypeError(
+            f"modules_to_save cannot be applied to `{within}`: it is a part of a layer that "
+            "gets an adapter"
+        )
+    # what is inside of adapter layers is never meant; where nothing else is, that is said
+    parts = ("base_layer", "lora_dropout", "lora_A", "lora_B", f"lora_A.{name}")
+    for wanted in config.modules_to_save or ():
+        if wanted in HEADS or any(ends_with_words(key, wanted) for key in saved):
+            continue
+        inside = [f"{key}.{part}" for key, *_ in sites for part in parts]
+        inside += [key for key, _ in model.named_modules() if key]
+        if any(ends_with_words(key, wanted) for key in inside):
+            raise ValueError(
+                f"You are trying to target a module with {ModulesToSaveWrapper} that is a "
+                f"child of {Linear}. This is almost certainly not the intended behavior. "
+                f"Please ensure that the adapter name, '{name}', does not conflict with any of "
+                f"the targeted modules. (`modules_to_save` has {wanted!r}.)"
+            )
+
+
+def check_patterns(config: LoraConfig, keys: list[str]) -> None:
+    """Warn of patterns for ranks and alphas that match none of ``keys``, what is adapted."""
+    for attribute in ("rank_pattern", "alpha_pattern"):
+        unused = sorted(
+            pattern
+            for pattern in getattr(config, attribute)
+            if not any(map(ending(pattern, attribute).match, keys))
+        )
+        if unused:
+            warnings.warn(
+                f"The following {attribute} keys did not match any targeted module and were "
+                f"ignored: {unused}.",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+
+
+def match_fan_in_fan_out(config: LoraConfig, modules: list[nn.Module]) -> None:
+    """Make the flag what the layers' classes say, with HF PEFT's warning where it does not."""
+    for module in modules:
+        if isinstance(module, nn.Linear) and config.fan_in_fan_out:
+            warnings.warn(
+                "fan_in_fan_out is set to True but the target module is `torch.nn.Linear`. "
+                "Setting fan_in_fan_out to False.",
+                stacklevel=4,
+            )
+            config.fan_in_fan_out = False
+        elif hasattr(module, "nf") and not config.fan_in_fan_out:
+            warnings.warn(
+                "fan_in_fan_out is set to False but the target module is `Conv1D`. Setting "
+                "fan_in_fan_out to True.",
+                stacklevel=4,
+            )
+            config.fan_in_fan_out = True
 
 
 def add_adapter(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
@@ -11,21 +10,17 @@ from torch import Tensor, nn
 
 from ...configs.lora import LoraConfig
 from ...utils.constants import (
-    SEQ_CLS_HEAD_NAMES,
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
 )
 from ...utils.handing import handing
-from ...utils.module_tree import get_submodules, parameters_of
-from ...utils.patterns import ending
-from ...utils.places import ends_with_words, further_names, places_of
+from ...utils.module_tree import parameters_of
+from ...utils.places import further_names, places_of
 from ...utils.private import COMPILED
 from ...utils.tied import modules_tied_to_embedding
 from ..base_layer import BaseTunerLayer, walk
 from ..base_tuner import BaseTuner
 from ..modules_to_save import (
-    CONTAINERS,
     AuxiliaryTrainingWrapper,
-    ModulesToSaveWrapper,
     find_modules_to_save,
     wrap_modules_to_save,
 )
@@ -39,9 +34,12 @@ from .inits import collect
 from .layer_classes import (
     add_adapter,
     check,
+    check_patterns,
+    check_saved,
     custom_class,
     layer_class,
     make_custom,
+    match_fan_in_fan_out,
     warn,
     warn_of_changed_base,
 )
@@ -53,9 +51,6 @@ from .tying import resolve_tying, share_again
 from .unloading import ModelMerging
 from .variant import CALL_KWARGS, VariantMethods, check_beside
 from .weighted import Weighted
-
-# heads that a task asks for whether a model has them under this name or not
-HEADS = (*SEQ_CLS_HEAD_NAMES, "qa_outputs")
 
 
 class LoraModel(ModelMerging, Weighted, Starts, VariantMethods, BaseTuner):
@@ -132,82 +127,14 @@ class LoraModel(ModelMerging, Weighted, Starts, VariantMethods, BaseTuner):
                 check(key, module, r, config)
             sites.append((key, module, make, r, alpha))
         extra = ExtraTargets(config, model, [key for key, _ in matches], parameters)
-        self._check_patterns(config, names + extra.parameter_names)
-        self._check_fan_in_fan_out(config, [m for _, m, make, *_ in sites if make is not None])
+        check_patterns(config, names + extra.parameter_names)
+        match_fan_in_fan_out(config, [m for _, m, make, *_ in sites if make is not None])
         saved = find_modules_to_save(model, config.modules_to_save)
-        self._check_saved(model, config, name, sites, saved)
+        check_saved(model, config, name, sites, saved)
         for _, module, *_ in sites:
             warn(module, config)
         warn_of_changed_base([config, *(c for _, c in others)])
         return sites, saved, extra
-
-    @staticmethod
-    def _check_saved(
-        model: nn.Module, config: LoraConfig, name: str, sites: list[Any], saved: list[str]
-    ) -> None:
-        """Modules that cannot be trained in full are refused before anything is changed."""
-        for key in saved:
-            _, module, _ = get_submodules(model, key)
-            if isinstance(module, (BaseTunerLayer, *CONTAINERS)):
-                raise TypeError(
-                    f"modules_to_save cannot be applied to modules of type {type(module)} (`{key}`)"
-                )
-        within = next((k for k in saved for key, *_ in sites if k.startswith(f"{key}.")), None)
-        if within is not None:
-            raise TypeError(
-                f"modules_to_save cannot be applied to `{within}`: it is a part of a layer that "
-                "gets an adapter"
-            )
-        # what is inside of adapter layers is never meant; where nothing else is, that is said
-        parts = ("base_layer", "lora_dropout", "lora_A", "lora_B", f"lora_A.{name}")
-        for wanted in config.modules_to_save or ():
-            if wanted in HEADS or any(ends_with_words(key, wanted) for key in saved):
-                continue
-            inside = [f"{key}.{part}" for key, *_ in sites for part in parts]
-            inside += [key for key, _ in model.named_modules() if key]
-            if any(ends_with_words(key, wanted) for key in inside):
-                raise ValueError(
-                    f"You are trying to target a module with {ModulesToSaveWrapper} that is a "
-                    f"child of {Linear}. This is almost certainly not the intended behavior. "
-                    f"Please ensure that the adapter name, '{name}', does not conflict with any of "
-                    f"the targeted modules. (`modules_to_save` has {wanted!r}.)"
-                )
-
-    @staticmethod
-    def _check_patterns(config: LoraConfig, keys: list[str]) -> None:
-        for attribute in ("rank_pattern", "alpha_pattern"):
-            unused = sorted(
-                pattern
-                for pattern in getattr(config, attribute)
-                if not any(map(ending(pattern, attribute).match, keys))
-            )
-            if unused:
-                warnings.warn(
-                    f"The following {attribute} keys did not match any targeted module and were "
-                    f"ignored: {unused}.",
-                    RuntimeWarning,
-                    stacklevel=4,
-                )
-
-    @staticmethod
-    def _check_fan_in_fan_out(config: LoraConfig, modules: list[nn.Module]) -> None:
-        """The layer's class decides; a flag that says otherwise is put right,
-        with PEFT's warning."""
-        for module in modules:
-            if isinstance(module, nn.Linear) and config.fan_in_fan_out:
-                warnings.warn(
-                    "fan_in_fan_out is set to True but the target module is `torch.nn.Linear`. "
-                    "Setting fan_in_fan_out to False.",
-                    stacklevel=4,
-                )
-                config.fan_in_fan_out = False
-            elif hasattr(module, "nf") and not config.fan_in_fan_out:
-                warnings.warn(
-                    "fan_in_fan_out is set to False but the target module is `Conv1D`. Setting "
-                    "fan_in_fan_out to True.",
-                    stacklevel=4,
-                )
-                config.fan_in_fan_out = True
 
     def inject_adapter(
         self,
@@ -239,12 +166,11 @@ class LoraModel(ModelMerging, Weighted, Starts, VariantMethods, BaseTuner):
     ) -> None:
         sites, saved, extra = self._check(model, config, adapter_name, state_dict)
         flags = [(p, p.requires_grad) for p in parameters_of(model)]
-        # what is there already trains, or does not, as before; the first adapter freezes the model
-        first = not any(isinstance(m, BaseTunerLayer) for m in self.adapter_layers())
+        there = list(self.adapter_layers())
         try:
             with collect() as change_base_weights:
                 self._put_in(
-                    model, config, adapter_name, sites, saved, extra, low_cpu_mem_usage, first
+                    model, config, adapter_name, sites, saved, extra, low_cpu_mem_usage, there
                 )
                 change_base_weights()
         except BaseException:
@@ -252,7 +178,7 @@ class LoraModel(ModelMerging, Weighted, Starts, VariantMethods, BaseTuner):
             for parameter, flag in flags:
                 parameter.requires_grad_(flag)
             raise
-        if not first:
+        if _has_adapters(there):  # what they train, or do not, stays as it was
             for parameter, flag in flags:
                 if parameter.requires_grad != flag:
                     parameter.requires_grad = flag
@@ -271,23 +197,23 @@ class LoraModel(ModelMerging, Weighted, Starts, VariantMethods, BaseTuner):
         saved: list[str],
         extra: ExtraTargets,
         low_cpu_mem_usage: bool,
-        first: bool,
+        there: list[Any],
     ) -> None:
         active = adapter_name in self.active_adapters
-        if first:
-            others = [m for m in self.adapter_layers() if isinstance(m, AuxiliaryTrainingWrapper)]
-            keep = {id(p) for m in others for p in m.parameters()}
+        first = not _has_adapters(there)
+        if first:  # which freezes the model
+            keep = {id(p) for m in there for p in m.parameters()}
             for parameter in parameters_of(model):
                 if parameter.requires_grad and id(parameter) not in keep:
                     parameter.requires_grad_(False)
         trainable = active and not config.inference_mode
-        before = set() if self.training else {id(layer) for layer in self.adapter_layers()}
+        before = {id(layer) for layer in there}
         how = (self._autocast_dtype, low_cpu_mem_usage, trainable)
         places = places_of(model, (module for _, module, make, *_ in sites if make is not None))
         for key, module, make, r, alpha in sites:
             layer, added = module, False
             if make is not None:
-                added = make is custom_class(module, config)
+                added = bool(config._custom_modules) and make is custom_class(module, config)
                 if added:
                     named = dict(zip(("autocast_dtype", "meta", "trainable"), how, strict=True))
                     layer = make_custom(make, module, adapter_name, key, r, alpha, config, **named)
@@ -407,6 +333,14 @@ class LoraModel(ModelMerging, Weighted, Starts, VariantMethods, BaseTuner):
 
         # generate() runs the encoder once for each row, before the rows are repeated
         return handing({m: once if id(m) in in_encoder else names for m in self.adapter_layers()})
+
+
+def _has_adapters(modules: list[Any]) -> bool:
+    """Whether there are adapter layers among them, and not only modules trained beside adapters."""
+    for module in modules:
+        if isinstance(module, BaseTunerLayer):
+            return True
+    return False
 
 
 __all__ = ["LoraModel", "layer_class"]
