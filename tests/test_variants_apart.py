@@ -84,6 +84,7 @@ WORDS = {
 # HF PEFT's addresses, and those of the package, where names are listed
 LISTS = {"__init__.py", "tuners/__init__.py", "tuners/lora/__init__.py", "tuners/lora/config.py"}
 LISTS |= {"tuners/lora/variants.py", "helpers.py"}
+LISTS |= {"utils/private_names.py"}  # whose register says for whom a name is
 OTHERS = {
     # a warning of a setting beside a task type, which both stand in the configuration
     "alora": {"configs/lora_checks.py"},
