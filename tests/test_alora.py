@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import threading
 
 import peft
@@ -11,10 +10,12 @@ import torch
 
 import peftkern
 from peftkern.tuners.lora.variant_registry import calculate_alora_offsets
+from tests import variants
 from tests.closeness import assert_same_number, differ
-from tests.tiny import fill, first, gradients, make
+from tests.tiny import fill, first, gradients
 
-CALL = [7, 9]
+CASE = variants.CASES["alora"]
+CALL = CASE.settings["alora_invocation_tokens"]
 # an invocation in the middle, two of them, none, one that is cut off at the end
 IDS = torch.tensor(
     [[3, 4, 7, 9, 5, 6, 8], [7, 9, 3, 7, 9, 4, 5], [3, 9, 7, 5, 6, 8, 4], [3, 4, 5, 6, 8, 9, 7]]
@@ -22,18 +23,10 @@ IDS = torch.tensor(
 OFFSETS = [5, 4, None, None]
 
 
-def models(**settings):
-    base, found = make("llama", dtype=torch.float64), []
-    for library in (peftkern, peft):
-        config = library.LoraConfig(
-            task_type="CAUSAL_LM",
-            r=4,
-            target_modules=["q_proj", "v_proj", "down_proj"],
-            alora_invocation_tokens=CALL,
-            **settings,
-        )
-        found.append(library.get_peft_model(copy.deepcopy(base), config))
-        fill(found[-1])
+def models():
+    found = variants.models(CASE)
+    for model in found:
+        fill(model)
     return found
 
 

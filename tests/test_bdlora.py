@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import peft
 import pytest
 import torch
@@ -13,30 +11,11 @@ import peftkern
 from peftkern.tuners.lora.variant_registry import BlockDiagonalLinear
 from tests.closeness import assert_same_number
 from tests.tiny import fill, first, make
+from tests.variants import CASES, models
 
 IDS = torch.arange(3, 17).view(2, 7)
-BATCH = {"input_ids": IDS, "labels": IDS}
-BLOCKS = {
-    "target_modules_bd_a": ["o_proj", "down_proj"],
-    "target_modules_bd_b": ["q_proj"],
-    "nblocks": 2,
-    "match_strict": False,
-}
-
-
-def models(dtype=torch.float64, **settings):
-    base, found = make("llama", dtype=dtype), []
-    settings = {"use_bdlora": BLOCKS, "lora_alpha": 12, "use_rslora": True, **settings}
-    for library in (peftkern, peft):
-        torch.manual_seed(0)
-        config = library.LoraConfig(
-            task_type="CAUSAL_LM",
-            r=4,
-            target_modules=["q_proj", "v_proj", "o_proj", "down_proj"],
-            **settings,
-        )
-        found.append(library.get_peft_model(copy.deepcopy(base), config))
-    return found
+CASE = CASES["bdlora"]
+BLOCKS = CASE.settings["use_bdlora"]
 
 
 def test_blocks():
@@ -66,7 +45,7 @@ def test_conv1d_stores_its_weight_the_other_way():
 
 
 def test_conversion():
-    ours, _ = models()
+    ours, _ = models(CASE)
     fill(ours)
     with pytest.warns(UserWarning, match="already a LoRA adapter"):
         config, tensors = peftkern.convert_to_lora(ours, 4)
@@ -80,7 +59,7 @@ def test_conversion():
 @pytest.mark.parametrize("kind", ["linear", "ties", "svd", "cat"])
 def test_weighted_sums(kind):
     outputs = []
-    for model, library in zip(models(use_rslora=False), (peftkern, peft), strict=True):
+    for model, library in zip(models(CASE), (peftkern, peft), strict=True):
         for name, nblocks in (("b", 2), ("other", 1)):
             blocks = {**BLOCKS, "nblocks": nblocks}
             targets = ["q_proj", "v_proj", "o_proj", "down_proj"]
@@ -102,7 +81,7 @@ def test_weighted_sums(kind):
 
 
 def test_explain():
-    ours, _ = models()
+    ours, _ = models(CASE)
     reasons = {row.name.rsplit(".", 1)[-1]: row for row in peftkern.explain(ours)}
     assert "lora_A is block-diagonal" in reasons["o_proj"].reason
     assert "lora_B is block-diagonal" in reasons["q_proj"].reason

@@ -11,32 +11,20 @@ import torch
 import peftkern
 from tests.closeness import assert_as_good_as_torch, assert_same_number, differ
 from tests.tiny import assert_same, make, snapshot
+from tests.variants import CASES, models
 
-NAMES = ["q_proj", "v_proj", "down_proj"]
-
-
-def config(library=peftkern, **settings):
-    settings = {"r": 4, "target_modules": NAMES, "lora_alpha": 12, "kasa_config": {}, **settings}
-    return library.LoraConfig(task_type="CAUSAL_LM", **settings)
-
-
-def models(dtype=torch.float64, **settings):
-    base, found = make("llama", dtype=dtype), []
-    for library in (peftkern, peft):
-        torch.manual_seed(0)
-        found.append(library.get_peft_model(copy.deepcopy(base), config(library, **settings)))
-    return found
+CASE = CASES["kasa"]
 
 
 def test_the_base_weight_is_cut_and_the_update_is_one_operation():
-    ours, _ = models(torch.float32)
+    ours, _ = models(CASE, torch.float32)
     layer = ours.base_model.model.model.layers[0].self_attn.q_proj
     assert torch.linalg.matrix_rank(layer.base_layer.weight) == 12  # 16 less 4
     assert all(row.fused and "KaSA: one operation" in row.reason for row in peftkern.explain(ours))
 
 
 def test_loss(doubled):
-    ours, theirs = models(init_lora_weights=False, kasa_config={"beta": 0.3, "gamma": 0.2})
+    ours, theirs = models(CASE, init_lora_weights=False, kasa_config={"beta": 0.3, "gamma": 0.2})
     losses = [m._get_kasa_loss() for m in (ours, theirs)]
     assert_same_number(*losses)
     for loss in losses:
@@ -47,7 +35,7 @@ def test_loss(doubled):
             assert_same_number(parameter.grad, want[name].grad, name)
     assert ours._get_kasa_loss("default").item() == losses[0].item()
     assert ours._get_kasa_loss(["other"]) == 0.0
-    plain = peftkern.get_peft_model(make("llama"), config(kasa_config=None))
+    plain = peftkern.get_peft_model(make("llama"), CASE.config(peftkern, kasa_config=None))
     assert plain._get_kasa_loss() == 0.0
 
 
@@ -56,7 +44,7 @@ def test_a_base_that_comes_after_the_adapter(merge):
     """The base weight is on the meta device when the adapter is added, and is loaded later."""
     torch.manual_seed(0)
     base = torch.nn.Sequential(torch.nn.Linear(8, 6)).double()
-    settings = config(target_modules=["0"], init_lora_weights=False)
+    settings = CASE.config(peftkern, target_modules=["0"], init_lora_weights=False)
     want = peftkern.inject_adapter_in_model(settings, copy.deepcopy(base))
     model = peftkern.inject_adapter_in_model(settings, copy.deepcopy(base).to("meta"))
     x = torch.randn(3, 8, dtype=torch.float64)
@@ -76,11 +64,11 @@ def test_a_base_that_comes_after_the_adapter(merge):
 
 def test_a_rank_that_leaves_nothing_leaves_the_model():
     with pytest.raises(ValueError, match="KaSA requires `r` .16. to be smaller"):
-        peft.get_peft_model(make("llama"), config(peft, r=16))
+        peft.get_peft_model(make("llama"), CASE.config(peft, r=16))
     model = make("llama")
     before = snapshot(model)
     with pytest.raises(ValueError, match="KaSA requires `r` .16. to be smaller"):
-        peftkern.get_peft_model(model, config(r=16))
+        peftkern.get_peft_model(model, CASE.config(peftkern, r=16))
     assert_same(model, before)
 
 
@@ -98,7 +86,7 @@ def test_a_failure_after_the_truncation_takes_it_back(monkeypatch):
 
     monkeypatch.setattr(kasa, "split", failing)
     with pytest.raises(RuntimeError, match="no convergence"):
-        peftkern.get_peft_model(model, config())
+        peftkern.get_peft_model(model, CASE.config(peftkern))
     assert list(before) == list(model.state_dict())
     restored, exact = {}, {}
     for name, value in model.state_dict().items():
@@ -117,10 +105,10 @@ def test_a_failure_after_the_truncation_takes_it_back(monkeypatch):
 def test_more_refusals():
     for library in (peftkern, peft):
         for one, two in ((None, {}), ({}, None)):
-            model = library.get_peft_model(make("llama"), config(library, kasa_config=one))
+            model = library.get_peft_model(make("llama"), CASE.config(library, kasa_config=one))
             with pytest.raises(ValueError, match="KaSA cannot be combined with adapters that"):
-                model.add_adapter("second", config(library, kasa_config=two))
+                model.add_adapter("second", CASE.config(library, kasa_config=two))
         with pytest.raises(ValueError, match="KaSA does not support `fan_in_fan_out=True`"):
-            library.get_peft_model(make("gpt2"), config(library, target_modules=["c_attn"]))
+            library.get_peft_model(make("gpt2"), CASE.config(library, target_modules=["c_attn"]))
         with pytest.raises(ValueError, match="`beta` must be non-negative"):
             library.KasaConfig(beta=-1.0)
