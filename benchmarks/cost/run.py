@@ -24,7 +24,8 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from peftkern.kernels.common import MAX_RANK, Arch
+from peftkern.kernels.checks import MAX_RANK
+from peftkern.kernels.common import Arch
 
 from ..kernels.traffic import Traffic
 from . import prefix as cost_prefix
