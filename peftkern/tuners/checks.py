@@ -35,8 +35,11 @@ def check_adapter_name(adapter_name: Any, existing: Any = ()) -> None:
 
 
 def check_config(peft_config: Any) -> None:
-    """Raise a TypeError for what is no configuration of peftkern's, such as one of HF PEFT's."""
+    """Raise a TypeError for what is no configuration of peftkern's, such as one of HF PEFT's, and
+    a NotImplementedError for one that names no method."""
     if isinstance(peft_config, PeftConfig):
+        if not peft_config.peft_type:
+            PeftConfig.check_supported(peft_config)
         return
     kind = type(peft_config)
     name = f"{kind.__module__}.{kind.__qualname__}"
