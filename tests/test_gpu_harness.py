@@ -311,3 +311,26 @@ def test_without_ncu_that_is_said(tmp_path):
     (path,) = tmp_path.glob("*-counters.json")
     (row,) = json.loads(path.read_text())["rows"]
     assert row["outcome"] == "absent" and "ncu" in row["why"]
+
+
+SANITIZER = """
+import sys, time
+from pathlib import Path
+from benchmarks.gpu import checks
+from benchmarks.gpu.store import Store
+for i, (status, outcome) in enumerate(((0, "passed"), (1, "failed"), (None, "time limit"))):
+    limits = []
+    def one(command, env, until):
+        limits.append(until)
+        return {"status": status, "seconds": 1.0, "tail": ""}
+    checks._one = one
+    store = Store.create(Path(sys.argv[1]) / f"{i}-sanitizer.json", "sanitizer")
+    until = time.time() + 100
+    checks.sanitizer(store, until, dry=True, env={})
+    assert store.rows[0]["outcome"] == outcome, store.rows[0]
+    assert limits == [until], limits  # no tool runs dry: all of the time is the script's
+"""
+
+
+def test_a_sanitizer_script_that_ran_out_of_time_has_not_failed(tmp_path):
+    in_process(SANITIZER.replace("sys.argv[1]", repr(str(tmp_path))))

@@ -102,16 +102,11 @@ def sanitizer(store: Store, until: float, dry: bool, env: dict[str, str]) -> Non
     that cannot run here, is said and not failed."""
     script = [sys.executable, "-m", "benchmarks.gpu.sanitize"]
     # without the tool first: a plain failure is told apart, and everything is compiled then
-    plain = _one(script, env, min(until, time.time() + 0.4 * (until - time.time())))
+    now = time.time()  # a dry run has no tool to leave time for
+    plain = _one(script, env, until if dry else now + 0.4 * max(0.0, until - now))
     ran = plain["status"] == 0
-    store.put(
-        {
-            "key": "without a tool",
-            "part": "sanitizer",
-            "outcome": "passed" if ran else "failed",
-            **plain,
-        }
-    )
+    outcome = "passed" if ran else "time limit" if plain["status"] is None else "failed"
+    store.put({"key": "without a tool", "part": "sanitizer", "outcome": outcome, **plain})
     tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     # memory from the driver, block by block, so that the tool sees where each one ends
     env = env | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
@@ -121,7 +116,8 @@ def sanitizer(store: Store, until: float, dry: bool, env: dict[str, str]) -> Non
         if dry or not Path(tool).exists():
             store.put({**row, "outcome": "absent", "why": "compute-sanitizer is not here"})
         elif not ran:
-            store.put({**row, "outcome": "skipped", "why": "the script fails without the tool"})
+            why = f"the script without the tool: {outcome}"
+            store.put({**row, "outcome": "skipped", "why": why})
         elif limit < 5:
             store.put({**row, "outcome": "not run", "why": "no time is left"})
         else:
