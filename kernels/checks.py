@@ -116,10 +116,12 @@ def per_adapter(name: str, value: Any, count: int) -> list[Any]:
     """``value`` as a list with one entry per adapter: None and single values repeat."""
     if value is None or isinstance(value, (int, float, torch.Tensor)):
         return [value] * count
-    value = list(value)
-    if len(value) != count:
-        raise ValueError(f"{name} has {len(value)} entries; allowed: {count}, one for each adapter")
-    return value
+    values: list[Any] = list(value)
+    if len(values) != count:
+        raise ValueError(
+            f"{name} has {len(values)} entries; allowed: {count}, one for each adapter"
+        )
+    return values
 
 
 def masks(bits: Any, count: int, M: int, K: int) -> list[torch.Tensor | None]:

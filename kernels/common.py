@@ -134,7 +134,7 @@ class Arch(NamedTuple):
 
 @functools.cache
 def _cuda_arch(index: int) -> Arch:
-    p = torch.cuda.get_device_properties(index)
+    p: Any = torch.cuda.get_device_properties(index)  # its types lack the field below
     return Arch(p.multi_processor_count, 10 * p.major + p.minor, p.shared_memory_per_block_optin)
 
 

@@ -10,6 +10,7 @@ captured in a CUDA graph. A batch whose rows name different adapters: :mod:`.mix
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -177,11 +178,11 @@ def plan_decode(
     a_stride = 0 if a is None else a.stride(0)
     tail = (w.stride(0), w.stride(1), a_stride, b.stride(0), b.stride(1))
     block_r = padded(r)
-    meta = dict(num_warps=config.num_warps, num_stages=config.num_stages)
+    meta: dict[str, Any] = dict(num_warps=config.num_warps, num_stages=config.num_stages)
     if M == 1 and r <= VECTOR_RANK:
-        args = (y, x, w, a, b, s, bias, scale, N, K, r, *tail)
+        vector = (y, x, w, a, b, s, bias, scale, N, K, r, *tail)
         meta |= dict(BLOCK_N=config.block_n, BLOCK_K=config.block_k, BLOCK_R=block_r)
-        return [Launch(_gemv_kernel, (cdiv(N, config.block_n),), args, meta)]
+        return [Launch(_gemv_kernel, (cdiv(N, config.block_n),), vector, meta)]
     s_stride = 0 if s is None else row_stride(s)
     args = (y, x, w, a, b, s, bias, scale, M, N, K, r, row_stride(x), s_stride, *tail)
     block_n = max(16, config.block_n)

@@ -25,7 +25,8 @@ RANKS = 32  # of one product, which keeps its halves in registers; more come chu
 def reference(w: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
     """The norms [N] in float64."""
     whole = w.double() + scale * (b.double() @ a.double())
-    return torch.linalg.vector_norm(whole, dim=1)
+    norms: torch.Tensor = torch.linalg.vector_norm(whole, dim=1)
+    return norms
 
 
 @dataclass(frozen=True)

@@ -12,4 +12,4 @@ def tf32() -> bool:
     ``torch.backends.fp32_precision`` and those below it, after which the first two cannot be asked
     any more (``TrainingArguments(tf32=True)`` sets it).
     """
-    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")

@@ -267,7 +267,17 @@ def _weight(w: torch.Tensor, w_kn: bool, config: GemmConfig) -> TensorDescriptor
     return _described(w, config.block_n, config.block_k)
 
 
-def _fused(xs, ws, Ls, Rs, words, bias, config, gain=None, v=None) -> torch.Tensor:
+def _fused(
+    xs: Sequence[torch.Tensor],
+    ws: Sequence[torch.Tensor],
+    Ls: Sequence[torch.Tensor],
+    Rs: Sequence[torch.Tensor],
+    words: Sequence[torch.Tensor | None],
+    bias: torch.Tensor | None,
+    config: GemmConfig | None,
+    gain: torch.Tensor | None = None,
+    v: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Plans and runs on checked arguments, all of one device."""
     M, N = xs[0].shape[0], ws[0].shape[0]
     y = xs[0].new_empty((M, N))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -154,7 +155,8 @@ def plan_grad_a(
     ]
     launches = []
     while pieces:
-        held, take = 0, []
+        held = 0
+        take: list[Any] = []
         while pieces and (not take or held + padded(pieces[0][0].shape[1]) <= GROUP_RANK):
             take.append(pieces.pop(0))
             held += padded(take[-1][0].shape[1])

@@ -288,6 +288,7 @@ def check(
     if shared:
         prefix_key, prefix_value = prefix_key[None], prefix_value[None]
     return Problem(
-        *map(unit_rows, (q, k, v, prefix_key, prefix_value)), keep, no_prefix, sinks, q_offset_at,
+        unit_rows(q), unit_rows(k), unit_rows(v), unit_rows(prefix_key), unit_rows(prefix_value),
+        keep, no_prefix, sinks, q_offset_at,
         int(q_offset), window, float(scale), float(softcap or 0.0), bool(causal), shared,
     )  # fmt: skip

@@ -51,7 +51,8 @@ def low_rank_grad_input(
     ds: Sequence[Tensor], a: Sequence[Tensor], keep: Sequence[Tensor | None]
 ) -> Tensor:
     """[M, K] = sum over adapters of mask_i * (dS_i A_i)."""
-    return sum(_masked(_wide(d) @ _wide(v), m) for d, v, m in zip(ds, a, keep, strict=True))
+    parts = (_masked(_wide(d) @ _wide(v), m) for d, v, m in zip(ds, a, keep, strict=True))
+    return sum(parts, start=next(parts))
 
 
 def grad_input(

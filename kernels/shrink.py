@@ -137,7 +137,11 @@ class _Part(NamedTuple):
     column: int
 
 
-def _parts(As, words, scales) -> list[list[_Part]]:
+def _parts(
+    As: Sequence[torch.Tensor],
+    words: Sequence[torch.Tensor | None],
+    scales: Sequence[float],
+) -> list[list[_Part]]:
     """Adapters cut to ranks a launch can hold, packed into launches."""
     launches: list[list[_Part]] = [[]]
     held, column = 0, 0

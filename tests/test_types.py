@@ -1,4 +1,4 @@
-"""What type checkers are told: no `self` is of any type."""
+"""What checkers are told: no `self` is of any type, and all that runs on the host has types."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = sorted((ROOT / "peftkern").rglob("*.py"))
+KERNELS = sorted((ROOT / "kernels").glob("*.py"))
 
 
 def selves_of_any_type(source: str) -> list[int]:
@@ -30,3 +31,54 @@ def test_no_self_is_of_any_type(path: Path) -> None:
 def test_a_self_of_any_type_is_seen() -> None:
     assert selves_of_any_type("class A:\n    def f(self: Any, x: int) -> None: ...") == [2]
     assert selves_of_any_type("class A:\n    def f(self: Adapted, x: Any) -> None: ...") == []
+
+
+# Triton's own functions, which are not Python's
+DEVICE = {"triton.jit", "device_function"}
+
+
+def without_types(source: str) -> list[str]:
+    """Functions that run on the host and lack the type of a parameter, or of what they return."""
+    found = []
+    pending: list[ast.AST] = [ast.parse(source)]
+    while pending:
+        for node in ast.iter_child_nodes(pending.pop()):
+            if isinstance(node, ast.FunctionDef):
+                if {ast.unparse(d).partition("(")[0] for d in node.decorator_list} & DEVICE:
+                    continue  # nor what stands in it
+                given = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+                given += [a for a in (node.args.vararg, node.args.kwarg) if a is not None]
+                typed = all(a.annotation or a.arg in ("self", "cls") for a in given)
+                if node.name in DEVICE:
+                    continue  # its text is in the key of every compiled kernel, types and all
+                if not typed or node.returns is None:
+                    found.append(node.name)
+            pending.append(node)
+    return found
+
+
+@pytest.mark.parametrize("path", KERNELS, ids=lambda p: p.name)
+def test_the_host_side_of_kernels_has_types(path: Path) -> None:
+    """mypy must not ask it of Triton's functions, so it cannot of these."""
+    assert without_types(path.read_text()) == []
+
+
+def test_functions_without_types_are_seen() -> None:
+    source = """
+@triton.jit(do_not_specialize=["M"])
+def kernel(x, M, BLOCK: tl.constexpr):
+    pass
+@device_function
+def tile(x):
+    pass
+def launch(x: Tensor, M) -> Tensor:
+    def grid(meta: dict[str, int]):
+        pass
+class Config:
+    @property
+    def bytes(self):
+        pass
+    def fine(self, *sizes: int) -> None:
+        pass
+"""
+    assert sorted(without_types(source)) == ["bytes", "grid", "launch"]

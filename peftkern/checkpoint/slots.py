@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections import namedtuple
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +18,14 @@ PROMPT_KEY = "prompt_embeddings"
 PREFIX = "base_model.model."
 
 
-class Slot(namedtuple("Slot", ["model_key", "key", "owner", "attribute"])):
+class _Fields(NamedTuple):
+    model_key: str
+    key: str
+    owner: nn.Module
+    attribute: str
+
+
+class Slot(_Fields):
     """One tensor of an adapter: its names in the model and on disk,
     and the module that holds it."""
 
@@ -35,9 +41,11 @@ class Slot(namedtuple("Slot", ["model_key", "key", "owner", "attribute"])):
 
     @property
     def tensor(self) -> Tensor:
-        owner = self.owner
-        found = owner._parameters.get(self.attribute)
-        return found if found is not None else owner._buffers[self.attribute]
+        owner: Any = self.owner
+        found: Tensor | None = owner._parameters.get(self.attribute)
+        if found is None:
+            found = owner._buffers[self.attribute]
+        return found
 
     @property
     def refuses(self) -> str | None:
@@ -83,7 +91,8 @@ class PromptSlot(Slot):
         names = [name for name, _ in self.encoder.named_parameters()]
         at = clean(self.model_key)
         weights = {f"encoder.{n}": state_dict[f"{at}.{n}"] for n in names}
-        return torch.func.functional_call(_Prompt(self.encoder), weights, ()).detach()
+        prompt: Tensor = torch.func.functional_call(_Prompt(self.encoder), weights, ())
+        return prompt.detach()
 
 
 class _Prompt(nn.Module):

@@ -37,7 +37,7 @@ def _vocabulary_was_resized(model: Any, config: Any) -> bool:
         file = None
     if file is None:
         return False
-    return type(model.config).from_pretrained(os.path.dirname(file)).vocab_size != size
+    return bool(type(model.config).from_pretrained(os.path.dirname(file)).vocab_size != size)
 
 
 def get_peft_model_state_dict(

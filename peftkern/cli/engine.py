@@ -21,7 +21,7 @@ from .encode import target_count
 from .errors import RunError, UserError
 
 
-class AdapterTrainer(Trainer):
+class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers is not read
     """Trains the adapters of a peftkern ``PeftModel``; its checkpoints hold no base weights.
 
     ``identity`` and ``notes`` (JSON values) go into the manifest of each checkpoint; ``keep``
@@ -120,7 +120,7 @@ def save_adapter(model: Any, folder: str | Path) -> None:
     model.save_pretrained(str(folder), save_embedding_layers=False)
 
 
-class Watch(TrainerCallback):
+class Watch(TrainerCallback):  # type: ignore[misc]  # transformers is not read
     """Moves the progress bar and stops a run whose loss is no longer a number."""
 
     def __init__(self, progress: Any, task_id: Any) -> None:

@@ -50,7 +50,7 @@ def build_config(cls: type[PeftConfig], values: dict[str, Any], source: str) -> 
 
 
 @dataclass
-class PeftConfigMixin(PushToHubMixin):
+class PeftConfigMixin(PushToHubMixin):  # type: ignore[misc]  # transformers is not read
     """Reading and writing of ``adapter_config.json``, common to all methods.
 
     Args:
@@ -62,7 +62,7 @@ class PeftConfigMixin(PushToHubMixin):
 
     task_type: TaskType | str | None = field(default=None)
     peft_type: PeftType | str | None = field(default=None)
-    auto_mapping: dict | None = field(default=None)
+    auto_mapping: dict[str, Any] | None = field(default=None)
     peft_version: str | None = field(default=None)
 
     def __post_init__(self) -> None:

@@ -181,10 +181,10 @@ class LoraConfig(PeftConfig, method=PeftType.LORA):
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     lora_bias: bool = field(default=False)
     # Not built yet, kept for the file format; the defaults are PEFT's.
-    megatron_config: dict | None = field(default=None)
+    megatron_config: dict[str, Any] | None = field(default=None)
     megatron_core: str | None = field(default="megatron.core")
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(default=None)
-    loftq_config: LoftQConfig | dict = field(default_factory=dict)
+    loftq_config: LoftQConfig | dict[str, Any] = field(default_factory=dict)
     eva_config: EvaConfig | None = field(default=None, metadata=holds(EvaConfig))
     corda_config: CordaConfig | None = field(default=None, metadata=holds(CordaConfig))
     lora_ga_config: LoraGAConfig | None = field(default=None, metadata=holds(LoraGAConfig))

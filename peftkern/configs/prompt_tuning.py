@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from typing import Any
 
 from ..utils.peft_types import PeftType
 from .checks import one_of
@@ -32,7 +33,7 @@ class PromptTuningConfig(PromptLearningConfig, method=PeftType.PROMPT_TUNING):
     prompt_tuning_init: PromptTuningInit | str = field(default=PromptTuningInit.RANDOM)
     prompt_tuning_init_text: str | None = field(default=None)
     tokenizer_name_or_path: str | None = field(default=None)
-    tokenizer_kwargs: dict | None = field(default=None)
+    tokenizer_kwargs: dict[str, Any] | None = field(default=None)
 
     def __post_init__(self) -> None:
         super().__post_init__()

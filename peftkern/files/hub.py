@@ -33,7 +33,7 @@ def locate_file(
 
     for name in names:
         try:
-            return hf_hub_download(model_id, name, **hub)
+            return str(hf_hub_download(model_id, name, **hub))
         except (EntryNotFoundError, HFValidationError):
             continue
         except (HfHubHTTPError, OSError) as exc:

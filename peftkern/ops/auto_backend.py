@@ -161,19 +161,20 @@ def _decide(case: _Case, ways: Callable[[str], race.Run]) -> Decision:
 
 def _decide_new(case: _Case, ways: Callable[[str], race.Run], book: tuned.Book) -> Decision:
     memo = _memo(*case)
+    decisions: dict[Any, Decision] = book.decisions
     reason = _declines(case)
     if reason is not None:
-        return book.decisions.setdefault(memo, Decision(TORCH, TORCH, reason, declined=True))
+        return decisions.setdefault(memo, Decision(TORCH, TORCH, reason, declined=True))
     if not _anew and (known := _from_tables(case, book)) is not None:
-        return book.decisions.setdefault(memo, known)
+        return decisions.setdefault(memo, known)
     off = races_off()
     blocked = off or _no_race_here(case.like)
     if blocked is None and not book.racing.acquire(blocking=False):
         blocked = "another thread is racing"
     if blocked is None:
         try:
-            if memo in book.decisions:  # another thread raced it meanwhile
-                return book.decisions[memo]
+            if memo in decisions:  # another thread raced it meanwhile
+                return decisions[memo]
             decision, for_good = _race(case, ways, book)
             book.tries[memo] += 1
             for_good = for_good or book.tries[memo] >= TRIES
@@ -183,7 +184,7 @@ def _decide_new(case: _Case, ways: Callable[[str], race.Run], book: tuned.Book) 
         decision, for_good = _nearest(case, book, blocked), off is not None
     if for_good:
         book.provisional.pop(memo, None)
-        return book.decisions.setdefault(memo, decision)
+        return decisions.setdefault(memo, decision)
     book.provisional[memo] = decision
     return decision
 

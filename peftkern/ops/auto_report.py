@@ -77,5 +77,5 @@ def undecided(book: Any, key: Any) -> str:
             numbers = (op, tuned.name_of(low), 1 << bits, n, k, r, group, mask, grads)
             wanted = (key.op, key.adapter_dtype, key.m, key.n, key.k, key.r, key.group)
             if numbers == (*wanted, key.mask, key.grads) and key.dtype == tuned.products_in(dtype):
-                return decision.why
+                return str(decision.why)
     return "not raced"

@@ -3,8 +3,8 @@
 ``PEFTKERN_BACKEND`` is read at the first use: ``torch`` forces torch's own products, ``triton`` the
 kernels of ``kernels/``, and ``auto`` (default) takes, call by call, the fastest that was measured
 on the device (:mod:`.auto_backend`); without a CUDA device or without triton that is torch, at no
-cost. A backend is a module with ``forward``, ``backward``, ``group_forward``, ``group_backward``,
-``infer``, ``draw`` and ``low_rank_dtype`` of the signatures in :mod:`peftkern.ops.torch_backend`.
+cost. A backend is a module with the functions of :class:`Backend`; what they compute is written
+down in :mod:`peftkern.ops.torch_backend`.
 """
 
 from __future__ import annotations
@@ -13,22 +13,90 @@ import contextlib
 import importlib.util
 import os
 from collections.abc import Iterator
-from types import ModuleType
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from . import torch_backend
 
 ENV = "PEFTKERN_BACKEND"
 CHOICES = ("auto", "torch", "triton")
 
+Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+class Backend(Protocol):
+    """A module that computes; shapes and meanings as in :mod:`peftkern.ops.torch_backend`."""
+
+    def why_not(self, x: Tensor, A: Tensor, /) -> str | None:
+        """Why a compiler gets the plain formula and not an operator of this backend."""
+
+    def low_rank_dtype(self, x: Tensor, A: Tensor, /) -> torch.dtype: ...
+
+    def draw(self, M: int, K: int, p: float, seed: Tensor, /) -> Tensor: ...
+
+    def forward(
+        self,
+        x: Tensor,
+        w: Tensor,
+        bias: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        scale: float,
+        p: float,
+        /,
+        *,
+        words: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]: ...
+
+    def backward(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        w: Tensor,
+        A: Tensor,
+        B: Tensor,
+        s: Tensor | None,
+        bits: Tensor | None,
+        scale: float,
+        p: float,
+        needs: tuple[bool, bool, bool],
+        /,
+    ) -> Grads: ...
+
+    def group_forward(
+        self, x: Tensor, members: list[Any], /
+    ) -> list[tuple[Tensor, Tensor, Tensor | None]]: ...
+
+    def group_backward(
+        self, x: Tensor, parts: list[Any], needs_x: bool, /
+    ) -> tuple[Tensor | None, list[tuple[Tensor | None, Tensor | None]]]: ...
+
+    def infer(
+        self,
+        x: Tensor,
+        w: Tensor,
+        bias: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        scale: float,
+        transposed: bool,
+        /,
+    ) -> Tensor: ...
+
+    def mixed(
+        self, x: Tensor, w: Tensor, bias: Tensor | None, adapters: Any, samples: Any, /
+    ) -> Tensor: ...
+
+
 _forced: str | None = None
 # The module in use. Not there until somebody reads it, which decides: a decision that falls while
 # a model is being compiled is then not a change of state, for which it would be compiled again.
-active: ModuleType
+active: Backend
 
 
-def __getattr__(name: str) -> ModuleType:
+def __getattr__(name: str) -> Backend:
     if name == "active":
         return select()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -59,7 +127,7 @@ def use_backend(choice: str) -> Iterator[None]:
         globals().pop("active", None)
 
 
-def select() -> ModuleType:
+def select() -> Backend:
     """Decide on the backend and make it :data:`active`.
 
     Raises:

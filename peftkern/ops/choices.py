@@ -100,8 +100,9 @@ def mixed(
     how: str, x: Tensor, w: Tensor, bias: Tensor | None, adapters: Any, samples: Any
 ) -> Tensor:
     """Y for x [M, K], w [N, K] and an adapter for each sample."""
-    backend = torch_backend if how == TORCH else triton_backend
-    return backend.mixed(x, w, bias, adapters, samples)
+    if how == TORCH:
+        return torch_backend.mixed(x, w, bias, adapters, samples)
+    return triton_backend.mixed(x, w, bias, adapters, samples)
 
 
 def tensors(result: Any) -> list[Tensor]:

@@ -196,7 +196,10 @@ def dora_linear(
         x, weight, bias, A, B = to_autocast(x.device.type, x, weight, bias, A, B)
     tensors = (x, weight, bias, A, B, magnitude)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return _DoraLinear.apply(x, weight, bias, A, B, magnitude, norms, scale, p, transposed)
+        y: Tensor = _DoraLinear.apply(  # type: ignore[no-untyped-call]  # torch gives it no types
+            x, weight, bias, A, B, magnitude, norms, scale, p, transposed
+        )
+        return y
     g = gain(magnitude, norms)
     if p == 0.0:
         v = _backend.active.infer(x, weight, bias, A, B, scale, transposed)

@@ -49,7 +49,8 @@ def row_norms(
         if is_recording() or weight.is_meta:  # a compiler makes the blocks itself
             update = (A.t() @ B.t()) if transposed else (B @ A)
             # detached as well: torch.jit.trace does not write down that gradients are off
-            return torch.linalg.vector_norm(weight.to(wide) + scale * update, dim=dim).detach()
+            norms: Tensor = torch.linalg.vector_norm(weight.to(wide) + scale * update, dim=dim)
+            return norms.detach()
         size = _BLOCK_CPU if weight.is_cpu else _BLOCK_ELSEWHERE
         step = max(1, size // max(1, weight.shape[1]))
         if not transposed:

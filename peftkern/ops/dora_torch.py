@@ -58,9 +58,9 @@ def forward(
     s = _scaled_mm(dropped, A.to(low).t(), scale * factor)
     product = torch.mm(dropped, w.to(low)).mul_(factor)
     del dropped, keep
-    v = torch.addmm(product, s, bt) if keep_v else None
+    kept = torch.addmm(product, s, bt) if keep_v else None
     y = torch.addmm(y.to(low), s, bt * g).addcmul_(product, (gain - 1).to(low))
-    return y.to(x.dtype), s, v, bits
+    return y.to(x.dtype), s, kept, bits
 
 
 def scale_columns(v: Tensor, gain: Tensor, bias: Tensor | None, keep_v: bool) -> Tensor:

@@ -34,7 +34,8 @@ def why_no_norms(weight: Tensor, A: Tensor, B: Tensor) -> str | None:
 @on_its_device
 def norms(weight: Tensor, A: Tensor, B: Tensor, scale: float, transposed: bool) -> Tensor:
     """:func:`.dora_norm.row_norms` in one launch or two."""
-    return row_norms(weight.t() if transposed else weight, A, B, scale)
+    found: Tensor = row_norms(weight.t() if transposed else weight, A, B, scale)
+    return found
 
 
 @on_its_device

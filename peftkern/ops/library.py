@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import autocast, torch_backend
+from . import autocast
 from . import backend as _backend
 from .bits import words_per_row
 from .lora import second_derivatives, to_autocast
@@ -109,7 +109,7 @@ def _lora_linear(
     _check(x, weight, bias, A, B, p, seed, transposed)
     backend = _backend.active
     x2 = x.reshape(-1, x.shape[-1])
-    words = backend.draw(*x2.shape, p, seed) if p > 0.0 else None
+    words = None if seed is None else backend.draw(x2.shape[0], x2.shape[1], p, seed)
     w = weight if transposed else weight.t()  # [K, N]
     y, s, _ = backend.forward(x2, w, bias, A, B, scale, p, words=words)
     y = y.view(*x.shape[:-1], y.shape[-1])
@@ -293,8 +293,6 @@ torch.library.register_autograd("peftkern::lora_linear_infer", _no_gradient, lib
 def why_formula(x: Tensor, A: Tensor) -> str | None:
     """Why ``torch.compile`` gets the plain formula for a call with x [..., K] and A [r, K], in a
     few words; None when it gets one operator."""
-    if _backend.active is torch_backend:
-        return "torch's own products, which the compiler fuses with their neighbours"
     return _backend.active.why_not(x, A)
 
 
@@ -317,7 +315,10 @@ def traced_lora_linear(
     trained = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, weight, bias, A, B)
     )
+    y: Tensor
     if p == 0.0 and not trained:
-        return _ops.lora_linear_infer(x, weight, bias, A, B, scale, transposed)
+        y = _ops.lora_linear_infer(x, weight, bias, A, B, scale, transposed)
+        return y
     seed = torch.randint(2**62, (1,), device=x.device) if p > 0.0 else None
-    return _ops.lora_linear(x, weight, bias, A, B, scale, p, seed, transposed)[0]
+    y, _, _ = _ops.lora_linear(x, weight, bias, A, B, scale, p, seed, transposed)
+    return y

@@ -165,7 +165,10 @@ def lora_linear(
         or weight.requires_grad
         or (bias is not None and bias.requires_grad)
     ):
-        return _LoraLinear.apply(x, weight, bias, A, B, scale, p, transposed)
+        y: Tensor = _LoraLinear.apply(  # type: ignore[no-untyped-call]  # torch gives it no types
+            x, weight, bias, A, B, scale, p, transposed
+        )
+        return y
     if p == 0.0:
         return _backend.active.infer(x, weight, bias, A, B, scale, transposed)
     x2 = x.reshape(-1, x.shape[-1])

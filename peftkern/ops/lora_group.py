@@ -121,4 +121,7 @@ def lora_group(x: Tensor, members: list[Projection], token: Any = None) -> tuple
         x = cast[0][0]
         members = [Projection(*c[1:], *m[4:]) for c, m in zip(cast, members, strict=True)]
     settings = tuple((m.scale, m.p, m.transposed) for m in members)
-    return _LoraGroup.apply(x, (settings, token), *(t for m in members for t in m[:4]))
+    ys: tuple[Tensor, ...] = _LoraGroup.apply(  # type: ignore[no-untyped-call]  # torch gives it no types
+        x, (settings, token), *(t for m in members for t in m[:4])
+    )
+    return ys

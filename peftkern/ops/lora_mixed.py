@@ -132,7 +132,7 @@ def lora_mixed(
         x, weight = x.to(dtype), weight.to(dtype)
         bias = bias.to(dtype) if bias is not None else None
     found = [None if a is None else Adapter(*a) for a in adapters]
-    backend = _backend.active
+    backend: _backend.Backend = _backend.active
     tensors = [x, weight, bias, *(t for a in found if a is not None for t in a[:2])]
     if not any(found):
         backend = torch_backend  # the base product alone

@@ -144,13 +144,15 @@ def _run(
 ) -> Tensor:
     if training:
         scale, causal, offset, keep, window, no_prefix, softcap, sinks = rule
-        return _PrefixAttention.apply(
+        o: Tensor = _PrefixAttention.apply(  # type: ignore[no-untyped-call]  # it has no types
             q, k, v, kp, vp, sinks, keep, no_prefix, offset, scale, causal, window, softcap,
             implementation,
         )  # fmt: skip
+        return o
     if implementation is prefix_merge and q.shape[2] == 1 and rule.no_prefix is None:
         return prefix_merge.decode(q, k, v, kp, vp, rule)
-    return implementation.forward(q, k, v, kp, vp, rule)[0]
+    o, _ = implementation.forward(q, k, v, kp, vp, rule)
+    return o
 
 
 class _PrefixAttention(torch.autograd.Function):
@@ -173,6 +175,7 @@ class _PrefixAttention(torch.autograd.Function):
         implementation: ModuleType,
     ) -> Tensor:
         rule = Rule(scale, causal, offset, keep, window, no_prefix, softcap, sinks)
+        o: Tensor
         o, lse = implementation.forward(query, key, value, prefix_key, prefix_value, rule)
         moving = offset if isinstance(offset, Tensor) else None
         ctx.save_for_backward(

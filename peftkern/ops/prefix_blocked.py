@@ -134,7 +134,8 @@ def _rows(x: Tensor, G: int, dtype: torch.dtype) -> Tensor:
 
 def _split(x: Tensor, G: int) -> Tensor:
     """[H, T, D] as [H_kv, T, G, D], a view."""
-    return x.unflatten(0, (-1, G)).transpose(1, 2)
+    groups: Tensor = x.unflatten(0, (-1, G))
+    return groups.transpose(1, 2)
 
 
 def _heads_at_once(H_kv: int, G: int, keys: int, itemsize: int) -> int:

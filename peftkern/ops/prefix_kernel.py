@@ -60,7 +60,8 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """O [B, H, T, D] and lse [B, H, T], which is -inf where a query sees nothing."""
     few = few_rows(q.shape[2], q.shape[1] // k.shape[1])
-    return (decode if few else attend)(q, k, v, kp, vp, **_options(rule))
+    done: tuple[Tensor, Tensor] = (decode if few else attend)(q, k, v, kp, vp, **_options(rule))
+    return done
 
 
 @on_its_device

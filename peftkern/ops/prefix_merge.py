@@ -118,14 +118,17 @@ def _attend_backward(
     causal: bool = False,
     mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    grads: tuple[Tensor, Tensor, Tensor]
     if q.is_cpu:
-        return cpu_flash_backward(do, q, k, v, o, lse, 0.0, causal, attn_mask=mask, scale=scale)
+        grads = cpu_flash_backward(do, q, k, v, o, lse, 0.0, causal, attn_mask=mask, scale=scale)
+        return grads
     # never run on a device; without dropout the random state is not read
     state = torch.empty((), dtype=torch.int64, device=q.device)
-    return flash_backward(
+    grads = flash_backward(
         do, q, k, v, o, lse, None, None, q.shape[2], k.shape[2], 0.0, causal, state, state,
         scale=scale,
     )  # fmt: skip
+    return grads
 
 
 def _folds(x: Tensor) -> bool:
@@ -140,7 +143,8 @@ def _fold(x: Tensor) -> Tensor:
 
 def _unfold(x: Tensor, B: int) -> Tensor:
     """[1, H, B T, ...] as [B, H, T, ...], a view."""
-    return x.squeeze(0).unflatten(1, (B, -1)).transpose(0, 1)
+    rows: Tensor = x.squeeze(0).unflatten(1, (B, -1))
+    return rows.transpose(0, 1)
 
 
 def _over_prefix(q: Tensor, kp: Tensor, vp: Tensor, scale: float) -> tuple[Tensor, Tensor]:

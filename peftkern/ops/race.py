@@ -67,7 +67,7 @@ class CudaClock:
             run()
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) / 1e3 / repeats
+        return float(start.elapsed_time(end)) / 1e3 / repeats
 
     def settle(self) -> None:
         """Wait, so that what failed on the device says so now."""

@@ -26,6 +26,11 @@ from .projection import Part
 _FEW_ROWS = 32
 
 
+def why_not(x: Tensor, A: Tensor) -> str | None:
+    """Why a compiler gets no operator of this backend, but the plain formula."""
+    return "torch's own products, which the compiler fuses with their neighbours"
+
+
 def low_rank_dtype(x: Tensor, A: Tensor) -> torch.dtype:
     """The dtype of the low-rank products.
 
@@ -73,7 +78,8 @@ def _drop_fused(x: Tensor, p: float) -> tuple[Tensor, Tensor, float]:
 def draw(M: int, K: int, p: float, seed: Tensor) -> Tensor:
     """The packed mask [M, ceil(K / 32)] that belongs to ``seed`` (int64, one element), on its
     device: the same words as the Triton backend's."""
-    return reference_bits(M, K, p, seed)
+    words: Tensor = reference_bits(M, K, p, seed)
+    return words
 
 
 def forward(

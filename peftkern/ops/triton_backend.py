@@ -135,7 +135,8 @@ def draw(M: int, K: int, p: float, seed: Tensor) -> Tensor:
     device."""
     if not (seed.is_cuda or INTERPRET.value):
         return torch_backend.draw(M, K, p, seed)
-    return dropout_bits(M, K, p, seed, device=seed.device)
+    words: Tensor = dropout_bits(M, K, p, seed, device=seed.device)
+    return words
 
 
 def low_rank_dtype(x: Tensor, A: Tensor) -> torch.dtype:
@@ -323,7 +324,7 @@ def infer(
         how = tuned.best_of(INFER, "infer", x2, A.dtype, N, K, r) or INFER[0]
     if few and how == "decode":
         config = tuned.config("decode", x2, A.dtype, N, x2.shape[1], r)
-        y = decode(x2, w.t() if transposed else w, A, B, scale, bias, config=config)
+        y: Tensor = decode(x2, w.t() if transposed else w, A, B, scale, bias, config=config)
     else:
         how = how if how in PRODUCTS else None
         y, _, _ = forward(x2, w if transposed else w.t(), bias, A, B, scale, 0.0, how)
@@ -349,4 +350,5 @@ def mixed(x: Tensor, w: Tensor, bias: Tensor | None, adapters: Any, samples: Any
     As = [None if a is None else a.A for a in adapters]
     Bs = [None if a is None else a.B for a in adapters]
     scales = [0.0 if a is None else a.scale for a in adapters]
-    return _mixed(x, w, As, Bs, scales, samples.on(x.device), bias)
+    y: Tensor = _mixed(x, w, As, Bs, scales, samples.on(x.device), bias)
+    return y

@@ -244,7 +244,7 @@ def _shipped(machine: Machine) -> tuple[Table | None, str]:
 
 open_books: dict[int, Book] = {}  # by device, once its files have been read
 _by_machine: dict[Machine, Book] = {}
-_found: dict[Any, Any] = {}
+_found: dict[Any, str | None] = {}
 _opening = threading.Lock()
 
 

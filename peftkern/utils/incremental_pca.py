@@ -132,11 +132,10 @@ class IncrementalPCA:
             yield slice(start, n)
 
     def _checked(self, X: Any) -> Tensor:
-        if not isinstance(X, Tensor):
-            X = torch.tensor(X, dtype=torch.float32)
-        elif self.copy:
-            X = X.clone()
-        rows, columns = X.shape
+        data: Tensor = X if isinstance(X, Tensor) else torch.tensor(X, dtype=torch.float32)
+        if data is X and self.copy:
+            data = X.clone()
+        rows, columns = data.shape
         n = self.n_components
         if n is not None and n > columns:
             raise ValueError(
@@ -147,7 +146,8 @@ class IncrementalPCA:
             raise ValueError(
                 f"n_components={n} must be less or equal to the batch number of samples {rows}"
             )
-        return X if X.dtype in (torch.float32, torch.float64) else X.to(torch.float32)
+        narrow = data.dtype not in (torch.float32, torch.float64)
+        return data.to(torch.float32) if narrow else data
 
     def _svd(self, X: Tensor) -> tuple[Tensor, Tensor]:
         """Singular values and right vectors [rank, F], the largest entry of each positive."""

@@ -108,7 +108,8 @@ class _Files:
         if found is None:
             raise ValueError(f"there is no tensor {name!r} in the model's safetensors files")
         with safe_open(self.where[found], framework="pt") as file:
-            return file.get_tensor(found)
+            tensor: Tensor = file.get_tensor(found)
+            return tensor
 
 
 @torch.no_grad()

@@ -78,7 +78,8 @@ def set_layer_requires_grad(layer: nn.Module | Tensor, requires_grad: bool) -> N
 def match_target_against_key(target_pattern: str, key: str) -> re.Match[str] | None:
     """Whether a regular expression is the whole of a module's name. ValueError: it takes too long,
     or is none."""
-    return whole(target_pattern, "target_modules").fullmatch(key)
+    found: re.Match[str] | None = whole(target_pattern, "target_modules").fullmatch(key)
+    return found
 
 
 def get_pattern_key(

@@ -65,7 +65,7 @@ def in_backward() -> bool:
     ask = getattr(torch._C, "_current_graph_task_id", None)
     if ask is None:
         raise PrivateNameError("_C._current_graph_task_id")
-    return ask() != -1
+    return bool(ask() != -1)
 
 
 def _global_hooks() -> tuple[Any, ...]:
@@ -97,7 +97,8 @@ def convolve(conv: Any, x: Tensor, weight: Tensor) -> Tensor:
     """x through a convolution that has this weight, and no bias."""
     if not hasattr(conv, CONV_FORWARD):
         raise PrivateNameError("nn.Conv2d._conv_forward")
-    return getattr(conv, CONV_FORWARD)(x, weight, None)
+    y: Tensor = getattr(conv, CONV_FORWARD)(x, weight, None)
+    return y
 
 
 def bartlett(wishart: Any) -> Tensor:
@@ -105,7 +106,8 @@ def bartlett(wishart: Any) -> Tensor:
     draw = getattr(wishart, "_bartlett_sampling", None)
     if draw is None:
         raise PrivateNameError("distributions.Wishart._bartlett_sampling")
-    return draw(torch.Size())
+    drawn: Tensor = draw(torch.Size())
+    return drawn
 
 
 # what wrappers put into the names of weights: torch.compile, FSDP, torch's checkpoint_wrapper
@@ -138,7 +140,8 @@ def attention_name(config: Any) -> str | None:
     """The attention that a model with this configuration calls ("sdpa", "eager", ...)."""
     if not hasattr(config, "_attn_implementation"):
         raise PrivateNameError("PreTrainedConfig._attn_implementation")
-    return config._attn_implementation
+    name: str | None = config._attn_implementation
+    return name
 
 
 def set_attention(config: Any, name: str | None) -> None:
@@ -219,4 +222,5 @@ def hook_of(module: Any) -> Any:
 
 def forward_of(module: Any) -> Callable[..., Any]:
     """The module's forward, behind a hook of accelerate's."""
-    return getattr(module, "_old_forward", module.forward)
+    forward: Callable[..., Any] = getattr(module, "_old_forward", module.forward)
+    return forward

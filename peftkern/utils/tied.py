@@ -125,7 +125,7 @@ def _same_storage(one: Any, other: Any) -> bool:
     if one.shape != other.shape or one.device != other.device or one.is_meta:
         return False
     try:
-        return one.data_ptr() == other.data_ptr() != 0
+        return bool(one.data_ptr() == other.data_ptr() != 0)
     except RuntimeError:  # a tensor without memory of its own, a fake one for instance
         return False
 

@@ -20,7 +20,7 @@ from .experts import fuse_experts
 _PLACES = {"down_proj": "", "gate_up_proj": ".base_layer"}
 
 
-class FuseExperts(ConversionOps):
+class FuseExperts(ConversionOps):  # type: ignore[misc]  # transformers is not read
     """lora_A, or lora_B, of a parameter that all experts share, from the experts' own."""
 
     def __init__(self, side: str) -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -51,8 +52,15 @@ def _parameters(kind: type) -> tuple[str, ...]:
     return _known[kind]
 
 
-# torch.compile asks these while it traces, and keeps the answers
-@torch.compiler.assume_constant_result
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _asked_once(function: F) -> F:
+    """torch.compile asks this while it traces, and keeps the answer."""
+    return cast(F, torch.compiler.assume_constant_result(function))
+
+
+@_asked_once
 def _own_parameters(kind: type) -> tuple[str, ...]:
     return _parameters(kind)[1:]
 
@@ -65,7 +73,7 @@ def parameters_of(module: nn.Module) -> tuple[str, ...]:
 _cache_names: dict[type, str | None] = {}
 
 
-@torch.compiler.assume_constant_result
+@_asked_once
 def _cache_name(kind: type) -> str | None:
     if kind not in _cache_names:
         own = _parameters(kind)
@@ -98,21 +106,21 @@ def cached_tokens(cache: Any) -> int:
         return 0
     if hasattr(cache, "get_seq_length"):
         return int(cache.get_seq_length())
-    return cache[0][0].shape[-2]
+    return int(cache[0][0].shape[-2])
 
 
 def how_checkpointed(base: Any) -> tuple[bool, bool]:
     """(hooks run inside, also without gradients) of layers of a class with transformers' way of
     checkpointing, found by running one without weights."""
 
-    class Layer(base):
+    class Layer(base):  # type: ignore[misc]  # transformers is not read, so it may be anything
         def forward(self, x: Tensor) -> Tensor:
             return x
 
     hooked: list[bool] = []
     hooked_before: list[int] = []
 
-    def run(function: Any, x: Tensor) -> Tensor:
+    def run(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         hooked_before.append(len(hooked))
         return function(x)
 
@@ -137,14 +145,14 @@ def _checkpoints() -> tuple[bool, bool]:
     return how_checkpointed(GradientCheckpointingLayer)
 
 
-@torch.compiler.assume_constant_result
+@_asked_once
 def hooks_in_checkpoints() -> bool:
     """Whether a layer's hooks are within its gradient checkpoint (before 5.23), so that a
     replay runs them again; later versions checkpoint ``forward`` alone."""
     return _checkpoints()[0]
 
 
-@torch.compiler.assume_constant_result
+@_asked_once
 def checkpoints_without_gradients() -> bool:
     """Whether layers run within checkpoints under ``torch.no_grad`` as well (before 5.24)."""
     return _checkpoints()[1]
@@ -173,7 +181,7 @@ def _ignores_softcap(function: Any) -> bool:
     return torch.equal(capped, plain)
 
 
-@torch.compiler.assume_constant_result
+@_asked_once
 def sdpa_ignores_softcap() -> bool:
     """Whether transformers' "sdpa" drops the cap on scores without a word, as in 5.17, where
     Gemma 2 takes it by default; later versions refuse it, and Gemma 2 takes "eager"."""

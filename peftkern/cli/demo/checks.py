@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
@@ -65,7 +66,7 @@ def print_table(console: Console, run: dict[str, Any]) -> None:
     table.add_column("")
     for name in run["providers"]:
         table.add_column(NAMES[name], justify="right")
-    rows = [
+    rows: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
         ("held-out loss before", lambda p: f"{p['before']['loss']:.4f}"),
         ("held-out loss after", lambda p: f"{p['after']['loss']:.4f}"),
         ("median step", lambda p: f"{p['step_seconds']:.3f} s"),

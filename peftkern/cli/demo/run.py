@@ -209,7 +209,8 @@ def _reload(peers: list[Peer], work: Path) -> dict[str, float]:
     def logits(peer: Peer, name: str, reload: str | None) -> torch.Tensor:
         file = str(work / f"{name}.safetensors")
         peer.ask("logits", file=file, reload=reload)
-        return load_file(file)["logits"]
+        logits: torch.Tensor = load_file(file)["logits"]
+        return logits
 
     trained = logits(peers[0], "trained", None)
     result = {"largest": trained.abs().max().item()}
@@ -234,7 +235,7 @@ def _paired_ratio(traces: dict[str, dict[str, Any]]) -> float | None:
     if "peft" not in traces:
         return None
     pairs = list(zip(traces["peftkern"]["seconds"], traces["peft"]["seconds"], strict=True))
-    return median(a / b for a, b in pairs[1:] or pairs)
+    return float(median(a / b for a, b in pairs[1:] or pairs))
 
 
 @contextmanager

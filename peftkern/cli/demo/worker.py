@@ -143,7 +143,7 @@ class Worker:
         was_training = self.model.training
         self.model.eval()
         batch = {k: v.to(self.job["device"]) for k, v in self.held[0].items() if k != "labels"}
-        logits = self.model(**batch).logits.float().cpu().contiguous()
+        logits: torch.Tensor = self.model(**batch).logits.float().cpu().contiguous()
         self.model.train(was_training)
         return logits
 
