@@ -44,11 +44,12 @@ def init_empty_weights(include_buffers: bool | None = None) -> Iterator[None]:
     """Within the block parameters that modules are given in this thread go to the meta device, so
     that their initialisation costs nothing; ``include_buffers``: buffers as well."""
     global _open, _real
+    patched: Any = nn.Module  # whose methods a checker lets nobody replace
     with _LOCK:
         if not _open:
             _real = nn.Module.register_parameter, nn.Module.register_buffer
-            nn.Module.register_parameter = _register_parameter  # type: ignore
-            nn.Module.register_buffer = _register_buffer  # type: ignore
+            patched.register_parameter = _register_parameter
+            patched.register_buffer = _register_buffer
         _open += 1
     _HERE.parameters += 1
     _HERE.buffers += bool(include_buffers)
@@ -61,7 +62,7 @@ def init_empty_weights(include_buffers: bool | None = None) -> Iterator[None]:
         with _LOCK:
             _open -= 1
             if not _open:
-                nn.Module.register_parameter, nn.Module.register_buffer = _real  # type: ignore
+                patched.register_parameter, patched.register_buffer = _real
 
 
 def skip_init_on_device(func: Callable[..., Any]) -> Callable[..., Any]:
