@@ -11,9 +11,6 @@ import pytest
 import typer
 
 from peftkern.cli.options import setting, takes
-from tests.needs import needs
-
-OLD = "before it, help and half of its errors fail under click 8.2 and newer"
 
 
 @dataclass
@@ -61,17 +58,14 @@ def test_every_option_reaches_its_field() -> None:
 
 
 def test_what_has_no_default_must_be_given() -> None:
-    needs("typer>=0.16", OLD)
     assert "--where" in refusal("--lora-r", "4")
 
 
 def test_values_are_of_the_fields_type() -> None:
-    needs("typer>=0.16", OLD)
     assert "--lora-r" in refusal("--where", "x", "--lora-r", "four")
 
 
 def test_help_says_what_the_field_says(capsys: pytest.CaptureFixture[str]) -> None:
-    needs("typer>=0.16", OLD)
     assert run("--help") == []
     said = capsys.readouterr().out
     for words in ("What the command does.", "A folder.", "Rank.", "The loop", "--no-half"):
@@ -80,7 +74,6 @@ def test_help_says_what_the_field_says(capsys: pytest.CaptureFixture[str]) -> No
 
 @pytest.mark.parametrize("command", ["train", "tune", "demo"])
 def test_help_loads_nothing_heavy(command: str) -> None:
-    needs("typer>=0.16", OLD)
     code = (
         "import sys; from peftkern.cli.app import run\n"
         f"assert run([{command!r}, '--help']) == 0\n"
