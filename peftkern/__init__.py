@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from .condition_numbers import find_kappa_target_modules as find_kappa_target_modules
     from .configs import PeftConfig as PeftConfig
     from .configs import PromptLearningConfig as PromptLearningConfig
-    from .explain import explain as explain
+    from .explaining import explain as explain
     from .fuse_callback import FuseCallback as FuseCallback
     from .fusing import fuse as fuse
     from .fusing import unfuse as unfuse
@@ -110,7 +110,7 @@ _WHERE = {
         "AutoPeftModelForSequenceClassification AutoPeftModelForTokenClassification"
     ),
     ".configs": "PeftConfig PromptLearningConfig",
-    ".explain": "explain",
+    ".explaining": "explain",
     ".fusing": "fuse unfuse",
     ".fuse_callback": "FuseCallback",
     ".mapping": (

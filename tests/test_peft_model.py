@@ -393,3 +393,31 @@ def test_a_configuration_is_checked_once(method, tmp_path, monkeypatch):
     assert len(checked) == 2
     model.load_adapter(tmp_path, "other")
     assert len(checked) == 3
+
+
+@pytest.mark.parametrize("how", ["get_peft_model", "PeftModel", "add_adapter"])
+def test_a_refused_configuration_is_as_it_was(how):
+    config = peftkern.LoraConfig(
+        task_type="SEQ_CLS", use_qalora=True, base_model_name_or_path="x", target_modules=["q_proj"]
+    )
+    before = config.to_dict()
+    with pytest.raises(NotImplementedError, match="use_qalora"):
+        if how == "get_peft_model":
+            peftkern.get_peft_model(make("llama", "SEQ_CLS"), config, revision="r")
+        elif how == "PeftModel":
+            peftkern.PeftModelForSequenceClassification(make("llama", "SEQ_CLS"), config)
+        else:
+            first = peftkern.LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"])
+            peftkern.get_peft_model(make("llama", "SEQ_CLS"), first).add_adapter("b", config)
+    assert config.to_dict() == before
+
+
+def test_no_weights_are_read_of_what_is_refused(tmp_path):
+    config = peftkern.LoraConfig(task_type="CAUSAL_LM", use_qalora=True, target_modules=["q_proj"])
+    config.save_pretrained(tmp_path)  # and no weights beside it
+    with pytest.raises(NotImplementedError, match="use_qalora"):
+        peftkern.PeftModel.from_pretrained(make("llama"), tmp_path)
+    model = peftkern.get_peft_model(make("llama"), peftkern.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(NotImplementedError, match="use_qalora"):
+        model.load_adapter(tmp_path, "b")
+    assert list(model.peft_config) == ["default"]

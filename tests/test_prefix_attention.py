@@ -305,3 +305,15 @@ def test_seen_is_what_it_says():
     ok = seen(1, 3, 4, 2, {"window": 3, "keep": torch.tensor([[True, False, True, True]])})
     rows = ["".join("x" if x else "." for x in row) for row in ok[0, 0].tolist()]
     assert rows == [".xx...", "..x.x.", "....xx"]
+
+
+def test_symbolic_sizes_are_traced() -> None:
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    q, k, kp = torch.randn(2, 2, 3, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 4, 8)
+
+    def call(q: torch.Tensor, k: torch.Tensor, kp: torch.Tensor) -> torch.Tensor:
+        return operation.prefix_attention(q, k, k, kp, kp, scale=0.3, causal=True)
+
+    traced = make_fx(call, tracing_mode="symbolic")(q, k, kp)
+    assert_same_number(traced(q, k, kp).double(), call(q, k, kp).double())

@@ -83,7 +83,7 @@ WORDS = {
 }
 # HF PEFT's addresses, and those of the package, where names are listed
 LISTS = {"__init__.py", "tuners/__init__.py", "tuners/lora/__init__.py", "tuners/lora/config.py"}
-LISTS |= {"tuners/lora/variants.py", "helpers.py"}
+LISTS |= {"tuners/lora/variants.py", "helpers.py", "peft_model.py"}
 LISTS |= {"utils/private_names.py"}  # whose register says for whom a name is
 OTHERS = {
     # a warning of a setting beside a task type, which both stand in the configuration
@@ -198,3 +198,31 @@ def test_a_setting_asks_for_one_class(outside):
         define("Another")
     new = define("GatedLinear")  # as when a cell is run again
     assert variants.table_of("linear")[("gated",)] is variants.SETTINGS["gated"] is new
+
+
+def test_what_another_owns_is_not_taken() -> None:
+    from peftkern.configs.base import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig
+    from peftkern.tuners.lora.variant import CALL_KWARGS, LoraVariant
+    from peftkern.utils.peft_types import PeftType
+
+    owner = CALL_KWARGS["alora_offsets"]
+    with pytest.raises(ValueError, match=f"alora_offsets.*{owner.__name__}"):
+
+        class Offsets(LoraVariant, setting="mine", layers=()):
+            call_kwargs = ("alora_offsets",)
+
+    for name in ("set_adapter", "forward"):
+        with pytest.raises(ValueError, match=name):
+            type(
+                "Methods",
+                (LoraVariant,),
+                {"model_methods": {name: print}},
+                setting="mine",
+            )
+    with pytest.raises(ValueError, match="LoraConfig is the configuration of LORA"):
+
+        class Mine(PeftConfig, method=PeftType.LORA):
+            pass
+
+    assert CALL_KWARGS["alora_offsets"] is owner
+    assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.LORA] is peftkern.LoraConfig

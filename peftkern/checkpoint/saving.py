@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..configs.base import PeftConfig
+from ..configs.checks import checked
 from ..files.atomic import replaced_together, write_atomically
 from ..files.hub import split_hub_kwargs
 from ..tuners.base_tuner import BaseTuner
@@ -278,45 +280,46 @@ class AdapterFiles:
         config.inference_mode = not is_trainable or config.is_prompt_learning
         if key_mapping is None and not config.is_prompt_learning:
             key_mapping = getattr(model, RENAMED, None)
-        weights = load_peft_weights(model_id, rest.get("torch_device"), key_mapping, **hub)
-        config.check_fits(weights)
-        flags = [(p, p.requires_grad) for p in parameters_of(model)]
-        before = model.__dict__.get("peft_config")  # of adapters that are in it already
-        settings: Any = getattr(model, "config", None)
-        split = getattr(settings, "pretraining_tp", None)
-        # adapters that are there already, and hooks, would not come back by themselves
-        kept = before is not None or isinstance(model, AdapterFiles)
-        kept = kept or checkpoints_activations(model)
-        peft_model = None
-        try:
-            with (
-                unchanged_on_error(model, when=kept),
-                collect() as change_base_weights,
-            ):
-                peft_model = cls.class_for(config.task_type)(
-                    model,
-                    config,
-                    adapter_name,
-                    autocast_adapter_dtype=autocast_adapter_dtype,
-                    low_cpu_mem_usage=low_cpu_mem_usage,
-                )
-                _fill(
-                    peft_model,
-                    weights,
-                    adapter_name,
-                    model_id,
-                    low_cpu_mem_usage,
-                    rest,
-                    change_base_weights,
-                )
-        except BaseException:
-            if peft_model is not None:
-                peft_model.tuner.take_down(peft_model, adapter_name, model, kept)
-            for parameter, flag in flags:
-                parameter.requires_grad_(flag)
-            if split is not None:
-                settings.pretraining_tp = split
-            raise
+        with checked(config):
+            weights = load_peft_weights(model_id, rest.get("torch_device"), key_mapping, **hub)
+            config.check_fits(weights)
+            flags = [(p, p.requires_grad) for p in parameters_of(model)]
+            before = model.__dict__.get("peft_config")  # of adapters that are in it already
+            settings: Any = getattr(model, "config", None)
+            split = getattr(settings, "pretraining_tp", None)
+            # adapters that are there already, and hooks, would not come back by themselves
+            kept = before is not None or isinstance(model, AdapterFiles)
+            kept = kept or checkpoints_activations(model)
+            peft_model = None
+            try:
+                with (
+                    unchanged_on_error(model, when=kept),
+                    collect() as change_base_weights,
+                ):
+                    peft_model = cls.class_for(config.task_type)(
+                        model,
+                        config,
+                        adapter_name,
+                        autocast_adapter_dtype=autocast_adapter_dtype,
+                        low_cpu_mem_usage=low_cpu_mem_usage,
+                    )
+                    _fill(
+                        peft_model,
+                        weights,
+                        adapter_name,
+                        model_id,
+                        low_cpu_mem_usage,
+                        rest,
+                        change_base_weights,
+                    )
+            except BaseException:
+                if peft_model is not None:
+                    peft_model.tuner.take_down(peft_model, adapter_name, model, kept)
+                for parameter, flag in flags:
+                    parameter.requires_grad_(flag)
+                if split is not None:
+                    settings.pretraining_tp = split
+                raise
         peft_model.tuner.loaded(peft_model, adapter_name, is_trainable, first=True)
         if not is_trainable:
             evaluate(peft_model)
@@ -356,34 +359,35 @@ class AdapterFiles:
             config = self.peft_config[adapter_name]
         if key_mapping is None and not config.is_prompt_learning:
             key_mapping = getattr(self.get_base_model(), RENAMED, None)
-        weights = load_peft_weights(model_id, torch_device, key_mapping, **hub)
-        if new:
-            config.check_fits(weights)
-        added, active = False, self.tuner.active_state(self)
-        try:
-            with collect() as change_base_weights:
-                if new:
-                    self.add_adapter(
-                        adapter_name,
-                        config,
-                        low_cpu_mem_usage=low_cpu_mem_usage,
-                        autocast_adapter_dtype=autocast_adapter_dtype,
-                    )
-                    added = True
-                with self.tuner.loading(self, adapter_name, is_trainable):
-                    result = _fill(
-                        self,
-                        weights,
-                        adapter_name,
-                        model_id,
-                        low_cpu_mem_usage,
-                        rest,
-                        change_base_weights,
-                    )
-        except BaseException:
-            if added:
-                self.tuner.withdraw(self, adapter_name, active)
-            raise
+        with checked(config) if new else nullcontext():
+            weights = load_peft_weights(model_id, torch_device, key_mapping, **hub)
+            if new:
+                config.check_fits(weights)
+            added, active = False, self.tuner.active_state(self)
+            try:
+                with collect() as change_base_weights:
+                    if new:
+                        self.add_adapter(
+                            adapter_name,
+                            config,
+                            low_cpu_mem_usage=low_cpu_mem_usage,
+                            autocast_adapter_dtype=autocast_adapter_dtype,
+                        )
+                        added = True
+                    with self.tuner.loading(self, adapter_name, is_trainable):
+                        result = _fill(
+                            self,
+                            weights,
+                            adapter_name,
+                            model_id,
+                            low_cpu_mem_usage,
+                            rest,
+                            change_base_weights,
+                        )
+            except BaseException:
+                if added:
+                    self.tuner.withdraw(self, adapter_name, active)
+                raise
         if new:
             self.tuner.loaded(self, adapter_name, is_trainable, first=False)
         if not is_trainable:

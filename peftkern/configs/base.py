@@ -183,7 +183,7 @@ class PeftConfig(PeftConfigMixin):
     """What every adapter configuration has.
 
     A subclass that is made with ``method=`` (a :class:`PeftType`) is that method's: files that name
-    the method are read as it.
+    the method are read as it. ValueError when the method has another class already.
 
     Args:
         base_model_name_or_path: the model that the adapter belongs to.
@@ -197,8 +197,13 @@ class PeftConfig(PeftConfigMixin):
 
     def __init_subclass__(cls, method: PeftType | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if method is not None:
-            PEFT_TYPE_TO_CONFIG_MAPPING[method] = cls
+        if method is None:
+            return
+        here = PEFT_TYPE_TO_CONFIG_MAPPING.get(method)
+        mine = cls.__module__, cls.__qualname__
+        if here is not None and (here.__module__, here.__qualname__) != mine:
+            raise ValueError(f"{here.__name__} is the configuration of {method.value} already")
+        PEFT_TYPE_TO_CONFIG_MAPPING[method] = cls
 
     def check_supported(self) -> None:
         """Raise one NotImplementedError that names everything asked for that peftkern cannot do."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from enum import Enum
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -69,3 +71,33 @@ def check_types(cls: type, values: dict[str, Any]) -> None:
         if name in hints and value is not None and not fits_type(value, hints[name]):
             shown = str(hints[name]).replace("typing.", "").replace("NoneType", "None")
             raise ValueError(f"`{name}` must be {shown}, got {value!r}")
+
+
+class _Checked(threading.local):
+    def __init__(self) -> None:
+        self.ids: tuple[int, ...] = ()
+
+
+_checked = _Checked()
+
+
+@contextmanager
+def checked(config: Any) -> Iterator[None]:
+    """Refuse a configuration that cannot be built, before anything is changed or read for it, and
+    do not ask it again within the block.
+
+    Raises:
+        NotImplementedError, ValueError: see ``PeftConfig.check_supported``.
+    """
+    check_once(config)
+    before, _checked.ids = _checked.ids, (*_checked.ids, id(config))
+    try:
+        yield
+    finally:
+        _checked.ids = before
+
+
+def check_once(config: Any) -> None:
+    """``config.check_supported()``, unless within :func:`checked` of it."""
+    if id(config) not in _checked.ids:
+        config.check_supported()

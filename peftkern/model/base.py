@@ -13,6 +13,7 @@ from transformers.utils import PushToHubMixin
 
 from ..checkpoint.saving import AdapterFiles
 from ..configs.base import PeftConfig
+from ..configs.checks import checked
 from ..tuners.checks import check_adapter_name, check_config, warn_of_prefix
 from ..tuners.lora.variant import CALL_KWARGS
 from ..tuners.modules_to_save import ModulesToSaveWrapper
@@ -88,15 +89,15 @@ class PeftModel(Wrapped, PromptNames, AdapterFiles, AdapterStatus, PushToHubMixi
         super().__init__()
         check_adapter_name(adapter_name)
         check_config(peft_config)
-        self._add_heads(peft_config)
         self.active_adapter = adapter_name
         self.peft_type = PeftType(peft_config.peft_type)
         self.special_peft_forward_args = {"adapter_names", *CALL_KWARGS}
         self._adapters_disabled = False
         self.tuner = tuner_for(self.peft_type)
-        self.tuner.start(
-            self, model, adapter_name, peft_config, low_cpu_mem_usage, autocast_adapter_dtype
-        )
+        how = low_cpu_mem_usage, autocast_adapter_dtype
+        with checked(peft_config):
+            self._add_heads(peft_config)
+            self.tuner.start(self, model, adapter_name, peft_config, *how)
         self._note_head_layer()
         if checkpoints_activations(model):
             self._prepare_model_for_gradient_checkpointing(model)
@@ -270,13 +271,14 @@ class PeftModel(Wrapped, PromptNames, AdapterFiles, AdapterStatus, PushToHubMixi
                 f"Cannot combine adapters with different peft types. Found {self.peft_type} and "
                 f"{PeftType(peft_config.peft_type)}."
             )
-        self._add_heads(peft_config)
-        self.peft_config[adapter_name] = peft_config
-        try:
-            self.tuner.add(self, adapter_name, low_cpu_mem_usage, autocast_adapter_dtype)
-        except Exception:
-            self.peft_config.pop(adapter_name, None)
-            raise
+        with checked(peft_config):
+            self._add_heads(peft_config)
+            self.peft_config[adapter_name] = peft_config
+            try:
+                self.tuner.add(self, adapter_name, low_cpu_mem_usage, autocast_adapter_dtype)
+            except Exception:
+                self.peft_config.pop(adapter_name, None)
+                raise
 
     def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
         """Make ``adapter_name`` the active adapter; it trains unless ``inference_mode``,

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..tuners.prompting.tuner import word_embeddings
 from ..tuners.wrapped import innermost
+from ..utils.peft_types import PeftType
 
 
 class PromptNames:
@@ -22,6 +23,12 @@ class PromptNames:
     base_model: Any
     prompt_encoder: nn.ModuleDict
     prompt_tokens: dict[str, Tensor]
+
+    peft_type: Any
+
+    @property
+    def _is_prompt_learning(self) -> bool:  # which HF PEFT sets, and its callers may read
+        return PeftType(self.peft_type) is not PeftType.LORA
 
     @property
     def transformer_backbone_name(self) -> str:

@@ -117,7 +117,9 @@ def _by_torch(
     q: Tensor, k: Tensor, v: Tensor, kp: Tensor, vp: Tensor, rule: Rule, training: bool
 ) -> Tensor:
     """O of a call without bias, dropout or weights, by whatever torch has for it."""
-    ask = _choose if torch.compiler.is_compiling() else _torch_choice
+    # sizes that a tracer stands in for are nothing to look up by
+    known = type(q.shape[2]) is int and type(q.shape[3]) is int
+    ask = _torch_choice if known and not torch.compiler.is_compiling() else _choose
     chosen = ask(q, rule, training)
     if not isinstance(chosen, str):
         return _run(chosen, q, k, v, kp, vp, rule, training)

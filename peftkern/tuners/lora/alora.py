@@ -55,6 +55,8 @@ class ALoraLinearVariant(LoraVariant, setting="alora_invocation_tokens", layers=
 
     @classmethod
     def forward_kwargs(cls, model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        if not model.finds_invocations:
+            return kwargs
         found = get_alora_offsets_for_forward(model, **kwargs)
         for name in ("input_ids", "inputs_embeds"):  # which that takes out
             if name in kwargs:
@@ -65,6 +67,8 @@ class ALoraLinearVariant(LoraVariant, setting="alora_invocation_tokens", layers=
     def generate_kwargs(
         cls, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> dict[str, Any]:
+        if not model.finds_invocations:
+            return kwargs
         return get_alora_offsets_for_generate(model, *args, **kwargs)
 
     @classmethod

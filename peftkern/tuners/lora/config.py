@@ -1,5 +1,6 @@
 """HF PEFT's address of ``LoraConfig`` and of what it may hold."""
 
+from ...configs.base import PeftConfig
 from ...configs.lora import (
     BdLoraConfig,
     KasaConfig,
@@ -14,6 +15,7 @@ from ...configs.lora_options import (
     LoraGAConfig,
     LoraRuntimeConfig,
 )
+from ...utils.peft_types import PeftType
 
 __all__ = [
     "BdLoraConfig",
@@ -25,5 +27,7 @@ __all__ = [
     "LoraGAConfig",
     "LoraRuntimeConfig",
     "MontecloraConfig",
+    "PeftConfig",
+    "PeftType",
     "VeloraConfig",
 ]

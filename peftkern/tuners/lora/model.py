@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ...configs.checks import check_once
 from ...configs.lora import LoraConfig
 from ...utils.constants import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
@@ -103,7 +104,7 @@ class LoraModel(ModelMerging, Weighted, Starts, VariantMethods, BaseTuner):
     ) -> tuple[list[Any], list[str], ExtraTargets]:
         """All that can go wrong, before anything is changed: the matches with rank and alpha, the
         names of the modules to train in full, and what is adapted beside those."""
-        config.check_supported()
+        check_once(config)
         others = [(n, c) for n, c in self.peft_config.items() if n != name]
         if config.bias != "none" and any(getattr(c, "bias", "none") != "none" for _, c in others):
             raise ValueError(

@@ -17,6 +17,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from ..base_tuner import BaseTuner
+
 # {kind of layer (`LoraLayer.layer_kind`): {sorted names of settings: class; None for plain LoRA}}
 TABLES: dict[str, dict[tuple[str, ...], type[LoraVariant] | None]] = {}
 # {setting: class that is asked what concerns the whole model; None for plain LoRA}
@@ -50,6 +52,9 @@ def _address(cls: type) -> tuple[str, str]:
 
 class VariantMethods:
     """The methods that variants add to :class:`LoraModel`, see ``LoraVariant.model_methods``."""
+
+
+_method_owners: dict[str, tuple[str, str]] = {}  # {name: the variant's address}
 
 
 class LoraVariant:
@@ -94,6 +99,19 @@ class LoraVariant:
         super().__init_subclass__(**kwargs)
         if setting is None:
             return
+        for name in cls.call_kwargs:
+            owner = CALL_KWARGS.get(name)
+            if owner is not None and _address(owner) != _address(cls):
+                raise ValueError(f"the keyword `{name}` is {owner.__name__}'s already")
+        for name in cls.model_methods:
+            if name in vars(VariantMethods):
+                owner_of = _method_owners[name]
+                taken = owner_of != _address(cls)
+            else:
+                taken = hasattr(BaseTuner, name)
+            if taken:
+                raise ValueError(f"`{name}` is a method of the LoraModel already")
+            _method_owners[name] = _address(cls)
         cls.setting = setting
         register(setting, layers, cls)
         CALL_KWARGS.update(dict.fromkeys(cls.call_kwargs, cls))
@@ -371,7 +389,7 @@ def _with_calls(model: Any) -> list[type[LoraVariant]]:
     """The variants with keywords of their own that an adapter of the model asks for. Every forward
     asks this."""
     found = []
-    for variant in set(CALL_KWARGS.values()):
+    for variant in dict.fromkeys(CALL_KWARGS.values()):
         for config in model.peft_config.values():
             if getattr(config, variant.setting, None):
                 found.append(variant)

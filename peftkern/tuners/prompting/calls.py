@@ -181,7 +181,7 @@ def prefixed(
         yield
         return
     config = model.peft_config[named[0]]
-    tuner.inject(model, config)
+    injection = tuner.inject(model, config)
     prefixes, no_prefix = tuner.prefix_layers(model, batch, rows)
     more: dict[str, Any] = {} if no_prefix is None else {"no_prefix": no_prefix}
     if config.prefix_always_visible:
@@ -190,10 +190,10 @@ def prefixed(
         move = offset_behind(config.num_virtual_tokens, no_prefix)
         kwargs["position_ids"] = kwargs["position_ids"] + move
         more["positions_moved"] = True
-    with tuner.injection.active(prefixes, **more) as given:
+    with injection.active(prefixes, **more) as given:
         yield
     if not given.seen:
-        stack = type(tuner.injection.stack).__name__
+        stack = type(injection.stack).__name__
         raise RuntimeError(
             f"the call did not reach the {stack} whose attention takes the prefix (or went to its "
             "`forward`, past its hooks): what was computed is without the prefix"

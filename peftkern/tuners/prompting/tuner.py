@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...configs.checks import check_once
 from ...configs.prompt_learning import PromptLearningConfig
 from ...utils.module_tree import get_submodules
 from ...utils.places import replace
@@ -125,7 +126,7 @@ class PromptTuner(Prompts):
             ValueError, TypeError: as ``add_adapter``. The model is then as it was.
         """
         config = self.peft_config[adapter_name]
-        config.check_supported()
+        check_once(config)
         base: Any = innermost(host)
         model: Any = host.base_model
         if adapter_name in _names_inside(model):
@@ -188,27 +189,30 @@ class PromptTuner(Prompts):
                 )
         return keys
 
-    def inject(self, host: Any, config: PromptLearningConfig) -> None:
-        """Have the attention layers ready for prefixes of this adapter's length too."""
+    def inject(self, host: Any, config: PromptLearningConfig) -> Any:
+        """Have the attention layers ready for prefixes of this adapter's length too; returns what
+        they are given them by."""
         from ..prefix_tuning import way
 
         P, heads = config.num_virtual_tokens, config.num_attention_heads
         assert P is not None and config.token_dim is not None and heads is not None
         always_visible = getattr(config, "prefix_always_visible", False)
         base = innermost(host)
-        if self.injection is not None:
-            # not made anew: another thread may be in a forward with the hooks that there are
-            if not way.again(self.injection, base):
-                self.injection.allow(P, always_visible)
-                return
+        # read once: another thread may choose anew meanwhile
+        found = self.injection
+        # not made anew: another thread may be in a forward with the hooks that there are
+        if found is not None and not way.again(found, base):
+            found.allow(P, always_visible)
+            return found
         with way.choosing:
-            if self.injection is not None:
-                if not way.again(self.injection, base):  # another thread was here first
-                    self.injection.allow(P, always_visible)
-                    return
-                self.injection.remove()
+            found = self.injection
+            if found is not None:
+                if not way.again(found, base):  # another thread was here first
+                    found.allow(P, always_visible)
+                    return found
+                found.remove()
                 self.injection = None  # if none can be chosen, the next call says so too
-            self.injection = way.choose(
+            self.injection = found = way.choose(
                 base,
                 num_layers=attention_layers(config, base),
                 kv_heads=heads,
@@ -217,6 +221,7 @@ class PromptTuner(Prompts):
                 always_visible=always_visible,
                 divide=functools.partial(divide, model=base),
             )
+            return found
 
     def _heads(self, host: Any) -> list[ModulesToSaveWrapper]:
         """The modules that train in full with these adapters (or with none any more)."""
