@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import pkgutil
@@ -24,6 +25,7 @@ import peftkern.tuners._buffer_dict
 import peftkern.tuners.tuners_utils as ours_utils
 from peftkern.utils.integrations import init_empty_weights, skip_init_on_device
 from tests.closeness import assert_same_number, differ
+from tests.test_imports import FACES
 from tests.tiny import fill, first, inputs, make
 
 # what code written for HF PEFT imports from elsewhere than the top
@@ -253,13 +255,7 @@ def test_empty_weights_are_those_of_one_thread():
     assert seen == [False] and nn.Module.register_parameter is register
 
 
-FACES = (
-    "config mapping_func peft_model tuners.lora.config tuners.lora.layer tuners.lora.variants "
-    "tuners.p_tuning.config tuners.prefix_tuning.config tuners.prompt_tuning.config "
-    "tuners.tuners_utils utils.hotswap utils.other utils.save_and_load"
-).split()
-
-
+@functools.cache
 def defined_here() -> set[str]:
     """Names that a file of the package defines, its own classes, functions and constants."""
     found: set[str] = set()
@@ -276,7 +272,7 @@ def is_own(name: str, value: Any, package: str) -> bool:
     return name.isupper() or str(getattr(value, "__module__", "")).startswith(package)
 
 
-@pytest.mark.parametrize("face", FACES)
+@pytest.mark.parametrize("face", sorted(FACES))
 def test_what_hf_peft_has_at_an_address_is_there(face: str) -> None:
     """Whatever of it peftkern has anywhere: users import from where HF PEFT's own files do."""
     theirs = vars(importlib.import_module(f"peft.{face}"))

@@ -226,3 +226,9 @@ def test_what_another_owns_is_not_taken() -> None:
 
     assert CALL_KWARGS["alora_offsets"] is owner
     assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.LORA] is peftkern.LoraConfig
+
+
+def test_keywords_of_a_variant_that_comes_later_are_the_models(monkeypatch) -> None:
+    model = peftkern.get_peft_model(make("llama"), peftkern.LoraConfig(target_modules=["q_proj"]))
+    monkeypatch.setitem(variants.CALL_KWARGS, "later", variants.CALL_KWARGS["alora_offsets"])
+    assert model.special_peft_forward_args == {"adapter_names", "alora_offsets", "later"}

@@ -91,7 +91,6 @@ class PeftModel(Wrapped, PromptNames, AdapterFiles, AdapterStatus, PushToHubMixi
         check_config(peft_config)
         self.active_adapter = adapter_name
         self.peft_type = PeftType(peft_config.peft_type)
-        self.special_peft_forward_args = {"adapter_names", *CALL_KWARGS}
         self._adapters_disabled = False
         self.tuner = tuner_for(self.peft_type)
         how = low_cpu_mem_usage, autocast_adapter_dtype
@@ -164,6 +163,11 @@ class PeftModel(Wrapped, PromptNames, AdapterFiles, AdapterStatus, PushToHubMixi
     @property
     def active_adapters(self) -> list[str]:
         return self.tuner.active(self)
+
+    @property
+    def special_peft_forward_args(self) -> set[str]:
+        """Keywords of a call that are for adapters; variants that are defined later add theirs."""
+        return {"adapter_names", *CALL_KWARGS}
 
     @property
     def base_model_torch_dtype(self) -> torch.dtype | None:

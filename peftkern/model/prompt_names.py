@@ -23,7 +23,6 @@ class PromptNames:
     base_model: Any
     prompt_encoder: nn.ModuleDict
     prompt_tokens: dict[str, Tensor]
-
     peft_type: Any
 
     @property
@@ -43,7 +42,7 @@ class PromptNames:
     @property
     def word_embeddings(self) -> nn.Module:
         """The model's input embeddings, as they are now."""
-        found = word_embeddings(self, None)
+        found = word_embeddings(self)
         if found is None:
             raise AttributeError(f"{type(innermost(self)).__name__} has no input embeddings")
         return found

@@ -15,6 +15,11 @@ from .tuner import Tuner
 class Wrapped:
     """A base class of :class:`peftkern.PeftModel`."""
 
+    @property
+    def peft_config(self) -> dict[str, Any]:
+        """{adapter name: configuration}."""
+        raise NotImplementedError
+
     def get_base_model(self) -> nn.Module:
         """The model that was wrapped, adapter layers included."""
         raise NotImplementedError

@@ -151,20 +151,23 @@ def set_attention(config: Any, name: str | None) -> None:
         raise PrivateNameError("PreTrainedConfig._attn_implementation_internal")
 
 
+def _checkpointing_layer() -> Any:
+    """transformers' base class of such layers; what nothing is an instance of before it is
+    loaded."""
+    layers = sys.modules.get("transformers.modeling_layers")
+    return getattr(layers, "GradientCheckpointingLayer", ())
+
+
 def keep_cache(block: Any) -> None:
     """Let this block of a model be given its cache within a gradient checkpoint too."""
-    layers = sys.modules.get("transformers.modeling_layers")
-    wrapped: Any = getattr(layers, "GradientCheckpointingLayer", ())
-    if isinstance(block, wrapped) and not hasattr(type(block), KEEPS_CACHE):
+    if isinstance(block, _checkpointing_layer()) and not hasattr(type(block), KEEPS_CACHE):
         raise PrivateNameError("GradientCheckpointingLayer._can_checkpoint_with_cache")
     setattr(block, KEEPS_CACHE, True)
 
 
 def checkpoint_runners(model: nn.Module) -> list[nn.Module]:
     """The modules of a model that transformers may run within a checkpoint."""
-    layers = sys.modules.get("transformers.modeling_layers")
-    wrapped: Any = getattr(layers, "GradientCheckpointingLayer", ())
-    found = []
+    wrapped, found = _checkpointing_layer(), []
     for module in model.modules():
         if CHECKPOINT_RUNNER in module.__dict__:
             found.append(module)

@@ -13,7 +13,7 @@ from torch import nn
 from ...utils.generation import generation_setting, row_repeats
 from .group import settle
 from .model import LoraModel
-from .variant import CALL_KWARGS, with_call_kwargs, with_generate_kwargs
+from .variant import with_call_kwargs, with_generate_kwargs
 
 
 class LoraTuner:
@@ -107,7 +107,7 @@ class LoraTuner:
         model = host.base_model.model
         settle(model)
         kwargs = with_call_kwargs(host, kwargs)
-        own = host.special_peft_forward_args | CALL_KWARGS.keys()
+        own = host.special_peft_forward_args
         if not any(kwargs.get(name) is not None for name in own):
             return model(*args, **{k: v for k, v in kwargs.items() if k not in own})
         with host._enable_peft_forward_hooks(*args, **kwargs):
@@ -120,7 +120,7 @@ class LoraTuner:
             "num_beams": generation_setting(model, kwargs, "num_beams", *args[1:2]),
             "row_repeats": row_repeats(model, args[1:], kwargs),
         }
-        own = host.special_peft_forward_args | CALL_KWARGS.keys()
+        own = host.special_peft_forward_args
         with host._enable_peft_forward_hooks(*args, **{**kwargs, **how}):
             return model.generate(*args, **{k: v for k, v in kwargs.items() if k not in own})
 

@@ -36,25 +36,30 @@ def register(setting: str, layers: Iterable[str], variant: type[LoraVariant] | N
     """
     kinds = (layers,) if isinstance(layers, str) else tuple(layers)
     for kind in kinds:
-        old = TABLES.get(kind, {}).get((setting,))
-        if old is not None and (variant is None or _address(old) != _address(variant)):
+        old = _another(TABLES.get(kind, {}).get((setting,)), variant)
+        if old is not None:
             raise ValueError(f"`{setting}` asks for {old.__name__} on {kind!r} layers already")
     for kind in kinds:
         table_of(kind)[(setting,)] = variant
     first = SETTINGS.setdefault(setting, variant)
-    if first is not None and variant is not None and _address(first) == _address(variant):
+    if first is not None and _another(first, variant) is None:
         SETTINGS[setting] = variant
 
 
-def _address(cls: type) -> tuple[str, str]:
-    return cls.__module__, cls.__qualname__
+def _another(owner: type[Any] | None, cls: type | None) -> type[Any] | None:
+    """``owner``, unless it is nobody, or has the address of ``cls``, which then replaces it."""
+    if owner is None or cls is None:
+        return owner
+    same = (owner.__module__, owner.__qualname__) == (cls.__module__, cls.__qualname__)
+    return None if same else owner
 
 
 class VariantMethods:
     """The methods that variants add to :class:`LoraModel`, see ``LoraVariant.model_methods``."""
 
 
-_method_owners: dict[str, tuple[str, str]] = {}  # {name: the variant's address}
+# {name of such a method: the variant that it is from}
+_METHODS: dict[str, type[LoraVariant]] = {}
 
 
 class LoraVariant:
@@ -100,22 +105,17 @@ class LoraVariant:
         if setting is None:
             return
         for name in cls.call_kwargs:
-            owner = CALL_KWARGS.get(name)
-            if owner is not None and _address(owner) != _address(cls):
+            owner = _another(CALL_KWARGS.get(name), cls)
+            if owner is not None:
                 raise ValueError(f"the keyword `{name}` is {owner.__name__}'s already")
         for name in cls.model_methods:
-            if name in vars(VariantMethods):
-                owner_of = _method_owners[name]
-                taken = owner_of != _address(cls)
-            else:
-                taken = hasattr(BaseTuner, name)
-            if taken:
+            if _another(_METHODS.get(name), cls) or hasattr(BaseTuner, name):
                 raise ValueError(f"`{name}` is a method of the LoraModel already")
-            _method_owners[name] = _address(cls)
         cls.setting = setting
         register(setting, layers, cls)
         CALL_KWARGS.update(dict.fromkeys(cls.call_kwargs, cls))
         for name, method in cls.model_methods.items():
+            _METHODS[name] = cls
             setattr(VariantMethods, name, method)
 
     # ---------------------------------------------------------------- before there is an adapter
@@ -388,9 +388,9 @@ def with_generate_kwargs(
 def _with_calls(model: Any) -> list[type[LoraVariant]]:
     """The variants with keywords of their own that an adapter of the model asks for. Every forward
     asks this."""
-    found = []
+    found, configs = [], model.peft_config.values()
     for variant in dict.fromkeys(CALL_KWARGS.values()):
-        for config in model.peft_config.values():
+        for config in configs:
             if getattr(config, variant.setting, None):
                 found.append(variant)
                 break

@@ -51,8 +51,7 @@ def _make_encoder(config: Any, word_embeddings: nn.Module | None) -> BasePromptE
 
 def _names_inside(model: Any) -> list[str]:
     """Names of the adapters of a PeftModel that a prompt is put on; none for another model."""
-    inside: Any = model if isinstance(model, Wrapped) else None
-    return [] if inside is None else list(inside.peft_config)
+    return list(model.peft_config) if isinstance(model, Wrapped) else []
 
 
 class PromptTuner(Prompts):
@@ -96,7 +95,8 @@ class PromptTuner(Prompts):
         base = innermost(model)
         if hasattr(base, "prepare_inputs_for_generation"):  # a name that HF PEFT's callers know
             host.base_model_prepare_inputs_for_generation = base.prepare_inputs_for_generation
-        host.add_adapter(adapter_name, config)
+        self.peft_config[adapter_name] = config
+        self.add(host, adapter_name)
 
     def base(self, host: Any) -> nn.Module:
         return host.base_model
@@ -134,7 +134,7 @@ class PromptTuner(Prompts):
                 f"`adapter_name`: {adapter_name!r} is the name of an adapter of the model inside; "
                 "a prompt on top of it needs another, so that both can be saved"
             )
-        words = word_embeddings(host, None)
+        words = word_embeddings(host)
         draft = copy.copy(config)
         draft.__dict__.update(infer_sizes(config, base, words))
         room = Room(base, decoder=isinstance(config, PrefixTuningConfig))
@@ -148,9 +148,8 @@ class PromptTuner(Prompts):
         flags = [(p, p.requires_grad) for p in model.parameters()]
         try:
             if isinstance(config, PrefixTuningConfig) and has_config(base):
-                self.inject(
-                    host, draft
-                )  # of another kind of model, a call says that it takes no prefix
+                # of another kind of model, a call says that it takes no prefix
+                self.inject(host, draft)
             if not host.prompt_encoder and not isinstance(model, Wrapped):
                 # the first; a LoRA model inside has frozen what it adapts, and goes on training
                 model.requires_grad_(False)
@@ -352,10 +351,9 @@ class PromptTuner(Prompts):
         self._remove(host)
 
 
-def word_embeddings(host: Any, default: Any) -> Any:
-    """The input embeddings of the host's model, as they are now; ``default`` where it has none."""
+def word_embeddings(host: Any) -> Any:
+    """The input embeddings of the host's model, as they are now; None where it has none."""
     try:
-        found = innermost(host).get_input_embeddings()
+        return innermost(host).get_input_embeddings()
     except (AttributeError, NotImplementedError):
-        found = None
-    return default if found is None else found
+        return None
