@@ -89,6 +89,7 @@ def test_mining_is_deterministic_and_leak_free(sources: Path) -> None:
     assert all(i.target not in i.text for i in items)
 
 
+@pytest.mark.long
 def test_topics_are_held_out_by_file_in_every_class() -> None:
     items = docstrings.topics(docstrings.stdlib_folder())
     assert {i.target for i in items} == set(docstrings.TOPICS)

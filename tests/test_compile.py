@@ -105,6 +105,7 @@ def test_operators(dtype, low, bias, transposed, p):
             )  # fmt: skip
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_model_is_one_graph_without_operators(family, monkeypatch):
     """With dropout, whose elements are those of eager calls; a second step compiles nothing, nor

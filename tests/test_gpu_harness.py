@@ -263,6 +263,7 @@ assert gpu_table.main([str(path), "--show"]) == 0
 """
 
 
+@pytest.mark.long
 def test_a_race_becomes_a_tuning_table(tmp_path):
     out = in_process(TABLE.replace("sys.argv[1]", repr(str(tmp_path))))
     assert "T has schema 2; allowed: 1" in out
@@ -306,6 +307,7 @@ def test_reported_traffic_is_compared_with_what_ncu_counts():
     in_process(COUNTERS)
 
 
+@pytest.mark.long
 def test_without_ncu_that_is_said(tmp_path):
     gpu("--part", "counters", "--dry-run", "--out", str(tmp_path))
     (path,) = tmp_path.glob("*-counters.json")

@@ -412,6 +412,7 @@ def foreign_uses(sources: dict[str, str]) -> list[str]:
     ]
 
 
+@pytest.mark.long
 def test_private_names_are_used_through_the_register_alone() -> None:
     sources = {str(p.relative_to(ROOT)): p.read_text() for p in SOURCES}
     assert foreign_uses(sources) == []

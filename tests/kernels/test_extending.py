@@ -92,6 +92,7 @@ print(json.dumps([traffic(case.launch), tuned.launch.meta["BLOCK_K"], counted]))
 """
 
 
+@pytest.mark.long
 def test_it_is_counted_and_its_configs_stand_in_tables(copy):
     traffic, block_k, counted = json.loads(run(copy, "-c", COUNT, interpret=True))
     M, K = 8192, 4096

@@ -90,6 +90,7 @@ def test_pair_against_float64(M, K, ranks, masks, dtype):
     check_pair(M, K, ranks, dtype, torch.float32, masks)
 
 
+@pytest.mark.long
 @few
 @given(
     M=st.integers(1, 90),

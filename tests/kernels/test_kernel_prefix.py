@@ -150,6 +150,7 @@ def test_head_dims(D):
     verify(draw(1, 2, 1, 5, 9, 3, D, torch.float16), {}, back=BackwardConfig(16, 16, 16, 16))
 
 
+@pytest.mark.long
 @few
 @given(
     sizes=st.tuples(st.integers(1, 2), st.integers(1, 2), st.integers(1, 2)),
@@ -215,6 +216,7 @@ def test_offsets_past_int32():
     verify([q, k, v, pk, pv], {})
 
 
+@pytest.mark.long
 def test_padded_keys_may_hold_anything():
     tensors = draw(2, 2, 1, 18, 35, 19, 16)
     keep = padding(2, 35)

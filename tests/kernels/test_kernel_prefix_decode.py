@@ -63,6 +63,7 @@ def test_any_shape(sizes, T, more, P, D, dtype, shared, splits):
     verify(tensors, {}, DecodeConfig(16, 32, 16, *splits, 4, 1))
 
 
+@pytest.mark.long
 def test_default_config_and_rows_over_several_tiles():
     verify(draw(3, 10, 1, 2, 40, 20, 16), {}, None)
     verify(draw(2, 10, 1, 2, 9, 5, 16, shared=False), {})

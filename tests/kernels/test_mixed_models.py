@@ -162,6 +162,7 @@ def test_generated_tokens_are_those_of_each_row_alone(make, beams, launches):
         assert torch.equal(mixed[i : i + 1], want), (i, name)
 
 
+@pytest.mark.long
 def test_one_launch_for_a_step_of_decode_and_one_index_for_a_forward(launches, monkeypatch):
     model = adapted(llama)
     ids = prompt(llama)["input_ids"]
@@ -180,6 +181,7 @@ def test_one_launch_for_a_step_of_decode_and_one_index_for_a_forward(launches, m
     assert all(launch.args[1].shape[0] == len(NAMES) for launch in launches)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_names_that_are_kept_follow_their_index(dropout):
     """As a captured graph would: the index is rewritten in place, the names stay."""

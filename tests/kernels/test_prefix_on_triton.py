@@ -93,6 +93,7 @@ def test_loss_and_gradients_are_those_on_torch(family, padding, calls):
     assert all(x.any() for x in expected[2:])
 
 
+@pytest.mark.long
 def test_a_prefix_for_each_row(calls, family="llama"):
     pair, batch = alone(family, dtype=torch.float32), batch_of(family, "left")
     rows = torch.tensor([0.5, -1.0]).view(2, 1, 1, 1)

@@ -71,6 +71,7 @@ def test_a_tiny_llama_trains_as_on_the_torch_backend(product):
     assert_as_good_as_torch(*found)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_drops_the_same_elements_again(reentrant):
     ids = torch.randint(0, 50, (2, 9))

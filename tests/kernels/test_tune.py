@@ -27,6 +27,7 @@ def clock(monkeypatch, tmp_path):
         yield clock
 
 
+@pytest.mark.long
 def test_tune_races_ahead_and_the_first_step_does_not(clock, tmp_path, capsys):
     small = ["--dtype", "float32", "--rows", "12", "--r", "4", "--dropout", "0,0.1"]
     assert run(["tune", "--shapes", "24x40", *small]) == 0
@@ -46,6 +47,7 @@ def test_tune_races_ahead_and_the_first_step_does_not(clock, tmp_path, capsys):
     assert clock.races == 10  # asked for again: raced again
 
 
+@pytest.mark.long
 def test_a_models_projections_are_raced_alone_and_in_their_groups(clock, tmp_path):
     CONFIG.save_pretrained(tmp_path)
     args = ["--dtype", "float32", "--rows", "8", "--r", "4", "--dropout", "0"]
