@@ -6,10 +6,10 @@ Names are imported when they are first asked for, so that ``import peftkern`` co
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ._version import __version__
+from .utils.lazy import lazily
 
 if TYPE_CHECKING:
     from .auto import AutoPeftModel as AutoPeftModel
@@ -156,19 +156,12 @@ _WHERE = {
     ".checkpoint.state_dicts": "get_peft_model_state_dict load_peft_weights",
     ".utils.warning": "PeftWarning",
 }
-_LAZY = {name: module for module, names in _WHERE.items() for name in names.split()}
-
-__all__ = ["__version__", *_LAZY]
+_names, _find = lazily(__name__, _WHERE)
+__all__ = ["__version__", *_names]
 
 
 if not TYPE_CHECKING:  # a checker would take any name for one of it, misspelt ones too
-
-    def __getattr__(name: str) -> Any:
-        if name not in _LAZY:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        value = getattr(importlib.import_module(_LAZY[name], __name__), name)
-        globals()[name] = value
-        return value
+    __getattr__ = _find
 
 
 def __dir__() -> list[str]:

@@ -200,6 +200,15 @@ def test_json_written_by_each_is_read_by_the_other(tmp_path, settings):
     assert raw[0] == raw[1]
 
 
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_version_that_is_put_at_hf_pefts_address_is_written(name, monkeypatch):
+    made = {"num_virtual_tokens": 3} if name != "LoraConfig" else {}
+    before = getattr(peftkern, name)(**made)
+    assert before.peft_version == peftkern.config.__version__ == peft.__version__
+    monkeypatch.setattr("peftkern.config.__version__", "0.17.0")
+    assert getattr(peftkern, name)(**made).peft_version == "0.17.0"
+
+
 def test_json_of_peft_0_6_2(tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps(OLD_JSON))
     with warnings.catch_warnings():

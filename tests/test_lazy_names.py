@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import importlib
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -70,6 +72,49 @@ def test_every_name_comes(package: str) -> None:
     assert set(module.__all__) - {"__version__"} == {n for _, n in table(source_of(package))}
     with pytest.raises(AttributeError, match="no_such_name"):
         module.no_such_name  # noqa: B018
+
+
+# which files of `peft` are its attributes after `import peft`; which of those given are not
+# attributes of `peftkern` after `import peftkern`
+_FILES_OF_PEFT = """
+import types
+import peft
+
+def files(module):
+    for name, value in list(vars(module).items()):
+        if isinstance(value, types.ModuleType) and value.__name__ == f"{module.__name__}.{name}":
+            yield value.__name__.partition(".")[2]
+            yield from files(value)
+
+print(*files(peft))
+"""
+_FILES_OF_OURS = """
+import functools, sys
+import peftkern
+
+for name in sys.argv[1:]:
+    try:
+        functools.reduce(getattr, name.split("."), peftkern)
+    except AttributeError:
+        print(name)
+"""
+
+
+def run_python(code: str, *arguments: str) -> list[str]:
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
+
+
+def test_files_are_there_without_an_import_as_in_hf_peft() -> None:
+    """`import peft` is enough for `peft.tuners.lora.layer.Linear`."""
+    theirs = run_python(_FILES_OF_PEFT)
+    assert "tuners.lora.layer" in theirs
+    both = [name for name in theirs if (ROOT / "peftkern" / name.replace(".", "/")).is_dir()]
+    both += [n for n in theirs if (ROOT / f"peftkern/{n.replace('.', '/')}.py").is_file()]
+    assert len(both) > 35
+    assert run_python(_FILES_OF_OURS, *both) == []
 
 
 @pytest.mark.parametrize(

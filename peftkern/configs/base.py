@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -13,7 +14,7 @@ from typing import Any
 
 from transformers.utils import PushToHubMixin
 
-from .._version import PEFT_COMPAT_VERSION as __version__  # of HF PEFT, whose format is written
+from .._version import PEFT_COMPAT_VERSION
 from ..files.atomic import read_whole, write_text_atomically
 from ..files.hub import locate_file, split_hub_kwargs
 from ..utils.constants import CONFIG_NAME
@@ -23,6 +24,13 @@ from .checks import check_types, one_of
 
 # {method: its configuration}; filled where the classes are made, see `PeftConfig`
 PEFT_TYPE_TO_CONFIG_MAPPING: dict[PeftType, type[PeftConfig]] = {}
+
+
+def format_version() -> str:
+    """The version of HF PEFT whose format is written, or what stands at HF PEFT's address of it:
+    ``peftkern.config.__version__``, which others patch."""
+    address = sys.modules.get("peftkern.config")
+    return PEFT_COMPAT_VERSION if address is None else address.__version__
 
 
 def config_class_for(peft_type: Any) -> type[PeftConfig]:
@@ -69,7 +77,7 @@ class PeftConfigMixin(PushToHubMixin):  # type: ignore[misc]  # transformers is 
         if self.task_type is not None:
             one_of(TaskType, self.task_type, "task type")
         if self.peft_version is None:
-            self.peft_version = __version__
+            self.peft_version = format_version()
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain Python values."""

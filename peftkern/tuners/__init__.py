@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ..utils.lazy import lazily
 
 if TYPE_CHECKING:
     from .lora import BdLoraConfig as BdLoraConfig
@@ -41,14 +42,9 @@ _WHERE = {
     ".prefix_tuning": "PrefixEncoder PrefixTuningConfig",
     ".prompt_tuning": "PromptEmbedding PromptTuningConfig PromptTuningInit",
 }
-_LAZY = {name: module for module, names in _WHERE.items() for name in names.split()}
-
-__all__ = list(_LAZY)
+_names, _find = lazily(__name__, _WHERE)
+__all__ = _names
 
 
 if not TYPE_CHECKING:  # a checker would take any name for one of it, misspelt ones too
-
-    def __getattr__(name: str) -> Any:
-        if name not in _LAZY:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        return getattr(importlib.import_module(_LAZY[name], __name__), name)
+    __getattr__ = _find

@@ -1,5 +1,7 @@
 """LoRA (Hu et al., 2021, arXiv 2106.09685) on fused operations."""
 
+from typing import TYPE_CHECKING
+
 from ...configs.lora import (
     BdLoraConfig,
     KasaConfig,
@@ -14,6 +16,7 @@ from ...configs.lora_options import (
     LoraGAConfig,
     LoraRuntimeConfig,
 )
+from ...utils.lazy import lazily
 from . import variant_registry as variant_registry
 from .attention import MultiheadAttention
 from .base import LoraLayer
@@ -56,3 +59,6 @@ __all__ = [
     "convert_to_lora",
     "save_as_lora",
 ]
+
+if not TYPE_CHECKING:  # the files that are addresses of HF PEFT's, which nothing here imports
+    __getattr__ = lazily(__name__, {})[1]
