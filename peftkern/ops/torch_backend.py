@@ -186,10 +186,10 @@ def infer(
 ) -> Tensor:
     """Y for x [..., K] without gradients or dropout; ``w`` as stored,
     [K, N] when ``transposed``."""
-    K = A.shape[1]
-    if A.dtype is x.dtype and x.numel() <= _FEW_ROWS * K:
+    K, count, dtype = x.size(-1), x.numel(), x.dtype
+    if A.dtype is dtype and count <= _FEW_ROWS * K:
         stored = w.t() if transposed else w
-        if x.dtype is torch.float32 and x.is_cpu and x.numel() == K == x.size(-1):
+        if count == K and dtype is torch.float32 and x.is_cpu:
             # one row: matrix-vector products need no transposed views and cost half the host time
             v = x.view(K)
             y = torch.mv(stored, v) if bias is None else torch.addmv(bias, stored, v)

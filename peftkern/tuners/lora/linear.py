@@ -15,7 +15,7 @@ from ...ops.library import traced_lora_linear, why_formula
 from ...ops.lora import lora_linear
 from ...ops.tracing import is_compiling, is_tracing
 from ...utils.handing import HERE, hand_over
-from ...utils.private import GLOBAL_HOOKS, jit_is_tracing, transforms_active
+from ...utils.private import GLOBAL_HOOKS, HookCounter, jit_is_tracing, transforms_active
 from . import inits
 from .base import NOTHING, LoraLayer
 from .group import Group
@@ -121,7 +121,7 @@ class Linear(nn.Module, LoraLayer):
             plan is None
             or state["_disable_adapters"]
             or state["merged_adapters"]
-            or plan.is_hooked()
+            or (HookCounter.next_id != plan.hooks_seen and plan.is_hooked())
             or transforms_active()
             or jit_is_tracing()  # torch.jit.is_tracing at a third of its cost
         ):

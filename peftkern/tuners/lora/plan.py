@@ -42,17 +42,16 @@ class Plan:
     their modules. Made again when a module was replaced or another adapter became active."""
 
     name: str
-    active: Any
     base: nn.Module
     a: nn.Module
     b: nn.Module
-    dicts: tuple[Any, Any, Any]
     a_store: Any
     b_store: Any
     drop_store: Any
-    kind: type
     drop: Any  # nn.Dropout or nn.Identity
     drops: bool
+    found: tuple[Any, ...]  # what :meth:`holds` looks at, as it was
+    own: tuple[Any, Any, Any, Any]  # the modules' __dict__, where a forward may replace the class's
     base_params: dict[str, Any]
     a_params: dict[str, Any]
     b_params: dict[str, Any]
@@ -72,11 +71,9 @@ class Plan:
         if names[0] in layer.lora_variant:
             return None
         plan = cls()
-        plan.name, plan.active, plan.base, plan.transposed = names[0], active, base, transposed
-        plan.dicts = (layer.lora_A, layer.lora_B, layer.lora_dropout)
+        plan.name, plan.base, plan.transposed = names[0], base, transposed
         plan.a_store, plan.b_store = layer.lora_A._modules, layer.lora_B._modules
         plan.a, plan.b = layer.lora_A[plan.name], layer.lora_B[plan.name]
-        plan.kind = type(base)
         plan.drop_store = layer.lora_dropout._modules
         plan.drop = plan.drop_store[plan.name]
         plan.drops = type(plan.drop) is nn.Dropout
@@ -92,8 +89,12 @@ class Plan:
             plan.b._parameters,
         )
         modules = (base, plan.a, plan.b, plan.drop)
-        if any("forward" in m.__dict__ for m in modules):
+        plan.own = (base.__dict__, plan.a.__dict__, plan.b.__dict__, plan.drop.__dict__)
+        if any("forward" in own for own in plan.own):
             return None
+        stores = (layer.lora_A, layer.lora_B, layer.lora_dropout)
+        classes = (base.__class__, nn.Linear, nn.Linear)
+        plan.found = (active, base, *stores, plan.a, plan.b, plan.drop, *classes, None)
         plan.hooks_seen = -1
         plan.hooks = GLOBAL_HOOKS + tuple(hooks for m in modules for hooks in hook_dicts(m))
         return plan
@@ -115,23 +116,23 @@ class Plan:
     def holds(self, state: dict[str, Any]) -> bool:
         """Whether the layer with this ``__dict__`` still has the modules
         that the plan was made for."""
-        name, modules, dicts = self.name, state["_modules"], self.dicts
+        name, modules = self.name, state["_modules"]
+        base, a, b, drop = self.own
+        # two tuples are compared in C, by identity first; a comparison each costs half as much more
         return (
-            state["_active_adapter"] is self.active
-            and modules["base_layer"] is self.base
-            and modules["lora_A"] is dicts[0]
-            and modules["lora_B"] is dicts[1]
-            and modules["lora_dropout"] is dicts[2]
-            and self.a_store.get(name) is self.a
-            and self.b_store.get(name) is self.b
-            and self.drop_store.get(name) is self.drop
+            state["_active_adapter"],
+            modules["base_layer"],
+            modules["lora_A"],
+            modules["lora_B"],
+            modules["lora_dropout"],
+            self.a_store.get(name),
+            self.b_store.get(name),
+            self.drop_store.get(name),
             # a parametrization or FSDP changes the class in place
-            and self.base.__class__ is self.kind
-            and self.a.__class__ is nn.Linear
-            and self.b.__class__ is nn.Linear
-            and self.b_params.get("bias") is None
-            and "forward" not in self.base.__dict__
-            and "forward" not in self.a.__dict__
-            and "forward" not in self.b.__dict__
-            and "forward" not in self.drop.__dict__
+            self.base.__class__,
+            self.a.__class__,
+            self.b.__class__,
+            self.b_params.get("bias"),
+        ) == self.found and not (
+            "forward" in base or "forward" in a or "forward" in b or "forward" in drop
         )
