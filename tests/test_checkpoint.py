@@ -242,7 +242,7 @@ def test_compiled_models_save_the_same_keys(tmp_path):
 
 
 def test_adapter_named_like_a_module_loses_nothing(tmp_path):
-    """HF PEFT drops tensors when the adapter has the name of a module (its issue 3584)."""
+    """HF PEFT drops tensors when the adapter has the name of a module."""
     model = peftkern.get_peft_model(
         make("llama", **DOUBLE), peftkern.LoraConfig(task_type="CAUSAL_LM"), "q_proj"
     )

@@ -1,5 +1,5 @@
-"""The counter against graphs small enough to count by hand and against HF PEFT's numbers in the
-design, and peftkern's counts against their targets."""
+"""The counter against graphs small enough to count by hand, HF PEFT's counts, and those of
+peftkern against the targets of docs/goals.md."""
 
 from __future__ import annotations
 
@@ -32,11 +32,13 @@ from peftkern.kernels import (
 )
 from peftkern.kernels.common import Arch, Launch
 
+from .pages import tables
+
 BF16, FP32, INT32 = torch.bfloat16, torch.float32, torch.int32
 H100 = GPUS["H100"]
 ARCH = Arch(*H100.arch)
 BY_NAME = {w.name: w for w in PROVIDERS}
-DESIGN = Shape(8192, 4096, 4096, 16)
+SHAPE = Shape(8192, 4096, 4096, 16)
 
 
 def meta(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
@@ -124,9 +126,9 @@ def test_meta_tensors_answer_as_cuda_only_inside() -> None:
     assert "native_dropout" not in [t.name for t in counter.launches]
 
 
-def design(name: str, p: float) -> tuple[int, float, int, float, float]:
-    """(launches, MB) forward and backward, and both times in us, at the design's shape."""
-    found = measure(BY_NAME[name], "linear", DESIGN, p, ARCH)
+def counts(name: str, p: float) -> tuple[int, float, int, float, float]:
+    """(launches, MB) forward and backward, and both times in us, at SHAPE."""
+    found = measure(BY_NAME[name], "linear", SHAPE, p, ARCH)
     fw, bw = found.forward, found.backward
     us = microseconds(fw, H100) + microseconds(bw, H100)
     return cost.launches(fw), cost.moved(fw) / 1e6, cost.launches(bw), cost.moved(bw) / 1e6, us
@@ -135,7 +137,7 @@ def design(name: str, p: float) -> tuple[int, float, int, float, float]:
 @pytest.mark.parametrize(
     "name, p, want",
     [
-        # DESIGN §5: 5 launches, 638 MB; 6-8, 0.8-1.1 GB; backward 7-8, 0.77-0.97 GB; §6: times
+        # of HF PEFT 0.21.2; docs/goals.md quotes them
         ("HF PEFT bf16", 0.0, (5, 638, 7, 773, 1055)),
         ("HF PEFT bf16", 0.1, (6, 806, 8, 941, 1166)),
         ("HF PEFT default", 0.0, (7, 1444, 10, 1782, 1659)),
@@ -144,15 +146,15 @@ def design(name: str, p: float) -> tuple[int, float, int, float, float]:
         ("floor", 0.1, (1, 168, 1, 236, 704)),
     ],
 )
-def test_the_design_numbers_come_out(name: str, p: float, want: tuple[int, ...]) -> None:
-    found = design(name, p)
+def test_the_numbers_of_hf_peft_come_out(name: str, p: float, want: tuple[int, ...]) -> None:
+    found = counts(name, p)
     assert found[0] == want[0] and found[2] == want[2]
     assert found == pytest.approx(want, abs=1)
 
 
 def test_a_group_adds_up_and_a_layer_counts_seven_adapters() -> None:
     one, three = (
-        measure(BY_NAME["HF PEFT bf16"], c, DESIGN, 0.1, ARCH) for c in ("linear", "group")
+        measure(BY_NAME["HF PEFT bf16"], c, SHAPE, 0.1, ARCH) for c in ("linear", "group")
     )
     assert cost.moved(three.forward) == 3 * cost.moved(one.forward)
     # dX of k and v are added to q's by autograd
@@ -305,12 +307,12 @@ def test_roofline_takes_the_longer_of_memory_and_arithmetic() -> None:
 
 @pytest.fixture(scope="module")
 def rows() -> list[cost.Row]:
-    return cost.table(DESIGN, H100, ("linear", "group"))
+    return cost.table(SHAPE, H100, ("linear", "group"))
 
 
 def test_targets_that_are_met(rows: list[cost.Row]) -> None:
     """Pinned where they hold; `python -m benchmarks.cost` prints those that do not."""
-    found = {(v.case, v.provider, v.target): v for v in cost.verdicts(rows, DESIGN)}
+    found = {(v.case, v.provider, v.target): v for v in cost.verdicts(rows, SHAPE)}
     targets = list(dict.fromkeys(target for *_, target in found))
     assert len(targets) == 6
     for name in ("triton fused", "triton fused fp32", "triton joined", "triton joined fp32"):
@@ -328,13 +330,23 @@ def test_targets_that_are_met(rows: list[cost.Row]) -> None:
     assert kept["triton hybrid"] == 8192 * 4096 // 8 + 8192 * 16 * 2  # bits and S, nothing else
 
 
+def test_the_goals_page_says_what_is_counted(rows: list[cost.Row]) -> None:
+    found = {(v.case, v.provider, v.target): v for v in cost.verdicts(rows, SHAPE)}
+    table = {row[0]: row[1:] for row in tables("docs/goals.md")["Counted"]}
+    names = ("triton joined", "triton fused")
+    for target in {target for *_, target in found}:
+        verdicts = [found[case, name, target] for case in ("linear", "group") for name in names]
+        values = [f"{v.value:.3g}" for v in verdicts]
+        assert table[target] == [f"{verdicts[0].limit:g}", *values], target
+
+
 def test_every_target_is_judged_by_its_value(rows: list[cost.Row]) -> None:
-    found = cost.verdicts(rows, DESIGN)
+    found = cost.verdicts(rows, SHAPE)
     assert len({(v.case, v.provider) for v in found}) == 16
     assert all(v.met == (v.value <= v.limit) for v in found)
     hybrid = {v.target: v for v in found if (v.case, v.provider) == ("linear", "triton hybrid")}
     assert not hybrid["launches fwd"].met and hybrid["launches fwd"].value == 3
-    small_shape = DESIGN._replace(M=512)  # the limit on kept bytes is for one shape
+    small_shape = SHAPE._replace(M=512)  # the limit on kept bytes is for one shape
     assert "kept beyond X, MB" not in {v.target for v in cost.verdicts(rows, small_shape)}
 
 

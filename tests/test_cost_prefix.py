@@ -1,4 +1,4 @@
-"""What a prefix costs in bytes: HF PEFT's way counted by hand too, the floor, the design's goal."""
+"""What a prefix costs in bytes: HF PEFT's way counted by hand too, the floor, the goal."""
 
 import json
 
@@ -14,7 +14,7 @@ ARCH = Arch(*GPUS["H100"].arch)
 SHAPE = cost_prefix.PrefixShape()
 
 
-def test_peft_moves_what_the_design_says_and_peftkern_the_floor():
+def test_peft_moves_what_was_counted_by_hand_and_peftkern_the_floor():
     peft, floor, ours = cost_prefix.table(SHAPE, ARCH)
     B, T, P, H, H_kv, D = SHAPE
     joined = 2 * 2 * B * (P + T) * H_kv * D  # keys and values after the concatenation
@@ -42,7 +42,7 @@ def test_a_prefix_for_each_row_is_read_for_each_row():
     assert read(False) - read(True) == 7 * prefix
 
 
-def test_decoding_at_the_design_s_shape():
+def test_decoding_at_the_shape_of_the_goals():
     """B=8, P=128, T=512: own keys and values, one prefix, and less than a tenth on top."""
     x = problem(1, 512, 128)
     found = [traffic(launch) for launch in prefix_decode.launches(x, ARCH)]

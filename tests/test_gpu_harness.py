@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks.gpu import cases as gpu_cases
+from benchmarks.gpu import extra as gpu_extra
+from benchmarks.gpu import model as gpu_model
+from benchmarks.gpu import prefix as gpu_prefix
 from benchmarks.gpu import report as gpu_report
 from benchmarks.gpu import store as gpu_store
 from benchmarks.gpu.store import Store
@@ -59,7 +62,7 @@ def test_a_dry_run_continues_what_was_cut_off(tmp_path):
     only = "M=512 r=16 p=0 infer"
     dry = ("--part", "linear", "--dry-run", "--only", only, "--out", str(tmp_path))
     out = gpu(*dry).stdout
-    assert "A dry run: the clock is fake" in out and "== goals of DESIGN 6" in out
+    assert "A dry run: the clock is fake" in out and "== goals (docs/goals.md, On a GPU)" in out
     (path,) = tmp_path.glob("*-linear.json")
     assert path == cut.path
     data = json.loads(path.read_text())
@@ -186,20 +189,46 @@ def test_goals_and_losses_are_said_plainly():
         key, {"plain frozen": 700, "PEFT bf16": 900, "peftkern torch": 1000, "peftkern hybrid": 950}
     )
     slow["providers"]["peftkern fused"] = {"ok": False, "errors": {"y": 0.5}}
-    text = "\n".join(gpu_report.goals([slow], "NVIDIA H200"))
-    assert "NOT met       linear fwd+bwd, M=8192, 4096^2, p=0.1: 950 us, <= 770" in text
-    assert "not measured  decode M=1 in a graph" in text
+    linear = "linear fwd+bwd, M=8192, 4096^2, p=0.1, over the plain linear"
+    lines = gpu_report.goals([slow], "NVIDIA H200")
+    assert f"NOT met       {linear}: 1.36 x, <= 1.15" in lines
+    assert "not measured  decode M=1, over the bare product: <= 1.15 x" in lines
     assert gpu_report.losses([slow]) == [f"{key}: PEFT bf16 900.0 us, peftkern hybrid 950.0 us"]
     assert gpu_report.wrong([slow]) == [f"{key}, peftkern fused: {{'y': 0.5}}"]
     fast = row(
-        key, {"plain frozen": 700, "PEFT bf16": 900, "peftkern torch": 890, "peftkern hybrid": 740}
+        key, {"plain frozen": 700, "PEFT bf16": 900, "peftkern torch": 890, "peftkern hybrid": 820}
     )
     assert gpu_report.losses([fast]) == [] and gpu_report.wrong([fast]) == []
-    assert "met           linear fwd+bwd, M=8192, 4096^2, p=0.1: 740 us" in "\n".join(
-        gpu_report.goals([fast], "NVIDIA H200")
-    )
-    assert "microseconds" not in "".join(gpu_report.goals([fast], "NVIDIA L4"))
-    assert not any(" us, <= 770" in line for line in gpu_report.goals([fast], "NVIDIA L4"))
+    assert f"NOT met       {linear}: 1.17 x, <= 1.15" in gpu_report.goals([fast], "NVIDIA H200")
+    for gpu in ("NVIDIA H100", "NVIDIA L4"):
+        assert f"met           {linear}: 1.17 x, <= 1.2" in gpu_report.goals([fast], gpu)
+    hopper = {"Llama-8B layer, 7 adapters, fwd+bwd, p=0.1", "prefix decode, B=8, P=128, T=512"}
+    for text in hopper:  # times of an H100 say nothing of an L4
+        assert any(text in line for line in gpu_report.goals([fast], "NVIDIA H100"))
+        assert not any(text in line for line in gpu_report.goals([fast], "NVIDIA L4"))
+
+
+def test_every_goal_is_judged_by_a_row_that_the_harness_measures():
+    measured = {case.key for part in gpu_cases.CASES.values() for case in part()}
+    measured |= {case.key for cases in (gpu_extra.cases, gpu_prefix.cases) for case in cases()}
+    models = [case.key for case in gpu_model.cases()]
+    for goal in gpu_report.GOALS:
+        if goal.row.startswith("e2e "):
+            assert any(key.startswith(goal.row) for key in models), goal
+        else:
+            assert goal.row in measured, goal
+
+
+def test_end_to_end_goals_are_judged_for_every_row_of_a_model():
+    keys = [case.key for case in gpu_model.cases() if case.key.startswith("e2e 4x2048 r=16 p=0.1")]
+    times = {"PEFT bf16": 200, "PEFT default (fp32)": 170, "peftkern torch": 100}
+    lines = gpu_report.goals([row(key, times) for key in keys], "NVIDIA L4")
+    for key in keys:
+        assert f"met           end to end, tokens/s over PEFT bf16, {key}: 2 x, >= 1.29" in lines
+        assert (
+            f"NOT met       end to end, tokens/s over PEFT default (fp32), {key}: 1.7 x, >= 1.76"
+            in lines
+        )
 
 
 TABLE = """

@@ -99,7 +99,7 @@ def linear_cases() -> list[Case]:
         return Case("linear", "linear", model.name, M, r, p, proj=proj, **more)
 
     def order() -> Iterator[Case]:
-        for p in (0.1, 0.0):  # the two rows of DESIGN 6
+        for p in (0.1, 0.0):  # the first two goals of docs/goals.md
             yield make(LLAMA_8B, "q_proj", 8192, p=p, compiled=True)
         for proj in ("gate_proj", "down_proj", "k_proj"):
             yield make(LLAMA_8B, proj, 8192)

@@ -70,7 +70,7 @@ def cases() -> list[PrefixCase]:
         return PrefixCase("decode", **{"T": 1, "S": 512, **shape})
 
     return [
-        decode(),  # DESIGN 6
+        decode(),  # a goal of docs/goals.md
         PrefixCase("train"),
         PrefixCase("prefill"),
         decode(B=1),

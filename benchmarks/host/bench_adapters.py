@@ -1,5 +1,5 @@
 """Adding, switching, disabling and deleting adapters in a model of 32 layers, 1 or 7 linears of
-each adapted. What injects and loads is in ``bench_setup.py``; the targets are issue 5's."""
+each adapted. What injects and loads is in ``bench_setup.py``; the targets are of docs/goals.md."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from ..gpu.device import Device, randn
 from .traffic import Rule
 
 BF16, FP16, FP32, INT32 = torch.bfloat16, torch.float16, torch.float32, torch.int32
-# the shape that the design counts with; specialisation sees only divisibility by 16
+# the shape that docs/goals.md counts with; specialisation sees only divisibility by 16
 M, K, N = 8192, 4096, 4096
 
 

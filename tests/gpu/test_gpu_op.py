@@ -155,7 +155,7 @@ def test_bf16_adapters_are_as_exact_as_hf_pefts(product):
 
 @pytest.mark.xfail(
     strict=True,
-    reason="DESIGN 3 asks for it, and for low-rank products in bf16; PEFT's default uses fp32",
+    reason="low-rank products run in bf16 (docs/goals.md, Precision); PEFT's default uses fp32",
 )
 def test_fp32_adapters_on_bf16_are_as_exact_as_hf_pefts(product):
     ours, theirs = errors_beside(True)

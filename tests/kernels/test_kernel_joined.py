@@ -111,7 +111,7 @@ def test_any_shape(M, K, N, ranks, dtype, same, masks, split):
 
 
 def test_one_launch_each_where_the_device_is_filled(monkeypatch):
-    """Without a second stage at the shape the design counts with, on every GPU it names."""
+    """Without a second stage at the shape of docs/goals.md, on an A100, an H100 and a B200."""
     for sms, capability, shared in ((108, 80, 166912), (132, 90, 232448), (148, 100, 232448)):
         arch = Arch(sms, capability, shared)
         assert joined_backward.default_config(8192, 4096, [16], arch).split_m == 1
