@@ -3,14 +3,13 @@ the figures of docs/goals.md are those of the results and of what judges them.""
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from benchmarks.gpu import report as gpu_report
+from benchmarks.plots import newest
 
 from .pages import ROOT, anchors, links, prose, read, slug, tables, tracked
 
@@ -134,17 +133,9 @@ QUOTED = {
 }  # fmt: skip
 
 
-def newest_rows() -> dict[str, dict[str, Any]]:
-    """Of each row of the CPU's results the newest."""
-    found: dict[str, dict[str, Any]] = {}
-    for path in sorted((ROOT / "benchmarks/results/cpu").glob("*.json")):
-        for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
-            found[row["row"]] = row
-    return found
-
-
 def test_the_goals_page_quotes_the_results() -> None:
-    held, lines = newest_rows(), tables("docs/goals.md")["On a CPU"]
+    held = {row["row"]: row for row in newest(ROOT / "benchmarks/results/cpu")}
+    lines = tables("docs/goals.md")["On a CPU"]
     assert len(lines) == len(QUOTED)
     for (aim, limit, measured, floor), (start, names) in zip(lines, QUOTED.items(), strict=True):
         assert aim.startswith(start)
