@@ -12,7 +12,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo quick test test-all test-cpus test-versions bench gpu lint clean FORCE
+.PHONY: help setup demo quick test test-all test-cpus test-versions bench gpu docs lint clean FORCE
 
 VENV ?= .venv
 READY := $(VENV)/.ready
@@ -44,6 +44,7 @@ help:
 	@echo "make test-versions  the same on the oldest versions, the CUDA target's and the newest"
 	@echo "make bench     peftkern, HF PEFT and bare layers side by side"
 	@echo "make gpu       on a CUDA machine: tests, sanitizer, race, benchmarks (docs/gpu.md)"
+	@echo "make docs      the documentation as a site: site/index.html"
 	@echo "make lint      ruff and mypy"
 	@echo "make setup     only make $(VENV)"
 	@echo "make clean     remove what was built; $(VENV) stays"
@@ -55,6 +56,7 @@ demo: $(READY)
 
 lint: $(READY)
 	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
 # One thread a worker: the tests are many and small.
@@ -86,8 +88,17 @@ bench: $(READY)
 gpu:
 	HF_HUB_OFFLINE=1 PYTHONPATH=. $(GPU_PYTHON) -m benchmarks.gpu --part $(PART) $(ARGS)
 
+# Its packages come when it is first asked for. Every warning is an error (mkdocs.yml).
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet $(ARGS)
+	@echo "written: site/index.html"
+
+$(VENV)/.docs: $(READY)
+	$(PIP) install -q -c constraints.txt -e ".[docs]"
+	@touch $@
+
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find peftkern kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp holds what TORCH was, so that another one is noticed and a later `make` keeps it.

@@ -114,7 +114,8 @@ def get_peft_model(
         TypeError: ``peft_config`` is not one of peftkern's.
         ValueError: a bad name, no match for the targets, or a target that cannot be adapted.
         NotImplementedError: the configuration asks for something not built yet.
-        Either way the model is left as it was.
+
+    Either way the model is left as it was.
     """
     if mixed:
         raise NotImplementedError(f"mixed=True: {INSTEAD}")

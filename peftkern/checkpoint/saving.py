@@ -258,7 +258,8 @@ class AdapterFiles:
             ValueError: files missing, damaged, of another method, not finite, or with missing or
                 extra keys; the model is a PeftModel.
             RuntimeError: shapes differ from the model's.
-            Either way the base model is as it was.
+
+        Either way the base model is as it was.
         """
         check_adapter_name(adapter_name)
         if ephemeral_gpu_offload:

@@ -265,7 +265,8 @@ class PeftModel(Wrapped, PromptNames, AdapterFiles, AdapterStatus, PushToHubMixi
             ValueError: the name is taken or holds a dot, the method is another one, or nothing
                 matches.
             NotImplementedError: the configuration asks for something not built yet.
-            The model is then as it was.
+
+        The model is then as it was.
         """
         check_adapter_name(adapter_name, self.peft_config)
         check_config(peft_config)

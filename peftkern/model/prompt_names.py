@@ -64,7 +64,8 @@ class PromptNames:
 
         Args:
             batch_size: rows of the batch.
-            task_ids, max_cache_len: for HF PEFT's callers; without effect.
+            task_ids: for HF PEFT's callers; without effect.
+            max_cache_len: the same.
 
         Returns:
             [batch, P * num_transformer_submodules, token_dim]; for prefix tuning a transformers

@@ -69,7 +69,8 @@ class ModelMerging:
             ValueError: no such adapter; a broken one (``safe_merge``); a base weight that cannot be
                 merged into (GPTQ and other quantised ones, replicated layers).
             RuntimeError: ``lora_bias`` on a layer without bias.
-            No layer is merged then that was not before.
+
+        No layer is merged then that was not before.
         """
         self._check_merge_allowed()
         self._check_names(adapter_names)

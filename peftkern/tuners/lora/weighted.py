@@ -62,14 +62,16 @@ class Weighted:
             combination_type: the rule.
             svd_rank: rank for the rules with SVD; None: the largest of the adapters'.
             svd_clamp: quantile in [0, 1]; values of both factors beyond it are clamped to it.
-            svd_full_matrices, svd_driver: as :func:`torch.linalg.svd` takes them.
+            svd_full_matrices: as :func:`torch.linalg.svd` takes it.
+            svd_driver: as :func:`torch.linalg.svd` takes it.
             density: share of values to keep, for the rules that prune.
             majority_sign_method: how TIES elects signs, "total" or "frequency".
 
         Raises:
             ValueError: an unknown adapter or rule, unequal ranks where they must be equal, a
                 missing density, modules that several of the adapters train in full.
-            No adapter has been made then.
+
+        No adapter has been made then.
         """
         if adapter_name in self.peft_config:
             return
