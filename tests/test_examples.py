@@ -111,7 +111,7 @@ def test_one_file_is_enough_and_short(path: Path) -> None:
     assert imported <= packages | sys.stdlib_module_names
 
 
-@pytest.mark.parametrize("page", ["docs/guide.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/guide.md"])
 def test_pages_list_every_example(page: str) -> None:
     linked = set(re.findall(r"\(\S*?examples/(\w+\.py)\)", (ROOT / page).read_text()))
     assert linked == {path.name for path in FILES} and len(FILES) == 6
