@@ -16,6 +16,9 @@ PAGES = {
     "CHANGELOG.md": "changelog.md",
     "SECURITY.md": "security.md",
 }
+# the page of the scripts in examples/, each under a heading of its file's name
+EXAMPLES = "examples.md"
+_SCRIPT = re.compile(r"\]\((?:\.\./)?examples/(\w+)\.py\)")
 # what Sphinx reads and Markdown does not: :class:`~peftkern.PeftModel`
 _ROLE = re.compile(r":(?:class|func|meth|mod|data|attr|exc|obj):<code>([^<]*)</code>")
 
@@ -30,19 +33,28 @@ def on_config(config: Any) -> Any:
     return config
 
 
+def examples() -> str:
+    """The text of the page of examples."""
+    parts = ["# Examples\n\nScripts to copy from, in `examples/`. Each runs on a CPU in seconds.\n"]
+    for path in sorted((ROOT / "examples").glob("*.py")):
+        parts.append(f"## {path.name}\n\n```python\n{path.read_text(encoding='utf-8')}```\n")
+    return "\n".join(parts)
+
+
 def on_files(files: Files, config: Any) -> Files:
     for name, page in PAGES.items():
         text = (ROOT / name).read_text(encoding="utf-8")
         for root, there in PAGES.items():
             text = text.replace(f"]({root}", f"]({there}")
         files.append(File.generated(config, page, content=text.replace("](docs/", "](")))
+    files.append(File.generated(config, EXAMPLES, content=examples()))
     return files
 
 
 def on_page_markdown(markdown: str, **kwargs: Any) -> str:
     for root, page in PAGES.items():
         markdown = markdown.replace(f"](../{root}", f"]({page}")
-    return markdown
+    return _SCRIPT.sub(lambda found: f"]({EXAMPLES}#{slugify(found[1] + '.py', '-')})", markdown)
 
 
 def on_page_content(html: str, **kwargs: Any) -> str:
