@@ -27,10 +27,10 @@ PART ?= all
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --no-input
-# The first interpreter that runs, is new enough for the pins and can make an environment.
+# The first interpreter that runs, is one of pyproject.toml's and can make an environment.
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
-	$$p -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 \
-	&& { echo $$p; break; }; done)
+	$$p -c 'import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
+	>/dev/null 2>&1 && { echo $$p; break; }; done)
 
 # `make gpu` takes python3 as it is: PYTHON above is for making environments, unless it was given.
 GPU_PYTHON := $(if $(filter file,$(origin PYTHON)),python3,$(PYTHON))
@@ -111,7 +111,7 @@ endif
 # The stamp goes first and comes back last: a set-up that was interrupted has none, and the next
 # one starts from nothing.
 $(READY): pyproject.toml setup.py constraints.txt
-	@test -n "$(PYTHON)" || { echo "No Python 3.11 or newer with venv and ensurepip was found;" \
+	@test -n "$(PYTHON)" || { echo "No Python 3.11 to 3.13 with venv and ensurepip was found;" \
 		"name one: make PYTHON=/path/to/python" >&2; exit 1; }
 	@echo "Setting up $(VENV) (some minutes, once)"
 	@test -e $@ || $(PYTHON) -m venv --clear $(VENV)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
+from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 from tests.machines import versions
 
-tomllib = pytest.importorskip("tomllib")  # Python 3.11
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -19,16 +21,35 @@ def bounds(requirements: list[str]) -> dict[str, str]:
     return {m[1]: m[2] for m in found if m}
 
 
+def project() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
 def test_the_lower_bounds_are_the_oldest_row() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project()["optional-dependencies"]
+    needed = bounds(project()["dependencies"])
     oldest = versions.ROWS[0]
     pinned = dict(pin.split("==") for pin in (*oldest.pins, *oldest.bare))
     pinned |= {"torch": oldest.torch}
-    asked = bounds(project["dependencies"]) | bounds(project["optional-dependencies"]["test"])
-    assert project["requires-python"] == f">={oldest.python}"
+    asked = bounds(extras["test"]) | needed
     run = {name: pin for name, pin in pinned.items() if name in asked}
     assert {name: Version(asked[name]) for name in run} == {n: Version(run[n]) for n in run}
-    assert set(bounds(project["dependencies"])) - set(run) <= {"packaging"}  # pytest wants a newer
+    assert set(needed) - set(run) <= {"packaging"}  # pytest wants a newer
+
+
+def test_each_python_that_is_said_to_do_is_a_row() -> None:
+    rows = sorted({row.python for row in versions.ROWS}, key=Version)
+    said = [
+        line.rpartition(" ")[2]
+        for line in project()["classifiers"]
+        if re.fullmatch(r"Programming Language :: Python :: 3\.\d+", line)
+    ]
+    assert said == rows
+    allowed = SpecifierSet(project()["requires-python"])
+    assert [f"3.{minor}" for minor in range(99) if f"3.{minor}.5" in allowed] == rows
+    tools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]
+    assert tools["ruff"]["target-version"] == f"py{rows[0].replace('.', '')}"
+    assert tools["mypy"]["python_version"] == rows[0]
 
 
 def test_rows_that_did_not_run_keep_their_lines(tmp_path: Path) -> None:

@@ -26,11 +26,11 @@ MEASURED = ("kernels", "peftkern/ops", "peftkern/tuners/lora")  # what a row is 
 
 
 def now() -> str:
-    return datetime.datetime.now(datetime.timezone.utc).replace(microsecond=0).isoformat()
+    return datetime.datetime.now(datetime.UTC).replace(microsecond=0).isoformat()
 
 
 def stamp() -> str:
-    return f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%dT%H%M%SZ}"
+    return f"{datetime.datetime.now(datetime.UTC):%Y-%m-%dT%H%M%SZ}"
 
 
 def sources() -> str:

@@ -134,7 +134,7 @@ def _commit() -> str | None:
 
 def save(results: list[Result]) -> Path:
     """Write the results, every round included, under today's date and time (UTC)."""
-    now = datetime.datetime.now(datetime.timezone.utc).replace(microsecond=0)
+    now = datetime.datetime.now(datetime.UTC).replace(microsecond=0)
     content = {
         "date": now.isoformat(),
         "machine": machine(),

@@ -57,7 +57,7 @@ _TESTS = (
 ROWS = (
     Row(
         "oldest",
-        "3.10",
+        "3.11",
         "2.11.0",
         (
             *("triton==3.6.0", "transformers==5.15.1", "safetensors==0.8.0", "numpy==2.0.0"),
@@ -75,7 +75,7 @@ ROWS = (
     ),
     Row(
         "newest",
-        "3.11",
+        "3.13",
         "2.14.1",
         ("triton==3.9.0", "transformers==5.24.0", "numpy<2.4", "datasets"),
         ("accelerate==1.15.0", "peft==0.21.2", "trl==1.16.0"),
