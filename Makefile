@@ -12,7 +12,8 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo quick test test-all test-cpus test-versions bench gpu docs lint clean FORCE
+.PHONY: help setup demo quick test test-all test-cpus test-versions test-wheel bench gpu docs lint \
+	clean FORCE
 
 VENV ?= .venv
 READY := $(VENV)/.ready
@@ -42,6 +43,7 @@ help:
 	@echo "make test-all  the slow tests too"
 	@echo "make test-cpus the numeric tests under every instruction set of this processor"
 	@echo "make test-versions  the same on the oldest versions, the CUDA target's and the newest"
+	@echo "make test-wheel the quick tests on an installed wheel, made of a source distribution"
 	@echo "make bench     peftkern, HF PEFT and bare layers side by side"
 	@echo "make gpu       on a CUDA machine: tests, sanitizer, race, benchmarks (docs/gpu.md)"
 	@echo "make docs      the documentation as a site: site/index.html"
@@ -79,6 +81,10 @@ test-cpus: $(READY)
 # An environment each under .venvs/, and the table in docs/versions.md.
 test-versions: $(READY)
 	$(PY) -m tests.machines.versions -n $(JOBS) $(ARGS)
+
+# An environment for this run alone; no network.
+test-wheel: $(READY)
+	$(PY) -m tests.machines.wheel -n $(JOBS) $(ARGS)
 
 bench: $(READY)
 	HF_HUB_OFFLINE=1 $(PY) -m pytest benchmarks/host --benchmark-only --benchmark-quiet $(ARGS)

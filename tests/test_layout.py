@@ -1,5 +1,5 @@
-"""The house itself: what an import costs, and what gets installed (who may import whom:
-`test_imports.py`).
+"""The house itself: what an import costs, and what a checkout gives (who may import whom:
+`test_imports.py`; what is built and installed: `test_wheel.py`).
 
 The folder `kernels/` is the delicate part. transformers asks at import whether Hugging Face's
 package `kernels` is there; ours must never answer (docs/decisions.md, decision 1).
@@ -8,16 +8,16 @@ package `kernels` is there; ours must never answer (docs/decisions.md, decision 
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import subprocess
 import sys
 import textwrap
-import zipfile
 from importlib import metadata
 from pathlib import Path
 
 import pytest
+
+from tests.machines.wheel import BUILD, copy_of_the_checkout, linked_site, pip
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -118,17 +118,6 @@ def __getattr__(name):
 """
 
 
-def installed_site(folder: Path) -> Path:
-    """A copy by links of everything installed here but Hugging Face's `kernels` and ourselves."""
-    folder.mkdir()
-    for site in (Path(p) for p in sys.path if Path(p).name in ("site-packages", "dist-packages")):
-        for entry in site.iterdir() if site.is_dir() else ():
-            hidden = re.search(r"^(kernels|peftkern)(-|$)|^__editable__|\.pth$", entry.name)
-            if not hidden and not (folder / entry.name).exists():
-                (folder / entry.name).symlink_to(entry)
-    return folder
-
-
 def add_stand_in(site: Path) -> Path:
     """Puts a package `kernels` of a version that transformers accepts into `site`."""
     from transformers.utils import import_utils
@@ -145,7 +134,7 @@ def add_stand_in(site: Path) -> Path:
 
 @pytest.mark.long
 def test_transformers_without_hf_kernels(tmp_path: Path) -> None:
-    site = installed_site(tmp_path / "site")
+    site = linked_site(tmp_path / "site", without=["kernels"])
     # -S: only the links are seen, so nothing of the package is left, its metadata included. What
     # `import kernels` gives is then our folder as a namespace, which has no file.
     assert run_python(TRANSFORMERS_WORKS, "-S", PYTHONPATH=str(site)) == "False None"
@@ -153,7 +142,7 @@ def test_transformers_without_hf_kernels(tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_transformers_with_a_kernels_it_accepts(tmp_path: Path) -> None:
-    site = installed_site(tmp_path / "site")
+    site = linked_site(tmp_path / "site", without=["kernels"])
     init = add_stand_in(site)
     assert run_python(TRANSFORMERS_WORKS, "-S", PYTHONPATH=str(site)) == f"True {init}"
 
@@ -175,7 +164,7 @@ def test_transformers_with_hf_kernels_itself() -> None:
     assert run_python(both).split()[1] == str(theirs)
 
 
-# ----------------------------------------------------------------------------- what is shipped
+# ------------------------------------------ from a checkout (a wheel is in `test_wheel.py`)
 
 PROBE = """
 import importlib, json, peftkern, sys
@@ -193,53 +182,17 @@ print(peftkern.__version__, table["probe"], len(ours), Path(_probe.__file__).par
 """
 
 
-@pytest.fixture(scope="module")
-def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the checkout, with one kernel file and one tuning table added."""
-    tree = tmp_path_factory.mktemp("layout") / "checkout"
-    junk = shutil.ignore_patterns("__pycache__", ".*", "*.egg-info", "build", "dist", "results")
-    for name in ("peftkern", "kernels", "tests", "benchmarks"):
-        shutil.copytree(ROOT / name, tree / name, ignore=junk)
-    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, tree / name)
+def add_probe(tree: Path) -> Path:
+    """``tree``, with a kernel file and a tuning table in it that `PROBE` reads."""
     (tree / "kernels" / "_probe.py").write_text("def answer() -> int:\n    return 42\n")
     (tree / "kernels" / "device_name=PROBE.json").write_text('{"probe": "table"}')
     return tree
 
 
-def pip(*arguments: str, cwd: Path) -> None:
-    command = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check", *arguments]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-BUILD = ("--no-deps", "--no-build-isolation", "--no-index")
-
-
 @pytest.fixture(scope="module")
-def wheel(tree: Path) -> Path:
-    pip("wheel", *BUILD, "-w", str(tree.parent / "wheels"), str(tree), cwd=tree.parent)
-    (wheel,) = (tree.parent / "wheels").glob("peftkern-*.whl")
-    return wheel
-
-
-def test_wheel_holds_the_package_and_nothing_else(wheel: Path, tree: Path) -> None:
-    names = set(zipfile.ZipFile(wheel).namelist())
-    code = {p.relative_to(tree).as_posix() for p in (tree / "peftkern").rglob("*.py")}
-    code.discard("peftkern/kernels/__init__.py")  # the mapping of setup.py takes its place
-    kernels = [*(tree / "kernels").rglob("*.py"), *(tree / "kernels").rglob("*.json")]
-    mapped = {f"peftkern/{p.relative_to(tree).as_posix()}" for p in kernels}
-    shipped = {n for n in names if ".dist-info/" not in n}
-    assert shipped == code | mapped | {"peftkern/py.typed"}
-    assert any(n.endswith("/LICENSE") for n in names)
-
-
-def test_wheel_runs(wheel: Path, tmp_path: Path) -> None:
-    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
-    (tmp_path / "elsewhere").mkdir()
-    printed = run_python(PROBE, cwd=tmp_path / "elsewhere", PYTHONPATH=str(tmp_path / "site"))
-    version = wheel.name.split("-")[1]
-    assert printed == f"{version} table 0 {tmp_path / 'site' / 'peftkern' / 'kernels'}"
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the checkout, with one kernel file and one tuning table added."""
+    return add_probe(copy_of_the_checkout(tmp_path_factory.mktemp("layout") / "checkout"))
 
 
 def test_checkout_runs_from_its_root_and_by_path(tree: Path, tmp_path: Path) -> None:
@@ -259,7 +212,7 @@ def test_package_copied_beside_hf_kernels_keeps_off_it(tree: Path, tmp_path: Pat
 
 
 def test_editable_install_runs(tree: Path, tmp_path: Path) -> None:
-    others = installed_site(tmp_path / "others")
+    others = linked_site(tmp_path / "others", without=["kernels"])
     pip("install", *BUILD, "--target", str(tmp_path / "site"), "-e", str(tree), cwd=tmp_path)
     # -S, because this very checkout may be installed that way too. The .pth file that such an
     # install consists of is only read from a site folder, which PYTHONPATH is not.
