@@ -1,4 +1,5 @@
-"""What is built and installed: the source distribution, the wheel of it, and the command.
+"""What is built and installed: the source distribution, the wheel of it, the command, and what the
+library and the command need besides.
 
 Nothing here reaches the checkout's own modules: see `tests/machines/wheel.py`, which
 ``make test-wheel`` runs with more tests.
@@ -11,16 +12,20 @@ import re
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import peftkern
+from peftkern.__main__ import EXTRA
 from tests.machines import wheel as building
 from tests.machines.installed import from_elsewhere
+from tests.test_imports import KERNEL_FILES, PACKAGE_FILES, imports_of
 from tests.test_layout import PROBE, add_probe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -152,3 +157,89 @@ def test_the_plugin_refuses_another_peftkern(tmp_path: Path) -> None:
 def test_files_that_read_the_sources_are_there() -> None:
     gone = [n for n in building.READ_THE_SOURCES if not (ROOT / "tests" / n).is_file()]
     assert gone == []
+
+
+# -------------------------------------------------------------------------- what they need besides
+
+LIBRARY = """
+import importlib, pkgutil, sys
+from importlib.util import find_spec
+assert [name for name in HIDDEN if find_spec(name)] == []
+import torch, transformers as tf, peftkern
+for name in peftkern.__all__:
+    getattr(peftkern, name)
+modules = [m.name for m in pkgutil.walk_packages(peftkern.__path__, "peftkern.")]
+kept = ("peftkern.cli", "peftkern.__main__", "peftkern.tuners.lora.hf_layer")
+for name in modules:
+    if not name.startswith(kept):  # the command; what only HF PEFT's own layers need
+        importlib.import_module(name)
+
+sizes = dict(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1)
+sizes |= dict(num_attention_heads=2)
+ids = torch.arange(4)[None]
+for config in (
+    peftkern.LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"),
+    peftkern.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
+):
+    model = peftkern.get_peft_model(tf.LlamaForCausalLM(tf.LlamaConfig(**sizes)), config)
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert any(p.grad is not None for p in model.parameters())
+    print(peftkern.explain(model))
+    model.save_pretrained("adapter")
+    base = tf.LlamaForCausalLM(tf.LlamaConfig(**sizes))
+    peftkern.PeftModel.from_pretrained(base, "adapter")
+print(len(modules), "modules")
+"""
+
+
+@pytest.fixture(scope="module")
+def bare(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Python of an environment without the extra, and without HF PEFT."""
+    folder = tmp_path_factory.mktemp("bare") / "environment"
+    return building.environment(folder, built.wheel, without=(*EXTRA, "peft"))
+
+
+@pytest.mark.long
+def test_the_library_works_without_the_extra(bare: Path) -> None:
+    done = run(bare, bare, "-c", f"HIDDEN = {(*EXTRA, 'peft')!r}\n{LIBRARY}")
+    assert done.returncode == 0, done.stderr
+    assert "q_proj" in done.stdout
+    assert int(done.stdout.splitlines()[-1].split()[0]) > 100
+
+
+@pytest.mark.parametrize("arguments", [[], ["--version"], ["train", "--help"]])
+def test_the_command_without_the_extra_is_one_clear_error(bare: Path, arguments: list[str]) -> None:
+    expected = (
+        'peftkern: the command also needs accelerate, rich, typer: pip install "peftkern[cli]"\n'
+    )
+    for command in ([bare.parent / "peftkern"], [bare, "-m", "peftkern"]):
+        done = run(bare, *command, *arguments)
+        assert (done.returncode, done.stdout, done.stderr) == (1, "", expected)
+
+
+def third_party(paths: Iterable[Path]) -> set[str]:
+    """What the files import of others, those within functions included."""
+    roots = {name.partition(".")[0] for path in paths for name in imports_of(path)}
+    return roots - set(sys.stdlib_module_names) - {"peftkern"}
+
+
+def named(requirements: Iterable[str]) -> set[str]:
+    return {Requirement(line).name for line in requirements}
+
+
+def test_what_is_imported_is_declared_and_nothing_else() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = {name: named(lines) for name, lines in project["optional-dependencies"].items()}
+    command = ROOT / "peftkern" / "cli"
+    of_command = [p for p in PACKAGE_FILES if p.is_relative_to(command)]
+    of_demo = [p for p in of_command if p.is_relative_to(command / "demo")]
+    library = third_party({*PACKAGE_FILES, *KERNEL_FILES} - {*of_command})
+    # `fuse` works on HF PEFT's layers: whoever has some has HF PEFT
+    assert library - {"peft"} == named(project["dependencies"])
+    # Trainer imports accelerate; a model in GGUF, as the demo's is, needs what reads it
+    needed = third_party({*of_command} - {*of_demo}) - library
+    assert needed | {"accelerate"} == extras["cli"] | {"gguf"} == {*EXTRA, "gguf"}
+    # what transformers' tokenizers import, and the demo's peer
+    needed = third_party(of_demo) - library - extras["cli"]
+    unseen = {"gguf", "peft", "protobuf", "sentencepiece", "peftkern"}
+    assert needed | unseen == extras["demo"]

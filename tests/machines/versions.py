@@ -62,7 +62,7 @@ ROWS = (
         (
             *("triton==3.6.0", "transformers==5.15.1", "safetensors==0.8.0", "numpy==2.0.0"),
             *("huggingface_hub==1.5.0", "typer==0.19.0", "rich==13.0.0"),
-            "regex==2025.10.22",
+            *("regex==2025.10.22", "tqdm==4.66.3"),
         ),
         ("accelerate==1.3.0", "peft==0.21.2"),
     ),
