@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LEFT_BEHIND = (
     *("demo-report.html", "demo-out/lm/record.json", "runs/adapter_model.safetensors"),
     *("peftkern/cli/demo/demo-report.html", "peftkern/cli/record.json", "docs/site/index.html"),
-    *("benchmarks/results/cpu/2026-01-01T000000Z.json", "tests/out.json", ".venv/pyvenv.cfg"),
+    *("benchmarks/results/report.html", "tests/out.json", ".venv/pyvenv.cfg", "site/index.html"),
     *("build/lib/peftkern/old.py", "dist/peftkern-0.0.1.tar.gz"),
 )
 
@@ -85,9 +85,9 @@ def test_the_sdist_holds_the_sources_the_tests_and_nothing_left_behind(built: Bu
         names = {m.name.partition("/")[2] for m in packed.getmembers() if m.isfile()}
     made = {n for n in names if n.startswith("peftkern.egg-info/")} | {"PKG-INFO", "setup.cfg"}
     expected = {*building.FILES, "peftkern/py.typed"}
-    expected |= files(built.tree, building.FOLDERS, "*.py")
-    expected |= files(built.tree, building.FOLDERS, "*.md")
-    expected |= files(built.tree, ["kernels", "benchmarks/results/static"], "*.json")
+    for kind in ("*.py", "*.md", "*.yml", "*.svg"):
+        expected |= files(built.tree, building.FOLDERS, kind)
+    expected |= files(built.tree, ["kernels", "benchmarks/results"], "*.json")
     assert "kernels/device_name=PROBE.json" in expected
     assert names - made == expected
 

@@ -22,17 +22,18 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDERS = ("peftkern", "kernels", "tests", "benchmarks", "docs")
+FOLDERS = ("peftkern", "kernels", "tests", "benchmarks", "docs", "examples", ".github")
 FILES = (
     *("pyproject.toml", "setup.py", "MANIFEST.in", "constraints.txt", "Makefile"),
-    *("README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md"),
+    *("README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "mkdocs.yml"),
 )
 # pip, where all that a build needs is installed already
 BUILD = ("--no-deps", "--no-build-isolation", "--no-index")
 
-# Test files that read the sources, or run Python in the checkout: of an installed package there is
-# nothing for them to see.
+# Test files that read the sources or all pages, or run Python in the checkout: of an installed
+# package there is nothing for them to see.
 READ_THE_SOURCES = (
+    *("test_docs.py", "test_hosted.py", "test_site.py"),
     *("test_imports.py", "test_layout.py", "test_lazy_names.py", "test_private_names.py"),
     *("test_types.py", "test_variants_apart.py", "test_wheel.py"),
     *("kernels/test_extending.py", "kernels/test_kernel_static.py"),
