@@ -193,7 +193,7 @@ def _targets(found: Sequence[Verdict]) -> Table:
 def _show(rows: Sequence[Row], shape: Shape, name: str) -> None:
     gpu = GPUS[name]
     console = Console(width=None if sys.stdout.isatty() else 150)
-    how = "measured rates" if gpu.measured else "data sheet x H100's measured share, not measured"
+    how = "shares of the data sheet, not measured here"
     console.print(
         f"M={shape.M} K={shape.K} N={shape.N} r={shape.r}, bf16. Counted, not measured."
         f" us: roofline on {name} at {gpu.bandwidth:.3g} TB/s, {gpu.matrix:.0f} TFLOP/s ({how})."
