@@ -363,7 +363,7 @@ def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     size = ["--M", "256", "--K", "512", "--N", "384", "--r", "8", "--case", "linear"]
     assert cost.main(["--json", "--launches", "--gpu", "A100", *size]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["counted"] == "not measured" and not found["gpu"]["measured"]
+    assert found["counted"] == "not measured"
     assert len(found["rows"]) == 2 * len(PROVIDERS)
     peft = next(r for r in found["rows"] if r["provider"] == "HF PEFT bf16")
     assert peft["forward"]["launches"] == sum(t["launches"] for t in peft["forward"]["list"]) == 5
