@@ -17,6 +17,7 @@ from peftkern.kernels.reference import reference_bits
 from peftkern.ops import library, torch_backend
 from peftkern.ops.bits import unpack_bits
 from peftkern.ops.lora import lora_linear, plain
+from peftkern.ops.projection import Projection
 from peftkern.tuners.lora import group
 from tests.changes import CHANGES, K, layer_of, layer_pair
 from tests.closeness import assert_as_good_as_torch, assert_same_number, differ
@@ -78,7 +79,7 @@ def test_operators(dtype, low, bias, transposed, p):
         if p:
             assert torch.equal(words, reference_bits(6, 40, p, seed.item()))
             mask = unpack_bits(words, 40, dtype).view(x.shape)
-        want = plain(x, weight, bias, A, B, scale, mask, p, transposed)
+        want = plain(x, Projection(weight, bias, A, B, scale, p, transposed), mask)
         leaves = [t for t in (x, weight, bias, A, B) if t is not None]
         dy = torch.randn_like(y)
         found = [numbers(t, leaves, dy) for t in (y, want)]
@@ -87,7 +88,7 @@ def test_operators(dtype, low, bias, transposed, p):
         else:
             wide = [None if t is None else doubled(t) for t in (x, weight, bias, A, B)]
             mask = None if mask is None else mask.double()
-            exact = plain(*wide, scale, mask, p, transposed)
+            exact = plain(wide[0], Projection(*wide[1:], scale, p, transposed), mask)
             leaves = [t for t in wide if t is not None]
             assert_as_good_as_torch(*found, numbers(exact, leaves, dy.double()))
         fixed = [t.detach() if isinstance(t, Tensor) else t for t in args]
@@ -193,10 +194,11 @@ def test_words_that_are_given_are_the_mask():
     )
     words = torch_backend.draw(6, 40, p, seed)
     state = torch.get_rng_state()
-    y, _, kept = torch_backend.forward(x, weight.t(), bias, A, B, scale, p, words)
+    member = Projection(weight, bias, A, B, scale, p, False)
+    [(y, _, kept)] = torch_backend.forward(x, [member], [words])
     assert torch.equal(state, torch.get_rng_state()) and torch.equal(kept, words)
     mask = unpack_bits(words, 40, torch.float64)
-    assert_same_number(y, plain(x, weight, bias, A, B, scale, mask, p, False))
+    assert_same_number(y, plain(x, member, mask))
 
 
 def test_eager_calls_do_not_go_through_the_operators(monkeypatch):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from peftkern.kernels import bits, reference
 from peftkern.ops import choices
-from peftkern.ops.projection import Part, Projection
+from peftkern.ops.projection import Projection, ProjectionGrad
 
 from .contest import SCALE, Contest, RaceCase
 from .device import Device, randn
@@ -44,11 +44,11 @@ class _Tensors:
             Projection(w, None, A, B, SCALE, p, False)
             for w, A, B in zip(self.ws, self.As, self.Bs, strict=True)
         ]
-        self.parts: list[Part] = []
+        self.grads: list[ProjectionGrad] = []
         if case.op == "backward":
             done = choices.forward(choices.TORCH, self.x, self.members, words)
-            self.parts = [
-                Part(dy, m.w, m.A, m.B, s, word, SCALE, p, True, True)
+            self.grads = [
+                ProjectionGrad(dy, m.w, m.A, m.B, s, word, SCALE, p, True, True)
                 for dy, m, (_, s, word) in zip(self.dys, self.members, done, strict=True)
             ]
 
@@ -69,7 +69,7 @@ def contest(case: RaceCase, device: Device, copies: int) -> Contest:
             if case.op == "forward":
                 return choices.tensors(choices.forward(how, t.x, t.members, words))
             if case.op == "backward":
-                return choices.tensors(choices.backward(how, t.x, t.parts, True))
+                return choices.tensors(choices.backward(how, t.x, t.grads, True))
             (w,), (A,), (B,) = t.ws, t.As, t.Bs
             return [choices.infer(how, t.x, w, None, A, B, SCALE, False)]
 
@@ -84,8 +84,8 @@ def _exact(case: RaceCase, t: _Tensors) -> list[Tensor]:
     if case.op == "backward":
         ds = [reference.grad_s(dy, B, c) for dy, B in zip(t.dys, t.Bs, strict=True)]
         outs: list[Any] = [reference.grad_input(t.dys, t.ws, ds, t.As, keeps)]
-        for part, d, keep in zip(t.parts, ds, keeps, strict=True):
-            outs += [reference.grad_a(t.x, d, keep), reference.grad_b(part.dy, part.s)]
+        for grad, d, keep in zip(t.grads, ds, keeps, strict=True):
+            outs += [reference.grad_a(t.x, d, keep), reference.grad_b(grad.dy, grad.s)]
         return outs
     outs = []
     for w, A, B, keep in zip(t.ws, t.As, t.Bs, keeps, strict=True):

@@ -175,7 +175,7 @@ def run(job: Job, settings: TuneSettings, device: torch.device) -> tuple[Key, Ke
     the keys of its results, outside and inside a CUDA graph."""
     from ..ops import auto_backend as auto
     from ..ops import choices
-    from ..ops.projection import Part, Projection
+    from ..ops.projection import Projection, ProjectionGrad
 
     dtype, low = getattr(torch, settings.dtype), getattr(torch, settings.adapter_dtype)
     M, K, r, p = job.M, job.K, settings.r, job.p or 0.0
@@ -197,13 +197,14 @@ def run(job: Job, settings: TuneSettings, device: torch.device) -> tuple[Key, Ke
             (m,) = members
             auto.infer(x, m.weight, None, m.A, m.B, m.scale, False)
         else:
-            done = auto.group_forward(x, members)
+            done = auto.forward(x, members)
         if job.op == "backward":
-            parts = [
-                Part(some(M, N, dtype=dtype), m.w, m.A, m.B, s, bits, m.scale, p, True, True)
-                for N, m, (_, s, bits) in zip(job.ns, members, done, strict=True)
+            dys = [some(M, N, dtype=dtype) for N in job.ns]
+            behind = [
+                ProjectionGrad(dy, m.w, m.A, m.B, s, bits, m.scale, p, True, True)
+                for dy, m, (_, s, bits) in zip(dys, members, done, strict=True)
             ]
-            auto.group_backward(x, parts, True)
+            auto.backward(x, behind, True)
     plain, graphed = (
         choices.key_of(
             job.op, dtype, low, M, sum(job.ns), K, r, len(job.ns), p > 0, grads, graph=graph

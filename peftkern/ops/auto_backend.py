@@ -37,7 +37,7 @@ from ..utils.private import transforms_active, without_dispatch_modes
 from . import choices, device, race, torch_backend, triton_backend, tuned
 from .choices import TORCH
 from .device import on_its_device
-from .projection import Part, Projection
+from .projection import Projection, ProjectionGrad
 
 log = logging.getLogger("peftkern")
 
@@ -263,29 +263,14 @@ def _entry(key: Key, outcome: race.Outcome) -> Entry:
 # ------------------------------------------------------------------------------ the operations
 
 
-def forward(
-    x: Tensor,
-    w: Tensor,
-    bias: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    scale: float,
-    p: float,
-    words: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Y [M, N], S [M, r] and the packed mask, which is ``words`` where they are given; ``w`` is
-    [K, N]."""
-    member = Projection(w, bias, A, B, scale, p, True)
-    return group_forward(x, [member], None if words is None else [words])[0]
-
-
 @on_its_device
-def group_forward(
-    x: Tensor, members: list[Any], words: list[Tensor | None] | None = None
+def forward(
+    x: Tensor, members: list[Projection], words: list[Tensor | None] | None = None
 ) -> list[tuple[Tensor, Tensor, Tensor | None]]:
-    """(Y_i, S_i, mask_i) of several projections of one x [M, K]; see :mod:`.lora_group`."""
+    """(Y_i, S_i, mask_i) of projections of one x [M, K]; the masks are ``words`` where they are
+    given."""
     if _foreign(x):
-        return torch_backend.group_forward(x, members, words)
+        return torch_backend.forward(x, members, words)
     M, K = x.shape
     first = members[0]
     if len(members) == 1:
@@ -304,46 +289,27 @@ def group_forward(
             _Case(*numbers), lambda name: lambda: choices.forward(name, x, members, given)
         )
     if decision.declined:
-        return torch_backend.group_forward(x, members, words)
+        return torch_backend.forward(x, members, words)
     return choices.forward(decision.how, x, members, words or [])
 
 
-def backward(
-    dy: Tensor,
-    x: Tensor,
-    w: Tensor,
-    A: Tensor,
-    B: Tensor,
-    s: Tensor | None,
-    bits: Tensor | None,
-    scale: float,
-    p: float,
-    needs: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dX [M, K], dA [r, K], dB [N, r]; ``needs`` says which of the three are wanted."""
-    needs_x, needs_a, needs_b = needs
-    part = Part(dy, w, A, B, s, bits, scale, p, needs_a, needs_b)
-    dx, [(da, db)] = group_backward(x, [part], needs_x)
-    return dx, da, db
-
-
 @on_its_device
-def group_backward(
-    x: Tensor, parts: list[Any], needs_x: bool
+def backward(
+    x: Tensor, members: list[ProjectionGrad], needs_x: bool
 ) -> tuple[Tensor | None, list[tuple[Tensor | None, Tensor | None]]]:
     """One dX [M, K] for all projections, and (dA_i, dB_i) of each."""
     if _foreign(x):
-        return torch_backend.group_backward(x, parts, needs_x)
-    first = parts[0]
-    n, r = sum(p.B.shape[0] for p in parts), max(p.A.shape[0] for p in parts)
-    mask = any(p.bits is not None for p in parts)
-    grads = triton_backend.grads_of(parts, needs_x)
+        return torch_backend.backward(x, members, needs_x)
+    first = members[0]
+    n, r = sum(m.B.shape[0] for m in members), max(m.A.shape[0] for m in members)
+    mask = any(m.bits is not None for m in members)
+    grads = triton_backend.grads_of(members, needs_x)
     M, K = first.dy.shape[0], x.shape[1]
-    numbers = ("backward", first.dy, first.A.dtype, M, n, K, r, len(parts), mask, grads)
+    numbers = ("backward", first.dy, first.A.dtype, M, n, K, r, len(members), mask, grads)
     decision = _known(*numbers) or _decide(
-        _Case(*numbers), lambda name: lambda: choices.backward(name, x, parts, needs_x)
+        _Case(*numbers), lambda name: lambda: choices.backward(name, x, members, needs_x)
     )
-    return choices.backward(decision.how, x, parts, needs_x)
+    return choices.backward(decision.how, x, members, needs_x)
 
 
 @on_its_device

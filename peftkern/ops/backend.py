@@ -19,11 +19,10 @@ import torch
 from torch import Tensor
 
 from . import torch_backend
+from .projection import Projection, ProjectionGrad
 
 ENV = "PEFTKERN_BACKEND"
 CHOICES = ("auto", "torch", "triton")
-
-Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 class Backend(Protocol):
@@ -37,40 +36,11 @@ class Backend(Protocol):
     def draw(self, M: int, K: int, p: float, seed: Tensor, /) -> Tensor: ...
 
     def forward(
-        self,
-        x: Tensor,
-        w: Tensor,
-        bias: Tensor | None,
-        A: Tensor,
-        B: Tensor,
-        scale: float,
-        p: float,
-        /,
-        *,
-        words: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor | None]: ...
-
-    def backward(
-        self,
-        dy: Tensor,
-        x: Tensor,
-        w: Tensor,
-        A: Tensor,
-        B: Tensor,
-        s: Tensor | None,
-        bits: Tensor | None,
-        scale: float,
-        p: float,
-        needs: tuple[bool, bool, bool],
-        /,
-    ) -> Grads: ...
-
-    def group_forward(
-        self, x: Tensor, members: list[Any], /
+        self, x: Tensor, members: list[Projection], words: list[Tensor | None] | None = None, /
     ) -> list[tuple[Tensor, Tensor, Tensor | None]]: ...
 
-    def group_backward(
-        self, x: Tensor, parts: list[Any], needs_x: bool, /
+    def backward(
+        self, x: Tensor, members: list[ProjectionGrad], needs_x: bool, /
     ) -> tuple[Tensor | None, list[tuple[Tensor | None, Tensor | None]]]: ...
 
     def infer(

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..kernels.decode import MAX_ROWS
 from ..kernels.tuning import Key, bucket
 from . import torch_backend, triton_backend
+from .projection import Projection, ProjectionGrad
 from .tuned import name_of, products_in
 
 TORCH = "torch"
@@ -55,29 +56,29 @@ def key_of(
     return Key(op, *names, bucket(M), n, k, r, group, mask, grads, graph)
 
 
-def words_for(x: Tensor, members: list[Any]) -> list[Tensor | None]:
+def words_for(x: Tensor, members: list[Projection]) -> list[Tensor | None]:
     """The packed mask of each projection of x [M, K], drawn in their order."""
     return triton_backend.words_of(x, [m.p for m in members])
 
 
 def forward(
-    how: str, x: Tensor, members: list[Any], words: list[Tensor | None]
+    how: str, x: Tensor, members: list[Projection], words: list[Tensor | None]
 ) -> list[tuple[Tensor, Tensor, Tensor | None]]:
-    """(Y_i, S_i, mask_i) of :class:`.projection.Projection` s; every way gives S in x's dtype, so
-    that the backward of any way can follow."""
+    """(Y_i, S_i, mask_i) of each projection; every way gives S in x's dtype, so that the backward
+    of any way can follow."""
     if how != TORCH:
-        return triton_backend.group_forward(x, members, how, words)
-    done = torch_backend.group_forward(x, members, words)
+        return triton_backend.forward(x, members, words, how)
+    done = torch_backend.forward(x, members, words)
     return [(y, s if s.dtype == x.dtype else s.to(x.dtype), bits) for y, s, bits in done]
 
 
 def backward(
-    how: str, x: Tensor, parts: list[Any], needs_x: bool
+    how: str, x: Tensor, members: list[ProjectionGrad], needs_x: bool
 ) -> tuple[Tensor | None, list[tuple[Tensor | None, Tensor | None]]]:
-    """dX and (dA_i, dB_i) of :class:`.projection.Part` s."""
+    """dX and (dA_i, dB_i) of each projection."""
     if how != TORCH:
-        return triton_backend.group_backward(x, parts, needs_x, how)
-    return torch_backend.group_backward(x, parts, needs_x)
+        return triton_backend.backward(x, members, needs_x, how)
+    return torch_backend.backward(x, members, needs_x)
 
 
 def infer(

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from . import backend as _backend
 from .bits import pack_bits, unpack_bits
+from .projection import Projection
 from .torch_backend import _drop, _drop_fused, _mm_to, _scaled_mm, low_rank_dtype
 
 _BLOCK = 1 << 18  # elements that a step over rows holds in float32
@@ -43,7 +44,7 @@ def forward(
     """Y in x's dtype, S, V (None unless ``keep_v``), and the mask."""
     low = low_rank_dtype(x, A)
     if p == 0.0 and low == x.dtype:
-        v, s, _ = _backend.active.forward(x, w, bias, A, B, scale, 0.0)
+        [(v, s, _)] = _backend.active.forward(x, [Projection(w, bias, A, B, scale, 0.0, True)])
         return scale_columns(v, gain, bias, keep_v), s, v if keep_v else None, None
     bt, g = B.to(low).t(), gain.to(low)
     y = torch.mm(x, w) if bias is None else torch.addmm(bias, x, w)

@@ -19,6 +19,7 @@ from ..kernels.shrink import shrink
 from . import backend as _backend
 from . import dora_torch, triton_backend, tuned
 from .device import on_its_device
+from .projection import Projection, ProjectionGrad
 from .triton_backend import refusal, why_not
 
 __all__ = ["backward", "forward", "norms", "why_no_norms", "why_not"]
@@ -60,7 +61,7 @@ def forward(
         # a tuning table's tile is for a product without a gain, which takes fewer registers
         y = fused_linear(x, w.t(), s, B, bias, gain=gain.float(), v=v)
         return y, s, v, None
-    v, s, _ = _backend.active.forward(x, w, bias, A, B, scale, 0.0)
+    [(v, s, _)] = _backend.active.forward(x, [Projection(w, bias, A, B, scale, 0.0, True)])
     return dora_torch.scale_columns(v, gain, bias, keep_v), s, v if keep_v else None, None
 
 
@@ -94,5 +95,7 @@ def backward(
     scaled, sums = scale_grad(dy, gain.float(), v, bias, wanted=any(needs))
     if scaled is None:
         return None, None, None, sums
-    dx, da, db = _backend.active.backward(scaled, x, w, A, B, s, None, scale, 0.0, needs)
+    needs_x, needs_a, needs_b = needs
+    member = ProjectionGrad(scaled, w, A, B, s, None, scale, 0.0, needs_a, needs_b)
+    dx, [(da, db)] = _backend.active.backward(x, [member], needs_x)
     return dx, da, db, sums

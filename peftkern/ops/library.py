@@ -25,6 +25,7 @@ from . import autocast
 from . import backend as _backend
 from .bits import words_per_row
 from .lora import second_derivatives, to_autocast
+from .projection import Projection, ProjectionGrad
 
 _library = torch.library.Library("peftkern", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
@@ -110,8 +111,8 @@ def _lora_linear(
     backend = _backend.active
     x2 = x.reshape(-1, x.shape[-1])
     words = None if seed is None else backend.draw(x2.shape[0], x2.shape[1], p, seed)
-    w = weight if transposed else weight.t()  # [K, N]
-    y, s, _ = backend.forward(x2, w, bias, A, B, scale, p, words=words)
+    member = Projection(weight, bias, A, B, scale, p, transposed)
+    [(y, s, _)] = backend.forward(x2, [member], [words])
     y = y.view(*x.shape[:-1], y.shape[-1])
     # dense, as the fake says: on a CPU torch's S is a transposed view
     return y, s.contiguous(), _none(x, torch.int32) if words is None else words
@@ -190,8 +191,9 @@ def _lora_linear_backward(
     # without a gradient for A, only the shape and dtype of x are asked for
     x2 = x.reshape(-1, K) if x is not None else dy2.new_empty((0, K))
     w = weight if transposed else weight.t()  # [K, N]
-    needs = (needs_x, x is not None, s is not None)
-    dx, da, db = _backend.active.backward(dy2, x2, w, A, B, s, words, scale, p, needs)
+    needs_a, needs_b = x is not None, s is not None
+    member = ProjectionGrad(dy2, w, A, B, s, words, scale, p, needs_a, needs_b)
+    dx, [(da, db)] = _backend.active.backward(x2, [member], needs_x)
     return (
         dx.contiguous().view(*dy.shape[:-1], K) if dx is not None else _none(dy),
         da.contiguous() if da is not None else _none(A),

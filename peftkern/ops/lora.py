@@ -8,6 +8,7 @@ a mask of bytes, never a scaled copy of Y.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from ..utils.private import unsafe_view
 from . import autocast
 from . import backend as _backend
 from .bits import unpack_bits
+from .projection import Projection, ProjectionGrad
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -34,8 +36,8 @@ class _LoraLinear(torch.autograd.Function):
         transposed: bool,
     ) -> Tensor:
         x2 = x.reshape(-1, x.shape[-1])
-        w = weight if transposed else weight.t()  # [K, N]
-        y, s, bits = _backend.active.forward(x2, w, bias, A, B, scale, p)
+        member = Projection(weight, bias, A, B, scale, p, transposed)
+        [(y, s, bits)] = _backend.active.forward(x2, [member])
         needs_x, needs_w, _, needs_a, needs_b = ctx.needs_input_grad[:5]
         # x is an input and not the view x2, so that a second derivative finds its graph
         keep_x = needs_a or needs_w
@@ -61,9 +63,8 @@ class _LoraLinear(torch.autograd.Function):
             if x is not None
             else dy2.new_empty((0, shape[-1]), dtype=dtype)
         )
-        dx, da, db = _backend.active.backward(
-            dy2, x2, w, A, B, s, bits, ctx.scale, ctx.p, (needs_x, needs_a, needs_b)
-        )
+        member = ProjectionGrad(dy2, w, A, B, s, bits, ctx.scale, ctx.p, needs_a, needs_b)
+        dx, [(da, db)] = _backend.active.backward(x2, [member], needs_x)
         dw = dbias = None
         if needs_w:
             dw = x2.t() @ dy2 if ctx.transposed else dy2.t() @ x2
@@ -85,28 +86,42 @@ def second_derivatives(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
             )
         # dX does not depend on x, so any x will do
         x = dy.new_zeros(ctx.x_like[0], dtype=ctx.x_like[1]).requires_grad_()
-    with torch.enable_grad():
-        mask = unpack_bits(bits, x.shape[-1], x.dtype).view(x.shape) if bits is not None else None
-        y = plain(x, weight, bias, A, B, ctx.scale, mask, ctx.p, ctx.transposed)
-        inputs = [x, weight, bias, A, B]
-        wanted = [i for i in range(5) if ctx.needs_input_grad[i]]
-        grads = torch.autograd.grad(y, [inputs[i] for i in wanted], dy, create_graph=True)
-    found = dict(zip(wanted, grads, strict=True))
-    return tuple(found.get(i) for i in range(8))
+    member = Projection(weight, bias, A, B, ctx.scale, ctx.p, ctx.transposed)
+    grads = differentiable_backward(x, [member], [bits], [dy], ctx.needs_input_grad[:5])
+    return (*grads, None, None, None)
 
 
-def plain(
+def differentiable_backward(
     x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    scale: float,
-    mask: Tensor | None,
-    p: float,
-    transposed: bool,
-) -> Tensor:
+    members: Sequence[Projection],
+    words: Sequence[Tensor | None],
+    dys: Sequence[Tensor | None],
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """The gradients of x and of each projection's four tensors, in this order, as a graph of their
+    own from the plain formula. ``needs`` says which are wanted; a dY is None for an output that
+    nobody used."""
+    inputs = [x, *(t for m in members for t in m.tensors)]
+    wanted = [i for i, need in enumerate(needs) if need]
+    ys, used = [], []
+    with torch.enable_grad():
+        for member, bits, dy in zip(members, words, dys, strict=True):
+            if dy is None:
+                continue
+            mask = None
+            if bits is not None:
+                mask = unpack_bits(bits, x.shape[-1], x.dtype).view(x.shape)
+            ys.append(plain(x, member, mask))
+            used.append(dy)
+        sources: Any = [inputs[i] for i in wanted]
+        grads = torch.autograd.grad(ys, sources, used, create_graph=True, allow_unused=True)
+    found = dict(zip(wanted, grads, strict=True))
+    return [found.get(i) for i in range(len(inputs))]
+
+
+def plain(x: Tensor, member: Projection, mask: Tensor | None) -> Tensor:
     """The formula itself, operation by operation; ``mask`` holds 0 and 1."""
+    weight, bias, A, B, scale, p, transposed = member
     y = linear(x, weight.t() if transposed else weight, bias)
     dropped = (x if mask is None else x * mask).to(A.dtype)
     return (y + linear(linear(dropped, A), B) * (scale / (1.0 - p))).to(y.dtype)
@@ -172,6 +187,6 @@ def lora_linear(
     if p == 0.0:
         return _backend.active.infer(x, weight, bias, A, B, scale, transposed)
     x2 = x.reshape(-1, x.shape[-1])
-    w = weight if transposed else weight.t()
-    y, _, _ = _backend.active.forward(x2, w, bias, A, B, scale, p)
+    member = Projection(weight, bias, A, B, scale, p, transposed)
+    [(y, _, _)] = _backend.active.forward(x2, [member])
     return y.view(*x.shape[:-1], y.shape[-1])

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Projection(NamedTuple):
-    """One linear of a group; the arguments of :func:`.lora.lora_linear` beside x."""
+    """One linear, alone or of a group; the arguments of :func:`.lora.lora_linear` after x."""
 
     weight: Tensor  # [N, K], or [K, N] when transposed
     bias: Tensor | None
@@ -23,9 +23,18 @@ class Projection(NamedTuple):
         """The weight as [K, N]."""
         return self.weight if self.transposed else self.weight.t()
 
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        return self.weight, self.bias, self.A, self.B
 
-class Part(NamedTuple):
-    """What the backward of one projection needs."""
+    @property
+    def settings(self) -> tuple[float, float, bool]:
+        """What is no tensor."""
+        return self.scale, self.p, self.transposed
+
+
+class ProjectionGrad(NamedTuple):
+    """What the backward of one projection takes."""
 
     dy: Tensor  # [M, N]
     w: Tensor  # [K, N]

@@ -1,5 +1,6 @@
 """The LoRA linear on torch's own matrix products: runs on every device, and is the fallback
-everywhere.
+everywhere. Forward and backward take a list of projections of one x, a single one being a list of
+one.
 
 Shapes: x [M, K], w [K, N] (a view), bias [N] or None, A [r, K], B [N, r], S [M, r], Y [M, N].
 
@@ -20,7 +21,7 @@ from torch.nn.functional import linear
 
 from ..kernels.reference import reference_bits
 from .bits import pack_bits, unpack_bits
-from .projection import Part
+from .projection import Projection, ProjectionGrad
 
 # up to this many rows the extra pass over Y costs less than two more views (host time dominates)
 _FEW_ROWS = 32
@@ -39,6 +40,11 @@ def low_rank_dtype(x: Tensor, A: Tensor) -> torch.dtype:
     none.
     """
     return x.dtype if x.is_cuda else A.dtype
+
+
+def _in(dtype: torch.dtype, t: Tensor) -> Tensor:
+    """``t`` in ``dtype``; asking torch to leave it as it is costs half a microsecond."""
+    return t if t.dtype is dtype else t.to(dtype)
 
 
 def _scaled_mm(a: Tensor, b: Tensor, alpha: float) -> Tensor:
@@ -83,19 +89,22 @@ def draw(M: int, K: int, p: float, seed: Tensor) -> Tensor:
 
 
 def forward(
-    x: Tensor,
-    w: Tensor,
-    bias: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    scale: float,
-    p: float,
-    words: Tensor | None = None,
+    x: Tensor, members: list[Projection], words: list[Tensor | None] | None = None
+) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+    """Of each projection of x [M, K]: Y [M, N] in x's dtype, S [M, r] and the packed mask (None
+    when it drops nothing), which is its one of ``words`` where they are given."""
+    if words is None:
+        return [_forward(x, m, None) for m in members]
+    return [_forward(x, m, bits) for m, bits in zip(members, words, strict=True)]
+
+
+def _forward(
+    x: Tensor, member: Projection, words: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Y [M, N] in x's dtype, S [M, r] and the packed mask (None when ``p`` is 0), which is
-    ``words`` where they are given."""
+    weight, bias, A, B, scale, p, transposed = member
+    w = weight if transposed else weight.t()
     low = low_rank_dtype(x, A)
-    dropped, bits = x.to(low), words
+    dropped, bits = _in(low, x), words
     if words is not None:
         dropped = unpack_bits(words, x.shape[1], low).mul_(dropped)
         scale = scale / (1.0 - p)
@@ -103,9 +112,9 @@ def forward(
         dropped, keep, factor = (_drop_fused if x.is_cuda else _drop)(dropped, p)
         bits = pack_bits(keep)
         scale = scale * factor
-    s = _scaled_mm(dropped, A.to(low).t(), scale)
+    s = _scaled_mm(dropped, _in(low, A).t(), scale)
     del dropped
-    bt = B.to(low).t()
+    bt = _in(low, B).t()
     if low == x.dtype:
         y = torch.mm(s, bt) if bias is None else torch.addmm(bias, s, bt)
         return y.addmm_(x, w), s, bits
@@ -116,57 +125,27 @@ def forward(
 
 
 def backward(
-    dy: Tensor,
-    x: Tensor,
-    w: Tensor,
-    A: Tensor,
-    B: Tensor,
-    s: Tensor | None,
-    bits: Tensor | None,
-    scale: float,
-    p: float,
-    needs: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dX [M, K], dA [r, K], dB [N, r] for dY [M, N];
-    ``needs`` says which of the three are wanted."""
-    needs_x, needs_a, needs_b = needs
-    part = Part(dy, w, A, B, s, bits, scale, p, needs_a, needs_b)
-    dx, [(da, db)] = group_backward(x, [part], needs_x)
-    return dx, da, db
-
-
-def group_forward(
-    x: Tensor, members: list[Any], words: list[Tensor | None] | None = None
-) -> list[tuple[Tensor, Tensor, Tensor | None]]:
-    """(Y_i, S_i, mask_i) of several projections of one x [M, K]; see :mod:`.lora_group`."""
-    given = words if words is not None else [None] * len(members)
-    return [
-        forward(x, m.w, m.bias, m.A, m.B, m.scale, m.p, bits)
-        for m, bits in zip(members, given, strict=True)
-    ]
-
-
-def group_backward(
-    x: Tensor, parts: list[Any], needs_x: bool
+    x: Tensor, members: list[ProjectionGrad], needs_x: bool
 ) -> tuple[Tensor | None, list[tuple[Tensor | None, Tensor | None]]]:
-    """One dX [M, K] for all projections, accumulated in place, and (dA_i, dB_i) of each."""
-    low = low_rank_dtype(x, parts[0].A)
-    dx, pairs, xl = None, [], x.to(low)
-    for part in parts:
-        dyl = part.dy.to(low)
+    """One dX [M, K] for all projections, accumulated in place, and (dA [r, K], dB [N, r]) of
+    each; None for what is not wanted. Without dA, only shape and dtype of x are asked for."""
+    low = low_rank_dtype(x, members[0].A)
+    dx, pairs, xl = None, [], _in(low, x)
+    for m in members:
+        dyl = _in(low, m.dy)
         da = db = None
-        if part.needs_b and part.s is not None:
-            db = _mm_to(dyl.t(), part.s, part.B.dtype)
-        ds = _scaled_mm(dyl, part.B.to(low), part.scale / (1.0 - part.p))
-        mask = unpack_bits(part.bits, x.shape[1], low) if part.bits is not None else None
+        if m.needs_b and m.s is not None:
+            db = _mm_to(dyl.t(), m.s, m.B.dtype)
+        ds = _scaled_mm(dyl, _in(low, m.B), m.scale / (1.0 - m.p))
+        mask = unpack_bits(m.bits, x.shape[1], low) if m.bits is not None else None
         if needs_x:
-            dx = _add_low_rank(dx, ds, part.A.to(low), mask)
-            if low == part.dy.dtype:
-                dx.addmm_(part.dy, part.w.t())
+            dx = _add_low_rank(dx, ds, _in(low, m.A), mask)
+            if low == m.dy.dtype:
+                dx.addmm_(m.dy, m.w.t())
             else:
-                dx.add_(torch.mm(part.dy, part.w.t()))
-        if part.needs_a:
-            da = _mm_to(ds.t(), xl if mask is None else mask.mul_(xl), part.A.dtype)
+                dx.add_(torch.mm(m.dy, m.w.t()))
+        if m.needs_a:
+            da = _mm_to(ds.t(), xl if mask is None else mask.mul_(xl), m.A.dtype)
         pairs.append((da, db))
     return (dx.to(x.dtype) if dx is not None else None), pairs
 
@@ -201,7 +180,7 @@ def infer(
         y = linear(x, stored, bias)
         return y.add_(linear(linear(x, A), B), alpha=scale)
     x2 = x.reshape(-1, K)
-    y, _, _ = forward(x2, w if transposed else w.t(), bias, A, B, scale, 0.0)
+    y, _, _ = _forward(x2, Projection(w, bias, A, B, scale, 0.0, transposed), None)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 

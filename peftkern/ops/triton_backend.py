@@ -34,7 +34,7 @@ from ..kernels.shrink_expand import fits as shrink_expand_fits
 from ..kernels.shrink_expand import shrink_expand
 from . import torch_backend, tuned
 from .device import capturing, on_its_device
-from .projection import Part, Projection
+from .projection import Projection, ProjectionGrad
 
 # How the base product and the update come together:
 #   hybrid   the low-rank part is written, the vendor's product accumulates onto it
@@ -144,56 +144,17 @@ def low_rank_dtype(x: Tensor, A: Tensor) -> torch.dtype:
     return x.dtype if why_not(x, A) is None else torch_backend.low_rank_dtype(x, A)
 
 
+@on_its_device
 def forward(
     x: Tensor,
-    w: Tensor,
-    bias: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    scale: float,
-    p: float,
-    how: str | None = None,
-    words: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Y [M, N], S [M, r] and the packed mask, which is ``words`` where they are given; ``w`` is
-    [K, N], ``how`` one of ``PRODUCTS``."""
-    if _declines(x, A):
-        return torch_backend.forward(x, w, bias, A, B, scale, p, words)
-    given: list[Tensor | None] | None = None if words is None else [words]
-    return group_forward(x, [Projection(w, bias, A, B, scale, p, True)], how, given)[0]
-
-
-def backward(
-    dy: Tensor,
-    x: Tensor,
-    w: Tensor,
-    A: Tensor,
-    B: Tensor,
-    s: Tensor | None,
-    bits: Tensor | None,
-    scale: float,
-    p: float,
-    needs: tuple[bool, bool, bool],
-    how: str | None = None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dX [M, K], dA [r, K], dB [N, r]; two calls with the same tensors agree bit for bit."""
-    needs_x, needs_a, needs_b = needs
-    part = Part(dy, w, A, B, s, bits, scale, p, needs_a, needs_b)
-    dx, [(da, db)] = group_backward(x, [part], needs_x, how)
-    return dx, da, db
-
-
-@on_its_device
-def group_forward(
-    x: Tensor,
-    members: list[Any],
-    how: str | None = None,
+    members: list[Projection],
     words: list[Tensor | None] | None = None,
+    how: str | None = None,
 ) -> list[tuple[Tensor, Tensor, Tensor | None]]:
-    """(Y_i, S_i, mask_i) of several projections of one x [M, K], which is read once for every S;
-    the masks are ``words`` where they are given."""
+    """(Y_i, S_i, mask_i) of projections of one x [M, K], which is read once for every S; the masks
+    are ``words`` where they are given; ``how`` one of ``PRODUCTS``."""
     if any(_declines(x, m.A) for m in members):
-        return torch_backend.group_forward(x, members, words)
+        return torch_backend.forward(x, members, words)
     if words is None:
         words = words_of(x, [m.p for m in members])
     K, low, n = x.shape[1], members[0].A.dtype, sum(m.B.shape[0] for m in members)
@@ -223,24 +184,25 @@ def group_forward(
 
 
 @on_its_device
-def group_backward(
-    x: Tensor, parts: list[Any], needs_x: bool, how: str | None = None
+def backward(
+    x: Tensor, members: list[ProjectionGrad], needs_x: bool, how: str | None = None
 ) -> tuple[Tensor | None, list[tuple[Tensor | None, Tensor | None]]]:
-    """One dX [M, K] for all projections, X read once for every dA, and (dA_i, dB_i) of each."""
-    if any(_declines(x, part.A) for part in parts):
-        return torch_backend.group_backward(x, parts, needs_x)
-    ds, dbs = _over_dy(parts)
-    As, bits = [part.A for part in parts], [part.bits for part in parts]
-    K, n = parts[0].w.shape[0], sum(part.dy.shape[1] for part in parts)
+    """One dX [M, K] for all projections, X read once for every dA, and (dA_i, dB_i) of each; two
+    calls with the same tensors agree bit for bit."""
+    if any(_declines(x, m.A) for m in members):
+        return torch_backend.backward(x, members, needs_x)
+    ds, dbs = _over_dy(members)
+    As, bits = [m.A for m in members], [m.bits for m in members]
+    K, n = members[0].w.shape[0], sum(m.dy.shape[1] for m in members)
     numbers = _Numbers(
-        parts[0].dy, As[0].dtype, n, K, [a.shape[0] for a in As],
-        any(word is not None for word in bits), grads_of(parts, needs_x),
+        members[0].dy, As[0].dtype, n, K, [a.shape[0] for a in As],
+        any(word is not None for word in bits), grads_of(members, needs_x),
     )  # fmt: skip
     order = numbers.order(how)
-    das: list[Tensor | None] = [None] * len(parts)
+    das: list[Tensor | None] = [None] * len(members)
     dx = None
-    wanted = [i for i, part in enumerate(parts) if part.needs_a]
-    if order == "joined" and needs_x and len(wanted) == len(parts):
+    wanted = [i for i, m in enumerate(members) if m.needs_a]
+    if order == "joined" and needs_x and len(wanted) == len(members):
         config = numbers.config("grad_xa", 0, K)
         dx, found = grad_xa(x, ds, As, bits, out_dtypes=[a.dtype for a in As], config=config)
         das = list(found)
@@ -256,43 +218,43 @@ def group_backward(
         for i, da in zip(wanted, found, strict=True):
             das[i] = da
     if needs_x and order == "fused":
-        dys, ws = [part.dy for part in parts], [part.w.t() for part in parts]
+        dys, ws = [m.dy for m in members], [m.w.t() for m in members]
         config = numbers.config("gemm_grad_input", n, K)
         dx = fused_grad_input(dys, ws, ds, As, bits, config=config)
     elif needs_x:
         if dx is None:
             config = numbers.config("low_rank_grad_input", 0, K)
             dx = low_rank_grad_input(ds, As, bits, config=config)
-        for part in parts:
-            dx.addmm_(part.dy, part.w.t())
+        for m in members:
+            dx.addmm_(m.dy, m.w.t())
     return dx, list(zip(das, dbs, strict=True))
 
 
-def grads_of(parts: list[Any], needs_x: bool) -> str:
+def grads_of(members: list[ProjectionGrad], needs_x: bool) -> str:
     """Which gradients a backward makes, as in the keys of tables: letters of "xab"."""
     return (
         ("x" if needs_x else "")
-        + ("a" if any(part.needs_a for part in parts) else "")
-        + ("b" if any(part.needs_b for part in parts) else "")
+        + ("a" if any(m.needs_a for m in members) else "")
+        + ("b" if any(m.needs_b for m in members) else "")
     )
 
 
-def _over_dy(parts: list[Any]) -> tuple[list[Tensor], list[Tensor | None]]:
-    """dS_i of every part, dB_i where it is wanted: what reads dY_i alone."""
-    ds: list[Any] = [None] * len(parts)
-    dbs: list[Tensor | None] = [None] * len(parts)
+def _over_dy(members: list[ProjectionGrad]) -> tuple[list[Tensor], list[Tensor | None]]:
+    """dS_i of every projection, dB_i where it is wanted: what reads dY_i alone."""
+    ds: list[Any] = [None] * len(members)
+    dbs: list[Tensor | None] = [None] * len(members)
     both, configs = [], []
-    for i, part in enumerate(parts):
-        N, r = part.B.shape
-        if part.needs_b and part.s is not None:
+    for i, m in enumerate(members):
+        N, r = m.B.shape
+        if m.needs_b and m.s is not None:
             both.append(i)
-            configs.append(tuned.config("grad_sb", part.dy, part.B.dtype, N, 0, r))
+            configs.append(tuned.config("grad_sb", m.dy, m.B.dtype, N, 0, r))
         else:
-            config = tuned.config("shrink", part.dy, part.B.dtype, 0, N, r)
-            ds[i] = shrink(part.dy, [part.B.t()], part.scale / (1.0 - part.p), config=config)
+            config = tuned.config("shrink", m.dy, m.B.dtype, 0, N, r)
+            ds[i] = shrink(m.dy, [m.B.t()], m.scale / (1.0 - m.p), config=config)
     done = grad_sb_group(
-        [(q.dy, q.B, q.s, q.scale / (1.0 - q.p)) for q in (parts[i] for i in both)],
-        [parts[i].B.dtype for i in both],
+        [(m.dy, m.B, m.s, m.scale / (1.0 - m.p)) for m in (members[i] for i in both)],
+        [members[i].B.dtype for i in both],
         configs,
     )
     for i, (d, db) in zip(both, done, strict=True):
@@ -327,7 +289,7 @@ def infer(
         y: Tensor = decode(x2, w.t() if transposed else w, A, B, scale, bias, config=config)
     else:
         how = how if how in PRODUCTS else None
-        y, _, _ = forward(x2, w if transposed else w.t(), bias, A, B, scale, 0.0, how)
+        [(y, _, _)] = forward(x2, [Projection(w, bias, A, B, scale, 0.0, transposed)], how=how)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 

@@ -42,13 +42,13 @@ def ran(monkeypatch):
 
 def spoil(monkeypatch, how, change):
     """The forward of one way gives something else."""
-    real = triton_backend.group_forward
+    real = triton_backend.forward
 
-    def group_forward(x, members, way=None, words=None):
-        done = real(x, members, way, words)
+    def forward(x, members, words=None, way=None):
+        done = real(x, members, words, way)
         return change(done) if way == how else done
 
-    monkeypatch.setattr(triton_backend, "group_forward", group_forward)
+    monkeypatch.setattr(triton_backend, "forward", forward)
 
 
 @pytest.mark.parametrize("what", ["one element", "unwritten", "infinite", "NaN", "another shape"])

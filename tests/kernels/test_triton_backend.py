@@ -8,6 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import peftkern
 from peftkern.ops import backend, bits, torch_backend, triton_backend
+from peftkern.ops.projection import Projection, ProjectionGrad
 from tests.closeness import assert_as_good_as_torch
 
 
@@ -97,9 +98,10 @@ def test_the_operation_beside_the_torch_backend(product, dtype, p):
     M, K, N, r = 21, 70, 33, 6
     x, w = torch.randn(M, K).to(dtype), torch.randn(K, N).to(dtype) / K**0.5
     bias, A, B = torch.randn(N).to(dtype), torch.randn(r, K) / K**0.5, torch.randn(N, r)
-    y, s, words = triton_backend.forward(x, w, bias, A, B, 0.5, p)
+    [(y, s, words)] = triton_backend.forward(x, [Projection(w, bias, A, B, 0.5, p, True)])
     dy = torch.randn(M, N).to(dtype)
-    dx, da, db = triton_backend.backward(dy, x, w, A, B, s, words, 0.5, p, (True, True, True))
+    wanted = ProjectionGrad(dy, w, A, B, s, words, 0.5, p, True, True)
+    dx, [(da, db)] = triton_backend.backward(x, [wanted], True)
     assert da.dtype == db.dtype == torch.float32
     mask = bits.unpack_bits(words, K, torch.float64) if words is not None else torch.ones(1)
 

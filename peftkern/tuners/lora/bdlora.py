@@ -155,8 +155,8 @@ class BdLoraLinearVariant(LoraVariant, setting="use_bdlora", layers=("linear",))
         return BY_FACTOR if has_blocks(layer, adapter) else None
 
     def fused(self, layer: Any, adapter: str, x: Tensor) -> Tensor | None:
-        found = layer.product_call(x, adapter)
-        return None if found is None else lora_linear(x, *found)
+        call = layer.product_call(x, adapter)
+        return None if call is None else lora_linear(x, *call)
 
     def fused_as(self, layer: Any, adapter: str) -> str | None:
         # without blocks (match_strict=False) the layer is one of plain LoRA

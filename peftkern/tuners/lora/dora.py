@@ -234,15 +234,14 @@ class DoraLinearVariant(DoraVariant, setting="use_dora", layers=("linear",)):
             return torch.linalg.vector_norm(whole, dim=1).detach()
 
     def fused(self, layer: Any, adapter: str, x: Tensor) -> Tensor | None:
-        found = layer.product_call(x, adapter)
-        if found is None:
+        call = layer.product_call(x, adapter)
+        if call is None:
             return None
-        weight, bias, A, B, scale, p, transposed = found
-        if not layer.training:
-            p = 0.0
+        p = call.p if layer.training else 0.0
         magnitude = layer.lora_magnitude_vector[adapter].weight
         norms = self.norms(layer, adapter)
-        return dora_linear(x, weight, bias, A, B, magnitude, scale, p, transposed, norms)
+        weight, bias, A, B = call.tensors
+        return dora_linear(x, weight, bias, A, B, magnitude, call.scale, p, call.transposed, norms)
 
     def fused_as(self, layer: Any, adapter: str) -> str | None:
         if layer.product_reason(adapter) is not None:

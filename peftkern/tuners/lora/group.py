@@ -50,7 +50,7 @@ class _Stash:
     def __init__(self, x: Tensor, outputs: dict[int, tuple[Tensor, Any]]) -> None:
         self.x, self.version, self.mode, self.outputs = x, x._version, _mode(x), outputs
 
-    def take(self, index: int, x: Tensor, call: tuple[Any, ...]) -> Tensor | None:
+    def take(self, index: int, x: Tensor, call: Projection) -> Tensor | None:
         """The output of member ``index``, if it would be computed from the same things now."""
         y, was = self.outputs[index]
         if self.x is not x or self.version != x._version or self.mode != _mode(x):
@@ -62,12 +62,12 @@ def _mode(x: Tensor) -> tuple[bool, bool]:
     return torch.is_grad_enabled(), autocast.is_on(x)
 
 
-def _fingerprint(call: tuple[Any, ...]) -> tuple[Any, ...]:
+def _fingerprint(call: Projection) -> tuple[Any, ...]:
     """Which tensors a call takes, in which version, and its numbers."""
     tensors = tuple(
-        (id(t), None if t.is_inference() else t._version) for t in call[:4] if t is not None
+        (id(t), None if t.is_inference() else t._version) for t in call.tensors if t is not None
     )
-    return tensors + call[4:]
+    return tensors + call.settings
 
 
 class _Open:
@@ -106,13 +106,13 @@ class Group:
             return f"; not grouped with {', '.join(others)}: their inputs differ"
         return f"; trains as one operation with {', '.join(others)}"
 
-    def output(self, layer: Any, x: Tensor, call: tuple[Any, ...]) -> Tensor | None:
+    def output(self, layer: Any, x: Tensor, call: Projection) -> Tensor | None:
         """The layer's output for x, or None when it is to be computed by itself.
 
         Args:
             layer: the member that was called.
             x: its input [..., K].
-            call: its arguments of :func:`peftkern.ops.lora.lora_linear` after x.
+            call: what :meth:`.linear.Linear.fused_call` found for x.
         """
         if x.is_inference():  # has no version, and is recomputed for no backward
             return None
@@ -135,13 +135,13 @@ class Group:
         calls = {index: call}
         for i, other in enumerate(self.layers):
             if i != index and (found := other.fused_call(x)) is not None:
-                calls[i] = found
+                calls[i] = Projection(*found)
         if len(calls) < 2:
             return None
         token = _Open()
         if torch.is_grad_enabled():
             self._open.add(token)
-        first, *rest = lora_group(x, [Projection(*found) for found in calls.values()], token)
+        first, *rest = lora_group(x, list(calls.values()), token)
         waiting = list(calls.items())[1:]
         local["stash"] = _Stash(
             x, {i: (y, _fingerprint(c)) for (i, c), y in zip(waiting, rest, strict=True)}

@@ -165,11 +165,11 @@ class KasaLinearVariant(LoraVariant, setting="kasa_config", layers=("linear",)):
         return layer.lora_B[adapter].weight * diag, layer.lora_A[adapter].weight
 
     def fused(self, layer: Any, adapter: str, x: Tensor) -> Tensor | None:
-        found = layer.product_call(x, adapter)
-        if found is None:
+        call = layer.product_call(x, adapter)
+        if call is None:
             return None
-        weight, bias, A, B, *rest = found
-        return lora_linear(x, weight, bias, A, B * layer.lora_diag[adapter].to(B.dtype), *rest)
+        diag = layer.lora_diag[adapter].to(call.B.dtype)
+        return lora_linear(x, *call._replace(B=call.B * diag))
 
     def fused_as(self, layer: Any, adapter: str) -> str | None:
         if layer.product_reason(adapter) is not None or layer._lora_kasa_truncation_deferred:

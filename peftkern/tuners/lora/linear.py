@@ -13,6 +13,7 @@ from ...configs.lora import LoraConfig
 from ...ops import autocast
 from ...ops.library import traced_lora_linear, why_formula
 from ...ops.lora import lora_linear
+from ...ops.projection import Projection
 from ...ops.tracing import is_compiling, is_tracing
 from ...utils.handing import HERE, hand_over
 from ...utils.private import GLOBAL_HOOKS, HookCounter, jit_is_tracing, transforms_active
@@ -92,25 +93,27 @@ class Linear(nn.Module, LoraLayer):
         if HERE.blocks:
             kwargs = hand_over(self, kwargs)
         if is_compiling():
-            call = None if args or kwargs else self.traced_call(x)
-            if call is None:
+            traced = None if args or kwargs else self.traced_call(x)
+            if traced is None:
                 return self._forward_general(x, *args, **kwargs)
-            return traced_lora_linear(x, *call)
+            return traced_lora_linear(x, *traced)
         call = None if args or kwargs else self.fused_call(x)
         if call is None:
             return self._forward_general(x, *args, **kwargs)
+        weight, bias, A, B, scale, p, transposed = call  # starring it costs more
         group = self.__dict__["_group"]
         # without gradients only where masks are drawn: the first pass of a reentrant checkpoint
         # must draw them in the order of the second
-        if group is not None and not group.off and (call[5] > 0.0 or torch.is_grad_enabled()):
-            y = group.output(self, x, call)
+        if group is not None and not group.off and (p > 0.0 or torch.is_grad_enabled()):
+            y = group.output(self, x, Projection(*call))
             if y is not None:
                 return y
-        return lora_linear(x, *call)
+        return lora_linear(x, weight, bias, A, B, scale, p, transposed)
 
     def fused_call(self, x: Tensor) -> tuple[Any, ...] | None:
-        """The arguments of :func:`lora_linear` after x for a call with x [..., K], or None when it
-        cannot be fused; :meth:`decline_reason` says why in words, and must be kept in step."""
+        """The fields of a :class:`Projection` for a call with x [..., K], as a plain tuple, which
+        costs less to make; None when it cannot be fused. :meth:`decline_reason` says why in words,
+        and must be kept in step."""
         # This runs hundreds of times a token. The plan holds *where* weights, scaling and hooks
         # live, never the weights: what was replaced, rescaled or hooked is seen at the next call.
         state = self.__dict__
@@ -149,7 +152,7 @@ class Linear(nn.Module, LoraLayer):
             return None
         return weight, params["bias"], A, B, scale, p, plan.transposed
 
-    def traced_call(self, x: Tensor) -> tuple[Any, ...] | None:
+    def traced_call(self, x: Tensor) -> Projection | None:
         """:meth:`fused_call` for a compiler, or None when it gets the plain formula. Nothing is
         written and everything is read from the modules, so that the compiler sees what the answer
         depends on."""
@@ -157,12 +160,12 @@ class Linear(nn.Module, LoraLayer):
             return None
         name = self.active_adapters[0]
         call = self.product_call(x, name)
-        if call is None or why_formula(x, call[2]) is not None:
+        if call is None or why_formula(x, call.A) is not None:
             return None
         return call
 
-    def product_call(self, x: Tensor, name: str) -> tuple[Any, ...] | None:
-        """What :meth:`fused_call` returns, for a call with this adapter, whose
+    def product_call(self, x: Tensor, name: str) -> Projection | None:
+        """What :meth:`fused_call` finds, for a call with this adapter, whose
         :meth:`product_reason` is None."""
         if transforms_active() or is_tracing():
             return None
@@ -183,7 +186,8 @@ class Linear(nn.Module, LoraLayer):
         B = b.weight
         if isinstance(scale, Tensor):  # the operation takes a number
             B, scale = B * scale, 1.0
-        return base.weight, base.bias, a.weight, B, scale, p, weight_layout(base.__class__)
+        layout: Any = weight_layout(base.__class__)  # known, or there is a product_reason
+        return Projection(base.weight, base.bias, a.weight, B, scale, p, layout)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_plan": None}  # a copy has its own modules
