@@ -9,8 +9,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from peftkern.ops import prefix_attention as operation
-from peftkern.ops import prefix_blocked, prefix_merge
+from peftkern.ops import notes, prefix_blocked, prefix_merge
 from peftkern.ops.prefix_attention import prefix_attention
 from peftkern.ops.prefix_rule import Rule
 from tests.closeness import assert_same_number
@@ -248,7 +247,7 @@ def test_dropout_draws_as_torch_does(weights):
 
 def test_a_reason_is_logged_once(caplog, monkeypatch):
     merging_on_a_cpu()  # or there is another reason before
-    monkeypatch.setattr(operation, "_noted", set())
+    notes._said.clear()
     tensors = inputs(1, 2, 2, 4, 4, 3, 8)
     with caplog.at_level(logging.INFO, "peftkern"):
         prefix_attention(*tensors, scale=SCALE, causal=True)

@@ -20,6 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama as llama
 
 import peftkern
+from peftkern.ops import notes
 from peftkern.tuners.prefix_tuning import families, way
 from tests import test_prefix_more_families as more
 from tests.closeness import assert_same_number, differ
@@ -389,7 +390,7 @@ def test_a_verified_kind_is_not_run(monkeypatch: Any) -> None:
 
 def test_under_another_transformers_every_kind_is_compared(monkeypatch: Any) -> None:
     monkeypatch.setattr(tf, "__version__", "5.99.0.dev0")
-    monkeypatch.setattr(way, "_noted", set())
+    notes._said.clear()
     compared: list[Any] = []
     judge = way.judge
     monkeypatch.setattr(way, "judge", lambda *a: compared.append(judge(*a)) or compared[-1])

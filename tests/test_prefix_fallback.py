@@ -13,6 +13,7 @@ import torch
 import transformers as tf
 
 import peftkern
+from peftkern.ops import notes
 from tests.closeness import assert_same_number, differ
 from tests.prefix_models import WIDTH, _bert
 from tests.prefix_zoo import FAMILIES as _ALL
@@ -235,9 +236,7 @@ def test_checkpoints_are_refused() -> None:
 
 
 def test_it_is_said(caplog: Any) -> None:
-    from peftkern.tuners.prefix_tuning import way
-
-    way._noted.clear()
+    notes._said.clear()
     with caplog.at_level(logging.INFO, "peftkern"):
         models = [tuned(peftkern, "ctrl") for _ in range(2)]
     said = [r.getMessage() for r in caplog.records if "cache" in r.getMessage()]

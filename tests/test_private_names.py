@@ -389,8 +389,8 @@ def private_uses(tree: ast.AST) -> Iterator[tuple[int, str]]:
 # Underscored names that are no library's: what stands in `__dict__` of layers and models of ours
 # under a string alone, the standard library's, and parts of words.
 NOT_THEIRS = {
-    "_autocast_dtype", "_breaks_seen", "_noted_mixed", "_peft_loraga_grad", "_peftkern_prefix",
-    "_peftkern_prefix_slot", "_lora_kasa_truncation_deferred",
+    "_autocast_dtype", "_breaks_seen", "_noted_mixed", "_noted_reason", "_peft_loraga_grad",
+    "_peftkern_prefix", "_peftkern_prefix_slot", "_lora_kasa_truncation_deferred",
     "_custom_modules", "_get_kasa_loss", "_get_monteclora_loss",  # names of HF PEFT
     "_bundled", "_pydatetime", "_pydecimal", "_pyio", "_strptime", "_threading_local",
     "_niter_", "_token_id", "_token_index", "_g", "_orig",

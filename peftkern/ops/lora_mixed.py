@@ -8,7 +8,6 @@ gradients are wanted, the base product once and then each adapter on its own sam
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -17,9 +16,8 @@ from torch import Tensor
 
 from . import autocast, torch_backend
 from . import backend as _backend
+from .notes import note_once
 from .tracing import is_recording
-
-_noted: set[str] = set()
 
 
 class Adapter(NamedTuple):
@@ -138,15 +136,9 @@ def lora_mixed(
         backend = torch_backend  # the base product alone
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         if backend is not torch_backend:
-            _note("gradients are wanted")
+            note_once("a mixed batch runs adapter by adapter: gradients are wanted")
         backend = torch_backend
     y = backend.mixed(
         x.reshape(-1, x.shape[-1]), weight.t() if transposed else weight, bias, found, index
     )
     return y.view(*x.shape[:-1], y.shape[-1])
-
-
-def _note(reason: str) -> None:
-    if reason not in _noted:
-        _noted.add(reason)
-        logging.getLogger("peftkern").info("a mixed batch runs adapter by adapter: %s", reason)

@@ -18,7 +18,6 @@ What none of them takes is computed as HF PEFT does (:mod:`.prefix_concat`); why
 from __future__ import annotations
 
 import functools
-import logging
 from types import ModuleType
 from typing import Any
 
@@ -27,10 +26,11 @@ from torch import Tensor
 
 from . import autocast, prefix_blocked, prefix_concat, prefix_merge, prefix_row, torch_backend
 from . import backend as _backend
+from .notes import note_once
 from .prefix_rule import Rule, check
 from .tracing import is_tracing
 
-_noted: set[str] = set()
+_CONCAT = "prefix attention runs on concatenated keys and values: %s"
 
 
 def why_not_kernel(
@@ -75,14 +75,6 @@ def why_concat(*, bias: Tensor | None, dropout: float, return_weights: bool) -> 
     return None
 
 
-def _note(reason: str, what: str = "runs on concatenated keys and values") -> None:
-    if torch.compiler.is_compiling():
-        return  # a logger is nothing to compile; the same call without compiling says why
-    if reason not in _noted:
-        _noted.add(reason)
-        logging.getLogger("peftkern").info("prefix attention %s: %s", what, reason)
-
-
 # {what decides: the implementation, or why none takes such calls}, see `_torch_choice`
 _chosen: dict[tuple[Any, ...], ModuleType | str] = {}
 
@@ -123,7 +115,7 @@ def _by_torch(
     chosen = ask(q, rule, training)
     if not isinstance(chosen, str):
         return _run(chosen, q, k, v, kp, vp, rule, training)
-    _note(chosen)
+    note_once(_CONCAT, chosen)
     return prefix_concat.attend(
         q, k, v, kp, vp, scale=rule.scale, causal=rule.causal, offset=rule.offset, keep=rule.keep,
         window=rule.window, softcap=rule.softcap, sinks=rule.sinks, no_prefix=rule.no_prefix,
@@ -308,7 +300,7 @@ def prefix_attention(
     elif not query.numel():
         reason = "an empty query"
     if reason is not None:
-        _note(reason)
+        note_once(_CONCAT, reason)
         out, weights = prefix_concat.attend(
             query, key, value, prefix_key, prefix_value, scale=scale, causal=causal, offset=offset,
             keep=keep, bias=bias, window=window, softcap=softcap, sinks=sinks, dropout=dropout,
@@ -325,7 +317,7 @@ def prefix_attention(
         return _by_torch(*inputs, rule, training)
     reason = why_not_kernel(*inputs, rule, training)
     if reason is not None:
-        _note(reason, "does not run on the Triton kernel")
+        note_once("prefix attention does not run on the Triton kernel: %s", reason)
         return _by_torch(*inputs, rule, training)
     from . import prefix_kernel
 

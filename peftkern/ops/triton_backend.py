@@ -11,7 +11,6 @@ dropout, not its elements.
 
 from __future__ import annotations
 
-import logging
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +33,7 @@ from ..kernels.shrink_expand import fits as shrink_expand_fits
 from ..kernels.shrink_expand import shrink_expand
 from . import torch_backend, tuned
 from .device import capturing, on_its_device
+from .notes import note_once
 from .projection import Projection, ProjectionGrad
 
 # How the base product and the update come together:
@@ -48,7 +48,7 @@ product: str | None = None
 # without gradients, up to MAX_ROWS rows, there is also one launch for everything
 INFER = ("decode", *PRODUCTS)
 
-_noted: set[str] = set()
+_TO_TORCH = "the Triton backend hands a call to torch: %s"
 
 
 def why_not(x: Tensor, A: Tensor) -> str | None:
@@ -72,14 +72,8 @@ def refusal(x: Tensor, adapter: torch.dtype, r: int) -> str | None:
 def _declines(x: Tensor, A: Tensor) -> bool:
     reason = why_not(x, A)
     if reason is not None:
-        _note(reason)
+        note_once(_TO_TORCH, reason)
     return reason is not None
-
-
-def _note(reason: str) -> None:
-    if reason not in _noted:
-        _noted.add(reason)
-        logging.getLogger("peftkern").info("the Triton backend hands a call to torch: %s", reason)
 
 
 def _seed(x: Tensor) -> int | Tensor:
@@ -307,7 +301,7 @@ def mixed(x: Tensor, w: Tensor, bias: Tensor | None, adapters: Any, samples: Any
     launch; see :mod:`.lora_mixed`."""
     reason = why_not_mixed(x, adapters)
     if reason is not None:
-        _note(f"a mixed batch: {reason}")
+        note_once(_TO_TORCH, f"a mixed batch: {reason}")
         return torch_backend.mixed(x, w, bias, adapters, samples)
     As = [None if a is None else a.A for a in adapters]
     Bs = [None if a is None else a.B for a in adapters]

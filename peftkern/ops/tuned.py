@@ -32,6 +32,7 @@ from ..kernels.fp32 import tf32
 from ..kernels.registry import config_class
 from ..kernels.tuning import FOLDER, Entry, Key, Table, bucket, load, path_for
 from . import device
+from .notes import note_once
 
 log = logging.getLogger("peftkern")
 
@@ -127,13 +128,12 @@ class Book:
         self.provisional: dict[Any, Any] = {}
         self.tries: Counter[Any] = Counter()
         self._mine: dict[Key, Entry] = {}  # raced by this process
-        self._told: set[str] = set()
         self.path: Path | None = None
         if instead is None:
             try:
                 self.path = self._file()
             except RuntimeError as e:
-                self._tell(f"races are not kept on disk: {e}")
+                _warn_once(f"races are not kept on disk: {e}")
         self.cached = self._read()
 
     def _file(self) -> Path:
@@ -143,11 +143,6 @@ class Book:
             digest.update(shipped.read_bytes())
         name = f"{shipped.stem}-{digest.hexdigest()[:12]}.json"
         return cache_folder() / "tuning" / name
-
-    def _tell(self, text: str) -> None:
-        if text not in self._told:
-            self._told.add(text)
-            log.warning(text)
 
     def _empty(self) -> Table:
         return Table({"name": self.machine.gpu}, self.machine.versions, sources(), now())
@@ -162,11 +157,11 @@ class Book:
         except (FileNotFoundError, NotADirectoryError):
             return empty
         except (OSError, ValueError) as e:
-            self._tell(f"{self.path} is not used, and written anew after the next race: {e}")
+            _warn_once(f"{self.path} is not used, and written anew after the next race: {e}")
             return empty
         mine = (empty.gpu["name"], empty.versions, empty.sources)
         if (found.gpu.get("name"), found.versions, found.sources) != mine:
-            self._tell(
+            _warn_once(
                 f"{self.path} is not used, and written anew after the next race: "
                 "it is of another machine or of other code"
             )
@@ -189,7 +184,7 @@ class Book:
                 merged.date = now()
                 merged.save(self.path)
         except OSError as e:
-            self._tell(f"races are not kept on disk: {e}")
+            _warn_once(f"races are not kept on disk: {e}")
             self.path = None
             return
         self.cached = merged
@@ -211,6 +206,10 @@ class Book:
         yield self.cached, lambda e: f"raced here on {e.date[:10]}"
         if self.shipped is not None:
             yield self.shipped, lambda e: f"shipped table of {self.machine.gpu}"
+
+
+def _warn_once(text: str) -> None:
+    note_once("%s", text, level=logging.WARNING)
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from transformers import (
 
 import peftkern
 from peftkern.kernels import common
+from peftkern.ops import notes
 from peftkern.tuners.lora.linear import Linear
 from tests.closeness import assert_as_good_as_torch
 
@@ -215,7 +216,7 @@ def test_gradients_in_eval_mode_take_the_differentiable_path(launches, caplog):
     layer = layer_of()
     x = torch.randn(5, 3, 12, requires_grad=True)
     caplog.set_level("INFO", logger="peftkern")
-    peftkern.ops.lora_mixed._noted.clear()
+    notes._said.clear()
     found = {}
     for choice in ("triton", "torch"):
         with peftkern.use_backend(choice):
@@ -234,7 +235,7 @@ def test_gradients_in_eval_mode_take_the_differentiable_path(launches, caplog):
 def test_what_the_kernel_does_not_take_is_said_and_still_right(launches, caplog):
     layer, x = layer_of(), torch.randn(5, 12)
     caplog.set_level("INFO", logger="peftkern")
-    peftkern.ops.triton_backend._noted.clear()
+    notes._said.clear()
     with peftkern.use_backend("triton"), torch.no_grad():
         fast = layer(x, adapter_names=NAMES)
         assert len(launches) == 1 and not caplog.text

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import peftkern
-from peftkern.ops import backend, prefix_auto, prefix_kernel
+from peftkern.ops import backend, notes, prefix_auto, prefix_kernel
 from peftkern.ops import prefix_attention as operation
 from peftkern.ops.prefix_attention import prefix_attention
 from peftkern.ops.prefix_report import describe
@@ -168,7 +168,7 @@ def test_a_prefix_tuned_model(reentrant, calls, monkeypatch):
 
 def test_what_the_kernel_does_not_take_says_why(caplog, calls, monkeypatch):
     merging_on_a_cpu()  # or there is another reason besides
-    monkeypatch.setattr(operation, "_noted", set())
+    notes._said.clear()
     wide = tensors_of(1, 2, 2, 4, 4, 3, 80, dtype=torch.float32)
     double = tensors_of(1, 2, 2, 4, 4, 3, 8)
     with peftkern.use_backend("triton"), caplog.at_level(logging.INFO, "peftkern"):

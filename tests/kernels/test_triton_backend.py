@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import peftkern
-from peftkern.ops import backend, bits, torch_backend, triton_backend
+from peftkern.ops import backend, bits, notes, torch_backend, triton_backend
 from peftkern.ops.projection import Projection, ProjectionGrad
 from tests.closeness import assert_as_good_as_torch
 
@@ -126,7 +126,7 @@ def test_what_the_kernels_do_not_take_goes_to_torch(caplog):
     x = torch.randn(4, 8, dtype=torch.float64)
     w, A, B = x.new_ones(8, 3), x.new_ones(2, 8), x.new_ones(3, 2)
     caplog.set_level("INFO", logger="peftkern")
-    triton_backend._noted.clear()
+    notes._said.clear()
     for _ in range(2):
         y = triton_backend.infer(x, w, None, A, B, 1.0, True)
     assert torch.equal(y, torch_backend.infer(x, w, None, A, B, 1.0, True))

@@ -13,12 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from ...configs.lora import LoraConfig
+from ...ops.notes import logger, note_new
 from ..base_layer import BaseTunerLayer
 from .frozen import Frozen
 from .merging import Merging
 from .variant import LoraVariant, active_variant, put_variant, select, table_of
-
-logger = logging.getLogger("peftkern")
 
 # what a kind of layer never holds; read-only, so that sharing one is safe
 NOTHING: Any = MappingProxyType({})
@@ -85,7 +84,6 @@ class LoraLayer(Merging, Frozen, BaseTunerLayer):
     use_rslora: dict[str, bool]
     lora_bias: dict[str, bool]
     lora_variant: dict[str, LoraVariant]
-    _noted_reason: str | None
     training: bool
     in_features: Any
     out_features: Any
@@ -122,7 +120,6 @@ class LoraLayer(Merging, Frozen, BaseTunerLayer):
             lora_variant={},
             _disable_adapters=False,
             _active_adapter=[],
-            _noted_reason=None,
             _plan=None,
             _group=None,
         )
@@ -320,11 +317,7 @@ class LoraLayer(Merging, Frozen, BaseTunerLayer):
         """Log the reason of a slow call, once for each new reason of this layer."""
         if not logger.isEnabledFor(logging.INFO):  # the words cost more than a small product
             return
-        reason = self.decline_reason()
-        if reason != self._noted_reason:
-            self._noted_reason = reason
-            if reason is not None:
-                logger.info("a %s layer is not fused: %s", type(self).__name__, reason)
+        note_new(self, "_noted_reason", self.decline_reason(), "a %s layer is not fused: %s")
 
     def _check_adapter_names(self, x: Tensor, adapter_names: Sequence[str]) -> None:
         if len(x) != len(adapter_names):

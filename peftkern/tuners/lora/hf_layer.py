@@ -118,7 +118,7 @@ def why_not(layer: Any) -> str | None:
 
 def take_over(layer: Any) -> None:
     """Give a layer that nothing speaks against (:func:`why_not`) the fused forward."""
-    layer.__dict__.update(_plan=None, _group=None, _noted_reason=None)
+    layer.__dict__.update(_plan=None, _group=None)
     layer.__class__ = FusedLinear
 
 

@@ -3,7 +3,6 @@ layer runs such a batch as one operation."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,7 @@ from torch.nn.parameter import Parameter
 
 from ...ops import autocast
 from ...ops.lora_mixed import Adapter, SampleIndex, lora_mixed
+from ...ops.notes import note_new
 from ...ops.tracing import is_recording
 from ...utils.private import GLOBAL_HOOKS, transforms_active
 from .plan import is_hooked, weight_layout
@@ -21,7 +21,7 @@ from .variant import rows_of
 if TYPE_CHECKING:
     from .linear import Linear
 
-logger = logging.getLogger("peftkern")
+_BY_ADAPTER = "a %s layer runs a mixed batch adapter by adapter: %s"
 
 
 class AdapterNames(tuple[str, ...]):
@@ -69,7 +69,7 @@ def forward_mixed(
     if reason is None and not disabled:
         return as_one(layer, x, names)
     if not disabled and not is_recording():
-        _note(layer, reason)
+        note_new(layer, "_noted_mixed", reason, _BY_ADAPTER)
     y = layer.base_layer(x, *args, **kwargs)
     if disabled:
         return y
@@ -152,13 +152,3 @@ def mixed_reason(layer: Linear, x: Tensor, names: AdapterNames) -> str | None:
     if x.dtype != weight.dtype and not (autocast.is_on(x) and x.dtype != torch.float64):
         return f"dtypes: input {x.dtype}, base {weight.dtype}"
     return None
-
-
-def _note(layer: Linear, reason: str | None) -> None:
-    """Log the reason once for each new one of this layer."""
-    state = layer.__dict__
-    if reason is not None and reason != state.get("_noted_mixed"):
-        state["_noted_mixed"] = reason
-        logger.info(
-            "a %s layer runs a mixed batch adapter by adapter: %s", type(layer).__name__, reason
-        )

@@ -4,7 +4,6 @@ else through its cache."""
 from __future__ import annotations
 
 import functools
-import logging
 import threading
 import warnings
 from collections.abc import Callable
@@ -14,6 +13,7 @@ import torch
 import transformers
 from torch import nn
 
+from ...ops.notes import first_time, note_once
 from ...ops.tracing import is_recording
 from ...utils.versions import TESTED, is_tested
 from .cached import NO_CACHE, CachedPrefix
@@ -25,7 +25,6 @@ from .state import Prefix
 Divide = Callable[[list[Prefix]], tuple[list[Prefix | None], list[Prefix | None]]]
 
 choosing = threading.RLock()  # also held from asking whether to choose anew to having done so
-_noted: set[str] = set()
 
 
 def choose(
@@ -134,8 +133,7 @@ def _chosen(
 
 
 def _warn_of_version() -> None:
-    if "version" not in _noted:
-        _noted.add("version")
+    if first_time("transformers"):
         first, last = (".".join(map(str, version)) for version in TESTED)
         warnings.warn(
             f"peftkern's prefixes were tested with transformers {first} to {last}, this is "
@@ -146,11 +144,7 @@ def _warn_of_version() -> None:
 
 
 def _note(model: Any, cached: CachedPrefix) -> None:
-    """Logs once that the prefix goes through the cache."""
-    said = f"the prefix of {type(model).__name__} goes through its cache: {cached.why}"
-    if said not in _noted:
-        _noted.add(said)
-        logging.getLogger("peftkern").info(said)
+    note_once("the prefix of %s goes through its cache: %s", type(model).__name__, cached.why)
 
 
 def _random_pairs(model: nn.Module, sizes: dict[str, int]) -> list[Prefix]:
