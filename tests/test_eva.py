@@ -150,11 +150,13 @@ def test_a_plain_model_and_functions_of_ones_own():
 
 def test_too_small_batches_are_an_error_and_no_endless_loop():
     model = adapted(peftkern, make("llama", **DOUBLE), use_label_mask=False)
-    model.train()
+    model.train().base_model.model.model.norm.eval()
+    modes = {name: module.training for name, module in model.named_modules()}
     data = [{"input_ids": torch.tensor([[1, 2, 3]])} for _ in range(2)]
     with pytest.raises(ValueError, match="no batch has as many rows.*q_proj"):
         peftkern.initialize_lora_eva_weights(model, data, show_progress_bar=False)
-    assert model.training and not any(m._forward_hooks for m in model.modules())
+    assert not any(m._forward_hooks for m in model.modules())
+    assert {name: module.training for name, module in model.named_modules()} == modes
     with pytest.raises(ValueError, match="dataloader is empty"):
         peftkern.initialize_lora_eva_weights(model, [], show_progress_bar=False)
     with pytest.raises(ValueError, match="dataloader is required"):

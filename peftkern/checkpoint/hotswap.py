@@ -8,7 +8,6 @@ turns scalings into tensors, which a compiler reads instead of baking them in.
 
 from __future__ import annotations
 
-import math
 import os
 import warnings
 from typing import Any, Literal
@@ -20,9 +19,9 @@ from ..configs.base import PeftConfig
 from ..files.hub import split_hub_kwargs
 from ..tuners.base_layer import BaseTunerLayer, adapter_modules
 from ..tuners.lora import LoraConfig, LoraLayer
-from ..tuners.lora.extra_targets import rank_and_alpha
 from ..tuners.lora.linear import Linear
 from ..tuners.lora.parameter import ParamWrapper
+from ..tuners.lora.ranks import rank_and_alpha, scaling_of
 from ..utils.device import infer_device
 from ..utils.peft_types import PeftType
 from ..utils.places import further_names
@@ -335,8 +334,7 @@ def _is_of(key: str, adapter_name: str, parameter_prefix: str) -> bool:
 
 
 def _scaling_of(config: LoraConfig, *names: str) -> float:
-    r, alpha = rank_and_alpha(config, *names)
-    return alpha / (math.sqrt(r) if config.use_rslora else r)
+    return scaling_of(*rank_and_alpha(config, *names), config.use_rslora)
 
 
 def _set_scaling(layer: Any, adapter_name: str, scaling: float) -> None:

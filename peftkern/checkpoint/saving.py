@@ -21,9 +21,9 @@ from ..tuners.lora.inits import collect
 from ..tuners.lora.plain import as_plain_lora
 from ..tuners.wrapped import Adapted, innermost
 from ..utils.constants import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from ..utils.module_tree import checkpoints_activations, parameters_of, training_modules
+from ..utils.module_tree import checkpoints_activations, training_modules
 from ..utils.private import RENAMED
-from ..utils.undo import unchanged_on_error
+from ..utils.undo import remember_requires_grad, unchanged_on_error
 from .card import create_or_update_model_card
 from .loading import LoadResult, check_keys, check_shapes, fill, match_weights
 from .state_dicts import (
@@ -284,7 +284,7 @@ class AdapterFiles:
         with checked(config):
             weights = load_peft_weights(model_id, rest.get("torch_device"), key_mapping, **hub)
             config.check_fits(weights)
-            flags = [(p, p.requires_grad) for p in parameters_of(model)]
+            put_flags_back = remember_requires_grad(model)
             before = model.__dict__.get("peft_config")  # of adapters that are in it already
             settings: Any = getattr(model, "config", None)
             split = getattr(settings, "pretraining_tp", None)
@@ -316,8 +316,7 @@ class AdapterFiles:
             except BaseException:
                 if peft_model is not None:
                     peft_model.tuner.take_down(peft_model, adapter_name, model, kept)
-                for parameter, flag in flags:
-                    parameter.requires_grad_(flag)
+                put_flags_back()
                 if split is not None:
                     settings.pretraining_tp = split
                 raise

@@ -16,6 +16,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_callback import PrinterCallback
 
+from ..utils.undo import in_mode
 from . import resume
 from .encode import target_count
 from .errors import RunError, UserError
@@ -149,10 +150,8 @@ def held_out(model: Any, batches: Sequence[dict[str, Any]], task: str) -> dict[s
 
     The model is left in the mode (train or eval) it was in; no random numbers are drawn.
     """
-    was_training = model.training
-    model.eval()
     loss_sum = right = targets = 0.0
-    try:
+    with in_mode(model, training=False):
         for batch in batches:
             batch = {name: value.to(model.device) for name, value in batch.items()}
             output = model(**batch)
@@ -162,8 +161,6 @@ def held_out(model: Any, batches: Sequence[dict[str, Any]], task: str) -> dict[s
             if task in ("seq_cls", "token_cls"):
                 # a padded place carries the label -100, which no prediction equals
                 right += float((output.logits.argmax(-1) == batch["labels"]).sum())
-    finally:
-        model.train(was_training)
     result = {"loss": loss_sum / targets}
     if task in ("seq_cls", "token_cls"):
         result["accuracy"] = right / targets

@@ -12,10 +12,37 @@ from torch import nn
 from .module_tree import parameters_of
 
 
+def remember_requires_grad(model: nn.Module) -> Callable[[], None]:
+    """What makes every parameter that ``model`` has now train, or not, as it does now."""
+    flags = [(parameter, parameter.requires_grad) for parameter in parameters_of(model)]
+
+    def put_back() -> None:
+        for parameter, flag in flags:
+            if parameter.requires_grad != flag:
+                parameter.requires_grad_(flag)
+
+    return put_back
+
+
+@contextmanager
+def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Within the block ``model`` is in training or in evaluation mode; afterwards it is in its
+    former one, and so is each of its modules."""
+    before, modes = model.training, [(module, module.training) for module in model.modules()]
+    model.train(training)
+    try:
+        yield
+    finally:
+        model.train(before)  # which modules may have a method for
+        for module, mode in modes:
+            if module.training != mode:
+                module.training = mode
+
+
 def remember(model: nn.Module) -> Callable[[], None]:
     """What puts every module of ``model`` back to its present state: children, tensors (the same
     objects), hooks, flags and settings. Values that were changed within a tensor stay changed."""
-    flags = [(parameter, parameter.requires_grad) for parameter in parameters_of(model)]
+    put_flags_back = remember_requires_grad(model)
     states = []
     for module in model.modules():
         # a module's dicts, lists and sets are changed in place, so each is copied
@@ -34,9 +61,7 @@ def remember(model: nn.Module) -> Callable[[], None]:
                     here.extend(was)
                 else:
                     here.update(was)
-        for parameter, flag in flags:
-            if parameter.requires_grad != flag:
-                parameter.requires_grad_(flag)
+        put_flags_back()
 
     return put_back
 

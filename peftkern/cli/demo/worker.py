@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from ...utils.undo import in_mode
 from ..encode import collator
 from .memory import PeakMeter
 
@@ -100,20 +101,18 @@ class Worker:
 
     def generate(self, job: dict[str, Any]) -> dict[str, Any]:
         """Greedy continuations of lists of token ids, as lists of the new ids."""
-        was_training = self.model.training
-        self.model.eval()
         texts = []
-        for ids in job["prompts"]:
-            prompt = torch.tensor([ids], device=self.job["device"])
-            out = self.model.generate(
-                input_ids=prompt,
-                attention_mask=torch.ones_like(prompt),
-                max_new_tokens=job["new_tokens"],
-                do_sample=False,
-                pad_token_id=job["pad"],
-            )
-            texts.append(out[0, prompt.shape[1] :].tolist())
-        self.model.train(was_training)
+        with in_mode(self.model, training=False):
+            for ids in job["prompts"]:
+                prompt = torch.tensor([ids], device=self.job["device"])
+                out = self.model.generate(
+                    input_ids=prompt,
+                    attention_mask=torch.ones_like(prompt),
+                    max_new_tokens=job["new_tokens"],
+                    do_sample=False,
+                    pad_token_id=job["pad"],
+                )
+                texts.append(out[0, prompt.shape[1] :].tolist())
         return {"ids": texts}
 
     def classify(self, job: dict[str, Any]) -> dict[str, Any]:
@@ -140,11 +139,9 @@ class Worker:
 
     @torch.no_grad()
     def _held_logits(self) -> torch.Tensor:
-        was_training = self.model.training
-        self.model.eval()
         batch = {k: v.to(self.job["device"]) for k, v in self.held[0].items() if k != "labels"}
-        logits: torch.Tensor = self.model(**batch).logits.float().cpu().contiguous()
-        self.model.train(was_training)
+        with in_mode(self.model, training=False):
+            logits: torch.Tensor = self.model(**batch).logits.float().cpu().contiguous()
         return logits
 
     def _base(self) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import warnings
 from collections.abc import Sequence
 from types import MappingProxyType
@@ -17,6 +16,7 @@ from ...ops.notes import logger, note_new
 from ..base_layer import BaseTunerLayer
 from .frozen import Frozen
 from .merging import Merging
+from .ranks import scaling_of
 from .variant import LoraVariant, active_variant, put_variant, select, table_of
 
 # what a kind of layer never holds; read-only, so that sharing one is safe
@@ -205,7 +205,7 @@ class LoraLayer(Merging, Frozen, BaseTunerLayer):
         variant = self.resolve_lora_variant(config=config)
         self.r[adapter_name] = r
         self.lora_alpha[adapter_name] = lora_alpha
-        self.scaling[adapter_name] = lora_alpha / (math.sqrt(r) if config.use_rslora else r)
+        self.scaling[adapter_name] = scaling_of(r, lora_alpha, config.use_rslora)
         self.use_rslora[adapter_name] = config.use_rslora
         self.use_dora[adapter_name] = config.use_dora
         self.lora_bias[adapter_name] = config.lora_bias
@@ -241,8 +241,8 @@ class LoraLayer(Merging, Frozen, BaseTunerLayer):
     # ---------------------------------------------------------------- how strong it is
 
     def _initial_scaling(self, adapter: str) -> float:
-        r = self.r[adapter]
-        return self.lora_alpha[adapter] / (math.sqrt(r) if self.use_rslora.get(adapter) else r)
+        rslora = self.use_rslora.get(adapter, False)
+        return scaling_of(self.r[adapter], self.lora_alpha[adapter], rslora)
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Make the adapter's scaling ``scale`` times what its rank and ``lora_alpha`` say; nothing

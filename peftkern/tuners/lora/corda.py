@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from ...configs.lora import LoraConfig
-from ...utils.module_tree import get_pattern_key
 from .inits.calibration import has_content, linear_targets, load_tensors, model_device, save_tensors
 from .inits.residual import Start, minus_product
+from .ranks import rank_and_alpha
 
 TEMPORARY = ("sample_count", "covariance_matrix", "corda_method", "rank")
 
@@ -101,10 +101,9 @@ def preprocess_corda(
         raise ValueError(
             f"Invalid corda_method found: {settings.corda_method}, it should be 'ipm' or 'kpm'."
         )
-    ranks = lora_config.rank_pattern
     for name, layer in targets:
         layer.corda_method = settings.corda_method
-        layer.rank = ranks.get(get_pattern_key(ranks, name), lora_config.r)
+        layer.rank, _ = rank_and_alpha(lora_config, name)
     if has_content(settings.covariance_file):
         found = load_tensors(settings.covariance_file, device)  # type: ignore[arg-type]
         for name, layer in targets:

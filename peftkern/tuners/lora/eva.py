@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from ...configs.lora import LoraConfig
 from ...utils.constants import MIN_TARGET_MODULES_FOR_OPTIMIZATION
-from ...utils.module_tree import get_pattern_key, get_submodules
+from ...utils.module_tree import get_submodules
+from ...utils.undo import in_mode
 from ..target_names import _find_minimal_target_modules
 from .attention import MultiheadAttention
 from .base import LoraLayer
@@ -34,6 +35,7 @@ from .eva_inputs import (
 from .group import form_groups
 from .inits.calibration import linear_targets
 from .linear import Linear
+from .ranks import rank_and_alpha
 
 UNSUPPORTED_LORA_MODULES = (Embedding, MultiheadAttention, _ConvNd)
 
@@ -90,23 +92,19 @@ def get_eva_state_dict(
         }
     else:
         targets = dict(linear_targets(model, peft_config))
-    training = model.training
-    with model.disable_adapter() if adapted else nullcontext():  # type: ignore[operator]
-        try:
-            model.eval()
-            return components_of(
-                model,
-                targets,
-                dataloader,
-                peft_config,
-                forward_fn,
-                prepare_model_inputs_fn,
-                prepare_layer_inputs_fn,
-                gather_distributed_inputs,
-                show_progress_bar,
-            )
-        finally:
-            model.train(training)
+    disabled: Any = model.disable_adapter() if adapted else nullcontext()  # type: ignore[operator]
+    with disabled, in_mode(model, training=False):
+        return components_of(
+            model,
+            targets,
+            dataloader,
+            peft_config,
+            forward_fn,
+            prepare_model_inputs_fn,
+            prepare_layer_inputs_fn,
+            gather_distributed_inputs,
+            show_progress_bar,
+        )
 
 
 @torch.no_grad()
@@ -178,10 +176,7 @@ def _load(
         if not isinstance(module, LoraLayer):
             others.append(short)
             continue
-        r = config.rank_pattern.get(get_pattern_key(config.rank_pattern, name), config.r)
-        alpha = config.alpha_pattern.get(
-            get_pattern_key(config.alpha_pattern, name), config.lora_alpha
-        )
+        r, alpha = rank_and_alpha(config, name)
         new = r
         if name in components:
             value = components.pop(name)

@@ -18,8 +18,8 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from ...configs.lora import LoraConfig
 from ...utils.incremental_pca import IncrementalPCA
-from ...utils.module_tree import get_pattern_key
 from .eva_inputs import gathered, layer_rows, move_inputs_to_device
+from .ranks import rank_and_alpha
 
 MAX_RHO = 1000  # above it, rho is held to what the model's largest dimension allows
 Prepare = Callable[..., Any] | None
@@ -164,9 +164,8 @@ def components_of(
     limit: dict[str, int] = {}
     budget = 0
     prints: dict[str, _Watch] = {}
-    ranks_of = config.rank_pattern
     for name in targets:
-        rank = ranks_of.get(get_pattern_key(ranks_of, name), config.r)
+        rank, _ = rank_and_alpha(config, name)
         limit[name], budget = round(rank * rho), budget + rank
         prepare = prepare_layer_inputs_fn.get(name) if per_layer else prepare_layer_inputs_fn
         prints[name] = _Fingerprint(name, prepare, gather)

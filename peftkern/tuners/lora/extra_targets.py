@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from ...configs.lora import LoraConfig
 from ...utils.error import NoMatchingPeftModuleError
-from ...utils.module_tree import get_pattern_key
 from ...utils.tied import input_embedding_name
 from ..base_layer import get_model_config
 from ..modules_to_save import find_modules_to_save
@@ -19,21 +18,8 @@ from ..targets import match_targets, resolve_targets
 from ..trainable_tokens.inject import plan_tokens, wrap_tokens
 from .linear import Linear
 from .parameter_targets import Target, plan_parameters, wrap_parameter
+from .ranks import rank_and_alpha
 from .tying import is_tied_target, shares_embedding, tie_adapter, tie_saved_modules
-
-
-def rank_and_alpha(config: LoraConfig, *names: str) -> tuple[int, float]:
-    """r and lora_alpha of the module or parameter with these names: what the first name that a
-    pattern matches is given."""
-
-    def value(field: str, default: Any) -> Any:
-        patterns = getattr(config, field)
-        if not patterns:
-            return default
-        keys = (get_pattern_key(patterns, name, field) for name in names)
-        return next((patterns[key] for key in keys if key in patterns), default)
-
-    return value("rank_pattern", config.r), value("alpha_pattern", config.lora_alpha)
 
 
 def find_targets(

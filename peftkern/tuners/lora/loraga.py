@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...configs.lora import LoraConfig
+from ...utils.undo import in_mode, remember_requires_grad
 from .inits.calibration import has_content, linear_targets, load_tensors, model_device, save_tensors
 from .inits.residual import Start, current, minus_product
 
@@ -126,8 +127,7 @@ def _gradients(
 ) -> list[tuple[Any, Tensor]]:
     """(layer, gradient of its weight / backward passes through it) after ``train_step``, which sees
     a model in which these weights alone train."""
-    training = model.training
-    flags = [(p, p.requires_grad) for p in model.parameters()]
+    put_flags_back = remember_requires_grad(model)
     passes = dict.fromkeys((id(layer) for _, layer in targets), 0)
 
     def count(layer: nn.Module, *_: Any) -> None:
@@ -135,12 +135,10 @@ def _gradients(
 
     handles = [layer.register_full_backward_hook(count) for _, layer in targets]
     try:
-        for parameter, _ in flags:
-            parameter.requires_grad_(False)
+        model.requires_grad_(False)
         for _, layer in targets:
             layer.weight.requires_grad_(True)
-        model.train()
-        with torch.enable_grad():
+        with in_mode(model, training=True), torch.enable_grad():
             train_step()
         found = []
         for _, layer in targets:
@@ -152,6 +150,4 @@ def _gradients(
             layer.weight.grad = None
         for handle in handles:
             handle.remove()
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-        model.train(training)
+        put_flags_back()

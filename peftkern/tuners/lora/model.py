@@ -18,6 +18,7 @@ from ...utils.module_tree import parameters_of
 from ...utils.places import further_names, places_of
 from ...utils.private import COMPILED
 from ...utils.tied import modules_tied_to_embedding
+from ...utils.undo import remember_requires_grad
 from ..base_layer import BaseTunerLayer, walk
 from ..base_tuner import BaseTuner
 from ..modules_to_save import (
@@ -28,7 +29,7 @@ from ..modules_to_save import (
 from ..targets import check_compatible
 from .base import LoraLayer
 from .expert_families import fused_names
-from .extra_targets import ExtraTargets, find_targets, rank_and_alpha
+from .extra_targets import ExtraTargets, find_targets
 from .fused_experts import convert_config
 from .group import form_groups
 from .inits import collect
@@ -46,6 +47,7 @@ from .layer_classes import (
 )
 from .linear import Linear
 from .plain import Starts
+from .ranks import rank_and_alpha
 from .replication import stacked
 from .row_adapters import AdapterNames
 from .tying import resolve_tying, share_again
@@ -166,7 +168,7 @@ class LoraModel(ModelMerging, Weighted, Starts, VariantMethods, BaseTuner):
         state_dict: dict[str, Tensor] | None,
     ) -> None:
         sites, saved, extra = self._check(model, config, adapter_name, state_dict)
-        flags = [(p, p.requires_grad) for p in parameters_of(model)]
+        put_flags_back = remember_requires_grad(model)
         there = list(self.adapter_layers())
         try:
             with collect() as change_base_weights:
@@ -176,13 +178,10 @@ class LoraModel(ModelMerging, Weighted, Starts, VariantMethods, BaseTuner):
                 change_base_weights()
         except BaseException:
             self.withdraw(adapter_name)
-            for parameter, flag in flags:
-                parameter.requires_grad_(flag)
+            put_flags_back()
             raise
         if _has_adapters(there):  # what they train, or do not, stays as it was
-            for parameter, flag in flags:
-                if parameter.requires_grad != flag:
-                    parameter.requires_grad = flag
+            put_flags_back()
         known = set(self.targeted_module_names)
         names = [key.removeprefix(COMPILED) for key, *_ in sites]
         self.targeted_module_names += [n for n in names if n not in known]

@@ -20,6 +20,7 @@ from ...configs.checks import check_once
 from ...configs.prompt_learning import PromptLearningConfig
 from ...utils.module_tree import get_submodules
 from ...utils.places import replace
+from ...utils.undo import remember_requires_grad
 from ..base_layer import as_names
 from ..modules_to_save import (
     CONTAINERS,
@@ -145,7 +146,7 @@ class PromptTuner(Prompts):
         if place.type != "meta":  # where the embeddings are, as the prompt goes with them
             encoder.to(place)
         active = adapter_name in self.active(host)
-        flags = [(p, p.requires_grad) for p in model.parameters()]
+        put_flags_back = remember_requires_grad(model)
         try:
             if isinstance(config, PrefixTuningConfig) and has_config(base):
                 # of another kind of model, a call says that it takes no prefix
@@ -158,8 +159,7 @@ class PromptTuner(Prompts):
             for module in self._heads(host):
                 module.delete_adapter(adapter_name)
             self._remove(host, only_empty=True)
-            for parameter, flag in flags:
-                parameter.requires_grad_(flag)
+            put_flags_back()
             raise
         config.__dict__.update(draft.__dict__)
         self.room = room
