@@ -33,9 +33,9 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from . import registry
 
@@ -59,9 +59,9 @@ OPS = KERNELS + WHOLE
 C = TypeVar("C")
 
 
-@dataclass(frozen=True)
-class Key:
-    """What an entry was measured for; ``m`` is a bucket."""
+class Key(NamedTuple):
+    """What an entry was measured for, and what the dispatcher tells calls apart by; ``m`` is a
+    bucket. A tuple, because every call makes some; an :class:`Entry` checks the one that it has."""
 
     op: str
     dtype: str
@@ -74,12 +74,6 @@ class Key:
     mask: bool = False
     grads: str = ""
     graph: bool = False
-
-    def __post_init__(self) -> None:
-        if self.op not in OPS:
-            raise ValueError(f"op is {self.op!r}; allowed: {', '.join(OPS)}")
-        if self.m != bucket(self.m):
-            raise ValueError(f"m is {self.m}; allowed: a bucket, here {bucket(self.m)}")
 
 
 @dataclass(frozen=True)
@@ -97,7 +91,11 @@ class Entry:
     date: str = ""
 
     def __post_init__(self) -> None:
-        op, choice = self.key.op, self.choice
+        op, m, choice = self.key.op, self.key.m, self.choice
+        if op not in OPS:
+            raise ValueError(f"op is {op!r}; allowed: {', '.join(OPS)}")
+        if m != bucket(m):
+            raise ValueError(f"m is {m}; allowed: a bucket, here {bucket(m)}")
         allowed = "a name" if op in WHOLE else "None"
         if op == "grad_sb":
             fine, allowed = choice in PASSES, ", ".join(PASSES)
@@ -155,10 +153,10 @@ class Table:
     def as_json(self) -> dict[str, Any]:
         rows = []
         for e in sorted(
-            self.entries.values(), key=lambda e: tuple(map(str, asdict(e.key).items()))
+            self.entries.values(), key=lambda e: tuple(map(str, e.key._asdict().items()))
         ):
             rest = {k: v for k, v in asdict(e).items() if k != "key"}
-            rows.append({**asdict(e.key), **rest})
+            rows.append({**e.key._asdict(), **rest})
         return {
             "schema": SCHEMA,
             "gpu": self.gpu,
@@ -181,12 +179,14 @@ def _alike(a: Key, b: Key) -> bool:
     are two kernels."""
     if a.op == "decode" and (a.m == 1) != (b.m == 1):
         return False
-    return replace(a, m=b.m) == b
+    return a._replace(m=b.m) == b
 
 
 def bucket(M: int) -> int:
     """The power of two that stands for M: rounded up, from 1 to 8192."""
-    return min(LARGEST_BUCKET, 1 << max(M - 1, 0).bit_length())
+    if M > LARGEST_BUCKET:
+        return LARGEST_BUCKET
+    return 1 << (M - 1).bit_length() if M > 1 else 1
 
 
 def path_for(device_name: str, folder: Path = FOLDER) -> Path:
@@ -207,7 +207,7 @@ def from_json(data: Any, source: str = "table") -> Table:
     try:
         table = Table(data["gpu"], data["versions"], data["sources"], data["date"])
         for row in data["entries"]:
-            key = Key(**{f.name: row[f.name] for f in fields(Key)})
+            key = Key(*(row[name] for name in Key._fields))
             us = {k: float(v) for k, v in row["us"].items()}
             times = {k: float(v) for k, v in row.get("times", {}).items()}
             table.add([

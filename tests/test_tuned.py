@@ -5,7 +5,6 @@ import logging
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -58,10 +57,10 @@ def test_a_config_for_one_row_is_none_for_several():
     table = tuned.Table({}, {}, "", "")
     key = Key("decode", "bfloat16", "float32", 1, 64, 32, 8)
     table.add([Entry(key, None, {"block_n": 4}, US)])
-    assert table.find_near(key) and not table.find_near(replace(key, m=2))
-    other = replace(key, op="shrink", m=2)
+    assert table.find_near(key) and not table.find_near(key._replace(m=2))
+    other = key._replace(op="shrink", m=2)
     table.add([Entry(other, None, None, US)])
-    assert table.find_near(replace(other, m=1))
+    assert table.find_near(other._replace(m=1))
 
 
 @pytest.mark.parametrize("what", ["gpu", "driver", "torch", "triton"])

@@ -205,13 +205,8 @@ def run(job: Job, settings: TuneSettings, device: torch.device) -> tuple[Key, Ke
                 for dy, m, (_, s, bits) in zip(dys, members, done, strict=True)
             ]
             auto.backward(x, behind, True)
-    plain, graphed = (
-        choices.key_of(
-            job.op, dtype, low, M, sum(job.ns), K, r, len(job.ns), p > 0, grads, graph=graph
-        )
-        for graph in (False, True)
-    )
-    return plain, graphed
+    key = tuned.key_of(job.op, dtype, low, M, sum(job.ns), K, r, len(job.ns), p > 0, grads)
+    return key, choices.in_graph(key)
 
 
 # ----------------------------------------------------------------------------------- showing

@@ -31,13 +31,13 @@ import torch
 from torch import Tensor
 
 from ..kernels.common import INTERPRET
-from ..kernels.fp32 import tf32
 from ..kernels.tuning import Entry, Key
 from ..utils.private import transforms_active, without_dispatch_modes
 from . import choices, device, race, torch_backend, triton_backend, tuned
 from .choices import TORCH
 from .device import on_its_device
 from .projection import Projection, ProjectionGrad
+from .tuned import key_of
 
 log = logging.getLogger("peftkern")
 
@@ -61,27 +61,6 @@ class Decision(NamedTuple):
     why: str
     gain: float | None = None  # torch's time over its own
     declined: bool = False  # the kernels do not take it: the torch backend, its masks included
-
-
-class _Case(NamedTuple):
-    """The numbers of a call."""
-
-    op: str
-    like: Tensor  # its activations: device and dtype
-    adapter: torch.dtype
-    M: int
-    n: int
-    k: int
-    r: int
-    group: int = 1
-    mask: bool = False
-    grads: str = ""
-
-    def key(self, graph: bool = False) -> Key:
-        return choices.key_of(
-            self.op, self.like.dtype, self.adapter, self.M, self.n, self.k, self.r, self.group,
-            self.mask, self.grads, graph,
-        )  # fmt: skip
 
 
 def races_off() -> str | None:
@@ -124,85 +103,62 @@ def anew() -> Iterator[None]:
         _anew = False
 
 
-def _memo(
-    op: str,
-    like: Tensor,
-    adapter: torch.dtype,
-    M: int,
-    n: int,
-    k: int,
-    r: int,
-    group: int = 1,
-    mask: bool = False,
-    grads: str = "",
-) -> tuple[Any, ...]:
-    """The numbers of a call as the key of a book's decisions: cheaper to make than a table's."""
-    bits = (M - 1).bit_length()  # of kernels.tuning.bucket
-    dtype = like.dtype
-    loose = dtype is torch.float32 and tf32()
-    return op, dtype, adapter, bits if bits < 13 else 13, n, k, r, group, mask, grads, loose
+def _known(key: Key, like: Tensor) -> Decision | None:
+    """What was decided before for a call with this key; reads no file."""
+    book = tuned.open_books.get(like.get_device())
+    return book.decisions.get(key) if book is not None else None
 
 
-def _known(*numbers: Any) -> Decision | None:
-    """What was decided before for a call with these numbers (of :class:`_Case`); reads no file."""
-    book = tuned.open_books.get(numbers[1].get_device())
-    return book.decisions.get(_memo(*numbers)) if book is not None else None
-
-
-def _decide(case: _Case, ways: Callable[[str], race.Run]) -> Decision:
+def _decide(key: Key, like: Tensor, ways: Callable[[str], race.Run]) -> Decision:
     """The decision for a call that is not known yet; ``ways`` gives what to run, by name."""
-    index = case.like.get_device()
-    if index not in tuned.open_books and device.capturing(case.like):
+    index = like.get_device()
+    if index not in tuned.open_books and device.capturing(like):
         return Decision(TORCH, TORCH, "inside a CUDA graph capture, before any table was read")
-    if case.M == 0:
+    if not like.numel():
         return Decision(TORCH, TORCH, "there are no rows")
-    return _decide_new(case, ways, tuned.book(index))
-
-
-def _decide_new(case: _Case, ways: Callable[[str], race.Run], book: tuned.Book) -> Decision:
-    memo = _memo(*case)
-    decisions: dict[Any, Decision] = book.decisions
-    reason = _declines(case)
+    book = tuned.book(index)
+    decisions: dict[Key, Decision] = book.decisions
+    reason = _declines(key, like)
     if reason is not None:
-        return decisions.setdefault(memo, Decision(TORCH, TORCH, reason, declined=True))
-    if not _anew and (known := _from_tables(case, book)) is not None:
-        return decisions.setdefault(memo, known)
+        return decisions.setdefault(key, Decision(TORCH, TORCH, reason, declined=True))
+    if not _anew and (known := _from_tables(key, book)) is not None:
+        return decisions.setdefault(key, known)
     off = races_off()
-    blocked = off or _no_race_here(case.like)
+    blocked = off or _no_race_here(like)
     if blocked is None and not book.racing.acquire(blocking=False):
         blocked = "another thread is racing"
     if blocked is None:
         try:
-            if memo in decisions:  # another thread raced it meanwhile
-                return decisions[memo]
-            decision, for_good = _race(case, ways, book)
-            book.tries[memo] += 1
-            for_good = for_good or book.tries[memo] >= TRIES
+            if key in decisions:  # another thread raced it meanwhile
+                return decisions[key]
+            decision, for_good = _race(key, like.dtype, ways, book)
+            book.tries[key] += 1
+            for_good = for_good or book.tries[key] >= TRIES
         finally:
             book.racing.release()
     else:
-        decision, for_good = _nearest(case, book, blocked), off is not None
+        decision, for_good = _nearest(key, book, blocked), off is not None
     if for_good:
-        book.provisional.pop(memo, None)
-        return decisions.setdefault(memo, decision)
-    book.provisional[memo] = decision
+        book.provisional.pop(key, None)
+        return decisions.setdefault(key, decision)
+    book.provisional[key] = decision
     return decision
 
 
-def _declines(case: _Case) -> str | None:
+def _declines(key: Key, like: Tensor) -> str | None:
     """Why the kernels do not take such a call."""
-    reason = triton_backend.refusal(case.like, case.adapter, case.r)
-    if reason is not None and case.like.device.type == "cuda":
+    reason = triton_backend.refusal(like, getattr(torch, key.adapter_dtype), key.r)
+    if reason is not None and like.device.type == "cuda":
         log.info("auto hands a call to torch: %s", reason)
     return reason
 
 
-def _from_tables(case: _Case, book: tuned.Book) -> Decision | None:
+def _from_tables(key: Key, book: tuned.Book) -> Decision | None:
     """What the disk or the shipped table says of exactly this key."""
-    allowed = choices.names(case.op, case.M)
+    allowed = choices.names(key.op, key.m)
     found: list[tuple[Entry, str]] = []
-    for graph in (False, True):
-        hit = book.find(case.key(graph))
+    for graph, of in enumerate((key, choices.in_graph(key))):
+        hit = book.find(of)
         if hit is None or hit[0].choice not in allowed:
             if graph and found:  # it could not be captured when it was raced
                 found.append(found[0])
@@ -218,30 +174,34 @@ def _gain(entry: Entry) -> float | None:
     return times[TORCH] / times[choice] if TORCH in times and choice in times else None
 
 
-def _nearest(case: _Case, book: tuned.Book, blocked: str) -> Decision:
-    allowed = choices.names(case.op, case.M)
-    ways = []
-    for graph in (False, True):
-        hit = book.find_near(case.key(graph))
-        usable = hit is not None and hit[0].choice in allowed
-        ways.append(str(hit[0].choice) if hit is not None and usable else TORCH)
-        if not graph:
-            where = f"nearest bucket, {hit[1]}" if hit is not None and usable else "torch"
-    return Decision(ways[0], ways[1], f"{blocked}: {where}")
+def _nearest(key: Key, book: tuned.Book, blocked: str) -> Decision:
+    allowed = choices.names(key.op, key.m)
+    ways, reasons = [], []
+    for of in (key, choices.in_graph(key)):
+        hit = book.find_near(of)
+        if hit is not None and hit[0].choice in allowed:
+            ways.append(str(hit[0].choice))
+            reasons.append(f"nearest bucket, {hit[1]}")
+        else:
+            ways.append(TORCH)
+            reasons.append("torch")
+    return Decision(ways[0], ways[1], f"{blocked}: {reasons[0]}")
 
 
-def _race(case: _Case, ways: Callable[[str], race.Run], book: tuned.Book) -> tuple[Decision, bool]:
+def _race(
+    key: Key, dtype: torch.dtype, ways: Callable[[str], race.Run], book: tuned.Book
+) -> tuple[Decision, bool]:
     """(the decision, whether it is for good)."""
-    named = {name: ways(name) for name in choices.names(case.op, case.M)}
-    key, graph_key = case.key(), case.key(graph=True)
+    named = {name: ways(name) for name in choices.names(key.op, key.m)}
+    graph_key = choices.in_graph(key)
     try:
         with without_dispatch_modes(), torch.no_grad():
-            plain, graphed = race.run(named, case.like.dtype, clock, graphs=graph_key != key)
+            plain, graphed = race.run(named, dtype, clock, graphs=graph_key != key)
     except race.Undecided as e:
         log.info("no race for %s: %s", key, e)
         if e.for_good:
             return Decision(TORCH, TORCH, f"{e}: torch"), True
-        return _nearest(case, book, str(e)), False
+        return _nearest(key, book, str(e)), False
     except Exception as e:  # a race is an extra: whatever is wrong with it, the call goes on
         log.warning("a race failed, torch is taken for %s: %s: %s", key, type(e).__name__, e)
         return Decision(TORCH, TORCH, f"race failed: {type(e).__name__}: {str(e)[:100]}"), True
@@ -271,23 +231,20 @@ def forward(
     given."""
     if _foreign(x):
         return torch_backend.forward(x, members, words)
-    M, K = x.shape
-    first = members[0]
+    (M, K), first = x.shape, members[0]
     if len(members) == 1:
         (n, r), mask = first.B.shape, first.p > 0.0
     else:
         n, r = sum(m.B.shape[0] for m in members), max(m.A.shape[0] for m in members)
         mask = any(m.p > 0.0 for m in members)
-    numbers = ("forward", x, first.A.dtype, M, n, K, r, len(members), mask)
-    decision = _known(*numbers)
+    key = key_of("forward", x.dtype, first.A.dtype, M, n, K, r, len(members), mask)
+    decision = _known(key, x)
     declined = why_not(x, first.A) is not None if decision is None else decision.declined
     if words is None and not declined:
         words = choices.words_for(x, members)  # before a race: all ways get the same ones
     if decision is None:
         given = words or []
-        decision = _decide(
-            _Case(*numbers), lambda name: lambda: choices.forward(name, x, members, given)
-        )
+        decision = _decide(key, x, lambda name: lambda: choices.forward(name, x, members, given))
     if decision.declined:
         return torch_backend.forward(x, members, words)
     return choices.forward(decision.how, x, members, words or [])
@@ -304,10 +261,12 @@ def backward(
     n, r = sum(m.B.shape[0] for m in members), max(m.A.shape[0] for m in members)
     mask = any(m.bits is not None for m in members)
     grads = triton_backend.grads_of(members, needs_x)
-    M, K = first.dy.shape[0], x.shape[1]
-    numbers = ("backward", first.dy, first.A.dtype, M, n, K, r, len(members), mask, grads)
-    decision = _known(*numbers) or _decide(
-        _Case(*numbers), lambda name: lambda: choices.backward(name, x, members, needs_x)
+    dy, K = first.dy, x.shape[1]
+    key = key_of(
+        "backward", dy.dtype, first.A.dtype, dy.shape[0], n, K, r, len(members), mask, grads
+    )
+    decision = _known(key, dy) or _decide(
+        key, dy, lambda name: lambda: choices.backward(name, x, members, needs_x)
     )
     return choices.backward(decision.how, x, members, needs_x)
 
@@ -321,10 +280,10 @@ def infer(
     if _foreign(x):
         return torch_backend.infer(x, w, bias, A, B, scale, transposed)
     r, K = A.shape
-    M = x.numel() // max(K, 1)
-    numbers = ("infer", x, A.dtype, M, B.shape[0], K, r)
-    decision = _known(*numbers) or _decide(
-        _Case(*numbers),
+    key = key_of("infer", x.dtype, A.dtype, x.numel() // max(K, 1), B.shape[0], K, r)
+    decision = _known(key, x) or _decide(
+        key,
+        x,
         lambda name: lambda: choices.infer(name, x, w, bias, A, B, scale, transposed),
     )
     return choices.infer(_now(decision, x), x, w, bias, A, B, scale, transposed)
@@ -338,9 +297,9 @@ def mixed(x: Tensor, w: Tensor, bias: Tensor | None, adapters: Any, samples: Any
         return torch_backend.mixed(x, w, bias, adapters, samples)
     (M, K), r = x.shape, max(a.A.shape[0] for a in weights)
     count = 1 << (len(weights) - 1).bit_length()  # as many kernels are compiled
-    numbers = ("mixed", x, weights[0].A.dtype, M, w.shape[0], K, r, count)
-    decision = _known(*numbers) or _decide(
-        _Case(*numbers), lambda name: lambda: choices.mixed(name, x, w, bias, adapters, samples)
+    key = key_of("mixed", x.dtype, weights[0].A.dtype, M, w.shape[0], K, r, count)
+    decision = _known(key, x) or _decide(
+        key, x, lambda name: lambda: choices.mixed(name, x, w, bias, adapters, samples)
     )
     return choices.mixed(_now(decision, x), x, w, bias, adapters, samples)
 

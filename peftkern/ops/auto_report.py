@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels.tuning import Key
 from . import auto_backend, choices, triton_backend, tuned
 
 Numbers = tuple[int, int, int, int]  # (sum of N, K, largest r, projections)
@@ -25,13 +26,12 @@ def describe(
         together: those of its group, as which it trains.
     """
     book = tuned.book(like.get_device())
-    found = []
+    found, dtypes = [], (tuned.products_in(like.dtype), tuned.NAMES[adapter])
     for memos in (book.decisions, book.provisional):
-        for memo, decision in list(memos.items()):
-            op, dtype, low, bits, n, k, r, group, mask, *_ = memo
-            wanted = alone if op == "infer" or together is None else together
-            if (dtype, low) == (like.dtype, adapter) and (n, k, r, group) == wanted:
-                found.append((op, bits, mask, group, decision))
+        for key, decision in list(memos.items()):
+            wanted = alone if key.op == "infer" or together is None else together
+            if (key.dtype, key.adapter_dtype) == dtypes and _numbers(key) == wanted:
+                found.append((key.op, key.m, key.mask, key.group, decision))
     if found:
         found.sort(key=lambda item: item[:3])
         told = dict.fromkeys(_line(*item) for item in found)
@@ -40,26 +40,28 @@ def describe(
     reason = triton_backend.refusal(like, adapter, alone[2])
     if reason is not None:
         return f"auto: torch, {reason}"
-    return f"auto: not called yet: {_not_called(book, like, adapter, {alone, together})}"
+    return f"auto: not called yet: {_not_called(book, dtypes, {alone, together})}"
 
 
-def _line(op: str, bits: int, mask: bool, group: int, decision: Any) -> str:
+def _numbers(key: Key) -> Numbers:
+    return key.n, key.k, key.r, key.group
+
+
+def _line(op: str, m: int, mask: bool, group: int, decision: Any) -> str:
     how = decision.how
     if decision.in_graph != how:
         how += f" (in a graph {decision.in_graph})"
     gain = f" {decision.gain:.2f}x torch" if decision.gain and how != choices.TORCH else ""
     with_mask = " masked" if mask else ""
     together = f" of {group}" if group > 1 else ""
-    return f"{op}{together} M<={1 << bits}{with_mask} {how}{gain}"
+    return f"{op}{together} M<={m}{with_mask} {how}{gain}"
 
 
-def _not_called(book: Any, like: Tensor, adapter: torch.dtype, wanted: set[Any]) -> str:
-    names = (tuned.products_in(like.dtype), tuned.name_of(adapter))
+def _not_called(book: Any, dtypes: tuple[str, str], wanted: set[Any]) -> str:
     known: dict[int, None] = {}
     for table in (book.cached, book.shipped):
         for key in table.entries if table is not None else ():
-            numbers = (key.n, key.k, key.r, key.group)
-            if (key.dtype, key.adapter_dtype) == names and numbers in wanted:
+            if (key.dtype, key.adapter_dtype) == dtypes and _numbers(key) in wanted:
                 known[key.m] = None
     off = auto_backend.races_off()
     then = f"torch, for {off}" if off else "raced at its first call"
@@ -69,13 +71,7 @@ def _not_called(book: Any, like: Tensor, adapter: torch.dtype, wanted: set[Any])
     return f"{then}; {book.shipped_note}"
 
 
-def undecided(book: Any, key: Any) -> str:
+def undecided(book: Any, key: Key) -> str:
     """Why a race of this key gave no result."""
-    for memos in (book.decisions, book.provisional):
-        for memo, decision in memos.items():
-            op, dtype, low, bits, n, k, r, group, mask, grads, _ = memo
-            numbers = (op, tuned.name_of(low), 1 << bits, n, k, r, group, mask, grads)
-            wanted = (key.op, key.adapter_dtype, key.m, key.n, key.k, key.r, key.group)
-            if numbers == (*wanted, key.mask, key.grads) and key.dtype == tuned.products_in(dtype):
-                return str(decision.why)
-    return "not raced"
+    decision = book.decisions.get(key) or book.provisional.get(key)
+    return "not raced" if decision is None else str(decision.why)

@@ -7,14 +7,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..kernels.decode import MAX_ROWS
-from ..kernels.tuning import Key, bucket
+from ..kernels.tuning import Key
 from . import torch_backend, triton_backend
 from .projection import Projection, ProjectionGrad
-from .tuned import name_of, products_in
 
 TORCH = "torch"
 NOISE = 0.02  # what is not faster than torch by more than this is no reason to leave it
@@ -36,24 +34,11 @@ def winner(times: dict[str, float]) -> str:
     return best
 
 
-def key_of(
-    op: str,
-    dtype: torch.dtype,
-    adapter: torch.dtype,
-    M: int,
-    n: int,
-    k: int,
-    r: int,
-    group: int = 1,
-    mask: bool = False,
-    grads: str = "",
-    graph: bool = False,
-) -> Key:
-    """The key of a table; ``n`` is the sum over a group's projections, ``r`` their largest rank.
-    A CUDA graph makes a difference where the host's time does, with few rows."""
-    graph = graph and op in ("infer", "mixed") and M <= MAX_ROWS
-    names = products_in(dtype), name_of(adapter)
-    return Key(op, *names, bucket(M), n, k, r, group, mask, grads, graph)
+def in_graph(key: Key) -> Key:
+    """The key of the same call in a CUDA graph, which makes a difference where the host's time
+    does, with few rows."""
+    few = key.op in ("infer", "mixed") and key.m <= MAX_ROWS
+    return key._replace(graph=True) if few else key
 
 
 def words_for(x: Tensor, members: list[Projection]) -> list[Tensor | None]:

@@ -66,8 +66,8 @@ def forward(
 
 
 def _order(x: Tensor, w: Tensor, A: Tensor) -> str:
-    numbers = triton_backend._Numbers(x, A.dtype, w.shape[1], w.shape[0], [A.shape[0]], False)
-    return numbers.order(None)
+    group = triton_backend._Group(x, A.dtype, [A.shape[0]], False)
+    return group.order(None, w.shape[1], w.shape[0])
 
 
 @on_its_device

@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,30 +28,52 @@ from .prefix_rule import Rule
 log = logging.getLogger("peftkern")
 
 KERNEL = "kernel"
-Kind = tuple[Any, ...]
 Five = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # q, k, v, kp, vp
+
+
+class Kind(NamedTuple):
+    """What calls have in common that one decision serves."""
+
+    device: int
+    dtype: torch.dtype
+    training: bool
+    B: int
+    H: int
+    H_kv: int
+    D: int
+    P: int
+    shared: bool  # one prefix for the whole batch
+    rows: int  # powers of two that T and S are at most
+    keys: int
+    options: tuple[bool, ...]
+
+    @classmethod
+    def of(cls, q: Tensor, k: Tensor, kp: Tensor, rule: Rule, training: bool) -> Kind:
+        B, H, T, D = q.shape
+        return cls(
+            q.get_device(), q.dtype, training, B, H, k.shape[1], D, kp.shape[-2], kp.dim() == 3,
+            1 << (T - 1).bit_length(), 1 << (k.shape[2] - 1).bit_length(),
+            (
+                rule.causal, rule.window is not None, rule.keep is not None,
+                rule.no_prefix is not None, isinstance(rule.offset, Tensor),
+                rule.softcap is not None, rule.sinks is not None,
+            ),
+        )  # fmt: skip
+
 
 _decisions: dict[Kind, tuple[str, str]] = {}  # the winner, and why
 _racing = threading.Lock()
 
 
-def kind_of(q: Tensor, k: Tensor, kp: Tensor, rule: Rule, training: bool) -> Kind:
-    """What calls have in common that one decision serves."""
-    B, H, T, D = q.shape
-    H_kv, S, P = k.shape[1], k.shape[2], kp.shape[-2]
-    return (
-        q.get_device(), q.dtype, training, B, H, H_kv, D, P, kp.dim() == 3,
-        (T - 1).bit_length(), (S - 1).bit_length(), rule.causal, rule.window is not None,
-        rule.keep is not None, rule.no_prefix is not None, isinstance(rule.offset, Tensor),
-        rule.softcap is not None, rule.sinks is not None,
-    )  # fmt: skip
-
-
 def decisions(like: Tensor, D: int) -> list[tuple[Kind, tuple[str, str]]]:
     """What was decided for heads of D in this dtype and on this device: the kinds, the winners and
     why."""
-    where = (like.get_device(), like.dtype)
-    return [item for item in list(_decisions.items()) if (*item[0][:2], item[0][6]) == (*where, D)]
+    wanted = (like.get_device(), like.dtype, D)
+    return [
+        (kind, found)
+        for kind, found in list(_decisions.items())
+        if (kind.device, kind.dtype, kind.D) == wanted
+    ]
 
 
 @on_its_device
@@ -73,7 +95,7 @@ def why_not(
         torch_way: what runs in the kernel's place, from q, k, v, kp, vp and the rule to O; it is
             differentiable.
     """
-    kind = kind_of(q, k, kp, rule, training)
+    kind = Kind.of(q, k, kp, rule, training)
     found = _decisions.get(kind)
     if found is None:
         off = auto_backend.races_off()

@@ -57,9 +57,9 @@ def _raced(like: Tensor, D: int) -> str:
 
     found = []
     for kind, (winner, why) in prefix_auto.decisions(like, D):
-        _, _, training, B, _, _, _, P, _, rows, keys, *_ = kind
-        grads = "forward+backward" if training else "forward"
-        found.append(f"{grads} B={B} T<={1 << rows} S<={1 << keys} P={P} {winner} ({why})")
+        grads = "forward+backward" if kind.training else "forward"
+        where = f"B={kind.B} T<={kind.rows} S<={kind.keys} P={kind.P}"
+        found.append(f"{grads} {where} {winner} ({why})")
     if found:
         return ", ".join(found)
     off = auto_backend.races_off()

@@ -91,31 +91,28 @@ def words_of(x: Tensor, ps: list[float]) -> list[Tensor | None]:
     return [dropout_bits(*x.shape, p, _seed(x), device=x.device) if p > 0.0 else None for p in ps]
 
 
-class _Numbers(NamedTuple):
-    """What configs and ways are looked up by."""
+class _Group(NamedTuple):
+    """Projections that kernels take at once."""
 
     like: Tensor  # M rows in the activations' dtype
     adapter: torch.dtype
-    n: int
-    k: int
     ranks: list[int]
     masked: bool
-    grads: str = ""
 
     def config(self, op: str, n: int, k: int) -> Any:
-        """Of a kernel that does all projections at once."""
+        """Of a kernel that does all of them."""
         count = len(self.ranks)
         return tuned.config(op, self.like, self.adapter, n, k, max(self.ranks), count, self.masked)
 
-    def order(self, how: str | None) -> str:
+    def order(self, how: str | None, n: int, k: int, grads: str = "") -> str:
         """One of PRODUCTS."""
         how = how or product
         if how is None:
-            op = "backward" if self.grads else "forward"
-            how = tuned.best_of(
-                PRODUCTS, op, self.like, self.adapter, self.n, self.k, max(self.ranks),
-                len(self.ranks), self.masked, self.grads,
+            key = tuned.key_of(
+                "backward" if grads else "forward", self.like.dtype, self.adapter,
+                self.like.shape[0], n, k, max(self.ranks), len(self.ranks), self.masked, grads,
             )  # fmt: skip
+            how = tuned.best_of(PRODUCTS, key, self.like)
         if how == "joined" or how is None:
             held = grad_xa_fits(self.ranks)
             if how is None and held:
@@ -154,16 +151,16 @@ def forward(
     K, low, n = x.shape[1], members[0].A.dtype, sum(m.B.shape[0] for m in members)
     scales = [m.scale / (1.0 - m.p) for m in members]
     As, ranks = [m.A for m in members], [m.A.shape[0] for m in members]
-    numbers = _Numbers(x, low, n, K, ranks, any(bits is not None for bits in words))
-    order = numbers.order(how)
+    group = _Group(x, low, ranks, any(bits is not None for bits in words))
+    order = group.order(how, n, K)
     if order == "joined":
         Bs, biases = [m.B for m in members], [m.bias for m in members]
-        config = numbers.config("shrink_expand", n, K)
+        config = group.config("shrink_expand", n, K)
         s, ys = shrink_expand(x, As, Bs, scales, words, biases, config=config)
         ys = [y.addmm_(x, m.w) for y, m in zip(ys, members, strict=True)]
         return list(zip(ys, s.split(ranks, 1), words, strict=True))
     done = []
-    config = numbers.config("shrink", 0, K)
+    config = group.config("shrink", 0, K)
     parts = shrink(x, As, scales, words, config=config).split(ranks, 1)
     for m, s, bits in zip(members, parts, words, strict=True):
         N, r = m.B.shape
@@ -188,21 +185,19 @@ def backward(
     ds, dbs = _over_dy(members)
     As, bits = [m.A for m in members], [m.bits for m in members]
     K, n = members[0].w.shape[0], sum(m.dy.shape[1] for m in members)
-    numbers = _Numbers(
-        members[0].dy, As[0].dtype, n, K, [a.shape[0] for a in As],
-        any(word is not None for word in bits), grads_of(members, needs_x),
-    )  # fmt: skip
-    order = numbers.order(how)
+    masked = any(word is not None for word in bits)
+    group = _Group(members[0].dy, As[0].dtype, [a.shape[0] for a in As], masked)
+    order = group.order(how, n, K, grads_of(members, needs_x))
     das: list[Tensor | None] = [None] * len(members)
     dx = None
     wanted = [i for i, m in enumerate(members) if m.needs_a]
     if order == "joined" and needs_x and len(wanted) == len(members):
-        config = numbers.config("grad_xa", 0, K)
+        config = group.config("grad_xa", 0, K)
         dx, found = grad_xa(x, ds, As, bits, out_dtypes=[a.dtype for a in As], config=config)
         das = list(found)
     elif wanted:
-        ours = numbers._replace(
-            ranks=[numbers.ranks[i] for i in wanted],
+        ours = group._replace(
+            ranks=[group.ranks[i] for i in wanted],
             masked=any(bits[i] is not None for i in wanted),
         )
         found = grad_a(
@@ -213,11 +208,11 @@ def backward(
             das[i] = da
     if needs_x and order == "fused":
         dys, ws = [m.dy for m in members], [m.w.t() for m in members]
-        config = numbers.config("gemm_grad_input", n, K)
+        config = group.config("gemm_grad_input", n, K)
         dx = fused_grad_input(dys, ws, ds, As, bits, config=config)
     elif needs_x:
         if dx is None:
-            config = numbers.config("low_rank_grad_input", 0, K)
+            config = group.config("low_rank_grad_input", 0, K)
             dx = low_rank_grad_input(ds, As, bits, config=config)
         for m in members:
             dx.addmm_(m.dy, m.w.t())
@@ -273,13 +268,13 @@ def infer(
     if _declines(x, A):
         return torch_backend.infer(x, w, bias, A, B, scale, transposed)
     x2 = x.reshape(-1, x.shape[-1])
-    few = x2.shape[0] <= MAX_ROWS
-    N, r = B.shape
+    (M, K), (N, r) = x2.shape, B.shape
+    few = M <= MAX_ROWS
     if few and how is None:
-        K = x2.shape[1]
-        how = tuned.best_of(INFER, "infer", x2, A.dtype, N, K, r) or INFER[0]
+        key = tuned.key_of("infer", x2.dtype, A.dtype, M, N, K, r)
+        how = tuned.best_of(INFER, key, x2) or INFER[0]
     if few and how == "decode":
-        config = tuned.config("decode", x2, A.dtype, N, x2.shape[1], r)
+        config = tuned.config("decode", x2, A.dtype, N, K, r)
         y: Tensor = decode(x2, w.t() if transposed else w, A, B, scale, bias, config=config)
     else:
         how = how if how in PRODUCTS else None

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from ..kernels.fp32 import tf32
 from ..kernels.registry import config_class
-from ..kernels.tuning import FOLDER, Entry, Key, Table, bucket, load, path_for
+from ..kernels.tuning import FOLDER, WHOLE, Entry, Key, Table, bucket, load, path_for
 from . import device
 from .notes import note_once
 
@@ -124,9 +124,10 @@ class Book:
         if instead is None:
             self.shipped, self.shipped_note = _shipped(machine)
         self.racing = threading.Lock()
-        self.decisions: dict[Any, Any] = {}  # the dispatcher's, by the numbers of a call
-        self.provisional: dict[Any, Any] = {}
-        self.tries: Counter[Any] = Counter()
+        self.decisions: dict[Key, Any] = {}  # the dispatcher's
+        self.provisional: dict[Key, Any] = {}
+        self.tries: Counter[Key] = Counter()
+        self.looked_up: dict[Key, Any] = {}  # what `config` and `best_of` found
         self._mine: dict[Key, Entry] = {}  # raced by this process
         self.path: Path | None = None
         if instead is None:
@@ -173,7 +174,7 @@ class Book:
         self._mine.update({e.key: e for e in entries})
         # a new table: other threads may be looking through the old one
         self.cached = replace(self.cached, entries={**self.cached.entries, **self._mine})
-        _found.clear()
+        self.looked_up.clear()
         if self.path is None:
             return
         try:
@@ -243,7 +244,6 @@ def _shipped(machine: Machine) -> tuple[Table | None, str]:
 
 open_books: dict[int, Book] = {}  # by device, once its files have been read
 _by_machine: dict[Machine, Book] = {}
-_found: dict[Any, str | None] = {}
 _opening = threading.Lock()
 
 
@@ -268,14 +268,13 @@ def forget() -> None:
     """Drop what this process knows; files are read again at the next use."""
     open_books.clear()
     _by_machine.clear()
-    _found.clear()
 
 
 @contextlib.contextmanager
 def measured_with(table: Table) -> Iterator[None]:
     """Within the block this table takes the place of the shipped ones, and no file is read or
     written: for a race of whole operations on the configs that a race of kernels just found."""
-    before = dict(open_books), dict(_by_machine), dict(_found)
+    before = dict(open_books), dict(_by_machine)
     forget()
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     made = Book(machine(0 if count else -1), instead=table)
@@ -286,19 +285,57 @@ def measured_with(table: Table) -> Iterator[None]:
         forget()
         open_books.update(before[0])
         _by_machine.update(before[1])
-        _found.update(before[2])
 
 
-def name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+class _Names(dict[torch.dtype, str]):
+    def __missing__(self, dtype: torch.dtype) -> str:
+        self[dtype] = name = str(dtype).removeprefix("torch.")
+        return name
+
+
+NAMES = _Names()  # of dtypes, as in keys
+_tuple = tuple.__new__  # what a NamedTuple's constructor calls, at a third of its cost
 
 
 def products_in(dtype: torch.dtype) -> str:
     """The dtype's name in the key of a whole operation: float32 products may run in TF32, which is
     another race."""
-    if dtype == torch.float32 and tf32():
-        return "tf32"
-    return name_of(dtype)
+    return "tf32" if dtype is torch.float32 and tf32() else NAMES[dtype]
+
+
+def key_of(
+    op: str,
+    dtype: torch.dtype,
+    adapter: torch.dtype,
+    M: int,
+    n: int,
+    k: int,
+    r: int,
+    group: int = 1,
+    mask: bool = False,
+    grads: str = "",
+) -> Key:
+    """The key of a call.
+
+    Args:
+        op: one of :data:`kernels.tuning.OPS`.
+        dtype: of the activations.
+        adapter: dtype of A and B.
+        M: rows; the key has their bucket.
+        n, k: as in :class:`Key`; ``n`` is the sum over a group's projections.
+        r: a group's largest rank.
+        group: how many projections.
+        mask: one of them drops.
+        grads: which gradients a backward makes, letters of "xab".
+    """
+    name = products_in(dtype) if dtype is torch.float32 and op in WHOLE else NAMES[dtype]
+    return _tuple(Key, (op, name, NAMES[adapter], bucket(M), n, k, r, group, mask, grads, False))
+
+
+def _opened(like: Tensor) -> Book | None:
+    """The book of a tensor's device; None where its files would have to be read within the capture
+    of a CUDA graph."""
+    return None if device.capturing(like) else book(like.get_device())
 
 
 def config(
@@ -311,21 +348,21 @@ def config(
     group: int = 1,
     mask: bool = False,
 ) -> Any:
-    """The config that a table has for a kernel on ``like`` [M, ...] (its dtype and device count),
-    as an object for ``config=``; None where there is none. One dict lookup after the first call."""
-    rows, index = like.shape[0], like.get_device()
-    at = (op, like.dtype, adapter, (rows - 1).bit_length(), n, k, r, group, mask, index)
+    """The config that a table has for a kernel on ``like`` [M, ...] (the others as of
+    :func:`key_of`), as an object for ``config=``; None where there is none. One dict lookup after
+    the first call."""
+    key = key_of(op, like.dtype, adapter, like.shape[0], n, k, r, group, mask)
+    of = open_books.get(like.get_device()) or _opened(like)
+    if of is None:
+        return None
     try:
-        return _found[at]
+        return of.looked_up[key]
     except KeyError:
         pass
-    if index not in open_books and device.capturing(like):
-        return None
-    key = Key(op, name_of(like.dtype), name_of(adapter), bucket(rows), n, k, r, group, mask)
     # a tile that holds adapters in float32 holds narrower ones too
-    keys = dict.fromkeys([key, replace(key, adapter_dtype="float32")])
-    hits = [hit for key in keys if (hit := book(index).find_near(key, CONFIG_STEPS)) is not None]
-    _found[at] = made = _make(hits[0][0]) if hits else None
+    keys = dict.fromkeys([key, key._replace(adapter_dtype="float32")])
+    hits = [hit for key in keys if (hit := of.find_near(key, CONFIG_STEPS)) is not None]
+    of.looked_up[key] = made = _make(hits[0][0]) if hits else None
     return made
 
 
@@ -339,34 +376,21 @@ def _make(entry: Entry) -> Any:
         return None
 
 
-def best_of(
-    allowed: tuple[str, ...],
-    op: str,
-    like: Tensor,
-    adapter: torch.dtype,
-    n: int,
-    k: int,
-    r: int,
-    group: int = 1,
-    mask: bool = False,
-    grads: str = "",
-) -> str | None:
-    """The fastest of ``allowed`` for a whole operation in a table, None where there is none."""
-    rows, index = like.shape[0], like.get_device()
-    at = (op, like.dtype, adapter, (rows - 1).bit_length(), n, k, r, group, mask, grads, index)
+def best_of(allowed: tuple[str, ...], key: Key, like: Tensor) -> str | None:
+    """The fastest of ``allowed``, the same for every key of an operation, in a table; None where
+    there is none."""
+    of = open_books.get(like.get_device()) or _opened(like)
+    if of is None:
+        return None
     try:
-        return _found[at]
+        found: str | None = of.looked_up[key]
+        return found
     except KeyError:
         pass
-    if index not in open_books and device.capturing(like):
-        return None
-    names = products_in(like.dtype), name_of(adapter)
-    key = Key(op, *names, bucket(rows), n, k, r, group, mask, grads)
-    hit = book(index).find_near(key)
-    best = None
+    hit, best = of.find_near(key), None
     if hit is not None:
         times = {name: t for name, t in hit[0].times.items() if name in allowed}
         chosen = hit[0].choice if hit[0].choice in allowed else None
         best = min(times, key=lambda name: times[name]) if times else chosen
-    _found[at] = best
+    of.looked_up[key] = best
     return best

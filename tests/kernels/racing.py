@@ -81,8 +81,9 @@ def step(x, w, A, B, p=0.0):
 def decided(op, M=12, K=40, N=24, r=4, group=1):
     """The decision for a shape, None when there is none for good."""
     book = tuned.book(-1)
-    for memo, decision in book.decisions.items():
-        if memo[0] == op and 1 << memo[3] == tuning.bucket(M) and memo[4:8] == (N, K, r, group):
+    wanted = (op, tuning.bucket(M), N, K, r, group)
+    for key, decision in book.decisions.items():
+        if (key.op, key.m, key.n, key.k, key.r, key.group) == wanted:
             return decision
     return None
 

@@ -360,7 +360,7 @@ def test_float32_adapters_below_bf16_can_change_their_way_between_forward_and_ba
     for f, b in (("torch", "fused"), ("fused", "torch")):
         tuned.forget()
         for op, way, grads in (("forward", f, ""), ("backward", b, "xab")):
-            key = choices.key_of(op, x.dtype, A.dtype, 12, 24, 40, 4, grads=grads)
+            key = tuned.key_of(op, x.dtype, A.dtype, 12, 24, 40, 4, grads=grads)
             tuned.book(-1).keep([replace(entry(op, way), key=key)])
         got = step(x, w, A, B)
         assert clock.races == 0
