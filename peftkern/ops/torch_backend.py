@@ -176,7 +176,7 @@ def infer(
             dims = x.dim()  # the usual ones without the cost of slicing a shape
             if dims == 3:
                 return y.view(1, 1, -1)
-            return y.view(1, -1) if dims == 2 else y.view(*x.shape[:-1], -1)
+            return y.unsqueeze_(0) if dims == 2 else y.view(*x.shape[:-1], -1)
         y = linear(x, stored, bias)
         return y.add_(linear(linear(x, A), B), alpha=scale)
     x2 = x.reshape(-1, K)
