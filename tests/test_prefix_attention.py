@@ -231,6 +231,22 @@ def test_any_layout(monkeypatch, implementation):
     assert_same_number(torch.autograd.grad(summed, tensors), expected)
 
 
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "per row"])
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "both ways"])
+def test_a_backward_that_reads_the_lse_as_dense(monkeypatch, causal, shared):
+    """As FlashAttention 2 does on CUDA: it takes the address and knows no strides of it. A CPU's
+    backward, which knows them, stands in."""
+    force(monkeypatch, "merge")
+    real = prefix_merge.cpu_flash_backward
+
+    def reads_dense(do, q, k, v, o, lse, *args, **options):
+        strides = torch.empty(lse.shape, device="meta").stride()
+        return real(do, q, k, v, o, lse.as_strided(lse.shape, strides), *args, **options)
+
+    monkeypatch.setattr(prefix_merge, "cpu_flash_backward", reads_dense)
+    compare(inputs(3, 4, 2, 10, 13, 5, 8, shared=shared), {"causal": causal})
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_gradients_of_some_inputs(monkeypatch, implementation):
     force(monkeypatch, implementation)

@@ -119,6 +119,8 @@ def _attend_backward(
     mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     grads: tuple[Tensor, Tensor, Tensor]
+    # FlashAttention 2 reads lse as dense, whatever its strides are; folded, it is a transposed view
+    lse = lse.contiguous()
     if q.is_cpu:
         grads = cpu_flash_backward(do, q, k, v, o, lse, 0.0, causal, attn_mask=mask, scale=scale)
         return grads
