@@ -5,14 +5,17 @@
 
 Both are out = sum_i X_i W_iᵀ + mask_i * (L_i R_i) + bias, with W_i read as [N, K] or [K, N] by its
 strides. With DoRA's gain the forward is Y = gain * (V - bias) + bias, V being that sum, which is
-stored as well where the backward wants it. The low-rank part starts the accumulator: after the loop
-over K it would be a second product into an accumulator in flight, which does not compile for sm_100
-in a flattened loop, and keeps registers alive that the loop needs. The mask is read as packed bits,
-never made here.
+stored as well where the backward wants it. The mask is read as packed bits, never made here.
+
+The low-rank part comes after the loop over K, so that in a flattened loop the copies of the next
+tile fly while it is computed; before it they would have to wait for it. It comes before where there
+is a mask, whose second accumulator would be alive beside the first, and on sm_100, where a second
+product into an accumulator in flight does not compile.
 
 With ``tma`` tiles come through tensor descriptors (bulk copies) and the grid is persistent;
-without, through pointers: for sm_80, and for operands a descriptor cannot describe (unaligned rows
-or base).
+without, through pointers: for sm_80, for operands a descriptor cannot describe (unaligned rows or
+base), and for more than four pairs of X and W. Descriptors are arguments of their own: launchers of
+Triton 3.6 find none inside a tuple.
 """
 
 from __future__ import annotations
@@ -32,12 +35,15 @@ from .common import (
     arch_of,
     cast,
     cdiv,
+    device_function,
     dot,
     keep_tile,
     precision,
     rank_end,
     row_stride,
 )  # fmt: skip
+
+MAX_DESCRIBED = 4  # pairs of X and W that the kernel has arguments for
 
 
 @dataclass(frozen=True)
@@ -103,14 +109,48 @@ def default_config(
     )
 
 
-@triton.jit
+@device_function
+def _low_rank(
+    acc, Ls, Rs, words, ranks, l_strides, r_strides, n_strides, row, col, row_ok, col_ok, n0,
+    WORDS, RANK_END,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """acc [BLOCK_M, BLOCK_N] + sum over i of mask_i * (L_i R_i)."""
+    row64, col64 = row.to(tl.int64), col.to(tl.int64)
+    for i in tl.static_range(len(Ls)):
+        part = tl.zeros((BLOCK_M, BLOCK_N), tl.float32) if words[i] is not None else acc
+        for r0 in tl.range(0, RANK_END, BLOCK_R, num_stages=1):
+            rank = r0 + tl.arange(0, BLOCK_R)
+            rank_ok = rank < ranks[i]
+            left = tl.load(
+                Ls[i] + row64[:, None] * l_strides[i] + rank[None, :],
+                mask=row_ok[:, None] & rank_ok[None, :],
+                other=0.0,
+            )  # [BLOCK_M, BLOCK_R]
+            right = tl.load(
+                Rs[i] + rank.to(tl.int64)[:, None] * r_strides[i] + col64[None, :] * n_strides[i],
+                mask=rank_ok[:, None] & col_ok[None, :],
+                other=0.0,
+            )  # [BLOCK_R, BLOCK_N]
+            part = dot(left, cast(right, left.dtype), part, PRECISION)
+        if words[i] is not None:
+            keep = keep_tile(words[i], row, row_ok, n0, WORDS, BLOCK_M, BLOCK_N)
+            part = acc + tl.where(keep, part, 0.0)
+        acc = part
+    return acc
+
+
+@triton.jit(do_not_specialize=["M"])
 def _gemm_kernel(
-    y, v, xs, ws, Ls, Rs, words, bias, gain, ranks, l_strides, r_strides, n_strides,
+    y, v, x0, x1, x2, x3, w0, w1, w2, w3,
+    xs, ws, Ls, Rs, words, bias, gain, ranks, l_strides, r_strides, n_strides,
     M, N, Ks, x_strides, w_n_strides, w_k_strides, y_stride, WORDS, RANK_END,
     G: tl.constexpr, TMA: tl.constexpr, W_KN: tl.constexpr, FLATTEN: tl.constexpr,
+    LOW_FIRST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    x_tiles, w_tiles = (x0, x1, x2, x3), (w0, w1, w2, w3)  # descriptors, with TMA
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=FLATTEN):
         # GROUP_M rows of tiles are walked column by column, so that W tiles are met again while in
@@ -125,39 +165,20 @@ def _gemm_kernel(
         row64, col64 = row.to(tl.int64), col.to(tl.int64)
 
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for i in tl.static_range(len(Ls)):
-            part = tl.zeros((BLOCK_M, BLOCK_N), tl.float32) if words[i] is not None else acc
-            for r0 in tl.range(0, RANK_END, BLOCK_R, num_stages=1):
-                rank = r0 + tl.arange(0, BLOCK_R)
-                rank_ok = rank < ranks[i]
-                left = tl.load(
-                    Ls[i] + row64[:, None] * l_strides[i] + rank[None, :],
-                    mask=row_ok[:, None] & rank_ok[None, :],
-                    other=0.0,
-                )
-                right = tl.load(
-                    Rs[i]
-                    + rank.to(tl.int64)[:, None] * r_strides[i]
-                    + col64[None, :] * n_strides[i],
-                    mask=rank_ok[:, None] & col_ok[None, :],
-                    other=0.0,
-                )
-                part = dot(left, cast(right, left.dtype), part, PRECISION)
-            if words[i] is not None:
-                keep = keep_tile(words[i], row, row_ok, n0, WORDS, BLOCK_M, BLOCK_N)
-                part = acc + tl.where(keep, part, 0.0)
-            acc = part
-        if bias is not None:
-            acc += tl.load(bias + col, mask=col_ok, other=0.0).to(tl.float32)[None, :]
+        if LOW_FIRST:
+            acc = _low_rank(
+                acc, Ls, Rs, words, ranks, l_strides, r_strides, n_strides, row, col, row_ok,
+                col_ok, n0, WORDS, RANK_END, BLOCK_M, BLOCK_N, BLOCK_R, PRECISION,
+            )  # fmt: skip
 
         for i in tl.static_range(G):
             for k0 in range(0, Ks[i], BLOCK_K):
                 if TMA:
-                    x_tile = xs[i].load([m0, k0])
+                    x_tile = x_tiles[i].load([m0, k0])
                     if W_KN:
-                        w_tile = ws[i].load([k0, n0])
+                        w_tile = w_tiles[i].load([k0, n0])
                     else:
-                        w_tile = tl.trans(ws[i].load([n0, k0]))
+                        w_tile = tl.trans(w_tiles[i].load([n0, k0]))
                 else:
                     k = k0 + tl.arange(0, BLOCK_K)
                     k_ok = k < Ks[i]
@@ -175,6 +196,13 @@ def _gemm_kernel(
                     )
                 acc = dot(x_tile, w_tile, acc, PRECISION)
 
+        if not LOW_FIRST:
+            acc = _low_rank(
+                acc, Ls, Rs, words, ranks, l_strides, r_strides, n_strides, row, col, row_ok,
+                col_ok, n0, WORDS, RANK_END, BLOCK_M, BLOCK_N, BLOCK_R, PRECISION,
+            )  # fmt: skip
+        if bias is not None:
+            acc += tl.load(bias + col, mask=col_ok, other=0.0).to(tl.float32)[None, :]
         if gain is not None:
             if v is not None:
                 if TMA:
@@ -230,17 +258,22 @@ def plan_gemm(
     """
     M, N = y.shape
     w_kn = all(w.stride(1) != 1 and w.stride(0) == 1 for w in ws)
-    tma = config.tma and all(
-        _describable(t)
-        for t in (y, *([] if v is None else [v]), *xs, *((w.T for w in ws) if w_kn else ws))
+    tma = (
+        config.tma
+        and len(xs) <= MAX_DESCRIBED
+        and all(
+            _describable(t)
+            for t in (y, *([] if v is None else [v]), *xs, *((w.T for w in ws) if w_kn else ws))
+        )
     )
     tiles = cdiv(M, config.block_m) * cdiv(N, config.block_n)
     ranks = [r.shape[0] for r in Rs]
     args = (
         _described(y, config.block_m, config.block_n) if tma else y,
         _described(v, config.block_m, config.block_n) if tma and v is not None else v,
-        tuple(_described(x, config.block_m, config.block_k) if tma else x for x in xs),
-        tuple(_weight(w, w_kn, config) if tma else w for w in ws),
+        *(_each([_described(x, config.block_m, config.block_k) for x in xs] if tma else [])),
+        *(_each([_weight(w, w_kn, config) for w in ws] if tma else [])),
+        () if tma else tuple(xs), () if tma else tuple(ws),
         tuple(Ls), tuple(Rs), tuple(words), bias, gain, tuple(ranks),
         tuple(row_stride(v) for v in Ls),
         tuple(r.stride(0) for r in Rs), tuple(r.stride(1) for r in Rs),
@@ -250,11 +283,17 @@ def plan_gemm(
     )  # fmt: skip
     meta = dict(
         G=len(xs), TMA=tma, W_KN=w_kn, FLATTEN=config.flatten,
+        LOW_FIRST=arch.blackwell or any(word is not None for word in words),
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
         BLOCK_R=config.block_r, GROUP_M=config.group_m, PRECISION=precision(xs[0].dtype),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return [Launch(_gemm_kernel, (min(tiles, arch.sms) if tma else tiles,), args, meta)]
+
+
+def _each(descriptors: list[TensorDescriptor]) -> list[TensorDescriptor | None]:
+    """As many arguments as the kernel has for descriptors."""
+    return [*descriptors, *[None] * (MAX_DESCRIBED - len(descriptors))]
 
 
 def _described(t: torch.Tensor, *block: int) -> TensorDescriptor:

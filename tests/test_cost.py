@@ -196,7 +196,7 @@ def test_kernel_traffic_by_hand() -> None:
     x, w, y, s = meta(256, 128), meta(64, 128), meta(256, 64), meta(256, 16)
     a, b, words = meta(16, 128), meta(64, 16), meta(256, 4, dtype=INT32)
     (launch,) = kernel_bits.plan_bits(words[None], 128, 0.1, 7, kernel_bits.BitsConfig())
-    assert byte_counts(launch) == (0, 4096, 0)
+    assert byte_counts(launch) == (8, 4096, 4 * 8)  # the seed, which each program reads
 
     config = shrink.ShrinkConfig(block_m=64, block_k=64)
     (launch,) = shrink.plan_shrink(x, [a], [words], [1.0], s, config)

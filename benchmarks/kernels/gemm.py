@@ -36,17 +36,23 @@ from .entry import (
 from .traffic import Facts, Traffic, cdiv, low_rank, nbytes, once, total, unit_of
 
 
+def _described(f: Facts, name: str) -> tuple[Tensor, ...]:
+    """The operands that are arguments of their own, as descriptors."""
+    found = (f[f"{name}{i}"] for i in range(gemm.MAX_DESCRIBED))
+    return tuple(d.base for d in found if d is not None)
+
+
 def _traffic(f: Facts) -> Traffic:
     read, requested, flops = low_rank(f)
-    xs, ws = total(f["xs"]), total(f["ws"])
+    all_x, all_w = f["xs"] or _described(f, "x"), f["ws"] or _described(f, "w")
+    xs, ws = total(all_x), total(all_w)
     tiles_m, tiles_n = cdiv(f["M"], f["BLOCK_M"]), cdiv(f["N"], f["BLOCK_N"])
-    x = f["xs"][0]
     return Traffic(
         "gemm", 1,
-        read=read + once(f["xs"]) + once(f["ws"]) + nbytes(f["gain"]),
+        read=read + once(all_x) + once(all_w) + nbytes(f["gain"]),
         written=nbytes(f["y"]) + nbytes(f["v"]),
         flops=flops + 2 * f["M"] * f["N"] * sum(f["Ks"]),
-        unit=unit_of(getattr(x, "base", x).dtype),
+        unit=unit_of(all_x[0].dtype),
         requested=requested + xs * tiles_n + ws * tiles_m + nbytes(f["gain"]) * tiles_m,
     )  # fmt: skip
 

@@ -6,8 +6,9 @@ read what came out.
 
 Prints kernel case, warps, registers, spilled bytes, stack, shared memory against the limit,
 occupancy and the matrix and copy instructions in the machine code. Exits 1 on a compile error, a
-spill, shared or tensor memory over the limit, or a matrix-bound case without the architecture's
-matrix instruction (wgmma on sm_90, tcgen05 on sm_100). It says nothing about speed or results:
+spill, shared or tensor memory over the limit, a matrix-bound case without the architecture's
+matrix instruction (wgmma on sm_90, tcgen05 on sm_100), or a launch for which Triton makes no
+launcher (:mod:`.launching`). It says nothing about speed or results:
 rings 2 and 4 do.
 
 What the compiler said is kept under a key that covers all it depends on (:mod:`.key`), in
@@ -38,6 +39,7 @@ from benchmarks.static import store
 from benchmarks.static.cases import cases, tuned_cases
 from benchmarks.static.compiling import compile_launch
 from benchmarks.static.key import key_of
+from benchmarks.static.launching import launcher_problem
 from peftkern.kernels import tuning
 from peftkern.kernels.common import Arch
 
@@ -101,7 +103,7 @@ def judge(row: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
     name, target = row["arch"], TARGETS[row["arch"]]
     row["limit"] = target.arch.shared
     row["occupancy"] = None if target.backend == "hip" else round(occupancy(target, row), 3)
-    problems = []
+    problems = [row["launcher"]] if row.get("launcher") else []
     if row["spilled"]:
         problems.append(f"spills {row['spilled']} bytes")
     if row["shared"] > row["limit"]:
@@ -117,7 +119,8 @@ def judge(row: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
 
 def measure(case: Case, name: str) -> dict[str, Any]:
     """One row, compiled now: ``case`` for architecture ``name``."""
-    return judge(specify(case, name), compile_launch(case.launch, name))
+    row = specify(case, name) | {"launcher": launcher_problem(case.launch, name)}
+    return judge(row, compile_launch(case.launch, name))
 
 
 def all_cases(name: str, tables: Path) -> list[Case]:
@@ -234,7 +237,7 @@ def main(argv: list[str] | None = None) -> int:
     names = options.arch or (list(TARGETS) if options.refresh else required)
     try:
         rows = [
-            specify(case, name)
+            specify(case, name) | {"launcher": launcher_problem(case.launch, name)}
             for name in names
             for case in all_cases(name, options.tables)
             if not options.only or any(text in f"{name} {case.name}" for text in options.only)
