@@ -52,7 +52,10 @@ def _step(keep, fresh, threshold, DIGIT: tl.constexpr):
     return tl.where((threshold >> DIGIT) & 1 != 0, fresh | keep, fresh & keep)
 
 
-@triton.jit(do_not_specialize=["seed_lo", "seed_hi", "threshold"])
+@triton.jit(
+    do_not_specialize=["seed_lo", "seed_hi", "threshold", "M", "total"],
+    do_not_specialize_on_alignment=["seed_ptr"],
+)
 def _bits_kernel(
     out, seed_ptr, seed_lo, seed_hi, threshold, M, K, WORDS, total,
     DIGITS: tl.constexpr, ROUNDS: tl.constexpr, BLOCK: tl.constexpr,
@@ -61,13 +64,8 @@ def _bits_kernel(
     group = tl.program_id(1)
     row = flat // WORDS
     word = flat % WORDS
-    if (
-        seed_ptr is not None
-    ):  # a seed that lives on the device: a CUDA graph draws anew on each replay
-        seed = tl.load(seed_ptr).to(tl.uint64)
-    else:
-        low = seed_lo.to(tl.uint32).to(tl.uint64)
-        seed = (seed_hi.to(tl.uint32).to(tl.uint64) << 32) | low
+    low = seed_lo.to(tl.uint32).to(tl.uint64)
+    seed = ((seed_hi.to(tl.uint32).to(tl.uint64) << 32) | low) ^ tl.load(seed_ptr).to(tl.uint64)
     threshold = threshold.to(tl.int64)
     c3 = row * 0 + group
     keep = (row * 0).to(tl.uint32)
@@ -87,17 +85,38 @@ def _bits_kernel(
     )
 
 
+_zeros: dict[torch.device, torch.Tensor] = {}
+
+
+def _no_seed(device: torch.device) -> torch.Tensor:
+    """int64 [1], zero: what a seed that is a number is combined with.
+
+    A seed that lives on the device lets a CUDA graph draw anew at each replay. With this a number
+    runs the very same kernel, which eager calls have then loaded before the first capture: none may
+    be loaded during one.
+    """
+    zero = _zeros.get(device)
+    if zero is None:
+        zero = torch.zeros(1, dtype=torch.int64, device=device)
+        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        # in a capture it belongs to the graph, and is zero from the first replay on
+        if type(zero) is torch.Tensor and not zero.is_meta and not capturing:
+            _zeros[device] = zero
+    return zero
+
+
 def plan_bits(
     out: torch.Tensor, K: int, p: float, seed: int | torch.Tensor, config: BitsConfig
 ) -> list[Launch]:
     """The launch that fills ``out`` int32 [groups, M, ceil(K / 32)]."""
     groups, M, words = out.shape
     threshold, digits = digits_of(p)
-    device_seed = seed if isinstance(seed, torch.Tensor) else None
-    lo, hi = (0, 0) if device_seed is not None else (seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF)
+    given = isinstance(seed, torch.Tensor)
+    lo, hi = (0, 0) if given else (seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF)
     lo, hi = (v - 2**32 if v >= 2**31 else v for v in (lo, hi))  # one signature: always int32
     total = M * words
-    args = (out, device_seed, lo, hi, threshold, M, K, words, total)
+    at = seed if given else _no_seed(out.device)
+    args = (out, at, lo, hi, threshold, M, K, words, total)
     meta = dict(
         DIGITS=digits, ROUNDS=config.rounds, BLOCK=config.block,
         num_warps=config.num_warps, num_stages=config.num_stages,

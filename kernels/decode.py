@@ -102,7 +102,7 @@ def _gemv_kernel(
     tl.store(y + n, cast(out, y.dtype.element_ty), mask=n_ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _rows_kernel(
     y, x, w, a, b, s, bias, scale, M, N, K, R, x_stride, s_stride,
     w_n_stride, w_k_stride, a_r_stride, b_n_stride, b_r_stride,

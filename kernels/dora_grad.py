@@ -50,7 +50,7 @@ def default_config(M: int, N: int, arch: Arch) -> ScaleConfig:
     return ScaleConfig(split_m=max(1, min(cdiv(4 * arch.sms, blocks), cdiv(M, 32))))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "M_PART"])
 def _scale_grad_kernel(
     dy, v, gain, bias, dz, sums, M, N, M_PART, dy_stride, v_stride,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,

@@ -45,7 +45,7 @@ class ExpandConfig:
         checks.blocks(self, low=32, block_n=self.block_n)  # whole mask words
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _expand_kernel(
     out, Ls, Rs, words, bias, add, ranks, l_strides, r_strides, n_strides,
     M, N, out_stride, add_stride, WORDS, RANK_END,

@@ -76,7 +76,7 @@ def default_config(M: int, K: int, arch: Arch, ranks: Sequence[int] = (16,)) -> 
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "M_PART"])
 def _grad_a_kernel(
     x, ds, words, outs, ranks, ds_strides, part_strides, r_strides, k_strides,
     M, K, M_PART, x_stride, WORDS,

@@ -82,7 +82,7 @@ def default_config(M: int, N: int, r: int, arch: Arch, itemsize: int = 2) -> Gra
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _grad_sb_kernel(
     dy, b, s, ds_out, db_out, scale, M, N, R, N_PART,
     dy_stride, b_n_stride, b_r_stride, s_stride, ds_part_stride, db_part_stride,

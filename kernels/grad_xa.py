@@ -69,7 +69,7 @@ def default_config(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "M_PART"])
 def _grad_xa_kernel(
     x, ds, As, words, d_out, outs, ranks, ds_strides, a_r_strides, a_k_strides,
     part_strides, r_strides, k_strides, M, K, M_PART, x_stride, d_stride, WORDS,

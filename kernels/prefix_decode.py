@@ -134,7 +134,12 @@ def stretch(
     tl.store(part_lse + out, top + logarithm(total, NATURAL), mask=row_ok)
 
 
-@triton.jit
+# fmt: off
+@triton.jit(do_not_specialize=[
+    "q_offset", "T", "S", "P", "PROGRAMS_P", "BLOCKS_P", "SPLITS_P", "PART_P", "BLOCKS_S",
+    "SPLITS_S", "PART_S", "B", "keep_stride",
+])
+# fmt: on
 def _decode_kernel(
     q, k, v, prefix_key, prefix_value, keep, no_prefix, q_offset_at, part_o, part_lse,
     q_strides, k_strides, v_strides, pk_strides, pv_strides, keep_stride,
@@ -185,7 +190,7 @@ def _decode_kernel(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "ROWS", "SPLITS"])
 def _merge_kernel(
     part_o, part_lse, sinks, o, lse, o_strides, H, T, ROWS, SPLITS,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SPLITS: tl.constexpr, NATURAL: tl.constexpr,

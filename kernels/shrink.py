@@ -104,7 +104,7 @@ def accumulate(
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _shrink_kernel(
     x, As, words, out, ranks, columns, scales, a_r_strides, a_k_strides,
     M, K, K_PART, x_stride, out_stride, part_stride, WORDS,
