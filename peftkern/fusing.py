@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from .tuners.lora.base import LoraLayer
-from .tuners.lora.group import form_groups, settle
+from .tuners.lora.group import form_groups, ungroup_broken
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -54,8 +54,8 @@ def fuse(model: Model) -> Model:
         warnings.warn(f"fuse: none of {len(layers)} LoRA layers is fused: {why}", stacklevel=2)
         return model
     form_groups(model, hf.FusedLinear)
-    if _settle not in model._forward_pre_hooks.values():
-        model.register_forward_pre_hook(_settle)
+    if _ungroup_broken not in model._forward_pre_hooks.values():
+        model.register_forward_pre_hook(_ungroup_broken)
     return model
 
 
@@ -85,15 +85,15 @@ def unfuse(model: Model) -> Model:
         hf.give_back(layer)
     for module in model.modules():
         hooks = module._forward_pre_hooks
-        for key in [k for k, hook in hooks.items() if hook is _settle]:
+        for key in [k for k, hook in hooks.items() if hook is _ungroup_broken]:
             del hooks[key]
             module.__dict__.pop("_breaks_seen", None)
     return model
 
 
-def _settle(model: nn.Module, args: Any) -> None:
+def _ungroup_broken(model: nn.Module, args: Any) -> None:
     """Before a forward of the whole model: ungroup projections that turned out to differ."""
-    settle(model)
+    ungroup_broken(model)
 
 
 def hf_module() -> ModuleType:

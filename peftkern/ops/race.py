@@ -69,7 +69,7 @@ class CudaClock:
         end.synchronize()
         return float(start.elapsed_time(end)) / 1e3 / repeats
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         """Wait, so that what failed on the device says so now."""
         torch.cuda.synchronize()
 
@@ -102,7 +102,7 @@ class WallClock(CudaClock):
             run()
         return (time.perf_counter() - start) / repeats
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         pass
 
     def graph(self, run: Run) -> Run:
@@ -165,7 +165,7 @@ def _checked(ways: dict[str, Run], limit: float, clock: Any) -> dict[str, str]:
             continue
         try:
             off = _difference(_sketches(run()), reference)
-            clock.settle()
+            clock.synchronize()
         except torch.OutOfMemoryError:
             raise
         except Exception as e:  # no resources, does not compile, ...: this way is not for this key

@@ -26,7 +26,7 @@ class FakeClock:
         self.races += name == "torch" and repeats == 2
         return self.times.get(name, 0.1 if name == self.fastest else 0.2)
 
-    def settle(self):
+    def synchronize(self):
         pass
 
     def graph(self, run):

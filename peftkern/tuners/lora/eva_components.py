@@ -69,7 +69,7 @@ class _Components(_Watch):
         self.pca = IncrementalPCA(count, lowrank=True, lowrank_seed=42)
         self.count, self.tau = count, tau
         self.converged = torch.zeros(count, dtype=torch.bool)
-        self.settled = False
+        self.complete = False
         self.steps = 0
 
     @property
@@ -206,13 +206,13 @@ def components_of(
         bar = tqdm(cycle(dataloader), position=0, leave=False, disable=quiet)
         for step, inputs in enumerate(bar):
             for name, found in watches.items():
-                settled = bool(found.converged[: ranks[name]].all())
-                if settled and not found.settled:
+                complete = bool(found.converged[: ranks[name]].all())
+                if complete and not found.complete:
                     found.detach()
-                elif found.settled and not settled:
+                elif found.complete and not complete:
                     found.attach(targets[name])
-                found.settled = settled
-            done = sum(watches[first].settled for first in source.values())
+                found.complete = complete
+            done = sum(watches[first].complete for first in source.values())
             bar.set_description(f"{done}/{len(source)} layers have converged")
             if done == len(source):
                 break

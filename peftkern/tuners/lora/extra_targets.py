@@ -15,9 +15,9 @@ from ...utils.tied import input_embedding_name
 from ..base_layer import get_model_config
 from ..modules_to_save import find_modules_to_save
 from ..targets import match_targets, resolve_targets
-from ..trainable_tokens.inject import plan_tokens, wrap_tokens
+from ..trainable_tokens.inject import find_tokens, wrap_tokens
 from .linear import Linear
-from .parameter_targets import Target, plan_parameters, wrap_parameter
+from .parameter_targets import Target, find_parameters, wrap_parameter
 from .ranks import rank_and_alpha
 from .tying import is_tied_target, shares_embedding, tie_adapter, tie_saved_modules
 
@@ -32,7 +32,7 @@ def find_targets(
     Modules tied to the input embedding come last.
 
     Raises:
-        ValueError: nothing is found; or see :func:`plan_parameters`.
+        ValueError: nothing is found; or see :func:`find_parameters`.
     """
     if config.target_parameters and state_dict:
         raise ValueError(
@@ -56,7 +56,7 @@ def find_targets(
         error = exc
     if tied:
         matches = [(n, m) for n, m in matches if not is_tied_target(config, n)] + tied
-    parameters = plan_parameters(config, model, others, [name for name, _ in matches])
+    parameters = find_parameters(config, model, others, [name for name, _ in matches])
     if not matches and not parameters:
         assert error is not None
         raise error
@@ -96,7 +96,7 @@ class ExtraTargets:
         self.saved = find_modules_to_save(
             model, sorted(getattr(config, "modules_to_tie", ()) or ())
         )
-        self.tokens = plan_tokens(model, config, get_model_config(model), keys)
+        self.tokens = find_tokens(model, config, get_model_config(model), keys)
 
     @property
     def parameter_names(self) -> list[str]:

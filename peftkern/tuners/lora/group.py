@@ -37,7 +37,7 @@ SETS = (
 # parents whose queries read another tensor than their keys and values
 _CROSS = re.compile(r"cross|encdec|encoder_attn|encoder_decoder", re.IGNORECASE)
 
-# how often any set broke its promise; tells `settle` whether there may be something to do
+# how often any set broke its promise; tells `ungroup_broken` whether there may be something to do
 _breaks = 0
 _count_breaks = itertools.count(1)  # += would lose one when two threads count
 
@@ -154,7 +154,7 @@ class Group:
             self.broken = True
             _breaks = next(_count_breaks)
 
-    def settle(self) -> bool:
+    def ungroup_if_broken(self) -> bool:
         """Leave a broken set ungrouped, unless a graph that it is part of waits for its backward.
         False when it has to wait."""
         if not self.broken or self.off:
@@ -169,7 +169,7 @@ class Group:
         return True
 
 
-def settle(model: nn.Module) -> None:
+def ungroup_broken(model: nn.Module) -> None:
     """Leave sets of ``model`` ungrouped that broke their promise. For the start of its forward."""
     if is_compiling():  # projections are not grouped in a compiled graph
         return
@@ -177,7 +177,7 @@ def settle(model: nn.Module) -> None:
     if state.get("_breaks_seen", 0) == _breaks:
         return
     seen, groups = _breaks, {id(g): g for m in model.modules() if (g := _group_of(m)) is not None}
-    if all([group.settle() for group in groups.values()]):
+    if all([group.ungroup_if_broken() for group in groups.values()]):
         state["_breaks_seen"] = seen
 
 

@@ -29,7 +29,7 @@ def wrapper_of(module: Any, parameter: str) -> ParamWrapper | None:
     return None
 
 
-def plan_parameters(
+def find_parameters(
     config: LoraConfig, model: nn.Module, others: Sequence[tuple[str, Any]], adapted: Sequence[str]
 ) -> list[Target]:
     """The parameters that the configuration names, in the order in which they are wrapped.

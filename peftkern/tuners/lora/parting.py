@@ -62,10 +62,10 @@ class Parting:
         for module, weight in self._before:
             module._parameters["weight"] = weight
 
-    def join(self, plan: dict[Any, list[str]], configs: dict[str, Any]) -> None:
+    def join(self, by_layer: dict[Any, list[str]], configs: dict[str, Any]) -> None:
         """Tie again what tied adapters (``ensure_weight_tying``) were merged into: the updates are
         one."""
-        names = {id(layer): names for layer, names in plan.items()}
+        names = {id(layer): names for layer, names in by_layer.items()}
         layers = [(key, layer) for key, layer in walk(self.model) if id(layer) in names]
         if not self.group:
             return
@@ -83,7 +83,7 @@ class Parting:
             ):
                 base.weight = first.weight
 
-    def settle(self) -> None:
+    def declare_untied(self) -> None:
         """For a model without adapter layers: where input and output embedding have come apart, say
         so in its configuration, and give the others weights of their own as well, which a saved
         model has to hold."""

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from ...utils.generation import generation_setting, row_repeats
-from .group import settle
+from .group import ungroup_broken
 from .model import LoraModel
 from .variant import with_call_kwargs, with_generate_kwargs
 
@@ -105,7 +105,7 @@ class LoraTuner:
 
     def forward(self, host: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         model = host.base_model.model
-        settle(model)
+        ungroup_broken(model)
         kwargs = with_call_kwargs(host, kwargs)
         own = host.special_peft_forward_args
         if not any(kwargs.get(name) is not None for name in own):

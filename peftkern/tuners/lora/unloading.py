@@ -148,7 +148,7 @@ class ModelMerging:
         self._check_merge_allowed(in_place=False)
         self._check_names(adapter_names)
         self._choose_copies(adapter_names, safe_merge)
-        plan: dict[Any, list[str]] = {}
+        to_merge: dict[Any, list[str]] = {}
         for layer in self._tuner_layers():
             if not _by_factors(layer):  # merged when it is taken out
                 if not isinstance(layer, Merging):
@@ -158,27 +158,27 @@ class ModelMerging:
                 names = layer._check_mergeable(check_adapters_to_merge(layer, adapter_names))
                 if safe_merge and names:
                     layer._merged(names, True)
-            plan[layer] = names
+            to_merge[layer] = names
         done: list[Any] = []
         parting = Parting(self.model)
         try:
-            parting.part([layer for layer, names in plan.items() if names])
+            parting.part([layer for layer, names in to_merge.items() if names])
             for layer, names in tqdm(
-                plan.items(), disable=not progressbar, desc="Unloading and merging model"
+                to_merge.items(), disable=not progressbar, desc="Unloading and merging model"
             ):
                 with onloaded(layer):
                     done.append(layer)
                     layer._merge(names, False, keep=False)
         except BaseException:
             for layer in reversed(done):
-                if plan[layer] and layer._kept and layer._kept[-1] == (plan[layer], None):
+                if to_merge[layer] and layer._kept and layer._kept[-1] == (to_merge[layer], None):
                     with onloaded(layer):
                         layer._unmerge_last()
             parting.put_back()
             raise
-        parting.join(plan, self.peft_config)
+        parting.join(to_merge, self.peft_config)
         self._strip(True, safe_merge, adapter_names)
-        parting.settle()
+        parting.declare_untied()
         return self.model
 
     def unload(self) -> nn.Module:

@@ -136,19 +136,19 @@ def _with_prefix(
     causal = causal and (T > 1 or sliding_window is not None)
     spec = mask if isinstance(mask, MaskSpec) else None
     window, offset = sliding_window, state.past
-    plan: dict[str, Any] = {}
+    visibility: dict[str, Any] = {}
     if spec is not None:
         _check_length(spec, S, state)
         causal, offset = spec.causal, spec.q_offset
         window = spec.window  # not the module's word for it: without a prefix the mask decides
-        plan["q_offset"] = spec.q_offset - spec.kv_offset
+        visibility["q_offset"] = spec.q_offset - spec.kv_offset
     if state.always_visible and window is not None and _within(window, offset, T):
         window = None  # own keys are all in it, and the prefix is
     apart = state.always_visible and window is not None  # a window over own keys alone
-    plan |= {"causal": causal, "window": window}
+    visibility |= {"causal": causal, "window": window}
     own: Tensor | None = None  # what is visible or added, where a description is not enough
     if spec is not None and spec.plain and position_bias is None and not apart:
-        plan["keep"] = spec.keep()
+        visibility["keep"] = spec.keep()
     elif spec is not None:
         own = spec.visible()
     elif mask is not None:
@@ -177,7 +177,7 @@ def _with_prefix(
                 bias = state.once((position_bias, mask), join)
             if shared is not None and not torch.compiler.is_compiling():  # which shares by itself
                 shared.joined = bias
-        plan = {"causal": False, "bias": bias}
+        visibility = {"causal": False, "bias": bias}
     output = prefix_attention(
         query,
         key,
@@ -190,7 +190,7 @@ def _with_prefix(
         dropout=dropout,
         no_prefix=state.no_prefix,
         return_weights=state.weights,
-        **plan,
+        **visibility,
     )
     weights = None
     if isinstance(output, tuple):

@@ -19,7 +19,7 @@ from .wrapper import TrainableTokensWrapper, check_wrappable
 Target = namedtuple("Target", ["key", "indices", "tied"])
 
 
-def plan_tokens(
+def find_tokens(
     model: nn.Module, config: Any, model_config: dict[str, Any], adapted: Sequence[str] = ()
 ) -> list[Target]:
     """What ``config.trainable_token_indices`` asks for; nothing is changed.
@@ -60,18 +60,18 @@ def plan_tokens(
     differ, left_out = _compare_tied(model, wanted, names, config) if tied else (False, set())
 
     places = _places(model)
-    plan = {}
+    targets = {}
     for name, indices in wanted.items():
         if name not in left_out:
             for key in _ending_with(places, [name]):
-                plan[key] = Target(key, indices, False)
+                targets[key] = Target(key, indices, False)
     embedding = input_embedding_name(model)
-    if names and embedding in plan and (config.ensure_weight_tying or not differ):
+    if names and embedding in targets and (config.ensure_weight_tying or not differ):
         for key in _ending_with(places, names):
-            plan.setdefault(key, Target(key, plan[embedding].indices, True))
-    for target in plan.values():
+            targets.setdefault(key, Target(key, targets[embedding].indices, True))
+    for target in targets.values():
         _check(model, target, adapted)
-    return list(plan.values())
+    return list(targets.values())
 
 
 def _compare_tied(
@@ -148,13 +148,13 @@ def _check(model: nn.Module, target: Target, adapted: Sequence[str]) -> None:
 def wrap_tokens(
     model: Any,
     adapter_name: str,
-    plan: Sequence[Target],
+    targets: Sequence[Target],
     inference_mode: bool,
     activate: bool,
     autocast_dtype: bool = True,
 ) -> None:
-    """Wrap what :func:`plan_tokens` found, and give the adapter its rows there."""
-    for target in plan:
+    """Wrap what :func:`find_tokens` found, and give the adapter its rows there."""
+    for target in targets:
         _, module, _ = get_submodules(model, target.key)
         if not isinstance(module, TrainableTokensWrapper):
             source = model.get_input_embeddings().token_adapter if target.tied else None
