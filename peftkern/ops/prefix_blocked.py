@@ -7,27 +7,19 @@ takes one softmax over both sources, so nothing is merged. A sequence's heads ar
 product; the G query heads that share a key head are rows beside each other, [H_kv, T G, D]. Scores
 are in base 2, because torch's exp2 takes a third of the time of its exp on a CPU. Half precision is
 widened head by head: torch's kernel is slower in it than in float32 (fp16 backward: ten times).
-
-Distances: query t has coordinate ``offset`` + t, own key s has s, prefix key p has p - P; a causal
-query sees distances d = query - key with 0 <= d, under a window also d < window.
 """
 
 from __future__ import annotations
 
-import math
+import itertools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .prefix_blocks import BLOCK, NOTHING, Call, Scratch, rows_of, split
 from .prefix_rule import Grads, Needs, Rule
 
-LOG2E = math.log2(math.e)
-# a row with nothing to see: far below any score, and no infinity whose difference is NaN
-NOTHING = -1e30
-# rows (forward) or keys (backward) of a block, and the bytes that its scores may take in the cache
-BLOCK = 64
-CACHE = 1 << 21
 # from how many rows of query the blocks are faster than the merge, in float32 and (where they are
 # also more exact) in half precision; in float32 measured with one thread, and beyond it not taken
 ROWS = 144
@@ -54,177 +46,208 @@ def why_not(q: Tensor, rule: Rule) -> str | None:
     return None
 
 
-class _Span(NamedTuple):
-    """What a row of the batch sees of its own keys: ``first`` to ``last``, with ``holes`` between
-    (0 or NOTHING, to be added to the scores) or None."""
-
-    first: int
-    last: int
-    holes: Tensor | None
-
-
-def _spans(keep: Tensor | None, B: int, S: int, dtype: torch.dtype) -> list[_Span]:
-    if keep is None:
-        return [_Span(0, S, None)] * B
-    ones = keep.to(torch.uint8)
-    counts = ones.sum(1).tolist()
-    firsts = ones.argmax(1).tolist()
-    lasts = (S - ones.flip(1).argmax(1)).tolist()
-    spans = []
-    for b, (count, first, last) in enumerate(zip(counts, firsts, lasts, strict=True)):
-        if count == 0:
-            spans.append(_Span(0, 0, None))
-        elif count == last - first:
-            spans.append(_Span(first, last, None))
-        else:
-            holes = torch.zeros(S, dtype=dtype).masked_fill_(~keep[b], -math.inf)
-            spans.append(_Span(first, last, holes))
-    return spans
-
-
-class _Hide:
-    """Adds -inf where the distance of row and column is below 0 (causal), or not below a window."""
-
-    def __init__(self, rule: Rule, dtype: torch.dtype, G: int) -> None:
-        self.causal, self.window, self.dtype, self.G = rule.causal, rule.window, dtype, G
-        self.made: dict[tuple[bool, int, int, int], Tensor] = {}
-
-    def __call__(self, scores: Tensor, base: int) -> None:
-        """``scores`` [N, M G, C]; row i and column j have distance base + i - j."""
-        C, M = scores.shape[2], scores.shape[1] // self.G
-        if self.causal and base < C - 1:
-            rows, column = min(M, C - 1 - base), max(0, base + 1)
-            self._add(scores, True, base - column, 0, rows, column, C)
-        if self.window is not None and base + M - 1 >= self.window:
-            row, columns = max(0, self.window - base), min(C, base + M - self.window)
-            self._add(scores, False, base + row - self.window, row, M, 0, columns)
-
-    def _add(self, s: Tensor, below: bool, base: int, i: int, j: int, c: int, d: int) -> None:
-        key = (below, base, j - i, d - c)
-        mask = self.made.get(key)
-        if mask is None:
-            distance = base + torch.arange(j - i)[:, None] - torch.arange(d - c)
-            hidden = (distance < 0) if below else (distance >= 0)
-            mask = torch.zeros(hidden.shape, dtype=self.dtype).masked_fill_(hidden, -math.inf)
-            mask = self.made[key] = mask.repeat_interleave(self.G, 0)
-        s[:, i * self.G : j * self.G, c:d].add_(mask)
-
-
-class _Scratch:
-    """Memory of the blocks, taken once a call; most blocks have one of a few shapes."""
-
-    def __init__(self, size: int, dtype: torch.dtype) -> None:
-        self.memory = torch.empty(size, dtype=dtype)
-        self.views: dict[tuple[int, int, int], Tensor] = {}
-
-    def __call__(self, n: int, m: int, c: int) -> Tensor:
-        view = self.views.get((n, m, c))
-        if view is None:
-            view = self.views[n, m, c] = self.memory[: n * m * c].view(n, m, c)
-        return view
-
-
-def _rows(x: Tensor, G: int, dtype: torch.dtype) -> Tensor:
-    """[H, T, D] as [H_kv, T G, D] in ``dtype``; a view where G is 1 and x has that dtype."""
-    if G == 1:
-        return x.to(dtype)
-    split = _split(x, G)
-    return torch.empty(split.shape, dtype=dtype).copy_(split).flatten(1, 2)
-
-
-def _split(x: Tensor, G: int) -> Tensor:
-    """[H, T, D] as [H_kv, T, G, D], a view."""
-    groups: Tensor = x.unflatten(0, (-1, G))
-    return groups.transpose(1, 2)
-
-
-def _heads_at_once(H_kv: int, G: int, keys: int, itemsize: int) -> int:
-    """Key heads that are the batch of one product, so that their scores fit the cache."""
-    return max(1, min(H_kv, CACHE // (BLOCK * G * max(1, keys) * itemsize)))
-
-
 def forward(
     q: Tensor, k: Tensor, v: Tensor, kp: Tensor, vp: Tensor, rule: Rule
 ) -> tuple[Tensor, Tensor]:
     """O [B, H, T, D] (as [B, T, H, D] in memory) and the base 2 log-sum-exp [B, H_kv, T G, 1]."""
-    B, H, T, D = q.shape
-    H_kv, S, P = k.shape[1], k.shape[2], kp.shape[-2]
-    G = H // H_kv
-    offset, window = int(rule.offset), rule.window
+    call = Call(q, k, kp, rule)
+    B, H, T, D, G, P = call.B, call.H, call.T, call.D, call.G, call.P
+    offset, window, dtype, hide = call.offset, call.window, call.dtype, call.hide
     o = q.new_empty(B, T, H, D).transpose(1, 2)
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    lse = q.new_empty(B, H_kv, T * G, 1, dtype=dtype)
+    lse = q.new_empty(B, call.H_kv, T * G, 1, dtype=dtype)
     kp, vp = kp.to(dtype), vp.to(dtype)
-    step = _heads_at_once(H_kv, G, S, dtype.itemsize)
+    step = call.heads_at_once(call.S)
     rows = min(BLOCK, T)
-    own, front = (_Scratch(step * rows * G * n, dtype) for n in (S, P))
-    out = _Scratch(step * rows * G * D, dtype)
-    hide = _Hide(rule, dtype, G)
-    c = rule.scale * LOG2E
-    spans = _spans(rule.keep, B, S, dtype)
-    bare = rule.no_prefix.tolist() if rule.no_prefix is not None else None
-    blind = bare is not None or window is not None  # whether a row may see nothing
-    for b in range(B):
-        span = spans[b]
-        alone = bare is not None and bare[b]
-        for h in range(0, H_kv, step):
-            heads = slice(h, h + step)
-            q_ = _rows(q[b, h * G : (h + step) * G], G, dtype)
-            o_ = _split(o[b, h * G : (h + step) * G], G)
-            kt, v_ = k[b, heads].to(dtype).transpose(1, 2), v[b, heads].to(dtype)
-            lse_ = lse[b, heads]
-            kp_, vp_ = (x[heads] if x.dim() == 3 else x[b, heads] for x in (kp, vp))
-            kpt = kp_.transpose(1, 2)
-            N = kt.shape[0]
-            for t in range(0, T, BLOCK):
-                end = min(T, t + BLOCK)
-                near = offset + t  # coordinate of the first row
-                far = -P if window is None else max(-P, near - window + 1)
-                part = slice(t * G, end * G)
-                qb, M = q_[:, part], (end - t) * G
-                pieces = []
-                if far < 0 and not alone:
-                    s = front(N, M, -far)
-                    torch.baddbmm(s, qb, kpt[:, :, far:], beta=0, alpha=c, out=s)
-                    if window is not None:
-                        hide(s, near - far)
-                    pieces.append((s, vp_[:, far:]))
-                first = max(span.first, far)
-                last = min(span.last, offset + end) if rule.causal else span.last
-                if first < last:
-                    s = own(N, M, last - first)
-                    torch.baddbmm(s, qb, kt[:, :, first:last], beta=0, alpha=c, out=s)
-                    if span.holes is not None:
-                        s.add_(span.holes[first:last])
-                    hide(s, near - first)
-                    pieces.append((s, v_[:, first:last]))
-                if not pieces:
-                    o_[:, t:end] = 0
-                    lse_[:, part] = NOTHING
-                    continue
-                top = pieces[0][0].amax(-1, keepdim=True)
-                for s, _ in pieces[1:]:
-                    top = torch.maximum(top, s.amax(-1, keepdim=True))
-                if blind:
-                    top.clamp_(min=NOTHING)  # -inf - -inf would be NaN
-                acc, total = out(N, M, D), None
-                for s, values in pieces:
-                    s.sub_(top).exp2_()
-                    if total is None:
-                        total = s.sum(-1, keepdim=True)
-                        torch.bmm(s, values, out=acc)
-                    else:
-                        total.add_(s.sum(-1, keepdim=True))
-                        torch.baddbmm(acc, s, values, out=acc)
-                assert total is not None
-                if blind:
-                    total.clamp_(min=1.0)  # the largest counts 1; 0 is a row that sees nothing
-                if G > 1:
-                    o_[:, t:end] = acc.div_(total).view(N, end - t, G, D)
-                else:
-                    torch.div(acc, total, out=o_[:, t:end, 0])
-                lse_[:, part] = top.add_(total.log2_())
+    own, front = (Scratch(step * rows * G * n, dtype) for n in (call.S, P))
+    out = Scratch(step * rows * G * D, dtype)
+    blind = rule.no_prefix is not None or window is not None  # whether a row may see nothing
+    for b, h in itertools.product(range(B), range(0, call.H_kv, step)):
+        span, heads, wide = call.spans[b], slice(h, h + step), slice(h * G, (h + step) * G)
+        q_, o_, lse_ = rows_of(q[b, wide], G, dtype), split(o[b, wide], G), lse[b, heads]
+        kt, v_ = k[b, heads].to(dtype).transpose(1, 2), v[b, heads].to(dtype)
+        kpt, vp_ = call.of_prefix(kp, b, heads).transpose(1, 2), call.of_prefix(vp, b, heads)
+        N = kt.shape[0]
+        for t in range(0, T, BLOCK):
+            end = min(T, t + BLOCK)
+            near = offset + t  # coordinate of the first row
+            far = -P if window is None else max(-P, near - window + 1)
+            part = slice(t * G, end * G)
+            qb, M = q_[:, part], (end - t) * G
+            pieces = []
+            if far < 0 and not call.bare[b]:
+                s = front(N, M, -far)
+                torch.baddbmm(s, qb, kpt[:, :, far:], beta=0, alpha=call.scale2, out=s)
+                if window is not None:
+                    hide(s, near - far)
+                pieces.append((s, vp_[:, far:]))
+            first = max(span.first, far)
+            last = min(span.last, offset + end) if rule.causal else span.last
+            if first < last:
+                s = own(N, M, last - first)
+                torch.baddbmm(s, qb, kt[:, :, first:last], beta=0, alpha=call.scale2, out=s)
+                if span.holes is not None:
+                    s.add_(span.holes[first:last])
+                hide(s, near - first)
+                pieces.append((s, v_[:, first:last]))
+            if not pieces:
+                o_[:, t:end] = 0
+                lse_[:, part] = NOTHING
+                continue
+            acc = out(N, M, D)
+            total, lse_[:, part] = _softmax(pieces, acc, blind)
+            if G > 1:
+                o_[:, t:end] = acc.div_(total).view(N, end - t, G, D)
+            else:
+                torch.div(acc, total, out=o_[:, t:end, 0])
     return o, lse
+
+
+def _softmax(
+    pieces: list[tuple[Tensor, Tensor]], acc: Tensor, blind: bool
+) -> tuple[Tensor, Tensor]:
+    """The sum of a softmax over several sources [N, M, 1] and its log-sum-exp; ``acc`` [N, M, D]
+    gets the weighted values, not yet divided by the sum.
+
+    Args:
+        pieces: (scores [N, M, C], which are overwritten, values [N, C, D]) of each source.
+        acc: is written to.
+        blind: a row may see nothing at all.
+    """
+    top = pieces[0][0].amax(-1, keepdim=True)
+    for s, _ in pieces[1:]:
+        top = torch.maximum(top, s.amax(-1, keepdim=True))
+    if blind:
+        top.clamp_(min=NOTHING)  # -inf - -inf would be NaN
+    total: Tensor | None = None
+    for s, values in pieces:
+        s.sub_(top).exp2_()
+        if total is None:
+            total = s.sum(-1, keepdim=True)
+            torch.bmm(s, values, out=acc)
+        else:
+            total.add_(s.sum(-1, keepdim=True))
+            torch.baddbmm(acc, s, values, out=acc)
+    assert total is not None
+    if blind:
+        total.clamp_(min=1.0)  # the largest counts 1; 0 is a row that sees nothing
+    return total, top.add_(total.log2())
+
+
+class _Heads(NamedTuple):
+    """Some key heads of one row of the batch, with their query heads as rows beside each other."""
+
+    b: int
+    heads: slice
+    q: Tensor  # [N, T G, D]
+    do: Tensor
+    k: Tensor  # [N, S, D]
+    v: Tensor
+    lse: Tensor  # [N, T G, 1]
+    delta: Tensor  # the sums of dO ∘ O
+    grad: Tensor  # [N, T G, D]: dQ without the factor scale
+
+
+class _Backward:
+    """The gradients of one call, None for what is not asked for."""
+
+    def __init__(
+        self, q: Tensor, k: Tensor, v: Tensor, kp: Tensor, vp: Tensor, rule: Rule, needs: Needs
+    ) -> None:
+        call = self.call = Call(q, k, kp, rule)
+        self.needs_q, self.needs_k, self.needs_v, self.needs_kp, self.needs_vp = needs
+        B, T, D, G, dtype = call.B, call.T, call.D, call.G, call.dtype
+        self.kp, self.vp = kp.to(dtype), vp.to(dtype)
+        self.dq = q.new_empty(B, T, call.H, D).transpose(1, 2) if self.needs_q else None
+        self.dk = torch.empty_like(k) if self.needs_k else None
+        self.dv = torch.empty_like(v) if self.needs_v else None
+        self.dkp = torch.zeros(kp.shape, dtype=dtype) if self.needs_kp else None
+        self.dvp = torch.zeros(vp.shape, dtype=dtype) if self.needs_vp else None
+        self.step = call.heads_at_once(T)
+        width = min(BLOCK, call.S)
+        size = self.step * T * G * max(width, call.P)
+        self.probs, self.dscores = Scratch(size, dtype), Scratch(size, dtype)
+        self.acc = Scratch(self.step * T * G * D, dtype)
+        self.some = Scratch(self.step * max(T * G, width) * D, dtype)
+
+    def scores(
+        self, at: _Heads, rows: slice, keys: Tensor, values: Tensor, base: int,
+        holes: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, slice]:  # fmt: skip
+        """P and dS [N, M G, C] of some rows and keys (dS without the factor scale), and which rows
+        of ``at`` they are."""
+        G = self.call.G
+        part = slice(rows.start * G, rows.stop * G)
+        size = (keys.shape[0], part.stop - part.start, keys.shape[1])
+        s, g = self.probs(*size), self.dscores(*size)
+        q = at.q[:, part]
+        torch.baddbmm(s, q, keys.transpose(1, 2), beta=0, alpha=self.call.scale2, out=s)
+        if holes is not None:
+            s.add_(holes)
+        self.call.hide(s, base)
+        s.sub_(at.lse[:, part]).exp2_()
+        if self.needs_q or self.needs_k or self.needs_kp:
+            torch.bmm(at.do[:, part], values.transpose(1, 2), out=g)
+            g.sub_(at.delta[:, part]).mul_(s)
+        return s, g, part
+
+    def over_prefix(self, at: _Heads) -> None:
+        """The gradients of the prefix, and its part of dQ, with which ``at.grad`` begins."""
+        call, b, heads = self.call, at.b, at.heads
+        T, window = call.T, call.window
+        stop = T if window is None else max(0, min(T, window - 1 - call.offset))
+        if self.needs_q and (stop < T or call.bare[b]):
+            at.grad.zero_()
+        if stop <= 0 or call.bare[b] or not (self.needs_q or self.needs_kp or self.needs_vp):
+            return
+        keys, values = call.of_prefix(self.kp, b, heads), call.of_prefix(self.vp, b, heads)
+        s, g, part = self.scores(at, slice(0, stop), keys, values, call.offset + call.P)
+        if self.dvp is not None:
+            call.of_prefix(self.dvp, b, heads).baddbmm_(s.transpose(1, 2), at.do[:, part])
+        if self.dkp is not None:
+            call.of_prefix(self.dkp, b, heads).baddbmm_(g.transpose(1, 2), at.q[:, part])
+        if self.needs_q and stop == T:
+            torch.bmm(g, keys, out=at.grad)
+        elif self.needs_q:
+            at.grad[:, part] = torch.bmm(g, keys)
+
+    def over_own(self, at: _Heads) -> None:
+        """dK and dV, and the own keys' part of dQ, which is added."""
+        call, b, heads = self.call, at.b, at.heads
+        span, N, D = call.spans[b], at.k.shape[0], call.D
+        if not (self.needs_q or self.needs_k or self.needs_v):
+            return
+        if span.first > 0 or span.last < call.S:
+            self.unseen(at, slice(0, span.first))
+            self.unseen(at, slice(span.last, call.S))
+        for first in range(span.first, span.last, BLOCK):
+            last = min(span.last, first + BLOCK)
+            start = max(0, first - call.offset) if call.causal else 0
+            stop = (
+                call.T if call.window is None else min(call.T, last - 1 + call.window - call.offset)
+            )
+            if start >= stop:
+                self.unseen(at, slice(first, last))
+                continue
+            holes = span.holes[first:last] if span.holes is not None else None
+            keys, values, base = at.k[:, first:last], at.v[:, first:last], call.offset - first
+            s, g, part = self.scores(at, slice(start, stop), keys, values, base + start, holes)
+            if self.dv is not None:
+                x = self.some(N, last - first, D)
+                torch.bmm(s.transpose(1, 2), at.do[:, part], out=x)
+                self.dv[b, heads, first:last] = x
+            if self.dk is not None:
+                x = self.some(N, last - first, D)
+                torch.bmm(g.transpose(1, 2), at.q[:, part], out=x)
+                torch.mul(x, call.scale, out=self.dk[b, heads, first:last])
+            if self.needs_q:
+                x = self.some(N, part.stop - part.start, D)
+                at.grad[:, part].add_(torch.bmm(g, keys, out=x))
+
+    def unseen(self, at: _Heads, keys: slice) -> None:
+        """No query sees these keys."""
+        for x in (self.dk, self.dv):
+            if x is not None:
+                x[at.b, at.heads, keys] = 0
 
 
 def backward(
@@ -241,107 +264,25 @@ def backward(
 ) -> Grads:
     """dQ, dK, dV and, reduced over the batch where the prefix is shared, dKp and dVp; None for what
     ``needs`` does not ask for."""
-    B, H, T, D = q.shape
-    H_kv, S, P = k.shape[1], k.shape[2], kp.shape[-2]
-    G = H // H_kv
-    offset, window, shared = int(rule.offset), rule.window, kp.dim() == 3
-    needs_q, needs_k, needs_v, needs_kp, needs_vp = needs
-    dq = q.new_empty(B, T, H, D).transpose(1, 2) if needs_q else None
-    dk = torch.empty_like(k) if needs_k else None
-    dv = torch.empty_like(v) if needs_v else None
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    kp, vp = kp.to(dtype), vp.to(dtype)
-    dkp = torch.zeros(kp.shape, dtype=dtype) if needs_kp else None
-    dvp = torch.zeros(vp.shape, dtype=dtype) if needs_vp else None
-    step = _heads_at_once(H_kv, G, T, dtype.itemsize)
-    width = min(BLOCK, S)
-    probs, dscores = (_Scratch(step * T * G * max(width, P), dtype) for _ in range(2))
-    acc = _Scratch(step * T * G * D, dtype)
-    some = _Scratch(step * max(T * G, width) * D, dtype)
-    hide = _Hide(rule, dtype, G)
-    c = rule.scale * LOG2E
-    spans = _spans(rule.keep, B, S, dtype)
-    bare = rule.no_prefix.tolist() if rule.no_prefix is not None else None
-
-    def scores_of(
-        rows: slice, keys: Tensor, values: Tensor, base: int, holes: Tensor | None
-    ) -> tuple[Tensor, Tensor, slice]:
-        """P and dS [N, M G, C] of some rows and keys (dS without the factor scale)."""
-        size = (N, (rows.stop - rows.start) * G, keys.shape[1])
-        part = slice(rows.start * G, rows.stop * G)
-        s, g = probs(*size), dscores(*size)
-        torch.baddbmm(s, q_[:, part], keys.transpose(1, 2), beta=0, alpha=c, out=s)
-        if holes is not None:
-            s.add_(holes)
-        hide(s, base)
-        s.sub_(lse_[:, part]).exp2_()
-        if needs_q or needs_k or needs_kp:
-            torch.bmm(do_[:, part], values.transpose(1, 2), out=g)
-            g.sub_(delta[:, part]).mul_(s)
-        return s, g, part
-
-    for b in range(B):
-        span = spans[b]
-        alone = bare is not None and bare[b]
-        for h in range(0, H_kv, step):
-            heads, wide = slice(h, h + step), slice(h * G, (h + step) * G)
-            q_, do_ = _rows(q[b, wide], G, dtype), _rows(do[b, wide], G, dtype)
-            k_, v_, lse_ = k[b, heads].to(dtype), v[b, heads].to(dtype), lse[b, heads]
-            kp_, vp_ = (x[heads] if shared else x[b, heads] for x in (kp, vp))
-            N = k_.shape[0]
-            product = some(N, T * G, D).unflatten(1, (T, G))
-            torch.mul(_split(o[b, wide], G), do_.unflatten(1, (T, G)), out=product)
-            delta = product.sum(-1).flatten(1, 2).unsqueeze(-1)
-            grad = acc(N, T * G, D)
-            stop = T if window is None else max(0, min(T, window - 1 - offset))
-            fresh = needs_q  # whether grad holds nothing yet
-            if stop > 0 and not alone and (needs_q or needs_kp or needs_vp):
-                s, g, part = scores_of(slice(0, stop), kp_, vp_, offset + P, None)
-                if dvp is not None:
-                    (dvp if shared else dvp[b])[heads].baddbmm_(s.transpose(1, 2), do_[:, part])
-                if dkp is not None:
-                    (dkp if shared else dkp[b])[heads].baddbmm_(g.transpose(1, 2), q_[:, part])
-                if needs_q and stop == T:
-                    torch.bmm(g, kp_, out=grad)
-                    fresh = False
-                elif needs_q:
-                    grad.zero_()[:, part] = torch.bmm(g, kp_)
-                    fresh = False
-            if fresh:
-                grad.zero_()
-            for x in (dk, dv):  # keys that no query sees
-                if x is not None and (span.first > 0 or span.last < S):
-                    x[b, heads, : span.first] = 0
-                    x[b, heads, span.last :] = 0
-            for first in range(span.first, span.last, BLOCK):
-                if not (needs_q or needs_k or needs_v):
-                    break
-                last = min(span.last, first + BLOCK)
-                start = max(0, first - offset) if rule.causal else 0
-                stop = T if window is None else min(T, last - 1 + window - offset)
-                if start >= stop:
-                    for x in (dk, dv):
-                        if x is not None:
-                            x[b, heads, first:last] = 0
-                    continue
-                holes = span.holes[first:last] if span.holes is not None else None
-                keys = k_[:, first:last]
-                s, g, part = scores_of(
-                    slice(start, stop), keys, v_[:, first:last], offset + start - first, holes
-                )
-                if dv is not None:
-                    x = some(N, last - first, D)
-                    dv[b, heads, first:last] = torch.bmm(s.transpose(1, 2), do_[:, part], out=x)
-                if dk is not None:
-                    x = some(N, last - first, D)
-                    torch.bmm(g.transpose(1, 2), q_[:, part], out=x)
-                    torch.mul(x, rule.scale, out=dk[b, heads, first:last])
-                if needs_q:
-                    x = some(N, (stop - start) * G, D)
-                    grad[:, part].add_(torch.bmm(g, keys, out=x))
-            if dq is not None:
-                x = _split(dq[b, wide], G)
-                torch.mul(grad.unflatten(1, (T, G)), rule.scale, out=x)
+    grads = _Backward(q, k, v, kp, vp, rule, needs)
+    call, step = grads.call, grads.step
+    T, D, G, dtype = call.T, call.D, call.G, call.dtype
+    for b, h in itertools.product(range(call.B), range(0, call.H_kv, step)):
+        heads, wide = slice(h, h + step), slice(h * G, (h + step) * G)
+        q_, do_ = rows_of(q[b, wide], G, dtype), rows_of(do[b, wide], G, dtype)
+        N = do_.shape[0]
+        product = grads.some(N, T * G, D).unflatten(1, (T, G))
+        torch.mul(split(o[b, wide], G), do_.unflatten(1, (T, G)), out=product)
+        delta = product.sum(-1).flatten(1, 2).unsqueeze(-1)
+        k_, v_ = k[b, heads].to(dtype), v[b, heads].to(dtype)
+        grad = grads.acc(N, T * G, D)
+        at = _Heads(b, heads, q_, do_, k_, v_, lse[b, heads], delta, grad)
+        grads.over_prefix(at)
+        grads.over_own(at)
+        if grads.dq is not None:
+            out = split(grads.dq[b, wide], G)
+            torch.mul(grad.unflatten(1, (T, G)), rule.scale, out=out)
+    dkp, dvp = grads.dkp, grads.dvp
     if dkp is not None:
         dkp = dkp.mul_(rule.scale).to(q.dtype)
-    return dq, dk, dv, dkp, dvp.to(q.dtype) if dvp is not None else None
+    return grads.dq, grads.dk, grads.dv, dkp, dvp.to(q.dtype) if dvp is not None else None
