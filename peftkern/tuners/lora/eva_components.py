@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from copy import deepcopy
 from itertools import cycle
 from typing import Any
@@ -111,9 +111,104 @@ def _device_of(model: nn.Module) -> torch.device | None:
     if len(devices) > 1:
         warnings.warn(
             f"Could not determine device, model has multiple devices: {sorted(map(str, devices))}",
-            stacklevel=4,
+            stacklevel=5,
         )
     return devices.pop() if len(devices) == 1 else None
+
+
+class _Search:
+    """The search for the components of one model's layers; arguments as of
+    :func:`components_of`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        targets: dict[str, nn.Module],
+        dataloader: Any,
+        config: LoraConfig,
+        forward_fn: Callable[..., Any],
+        prepare_model_inputs_fn: Prepare,
+    ) -> None:
+        self.model, self.targets, self.dataloader, self.config = model, targets, dataloader, config
+        self.forward_fn, self.prepare = forward_fn, prepare_model_inputs_fn
+        self.device = _device_of(model)
+        self.limit: dict[str, int] = {}  # the most components that a layer may keep
+        self.budget = 0  # how many all keep together
+        settings: Any = config.eva_config
+        rho = settings.rho
+        if rho > MAX_RHO:
+            rho = min(rho, max(max(p.shape) for p in model.parameters()) // config.r)
+        for name in targets:
+            rank, _ = rank_and_alpha(config, name)
+            self.limit[name] = round(rank * rho)
+            self.budget += rank
+
+    def run(self, inputs: Any, watches: Collection[_Watch]) -> None:
+        """One batch through the model, which the watches see."""
+        if self.device is not None:
+            inputs = move_inputs_to_device(inputs, self.device)
+        prepare = self.prepare
+        given = deepcopy(inputs) if prepare is None else prepare(inputs, self.config)
+        for watch in watches:
+            watch.model_input = given
+        self.forward_fn(self.model, inputs)
+
+    def sources(self, prints: dict[str, _Fingerprint]) -> dict[str, str]:
+        """{layer: the first layer that reads the same}, from one batch; those share a limit."""
+        try:
+            for name, watch in prints.items():
+                watch.attach(self.targets[name])
+            self.run(next(iter(self.dataloader)), prints.values())
+        finally:
+            for watch in prints.values():
+                watch.detach()
+        first_with: dict[Any, str] = {}
+        source: dict[str, str] = {}
+        for name, watch in prints.items():
+            if watch.seen is None:
+                raise ValueError(f"the layer `{name}` was not called by `forward_fn`")
+            source[name] = first = first_with.setdefault(watch.seen, name)
+            self.limit[first] = max(self.limit[first], self.limit[name])
+        self.limit = {name: self.limit[first] for name, first in source.items()}
+        # those that are watched come first
+        return dict(sorted(source.items(), key=lambda pair: pair[0] != pair[1]))
+
+    def converge(
+        self, watches: dict[str, _Components], source: dict[str, str], quiet: bool
+    ) -> dict[str, int]:
+        """How many components each layer keeps, once batch after batch has left them as they
+        were."""
+        limit, ranks = self.limit, dict(self.limit)
+        try:
+            for name, found in watches.items():
+                found.attach(self.targets[name])
+            bar = tqdm(cycle(self.dataloader), position=0, leave=False, disable=quiet)
+            for step, inputs in enumerate(bar):
+                for name, found in watches.items():
+                    complete = bool(found.converged[: ranks[name]].all())
+                    if complete and not found.complete:
+                        found.detach()
+                    elif found.complete and not complete:
+                        found.attach(self.targets[name])
+                    found.complete = complete
+                done = sum(watches[first].complete for first in source.values())
+                bar.set_description(f"{done}/{len(source)} layers have converged")
+                if done == len(source):
+                    break
+                self.run(inputs, watches.values())
+                idle = [n for n, w in watches.items() if not w.steps]
+                if idle and step + 1 == len(self.dataloader):
+                    raise ValueError(
+                        f"no batch has as many rows for the layers {idle} as they need components "
+                        f"({limit[idle[0]]}, which is r * rho): use larger batches or a smaller "
+                        "`rho`"
+                    )
+                if all(found.started for found in watches.values()):
+                    ranks = _ranks(watches, source, limit, self.budget)
+        finally:
+            for found in watches.values():
+                found.detach()
+        return ranks
 
 
 def components_of(
@@ -146,89 +241,19 @@ def components_of(
             "receive the same inputs on different ranks.",
             stacklevel=4,
         )
-    rho = settings.rho
-    if rho > MAX_RHO:
-        rho = min(rho, max(max(p.shape) for p in model.parameters()) // config.r)
-    device = _device_of(model)
-
-    def run(inputs: Any, watches: Iterable[_Watch]) -> None:
-        prepare = prepare_model_inputs_fn
-        given = deepcopy(inputs) if prepare is None else prepare(inputs, config)
-        for watch in watches:
-            watch.model_input = given
-        forward_fn(model, inputs)
-
-    def moved(inputs: Any) -> Any:
-        return inputs if device is None else move_inputs_to_device(inputs, device)
-
-    limit: dict[str, int] = {}
-    budget = 0
-    prints: dict[str, _Watch] = {}
+    search = _Search(model, targets, dataloader, config, forward_fn, prepare_model_inputs_fn)
+    prints = {}
     for name in targets:
-        rank, _ = rank_and_alpha(config, name)
-        limit[name], budget = round(rank * rho), budget + rank
         prepare = prepare_layer_inputs_fn.get(name) if per_layer else prepare_layer_inputs_fn
         prints[name] = _Fingerprint(name, prepare, gather)
-
-    # one batch, to see which layers read the same
-    attached: list[_Watch] = list(prints.values())
-    try:
-        for name, watch in prints.items():
-            watch.attach(targets[name])
-        run(moved(next(iter(dataloader))), attached)
-    finally:
-        for watch in attached:
-            watch.detach()
-    first_with: dict[Any, str] = {}
-    same_as: dict[str, str] = {}
-    for name, watch in prints.items():
-        seen = watch.seen  # type: ignore[attr-defined]
-        if seen is None:
-            raise ValueError(f"the layer `{name}` was not called by `forward_fn`")
-        first = first_with.setdefault(seen, name)
-        if first != name:
-            same_as[name] = first
-            limit[first] = max(limit[first], limit[name])
-    for name, first in same_as.items():
-        limit[name] = limit[first]
+    source = search.sources(prints)
     watches = {
-        name: _Components(watch, limit[name], settings.tau)
-        for name, watch in prints.items()
-        if name not in same_as
+        name: _Components(prints[name], search.limit[name], settings.tau)
+        for name, first in source.items()
+        if name == first
     }
-    source = {**{name: name for name in watches}, **same_as}
-
-    ranks = dict(limit)
-    try:
-        for name, found in watches.items():
-            found.attach(targets[name])
-        quiet = not show_progress_bar or (distributed and torch.distributed.get_rank() != 0)
-        bar = tqdm(cycle(dataloader), position=0, leave=False, disable=quiet)
-        for step, inputs in enumerate(bar):
-            for name, found in watches.items():
-                complete = bool(found.converged[: ranks[name]].all())
-                if complete and not found.complete:
-                    found.detach()
-                elif found.complete and not complete:
-                    found.attach(targets[name])
-                found.complete = complete
-            done = sum(watches[first].complete for first in source.values())
-            bar.set_description(f"{done}/{len(source)} layers have converged")
-            if done == len(source):
-                break
-            run(moved(inputs), watches.values())
-            if step + 1 == len(dataloader) and (
-                idle := [n for n, w in watches.items() if not w.steps]
-            ):
-                raise ValueError(
-                    f"no batch has as many rows for the layers {idle} as they need components "
-                    f"({limit[idle[0]]}, which is r * rho): use larger batches or a smaller `rho`"
-                )
-            if all(found.started for found in watches.values()):
-                ranks = _ranks(watches, source, limit, budget)
-    finally:
-        for found in watches.values():
-            found.detach()
+    quiet = not show_progress_bar or (distributed and torch.distributed.get_rank() != 0)
+    ranks = search.converge(watches, source, quiet)
 
     out = {}
     for name, rank in ranks.items():
@@ -237,5 +262,5 @@ def components_of(
         if settings.whiten:
             # in place, so once for each of the layers that share them: HF PEFT's numbers
             components /= pca.singular_values_[:rank, None].sqrt()
-        out[name] = components if device is None else components.to(device)
+        out[name] = components if search.device is None else components.to(search.device)
     return out
