@@ -12,6 +12,7 @@ from torch import nn
 from peftkern.ops import dora_norm
 from peftkern.ops.dora import dora_linear, plain
 from peftkern.ops.dora_norm import gain, row_norms
+from peftkern.ops.projection import Projection
 from tests.closeness import assert_as_good_as_torch, assert_same_number
 from tests.test_ops import case, dtypes, ranks, relaxed, sizes
 
@@ -79,7 +80,7 @@ def test_derivatives_of_both_orders(p, transposed, bias):
     assert torch.autograd.gradgradcheck(op, given_)
     torch.manual_seed(1)
     mask = (nn.functional.dropout(torch.ones_like(x), p) != 0).double() if p else None
-    want = plain(x, w, b, A, B, m, norms, 0.7, mask, p, transposed)
+    want = plain(x, Projection(w, b, A, B, 0.7, p, transposed), m, norms, mask)
     assert_same_number(op(*given_), want)
     with torch.no_grad():
         assert_same_number(op(*given_), want)

@@ -27,6 +27,7 @@ from . import backend as _backend
 from .bits import unpack_bits
 from .dora_norm import gain, row_norms
 from .lora import to_autocast
+from .projection import Projection, ProjectionGrad
 
 
 class _DoraLinear(torch.autograd.Function):
@@ -45,25 +46,14 @@ class _DoraLinear(torch.autograd.Function):
         transposed: bool,
     ) -> Tensor:
         x2 = x.reshape(-1, x.shape[-1])
-        w = weight if transposed else weight.t()  # [K, N]
+        member = Projection(weight, bias, A, B, scale, p, transposed)
         g = gain(magnitude, norms)
         _, needs_w, _, needs_a, needs_b, needs_m = ctx.needs_input_grad[:6]
         products = ctx.products = _products(x, A)
-        y, s, v, bits = products.forward(x2, w, bias, A, B, g, scale, p, needs_m)
-        ctx.save_for_backward(
-            x if needs_a or needs_w else None,
-            weight,
-            bias,
-            A,
-            B,
-            magnitude,
-            norms,
-            s if needs_b or needs_m else None,
-            v,
-            bits,
-        )
-        ctx.x_like = (x.shape, x.dtype)
-        ctx.scale, ctx.p, ctx.transposed = scale, p, transposed
+        y, s, v, bits = products.forward(x2, member, g, needs_m)
+        kept_x, kept_s = x if needs_a or needs_w else None, s if needs_b or needs_m else None
+        ctx.save_for_backward(kept_x, *member.tensors, magnitude, norms, kept_s, v, bits)
+        ctx.x_like, ctx.settings = (x.shape, x.dtype), member.settings
         return y if x.dim() == 2 else unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
 
     @staticmethod
@@ -73,17 +63,17 @@ class _DoraLinear(torch.autograd.Function):
         x, weight, bias, A, B, magnitude, norms, s, v, bits = ctx.saved_tensors
         needs_x, needs_w, needs_bias, needs_a, needs_b, needs_m = ctx.needs_input_grad[:6]
         shape, dtype = ctx.x_like
-        w = weight if ctx.transposed else weight.t()  # [K, N]
+        scale, p, transposed = ctx.settings
+        w = weight if transposed else weight.t()  # [K, N]
         dy2 = dy.reshape(-1, dy.shape[-1])
         x2 = dy2.new_empty((0, shape[-1]), dtype=dtype) if x is None else x.reshape(-1, shape[-1])
         g = gain(magnitude, norms)
-        dx, da, db, sums = ctx.products.backward(
-            dy2, x2, w, bias, A, B, g, s, v, bits, ctx.scale, ctx.p, (needs_x, needs_a, needs_b)
-        )
+        member = ProjectionGrad(dy2, w, A, B, s, bits, scale, p, needs_a, needs_b)
+        dx, da, db, sums = ctx.products.backward(x2, member, bias, g, v, needs_x)
         dw = dbias = dm = None
         if needs_w:
-            dw = _weight_gradient(dy2, x2, g, bits, ctx.p)
-            dw = dw.t() if ctx.transposed else dw
+            dw = _weight_gradient(dy2, x2, g, bits, p)
+            dw = dw.t() if transposed else dw
         if needs_bias:
             dbias = dy2.sum(0)
         if sums is not None and needs_m:
@@ -114,9 +104,8 @@ def _second_derivatives(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x = dy.new_zeros(ctx.x_like[0], dtype=ctx.x_like[1]).requires_grad_()
     with torch.enable_grad():
         mask = unpack_bits(bits, x.shape[-1], x.dtype).view(x.shape) if bits is not None else None
-        y = plain(
-            x, weight, bias, A, B, magnitude, norms, ctx.scale, mask, ctx.p, ctx.transposed
-        )  # fmt: skip
+        member = Projection(weight, bias, A, B, *ctx.settings)
+        y = plain(x, member, magnitude, norms, mask)
         inputs = [x, weight, bias, A, B, magnitude]
         wanted = [i for i in range(6) if ctx.needs_input_grad[i]]
         grads = torch.autograd.grad(y, [inputs[i] for i in wanted], dy, create_graph=True)
@@ -125,19 +114,10 @@ def _second_derivatives(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def plain(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    magnitude: Tensor,
-    norms: Tensor,
-    scale: float,
-    mask: Tensor | None,
-    p: float,
-    transposed: bool,
+    x: Tensor, member: Projection, magnitude: Tensor, norms: Tensor, mask: Tensor | None
 ) -> Tensor:
     """The formula itself, operation by operation; ``mask`` holds 0 and 1."""
+    weight, bias, A, B, scale, p, transposed = member
     weight = weight.t() if transposed else weight
     dropped = x if mask is None else x * mask / (1.0 - p)
     low = dropped.to(A.dtype)
@@ -205,6 +185,6 @@ def dora_linear(
         v = _backend.active.infer(x, weight, bias, A, B, scale, transposed)
         return dora_torch.scale_columns(v, g, bias, False)
     x2 = x.reshape(-1, x.shape[-1])
-    w = weight if transposed else weight.t()
-    y, _, _, _ = _products(x, A).forward(x2, w, bias, A, B, g, scale, p, False)
+    member = Projection(weight, bias, A, B, scale, p, transposed)
+    y, _, _, _ = _products(x, A).forward(x2, member, g, False)
     return y.view(*x.shape[:-1], y.shape[-1])

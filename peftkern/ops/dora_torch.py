@@ -24,27 +24,20 @@ from torch import Tensor
 
 from . import backend as _backend
 from .bits import pack_bits, unpack_bits
-from .projection import Projection
+from .projection import Projection, ProjectionGrad
 from .torch_backend import _drop, _drop_fused, _mm_to, _scaled_mm, low_rank_dtype
 
 _BLOCK = 1 << 18  # elements that a step over rows holds in float32
 
 
 def forward(
-    x: Tensor,
-    w: Tensor,
-    bias: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    gain: Tensor,
-    scale: float,
-    p: float,
-    keep_v: bool,
+    x: Tensor, member: Projection, gain: Tensor, keep_v: bool
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Y in x's dtype, S, V (None unless ``keep_v``), and the mask."""
-    low = low_rank_dtype(x, A)
+    _, bias, A, B, scale, p, _ = member
+    w, low = member.w, low_rank_dtype(x, A)
     if p == 0.0 and low == x.dtype:
-        [(v, s, _)] = _backend.active.forward(x, [Projection(w, bias, A, B, scale, 0.0, True)])
+        [(v, s, _)] = _backend.active.forward(x, [member])
         return scale_columns(v, gain, bias, keep_v), s, v if keep_v else None, None
     bt, g = B.to(low).t(), gain.to(low)
     y = torch.mm(x, w) if bias is None else torch.addmm(bias, x, w)
@@ -73,24 +66,17 @@ def scale_columns(v: Tensor, gain: Tensor, bias: Tensor | None, keep_v: bool) ->
 
 
 def backward(
-    dy: Tensor,
     x: Tensor,
-    w: Tensor,
+    member: ProjectionGrad,
     bias: Tensor | None,
-    A: Tensor,
-    B: Tensor,
     gain: Tensor,
-    s: Tensor | None,
     v: Tensor | None,
-    bits: Tensor | None,
-    scale: float,
-    p: float,
-    needs: tuple[bool, bool, bool],
+    needs_x: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """dX, dA, dB (``needs`` says which), and where v is given the sums over rows of dY ∘ Z [N], Z
-    being what the gain multiplies: V, at p = 0 without its bias. Without dA, only shape and dtype
-    of x are asked for."""
-    needs_x, needs_a, needs_b = needs
+    """dX, dA, dB (None for what is not wanted), and where v is given the sums over rows of dY ∘ Z
+    [N], Z being what the gain multiplies: V, at p = 0 without its bias. Without dA, only shape and
+    dtype of x are asked for."""
+    dy, w, A, B, s, bits, scale, p, needs_a, needs_b = member
     low = low_rank_dtype(x, A)
     dyl, K = dy.to(low), w.shape[0]
     db = dx = da = None

@@ -41,27 +41,20 @@ def norms(weight: Tensor, A: Tensor, B: Tensor, scale: float, transposed: bool) 
 
 @on_its_device
 def forward(
-    x: Tensor,
-    w: Tensor,
-    bias: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    gain: Tensor,
-    scale: float,
-    p: float,
-    keep_v: bool,
+    x: Tensor, member: Projection, gain: Tensor, keep_v: bool
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Y, S, V (None unless ``keep_v``) in x's dtype, and the mask."""
-    if p > 0.0:
-        return dora_torch.forward(x, w, bias, A, B, gain, scale, p, keep_v)
+    if member.p > 0.0:
+        return dora_torch.forward(x, member, gain, keep_v)
+    w, bias, A, B = member.w, member.bias, member.A, member.B
     if _backend.active is triton_backend and _order(x, w, A) == "fused":
         (N, r), K = B.shape, x.shape[1]
-        s = shrink(x, [A], [scale], config=tuned.config("shrink", x, A.dtype, 0, K, r))
+        s = shrink(x, [A], [member.scale], config=tuned.config("shrink", x, A.dtype, 0, K, r))
         v = x.new_empty((x.shape[0], N)) if keep_v else None
         # a tuning table's tile is for a product without a gain, which takes fewer registers
         y = fused_linear(x, w.t(), s, B, bias, gain=gain.float(), v=v)
         return y, s, v, None
-    [(v, s, _)] = _backend.active.forward(x, [Projection(w, bias, A, B, scale, 0.0, True)])
+    [(v, s, _)] = _backend.active.forward(x, [member])
     return dora_torch.scale_columns(v, gain, bias, keep_v), s, v if keep_v else None, None
 
 
@@ -72,30 +65,20 @@ def _order(x: Tensor, w: Tensor, A: Tensor) -> str:
 
 @on_its_device
 def backward(
-    dy: Tensor,
     x: Tensor,
-    w: Tensor,
+    member: ProjectionGrad,
     bias: Tensor | None,
-    A: Tensor,
-    B: Tensor,
     gain: Tensor,
-    s: Tensor | None,
     v: Tensor | None,
-    bits: Tensor | None,
-    scale: float,
-    p: float,
-    needs: tuple[bool, bool, bool],
+    needs_x: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """dX, dA, dB (``needs`` says which), and where v is given the sums over rows of
+    """dX, dA, dB (None for what is not wanted), and where v is given the sums over rows of
     dY ∘ (V - bias)."""
-    if bits is not None:
-        return dora_torch.backward(
-            dy, x, w, bias, A, B, gain, s, v, bits, scale, p, needs
-        )  # fmt: skip
-    scaled, sums = scale_grad(dy, gain.float(), v, bias, wanted=any(needs))
+    if member.bits is not None:
+        return dora_torch.backward(x, member, bias, gain, v, needs_x)
+    wanted = needs_x or member.needs_a or member.needs_b
+    scaled, sums = scale_grad(member.dy, gain.float(), v, bias, wanted=wanted)
     if scaled is None:
         return None, None, None, sums
-    needs_x, needs_a, needs_b = needs
-    member = ProjectionGrad(scaled, w, A, B, s, None, scale, 0.0, needs_a, needs_b)
-    dx, [(da, db)] = _backend.active.backward(x, [member], needs_x)
+    dx, [(da, db)] = _backend.active.backward(x, [member._replace(dy=scaled)], needs_x)
     return dx, da, db, sums

@@ -298,20 +298,12 @@ def why_formula(x: Tensor, A: Tensor) -> str | None:
     return _backend.active.why_not(x, A)
 
 
-def traced_lora_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    scale: float,
-    p: float = 0.0,
-    transposed: bool = False,
-) -> Tensor:
-    """:func:`.lora.lora_linear` as one operator; arguments, result and errors as there.
+def traced_lora_linear(x: Tensor, member: Projection) -> Tensor:
+    """:func:`.lora.lora_linear` as one operator; result and errors as there.
 
     Its mask is drawn from the generator of x's device, by one int64 number.
     """
+    weight, bias, A, B, scale, p, transposed = member
     if autocast.is_on(x):
         x, weight, bias, A, B = to_autocast(x.device.type, x, weight, bias, A, B)
     trained = torch.is_grad_enabled() and any(

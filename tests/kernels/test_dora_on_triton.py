@@ -10,6 +10,7 @@ import peftkern
 from peftkern.kernels.common import Launch
 from peftkern.ops import dora_torch, triton_backend
 from peftkern.ops.dora import dora_linear, plain
+from peftkern.ops.projection import Projection
 from tests.kernels.oracle import assert_as_good_as_torch, matrix
 
 M, K, N, R = 21, 40, 33, 5
@@ -57,7 +58,8 @@ def test_numbers_and_gradients(monkeypatch, launched, product, dtypes, transpose
         with torch.no_grad():
             rows = (w.t() if transposed else w) + 0.3 * (B @ A).to(w.dtype)
             norms = torch.linalg.vector_norm(rows, dim=1)
-        return plain(x, w, c, A, B, m.to(w.dtype), norms, 0.3, None, 0.0, transposed)
+        member = Projection(w, c, A, B, 0.3, 0.0, transposed)
+        return plain(x, member, m.to(w.dtype), norms, None)
 
     wide = [None if t is None else t.double() for t in inputs]
     exact = results(wide, dy, formula)

@@ -96,7 +96,7 @@ class Linear(nn.Module, LoraLayer):
             traced = None if args or kwargs else self.traced_call(x)
             if traced is None:
                 return self._forward_general(x, *args, **kwargs)
-            return traced_lora_linear(x, *traced)
+            return traced_lora_linear(x, traced)
         call = None if args or kwargs else self.fused_call(x)
         if call is None:
             return self._forward_general(x, *args, **kwargs)
