@@ -7,8 +7,9 @@ before, the decision is one lookup in a dict. Otherwise, in this order:
 1. a race that this machine ran earlier (the file on disk, see :mod:`.tuned`);
 2. the table that ships for this GPU;
 3. a race, now, on the tensors of the call (:mod:`.race`);
-4. where none may be run (a CUDA graph is being captured, ``PEFTKERN_RACE=0``, a trace, another
-   thread is racing): what is known for the nearest M-bucket, else torch.
+4. where none may be run (``PEFTKERN_RACE=0``, a trace, another thread is racing): what is known for
+   the nearest M-bucket, else torch. While a CUDA graph is captured it is torch: a kernel that this
+   process has not run yet would be loaded, which a capture forbids.
 
 A decision never changes while the process lives, except one of the fourth kind, which the next call
 that may race replaces. Even then the same elements are dropped: masks are drawn here, from a seed
@@ -80,15 +81,6 @@ def _foreign(x: Tensor) -> bool:
     return kind not in _PLAIN or transforms_active()
 
 
-def _no_race_here(x: Tensor) -> str | None:
-    """Why this call may not race, None when it may."""
-    if device.capturing(x):
-        return "inside a CUDA graph capture"
-    if torch.compiler.is_compiling():
-        return "torch.compile is tracing"
-    return None
-
-
 @contextlib.contextmanager
 def anew() -> Iterator[None]:
     """Within the block the first call of every kind is raced, whatever is known (``peftkern
@@ -112,8 +104,8 @@ def _known(key: Key, like: Tensor) -> Decision | None:
 def _decide(key: Key, like: Tensor, ways: Callable[[str], race.Run]) -> Decision:
     """The decision for a call that is not known yet; ``ways`` gives what to run, by name."""
     index = like.get_device()
-    if index not in tuned.open_books and device.capturing(like):
-        return Decision(TORCH, TORCH, "inside a CUDA graph capture, before any table was read")
+    if device.capturing(like):  # whatever has not run yet would be loaded, which a capture forbids
+        return Decision(TORCH, TORCH, "inside a CUDA graph capture, and never called before")
     if not like.numel():
         return Decision(TORCH, TORCH, "there are no rows")
     book = tuned.book(index)
@@ -122,9 +114,9 @@ def _decide(key: Key, like: Tensor, ways: Callable[[str], race.Run]) -> Decision
     if reason is not None:
         return decisions.setdefault(key, Decision(TORCH, TORCH, reason, declined=True))
     if not _anew and (known := _from_tables(key, book)) is not None:
-        return decisions.setdefault(key, known)
+        return decisions.setdefault(key, _with_graph_way_loaded(known, ways))
     off = races_off()
-    blocked = off or _no_race_here(like)
+    blocked = off or ("torch.compile is tracing" if torch.compiler.is_compiling() else None)
     if blocked is None and not book.racing.acquire(blocking=False):
         blocked = "another thread is racing"
     if blocked is None:
@@ -137,12 +129,29 @@ def _decide(key: Key, like: Tensor, ways: Callable[[str], race.Run]) -> Decision
         finally:
             book.racing.release()
     else:
-        decision, for_good = _nearest(key, book, blocked), off is not None
+        decision = _with_graph_way_loaded(_nearest(key, book, blocked), ways)
+        for_good = off is not None
     if for_good:
         book.provisional.pop(key, None)
         return decisions.setdefault(key, decision)
     book.provisional[key] = decision
     return decision
+
+
+def _with_graph_way_loaded(decision: Decision, ways: Callable[[str], race.Run]) -> Decision:
+    """The decision, after the way that it takes in a CUDA graph has run once: its kernels may not
+    be loaded while one is captured. Where it fails, torch is taken there."""
+    if decision.in_graph in (decision.how, TORCH):  # the call itself runs that
+        return decision
+    try:
+        with without_dispatch_modes(), torch.no_grad():
+            ways(decision.in_graph)()
+        return decision
+    except Exception as e:  # an extra, like a race
+        log.warning(
+            "%s is not taken in CUDA graphs: %s: %s", decision.in_graph, type(e).__name__, e
+        )
+        return decision._replace(in_graph=TORCH)
 
 
 def _declines(key: Key, like: Tensor) -> str | None:

@@ -28,6 +28,7 @@ from ..kernels.grad_xa import fits as grad_xa_fits
 from ..kernels.grad_xa import grad_xa
 from ..kernels.mixed import MAX_ADAPTERS
 from ..kernels.mixed import mixed as _mixed
+from ..kernels.reference import reference_bits
 from ..kernels.shrink import shrink
 from ..kernels.shrink_expand import fits as shrink_expand_fits
 from ..kernels.shrink_expand import shrink_expand
@@ -83,12 +84,27 @@ def _seed(x: Tensor) -> int | Tensor:
     return int(torch.randint(2**62, (1,)))
 
 
+# (device, K, p) of masks that the kernel has made in this process, which has then loaded it
+_drawn: set[tuple[int, int, float]] = set()
+
+
 def words_of(x: Tensor, ps: list[float]) -> list[Tensor | None]:
     """A packed mask of x [M, K] for each projection that drops, in one launch where they drop
-    alike."""
-    if len(ps) > 1 and len(set(ps)) == 1 and ps[0] > 0.0:
-        return list(dropout_bits(*x.shape, ps[0], _seed(x), groups=len(ps), device=x.device))
-    return [dropout_bits(*x.shape, p, _seed(x), device=x.device) if p > 0.0 else None for p in ps]
+    alike. In a CUDA graph's capture, which no kernel may be loaded in, torch's own operations make
+    the same words where the kernel has made none before."""
+    (M, K), index = x.shape, x.get_device()
+    alike = len(ps) > 1 and len(set(ps)) == 1 and ps[0] > 0.0
+    kinds = {(index, K, p) for p in ps if p > 0.0}
+    if capturing(x) and not kinds <= _drawn:
+        seeds = [_seed(x)] * len(ps) if alike else [_seed(x) if p > 0.0 else 0 for p in ps]
+        return [
+            reference_bits(M, K, p, seed, group=i if alike else 0) if p > 0.0 else None
+            for i, (p, seed) in enumerate(zip(ps, seeds, strict=True))
+        ]
+    _drawn.update(kinds)
+    if alike:
+        return list(dropout_bits(M, K, ps[0], _seed(x), groups=len(ps), device=x.device))
+    return [dropout_bits(M, K, p, _seed(x), device=x.device) if p > 0.0 else None for p in ps]
 
 
 class _Group(NamedTuple):

@@ -1,0 +1,77 @@
+"""The dispatcher while a CUDA graph is captured: nothing that a capture forbids, in the interpreter
+with a driver that forbids it."""
+
+import pytest
+import torch
+
+import peftkern
+from peftkern.kernels.common import Launch
+from peftkern.ops import choices, device, triton_backend, tuned
+from tests.kernels.racing import FakeClock, dispatcher, drawn, entry, step
+
+
+class Driver:
+    """Loads a kernel when it is launched first, as CUDA's does, and refuses to in a capture."""
+
+    def __init__(self, monkeypatch):
+        self.loaded, self.capturing = set(), False
+        run = Launch.run
+
+        def launch(this):
+            form = this.kernel.__name__, repr(sorted(this.meta.items()))
+            if self.capturing and form not in self.loaded:
+                raise RuntimeError(f"{form[0]} is loaded in a capture")
+            self.loaded.add(form)
+            run(this)
+
+        monkeypatch.setattr(Launch, "run", launch)
+        for module in (device, triton_backend):  # the latter has the name from the former
+            monkeypatch.setattr(module, "capturing", lambda x: self.capturing)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("known", [False, True], ids=["new", "in the file"])
+def test_nothing_is_loaded_in_a_capture(monkeypatch, tmp_path, known, p):
+    driver = Driver(monkeypatch)
+    monkeypatch.setattr(triton_backend, "_drawn", set())
+    few = drawn(grad=False)
+    with dispatcher(monkeypatch, tmp_path, FakeClock()) as clock:
+        if known:  # what another process has measured
+            tuned.book(-1).keep(
+                [entry("infer", "hybrid"), entry("infer", "decode", graph=True)]
+                + [entry("forward", "fused", mask=p > 0.0), entry("backward", "joined", grads="xab",
+                   mask=p > 0.0)]
+            )  # fmt: skip
+        for driver.capturing in (True, False, True):  # before any call, a call, and after it
+            torch.manual_seed(1)
+            y = peftkern.lora_linear(*few[:2], None, *few[2:], 2.0)
+            found = step(*drawn(), p=p)
+            assert y.isfinite().all() and all(t.isfinite().all() for t in found)
+        assert clock.races == (0 if known else 3)
+
+
+def test_masks_in_a_capture_have_the_words_of_the_kernel(monkeypatch):
+    driver = Driver(monkeypatch)
+    x = torch.randn(7, 70)
+    for ps in ([0.3], [0.3, 0.3], [0.3, 0.0, 0.5]):
+        words = []
+        for driver.capturing in (True, False):
+            monkeypatch.setattr(triton_backend, "_drawn", set())
+            monkeypatch.setattr(triton_backend, "_seed", lambda x: torch.tensor([11]))
+            words.append(triton_backend.words_of(x, ps))
+        for ours, theirs in zip(*words, strict=True):
+            assert (ours is None) == (theirs is None)
+            assert ours is None or torch.equal(ours, theirs)
+
+
+def test_a_way_for_graphs_that_fails_is_not_taken(monkeypatch, tmp_path, caplog):
+    driver, ran, infer = Driver(monkeypatch), [], choices.infer
+    monkeypatch.setattr(choices, "infer", lambda how, *a: ran.append(how) or infer(how, *a))
+    monkeypatch.setattr(triton_backend, "decode", lambda *a, **k: 1 / 0)
+    x, w, A, B = drawn(grad=False)
+    with dispatcher(monkeypatch, tmp_path, FakeClock()):
+        tuned.book(-1).keep([entry("infer", "hybrid"), entry("infer", "decode", graph=True)])
+        for driver.capturing in (False, True):
+            peftkern.lora_linear(x, w, None, A, B, 2.0)
+    assert ran == ["decode", "hybrid", "torch"]
+    assert "decode is not taken in CUDA graphs: ZeroDivisionError" in caplog.text
