@@ -105,7 +105,10 @@ def _decide(key: Key, like: Tensor, ways: Callable[[str], race.Run]) -> Decision
     """The decision for a call that is not known yet; ``ways`` gives what to run, by name."""
     index = like.get_device()
     if device.capturing(like):  # whatever has not run yet would be loaded, which a capture forbids
-        return Decision(TORCH, TORCH, "inside a CUDA graph capture, and never called before")
+        decision = Decision(TORCH, TORCH, "inside a CUDA graph capture, and never called before")
+        if index in tuned.open_books:  # opening one reads files
+            tuned.open_books[index].provisional[key] = decision
+        return decision
     if not like.numel():
         return Decision(TORCH, TORCH, "there are no rows")
     book = tuned.book(index)

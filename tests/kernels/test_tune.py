@@ -151,7 +151,7 @@ def test_explain_of_what_was_decided_without_a_race(clock, monkeypatch):
     with torch.no_grad():
         model(torch.arange(3)[None])
     assert reasons(model)["o_proj"] == (
-        "auto: infer M<=4 torch: inside a CUDA graph capture: torch"
+        "auto: infer M<=4 torch: inside a CUDA graph capture, and never called before"
     )
 
 
