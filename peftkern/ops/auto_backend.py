@@ -34,7 +34,7 @@ from torch import Tensor
 from ..kernels.common import INTERPRET
 from ..kernels.tuning import Entry, Key
 from ..utils.private import transforms_active, without_dispatch_modes
-from . import choices, device, race, torch_backend, triton_backend, tuned
+from . import choices, device, race, sampled, torch_backend, triton_backend, tuned
 from .choices import TORCH
 from .device import on_its_device
 from .projection import Projection, ProjectionGrad
@@ -101,8 +101,11 @@ def _known(key: Key, like: Tensor) -> Decision | None:
     return book.decisions.get(key) if book is not None else None
 
 
-def _decide(key: Key, like: Tensor, ways: Callable[[str], race.Run]) -> Decision:
-    """The decision for a call that is not known yet; ``ways`` gives what to run, by name."""
+def _decide(
+    key: Key, like: Tensor, ways: Callable[[str], race.Run], exact: sampled.Exact
+) -> Decision:
+    """The decision for a call that is not known yet; ``ways`` gives what to run, by name, ``exact``
+    some of the numbers that should come out."""
     index = like.get_device()
     if device.capturing(like):  # whatever has not run yet would be loaded, which a capture forbids
         decision = Decision(TORCH, TORCH, "inside a CUDA graph capture, and never called before")
@@ -126,7 +129,7 @@ def _decide(key: Key, like: Tensor, ways: Callable[[str], race.Run]) -> Decision
         try:
             if key in decisions:  # another thread raced it meanwhile
                 return decisions[key]
-            decision, for_good = _race(key, like.dtype, ways, book)
+            decision, for_good = _race(key, like.dtype, ways, exact, book)
             book.tries[key] += 1
             for_good = for_good or book.tries[key] >= TRIES
         finally:
@@ -201,28 +204,39 @@ def _nearest(key: Key, book: tuned.Book, blocked: str) -> Decision:
 
 
 def _race(
-    key: Key, dtype: torch.dtype, ways: Callable[[str], race.Run], book: tuned.Book
+    key: Key,
+    dtype: torch.dtype,
+    ways: Callable[[str], race.Run],
+    exact: sampled.Exact,
+    book: tuned.Book,
 ) -> tuple[Decision, bool]:
     """(the decision, whether it is for good)."""
     named = {name: ways(name) for name in choices.names(key.op, key.m)}
     graph_key = choices.in_graph(key)
     try:
         with without_dispatch_modes(), torch.no_grad():
-            plain, graphed = race.run(named, dtype, clock, graphs=graph_key != key)
+            plain, graphed = race.run(
+                named, dtype, clock, exact=exact, op=_told(key), graphs=graph_key != key
+            )
     except race.Undecided as e:
         log.info("no race for %s: %s", key, e)
         if e.for_good:
             return Decision(TORCH, TORCH, f"{e}: torch"), True
         return _nearest(key, book, str(e)), False
     except Exception as e:  # a race is an extra: whatever is wrong with it, the call goes on
-        log.warning("a race failed, torch is taken for %s: %s: %s", key, type(e).__name__, e)
-        return Decision(TORCH, TORCH, f"race failed: {type(e).__name__}: {str(e)[:100]}"), True
+        log.warning("a race failed, torch is taken for %s: %s", key, race.said(e))
+        return Decision(TORCH, TORCH, f"race failed: {race.said(e)}"), True
     made = [_entry(key, plain)] + ([_entry(graph_key, graphed)] if graphed else [])
     book.keep(made)
     why = f"raced here on {made[0].date[:10]}"
     if plain.left_out:
         why += f" without {', '.join(plain.left_out)}"
     return Decision(plain.winner, (graphed or plain).winner, why, _gain(made[0])), True
+
+
+def _told(key: Key) -> str:
+    together = f" of {key.group}" if key.group > 1 else ""
+    return f"{key.op}{together}, M<={key.m} N={key.n} K={key.k} r={key.r} in {key.dtype}"
 
 
 def _entry(key: Key, outcome: race.Outcome) -> Entry:
@@ -256,7 +270,10 @@ def forward(
         words = choices.words_for(x, members)  # before a race: all ways get the same ones
     if decision is None:
         given = words or []
-        decision = _decide(key, x, lambda name: lambda: choices.forward(name, x, members, given))
+        exact = sampled.forward(x, members, given)
+        decision = _decide(
+            key, x, lambda name: lambda: choices.forward(name, x, members, given), exact
+        )
     if decision.declined:
         return torch_backend.forward(x, members, words)
     return choices.forward(decision.how, x, members, words or [])
@@ -278,7 +295,10 @@ def backward(
         "backward", dy.dtype, first.A.dtype, dy.shape[0], n, K, r, len(members), mask, grads
     )
     decision = _known(key, dy) or _decide(
-        key, dy, lambda name: lambda: choices.backward(name, x, members, needs_x)
+        key,
+        dy,
+        lambda name: lambda: choices.backward(name, x, members, needs_x),
+        sampled.backward(x, members, needs_x),
     )
     return choices.backward(decision.how, x, members, needs_x)
 
@@ -297,6 +317,7 @@ def infer(
         key,
         x,
         lambda name: lambda: choices.infer(name, x, w, bias, A, B, scale, transposed),
+        sampled.infer(x, w, bias, A, B, scale, transposed),
     )
     return choices.infer(_now(decision, x), x, w, bias, A, B, scale, transposed)
 
@@ -311,7 +332,10 @@ def mixed(x: Tensor, w: Tensor, bias: Tensor | None, adapters: Any, samples: Any
     count = 1 << (len(weights) - 1).bit_length()  # as many kernels are compiled
     key = key_of("mixed", x.dtype, weights[0].A.dtype, M, w.shape[0], K, r, count)
     decision = _known(key, x) or _decide(
-        key, x, lambda name: lambda: choices.mixed(name, x, w, bias, adapters, samples)
+        key,
+        x,
+        lambda name: lambda: choices.mixed(name, x, w, bias, adapters, samples),
+        sampled.mixed(x, w, bias, adapters, samples),
     )
     return choices.mixed(_now(decision, x), x, w, bias, adapters, samples)
 

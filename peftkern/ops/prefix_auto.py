@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..utils.private import without_dispatch_modes
-from . import auto_backend, prefix_kernel, race
+from . import auto_backend, prefix_kernel, prefix_sampled, race
 from .choices import TORCH
 from .device import capturing, on_its_device
 from .prefix_rule import Rule
@@ -119,23 +119,34 @@ def _race(
     tensors: Five, rule: Rule, training: bool, torch_way: Callable[..., Tensor]
 ) -> tuple[str, str]:
     ways = {TORCH: _run(tensors, rule, torch_way, training)}
+    needs: Any = None
     if training:
         ways[KERNEL] = _kernel_step(tensors, rule)
+        needs = tuple(t.requires_grad for t in tensors)
     else:
         ways[KERNEL] = lambda: prefix_kernel.forward(*tensors, rule)[0]
+    exact = prefix_sampled.attention(tensors, rule, needs)
+    op = _told(*tensors[:2], tensors[3], training)
     try:
         with without_dispatch_modes(), torch.no_grad():
-            outcome, _ = race.run(ways, tensors[0].dtype, auto_backend.clock)
+            outcome, _ = race.run(ways, tensors[0].dtype, auto_backend.clock, exact=exact, op=op)
     except race.Undecided as e:
         return TORCH, f"no race: {e}"
     except Exception as e:  # a race is an extra: whatever is wrong with it, the call goes on
-        log.warning("a race of prefix attention failed: %s: %s", type(e).__name__, e)
-        return TORCH, f"race failed: {type(e).__name__}: {str(e)[:100]}"
+        log.warning("a race of %s failed: %s", op, race.said(e))
+        return TORCH, f"race failed: {race.said(e)}"
+    if TORCH in outcome.left_out:
+        return KERNEL, f"raced in this process without torch: {outcome.left_out[TORCH]}"
     if KERNEL in outcome.left_out:
         return TORCH, f"the kernel was left out of a race: {outcome.left_out[KERNEL]}"
     times = outcome.times
     gain = times[TORCH] / times[KERNEL]
     return outcome.winner, f"raced in this process: the kernel is {gain:.2f}x as fast as torch"
+
+
+def _told(q: Tensor, k: Tensor, kp: Tensor, training: bool) -> str:
+    shapes = f"query {list(q.shape)}, {k.shape[1]} key heads, S={k.shape[2]}, P={kp.shape[-2]}"
+    return f"prefix attention, {'with' if training else 'without'} gradients, {shapes}"
 
 
 def _run(tensors: Five, rule: Rule, way: Callable[..., Tensor], training: bool) -> race.Run:
@@ -148,7 +159,8 @@ def _run(tensors: Five, rule: Rule, way: Callable[..., Tensor], training: bool) 
             leaves = [t.detach().requires_grad_(t.requires_grad) for t in tensors]
             o = way(*leaves, rule)
             wanted = [t for t in leaves if t.requires_grad]
-            return [o.detach(), *torch.autograd.grad(o, wanted, o.detach())]
+            grads = torch.autograd.grad(o, wanted, o.detach()) if wanted else ()  # the sinks' alone
+            return [o.detach(), *grads]
 
     return step
 

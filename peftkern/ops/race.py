@@ -2,9 +2,13 @@
 
 Every way runs on the tensors of the call itself. Operations are functional, so that nothing is
 changed, and nothing here draws random numbers: after a race the generators stand where they stood.
-Beyond the inputs, the outputs of one way at a time are held. The first way is the reference; what
-is kept of its outputs is a sketch, their products with a few columns of random signs, whose
-Frobenius norms are unbiased estimates of the outputs'. A wrong element anywhere shows in its row.
+Beyond the inputs, the outputs of one way at a time are held.
+
+Two things are asked of every way, torch's own among them. At a few places its outputs are what the
+formula gives in float64 (:mod:`.sampled`, :mod:`.prefix_sampled`, which say what that costs). And
+everywhere they are those of the first way that is right there. What is kept of that one's outputs
+is a sketch, their products with a few columns of random signs, whose Frobenius norms are unbiased
+estimates of the outputs'. A wrong element anywhere shows in its row.
 """
 
 from __future__ import annotations
@@ -19,11 +23,12 @@ import torch
 from torch import Tensor
 
 from .choices import TORCH, tensors, winner
+from .sampled import Exact, Sample
 
 log = logging.getLogger("peftkern")
 
-# ‖way - torch‖ / ‖torch‖ of each output that passes: twice what benchmarks.gpu allows each against
-# float64
+# ‖way - reference‖ / ‖reference‖ of each output that passes, beside float64 and beside another way:
+# twice what benchmarks.gpu allows against float64, as two ways may differ by
 LIMITS = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 2e-3}
 BUDGET_S = 0.3  # for the timed rounds of a race
 REGION_S = 1e-3  # what one timing lasts at least, so that the clock's own cost does not count
@@ -144,60 +149,107 @@ def _difference(ours: list[Tensor], reference: list[Tensor]) -> float:
     return worst
 
 
-def _checked(ways: dict[str, Run], limit: float, clock: Any) -> dict[str, str]:
+def _error(samples: list[Sample]) -> tuple[float, str]:
+    """The largest relative error among samples, and its output's name; infinite where a number is
+    not finite."""
+    worst, where = 0.0, ""
+    for name, got, exact, size in samples:
+        # below its smallest normal number a dtype has no relative precision
+        least = torch.finfo(got.dtype).smallest_normal * got.numel() ** 0.5
+        norm = max(exact.norm().item(), size, least)
+        error = (got.double() - exact).norm().item() / norm if got.numel() else 0.0
+        if not error < float("inf"):  # NaN too
+            return float("inf"), name
+        if error > worst:
+            worst, where = error, name
+    return worst, where
+
+
+def said(e: BaseException) -> str:
+    """The type of an exception, and what it says if it says anything."""
+    return f"{type(e).__name__}: {str(e).strip()[:200]}".removesuffix(": ")
+
+
+def _checked(
+    ways: dict[str, Run], exact: Exact, limit: float, clock: Any, op: str
+) -> dict[str, str]:
     """Why ways are left out: they failed, or their numbers are off. All compile here.
 
     Raises:
-        Undecided: the reference itself has no result, or none that is finite.
+        Undecided: nobody is right, or has a result that is finite.
         torch.OutOfMemoryError: of any way.
     """
-    try:
-        reference = _sketches(ways[TORCH]())
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as e:  # the call itself will say it in its own words
-        raise Undecided(f"torch's own way failed: {str(e)[:100]}", for_good=False) from e
-    if not all(bool(t.isfinite().all()) for t in reference):
-        raise Undecided("the numbers of this call are not finite", for_good=False)
     out: dict[str, str] = {}
-    for name, run in ways.items():
-        if name == TORCH:
-            continue
+    reference: tuple[str, list[Tensor]] | None = None
+    failed = finite = False
+    for name, way in ways.items():
         try:
-            off = _difference(_sketches(run()), reference)
+            result = way()
             clock.synchronize()
         except torch.OutOfMemoryError:
             raise
         except Exception as e:  # no resources, does not compile, ...: this way is not for this key
-            out[name] = f"{type(e).__name__}: {str(e)[:200]}"
-            log.info("%s is left out of a race: %s", name, out[name])
+            out[name] = said(e)
+            failed = failed or name == TORCH
             continue
+        off, where = _error(exact(result))
+        sketches = _sketches(result)
+        del result
+        if not all(bool(t.isfinite().all()) for t in sketches):
+            off = float("inf")
+        finite = finite or off < float("inf")
+        truth = f"float64 in {where}" if where else "float64"
+        if off <= limit:
+            if reference is None:
+                reference = name, sketches
+            off, truth = _difference(sketches, reference[1]), reference[0]
         if off > limit:
-            out[name] = f"its result differs from torch's by {off:.1e}, allowed {limit:.0e}"
-            log.warning("%s is left out of a race: %s", name, out[name])
+            out[name] = f"its result differs from {truth} by {off:.1e}, allowed {limit:.0e}"
+    if reference is None:
+        raise _nobody_is_right(out, failed, finite, op)
+    for name, why in out.items():
+        log.warning("%s is left out of a race of %s: %s", name, op, why)
     return out
 
 
+def _nobody_is_right(out: dict[str, str], torch_failed: bool, finite: bool, op: str) -> Undecided:
+    if torch_failed:  # the call itself will say it in its own words
+        return Undecided(f"torch's own way failed: {out[TORCH]}", for_good=False)
+    if not finite:
+        return Undecided("the numbers of this call are not finite", for_good=False)
+    reasons = "; ".join(f"{name}: {why}" for name, why in out.items())
+    log.warning("no way of %s is right, and torch is taken: %s", op, reasons)
+    return Undecided(f"no way is right: {reasons}", for_good=True)
+
+
 def run(
-    ways: dict[str, Run], dtype: torch.dtype, clock: Any, *, graphs: bool = False
+    ways: dict[str, Run],
+    dtype: torch.dtype,
+    clock: Any,
+    *,
+    exact: Exact,
+    op: str,
+    graphs: bool = False,
 ) -> tuple[Outcome, Outcome | None]:
-    """Race ``ways``, of which the one named torch is the reference.
+    """Race ``ways``, of which the one named torch is kept where no other is clearly faster.
 
     Args:
         ways: by name; each gives fresh tensors, whatever they are packed in.
         dtype: of the activations; decides how far results may differ.
         clock: a :class:`CudaClock`.
+        exact: gives numbers of what a way returned beside the same in float64.
+        op: what is raced, for messages.
         graphs: also time them as CUDA graphs.
 
     Returns:
         The outcome of plain calls, and the one in CUDA graphs (None where not asked for, or where
-        torch's own way cannot be captured).
+        torch's own way is right and cannot be captured). Who is left out is logged as a warning.
 
     Raises:
-        Undecided: out of memory, or a result of torch's that is not finite.
+        Undecided: out of memory, nobody is right, or no result is finite.
     """
     try:
-        out = _checked(ways, LIMITS[dtype], clock)
+        out = _checked(ways, exact, LIMITS[dtype], clock, op)
         rest = {name: way for name, way in ways.items() if name not in out}
         plain = _outcome(rest, out, clock)
         captured = _graphs(rest, dict(out), clock) if graphs else None
@@ -214,9 +266,10 @@ def _graphs(ways: dict[str, Run], out: dict[str, str], clock: Any) -> Outcome | 
         except torch.OutOfMemoryError:
             raise
         except Exception as e:
-            out[name] = f"cannot be captured: {type(e).__name__}: {str(e)[:200]}"
+            out[name] = f"cannot be captured: {said(e)}"
             log.info("%s is left out of a race in CUDA graphs: %s", name, out[name])
-    return _outcome(captured, out, clock) if TORCH in captured else None
+    enough = TORCH in captured or (TORCH not in ways and captured)
+    return _outcome(captured, out, clock) if enough else None
 
 
 def _outcome(ways: dict[str, Run], out: dict[str, str], clock: Any) -> Outcome:
