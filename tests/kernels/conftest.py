@@ -32,9 +32,12 @@ def _interpret() -> None:
 _interpret()
 
 from peftkern.kernels import common  # noqa: E402
+from tests.kernels import interpreter  # noqa: E402
 
 if not common.INTERPRET.value:
     raise pytest.UsageError(
         "peftkern.kernels was imported for the compiler before tests/kernels; "
         "run them in a process of their own, or set TRITON_INTERPRET=1"
     )
+
+interpreter.install()

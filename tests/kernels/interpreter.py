@@ -1,0 +1,132 @@
+"""Triton's CPU interpreter without what it does over and over beside the arithmetic: more than
+half of the time of a kernel's test.
+
+What a kernel computes stays as it is, and an integer that overflows is an error besides;
+test_interpreter.py shows both. The names are Triton's private ones: a version without one of them
+stops at import.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from triton.language import core
+from triton.language.semantic import TritonSemantic
+from triton.runtime import interpreter
+
+_WIDE = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
+
+
+def _patch_once(launch: Any, patch: Any) -> tuple[Any, Any]:
+    """Every call of a function of Triton's library patches the language member by member: once in
+    a launch is enough for each choice of modules to patch."""
+    modules: dict[int, frozenset[int]] = {}  # by the globals of a function
+    done: list[set[frozenset[int]]] = []  # of the launches that are running
+
+    def patch_once(fn: Callable[..., Any]) -> Any:
+        at = fn.__globals__
+        if id(at) not in modules:
+            modules[id(at)] = frozenset(
+                id(value) for value in at.values() if value is interpreter.tl or value is core
+            )
+        if done and modules[id(at)] in done[-1]:
+            return None
+        scope = patch(fn)
+        if done:
+            done[-1].add(modules[id(at)])
+        return scope
+
+    def launch_and_forget(self: Any, *args: Any, **kwargs: Any) -> Any:
+        done.append(set())
+        try:
+            return launch(self, *args, **kwargs)
+        finally:
+            done.pop()
+
+    return launch_and_forget, patch_once
+
+
+def _type_when_asked() -> tuple[Any, Any]:
+    """Each tensor has tuples of its shape, whose types, with a name of all their members, are asked
+    for by hardly anyone."""
+    whole = core.tuple.__init__
+
+    def start(self: Any, args: Any, type: Any = None) -> None:
+        if type is None:
+            self.values = list(args)
+        else:
+            whole(self, args, type)
+
+    def get(self: Any) -> Any:
+        if "type" not in self.__dict__:
+            self.__dict__["type"] = core._type_for_tuple_values(self.values)
+        return self.__dict__["type"]
+
+    return start, property(get, lambda self, type: self.__dict__.update(type=type))
+
+
+def _dtype_by_name(whole: Any) -> Any:
+    """The table of numpy's dtypes is made for every lookup."""
+    found: dict[str, Any] = {}
+
+    def dtype(type: Any) -> Any:
+        if type.name not in found:
+            found[type.name] = whole(type)
+        return found[type.name]
+
+    return dtype
+
+
+def _check_with_numpy(self: Any, lhs: Any, rhs: Any, operation: Any) -> None:
+    """Six operations of the interpreter say whether an integer overflows, and are then not heeded
+    outside of a debugging mode. One does here, and its answer is an error."""
+    kind, wide = lhs.type.scalar, _WIDE[operation.__name__]
+    if 1 < kind.int_bitwidth < 64:
+        result = wide(*(x.handle.data.astype(np.int64) for x in (lhs, rhs)))
+        low, high = kind.get_int_min_value(), kind.get_int_max_value()
+        if result.size and (result.min() < low or result.max() > high):
+            raise OverflowError(
+                f"{operation.__name__} gives {result.min()} to {result.max()} in {kind}"
+            )
+
+
+_ABSENT = object()
+
+
+def _changes() -> list[tuple[Any, str, Any]]:
+    executor, check = interpreter.GridExecutor, "binary_op_sanitize_overflow_impl"
+    launch, patch = _patch_once(executor.__call__, interpreter._patch_lang)
+    start, kind = _type_when_asked()
+    return [
+        (executor, "__call__", launch),
+        (interpreter, "_patch_lang", patch),
+        (core.tuple, "__init__", start),
+        (core.tuple, "type", kind),
+        (interpreter, "_get_np_dtype", _dtype_by_name(interpreter._get_np_dtype)),
+        (TritonSemantic, check, _check_with_numpy),
+    ]
+
+
+CHANGES = _changes()
+PLAIN = [(owner, name, vars(owner).get(name, _ABSENT)) for owner, name, _ in CHANGES]
+
+
+def install(changes: list[tuple[Any, str, Any]] = CHANGES) -> None:
+    for owner, name, value in changes:
+        if value is _ABSENT:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, value)
+
+
+@contextlib.contextmanager
+def plain() -> Iterator[None]:
+    """The interpreter as Triton ships it."""
+    install(PLAIN)
+    try:
+        yield
+    finally:
+        install()
