@@ -3,11 +3,9 @@ continuing after a cut, culprits, the tuning table, the table of results.
 """
 
 import json
-import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
@@ -18,33 +16,19 @@ from benchmarks.gpu import prefix as gpu_prefix
 from benchmarks.gpu import report as gpu_report
 from benchmarks.gpu import store as gpu_store
 from benchmarks.gpu.store import Store
+from tests import children
 
-ROOT = Path(__file__).resolve().parents[1]
 FIELDS = {"schema", "part", "sources", "kernels", "gpu", "versions", "ceilings", "started",
           "finished", "not_run", "notes", "banned", "rows", "dry", "budget_s",
           "current"}  # fmt: skip
 
 
-def gpu(*args, check=True):
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("PEFTKERN", "TRITON"))}
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu", *args],
-        cwd=ROOT,
-        env={**env, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert not check or done.returncode == 0, done.stdout + done.stderr
-    return done
+def gpu(*args):
+    return python("-m", "benchmarks.gpu", *args, without=("PEFTKERN", "TRITON"))
 
 
-def in_process(code):
-    """Runs code in a process of its own: it imports kernels/, which this one must not."""
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=100,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+def python(*args, **env):
+    done = children.python(*args, **env)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -61,7 +45,7 @@ def test_a_dry_run_continues_what_was_cut_off(tmp_path):
 
     only = "M=512 r=16 p=0 infer"
     dry = ("--part", "linear", "--dry-run", "--only", only, "--out", str(tmp_path))
-    out = gpu(*dry).stdout
+    out = gpu(*dry)
     assert "A dry run: the clock is fake" in out and "== goals (docs/goals.md, On a GPU)" in out
     (path,) = tmp_path.glob("*-linear.json")
     assert path == cut.path
@@ -83,7 +67,7 @@ def test_a_dry_run_continues_what_was_cut_off(tmp_path):
 
 @pytest.mark.long
 def test_a_dry_run_of_the_prefix_checks_all_ways_against_float64(tmp_path):
-    out = gpu("--part", "prefix", "--dry-run", "--out", str(tmp_path)).stdout
+    out = gpu("--part", "prefix", "--dry-run", "--out", str(tmp_path))
     assert "prefix decode B=8 T=1 S=512 P=128 32/8x128" in out
     (path,) = tmp_path.glob("*-prefix.json")
     rows = {r["case"]["what"]: r["providers"] for r in json.loads(path.read_text())["rows"]}
@@ -294,7 +278,7 @@ assert gpu_table.main([str(path), "--show"]) == 0
 
 @pytest.mark.long
 def test_a_race_becomes_a_tuning_table(tmp_path):
-    out = in_process(TABLE.replace("sys.argv[1]", repr(str(tmp_path))))
+    out = python("-c", TABLE, str(tmp_path))
     assert "T has schema 2; allowed: 1" in out
     assert "T: op is 'dance'; allowed: shrink," in out
     assert "config of gemm has block_n, tma; allowed for ShrinkConfig" in out
@@ -302,12 +286,9 @@ def test_a_race_becomes_a_tuning_table(tmp_path):
 
 
 COUNTERS = """
-import json, os, subprocess, sys
+import json, sys
 from benchmarks.gpu import counters as g
-from peftkern.kernels.common import Launch
-done = subprocess.run([sys.executable, "-m", "benchmarks.gpu.counters"], text=True,
-                      capture_output=True, env={**os.environ, "TRITON_INTERPRET": "1"})
-(line,) = [s for s in done.stdout.splitlines() if s.startswith(g.REPORT)]
+(line,) = [s for s in sys.argv[1].splitlines() if s.startswith(g.REPORT)]
 reports = json.loads(line.removeprefix(g.REPORT))
 names = {r["name"] for r in reports}
 assert names > {"bits", "shrink", "grad_a", "grad_xa", "gemm", "sum"}, names
@@ -333,7 +314,7 @@ for bad, said in ((table.replace('"ID"', "ID"), "no table"), (cut, "counted")):
 
 @pytest.mark.long
 def test_reported_traffic_is_compared_with_what_ncu_counts():
-    in_process(COUNTERS)
+    python("-c", COUNTERS, python("-m", "benchmarks.gpu.counters", TRITON_INTERPRET="1"))
 
 
 @pytest.mark.long
@@ -364,4 +345,4 @@ for i, (status, outcome) in enumerate(((0, "passed"), (1, "failed"), (None, "tim
 
 
 def test_a_sanitizer_script_that_ran_out_of_time_has_not_failed(tmp_path):
-    in_process(SANITIZER.replace("sys.argv[1]", repr(str(tmp_path))))
+    python("-c", SANITIZER, str(tmp_path))

@@ -6,10 +6,7 @@ Trainers that ask: test_trainer.py, test_trl.py.
 from __future__ import annotations
 
 import copy
-import os
 import pickle
-import subprocess
-import sys
 import textwrap
 
 import peft
@@ -17,6 +14,7 @@ import pytest
 import torch
 
 import peftkern
+from tests import children
 from tests.closeness import assert_same_number
 from tests.tiny import CASES, first, inputs, make, pair
 
@@ -75,14 +73,7 @@ def test_copies(how, tmp_path):
 def run(code, block):
     """Run ``code`` in a process of its own, in which the modules ``block`` cannot be imported."""
     prelude = f"import sys\nsys.modules.update(dict.fromkeys({block!r}))\n"
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", prelude + textwrap.dedent(code)],
-        capture_output=True,
-        text=True,
-        env=env,
-        timeout=120,
-    )
+    done = children.python("-c", prelude + textwrap.dedent(code), HF_HUB_OFFLINE="1")
     assert done.returncode == 0, done.stderr
 
 

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import pytest
 
+from tests import children
+from tests.children import ROOT
 from tests.machines.wheel import BUILD, copy_of_the_checkout, linked_site, pip
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def run_python(code: str, *flags: str, cwd: Path = ROOT, **env: str) -> str:
@@ -56,7 +56,7 @@ def test_import_is_fast_and_lazy() -> None:
     print(took, *sorted(heavy & (set(sys.modules) - before)))
     """
     times = []
-    for _ in range(3):
+    while not times or min(times) >= 0.3 and len(times) < 3:
         took, *eager = run_python(code).split()
         assert eager == [], f"import peftkern also imports {eager}"
         times.append(float(took))
@@ -85,7 +85,8 @@ def test_no_module_opens_a_socket() -> None:
     assert opened, "the hook sees nothing, so it has shown nothing"
     print(len(names))
     """
-    assert int(run_python(code)) > 5
+    done = children.python("-c", textwrap.dedent(code), without=("PEFTKERN", "PYTEST"))
+    assert done.returncode == 0 and int(done.stdout) > 5, done.stderr
 
 
 # ------------------------------------------------------------- beside Hugging Face's `kernels`

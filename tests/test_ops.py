@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 
 import peft
 import pytest
@@ -20,6 +17,7 @@ from peftkern import lora_linear
 from peftkern.ops import torch_backend
 from peftkern.ops.backend import describe
 from peftkern.ops.bits import pack_bits, unpack_bits, words_per_row
+from tests import children
 from tests.closeness import assert_as_good_as_torch, assert_same_number
 
 # no deadline: the first call of a dtype is slow; derandomized: the same examples in every run
@@ -335,9 +333,7 @@ def test_backend_is_chosen_in_one_place(monkeypatch):
     code = (
         "import torch, peftkern; x = torch.ones(2, 2); peftkern.lora_linear(x, x, None, x, x, 1.0)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ)
-    )
+    done = children.python("-c", code)
     assert done.returncode == 1 and "PEFTKERN_BACKEND='abacus'" in done.stderr.splitlines()[-1]
 
 

@@ -3,8 +3,6 @@
 import json
 import logging
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +10,6 @@ import pytest
 from peftkern.kernels.tuning import Entry, Key
 from peftkern.ops import tuned
 
-ROOT = Path(__file__).resolve().parents[1]
 US = {"p20": 1.0, "p50": 2.0, "p80": 3.0}
 
 
@@ -153,37 +150,25 @@ def test_where_the_folder_is(monkeypatch, tmp_path):
     assert tuned.cache_folder() == tmp_path / "own"
 
 
-WRITER = """
-import sys
-sys.path.insert(0, "tests")
-from test_tuned import entry
-from peftkern.ops import tuned
-book = tuned.book(-1)
-print("ready", flush=True)
-sys.stdin.readline()
-for k in range(20):
-    book.keep([entry(1000 * int(sys.argv[1]) + k)])
-"""
-
-
-@pytest.mark.long
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_processes_that_write_at_once_lose_nothing(folder):
-    writers = [
-        subprocess.Popen(
-            [sys.executable, "-c", WRITER, str(i)], cwd=ROOT, text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        )
-        for i in range(3)
-    ]  # fmt: skip
-    for writer in writers:
-        assert writer.stdout.readline() == "ready\n"
-    for writer in writers:
-        writer.stdin.write("\n")
-        writer.stdin.flush()
-    for writer in writers:
-        writer.communicate(timeout=120)
-        assert writer.returncode == 0
+    waiting, start = os.pipe()
+    writers = []
+    for i in range(3):
+        writers.append(os.fork())
+        if writers[-1] == 0:
+            try:
+                os.close(start)
+                book = reopened()
+                os.read(waiting, 1)  # until the last one has closed the other end
+                for k in range(20):
+                    book.keep([entry(1000 * i + k)])
+                os._exit(0)
+            finally:
+                os._exit(1)
+    os.close(waiting)
+    os.close(start)
+    assert [os.waitpid(writer, 0)[1] for writer in writers] == [0, 0, 0]
     found = {key.k for key in reopened().cached.entries}
     assert found == {1000 * i + k for i in range(3) for k in range(20)}
 

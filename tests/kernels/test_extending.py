@@ -3,15 +3,13 @@ that reads the table of kernels has it.
 """
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 
 import pytest
 
-from tests.kernels.compiler import ROOT
+from tests import children
+from tests.children import ROOT
 
 LINE = "kernels/registry.py"
 GUIDE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
@@ -46,12 +44,11 @@ def copy(tmp_path_factory):
 
 
 def run(copy, *arguments, interpret=False):
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("TRITON", "PEFTKERN"))}
-    environment |= {"PYTHONPATH": str(copy), "PEFTKERN_CACHE": str(copy / "cache")}
-    environment |= {"TRITON_INTERPRET": "1"} if interpret else {}
-    done = subprocess.run(
-        [sys.executable, *arguments], cwd=copy, env=environment, capture_output=True, text=True
-    )
+    own = {
+        "PEFTKERN_CACHE": str(copy / "cache"),
+        **({"TRITON_INTERPRET": "1"} if interpret else {}),
+    }
+    done = children.python(*arguments, root=copy, without=("TRITON", "PEFTKERN"), **own)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
