@@ -82,8 +82,8 @@ def assert_lse(lse, tensors, exact, options):
     assert_as_good_as_torch(lse[seen], plain[seen], exact[seen])
 
 
-def verify(tensors, options, config=SMALL, back=BACK):
-    """Forward and backward against float64; both again, bit for bit; inputs as they were."""
+def verify(tensors, options, config=SMALL, back=BACK, twice=True):
+    """Forward and backward against float64; backward again, bit for bit; inputs as they were."""
     q = tensors[0]
     before = [t.clone() for t in tensors]
     o, lse = attend(*tensors, **options, config=config)
@@ -100,8 +100,9 @@ def verify(tensors, options, config=SMALL, back=BACK):
         if name != "sinks":
             assert got.dtype == q.dtype
         assert_gradient(name, got, [plain[2][i]] + ([vendor[1][i]] if vendor else []), want)
-    again = attend_backward(grad_o, *tensors, o, lse, **options, config=back)
-    assert all(a is b or torch.equal(a, b) for a, b in zip(grads, again, strict=True))
+    if twice:
+        again = attend_backward(grad_o, *tensors, o, lse, **options, config=back)
+        assert all(a is b or torch.equal(a, b) for a, b in zip(grads, again, strict=True))
     assert all(torch.equal(t, b) for t, b in zip(tensors, before, strict=True))
 
 
@@ -134,7 +135,9 @@ MASKS = {
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("mask", MASKS)
 def test_every_mask(mask, dtype):
-    verify(draw(2, 2, 1, 18, 35, 19, 24, dtype), MASKS[mask])
+    # which sums are taken, and in what order, is the same in every dtype
+    tensors = draw(2, 2, 1, 18, 35, 19, 24, dtype)
+    verify(tensors, MASKS[mask], twice=dtype == torch.float32)
 
 
 @pytest.mark.parametrize("shared", [True, False])
