@@ -9,36 +9,11 @@ from typing import Any
 
 import peft
 import torch
-import transformers as tf
 from safetensors.torch import save_file
 
-EXPERTS, WIDTH, INNER, VOCAB, LAYERS = 4, 16, 24, 64, 2
-_SIZES: dict[str, Any] = {
-    "vocab_size": VOCAB,
-    "hidden_size": WIDTH,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-    "num_experts_per_tok": 2,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-}
-_MAKE = {
-    "mixtral": lambda: tf.MixtralConfig(
-        intermediate_size=INNER, num_local_experts=EXPERTS, **_SIZES
-    ),
-    "qwen3_moe": lambda: tf.Qwen3MoeConfig(
-        intermediate_size=INNER, moe_intermediate_size=INNER, num_experts=EXPERTS, **_SIZES
-    ),
-    "llama4": lambda: tf.Llama4TextConfig(
-        intermediate_size=INNER, intermediate_size_mlp=INNER, num_local_experts=EXPERTS, **_SIZES
-    ),
-    "gpt_oss": lambda: tf.GptOssConfig(
-        intermediate_size=INNER, num_local_experts=EXPERTS, **_SIZES
-    ),
-}
+from tests.models import INNER, LAYERS, WIDTH, build
+
+EXPERTS = 4
 # the names of a layer's experts module in each family
 EXPERTS_OF = {
     "mixtral": "mlp.experts",
@@ -51,12 +26,7 @@ IDS = torch.arange(3, 23).view(2, 10)
 
 @functools.cache
 def _original(family: str) -> Any:
-    torch.manual_seed(0)
-    model = tf.AutoModelForCausalLM.from_config(_MAKE[family]())
-    with torch.no_grad():
-        for parameter in model.parameters():  # some of these models leave experts uninitialised
-            parameter.normal_(std=0.2)
-    return model.eval()
+    return build(family, draw=0.2)
 
 
 def make(family: str, dtype: torch.dtype = torch.float32) -> Any:

@@ -15,7 +15,6 @@ from typing import Any
 import peft  # noqa: F401  the comparison needs it
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from peftkern.cli import modelio
 from peftkern.cli.app import run
@@ -30,6 +29,7 @@ from peftkern.cli.demo.settings import DemoSettings
 from peftkern.cli.demo.worker import Worker
 from peftkern.cli.errors import RunError, UserError
 from tests.closeness import assert_as_good_as_torch, assert_same_number
+from tests.models import build
 
 
 @pytest.fixture(scope="module")
@@ -118,12 +118,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     inner.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>")
     tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(words), hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-        num_attention_heads=2, max_position_embeddings=1024, eos_token_id=0, bos_token_id=0,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
+    ends = dict.fromkeys(("eos_token_id", "bos_token_id"), 0)
+    build("llama", vocab=len(words), length=1024, **ends).save_pretrained(folder)
     return folder
 
 

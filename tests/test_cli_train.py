@@ -15,15 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    T5Config,
-    T5ForConditionalGeneration,
-)
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from peftkern.cli import modelio, resume
 from peftkern.cli.app import run
@@ -31,6 +23,7 @@ from peftkern.cli.errors import RunError
 from peftkern.cli.settings import TrainSettings
 from peftkern.cli.train import train
 from tests.closeness import assert_same_number, differ
+from tests.models import build
 
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = 60
@@ -46,22 +39,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=inner, unk_token="<unk>", pad_token="<pad>", eos_token="</s>"
     )
-    sizes = {"vocab_size": len(VOCAB), "pad_token_id": 0, "eos_token_id": 1}
-    wide = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
-    torch.manual_seed(0)
-    for name, model in {
-        "llama": LlamaForCausalLM(
-            LlamaConfig(**sizes, **wide, num_attention_heads=2, max_position_embeddings=64)
-        ),
-        "bert": BertForSequenceClassification(
-            BertConfig(**sizes, **wide, num_attention_heads=2, max_position_embeddings=64)
-        ),
-        "t5": T5ForConditionalGeneration(
-            T5Config(**sizes, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2,
-                     decoder_start_token_id=0)
-        ),
-    }.items():  # fmt: skip
-        model.save_pretrained(root / name)
+    for name in ("llama", "bert", "t5"):
+        build(name, vocab=len(VOCAB), eos_token_id=1).save_pretrained(root / name)
         tokenizer.save_pretrained(root / name)
     write = {"lm": [], "cls": [], "tok": [], "s2s": []}
     for i in range(30):

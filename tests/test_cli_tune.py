@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from transformers import GPT2Config, LlamaConfig, T5Config
 
 from peftkern.cli import tune
 from peftkern.cli.app import run
 from peftkern.cli.tune_settings import TuneSettings
 from peftkern.kernels.tuning import Entry, Key, Table
 from peftkern.ops import tuned
+from tests.models import config
 
 US = {"p20": 1.0, "p50": 2.0, "p80": 3.0}
 
@@ -71,13 +71,10 @@ def test_show_works_without_a_gpu(capsys, monkeypatch, tmp_path):
 
 
 CONFIGS = {
-    "llama": LlamaConfig(
-        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, vocab_size=50,
-    ),
-    "gpt2": GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=50),
-    "t5": T5Config(d_model=16, d_kv=4, d_ff=24, num_layers=1, num_heads=2, vocab_size=50),
-}  # fmt: skip
+    "llama": config("llama", inner=32, heads=4, kv=2),
+    "gpt2": config("gpt2", layers=1),
+    "t5": config("t5", layers=1, d_kv=4),
+}
 SHAPES = {
     "llama": ({(16, 16), (8, 16), (32, 16), (16, 32)}, {((16, 8, 8), 16), ((32, 32), 16)}),
     "gpt2": ({(48, 16), (16, 16), (64, 16), (16, 64)}, set()),

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import peftkern
 from peftkern.utils.warning import PeftWarning
+from tests import models
 from tests.closeness import assert_same_number
 from tests.tiny import assert_same, fill, inputs, make, snapshot
 
@@ -226,11 +227,7 @@ def test_names_that_are_only_inside_of_adapter_layers_are_refused(names: list[st
 
 
 def test_a_head_is_trained_in_full_and_not_adapted_as_well() -> None:
-    import transformers as tf
-
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 64, "dim": 16, "hidden_dim": 24, "n_layers": 1, "n_heads": 2}
-    base = tf.DistilBertForSequenceClassification(tf.DistilBertConfig(**sizes))
+    base = models.build("distilbert")
     config = _lora(task_type="SEQ_CLS", target_modules="all-linear")
     model = peftkern.get_peft_model(base, config)  # HF PEFT stops here
     assert _in_full(model, "default") == ["classifier", "pre_classifier"]

@@ -15,45 +15,13 @@ from torch import nn
 
 import peftkern
 from peftkern.utils.tied import embedding_group
+from tests import models
 from tests.closeness import assert_same_number, differ
 from tests.field import WEIGHTS, assert_equal, quietly, randomize
-from tests.tiny import HEADS, LAYERS, VOCAB, WIDTH, fill, make
+from tests.models import VOCAB, WIDTH
+from tests.tiny import fill
 
 F64 = torch.float64
-_SIZES = {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-_BART = {
-    "d_model": WIDTH,
-    "encoder_layers": 1,
-    "decoder_layers": 1,
-    "encoder_attention_heads": HEADS,
-    "decoder_attention_heads": HEADS,
-    "encoder_ffn_dim": 24,
-    "decoder_ffn_dim": 24,
-    "max_position_embeddings": 64,
-    "init_std": 0.2,
-    "dropout": 0.0,
-    "decoder_start_token_id": 2,
-}
-MORE = {
-    "bloom": lambda: tf.BloomForCausalLM(
-        tf.BloomConfig(hidden_size=WIDTH, n_layer=LAYERS, n_head=HEADS, **_SIZES)
-    ),
-    "opt": lambda: tf.OPTForCausalLM(
-        tf.OPTConfig(
-            hidden_size=WIDTH,
-            word_embed_proj_dim=WIDTH,
-            ffn_dim=24,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=HEADS,
-            max_position_embeddings=64,
-            init_std=0.2,
-            dropout=0.0,
-            **_SIZES,
-        )
-    ),
-    "bart": lambda: tf.BartForConditionalGeneration(tf.BartConfig(**_BART, **_SIZES)),
-    "masked bert": lambda: tf.BertForMaskedLM(make("bert", "SEQ_CLS").config),
-}
 # family: (names of its embeddings, the first as get_input_embeddings; the output's)
 NAMES = {
     "gpt2": (["transformer.wte"], "lm_head"),
@@ -73,10 +41,10 @@ IDS = torch.arange(3, 17).view(2, 7)
 
 @functools.cache
 def original(family):
-    torch.manual_seed(0)
-    if family in MORE:
-        return MORE[family]().eval().to(F64)
-    return make(family, "SEQ_2_SEQ_LM" if family == "t5" else "CAUSAL_LM", F64)
+    if family == "masked bert":
+        torch.manual_seed(0)
+        return tf.BertForMaskedLM(models.config("bert")).eval().to(F64)
+    return models.build(family).to(F64)
 
 
 def base(family):

@@ -15,6 +15,7 @@ from peftkern.ops.projection import Projection
 from peftkern.tuners.lora import group as module
 from peftkern.tuners.lora.linear import Linear
 from tests.closeness import assert_as_good_as_torch, assert_same_number
+from tests.models import build
 
 K = 12
 DOUBLE = {"dtype": torch.float64}
@@ -303,24 +304,11 @@ def test_masks_in_inference_mode(operations):
 
 
 def test_sets_are_found_in_models():
-    from transformers import BertConfig, BertModel, T5Config, T5ForConditionalGeneration
-
-    small = dict(num_attention_heads=2, hidden_size=8, intermediate_size=8, num_hidden_layers=1)
-    bert = BertModel(BertConfig(vocab_size=10, **small))
+    bert = build("bert", None, layers=1).train()
     model = peftkern.get_peft_model(bert, peftkern.LoraConfig(target_modules="all-linear"))
     layers = [m for m in model.modules() if isinstance(m, Linear)]
     assert sorted(len(m._group.layers) for m in layers if m._group) == [3, 3, 3]
-    t5 = T5ForConditionalGeneration(
-        T5Config(
-            vocab_size=10,
-            d_model=8,
-            d_kv=4,
-            d_ff=8,
-            num_layers=1,
-            num_heads=2,
-            decoder_start_token_id=0,
-        )
-    )
+    t5 = build("t5", layers=1).train()
     model = peftkern.get_peft_model(
         t5, peftkern.LoraConfig(target_modules=["q", "k", "v"], task_type="SEQ_2_SEQ_LM")
     )
@@ -332,28 +320,9 @@ def test_sets_are_found_in_models():
     assert decoder.layer[1].EncDecAttention.q._group is None
 
 
-DECODER = dict(
-    vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-    num_attention_heads=4, num_key_value_heads=2, pad_token_id=0,
-)  # fmt: skip
-# configuration, and how many layers the sets of one block hold
-FAMILIES = {
-    "llama": (lambda t: t.LlamaConfig(**DECODER), [3, 2]),
-    "qwen2": (lambda t: t.Qwen2Config(**DECODER), [3, 2]),
-    "qwen3": (lambda t: t.Qwen3Config(**DECODER, head_dim=4), [3, 2]),
-    "mistral": (lambda t: t.MistralConfig(**DECODER), [3, 2]),
-    "gemma": (lambda t: t.GemmaConfig(**DECODER, head_dim=4), [3, 2]),
-    "gemma2": (lambda t: t.Gemma2Config(**DECODER, head_dim=4), [3, 2]),
-    "phi3": (lambda t: t.Phi3Config(**DECODER), []),  # fused already: qkv_proj, gate_up_proj
-    "gpt2": (lambda t: t.GPT2Config(vocab_size=32, n_embd=16, n_layer=2, n_head=4), []),  # c_attn
-    "bert": (
-        lambda t: t.BertConfig(
-            vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-            num_attention_heads=4, is_decoder=True,
-        ),
-        [3],
-    ),
-}  # fmt: skip
+# how many layers the sets of one block hold; the layers of phi3 and gpt2 are fused already
+FAMILIES = {family: [3, 2] for family in ("llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2")}
+FAMILIES |= {"phi3": [], "gpt2": [], "bert": [3]}
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
@@ -361,11 +330,9 @@ FAMILIES = {
 def test_families_group_what_shares_its_input_with_the_numbers_of_separate_layers(
     operations, family, dropout
 ):
-    import transformers
-
-    make, sizes = FAMILIES[family]
-    torch.manual_seed(0)
-    base = transformers.AutoModelForCausalLM.from_config(make(transformers)).double()
+    sizes = FAMILIES[family]
+    more = {"is_decoder": True} if family == "bert" else {}
+    base = build(family, "CAUSAL_LM", heads=4, kv=2, **more).double().train()
     config = peftkern.LoraConfig(
         task_type="CAUSAL_LM", target_modules="all-linear", r=3, lora_dropout=dropout,
         init_lora_weights=False, fan_in_fan_out=family == "gpt2",

@@ -13,11 +13,11 @@ import torch
 from tests import prefix_models, tiny
 from tests.closeness import assert_same_number
 from tests.plain_reference import greedy, peft_is_right, with_prompt
-from tests.prefix_models import CONFIGS, ENCODERS, WITHOUT_HEADS, Pair, numbers
+from tests.prefix_models import ENCODERS, NAMES, WITHOUT_HEADS, Pair, numbers
 from tests.prompts import prompt_model
 
 # of encoders only those that HF PEFT takes
-PREFIXED = [(f, None) for f in CONFIGS if f not in ("distilbert", "modernbert", *WITHOUT_HEADS)]
+PREFIXED = [(f, None) for f in NAMES if f not in ("distilbert", "modernbert", *WITHOUT_HEADS)]
 PREFIXED += [("bert", "TOKEN_CLS"), ("llama", "SEQ_CLS"), ("gpt2", "TOKEN_CLS")]
 HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 

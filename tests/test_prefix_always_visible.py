@@ -20,8 +20,9 @@ import peftkern
 from peftkern.tuners.prefix_tuning import attention
 from peftkern.tuners.prefix_tuning.inject import PrefixInjection
 from tests.closeness import assert_same_number, differ
+from tests.models import LAYERS, VOCAB
 from tests.plain_reference import CACHE
-from tests.prefix_models import LAYERS, VOCAB, P, Pair, inputs, make
+from tests.prefix_models import P, Pair, inputs, make
 from tests.test_prefix_injection import keys_of
 
 WINDOW = 8  # of all these models

@@ -99,8 +99,7 @@ def test_features_of_an_encoder_decoder(family: str, padding: str | None) -> Non
 
 def test_questions_to_an_encoder_decoder(monkeypatch: Any) -> None:
     """HF PEFT runs T5's encoder alone, and the prefix gets no gradient."""
-    torch.manual_seed(0)
-    base = tf.T5ForQuestionAnswering(make("t5").config).double().eval()
+    base = make("t5", "QUESTION_ANS")
     injected = tuned(copy.deepcopy(base), "QUESTION_ANS")
     cached = through_cache(copy.deepcopy(base), "QUESTION_ANS", monkeypatch)
     batch: dict[str, Tensor] = inputs("t5")

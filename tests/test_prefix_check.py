@@ -25,10 +25,9 @@ from peftkern.tuners.prefix_tuning import families, way
 from tests import test_prefix_more_families as more
 from tests.closeness import assert_same_number, differ
 from tests.plain_reference import with_prefix
-from tests.prefix_models import CONFIGS, P, split
-from tests.prefix_zoo import FAMILIES as _ZOO
+from tests.prefix_models import NAMES, P, config, split
 from tests.prefix_zoo import weight_of
-from tests.test_prefix_fallback import CACHED as _CACHED
+from tests.test_prefix_unusual_layers import INJECTED
 
 
 class Attention(llama.LlamaAttention):
@@ -68,7 +67,7 @@ class Turned(Attention):
 
 def toy(kind: type, dtype: torch.dtype = torch.float64) -> Any:
     torch.manual_seed(0)
-    model = tf.LlamaForCausalLM(CONFIGS["llama"]())
+    model = tf.LlamaForCausalLM(config("llama"))
     for i, layer in enumerate(model.model.layers):
         own: Any = kind(model.config, i)
         own.load_state_dict(layer.self_attn.state_dict())
@@ -355,7 +354,7 @@ def test_a_model_that_wants_more_than_tokens() -> None:
             return super().forward(*args, **kwargs)
 
     torch.manual_seed(0)
-    model = tuned(Wanting(CONFIGS["llama"]()).double())
+    model = tuned(Wanting(config("llama")).double())
     assert "does not run on 3 tokens alone (TypeError" in peftkern.explain(model)[0].reason
     logits = model(input_ids=IDS, pixels=IDS).logits
     assert differ(logits, model.base_model(input_ids=IDS, pixels=IDS).logits)
@@ -365,10 +364,8 @@ def test_a_model_that_wants_more_than_tokens() -> None:
 
 
 def test_the_list_of_verified_kinds_is_what_tests_verify() -> None:
-    tables = [make for make in CONFIGS.values()]
-    tables += [make for _, make in more.FAMILIES.values()]
-    tables += [make for name, (_, make) in _ZOO.items() if name not in _CACHED]
-    kinds = {make().model_type for make in tables}
+    tested = [*NAMES, *more.FAMILIES, *more.SLOW, *INJECTED]
+    kinds = {config(family).model_type for family in tested}
     elsewhere = {"whisper", "llava", "qwen2_5_vl", "qwen2_5_vl_text"}  # test_prefix_more_families
     elsewhere |= {"deberta", "deberta-v2"}  # test_prefix_deberta
     assert families.VERIFIED == kinds | elsewhere
@@ -379,7 +376,7 @@ def test_a_verified_kind_is_not_run(monkeypatch: Any) -> None:
         raise AssertionError("it was run")
 
     monkeypatch.setattr("peftkern.tuners.prefix_tuning.way.run_cached", run)
-    model = tf.LlamaForCausalLM(CONFIGS["llama"]())
+    model = tf.LlamaForCausalLM(config("llama"))
     tuned(copy.deepcopy(model))
     with pytest.raises(AssertionError, match="it was run"):
         tuned(toy(Attention))
@@ -395,10 +392,10 @@ def test_under_another_transformers_every_kind_is_compared(monkeypatch: Any) -> 
     judge = way.judge
     monkeypatch.setattr(way, "judge", lambda *a: compared.append(judge(*a)) or compared[-1])
     with pytest.warns(UserWarning, match=r"tested with transformers 5.15 to 5.24, this is 5.99"):
-        tuned(tf.LlamaForCausalLM(CONFIGS["llama"]()))
+        tuned(tf.LlamaForCausalLM(config("llama")))
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # it is said once
-        tuned(tf.GPT2LMHeadModel(CONFIGS["gpt2"]()))
-        tuned(tf.BloomForCausalLM(CONFIGS["bloom"]()))  # these compute attention in their layers
-        tuned(tf.MptForCausalLM(CONFIGS["mpt"]()))
+        tuned(tf.GPT2LMHeadModel(config("gpt2")))
+        tuned(tf.BloomForCausalLM(config("bloom")))  # these compute attention in their layers
+        tuned(tf.MptForCausalLM(config("mpt")))
     assert compared == [(True, "")] * 4

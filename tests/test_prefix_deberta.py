@@ -19,33 +19,34 @@ from torch import Tensor
 import peftkern
 from peftkern.tuners.prefix_tuning import deberta
 from peftkern.tuners.prefix_tuning.inject import PrefixInjection
+from tests import models
 from tests.closeness import assert_same_number, differ
-from tests.prefix_models import HEADS, LABELS, LAYERS, VOCAB, WIDTH, P, _bert, split
+from tests.models import LABELS, LAYERS, VOCAB
+from tests.prefix_models import HEADS, WIDTH, P, config, settings, split
 from tests.tiny import loss_of
 
 BOTH = ["c2p", "p2c"]
 V2 = {"relative_attention": True, "pos_att_type": BOTH, "position_biased_input": False}
-MODELS: dict[str, Any] = {
-    "v1": (tf.DebertaConfig, {**V2}),
-    "v1 at once": (tf.DebertaConfig, {**V2, "pos_att_type": ["c2p"], "max_relative_positions": 4}),
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "v1": ("deberta", V2),
+    "v1 at once": ("deberta", {**V2, "pos_att_type": ["c2p"], "max_relative_positions": 4}),
     "v3": (
-        tf.DebertaV2Config,
+        "deberta-v2",
         {**V2, "share_att_key": True, "position_buckets": 4, "norm_rel_ebd": "layer_norm"},
     ),
-    "v2": (tf.DebertaV2Config, {**V2, "max_relative_positions": 6}),
+    "v2": ("deberta-v2", {**V2, "max_relative_positions": 6}),
     "positions": (
-        tf.DebertaV2Config,
+        "deberta-v2",
         {**V2, "pos_att_type": ["p2c"], "position_biased_input": True},
     ),
-    "none": (tf.DebertaV2Config, {"relative_attention": False, "position_biased_input": True}),
+    "none": ("deberta-v2", {"relative_attention": False, "position_biased_input": True}),
 }
 
 
 @functools.cache
 def _original(name: str) -> Any:
-    torch.manual_seed(0)
-    cls, settings = MODELS[name]
-    model = tf.AutoModelForSequenceClassification.from_config(_bert(cls, **settings))
+    family, own = MODELS[name]
+    model = models.build(family, **settings(family), **own)
     with torch.no_grad():
         for weight in model.parameters():
             if weight.dim() == 1:
@@ -241,9 +242,9 @@ def test_prefix_tuning(task: str, tmp_path: Any) -> None:
 
 
 def test_talking_heads_are_refused() -> None:
-    config = _bert(tf.DebertaConfig, **V2, talking_head=True)
+    talking = config("deberta", **V2, talking_head=True)
     with pytest.raises(ValueError, match="DebertaModel.*talking_head"):
-        injected(tf.DebertaModel(config))
+        injected(tf.DebertaModel(talking))
 
 
 @pytest.mark.slow

@@ -14,9 +14,9 @@ import transformers as tf
 
 import peftkern
 from peftkern.ops import notes
+from tests import models
 from tests.closeness import assert_same_number, differ
-from tests.prefix_models import WIDTH, _bert
-from tests.prefix_zoo import FAMILIES as _ALL
+from tests.prefix_models import WIDTH
 from tests.prefix_zoo import (
     P,
     batch_of,
@@ -27,6 +27,7 @@ from tests.prefix_zoo import (
     oracle,
     pair,
     real,
+    task_of,
     tuned,
     weight_of,
 )
@@ -47,7 +48,7 @@ CACHED = [
     "seamless_m4t_v2",
 ]
 # HF PEFT's generation of recurrent_gemma looks for the cache in an output that has none
-GENERATING = [f for f in CACHED if _ALL[f][0] != "TOKEN_CLS" and f != "recurrent_gemma"]
+GENERATING = [f for f in CACHED if task_of(f) != "TOKEN_CLS" and f != "recurrent_gemma"]
 
 
 HEADS = [
@@ -261,13 +262,10 @@ def test_what_needs_injection_is_refused() -> None:
 
 
 def test_what_hf_peft_refuses_is_refused() -> None:
-    vit = tf.ViTConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=24
-    )
     config = peftkern.PrefixTuningConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=P)
     with pytest.raises(ValueError, match="does not support ViTModel.*Model does not support past"):
-        peftkern.get_peft_model(tf.ViTModel(vit), config)
-    albert = tf.AlbertModel(_bert(tf.AlbertConfig, embedding_size=WIDTH))
+        peftkern.get_peft_model(tf.ViTModel(models.config("vit")), config)
+    albert = tf.AlbertModel(models.config("albert"))
     with pytest.raises(ValueError, match="through its cache: its cache has no effect"):
         peftkern.get_peft_model(albert, config)
 

@@ -13,15 +13,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from peftkern.tuners.prefix_tuning import blocks, positions
 from peftkern.tuners.prefix_tuning.inject import PrefixInjection
 from tests.closeness import assert_as_good_as_torch, assert_same_number, differ
+from tests.models import LAYERS, SEQ2SEQ, VOCAB
 from tests.plain_reference import CACHE, greedy
 from tests.prefix_models import (
-    CONFIGS,
     ENCODERS,
     HEADS,
-    LAYERS,
-    SEQ2SEQ,
+    NAMES,
     TAIL,
-    VOCAB,
     WIDTH,
     WITHOUT_HEADS,
     P,
@@ -36,7 +34,7 @@ from tests.prefix_models import (
 # PEFT refuses encoders without past_key_values; stablelm stands in test_prefix_more_families; the
 # others get one slow test each
 NOT_HERE = ("distilbert", "modernbert", "stablelm", *WITHOUT_HEADS, *TAIL)
-FAMILIES = [f for f in CONFIGS if f not in NOT_HERE]
+FAMILIES = [f for f in NAMES if f not in NOT_HERE]
 BY_DISTANCE = ("t5", "mt5", "bloom", "falcon_alibi", "mpt")  # where no position is counted
 CASES = [(f, None) for f in FAMILIES] + [
     ("bert", "TOKEN_CLS"),

@@ -13,15 +13,9 @@ from packaging.version import Version
 
 from peftkern.tuners.prefix_tuning import attention, blocks
 from tests.closeness import assert_same_number, differ
+from tests.models import SEQ2SEQ
 from tests.plain_reference import CACHE, TRANSFORMERS
-from tests.prefix_models import (
-    IN_BLOCKS,
-    SEQ2SEQ,
-    Pair,
-    alone,
-    inputs,
-    split,
-)
+from tests.prefix_models import IN_BLOCKS, Pair, alone, inputs, split
 
 # ------------------------------------------------------------------------------------- decoding
 

@@ -14,19 +14,10 @@ from torch.utils.checkpoint import checkpoint
 from peftkern.tuners.prefix_tuning import attention
 from peftkern.utils.versions import checkpoints_without_gradients
 from tests.closeness import assert_same_number, differ
+from tests.models import LAYERS, SEQ2SEQ, VOCAB
 from tests.needs import needs
 from tests.plain_reference import CACHE
-from tests.prefix_models import (
-    HEADS,
-    IN_BLOCKS,
-    LAYERS,
-    SEQ2SEQ,
-    VOCAB,
-    P,
-    Pair,
-    alone,
-    inputs,
-)
+from tests.prefix_models import HEADS, IN_BLOCKS, P, Pair, alone, inputs
 from tests.tiny import loss_of
 
 VARIED = ["llama", "gpt2", "bert", "t5", "bart", "mistral", "gemma2", "gpt_oss", "opt", "roberta"]

@@ -17,19 +17,10 @@ from torch import Tensor
 import peftkern
 from peftkern.tuners.prefix_tuning import attention
 from peftkern.tuners.prefix_tuning.inject import PrefixInjection
+from tests import models
 from tests.closeness import assert_same_number, differ
-from tests.prefix_models import (
-    HEADS,
-    LAYERS,
-    VOCAB,
-    WIDTH,
-    P,
-    Pair,
-    alone,
-    inputs,
-    make,
-    sizes,
-)
+from tests.models import LAYERS
+from tests.prefix_models import HEADS, P, Pair, alone, inputs, make, sizes
 from tests.prefix_zoo import tuned
 
 # -------------------------------------------------------------------- around it: safe and clean
@@ -255,10 +246,7 @@ def test_models_that_are_not_supported() -> None:
     four = {"num_layers": LAYERS, "kv_heads": HEADS, "head_dim": 8, "num_virtual_tokens": P}
     with pytest.raises(ValueError, match="does not support Odd"):
         PrefixInjection(Odd(), **four)
-    config = tf.FNetConfig(  # which has no attention
-        vocab_size=VOCAB, hidden_size=WIDTH, num_hidden_layers=LAYERS, intermediate_size=24
-    )
-    model = tf.AutoModel.from_config(config)
+    model = tf.AutoModel.from_config(models.config("fnet"))  # which has no attention
     before = [(n, len(m._forward_pre_hooks)) for n, m in model.named_modules()]
     with pytest.raises(ValueError, match="FNetModel"):
         PrefixInjection(model, **four)

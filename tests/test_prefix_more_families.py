@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -15,139 +14,20 @@ import transformers as tf
 from torch import Tensor
 
 import peftkern
+from tests import models, prefix_zoo
 from tests.closeness import assert_same_number, differ
+from tests.models import VOCAB, task_of
 from tests.needs import needs
 from tests.plain_reference import CACHE, peft_is_right, recomputed, with_prefix
-from tests.prefix_models import (
-    HEADS,
-    LAYERS,
-    VOCAB,
-    WIDTH,
-    P,
-    _bart,
-    _bert,
-    _decoder,
-    _t5,
-    inputs,
-    numbers,
-    real,
-    split,
-)
+from tests.prefix_models import HEADS, WIDTH, P, inputs, make, numbers, real, split
+from tests.prefix_models import config as config_of
+from tests.prefix_zoo import weight_of
 
-BOTH = ["sliding_attention", "full_attention"]
-_SHARED = {
-    "head_dim": 8,
-    "num_hidden_layers": 6,
-    "layer_types": BOTH * 3,
-    "num_kv_shared_layers": 2,
-    "sliding_window": 8,
-    "vocab_size_per_layer_input": VOCAB,
-    "hidden_size_per_layer_input": 4,
-    "tie_word_embeddings": False,
-}
-_OF_TWO_SIZES = ("gemma4", "gemma3n")
-_GLOBAL = {"is_decoder": True, "tie_word_embeddings": False}
-
-
-def _moe_t5() -> Any:
-    config = _t5(tf.SwitchTransformersConfig)
-    config.decoder_start_token_id = 0
-    config.num_sparse_encoder_layers = config.num_sparse_decoder_layers = 0
-    config.num_decoder_layers = LAYERS
-    return config
-
-
-def _longt5() -> Any:
-    config = _t5(tf.LongT5Config)
-    config.decoder_start_token_id, config.local_radius = 0, 4
-    return config
-
-
-def _whisper() -> Any:
-    config = _bart(tf.WhisperConfig)
-    config.max_source_positions, config.max_target_positions, config.num_mel_bins = 20, 64, 8
-    config.suppress_tokens = config.begin_suppress_tokens = []
-    return config
-
-
-FAMILIES: dict[str, tuple[str, Callable[[], Any]]] = {
-    "gemma4": ("CAUSAL_LM", lambda: _decoder(tf.Gemma4TextConfig, global_head_dim=16, **_SHARED)),
-    "gemma3n": (
-        "CAUSAL_LM",
-        lambda: _decoder(
-            tf.Gemma3nTextConfig,
-            **_SHARED,
-            laurel_rank=4,
-            altup_num_inputs=2,
-            activation_sparsity_pattern=[0.0] * 6,
-        ),
-    ),
-    "stablelm": ("CAUSAL_LM", lambda: _decoder(tf.StableLmConfig)),
-    "longt5": ("SEQ_2_SEQ_LM", _longt5),
-    "xglm": (
-        "CAUSAL_LM",
-        lambda: tf.XGLMConfig(
-            vocab_size=VOCAB,
-            d_model=WIDTH,
-            ffn_dim=24,
-            num_layers=LAYERS,
-            attention_heads=HEADS,
-            max_position_embeddings=64,
-            init_std=0.3,
-            dropout=0.0,
-            attention_dropout=0.0,
-        ),
-    ),
-    "gpt_neox_japanese": (
-        "CAUSAL_LM",
-        lambda: _bert(tf.GPTNeoXJapaneseConfig, hidden_dropout=0.0, attention_dropout=0.0),
-    ),
-    "m2m_100": ("SEQ_2_SEQ_LM", lambda: _bart(tf.M2M100Config)),
-    "plbart": ("SEQ_2_SEQ_LM", lambda: _bart(tf.PLBartConfig)),
-    "rembert": ("SEQ_CLS", lambda: _bert(tf.RemBertConfig, input_embedding_size=WIDTH)),
-    "rembert decoder": (
-        "CAUSAL_LM",
-        lambda: _bert(
-            tf.RemBertConfig, input_embedding_size=WIDTH, output_embedding_size=WIDTH, **_GLOBAL
-        ),
-    ),
-    "ernie": ("SEQ_CLS", lambda: _bert(tf.ErnieConfig)),
-    "modernbert-decoder": (
-        "CAUSAL_LM",
-        lambda: _bert(
-            tf.ModernBertDecoderConfig,
-            layer_types=BOTH,
-            local_attention=8,
-            cls_token_id=1,
-            sep_token_id=2,
-        ),
-    ),
-    # slow from here on
-    "nemotron": ("CAUSAL_LM", lambda: _decoder(tf.NemotronConfig)),
-    "umt5": ("SEQ_2_SEQ_LM", lambda: _t5(tf.UMT5Config)),
-    "switch_transformers": ("SEQ_2_SEQ_LM", _moe_t5),
-    "blenderbot-small": ("SEQ_2_SEQ_LM", lambda: _bart(tf.BlenderbotSmallConfig)),
-    "pegasus_x": ("SEQ_2_SEQ_LM", lambda: _bart(tf.PegasusXConfig)),
-    "nllb-moe": ("SEQ_2_SEQ_LM", lambda: _bart(tf.NllbMoeConfig)),
-    "megatron-bert": ("SEQ_CLS", lambda: _bert(tf.MegatronBertConfig)),
-    "bert-generation": ("CAUSAL_LM", lambda: _bert(tf.BertGenerationConfig, **_GLOBAL)),
-    "roc_bert": ("SEQ_CLS", lambda: _bert(tf.RoCBertConfig)),
-    "xlm-roberta-xl": ("SEQ_CLS", lambda: _bert(tf.XLMRobertaXLConfig)),
-    "data2vec-text": ("SEQ_CLS", lambda: _bert(tf.Data2VecTextConfig)),
-    "roberta-prelayernorm": ("SEQ_CLS", lambda: _bert(tf.RobertaPreLayerNormConfig)),
-    "xmod": (
-        "SEQ_CLS",
-        lambda: _bert(tf.XmodConfig, languages=["en_XX"], default_language="en_XX"),
-    ),
-    "camembert": ("SEQ_CLS", lambda: _bert(tf.CamembertConfig)),
-}
-SLOW = list(FAMILIES)[list(FAMILIES).index("nemotron") :]
-EACH = [pytest.param(f, marks=pytest.mark.slow) if f in SLOW else f for f in FAMILIES]
-CLASSES = {
-    "CAUSAL_LM": tf.AutoModelForCausalLM,
-    "SEQ_CLS": tf.AutoModelForSequenceClassification,
-    "SEQ_2_SEQ_LM": tf.AutoModelForSeq2SeqLM,
-}
+FAMILIES = ["gemma4", "gemma3n", "stablelm", "longt5", "xglm", "gpt_neox_japanese", "m2m_100",
+            "plbart", "rembert", "rembert decoder", "ernie", "modernbert-decoder"]  # fmt: skip
+SLOW = """nemotron umt5 switch_transformers blenderbot-small pegasus_x nllb-moe megatron-bert
+bert-generation roc_bert xlm-roberta-xl data2vec-text roberta-prelayernorm xmod camembert""".split()
+EACH = [*FAMILIES, *(pytest.param(f, marks=pytest.mark.slow) for f in SLOW)]
 
 
 @pytest.fixture(autouse=True)
@@ -159,48 +39,21 @@ def xglm_in_float64(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.set_default_dtype(torch.float32)
 
 
-@functools.cache
-def _original(family: str) -> Any:
-    torch.manual_seed(0)
-    task, config = FAMILIES[family]
-    model = CLASSES[task].from_config(config())
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if weight.dim() == 2 and "position" not in name:
-                weight.normal_(std=0.3)
-    if getattr(model, "generation_config", None) is not None:
-        model.generation_config.eos_token_id = None
-    if hasattr(model, "set_experts_implementation"):
-        model.set_experts_implementation("eager")  # the other has no float64
-    return model.double().eval()
-
-
 def tuned(library: Any, family: str, **more: Any) -> Any:
-    """The family's model with a prefix of the same numbers, made by either library."""
-    task = FAMILIES[family][0]
-    config = library.PrefixTuningConfig(task_type=task, num_virtual_tokens=P, **more)
-    model = library.get_peft_model(copy.deepcopy(_original(family)), config).double()
-    with torch.no_grad():
-        weight_of(model).normal_(generator=torch.Generator().manual_seed(1))
-    return model.eval()
-
-
-def weight_of(model: Any) -> Tensor:
-    return model.prompt_encoder["default"].embedding.weight
+    return prefix_zoo.tuned(library, family, task_of(family), **more)
 
 
 def batch_of(family: str, padding: str | None = "left") -> dict[str, Any]:
-    task = FAMILIES[family][0]
-    return inputs("", padding, task)
+    return inputs("", padding, task_of(family))
 
 
 def prefixes_of(family: str, model: Any, weight: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Each layer's, for those of one size: layers that share another's keys have none."""
     config = model.peft_config["default"]
-    seq2seq = FAMILIES[family][0] == "SEQ_2_SEQ_LM"
+    seq2seq = family in models.SEQ2SEQ
     pairs = split(weight, config.num_attention_heads, config.num_layers, seq2seq)
-    if family in _OF_TWO_SIZES:
-        kinds, own = _SHARED["layer_types"], 6 - _SHARED["num_kv_shared_layers"]
+    if family in ("gemma4", "gemma3n"):
+        kinds, own = models.SHARED["layer_types"], 6 - models.SHARED["num_kv_shared_layers"]
         widths = [8 if kind == "sliding_attention" else 16 for kind in kinds[:own]]
         pairs = [(k[..., :w], v[..., :w]) for (k, v), w in zip(pairs, widths, strict=False)]
     return pairs
@@ -212,10 +65,10 @@ def test_is_what_the_oracles_say(family: str) -> None:
     """The plain reference's numbers, and HF PEFT's where it is right."""
     sizes = {"num_attention_heads": HEADS} if family == "xglm" else {}  # it cannot tell
     ours, theirs = tuned(peftkern, family), tuned(peft, family, **sizes)
-    task, batch = FAMILIES[family][0], batch_of(family)
+    task, batch = task_of(family), batch_of(family)
     found = numbers(batch, ours(**batch), weight_of(ours))
     weight = weight_of(ours).detach().clone().requires_grad_()
-    base = copy.deepcopy(_original(family))
+    base = make(family, task)
     run = partial(with_prefix, base, prefixes_of(family, theirs, weight))
     assert_same_number(found, numbers(batch, run(**batch), weight))
     if peft_is_right("prefix of a head" if task == "SEQ_CLS" else "prefix"):
@@ -284,7 +137,7 @@ def test_a_prefix_for_each_row_or_none(family: str) -> None:
     model.add_adapter("other", copy.deepcopy(model.peft_config["default"]))
     names = ["other", "__base__", "default"]
     call = {**batch, "labels": None}
-    if "labels" in batch and FAMILIES[family][0] == "SEQ_2_SEQ_LM":
+    if "labels" in batch and family in models.SEQ2SEQ:
         call["decoder_input_ids"] = batch["labels"]
     with torch.no_grad():
         together = model(**call, adapter_names=names).logits
@@ -302,13 +155,7 @@ def test_a_prefix_for_each_row_or_none(family: str) -> None:
 
 def test_whisper() -> None:
     """Its input is no text; HF PEFT asks for ``input_ids``, but has the right prefix to hand on."""
-    FAMILIES["whisper"] = ("SEQ_2_SEQ_LM", _whisper)
-    CLASSES["SEQ_2_SEQ_LM"] = tf.AutoModelForSpeechSeq2Seq
-    try:
-        ours, theirs = tuned(peftkern, "whisper"), tuned(peft, "whisper")
-    finally:
-        del FAMILIES["whisper"]
-        CLASSES["SEQ_2_SEQ_LM"] = tf.AutoModelForSeq2SeqLM
+    ours, theirs = tuned(peftkern, "whisper"), tuned(peft, "whisper")
     torch.manual_seed(2)
     features = torch.randn(2, 8, 40, dtype=torch.float64)
     call = {"input_features": features, "labels": torch.randint(3, VOCAB, (2, 6))}
@@ -328,17 +175,8 @@ def test_whisper() -> None:
 
 
 def _llava() -> tuple[Any, dict[str, Tensor]]:
-    vision = tf.CLIPVisionConfig(
-        hidden_size=32,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        image_size=16,
-        patch_size=8,
-    )
-    config = tf.LlavaConfig(
-        text_config=_decoder(tf.LlamaConfig), vision_config=vision, image_token_id=60
-    )
+    vision = models.config("clip vision", width=WIDTH, heads=HEADS, image_size=16, patch_size=8)
+    config = tf.LlavaConfig(text_config=config_of("llama"), vision_config=vision, image_token_id=60)
     ids = torch.tensor([[1, 60, 60, 60, 60, 5, 6, 7]])
     call = {"input_ids": ids, "pixel_values": torch.randn(1, 3, 16, 16).double()}
     return tf.LlavaForConditionalGeneration(config), call
@@ -347,7 +185,7 @@ def _llava() -> tuple[Any, dict[str, Tensor]]:
 def _qwen_vl() -> tuple[Any, dict[str, Tensor]]:
     """Positions of three kinds for each token."""
     rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
-    text = _decoder(tf.Qwen2_5_VLTextConfig, rope_parameters=rope).to_dict()
+    text = config_of("qwen2_5_vl_text", rope_parameters=rope).to_dict()
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": WIDTH}
     marks = ("image", "video", "vision_start", "vision_end")
     marks = {f"{name}_token_id": 60 + i for i, name in enumerate(marks)}
@@ -413,12 +251,8 @@ def test_models_of_images_and_text(family: Callable[[], Any]) -> None:
 
 def test_families_refused_by_name() -> None:
     """Why, and the model as it was."""
-    vit = tf.ViTConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=24
-    )
-    albert = _bert(tf.AlbertConfig, embedding_size=WIDTH)
-    for model in (tf.ViTModel(vit), tf.AlbertModel(albert), tf.XLNetModel(tf.XLNetConfig(
-        vocab_size=VOCAB, d_model=WIDTH, n_layer=2, n_head=HEADS, d_inner=24))):  # fmt: skip
+    for family in ("vit", "albert", "xlnet"):
+        model = tf.AutoModel.from_config(models.config(family))
         config = peftkern.PrefixTuningConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=P)
         with pytest.raises(ValueError, match=f"does not support {type(model).__name__}: no layers"):
             peftkern.get_peft_model(model, config)

@@ -8,7 +8,6 @@ import torch
 
 import peftkern
 from tests.closeness import assert_same_number, differ
-from tests.prefix_zoo import FAMILIES as _ALL
 from tests.prefix_zoo import (
     batch_of,
     checkpoints,
@@ -17,6 +16,7 @@ from tests.prefix_zoo import (
     make,
     oracle,
     real,
+    task_of,
     tuned,
     weight_of,
 )
@@ -32,7 +32,7 @@ INJECTED = [
     "rembert decoder",
     "eurobert",
 ]
-DECODERS = [family for family in INJECTED if _ALL[family][0] == "CAUSAL_LM"]
+DECODERS = [family for family in INJECTED if task_of(family) == "CAUSAL_LM"]
 
 
 @pytest.mark.parametrize("padding", [None, "left"])

@@ -8,16 +8,13 @@ from functools import partial
 import peft
 import pytest
 import torch
-import transformers as tf
 
 import peftkern
 from peftkern.tuners.prefix_tuning import way
 from peftkern.tuners.prompting import tuner as prompt_learning
+from tests import models
 from tests.prompts import config_of, prompt_model
 from tests.tiny import assert_same, make, snapshot
-
-SMALL = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-
 
 BAD_CONFIGS = {
     "no_tokens": ("prefix", {"P": 0}, "num_virtual_tokens.*0"),
@@ -154,8 +151,7 @@ def test_bad_calls(kind):
 
 def test_positions_behind_padding():
     """RoBERTa's first position is 2, so that a table of 16 has room for 14 tokens."""
-    config = tf.RobertaConfig(**SMALL, intermediate_size=24, max_position_embeddings=16)
-    base = tf.RobertaForSequenceClassification(config).eval()
+    base = models.build("roberta", length=16, pad_token_id=1)
     ours = prompt_model(peftkern, "prompt", base=base, task="SEQ_CLS")
     ids = torch.full((1, 10), 5)
     ours(ids[:, :9])

@@ -9,27 +9,11 @@ import torch
 import transformers as tf
 
 import peftkern
+from tests import models
 from tests.closeness import assert_same_number
 from tests.plain_reference import greedy, peft_is_right, recomputed
 from tests.prompts import KINDS, PREFIXES, plain, prompt_model, prompt_pair, virtual_tokens
 from tests.tiny import CASES, first, inputs, loss_of, make, step
-
-BART = {
-    "vocab_size": 64,
-    "d_model": 16,
-    "encoder_layers": 3,
-    "decoder_layers": 3,
-    "encoder_attention_heads": 2,
-    "decoder_attention_heads": 2,
-    "encoder_ffn_dim": 24,
-    "decoder_ffn_dim": 24,
-    "max_position_embeddings": 32,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-SMALL = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 
 def cached(prompt):
@@ -183,66 +167,28 @@ def test_a_trained_prefix_is_handed_over_as_it_is():
 
 
 MODELS = {
-    "bart": (tf.BartForConditionalGeneration, tf.BartConfig, BART, "SEQ_2_SEQ_LM"),
-    "bart_3_2": (
-        tf.BartForConditionalGeneration,
-        tf.BartConfig,
-        {**BART, "decoder_layers": 2},
-        "SEQ_2_SEQ_LM",
-    ),
-    "gemma2": (
-        tf.Gemma2ForCausalLM,
-        tf.Gemma2Config,
-        {**SMALL, "intermediate_size": 24, "num_key_value_heads": 1, "head_dim": 8, **TOKENS},
-        "CAUSAL_LM",
-    ),
-    "gemma3": (
-        tf.Gemma3ForCausalLM,
-        tf.Gemma3TextConfig,
-        {
-            **SMALL,
-            "intermediate_size": 24,
-            "num_key_value_heads": 1,
-            "head_dim": 8,
-            "sliding_window": 3,
-            **TOKENS,
-        },
-        "CAUSAL_LM",
-    ),
-    "bloom": (
-        tf.BloomForCausalLM,
-        tf.BloomConfig,
-        {"vocab_size": 64, "hidden_size": 16, "n_layer": 2, "n_head": 2, **TOKENS},
-        "CAUSAL_LM",
-    ),
-    "falcon_new": (
-        tf.FalconForCausalLM,
-        tf.FalconConfig,
-        {**SMALL, "num_attention_heads": 4, "num_kv_heads": 2, "new_decoder_architecture": True},
-        "CAUSAL_LM",
-    ),
-    "gpt_bigcode": (
-        tf.GPTBigCodeForCausalLM,
-        tf.GPTBigCodeConfig,
-        {"vocab_size": 64, "n_embd": 16, "n_layer": 2, "n_head": 2, **TOKENS},
-        "CAUSAL_LM",
-    ),
+    "bart": ("bart", {"layers": 3}),
+    "bart_3_2": ("bart", {"layers": 3, "decoder_layers": 2}),
+    "gemma2": ("gemma2", {}),
+    "gemma3": ("gemma3", {"sliding_window": 3}),
+    "bloom": ("bloom", {}),
+    "falcon_new": ("falcon", {"heads": 4, "kv": 2}),
+    "gpt_bigcode": ("gpt_bigcode", {}),
 }
 
 
 def other_model(name):
-    cls, config, settings, task = MODELS[name]
-    torch.manual_seed(0)
-    return cls(config(**settings)).eval(), task
+    family, settings = MODELS[name]
+    return models.build(family, **settings)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_sizes_of_more_families(name):
-    base, task = other_model(name)
-    ours, theirs = prompt_pair("prefix", base=base, task=task)
+    task = models.task_of(MODELS[name][0])
+    ours, theirs = prompt_pair("prefix", base=other_model(name), task=task)
     assert ours.peft_config["default"].to_dict() == theirs.peft_config["default"].to_dict()
     mine, other = cached(ours.get_prompt(2)), cached(theirs.get_prompt(2))
-    layers = MODELS[name][2].get("decoder_layers", len(other))
+    layers = MODELS[name][1].get("decoder_layers", len(other))
     assert len(mine) == layers
     for o, t in zip(mine, other[:layers], strict=True):
         assert torch.equal(o[0], t[0]) and torch.equal(o[1], t[1])
@@ -251,10 +197,8 @@ def test_sizes_of_more_families(name):
 @pytest.mark.parametrize("submodules", [1, 2])
 def test_layout_of_seq2seq_prefixes(submodules):
     """With two submodules decoder layer l reads the slices 4l and 4l + 1 modulo 2L."""
-    base, task = other_model("bart")
-    ours = prompt_model(
-        peftkern, "prefix", base=base, task=task, num_transformer_submodules=submodules
-    )
+    more = {"task": "SEQ_2_SEQ_LM", "num_transformer_submodules": submodules}
+    ours = prompt_model(peftkern, "prefix", base=other_model("bart"), **more)
     weight = ours.prompt_encoder["default"].embedding.weight.detach()
     slices = weight.view(5, 6, 2, 8).permute(1, 2, 0, 3)
     step = 2 * submodules
@@ -265,23 +209,17 @@ def test_layout_of_seq2seq_prefixes(submodules):
 
 SIZES_PEFT_CANNOT_TELL = {
     # Falcon's multi-query attention caches one head; T5's heads need not make up its width
-    "falcon": (tf.FalconForCausalLM, tf.FalconConfig(**SMALL, multi_query=True), (2, 1, 8, 5)),
-    "mpt": (tf.MptForCausalLM, tf.MptConfig(vocab_size=64, d_model=16, n_layers=2, n_heads=2),
-            (2, 2, 8, 5)),
-    "t5": (
-        tf.T5ForConditionalGeneration,
-        tf.T5Config(vocab_size=64, d_model=16, d_kv=4, d_ff=24, num_layers=2, num_decoder_layers=3,
-                    num_heads=2, decoder_start_token_id=0),
-        (3, 2, 4, 5),
-    ),
-}  # fmt: skip
+    "falcon": ("falcon_mqa", {}, (2, 1, 8, 5)),
+    "mpt": ("mpt", {}, (2, 2, 8, 5)),
+    "t5": ("t5", {"d_kv": 4, "num_decoder_layers": 3}, (3, 2, 4, 5)),
+}
 
 
 @pytest.mark.parametrize("name", SIZES_PEFT_CANNOT_TELL)
 def test_sizes_that_peft_cannot_tell(name):
-    cls, config, sizes = SIZES_PEFT_CANNOT_TELL[name]
-    task = "SEQ_2_SEQ_LM" if name == "t5" else "CAUSAL_LM"
-    ours = prompt_model(peftkern, "prefix", base=cls(config), task=task)
+    family, settings, sizes = SIZES_PEFT_CANNOT_TELL[name]
+    base, task = models.build(family, **settings), models.task_of(family)
+    ours = prompt_model(peftkern, "prefix", base=base, task=task)
     injection = ours.tuner.injection
     found = (injection.kv_heads, injection.head_dim, injection.num_virtual_tokens)
     assert (len(injection.attentions), *found) == sizes
@@ -289,18 +227,9 @@ def test_sizes_that_peft_cannot_tell(name):
 
 def test_layers_of_different_sizes():
     """Gemma 4: layers take a part of the prefix, and one with another's keys takes that one's."""
-    config = tf.Gemma4TextConfig(
-        **{**SMALL, "num_hidden_layers": 4},
-        intermediate_size=24,
-        num_key_value_heads=1,
-        head_dim=8,
-        global_head_dim=16,
-        num_kv_shared_layers=1,
-        vocab_size_per_layer_input=64,
-        hidden_size_per_layer_input=4,
-        layer_types=["sliding_attention", "full_attention"] * 2,
-    )
-    ours, theirs = prompt_pair("prefix", base=tf.Gemma4ForCausalLM(config))
+    both = ["sliding_attention", "full_attention"]
+    base = models.build("gemma4", num_hidden_layers=4, layer_types=2 * both, num_kv_shared_layers=1)
+    ours, theirs = prompt_pair("prefix", base=base)
     assert ours.peft_config["default"].to_dict() == theirs.peft_config["default"].to_dict()
     with pytest.warns(UserWarning, match=r"skipped \[3\] due to KV shape"):
         prefixes, _ = ours.tuner.prefix_layers(ours, 1)
@@ -319,12 +248,11 @@ def test_layers_of_different_sizes():
 
 
 def test_embeddings_narrower_than_the_model():
-    config = tf.ElectraConfig(**SMALL, embedding_size=8, intermediate_size=24)
-    base = tf.ElectraForSequenceClassification(config).eval()
+    base = models.build("electra", embedding_size=8)
     ours = prompt_model(peftkern, "mlp", base=base, task="SEQ_CLS")
     assert ours.peft_config["default"].token_dim == 8
     batch = inputs("bert", "SEQ_CLS")
-    ours(**batch | {"labels": batch["labels"] % 2}).loss.backward()
+    ours(**batch).loss.backward()
     assert ours.prompt_encoder["default"].embedding.weight.grad.abs().sum() > 0
 
 

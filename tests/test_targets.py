@@ -9,11 +9,11 @@ import warnings
 import peft
 import pytest
 import torch
-import transformers as tf
 from torch import nn
 
 import peftkern
 from peftkern import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
+from tests import models
 from tests.tiny import assert_same, make, pair, snapshot
 
 
@@ -115,34 +115,7 @@ def test_defaults_are_pefts():
     assert {k: sorted(v) for k, v in DEFAULTS.items()} == {k: sorted(v) for k, v in theirs.items()}
 
 
-_SMALL = {
-    "vocab_size": 32,
-    "hidden_size": 8,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "intermediate_size": 8,
-}
-MORE_MODELS = {
-    "opt": lambda: tf.OPTConfig(**_SMALL, ffn_dim=8, word_embed_proj_dim=8),
-    "mistral": lambda: tf.MistralConfig(**_SMALL, num_key_value_heads=1),
-    "phi": lambda: tf.PhiConfig(**_SMALL),
-    "gpt_neox": lambda: tf.GPTNeoXConfig(**_SMALL),
-    "bloom": lambda: tf.BloomConfig(vocab_size=32, hidden_size=8, n_layer=1, n_head=2),
-    "falcon": lambda: tf.FalconConfig(**_SMALL),
-    "gptj": lambda: tf.GPTJConfig(vocab_size=32, n_embd=8, n_layer=1, n_head=2, rotary_dim=4),
-    "roberta": lambda: tf.RobertaConfig(**_SMALL),
-    "deberta-v2": lambda: tf.DebertaV2Config(**_SMALL),
-    "bart": lambda: tf.BartConfig(
-        vocab_size=32,
-        d_model=8,
-        encoder_layers=1,
-        decoder_layers=1,
-        encoder_ffn_dim=8,
-        decoder_ffn_dim=8,
-        encoder_attention_heads=2,
-        decoder_attention_heads=2,
-    ),
-}
+MORE_MODELS = """opt mistral phi gpt_neox bloom falcon gptj roberta deberta-v2 bart""".split()
 
 
 @pytest.mark.parametrize("name", MORE_MODELS)
@@ -150,13 +123,11 @@ MORE_MODELS = {
 def test_default_targets_of_more_models(name, targets):
     if targets is None:
         assert name in DEFAULTS
-    found = built(
-        peftkern, tf.AutoModel.from_config(MORE_MODELS[name]()), {"target_modules": targets}
+    found, wanted = (
+        built(library, models.build(name, None), {"target_modules": targets})
+        for library in (peftkern, peft)
     )
-    assert found == built(
-        peft, tf.AutoModel.from_config(MORE_MODELS[name]()), {"target_modules": targets}
-    )
-    assert found[0]
+    assert found == wanted and found[0]
 
 
 @pytest.mark.parametrize("family", ["llama", "bert", "gpt2", "t5"])

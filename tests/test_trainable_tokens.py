@@ -18,7 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import peftkern
 from peftkern.tuners.trainable_tokens import TrainableTokensLayer, TrainableTokensWrapper
 from tests.closeness import assert_as_good_as_torch, assert_same_number
-from tests.tiny import VOCAB, WIDTH, assert_same, gradients, inputs, make, pair, snapshot
+from tests.models import VOCAB, WIDTH
+from tests.tiny import assert_same, gradients, inputs, make, pair, snapshot
 
 TOKENS = [5, 9, 3, 40]
 # family, settings, dtype; llama's head is its own, gemma's is the embedding (which it scales)

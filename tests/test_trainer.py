@@ -16,8 +16,9 @@ from transformers import Trainer, TrainingArguments, pipeline
 
 import peftkern
 from tests.closeness import assert_as_good_as_torch, assert_same_number, differ
+from tests.models import VOCAB
 from tests.needs import needs
-from tests.tiny import VOCAB, first, inputs, make
+from tests.tiny import first, inputs, make
 from tests.trainers import (
     ARGUMENTS,
     CHECKPOINTING,

@@ -18,7 +18,7 @@ import peftkern
 from peftkern.tuners.prefix_tuning import outside
 from peftkern.utils import versions
 from tests.prompts import prompt_model
-from tests.tiny import inputs
+from tests.tiny import inputs, make
 
 
 class New(nn.Module):
@@ -168,12 +168,7 @@ def test_a_cap_that_is_dropped_is_told_from_one_that_is_not() -> None:
 
 
 def test_a_layer_is_in_a_checkpoint_when_transformers_puts_it_there() -> None:
-    model = tf.LlamaModel(
-        tf.LlamaConfig(
-            vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
-            num_attention_heads=1,
-        )
-    )  # fmt: skip
+    model = make("llama", None)
     layer, ids, runs = model.layers[0], torch.ones(1, 2, dtype=torch.long), []
     model.gradient_checkpointing_enable()
     layer._gradient_checkpointing_func = lambda f, *a: runs.append(f) or f(*a)

@@ -13,86 +13,10 @@ from typing import Any
 
 import peft
 import torch
-import transformers as tf
 from torch import Tensor, nn
 
 import peftkern
-
-VOCAB, WIDTH, HEADS, LAYERS, LABELS = 64, 16, 2, 2, 3
-_TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-
-
-def _decoder(cls: type, **more: Any) -> Any:
-    return cls(
-        vocab_size=VOCAB,
-        hidden_size=WIDTH,
-        intermediate_size=24,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-        num_labels=LABELS,
-        initializer_range=0.2,  # wide enough that every layer shows in the output
-        **_TOKENS,
-        **more,
-    )
-
-
-_CONFIGS = {
-    "llama": lambda: _decoder(tf.LlamaConfig),
-    "qwen2": lambda: _decoder(tf.Qwen2Config),
-    "gemma": lambda: _decoder(tf.GemmaConfig, head_dim=8),
-    "gpt2": lambda: tf.GPT2Config(
-        vocab_size=VOCAB,
-        n_positions=64,
-        n_embd=WIDTH,
-        n_layer=LAYERS,
-        n_head=HEADS,
-        num_labels=LABELS,
-        initializer_range=0.2,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        **_TOKENS,
-    ),
-    "bert": lambda: tf.BertConfig(
-        vocab_size=VOCAB,
-        hidden_size=WIDTH,
-        intermediate_size=24,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        max_position_embeddings=64,
-        num_labels=LABELS,
-        initializer_range=0.2,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        **_TOKENS,
-    ),
-    "t5": lambda: tf.T5Config(
-        vocab_size=VOCAB,
-        d_model=WIDTH,
-        d_kv=8,
-        d_ff=24,
-        num_layers=LAYERS,
-        num_heads=HEADS,
-        dropout_rate=0.0,
-        classifier_dropout=0.0,
-        num_labels=LABELS,
-        decoder_start_token_id=0,
-        pad_token_id=0,
-        eos_token_id=2,
-    ),
-}
-
-_CLASSES = {
-    "CAUSAL_LM": tf.AutoModelForCausalLM,
-    "SEQ_CLS": tf.AutoModelForSequenceClassification,
-    "TOKEN_CLS": tf.AutoModelForTokenClassification,
-    "QUESTION_ANS": tf.AutoModelForQuestionAnswering,
-    "SEQ_2_SEQ_LM": tf.AutoModelForSeq2SeqLM,
-    "FEATURE_EXTRACTION": tf.AutoModel,
-    None: tf.AutoModel,
-}
+from tests.models import LABELS, VOCAB, build
 
 # every family with every task that it has a head for
 CASES = [
@@ -113,16 +37,7 @@ CASES = [
 
 @functools.cache
 def _original(family: str, task: str | None) -> nn.Module:
-    torch.manual_seed(0)
-    config = _CONFIGS[family]()
-    if task == "QUESTION_ANS":  # a start and an end
-        config.num_labels = 2
-    model = _CLASSES[task].from_config(config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):  # zeros hide a bias that was left out or added twice
-                parameter.normal_(std=0.1)
-    return model.eval()
+    return build(family, task)
 
 
 def make(family: str, task: str | None = "CAUSAL_LM", dtype: torch.dtype = torch.float32) -> Any:

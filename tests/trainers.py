@@ -11,7 +11,8 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import peftkern
-from tests.tiny import VOCAB, fill, make
+from tests.models import VOCAB
+from tests.tiny import fill, make
 
 LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1, "target_modules": "all-linear"}
 ARGUMENTS = {

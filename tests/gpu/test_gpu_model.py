@@ -4,26 +4,19 @@ import copy
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import peftkern
 from tests.closeness import assert_as_good_as_torch
 from tests.gpu.ground import DEVICE, ON_CPU, backend, triton_backend
 from tests.masks import with_masks
+from tests.models import build
 
 
 def tiny_llama(dtype):
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=64 if ON_CPU else 256,
-        intermediate_size=96 if ON_CPU else 512,
-        num_hidden_layers=1 if ON_CPU else 2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=60,
-        attn_implementation="sdpa",
-    )
-    return LlamaForCausalLM(config).to(DEVICE, dtype)
+    small = {"width": 64, "inner": 96, "layers": 1}
+    sizes = small if ON_CPU else {"width": 256, "inner": 512, "layers": 2}
+    model = build("llama", implementation="sdpa", heads=4, kv=2, vocab=60, std=0.02, **sizes)
+    return model.to(DEVICE, dtype).train()
 
 
 def adapted(base, **settings):

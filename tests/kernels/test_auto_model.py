@@ -5,13 +5,13 @@ import itertools
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import peftkern
 from peftkern.ops import choices, device, triton_backend, tuned
 from tests.closeness import assert_as_good_as_torch
 from tests.kernels.racing import FakeClock, dispatcher
 from tests.masks import with_masks
+from tests.models import build
 
 WAYS = ("torch", *triton_backend.PRODUCTS)
 
@@ -36,12 +36,7 @@ def clock(monkeypatch, tmp_path):
 
 
 def tiny_llama():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=48, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, vocab_size=50,
-    )  # fmt: skip
-    return LlamaForCausalLM(config)
+    return build("llama", width=48, inner=64, heads=4, kv=2, layers=1, vocab=50).train()
 
 
 def adapted(base, **settings):

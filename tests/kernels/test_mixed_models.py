@@ -5,57 +5,16 @@ import copy
 
 import pytest
 import torch
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    T5Config,
-    T5ForConditionalGeneration,
-)
 
 import peftkern
 from peftkern.kernels import common
 from peftkern.ops import notes
 from peftkern.tuners.lora.linear import Linear
 from tests.closeness import assert_as_good_as_torch
+from tests.models import build
 
 RANKS = {"default": 3, "wide": 20, "part": 8}
 NAMES = ["wide", "__base__", "default", "part", "wide"]
-
-
-def llama():
-    return LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            vocab_size=40,
-            initializer_range=0.3,
-            pad_token_id=0,
-        )
-    )
-
-
-def gpt2():
-    return GPT2LMHeadModel(
-        GPT2Config(
-            n_embd=32, n_layer=1, n_head=2, vocab_size=40, n_positions=32, initializer_range=0.3,
-            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-            bos_token_id=1, eos_token_id=1, pad_token_id=0,
-        )
-    )  # fmt: skip
-
-
-def t5():
-    return T5ForConditionalGeneration(
-        T5Config(
-            d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=2, vocab_size=40,
-            dropout_rate=0.0, decoder_start_token_id=0, initializer_factor=0.5,
-        )
-    )  # fmt: skip
 
 
 pytestmark = [
@@ -63,18 +22,18 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True` and a tied layer"),
 ]
 TARGETS = {
-    llama: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-    gpt2: ["wte", "c_attn", "c_fc"],
-    t5: ["q", "k", "v", "o", "wi", "wo"],
+    "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    "gpt2": ["wte", "c_attn", "c_fc"],
+    "t5": ["q", "k", "v", "o", "wi", "wo"],
 }
 
 
-def adapted(make, dtype=torch.float32, **settings):
+def adapted(family, dtype=torch.float32, **settings):
     """Three adapters of different rank, one of them on some of the targets only."""
-    torch.manual_seed(0)
-    base, model = make().to(dtype), None
+    base = build(family, width=32, inner=48, layers=1).to(dtype)
+    model = None
     for name, r in RANKS.items():
-        targets = TARGETS[make][: 2 if name == "part" else None]
+        targets = TARGETS[family][: 2 if name == "part" else None]
         config = peftkern.LoraConfig(r=r, lora_alpha=2 * r, target_modules=targets, **settings)
         if model is None:
             model = peftkern.get_peft_model(base, config)
@@ -97,10 +56,10 @@ def alone(model, name, run):
         return run()
 
 
-def prompt(make):
+def prompt(family):
     g = torch.Generator().manual_seed(1)
     ids = torch.randint(2, 40, (len(NAMES), 5), generator=g)
-    more = {"decoder_input_ids": ids[:, :4]} if make is t5 else {}
+    more = {"decoder_input_ids": ids[:, :4]} if family == "t5" else {}
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **more}
 
 
@@ -115,10 +74,10 @@ def projections(model):
     return sum(isinstance(m, Linear) for m in model.modules())
 
 
-@pytest.mark.parametrize("make", list(TARGETS), ids=lambda f: f.__name__)
-def test_every_row_is_what_its_adapter_alone_says(make, launches):
+@pytest.mark.parametrize("family", TARGETS)
+def test_every_row_is_what_its_adapter_alone_says(family, launches):
     """Prefill: rows, and embeddings, Conv1D, encoder and decoder in one model."""
-    model, batch = adapted(make), prompt(make)
+    model, batch = adapted(family), prompt(family)
     with peftkern.use_backend("triton"), torch.no_grad():
         mixed = model(**batch, adapter_names=NAMES).logits
     assert [launch.kernel.__name__ for launch in launches] == ["_mixed_kernel"] * projections(model)
@@ -134,7 +93,7 @@ def test_every_row_is_what_its_adapter_alone_says(make, launches):
 
 
 def test_bf16_rows_are_within_rounding():
-    model, batch = adapted(llama, torch.bfloat16), prompt(llama)
+    model, batch = adapted("llama", torch.bfloat16), prompt("llama")
     exact = copy.deepcopy(model).double()
     with torch.no_grad():
         with peftkern.use_backend("triton"):
@@ -146,16 +105,16 @@ def test_bf16_rows_are_within_rounding():
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("make", list(TARGETS), ids=lambda f: f.__name__)
+@pytest.mark.parametrize("family", TARGETS)
 @pytest.mark.parametrize("beams", [1, 3])
-def test_generated_tokens_are_those_of_each_row_alone(make, beams, launches):
-    model, batch = adapted(make), prompt(make)
+def test_generated_tokens_are_those_of_each_row_alone(family, beams, launches):
+    model, batch = adapted(family), prompt(family)
     batch.pop("decoder_input_ids", None)
     how = dict(num_beams=beams, max_new_tokens=3, min_new_tokens=3, do_sample=False)
     with peftkern.use_backend("triton"):
         mixed = model.generate(**batch, adapter_names=NAMES, **how)
     assert {launch.kernel.__name__ for launch in launches} == {"_mixed_kernel"}
-    if make is not t5:  # prefill, then two steps; T5's encoder and cross keys run once
+    if family != "t5":  # prefill, then two steps; T5's encoder and cross keys run once
         assert len(launches) == 3 * projections(model)
     for i, name in enumerate(NAMES):
         row = {k: v[i : i + 1] for k, v in batch.items()}
@@ -165,8 +124,8 @@ def test_generated_tokens_are_those_of_each_row_alone(make, beams, launches):
 
 @pytest.mark.long
 def test_one_launch_for_a_step_of_decode_and_one_index_for_a_forward(launches, monkeypatch):
-    model = adapted(llama)
-    ids = prompt(llama)["input_ids"]
+    model = adapted("llama")
+    ids = prompt("llama")["input_ids"]
     made, on = [], peftkern.ops.lora_mixed.SampleIndex.on
     monkeypatch.setattr(
         peftkern.ops.lora_mixed.SampleIndex, "on",
@@ -186,7 +145,7 @@ def test_one_launch_for_a_step_of_decode_and_one_index_for_a_forward(launches, m
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_names_that_are_kept_follow_their_index(dropout):
     """As a captured graph would: the index is rewritten in place, the names stay."""
-    model, batch = adapted(llama, lora_dropout=dropout), prompt(llama)
+    model, batch = adapted("llama", lora_dropout=dropout), prompt("llama")
     names = peftkern.AdapterNames(NAMES)
     assert names == tuple(NAMES) and names.order == ("wide", "default", "part")
     with peftkern.use_backend("triton"), torch.no_grad():

@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import peftkern
 from peftkern.ops import backend, bits, notes, torch_backend, triton_backend
 from peftkern.ops.projection import Projection, ProjectionGrad
 from tests.closeness import assert_as_good_as_torch
+from tests.models import build
 
 
 @pytest.fixture(params=triton_backend.PRODUCTS)
@@ -18,16 +18,7 @@ def product(request, monkeypatch):
 
 
 def tiny_llama():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=48,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=50,
-    )
-    return LlamaForCausalLM(config)
+    return build("llama", width=48, inner=64, heads=4, kv=2, layers=1, vocab=50).train()
 
 
 def adapted(base, **settings):

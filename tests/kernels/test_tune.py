@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 import peftkern
 from peftkern.cli import tune
@@ -12,11 +12,9 @@ from peftkern.cli.app import run
 from peftkern.kernels import tuning
 from peftkern.ops import device, tuned
 from tests.kernels.racing import FakeClock, decided, dispatcher, drawn, entry, ship, step
+from tests.models import config as config_of
 
-CONFIG = LlamaConfig(
-    hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
-    num_key_value_heads=1, vocab_size=30,
-)  # fmt: skip
+CONFIG = config_of("llama", layers=1)
 
 
 @pytest.fixture
