@@ -23,15 +23,6 @@ SOME = {case.setting: case for case in CASES.values()}
 each = pytest.mark.parametrize("case", SOME.values(), ids=list(SOME))
 
 
-@pytest.fixture
-def in_double(doubled):
-    """What is drawn in torch's default dtype is in float64 too, as MonteCLoRA's numbers are."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(before)
-
-
 def base_weights(model):
     return {n: p.clone() for n, p in model.named_parameters() if "base_layer" in n}
 
@@ -249,3 +240,20 @@ def test_options_are_a_dict_or_theirs(case):
     assert getattr(config, case.setting) == own
     with pytest.raises(TypeError, match=f"must be a `{case.options}`, a dict, or None"):
         peftkern.LoraConfig(**{case.setting: 3})
+
+
+BAD = {
+    "VeloraConfig": [{"num_groups": 0}, {"scale": 0.0}, {"init_type": "mean"}],
+    "MontecloraConfig": [{"num_samples": 0}, {"dirichlet_prior": 0}, {"buffer_size": 0}],
+    "KasaConfig": [{"beta": -1.0}],
+}
+
+
+@pytest.mark.parametrize(("options", "bad"), [(k, v) for k, some in BAD.items() for v in some])
+def test_bad_options_are_refused_in_their_words(options, bad):
+    said = []
+    for library in (peftkern, peft):
+        with pytest.raises(ValueError) as error:
+            getattr(library, options)(**bad)
+        said.append(str(error.value))
+    assert said[0] == said[1]

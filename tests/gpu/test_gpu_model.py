@@ -1,15 +1,13 @@
 """A tiny Llama on the device: both backends train alike, checkpointing redraws the same mask."""
 
-import copy
-
 import pytest
 import torch
 
-import peftkern
 from tests.closeness import assert_as_good_as_torch
 from tests.gpu.ground import DEVICE, ON_CPU, backend, triton_backend
 from tests.masks import with_masks
 from tests.models import build
+from tests.training import adapted, train
 
 
 def tiny_llama(dtype):
@@ -17,28 +15,6 @@ def tiny_llama(dtype):
     sizes = small if ON_CPU else {"width": 256, "inner": 512, "layers": 2}
     model = build("llama", implementation="sdpa", heads=4, kv=2, vocab=60, std=0.02, **sizes)
     return model.to(DEVICE, dtype).train()
-
-
-def adapted(base, **settings):
-    torch.manual_seed(1)
-    config = peftkern.LoraConfig(
-        task_type="CAUSAL_LM", target_modules="all-linear", init_lora_weights=False, **settings
-    )
-    return peftkern.get_peft_model(copy.deepcopy(base), config)
-
-
-def train(model, ids, steps=5):
-    """The losses. With SGD: Adam's steps have their size even where a gradient is noise."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(trained, lr=0.1)
-    losses = []
-    for _ in range(steps):
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.detach())
-    return torch.stack(losses)
 
 
 @pytest.mark.parametrize("product", triton_backend.PRODUCTS)
@@ -53,7 +29,7 @@ def test_both_backends_train_alike(dtype, product, monkeypatch):
         model = adapted(base, r=5)
         model = model.double() if kind == torch.float64 else model
         with backend.use_backend(choice):
-            losses = train(model, ids)
+            losses = train(model, ids, 5)
             with torch.no_grad():
                 logits = model.eval()(ids[:1, :1]).logits
         weights = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}

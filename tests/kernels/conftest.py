@@ -41,3 +41,28 @@ if not common.INTERPRET.value:
     )
 
 interpreter.install()
+
+
+@pytest.fixture
+def clock(monkeypatch, tmp_path):
+    from tests.kernels.racing import FakeClock, dispatcher
+
+    with dispatcher(monkeypatch, tmp_path, FakeClock()) as clock:
+        yield clock
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """(operation, way) of everything that the dispatcher ran."""
+    from peftkern.ops import choices
+
+    seen = []
+    for op in ("forward", "backward", "infer", "mixed"):
+        real = getattr(choices, op)
+
+        def spy(how, *args, real=real, op=op):
+            seen.append((op, how))
+            return real(how, *args)
+
+        monkeypatch.setattr(choices, op, spy)
+    return seen

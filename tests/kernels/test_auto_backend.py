@@ -29,27 +29,6 @@ WAYS = ("torch", *triton_backend.PRODUCTS)
 LOAD = tuned.load
 
 
-@pytest.fixture
-def clock(monkeypatch, tmp_path):
-    with dispatcher(monkeypatch, tmp_path, FakeClock()) as clock:
-        yield clock
-
-
-@pytest.fixture
-def ran(monkeypatch):
-    """(operation, way) of everything that ran."""
-    seen = []
-    for op in ("forward", "backward", "infer", "mixed"):
-        real = getattr(choices, op)
-
-        def spy(how, *args, real=real, op=op):
-            seen.append((op, how))
-            return real(how, *args)
-
-        monkeypatch.setattr(choices, op, spy)
-    return seen
-
-
 @pytest.mark.parametrize("fastest", WAYS)
 @pytest.mark.parametrize("p", [0.0, 0.5])
 def test_the_fastest_way_is_taken_and_nobody_is_raced_twice(clock, ran, fastest, p):

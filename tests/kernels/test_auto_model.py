@@ -1,6 +1,5 @@
 """The dispatcher below real models: whatever is decided when, they train as on torch."""
 
-import copy
 import itertools
 
 import pytest
@@ -11,7 +10,7 @@ from peftkern.ops import choices, device, triton_backend, tuned
 from tests.closeness import assert_as_good_as_torch
 from tests.kernels.racing import FakeClock, dispatcher
 from tests.masks import with_masks
-from tests.models import build
+from tests.training import adapted, tiny_llama, train
 
 WAYS = ("torch", *triton_backend.PRODUCTS)
 
@@ -35,18 +34,6 @@ def clock(monkeypatch, tmp_path):
         yield clock
 
 
-def tiny_llama():
-    return build("llama", width=48, inner=64, heads=4, kv=2, layers=1, vocab=50).train()
-
-
-def adapted(base, **settings):
-    torch.manual_seed(1)
-    config = peftkern.LoraConfig(
-        task_type="CAUSAL_LM", target_modules="all-linear", init_lora_weights=False, **settings
-    )
-    return peftkern.get_peft_model(copy.deepcopy(base), config)
-
-
 @pytest.mark.long
 def test_a_tiny_llama_trains_as_on_torch_and_races_in_its_first_step_only(clock):
     base, ids = tiny_llama(), torch.randint(0, 50, (2, 9))
@@ -55,22 +42,12 @@ def test_a_tiny_llama_trains_as_on_torch_and_races_in_its_first_step_only(clock)
         ("auto", torch.float32), ("torch", torch.float32), ("torch", torch.float64)
     ):  # fmt: skip
         model = adapted(base, r=5).to(dtype)
-        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        # Adam's steps have their size even where a gradient is noise
-        optimizer = torch.optim.SGD(trained.values(), lr=0.1)
-        losses = []
         with peftkern.use_backend(choice):
-            for _ in range(4):
-                loss = model(input_ids=ids, labels=ids).loss
-                loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
-                losses.append(loss.detach())
-                races.append(clock.races)
+            losses = train(model, ids, 4, lambda: races.append(clock.races))
             with torch.no_grad():
                 logits = {"one": model.eval()(ids[:1, :1]).logits, "many": model(ids).logits}
-        weights = {n: p.detach() for n, p in trained.items()}
-        found.append({"losses": torch.stack(losses).to(dtype), **logits, **weights})
+        weights = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+        found.append({"losses": losses.to(dtype), **logits, **weights})
     assert races[0] > 4 and set(races[:4]) == {races[0]}
     assert {d.how for d in tuned.book(-1).decisions.values()} >= set(WAYS)
     assert_as_good_as_torch(*found)

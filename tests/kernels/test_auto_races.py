@@ -22,27 +22,6 @@ from tests.kernels.racing import FakeClock, decided, dispatcher, drawn, entry, s
 WAYS = ("torch", *triton_backend.PRODUCTS)
 
 
-@pytest.fixture
-def clock(monkeypatch, tmp_path):
-    with dispatcher(monkeypatch, tmp_path, FakeClock()) as clock:
-        yield clock
-
-
-@pytest.fixture
-def ran(monkeypatch):
-    """(operation, way) of everything that ran."""
-    seen = []
-    for op in ("forward", "backward", "infer"):
-        real = getattr(choices, op)
-
-        def spy(how, *args, real=real, op=op):
-            seen.append((op, how))
-            return real(how, *args)
-
-        monkeypatch.setattr(choices, op, spy)
-    return seen
-
-
 def spoil(monkeypatch, how, change):
     """The forward of one way gives something else."""
     real = triton_backend.forward

@@ -1,7 +1,5 @@
 """Ring 2 through the front door: models on ``PEFTKERN_BACKEND=triton`` in Triton's interpreter."""
 
-import copy
-
 import pytest
 import torch
 
@@ -9,38 +7,12 @@ import peftkern
 from peftkern.ops import backend, bits, notes, torch_backend, triton_backend
 from peftkern.ops.projection import Projection, ProjectionGrad
 from tests.closeness import assert_as_good_as_torch
-from tests.models import build
+from tests.training import adapted, tiny_llama, train
 
 
 @pytest.fixture(params=triton_backend.PRODUCTS)
 def product(request, monkeypatch):
     monkeypatch.setattr(triton_backend, "product", request.param)
-
-
-def tiny_llama():
-    return build("llama", width=48, inner=64, heads=4, kv=2, layers=1, vocab=50).train()
-
-
-def adapted(base, **settings):
-    torch.manual_seed(1)
-    config = peftkern.LoraConfig(
-        task_type="CAUSAL_LM", target_modules="all-linear", init_lora_weights=False, **settings
-    )
-    return peftkern.get_peft_model(copy.deepcopy(base), config)
-
-
-def train(model, ids, steps):
-    """The losses. With SGD: Adam's steps have their size even where a gradient is noise."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(trained, lr=0.1)
-    losses = []
-    for _ in range(steps):
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.detach())
-    return torch.stack(losses)
 
 
 @pytest.mark.long
