@@ -87,7 +87,8 @@ def compare(
     for i, (report, (kernel, values)) in enumerate(zip(reports, counted, strict=True)):
         read, written = values[METRICS[0]], values[METRICS[1]] * SECTOR
         ratios = {
-            "read": read / report["read"] if report["read"] else None,
+            # a seed is less than the sector that is fetched for it
+            "read": read / report["read"] if report["read"] >= SECTOR else None,
             "written": written / report["written"],
         }
         agrees = all(v is None or BETWEEN[0] <= v <= BETWEEN[1] for v in ratios.values())

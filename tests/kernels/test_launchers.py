@@ -59,7 +59,8 @@ def test_every_case_has_a_launcher() -> None:
 def test_a_descriptor_inside_a_tuple_is_seen_where_launchers_refuse_it(tmp_path) -> None:
     path = tmp_path / "toy.py"  # Triton reads a kernel's source from its file
     path.write_text(TOY)
-    done = python(str(path), cache=None)
+    code = "import runpy, sys; runpy.run_path(sys.argv[1])"
+    done = python("-c", code, str(path), cache=None)
     assert done.returncode == 0, done.stderr
     inside, alone = done.stdout.splitlines()[-2:]
     assert alone == "None"
