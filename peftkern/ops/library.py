@@ -50,17 +50,19 @@ _library.define(
 _ops = torch.ops.peftkern
 
 
-def _check(
+def _checked(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     A: Tensor,
     B: Tensor,
-    p: float = 0.0,
-    seed: Tensor | None = None,
-    transposed: bool = False,
-) -> None:
-    """One error for what no backend takes.
+    scale: float,
+    p: float,
+    seed: Tensor | None,
+    transposed: bool,
+) -> tuple[Projection, Tensor | None]:
+    """The arguments of ``lora_linear`` after x, as a projection and the seed; one error for what no
+    backend takes.
 
     Raises:
         ValueError: shapes that do not fit, p outside [0, 1), a seed that is missing or no int64
@@ -90,46 +92,26 @@ def _check(
     if p > 0.0 and (seed is None or seed.dtype != torch.int64 or seed.numel() != 1):
         got = None if seed is None else f"{seed.dtype} {list(seed.shape)}"
         raise ValueError(f"lora_linear: seed is {got}; allowed with p > 0: torch.int64 [1]")
+    return Projection(weight, bias, A, B, scale, p, transposed), seed
 
 
 # ---------------------------------------------------------------- forward
 
 
-def _lora_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    scale: float,
-    p: float,
-    seed: Tensor | None,
-    transposed: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Y [..., N], S [M, r] and the words [M, ceil(K / 32)] (int32; [0] when ``p`` is 0)."""
-    _check(x, weight, bias, A, B, p, seed, transposed)
+def _lora_linear(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Y [..., N], S [M, r] and the words [M, ceil(K / 32)] (int32; [0] when p is 0)."""
+    member, seed = _checked(x, *args)
     backend = _backend.active
     x2 = x.reshape(-1, x.shape[-1])
-    words = None if seed is None else backend.draw(x2.shape[0], x2.shape[1], p, seed)
-    member = Projection(weight, bias, A, B, scale, p, transposed)
+    words = None if seed is None else backend.draw(x2.shape[0], x2.shape[1], member.p, seed)
     [(y, s, _)] = backend.forward(x2, [member], [words])
     y = y.view(*x.shape[:-1], y.shape[-1])
     # dense, as the fake says: on a CPU torch's S is a transposed view
     return y, s.contiguous(), _none(x, torch.int32) if words is None else words
 
 
-def _lora_linear_fake(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    scale: float,
-    p: float,
-    seed: Tensor | None,
-    transposed: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    _check(x, weight, bias, A, B, p, seed, transposed)
+def _lora_linear_fake(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    (_, _, A, B, _, p, _), _ = _checked(x, *args)
     rows = math.prod(x.shape[:-1])
     s = x.new_empty((rows, A.shape[0]), dtype=_backend.active.low_rank_dtype(x, A))
     words = _none(x, torch.int32)
@@ -143,29 +125,16 @@ def _none(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return like.new_empty((0,), dtype=dtype)
 
 
-def _infer(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    scale: float,
-    transposed: bool,
-) -> Tensor:
-    _check(x, weight, bias, A, B, transposed=transposed)
+def _infer(x: Tensor, *args: Any) -> Tensor:
+    """Y [..., N]."""
+    weight, bias, A, B, scale, transposed = args
+    _checked(x, weight, bias, A, B, scale, 0.0, None, transposed)
     return _backend.active.infer(x, weight, bias, A, B, scale, transposed)
 
 
-def _infer_fake(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    scale: float,
-    transposed: bool,
-) -> Tensor:
-    _check(x, weight, bias, A, B, transposed=transposed)
+def _infer_fake(x: Tensor, *args: Any) -> Tensor:
+    weight, bias, A, B, scale, transposed = args
+    _checked(x, weight, bias, A, B, scale, 0.0, None, transposed)
     return x.new_empty((*x.shape[:-1], B.shape[0]))
 
 
@@ -202,18 +171,9 @@ def _lora_linear_backward(
 
 
 def _lora_linear_backward_fake(
-    dy: Tensor,
-    x: Tensor | None,
-    weight: Tensor,
-    A: Tensor,
-    B: Tensor,
-    s: Tensor | None,
-    words: Tensor | None,
-    scale: float,
-    p: float,
-    transposed: bool,
-    needs_x: bool,
+    dy: Tensor, x: Tensor | None, weight: Tensor, A: Tensor, B: Tensor, s: Tensor | None, *args: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
+    *_, needs_x = args
     return (
         dy.new_empty((*dy.shape[:-1], A.shape[1])) if needs_x else _none(dy),
         A.new_empty(A.shape) if x is not None else _none(A),
@@ -265,10 +225,7 @@ def _backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...
         dbias,
         da if needs_a else None,
         db if needs_b else None,
-        None,
-        None,
-        None,
-        None,
+        *(None,) * 4,
     )
 
 
