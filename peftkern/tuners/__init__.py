@@ -1,4 +1,4 @@
-"""Adapter methods: what changes in a model, and where."""
+"""Adapter methods: the changes that each makes to a model, and the modules that it changes."""
 
 from __future__ import annotations
 
@@ -46,5 +46,5 @@ _names, _find = lazily(__name__, _WHERE)
 __all__ = _names
 
 
-if not TYPE_CHECKING:  # a checker would take any name for one of it, misspelt ones too
+if not TYPE_CHECKING:  # with a __getattr__ a type checker would accept any name, misspelt or not
     __getattr__ = _find

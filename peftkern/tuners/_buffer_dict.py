@@ -1,5 +1,4 @@
-"""``BufferDict``: tensors by adapter name that move and are saved with a module, and do not
-train."""
+"""``BufferDict``: tensors by adapter name that move and save with their module but do not train."""
 
 from __future__ import annotations
 
@@ -15,7 +14,7 @@ class BufferDict(nn.Module):
     Args:
         buffers: a mapping of names to tensors, or pairs of both. Order is kept; a plain ``dict`` is
             sorted by name, as in HF PEFT.
-        persistent: whether they are part of the state dict.
+        persistent: True makes the buffers part of the state dict.
     """
 
     def __init__(

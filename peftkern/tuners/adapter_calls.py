@@ -1,4 +1,4 @@
-"""What can be done to the adapters of any model that holds adapter layers, wrapped or not."""
+"""Functions on the adapters of any model with adapter layers, inside a PeftModel or not."""
 
 from __future__ import annotations
 
@@ -26,12 +26,13 @@ def set_adapter(
 
     Args:
         model: with adapter layers in it.
-        adapter_name: one name or several; a module trained beside adapters uses the one it has.
-        inference_mode: freeze what becomes active.
+        adapter_name: one name or several. A module of ``modules_to_save`` uses the one of them for
+            which it has a copy.
+        inference_mode: freeze the parameters of the adapters that become active.
         layer_cls: which adapter layers are meant.
 
     Raises:
-        ValueError: a module that is trained in full has several of the adapters. Nothing was
+        ValueError: a module that is trained in full has several of the adapters. Nothing is
             changed then.
     """
     found = list(adapter_modules(model))
@@ -59,11 +60,11 @@ def delete_adapter(
     Args:
         model: with adapter layers in it.
         adapter_name: the adapter.
-        prefix: HF PEFT's prefix of the method ("lora_"); the layers are known without it here.
+        prefix: HF PEFT's prefix of the method ("lora_"); not used here.
         layer_cls: which adapter layers are meant.
 
     Returns:
-        What is active now; None when the model has no such layer.
+        Names of the adapters that are active now; None when the model has no such layer.
 
     Raises:
         ValueError: the adapter is merged into a base weight.
@@ -78,7 +79,7 @@ def delete_adapter(
     active = layers[0].active_adapters if layers else []
     was_active = adapter_name in active
     left = [name for name in active if name != adapter_name]
-    for module in found:  # of these only one can be in use, and none shall be found out half-way
+    for module in found:  # a wrapper can use only one adapter: checked before anything changes
         if len(left) > 1 and isinstance(module, AuxiliaryTrainingWrapper):
             if adapter_name in module._get_available_adapters():
                 raise ValueError(
@@ -86,7 +87,7 @@ def delete_adapter(
                     f"{type(module).__name__}, which is not allowed."
                 )
     new = left
-    if was_active and not left:  # the first that is left in the first layer that has one
+    if was_active and not left:  # activate the first other adapter of the first layer with one
         held = (layer._all_available_adapter_names() for layer in layers)
         rest = ([name for name in names if name != adapter_name] for names in held)
         new = next((names[:1] for names in rest if names), [])
@@ -98,13 +99,13 @@ def delete_adapter(
             )
     for layer in layers:
         if adapter_name in layer.active_adapters:
-            layer.set_adapter(new)  # layers need not have the same adapters, but use the same
+            layer.set_adapter(new)  # all layers use the same adapters, even those they do not have
         layer.delete_adapter(adapter_name)
     for module in found:
         if not isinstance(module, AuxiliaryTrainingWrapper):
             continue
         module.delete_adapter(adapter_name, new_active_adapters=new)
-        # one that had nothing of the deleted adapter may have something of what is active now
+        # a module without the deleted adapter may have a copy for one that is active now
         use = [name for name in new if name in module._get_available_adapters()]
         if was_active and use != list(module.active_adapters):
             module.set_adapter(use)
@@ -151,7 +152,7 @@ def cast_adapter_dtype(
 def check_adapters_to_merge(
     module: BaseTunerLayer, adapter_names: list[str] | str | None = None
 ) -> list[str]:
-    """Which of these adapters (None: of the active ones) are not merged yet in this layer.
+    """The names among ``adapter_names`` (None: the active ones) not yet merged into this layer.
 
     Raises:
         TypeError: a string in place of a list.
@@ -174,13 +175,13 @@ def check_adapters_to_merge(
 
 
 def clone_module(module: nn.Module, share_weights: bool = False) -> nn.Module:
-    """A deep copy of a module; ``share_weights``: with the very parameters of the original."""
+    """A deep copy of a module; with ``share_weights`` it holds the original's own parameters."""
     memo = {id(p): p for p in module.parameters()} if share_weights else {}
     return copy.deepcopy(module, memo)
 
 
 def find_parameter_name_by_module(model: nn.Module, reference_module: nn.Module) -> str:
-    """The name of a module in ``model``; "" when it is not in there."""
+    """The name of a module in ``model``; "" when the model does not contain it."""
     return next((n for n, m in model.named_modules() if m is reference_module), "")
 
 

@@ -1,4 +1,4 @@
-"""``BaseTunerLayer``: what every adapter layer has, whatever its method."""
+"""``BaseTunerLayer``: the attributes and methods that adapter layers of every method share."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ from .modules_to_save import AuxiliaryTrainingWrapper
 
 
 def as_names(adapter_names: str | Sequence[str]) -> list[str]:
-    """One name or several, as a list."""
+    """``adapter_names``, one name or several, as a list."""
     return [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
 
 
 def walk(model: nn.Module, into_layers: bool = True) -> Iterator[tuple[str, Any]]:
-    """``model.named_modules()`` without what adapter layers hold for their adapters, which is most
-    of an adapted model's modules; ``into_layers=False``: and without their base layers.
+    """``model.named_modules()`` without the modules that adapter layers hold for their adapters.
 
-    The tree is walked at each call, so that a module that was replaced is never missed.
+    Those are most modules of an adapted model. With ``into_layers=False`` the base layers of
+    adapter layers are left out too. The tree is walked at each call, so that a module that was
+    replaced is never missed.
     """
     stack: list[tuple[str, Any]] = [("", model)]
     seen = set()
@@ -52,14 +53,14 @@ def walk(model: nn.Module, into_layers: bool = True) -> Iterator[tuple[str, Any]
 
 
 def adapter_modules(model: nn.Module) -> Iterator[Any]:
-    """Every adapter layer, and every module that trains beside an adapter, in the model's order."""
+    """Every adapter layer and every ``AuxiliaryTrainingWrapper``, in the model's order."""
     for _, module in walk(model):
         if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
             yield module
 
 
 class BaseTunerLayer:
-    """Mixed into an ``nn.Module`` that wraps ``base_layer`` and holds adapters by name."""
+    """Mixin for an ``nn.Module`` that wraps ``base_layer`` and holds adapters by name."""
 
     # attributes that hold {adapter name: module or parameter}
     adapter_layer_names: tuple[str, ...] = ()
@@ -72,11 +73,11 @@ class BaseTunerLayer:
     _active_adapter: str | list[str]
     # how the base weight is quantised; None when it is not
     quantization_backend: Any = None
-    # whether inputs are cast to the dtype of the adapter's weights
+    # True: inputs are cast to the dtype of the adapter's weights
     cast_input_dtype_enabled: bool = True
 
     def get_base_layer(self) -> nn.Module:
-        """The wrapped layer, through any nesting."""
+        """The wrapped layer; with nested adapter layers, the innermost one."""
         layer: Any = self
         while hasattr(layer, "base_layer"):
             layer = layer.base_layer
@@ -92,7 +93,7 @@ class BaseTunerLayer:
         return self.get_base_layer().bias  # type: ignore[return-value]
 
     def get_base_weight(self) -> torch.Tensor:
-        """The base layer's weight, without its graph."""
+        """The base layer's weight, detached from its autograd graph."""
         return self.get_base_layer().weight.data  # type: ignore[return-value]
 
     def set_base_weight(self, weight_data: torch.Tensor) -> None:
@@ -106,18 +107,18 @@ class BaseTunerLayer:
         raise NotImplementedError
 
     def _cast_input_dtype(self, x: Any, dtype: torch.dtype) -> Any:
-        """x in ``dtype``, unless casting is switched off for this layer; None stays None."""
+        """``x`` cast to ``dtype``; unchanged when it is None or this layer does not cast."""
         if x is None or not self.cast_input_dtype_enabled or x.dtype == dtype:
             return x
         return x.to(dtype)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether the update can be written as LoRA's."""
+        """True when the update of this layer can be written as one of plain LoRA."""
         return False
 
     @property
     def merged(self) -> bool:
-        """Whether an adapter is merged into the base weight."""
+        """True while an adapter is merged into the base weight."""
         return bool(self.merged_adapters)
 
     @property
@@ -137,7 +138,7 @@ class BaseTunerLayer:
             yield getattr(self, name)
 
     def _saved_buffers(self) -> Iterator[tuple[str, BufferDict]]:
-        """(attribute, {adapter: tensor}) of what is saved with adapters and never trains."""
+        """(attribute, {adapter: tensor}) of the buffers that are saved with adapters."""
         for name in self.other_param_names:
             store = getattr(self, name, None)
             if isinstance(store, BufferDict) and store.persistent:
@@ -147,7 +148,7 @@ class BaseTunerLayer:
         return {key for store in self._stores() for key in store.keys()}
 
     def _all_available_adapter_names(self) -> list[str]:
-        """Names of all adapters of which this layer holds anything, a setting or a weight."""
+        """Names of all adapters of which this layer holds a weight or a setting."""
         kept = (getattr(self, n) for n in self.adapter_layer_names + self.other_param_names)
         return sorted({key for store in kept if hasattr(store, "keys") for key in store.keys()})
 
@@ -182,10 +183,10 @@ class BaseTunerLayer:
             self._disable_adapters = True
 
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Make these the active adapters; they train unless ``inference_mode``,
-        the others do not."""
+        """Make these the active adapters: they train unless ``inference_mode``, no others do."""
         names = as_names(adapter_names)
-        # a model has hundreds of these, and nn.Module's ways look at every value first
+        # `_modules` and `__dict__` are used directly for speed: a model has hundreds of layers, and
+        # nn.Module's own access checks every value first
         held: dict[str, Any] = self._modules  # type: ignore[attr-defined]
         for attribute in self.adapter_layer_names:
             store = held.get(attribute) if attribute in held else getattr(self, attribute)
@@ -199,8 +200,7 @@ class BaseTunerLayer:
     def set_requires_grad(
         self, adapter_names: str | Sequence[str], requires_grad: bool = True
     ) -> None:
-        """Let the parameters of these adapters train, or freeze them;
-        the others stay as they are."""
+        """Let the parameters of these adapters train, or freeze them; others stay as they are."""
         names = as_names(adapter_names)
         for store in self._stores():
             for key, layer in store.items():
@@ -208,7 +208,7 @@ class BaseTunerLayer:
                     set_layer_requires_grad(layer, requires_grad)
 
     def _drop_empty_stores(self) -> None:
-        """Remove what a variant has added to this layer alone, once no adapter uses it."""
+        """Remove the stores that a variant added to this layer, once no adapter uses them."""
         for kind in ("adapter_layer_names", "other_param_names"):
             for name in getattr(self, kind):
                 if name not in getattr(type(self), kind) and not getattr(self, name):

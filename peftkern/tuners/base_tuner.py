@@ -1,4 +1,4 @@
-"""``BaseTuner``: what every tuner has, whatever its method."""
+"""``BaseTuner``: the attributes and methods that tuners of every method share."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class BaseTuner(nn.Module):
 
     Attributes:
         targeted_module_names: names of the modules that were adapted.
-        targeted_parameter_names: names of the parameters that were.
+        targeted_parameter_names: names of the parameters that were adapted.
     """
 
-    # whether layers share weights that the tuner holds; those of no method here do
+    # True for methods whose layers share weights that the tuner holds; no method here does
     uses_shared_state: bool = False
     prefix: str = ""
     tuner_layer_cls: type[BaseTunerLayer] = BaseTunerLayer
@@ -41,9 +41,9 @@ class BaseTuner(nn.Module):
         training: bool = True,
     ):
         super().__init__()
-        self.training = training  # the mode of layers that are made, whatever that of the model is
+        self.training = training  # new layers get this mode, whatever the model's mode is
         self.model = model
-        # a model that was adapted before brings its adapters along
+        # a model that was adapted before already holds its adapters' configurations
         before = getattr(model, "peft_config", None)
         known = isinstance(before, dict) and all(isinstance(c, PeftConfig) for c in before.values())
         self.peft_config: dict[str, PeftConfig] = before if known else {}  # type: ignore[assignment]
@@ -61,7 +61,8 @@ class BaseTuner(nn.Module):
         self.targeted_module_names: list[str] = []
         self.targeted_parameter_names: list[str] = []
         try:
-            # what adapters that are there already have is not told by the new one's name
+            # with adapters in the model already, an error must also restore their state, which the
+            # new adapter's name does not identify
             with unchanged_on_error(
                 model, when=known or next(self.adapter_layers(), None) is not None
             ):
@@ -123,7 +124,7 @@ class BaseTuner(nn.Module):
         return check_target_module_exists(peft_config, key)
 
     def adapter_layers(self) -> Iterator[Any]:
-        """Every adapter layer and every fully trained module of the model."""
+        """Every adapter layer and every module of ``modules_to_save``, in the model's order."""
         return adapter_modules(self.model)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
@@ -174,6 +175,6 @@ class BaseTuner(nn.Module):
         cast_adapter_dtype(self.model, adapter_name, autocast_adapter_dtype)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether every layer's update can be written as LoRA's."""
+        """True when every layer's update can be written as one of plain LoRA."""
         layers = [m for m in self.adapter_layers() if isinstance(m, BaseTunerLayer)]
         return all(layer.supports_lora_conversion(adapter_name) for layer in layers)

@@ -1,4 +1,4 @@
-"""What is asked of an adapter's name and configuration before a model is touched."""
+"""Checks of an adapter's name and configuration, made before a model is changed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..utils.peft_types import PeftType
 from ._buffer_dict import BufferDict
 from .registry import PEFT_TYPE_TO_PREFIX_MAPPING
 
-# what adapters stand in, by name: names that these have already are taken
+# Containers that hold adapters by name: an adapter cannot be named like one of their attributes.
 _STORES = (nn.ModuleDict(), nn.ParameterDict(), BufferDict({}))
 
 
@@ -35,8 +35,12 @@ def check_adapter_name(adapter_name: Any, existing: Any = ()) -> None:
 
 
 def check_config(peft_config: Any) -> None:
-    """Raise a TypeError for what is no configuration of peftkern's, such as one of HF PEFT's, and
-    a NotImplementedError for one that names no method."""
+    """Refuse anything but a peftkern configuration that names a method.
+
+    Raises:
+        TypeError: not a configuration of peftkern (one of HF PEFT, for example).
+        NotImplementedError: a configuration without a method (``peft_type`` is None).
+    """
     if isinstance(peft_config, PeftConfig):
         if not peft_config.peft_type:
             PeftConfig.check_supported(peft_config)
@@ -48,9 +52,12 @@ def check_config(peft_config: Any) -> None:
 
 
 def warn_of_prefix(adapter_name: str, peft_type: Any) -> None:
-    """A name that the method's prefix begins with ("lora" of "lora_"): here it is a name as any
-    other, but code that looks for ".lora" in the names of parameters, as older releases of HF PEFT
-    do, finds every adapter. A part from elsewhere in the prefix ("a") is in nobody's way."""
+    """Warn of an adapter name that the method's prefix begins with ("lora" of "lora_").
+
+    peftkern takes such a name like any other. But code that looks for ".lora" in the names of
+    parameters, as older releases of HF PEFT do, then finds every adapter. A name that is another
+    part of the prefix ("a") does no harm.
+    """
     prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(PeftType(peft_type))
     if prefix and prefix.startswith(adapter_name):
         warnings.warn(

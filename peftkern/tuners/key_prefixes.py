@@ -1,5 +1,7 @@
-"""Which names of a state dict belong to adapters: told by the modules that hold the tensors, and
-never by what the names look like."""
+"""The names of a state dict that belong to adapters.
+
+They are found through the modules that hold the tensors, never by how the names look.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +16,14 @@ from .base_tuner import BaseTuner
 from .modules_to_save import AuxiliaryTrainingWrapper
 
 _STORES = (nn.ModuleDict, nn.ParameterDict, BufferDict)
-_WRAPPED = ("base_layer", "model")  # what a layer, and a tuner, hold of the base model
+_WRAPPED = ("base_layer", "model")  # attributes of a layer and of a tuner that hold the base model
 
 
 def _is_key_under_prefixes(key: str, prefixes: set[str]) -> bool:
-    """Whether ``key`` is one of the prefixes or lies below one ("a.b.c" below "a.b", "a.bc" not).
-    The cost is the key's depth, however many prefixes there are."""
+    """True when ``key`` is one of the prefixes or below one ("a.b.c" is below "a.b", "a.bc" not).
+
+    The time depends on the depth of the key, not on the number of prefixes.
+    """
     while key:
         if key in prefixes:
             return True

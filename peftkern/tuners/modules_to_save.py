@@ -1,5 +1,4 @@
-"""Modules that train in full beside an adapter (``modules_to_save``): which, their wrapping, and
-the wrappers."""
+"""Modules that train in full beside an adapter (``modules_to_save``): finding and wrapping them."""
 
 from __future__ import annotations
 
@@ -14,17 +13,17 @@ from ..utils.handing import HERE, hand_over
 from ..utils.module_tree import get_submodules, set_layer_requires_grad
 from ..utils.places import ends_with_words, further_names, outside_of, replace
 
-# modules that hold others and have no forward to copy
+# modules that hold others and have no forward of their own
 CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
-# modules that are known to map each row of a batch to one row
+# modules that map each row of a batch to one row, independently of the others
 ROW_WISE = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class AuxiliaryTrainingWrapper(nn.Module):
-    """A module that an adapter trains by other means than its own method.
+    """A module that trains with an adapter, but in full and not by the adapter's method.
 
-    Attribute reads that the wrapper does not answer go to what is in use (:meth:`in_use`), so that
-    code which looks at ``classifier.weight`` sees the weight that is computed with.
+    Attributes that the wrapper does not have are read from the module in use (:meth:`in_use`), so
+    that code which reads ``classifier.weight`` gets the weight that forward computes with.
     """
 
     adapter_layer_names: tuple[str, ...] = ()
@@ -54,7 +53,7 @@ class AuxiliaryTrainingWrapper(nn.Module):
         raise NotImplementedError
 
     def check_set_adapter(self, adapter_name: str | Sequence[str]) -> str | None:
-        """The one of these adapters that this module would use; None when it has none of them.
+        """The one of these adapters that this module has; None when it has none of them.
 
         Raises:
             ValueError: no adapter is named, or this module has several of them.
@@ -81,13 +80,13 @@ class AuxiliaryTrainingWrapper(nn.Module):
         raise NotImplementedError
 
     def in_use(self) -> Any:
-        """What computes at present: the active adapter's module, or the original one."""
+        """The module that forward runs at present: the active adapter's, or the original one."""
         raise NotImplementedError
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
-        """What stands in this wrapper's place when adapters leave the model."""
+        """The module that replaces this wrapper when adapters are removed from the model."""
         raise NotImplementedError
 
     def __getattr__(self, name: str) -> Any:
@@ -102,7 +101,7 @@ class AuxiliaryTrainingWrapper(nn.Module):
 
 
 class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
-    """A module with one fully trained copy for each adapter; ``original_module`` stays as it was.
+    """A module with one fully trained copy for each adapter; ``original_module`` never changes.
 
     Raises:
         TypeError: the module is a container without a forward, or an adapter layer.
@@ -135,8 +134,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         return set(self.modules_to_save.keys())
 
     def in_use(self) -> Any:
-        """The copy of what is merged; else the active adapter's, or the original module when none
-        is active."""
+        """The copy of the merged adapter, else of the active one, else the original module."""
         names = self.active_adapters if self._merged is None else self._merged
         if self._disable_adapters or not names:
             return self.original_module
@@ -144,12 +142,15 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
 
     # ---------------------------------------------------------------- beside merged layers
 
-    # whose copy is in use while adapters are merged into the layers; None: nothing is merged
+    # the adapter ([name], or [] for the original module) whose copy is in use while adapters are
+    # merged into the layers; None: nothing is merged
     _merged: list[str] | None = None
 
     def merge_choice(self, adapter_names: Sequence[str] | None) -> list[str]:
-        """Whose copy is in use when these adapters (None: the active ones) are merged into the
-        layers, beside those that are already: [name], or [] for the original module.
+        """The adapter whose copy is to be used once ``adapter_names`` are merged into the layers.
+
+        ``adapter_names`` None means the active ones; adapters that are merged already count too.
+        Returns [name], or [] for the original module.
 
         Raises:
             ValueError: several have a copy, and none of them is the active one.
@@ -169,17 +170,17 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         return held
 
     def note_merged(self, names: list[str] | None) -> None:
-        """Use this adapter's copy (from :meth:`merge_choice`) until adapters are unmerged: None."""
+        """Use the copy for ``names`` (of :meth:`merge_choice`); None when adapters are unmerged."""
         self._merged = names
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if HERE.blocks:
             kwargs = hand_over(self, kwargs)
-        last = kwargs.pop("last_tokens", None)  # behind a prompt, see `prompting.pooling`
+        last = kwargs.pop("last_tokens", None)  # [B], given with a prompt: `prompting.pooling`
         y = self._called(*args, **kwargs)
         if last is None or not isinstance(y, torch.Tensor) or y.dim() != 3:
             return y
-        # the model takes what is in the last place for the row's
+        # the model reads a row's logits at the last place, so those of its last token go there
         return torch.cat([y[:, :-1], y[torch.arange(len(y), device=y.device), last, None]], 1)
 
     def _called(self, *args: Any, **kwargs: Any) -> Any:
@@ -189,7 +190,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
                 f"{len(adapter_names)} and {len(args[0])} respectively."
             )
-        if self._disable_adapters and self._merged is not None:  # layers unmerge in such a call
+        if self._disable_adapters and self._merged is not None:  # layers unmerge in this call too
             self._merged = None
         if adapter_names is None or self._disable_adapters:
             used = self.in_use()
@@ -199,7 +200,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
     def _mixed_batch(
         self, x: torch.Tensor, *args: Any, adapter_names: Sequence[str], **kwargs: Any
     ) -> torch.Tensor:
-        """Row i of the batch goes through the copy of ``adapter_names[i]``."""
+        """Run row i of the batch through the copy of ``adapter_names[i]``."""
         rows: dict[str, list[int]] = {}
         for i, name in enumerate(adapter_names):
             rows.setdefault(name if name in self.modules_to_save else "__base__", []).append(i)
@@ -218,15 +219,17 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         return torch.cat(parts)[order.argsort()]
 
     def enable_adapters(self, enabled: bool) -> None:
-        """Use the active copy, which trains again, or the original module (nothing trains)."""
+        """Use the active copy, which trains again; or the original module, and nothing trains."""
         self._disable_adapters = not enabled
         for name, module in self.modules_to_save.items():
             if not enabled or name in self.active_adapters:
                 set_layer_requires_grad(module, enabled)
 
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Use the copy of this adapter (of at most one; none means the original module). It trains
-        unless ``inference_mode``; the one used so far does not any more."""
+        """Use the copy of this adapter (at most one; with none, the original module).
+
+        The copy trains unless ``inference_mode``; the one used so far no longer trains.
+        """
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         if len(names) > 1:
             raise ValueError(
@@ -258,9 +261,9 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         """Drop the adapter's copy.
 
         Args:
-            adapter_name: nothing happens when this module has none of that name.
-            new_active_adapters: what the model's layers use from now on; this module uses it as
-                well if it has a copy of it, and the original module if not.
+            adapter_name: nothing happens when this module has no copy for it.
+            new_active_adapters: the adapters that the model's layers use from now on; this module
+                uses the copy for them if it has one, else the original module.
         """
         if adapter_name not in self.modules_to_save:
             return
@@ -288,8 +291,10 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
-        """The copy of the adapters that are merged, or else of the active one, whether adapters are
-        switched off or not; the original module when that has none."""
+        """The copy of the merged adapter, else of the active one; without a copy, the original.
+
+        Adapters that are switched off (``enable_adapters(False)``) make no difference.
+        """
         if merge:
             names = self.merge_choice(adapter_names)
         else:
@@ -300,8 +305,10 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
 def _set_adapter(
     model: nn.Module, adapter_name: str | Sequence[str], inference_mode: bool = False
 ) -> None:
-    """Have every module of ``model`` that trains beside an adapter use this adapter, or none if it
-    has not got it. Nothing is changed when one of them refuses."""
+    """Make all ``AuxiliaryTrainingWrapper`` modules of ``model`` use this adapter's copy, if any.
+
+    Nothing is changed when one of them refuses.
+    """
     found = [m for m in model.modules() if isinstance(m, AuxiliaryTrainingWrapper)]
     chosen = [(m, m.check_set_adapter(adapter_name)) for m in found]
     for module, name in chosen:
@@ -310,9 +317,12 @@ def _set_adapter(
 
 
 def find_modules_to_save(model: nn.Module, names: Sequence[str] | None) -> list[str]:
-    """Names of the modules that ``modules_to_save`` matches: those that end with one of its names
-    as whole words ("classifier" is in "pre_classifier", "out" is not in "dropout"), outside of
-    adapter layers. A module that has several names is there under the first one that matches."""
+    """Names of the modules that ``modules_to_save`` matches, outside of adapter layers.
+
+    A module matches when its name ends with one of ``names`` as whole words: "classifier" matches
+    "pre_classifier", "out" does not match "dropout". A module that has several names is listed
+    under the first one that matches.
+    """
     if not names:
         return []
     aliases = further_names(model)

@@ -1,4 +1,4 @@
-"""Which class does which method's work."""
+"""Tables of the classes that implement each method."""
 
 from __future__ import annotations
 
@@ -24,5 +24,5 @@ PEFT_TYPE_TO_MIXED_MODEL_MAPPING: dict[PeftType, Any] = {PeftType.LORA: LoraMode
 
 
 def tuner_for(peft_type: Any) -> Tuner:
-    """What a PeftModel with adapters of this method asks of them."""
+    """A new :class:`Tuner` for a PeftModel with adapters of this method."""
     return LoraTuner() if PeftType(peft_type) is PeftType.LORA else PromptTuner()

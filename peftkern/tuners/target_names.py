@@ -1,5 +1,8 @@
-"""Fewer names for the same targets: a checkpoint without a configuration names every single layer,
-and each name costs a comparison with each module."""
+"""Fewer names for the same target modules.
+
+A checkpoint without a configuration names every single layer, and each name costs a comparison
+with each module.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from collections.abc import Iterable, Iterator
 
 
 def suffixes(name: str) -> Iterator[str]:
-    """ "c", "b.c", "a.b.c" for "a.b.c"."""
+    """The suffixes of a dotted name, shortest first: "c", "b.c", "a.b.c" for "a.b.c"."""
     at = len(name)
     while (at := name.rfind(".", 0, at)) >= 0:
         yield name[at + 1 :]
@@ -15,22 +18,21 @@ def suffixes(name: str) -> Iterator[str]:
 
 
 def ends_with_one_of(name: str, names: Iterable[str]) -> bool:
-    """Whether ``name`` is one of ``names`` (a set) or ends with "." and one of them."""
+    """True when ``name`` is one of ``names`` (a set) or ends with "." and one of them."""
     return any(suffix in names for suffix in suffixes(name))
 
 
 def _find_minimal_target_modules(
     target_modules: list[str] | set[str] | str, other_module_names: list[str] | set[str]
 ) -> set[str]:
-    """The shortest suffixes that tell the targets from all other modules.
+    """The shortest suffixes that match all targets and no other module.
 
     Args:
         target_modules: names of the modules to adapt.
         other_module_names: names of all others; none of them may be a target.
 
     Returns:
-        suffixes, each of whole name parts, of which every target ends with one and no other module
-        does.
+        suffixes of whole name parts; every target ends with one of them, and no other module does.
 
     Raises:
         ValueError: no targets, an empty name, or a name that is in both.
@@ -48,7 +50,7 @@ def _find_minimal_target_modules(
         )
     taken = {suffix for name in others for suffix in suffixes(name)}
     found: set[str] = set()
-    # sorted by the reversed names: the outcome does not hang on the order of a set
+    # sorted by the reversed names, so that the result does not depend on the order of a set
     for name in sorted(targets, key=lambda n: list(suffixes(n))):
         if not ends_with_one_of(name, found):
             found |= {next((s for s in suffixes(name) if s not in taken), name)}

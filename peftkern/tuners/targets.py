@@ -1,4 +1,4 @@
-"""Which modules a configuration adapts: matching of names, and the errors when nothing matches."""
+"""The modules that a configuration adapts: matching of names, and errors when nothing matches."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ..utils.private import COMPILED
 from .base_layer import BaseTunerLayer, get_model_config, walk
 from .target_names import _find_minimal_target_modules, ends_with_one_of
 
-# selective state space layers compute with these weights in ways that a LoRA layer does not see
+# selective state space layers read these weights directly, so a LoRA layer's forward is not called
 _MAMBA = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
 _MAMBA_INCOMPATIBLE = ("out_proj", "conv1d")
 
@@ -35,7 +35,7 @@ def default_targets(config: Any, model: nn.Module) -> set[str] | str:
     """``config.target_modules``, or the defaults of the model's architecture.
 
     Raises:
-        ValueError: none given and the architecture has no defaults.
+        ValueError: no ``target_modules`` are given and the architecture has no defaults.
     """
     if config.target_modules is not None:
         return config.target_modules
@@ -50,7 +50,7 @@ def default_targets(config: Any, model: nn.Module) -> set[str] | str:
 
 
 def all_linear(config: Any, model: Any) -> set[str]:
-    """Names of every linear layer but the output layer (or the classification head)."""
+    """Names of all linear layers except the output layer (or the classification head)."""
     found = {name: m for name, m in walk(model, into_layers=False) if _is_linear(m)}
     heads: list[Any] = []
     if hasattr(model, "get_output_embeddings"):
@@ -71,12 +71,12 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _suffix_pattern(names: Iterable[str]) -> re.Pattern[str]:
-    """Matches a name that is one of ``names`` or ends with "." and one of them."""
+    """A pattern that matches a name that is one of ``names`` or ends with "." and one of them."""
     return re.compile(r"(?:.*\.)?(?:" + "|".join(map(re.escape, sorted(names))) + r")")
 
 
 class TargetMatcher:
-    """The rules of one configuration, compiled once and asked for every module name.
+    """The rules of one configuration, compiled once; called with a module name, True if it matches.
 
     ``target_modules`` as a string is a regular expression for the whole name; as a set it holds
     names or suffixes. ``layers_to_transform`` keeps only names whose first number is one of its
@@ -117,7 +117,7 @@ class TargetMatcher:
         self.index: list[Any] = (
             [Pattern(rf"(?:^|.*?\.){p}\.(\d+)\.", "layers_pattern", p) for p in patterns]
             if patterns
-            else [re.compile(r"(?:^|.*?\.)(\d+)\.")]  # at the root as well, unlike in HF PEFT
+            else [re.compile(r"(?:^|.*?\.)(\d+)\.")]  # a leading number too, unlike in HF PEFT
         )
 
     def is_excluded(self, name: str) -> bool:
@@ -135,15 +135,18 @@ class TargetMatcher:
 
 
 class _ExcludedModule:
-    """Says no, and that it was a rule of the configuration that said so."""
+    """A false value for a module that a rule of the configuration excluded."""
 
     def __bool__(self) -> bool:
         return False
 
 
 def check_target_module_exists(config: Any, key: str) -> Any:
-    """Whether the configuration adapts a module of this name: something true, or something false
-    (an ``_ExcludedModule`` when ``exclude_modules`` or ``modules_to_save`` decided)."""
+    """A true value when the configuration adapts a module of this name, else a false one.
+
+    The false value is an ``_ExcludedModule`` when ``exclude_modules`` or ``modules_to_save``
+    excluded the module.
+    """
     targets = config.target_modules
     matcher = TargetMatcher(config, set() if targets is None else targets)
     return _ExcludedModule() if matcher.is_excluded(key) else matcher(key)
@@ -166,15 +169,15 @@ def match_targets(
     state_dict: dict[str, Tensor] | None = None,
     prefix: str = "lora_",
 ) -> list[tuple[str, nn.Module]]:
-    """(name, module) of everything that ``config`` adapts, in the model's order.
+    """(name, module) of every module that ``config`` adapts, in the model's order.
 
     Args:
-        config: the adapter.
-        model: modules inside its adapter layers are passed over.
+        config: the adapter's configuration.
+        model: modules inside its adapter layers are skipped.
         targets: from :func:`resolve_targets`.
-        state_dict: take the modules that have tensors here instead, and warn where that is not what
-            ``config`` says.
-        prefix: how the names of an adapter's tensors begin behind the module's name.
+        state_dict: when given, the modules that have tensors in it are taken instead, with a
+            warning where they are not those of ``config``.
+        prefix: how the names of an adapter's tensors begin after the module's name.
 
     Raises:
         NoMatchingPeftModuleError: nothing matches; the message says why.
@@ -199,7 +202,7 @@ def match_targets(
             else:
                 any_other = True
             continue
-        names = aliases.get(id(module), (name,))  # it is adapted under all, or under none
+        names = aliases.get(id(module), (name,))  # a module is adapted under all its names or none
         if any(map(matcher.is_excluded, names)):
             any_excluded = True
         elif any(map(matcher, names)):
@@ -274,12 +277,12 @@ def _raise_unmatched(
 
 
 def _shown(targets: set[str] | str) -> str:
-    """As HF PEFT shows them, in an order that does not change."""
+    """The targets as HF PEFT prints them, sorted so that the text is always the same."""
     return targets if isinstance(targets, str) else "{" + str(sorted(targets))[1:-1] + "}"
 
 
 def check_compatible(config: Any, model: nn.Module, names: Iterable[str]) -> None:
-    """ValueError for a module that must not be adapted in this architecture."""
+    """Raise a ValueError for a module that must not be adapted in this architecture."""
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if model_type not in _MAMBA:
         return
@@ -295,7 +298,7 @@ def check_compatible(config: Any, model: nn.Module, names: Iterable[str]) -> Non
 
 
 def resolve_targets(config: Any, model: nn.Module) -> set[str] | str:
-    """The names or the regular expression to match, with defaults and "all-linear" worked out."""
+    """The names or the regular expression to match; resolves the defaults and "all-linear"."""
     targets = default_targets(config, model)
     if isinstance(targets, str):
         if targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
@@ -304,7 +307,7 @@ def resolve_targets(config: Any, model: nn.Module) -> set[str] | str:
             return targets
     if len(targets) < MIN_TARGET_MODULES_FOR_OPTIMIZATION:
         return targets
-    # many names, each of one layer (from a checkpoint without a configuration, say)
+    # many names of one layer each (from a checkpoint without a configuration, for example)
     names = (name for name, _ in walk(model, into_layers=False))
     fewer = _find_minimal_target_modules(
         targets, {name for name in names if name and not ends_with_one_of(name, targets)}
@@ -313,7 +316,7 @@ def resolve_targets(config: Any, model: nn.Module) -> set[str] | str:
 
 
 def _maybe_include_all_linear_layers(peft_config: Any, model: nn.Module) -> Any:
-    """``peft_config``, its "all-linear" replaced by the names that it stands for."""
+    """``peft_config`` with "all-linear" replaced, in place, by the names that it stands for."""
     targets = getattr(peft_config, "target_modules", None)
     if isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
         peft_config.target_modules = all_linear(peft_config, model)
@@ -321,7 +324,7 @@ def _maybe_include_all_linear_layers(peft_config: Any, model: nn.Module) -> Any:
 
 
 def targets_embedding(config: Any, model: nn.Module) -> bool:
-    """Whether the input or output embedding is adapted, by PEFT's rule on their usual names."""
+    """True when the input or output embedding is adapted; known by usual names, as in PEFT."""
     targets = getattr(config, "target_modules", None)
     if not targets:
         return False

@@ -1,4 +1,4 @@
-"""What :class:`peftkern.PeftModel` asks of its adapters, whatever their method."""
+"""``Tuner``: the methods through which :class:`peftkern.PeftModel` uses adapters of any kind."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import nn
 
 
 class Tuner(Protocol):
-    """How adapters of one method are kept, called, saved and loaded.
+    """The interface to keep, call, save and load the adapters of one method.
 
-    ``host`` is the PeftModel, or a copy of it on another device: modules and parameters are the
-    host's (``base_model``, …), a tuner has none of its own.
+    ``host`` is the PeftModel, or a copy of it on another device. Modules and parameters belong to
+    the host (``base_model``, …); a tuner has none of its own.
     """
 
     def start(
@@ -28,16 +28,16 @@ class Tuner(Protocol):
         """Adapt ``model`` in place, with its first adapter, and make it ``host.base_model``."""
 
     def base(self, host: Any) -> nn.Module:
-        """The model that was adapted, adapter layers included."""
+        """The model that was adapted, with its adapter layers."""
 
     def configs(self, host: Any) -> dict[str, Any]:
-        """{adapter name: configuration}."""
+        """The configurations, {adapter name: configuration}."""
 
     def set_configs(self, host: Any, configs: dict[str, Any]) -> None:
         """Replace all configurations."""
 
     def active(self, host: Any) -> list[str]:
-        """Names of the adapters that calls go through."""
+        """Names of the adapters that forward and generate use."""
 
     def add(
         self,
@@ -46,8 +46,7 @@ class Tuner(Protocol):
         low_cpu_mem_usage: bool = False,
         autocast_adapter_dtype: bool = True,
     ) -> None:
-        """Build an adapter whose configuration is there already; the model is as it was after an
-        error."""
+        """Build an adapter whose configuration is set already; an error changes no model."""
 
     def activate(self, host: Any, adapter_name: str, inference_mode: bool) -> None:
         """Make an adapter the active one; it trains unless ``inference_mode``."""
@@ -58,19 +57,19 @@ class Tuner(Protocol):
         """Let the parameters of these adapters train, or freeze them."""
 
     def delete(self, host: Any, adapter_name: str) -> None:
-        """Remove an adapter; another becomes active when it was."""
+        """Remove an adapter; when it was the active one, another becomes active."""
 
     def disabled(self, host: Any) -> AbstractContextManager[None]:
-        """Within the block calls go to the base model."""
+        """A context in which calls go to the base model alone."""
 
     def supports_lora_conversion(self, host: Any, adapter_name: str) -> bool:
-        """Whether the adapter can be written as plain LoRA."""
+        """True when the adapter can be written as plain LoRA."""
 
     def forward(self, host: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The adapted model's output."""
 
     def generate(self, host: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What the adapted model generates."""
+        """The tokens that the adapted model generates."""
 
     def prepare_inputs(self, host: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The inputs of one step of generation."""
@@ -78,18 +77,22 @@ class Tuner(Protocol):
     def loading(
         self, host: Any, adapter_name: str, is_trainable: bool
     ) -> AbstractContextManager[None]:
-        """Within the block the adapter takes saved tensors."""
+        """A context in which saved tensors can be copied into the adapter."""
 
     def loaded(self, host: Any, adapter_name: str, is_trainable: bool, first: bool) -> None:
-        """Let an adapter that was loaded anew train, or not; ``first``: with its model."""
+        """Let a newly loaded adapter train, or freeze it; ``first``: loaded with its model."""
 
     def active_state(self, host: Any) -> Any:
-        """What is active, for :meth:`withdraw`."""
+        """The state of what is active, to hand to :meth:`withdraw`."""
 
     def withdraw(self, host: Any, adapter_name: str, active: Any) -> None:
-        """Take out an adapter that was added and could not be loaded; ``active``: what
-        :meth:`active_state` said before."""
+        """Remove an adapter that was added and could not be loaded.
+
+        ``active`` is the value of :meth:`active_state` from before it was added.
+        """
 
     def take_down(self, host: Any, adapter_name: str, model: nn.Module, kept: bool) -> None:
-        """Give ``model`` back after its first adapter could not be loaded; ``kept``: the caller
-        puts its modules back."""
+        """Give ``model`` back after its first adapter could not be loaded.
+
+        With ``kept`` the caller puts the model's modules back.
+        """

@@ -1,4 +1,4 @@
-"""HF PEFT's address of what all adapter layers and tuners share."""
+"""HF PEFT's address of the names that all adapter layers and tuners share."""
 
 from ..configs.base import PeftConfig
 from ..utils.constants import (

@@ -1,4 +1,4 @@
-"""What stands around a base model, for files that know of no :class:`PeftModel`."""
+"""The parts of :class:`PeftModel` that files below it know: a base class and a protocol."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class Wrapped:
 
     @property
     def peft_config(self) -> dict[str, Any]:
-        """{adapter name: configuration}."""
+        """The configurations, {adapter name: configuration}."""
         raise NotImplementedError
 
     def get_base_model(self) -> nn.Module:
-        """The model that was wrapped, adapter layers included."""
+        """The model that was wrapped, with its adapter layers."""
         raise NotImplementedError
 
 

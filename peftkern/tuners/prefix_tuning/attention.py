@@ -1,8 +1,8 @@
 """The attention function that transformers calls in place of a model's own implementation.
 
-It is registered once for each implementation it stands before. Modules that carry a slot number
-(``SLOT``) attend to their prefix as well; all others, and all calls without a prefix, go to that
-implementation, with the mask it would have been given.
+It is registered once for each implementation that it replaces (the original). Modules that carry a
+slot number (``SLOT``) attend to their prefix as well; all other modules, and all calls without a
+prefix, go to the original, with the mask that it would have been given.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ _NEUTRAL = frozenset(
     "token_type_ids logits_to_keep max_length_q max_length_k layer_idx head_dim "
     "deterministic".split()
 )
-# These say how a batch is packed; the mask says it too, if position_ids were given with them.
+# How a batch is packed. The mask holds this too, if position_ids were given with these keywords.
 _PACKED = frozenset("cu_seq_lens_q cu_seq_lens_k seq_idx".split())
 
 
 def register(original: str) -> str:
-    """Registers the attention and mask function standing before ``original``; their name.
+    """Register an attention and a mask function in place of ``original``; returns their name.
 
-    The name holds no word that transformers looks for in one ("sdpa", "flash", "/", ...), so the
-    original's is spelt in hexadecimal: a copied or unpickled model finds its way back.
+    transformers looks for words in such a name ("sdpa", "flash", "/", ...), so it contains the
+    original's name in hexadecimal. From it a copied or unpickled model finds the original.
     """
     name = _NAME + original.encode().hex()
     REGISTERED.add(name)
@@ -53,31 +53,33 @@ def register(original: str) -> str:
 
 
 def original_of(name: str | None) -> str | None:
-    """The implementation behind a name that :func:`register` gave; None for any other."""
+    """The original's name, given one that :func:`register` returned; None for any other name."""
     if name is None or not name.startswith(_NAME):
         return None
     return bytes.fromhex(name[len(_NAME) :]).decode()
 
 
 def foreign(config: Any) -> str | None:
-    """Name of the function that somebody registered with transformers for the attention that this
-    configuration names; None where it is transformers' own."""
+    """Name of the function that somebody else registered for this configuration's attention.
+
+    None when the attention is transformers' own.
+    """
     name = attention_name(config)
     function = ALL_ATTENTION_FUNCTIONS.get(original_of(name) or name)
     while isinstance(function, functools.partial):
         function = function.func
     place = getattr(function, "__module__", None)
     if function is None or str(place).startswith("transformers."):
-        return None  # eager attention is none, and stands beside the model's class
+        return None  # eager attention is not registered: it is in the module of the model's class
     return f"{place}.{getattr(function, '__qualname__', type(function).__qualname__)}"
 
 
 def _implementation(original: str, module: nn.Module) -> Callable[..., Any]:
     if original != "eager":
         return ALL_ATTENTION_FUNCTIONS[original]
-    if getattr(module, "reorder_and_upcast_attn", False):  # GPT-2's second eager attention
+    if getattr(module, "reorder_and_upcast_attn", False):  # GPT-2 has a second eager attention
         return lambda module, q, k, v, mask, **_: upcast_attention(module, q, k, v, mask)
-    for owner in type(module).__mro__:  # eager functions live beside the classes that call them
+    for owner in type(module).__mro__:  # an eager function is in the module of the calling class
         function = getattr(sys.modules.get(owner.__module__), "eager_attention_forward", None)
         if function is not None:
             return function
@@ -132,7 +134,7 @@ def _with_prefix(
     prefix_key, prefix_value = state.pair(slot, key, value)
     T, S = query.shape[2], key.shape[2]
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    # one query sees all own keys, causal or not; a window is one of causal attention
+    # one query sees all own keys, causal or not; with a window attention is always causal
     causal = causal and (T > 1 or sliding_window is not None)
     spec = mask if isinstance(mask, MaskSpec) else None
     window, offset = sliding_window, state.past
@@ -140,13 +142,13 @@ def _with_prefix(
     if spec is not None:
         _check_length(spec, S, state)
         causal, offset = spec.causal, spec.q_offset
-        window = spec.window  # not the module's word for it: without a prefix the mask decides
+        window = spec.window  # the mask's and not the module's, as in a call without a prefix
         visibility["q_offset"] = spec.q_offset - spec.kv_offset
     if state.always_visible and window is not None and _within(window, offset, T):
-        window = None  # own keys are all in it, and the prefix is
-    apart = state.always_visible and window is not None  # a window over own keys alone
+        window = None  # it hides nothing: neither own keys nor the prefix
+    apart = state.always_visible and window is not None  # the window is for own keys alone
     visibility |= {"causal": causal, "window": window}
-    own: Tensor | None = None  # what is visible or added, where a description is not enough
+    own: Tensor | None = None  # mask or bias of the own keys, if `visibility` alone cannot say it
     if spec is not None and spec.plain and position_bias is None and not apart:
         visibility["keep"] = spec.keep()
     elif spec is not None:
@@ -171,11 +173,11 @@ def _with_prefix(
 
             if (
                 position_bias is None or torch.is_grad_enabled()
-            ):  # a checkpoint's replay makes its own
+            ):  # not shared: a checkpoint's replay must make the same tensors again
                 bias = join()
-            else:  # T5's layers have one, UMT5's one each
+            else:  # all layers of T5 share one bias, each layer of UMT5 has its own
                 bias = state.once((position_bias, mask), join)
-            if shared is not None and not torch.compiler.is_compiling():  # which shares by itself
+            if shared is not None and not torch.compiler.is_compiling():  # a compiler shares itself
                 shared.joined = bias
         visibility = {"causal": False, "bias": bias}
     output = prefix_attention(
@@ -213,13 +215,13 @@ def _refuse_unknown(module: nn.Module, mask: Any, rest: dict[str, Any]) -> None:
 
 
 def _check_length(mask: MaskSpec, S: int, state: PrefixState) -> None:
-    """A mask that covers the prefix as well would be taken for one with more own tokens."""
+    """Raise a ValueError for a mask that covers the prefix too (it would count as own tokens)."""
     width = None if mask.padding is None else mask.padding.shape[-1]
     if mask.kv_length == S:
         if width is None or isinstance(mask.q_offset, Tensor):
             return
         if width in (mask.q_offset + mask.q_length, mask.kv_offset + mask.kv_length):
-            return  # the second: a static cache's whole length
+            return  # the second width: the whole length of a static cache
     own = S if isinstance(mask.q_offset, Tensor) else mask.q_offset + mask.q_length
     raise ValueError(
         f"attention_mask covers {mask.kv_length if width is None else width} tokens, the sequence "
@@ -228,7 +230,7 @@ def _check_length(mask: MaskSpec, S: int, state: PrefixState) -> None:
 
 
 def _within(window: int, offset: int | Tensor, T: int) -> bool:
-    """Whether T tokens from ``offset`` on, and all before them, are in one window."""
+    """True when T tokens from ``offset`` on, and all before them, fit in one window."""
     return isinstance(offset, int) and offset + T <= window
 
 
@@ -256,7 +258,10 @@ def _with_bias(
     state: PrefixState,
     query: Tensor,
 ) -> Tensor:
-    """What the operation takes as ``bias``: the prefix part ``seen`` before the own part."""
+    """The operation's ``bias`` [B, h, T, P + S]: ``seen`` [B, 1, T, P] before ``own``.
+
+    bool when nothing but visibility is given, else a float bias that is added to the scores.
+    """
     if own.dtype == torch.bool and position_bias is None:
         return _join(seen, own)
     lowest = torch.finfo(query.dtype).min
@@ -275,10 +280,10 @@ def _with_bias(
 
 
 def _join(front: Tensor, own: Tensor) -> Tensor:
-    """[B, h, T, P] before [B, h, T, S], either broadcastable to the other."""
+    """``front`` [B, h, T, P] and ``own`` [B, h, T, S] joined; B and h may be 1 in either."""
     lead = torch.broadcast_shapes(front.shape[:-1], own.shape[:-1])
     return torch.cat([front.expand(*lead, -1), own.expand(*lead, -1)], dim=-1)
 
 
 for _original in ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"):
-    register(_original)  # models that were pickled name one of these
+    register(_original)  # a pickled model's configuration holds one of these names

@@ -1,11 +1,13 @@
-"""Layers that compute attention themselves (Bloom, Falcon, GPT-J, GPT-Neo, CodeGen, MPT, ...), or
-make something of the keys before they call transformers' AttentionInterface (Doge, DiffLlama); with
-another mechanism (deberta.py) DeBERTa.
+"""Prefixes for layers that compute attention themselves, through their cache object and mask.
+
+These are Bloom, Falcon, GPT-J, GPT-Neo, CodeGen, MPT and others; Doge and DiffLlama, which change
+the keys before they call transformers' AttentionInterface; and DeBERTa, by another mechanism
+(deberta.py).
 
 Their attention asks one object for the keys of earlier tokens, and adds one mask. A hook before
 each layer hands it an object that puts the prefix before those keys, and a mask that is P columns
 wider. The cache itself never holds the prefix. transformers checkpoints the layer's ``forward``,
-inside the hook, so a replay is given the very same objects.
+which runs after the hook, so a replay is given the same objects.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from .state import PrefixState
 
 
 class PrefixedPast:
-    """Stands for a layer's cache: takes a layer's new keys, returns prefix, past and new ones."""
+    """A stand-in for a layer's cache: takes new keys, returns those of prefix, past and new."""
 
     def __init__(self, past: Any, state: PrefixState, slot: int) -> None:
         self.past = getattr(past, "self_attention_cache", past)
@@ -51,8 +53,10 @@ class PrefixedPast:
 
 
 def why_not_always_visible(attentions: tuple[nn.Module, ...]) -> str | None:
-    """Why a window of these layers cannot leave out the prefix, or None: GPT-Neo cuts its keys by
-    how many there are."""
+    """The reason that these layers' window cannot spare the prefix; None when it can.
+
+    GPT-Neo's local attention selects keys by their number, the prefix included.
+    """
     if any(getattr(a, "attention_type", "") == "local" for a in attentions):
         return "its local attention counts the prefix (prefix_always_visible)"
     return None
@@ -61,7 +65,7 @@ def why_not_always_visible(attentions: tuple[nn.Module, ...]) -> str | None:
 def prepare(
     family: Family, stack: PreTrainedModel, kwargs: dict[str, Any], state: PrefixState
 ) -> None:
-    """Before a call of ``stack``: checks its mask; Falcon's bias for prefix and own tokens."""
+    """Check the mask of a call of ``stack`` and, for Falcon, build its bias over P + S tokens."""
     mask = kwargs.get("attention_mask")
     tokens = tokens_of(kwargs)
     B, T = tokens.shape[:2]
@@ -78,7 +82,7 @@ def prepare(
             f"{type(stack).__name__} takes the length of a static cache for that of the sequence, "
             "with a prefix or without: use a dynamic cache"
         )
-    if alibi:  # rounded to bfloat16, so it has to be counted as PEFT's
+    if alibi:  # the model rounds it to bfloat16: built over P + S positions, as in HF PEFT
         if mask is None:
             mask = torch.ones(B, int(state.past) + T, dtype=torch.long, device=tokens.device)
         if mask.dim() != 2:
@@ -104,8 +108,10 @@ def enter(
     state: PrefixState | None,
     config: Any,
 ) -> dict[str, Any]:
-    """The keywords to call a layer with in place of ``kwargs``; ``hidden`` [B, T, d] is its input,
-    ``config`` that of the module that owns the layers."""
+    """The keywords to call a layer with in place of ``kwargs``.
+
+    ``hidden`` [B, T, d] is the layer's input, ``config`` that of the module that owns the layers.
+    """
     kwargs = dict(kwargs)
     if family.block == "relative_pos":
         if state is None or state.prefixes[slot] is None:
@@ -115,7 +121,7 @@ def enter(
     assert name is not None
     past = kwargs.get(name)
     if in_checkpoint(block):
-        past = None  # a replay would write to the cache again; transformers drops it likewise
+        past = None  # a replay would write to the cache twice; transformers drops it here too
         if kwargs.get("use_cache"):
             kwargs["use_cache"] = False
     kwargs[name] = past
@@ -153,15 +159,16 @@ def enter(
 def _left_out(
     family: Family, attention: Any, hidden: Tensor, state: PrefixState, config: Any, reason: str
 ) -> Tensor | None:
-    """The mask [B, 1, T, S] of own tokens that transformers left out where attention does without;
-    None where it does without one with the prefix as well.
+    """The mask [B, 1, T, S] of own tokens that transformers left out as not needed.
+
+    None when attention needs no mask with the prefix either.
 
     Raises:
-        RuntimeError: says ``reason``; the attention might take another mask than can be made here.
+        RuntimeError: says ``reason``; this file does not know the mask that the attention takes.
     """
     B, T = hidden.shape[:2]
     how = None if config is None else attention_name(config)
-    # Whether tokens see those behind them: added to the scores, a mask that hides some is needed.
+    # True: without a mask tokens see those after them (eager attention hides keys by masks alone)
     both = how in (None, "eager") or not getattr(attention, "is_decoder", True)
     all_seen = both or T == 1
     if all_seen and state.no_prefix is None and family.window is None:
@@ -180,13 +187,15 @@ def _left_out(
 
 
 def _wider(own: Tensor, state: PrefixState, inverted: bool, window: int | None = None) -> Tensor:
-    """P more columns in front, visible but to the rows that have no prefix, and to the tokens in
-    whose window they are not."""
+    """The mask ``own`` [B, h, T, S] with P columns in front, [B, h, T, P + S].
+
+    The new columns are visible except in rows without a prefix, and outside a token's window.
+    """
     B, h, T, _ = own.shape
     visible: Any = 0.0
     hidden: Any = torch.finfo(own.dtype).min if own.is_floating_point() else True
     if own.dtype == torch.bool:
-        # a tracer writes no bool down as what to fill with
+        # numbers, as a tracer cannot record a bool as the value to fill with
         visible, hidden = (0.0, True) if inverted else (1.0, False)
     front = torch.full((B, h, T, state.virtual), visible, dtype=own.dtype, device=own.device)
     if window is not None and not state.always_visible:
@@ -200,8 +209,11 @@ def _wider(own: Tensor, state: PrefixState, inverted: bool, window: int | None =
 
 
 def _bloom(alibi: Tensor, batch: int, state: PrefixState) -> Tensor:
-    """alibi [B * H, 1, S] is slope * position; only differences count, so prefix token j gets
-    slope * (j - P) and the own tokens keep theirs."""
+    """Bloom's ``alibi`` [B * H, 1, S] with the prefix's part in front, [B * H, 1, P + S].
+
+    It is slope * position. Only differences matter, so prefix token j gets slope * (j - P) and the
+    own tokens keep theirs.
+    """
     from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 
     heads = alibi.shape[0] // batch
@@ -213,10 +225,7 @@ def _bloom(alibi: Tensor, batch: int, state: PrefixState) -> Tensor:
 
 
 def _with_alibi(own: Tensor, alibi: Tensor, head_dim: int, state: PrefixState) -> Tensor:
-    """Falcon lays its bias into the mask [B, H, T, S]: the same over P + S columns.
-
-    alibi: [B, H, 1, P + S].
-    """
+    """The mask [B, H, T, P + S] with ``alibi`` [B, H, 1, P + S] in it, as Falcon makes one."""
     lowest = torch.finfo(own.dtype).min
     hidden = torch.nn.functional.pad(own == lowest, (state.virtual, 0), value=False)
     if state.no_prefix is not None:

@@ -1,11 +1,11 @@
 """Prefixes that go through the model's cache, as in HF PEFT: keys and values of P earlier tokens.
 
-It is how a model takes a prefix whose attention cannot be reached. The tokens stand behind P that
-are in the cache, so masks get P columns and positions move by P. A hook does it on the module that
-takes the cache, in ``forward`` as in each step of ``generate``.
+This way serves models whose attention cannot be reached. The tokens come after P tokens that are in
+the cache, so masks get P more columns and positions move by P. A hook on the module that takes the
+cache does this, in ``forward`` and in each step of ``generate``.
 
-What the other way can do and this one cannot is refused: layers within a checkpoint write to no
-cache, a static cache has no room for a prefix, and what a caller's own cache holds has seen none.
+Calls that need the other way are refused: layers within a checkpoint do not write to a cache, a
+static cache has no room for a prefix, and tokens in a caller's own cache have not seen the prefix.
 """
 
 from __future__ import annotations
@@ -40,14 +40,16 @@ from .state import (
 )
 
 NO_CACHE = "Model does not support past key values which are required for prefix tuning."
-_MARK = "_peftkern_prefix"  # on a cache's first layer: how long the prefix in it is
+_MARK = "_peftkern_prefix"  # attribute of a cache's first layer: the length of the prefix in it
 
 
 def taker(model: nn.Module) -> tuple[nn.Module, str] | None:
-    """The module that a cache is handed to, and what it calls it: the model, or the first
-    transformers model in it that takes one (of a classifier the part below its head; no encoder
-    that a decoder stands behind), or a model that hands any keyword on to its layers; None when
-    there is none."""
+    """The module that takes a cache and the name of that argument; None when no module does.
+
+    It is the model, or the first transformers model in it that takes one (for a classifier the
+    part below its head, but no encoder that a decoder follows), or else a model that hands any
+    keyword on to its layers.
+    """
     parts = [m for m in model.children() if isinstance(m, PreTrainedModel)]
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         parts = [part for part in parts if part is not getattr(model, "encoder", None)]
@@ -70,13 +72,13 @@ def prefix_cache(
     Args:
         pairs: keys and values of each layer, [H_kv, P, D] or [B, H_kv, P, D] with B a divisor of
             ``rows``; None for a layer that writes to no cache.
-        model: the transformers model that it is for.
-        seq2seq: as an ``EncoderDecoderCache``, which holds nothing of the encoder yet.
+        model: the transformers model that the cache is for.
+        seq2seq: return an ``EncoderDecoderCache``, whose encoder part is empty.
     """
     config: Any = getattr(model, "config", None)
     text: Any = config.get_text_config() if hasattr(config, "get_text_config") else config
     kind = str(getattr(text, "model_type", ""))
-    # its layers with a window keep no more than that
+    # these models need their own kinds of layers: those with a window keep no more keys than that
     own = any(name in kind for name in ("gemma2", "gemma3_text", "gemma4"))
     recurrent = recurrent_start(model) is not None
     cache = DynamicCache(config=text) if own or recurrent else DynamicCache()
@@ -94,13 +96,13 @@ def prefix_cache(
 
 
 def _layer_devices(model: Any) -> dict[int, Any]:
-    """{layer: its device} of a model whose layers accelerate has put on several."""
+    """{layer: its device} of a model that accelerate spread over devices; else empty."""
     places: dict[str, Any] = getattr(model, "hf_device_map", None) or {}
     found: dict[int, Any] = {}
     for name, place in places.items():
         parts = name.split(".")
         number = next((int(part) for part in parts if part.isdigit()), None)
-        # what is offloaded runs where its input is
+        # offloaded layers ("cpu", "disk") run on the device of their input
         if number is not None and "encoder" not in parts and place not in ("cpu", "disk", "meta"):
             found[number] = place
     return found
@@ -108,30 +110,32 @@ def _layer_devices(model: Any) -> dict[int, Any]:
 
 @dataclass(eq=False)
 class _Call:
-    """What a call of the module is to leave out of its output."""
+    """The parts that one call of the module leaves out of its output."""
 
     drops_cache: bool
 
 
 class CachedPrefix:
-    """The hook by which a model takes prefixes through its cache; stands in for
-    :class:`PrefixInjection`.
+    """The hook by which a model takes prefixes through its cache, in place of an injection.
+
+    It has the methods of :class:`PrefixInjection`.
 
     Args:
         model: a transformers model (with or without a head).
         kv_heads, head_dim, num_virtual_tokens: as :class:`PrefixInjection`.
-        why: why the model is not injected, for ``explain`` and errors.
+        why: the reason that the model is not injected, for ``explain`` and errors.
 
     Attributes:
         stack: the module that takes the cache.
-        named: whether the cache is one of its arguments by name, or might be any keyword's.
+        named: True when the cache is a named argument of ``stack``; False when ``stack`` takes any
+            keyword.
 
     Raises:
-        ValueError: the model takes no cache; in HF PEFT's words, after ``why``.
+        ValueError: the model takes no cache. The message is ``why``, then HF PEFT's words.
     """
 
     through_cache = True
-    configs = ()  # of modules whose masks it makes: none
+    configs = ()  # as in PrefixInjection; this way replaces no attention function
 
     def __init__(
         self, model: Any, *, kv_heads: int, head_dim: int, num_virtual_tokens: int, why: str
@@ -148,7 +152,7 @@ class CachedPrefix:
         self.named = cache_name(self.stack) is not None
         self.seq2seq = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
         self._parameters: tuple[str, ...] = tuple(inspect.signature(self.stack.forward).parameters)
-        # of a whole encoder-decoder the decoder's inputs are told by name
+        # a whole encoder-decoder model's arguments for the decoder begin with "decoder_"
         self._side = "decoder_" if "decoder_input_ids" in self._parameters else ""
         self._kept = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
         self.shape = (num_virtual_tokens, kv_heads * head_dim)
@@ -161,7 +165,7 @@ class CachedPrefix:
     # -------------------------------------------------------------------------- on and off
 
     def allow(self, num_virtual_tokens: int, always_visible: bool = False) -> None:
-        """Take prefixes of this length as well. ValueError with ``always_visible``."""
+        """Take prefixes of this length as well; ValueError with ``always_visible``."""
         if num_virtual_tokens <= 0:
             raise ValueError(f"num_virtual_tokens must be positive, got {num_virtual_tokens}")
         if always_visible:
@@ -171,7 +175,7 @@ class CachedPrefix:
             )
 
     def remove(self) -> None:
-        """Leaves the model as it was before."""
+        """Remove the hooks, which leaves the model as it was before."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -185,12 +189,13 @@ class CachedPrefix:
         positions_moved: bool = False,
         always_visible: bool = False,
     ) -> Iterator[ActivePrefix]:
-        """Calls of the model by this thread within the block see the prefixes: as
-        :meth:`PrefixInjection.active`, but for ``prefixes`` of layers that share another's keys,
-        which are None.
+        """A context in which this thread's calls of the model see the prefixes.
+
+        Arguments are those of :meth:`PrefixInjection.active`, except that ``prefixes`` is None for
+        layers that share another layer's keys.
 
         Raises:
-            ValueError: rows without a prefix; within the block, a call that this way cannot serve.
+            ValueError: rows without a prefix; within the block, a call that this way cannot do.
         """
         if no_prefix is not None:
             raise ValueError(
@@ -205,8 +210,10 @@ class CachedPrefix:
             restore(before, self)
 
     def refuse_checkpoints(self, training: bool = True) -> None:
-        """ValueError when layers of the model run in checkpoints: now, or (``training`` False)
-        once it trains."""
+        """Raise a ValueError when layers of the model run in checkpoints now.
+
+        With ``training=False`` also when they would do so once the model trains.
+        """
         if any(m.gradient_checkpointing and (m.training or not training) for m in self._kept):
             raise ValueError(
                 f"PREFIX_TUNING does not work with gradient checkpointing for {self._model_name}, "
@@ -237,23 +244,23 @@ class CachedPrefix:
             wanted = kwargs.get("use_cache")
             if wanted is None:
                 wanted = getattr(getattr(stack, "config", None), "use_cache", True)
-            if not wanted:  # some models would then not look into the cache, or not all over
+            if not wanted:  # with use_cache=False some models ignore the cache, or parts of it
                 kwargs["use_cache"], drops = True, True
         set_current(self, _Call(drops))  # type: ignore[arg-type]
         return (), kwargs
 
     def _with_prefix(self, kwargs: dict[str, Any], entry: ActivePrefix, P: int) -> Cache:
-        """The cache to call the module with in place of the one given, if one is."""
+        """The cache to call the module with; the caller's own one, filled, where one is given."""
         cache = cache_of(self.stack, kwargs)
         if self.name != "past_key_values":
-            kwargs.pop("past_key_values", None)  # its former name, where transformers takes both
+            kwargs.pop("past_key_values", None)  # the other name, for models that take both
         if cache is None:
             return self._made(kwargs, entry, P)
         own = getattr(cache, "self_attention_cache", cache)
         held = cached_tokens(own)
         layers = getattr(own, "layers", None) or (None,)
         if held and getattr(layers[0], _MARK, None) == P:
-            return cache  # goes on from an earlier call
+            return cache  # it holds this prefix: the call continues an earlier one
         if held or type(own) is not DynamicCache:
             what = f"a {type(own).__name__} of {held} tokens without the prefix of {P}"
             raise ValueError(
@@ -262,7 +269,7 @@ class CachedPrefix:
                 "call with the prefix has filled"
             )
         made = self._made(kwargs, entry, P)
-        own.layers = getattr(made, "self_attention_cache", made).layers  # the caller's fills up
+        own.layers = getattr(made, "self_attention_cache", made).layers  # fills the caller's object
         return cache
 
     def _made(self, kwargs: dict[str, Any], entry: ActivePrefix, P: int) -> Cache:
@@ -271,7 +278,7 @@ class CachedPrefix:
         layers: Any = getattr(cache, "self_attention_cache", cache).layers
         setattr(layers[0], _MARK, P)
         begin = recurrent_start(self.model)
-        if begin is not None:  # its layers keep a state, which they drop at position 0 alone
+        if begin is not None:  # recurrent layers reset their state at position 0, so not after P
             begin(self.model.config, rows, self.model.device, self.model.dtype)
         return cache
 
@@ -302,7 +309,7 @@ class CachedPrefix:
 
 
 def _rows(kwargs: dict[str, Any]) -> int:
-    """Rows of a call's batch; of an encoder-decoder model's, the decoder's."""
+    """Number of rows in a call's batch; in an encoder-decoder model's, the decoder's."""
     names = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds", "labels")
     for name in names:
         if kwargs.get(name) is not None:

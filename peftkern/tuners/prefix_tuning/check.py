@@ -1,10 +1,10 @@
-"""Whether a prefix that is injected does what the same keys and values in the model's cache do.
+"""A comparison of an injected prefix with the same keys and values in the model's cache.
 
-Injection rests on how a model calls its attention. A model that does so otherwise would compute
-something else, and no error would tell. So a model that our tests do not know is run on a few
-tokens four times before its first prefix: without one, with one in its cache, with that one moved
-by two roundings, and with it injected. The last must be about as close to the second as the third
-is.
+Injection depends on how a model calls its attention. A model that does it in another way would
+compute something else without an error. So a model that our tests do not know runs four times on a
+few tokens before its first prefix: (1) without a prefix, (2) with one in its cache, (3) with the
+one in the cache changed by two roundings, and (4) with the prefix injected. Outputs 4 must be about
+as close to outputs 2 as outputs 3 are.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ from .inject import PrefixInjection
 from .state import Prefix
 
 TOKENS = 3
-# Moving the prefix by two roundings moves the outputs as far as summing in another order does, to a
-# factor of 1.3 in what was measured (random Llamas of 2 to 24 layers, float32, float16, bfloat16).
+# Changing the prefix by two roundings changes the outputs as much as another order of sums does:
+# within a factor of 1.3 where measured (random Llamas of 2 to 24 layers, float32, float16,
+# bfloat16).
 _SLACK = 4
-KINDS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # that are computed with
-_SMALL = 2**20  # bytes; larger buffers are weights (GPTQ's, say), which a forward leaves alone
-_SHARE = 1e-3  # of the prefix's effect; mistakes in its place, its order or its mask are larger
+KINDS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # dtypes of computation
+_SMALL = 2**20  # bytes; larger buffers are weights (GPTQ's, for one), which no forward changes
+_SHARE = 1e-3  # of the prefix's effect; a mistake in its place, order or mask changes more
 
 
 class _CannotRun(Exception):
@@ -38,12 +39,12 @@ class _CannotRun(Exception):
 
 
 def why_not_now(model: nn.Module) -> str | None:
-    """Why the model cannot be run here and now, or None."""
+    """The reason that the model cannot be run at present; None when it can."""
     if is_recording():
         return "it is being compiled or traced"
     for module in model.modules():
         for tensor in itertools.chain(module._parameters.values(), module._buffers.values()):
-            # ds_id: ZeRO-3 holds its parts apart
+            # ds_id: a parameter that ZeRO-3 has sharded
             if hasattr(tensor, "ds_id") or (_is_meta(tensor) and not _brings_weights(module)):
                 return "some of its weights are not here (sharded or on the meta device)"
     return None
@@ -54,21 +55,22 @@ def _is_meta(tensor: Tensor | None) -> bool:
 
 
 def _brings_weights(module: nn.Module) -> bool:
-    """Whether accelerate, which offloaded its weights, brings them for each call of it."""
+    """True when accelerate offloaded this module's weights and loads them for each call."""
     hook = hook_of(module)
     return any(getattr(one, "offload", False) for one in getattr(hook, "hooks", (hook,)))
 
 
 @dataclass(frozen=True)
 class Cached:
-    """What a model computed with a prefix in its cache, and what that can be compared with.
+    """The outputs of a model with a prefix in its cache, and the distances to judge others by.
 
     Args:
+        ran: False when the model could not be run at all.
+        why: the reason that ``through`` is None.
         call: the inputs.
-        through: the outputs; None when it failed or had no effect, for the reason ``why``, or when
-            the model could not be run at all (``ran``).
-        effect: how far they are from those without a prefix.
-        rounding: how far they may be from the same by another order of sums.
+        through: the outputs; None when the run failed or the prefix had no effect.
+        effect: distance of the outputs from those without a prefix.
+        rounding: distance that another order of sums may make.
     """
 
     ran: bool
@@ -80,8 +82,9 @@ class Cached:
 
 
 def run_cached(model: Any, cached: CachedPrefix, own: list[Prefix | None]) -> Cached:
-    """Runs ``model`` on a few tokens, without gradient and in eval mode, and leaves it, its hooks
-    and buffers and the random numbers as they were.
+    """Run ``model`` on a few tokens with a prefix in its cache, without gradients, in eval mode.
+
+    The model, its hooks and buffers, and the random number generators are as before afterwards.
 
     Args:
         cached: the prefix's way through the cache.
@@ -94,7 +97,7 @@ def run_cached(model: Any, cached: CachedPrefix, own: list[Prefix | None]) -> Ca
         try:
             call = _inputs(model)
             plain = _run(model, call)
-        except Exception as error:  # it wants other inputs than tokens, say
+        except Exception as error:  # for example, the model needs other inputs than tokens
             return Cached(False, f"it does not run on {TOKENS} tokens alone ({_said(error)})")
         through, why = _try(model, call, cached, own)
         if through is None:
@@ -111,10 +114,12 @@ def run_cached(model: Any, cached: CachedPrefix, own: list[Prefix | None]) -> Ca
 def judge(
     model: Any, injection: PrefixInjection, prefixes: list[Prefix | None], cached: Cached
 ) -> tuple[bool | None, str]:
-    """Whether what is injected is right (None: it cannot be told), and why not.
+    """(True when the injected prefix gives the right outputs, the reason when it does not).
+
+    None in place of the bool, with a reason, when the comparison is not possible.
 
     Args:
-        prefixes: for every attention layer the prefix that ``cached`` was run with.
+        prefixes: the prefix that ``cached`` was run with, for every attention layer.
     """
     if cached.call is None:
         return None, cached.why
@@ -134,8 +139,7 @@ def judge(
 
 
 def random_prefix(like: Tensor, heads: int, length: int, width: int, slices: int) -> list[Tensor]:
-    """``slices`` tensors [heads, length, width] of normal numbers, where and of the dtype that
-    ``like`` is."""
+    """``slices`` tensors [heads, length, width] of normal numbers; dtype and device of ``like``."""
     g = torch.Generator().manual_seed(20)
     shape = (slices, heads, length, width)
     drawn = torch.randn(shape, generator=g, dtype=torch.float32)
@@ -158,8 +162,8 @@ def _inputs(model: Any) -> dict[str, Tensor]:
         raise _CannotRun("its vocabulary is too small")
     seq2seq = getattr(config, "is_encoder_decoder", False)
     if seq2seq and isinstance(getattr(text, "eos_token_id", None), int):
-        ids[-1] = text.eos_token_id  # where classifiers read
-    # where weights are brought to, inputs are
+        ids[-1] = text.eos_token_id  # classifiers read at this token
+    # offloaded weights are loaded to the device of the inputs
     tokens = torch.tensor([ids], device=None if model.device.type == "meta" else model.device)
     call = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
     if seq2seq:
@@ -168,7 +172,7 @@ def _inputs(model: Any) -> dict[str, Tensor]:
 
 
 def _run(model: Any, call: dict[str, Tensor]) -> list[Tensor]:
-    """All floating-point tensors that a call gives, but for its cache."""
+    """All floating-point tensors of a call's output except its cache."""
     output = model(**{name: value.clone() for name, value in call.items()})
     parts = output.values() if hasattr(output, "values") else output
     found = [x.detach() for x in parts if isinstance(x, Tensor) and x.is_floating_point()]
@@ -197,8 +201,11 @@ def _nudged(pair: Prefix | None, step: float) -> Prefix | None:
 
 
 def _spacing(model: nn.Module) -> float:
-    """How far apart, relative to them, the numbers are that the model computes with: those of the
-    coarsest dtype of its weights, or of what matrices are multiplied in (autocast, TF32)."""
+    """The relative spacing of the numbers that the model computes with.
+
+    It is that of the coarsest dtype of the weights, or of the one in which matrices are multiplied
+    (under autocast or with TF32), if that is coarser.
+    """
     here = (p for p in model.parameters() if p.dtype in KINDS)
     kinds = {("cpu" if p.is_meta else p.device, p.dtype) for p in here}
     random = torch.Generator().manual_seed(20)
@@ -207,14 +214,14 @@ def _spacing(model: nn.Module) -> float:
         x = torch.randn(64, 64, generator=random, dtype=torch.float64).to(dtype)
         exact = x.double() @ x.double()
         error = (x.to(device) @ x.to(device)).cpu().double() - exact
-        # of what is rounded before and after the product, about half a spacing
+        # rounding before and after the product makes an error of about half a spacing
         measured = 2 * float(error.abs().max() / exact.abs().max())
         spacing = max(spacing, torch.finfo(dtype).eps, measured)
     return spacing
 
 
 def _distance(a: list[Tensor], b: list[Tensor]) -> float:
-    """The largest difference, each tensor's relative to its largest number."""
+    """The largest difference of two lists of tensors, relative to each tensor's largest number."""
     if len(a) != len(b) or any(x.shape != y.shape for x, y in zip(a, b, strict=True)):
         return float("inf")
     most = 0.0
@@ -230,8 +237,10 @@ def _distance(a: list[Tensor], b: list[Tensor]) -> float:
 
 @contextlib.contextmanager
 def _quietly(model: nn.Module, way: Any) -> Iterator[None]:
-    """Within the block the model is in eval mode, no gradients are kept, and no hooks run but those
-    of ``way``; afterwards it and the random numbers are as before."""
+    """A context in eval mode, without gradients, in which only the hooks of ``way`` run.
+
+    The model and the random number generators are as before afterwards.
+    """
     modules = list(model.modules())
     attributes = [dict(vars(m)) for m in modules]
     tables = ("_modules", "_parameters", "_buffers")
@@ -270,7 +279,7 @@ def _moved(table: dict[str, Any], kept: dict[str, Any]) -> bool:
 
 
 def _only(hooks: Any, way: Any) -> Any:
-    """The hooks among these that are methods of ``way``, or objects that belong to it."""
+    """Those of ``hooks`` that are methods of ``way`` or objects that belong to it."""
     kept = type(hooks)()
     for key, hook in hooks.items():
         holder = getattr(hook, "__self__", hook)

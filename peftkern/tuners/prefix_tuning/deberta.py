@@ -5,11 +5,11 @@
 with the model's own buckets δ, tables K and Q, and s = sqrt(D · terms) (He et al., 2021, arXiv
 2006.03654). Prefix token j stands at position j and own token t at P + t, so the distance to the
 prefix is P + t - j, and a prefix made of the keys of P tokens acts as those tokens do in front of
-the others. What stays without the prefix is DeBERTa-v2's convolution over hidden states, in models
-that have it: a prefix is keys and values, and has none.
+the others. DeBERTa-v2's convolution over hidden states, in models that have it, does not see the
+prefix: a prefix is keys and values and has no hidden states.
 
-Attention is a module that transformers' interface does not reach. A hook before each layer hands it
-an object in place of the distances, which says what prefix the layer sees; the attention's
+DeBERTa's attention module does not use transformers' AttentionInterface. A hook before each layer
+passes an object in place of the distances, which holds the prefix of the layer; the attention's
 ``forward`` looks for that object.
 """
 
@@ -28,7 +28,7 @@ from .state import PrefixState
 
 
 class Behind:
-    """Stands for a layer's ``relative_pos``: its tokens are behind the prefix of ``slot``."""
+    """Passed as a layer's ``relative_pos``: the tokens come after the prefix of ``slot``."""
 
     def __init__(self, distances: Tensor | None, state: PrefixState, slot: int) -> None:
         self.distances = distances  # [1, T, T], in buckets; None without relative attention
@@ -37,14 +37,14 @@ class Behind:
 
 
 def why_not(config: Any) -> str | None:
-    """Why a model of this configuration takes no prefix, or None."""
+    """The reason that a model of this configuration takes no prefix; None when it takes one."""
     if getattr(config, "talking_head", False):
         return "its heads mix their scores (talking_head)"
     return None
 
 
 def stand_before(attention: nn.Module) -> None:
-    """Let ``attention`` look for :class:`Behind`."""
+    """Replace the forward of ``attention`` by one that looks for :class:`Behind`."""
     attention.forward = functools.partial(_forward, attention)
 
 
@@ -124,7 +124,7 @@ def _bias(bias: Tensor, heads: int) -> Tensor:
 
 
 def _terms(attention: Any) -> int:
-    """How many products a score is the sum of, as the models count them."""
+    """The number of products in the sum that makes a score, as the models count them."""
     kinds = attention.pos_att_type
     return 1 + (len(kinds) if hasattr(attention, "in_proj") else len({"c2p", "p2c"} & {*kinds}))
 
@@ -151,14 +151,14 @@ def _tables(attention: Any, rel_embeddings: Tensor) -> tuple[Tensor | None, Tens
 
 
 def _span(attention: Any) -> int:
-    """n: the tables' rows are for distances from -n to n - 1."""
+    """n, where the tables' rows are for distances from -n to n - 1."""
     return getattr(attention, "pos_ebd_size", attention.max_relative_positions)
 
 
 def _where(
     attention: Any, distances: Tensor | None, virtual: int, T: int, device: torch.device
 ) -> Tensor:
-    """[T, P + T]: the tables' row for each query and key."""
+    """The tables' row for each query and key, int64 [T, P + T]."""
     assert distances is not None
     steps = torch.arange(T, device=device)[:, None] + virtual
     front = steps - torch.arange(virtual, device=device)
@@ -178,7 +178,7 @@ def _of_distances(
     by_query: Tensor | None,
     where: Tensor,
 ) -> Tensor:
-    """q · K[δ] + k · Q[δ], [B, H, T, P + T]; ``where`` [T, P + T] holds δ."""
+    """The scores' part by distance, q · K[δ] + k · Q[δ], [B, H, T, P + T]; ``where`` holds δ."""
     B, H, T, _ = query.shape
     P = prefix_key.shape[-2]
     total = query.new_zeros(B, H, T, P + T)

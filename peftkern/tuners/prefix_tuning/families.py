@@ -1,8 +1,9 @@
-"""Which module of a model owns the layers, where a layer keeps its self-attention, how it counts.
+"""The structure of model families: their layers, self-attention modules and positions.
 
-Two kinds. Most models call their attention through transformers' ``AttentionInterface``; these
-need to say only where the attention is. The others compute it inside the layer, and get the
-prefix through the cache object and the mask that their layers are called with (blocks.py).
+There are two kinds of families. Most models call their attention through transformers'
+``AttentionInterface``; for these only the place of the attention is stated. The others compute it
+inside the layer, and get the prefix through the cache object and the mask that their layers are
+called with (blocks.py).
 """
 
 from __future__ import annotations
@@ -21,20 +22,21 @@ from .attention import foreign
 
 @dataclass(frozen=True)
 class Family:
-    """Where things are, as attribute paths.
+    """The attribute paths to the parts of a model family that take a prefix.
 
     Args:
-        layers: from the module that owns the layers to the list of them.
-        attention: from a layer to its self-attention.
-        positions: "ids" (``position_ids``, counted from the cache), "mask" (OPT: counted over the
-            mask), "tokens" (RoBERTa: counted over what is no padding), "table" (BART: counted
-            inside, at the table ``embed_positions``), "none" (a bias by distance alone).
-        table: the learned positions, or the attribute of the configuration that bounds them.
-        block: for layers that compute attention themselves, the name that the bias by distance
-            has among their arguments ("" when there is none); None for the others.
-        window: for these layers, the attribute of the configuration that holds their window.
-        until_interface: with ``block``: newer transformers call this attention through the
-            interface, and there the family is one of the others.
+        layers: path from the module that owns the layers to the list of them.
+        attention: path from a layer to its self-attention.
+        positions: how tokens are numbered: "ids" (``position_ids``, counted from the cache), "mask"
+            (OPT: counted over the mask), "tokens" (RoBERTa: counted over tokens that are not
+            padding), "table" (BART: counted inside, at the table ``embed_positions``), "none" (only
+            a bias by distance).
+        table: path to the learned positions, or the configuration's attribute that bounds them.
+        block: for layers that compute attention themselves, the name of their argument for the
+            bias by distance ("" without one); None for the others.
+        window: for layers with ``block``, the attribute of the configuration that holds the window.
+        until_interface: for layers with ``block``: True when newer transformers call this attention
+            through the interface; with those, the family is of the first kind.
     """
 
     layers: str
@@ -110,7 +112,7 @@ FAMILIES: dict[str, Family] = {
         block="",
         until_interface=True,
     ),
-    "eurobert": Family("layers", "self_attn", "none"),  # through the cache, none are moved
+    "eurobert": Family("layers", "self_attn", "none"),  # through its cache positions do not move
     "doge": Family("layers", "self_attn", block="", window="sliding_window"),
     "diffllama": Family("layers", "self_attn", block=""),
     "mpt": Family("blocks", "attn", "none", table="max_seq_len", block="position_bias"),
@@ -118,7 +120,7 @@ FAMILIES: dict[str, Family] = {
 
 
 def at(module: Any, path: str) -> Any:
-    """The attribute at a dotted path, a digit being an index; None if there is none."""
+    """The attribute at a dotted path, where a number is an index; None if there is none."""
     for name in path.split("."):
         module = getattr(module, name, None)
         if module is None:
@@ -128,18 +130,20 @@ def at(module: Any, path: str) -> Any:
 
 @dataclass(frozen=True)
 class Found:
-    """The module that owns the layers, and what is in it."""
+    """The module that owns the layers, with its layers and their attention modules."""
 
     stack: PreTrainedModel
-    name: str  # of the stack in the model
+    name: str  # name of the stack in the model
     family: Family
     layers: tuple[nn.Module, ...]
     attentions: tuple[nn.Module, ...]
 
     @property
     def configs(self) -> list[Any]:
-        """What names the attention function of these layers; none where they do not ask for one
-        before they see the prefix."""
+        """The configurations that name the attention function of these layers.
+
+        Empty for layers that compute attention themselves.
+        """
         if self.family.block is not None:
             return []
         named = (self.stack, *(m for m in self.attentions if hasattr(m, "config")))
@@ -147,7 +151,7 @@ class Found:
 
 
 class NotInjectable(ValueError):
-    """The attention of a model cannot be reached; ``why`` says so without its name."""
+    """A model's attention cannot be reached; ``why`` is the reason without the model's name."""
 
     def __init__(self, model: nn.Module, why: str) -> None:
         super().__init__(f"prefix tuning does not support {type(model).__name__}: {why}")
@@ -158,9 +162,9 @@ def refuse(model: nn.Module, why: str) -> NotInjectable:
     return NotInjectable(model, why)
 
 
-# Kinds of models whose injection our tests compare with keys and values in the model's cache, by
-# ``model_type``; of models of images and text their own and that of the part that reads. Others
-# are compared when they get their first prefix (check.py).
+# The ``model_type`` of models whose injection our tests compare with keys and values in the model's
+# cache; for models of images and text, their own and that of the text part. Other models are
+# compared when they get their first prefix (check.py).
 VERIFIED = frozenset(
     """
     bart bert bert-generation blenderbot blenderbot-small bloom camembert codegen cohere cohere2
@@ -176,8 +180,10 @@ VERIFIED = frozenset(
 
 
 def is_verified(model: nn.Module, here: Found) -> bool:
-    """Whether all that injection rests on in ``model`` is transformers' own, of a kind that our
-    tests verify."""
+    """True when our tests verify injection into this kind of model and all its parts are as there.
+
+    The model, its layers, attention modules and attention functions must be transformers' own.
+    """
     kinds = {getattr(getattr(m, "config", None), "model_type", "") for m in (model, here.stack)}
     parts = (model, here.stack, *here.layers, *here.attentions)
     own = all(_is_transformers_own(part) for part in parts)
@@ -206,7 +212,7 @@ def _candidate(name: str, stack: nn.Module) -> Found | None:
 
 
 def find(model: nn.Module, num_layers: int) -> Found:
-    """The layers that get a prefix: the decoder's, or the only ones there are.
+    """The layers of ``model`` that get a prefix: the decoder's, or the only ones that it has.
 
     Raises:
         ValueError: names the model's class and why it is not supported.
@@ -215,7 +221,7 @@ def find(model: nn.Module, num_layers: int) -> Found:
     found = [f for name, m in model.named_modules() if (f := _candidate(name, m)) is not None]
     if getattr(config, "is_encoder_decoder", False) and len(found) > 1:
         found = [f for f in found if "decoder" in f.name.split(".")]
-    # of a model that sees or hears too, the part that reads
+    # in a model of text and images or sound, the text part
     if len(found) > 1 and hasattr(config, "get_text_config"):
         text = config.get_text_config()
         found = [f for f in found if f.stack.config is text]

@@ -1,8 +1,9 @@
-"""Prefixes reach the attention of every layer: not as tokens, not in the cache, not over the batch.
+"""``PrefixInjection``: hands prefixes to the attention of every layer of a transformers model.
 
-``PrefixInjection`` puts hooks on the module of a transformers model that owns the layers (or its
-decoder's), and stands before its attention implementation. Nothing of that shows until
-``active`` hands it prefixes, and ``remove`` takes it back.
+A prefix then needs no tokens, no place in the cache and no copy for each row of the batch.
+``PrefixInjection`` puts hooks on the module that owns the layers (in an encoder-decoder model, the
+decoder's) and replaces its attention implementation. Calls change only inside ``active``, which is
+given the prefixes; ``remove`` takes the hooks out again.
 """
 
 from __future__ import annotations
@@ -44,14 +45,14 @@ class PrefixInjection:
     Args:
         model: a transformers model (with or without a head); it keeps its weights and its class.
         num_layers: how many layers the prefixes are for.
-        kv_heads: heads of the keys (H_kv); of the largest layer, where they differ.
-        head_dim: their width (D), likewise.
-        num_virtual_tokens: length of the prefix (P); see :meth:`allow` for further ones.
+        kv_heads: heads of the keys (H_kv); those of the largest layer, where layers differ.
+        head_dim: width of a head (D); that of the largest layer, where layers differ.
+        num_virtual_tokens: length of the prefix (P); :meth:`allow` adds further lengths.
         always_visible: see :meth:`allow`.
 
     Raises:
-        NotInjectable: the model's attention cannot be reached; names its class.
-        ValueError: the numbers are not its own, or it takes prefixes already.
+        NotInjectable: the model's attention cannot be reached; names the model's class.
+        ValueError: the sizes are not the model's, or the model takes prefixes already.
     """
 
     def __init__(
@@ -70,8 +71,8 @@ class PrefixInjection:
                 f"prefix tuning does not support {type(model).__name__}: it takes prefixes "
                 "already; remove the first injection"
             )
-        self.note = ""  # for explain: that a comparison with the model's cache was not possible
-        self.pending = False  # but may be later
+        self.note = ""  # for explain: the reason that no comparison with the cache was made
+        self.pending = False  # True: the comparison was not possible yet and may be later
         self.kv_heads = kv_heads
         self.head_dim = head_dim
         self.num_virtual_tokens = num_virtual_tokens
@@ -86,21 +87,23 @@ class PrefixInjection:
         self._blocks = found.family.block is not None
         self._handles: list[Any] = []
         self._outside: list[Outside] = []  # hooks of layers
-        self._removed = False  # asked in place of the handles, which torch.compile cannot look at
+        self._removed = False  # a bool because torch.compile cannot read the handles
         self.configs = found.configs
-        self.judged = self.foreign()  # functions of attention that this way was chosen with
+        self.judged = self.foreign()  # attention functions in place when this way was chosen
         self.allow(num_virtual_tokens, always_visible)
         self._install()
 
     # -------------------------------------------------------------------------- on and off
 
     def allow(self, num_virtual_tokens: int, always_visible: bool = False) -> None:
-        """Take prefixes of this length as well: adapters of different lengths are active by turns,
-        or at the same time in different threads.
+        """Take prefixes of this length (P) as well.
+
+        Adapters of different lengths are active one after the other, or at the same time in
+        different threads.
 
         Raises:
-            ValueError: the length is not positive, or with ``always_visible`` the model has windows
-                that would hide a prefix all the same.
+            ValueError: the length is not positive; or with ``always_visible``, the model has
+                windows that would hide the prefix nevertheless.
         """
         if num_virtual_tokens <= 0:
             raise ValueError(f"num_virtual_tokens must be positive, got {num_virtual_tokens}")
@@ -117,7 +120,7 @@ class PrefixInjection:
                 deberta.stand_before(module)
         if self._blocks:
             for slot, block in enumerate(self.layers):
-                # A replay may use the object that stands for the cache: it writes to none.
+                # a replay may use the object in place of the cache, as that writes to no cache
                 keep_cache(block)
                 own = (_BlockHook(self, slot), *([self._at_first] if slot == 0 else []))
                 self._outside.append(Outside(self, block, *own))
@@ -136,11 +139,11 @@ class PrefixInjection:
         self._handles.append(stack.register_forward_hook(self._after, with_kwargs=True))
 
     def foreign(self) -> set[str]:
-        """Names of the functions that stand in place of transformers' own attention now."""
+        """Names of the functions that now replace transformers' own attention."""
         return {name for config in self.configs if (name := attention.foreign(config))}
 
     def _stand_before(self) -> None:
-        """Before whatever attention implementation is set now, a user's later choice included."""
+        """Replace the attention implementation that is set now, also one set by the user later."""
         for config in self.configs:
             name = attention_name(config)
             if name not in attention.REGISTERED:
@@ -148,14 +151,14 @@ class PrefixInjection:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._number = next(_numbers)  # this process counts its own
-        for config in self.configs:  # in another process its name is not registered yet
+        self._number = next(_numbers)  # numbers are counted for each process
+        for config in self.configs:  # unpickled in another process: its name is not registered yet
             original = attention.original_of(attention_name(config))
             if original is not None:
                 attention.register(original)
 
     def remove(self) -> None:
-        """Leaves the model as it was before: hooks, marks and attention implementation."""
+        """Remove hooks and marks and restore the attention implementation of the model."""
         for handle in (*self._handles, *self._outside):
             handle.remove()
         self._handles.clear()
@@ -185,21 +188,23 @@ class PrefixInjection:
         positions_moved: bool = False,
         always_visible: bool = False,
     ) -> Iterator[ActivePrefix]:
-        """Calls of the model by this thread within the block see the prefixes; what the block is
-        given says in ``seen`` whether there was one.
+        """A context in which this thread's calls of the model see the prefixes.
+
+        It gives an :class:`ActivePrefix`, whose ``seen`` is True once the model was called.
 
         Args:
-            prefixes: for each layer keys and values, each [H_kv, P, D] for all rows or
-                [B, H_kv, P, D]; None for a layer without. A batch of n * B rows (beams) takes
-                each row's n times.
-            no_prefix: bool [B], rows that see none and keep their positions.
-            positions_moved: ``position_ids`` given to the model count from the prefix on; those
-                that the model counts itself are moved either way.
-            always_visible: a sliding window hides own tokens only, and not the prefix.
+            prefixes: for each layer (keys, values), each [H_kv, P, D] for all rows or
+                [B, H_kv, P, D]; None for a layer without a prefix. In a batch of n * B rows (beams)
+                each of the B prefixes serves n rows.
+            no_prefix: bool [B], True for rows that see no prefix and keep their positions.
+            positions_moved: True when the ``position_ids`` of the call count the prefix already;
+                positions that the model counts itself are moved in any case.
+            always_visible: True keeps the prefix outside of sliding windows, which then hide own
+                tokens alone.
 
         Raises:
-            ValueError: their number or a shape is not that of the model; within the block, a
-                call that cannot be right with a prefix.
+            ValueError: the number of prefixes or a shape does not fit the model; within the block,
+                a call that would be wrong with a prefix.
             RuntimeError: within the block, a layer of the model did not see its prefix.
         """
         self._check(prefixes, no_prefix)
@@ -224,7 +229,7 @@ class PrefixInjection:
         for slot, pair in enumerate(prefixes):
             for tensor in pair or ():
                 heads, virtual, width = tensor.shape[-3:] if tensor.dim() in (3, 4) else (0, 0, 0)
-                # smaller where layers differ; whether it is a layer's, the layer checks
+                # where layers differ a prefix may be smaller; the layer checks its own size
                 fits = 0 < heads <= tail[0] and 0 < width <= tail[2]
                 if not fits or virtual != P:
                     raise ValueError(
@@ -247,7 +252,7 @@ class PrefixInjection:
         given, kwargs = kwargs, {**dict(zip(self._parameters, args, strict=False)), **kwargs}
         if entry is None:
             set_current(self, None)
-            name_state(kwargs.get("attention_mask"), None)  # made after a call that failed
+            name_state(kwargs.get("attention_mask"), None)  # forget the state of a failed call
             return args, given
         entry.seen = True
         if not self._blocks:
@@ -307,7 +312,7 @@ class PrefixInjection:
     def _at_first(
         self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Before the first layer, outside its checkpoint."""
+        """A hook before the first layer, outside its checkpoint: see :func:`reentrant.collect`."""
         state = current_of(self)
         if state is None or state.collected is None:
             return None
@@ -324,7 +329,10 @@ class PrefixInjection:
     def _after_table(
         self, table: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
     ) -> Tensor | None:
-        """Rows without a prefix keep their positions: the table takes one row for all."""
+        """The table's output with unmoved positions in rows without a prefix.
+
+        The table is called with one row of positions for all.
+        """
         state = current_of(self)
         if state is None or state.no_prefix is None:
             return None
@@ -338,7 +346,7 @@ def _train(entry: ActivePrefix) -> bool:
 
 
 class _Entered:
-    """Notes that a layer was called, in a model that leaves out some while it trains."""
+    """A hook that notes a layer's call, for models that skip layers while they train."""
 
     def __init__(self, injection: PrefixInjection, slot: int) -> None:
         self.injection = injection

@@ -1,10 +1,10 @@
-"""What transformers' models say about who sees whom, kept as said until attention needs it.
+"""``MaskSpec``: the description of an attention mask, kept until attention needs a tensor.
 
-A model builds its masks before its layers run and hands them down. The mask function registered
-here returns the description of a mask in place of a mask: for most calls (causal or bidirectional,
-padding or none, a window or none) the attention needs no [T, S] tensor at all, and where one is
-needed (packed sequences, overlays, an attention that has no prefix) it is built from the same
-description, once for all layers.
+A transformers model builds its masks before its layers run and hands them down. The mask function
+registered here returns a description in place of a mask. For most calls (causal or bidirectional,
+with padding or a window or without) the attention needs no [T, S] tensor at all. Where it needs one
+(packed sequences, overlays, an attention without a prefix), that is built from the description,
+once for all layers.
 """
 
 from __future__ import annotations
@@ -26,16 +26,17 @@ from .state import PrefixState, current_with
 
 
 class MaskSpec:
-    """One mask over T queries and S own keys, as the arguments of transformers' mask functions.
+    """A mask over T queries and S own keys, as the arguments of transformers' mask functions.
 
-    It stands where models expect None or a mask [B, 1, T, S], and answers what they ask of one.
+    Models pass it where they expect None or a mask [B, 1, T, S]; it has the attributes and methods
+    that they use of a mask.
     """
 
     ndim = 4
 
     def __init__(self, arguments: dict[str, Any], original: str, skipped: int = 0) -> None:
         self.arguments = arguments
-        self.skipped = skipped  # queries before the first, which have no row
+        self.skipped = skipped  # number of earlier queries for which this mask has no rows
         self.original = original
         self.q_length: int = arguments["q_length"]
         self.kv_length: int = arguments["kv_length"]
@@ -46,13 +47,13 @@ class MaskSpec:
         self.causal = "allow_is_bidirectional_skip" not in arguments
         self.window: int | None = arguments.get("local_size")
         known = function is (causal_mask_function if self.causal else bidirectional_mask_function)
-        # A skip is not allowed once anything was laid over the pattern, a packed batch included.
+        # transformers sets this to False when the mask is more than the pattern (a packed batch)
         windowed = (
             self.causal and self.window is not None and arguments.get("allow_is_causal_skip", False)
         )
         self.plain = known or windowed
-        self.joined: Tensor | None = None  # [B, 1, T, P + S], kept here for the other layers
-        self.state: PrefixState | None = None  # of the call, for layers that hand no keyword down
+        self.joined: Tensor | None = None  # [B, 1, T, P + S], made by one layer for all others
+        self.state: PrefixState | None = None  # the call's, for layers that pass no keywords on
         self._keep: tuple[Tensor | None] | None = None
         self._visible: Tensor | None = None
         self._unprefixed: Any = None
@@ -65,7 +66,11 @@ class MaskSpec:
         return self
 
     def __getitem__(self, index: tuple[slice, slice, slice, slice]) -> MaskSpec:
-        """The mask of the last queries alone: Gemma 4 leaves out the others where it can."""
+        """The mask of the last queries alone, which Gemma 4 asks for where it needs no others.
+
+        Raises:
+            ValueError: an index of any other part.
+        """
         parts = [part.indices(n) for part, n in zip(index, self.shape, strict=True)]
         start = parts[2][0]
         if parts != [(start if i == 2 else 0, n, 1) for i, n in enumerate(self.shape)]:
@@ -82,10 +87,10 @@ class MaskSpec:
         return cut
 
     def keep(self) -> Tensor | None:
-        """[B, S], False on padding; None when there is none (not looked at under tracing)."""
-        if is_recording():  # nothing may be kept from within a checkpoint
+        """bool [B, S], False on padding; None without padding (a trace does not read values)."""
+        if is_recording():  # a tensor made inside a checkpoint must not be kept
             return self._padding()
-        if self._keep is None:  # asked by every layer, and looking costs a GPU a stop
+        if self._keep is None:  # kept for all layers: reading the values makes a GPU wait
             self._keep = (self._padding(),)
         return self._keep[0]
 
@@ -93,14 +98,14 @@ class MaskSpec:
         if self.padding is None:
             return None
         if not is_recording() and bool(self.padding.all()):
-            return None  # what a static cache has not reached yet is hidden by causality
+            return None  # the unused end of a static cache is hidden by the causal mask
         end = self.kv_offset + self.kv_length
         short = end - self.padding.shape[-1]
         padding = F.pad(self.padding, (0, short), value=False) if short > 0 else self.padding
         return padding[:, self.kv_offset : end]
 
     def visible(self) -> Tensor:
-        """bool [B, 1, T, S], the own part."""
+        """The mask of the own keys, bool [B, 1, T, S], True where a key is visible."""
         if is_recording():
             return self._own_part()
         if self._visible is None:
@@ -112,7 +117,7 @@ class MaskSpec:
         return masking_utils.sdpa_mask(**{**self.arguments, **skips})
 
     def unprefixed(self) -> Any:
-        """What the model's own implementation would have been given."""
+        """The mask that the model's own implementation would have been given."""
         if is_recording():
             return self._of_original()
         if self._unprefixed is None:
@@ -121,29 +126,31 @@ class MaskSpec:
 
     def _of_original(self) -> Any:
         function = ALL_MASK_ATTENTION_FUNCTIONS.get(self.original)
-        # an implementation without a mask function takes none, as in transformers
+        # an implementation without a mask function gets no mask, as in transformers
         return None if function is None else function(**self.arguments)
 
 
 def prefix_mask(original: str, *args: Any, **arguments: Any) -> MaskSpec:
-    """The mask function registered with transformers for a model whose implementation was
-    ``original``. Takes what ``masking_utils.sdpa_mask`` takes."""
+    """The mask function that is registered with transformers in place of that of ``original``.
+
+    Arguments are those of ``masking_utils.sdpa_mask``.
+    """
     names = ("batch_size", "q_length", "kv_length", "q_offset", "kv_offset", "mask_function")
     arguments.update(zip(names, args, strict=False))
     arguments.setdefault("q_offset", 0)
     arguments.setdefault("kv_offset", 0)
     arguments.setdefault("mask_function", causal_mask_function)
     if isinstance(arguments.setdefault("attention_mask", None), MaskSpec):
-        return arguments["attention_mask"]  # made by `generate` before the model was called
+        return arguments["attention_mask"]  # `generate` made it before it called the model
     if isinstance(arguments["q_offset"], Tensor):
-        arguments["q_offset"] = arguments["q_offset"].clone()  # the cache counts on in it
+        arguments["q_offset"] = arguments["q_offset"].clone()  # the cache increases it in place
     spec = MaskSpec(arguments, original)
     spec.state = current_with(arguments.get("config"))
     return spec
 
 
 def name_state(masks: Any, state: PrefixState | None) -> None:
-    """For masks that `generate` made before the model was called."""
+    """Set the state of ``masks`` that `generate` made before it called the model."""
     for mask in masks.values() if isinstance(masks, dict) else (masks,):
         if isinstance(mask, MaskSpec):
             mask.state = state
@@ -158,9 +165,9 @@ def prefix_visible(
     causal: bool,
     device: torch.device,
 ) -> Tensor:
-    """bool [B or 1, 1, T, P]: the part of the prefix that is in each query's window.
+    """The part of the prefix inside each query's window, bool [B or 1, 1, T, P].
 
-    Prefix tokens count as positions 0..P-1, as in PEFT: they slide out of view.
+    Prefix tokens have positions 0..P-1, as in PEFT, so later queries no longer see them.
     """
     if window is None:
         return torch.ones(1, 1, length, virtual, dtype=torch.bool, device=device)

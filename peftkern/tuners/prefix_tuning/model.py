@@ -9,9 +9,9 @@ from ..prompting.encoder import BasePromptEncoder
 
 
 class PrefixEncoder(BasePromptEncoder):
-    """Virtual tokens of num_layers * 2 * token_dim numbers: a key and a value for every layer.
+    """Virtual tokens [P, num_layers * 2 * token_dim]: a key and a value for every layer.
 
-    With ``prefix_projection`` (while training) a two-layer MLP makes them from token_dim numbers.
+    With ``prefix_projection`` (while training) a two-layer MLP makes them from [P, token_dim].
 
     Args:
         config: with ``num_virtual_tokens``, ``num_layers``, ``token_dim`` and, for the projection,

@@ -1,10 +1,10 @@
-"""Hooks of a layer that stay outside its gradient checkpoint, in every version of transformers.
+"""Hooks of a layer that run outside its gradient checkpoint, in every version of transformers.
 
-What a hook hands to a layer must be handed over before the checkpoint begins: a replay then gets
-the very same objects, in whatever thread and after whatever other call, and a reentrant checkpoint
-sees the tensors that gradients go to. Where transformers checkpoints a layer's ``__call__``, with
-its hooks in it, such a hook does nothing within a checkpoint, and what runs the checkpoint calls it
-first.
+A hook must hand its objects to a layer before the checkpoint begins. Then a replay gets the same
+objects, in any thread and after any other call, and a reentrant checkpoint sees the tensors that
+gradients go to. Some versions of transformers checkpoint a layer's ``__call__``, which includes its
+hooks. There such a hook does nothing within the checkpoint; the function that runs the checkpoint
+calls it first.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from ...utils.versions import hooks_in_checkpoints, in_checkpoint
 
 
 class Outside:
-    """Forward pre-hooks (with keywords) of one layer, in the order in which they are to run, on
-    behalf of an injection."""
+    """The forward pre-hooks (with keywords) of one layer for an injection, run in their order."""
 
     def __init__(self, injection: Any, layer: nn.Module, *hooks: Any) -> None:
         self.injection = injection
@@ -29,8 +28,10 @@ class Outside:
         self._handle = layer.register_forward_pre_hook(self._before, with_kwargs=True)
 
     def prepare(self) -> None:
-        """To call before a call of the layer: whoever asks for checkpoints sets what runs them, at
-        any time."""
+        """Wrap the function that runs the layer's checkpoint, if it has one; call before each call.
+
+        (A user may switch checkpoints on, which sets that function, at any time.)
+        """
         layer: Any = self.layer
         if not (hooks_in_checkpoints() and in_checkpoint(layer)):
             return
@@ -58,13 +59,13 @@ class Outside:
 
 
 class _Runner:
-    """Stands for what transformers runs a layer with that it checkpoints."""
+    """A wrapper of the function with which transformers runs a checkpointed layer."""
 
     def __init__(self, outside: Outside, run: Any) -> None:
         self.outside, self.run = outside, run
 
     def __call__(self, function: Any, *args: Any) -> Any:
-        """function: a partial of the layer's call, with its keywords."""
+        """Run the hooks, then the checkpoint of ``function``, a partial of the layer's call."""
         args, kwargs = self.outside.run(args, function.keywords)
         return self.run(partial(function.func, *function.args, **kwargs), *args)
 

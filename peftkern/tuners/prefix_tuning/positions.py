@@ -1,4 +1,4 @@
-"""Own tokens stand behind the prefix: their positions are P more than the model would count."""
+"""Positions of own tokens, which come after the prefix: P more than the model would count."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .state import PrefixState
 
 
 def tokens_of(kwargs: dict[str, Any]) -> Tensor:
-    """input_ids [B, T] or inputs_embeds [B, T, d] of a call."""
+    """The input of a call: input_ids [B, T] or inputs_embeds [B, T, d]."""
     for name in ("input_ids", "inputs_embeds"):
         if kwargs.get(name) is not None:
             return kwargs[name]
@@ -26,10 +26,10 @@ def tokens_of(kwargs: dict[str, Any]) -> Tensor:
 def move(
     family: Family, stack: PreTrainedModel, kwargs: dict[str, Any], state: PrefixState
 ) -> None:
-    """Moves the positions of a call of ``stack`` behind the prefix, in ``kwargs``.
+    """Add P to the positions of a call of ``stack``, in ``kwargs``.
 
     Raises:
-        ValueError: the positions go beyond what the model has.
+        ValueError: the last position is beyond those that the model has.
     """
     tokens = tokens_of(kwargs)
     T = tokens.shape[1]
@@ -63,7 +63,7 @@ def move(
 
 
 def _is_packed(ids: Tensor) -> bool:
-    """Whether positions start again within a row; always, where they cannot be looked at."""
+    """True when positions start again within a row; also in a trace, where values are not known."""
     if is_recording():
         return True
     return bool((torch.diff(ids, dim=-1) != 1).any())
@@ -79,7 +79,7 @@ def check_room(
     if room is None or need <= room:
         return
     if ids is not None and int(ids.max()) + (0 if state.positions_moved else state.virtual) < room:
-        return  # padded on the left: the positions end earlier than the row
+        return  # with padding on the left the positions are smaller than the places in the row
     name = "max_seq_len" if family.table == "max_seq_len" else "max_position_embeddings"
     raise ValueError(
         f"{state.virtual} virtual tokens and {state.past + T} tokens need {need} positions; "
@@ -88,11 +88,11 @@ def check_room(
 
 
 def _room(family: Family, stack: PreTrainedModel) -> int | None:
-    """How many positions there are; None for any number."""
+    """The number of positions that the model has; None without a limit."""
     assert family.table is not None
     table: Any = at(stack, family.table)
     if not isinstance(table, nn.Module):
-        if "." in family.table:  # a table that this model does without
+        if "." in family.table:  # this model has no such table
             return None
         return int(getattr(stack.config, family.table))
     weight: Any = getattr(table, "weight", None)
@@ -100,15 +100,17 @@ def _room(family: Family, stack: PreTrainedModel) -> int | None:
         return None
     rows = int(weight.shape[0]) - int(getattr(table, "offset", 0))
     if family.positions == "tokens":
-        rows -= stack.config.pad_token_id + 1  # positions begin behind the padding's
+        rows -= stack.config.pad_token_id + 1  # positions begin after the padding token's
     return rows
 
 
 def move_in_table(
     table: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], offset: int
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments for a call of ``embed_positions``, ``offset`` further on: of BART's, which is
-    told the positions, or of M2M-100's, which counts them from the number of earlier tokens."""
+    """The arguments for a call of ``embed_positions`` with positions moved by ``offset``.
+
+    BART's is given the positions, M2M-100's counts them from the number of earlier tokens.
+    """
     names = parameters_of(table)
     kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
     name = next((n for n in ("position_ids", *CACHE_LENGTHS) if n in names), None)

@@ -1,11 +1,13 @@
 """Gradients of a prefix through reentrant checkpoints.
 
-A reentrant checkpoint gives gradients to the tensors it is called with, and runs a backward of its
-own inside the outer one. A prefix that a layer closes over would get none where the model is
-frozen (nothing the layer is called with asks for any), and where it is computed (a projection),
-the second layer's backward would find the graph of that computation used up. So the layers see
-leaves, which collect what every inner backward brings; what the first layer is called with passes
-through a node that is reached once all of them are done, and hands the sums on.
+A reentrant checkpoint gives gradients to the tensors that it is called with, and runs a backward of
+its own inside the outer one. A prefix is not among these tensors. In a frozen model it would get no
+gradient, as no tensor of the call requires one. And where a projection computes the prefix, the
+first inner backward would free that graph, and the next one would fail.
+
+So the layers see leaves, in which the inner backwards sum their gradients. The input of the first
+layer passes through a node (``_Collect``). Its backward runs after those of all layers and hands
+the sums on to the prefixes.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from .state import Prefix, PrefixState
 
 
 def is_reentrant(layer: nn.Module) -> bool:
-    """Whether transformers will run this layer in a reentrant checkpoint now."""
+    """True when transformers will run this layer in a reentrant checkpoint now."""
     if not in_checkpoint(layer):
         return False
     run = getattr(layer, CHECKPOINT_RUNNER, None)
@@ -29,7 +31,7 @@ def is_reentrant(layer: nn.Module) -> bool:
 
 
 class _Collect(torch.autograd.Function):
-    """hidden [B, T, d] -> itself; backward adds the leaves' gradients for the prefixes."""
+    """The identity on hidden [B, T, d]; backward gives the prefixes their leaves' gradients."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, leaves: list[Tensor], *prefixes: Tensor) -> Tensor:
@@ -41,13 +43,13 @@ class _Collect(torch.autograd.Function):
         sums = []
         for leaf in ctx.leaves:
             sums.append(leaf.grad)
-            leaf.grad = None  # another backward through this graph begins anew
+            leaf.grad = None  # another backward through this graph starts from zero
         return grad, None, *sums
 
 
 @torch.compiler.assume_constant_result
 def _refuse_in_trace() -> int:
-    # called while tracing: an error raised by traced code would only break the graph
+    # runs while the compiler traces: an error raised by traced code would only break the graph
     raise ValueError(
         "torch.compile loses the prefix's gradient in reentrant checkpoints; allowed: "
         'gradient_checkpointing_enable({"use_reentrant": False}), or no torch.compile'
@@ -55,7 +57,7 @@ def _refuse_in_trace() -> int:
 
 
 def use_leaves(state: PrefixState) -> None:
-    """Puts leaves in place of the prefixes, and the prefixes where :func:`collect` finds them."""
+    """Replace the prefixes in ``state`` by leaves, and keep the prefixes for :func:`collect`."""
     if torch.compiler.is_compiling():
         _refuse_in_trace()
     originals: list[Tensor] = []
@@ -79,7 +81,7 @@ def use_leaves(state: PrefixState) -> None:
 
 
 def collect(hidden: Tensor, state: PrefixState) -> Tensor:
-    """To call on what the first layer is called with."""
+    """The first layer's input [B, T, d], through a node that passes the prefixes' gradients on."""
     if state.collected is None:
         return hidden
     if torch.compiler.is_compiling():

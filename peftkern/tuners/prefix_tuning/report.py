@@ -1,4 +1,4 @@
-"""The attention layers that take a prefix, for ``explain``."""
+"""A list of the attention layers that take a prefix, for ``explain``."""
 
 from __future__ import annotations
 
@@ -26,9 +26,11 @@ def _dropout(module: nn.Module) -> float:
 def layers_of(
     model: nn.Module, injection: PrefixInjection | CachedPrefix
 ) -> Iterator[tuple[str, nn.Module, tuple[int, int], tuple[bool, str, str]]]:
-    """(name in ``model``, module, (P, width of the prefix's keys), what
-    :func:`peftkern.ops.prefix_report.describe` says) of every layer with a prefix; of a prefix that
-    goes through the cache, one row for the module that takes it."""
+    """(name in ``model``, module, (P, width of the prefix's keys), description) of each layer.
+
+    These are the layers with a prefix; when it goes through the cache, the one module that takes
+    the cache. The description is that of :func:`peftkern.ops.prefix_report.describe`.
+    """
     names = {id(module): name for name, module in model.named_modules()}
     told: tuple[bool, str, str]
     if isinstance(injection, CachedPrefix):

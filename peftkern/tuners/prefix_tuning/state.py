@@ -1,4 +1,4 @@
-"""What travels: the prefixes that are active in a thread, and the state of one forward call."""
+"""The prefixes that are active in a thread, and the state of one forward call."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from ...ops.tracing import is_recording
 Prefix = tuple[Tensor, Tensor]  # keys and values, each [H_kv, P, D] or [B, H_kv, P, D]
 
 
-# Per thread, and not a context variable: torch.compile reads and guards a thread-local, and breaks
-# the graph at a context variable. It is read once, when a forward call begins; from there on the
-# state is handed along as a keyword, so that a replay under gradient checkpointing (in whatever
-# thread, after whatever other call) sees the state of its own forward.
+# A thread-local and not a context variable: torch.compile reads and guards a thread-local, and
+# breaks the graph at a context variable. It is read once, when a forward call begins. From there
+# the state is passed as a keyword, so that a replay under gradient checkpointing (in any thread,
+# after any other call) sees the state of its own forward.
 class _Local(threading.local):
-    def __init__(self) -> None:  # in each thread, when it first looks
+    def __init__(self) -> None:  # runs in each thread, at its first access
         self.active: tuple[ActivePrefix, ...] = ()
         self.current: tuple[tuple[Any, PrefixState], ...] = ()
 
@@ -30,7 +30,7 @@ _local = _Local()
 
 @dataclass(eq=False)
 class ActivePrefix:
-    """The prefixes within one ``PrefixInjection.active`` block; ``seen`` once a call has begun."""
+    """The prefixes of one ``PrefixInjection.active`` block; ``seen`` is True after a call began."""
 
     owner: Any
     prefixes: tuple[Prefix | None, ...]
@@ -41,37 +41,37 @@ class ActivePrefix:
 
 
 def offset_behind(virtual: int, no_prefix: Tensor | None) -> int | Tensor:
-    """What to add to positions: P, or by row, [B, 1], where some rows have no prefix."""
+    """The number to add to positions: P, or int64 [B, 1] when some rows have no prefix."""
     return virtual if no_prefix is None else (~no_prefix).long()[:, None] * virtual
 
 
 @dataclass(eq=False)
 class PrefixState:
-    """One forward call: everything the attention of its layers needs to know about the prefix."""
+    """The state of one forward call: all that its attention layers need to know of the prefix."""
 
     prefixes: tuple[Prefix | None, ...]
     no_prefix: Tensor | None  # bool [B]
     virtual: int  # P
-    past: int | Tensor  # own tokens that are in the cache already
-    positions_moved: bool = False  # the caller's position_ids count the prefix already
-    always_visible: bool = False  # the prefix is in every window
-    weights: bool = False  # attention weights were asked for
-    positions: Tensor | None = None  # of a packed batch's tokens, P included
-    bias_module: Any = None  # T5: the layer that holds the relative bias of all
+    past: int | Tensor  # number of own tokens that are in the cache already
+    positions_moved: bool = False  # True: the caller's position_ids count the prefix already
+    always_visible: bool = False  # True: no window hides the prefix
+    weights: bool = False  # True: attention weights are to be returned
+    positions: Tensor | None = None  # positions of a packed batch's tokens, with P added
+    bias_module: Any = None  # T5: the attention module with the relative bias of all layers
     alibi: Tensor | None = None  # Falcon: [B * H, 1, P + S]
     made: list[tuple[tuple[Any, ...], Tensor]] = field(default_factory=list)  # see once()
-    collected: tuple[list[Tensor], list[Tensor]] | None = None  # leaves and what they stand for
-    hits: set[int] = field(default_factory=set)  # slots that have seen their prefix, or have none
-    entered: set[int] = field(default_factory=set)  # layers that were called, where some are not
-    trains: bool = False  # the call is to have gradients of its prefixes, by way of no leaves
-    injection: int = 0  # its number
-    checkpointed: bool = False  # whether layers run within checkpoints
+    collected: tuple[list[Tensor], list[Tensor]] | None = None  # leaves, the prefixes behind them
+    hits: set[int] = field(default_factory=set)  # slots that have seen their prefix or have none
+    entered: set[int] = field(default_factory=set)  # slots of called layers, if layers are skipped
+    trains: bool = False  # True: gradients go to the prefixes directly, not through leaves
+    injection: int = 0  # number of the PrefixInjection
+    checkpointed: bool = False  # True: layers run within checkpoints
 
     def hit(self, slot: int) -> None:
-        """Notes that the attention of this slot has seen its prefix.
+        """Note that the attention of this slot has seen its prefix.
 
         Raises:
-            RuntimeError: it sees it without gradients in a call that has them.
+            RuntimeError: the layer runs without gradients in a call whose prefixes need them.
         """
         if self.trains and not torch.is_grad_enabled():
             raise RuntimeError(
@@ -85,27 +85,28 @@ class PrefixState:
             self.hits.add(slot)
 
     def once(self, given: tuple[Any, ...], make: Callable[[], Tensor]) -> Tensor:
-        """What ``make`` returns; for the next layer that is given the very same objects as well."""
-        if is_recording():  # a compiler shares by itself, and nothing may be kept from its trace
+        """The result of ``make``, kept for the next layers that pass the same objects ``given``."""
+        if is_recording():  # a compiler shares it itself, and no tensor of a trace may be kept
             return make()
         for known, tensor in self.made:
             if len(known) == len(given) and all(a is b for a, b in zip(known, given, strict=True)):
                 return tensor
-        del self.made[:-1]  # a mask and a bias, or two masks: where each layer has its own, no more
+        del self.made[:-1]  # with the new one two are kept: a mask and a bias, or two masks
         self.made.append((given, make()))
         return self.made[-1][1]
 
     @property
     def offset(self) -> int | Tensor:
-        """What to add to positions, see :func:`offset_behind`."""
+        """The number to add to positions, see :func:`offset_behind`."""
         return offset_behind(self.virtual, self.no_prefix)
 
     def pair(self, slot: int, key: Tensor, value: Tensor) -> Prefix:
-        """The prefix of a layer whose own keys and values are ``key`` and ``value`` [B, H_kv, S,
-        D], where they are and in their dtype.
+        """The prefix of a layer, on the device and in the dtype of its own keys and values.
+
+        Those are ``key`` and ``value``, [B, H_kv, S, D].
 
         Raises:
-            ValueError: it has other heads or another width.
+            ValueError: the prefix has another number of heads or another width.
         """
         pair = self.prefixes[slot]
         assert pair is not None
@@ -121,9 +122,9 @@ class PrefixState:
         return out[0], out[1]
 
 
-# {number of an injection: slots seen by a compiler}. torch.compile refuses to change what lives
-# outside a checkpoint from within, so there a hit is noted once, while the layer is traced: what
-# was compiled hands over the prefix at every call, or at none.
+# {number of an injection: slots traced by a compiler}. Compiled code inside a checkpoint may not
+# change objects outside of it, so there a hit is noted once, while the layer is traced. Compiled
+# code passes the prefix either at every call or at none, so once is enough.
 _traced: dict[int, set[int]] = {}
 
 
@@ -135,12 +136,12 @@ def _hit_in_trace(injection: int, slot: int) -> int:
 
 @torch.compiler.assume_constant_result
 def traced_slots(injection: int) -> tuple[int, ...]:
-    """The slots that have seen their prefix while a compiler traced them in a checkpoint."""
+    """The slots that saw their prefix while a compiler traced them in a checkpoint."""
     return tuple(sorted(_traced.get(injection, ())))
 
 
 def active_in(owner: Any) -> ActivePrefix | None:
-    """The innermost active prefixes of this injection in this thread."""
+    """The prefixes of this injection's innermost open block in this thread; None without one."""
     for entry in _local.active:
         if entry.owner is owner:
             return entry
@@ -148,21 +149,23 @@ def active_in(owner: Any) -> ActivePrefix | None:
 
 
 def push(entry: ActivePrefix) -> tuple[ActivePrefix, ...]:
-    """Makes ``entry`` the innermost; returns what :func:`restore` takes."""
+    """Make ``entry`` the innermost; returns the entries before it, for :func:`restore`."""
     before = _local.active
     _local.active = (entry, *before)
     return before
 
 
 def restore(before: tuple[ActivePrefix, ...], owner: Any) -> None:
-    """Ends a block: what was active before is again, and no call of ``owner`` runs any more. One
-    that failed has not said so, and would keep the model and its prefixes."""
+    """End a block: ``before`` is active again, and no call of ``owner`` is noted as running.
+
+    A call that failed is still noted, which would keep the model and its prefixes in memory.
+    """
     _local.active = before
     set_current(owner, None)
 
 
 def set_current(owner: Any, state: PrefixState | None) -> None:
-    """Names the forward call of ``owner`` that runs in this thread, for hooks deeper in it."""
+    """Note ``owner``'s forward call that runs in this thread, for hooks deeper in the model."""
     others = tuple(c for c in _local.current if c[0] is not owner)
     _local.current = others if state is None else (*others, (owner, state))
 
@@ -175,7 +178,7 @@ def current_of(owner: Any) -> PrefixState | None:
 
 
 def current_with(config: Any) -> PrefixState | None:
-    """The call that runs in this thread in the part of a model that this configuration is of."""
+    """The forward call that runs in this thread in the module with this configuration, or None."""
     for held, state in _local.current:
         if any(config is one for one in held.configs):
             return state
@@ -183,7 +186,7 @@ def current_with(config: Any) -> PrefixState | None:
 
 
 def by_row(tensor: Tensor, batch: int, what: str) -> Tensor:
-    """[B0, ...] for a batch of B0 rows, or of n * B0 (beams, several returned sequences)."""
+    """``tensor`` [B0, ...] repeated to [B, ...], for B a multiple of B0 (beams, say)."""
     rows = tensor.shape[0]
     if rows == batch:
         return tensor
@@ -195,7 +198,7 @@ def by_row(tensor: Tensor, batch: int, what: str) -> Tensor:
 
 
 def begin(entry: ActivePrefix, batch: int, virtual: int, past: int | Tensor) -> PrefixState:
-    """The state of a forward call on ``batch`` rows, of which ``past`` tokens are cached."""
+    """The state of a forward call on ``batch`` rows with ``past`` tokens in the cache."""
     prefixes = tuple(
         pair
         if pair is None or pair[0].dim() == 3
@@ -206,7 +209,7 @@ def begin(entry: ActivePrefix, batch: int, virtual: int, past: int | Tensor) -> 
     if no_prefix is not None:
         no_prefix = by_row(no_prefix, batch, "no_prefix")
     if isinstance(past, torch.Tensor):
-        past = past.clone()  # a static cache counts on in this very tensor
+        past = past.clone()  # a static cache increases this tensor in place
     state = PrefixState(prefixes, no_prefix, virtual, past, entry.positions_moved)
     state.hits.update(slot for slot, pair in enumerate(prefixes) if pair is None)
     return state

@@ -1,5 +1,8 @@
-"""Which way a model's prefix goes: into its attention where that is known or found to be right,
-else through its cache."""
+"""The choice of the way that a model's prefix takes: into its attention, or through its cache.
+
+It goes into the attention where our tests, or a comparison with the cache (check.py), show that
+this is right.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ from .state import Prefix
 
 Divide = Callable[[list[Prefix]], tuple[list[Prefix | None], list[Prefix | None]]]
 
-choosing = threading.RLock()  # also held from asking whether to choose anew to having done so
+choosing = threading.RLock()  # held while a way is chosen, and from the decision to choose again
 
 
 def choose(
@@ -37,16 +40,16 @@ def choose(
     always_visible: bool,
     divide: Divide,
 ) -> PrefixInjection | CachedPrefix:
-    """The way of prefixes into ``model``, installed.
+    """Choose the way of prefixes into ``model``, install it and return it.
 
     Args:
         model, num_layers, kv_heads, head_dim, num_virtual_tokens, always_visible: as
             :class:`PrefixInjection`.
-        divide: from a prefix for each of ``num_layers`` layers to what every attention layer sees
-            of it, and what every layer that writes keys has of its own.
+        divide: a function of a prefix for each of ``num_layers`` layers; it returns the prefixes
+            that the attention layers see and those of the layers that write keys of their own.
 
     Raises:
-        ValueError: neither way works, or not with these settings; the model is as it was.
+        ValueError: neither way works with this model and these settings; the model is as it was.
     """
     sizes = {
         "num_layers": num_layers,
@@ -101,7 +104,7 @@ def _chosen(
     name = type(model).__name__
     pending = why_not_now(model) is not None
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what a real call will say
+        warnings.simplefilter("ignore")  # the user's own calls give the same warnings
         prefixes, own = divide(_random_pairs(model, sizes))
         found = run_cached(model, cached, own)
     if inject is None:
@@ -144,11 +147,12 @@ def _warn_of_version() -> None:
 
 
 def _note(model: Any, cached: CachedPrefix) -> None:
+    """Log, once for each reason, that the prefix goes through the cache."""
     note_once("the prefix of %s goes through its cache: %s", type(model).__name__, cached.why)
 
 
 def _random_pairs(model: nn.Module, sizes: dict[str, int]) -> list[Prefix]:
-    """A prefix of normal numbers for each layer, where and of the dtype that the weights are."""
+    """A prefix of normal numbers for each layer, in the weights' dtype and on their device."""
     like = next((p for p in model.parameters() if p.dtype in KINDS), torch.empty(0))
     drawn = random_prefix(
         like,
@@ -161,8 +165,11 @@ def _random_pairs(model: nn.Module, sizes: dict[str, int]) -> list[Prefix]:
 
 
 def again(way: PrefixInjection | CachedPrefix, model: nn.Module) -> bool:
-    """Whether to choose anew: a model that could not be run when its way was chosen can be now, or
-    attention that is not transformers' own was set since."""
+    """True when the way must be chosen again.
+
+    That is when a model that could not be run at the first choice can be run now, or when somebody
+    has set an attention function since that is not transformers' own.
+    """
     if not isinstance(way, PrefixInjection) or is_recording():
         return False
     return (way.pending and why_not_now(model) is None) or not way.foreign() <= way.judged

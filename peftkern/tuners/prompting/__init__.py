@@ -1,1 +1,1 @@
-"""Prompts as a tuner: virtual tokens and prefixes beside a model that is not changed."""
+"""The tuner for prompts: virtual tokens and prefixes beside a model that is not changed."""

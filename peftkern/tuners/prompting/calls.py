@@ -1,4 +1,4 @@
-"""Calls of a model with prompts: what becomes of their inputs, and of each step of generation."""
+"""Calls of a model with prompts: the changes to their inputs and to each step of generation."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from .prompts import BASE
 
 
 def batch_and_length(model: Any, kwargs: dict[str, Any]) -> tuple[int, int]:
-    """(rows, tokens) of the inputs; ValueError when there are none.
+    """(rows, tokens) of a call's inputs; ValueError without inputs.
 
-    The input of a model with a prefix may be something else than tokens (Whisper's features).
+    The input of a model with a prefix need not be tokens (Whisper's is features).
     """
     for name in ("input_ids", "inputs_embeds"):
         if kwargs.get(name) is not None:
@@ -40,7 +40,7 @@ def batch_and_length(model: Any, kwargs: dict[str, Any]) -> tuple[int, int]:
 
 
 def _cached(model: Any, kwargs: dict[str, Any]) -> int:
-    """Tokens in the cache among the keywords of a call; 0 for none."""
+    """Number of tokens in the cache among a call's keywords; 0 without a cache."""
     return cached_tokens(cache_of(innermost(model), kwargs))
 
 
@@ -48,7 +48,7 @@ def _cached(model: Any, kwargs: dict[str, Any]) -> int:
 
 
 def _longer(tensor: Tensor, P: int, value: int) -> Tensor:
-    """[B, T] with P columns of ``value`` in front."""
+    """``tensor`` [B, T] with P columns of ``value`` in front, [B, P + T]."""
     front = tensor.new_full((tensor.shape[0], P), value)
     return torch.cat((front, tensor), dim=1)
 
@@ -77,8 +77,8 @@ def _masked(kwargs: dict[str, Any], P: int) -> None:
 def with_prompt(model: Any, kwargs: dict[str, Any], prompts: Tensor) -> dict[str, Any]:
     """``kwargs`` with the virtual tokens ``prompts`` [B, P, dim] in front of the input.
 
-    Masks get ones, labels of tokens -100 and token types 0 for them. When a cache holds tokens
-    already, the prompt is taken to be among them.
+    For these P tokens masks get ones, labels of tokens -100 and token types 0. When the call has a
+    cache with tokens, the prompt is among these and is not added again.
     """
     kwargs = dict(kwargs)
     P = prompts.shape[1]
@@ -100,9 +100,9 @@ def with_prompt(model: Any, kwargs: dict[str, Any], prompts: Tensor) -> dict[str
 
 @contextmanager
 def named_rows(model: Any, rows: list[str] | None, times: int = 1) -> Iterator[None]:
-    """Within the block each row of the batch goes through the heads of its own adapter.
+    """A context in which each row of the batch goes through the heads of its own adapter.
 
-    ``times``: how often generate() repeats each row after it has run the encoder.
+    ``times``: the number of copies that generate() makes of each row after it has run the encoder.
     """
     if rows is None:
         yield
@@ -151,14 +151,14 @@ def _check_prefix_room(
 ) -> None:
     cache = cache_of(innermost(model), kwargs)
     if kwargs.get("position_ids") is not None or cache is not None:
-        return  # then positions are not counted from the input's length
-    if getattr(innermost(model).config, "is_encoder_decoder", False):  # the decoder's, then
+        return  # positions do not depend on the input's length then
+    if getattr(innermost(model).config, "is_encoder_decoder", False):  # count the decoder's tokens
         labels = ("labels",) if model.prompt_in_encoder else ()
         given = (kwargs.get(n) for n in ("decoder_input_ids", "decoder_inputs_embeds", *labels))
         target = next((x for x in given if x is not None), None)
         if target is not None:
             tokens = target.shape[1]
-        elif model.prompt_in_encoder:  # generation starts with one; other tasks with the input
+        elif model.prompt_in_encoder:  # generation starts with one token
             tokens = 1
     tuner.room.check(tuner.virtual_tokens(model, rows), tokens)
 
@@ -171,13 +171,13 @@ def prefixed(
     rows: list[str] | None,
     kwargs: dict[str, Any] | None = None,
 ) -> Iterator[None]:
-    """Within the block the base model's attention sees the prefixes.
+    """A context in which the base model's attention sees the prefixes.
 
-    ``position_ids`` in ``kwargs``, of a call of the base model, are moved behind the prefix here:
-    the base model is called with them as HF PEFT calls it.
+    Adds P to the ``position_ids`` in ``kwargs`` (those of a call of the base model), because HF
+    PEFT calls the base model with positions that count the prefix.
     """
     named = [name for name in rows or [model.active_adapter] if name != BASE]
-    if not named:  # every row is the base model's
+    if not named:  # no row has a prefix
         yield
         return
     config = model.peft_config[named[0]]
@@ -219,7 +219,7 @@ def prompted_generate(tuner: Any, model: Any, args: tuple[Any, ...], kwargs: dic
     rows = tuner.rows(names, batch)
     times = (
         1 if rows is None else row_repeats(base, args, kwargs)
-    )  # rows are repeated for the beams
+    )  # generate() repeats rows for the beams
     with named_rows(model, rows, times):
         if rows is not None and set(rows) == {BASE}:
             return base.generate(*args, **kwargs)
@@ -239,7 +239,7 @@ def _prefixed_generate(
     if not model.keeps_token_types:
         _drop(kwargs, "token_type_ids", "Token type ids")
     _check_prefix_room(tuner, model, kwargs, rows, batch_and_length(model, kwargs)[1])
-    with prefixed(tuner, model, batch, rows):  # each row's for all of its beams
+    with prefixed(tuner, model, batch, rows):  # a row's prefix serves all of its beams
         return model.base_model.generate(*args, **kwargs)
 
 
@@ -266,8 +266,8 @@ def _check_cache(base: Any, kwargs: dict[str, Any]) -> None:
 
 
 class _Here(threading.local):
-    def __init__(self) -> None:  # in each thread, see `utils.handing`
-        # {id of a transformers model: what prepares its steps of generation} in this thread
+    def __init__(self) -> None:  # runs once in each thread, see `utils.handing`
+        # {id of a transformers model: the function that prepares its steps} in this thread
         self.prepare: dict[int, Callable[..., dict[str, Any]]] = {}
 
 
@@ -277,7 +277,7 @@ _installing = threading.Lock()
 
 @contextmanager
 def _prepared_by(tuner: Any, model: Any, rows: list[str] | None) -> Iterator[None]:
-    """Within the block the transformers model prepares this thread's steps with the prompts."""
+    """A context in which the transformers model prepares this thread's steps with the prompts."""
     base = innermost(model)
     was = _here.prepare
     _here.prepare = {**was, id(base): lambda *a, **k: prepare_step(tuner, model, rows, a, k)}
@@ -299,8 +299,11 @@ def _prepared_by(tuner: Any, model: Any, rows: list[str] | None) -> Iterator[Non
 
 
 def _by_thread(model: Any, base: Any, own: Any) -> Any:
-    """What stands in for ``prepare_inputs_for_generation`` of ``base`` while any thread generates
-    with prompts; ``own`` is what it had in its place, if anything."""
+    """A ``prepare_inputs_for_generation`` for ``base`` that calls the current thread's function.
+
+    It is set while any thread generates with prompts. ``own`` is the attribute of that name that
+    ``base`` itself (not its class) had before, if any.
+    """
     original = model.base_model_prepare_inputs_for_generation
 
     @functools.wraps(original)  # generate() reads its names
@@ -319,12 +322,13 @@ def prepare_step(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> dict[str, Any]:
-    """The inputs of one step of generation: the first one gets the prompt, all get its mask.
+    """The inputs of one step of generation: the first step gets the prompt, all get its mask.
 
     Args:
-        tuner, model: of a PeftModel with a prompt in front of the input.
+        tuner: the tuner of ``model``.
+        model: a PeftModel with a prompt in front of the input.
         rows: the adapter of each row before generate() repeated them, or None.
-        args, kwargs: of the base model's ``prepare_inputs_for_generation``.
+        args, kwargs: those of the base model's ``prepare_inputs_for_generation``.
     """
     prepare: Callable[..., dict[str, Any]] = model.base_model_prepare_inputs_for_generation
     on = model.has_active_enabled_adapter and not model.prompt_in_encoder
@@ -333,7 +337,7 @@ def prepare_step(
     kwargs = dict(kwargs)
     ids = args[0] if args else kwargs.pop("input_ids", None)
     P = tuner.virtual_tokens(model, rows)
-    for name in ("position_ids", "token_type_ids", "task_ids"):  # counted without the prompt
+    for name in ("position_ids", "token_type_ids", "task_ids"):  # these do not count the prompt
         kwargs.pop(name, None)
     mask = kwargs.get("attention_mask")
     if mask is not None and mask.dim() == 2:
@@ -341,7 +345,7 @@ def prepare_step(
     extended = kwargs.get("attention_mask")
     before = _cached(model, kwargs)
     if before:
-        if kwargs.get("is_first_iteration"):  # goes on from a cache, which holds the prompt
+        if kwargs.get("is_first_iteration"):  # starts with a cache, which holds the prompt
             kwargs["next_sequence_length"] = ids.shape[1] - (before - P)
         return prepare(ids, **kwargs)
     embeds = kwargs.pop("inputs_embeds", None)
@@ -356,5 +360,5 @@ def prepare_step(
     out["inputs_embeds"], out["input_ids"] = embeds, None
     made = out.get("attention_mask")
     if isinstance(made, Tensor) and made.dim() == 4 and made.shape[-1] < embeds.shape[1]:
-        out["attention_mask"] = extended  # a mask made without the prompt
+        out["attention_mask"] = extended  # replaces a mask that was made without the prompt
     return out

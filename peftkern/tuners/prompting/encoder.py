@@ -1,4 +1,4 @@
-"""What makes virtual tokens: an embedding, and for some methods a network behind it."""
+"""``BasePromptEncoder``: makes virtual tokens by an embedding and, for some methods, a network."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from torch import Tensor, nn
 
 
 class BasePromptEncoder(nn.Module):
-    """Virtual tokens by index.
+    """The virtual tokens of one adapter, by index.
 
-    A subclass makes ``embedding`` and, when the tokens pass through a network that is still being
-    trained, overrides :attr:`has_network` and :meth:`through_network`. Without a network the
-    embedding's rows are the tokens, which is how a saved adapter is kept.
+    A subclass makes ``embedding``. When a network that still trains computes the tokens, it also
+    overrides :attr:`has_network` and :meth:`through_network`. Without a network the embedding's
+    rows are the tokens; a saved adapter has this form.
     """
 
     embedding: nn.Embedding
 
     @property
     def has_network(self) -> bool:
-        """Whether what is trained is more than the tokens themselves."""
+        """True when a network computes the tokens, so that more than the tokens is trained."""
         return False
 
     def through_network(self, tokens: Tensor) -> Tensor:
-        """[…, P, dim of the embedding] -> […, P, dim of a virtual token]."""
+        """Run the network: […, P, dim of the embedding] -> […, P, dim of a virtual token]."""
         return tokens
 
     def forward(self, indices: Tensor) -> Tensor:
@@ -41,7 +41,8 @@ class BasePromptEncoder(nn.Module):
         """Copy saved virtual tokens [P, dim] in.
 
         Raises:
-            ValueError: another shape, or a network whose weights the tokens don't tell.
+            ValueError: another shape, or an encoder with a network, whose weights do not follow
+                from the tokens.
         """
         if self.has_network:
             raise ValueError(
@@ -52,7 +53,7 @@ class BasePromptEncoder(nn.Module):
         if here != given:
             raise ValueError(f"Invalid `prompt_embeddings` shape: expected {here}, got {given}.")
         weight = self.embedding.weight
-        if weight.is_meta:  # a copy to there would be lost
+        if weight.is_meta:  # copying to the meta device would lose the values
             data = prompt_embeddings.detach().to(weight.dtype, copy=True)
             self.embedding.weight = nn.Parameter(data, requires_grad=weight.requires_grad)
             return
@@ -60,5 +61,8 @@ class BasePromptEncoder(nn.Module):
             weight.copy_(prompt_embeddings)
 
     def _load_adapter_state_dict(self, state_dict: dict[str, Tensor]) -> None:
-        """What HF PEFT's ``set_peft_model_state_dict`` calls, which accelerate hands models to."""
+        """Load saved tokens; called by HF PEFT's ``set_peft_model_state_dict``.
+
+        (accelerate passes models to that function.)
+        """
         self.load_prompt_embeddings(state_dict["prompt_embeddings"])

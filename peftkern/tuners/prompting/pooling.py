@@ -1,9 +1,8 @@
-"""Which token a decoder's classifier reads behind a prompt: the last one that is no padding.
+"""The token that a decoder's classifier reads after a prompt: the last one that is not padding.
 
-transformers' decoders look for it among the input ids, and take the last place of the row where
-they are given embeddings, as they are behind a prompt. With padding on the right that is a padding
-token. The heads get told where to look instead: they put the scores of the last real token in the
-last place.
+transformers' decoders look for it among the input ids. Given embeddings, as with a prompt, they
+take the last place of the row, which with padding on the right is a padding token. So the heads are
+given the place of the last real token, and copy its scores to the last place.
 """
 
 from __future__ import annotations
@@ -21,11 +20,10 @@ from ..wrapped import innermost
 
 
 def last_tokens(base: Any, kwargs: dict[str, Any]) -> Tensor | None:
-    """[B]: the place of each row's last real token among a call's own tokens; None where nothing
-    says which ones are padding.
+    """The place of each row's last real token among a call's own tokens, int64 [B].
 
-    It is the last one that is no pad token where the model has such a token and is given ids, as
-    its own rule is, else the last one that the mask shows.
+    When the model has a pad token and is given ids, this is the last token that is no pad token, as
+    by the model's own rule; else the last one that the mask shows. None without any of these.
     """
     config = base.config.get_text_config() if hasattr(base.config, "get_text_config") else None
     pad = getattr(config or base.config, "pad_token_id", None)
@@ -41,7 +39,7 @@ def last_tokens(base: Any, kwargs: dict[str, Any]) -> Tensor | None:
 
 @contextmanager
 def reading_last_tokens(model: Any, kwargs: dict[str, Any], virtual: int) -> Iterator[None]:
-    """Within the block the heads of a classifier's task read behind each row's last real token.
+    """A context in which a classifier's heads give the scores of each row's last real token.
 
     Args:
         model: a PeftModel with a prompt in front of the input.

@@ -1,4 +1,4 @@
-"""The prompts of a model: as files hold them, for the rows of a batch, for each attention layer."""
+"""``Prompts``: the prompts of a model, for the rows of a batch and for each attention layer."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from ..prefix_tuning import PrefixTuningConfig
 from ..wrapped import innermost
 from .sizes import attention_layers, key_lenders, layer_shapes
 
-BASE = "__base__"  # as an adapter's name: the base model alone
+BASE = "__base__"  # in place of an adapter's name: the base model alone
 LayerPrefix = tuple[Tensor, Tensor]  # Kp, Vp: [H_kv, P, D], or [B, H_kv, P, D]
 
 
 class Prompts:
-    """What a :class:`.tuner.PromptTuner` knows of its prompts.
+    """Reads the prompts of a :class:`.tuner.PromptTuner`.
 
-    ``host`` is the PeftModel that the prompts belong to, or a copy of it on another device: the
-    encoders and the base model are the host's.
+    ``host`` is the PeftModel that the prompts belong to, or a copy of it on another device. It
+    holds the encoders and the base model.
     """
 
     peft_config: dict[str, Any]
-    injection: Any  # of prefixes into the model's attention; None before there is one
+    injection: Any  # PrefixInjection or CachedPrefix; None before the first prefix
 
     def rows(self, adapter_names: Sequence[str] | None, batch_size: int) -> list[str] | None:
-        """The adapter of each row of the batch; None when all take the active one.
+        """The adapter of each row of the batch; None when all rows use the active one.
 
         Raises:
-            ValueError: there is no adapter of that name, or the number of names is another.
+            ValueError: an unknown adapter, or a number of names that is not ``batch_size``.
         """
         if adapter_names is None:
             return None
@@ -59,15 +59,15 @@ class Prompts:
         return names
 
     def virtual_tokens(self, host: Any, rows: list[str] | None) -> int:
-        """P of this batch, see :meth:`rows`; 0 when every row is the base model's."""
+        """P, the virtual tokens of these :meth:`rows`; 0 when no row has a prompt."""
         names = [name for name in rows or [host.active_adapter] if name != BASE]
         return self.peft_config[names[0]].num_virtual_tokens if names else 0
 
     def prompts(self, host: Any, batch_size: int, rows: list[str] | None = None) -> Tensor | None:
-        """Virtual tokens for every row, [batch, P, token_dim], views where rows share them.
+        """Virtual tokens for every row, [batch, P, token_dim]; views where rows share them.
 
-        None when every row is the base model's. A second submodule's tokens are left out: they are
-        not used, but HF PEFT's files have them.
+        None when no row has a prompt. The tokens of a second submodule are left out: HF PEFT's
+        files have them, but they are not used.
         """
         names = rows or [host.active_adapter]
         unique = list(dict.fromkeys(names))
@@ -87,8 +87,11 @@ class Prompts:
     def prefix_layers(
         self, host: Any, batch_size: int, adapter_names: Sequence[str] | None = None
     ) -> tuple[list[LayerPrefix | None], Tensor | None]:
-        """What every attention layer sees of the prefix: see :meth:`own_prefixes`; a layer that
-        attends to another's keys sees that one's. What goes through the cache is without those."""
+        """The prefix that every attention layer sees, in the form of :meth:`own_prefixes`.
+
+        A layer that attends to another layer's keys sees that layer's prefix; when the prefix goes
+        through the cache, it gets None.
+        """
         prefixes, no_prefix = self.own_prefixes(host, batch_size, adapter_names)
         if getattr(self.injection, "through_cache", False):
             return prefixes, no_prefix
@@ -101,15 +104,18 @@ class Prompts:
 
         Args:
             batch_size: rows of the batch, B.
-            adapter_names: the prefix of each row; "__base__" for none.
+            adapter_names: the adapter of each row, "__base__" for a row without a prefix; None:
+                the active adapter for all rows.
 
         Returns:
-            For each layer (Kp, Vp), in the model's dtype: [H_kv, P, D] when all rows have one
-            prefix, else [B, H_kv, P, D]; None for a layer that takes no prefix. Then ``no_prefix``,
-            bool [B]: rows that must not see theirs, or None.
+            (prefixes, no_prefix). ``prefixes`` has (Kp, Vp) for each layer, in the model's dtype:
+            [H_kv, P, D] when all rows have the same prefix, else [B, H_kv, P, D]; None for a layer
+            that takes no prefix. ``no_prefix`` is bool [B], True for rows that must not see their
+            prefix, or None. ([], None) when no row has a prefix.
 
-        In HF PEFT's layout layer l reads the rows' slices 2l and 2l + 1. With two submodules it is
-        4l and 4l + 1, modulo the number of slices: layers l and l + L/2 share a prefix.
+        In HF PEFT's layout layer l reads slices 2l and 2l + 1 of a virtual token. With two
+        submodules these are 4l and 4l + 1, modulo the number of slices, so that layers l and
+        l + L/2 share a prefix.
         """
         rows = self.rows(adapter_names, batch_size)
         names = rows or [host.active_adapter]
@@ -122,7 +128,7 @@ class Prompts:
         device = slices[0][0].device
         no_prefix = torch.tensor([n == BASE for n in names], device=device)
         per_row = len(unique) > 1
-        # a row without a prefix stands on the first one, which it does not see
+        # a row without a prefix takes the first adapter's as a filler, which it does not see
         index = _index(names, [BASE, *unique], device).sub(1).clamp(min=0) if per_row else None
 
         def of_rows(i: int) -> Tensor:
@@ -146,12 +152,14 @@ class Prompts:
         parts = rows.view(
             config.num_virtual_tokens, 2 * config.num_layers, heads, config.token_dim // heads
         )
-        # unbound, and not indexed: then backward fills one tensor and not one for each slice
+        # unbind and not indexing: its backward fills one tensor, indexing's one for each slice
         return parts.permute(1, 2, 0, 3).unbind(0)
 
     def in_hf_form(self, host: Any, batch_size: int) -> Any:
-        """What HF PEFT's ``get_prompt`` gives for the active adapter, see
-        :meth:`peftkern.PeftModel.get_prompt`."""
+        """The active adapter's prompt as HF PEFT's ``get_prompt`` returns it.
+
+        See :meth:`peftkern.PeftModel.get_prompt`.
+        """
         config: PeftConfig = host.active_peft_config
         if not isinstance(config, PrefixTuningConfig):
             return host.prompt_encoder[host.active_adapter].prompt().expand(batch_size, -1, -1)
@@ -165,8 +173,10 @@ class Prompts:
 def divide(
     pairs: list[LayerPrefix], model: Any
 ) -> tuple[list[LayerPrefix | None], list[LayerPrefix | None]]:
-    """What every attention layer of ``model`` sees of a prefix for each layer, and what those have
-    that write keys of their own."""
+    """(the prefix that each attention layer of ``model`` sees, the prefix of its own keys).
+
+    The second is None for a layer that writes no keys. ``pairs`` has a prefix for each layer.
+    """
     own = _fitted(pairs, model)
     return _lent(own, model), own
 
@@ -181,7 +191,7 @@ def _index(names: list[str], among: list[str], device: torch.device) -> Tensor:
 
 
 def _fitted(pairs: list[LayerPrefix], model: Any) -> list[LayerPrefix | None]:
-    """The part of the prefix that each layer takes, where a model's layers differ in size."""
+    """The part of the prefix that each layer takes, for models whose layers differ in size."""
     shapes = layer_shapes(model, len(pairs))
     if not shapes:
         return list(pairs)

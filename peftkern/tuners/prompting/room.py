@@ -1,4 +1,4 @@
-"""How many positions a model has learned vectors for."""
+"""``Room``: the number of positions for which a model has learned vectors."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ TABLES = ("wpe", "position_embeddings", "embed_positions")
 
 
 class Room:
-    """What limits the positions of ``model``, or of one half of an encoder-decoder model.
+    """The limit of positions of ``model``, or of one half of an encoder-decoder model.
 
     Args:
         model: a transformers model.
-        decoder: of an encoder-decoder model the decoder, not the encoder.
+        decoder: True for the decoder of an encoder-decoder model, False for its encoder.
     """
 
     def __init__(self, model: Any, decoder: bool) -> None:
@@ -31,7 +31,7 @@ class Room:
             and self.config is not model.config
             and hasattr(model, "get_decoder")
         ):
-            part = model.get_decoder()  # of a model of text and images the part for text
+            part = model.get_decoder()  # the text part of a model of text and images
         self.tables = [
             module
             for name, module in part.named_modules()
@@ -40,17 +40,17 @@ class Room:
 
     @property
     def limit(self) -> int | None:
-        """The number of positions; None where they are computed and not learned."""
+        """The number of positions; None when positions are computed and not learned."""
         limits = []
         for table in self.tables:
             limits.append(table.num_embeddings)
-            if table.padding_idx is not None:  # RoBERTa's positions start behind the padding's
+            if table.padding_idx is not None:  # RoBERTa's positions start after the padding's row
                 limits[-1] -= table.padding_idx + 1
         most = getattr(self.config, "max_position_embeddings", None)
         return min([*limits, most or limits[0]]) if limits else None
 
     def check(self, P: int, tokens: int) -> None:
-        """Raise a ValueError when P virtual tokens and the input's need more positions."""
+        """Raise a ValueError when P virtual and ``tokens`` input tokens need more positions."""
         limit = self.limit
         if limit is not None and P + tokens > limit:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Sizes of virtual tokens and prefixes, read off the model that they are for."""
+"""Sizes of virtual tokens and prefixes, read from the model that they are for."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ _DECODER_LAYERS = ("num_decoder_layers", "decoder_layers")
 
 
 def has_config(model: Any) -> bool:
-    """Whether the model has a configuration of transformers' kind."""
+    """True when the model has a configuration of transformers' kind."""
     return hasattr(getattr(model, "config", None), "to_dict")
 
 
 def text_config(model: Any) -> Any:
-    """The model's configuration, or the text part of a model of text and images.
+    """The model's configuration; for a model of text and images, that of the text part.
 
     Raises:
-        ValueError: the model has none.
+        ValueError: the model has no configuration.
     """
     if not has_config(model):
         raise ValueError(
             f"prompt learning needs a transformers model; a {type(model).__name__} without a "
             "configuration of transformers' kind was given"
         )
-    config = model.config  # asked in every call, so its dictionary, a deep copy, is not made
+    config = model.config  # runs in every call, so without to_dict(), which makes a deep copy
     return config.get_text_config() if "text_config" in vars(config) else config
 
 
@@ -52,7 +52,7 @@ def _first(config: Any, names: tuple[str, ...]) -> int | None:
     values = config.to_dict() if _layers_differ(config) else {}
     for name in names:
         value = getattr(config, name, None)
-        if value is None:  # what layers have their own of cannot be asked for
+        if value is None:  # a size that differs between layers is no attribute
             value = values.get(name)
         if isinstance(value, int) and value > 0:
             return value
@@ -60,7 +60,7 @@ def _first(config: Any, names: tuple[str, ...]) -> int | None:
 
 
 def attention_layers(config: PromptLearningConfig, model: Any) -> int:
-    """How many layers get a prefix: all, and of an encoder-decoder model the decoder's."""
+    """The number of layers that get a prefix: all; in an encoder-decoder model, the decoder's."""
     assert config.num_layers is not None
     base = text_config(model)
     deep = _first(base, _DECODER_LAYERS) if getattr(base, "is_encoder_decoder", False) else None
@@ -68,7 +68,7 @@ def attention_layers(config: PromptLearningConfig, model: Any) -> int:
 
 
 def _key_sizes(model_config: Any, width: int | None, heads: int | None) -> tuple[int, int] | None:
-    """(heads, head_dim) of the keys that attention caches; None when they cannot be told."""
+    """(heads, head_dim) of the keys that attention caches; None when they are not known."""
     values = model_config.to_dict()
     if values.get("is_encoder_decoder") or values.get("is_decoder"):
         heads = values.get("decoder_attention_heads") or heads
@@ -81,7 +81,7 @@ def _key_sizes(model_config: Any, width: int | None, heads: int | None) -> tuple
         return (heads, width // heads) if width and heads else None
     kv_heads, head_dim = values["num_key_value_heads"], values.get("head_dim")
     if values.get("per_layer_config"):
-        # room for the largest layer; the others take a part of it
+        # sizes of the largest layer; the others take a part of the prefix
         head_dim = head_dim or (width or 0) // (heads or 1)
         for layer in values["per_layer_config"].values():
             if layer.get("head_dim", head_dim) > head_dim:
@@ -113,21 +113,21 @@ def _required(name: str, value: int | None, model: Any) -> int:
 def infer_sizes(
     config: PromptLearningConfig, model: Any, word_embeddings: nn.Module | None
 ) -> dict[str, Any]:
-    """What the sizes in ``config`` become for ``model``, by field; neither is changed.
+    """The sizes for ``model``, {field of ``config``: size}; neither argument is changed.
 
     Args:
-        config: sizes that are None are filled in; the others must fit the model.
+        config: its sizes that are None get a value; the others must fit the model.
         model: a transformers model.
         word_embeddings: its input embeddings.
 
     Raises:
-        ValueError: a size contradicts the model's or cannot be told from it.
+        ValueError: a size differs from the model's, or is None and the model does not give it.
     """
     submodules = config.num_transformer_submodules
     if submodules is None:
         submodules = 2 if config.task_type == TaskType.SEQ_2_SEQ_LM else 1
     sizes: dict[str, Any] = {"num_transformer_submodules": submodules}
-    if _says_all(config) and not has_config(model):  # nothing to compare them with
+    if _says_all(config) and not has_config(model):  # the model has no sizes to compare with
         if hasattr(config, "encoder_hidden_size"):
             sizes["encoder_hidden_size"] = config.encoder_hidden_size or config.token_dim
         return sizes
@@ -159,7 +159,7 @@ def _prefix_sizes(
     heads: int | None,
 ) -> dict[str, Any]:
     model_config = text_config(model)
-    # HF PEFT counts the encoder's layers, and it is the decoder's that read the prefix
+    # HF PEFT counts the encoder's layers, but the decoder's layers read the prefix
     deep = _first(model_config, _DECODER_LAYERS)
     if deep and model_config.is_encoder_decoder:
         layers = max(layers or 0, deep)
@@ -176,16 +176,16 @@ def _prefix_sizes(
         check_divides(sizes["token_dim"], sizes["num_attention_heads"])
         return sizes
     kv_heads, head_dim = key
-    # the query's sizes are accepted, as in HF PEFT, for what its documentation shows
+    # the query's sizes are accepted too: HF PEFT accepts them, and its documentation shows them
     _agree("num_attention_heads", config.num_attention_heads, (kv_heads, heads), model)
     _agree("token_dim", config.token_dim, (kv_heads * head_dim, width), model)
     return sizes | {"num_attention_heads": kv_heads, "token_dim": kv_heads * head_dim}
 
 
 def key_lenders(model: Any, num_layers: int) -> dict[int, int]:
-    """{layer: the layer whose keys it attends to}, of those that have none of their own.
+    """{layer without keys of its own: the layer whose keys it attends to}.
 
-    In Gemma 3n and 4 the last layers share the keys of the last one before them of their kind.
+    In Gemma 3n and 4 the last layers share the keys of the last layer before them of their kind.
     """
     config = text_config(model)
     own = num_layers - (getattr(config, "num_kv_shared_layers", 0) or 0)
@@ -195,9 +195,9 @@ def key_lenders(model: Any, num_layers: int) -> dict[int, int]:
 
 
 def layer_shapes(model: Any, num_layers: int) -> list[tuple[int, int] | None]:
-    """For each layer the (key heads, head_dim) that it takes of a prefix, where layers differ.
+    """(key heads, head_dim) that each layer takes of a prefix; an empty list when all are alike.
 
-    None for a layer that computes no keys of its own. An empty list when all layers are alike.
+    None for a layer that computes no keys of its own.
     """
     config = text_config(model)
     if not _layers_differ(config):

@@ -1,7 +1,7 @@
-"""Prompt learning: the tuner of prefixes and virtual tokens.
+"""``PromptTuner``: the tuner of prefixes and virtual tokens (prompt learning).
 
-The base model itself is not changed, but for heads that train in full. What the prompts are stands
-in ``prompts.py``, what a call does with them in ``calls.py``.
+The base model itself is not changed, except for heads that train in full. ``prompts.py`` reads the
+prompts, ``calls.py`` applies them in calls.
 """
 
 from __future__ import annotations
@@ -51,20 +51,20 @@ def _make_encoder(config: Any, word_embeddings: nn.Module | None) -> BasePromptE
 
 
 def _names_inside(model: Any) -> list[str]:
-    """Names of the adapters of a PeftModel that a prompt is put on; none for another model."""
+    """Adapter names of the PeftModel that a prompt is put on; empty for any other model."""
     return list(model.peft_config) if isinstance(model, Wrapped) else []
 
 
 class PromptTuner(Prompts):
-    """What a :class:`peftkern.PeftModel` with prompts asks: see :class:`..tuner.Tuner`.
+    """The :class:`..tuner.Tuner` of a :class:`peftkern.PeftModel` with prompts.
 
-    It has no parameters. The host has them, as ``prompt_encoder`` ({adapter name: what makes its
-    virtual tokens}), and ``prompt_tokens`` ({adapter name: indices of its virtual tokens}).
+    It has no parameters. The host has them, as ``prompt_encoder`` ({adapter name: encoder of its
+    virtual tokens}) and ``prompt_tokens`` ({adapter name: indices of its virtual tokens}).
 
     Attributes:
         peft_config: {adapter name: configuration}.
-        injection: of prefixes into the model's attention; None before there is one.
-        room: how many positions the model has.
+        injection: the way of prefixes into the model; None before the first prefix.
+        room: the number of positions that the model has.
     """
 
     room: Room
@@ -121,10 +121,10 @@ class PromptTuner(Prompts):
         low_cpu_mem_usage: bool = False,
         autocast_adapter_dtype: bool = True,
     ) -> None:
-        """Build the encoder, heads and injection of an adapter in ``peft_config``.
+        """Build the encoder, heads and injection for an adapter of ``peft_config``.
 
         Raises:
-            ValueError, TypeError: as ``add_adapter``. The model is then as it was.
+            ValueError, TypeError: as ``add_adapter``; the model is then as it was.
         """
         config = self.peft_config[adapter_name]
         check_once(config)
@@ -143,16 +143,17 @@ class PromptTuner(Prompts):
         heads = self._heads_of(host, draft)
         encoder = _make_encoder(draft, words)
         place = next((base if words is None else words).parameters()).device
-        if place.type != "meta":  # where the embeddings are, as the prompt goes with them
+        if place.type != "meta":  # on the embeddings' device, as the prompt is joined to them
             encoder.to(place)
         active = adapter_name in self.active(host)
         put_flags_back = remember_requires_grad(model)
         try:
             if isinstance(config, PrefixTuningConfig) and has_config(base):
-                # of another kind of model, a call says that it takes no prefix
+                # for a model of another kind, a call raises the error that it takes no prefix
                 self.inject(host, draft)
             if not host.prompt_encoder and not isinstance(model, Wrapped):
-                # the first; a LoRA model inside has frozen what it adapts, and goes on training
+                # the first prompt freezes the model; a LoRA model inside has frozen its base
+                # already, and its adapters keep training
                 model.requires_grad_(False)
             wrap_modules_to_save(model, adapter_name, heads, config.inference_mode, activate=active)
         except BaseException:
@@ -169,7 +170,7 @@ class PromptTuner(Prompts):
         host.prompt_tokens[adapter_name] = torch.arange(total)
 
     def _heads_of(self, host: Any, config: PromptLearningConfig) -> list[str]:
-        """Names of the modules that ``modules_to_save`` matches, all of which can be trained."""
+        """Names of the modules that ``modules_to_save`` matches; an error when one cannot train."""
         keys = find_modules_to_save(host.base_model, config.modules_to_save)
         for key in keys:
             _, module, _ = get_submodules(host.base_model, key)
@@ -189,28 +190,27 @@ class PromptTuner(Prompts):
         return keys
 
     def inject(self, host: Any, config: PromptLearningConfig) -> Any:
-        """Have the attention layers ready for prefixes of this adapter's length too; returns what
-        they are given them by."""
+        """Prepare the attention layers for prefixes of this adapter's length; returns the way."""
         from ..prefix_tuning import way
 
         P, heads = config.num_virtual_tokens, config.num_attention_heads
         assert P is not None and config.token_dim is not None and heads is not None
         always_visible = getattr(config, "prefix_always_visible", False)
         base = innermost(host)
-        # read once: another thread may choose anew meanwhile
+        # read once: another thread may choose again meanwhile
         found = self.injection
-        # not made anew: another thread may be in a forward with the hooks that there are
+        # not replaced without need: another thread may be in a forward with its hooks
         if found is not None and not way.again(found, base):
             found.allow(P, always_visible)
             return found
         with way.choosing:
             found = self.injection
             if found is not None:
-                if not way.again(found, base):  # another thread was here first
+                if not way.again(found, base):  # another thread has chosen meanwhile
                     found.allow(P, always_visible)
                     return found
                 found.remove()
-                self.injection = None  # if none can be chosen, the next call says so too
+                self.injection = None  # if no way works, the next call raises the same error
             self.injection = found = way.choose(
                 base,
                 num_layers=attention_layers(config, base),
@@ -223,7 +223,7 @@ class PromptTuner(Prompts):
             return found
 
     def _heads(self, host: Any) -> list[ModulesToSaveWrapper]:
-        """The modules that train in full with these adapters (or with none any more)."""
+        """The modules that train in full with these adapters, or whose adapters are all deleted."""
         wrappers = (m for m in host.base_model.modules() if isinstance(m, ModulesToSaveWrapper))
         return [m for m in wrappers if m._get_available_adapters() <= set(self.peft_config)]
 
@@ -263,8 +263,10 @@ class PromptTuner(Prompts):
         self.activate(host, rest[0], self.peft_config[rest[0]].inference_mode)
 
     def _remove(self, host: Any, only_empty: bool = False) -> None:
-        """Give the base model back as it was before the first prompt; ``only_empty``: only where no
-        adapter is left."""
+        """Restore the base model as it was before the first prompt.
+
+        With ``only_empty`` this is done only when no adapter is left.
+        """
         if self.injection is not None and not (only_empty and host.prompt_encoder):
             self.injection.remove()
             self.injection = None
@@ -277,8 +279,10 @@ class PromptTuner(Prompts):
 
     @contextmanager
     def disabled(self, host: Any) -> Iterator[None]:
-        """Within the block calls go to the base model, its original heads included, and without the
-        adapters of a LoRA model inside."""
+        """A context in which calls go to the base model with its original heads.
+
+        The adapters of a LoRA model inside are switched off too.
+        """
         heads = [(m, m._disable_adapters) for m in self._heads(host)]
         inner: Any = host.base_model if isinstance(host.base_model, Wrapped) else None
         with nullcontext() if inner is None else inner.disable_adapter():
@@ -305,10 +309,11 @@ class PromptTuner(Prompts):
 
     @contextmanager
     def loading(self, host: Any, adapter_name: str, is_trainable: bool) -> Iterator[None]:
-        """Within the block the adapter's encoder can take saved tokens.
+        """A context in which the adapter's encoder can take saved tokens.
 
-        A network cannot be told from the tokens that it made: an adapter that is trained with one
-        is frozen as its tokens, as it would be in a model that loads it, unless that fails.
+        A network's weights do not follow from its tokens. So an encoder with a network is replaced
+        by one that holds the tokens and does not train, as in a model that loads the adapter. It
+        comes back when loading fails.
         """
         config = self.peft_config[adapter_name]
         encoder = host.prompt_encoder[adapter_name]
@@ -334,14 +339,17 @@ class PromptTuner(Prompts):
         )
 
     def loaded(self, host: Any, adapter_name: str, is_trainable: bool, first: bool) -> None:
-        """Note whether the adapter trains. The first one of a model is active, and trains from now;
-        another one trains from ``set_adapter`` on."""
+        """Set whether the adapter trains.
+
+        The first adapter of a model is active and trains from now on; others train after
+        ``set_adapter``.
+        """
         self.peft_config[adapter_name].inference_mode = not is_trainable
         if first and is_trainable:
             host.set_adapter(adapter_name)
 
     def active_state(self, host: Any) -> Any:
-        return None  # what is added is never active
+        return None  # an added adapter is never the active one
 
     def withdraw(self, host: Any, adapter_name: str, active: Any) -> None:
         host.delete_adapter(adapter_name)
@@ -352,7 +360,7 @@ class PromptTuner(Prompts):
 
 
 def word_embeddings(host: Any) -> Any:
-    """The input embeddings of the host's model, as they are now; None where it has none."""
+    """The present input embeddings of the host's model; None when it has none."""
     try:
         return innermost(host).get_input_embeddings()
     except (AttributeError, NotImplementedError):

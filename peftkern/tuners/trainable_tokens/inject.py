@@ -1,4 +1,4 @@
-"""Which modules get trained tokens, and their wrapping: ``LoraConfig.trainable_token_indices``."""
+"""``LoraConfig.trainable_token_indices``: finding the modules with trained tokens, and wrapping."""
 
 from __future__ import annotations
 
@@ -15,25 +15,26 @@ from ...utils.tied import input_embedding_name, modules_tied_to_embedding, plain
 from ..base_layer import BaseTunerLayer
 from .wrapper import TrainableTokensWrapper, check_wrappable
 
-# the module named `key` trains the tokens `indices`; `tied`: through the input embedding's rows
+# The module named `key` trains the tokens `indices`. With `tied` it uses the rows of the input
+# embedding's wrapper.
 Target = namedtuple("Target", ["key", "indices", "tied"])
 
 
 def find_tokens(
     model: nn.Module, config: Any, model_config: dict[str, Any], adapted: Sequence[str] = ()
 ) -> list[Target]:
-    """What ``config.trainable_token_indices`` asks for; nothing is changed.
+    """The modules and tokens that ``config.trainable_token_indices`` names; nothing is changed.
 
     Args:
         model: the base model.
-        config: a LoraConfig; indices are a list, for the input embedding, or {module name or the
-            end of it: list}.
+        config: a LoraConfig. Its indices are a list, for the input embedding, or {module name or
+            the end of one: list}.
         model_config: ``model.config`` as a dict.
-        adapted: names of modules that get an adapter layer from the same configuration.
+        adapted: names of the modules that get an adapter layer from the same configuration.
 
     Raises:
-        ValueError: no such module, or one that is trained in full; an index that is no row of the
-            weight; different indices for tied modules and ``ensure_weight_tying``.
+        ValueError: an unknown module, or one that is trained in full; an index outside of the
+            weight's rows; ``ensure_weight_tying`` with different indices for tied modules.
         TypeError: a module that is no embedding or output layer, or that has an adapter layer.
     """
     wanted = config.trainable_token_indices
@@ -77,8 +78,10 @@ def find_tokens(
 def _compare_tied(
     model: Any, wanted: dict[str, Any], names: list[str], config: Any
 ) -> tuple[bool, set[str]]:
-    """(whether tied modules are given different indices, those of ``wanted`` that need no wrapping
-    of their own because they follow the embedding's)."""
+    """(True when tied modules have different indices, the names of ``wanted`` to leave out).
+
+    A name is left out when its module is tied to the embedding and takes its rows from there.
+    """
     if len(wanted) < 2:
         return False, set()
     embedding = input_embedding_name(model) or ""
@@ -101,7 +104,7 @@ def _compare_tied(
 
 
 def _places(model: nn.Module) -> list[str]:
-    """Names of all modules, tied ones included, but for the insides of wrappers and adapters."""
+    """Names of all modules, tied ones too, except those inside wrappers and adapter layers."""
     inside = "\0"
     names = []
     for name, module in model.named_modules(remove_duplicate=False):
@@ -153,7 +156,7 @@ def wrap_tokens(
     activate: bool,
     autocast_dtype: bool = True,
 ) -> None:
-    """Wrap what :func:`find_tokens` found, and give the adapter its rows there."""
+    """Wrap the modules that :func:`find_tokens` found, and add the adapter's rows to them."""
     for target in targets:
         _, module, _ = get_submodules(model, target.key)
         if not isinstance(module, TrainableTokensWrapper):

@@ -16,22 +16,22 @@ from ..base_layer import BaseTunerLayer
 
 
 class TrainableTokensLayer(nn.Module, BaseTunerLayer):
-    """A frozen embedding W [V, D], or an ``nn.Linear`` with such a weight, some of whose rows are
-    replaced: W' = W with row ``token_indices[name][i]`` taken from
-    ``trainable_tokens_delta[name][i]``.
+    """A frozen embedding W [V, D], or an ``nn.Linear`` with such a weight, with some rows replaced.
 
-    W' is never made. An embedding's output is W's with the trained tokens put in; a linear layer's
-    is W's with the trained columns put in. HF PEFT copies the whole of W at every call, and its
-    backward through a tied output layer has a gradient of W's size.
+    The weight is W' = W with row ``token_indices[name][i]`` replaced by
+    ``trainable_tokens_delta[name][i]``. W' is never made. An embedding computes its output with W
+    and puts the trained tokens in; a linear layer puts the trained columns in. HF PEFT copies the
+    whole of W at every call, and its backward through a tied output layer has a gradient of W's
+    size.
 
     Args:
         base_layer: the embedding, or the linear layer.
-        tied_adapter: the layer of the embedding that this one's weight is tied to. Then this layer
-            has nothing of its own: names, indices and rows are that layer's.
+        tied_adapter: the layer of the embedding to which this one's weight is tied. This layer then
+            shares the names, indices and rows of that one.
 
     Attributes:
-        trainable_tokens_delta: {adapter: rows [len(indices), D]}, what is trained.
-        trainable_tokens_original: {adapter: the rows of W that they replace}.
+        trainable_tokens_delta: {adapter: trained rows [len(indices), D]}.
+        trainable_tokens_original: {adapter: the rows of W that they replace, same shape}.
         token_indices: {adapter: indices}.
     """
 
@@ -48,7 +48,7 @@ class TrainableTokensLayer(nn.Module, BaseTunerLayer):
     ) -> None:
         super().__init__()
         self.base_layer = base_layer
-        # in a list, so that it is no submodule with names of its own in the state dict
+        # in a list, so that it is not a submodule with a second set of names in the state dict
         self._tied_adapter = [] if tied_adapter is None else [tied_adapter]
         if tied_adapter is None:
             self.trainable_tokens_delta = nn.ParameterDict({})
@@ -62,7 +62,7 @@ class TrainableTokensLayer(nn.Module, BaseTunerLayer):
         self._merge_calls: list[int] = []
         self._disable_adapters = False
         self._active_adapter: list[str] = []
-        # {(adapters, device): where each token's row is}, made when first needed
+        # {(adapters, device): the two tensors of _where()}, made when first needed
         self._places: dict[Any, tuple[Tensor, Tensor]]
         self._places = {} if tied_adapter is None else tied_adapter._places
         if isinstance(base_layer, nn.Embedding):
@@ -84,13 +84,13 @@ class TrainableTokensLayer(nn.Module, BaseTunerLayer):
         autocast_dtype: bool = True,
         trainable: bool = True,
     ) -> None:
-        """Give the adapter rows of its own, which start as the base weight's.
+        """Give the adapter rows of its own, which start as copies of the base weight's.
 
         Args:
             adapter_name: its name; nothing happens when this layer is tied to another one.
             token_indices: rows of the weight, each in [0, V).
-            autocast_dtype: keep them in float32 under a float16 or bfloat16 weight.
-            trainable: whether they require a gradient.
+            autocast_dtype: keep the rows in float32 when the weight is float16 or bfloat16.
+            trainable: True makes the rows require a gradient.
         """
         if self.tied_adapter is not None:
             return
@@ -106,7 +106,7 @@ class TrainableTokensLayer(nn.Module, BaseTunerLayer):
     # ---------------------------------------------------------------- which adapter is in use
 
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Make these adapters active, as far as they have rows here."""
+        """Make those of these adapters active that have rows here."""
         super().set_adapter(adapter_names, inference_mode)
         self._active_adapter = [n for n in self._active_adapter if n in self.trainable_tokens_delta]
 
@@ -124,7 +124,7 @@ class TrainableTokensLayer(nn.Module, BaseTunerLayer):
     # ---------------------------------------------------------------- computing
 
     def _check_overlapping_tokens(self, adapter_names: Sequence[str]) -> None:
-        """ValueError when two of these adapters, or one and a merged one, replace the same row."""
+        """Raise a ValueError when two of these adapters, or one and a merged one, share a row."""
         seen: set[int] = set()
         for name in dict.fromkeys([*self.merged_adapters, *adapter_names]):
             indices = set(self.token_indices[name])
@@ -137,14 +137,17 @@ class TrainableTokensLayer(nn.Module, BaseTunerLayer):
             seen |= indices
 
     def _where(self, names: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor]:
-        """(index [k] of the rows that these adapters replace, one adapter's after the other's;
-        place [V]: where in it a row of W is, k for a row that stays)."""
+        """(index [k], place [V]), both int64, of the rows that these adapters replace.
+
+        ``index`` lists the rows, one adapter after the other. ``place[v]`` is where row v of W
+        stands in ``index``, or k when that row is not replaced.
+        """
         found = self._places.get((*names, device))
         if found is None or is_tracing():
             self._check_overlapping_tokens(names)
-            if is_tracing():  # what a traced graph makes is its own
+            if is_tracing():  # tensors of a traced graph must not be kept
                 return self._look_up(names, device)
-            # made for training as well, whoever asks first
+            # normal tensors even under inference_mode, as training will use them too
             with torch.inference_mode(False):
                 found = self._places[(*names, device)] = self._look_up(names, device)
         return found
@@ -163,7 +166,7 @@ class TrainableTokensLayer(nn.Module, BaseTunerLayer):
         return rows[0] if len(rows) == 1 else torch.cat(rows)
 
     def get_merged_weights(self, active_adapters: Sequence[str]) -> Tensor:
-        """W' [V, D] with the rows of these adapters, as a tensor of its own."""
+        """W' [V, D], a copy of W with the rows of these adapters; W itself when they have none."""
         W: Tensor = self.base_layer.weight
         names = [name for name in active_adapters if name in self.trainable_tokens_delta]
         if not names:
@@ -177,7 +180,10 @@ class TrainableTokensLayer(nn.Module, BaseTunerLayer):
     def forward_adapters(
         self, x: Tensor, active_adapters: Sequence[str], *args: Any, **kwargs: Any
     ) -> Tensor:
-        """The base layer's output for x with the rows of these adapters in place of W's."""
+        """The base layer's output for ``x`` with the rows of these adapters in place of W's.
+
+        ``x`` is int64 [...] for an embedding, [..., D] for a linear layer.
+        """
         names = [name for name in active_adapters if name in self.trainable_tokens_delta]
         if self._disable_adapters and self.merged:
             self.unmerge()
@@ -187,7 +193,7 @@ class TrainableTokensLayer(nn.Module, BaseTunerLayer):
         if isinstance(base, nn.Linear):
             return self._linear(base, x, names)
         if base.max_norm is not None or base.scale_grad_by_freq or base.sparse:
-            # what these do depends on the whole weight
+            # these options depend on the whole weight
             return self._scaled(
                 F.embedding(
                     x,
@@ -207,7 +213,7 @@ class TrainableTokensLayer(nn.Module, BaseTunerLayer):
         y = base(x, *args, **kwargs)
         index, place = self._where(names, x.device)
         rows = self._rows(names, base.weight)
-        if base.padding_idx is not None:  # gets no gradient in any embedding
+        if base.padding_idx is not None:  # an embedding gives the padding row no gradient
             rows = torch.where((index == base.padding_idx).unsqueeze(1), rows.detach(), rows)
         at = place[x]
         k = len(index)
@@ -215,7 +221,7 @@ class TrainableTokensLayer(nn.Module, BaseTunerLayer):
         return torch.where((at < k).unsqueeze(-1), self._scaled(new).to(y.dtype), y)
 
     def _scaled(self, y: Tensor) -> Tensor:
-        """Gemma's embedding scales its output in its own forward."""
+        """``y`` times the embedding's ``embed_scale``, as in the forward of Gemma's embedding."""
         scale = getattr(self.base_layer, "embed_scale", None)
         if isinstance(scale, Tensor) and scale.numel() != 1:
             warnings.warn(
@@ -233,7 +239,7 @@ class TrainableTokensLayer(nn.Module, BaseTunerLayer):
         index, _ = self._where(names, x.device)
         bias = None if base.bias is None else base.bias[index]
         new = F.linear(x, self._rows(names, base.weight), bias).to(y.dtype)
-        # y is this call's own unless a hook has seen it
+        # y is written in place, unless a hook may hold it or it is a leaf
         if base._forward_hooks or (y.requires_grad and y.is_leaf):
             return y.index_copy(-1, index, new)
         return y.index_copy_(-1, index, new)
@@ -242,15 +248,15 @@ class TrainableTokensLayer(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Write the adapters' rows into the base weight, in place; :meth:`unmerge` takes them out.
+        """Write the adapters' rows into the base weight, in place; :meth:`unmerge` undoes it.
 
         Args:
             safe_merge: refuse rows that are not finite.
-            adapter_names: which adapters; None: the active ones.
+            adapter_names: the adapters; None: the active ones.
 
         Raises:
-            ValueError: two adapters replace the same row, or ``safe_merge`` and a broken adapter.
-                The weight is then as it was.
+            ValueError: two adapters replace the same row, or with ``safe_merge`` a row is not
+                finite. The weight is then as it was.
         """
         names = self._check_mergeable(adapter_names, safe_merge)
         for name in names:
@@ -260,7 +266,7 @@ class TrainableTokensLayer(nn.Module, BaseTunerLayer):
             self._merge_calls.append(len(names))
 
     def _check_mergeable(self, adapter_names: list[str] | None, safe_merge: bool) -> list[str]:
-        """Which adapters :meth:`merge` would merge, and its errors."""
+        """The adapters that :meth:`merge` would merge; raises its errors."""
         from ..adapter_calls import BROKEN, check_adapters_to_merge
 
         names = check_adapters_to_merge(self, adapter_names)
@@ -274,7 +280,7 @@ class TrainableTokensLayer(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Write the rows of the base weight back that merged adapters have replaced."""
+        """Write back the rows of the base weight that merged adapters have replaced."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
@@ -282,7 +288,7 @@ class TrainableTokensLayer(nn.Module, BaseTunerLayer):
             self._unmerge_last()
 
     def _unmerge_last(self) -> None:
-        """Take the last call of :meth:`merge` back."""
+        """Undo the last call of :meth:`merge`."""
         for _ in range(self._merge_calls.pop() if self._merge_calls else 1):
             name = self.merged_adapters.pop()
             self._write(name, self.trainable_tokens_original[name])

@@ -1,4 +1,4 @@
-"""A module whose trained tokens are part of an adapter, beside the adapter's own method."""
+"""``TrainableTokensWrapper``: a module whose trained tokens belong to an adapter."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from .layer import TrainableTokensLayer
 
 
 class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
-    """An embedding, or an output layer tied to one, whose rows adapters train by token.
+    """An embedding, or an output layer tied to one, of which adapters train rows by token.
 
-    The rows are in ``token_adapter``, a :class:`TrainableTokensLayer`; a file holds them as
-    ``….token_adapter.trainable_tokens_delta``, and nothing of a layer that is tied to another.
+    The rows are in ``token_adapter``, a :class:`TrainableTokensLayer`. A file holds them as
+    ``….token_adapter.trainable_tokens_delta``; of a layer that is tied to another it holds nothing.
 
     Args:
         module_to_save: the module.
-        tied_adapter: the token adapter of the embedding that its weight is tied to.
+        tied_adapter: the token adapter of the embedding to which the module's weight is tied.
 
     Raises:
         TypeError: the module is a container, or an adapter layer.
@@ -47,7 +47,8 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
         self.training = module_to_save.training
         self.token_adapter.training = module_to_save.training
 
-    # no attributes: the module has one name in the state dict, and one place knows the adapters
+    # properties: as attributes they would give the module a second name in the state dict, and the
+    # adapters a second list
     original_module: Any = property(lambda self: self.token_adapter.base_layer)
     _adapters: Any = property(lambda self: self._get_available_adapters())
 
@@ -55,13 +56,12 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
         return set(self.token_adapter.trainable_tokens_delta.keys())
 
     def update(self, adapter_name: str, token_indices: Sequence[int], **how: Any) -> None:
-        """Give the adapter rows here, if it has none; see
-        :meth:`TrainableTokensLayer.update_layer`."""
+        """Give the adapter rows here, if it has none: :meth:`TrainableTokensLayer.update_layer`."""
         if adapter_name not in self._get_available_adapters():
             self.token_adapter.update_layer(adapter_name, token_indices, **how)
 
     def __getattr__(self, name: str) -> Any:
-        """What the module has, but ``weight`` with the active adapter's rows in it."""
+        """The module's attribute; for ``weight``, the weight with the active adapter's rows."""
         try:
             return nn.Module.__getattr__(self, name)
         except AttributeError:
@@ -85,7 +85,7 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
     def _mixed_batch(
         self, x: Tensor, *args: Any, adapter_names: Sequence[str], **kwargs: Any
     ) -> Tensor:
-        """Row i of the batch with the rows of ``adapter_names[i]``."""
+        """Run row i of the batch with the rows of ``adapter_names[i]``."""
         if len(x) != len(adapter_names):
             raise ValueError(
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
@@ -111,8 +111,11 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
         self.token_adapter.enable_adapters(enabled)
 
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Use the rows of this adapter, or of several that share no token (none: the base
-        layer's). ValueError for an unknown one."""
+        """Use the rows of these adapters, which must not share a token; with none, the base's.
+
+        Raises:
+            ValueError: an unknown adapter.
+        """
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         have = self._get_available_adapters()
         for name in names:
@@ -132,7 +135,7 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
     def delete_adapter(
         self, adapter_name: str, new_active_adapters: Sequence[str] | None = None
     ) -> None:
-        """Drop the adapter's rows; ``new_active_adapters`` is what other layers use from now on."""
+        """Drop the adapter's rows; ``new_active_adapters`` are those that all layers use next."""
         if adapter_name not in self._get_available_adapters():
             return
         names = list(new_active_adapters or ())
@@ -150,7 +153,7 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
     # ---------------------------------------------------------------- files, and taking it out
 
     def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
-        """{name in a file: name in the state dict}, both without this module's own."""
+        """{name in a file: name in the state dict}, both without this module's own name."""
         if (
             self.token_adapter.tied_adapter is not None
             or adapter_name not in self._get_available_adapters()
@@ -162,20 +165,20 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
     def adapter_state_dict(
         self, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """This module's tensors for a file, from a state dict without this module's own name."""
+        """This module's tensors for a file, taken from a state dict of this module."""
         return {k: state_dict[v] for k, v in self.adapter_state_dict_load_map(adapter_name).items()}
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
-        """The module that was wrapped, with the adapters' rows in its weight if ``merge``."""
+        """The wrapped module; with ``merge``, with the adapters' rows in its weight."""
         if merge:
             self.token_adapter.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         return self.token_adapter.get_base_layer()
 
 
 def check_wrappable(module: nn.Module) -> None:
-    """TypeError for a module whose tokens cannot be trained."""
+    """Raise a TypeError for a module whose tokens cannot be trained."""
     if isinstance(module, (*CONTAINERS, BaseTunerLayer)):
         raise TypeError(
             f"trainable_token_indices cannot be applied to modules of type {type(module)}"
