@@ -60,5 +60,5 @@ __all__ = [
     "save_as_lora",
 ]
 
-if not TYPE_CHECKING:  # the files that are addresses of HF PEFT's, which nothing here imports
+if not TYPE_CHECKING:  # finds the files at HF PEFT's addresses, which nothing here imports
     __getattr__ = lazily(__name__, {})[1]

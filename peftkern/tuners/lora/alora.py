@@ -1,7 +1,10 @@
-"""aLoRA (Greenewald et al., 2025, arXiv 2504.12397): an adapter that works from the tokens on that
-invoke it, so that the cache of what stands before them is the base model's.
+"""aLoRA (Greenewald et al., 2025, arXiv 2504.12397): an adapter that acts from its invocation on.
 
-A row's offset counts tokens from its end: where its last invocation starts, None where it has none.
+The invocation is a sequence of tokens in the input. Tokens before it are the base model's, so that
+the base model's cache can be used for them.
+
+A row's offset is the number of tokens from the start of its last invocation to the row's end; None
+for a row without an invocation.
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ class ALoraLinearVariant(LoraVariant, setting="alora_invocation_tokens", layers=
     def update(self, layer: Any, adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
         A, B = layer.lora_A[adapter], layer.lora_B[adapter]
         rows = _active_rows(result, kwargs.get("alora_offsets"))
-        # also without any: then the weights get gradients of 0, as distributed training wants
+        # also with no rows: the weights then get gradients of 0, which distributed training needs
         part = x.reshape(-1, x.shape[-1])[rows]
         if not autocast.is_on(x):
             part = part.to(A.weight.dtype)
@@ -47,7 +50,7 @@ class ALoraLinearVariant(LoraVariant, setting="alora_invocation_tokens", layers=
         raise NotImplementedError("aLoRA does not support merging.")
 
     def supports_lora_conversion(self) -> bool:
-        """No: plain LoRA works on every token."""
+        """False: plain LoRA would act on every token."""
         return False
 
     def decline(self, layer: Any, adapter: str) -> str:
@@ -58,7 +61,7 @@ class ALoraLinearVariant(LoraVariant, setting="alora_invocation_tokens", layers=
         if not model.finds_invocations:
             return kwargs
         found = get_alora_offsets_for_forward(model, **kwargs)
-        for name in ("input_ids", "inputs_embeds"):  # which that takes out
+        for name in ("input_ids", "inputs_embeds"):  # the call above removes them
             if name in kwargs:
                 found[name] = kwargs[name]
         return found
@@ -81,8 +84,10 @@ class ALoraLinearVariant(LoraVariant, setting="alora_invocation_tokens", layers=
 
 
 def _active_rows(result: Tensor, offsets: Sequence[int | None] | None) -> Tensor:
-    """Numbers of the tokens of ``result`` [B, T, N] or [B, N] that are among the last
-    ``offsets[b]`` of their row."""
+    """Indices, int64 [n], of the tokens that are among the last ``offsets[b]`` of their row b.
+
+    They index the B * T tokens of ``result`` [B, T, N], or the B tokens of [B, N].
+    """
     if offsets is None:
         return torch.zeros(0, dtype=torch.long, device=result.device)
     batch, length = result.shape[0], result.shape[1] if result.dim() == 3 else 1
@@ -106,14 +111,16 @@ def calculate_alora_offsets(
     input_ids: Tensor | None,
     adapter_names: Sequence[str] | None = None,
 ) -> list[int | None]:
-    """Each row's offset: how many tokens there are from the start of its last invocation to its
-    end.
+    """Each row's offset: the number of tokens from the start of its last invocation to its end.
+
+    None for a row without an invocation.
 
     Args:
         peft_config: {adapter: configuration}.
         active_adapter: the adapter of rows that name none.
-        input_ids: [B, T]; None: no rows.
-        adapter_names: the adapter of each row.
+        input_ids: token ids [B, T]; None: no rows.
+        adapter_names: the adapter of each row; fewer than B names leave the last rows to the active
+            adapter.
     """
     if input_ids is None:
         return []
@@ -139,7 +146,7 @@ def _offset(peft_config: dict[str, Any], name: str, row: list[int]) -> int | Non
 
 
 def is_alora_relevant_in_batch(model: Any, adapter_names: Sequence[str] | None = None) -> bool:
-    """Whether the active adapter, or one that a row names, is an aLoRA."""
+    """True when the active adapter, or one that a row names, is an aLoRA."""
     names = {*model.active_adapters, *(adapter_names or ())}
     configs = (model.peft_config.get(name) for name in names)
     return any(getattr(config, "alora_invocation_tokens", None) for config in configs)
@@ -148,7 +155,7 @@ def is_alora_relevant_in_batch(model: Any, adapter_names: Sequence[str] | None =
 def get_alora_offsets_for_forward(
     model: Any, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, **kwargs: Any
 ) -> dict[str, Any]:
-    """``kwargs`` of a forward with ``alora_offsets``, where an aLoRA takes part."""
+    """The ``kwargs`` of a forward; with ``alora_offsets`` added when an aLoRA takes part."""
     names = kwargs.get("adapter_names")
     if not is_alora_relevant_in_batch(model, names) or kwargs.get("alora_offsets") is not None:
         return kwargs
@@ -165,8 +172,10 @@ def get_alora_offsets_for_forward(
 
 
 def get_alora_offsets_for_generate(model: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-    """``kwargs`` of a generate with ``alora_offsets``, where an aLoRA takes part: those of the
-    prompt, which hold for all that is generated."""
+    """The ``kwargs`` of a generate; with ``alora_offsets`` added when an aLoRA takes part.
+
+    The offsets are those of the prompt; they serve for all generated tokens.
+    """
     names = kwargs.get("adapter_names")
     if not is_alora_relevant_in_batch(model, names) or kwargs.get("alora_offsets") is not None:
         return kwargs
@@ -188,7 +197,7 @@ def get_alora_offsets_for_generate(model: Any, *args: Any, **kwargs: Any) -> dic
 
 
 def _first(model: Any) -> str:
-    """The adapter whose invocation counts: the active one, of several the first aLoRA."""
+    """The adapter whose invocation counts: the active one; with several, the first aLoRA."""
     names = list(model.active_adapters)
     tokens = [n for n in names if getattr(model.peft_config[n], "alora_invocation_tokens", None)]
     return (tokens or names or [BASE])[0]
@@ -198,16 +207,18 @@ def _first(model: Any) -> str:
 
 
 _LOCK = threading.Lock()
-# {module: how many calls need its checkpoints to carry what they hand over}
+# {module: number of running calls for which its checkpoints must pass offsets to recomputations}
 _CARRYING: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
 
 @contextmanager
 def handing_offsets(layers: Sequence[Any], model: nn.Module, offsets: Any) -> Iterator[None]:
-    """Within the block, and in the recomputation of blocks that are checkpointed in it, each of
-    these layers gets ``alora_offsets``."""
+    """A context in which calls of these layers get ``alora_offsets``.
+
+    So do the recomputations, in a later backward, of blocks that are checkpointed in it.
+    """
     runs = checkpoint_runners(model)
-    # the modules are every thread's, so what they are given says nothing about a call
+    # all threads share the modules, so only the function is set on them, and no offsets
     with _LOCK:
         for module in runs:
             count = _CARRYING.get(module, 0)
@@ -229,7 +240,7 @@ def handing_offsets(layers: Sequence[Any], model: nn.Module, offsets: Any) -> It
 
 
 def _checkpoint(run: Callable[..., Any], function: Any, *args: Any, **kwargs: Any) -> Any:
-    """A checkpoint whose recomputation is handed what its forward, in this thread, is handed."""
+    """Run a checkpoint whose recomputation gets the same keywords as its forward gets here."""
     blocks = HERE.blocks
 
     def handed(*inner: Any, **more: Any) -> Any:

@@ -1,8 +1,8 @@
 """LoRA on ``nn.MultiheadAttention``: the update is added to the weights for each call.
 
-torch's module hands its weights to one function, so there is no call of a linear layer to extend.
-Here the call runs on a stand-in of the module that holds the adapted weights; the module itself is
-never changed, so a state dict, another thread or a recomputation sees it as it is.
+torch's module passes its weights to one function, so there is no call of a linear layer to extend.
+Here the call runs on a stand-in for the module, which holds the adapted weights. The module itself
+is never changed, so that a state dict, another thread or a recomputation sees the base weights.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from .variant import table_of, take_kwargs, variant_class
 
 
 class _Unfused(Tensor):
-    """A tensor that torch's fused encoder layer declines, as it would read the base weight only."""
+    """A tensor class that torch's fused encoder layer declines, as that would ignore adapters."""
 
 
 class _OutProj(Linear):
     """The output projection within a :class:`MultiheadAttention`, which reads its weights."""
 
     def _get_name(self) -> str:
-        return "Linear"  # as HF PEFT shows it
+        return "Linear"  # the name that HF PEFT prints
 
     def decline_reason(self) -> str | None:
         if self._disable_adapters:
@@ -38,17 +38,17 @@ class _OutProj(Linear):
         return "the nn.MultiheadAttention around it reads its weights, and adds the update to them"
 
     def _factors(self, adapter: str) -> tuple[Tensor, Tensor]:
-        """What is merged counts twice, as in :meth:`MultiheadAttention.forward`."""
+        """The adapter's factors for merging, doubled as in :meth:`MultiheadAttention.forward`."""
         left, right = super()._factors(adapter)
         return 2 * left, right
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """The update once, as HF PEFT's."""
+        """The adapter's update [N, K], not doubled, as HF PEFT returns it."""
         return super().get_delta_weight(adapter) / 2
 
 
 class _Weights:
-    """What attention asks of its output projection."""
+    """A stand-in for attention's output projection: weight, bias and a call."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.weight, self.bias = weight, bias
@@ -58,8 +58,10 @@ class _Weights:
 
 
 def product(layer: Any, adapter: str) -> Tensor:
-    """scaling · B A as [N, K] in the dtype of B; half precision is multiplied in float32 on a CPU,
-    as HF PEFT does."""
+    """The update scaling · B A, [N, K], in the dtype of B.
+
+    On a CPU float16 and bfloat16 are multiplied in float32, as HF PEFT does.
+    """
     a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
     dtype = b.dtype
     if b.device.type == "cpu" and dtype in (torch.float16, torch.bfloat16):
@@ -68,20 +70,20 @@ def product(layer: Any, adapter: str) -> Tensor:
 
 
 class MultiheadAttention(nn.Module, LoraLayer):
-    """A frozen ``nn.MultiheadAttention`` with low-rank updates of the input projection
-    [3 * embed_dim, embed_dim] and of the output projection, always of both.
+    """A frozen ``nn.MultiheadAttention`` with low-rank updates of both of its projections.
 
-    The adapter of the output projection sits in ``base_layer.out_proj``, a LoRA linear layer. Its
-    update counts twice: HF PEFT adds it once for itself and once more in the nested layer, so files
-    trained there mean that. Its gradient counts once, for the same reason. ``lora_dropout`` has no
-    effect, and ``lora_bias`` only on the output projection.
+    They are the input projection [3 * embed_dim, embed_dim] and the output projection. The adapter
+    of the output projection is in ``base_layer.out_proj``, a LoRA linear layer. Its update counts
+    twice: HF PEFT adds it once in this layer and once more in the nested one, and files were
+    trained with that. Its gradient counts once, as in HF PEFT. ``lora_dropout`` has no effect, and
+    ``lora_bias`` has one only on the output projection.
 
     Raises:
-        ValueError: query, key and value of different sizes, which have three weights.
+        ValueError: query, key and value have different sizes, and so three separate weights.
     """
 
     layer_kind = "attention"
-    # attributes of PEFT's layers that this kind does not fill
+    # attributes of PEFT's layers that are always empty here
     lora_embedding_A = lora_embedding_B = NOTHING
     lora_A: nn.ModuleDict
     lora_B: nn.ModuleDict
@@ -123,10 +125,10 @@ class MultiheadAttention(nn.Module, LoraLayer):
         updates = [super().update_layer, out_proj.update_layer]
         if not out_proj.lora_A:
             out_proj._active_adapter = self._active_adapter
-            updates.insert(0, out_proj.update_layer)  # HF PEFT draws the first one twice
+            updates.insert(0, out_proj.update_layer)  # HF PEFT draws the first adapter twice
         for update in updates:
             update(adapter_name, r, lora_alpha, config, autocast_dtype, meta, trainable)
-        self.lora_bias[adapter_name] = False  # without effect on the input projection
+        self.lora_bias[adapter_name] = False  # the input projection has no lora_bias
 
     @property
     def _out_proj(self) -> Any:
@@ -153,8 +155,11 @@ class MultiheadAttention(nn.Module, LoraLayer):
 
     @property
     def in_proj_weight(self) -> Tensor:
-        """The base's weight. While an adapter acts, torch's fused ``nn.TransformerEncoderLayer``,
-        which takes this and skips the forward, declines it."""
+        """The base's weight; as :class:`_Unfused` while an adapter acts.
+
+        torch's fused ``nn.TransformerEncoderLayer`` reads this weight and skips the forward; it
+        declines that class.
+        """
         weight: Any = self.get_base_layer().in_proj_weight
         acts = not (self._disable_adapters or self.merged or not self._acting())
         return weight.as_subclass(_Unfused) if acts else weight
@@ -171,7 +176,7 @@ class MultiheadAttention(nn.Module, LoraLayer):
     def forward(self, query: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         if HERE.blocks:
             kwargs = hand_over(self, kwargs)
-            take_kwargs(kwargs)  # no variant of an attention has any
+            take_kwargs(kwargs)  # dropped: attention has no variants
         if "adapter_names" in kwargs:
             raise TypeError("lora.MultiheadAttention does not support mixed adapter batches.")
         base: Any = self.base_layer
@@ -195,7 +200,7 @@ class MultiheadAttention(nn.Module, LoraLayer):
             )
 
     def _adapted(self, base: Any) -> Any:
-        """A stand-in of ``base`` with the updates in its weights, which shares the rest."""
+        """A stand-in for ``base`` with the updates in its weights; all else is shared."""
         out_proj = self._out_proj
         inner = out_proj.get_base_layer()
         weight_in, weight_out = base.in_proj_weight.detach(), inner.weight.detach()
@@ -204,7 +209,7 @@ class MultiheadAttention(nn.Module, LoraLayer):
             weight_in = weight_in + product(self, name).to(dtype)
             update = product(out_proj, name)
             weight_out = weight_out + update.to(dtype)
-            # once more, without a gradient: see the class
+            # a second time, without a gradient: see the docstring of the class
             weight_out = (weight_out + update.detach()).to(dtype)
             if out_proj.lora_bias.get(name):
                 if bias is None:
@@ -216,13 +221,13 @@ class MultiheadAttention(nn.Module, LoraLayer):
                 bias = (bias + extra).to(bias.dtype)
         stand_in = object.__new__(type(base))
         stand_in.__dict__.update(base.__dict__)
-        # found before the parameter and the module of that name
+        # in __dict__ these hide the parameter and the module of the same names
         stand_in.__dict__["in_proj_weight"] = weight_in
         stand_in.__dict__["out_proj"] = _Weights(weight_out, bias)
         return stand_in
 
     def _restore_weights(self) -> None:
-        """What HF PEFT's layer needs after a call; here a call leaves the weights as they are."""
+        """Do nothing: HF PEFT's layer has to restore its weights after a call, this one has not."""
 
     # ---------------------------------------------------------------- merging
 
@@ -248,8 +253,7 @@ class MultiheadAttention(nn.Module, LoraLayer):
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
-        """The ``nn.MultiheadAttention`` without LoRA layers, in which the adapters are merged if
-        asked for."""
+        """The ``nn.MultiheadAttention`` without LoRA layers; with ``merge``, after merging."""
         names = self.active_adapters if adapter_names is None else adapter_names
         if merge and any(n in self.lora_A and n not in self.merged_adapters for n in names):
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
@@ -271,7 +275,7 @@ class MultiheadAttention(nn.Module, LoraLayer):
 
 
 def check_attention(base: Any, config: LoraConfig | None) -> None:
-    """Raise, with HF PEFT's words, for an attention that cannot be adapted so."""
+    """Raise an error, in HF PEFT's words, for an attention or a setting that cannot be adapted."""
     if not base.embed_dim == base.kdim == base.vdim:
         raise ValueError(
             "Only same embed for query/key/value is supported as of now for MultiheadAttention."

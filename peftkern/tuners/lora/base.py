@@ -1,4 +1,4 @@
-"""What every LoRA layer holds: its adapters by name, in PEFT's attributes."""
+"""``LoraLayer``: the base class of LoRA layers; holds adapters by name in PEFT's attributes."""
 
 from __future__ import annotations
 
@@ -19,13 +19,15 @@ from .merging import Merging
 from .ranks import scaling_of
 from .variant import LoraVariant, active_variant, put_variant, select, table_of
 
-# what a kind of layer never holds; read-only, so that sharing one is safe
+# an empty store, for attributes that a kind of layer never fills; read-only, so all can share it
 NOTHING: Any = MappingProxyType({})
 
 
 def in_out_features(base: Any) -> tuple[int, int] | tuple[None, None]:
-    """(K, N) of a layer; (None, None) for a class without such numbers,
-    whose LoRA layer must then know them."""
+    """(K, N) of a layer; (None, None) for a class that has no such numbers.
+
+    A LoRA layer for such a class must know them itself.
+    """
     if isinstance(base, nn.Linear):
         return base.in_features, base.out_features
     if isinstance(base, nn.Embedding):
@@ -55,7 +57,7 @@ class LoraLayer(Merging, Frozen, BaseTunerLayer):
     r].
     """
 
-    # which of the variants' tables is meant, see `variant.TABLES`
+    # key of the table of variants for this kind of layer, see `variant.TABLES`
     layer_kind = ""
     adapter_layer_names = (
         "lora_A",
@@ -89,7 +91,10 @@ class LoraLayer(Merging, Frozen, BaseTunerLayer):
     out_features: Any
 
     def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
-        """For layer classes of users, after ``nn.Module.__init__``. ``kwargs`` are not used."""
+        """Set up an empty layer; for users' classes, which call ``nn.Module.__init__`` before.
+
+        ``kwargs`` are not used.
+        """
         self._init_lora(
             base_layer,
             lora_A=nn.ModuleDict(),
@@ -99,18 +104,17 @@ class LoraLayer(Merging, Frozen, BaseTunerLayer):
         )
 
     def _init_lora(self, base_layer: nn.Module, **stores: nn.Module) -> None:
-        """Set up an empty layer around ``base_layer``; ``stores`` are the {adapter: weight} modules
-        it has.
+        """Set up an empty layer around ``base_layer`` with ``stores``, {adapter: weight} modules.
 
-        A model has hundreds of these and nn.Module's __setattr__ looks at every value, so the
-        values go to where it would put them.
+        For speed the values are put where nn.Module's __setattr__ would put them, as that checks
+        every value and a model has hundreds of layers.
         """
         module: Any = self
         module._modules.update(
             base_layer=base_layer,
             lora_dropout=nn.ModuleDict(),
             **stores,
-            lora_magnitude_vector=nn.ModuleDict(),  # of DoRA
+            lora_magnitude_vector=nn.ModuleDict(),  # for DoRA
         )
         names = ("r", "lora_alpha", "scaling", "use_dora", "use_rslora", "lora_bias")
         self.__dict__.update({name: {} for name in names})
@@ -133,8 +137,11 @@ class LoraLayer(Merging, Frozen, BaseTunerLayer):
         lora_alpha: float,
         kwargs: dict[str, Any],
     ) -> None:
-        """The end of a constructor with HF PEFT's arguments: an adapter at once, in the base's
-        dtype unless ``kwargs`` says otherwise. Nothing happens without a name."""
+        """Make the adapter that a constructor with HF PEFT's arguments asks for.
+
+        It has the base's dtype unless ``kwargs`` says otherwise. Without ``adapter_name`` nothing
+        happens.
+        """
         if adapter_name is None:
             return
         if config is None:
@@ -145,8 +152,10 @@ class LoraLayer(Merging, Frozen, BaseTunerLayer):
         self.update_layer(adapter_name, r, lora_alpha, config, **{"autocast_dtype": False, **given})
 
     def start_in_evaluation(self) -> None:
-        """Put the layer and what it has for adapters, but not the base layer, into evaluation
-        mode; a layer is made in training mode, as in HF PEFT."""
+        """Put the layer and its adapters, but not the base layer, into evaluation mode.
+
+        (A layer is made in training mode, as in HF PEFT.)
+        """
         module: Any = self
         module.training = False
         for name, child in module._modules.items():
@@ -157,8 +166,11 @@ class LoraLayer(Merging, Frozen, BaseTunerLayer):
         return in_out_features(self.get_base_layer())
 
     def _adapter_placement(self, autocast_dtype: bool, meta: bool) -> dict[str, Any]:
-        """device and dtype of new adapter weights: the base layer's,
-        float16 and bfloat16 widened if asked."""
+        """{"device", "dtype"} of new adapter weights: those of the base weight.
+
+        The dtype is float32 for integer and 8-bit base weights, and with ``autocast_dtype`` for
+        float16 and bfloat16. ``meta`` asks for the meta device.
+        """
         weight = self._some_weight()
         dtype = weight.dtype if weight.is_floating_point() else torch.float32
         if weight.dtype.itemsize == 1 or (
@@ -168,7 +180,7 @@ class LoraLayer(Merging, Frozen, BaseTunerLayer):
         return {"device": "meta" if meta else weight.device, "dtype": dtype}
 
     def _some_weight(self) -> Tensor:
-        """The base layer's weight, or a parameter of it that stands for that."""
+        """The base layer's weight, else its first parameter, else an empty tensor."""
         base = self.get_base_layer()
         weight = getattr(base, "weight", None)
         return weight if isinstance(weight, Tensor) else next(base.parameters(), torch.empty(0))
@@ -187,18 +199,18 @@ class LoraLayer(Merging, Frozen, BaseTunerLayer):
         trainable: bool = True,
         **kwargs: Any,
     ) -> None:
-        """Add an adapter of rank ``r``; which adapter is active stays as it is.
+        """Add an adapter of rank ``r``; the active adapter stays the same.
 
         Args:
             adapter_name: its name; an adapter of that name is replaced.
             r: rank, at least 1.
             lora_alpha: numerator of the scaling.
-            config: where dropout, bias, scaling rule and initialisation come from.
+            config: gives dropout, bias, scaling rule and initialisation.
             autocast_dtype: keep float32 weights under a float16 or bfloat16 base.
             meta: make the weights on the meta device, to be assigned from a checkpoint.
-            trainable: whether its weights require a gradient.
-            **kwargs: ``target_name``, the layer's name in the model, for variants that ask for it;
-                the others that callers written for HF PEFT pass are not used.
+            trainable: True makes its weights require a gradient.
+            **kwargs: ``target_name``, the layer's name in the model, for variants that need it;
+                other keywords that callers written for HF PEFT pass are ignored.
         """
         if r <= 0:
             raise ValueError(f"`r` should be a positive integer value but the value passed is {r}")
@@ -227,7 +239,7 @@ class LoraLayer(Merging, Frozen, BaseTunerLayer):
             self._evaluate(adapter_name)
 
     def _evaluate(self, adapter_name: str) -> None:
-        """Put what an adapter has here into evaluation mode."""
+        """Put an adapter's modules in this layer into evaluation mode."""
         for store in (self.lora_dropout, *self._stores()):
             held: Any = store[adapter_name] if adapter_name in store else None
             if isinstance(held, nn.Module):
@@ -245,8 +257,10 @@ class LoraLayer(Merging, Frozen, BaseTunerLayer):
         return scaling_of(self.r[adapter], self.lora_alpha[adapter], rslora)
 
     def set_scale(self, adapter: str, scale: float) -> None:
-        """Make the adapter's scaling ``scale`` times what its rank and ``lora_alpha`` say; nothing
-        happens in a layer without it."""
+        """Set the adapter's scaling to ``scale`` times its scaling by rank and ``lora_alpha``.
+
+        Nothing happens in a layer without the adapter.
+        """
         if adapter in self.scaling:
             self.scaling[adapter] = scale * self._initial_scaling(adapter)
 
@@ -259,8 +273,10 @@ class LoraLayer(Merging, Frozen, BaseTunerLayer):
                 self.scaling[adapter] = self.scaling[adapter] * scale
 
     def unscale_layer(self, scale: float | None = None) -> None:
-        """Divide the active adapters' scaling by ``scale``; None: back to what their ranks and
-        ``lora_alpha`` say."""
+        """Divide the active adapters' scaling by ``scale``.
+
+        None restores the scaling that follows from their ranks and ``lora_alpha``.
+        """
         for adapter in self.active_adapters:
             if adapter in self.scaling:
                 self.scaling[adapter] = (
@@ -273,19 +289,24 @@ class LoraLayer(Merging, Frozen, BaseTunerLayer):
 
     @property
     def lora_variants(self) -> dict[tuple[str, ...], type[LoraVariant] | None]:
-        """{sorted names of settings: the variant they ask for}; None is plain LoRA."""
+        """{sorted names of settings: the variant that they select}; None is plain LoRA."""
         return table_of(self.layer_kind)
 
     def resolve_lora_variant(self, *, config: Any, **kwargs: Any) -> LoraVariant | None:
-        """A new variant as ``config`` asks for, None for plain LoRA. ValueError where this kind of
-        layer has none such."""
+        """A new variant as ``config`` selects it; None for plain LoRA.
+
+        Raises:
+            ValueError: this kind of layer has no such variant.
+        """
         return select(self.lora_variants, self.layer_kind, config)
 
     # ---------------------------------------------------------------- why a call is fused, or not
 
     def _variant_operation(self, x: Tensor) -> Tensor | None:
-        """The output from an operation of the only active adapter's own, None when there is none
-        for the call."""
+        """The output from the active variant's own operation; None when it has none for the call.
+
+        None also when several adapters are active.
+        """
         if self._disable_adapters or self.merged or len(self.active_adapters) != 1:
             return None
         name = self.active_adapters[0]
@@ -295,8 +316,7 @@ class LoraLayer(Merging, Frozen, BaseTunerLayer):
         return variant.fused(self, name, x)
 
     def variant_fused_as(self) -> str | None:
-        """What an operation of the only active adapter's own is called; None where there is none
-        or it is not used."""
+        """The name of the active variant's own operation; None when it has none or is not used."""
         names = self.active_adapters
         if self._disable_adapters or self.merged or len(names) != 1:
             return None
@@ -304,18 +324,20 @@ class LoraLayer(Merging, Frozen, BaseTunerLayer):
         return None if variant is None else variant.fused_as(self, names[0])
 
     def _variant_reason(self) -> str | None:
-        """What an active adapter that is no plain LoRA says about how it runs."""
+        """The reason that the first active variant gives for not running as plain LoRA, or None."""
         found = active_variant(self)
         return None if found is None else found[1].decline(self, found[0])
 
     def decline_reason(self) -> str | None:
-        """Why calls are not fused at present, in a few words; None when they are. Here: what a
-        user's class says that does not say it."""
+        """The reason, in a few words, that calls are not fused at present; None when they are.
+
+        This default is for users' classes that do not override it.
+        """
         return f"{type(self).__name__} has a forward of its own"
 
     def _note_decline(self) -> None:
         """Log the reason of a slow call, once for each new reason of this layer."""
-        if not logger.isEnabledFor(logging.INFO):  # the words cost more than a small product
+        if not logger.isEnabledFor(logging.INFO):  # making the words costs more than a product
             return
         note_new(self, "_noted_reason", self.decline_reason(), "a %s layer is not fused: %s")
 

@@ -1,8 +1,7 @@
-"""BD-LoRA (Wang et al., 2025, arXiv 2510.23346): A or B block-diagonal, so that each device of a
-sharded server needs only its own block.
+"""BD-LoRA (Wang et al., 2025, arXiv 2510.23346): LoRA with a block-diagonal A or B.
 
-Which of the two it is in a layer follows from the layer's name. What is stored are the blocks, one
-below the other.
+Each device of a sharded server then needs only its own block. The layer's name decides which of the
+two factors is block-diagonal. It is stored as its blocks, one below the other.
 """
 
 from __future__ import annotations
@@ -21,15 +20,16 @@ from .variant import LoraVariant
 
 
 class BlockDiagonalLinear(nn.Module):
-    """x -> x Mᵀ with M = diag(blocks) [N, K]; ``weight`` [N, K / nblocks] has the blocks, one below
-    the other.
+    """x -> x Mᵀ with M = diag(blocks) [N, K].
+
+    ``weight`` [N, K / nblocks] holds the blocks, one below the other.
 
     Args:
-        in_features: K, which ``nblocks`` divides.
-        out_features: N, likewise.
+        in_features: K, a multiple of ``nblocks``.
+        out_features: N, a multiple of ``nblocks``.
         nblocks: number of blocks.
-        init_zero: start at zero, else at random (He et al., 2015, uniform).
-        dtype, device: of the weight; the CPU by default.
+        init_zero: True: start at zero; False: at random (He et al., 2015, uniform).
+        dtype, device: those of the weight; the CPU by default.
 
     Raises:
         ValueError: ``nblocks`` does not divide both.
@@ -61,13 +61,13 @@ class BlockDiagonalLinear(nn.Module):
             nn.init.kaiming_uniform_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., K] -> [..., N]."""
+        """The product x Mᵀ: x [..., K] -> [..., N]."""
         blocks = self.weight.unflatten(0, (self.nblocks, -1))
         parts = x.unflatten(-1, (self.nblocks, -1))
         return torch.einsum("...bk,bnk->...bn", parts, blocks).flatten(-2)
 
     def weight_as_blockdiagonal_matrix(self) -> Tensor:
-        """M [N, K], zero beside the blocks."""
+        """M [N, K], with zeros outside of the blocks."""
         return torch.block_diag(*self.weight.chunk(self.nblocks))
 
     def extra_repr(self) -> str:
@@ -75,23 +75,23 @@ class BlockDiagonalLinear(nn.Module):
 
 
 def has_blocks(layer: Any, adapter: str) -> bool:
-    """Whether one of the adapter's factors is block-diagonal."""
+    """True when one of the adapter's factors in this layer is block-diagonal."""
     stores = (layer._modules.get(name, {}) for name in ("lora_A", "lora_B"))
     return any(adapter in s and isinstance(s[adapter], BlockDiagonalLinear) for s in stores)
 
 
 def dense(module: Any) -> Tensor:
-    """The matrix that a factor multiplies by."""
+    """The matrix by which a factor (a linear layer, block-diagonal or not) multiplies."""
     if isinstance(module, BlockDiagonalLinear):
         return module.weight_as_blockdiagonal_matrix()
     return module.weight
 
 
 def diagonal_factor(config: Any, key: str) -> str | None:
-    """Which factor of the layer ``key`` is block-diagonal: "A", "B" or None.
+    """The block-diagonal factor of the layer named ``key``: "A", "B" or None.
 
     Raises:
-        ValueError: the patterns of ``config.use_bdlora`` name both, or, with ``match_strict``,
+        ValueError: the patterns of ``config.use_bdlora`` match both, or with ``match_strict``
             neither.
     """
     settings = config.use_bdlora
@@ -108,7 +108,7 @@ def diagonal_factor(config: Any, key: str) -> str | None:
 
 
 class BdLoraLinearVariant(LoraVariant, setting="use_bdlora", layers=("linear",)):
-    """On linear layers: plain LoRA, of which one factor is a :class:`BlockDiagonalLinear`."""
+    """BD-LoRA on linear layers: plain LoRA with one factor a :class:`BlockDiagonalLinear`."""
 
     name = "BD-LoRA"
 
@@ -132,7 +132,7 @@ class BdLoraLinearVariant(LoraVariant, setting="use_bdlora", layers=("linear",))
             plain.out_features,
             config.use_bdlora.nblocks,
             init_zero=factor == "B",
-            # drawn as HF PEFT draws it, in the base weight's dtype
+            # drawn in the base weight's dtype, as in HF PEFT
             dtype=base.dtype if base.is_floating_point() and base.itemsize > 1 else weight.dtype,
             device=weight.device,
         )
@@ -140,7 +140,7 @@ class BdLoraLinearVariant(LoraVariant, setting="use_bdlora", layers=("linear",))
         blocks.training = plain.training
         store[adapter] = blocks
         if factor == "B":
-            layer.lora_bias[adapter] = False  # there is none beside blocks
+            layer.lora_bias[adapter] = False  # a block-diagonal B has no bias
 
     def update(self, layer: Any, adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
         A, B = layer.lora_A[adapter], layer.lora_B[adapter]
@@ -159,7 +159,7 @@ class BdLoraLinearVariant(LoraVariant, setting="use_bdlora", layers=("linear",))
         return None if call is None else lora_linear(x, *call)
 
     def fused_as(self, layer: Any, adapter: str) -> str | None:
-        # without blocks (match_strict=False) the layer is one of plain LoRA
+        # without blocks (match_strict=False) the layer is a plain LoRA layer
         if layer.product_reason(adapter) is not None:
             return None
         return "BD-LoRA without blocks here: one operation, as plain LoRA"

@@ -1,4 +1,4 @@
-"""How the A and B of several adapters become those of one, layer by layer."""
+"""``Combination``: the rules that make one A and B of those of several adapters, for each layer."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ CombinationType = Literal[
     "magnitude_prune",
     "magnitude_prune_svd",
 ]
-# those that combine A with A and B with B, and so need equal ranks
+# rules that combine A with A and B with B, and so need equal ranks
 BY_FACTOR = ("linear", "ties", "dare_ties", "dare_linear", "magnitude_prune")
 BY_PRODUCT = ("svd", "ties_svd", "dare_ties_svd", "dare_linear_svd", "magnitude_prune_svd")
 
 
 class AdapterFactors(NamedTuple):
-    """What one adapter has in one layer, in at least float32."""
+    """One adapter's factors, scaling and weight in one layer, in at least float32."""
 
     A: Tensor  # [r, K]
     B: Tensor  # [N, r]
@@ -40,8 +40,10 @@ class AdapterFactors(NamedTuple):
 
 @dataclass(frozen=True)
 class Combination:
-    """How the updates of several adapters become one; see
-    :meth:`peftkern.tuners.lora.weighted.Weighted.add_weighted_adapter`."""
+    """A rule with its settings for combining the updates of several adapters into one.
+
+    See :meth:`peftkern.tuners.lora.weighted.Weighted.add_weighted_adapter`.
+    """
 
     kind: str
     rank: int
@@ -52,7 +54,7 @@ class Combination:
     signs: Any
 
     def combine(self, tensors: list[Tensor], weights: list[float]) -> Tensor:
-        """Tensors of one shape as one, by the rule before "_svd"."""
+        """Tensors of one shape combined into one, by the rule (its name without "_svd")."""
         w = torch.tensor(weights, dtype=tensors[0].dtype, device=tensors[0].device)
         rule = self.kind.removesuffix("_svd")
         if rule in ("linear", "svd"):
@@ -61,15 +63,15 @@ class Combination:
         return getattr(merge_utils, rule)(tensors, w, *args)
 
     def factors(self, parts: list[AdapterFactors], transposed: bool) -> tuple[Tensor, Tensor]:
-        """A [r, K] and B [N, r] of the new adapter, with a scaling of 1 and r at most ``rank``.
+        """A [r, K] and B [N, r] of the new adapter, for a scaling of 1; r is at most ``rank``.
 
-        ``transposed``: the layer's weight is [K, N], and pruning draws in that order, as HF PEFT's
-        does.
+        ``transposed``: the layer's weight is [K, N]. Random pruning then draws in that order, as
+        HF PEFT's does.
         """
         scaled = [p.weight * p.scaling for p in parts]
         if self.kind in BY_FACTOR:
             roots = [math.sqrt(abs(w)) for w in scaled]
-            # the sign on one side only, or it would cancel
+            # the sign goes to one factor only: on both it would cancel
             signed = [math.copysign(root, w) for root, w in zip(roots, scaled, strict=True)]
             return self.combine([p.A for p in parts], signed), self.combine(
                 [p.B for p in parts], roots
@@ -98,8 +100,11 @@ class Combination:
     def _svd_of_sum(
         self, parts: list[AdapterFactors], scaled: list[float]
     ) -> tuple[Tensor, Tensor]:
-        """The truncated SVD of Σ w B A without making the sum [N, K]: with all A below each other
-        and all B side by side, Aᵀ = Q_A R_A and B = Q_B R_B, it is that of R_B R_Aᵀ."""
+        """The truncated SVD of Σ w B A, without making the sum [N, K].
+
+        With all w A below each other as A, and all B side by side as B, the sum is B A. With the QR
+        decompositions Aᵀ = Q_A R_A and B = Q_B R_B, the SVD of the small R_B R_Aᵀ gives its SVD.
+        """
         q_a, r_a = torch.linalg.qr(
             torch.cat([p.A * w for p, w in zip(parts, scaled, strict=True)]).T
         )

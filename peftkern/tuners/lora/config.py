@@ -1,4 +1,4 @@
-"""HF PEFT's address of ``LoraConfig`` and of what it may hold."""
+"""HF PEFT's address of ``LoraConfig`` and of the configurations that it may contain."""
 
 from ...configs.base import PeftConfig
 from ...configs.lora import (

@@ -1,9 +1,10 @@
-"""LoRA on ``nn.Conv1d``, ``nn.Conv2d`` and ``nn.Conv3d``:
-Y = base(X) + scaling · B ∗ (A ∗ drop(X)).
+"""LoRA on convolutions (``nn.Conv1d``, ``nn.Conv2d``, ``nn.Conv3d``).
 
-A is a convolution [r, C_in, *kernel] with the base layer's stride and padding, B one
-[C_out, r / groups, 1, …] with its groups: the factors that HF PEFT makes. Their product is a kernel
-of the base's shape when there is one group, and only then can it be merged.
+    Y = base(X) + scaling · B ∗ (A ∗ drop(X))
+
+A is a convolution [r, C_in, *kernel] with the base layer's stride and padding, B one of
+[C_out, r / groups, 1, …] with the base layer's groups, as in HF PEFT. With one group their product
+is a kernel of the base's shape; only then can it be merged.
 """
 
 from __future__ import annotations
@@ -25,17 +26,16 @@ from .linear import Linear
 
 
 class _ConvNd(nn.Module, LoraLayer):
-    """A frozen convolution with low-rank updates. Input and output are the base layer's:
-    [M, C_in, *size] -> [M, C_out, *size]."""
+    """A frozen convolution with low-rank updates: [M, C_in, *size] -> [M, C_out, *size]."""
 
-    dims: int  # of the kernel
+    dims: int  # number of spatial dimensions
 
-    # attributes of PEFT's layers that this kind does not fill
+    # attributes of PEFT's layers that are always empty here
     lora_embedding_A = lora_embedding_B = NOTHING
     lora_A: nn.ModuleDict
     lora_B: nn.ModuleDict
 
-    # the base's own call and each update on top, as in a linear layer that cannot be fused
+    # calls the base, then adds each update, as in a linear layer that cannot be fused
     _forward_general: Any = Linear._forward_general
     _update: Any = Linear._update
 
@@ -65,11 +65,11 @@ class _ConvNd(nn.Module, LoraLayer):
     ) -> None:
         base: Any = self.get_base_layer()
         ones = (1,) * self.dims
-        # HF PEFT's A is never dilated. That fits only where the padding follows the size, and where
-        # it does its numbers hold; elsewhere PEFT stops at the first call
+        # HF PEFT's A is never dilated. That works only with padding "same", and there its numbers
+        # are kept. In other cases HF PEFT fails at the first call, and A here is dilated.
         dilation = ones if base.padding == "same" else base.dilation
         with torch.device("meta") if place["device"] == "meta" else nullcontext():
-            kind = type(base)  # a subclass computes in its own way, and then so do the factors
+            kind = type(base)  # factors of a subclass compute in the same way as the subclass
             a = kind(
                 self.in_features,
                 r,
@@ -84,7 +84,7 @@ class _ConvNd(nn.Module, LoraLayer):
         if init is not False:
             if init == "gaussian":
                 nn.init.normal_(a.weight, std=1 / r)
-            else:  # drawn as torch draws it
+            else:  # torch's own initialisation
                 nn.init.kaiming_uniform_(a.weight, a=math.sqrt(5))
             nn.init.zeros_(b.weight)
             if b.bias is not None:
@@ -105,7 +105,7 @@ class _ConvNd(nn.Module, LoraLayer):
         base: Any = self.get_base_layer()
         if base.groups == 1:
             return None
-        # each output sees all inputs through A, which no kernel of the base's shape expresses
+        # through A each output depends on all inputs, which a grouped kernel cannot express
         return "Merging is not supported for _ConvNd layers with groups > 1!"
 
     def _check_mergeable(self, names: list[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""An adapter as a LoRA adapter of a chosen rank: the best approximation of each layer's update."""
+"""Conversion of an adapter to LoRA of a chosen rank: the best approximation of each update."""
 
 from __future__ import annotations
 
@@ -23,18 +23,20 @@ PREFIX = "base_model.model."
 
 
 def _rank_for(s: Tensor, share: float) -> int:
-    """The smallest k for which the first k of the singular values s, largest first, hold at least
-    ``share`` of Σ s²."""
+    """The smallest k for which the k largest singular values have at least ``share`` of Σ s².
+
+    ``s`` holds the singular values, largest first.
+    """
     energy = s.square().cumsum(0)
     return int(torch.searchsorted(energy, share * energy[-1])) + 1
 
 
 def _factors(delta: Tensor, rank: int | float) -> tuple[Tensor, Tensor]:
-    """A [r, K] and B [N, r], the truncated SVD of an update [N, K].
+    """A [r, K] and B [N, r] from the truncated SVD of an update.
 
     Args:
-        delta: at least float32.
-        rank: r, or the share of Σ s² that is to be kept.
+        delta: the update [N, K], at least float32.
+        rank: r, or the share of Σ s² to keep.
     """
     u, s, vh = torch.linalg.svd(delta, full_matrices=False)
     r = rank if isinstance(rank, int) else _rank_for(s, rank)
@@ -52,7 +54,7 @@ def _update_of(layer: Any, adapter_name: str) -> tuple[Tensor, torch.dtype]:
     delta = layer.get_delta_weight(adapter_name)
     dtype = delta.dtype
     if hasattr(layer, "_delta_weight"):
-        delta = layer._delta_weight(adapter_name)  # not rounded to the adapter's dtype
+        delta = layer._delta_weight(adapter_name)  # without rounding to the adapter's dtype
         if adapter_name in getattr(layer, "lora_variant", ()):
             base = at_least_float32(layer._unmerged_weight())
             delta = layer._merged_weight(adapter_name, base) - base
@@ -61,7 +63,7 @@ def _update_of(layer: Any, adapter_name: str) -> tuple[Tensor, torch.dtype]:
 
 
 def _check(model: nn.Module, rank: int | float, adapter_name: str) -> Any:
-    """The adapter's configuration, None when the model has none, after all checks."""
+    """Check everything; returns the adapter's configuration, None for a model without one."""
     if isinstance(rank, float) and not 0 < rank <= 1:
         raise ValueError(
             "If rank is a float, it is interpreted as a threshold. It must be between 0 and 1 but "
@@ -105,29 +107,30 @@ def convert_to_lora(
     progressbar: bool = False,
     compile_kwargs: dict[str, Any] | None = None,
 ) -> tuple[LoraConfig, dict[str, Tensor]]:
-    """An adapter as a LoRA adapter: each linear layer's update ΔW as its truncated SVD.
+    """Convert an adapter to LoRA: the truncated SVD of each linear layer's update ΔW.
 
-    For adapters that add to the weights of linear layers (``supports_lora_conversion``); a LoRA
-    adapter itself gets another rank this way. The scaling is part of the tensors, so the new one is
-    1 everywhere.
+    This works for adapters that add to the weights of linear layers
+    (``supports_lora_conversion``), also to change the rank of a LoRA adapter. The new tensors
+    include the scaling, so the new scaling is 1 everywhere.
 
     Args:
         model: with adapter layers in it.
-        rank: the rank everywhere; or, a float in (0, 1], the share of Σ s² (s being the singular
-            values of ΔW) that each layer's rank is to keep.
-        adapter_name: which adapter.
+        rank: an int: the rank of every layer. A float in (0, 1]: the share of Σ s² (s are the
+            singular values of ΔW) that each layer keeps, which decides its rank.
+        adapter_name: the adapter to convert.
         progressbar: show progress.
-        compile_kwargs: compile each layer's conversion by ``torch.compile`` with these.
+        compile_kwargs: when given, compile each layer's conversion by ``torch.compile`` with these.
 
     Returns:
-        The configuration, and the tensors by their names on disk.
+        (configuration, {name on disk: tensor}).
 
     Raises:
-        TypeError: a layer is adapted in a way that is no update of a weight, or none is adapted.
-        ValueError: no such rank or adapter, a rank above a layer's width, trained biases.
+        TypeError: a layer's adapter is not an update of a weight, or no layer is adapted.
+        ValueError: an invalid rank, an unknown adapter, a rank above a layer's width, or trained
+            biases.
     """
     config = _check(model, rank, adapter_name)
-    r = rank if isinstance(rank, int) else 1  # with a share, each layer has an entry of its own
+    r = rank if isinstance(rank, int) else 1  # for a share, rank_pattern names every layer's rank
     how: dict[str, Any] = {"target_modules": []}
     if config is not None:
         how = {
@@ -176,7 +179,10 @@ def save_as_lora(
     progressbar: bool = False,
     compile_kwargs: dict[str, Any] | None = None,
 ) -> None:
-    """:func:`convert_to_lora`, with the result saved in the folder ``path`` (made when missing)."""
+    """Convert as :func:`convert_to_lora` and save the result in the folder ``path``.
+
+    The folder is made when it is missing.
+    """
     from safetensors.torch import save_file
 
     lora, tensors = convert_to_lora(model, rank, adapter_name, progressbar, compile_kwargs)

@@ -1,7 +1,7 @@
-"""CorDA (Yang et al., 2024, arXiv 2406.05223): W decomposed in the light of what the layer sees.
+"""CorDA (Yang et al., 2024, arXiv 2406.05223): starts A and B from W and the inputs' covariance.
 
-With C the covariance of the layer's inputs, W C = U S Vᵀ and W = U S (C⁻¹ V)ᵀ: a component matters
-by what it does to the data. "ipm" adapts the r leading components, "kpm" the r trailing ones.
+With C the covariance of the layer's inputs, W C = U S Vᵀ and W = U S (C⁻¹ V)ᵀ. The components are
+ordered by their effect on the data. "ipm" adapts the r leading ones, "kpm" the r trailing ones.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ TEMPORARY = ("sample_count", "covariance_matrix", "corda_method", "rank")
 
 @dataclass
 class CordaEigens:
-    """What :func:`preprocess_corda` leaves on a layer as ``eigens``: S [r], U [N, r] and
-    C⁻¹ V [K, r]."""
+    """The value of a layer's ``eigens`` after :func:`preprocess_corda`.
+
+    ``S_WC`` is S [r], ``U_WC`` is U [N, r], ``V_WC`` is C⁻¹ V [K, r].
+    """
 
     S_WC: Tensor
     U_WC: Tensor
@@ -33,7 +35,7 @@ class CordaEigens:
 
 
 def check_eigens(base: Any, r: int) -> None:
-    """Raise a ValueError when the layer was not preprocessed, or for another rank or shape."""
+    """Raise a ValueError when the layer has no ``eigens``, or ones of another rank or shape."""
     eigens = getattr(base, "eigens", None)
     if eigens is None:
         raise ValueError(
@@ -54,7 +56,7 @@ def check_eigens(base: Any, r: int) -> None:
 
 
 def corda(layer: Any, adapter: str, config: LoraConfig) -> Start:
-    """A = √(S/s) (C⁻¹ V)ᵀ and B = U √(S/s). The layer's ``eigens`` are used up."""
+    """The start A = √(S/s) (C⁻¹ V)ᵀ and B = U √(S/s); removes the layer's ``eigens``."""
     base, s = layer.get_base_layer(), layer.scaling[adapter]
     root = (base.eigens.S_WC / s).sqrt()
     A = base.eigens.V_WC.T * root[:, None]
@@ -70,16 +72,14 @@ def preprocess_corda(
     run_model: Callable[[], Any] | None = None,
     hooked_model: nn.Module | None = None,
 ) -> None:
-    """Decompose every targeted linear layer of ``model`` and leave the parts on it as ``eigens``.
+    """Decompose every targeted linear layer of ``model``; the parts become its ``eigens``.
 
     Args:
         model: the model to be adapted afterwards.
-        lora_config: which layers, which ranks, and ``corda_config``.
+        lora_config: names the layers and ranks, with ``corda_config``.
         run_model: runs the model on samples of the task, one sequence [1, T, K] or [T, K] at a
-            time.
-            Not needed when the covariance file or the cache exists.
-        hooked_model: the model that ``run_model`` runs, when that is another one with the same
-            names.
+            time. Not needed when the covariance file or the cache exists.
+        hooked_model: the model that ``run_model`` runs, if it is another one with the same names.
 
     The files of ``corda_config`` are safetensors. Memory: a covariance [K, K] for each layer.
 
@@ -137,8 +137,10 @@ def _covariances(
     run_model: Callable[[], Any] | None,
     hooked: nn.Module,
 ) -> None:
-    """Leave C = Σ xᵀ x / samples on the layers, each input divided by the size of its largest
-    entry."""
+    """Set ``covariance_matrix`` of the layers to C = Σ xᵀ x / samples, [K, K].
+
+    Each input x is divided by the absolute value of its largest entry before.
+    """
     if run_model is None:
         raise ValueError(
             "run_model must be specified when covariance file and cache file aren't built."
@@ -179,8 +181,11 @@ def _covariances(
 
 
 def _decompose(layer: Any, device: torch.device) -> CordaEigens:
-    """The parts of W C that the layer's method and rank ask for. C gets 1% of its mean variance on
-    the diagonal, doubled until its inverse is accurate."""
+    """The r components of W C that the layer's method selects.
+
+    1% of the mean variance is added to the diagonal of C, and doubled until the inverse of C is
+    accurate.
+    """
     W = layer.weight.detach().float()
     W = W if isinstance(layer, nn.Linear) else W.T
     C = layer.covariance_matrix.float()

@@ -1,9 +1,10 @@
 """DoRA (Liu et al., 2024, arXiv 2402.09353): a magnitude for each output beside A and B.
 
-    W' = m / ‖W + s B A‖ · (W + s B A)         the norm over all but the outputs' dimension
+    W' = m / ‖W + s B A‖ · (W + s B A)         norm over all dimensions but the outputs'
 
-``lora_magnitude_vector[name].weight`` starts as the norm, so that nothing changes at first, and
-trains beside A and B; the norm follows A and B but is a constant to the gradient (section 4.3).
+``lora_magnitude_vector[name].weight`` holds m. It starts as the norm, so that the output does not
+change at first, and trains with A and B. The norm follows A and B but counts as a constant in the
+gradient (section 4.3).
 """
 
 from __future__ import annotations
@@ -25,18 +26,19 @@ from ...utils.private import convolve
 from .plan import is_hooked
 from .variant import LoraVariant
 
-# whether layers in eval mode keep their norms from one call to the next; see DoraCaching
+# True: layers in eval mode keep their norms from one call to the next; see DoraCaching
 ENABLE_DORA_CACHING = False
 
 MIXED = "Cannot pass `adapter_names` when DoRA is enabled."
 
 
 class DoraCaching:
-    """Keep the norms of DoRA layers between calls, as a context manager or, called, for good.
+    """Keep the norms of DoRA layers between calls: as a context manager, or permanently by a call.
 
-    In eval mode a layer then computes ‖W + s B A‖ once instead of in every call. What was kept is
-    computed again after ``train()``, in calls outside, and where torch counts a write to a weight
-    or the scale has changed; a write through ``.data`` is not counted, and is not seen.
+    In eval mode a layer then computes ‖W + s B A‖ once and not in every call. It computes the norm
+    again after ``train()``, in calls outside of the block, and when the scale or torch's version
+    number of a weight has changed. A write through ``.data`` does not change that number and is not
+    noticed.
 
     Args:
         enabled: False switches caching off within the block.
@@ -60,8 +62,10 @@ class DoraCaching:
 
 
 class DoraLayer(nn.Module):
-    """The magnitude m of one adapter of one layer: ``weight`` is [N], for a convolution with d
-    spatial dimensions [1, N, 1, …] of d + 2 dimensions."""
+    """The magnitude m of one adapter in one layer.
+
+    ``weight`` is [N]; for a convolution with d spatial dimensions [1, N, 1, …], d + 2 dimensions.
+    """
 
     def __init__(self, magnitude: Tensor, trainable: bool) -> None:
         super().__init__()
@@ -74,20 +78,20 @@ class DoraLayer(nn.Module):
         return super().train(mode)
 
     def norms(self, compute: Callable[[], Tensor], sources: tuple[Any, ...]) -> Tensor:
-        """The norms: those kept, if they were made of ``sources``, or else computed."""
-        if not ENABLE_DORA_CACHING or self.training or is_tracing():  # a trace computes them
+        """The norms [N]: those kept, if ``sources`` have not changed, or else computed."""
+        if not ENABLE_DORA_CACHING or self.training or is_tracing():  # a trace records the norm
             if self._dora_cache:
                 self._dora_cache.clear()
             return compute()
         state = tuple(_state(source) for source in sources)
         known, norms = self._dora_cache.get("norms", (None, None))
-        # autograd takes none that were made in inference mode
+        # autograd refuses tensors that were made in inference mode
         usable = norms is not None and (
             not norms.is_inference() or torch.is_inference_mode_enabled()
         )
         if known != state or not usable:
             norms = compute()
-            self._dora_cache["norms"] = state, norms  # at once: threads share the layer
+            self._dora_cache["norms"] = state, norms  # one assignment, as threads share the layer
         return norms
 
     def __repr__(self) -> str:
@@ -102,7 +106,7 @@ def _state(source: Any) -> Any:
 
 
 class DoraVariant(LoraVariant):
-    """What DoRA does the same way on every kind of layer; a kind says where W, A and B are."""
+    """The part of DoRA that all kinds of layers share; a subclass says where W, A and B are."""
 
     name = "DoRA"
     measures_weight = True
@@ -123,13 +127,13 @@ class DoraVariant(LoraVariant):
         layer.lora_magnitude_vector[adapter] = dora
 
     def weights(self, layer: Any, adapter: str) -> tuple[Tensor, Tensor, Tensor]:
-        """The base weight as it is stored, A and B."""
+        """(base weight as it is stored, A, B)."""
         base = layer.get_base_layer()
         A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
         return dense_weight(base), A, B
 
     def outputs_dim(self, layer: Any) -> int:
-        """Which dimension of the stored base weight counts the outputs."""
+        """The dimension of the stored base weight that counts the outputs."""
         return 1 if layer.fan_in_fan_out else 0
 
     def magnitude_shape(self, layer: Any) -> tuple[int, ...]:
@@ -138,7 +142,7 @@ class DoraVariant(LoraVariant):
     def computed_norms(
         self, weight: Tensor, A: Tensor, B: Tensor, scale: float, layer: Any
     ) -> Tensor:
-        """Norms [N], at least float32, without a graph."""
+        """The norms [N] of weight + scale · B A, at least float32, detached."""
         return row_norms(weight, A, B, scale, transposed=self.outputs_dim(layer) == 1)
 
     def updated(self, weight: Tensor, A: Tensor, B: Tensor, scale: float, layer: Any) -> Tensor:
@@ -149,7 +153,7 @@ class DoraVariant(LoraVariant):
         return torch.addmm(weight, B, A, alpha=scale)
 
     def norms(self, layer: Any, adapter: str) -> Tensor:
-        """Norms [N] of the layer as it is now."""
+        """The norms [N] of the layer, from its present weights or from the cache."""
         scale = layer.scaling[adapter]
         weight, A, B = self.weights(layer, adapter)
         if weight.is_meta and not A.is_meta:
@@ -163,7 +167,7 @@ class DoraVariant(LoraVariant):
         )
 
     def gain(self, layer: Any, adapter: str) -> Tensor:
-        """m / norm [N], with a graph to m."""
+        """m / norm, [N], with a gradient to m alone."""
         magnitude = layer.lora_magnitude_vector[adapter].weight.view(-1)
         return gain(magnitude, self.norms(layer, adapter))
 
@@ -191,16 +195,16 @@ class DoraVariant(LoraVariant):
             x = drop(x)
             product = self.product(layer, base, x)
         low = torch.promote_types(result.dtype, A.weight.dtype)
-        # 1 is taken off before the gain is rounded to a narrow dtype, where little would be left
+        # 1 is subtracted before rounding to a narrow dtype: afterwards few digits would be left
         more, factor = ((f.view(view).to(low)) for f in (g - 1, g * layer.scaling[adapter]))
         return result + more * product + factor * B(A(x))
 
     def spatial_dims(self, layer: Any) -> int:
-        """How many dimensions of an output follow the one that counts the outputs."""
+        """The number of an output's dimensions after the one that counts the outputs."""
         return 0
 
     def product(self, layer: Any, base: Any, x: Tensor) -> Tensor:
-        """The base layer's product with x, without its bias."""
+        """The base layer's product with ``x``, without its bias."""
         weight = dense_weight(base).to(x.dtype)
         return linear(x, weight.t() if layer.fan_in_fan_out else weight)
 
@@ -209,8 +213,7 @@ class DoraVariant(LoraVariant):
 
 
 class DoraLinearVariant(DoraVariant, setting="use_dora", layers=("linear",)):
-    """On ``nn.Linear`` and transformers' ``Conv1D``: one operation where nothing stands against
-    it."""
+    """DoRA on ``nn.Linear`` and transformers' ``Conv1D``; runs as one operation where possible."""
 
     def norms(self, layer: Any, adapter: str) -> Tensor:
         A, B = layer.lora_A[adapter], layer.lora_B[adapter]
@@ -222,7 +225,7 @@ class DoraLinearVariant(DoraVariant, setting="use_dora", layers=("linear",)):
             for m in (A, B)
         ):
             return super().norms(layer, adapter)
-        # sharded, wrapped or hooked: only a call tells what they compute
+        # A or B is sharded, wrapped or hooked: only a call shows what it computes
         weight = dense_weight(layer.get_base_layer())
         weight = weight.t() if layer.fan_in_fan_out else weight
         with torch.no_grad():
@@ -258,7 +261,7 @@ class DoraLinearVariant(DoraVariant, setting="use_dora", layers=("linear",)):
 
 
 class DoraEmbeddingVariant(DoraVariant, setting="use_dora", layers=("embedding",)):
-    """On ``nn.Embedding``: a norm for each of its dimensions, over the vocabulary."""
+    """DoRA on ``nn.Embedding``: a norm for each of its dimensions, over the vocabulary."""
 
     def weights(self, layer: Any, adapter: str) -> tuple[Tensor, Tensor, Tensor]:
         A, B = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
@@ -272,7 +275,7 @@ class DoraEmbeddingVariant(DoraVariant, setting="use_dora", layers=("embedding",
 
 
 class DoraConvVariant(DoraVariant):
-    """On convolutions of any dimension: a norm for each output channel."""
+    """DoRA on convolutions of any dimension: a norm for each output channel."""
 
     def magnitude_shape(self, layer: Any) -> tuple[int, ...]:
         return (1, -1) + (1,) * self.spatial_dims(layer)
@@ -286,12 +289,12 @@ class DoraConvVariant(DoraVariant):
         with torch.no_grad():
             wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
             whole = self.updated(weight.to(wide), A, B, scale, layer)
-            # detached as well: torch.jit.trace does not write down that gradients are off
+            # detach() too, as torch.jit.trace does not record no_grad()
             return torch.linalg.vector_norm(whole.flatten(1), dim=1).detach()
 
     def updated(self, weight: Tensor, A: Tensor, B: Tensor, scale: float, layer: Any) -> Tensor:
-        # with groups HF PEFT shapes the product like the weight without regard to them; a
-        # checkpoint's magnitudes were trained with that norm
+        # with groups HF PEFT reshapes the product to the weight's shape and ignores the groups; the
+        # magnitudes of its checkpoints were trained with this norm
         r = A.shape[0]
         update = B.to(weight.dtype).reshape(-1, r) @ A.to(weight.dtype).reshape(r, -1)
         return weight + scale * update.view(weight.shape)
@@ -304,24 +307,24 @@ class DoraConvVariant(DoraVariant):
 
 
 class DoraConv1dVariant(DoraConvVariant, setting="use_dora", layers=("conv1d",)):
-    """On ``nn.Conv1d``."""
+    """DoRA on ``nn.Conv1d``."""
 
 
 class DoraConv2dVariant(DoraConvVariant, setting="use_dora", layers=("conv2d",)):
-    """On ``nn.Conv2d``."""
+    """DoRA on ``nn.Conv2d``."""
 
 
 class DoraConv3dVariant(DoraConvVariant, setting="use_dora", layers=("conv3d",)):
-    """On ``nn.Conv3d``."""
+    """DoRA on ``nn.Conv3d``."""
 
 
 def dense_weight(base: Any) -> Tensor:
-    """A layer's weight as numbers.
+    """A layer's weight as floating-point numbers, dequantised where needed.
 
     Raises:
-        TypeError: it is quantised in a way that cannot be read here.
+        TypeError: the weight is quantised in a way that cannot be read here.
     """
-    if hasattr(base, "W_q"):  # HQQ keeps its own buffers
+    if hasattr(base, "W_q"):  # HQQ keeps its weight in buffers of its own
         return base.dequantize()
     weight = base.weight
     if type(weight) in (nn.Parameter, Tensor) and weight.is_floating_point():

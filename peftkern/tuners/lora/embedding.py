@@ -18,11 +18,10 @@ from .variant import take_kwargs
 
 
 class Embedding(nn.Module, LoraLayer):
-    """A frozen embedding with low-rank updates. A row of Aᵀ is gathered,
-    so the cost is r numbers a token."""
+    """A frozen embedding with low-rank updates: it gathers rows of Aᵀ, r numbers for each token."""
 
     layer_kind = "embedding"
-    # attributes of PEFT's layers that this kind does not fill
+    # attributes of PEFT's layers that are always empty here
     lora_A = lora_B = NOTHING
     lora_embedding_A: nn.ParameterDict
     lora_embedding_B: nn.ParameterDict
@@ -51,7 +50,7 @@ class Embedding(nn.Module, LoraLayer):
         shapes = (r, self.in_features), (self.out_features, r)
         if place["device"] == "meta":
             A, B = (torch.empty(shape, **place) for shape in shapes)
-        else:  # drawn as HF PEFT draws them, see `inits.random`
+        else:  # drawn in HF PEFT's order, see `inits.random`
             A, B = (torch.randn(shape) for shape in shapes)
             if config.init_name is not False:
                 A, B = A.zero_(), B.normal_()
@@ -65,7 +64,7 @@ class Embedding(nn.Module, LoraLayer):
         if HERE.blocks:
             kwargs = hand_over(self, kwargs)
         adapter_names = kwargs.pop("adapter_names", None)
-        take_kwargs(kwargs)  # no variant of an embedding has any
+        take_kwargs(kwargs)  # dropped: no variant of an embedding takes keywords
         if adapter_names is not None:
             self._check_adapter_names(x, adapter_names)
         if self._disable_adapters and self.merged:
@@ -107,7 +106,7 @@ class Embedding(nn.Module, LoraLayer):
             sparse=base.sparse,
         )
         update = (rows @ self.lora_embedding_B[name].T) * self.scaling[name]
-        scale = getattr(base, "embed_scale", None)  # Gemma's embedding scales in its own forward
+        scale = getattr(base, "embed_scale", None)  # Gemma's embedding scales in its forward
         if scale is None:
             return update
         return update * (scale.to(update.dtype) if isinstance(scale, Tensor) else scale)

@@ -1,9 +1,9 @@
-"""EVA (Paischer et al., 2024, arXiv 2410.07170): A spans what the inputs of a layer vary in, and
-ranks go to the layers whose inputs vary in more directions.
+"""EVA (Paischer et al., 2024, arXiv 2410.07170): A starts as the main components of the inputs.
 
-The components of each layer's inputs are found batch by batch, until none that is needed turns any
-more. Layers that read the same input share them. The components of all layers are then ranked by
-the share of variance that they explain, and as many are kept as the ranks sum to.
+Layers whose inputs vary in more directions get larger ranks. The components of each layer's inputs
+are found batch by batch, until those that are needed stop changing. Layers that read the same input
+share them. The components of all layers are then ordered by the share of variance that they
+explain, and the first ones are kept, as many as the sum of the ranks.
 """
 
 from __future__ import annotations
@@ -56,18 +56,19 @@ def get_eva_state_dict(
     """{layer: the components [rank, K] of its inputs}; a layer may get rank 0.
 
     Args:
-        model: a model with adapters (which are off for this), or a plain one.
-        dataloader: batches, with a length; gone through as often as it takes.
+        model: a model with adapters (which are switched off meanwhile), or a plain one.
+        dataloader: batches, with a length; repeated as often as needed.
         peft_config: ranks and ``eva_config``; the adapter's by default. Needed for a plain model.
         forward_fn: ``forward_fn(model, batch)``; the default is ``model(**batch)``.
-        prepare_model_inputs_fn: makes from (batch, peft_config) what the next one gets. The default
-            finds the positions that are no padding and have a label. None: the batch itself.
-        prepare_layer_inputs_fn: makes the rows [M, K] to look at from (the layer's positional
-            arguments, the above, its name). The default takes those positions of the first
-            argument; None takes all. A dict gives one for each layer name.
-        adapter_name: which adapter's configuration.
-        gather_distributed_inputs: look at the rows of all ranks together.
-        show_progress_bar: whether to.
+        prepare_model_inputs_fn: called with (batch, peft_config); its result is handed to the next
+            function. The default returns the positions that are no padding and have a label. None:
+            the batch itself is handed on.
+        prepare_layer_inputs_fn: called with (the layer's positional arguments, the result above,
+            the layer's name); returns the rows [M, K] to use. The default takes those positions of
+            the first argument; None takes all. A dict gives a function for each layer name.
+        adapter_name: the adapter whose configuration is used.
+        gather_distributed_inputs: use the rows of all ranks of torch.distributed together.
+        show_progress_bar: show progress.
 
     Raises:
         ValueError: no batch, no configuration, a layer that is never called, or batches with too
@@ -124,12 +125,12 @@ def initialize_lora_eva_weights(
 
     Args:
         model: the model with the adapter, which must be the only active one.
-        dataloader: see :func:`get_eva_state_dict`, as are the others.
-        eva_state_dict: what that function returned, in place of ``dataloader``.
+        dataloader: see :func:`get_eva_state_dict`, as for the other arguments.
+        eva_state_dict: the result of that function, in place of ``dataloader``.
 
-    A layer with rank 0 loses its adapter layer; one that is not in the state dict starts plainly,
-    with a warning. The configuration's ``target_modules`` and patterns say afterwards what there
-    is.
+    A layer with rank 0 loses its adapter layer. A layer that is not in the state dict gets the
+    plain initialisation, with a warning. The configuration's ``target_modules`` and patterns are
+    updated to the resulting layers and ranks.
     """
     if not hasattr(model, "peft_config"):
         raise ValueError("model must be a PeftModel")
@@ -215,7 +216,7 @@ def _load(
 
 
 def _renew(layer: Any, adapter: str, r: int, alpha: float, config: LoraConfig) -> None:
-    """Make an adapter of a layer anew, in the dtype and trainable as it was."""
+    """Make a layer's adapter again with rank ``r``; it keeps its dtype and whether it trains."""
     stores = [s for s in layer._stores() if adapter in s]
     old = stores[0][adapter]
     old = old.weight if isinstance(old, nn.Module) else old

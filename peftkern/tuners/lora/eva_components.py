@@ -1,4 +1,4 @@
-"""The components of what layers read, found batch by batch, and the ranks that follow from them.
+"""The components of layers' inputs, found batch by batch, and the ranks that follow from them.
 
 For EVA, see :mod:`.eva`.
 """
@@ -21,12 +21,12 @@ from ...utils.incremental_pca import IncrementalPCA
 from .eva_inputs import gathered, layer_rows, move_inputs_to_device
 from .ranks import rank_and_alpha
 
-MAX_RHO = 1000  # above it, rho is held to what the model's largest dimension allows
+MAX_RHO = 1000  # a larger rho is reduced to what the model's largest dimension allows
 Prepare = Callable[..., Any] | None
 
 
 class _Watch:
-    """A forward hook on one layer: hands the rows [M, K] of its inputs to ``take``."""
+    """A forward hook on one layer that hands the rows [M, K] of its inputs to ``take``."""
 
     def __init__(self, name: str, prepare: Prepare, gather: bool) -> None:
         self.name, self.prepare, self.gather = name, prepare or layer_rows, gather
@@ -51,7 +51,7 @@ class _Watch:
 
 
 class _Fingerprint(_Watch):
-    """Notes what the layer was called with, so that equal inputs can be told."""
+    """A hook that keeps the bytes of a layer's first input, to find layers with equal inputs."""
 
     seen: Any = None
 
@@ -62,7 +62,7 @@ class _Fingerprint(_Watch):
 
 
 class _Components(_Watch):
-    """The components of the layer's inputs, and which of them the last step left as they were."""
+    """A hook that updates the components of a layer's inputs and notes those that converged."""
 
     def __init__(self, watch: _Watch, count: int, tau: float) -> None:
         super().__init__(watch.name, watch.prepare, watch.gather)
@@ -90,7 +90,7 @@ class _Components(_Watch):
 def _ranks(
     watches: dict[str, _Components], source: dict[str, str], limit: dict[str, int], budget: int
 ) -> dict[str, int]:
-    """How many components each layer keeps: the ``budget`` largest by explained variance."""
+    """{layer: number of its components among the ``budget`` largest by explained variance}."""
     pairs = [
         (name, share)
         for name, first in source.items()
@@ -99,7 +99,8 @@ def _ranks(
     order = torch.stack([share for _, share in pairs]).argsort(descending=True)
     counts = Counter(pairs[i][0] for i in order[:budget].tolist())
     ranks = {name: counts.get(name, 0) for name in source}
-    # the layer that is watched gets the most of those with its input: it has to converge for them
+    # of layers with the same input the watched one gets the largest rank, as its components must
+    # converge for all of them
     for name, first in source.items():
         if name != first and ranks[first] < ranks[name]:
             ranks[first], ranks[name] = ranks[name], ranks[first]
@@ -117,8 +118,7 @@ def _device_of(model: nn.Module) -> torch.device | None:
 
 
 class _Search:
-    """The search for the components of one model's layers; arguments as of
-    :func:`components_of`."""
+    """The search for the components of a model's layers, with :func:`components_of`'s arguments."""
 
     def __init__(
         self,
@@ -132,8 +132,8 @@ class _Search:
         self.model, self.targets, self.dataloader, self.config = model, targets, dataloader, config
         self.forward_fn, self.prepare = forward_fn, prepare_model_inputs_fn
         self.device = _device_of(model)
-        self.limit: dict[str, int] = {}  # the most components that a layer may keep
-        self.budget = 0  # how many all keep together
+        self.limit: dict[str, int] = {}  # {layer: largest number of components that it may keep}
+        self.budget = 0  # the number of components that all layers keep together
         settings: Any = config.eva_config
         rho = settings.rho
         if rho > MAX_RHO:
@@ -144,7 +144,7 @@ class _Search:
             self.budget += rank
 
     def run(self, inputs: Any, watches: Collection[_Watch]) -> None:
-        """One batch through the model, which the watches see."""
+        """Run the model on one batch, whose layer inputs the watches record."""
         if self.device is not None:
             inputs = move_inputs_to_device(inputs, self.device)
         prepare = self.prepare
@@ -154,7 +154,7 @@ class _Search:
         self.forward_fn(self.model, inputs)
 
     def sources(self, prints: dict[str, _Fingerprint]) -> dict[str, str]:
-        """{layer: the first layer that reads the same}, from one batch; those share a limit."""
+        """{layer: first layer with the same input}, by one batch; such layers share a limit."""
         try:
             for name, watch in prints.items():
                 watch.attach(self.targets[name])
@@ -170,14 +170,13 @@ class _Search:
             source[name] = first = first_with.setdefault(watch.seen, name)
             self.limit[first] = max(self.limit[first], self.limit[name])
         self.limit = {name: self.limit[first] for name, first in source.items()}
-        # those that are watched come first
+        # the layers that are watched, each its own source, come first
         return dict(sorted(source.items(), key=lambda pair: pair[0] != pair[1]))
 
     def converge(
         self, watches: dict[str, _Components], source: dict[str, str], quiet: bool
     ) -> dict[str, int]:
-        """How many components each layer keeps, once batch after batch has left them as they
-        were."""
+        """{layer: number of components to keep}, after batches that no longer change them."""
         limit, ranks = self.limit, dict(self.limit)
         try:
             for name, found in watches.items():
@@ -222,8 +221,11 @@ def components_of(
     gather: bool,
     show_progress_bar: bool,
 ) -> dict[str, Tensor]:
-    """{layer: components [rank, K]} for the layers ``targets``; the other arguments are those of
-    :func:`.eva.get_eva_state_dict`. The model must be in evaluation mode."""
+    """{layer: components [rank, K]} for the layers ``targets``.
+
+    The other arguments are those of :func:`.eva.get_eva_state_dict`. The model must be in
+    evaluation mode.
+    """
     settings: Any = config.eva_config
     if len(dataloader) == 0:
         raise ValueError("dataloader is empty")
@@ -260,7 +262,7 @@ def components_of(
         pca = watches[source[name]].pca
         components = pca.components_[:rank]
         if settings.whiten:
-            # in place, so once for each of the layers that share them: HF PEFT's numbers
+            # in place, so it is repeated for each layer that shares them: HF PEFT's numbers
             components /= pca.singular_values_[:rank, None].sqrt()
         out[name] = components if search.device is None else components.to(search.device)
     return out

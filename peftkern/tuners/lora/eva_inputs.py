@@ -1,4 +1,4 @@
-"""Which rows of a layer's inputs EVA looks at, and where they come from."""
+"""The rows of a layer's inputs that EVA uses: how they are selected, moved and gathered."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ...configs.lora import LoraConfig
 
 
 def forward_fn_dict(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
-    """``model(**inputs)``."""
+    """The result of ``model(**inputs)``."""
     return model(**inputs)
 
 
@@ -35,8 +35,10 @@ def layer_rows(layer_input: Any, model_input: Any, layer_name: str) -> Tensor:
 
 
 def prepare_model_inputs_fn_language_modeling(model_input: Any, peft_config: LoraConfig) -> Tensor:
-    """The positions [n, 2] of a batch of token ids that are no padding and, with
-    ``use_label_mask``, have a label."""
+    """The positions, int64 [n, 2], of a batch's tokens that are no padding.
+
+    With ``use_label_mask`` only those that have a label.
+    """
     if not isinstance(model_input, Mapping):
         raise TypeError(
             "When using `prepare_model_inputs_fn_language_modeling` inputs must be a dictionary"
@@ -58,7 +60,7 @@ def prepare_layer_inputs_fn_language_modeling(
 
 
 def move_inputs_to_device(inputs: Any, device: torch.device) -> Any:
-    """A batch, or what it holds, on ``device``."""
+    """A batch with all of its tensors, in dicts and sequences too, on ``device``."""
     if hasattr(inputs, "to"):
         return inputs.to(device)
     if isinstance(inputs, Mapping):
@@ -72,7 +74,7 @@ def move_inputs_to_device(inputs: Any, device: torch.device) -> Any:
 
 
 def gathered(rows: Tensor) -> Tensor:
-    """The rows of all ranks, one after the other; ``rows`` itself without torch.distributed."""
+    """The rows of all ranks, one after the other; without torch.distributed ``rows`` itself."""
     dist = torch.distributed
     if not (dist.is_available() and dist.is_initialized()):
         return rows

@@ -1,6 +1,6 @@
-"""Which models have their experts' linear layers in fused parameters, under transformers 5.
+"""The models whose experts' linear layers are fused parameters under transformers 5.
 
-Every adapter asks this; what is done about it stands in :mod:`.fused_experts`.
+Every new adapter looks its model up here; :mod:`.fused_experts` does the conversion.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from typing import Any
 
 from ...utils.private import conversion_families
 
-# {family: {name of a linear layer: the parameter that it is, or is part of}}
+# {family: {name of a linear layer: the parameter that holds it, alone or with another}}
 FUSED: dict[str, dict[str, str]] = {
     "mixtral": {
         "gate": "gate.weight",

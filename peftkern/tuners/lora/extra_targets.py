@@ -1,5 +1,4 @@
-"""What a configuration adapts beside ``target_modules``: parameters, tied modules, single
-tokens."""
+"""Targets of a configuration beside ``target_modules``: parameters, tied modules, single tokens."""
 
 from __future__ import annotations
 
@@ -28,11 +27,12 @@ def find_targets(
     others: Sequence[tuple[str, Any]],
     state_dict: dict[str, Tensor] | None = None,
 ) -> tuple[list[tuple[str, nn.Module]], list[Target]]:
-    """(modules, parameters) that the configuration adapts; ``config.target_modules`` is resolved.
+    """(modules, parameters) that the configuration adapts; resolves ``config.target_modules``.
+
     Modules tied to the input embedding come last.
 
     Raises:
-        ValueError: nothing is found; or see :func:`find_parameters`.
+        ValueError: nothing is found; also those of :func:`find_parameters`.
     """
     if config.target_parameters and state_dict:
         raise ValueError(
@@ -44,7 +44,7 @@ def find_targets(
         config.target_modules = resolve_targets(config, model)
     except ValueError:
         if config.target_modules is not None or not config.target_parameters:
-            raise  # else an architecture without defaults, and the parameters are enough
+            raise  # else the architecture has no defaults, and the parameters are enough
     error: ValueError | None = None
     matches: list[tuple[str, nn.Module]] = []
     tied: list[tuple[str, nn.Module]] = []
@@ -72,8 +72,7 @@ def find_targets(
 
 
 class ExtraTargets:
-    """What is adapted that is not in ``target_modules``. Making it checks everything and changes
-    nothing.
+    """The targets that are not in ``target_modules``; making one checks all, and changes nothing.
 
     Args:
         config: the new adapter's configuration.
@@ -103,8 +102,10 @@ class ExtraTargets:
         return [target.key for target, *_ in self.parameters]
 
     def put_layers(self, model: Any, adapter_name: str, active: Any, *how: Any) -> None:
-        """Wrap the parameters' modules and share the weights of tied adapters; ``how`` is what
-        ``update_layer`` takes after the configuration."""
+        """Wrap the parameters' modules and share the weights of tied adapters.
+
+        ``how`` are the arguments of ``update_layer`` after the configuration.
+        """
         config = self.config
         for target, r, alpha in self.parameters:
             layer = wrap_parameter(model, target, active)
@@ -118,7 +119,7 @@ class ExtraTargets:
     def put_modules(
         self, model: nn.Module, adapter_name: str, activate: bool, autocast_dtype: bool
     ) -> None:
-        """Wrap what is trained in full, or by tokens. For after ``modules_to_save``."""
+        """Wrap modules that train in full or by tokens; to call after ``modules_to_save``."""
         tie_saved_modules(model, adapter_name, self.config, activate, self.saved)
         mode = self.config.inference_mode
         wrap_tokens(model, adapter_name, self.tokens, mode, activate, autocast_dtype)

@@ -1,4 +1,4 @@
-"""Weights of an adapter that never train, whatever is switched on (MiCA's B)."""
+"""``Frozen``: weights of an adapter that never train, whatever else is made to train (MiCA's B)."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from ..base_layer import BaseTunerLayer
 
 
 class Frozen(BaseTunerLayer):
-    """The part of a LoRA layer that remembers them, under HF PEFT's name."""
+    """The part of a LoRA layer that remembers its frozen weights, in HF PEFT's attribute."""
 
-    # {adapter: names of the stores whose weight of it is frozen}; a layer has its own when it needs
-    # it
+    # {adapter: names of the stores that hold a frozen weight of it}; shared and empty until a layer
+    # needs its own
     frozen_peft_weight_names: Any = MappingProxyType({})
 
     def freeze_weight(self, adapter: str, store: str) -> None:
-        """Keep the adapter's weight in ``store`` ("lora_B", …) from training, now and later."""
+        """Freeze the adapter's weight in ``store`` ("lora_B", …), now and after later switches."""
         if isinstance(self.frozen_peft_weight_names, MappingProxyType):
             self.frozen_peft_weight_names = {}
         self.frozen_peft_weight_names[adapter] = (store,)

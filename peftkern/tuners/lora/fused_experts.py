@@ -1,8 +1,9 @@
-"""Adapters made under transformers 4 for mixtures of experts, whose linear layers transformers 5
-fuses into parameters: what the configuration targets, and what the weights become.
+"""Conversion of adapters for mixtures of experts that were made under transformers 4.
 
-There, every expert had ``w1``, ``w3`` and ``w2`` (or ``gate_proj``, ``up_proj`` and ``down_proj``);
-here all experts' share ``gate_up_proj`` [E, 2·I, D] and ``down_proj`` [E, D, I].
+There every expert had linear layers ``w1``, ``w3`` and ``w2`` (or ``gate_proj``, ``up_proj`` and
+``down_proj``). transformers 5 fuses those of all experts into parameters, ``gate_up_proj``
+[E, 2·I, D] and ``down_proj`` [E, D, I]. The targets of the configuration and the weights are
+converted.
 """
 
 from __future__ import annotations
@@ -25,18 +26,18 @@ from .parameter import ParamWrapper
 
 
 def convert_config(config: LoraConfig, model: Any, names: dict[str, str]) -> None:
-    """Move fused layers from ``target_modules`` to ``target_parameters``, in place; twice is once.
+    """Move fused layers from ``target_modules`` to ``target_parameters``, in place.
 
-    A parameter that stands for two layers gets twice their rank and alpha, so that each keeps its
-    own update and scaling.
+    A second call changes nothing. A parameter that replaces two layers gets twice their rank and
+    alpha, so that each keeps its own update and scaling.
 
     Args:
-        config: of the new adapter.
+        config: the new adapter's configuration.
         model: the base model.
-        names: :func:`fused_names` of it.
+        names: :func:`fused_names` of the model.
 
     Raises:
-        ValueError: one of two layers that are one parameter now is targeted without the other.
+        ValueError: of two layers that are one parameter now, only one is targeted.
     """
     targets = config.target_modules
     if targets is None:
@@ -44,7 +45,7 @@ def convert_config(config: LoraConfig, model: Any, names: dict[str, str]) -> Non
     if isinstance(targets, str):
         targets = _resolved(config, model, names)
         if not targets:
-            return  # the pattern matches nothing, which is the usual error
+            return  # the pattern matches nothing, which raises the usual error later
     rest, parameters = set(), set(config.target_parameters or ())
     parts: dict[str, set[str]] = defaultdict(set)
     here = {name for name, _ in model.named_parameters()}
@@ -75,13 +76,15 @@ def convert_config(config: LoraConfig, model: Any, names: dict[str, str]) -> Non
 
 
 def _resolved(config: LoraConfig, model: nn.Module, names: dict[str, str]) -> set[str]:
-    """The names that a regular expression, or "all-linear", meant in a model whose experts were
-    linear layers: their last parts, or whole names where the expression means some layers only."""
+    """The names that a pattern or "all-linear" matched when the experts were linear layers.
+
+    They are last parts of names, or whole names where the pattern matches only some layers.
+    """
     if str(config.target_modules).lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
         return {n.rpartition(".")[2] for n in all_linear(config, model)} | set(names)
     matcher = TargetMatcher(config, str(config.target_modules))
     here = [name for name, _ in model.named_modules()]
-    for old, new in names.items():  # and the layers that were there
+    for old, new in names.items():  # add the experts' layers under their old names
         ends = f".{new}"
         here += [
             f"{name.removesuffix(ends)}.{old}"
@@ -100,13 +103,13 @@ def _resolved(config: LoraConfig, model: nn.Module, names: dict[str, str]) -> se
 def convert_weights(
     model: Any, weights: dict[str, Tensor], known: Container[str]
 ) -> dict[str, Tensor]:
-    """``weights`` as this version of transformers names and fuses the layers they belong to.
+    """``weights`` renamed and fused like the layers in this version of transformers.
 
     Args:
         model: the base model with the adapter in it, or a PeftModel.
-        weights: read from a file; none is changed.
-        known: names that the adapter's weights have, without ``base_model.model.``. A file that has
-            no other LoRA weights is left alone.
+        weights: the tensors of a file; they are not changed.
+        known: names of the adapter's weights in the model, without ``base_model.model.``. A file
+            whose LoRA weights all have these names is returned as it is.
     """
     strange = {
         key: name
@@ -134,7 +137,7 @@ def convert_weights(
     for (holder, new, side), keys in experts.items():
         order = [old for old, name in names.items() if name == new]
         merged = _fuse(base, weights, holder, new, side, [keys.get(old, {}) for old in order])
-        if merged is None:  # not all of them, or not for this model: named as unexpected
+        if merged is None:  # incomplete, or of another model: kept, and reported as unexpected
             found.update({k: weights[k] for group in keys.values() for k in group.values()})
         else:
             found[merged[0]] = merged[1]
@@ -142,7 +145,7 @@ def convert_weights(
 
 
 def _rules(model: Any) -> list[Any]:
-    """transformers' renamings of the model's weights."""
+    """transformers' rules for renaming the weights of this model."""
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightRenaming
@@ -155,7 +158,7 @@ def _renamed(key: str, rules: list[Any]) -> str:
     name = key
     for rule in rules:
         name, _ = rule.rename_source_key(name)
-    # a rule that only drops a prefix is for weights of a part of the model
+    # a rule that only removes a prefix is for checkpoints of a part of the model
     return key if key.endswith(name) else name
 
 
@@ -175,8 +178,11 @@ def _fuse(
     side: str,
     parts: list[dict[int, str]],
 ) -> tuple[str, Tensor] | None:
-    """(name, weight) of lora_A or lora_B for a parameter, from the experts' own: ``parts`` has
-    {expert: name in ``weights``} for each layer that the parameter stands for."""
+    """(name, weight) of lora_A or lora_B for a parameter, fused from those of its experts.
+
+    ``parts`` has {expert: name in ``weights``} for each layer that the parameter replaces. None
+    when some are missing or do not fit.
+    """
     place = _place(model, holder, parameter)
     if place is None:
         return None
@@ -189,7 +195,7 @@ def _fuse(
 
 
 def _place(model: nn.Module, holder: str, parameter: str) -> tuple[str, ParamWrapper] | None:
-    """(name, wrapper) of the wrapper of a parameter, in a nest of them."""
+    """(name, wrapper) of a parameter's wrapper among the nested ones of its module, or None."""
     try:
         module: Any = model.get_submodule(holder)
     except AttributeError:

@@ -1,10 +1,10 @@
-"""Projections that read the same tensor (q, k, v; gate, up) computed together when they train.
+"""Groups of projections that read the same tensor (q, k, v; gate, up), computed together to train.
 
-Which belong together is known from their names and their parent's; at every call it is checked that
-they do. The first one called computes all of them (:func:`peftkern.ops.lora_group.lora_group`) and
-the others fetch their output, if they come with the very same tensor. A set of which one came with
-another tensor is left ungrouped from a later forward of the model on: not at once, because a
-checkpointed block must be recomputed as it was computed.
+Names of the layers and their parent suggest the groups; every call checks them. The first member
+that is called computes all of them (:func:`peftkern.ops.lora_group.lora_group`). The others take
+their output from it, if they are called with the same tensor. When one is called with another
+tensor, the group is switched off at a later forward of the model. It is not switched off at once,
+because a checkpointed block must be recomputed in the way in which it was computed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ...ops.lora_group import lora_group
 from ...ops.projection import Projection
 from ..base_layer import walk
 
-# names of children that commonly read one input, in the order in which models call them
+# names of children that usually read the same input, in the order in which models call them
 SETS = (
     ("q_proj", "k_proj", "v_proj"),
     ("query", "key", "value"),
@@ -34,16 +34,17 @@ SETS = (
     ("gate_proj", "up_proj"),
     ("wi_0", "wi_1"),
 )
-# parents whose queries read another tensor than their keys and values
+# names of parents (cross attention) whose queries read another tensor than keys and values
 _CROSS = re.compile(r"cross|encdec|encoder_attn|encoder_decoder", re.IGNORECASE)
 
-# how often any set broke its promise; tells `ungroup_broken` whether there may be something to do
+# number of groups whose members were called with different tensors; when it has changed,
+# `ungroup_broken` looks for them
 _breaks = 0
-_count_breaks = itertools.count(1)  # += would lose one when two threads count
+_count_breaks = itertools.count(1)  # two threads with += could lose a count
 
 
 class _Stash:
-    """Outputs waiting for their layers, and what they were computed from."""
+    """Outputs that wait for their layers, with the input and state they were computed from."""
 
     __slots__ = ("x", "version", "mode", "outputs")
 
@@ -51,7 +52,7 @@ class _Stash:
         self.x, self.version, self.mode, self.outputs = x, x._version, _mode(x), outputs
 
     def take(self, index: int, x: Tensor, call: Projection) -> Tensor | None:
-        """The output of member ``index``, if it would be computed from the same things now."""
+        """The output of member ``index``; None when a call now would use other values for it."""
         y, was = self.outputs[index]
         if self.x is not x or self.version != x._version or self.mode != _mode(x):
             return None
@@ -63,7 +64,7 @@ def _mode(x: Tensor) -> tuple[bool, bool]:
 
 
 def _fingerprint(call: Projection) -> tuple[Any, ...]:
-    """Which tensors a call takes, in which version, and its numbers."""
+    """The identity and version of a call's tensors, and its numbers."""
     tensors = tuple(
         (id(t), None if t.is_inference() else t._version) for t in call.tensors if t is not None
     )
@@ -71,11 +72,11 @@ def _fingerprint(call: Projection) -> tuple[Any, ...]:
 
 
 class _Open:
-    """Lives from the forward of a grouped operation until its backward, or its graph's end."""
+    """An object that lives from a grouped forward until its backward or the end of its graph."""
 
 
 class Group:
-    """A set of sibling layers; each holds it as ``_group`` and asks it for its output."""
+    """A set of sibling layers; each holds it as ``_group`` and takes its output from it."""
 
     def __init__(self, names: list[str], layers: list[Any]) -> None:
         self.names, self.layers = names, layers
@@ -94,7 +95,7 @@ class Group:
         self._fresh()
 
     def describe(self, layer: Any) -> str:
-        """What ``explain`` adds to the reason of a member."""
+        """The words that ``explain`` adds to the line of a member."""
         others = [
             n
             for n, other in zip(self.names, self.layers, strict=True)
@@ -107,14 +108,14 @@ class Group:
         return f"; trains as one operation with {', '.join(others)}"
 
     def output(self, layer: Any, x: Tensor, call: Projection) -> Tensor | None:
-        """The layer's output for x, or None when it is to be computed by itself.
+        """The layer's output for ``x``; None when the layer must compute it alone.
 
         Args:
             layer: the member that was called.
-            x: its input [..., K].
-            call: what :meth:`.linear.Linear.fused_call` found for x.
+            x: the layer's input [..., K].
+            call: the result of :meth:`.linear.Linear.fused_call` for x.
         """
-        if x.is_inference():  # has no version, and is recomputed for no backward
+        if x.is_inference():  # it has no version to compare, and there is no backward
             return None
         local = self._local.__dict__
         stash = local.get("stash")
@@ -127,9 +128,8 @@ class Group:
                     if not stash.outputs:
                         local["stash"] = None
                     return y
-            # Somebody came with another tensor, or never came. This call is grouped all the same:
-            # that may depend on nothing that differs between a checkpointed block and its
-            # recomputation.
+            # A member was called with another tensor, or not at all. This call is grouped
+            # nevertheless: a checkpointed block and its recomputation must decide in the same way.
             local["stash"] = None
             self._break()
         calls = {index: call}
@@ -155,14 +155,16 @@ class Group:
             _breaks = next(_count_breaks)
 
     def ungroup_if_broken(self) -> bool:
-        """Leave a broken set ungrouped, unless a graph that it is part of waits for its backward.
-        False when it has to wait."""
+        """Switch a broken group off, unless a graph that it is part of waits for its backward.
+
+        Returns False when it has to wait.
+        """
         if not self.broken or self.off:
             return True
         if len(self._open):
             return False
         self.off = True
-        self._fresh()  # or what waits for a layer that never comes would live on
+        self._fresh()  # frees outputs that wait for a layer that is never called
         logging.getLogger("peftkern").info(
             "%s are not grouped: they were called with different inputs", ", ".join(self.names)
         )
@@ -170,7 +172,7 @@ class Group:
 
 
 def ungroup_broken(model: nn.Module) -> None:
-    """Leave sets of ``model`` ungrouped that broke their promise. For the start of its forward."""
+    """Switch off the broken groups of ``model``; called at the start of its forward."""
     if is_compiling():  # projections are not grouped in a compiled graph
         return
     state = model.__dict__
@@ -186,7 +188,7 @@ def _group_of(module: nn.Module) -> Group | None:
 
 
 def form_groups(model: nn.Module, layer_cls: type) -> None:
-    """Give each set of adapted siblings in ``model`` a :class:`Group`, unless it has one."""
+    """Give each set of adapted siblings in ``model`` a :class:`Group`, unless they have one."""
     for name, module in walk(model, into_layers=False):
         if _CROSS.search(name):
             continue

@@ -1,9 +1,11 @@
-"""The fused forward inside HF PEFT's own LoRA layer. The one module that imports HF PEFT: it is
-imported for a model that holds HF PEFT's layers, and for nothing else.
+"""``FusedLinear``: peftkern's fused forward inside HF PEFT's own LoRA layer.
 
-A fused layer is HF PEFT's object with another class, a subclass of HF PEFT's, so all that is kept
-and all that its API does stays HF PEFT's; only ``forward`` looks first whether the call is one
-that :class:`peftkern.tuners.lora.linear.Linear` runs as one operation.
+This is the only module that imports HF PEFT. It is imported only for a model that has HF PEFT's
+layers.
+
+A fused layer is HF PEFT's object with another class, a subclass of HF PEFT's. Its state and its API
+stay HF PEFT's. Only ``forward`` differs: a call that
+:class:`peftkern.tuners.lora.linear.Linear` runs as one operation runs so here too.
 """
 
 from __future__ import annotations
@@ -21,20 +23,20 @@ from .base import LoraLayer
 from .linear import Linear
 from .row_adapters import AdapterNames, as_one, mixed_reason
 
-# what the fused forward keeps in a layer, and `give_back` takes out again
+# attributes that the fused forward keeps in a layer; `give_back` removes them
 _OWN = ("_plan", "_group", "_noted_reason", "_noted_mixed")
-# attributes of HF PEFT's layer that a call reads without going through its properties
+# attributes of HF PEFT's layer that a call reads directly, not through its properties
 _READ = ("_active_adapter", "_disable_adapters", "merged_adapters", "scaling", "lora_variant")
 
 
 class FusedLinear(HFLinear):
-    """HF PEFT's ``lora.Linear`` with the fused forward of peftkern's; see :func:`take_over`.
+    """HF PEFT's ``lora.Linear`` with peftkern's fused forward; see :func:`take_over`.
 
-    What is not one operation (several active adapters, variants such as DoRA, a merged layer, ...)
-    is HF PEFT's forward, and :meth:`decline_reason` says why.
+    Calls that cannot be one operation (several active adapters, variants such as DoRA, a merged
+    layer, ...) run HF PEFT's forward, and :meth:`decline_reason` says why.
     """
 
-    # functions that read what both kinds of layer have
+    # these functions read only attributes that both kinds of layers have
     forward = Linear.forward
     traced_call = Linear.traced_call
     product_call = Linear.product_call
@@ -47,7 +49,7 @@ class FusedLinear(HFLinear):
         state = self.__dict__
         active = state["_active_adapter"]
         if active.__class__ is list:
-            # the one that set_adapter was given, and a caller may have written to it since
+            # it is the list given to set_adapter, which a caller may have changed since
             plan = state["_plan"]
             if plan is not None and active != [plan.name]:
                 state["_plan"] = None
@@ -71,7 +73,7 @@ class FusedLinear(HFLinear):
         return HFLinear.forward(self, x, *args, **kwargs)
 
     def _mixes(self, x: Tensor, names: Sequence[str]) -> bool:
-        """Whether HF PEFT would run this mixed batch on plain LoRA, and not raise an error."""
+        """True when HF PEFT would run this mixed batch on plain LoRA, without an error."""
         return (
             len(x) == len(names)
             and not self.disable_adapters
@@ -81,17 +83,19 @@ class FusedLinear(HFLinear):
 
 
 class _Names(threading.local):
-    """The names of the last mixed batch in this thread: HF PEFT hands the same list to each of
-    hundreds of layers, and the index made from it serves them all."""
+    """The names of this thread's last mixed batch.
 
-    def __init__(self) -> None:  # in each thread, see `utils.handing`
+    HF PEFT passes the same list to each of hundreds of layers, and one index serves all of them.
+    """
+
+    def __init__(self) -> None:  # runs once in each thread, see `utils.handing`
         self.known = AdapterNames(())
         self.inference = False
 
     def of(self, names: Sequence[str]) -> AdapterNames:
         if isinstance(names, AdapterNames):
             return names
-        inference = torch.is_inference_mode_enabled()  # its tensors are of no use outside it
+        inference = torch.is_inference_mode_enabled()  # its tensors cannot be used outside of it
         if self.known != tuple(names) or self.inference != inference:
             self.known, self.inference = AdapterNames(names), inference
         return self.known
@@ -101,7 +105,7 @@ _names = _Names()
 
 
 def why_not(layer: Any) -> str | None:
-    """Why a LoRA layer of HF PEFT cannot be fused, whatever its adapters; None when it can."""
+    """The reason that an HF PEFT LoRA layer cannot be fused with any adapter; None when it can."""
     cls = type(layer)
     if cls is not HFLinear and cls is not FusedLinear:
         return f"a {cls.__module__}.{cls.__qualname__} keeps its own forward"
@@ -117,13 +121,13 @@ def why_not(layer: Any) -> str | None:
 
 
 def take_over(layer: Any) -> None:
-    """Give a layer that nothing speaks against (:func:`why_not`) the fused forward."""
+    """Give a layer the fused forward; :func:`why_not` must be None for it."""
     layer.__dict__.update(_plan=None, _group=None)
     layer.__class__ = FusedLinear
 
 
 def give_back(layer: Any) -> None:
-    """Make a fused layer HF PEFT's again."""
+    """Make a fused layer one of HF PEFT's class again."""
     for name in _OWN:
         layer.__dict__.pop(name, None)
     layer.__class__ = HFLinear

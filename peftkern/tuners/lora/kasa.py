@@ -1,10 +1,10 @@
-"""KaSA (Wang et al., 2024, arXiv 2412.06071): an update with singular values of its own, on a base
-weight without its r smallest ones.
+"""KaSA (Wang et al., 2024, arXiv 2412.06071): an update with trained singular values of its own.
 
     Y = X W'ᵀ + s · drop(X) Aᵀ diag(λ) Bᵀ        W' = Σ_{i ≤ k-r} σ_i u_i v_iᵀ,  k = min(N, K)
 
-λ is ``lora_diag[name]`` [r] and trains beside A and B. Cutting W down is part of adding the adapter
-and is never undone: the base model is another one from then on.
+W' is the base weight without its r smallest singular values. λ is ``lora_diag[name]`` [r] and
+trains with A and B. Adding the adapter replaces W by W' for good: from then on the base model is
+another one.
 """
 
 from __future__ import annotations
@@ -28,8 +28,10 @@ PENDING = (
 
 
 def split(weight: Tensor, r: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """``weight`` [N, K] without its r smallest singular values, in its own dtype, and what that
-    leaves out as float32 factors [N, r] and [r, K]."""
+    """(``weight`` [N, K] without its r smallest singular values, the part that is left out).
+
+    The first is in the weight's dtype, the second as float32 factors [N, r] and [r, K].
+    """
     u, s, vh = torch.linalg.svd(weight.detach().to(torch.float32), full_matrices=False)
     k = len(s) - r
     kept = ((u[:, :k] * s[:k]) @ vh[:k]).to(weight.dtype)
@@ -37,7 +39,7 @@ def split(weight: Tensor, r: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
 
 
 def truncation(A: Tensor, B: Tensor, r: int) -> Start:
-    """What adding an adapter with these A and B does to the base weight."""
+    """A start with these A and B that truncates the base weight, and can undo that."""
     lost: list[tuple[Tensor, Tensor]] = []
 
     def cut(weight: Tensor) -> Tensor:
@@ -62,12 +64,13 @@ def layer_loss(layer: Any, adapter: str, beta: float, gamma: float) -> Tensor:
 
 
 def kasa_loss(model: Any, adapter_names: str | list[str] | None = None) -> Tensor | float:
-    """What KaSA adds to a task's loss, summed over the layers: see :func:`layer_loss`, with
-    ``beta`` and ``gamma`` of each adapter's ``kasa_config``.
+    """The loss that KaSA adds to a task's loss: the sum of :func:`layer_loss` over the layers.
+
+    β and γ are ``beta`` and ``gamma`` of each adapter's ``kasa_config``.
 
     Args:
         model: a LoraModel.
-        adapter_names: which adapters; None: the active ones.
+        adapter_names: the adapters; None: the active ones.
 
     Returns:
         A scalar tensor with a graph, or 0.0 when none of them uses KaSA.
@@ -84,7 +87,7 @@ def kasa_loss(model: Any, adapter_names: str | list[str] | None = None) -> Tenso
 
 
 class KasaLinearVariant(LoraVariant, setting="kasa_config", layers=("linear",)):
-    """On ``nn.Linear``: the fused operation of plain LoRA with B diag(λ) for its B."""
+    """KaSA on ``nn.Linear``: plain LoRA's fused operation with B diag(λ) in place of B."""
 
     name = "KaSA"
     weight_stores = {"lora_diag": nn.ParameterDict}
@@ -108,7 +111,7 @@ class KasaLinearVariant(LoraVariant, setting="kasa_config", layers=("linear",)):
                 f"{type(base).__name__} is {weight.dtype}; allowed: floating point"
             )
         k = min(weight.shape)
-        if r >= k:  # nothing of the weight would be left
+        if r >= k:  # no singular value of the weight would be left
             raise ValueError(
                 f"KaSA requires `r` ({r}) to be smaller than min(in_features, out_features) ({k}) "
                 "so that at least one singular component of the base weight is preserved after "
@@ -117,7 +120,7 @@ class KasaLinearVariant(LoraVariant, setting="kasa_config", layers=("linear",)):
 
     @classmethod
     def check_beside(cls, config: Any, others: Sequence[tuple[str, Any]]) -> None:
-        """What base weight an adapter sees would depend on the order in which they were added."""
+        """Refuse KaSA beside adapters without it, for which the order of adding would matter."""
         new = getattr(config, "kasa_config", None) is not None
         for name, other in others:
             if (getattr(other, "kasa_config", None) is not None) is not new:
@@ -133,7 +136,7 @@ class KasaLinearVariant(LoraVariant, setting="kasa_config", layers=("linear",)):
         waiting.discard(adapter)
         A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
         weight, r = layer.get_base_layer().weight, layer.r[adapter]
-        # drawn as HF PEFT draws it, in the base weight's dtype
+        # drawn in the base weight's dtype, as in HF PEFT
         drawn = torch.float32 if weight.itemsize == 1 else weight.dtype
         diag = torch.randn(r, device=A.device, dtype=drawn).to(A.dtype)
         layer.lora_diag[adapter] = Parameter(diag, requires_grad=trainable)
@@ -181,4 +184,4 @@ class KasaLinearVariant(LoraVariant, setting="kasa_config", layers=("linear",)):
         return "KaSA has its singular values in B" if reason is None else f"KaSA; {reason}"
 
     def supports_lora_conversion(self) -> bool:
-        return False  # the update is one of another base weight
+        return False  # the update is for the truncated base weight

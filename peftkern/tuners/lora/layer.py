@@ -1,4 +1,4 @@
-"""HF PEFT's address of the kinds of LoRA layers."""
+"""HF PEFT's address of the LoRA layer classes."""
 
 from ...configs.lora import LoraConfig
 from ...utils.constants import ALLOWED_COMPUTE_DTYPES, UPCAST_DTYPES

@@ -1,4 +1,4 @@
-"""Which LoRA layer a base layer gets, and what is refused before anything is changed."""
+"""The choice of a LoRA layer for a base layer, and the checks before anything is changed."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from .linear import Linear
 from .merging import own_forward
 from .variant import table_of, variant_class
 
-# heads that a task asks for whether a model has them under this name or not
+# names of heads that tasks put into modules_to_save whether a model has such a module or not
 HEADS = (*SEQ_CLS_HEAD_NAMES, "qa_outputs")
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-# in the order in which they are tried
+# tried in this order
 LAYERS: dict[type[nn.Module], type[LoraLayer]] = {
     Conv1D: Linear,
     nn.Linear: Linear,
@@ -43,7 +43,11 @@ LAYERS: dict[type[nn.Module], type[LoraLayer]] = {
 
 
 def layer_class(base: nn.Module) -> Callable[[nn.Module], LoraLayer]:
-    """What makes the LoRA layer for a base layer. ValueError for a class that cannot be adapted."""
+    """The callable that makes the LoRA layer for a base layer.
+
+    Raises:
+        ValueError: the base layer's class cannot be adapted.
+    """
     cls = _layer_class(base)
     if cls is not None:
         return partial(cls, fan_in_fan_out=True) if isinstance(base, Conv1D) else cls
@@ -66,7 +70,10 @@ def base_of(module: Any) -> nn.Module:
 
 
 def custom_class(module: nn.Module, config: LoraConfig) -> type[nn.Module] | None:
-    """The user's LoRA layer class for a base layer; see ``LoraConfig._register_custom_module``."""
+    """The user's LoRA layer class for a base layer, or None.
+
+    See ``LoraConfig._register_custom_module``.
+    """
     for kind, cls in (config._custom_modules or {}).items():
         if isinstance(base_of(module), kind):
             return cls
@@ -74,12 +81,12 @@ def custom_class(module: nn.Module, config: LoraConfig) -> type[nn.Module] | Non
 
 
 def check(key: str, module: nn.Module, r: int, config: LoraConfig) -> None:
-    """Raise, mostly with HF PEFT's words, for an adapter that the layer ``module`` cannot get.
+    """Refuse an adapter that the layer ``module`` cannot have, mostly in HF PEFT's words.
 
     Raises:
-        ValueError: ``lora_bias`` on an embedding, a rank that the groups of a convolution do not
-            divide, an attention, a variant or an initialisation that cannot be done.
-        TypeError: a dtype that the initialisation, or the variant, is not for.
+        ValueError: ``lora_bias`` on an embedding; a rank that is no multiple of a convolution's
+            groups; an attention, a variant or an initialisation that is not possible.
+        TypeError: a dtype that the initialisation or the variant does not support.
     """
     base: Any = base_of(module)
     kind = type(base).__name__
@@ -105,7 +112,7 @@ def check(key: str, module: nn.Module, r: int, config: LoraConfig) -> None:
 
 
 def warn(module: nn.Module, config: LoraConfig) -> None:
-    """The warnings of HF PEFT about a layer that gets an adapter, and one about its forward."""
+    """Give HF PEFT's warnings about a layer that gets an adapter, and one about its forward."""
     base: Any = base_of(module)
     if config.lora_bias and getattr(base, "bias", None) is None:
         warnings.warn(
@@ -130,7 +137,7 @@ def warn(module: nn.Module, config: LoraConfig) -> None:
 
 
 def warn_of_changed_base(configs: list[Any]) -> None:
-    """HF PEFT's warning when one of several adapters changed the weights that all share."""
+    """Give HF PEFT's warning when one of several adapters changes the weights that all share."""
     names = {"pissa": "PiSSA", "corda": "CorDA", "olora": "OLoRA", "lora_ga": "LoRA-GA"}
     inits = [str(getattr(c, "init_name", "")).partition("_niter_")[0] for c in configs]
     found = [shown for name, shown in names.items() if name in inits]
@@ -150,14 +157,14 @@ def check_saved(
 
     Args:
         model: the base model.
-        config: the new adapter's.
-        name: of the new adapter.
+        config: the new adapter's configuration.
+        name: the new adapter's name.
         sites: (name, module, ...) of each layer that gets the adapter.
         saved: names of the modules that ``modules_to_save`` matches.
 
     Raises:
-        TypeError: one of them is an adapter layer or a container, or is inside of a layer of sites.
-        ValueError: a name that matches nothing but what is inside of adapter layers.
+        TypeError: one of them is an adapter layer or a container, or inside a layer of ``sites``.
+        ValueError: a name in ``modules_to_save`` matches only parts of adapter layers.
     """
     for key in saved:
         _, module, _ = get_submodules(model, key)
@@ -171,7 +178,7 @@ def check_saved(
             f"modules_to_save cannot be applied to `{within}`: it is a part of a layer that "
             "gets an adapter"
         )
-    # what is inside of adapter layers is never meant; where nothing else is, that is said
+    # parts of adapter layers are never meant: an error when a name matches nothing else
     parts = ("base_layer", "lora_dropout", "lora_A", "lora_B", f"lora_A.{name}")
     for wanted in config.modules_to_save or ():
         if wanted in HEADS or any(ends_with_words(key, wanted) for key in saved):
@@ -188,7 +195,7 @@ def check_saved(
 
 
 def check_patterns(config: LoraConfig, keys: list[str]) -> None:
-    """Warn of patterns for ranks and alphas that match none of ``keys``, what is adapted."""
+    """Warn of patterns for ranks and alphas that match none of ``keys``, the adapted modules."""
     for attribute in ("rank_pattern", "alpha_pattern"):
         unused = sorted(
             pattern
@@ -205,7 +212,7 @@ def check_patterns(config: LoraConfig, keys: list[str]) -> None:
 
 
 def match_fan_in_fan_out(config: LoraConfig, modules: list[nn.Module]) -> None:
-    """Make the flag what the layers' classes say, with HF PEFT's warning where it does not."""
+    """Set ``fan_in_fan_out`` to fit the layers' classes, with HF PEFT's warning when it changes."""
     for module in modules:
         if isinstance(module, nn.Linear) and config.fan_in_fan_out:
             warnings.warn(
@@ -251,8 +258,10 @@ def make_custom(
     config: LoraConfig,
     **how: Any,
 ) -> Any:
-    """A user's LoRA layer around ``base`` with its first adapter, made as HF PEFT makes it; ``how``
-    is what our own layers take in addition."""
+    """A user's LoRA layer around ``base`` with its first adapter, made as HF PEFT makes it.
+
+    ``how`` are the further arguments of peftkern's own layers.
+    """
     return cls(
         base,
         name,

@@ -1,4 +1,4 @@
-"""LoRA on ``nn.Linear`` and transformers' ``Conv1D``: the fused call, and when there is none."""
+"""LoRA on ``nn.Linear`` and transformers' ``Conv1D``: the fused call, and the general forward."""
 
 from __future__ import annotations
 
@@ -25,13 +25,12 @@ from .plan import Plan, is_hooked, weight_layout
 from .row_adapters import AdapterNames, forward_mixed
 from .variant import make_ready, take_kwargs
 
-# where a compiler traces the call, it is one operation all the same
+# not a reason under a compiler: a traced call is one operation with such a scaling too
 SCALING_IS_A_TENSOR = "the scaling is a tensor (prepared for hot-swapping into a compiled model)"
 
 
 def bare_linear(weight: Tensor, bias: Tensor | None, trainable: bool) -> nn.Linear:
-    """An ``nn.Linear`` around a given weight [out, in],
-    without drawing one that would be thrown away."""
+    """An ``nn.Linear`` around a given weight [out, in]; draws no random numbers."""
     linear = nn.Linear.__new__(nn.Linear)
     nn.Module.__init__(linear)
     linear.__dict__["out_features"], linear.__dict__["in_features"] = weight.shape
@@ -44,12 +43,12 @@ class Linear(nn.Module, LoraLayer):
     """A frozen linear layer with low-rank updates: Y = base(X) + Σ scaling · B A drop(X).
 
     One active adapter on a plain weight runs as one operation
-    (:func:`peftkern.ops.lora.lora_linear`); anything else calls ``base_layer`` and adds the
-    updates, and :meth:`decline_reason` says why.
+    (:func:`peftkern.ops.lora.lora_linear`). Other calls run ``base_layer`` and add the updates;
+    :meth:`decline_reason` says why. X is [..., K], Y [..., N].
     """
 
     layer_kind = "linear"
-    # attributes of PEFT's layers that this kind does not fill
+    # attributes of PEFT's layers that are always empty here
     lora_embedding_A = lora_embedding_B = NOTHING
     lora_A: nn.ModuleDict
     lora_B: nn.ModuleDict
@@ -102,8 +101,8 @@ class Linear(nn.Module, LoraLayer):
             return self._forward_general(x, *args, **kwargs)
         weight, bias, A, B, scale, p, transposed = call  # starring it costs more
         group = self.__dict__["_group"]
-        # without gradients only where masks are drawn: the first pass of a reentrant checkpoint
-        # must draw them in the order of the second
+        # without gradients a group is used only with dropout: the first pass of a reentrant
+        # checkpoint must draw its masks in the same order as the second
         if group is not None and not group.off and (p > 0.0 or torch.is_grad_enabled()):
             y = group.output(self, x, Projection(*call))
             if y is not None:
@@ -111,11 +110,13 @@ class Linear(nn.Module, LoraLayer):
         return lora_linear(x, weight, bias, A, B, scale, p, transposed)
 
     def fused_call(self, x: Tensor) -> tuple[Any, ...] | None:
-        """The fields of a :class:`Projection` for a call with x [..., K], as a plain tuple, which
-        costs less to make; None when it cannot be fused. :meth:`decline_reason` says why in words,
-        and must be kept in step."""
-        # This runs hundreds of times a token. The plan holds *where* weights, scaling and hooks
-        # live, never the weights: what was replaced, rescaled or hooked is seen at the next call.
+        """The fields of a :class:`Projection` of x [..., K]; None when it cannot be fused.
+
+        They are a plain tuple, which costs less to make. :meth:`decline_reason` gives the reason
+        in words and must test the same conditions.
+        """
+        # This runs hundreds of times for each token. The plan holds *where* weights, scaling and
+        # hooks are, never the weights, so that the next call sees any that were replaced.
         state = self.__dict__
         plan = state["_plan"]
         if plan is None or not plan.holds(state):
@@ -126,7 +127,7 @@ class Linear(nn.Module, LoraLayer):
             or state["merged_adapters"]
             or (HookCounter.next_id != plan.hooks_seen and plan.is_hooked())
             or transforms_active()
-            or jit_is_tracing()  # torch.jit.is_tracing at a third of its cost
+            or jit_is_tracing()  # takes a third of the time of torch.jit.is_tracing
         ):
             return None
         params = plan.base_params
@@ -145,7 +146,7 @@ class Linear(nn.Module, LoraLayer):
             if not _dtypes_fit(x, dtype, low, B.dtype):
                 return None
         p = plan.drop.p if plan.drops and plan.drop.training else 0.0
-        if p >= 1.0:  # drops everything, which no factor 1 / (1 - p) expresses
+        if p >= 1.0:  # everything is dropped, and 1 / (1 - p) is not defined
             return None
         scale = state["scaling"][plan.name]
         if scale.__class__ is Tensor:
@@ -153,9 +154,11 @@ class Linear(nn.Module, LoraLayer):
         return weight, params["bias"], A, B, scale, p, plan.transposed
 
     def traced_call(self, x: Tensor) -> Projection | None:
-        """:meth:`fused_call` for a compiler, or None when it gets the plain formula. Nothing is
-        written and everything is read from the modules, so that the compiler sees what the answer
-        depends on."""
+        """:meth:`fused_call` for a compiler; None when the compiler gets the plain formula.
+
+        It writes nothing and reads everything from the modules, so that the compiler can guard what
+        the result depends on.
+        """
         if self.decline_reason() not in (None, SCALING_IS_A_TENSOR):
             return None
         name = self.active_adapters[0]
@@ -165,8 +168,10 @@ class Linear(nn.Module, LoraLayer):
         return call
 
     def product_call(self, x: Tensor, name: str) -> Projection | None:
-        """What :meth:`fused_call` finds, for a call with this adapter, whose
-        :meth:`product_reason` is None."""
+        """The :class:`Projection` of ``x`` with this adapter, or None.
+
+        :meth:`product_reason` must be None for the adapter.
+        """
         if transforms_active() or is_tracing():
             return None
         base: Any = self.base_layer
@@ -176,8 +181,8 @@ class Linear(nn.Module, LoraLayer):
         p = drop.p if drop.training and isinstance(drop, nn.Dropout) else 0.0
         if (
             p >= 1.0
-            # product_reason looked for replaced forwards as well, in a way that compilers set no
-            # guard for; with this one a forward that is replaced later is seen
+            # product_reason tests for replaced forwards too, but compilers set no guard for its
+            # test; with this one they notice a forward that is replaced later
             or not all(isinstance(m.forward, MethodType) for m in (base, a, b, drop))
             or not _dtypes_fit(x, base.weight.dtype, a.weight.dtype, b.weight.dtype)
         ):
@@ -190,10 +195,10 @@ class Linear(nn.Module, LoraLayer):
         return Projection(base.weight, base.bias, a.weight, B, scale, p, layout)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_plan": None}  # a copy has its own modules
+        return {**self.__dict__, "_plan": None}  # a copy has other modules
 
     def _forward_general(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Any base layer, any adapters: the base's own call, then each update on top."""
+        """The output for any base layer and adapters: the base's own call, then each update."""
         adapter_names = kwargs.pop("adapter_names", None)
         variant_kwargs = take_kwargs(kwargs)
         if self.lora_variant:
@@ -240,7 +245,7 @@ class Linear(nn.Module, LoraLayer):
         return (A.T, B.T) if self.fan_in_fan_out else (B, A)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether the adapter's update can be written as that of plain LoRA."""
+        """True when the adapter's update can be written as one of plain LoRA."""
         variant = self.lora_variant.get(adapter_name)
         return variant is None or variant.supports_lora_conversion()
 
@@ -261,8 +266,7 @@ class Linear(nn.Module, LoraLayer):
         return self.product_reason(active[0])
 
     def product_reason(self, name: str) -> str | None:
-        """Why the products of the base layer and of this adapter cannot be one operation, None when
-        they can."""
+        """The reason that base layer and adapter cannot be one operation; None when they can."""
         base: Any = self.base_layer
         weight = base._parameters.get("weight")
         if is_tracing():
@@ -303,7 +307,7 @@ class Linear(nn.Module, LoraLayer):
 
 
 def _dtypes_fit(x: Tensor, dtype: torch.dtype, low: torch.dtype, low_b: torch.dtype) -> bool:
-    """Whether the fused operation takes x under a weight of ``dtype`` with adapters of ``low``."""
+    """True when the fused operation takes x with W of ``dtype``, A of ``low``, B of ``low_b``."""
     if low_b != low or not dtype.is_floating_point:
         return False
     if x.dtype == dtype:

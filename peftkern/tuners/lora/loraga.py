@@ -13,18 +13,19 @@ from ...utils.undo import in_mode, remember_requires_grad
 from .inits.calibration import has_content, linear_targets, load_tensors, model_device, save_tensors
 from .inits.residual import Start, current, minus_product
 
-GRADIENT = "_peft_loraga_grad"  # HF PEFT's name, on the base layer
+GRADIENT = "_peft_loraga_grad"  # attribute of the base layer, with HF PEFT's name
 
 
 def lora_ga(layer: Any, adapter: str, config: LoraConfig) -> Start | None:
-    """The start from the gradient that :func:`preprocess_loraga` left on the base layer (and that
-    is taken away here); None without one, as when an adapter is loaded.
+    """The start from the gradient that :func:`preprocess_loraga` set on the base layer.
 
-    G ≈ U S Vᵀ with 2r triplets; A gets r of the right vectors, B the left vectors of other triplets
+    The gradient is removed here. None without a gradient, as when an adapter is loaded.
+
+    G ≈ U S Vᵀ with 2r triplets. A gets r of the right vectors, B the left vectors of other triplets
     times their S.
 
     Raises:
-        ValueError: there is a gradient and no ``lora_ga_config``.
+        ValueError: there is a gradient but no ``lora_ga_config``.
     """
     base = layer.get_base_layer()
     gradient = getattr(base, GRADIENT, None)
@@ -65,7 +66,7 @@ def lora_ga(layer: Any, adapter: str, config: LoraConfig) -> Start | None:
             B = B * (largest / S[of_B][0])
     elif how.scale == "gd_scale":
         A, B = A / s, B / s
-    # what is taken out of the weight is what the rounded adapter adds
+    # rounded before the product is subtracted from the weight, so that it is what the adapter adds
     A, B = (t.to(weight.dtype).float() for t in (A, B))
     delattr(base, GRADIENT)
     return minus_product(A.contiguous(), B.contiguous(), s, transposed)
@@ -78,12 +79,12 @@ def preprocess_loraga(
     train_step: Callable[[], None],
     cache_file: str | None = None,
 ) -> None:
-    """Leave the mean gradient of every targeted linear layer on it, for "lora_ga".
+    """Set the mean gradient of every targeted linear layer on the layer, for "lora_ga".
 
     Args:
-        model: the model to be adapted afterwards. Its gradients and training mode are as before.
-        lora_config: which layers; needs ``lora_ga_config``.
-        train_step: runs forward and backward, as often as it likes, and no optimizer.
+        model: the model to be adapted afterwards. Its gradients and training mode do not change.
+        lora_config: names the layers; must have ``lora_ga_config``.
+        train_step: runs forward and backward, any number of times, without an optimizer.
         cache_file: a safetensors file with the gradients: read when it exists, else written.
 
     Raises:
@@ -125,8 +126,10 @@ def preprocess_loraga(
 def _gradients(
     model: nn.Module, targets: list[tuple[str, Any]], train_step: Callable[[], None]
 ) -> list[tuple[Any, Tensor]]:
-    """(layer, gradient of its weight / backward passes through it) after ``train_step``, which sees
-    a model in which these weights alone train."""
+    """(layer, mean gradient of its weight over backward passes) after ``train_step``.
+
+    During ``train_step`` only these weights train.
+    """
     put_flags_back = remember_requires_grad(model)
     passes = dict.fromkeys((id(layer) for _, layer in targets), 0)
 

@@ -1,4 +1,4 @@
-"""Adding adapters to a layer's base weight, and taking them out again."""
+"""``Merging``: adds adapters to a layer's base weight and takes them out again."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..adapter_calls import BROKEN, check_adapters_to_merge
 from .restore import Kept, at_least_float32
 from .variant import make_ready
 
-# how torch's and transformers' layers compute with their weight
+# {kind of layer: the methods with which it computes with its weight}
 _FORWARDS: dict[type[nn.Module], tuple[str, ...]] = {
     nn.Linear: ("forward",),
     Conv1D: ("forward",),
@@ -28,31 +28,34 @@ _FORWARDS: dict[type[nn.Module], tuple[str, ...]] = {
 
 
 def own_forward(base: Any) -> str | None:
-    """Words for a subclass of a known layer that computes in a way of its own, so that nothing
-    says that adding to its weight adds to its output; None for what is known."""
+    """Words for a subclass of a known layer that overrides its forward; None for known layers.
+
+    For such a subclass it is not known that adding to its weight adds to its output.
+    """
     for kind, methods in _FORWARDS.items():
         if not isinstance(base, kind):
             continue
         cls: Any = type(base)
         if all(getattr(cls, name, None) is getattr(kind, name, None) for name in methods):
             return None
-        if kind is nn.Embedding and hasattr(base, "embed_scale"):  # which the update is given too
+        if kind is nn.Embedding and hasattr(base, "embed_scale"):  # the update is scaled too
             return None
         return f"a {cls.__name__}, which has another forward than {kind.__name__}"
     return None
 
 
 class Merging:
-    """What a LoRA layer does to merge: mixed into :class:`LoraLayer`, written once for all kinds.
+    """The part of :class:`LoraLayer` that merges, the same for all kinds of layers.
 
-    W' = round(W + Σ delta), the sum in at least float32 and rounded once for each call of
-    :meth:`merge`, then written into the base weight's own storage. A kind of layer says where the
-    weight is (:meth:`_merge_target`) and what an adapter's update is made of (:meth:`_factors`).
+    W' = round(W + Σ delta). The sum is in at least float32, is rounded once for each call of
+    :meth:`merge`, and is written into the base weight's own storage. A kind of layer defines where
+    the weight is (:meth:`_merge_target`) and the factors of an adapter's update (:meth:`_factors`).
     """
 
     merged_adapters: list[str]
     lora_variant: dict[str, Any]
-    # (adapters, what undoes it) of each merge() that has not been taken back; None: subtraction
+    # (adapters, record to restore the weight) of each merge() that is not undone yet; a record of
+    # None means to subtract
     _kept: list[tuple[list[str], Kept | None]]
 
     # ---------------------------------------------------------------- what a kind of layer answers
@@ -63,27 +66,31 @@ class Merging:
         return layer.get_base_layer(), "weight"
 
     def _factors(self, adapter: str) -> tuple[Tensor, Tensor]:
-        """(left [..., r], right [r, ...]): their product, in the base weight's shape, times the
-        scaling is the adapter's update. Both in the adapter's dtype."""
+        """(left [..., r], right [r, ...]) in the adapter's dtype.
+
+        Their product times the scaling is the adapter's update, in the base weight's shape.
+        """
         raise NotImplementedError
 
     def _cannot_merge(self, adapter: str) -> str | None:
-        """Why this adapter cannot be merged into this kind of layer, None when it can."""
+        """The reason that this adapter cannot be merged into this kind of layer, or None."""
         return None
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether the adapter's update can be written as that of plain LoRA on a linear layer."""
+        """True when the adapter's update can be written as plain LoRA's on a linear layer."""
         return False
 
     # ---------------------------------------------------------------- the update of the weight
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """The adapter's update of the base weight, in its shape and the adapter's dtype."""
+        """The adapter's update, in the base weight's shape and the adapter's dtype."""
         return self._delta_weight(adapter).to(self._factors(adapter)[0].dtype)
 
     def _delta_weight(self, adapter: str) -> Tensor:
-        """:meth:`get_delta_weight` before it is rounded: float32, or float64 where the adapter or
-        the base weight is. A tensor of its own."""
+        """:meth:`get_delta_weight` before rounding, as a new tensor.
+
+        float32, or float64 when the adapter or the base weight is float64.
+        """
         left, right = (at_least_float32(factor) for factor in self._factors(adapter))
         module, attribute = self._merge_target()
         weight = getattr(module, attribute)
@@ -96,9 +103,9 @@ class Merging:
         """The base weight with one more adapter in it.
 
         Args:
-            adapter: its name.
-            weight: the weight with the adapters so far, at least float32; left as it is.
-            base: the weight without any adapter; None: ``weight`` is that.
+            adapter: the adapter's name.
+            weight: the weight with the adapters so far, at least float32; it is not changed.
+            base: the weight without any adapter; None: ``weight`` has none.
         """
         variant = self.lora_variant.get(adapter)
         if variant is None:
@@ -108,27 +115,28 @@ class Merging:
     # ---------------------------------------------------------------- in and out
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add adapters to the base weight, in place; :meth:`unmerge` brings back its very bits.
+        """Add adapters to the base weight, in place; :meth:`unmerge` restores it bit for bit.
 
-        What it takes to do so is kept until then, see :class:`peftkern.tuners.lora.restore.Kept`.
+        A record for that is kept meanwhile, see :class:`peftkern.tuners.lora.restore.Kept`.
 
         Args:
             safe_merge: refuse a result with NaN or infinity in it.
-            adapter_names: which adapters, in this order; None: the active ones. Those that have no
-                weights here, or are merged already, are passed over.
+            adapter_names: the adapters, in this order; None: the active ones. Adapters that have no
+                weights here, or are merged already, are skipped.
 
         Raises:
-            ValueError: a broken adapter (``safe_merge``), or a base weight that cannot be written
-                (quantised, on the meta device).
-            RuntimeError: ``lora_bias`` and a base layer without bias.
+            ValueError: with ``safe_merge`` a result that is not finite; a base weight that cannot
+                be written (quantised, on the meta device).
+            RuntimeError: ``lora_bias`` with a base layer that has no bias.
             NotImplementedError: the kind of layer cannot be merged.
-            The weight is then as it was.
+
+        After an error the weight is as it was.
         """
         names = check_adapters_to_merge(self, adapter_names)  # type: ignore[arg-type]
         self._merge(names, safe_merge, keep=True)
 
     def _check_mergeable(self, names: list[str]) -> list[str]:
-        """Those of ``names`` that have weights here, after all checks that need no arithmetic."""
+        """Make all checks that need no arithmetic; returns the ``names`` that have weights here."""
         layer: Any = self
         have = layer._get_available_adapters()
         names = [name for name in names if name in have]
@@ -150,7 +158,7 @@ class Merging:
             raise ValueError(
                 f"Cannot merge adapters: the {attribute} of a {kind} is a {type(weight).__name__}."
             )
-        made_of = (f"{attribute}_g", f"{attribute}_orig")  # what torch's older normalisations keep
+        made_of = (f"{attribute}_g", f"{attribute}_orig")  # parameters of torch's older weight_norm
         if attribute in getattr(module, "parametrizations", ()) or any(
             name in module._parameters for name in made_of
         ):
@@ -180,8 +188,11 @@ class Merging:
 
     @torch.no_grad()
     def _merged(self, names: list[str], safe_merge: bool) -> tuple[Tensor, Tensor | None]:
-        """(weight, bias or None) with these adapters, in the base's dtype. Nothing is written.
-        ValueError: ``safe_merge`` and not finite."""
+        """(weight, bias or None) with these adapters, in the base's dtype; writes nothing.
+
+        Raises:
+            ValueError: with ``safe_merge``, when a result is not finite.
+        """
         layer: Any = self
         module, attribute = self._merge_target()
         before = getattr(module, attribute).data
@@ -223,7 +234,7 @@ class Merging:
         self.merged_adapters.extend(names)
 
     def _without_last(self, weight: Tensor, names: list[str], kept: Kept | None) -> Tensor:
-        """``weight`` before these adapters were merged into it."""
+        """The value of ``weight`` from before these adapters were merged into it."""
         if kept is not None:
             return kept.restored(weight)
         rest = at_least_float32(weight)
@@ -232,7 +243,7 @@ class Merging:
         return rest.to(weight.dtype)
 
     def _unmerged_weight(self) -> Tensor:
-        """The base weight without any adapter, in its own dtype; what is merged stays so."""
+        """The base weight without any adapter, in its own dtype; nothing is unmerged."""
         module, attribute = self._merge_target()
         weight = getattr(module, attribute).data
         for names, kept in reversed(self._kept):
@@ -241,8 +252,10 @@ class Merging:
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Take every merged adapter out of the base weight, which gets the bits it had before,
-        whatever became of the adapters meanwhile."""
+        """Take every merged adapter out of the base weight, which gets its former bits.
+
+        This holds even when the adapters were changed or deleted meanwhile.
+        """
         if not self.merged_adapters:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
@@ -251,9 +264,9 @@ class Merging:
 
     @torch.no_grad()
     def _unmerge_last(self) -> None:
-        """Take the last call of :meth:`merge` back."""
+        """Undo the last call of :meth:`merge`."""
         layer: Any = self
-        # a list of names that somebody else filled is one call without a record
+        # without a record (other code filled the list of names) all names count as one call
         names, kept = self._kept[-1] if self._kept else (self.merged_adapters[:], None)
         module, attribute = self._merge_target()
         target: Any = getattr(module, attribute)

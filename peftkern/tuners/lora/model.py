@@ -64,18 +64,18 @@ class LoraModel(ModelMerging, Weighted, Starts, VariantMethods, BaseTuner):
         peft_config: a :class:`LoraConfig`, or {adapter name: LoraConfig}.
         adapter_name: the adapter to make.
         low_cpu_mem_usage: make its weights on the meta device, to be assigned from a checkpoint.
-        state_dict: adapt the modules that have tensors in here (only names are read), whatever the
-            configuration's targets are.
+        state_dict: adapt the modules that have tensors in it, and not the configuration's targets.
+            Only its names are read.
         autocast_adapter_dtype: keep float32 weights under a float16 or bfloat16 model; without it
             they have the dtype of the layer that they adapt.
-        training: whether the layers start in training mode, where dropout is on.
+        training: True: the layers start in training mode, where dropout is on.
 
     Raises:
-        NotImplementedError: the configuration asks for something not built yet.
+        NotImplementedError: the configuration has a setting that is not built yet.
         ValueError: nothing matches, or a match cannot be adapted. The model is then as it was.
     """
 
-    # puts stacked layers back (`layer_replication`)
+    # function that restores the layers of a stacked model (`layer_replication`)
     _unstack: Callable[[], None] | None = None
     prefix = "lora_"
     tuner_layer_cls = LoraLayer
@@ -91,7 +91,7 @@ class LoraModel(ModelMerging, Weighted, Starts, VariantMethods, BaseTuner):
         autocast_adapter_dtype: bool = False,
         training: bool = True,
     ) -> None:
-        # not a module, so it may be set before nn.Module.__init__
+        # it is no module, so it can be set before nn.Module.__init__
         self.__dict__["_autocast_dtype"] = autocast_adapter_dtype
         super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage, state_dict, training)
 
@@ -104,8 +104,11 @@ class LoraModel(ModelMerging, Weighted, Starts, VariantMethods, BaseTuner):
         name: str,
         state_dict: dict[str, Tensor] | None = None,
     ) -> tuple[list[Any], list[str], ExtraTargets]:
-        """All that can go wrong, before anything is changed: the matches with rank and alpha, the
-        names of the modules to train in full, and what is adapted beside those."""
+        """Make all checks, before anything is changed.
+
+        Returns (the matches with rank and alpha, the names of the modules to train in full, the
+        further targets).
+        """
         check_once(config)
         others = [(n, c) for n, c in self.peft_config.items() if n != name]
         if config.bias != "none" and any(getattr(c, "bias", "none") != "none" for _, c in others):
@@ -180,7 +183,7 @@ class LoraModel(ModelMerging, Weighted, Starts, VariantMethods, BaseTuner):
             self.withdraw(adapter_name)
             put_flags_back()
             raise
-        if _has_adapters(there):  # what they train, or do not, stays as it was
+        if _has_adapters(there):  # earlier adapters keep what trains and what does not
             put_flags_back()
         known = set(self.targeted_module_names)
         names = [key.removeprefix(COMPILED) for key, *_ in sites]
@@ -201,7 +204,7 @@ class LoraModel(ModelMerging, Weighted, Starts, VariantMethods, BaseTuner):
     ) -> None:
         active = adapter_name in self.active_adapters
         first = not _has_adapters(there)
-        if first:  # which freezes the model
+        if first:  # the first adapter freezes the model
             keep = {id(p) for m in there for p in m.parameters()}
             for parameter in parameters_of(model):
                 if parameter.requires_grad and id(parameter) not in keep:
@@ -231,13 +234,12 @@ class LoraModel(ModelMerging, Weighted, Starts, VariantMethods, BaseTuner):
                 if isinstance(layer, LoraLayer) and id(layer) not in before:
                     layer.start_in_evaluation()
         if active:
-            # before the copies: in a module trained in full the copy's bias trains, never the
-            # original's
+            # before copies are made: in a module that trains in full only the copy's bias trains
             self._train_biases(model, config)
         wrap_modules_to_save(model, adapter_name, saved, config.inference_mode, activate=active)
         extra.put_modules(model, adapter_name, active, self._autocast_dtype)
         form_groups(model, Linear)
-        if active and not first:  # the layers of earlier adapters were on those
+        if active and not first:  # layers of earlier adapters must switch to the active ones too
             self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _train_biases(self, model: nn.Module, config: LoraConfig) -> None:
@@ -253,19 +255,19 @@ class LoraModel(ModelMerging, Weighted, Starts, VariantMethods, BaseTuner):
                         bias.requires_grad_(True)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        """What moves and casts a module's tensors, one by one: tied adapters stay tied."""
+        """Move or cast the tensors as nn.Module does, one by one, then tie tied adapters again."""
         super()._apply(*args, **kwargs)
         share_again(self)
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        share_again(self)  # in a copy as well
+        share_again(self)  # copying also separates tied adapters
 
     # ---------------------------------------------------------------- taking them out
 
     def withdraw(self, adapter_name: str) -> None:
-        """Take an adapter that could not be completed out again, and the layers made for it."""
+        """Remove an adapter that could not be completed, and the layers made for it."""
         for layer in self.adapter_layers():
             layer.delete_adapter(adapter_name)
         rest = [name for name in self.peft_config if name != adapter_name]
@@ -275,8 +277,10 @@ class LoraModel(ModelMerging, Weighted, Starts, VariantMethods, BaseTuner):
         self.targeted_module_names = [n for n in self.targeted_module_names if n in left]
 
     def _take_out(self, only_empty: bool = True) -> None:
-        """Put the original modules back where no adapter is left, or everywhere: then the model is
-        as it was before the first adapter."""
+        """Put the original modules back where no adapter is left.
+
+        With ``only_empty=False`` everywhere: the model is then as before its first adapter.
+        """
         for parent in list(self.model.modules()):
             for name, child in list(parent._modules.items()):
                 original: Any = child
@@ -299,9 +303,11 @@ class LoraModel(ModelMerging, Weighted, Starts, VariantMethods, BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Hand ``adapter_names``, and what is for variants, to the layers for the calls within the
-        block; ``row_repeats``: how often generate() repeats each row there, for beams or for
-        several returned sequences."""
+        """A context in which layers get ``adapter_names`` and the keywords of variants.
+
+        ``row_repeats``: the number of copies that generate() makes of each row, for beams or
+        several returned sequences.
+        """
         times = kwargs.get("row_repeats") or kwargs.get("num_beams") or 1
         adapter_names = kwargs.get("adapter_names")
         with ExitStack() as stack:
@@ -317,7 +323,7 @@ class LoraModel(ModelMerging, Weighted, Starts, VariantMethods, BaseTuner):
     def _handing_names(
         self, adapter_names: Sequence[str], times: int
     ) -> AbstractContextManager[None]:
-        """Within the block each row, ``times`` in turn, has the adapter that is named for it."""
+        """A context in which row i uses ``adapter_names[i // times]``, for ``times`` copies."""
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
         have = set(self.peft_config) | {"__base__"}
@@ -331,12 +337,12 @@ class LoraModel(ModelMerging, Weighted, Starts, VariantMethods, BaseTuner):
         encoder = None if encoder is self.model else encoder
         in_encoder = {id(m) for m in encoder.modules()} if encoder is not None else set()
 
-        # generate() runs the encoder once for each row, before the rows are repeated
+        # generate() runs the encoder before it repeats the rows
         return handing({m: once if id(m) in in_encoder else names for m in self.adapter_layers()})
 
 
 def _has_adapters(modules: list[Any]) -> bool:
-    """Whether there are adapter layers among them, and not only modules trained beside adapters."""
+    """True when there is an adapter layer among ``modules``, not only modules trained in full."""
     for module in modules:
         if isinstance(module, BaseTunerLayer):
             return True

@@ -1,13 +1,13 @@
-"""MonteCLoRA: LoRA trained with random perturbations of A, whose size is learned (HF PEFT's
-variant of Monte Carlo enhanced low-rank adaptation).
+"""MonteCLoRA: LoRA trained with random perturbations of A, whose size is learned.
 
-In a call of a training A [r, K] is replaced by A + ε Σ_n w_n (z_n √v)ᵀ with
+It is HF PEFT's variant of Monte Carlo enhanced low-rank adaptation. In a training call A [r, K] is
+replaced by A + ε Σ_n w_n (z_n √v)ᵀ with
 
     v = max(e^{2 s} ⊙ diag(Z), 0.001)                     Z ~ Wishart(r degrees, I), s [r] trains
     w = softmax(log α - mean(log α) + √σ ⊙ z)              α = e^a, a [samples] trains
-    σ = (1 - 2 / samples) / α + Σ (1 / α) / samples²       the normal approach to Dirichlet(α)
+    σ = (1 - 2 / samples) / α + Σ (1 / α) / samples²       the normal approximation of Dirichlet(α)
 
-and z, z_n [K, r] normal; ε is ``sample_scaler``. Merged, and outside training, the adapter is B A.
+and z, z_n [K, r] normal; ε is ``sample_scaler``. Merged and outside training the adapter is B A.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .training_variants import TrainedOtherwise
 
 
 class Draws:
-    """Random numbers for ``buffer_size`` calls, drawn at once, in HF PEFT's order."""
+    """Random numbers for ``buffer_size`` calls, drawn together, in HF PEFT's order."""
 
     def __init__(self, sampler: MontecloraSampler, buffer_size: int, device: Any) -> None:
         self.shape = (sampler.num_samples, sampler.in_features, sampler.out_features)
@@ -45,13 +45,13 @@ class Draws:
         noise = torch.randn(count, *self.shape, **place)
         of_weights = torch.randn(count, samples, **place)
         source = Wishart(r, scale_tril=torch.eye(r, device=self.device))
-        # what is not on the diagonal has no use
+        # only the diagonal is used
         of_variances = [bartlett(source).diag() for _ in range(count)]
         variances = torch.stack(of_variances).to(noise.dtype)
         self.left = list(zip(noise, variances, of_weights, strict=True))[::-1]
 
     def get(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """z [samples, K, r], diag(Z) [r] and z [samples] of the next call."""
+        """(z_n [samples, K, r], diag(Z) [r], z [samples]) for the next call."""
         if not self.left:
             if torch.device(self.device).type == "meta":
                 self.device = device
@@ -67,9 +67,9 @@ class MontecloraSampler(nn.Module):
         out_features: the rank r.
         num_samples, use_entropy, dirichlet_prior, sample_scaler, kl_loss_weight, buffer_size: see
             :class:`MontecloraConfig`.
-        device: where numbers are drawn; None: the accelerator, if there is one. "meta": the
-            parameters are to be assigned, and the first call draws.
-        dtype: of the parameters and of what is drawn.
+        device: the device on which numbers are drawn; None: the accelerator, if there is one.
+            "meta": parameters are to be assigned, and numbers are drawn at the first call.
+        dtype: dtype of the parameters and the random numbers.
     """
 
     def __init__(
@@ -112,9 +112,9 @@ class MontecloraSampler(nn.Module):
         return {**self.__dict__, "_last": None, "_drawn": None}  # a graph cannot be copied
 
     def _next(self) -> tuple[Tensor, Tensor, Tensor]:
-        """z [samples, K, r], v [r] and w [samples] of a call; noted for the loss."""
+        """(z_n [samples, K, r], v [r], w [samples]) of a call; v and w are kept for the loss."""
         s, a = self.std_prior, self.expert_weights_prior
-        # within a backward this is a checkpoint's recomputation, which needs its forward's numbers
+        # inside a backward this is a checkpoint's recomputation, which reuses the forward's numbers
         if self._drawn is None or not in_backward():
             self._drawn = self.sampler.get(s.device, s.dtype)
         z, of_variance, of_weights = self._drawn
@@ -129,12 +129,12 @@ class MontecloraSampler(nn.Module):
         return z, v, w
 
     def forward(self) -> tuple[Tensor, Tensor]:
-        """The perturbations [samples, K, r] of a call and their weights [samples]."""
+        """(perturbations [samples, K, r], their weights [samples]) of a call."""
         z, v, w = self._next()
         return self.sample_scaler * torch.nan_to_num(z * v.sqrt(), nan=1e-3), w
 
     def perturbation(self) -> Tensor:
-        """The weighted sum of what :meth:`forward` returns, as [r, K]."""
+        """The weighted sum of the perturbations of :meth:`forward`, [r, K]."""
         z, v, w = self._next()
         mean = (w @ z.flatten(1)).view(z.shape[1:])
         return (self.sample_scaler * mean * v.sqrt()).t()
@@ -148,8 +148,10 @@ class MontecloraSampler(nn.Module):
         return self.kl_loss_weight * kl, last[1].square().sum() if self.use_entropy else 0
 
     def _weights_kl(self) -> Tensor:
-        """HF PEFT's divergence of Dirichlet(α) from the prior, in logarithms of the gamma function
-        (its own value is infinite from 36 on)."""
+        """HF PEFT's divergence of Dirichlet(α) from the prior, a scalar.
+
+        Computed with logarithms of the gamma function; HF PEFT's own value is infinite from 36 on.
+        """
         alpha = self.expert_weights_prior.exp()
         prior = torch.full_like(alpha, self.dirichlet_prior)
         whole, gamma = alpha.sum(), torch.lgamma
@@ -170,14 +172,14 @@ class MontecloraSampler(nn.Module):
 
 
 def variational_loss(model: nn.Module, adapter_names: str | list[str] | None = None) -> Any:
-    """The mean, over layers and adapters, of what MonteCLoRA adds to the loss.
+    """The mean, over layers and adapters, of the loss that MonteCLoRA adds to the task's.
 
     Args:
         model: a LoraModel.
-        adapter_names: of which adapters; None: of the active ones.
+        adapter_names: the adapters; None: the active ones.
 
     Returns:
-        A tensor with a graph to the last call; 0.0 where no adapter is of MonteCLoRA.
+        A scalar tensor with a graph to the last call; 0.0 when no adapter is of MonteCLoRA.
     """
     active: Any = model.active_adapters
     names = as_names(active if adapter_names is None else adapter_names)
@@ -191,7 +193,7 @@ def variational_loss(model: nn.Module, adapter_names: str | list[str] | None = N
 
 
 class MontecloraLinearVariant(TrainedOtherwise, setting="monteclora_config", layers=("linear",)):
-    """On linear layers: ``lora_monteclora_sampler[adapter]`` is saved with the adapter."""
+    """MonteCLoRA on linear layers; the adapter's files include ``lora_monteclora_sampler``."""
 
     name = "MonteCLoRA"
     weight_stores = {"lora_monteclora_sampler": nn.ModuleDict}
@@ -209,9 +211,9 @@ class MontecloraLinearVariant(TrainedOtherwise, setting="monteclora_config", lay
             kl_loss_weight=own.kl_loss_weight,
             buffer_size=own.buffer_size,
             device=A.device,
-            dtype=layer._base_dtype(),  # in which HF PEFT draws
+            dtype=layer._base_dtype(),  # HF PEFT draws in this dtype
         )
-        for parameter in sampler.parameters():  # the buffers get it from the first call's numbers
+        for parameter in sampler.parameters():  # buffers take this dtype at the first call
             parameter.data = parameter.data.to(A.dtype)
         sampler.requires_grad_(trainable).train(layer.training)
         layer.lora_monteclora_sampler[adapter] = sampler
@@ -236,13 +238,15 @@ class MontecloraLinearVariant(TrainedOtherwise, setting="monteclora_config", lay
 
 
 class MontecloraTrainerMixin:
-    """Put before transformers' ``Trainer`` (or a subclass) among the bases of a class, to add
-    MonteCLoRA's loss to the task's."""
+    """Mixin for transformers' ``Trainer`` that adds MonteCLoRA's loss to the task's.
+
+    Name it before ``Trainer`` (or a subclass) among the bases of a class.
+    """
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
     ) -> Any:
-        """``Trainer.compute_loss``, with the mean of the losses of all LoRA models in ``model``."""
+        """``Trainer.compute_loss`` plus the mean MonteCLoRA loss of LoRA models in ``model``."""
         found = super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)  # type: ignore[misc]
         tuners = [m for m in model.modules() if hasattr(type(m), "_get_monteclora_loss")]
         more = sum(m._get_monteclora_loss() for m in tuners) / max(len(tuners), 1)  # type: ignore

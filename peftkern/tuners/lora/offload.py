@@ -1,4 +1,4 @@
-"""Weights that accelerate keeps elsewhere, brought in while they are written to."""
+"""Loading of weights that accelerate offloaded, while they are read and written here."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from ...utils.private import hook_of
 
 
 def _offloads(module: Any) -> bool:
-    """Whether accelerate keeps the weights of this module in host memory or on disk."""
+    """True when accelerate keeps the weights of this module in host memory or on disk."""
     return bool(getattr(hook_of(module), "offload", False))
 
 
 @contextmanager
 def onloaded(layer: Any) -> Iterator[None]:
-    """Within the block the weights of ``layer`` and of what it wraps are on their execution device.
+    """A context in which the weights of ``layer`` and its base are on their execution device.
 
-    What was written to the base layer is kept afterwards in host memory, also when it came from
+    Values written to the base layer are kept in host memory afterwards, even when they came from
     disk: the files of a checkpoint are not rewritten.
     """
     held: list[Any] = [m for m in layer.modules() if m is not layer and _offloads(m)]

@@ -1,4 +1,4 @@
-"""LoRA on an ``nn.Parameter``: the fused weights of a mixture's experts, or any other one."""
+"""LoRA on an ``nn.Parameter``, for example the fused weights of a mixture's experts."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from .linear import bare_linear
 from .variant import table_of, take_kwargs, variant_class
 
 COMPUTED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# A parametrization changes the module's class, and torch's cache of them is the whole process's:
-# one thread at a time.
+# For one thread at a time: a parametrization changes the module's class, and torch's cache of
+# parametrized values is shared by all threads.
 _ONE_AT_A_TIME = threading.RLock()
 
 
 class _Proxy(nn.Module):
-    """A parametrization that is on a parameter for one call: W -> W + update."""
+    """A parametrization W -> W + update, set on a parameter for the time of one call."""
 
-    # While it is registered torch calls it once, to see that dtype and shape stay the same. They
-    # do, and the sum over all experts is not computed for that.
+    # True: torch's registration calls the parametrization once, to check dtype and shape. W is
+    # returned then, without computing the sum over all experts.
     registering = True
 
     def updated(self, W: Tensor) -> Tensor:
@@ -39,22 +39,24 @@ class _Proxy(nn.Module):
 
 
 class _LoraFactorsProxy(_Proxy):
-    """One adapter: W + scaling · left @ right as one product per expert that accumulates onto W, so
-    that the update is not a tensor of its own."""
+    """W + scaling · left @ right for one adapter.
+
+    One product for each expert adds to W directly, so that the update is never a separate tensor.
+    """
 
     def __init__(self, left: Tensor, right: Tensor, scaling: float) -> None:
         super().__init__()
         self.left, self.right, self.scaling = left, right, scaling
 
     def updated(self, W: Tensor) -> Tensor:
-        # W's dtype holds, whatever autocast would make of a product
+        # without autocast, so that the result keeps W's dtype
         with torch.autocast(device_type=W.device.type, enabled=False):
             product = torch.addmm if W.dim() == 2 else torch.baddbmm
             return product(W, self.left, self.right, alpha=self.scaling)
 
 
 class _LoraParameterProxy(_Proxy):
-    """Several adapters, or a weight of 8 bits: W + delta, summed in the delta's dtype."""
+    """W + delta for several adapters or an 8-bit weight, summed in the delta's dtype."""
 
     def __init__(self, delta_weight: Tensor) -> None:
         super().__init__()
@@ -64,31 +66,31 @@ class _LoraParameterProxy(_Proxy):
         delta = self.delta_weight
         if W.dtype.itemsize > 1:
             return W + delta
-        info = torch.finfo(W.dtype)  # casting down to 8 bits overflows to NaN
+        info = torch.finfo(W.dtype)  # casting larger values to 8 bits gives NaN
         return (W.to(delta.dtype) + delta).clamp(info.min, info.max).to(W.dtype)
 
 
 class ParamWrapper(nn.Module, LoraLayer):
     """A module with LoRA on one of its parameters; see :class:`LoraConfig` ``target_parameters``.
 
-    The parameter is W [N, K]; or, for E experts, [E, N, K], or [E, K, N] in a module whose
-    ``is_transposed`` says so. ``lora_A[name].weight`` is [r·E, K] and ``lora_B[name].weight``
-    [N, r·E]: expert e has rows e·r … e·r+r-1 of A, and columns e, e+E, e+2E … of B.
+    The parameter W is [N, K]; for E experts [E, N, K], or [E, K, N] in a module with a true
+    ``is_transposed``. ``lora_A[name].weight`` is [r·E, K] and ``lora_B[name].weight`` [N, r·E]:
+    expert e has rows e·r … e·r+r-1 of A, and columns e, e+E, e+2E … of B.
 
-    During a call of the module the parameter is W + scaling · B A. That is computed for all
-    experts, as the module itself decides which ones it uses. Several parameters of a module are
-    adapted by nested wrappers, one for each.
+    During a call of the module the parameter is W + scaling · B A, computed for all experts, as
+    the module itself selects the experts. Several parameters of a module have nested wrappers, one
+    for each.
 
     Args:
         base_layer: the module, or another wrapper around it.
-        parameter_name: its parameter.
+        parameter_name: the attribute of the module that is adapted.
 
     Raises:
         ValueError: the parameter has neither 2 nor 3 dimensions.
     """
 
     layer_kind = "parameter"
-    # attributes of PEFT's layers that this kind does not fill
+    # attributes of PEFT's layers that are always empty here
     lora_embedding_A = lora_embedding_B = NOTHING
     lora_A: nn.ModuleDict
     lora_B: nn.ModuleDict
@@ -115,14 +117,14 @@ class ParamWrapper(nn.Module, LoraLayer):
         return (shape[1], shape[2]) if self.in_first else (shape[2], shape[1])
 
     def get_param(self) -> Any:
-        """The parameter as the module has it now."""
+        """The module's present parameter."""
         return getattr(self.get_base_layer(), self.parameter_name)
 
     # ---------------------------------------------------------------- adapters
 
     @staticmethod
     def check_config(config: LoraConfig) -> None:
-        """Raise one ValueError for a setting that has no meaning for a parameter."""
+        """Raise a ValueError for a setting that has no meaning for a parameter."""
         settings: dict[str, Any] = {
             "lora_dropout != 0": config.lora_dropout,
             "fan_in_fan_out": config.fan_in_fan_out,
@@ -178,7 +180,7 @@ class ParamWrapper(nn.Module, LoraLayer):
         return (A.transpose(1, 2), B.transpose(1, 2)) if self.in_first else (B, A)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """The adapter's update, in the parameter's shape and (unless that has 8 bits) dtype."""
+        """The adapter's update, in the parameter's shape and dtype (for 8 bits, the adapter's)."""
         left, right = self._factors(adapter)
         delta = (left @ right) * self.scaling[adapter]
         dtype = self.get_param().dtype
@@ -197,7 +199,7 @@ class ParamWrapper(nn.Module, LoraLayer):
 
     @contextmanager
     def _activate_lora(self, active_adapters: Sequence[str]) -> Iterator[None]:
-        """Within the block the parameter is the one with these adapters in it."""
+        """A context in which the parameter includes the updates of these adapters."""
         names = [name for name in active_adapters if name in self.lora_A]
         if not names:
             yield
@@ -211,8 +213,8 @@ class ParamWrapper(nn.Module, LoraLayer):
             stack.callback(self._deactivate, proxy)
             proxy.registering = False
             original: Any = module.parametrizations[attribute]  # type: ignore[index]
-            original.original.requires_grad_(trains)  # torch forgets
-            if not is_tracing():  # torch refuses; W + update is then computed at each look
+            original.original.requires_grad_(trains)  # torch's registration resets it
+            if not is_tracing():  # torch refuses the cache then, and each read computes W + update
                 stack.enter_context(parametrize.cached())
             yield
 
@@ -222,13 +224,13 @@ class ParamWrapper(nn.Module, LoraLayer):
         if len(parametrizations) == 1:
             parametrize.remove_parametrizations(module, attribute, leave_parametrized=False)
             return
-        # others' parametrizations stay, and torch has no way to take out one of several
+        # other parametrizations must stay, and torch has no function to remove one of several
         del parametrizations[next(i for i, p in enumerate(parametrizations) if p is proxy)]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if HERE.blocks:
             kwargs = hand_over(self, kwargs)
-            take_kwargs(kwargs)  # no variant of a parameter has any
+            take_kwargs(kwargs)  # dropped: parameters have no variants
         if kwargs.pop("adapter_names", None) is not None:
             raise ValueError(
                 f"lora.{type(self).__name__} does not support mixed adapter batches yet."

@@ -1,4 +1,4 @@
-"""Which parameters ``LoraConfig.target_parameters`` adapts, and the wrapping of their modules."""
+"""``LoraConfig.target_parameters``: finding the parameters, and wrapping their modules."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from ..base_layer import BaseTunerLayer
 from ..modules_to_save import AuxiliaryTrainingWrapper
 from .parameter import ParamWrapper
 
-# the parameter `name` of the module called `module`; `key` is its full name, without wrappers
+# the parameter `name` of the module named `module`; `key` is the full name, without wrappers
 Target = namedtuple("Target", ["module", "name", "key"])
 
 
 def wrapper_of(module: Any, parameter: str) -> ParamWrapper | None:
-    """The wrapper of this parameter in a nest of them."""
+    """The wrapper of this parameter among a module's nested wrappers, or None."""
     while isinstance(module, ParamWrapper):
         if module.parameter_name == parameter:
             return module
@@ -35,15 +35,15 @@ def find_parameters(
     """The parameters that the configuration names, in the order in which they are wrapped.
 
     Args:
-        config: ``target_parameters`` holds full names, or ends of names from a dot on.
-        model: nothing is changed in it.
-        others: the configurations of the adapters that the model has.
-        adapted: names of modules that the same configuration gives an adapter layer.
+        config: its ``target_parameters`` are full names, or ends of names that start at a dot.
+        model: the base model; it is not changed.
+        others: (name, configuration) of the adapters that the model has.
+        adapted: names of modules that get an adapter layer from the same configuration.
 
     Raises:
-        ValueError: a setting that cannot be had with parameters; a parameter of the model itself,
-            of an adapter layer, or of another shape than 2 or 3 dimensions; another adapter has
-            other ``target_parameters``.
+        ValueError: a setting that parameters do not support; a parameter of the model itself, of
+            an adapter layer, or without 2 or 3 dimensions; another adapter with other
+            ``target_parameters``.
     """
     wanted = sorted(set(config.target_parameters or ()))
     if not wanted:
@@ -69,7 +69,7 @@ def _matches(model: nn.Module, wanted: list[str]) -> Iterator[Target]:
     aliases = further_names(model)
     for module_name, module in _holders(model, "", set()):
         if hasattr(module, "parametrizations"):
-            # what the module holds is no parameter of that name any more
+            # a parametrized attribute is no parameter of that name any more
             for key in wanted:
                 owner, _, parameter = key.rpartition(".")
                 if owner == module_name and getattr(module, parameter, None) is not None:
@@ -83,8 +83,10 @@ def _matches(model: nn.Module, wanted: list[str]) -> Iterator[Target]:
 
 
 def _holders(module: Any, name: str, seen: set[int]) -> Iterator[tuple[str, Any]]:
-    """Modules that hold parameters, as ``named_modules`` but for adapters: what one wraps has the
-    name that the adapter has in the model."""
+    """(name, module) of modules with parameters, without those of adapters.
+
+    A module that an adapter layer wraps has the adapter layer's name.
+    """
     if id(module) in seen or isinstance(module, AuxiliaryTrainingWrapper):
         return
     seen.add(id(module))
@@ -113,11 +115,11 @@ def _check(model: nn.Module, target: Target, adapted: Sequence[str]) -> None:
             "automatically, try setting `target_modules=[]` to prevent it."
         )
     if wrapper_of(module, target.name) is None:
-        ParamWrapper(module, target.name)  # refuses what it cannot adapt
+        ParamWrapper(module, target.name)  # raises for a parameter that it cannot adapt
 
 
 def wrap_parameter(model: nn.Module, target: Target, active: list[str]) -> ParamWrapper:
-    """The wrapper of the target, made around what is in its place when there is none yet."""
+    """The wrapper of the target; it is made around the module in its place if there is none yet."""
     _, module, _ = get_submodules(model, target.module)
     wrapper = wrapper_of(module, target.name)
     if wrapper is None:

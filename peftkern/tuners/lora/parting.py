@@ -1,4 +1,4 @@
-"""Embeddings whose weight is one tensor, when adapters are merged into some of them for good."""
+"""``Parting``: separates embeddings that share a weight when adapters are merged for good."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ KEPT = (
     "{} computes otherwise, or sets it again, without it: a transformers that ties them again when "
     "the saved model is loaded would lose what was merged."
 )
-# whose forward scales by what the configuration says of tying
+# model types whose forward depends on the configuration's tie_word_embeddings
 _SCALED_BY_TYING = ("switch_transformers", "t5gemma", "udop", "umt5")
 
 
 class Parting:
-    """What has one weight with the input embedding of ``model``, with adapters in it or not."""
+    """The modules of ``model``, adapted or not, that share the input embedding's weight."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model
@@ -34,8 +34,11 @@ class Parting:
         self._before = [(module, module._parameters["weight"]) for _, module in self.group]
 
     def adapted(self, layers: Any) -> list[str]:
-        """Names of those that are the base of one of these layers; [] where nothing is tied, and
-        where single tokens train in all of them together, as merging those is one change."""
+        """Names of the modules that are the base of one of these layers.
+
+        [] when no modules share a weight, and when single tokens train in all of them together, as
+        merging those changes all of them in the same way.
+        """
         layers = list(layers)
         bases = {id(layer.get_base_layer()) for layer in layers}
         tokens = [layer for layer in layers if getattr(layer, "_tied_adapter", None)]
@@ -45,8 +48,10 @@ class Parting:
         return [name for name, module in self.group if id(module) in bases]
 
     def part(self, layers: Any) -> None:
-        """Give the bases of these layers weights of their own, so that what is merged into one does
-        not show in the others. Weights that are no plain ones are left as they are."""
+        """Give the bases of these layers weights of their own, so that merging changes only one.
+
+        Weights that are not plain parameters stay as they are.
+        """
         bases = {id(layer.get_base_layer()) for layer in layers}
         for _, module in self.group if len(self.group) > 1 else ():
             weight = module._parameters["weight"]
@@ -58,13 +63,15 @@ class Parting:
                 module.weight = nn.Parameter(own, requires_grad=weight.requires_grad)
 
     def put_back(self) -> None:
-        """Tie what was tied."""
+        """Restore the shared weights from before :meth:`part`."""
         for module, weight in self._before:
             module._parameters["weight"] = weight
 
     def join(self, by_layer: dict[Any, list[str]], configs: dict[str, Any]) -> None:
-        """Tie again what tied adapters (``ensure_weight_tying``) were merged into: the updates are
-        one."""
+        """Share the weight again where tied adapters (``ensure_weight_tying``) were merged.
+
+        (Their updates are the same.)
+        """
         names = {id(layer): names for layer, names in by_layer.items()}
         layers = [(key, layer) for key, layer in walk(self.model) if id(layer) in names]
         if not self.group:
@@ -84,9 +91,11 @@ class Parting:
                 base.weight = first.weight
 
     def declare_untied(self) -> None:
-        """For a model without adapter layers: where input and output embedding have come apart, say
-        so in its configuration, and give the others weights of their own as well, which a saved
-        model has to hold."""
+        """Note in the configuration when input and output embedding no longer share a weight.
+
+        All other modules of the group then get weights of their own too, as a saved model needs.
+        For a model whose adapter layers are gone.
+        """
         model = self.model
         if not get_model_config(model).get("tie_word_embeddings"):
             return
@@ -120,9 +129,11 @@ class Parting:
 
 
 def _always_ties(config: Any) -> bool:
-    """Whether configurations of this class say that embeddings are tied whatever they are told, as
-    those of T5 do, which take what they are told for something else."""
+    """True when configurations of this class always say that embeddings are tied.
+
+    T5's do: they take the setting for something else.
+    """
     try:
         return bool(type(config)(tie_word_embeddings=False).tie_word_embeddings)
-    except Exception:  # a class that cannot be made of this alone
+    except Exception:  # a class that needs other arguments
         return False

@@ -1,8 +1,8 @@
-"""Adapters that started by changing the base weights (PiSSA, OLoRA, CorDA, …) as plain LoRA.
+"""Conversion to plain LoRA of adapters whose start changed the base weights (PiSSA, OLoRA, …).
 
-Such a start takes A₀ and B₀ out of W: W = R + s B₀ A₀, and after training the layer computes with
-R + s B A = W + s (B A - B₀ A₀). So on the unchanged W the adapter with A' = [A; A₀], B' = [B, -B₀]
-and the same s is the same model.
+Such a start subtracts s B₀ A₀ from W: W = R + s B₀ A₀. After training the layer computes with
+R + s B A = W + s (B A - B₀ A₀). So the adapter with A' = [A; A₀], B' = [B, -B₀] and the same s
+gives the same model on the unchanged W.
 """
 
 from __future__ import annotations
@@ -21,17 +21,18 @@ from ...configs.lora import LoraConfig
 from .variant import variants_asked
 
 _FACTOR = re.compile(r"\.lora_(?:embedding_)?([AB])(?:\.weight)?$")
-# how init_lora_weights may begin where the difference to the start is the whole update
+# beginnings of init_lora_weights for which the difference to the start is the whole update
 _STARTS = ("pissa", "corda", "olora", "lora_ga", "true")
 
 
 def subtract_start(tensors: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of an adapter of twice the rank, whose update is that of ``tensors`` less that of
-    ``start``; what is no part of an update (modules trained in full) stays.
+    """The tensors of an adapter of twice the rank: update of ``tensors`` minus that of ``start``.
+
+    Tensors that are no part of an update (modules trained in full) stay as they are.
 
     Args:
         tensors: the adapter after training, by names on disk.
-        start: the adapter before it, by the same names.
+        start: the adapter before training, by the same names.
 
     Raises:
         ValueError: ``start`` lacks a tensor, or has one of another shape.
@@ -62,16 +63,17 @@ def subtract_start(tensors: Mapping[str, Tensor], start: Mapping[str, Tensor]) -
 def as_plain_lora(
     config: LoraConfig, tensors: Mapping[str, Tensor], start: Mapping[str, Tensor]
 ) -> tuple[LoraConfig, dict[str, Tensor]]:
-    """Configuration and tensors of the plain LoRA adapter that does on the unchanged base model
-    what this one does on the base model that its start has changed.
+    """(configuration, tensors) of a plain LoRA adapter that gives the same model.
+
+    It is for the unchanged base model; the given adapter is for the one that its start changed.
 
     Args:
         config: the adapter's configuration; a changed copy is returned.
         tensors: its tensors by names on disk.
-        start: those that it started from.
+        start: its first tensors by names on disk.
 
     Raises:
-        ValueError: a scaling that doubles to nothing a configuration can say, a variant whose
+        ValueError: a scaling that a configuration of twice the rank cannot express, a variant whose
             adapters cannot be stacked (DoRA, KaSA, BD-LoRA, aLoRA), ``target_parameters``, or a
             start that is not this adapter's.
     """
@@ -103,7 +105,7 @@ def as_plain_lora(
         )
     plain = copy.deepcopy(config)
     for variant in variants_asked(config):
-        if variant().supports_lora_conversion():  # B A is all that is left of it
+        if variant().supports_lora_conversion():  # only B A is needed after training
             field = next(f for f in dataclasses.fields(config) if f.name == variant.setting)
             setattr(plain, field.name, field.default)
             stores = [f".{name}" for name in (*variant.weight_stores, *variant.value_stores)]
@@ -117,15 +119,15 @@ def as_plain_lora(
 
 
 class Starts:
-    """The part of :class:`LoraModel` that takes an adapter's start from it."""
+    """The part of :class:`LoraModel` that subtracts an adapter's start."""
 
     def subtract_mutated_init(
         self, output_state_dict: dict[str, Tensor], adapter_name: str, kwargs: Any = None
     ) -> dict[str, Tensor]:
-        """The tensors of a plain LoRA adapter of twice the rank: those of ``output_state_dict``
-        (names on disk) less what ``adapter_name``, loaded beside, says they started from.
+        """The tensors of a plain LoRA adapter of twice the rank: the given ones minus their start.
 
-        ``kwargs`` may have a ``state_dict`` to take the start from, by names in this module.
+        ``output_state_dict`` has the tensors by names on disk. Their start is in the model, as the
+        adapter ``adapter_name``, or in ``kwargs["state_dict"]``, by names in this module.
         """
         module: Any = self
         if adapter_name.startswith("pissa") and any(

@@ -1,4 +1,4 @@
-"""When a call of a LoRA layer can be fused, and where it then finds what it computes with."""
+"""``Plan``: the places of the weights, scaling and hooks of a LoRA layer that can be fused."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ if TYPE_CHECKING:
 
 
 def weight_layout(base_cls: Any) -> bool | None:
-    """False when the class computes x Wᵀ with W [N, K], True with W [K, N],
-    None when that is not known."""
+    """The layout of a class's weight: False for W [N, K], True for W [K, N], None if unknown."""
     forward = base_cls.forward
     if forward is nn.Linear.forward:
         return False
@@ -33,13 +32,16 @@ def hook_dicts(module: nn.Module) -> tuple[Any, ...]:
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether calling the module does more than its class's forward."""
+    """True when a call of the module runs more than its class's forward."""
     return any(hook_dicts(module)) or "forward" in module.__dict__
 
 
 class Plan:
-    """Where a layer with one active adapter finds what it computes with: dicts that live as long as
-    their modules. Made again when a module was replaced or another adapter became active."""
+    """The dicts in which a layer with one active adapter finds its weights, scaling and hooks.
+
+    The dicts live as long as their modules. A new plan is made when a module was replaced or
+    another adapter became active.
+    """
 
     name: str
     base: nn.Module
@@ -50,8 +52,8 @@ class Plan:
     drop_store: Any
     drop: Any  # nn.Dropout or nn.Identity
     drops: bool
-    found: tuple[Any, ...]  # what :meth:`holds` looks at, as it was
-    own: tuple[Any, Any, Any, Any]  # the modules' __dict__, where a forward may replace the class's
+    found: tuple[Any, ...]  # the objects that :meth:`holds` compares with the present ones
+    own: tuple[Any, Any, Any, Any]  # the modules' __dict__; a "forward" in one replaces its class's
     base_params: dict[str, Any]
     a_params: dict[str, Any]
     b_params: dict[str, Any]
@@ -61,7 +63,7 @@ class Plan:
 
     @classmethod
     def of(cls, layer: Linear) -> Plan | None:
-        """The plan of a layer, or None when its calls cannot be fused whatever its weights are."""
+        """The plan of a layer; None when its calls cannot be fused with any weights."""
         active = layer.__dict__["_active_adapter"]
         names = layer.active_adapters
         base: Any = layer.base_layer
@@ -100,10 +102,11 @@ class Plan:
         return plan
 
     def is_hooked(self) -> bool:
-        """Whether a hook is on one of the modules, or on all.
+        """True when one of the modules has a hook, or torch has global hooks.
 
-        Looked up only when a hook was registered anywhere since the last time that there was none:
-        every registration takes a number, and twenty dicts cost as much as a product of one row.
+        The dicts are read only when any hook was registered since they were last empty: every
+        registration takes a new number, and reading twenty dicts costs as much as a product of one
+        row.
         """
         number = HookCounter.next_id
         if number == self.hooks_seen:
@@ -114,11 +117,10 @@ class Plan:
         return False
 
     def holds(self, state: dict[str, Any]) -> bool:
-        """Whether the layer with this ``__dict__`` still has the modules
-        that the plan was made for."""
+        """True when the layer with this ``__dict__`` still has the plan's modules."""
         name, modules = self.name, state["_modules"]
         base, a, b, drop = self.own
-        # two tuples are compared in C, by identity first; a comparison each costs half as much more
+        # two tuples are compared in C, by identity first; single comparisons take 1.5 times as long
         return (
             state["_active_adapter"],
             modules["base_layer"],
@@ -128,7 +130,7 @@ class Plan:
             self.a_store.get(name),
             self.b_store.get(name),
             self.drop_store.get(name),
-            # a parametrization or FSDP changes the class in place
+            # a parametrization or FSDP changes a module's class in place
             self.base.__class__,
             self.a.__class__,
             self.b.__class__,

@@ -1,5 +1,4 @@
-"""``layer_replication``: a deeper model whose layers share weights, each with adapters of its
-own."""
+"""``layer_replication``: a deeper model whose layers share weights but have their own adapters."""
 
 from __future__ import annotations
 
@@ -13,7 +12,7 @@ from torch import nn
 
 
 def _find_layers(model: Any) -> tuple[Any, str, Any]:
-    """(module that holds the layers, its attribute, the model that has the configuration)."""
+    """(module that holds the layers, name of its attribute, the model with the configuration)."""
     while hasattr(model, "model"):
         model = model.model
     model = getattr(model, "bert", model)
@@ -30,7 +29,7 @@ def _find_layers(model: Any) -> tuple[Any, str, Any]:
 
 
 def _copy_sharing(layer: nn.Module, index: int) -> nn.Module:
-    """A copy of a layer with the very same parameters; it counts itself as layer ``index``."""
+    """A copy of a layer that shares its parameters and has the number ``index``."""
     parameters = {id(p): p for p in layer.parameters()}
     clone = copy.deepcopy(layer, parameters)
     for module in clone.modules():
@@ -42,7 +41,7 @@ def _copy_sharing(layer: nn.Module, index: int) -> nn.Module:
 def replicate_layers(model: nn.Module, layer_map: Sequence[tuple[int, int]]) -> Callable[[], None]:
     """Stack ranges of a model's layers, in place: [[0, 4], [2, 5]] makes layers 0 1 2 3 2 3 4.
 
-    The copies share all parameters (not their buffers), so what is added is a module tree.
+    The copies share all parameters, not the buffers, so no weights are added.
 
     Args:
         model: Llama- (``layers``), Bert- (``encoder.layer``) or Falcon-shaped (``h``).
@@ -71,12 +70,12 @@ def replicate_layers(model: nn.Module, layer_map: Sequence[tuple[int, int]]) -> 
         if getattr(config, name, None) is not None
     }
     after: dict[str, Any] = {"num_hidden_layers": len(stacked)}
-    if "layer_types" in before:  # the kind of attention of each layer
+    if "layer_types" in before:  # each layer's kind of attention
         after["layer_types"] = [before["layer_types"][i] for i in order]
 
     put = functools.partial(_put, owner, attribute, config)
     put(stacked, {name: after[name] for name in before})
-    return functools.partial(put, layers, before)  # the model keeps it, and may be pickled
+    return functools.partial(put, layers, before)  # can be pickled with the model that keeps it
 
 
 def _put(
@@ -91,8 +90,10 @@ def _put(
 def stacked(
     model: nn.Module, config: Any, others: Sequence[Any]
 ) -> Iterator[Callable[[], None] | None]:
-    """Stack the model's layers as the configuration says, for good unless the block fails. Yields
-    what puts them back, or None when there was nothing to stack."""
+    """Stack the model's layers as the configuration says; undone if the block fails.
+
+    Yields the function that undoes it later, or None when there was nothing to stack.
+    """
     restore = None
     if is_to_be_stacked(config, others):
         restore = replicate_layers(model, config.layer_replication)
@@ -105,8 +106,11 @@ def stacked(
 
 
 def is_to_be_stacked(config: Any, others: Sequence[Any]) -> bool:
-    """Whether the model is to be stacked for this adapter. ValueError when it was stacked in
-    another way, or not at all, for an adapter that it has already."""
+    """True when the model must be stacked for this adapter.
+
+    Raises:
+        ValueError: the model has adapters for which it was stacked in another way, or not at all.
+    """
     wanted = config.layer_replication
     if not wanted or not others:
         return bool(wanted)

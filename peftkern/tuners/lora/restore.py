@@ -1,14 +1,14 @@
-"""What brings a weight back to the bits it had before adapters were merged into it.
+"""``Kept``: restores a weight, bit for bit, to its value before adapters were merged into it.
 
 W' = round(W + B A) cannot be undone by subtraction alone: where W' has a larger exponent than W,
-low bits of W are gone. A copy of W doubles the adapted weights. Kept instead is what subtraction
-misses: a prediction of W from W', and the distance of each element to it, counted in the steps of
-its dtype, which is the difference of their bits as integers. Most distances are 0 in 16 bits and a
-byte in 32.
+low bits of W are lost. A copy of W would double the memory of the adapted weights. Instead two
+things are kept: what is needed to predict W from W' by subtraction, and the distance of each
+element of W from its prediction. Distances are counted in steps of the dtype, which is the
+difference of the bits as integers. In 16 bits most distances are 0, in 32 bits most fit in a byte.
 
-The prediction must come out the same later, on another device, with other threads, and when the
-adapter has been trained or deleted meanwhile. So it is made of the kept factors, cut into integers
-so small that their products and sums are exact in float32, in whatever order they are added.
+The prediction must give the same bits later, on another device, with another number of threads, and
+after the adapter was trained or deleted. So it uses copies of the factors, split into integers so
+small that their products and sums are exact in float32 in any order.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from torch import Tensor
 
 logger = logging.getLogger("peftkern")
 
-BITS = 7  # of one piece: |piece| <= 64, a product <= 2^12
-BLOCK = 2**24  # elements that are worked on at once
+BITS = 7  # of one piece: |piece| <= 64, so a product is <= 2^12
+BLOCK = 2**24  # number of elements that are processed together
 PIECES = {torch.float16: 2, torch.bfloat16: 2, torch.float32: 3}
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """x in float32, or in float64 when it is that."""
+    """``x`` in float32; unchanged when it is float64."""
     return x if x.dtype == torch.float64 else x.to(torch.float32)
 
 
 def as_integers(x: Tensor) -> Tensor:
-    """The bits of x."""
+    """The bits of ``x`` as integers of the same size and shape."""
     return x.contiguous().view(INTEGERS[x.dtype.itemsize])
 
 
 def _check_sum(x: Tensor) -> int:
-    """Changes with the bits of x; the same on every device."""
+    """A checksum of the bits of ``x``, the same on every device."""
     words = as_integers(x).flatten()
-    several = 8 // x.element_size()  # summed as one integer, which is many times faster
+    several = 8 // x.element_size()  # elements added as one int64, which is many times faster
     whole = words.numel() // several * several
     if words.storage_offset() % several:
         words = words.clone()
@@ -49,14 +49,16 @@ def _check_sum(x: Tensor) -> int:
 
 
 def _rows(x: Tensor) -> list[slice]:
-    """Slices of the first dimension, of about ``BLOCK`` elements each."""
+    """Slices of the first dimension with about ``BLOCK`` elements each."""
     step = max(1, BLOCK // max(1, x[:1].numel()))
     return [slice(i, i + step) for i in range(0, len(x), step)]
 
 
 class _Product:
-    """A product [..., M, N] of [..., M, r] and [..., r, N] with about ``pieces`` * 7 bits, the same
-    bits wherever it is computed."""
+    """The product [..., M, N] of [..., M, r] and [..., r, N], with the same bits on every device.
+
+    Its precision is about ``pieces`` * 7 bits.
+    """
 
     def __init__(self, left: Tensor, right: Tensor, pieces: int) -> None:
         self.left, self.left_scale = self._cut(left, -1, pieces)
@@ -64,9 +66,9 @@ class _Product:
 
     @staticmethod
     def _cut(x: Tensor, over: int, pieces: int) -> tuple[list[Tensor], Tensor]:
-        """(int8 pieces, scale): x is about scale · Σ piece_i · 2^(-7 i), the scale a power of 2."""
+        """(int8 pieces, scale) with x ≈ scale · Σ piece_i · 2^(-7 i); the scale is a power of 2."""
         largest = x.abs().amax(over, keepdim=True)
-        # not so small that a product of scaled pieces is no normal number
+        # limited, so that products of scaled pieces are normal numbers
         exponent = torch.frexp(largest).exponent.clamp(-50, 50)
         scale = torch.ldexp(torch.ones_like(largest), exponent - (BITS - 1))
         rest, found = x / scale, []
@@ -77,14 +79,14 @@ class _Product:
         return found, scale
 
     def rows(self, rows: slice, device: torch.device) -> Tensor:
-        """These rows (of the first dimension) of the product, in float32."""
-        stacked = self.left[0].dim() > 2  # one product for each of the first dimension
+        """The product's ``rows`` (of its first dimension), in float32."""
+        stacked = self.left[0].dim() > 2  # a batch: one product for each index of dimension 0
         over = rows if stacked else slice(None)
         total: Tensor | None = None
         for order in range(len(self.left)):
             a = torch.cat([piece[rows] for piece in self.left[: order + 1]], -1)
             b = torch.cat([piece[over] for piece in self.right[: order + 1][::-1]], -2)
-            # factors of 2 on whole rows and columns change no rounding
+            # scaling whole rows and columns by powers of 2 changes no rounding
             a = a.to(device) * (self.left_scale[rows] * 2.0 ** (-BITS * order)).to(device)
             part = a @ (b.to(device) * self.right_scale[over].to(device))
             total = part if total is None else total.add_(part)
@@ -97,7 +99,7 @@ class _Product:
 
 
 class _Block:
-    """A block of rows: what its weight was, relative to a guess that can be made again."""
+    """The former values of a block of rows, relative to a guess that can be computed again."""
 
     def __init__(self, before: Tensor, guess: Tensor | None) -> None:
         self.copy: Tensor | None = None
@@ -116,7 +118,7 @@ class _Block:
             return
         if near_cost < few_cost:
             self.near = near
-            distance -= near  # a multiple of 256, 0 where it fits
+            distance -= near  # a multiple of 256; 0 where the distance fits in a byte
         index = distance.nonzero().squeeze(1)
         self.index, self.value = index.to(torch.int32), distance[index]
 
@@ -136,19 +138,19 @@ class _Block:
 
 
 class Kept:
-    """Brings ``before`` back from ``after``.
+    """A record that restores the weight ``before`` from the weight ``after``.
 
-    Memory: for 16-bit weights about r (M + N) · 2 bytes, and 6 for each element whose low bits the
-    merge has lost (the share is about that of the update in the weight); for float32 one byte an
-    element; never more than a copy and the factors. A copy is kept of float64, of a variant's
-    result (which is no sum) and of adapters that are not finite. Beyond that, some float32 copies
-    of ``BLOCK`` elements while it is made and used.
+    Memory: for 16-bit weights about r (M + N) · 2 bytes, and 6 bytes for each element whose low
+    bits the merge has lost (their share is about that of the update in the weight). For float32 one
+    byte for each element. Never more than a copy and the factors. A copy is kept for float64
+    weights, for a variant whose result is not a sum, and for adapters that are not finite. Some
+    float32 copies of ``BLOCK`` elements are needed while the record is made and used.
 
     Args:
         before: the weight without the adapters.
         after: the weight with them, same shape and dtype.
         factors: (left [..., r], right [r, ...], scaling) of each adapter whose scaled product was
-            added; None when ``after`` is no such sum.
+            added; None when ``after`` is not such a sum.
     """
 
     bias: Tensor | None = None
@@ -176,7 +178,7 @@ class Kept:
         return _Product(left, right, pieces)
 
     def _guess(self, after: Tensor, rows: slice) -> Tensor | None:
-        """Rows of ``before`` by subtraction, None without a product."""
+        """The prediction of ``before[rows]`` by subtraction; None without a product."""
         if self.product is None:
             return None
         part = after[rows]
@@ -185,8 +187,11 @@ class Kept:
 
     @torch.no_grad()
     def restored(self, after: Tensor) -> Tensor:
-        """``before``, bit for bit, on the device of ``after``. When somebody wrote into ``after``
-        meanwhile, what they changed is kept and the adapters are subtracted."""
+        """``before``, bit for bit, on the device of ``after``.
+
+        When other code wrote into ``after`` meanwhile, that change is kept and the adapters are
+        subtracted; without factors the change is lost. A warning is logged.
+        """
         changed = after.dtype != self.dtype or _check_sum(after) != self.sum
         if changed:
             logger.warning(
@@ -204,7 +209,7 @@ class Kept:
 
     @property
     def nbytes(self) -> int:
-        """Memory that is held, in bytes."""
+        """The memory of this record in bytes."""
         tensors = [t for _, block in self.blocks for t in block.tensors]
         tensors += self.product.tensors if self.product is not None else []
         tensors += [] if self.bias is None else [self.bias]

@@ -1,5 +1,4 @@
-"""A batch whose rows name their adapters: the names as one object for a whole forward, and when a
-layer runs such a batch as one operation."""
+"""Batches whose rows name their adapters: ``AdapterNames``, and the forward of such a batch."""
 
 from __future__ import annotations
 
@@ -27,14 +26,14 @@ _BY_ADAPTER = "a %s layer runs a mixed batch adapter by adapter: %s"
 class AdapterNames(tuple[str, ...]):
     """The adapter of each row of a batch ("__base__" for none), in place of a list of names.
 
-    It holds the index that the kernels read, made once for each device and not in each of hundreds
-    of layers. ``adapter_names`` may be given as one of these: then the index lives as long as it
-    does, so that a captured CUDA graph finds it, and may be rewritten between replays with numbers
-    of ``order``.
+    It holds the index that the kernels read, which is made once for each device and not in each of
+    hundreds of layers. A caller can pass one as ``adapter_names``. The index then lives as long as
+    this object, so that a captured CUDA graph can use it; between replays it can be overwritten
+    with other indices into ``order``.
 
     Attributes:
-        order: the distinct names without "__base__", as they come.
-        samples: which of them each row takes; ``samples.on(device)`` is the index.
+        order: the distinct names without "__base__", in the order of their first rows.
+        samples: for each row, its place in ``order``; ``samples.on(device)`` is the index.
     """
 
     order: tuple[str, ...]
@@ -51,7 +50,7 @@ class AdapterNames(tuple[str, ...]):
 
     @classmethod
     def of(cls, names: Iterable[str]) -> AdapterNames:
-        """``names`` itself when it is one of these."""
+        """``names`` as an ``AdapterNames``; the same object when it is one already."""
         return names if isinstance(names, AdapterNames) else cls(names)
 
 
@@ -63,7 +62,7 @@ def forward_mixed(
     kwargs: Any,
     variant_kwargs: dict[str, Any],
 ) -> Tensor:
-    """Y of a LoRA linear layer for x [B, ..., K], row b of the batch through ``names[b]``."""
+    """The output [B, ..., N] of a LoRA linear layer for x [B, ..., K]; row b uses ``names[b]``."""
     disabled = layer._disable_adapters
     reason = "the call has more arguments" if args or kwargs else mixed_reason(layer, x, names)
     if reason is None and not disabled:
@@ -88,7 +87,7 @@ def forward_mixed(
 
 
 def as_one(layer: Linear, x: Tensor, names: AdapterNames) -> Tensor:
-    """The same as one operation, for which there is no :func:`mixed_reason`."""
+    """:func:`forward_mixed` as one operation; :func:`mixed_reason` must be None."""
     base: Any = layer.base_layer
     adapters = [
         Adapter(
@@ -106,7 +105,7 @@ def as_one(layer: Linear, x: Tensor, names: AdapterNames) -> Tensor:
 
 
 def mixed_reason(layer: Linear, x: Tensor, names: AdapterNames) -> str | None:
-    """Why a mixed batch is not one operation in this layer; None when it is."""
+    """The reason that a mixed batch is not one operation in this layer; None when it is."""
     base: Any = layer.base_layer
     if is_recording() or transforms_active():
         return "a transform traces the plain formula"

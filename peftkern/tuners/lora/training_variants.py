@@ -1,4 +1,7 @@
-"""What variants have in common that are plain LoRA outside training, on linear layers alone."""
+"""``TrainedOtherwise``: the base class of variants that are plain LoRA outside training.
+
+They work on linear layers only.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,10 @@ from .variant import LoraVariant
 
 
 class TrainedOtherwise(LoraVariant):
-    """A variant whose adapter is B A when it is merged, and in calls that are no training: these
-    run as plain LoRA's one operation."""
+    """A variant that is B A when merged and in calls outside training.
+
+    These calls run as plain LoRA's one operation.
+    """
 
     stacks = True
 
@@ -24,7 +29,7 @@ class TrainedOtherwise(LoraVariant):
             raise ValueError(f"{type(base).__name__} does not support {cls.name}.")
 
     def differs(self, layer: Any) -> bool:
-        """Whether a call at this moment is not the one that plain LoRA would do."""
+        """True when a call at this moment differs from plain LoRA's."""
         raise NotImplementedError
 
     def fused(self, layer: Any, adapter: str, x: Tensor) -> Tensor | None:

@@ -1,5 +1,7 @@
-"""LoRA as :class:`peftkern.PeftModel` asks for it: through the host's ``base_model``, a
-:class:`.model.LoraModel`."""
+"""``LoraTuner``: LoRA for :class:`peftkern.PeftModel`.
+
+It works through the host's ``base_model``, a :class:`.model.LoraModel`.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ from .variant import with_call_kwargs, with_generate_kwargs
 
 
 class LoraTuner:
-    """See :class:`..tuner.Tuner`."""
+    """The :class:`..tuner.Tuner` of LoRA adapters."""
 
     # ---------------------------------------------------------------- adapters
 

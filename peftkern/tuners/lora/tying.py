@@ -1,5 +1,7 @@
-"""``ensure_weight_tying``: modules that share the input embedding's weight get adapters that share
-its adapter's weights."""
+"""``ensure_weight_tying``: adapters of tied modules share the weights of the embedding's adapter.
+
+A tied module shares the input embedding's weight.
+"""
 
 from __future__ import annotations
 
@@ -27,10 +29,12 @@ UNTIED = (
 
 
 def resolve_tying(config: Any, model: nn.Module) -> None:
-    """Set ``config.modules_to_tie`` or ``config.target_modules_to_tie`` if tying is asked for, and
-    put the input embedding in place of the modules tied to it in ``modules_to_save`` or
-    ``target_modules``. Warns where nothing can be tied, where it should perhaps be, and where an
-    embedding is adapted that the model never calls."""
+    """Set ``config.modules_to_tie`` or ``config.target_modules_to_tie`` if tying is asked for.
+
+    In ``modules_to_save`` or ``target_modules`` the input embedding then replaces the modules that
+    are tied to it. Warns when there is nothing to tie, when tying may be needed but is not asked
+    for, and when an embedding is adapted that the model never calls.
+    """
     targets = config.target_modules
     group = embedding_group(model)
     names = [name for name, _ in group]
@@ -38,7 +42,7 @@ def resolve_tying(config: Any, model: nn.Module) -> None:
     adapts = _adapted(config, [n for n in names if n not in saves])
     tied = set(names[1:])
     if getattr(getattr(model, "config", None), "tie_word_embeddings", None) is False:
-        tied = set()  # the weights are one by chance, and a checkpoint would part them
+        tied = set()  # they share a weight by chance: a checkpoint would hold separate ones
     if not config.ensure_weight_tying:
         if (saves or adapts) and len(group) > 1:
             warnings.warn(UNTIED, stacklevel=5)
@@ -67,10 +71,10 @@ def resolve_tying(config: Any, model: nn.Module) -> None:
 
 
 def _adapted(config: Any, names: list[str]) -> list[str]:
-    """Those of the embeddings called ``names`` that ``target_modules`` matches."""
+    """Those of ``names``, all of embeddings, that ``target_modules`` matches."""
     targets = config.target_modules
     if not targets or (isinstance(targets, str) and targets.lower() == "all-linear"):
-        return []  # neither the defaults nor "all-linear" have embeddings or heads in them
+        return []  # neither the defaults nor "all-linear" contain embeddings or heads
     matcher = TargetMatcher(config, targets)
     return [name for name in names if matcher.match(name) and not matcher.excluded(name)]
 
@@ -78,8 +82,11 @@ def _adapted(config: Any, names: list[str]) -> list[str]:
 def _warn_if_never_called(
     model: Any, group: list[tuple[str, nn.Module]], adapted: set[str]
 ) -> None:
-    """T5, BART and their kin keep the weight in a module of their own (``shared``) that is never
-    called; encoder and decoder call others of that weight."""
+    """Warn when the adapted embedding is one that the model never calls.
+
+    T5, BART and similar models keep the weight in a module (``shared``) that is never called;
+    encoder and decoder call other modules with that weight.
+    """
     first = group[0][0]
     called = [
         name for name, module in group[1:] if isinstance(module, nn.Embedding) and name != first
@@ -95,7 +102,7 @@ def _warn_if_never_called(
 
 
 def _with_embedding(names: Iterable[str], tied: set[str], model: nn.Module) -> list[str]:
-    """``names`` with the input embedding, and without one name for each tied module it matches."""
+    """``names`` with the input embedding added, and without the names that match tied modules."""
     found = list(names)
     embedding = input_embedding_name(model) or ""
     if embedding not in found:
@@ -108,22 +115,24 @@ def _with_embedding(names: Iterable[str], tied: set[str], model: nn.Module) -> l
 
 
 def is_tied_target(config: Any, key: str) -> bool:
-    """Whether the module's adapter follows the input embedding's."""
+    """True when the module's adapter is tied to the input embedding's."""
     tied = getattr(config, "target_modules_to_tie", None) or ()
     return key in tied or any(key.endswith(f".{name}") for name in tied)
 
 
 def shares_embedding(config: Any, key: str) -> bool:
-    """Whether the adapter of a tied module is made of the embedding's weights. Only modules of the
-    top level do, as in HF PEFT: an adapter saved by one must fit the other."""
+    """True when the adapter of a tied module is made of the embedding adapter's weights.
+
+    Only modules of the top level share them, as in HF PEFT, whose files must fit.
+    """
     return key.rpartition(".")[2] in (getattr(config, "target_modules_to_tie", None) or ())
 
 
 def tie_adapter(layer: Any, embedding: Any, adapter_name: str, init: bool | str) -> None:
-    """Make a LoRA ``Linear``'s weights of the adapter views of an ``Embedding``'s: lora_A is
-    lora_embedding_Bᵀ and lora_B is lora_embedding_Aᵀ, in the same memory.
+    """Make the adapter's weights of a LoRA ``Linear`` views of those of an ``Embedding``.
 
-    Values are drawn as for any linear layer, into that memory, unless ``init`` is False.
+    lora_A is lora_embedding_Bᵀ and lora_B is lora_embedding_Aᵀ, in the same memory. Unless ``init``
+    is False, the values are those drawn for the linear layer.
     """
     A, B = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
     shared_A = embedding.lora_embedding_B[adapter_name].data.t()
@@ -136,8 +145,10 @@ def tie_adapter(layer: Any, embedding: Any, adapter_name: str, init: bool | str)
 
 
 def share_again(model: Any) -> None:
-    """Have tied adapters of ``model`` share memory once more, after each tensor was moved, cast or
-    copied by itself. The parameters stay the same objects, as an optimizer may hold them."""
+    """Make tied adapters of ``model`` share memory again after their tensors were moved or copied.
+
+    The parameters stay the same objects, as an optimizer may hold them.
+    """
     for name, config in model.peft_config.items():
         if not getattr(config, "target_modules_to_tie", None):
             continue
@@ -159,7 +170,7 @@ def share_again(model: Any) -> None:
 
 
 def tie_again(model: Any, adapter_name: str) -> None:
-    """Share what the adapter shares after its tensors were replaced, not copied into."""
+    """Share the adapter's tied weights again after its tensors were replaced, not copied into."""
     config = model.peft_config[adapter_name]
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if getattr(config, "target_modules_to_tie", None):
@@ -175,8 +186,10 @@ def tie_again(model: Any, adapter_name: str) -> None:
 def tie_saved_modules(
     model: Any, adapter_name: str, config: Any, activate: bool, keys: Sequence[str]
 ) -> None:
-    """Wrap the modules named ``keys`` as ``modules_to_save`` are, each copy with the weight of the
-    input embedding's copy."""
+    """Wrap the modules named ``keys`` like ``modules_to_save``.
+
+    Their copies have the weight of the input embedding's copy.
+    """
     if not keys:
         return
     weight = model.get_input_embeddings().modules_to_save[adapter_name].weight

@@ -1,4 +1,4 @@
-"""Merging, unmerging and unloading a whole model: every layer, or none."""
+"""``ModelMerging``: merges, unmerges and unloads a whole model: every layer, or none."""
 
 from __future__ import annotations
 
@@ -31,8 +31,10 @@ class ModelMerging:
     targeted_module_names: list[str]
 
     def _check_merge_allowed(self, in_place: bool = True) -> None:
-        """ValueError where adapters cannot be merged; a warning where tied weights are adapted and
-        stay tied (``in_place``)."""
+        """Raise a ValueError when adapters cannot be merged.
+
+        With ``in_place``, warn when tied weights are adapted, as they stay tied.
+        """
         adapted = Parting(self.model).adapted(self._tuner_layers()) if in_place else []
         if adapted:
             warnings.warn(TIED.format(adapted), stacklevel=4)
@@ -45,7 +47,7 @@ class ModelMerging:
         return [m for m in self.model.modules() if isinstance(m, BaseTunerLayer)]
 
     def _check_names(self, adapter_names: Any) -> None:
-        if adapter_names is None or isinstance(adapter_names, str):  # the layers refuse a str
+        if adapter_names is None or isinstance(adapter_names, str):  # layers raise for a str
             return
         unknown = [name for name in adapter_names if name not in self.peft_config]
         if unknown:
@@ -56,21 +58,23 @@ class ModelMerging:
     def merge_adapter(
         self, adapter_names: list[str] | None = None, safe_merge: bool = False
     ) -> None:
-        """Add adapters to the base weights, in place, until :meth:`unmerge_adapter`, which brings
-        back their very bits. What that takes is kept: for bf16 about 0.1 to 0.6 bytes an element
-        (updates of 0.1% to 10% of the weight), for float32 about one, never more than a copy.
+        """Add adapters to the base weights, in place; :meth:`unmerge_adapter` restores their bits.
+
+        Memory for that is kept meanwhile: for bf16 about 0.1 to 0.6 bytes for each element (updates
+        of 0.1% to 10% of the weight), for float32 about 1 byte, never more than a copy.
 
         Args:
-            adapter_names: which adapters, in this order; None: the active ones. What they train in
-                full beside the layers is used with them (of several, the active one's).
+            adapter_names: the adapters, in this order; None: the active ones. Modules that they
+                train in full are used too (if several have one, the active adapter's).
             safe_merge: refuse results with NaN or infinity in them.
 
         Raises:
-            ValueError: no such adapter; a broken one (``safe_merge``); a base weight that cannot be
-                merged into (GPTQ and other quantised ones, replicated layers).
+            ValueError: an unknown adapter; with ``safe_merge`` a result that is not finite; a base
+                weight that cannot be merged into (GPTQ and other quantised ones, replicated
+                layers).
             RuntimeError: ``lora_bias`` on a layer without bias.
 
-        No layer is merged then that was not before.
+        After an error only the layers that were merged before are merged.
         """
         self._check_merge_allowed()
         self._check_names(adapter_names)
@@ -86,7 +90,7 @@ class ModelMerging:
                 own = isinstance(layer, Merging) and not _by_factors(layer)
                 while len(layer.merged_adapters) > count:
                     with onloaded(layer):
-                        if own:  # a user's class knows no other way than to take out all
+                        if own:  # a user's class has no method to take out only the last ones
                             layer.unmerge()
                         else:
                             layer._unmerge_last()
@@ -98,10 +102,11 @@ class ModelMerging:
 
     def unmerge_adapter(self) -> None:
         """Take all merged adapters out of the base weights."""
-        # the last one first: where two layers share a weight, that is what each has recorded
+        # in reverse order: of two layers that share a weight, the later one's record includes the
+        # earlier one's merge
         layers = self._tuner_layers()
         merged = [layer for layer in layers if layer.merged]
-        for layer in reversed(merged or layers):  # without any each says that it is not
+        for layer in reversed(merged or layers):  # with none merged, each layer warns
             with onloaded(layer):
                 layer.unmerge()
         for wrapper in self._wrappers():
@@ -113,8 +118,12 @@ class ModelMerging:
     def _choose_copies(
         self, adapter_names: list[str] | None, safe_merge: bool
     ) -> list[tuple[ModulesToSaveWrapper, list[str]]]:
-        """Each module that adapters train in full, with the adapter whose copy goes with the
-        merged ones. ValueError: there are several such, or (``safe_merge``) it is broken."""
+        """(module that trains in full, the adapter whose copy is used once adapters are merged).
+
+        Raises:
+            ValueError: several adapters have a copy of one module; with ``safe_merge``, a copy is
+                not finite.
+        """
         found = [(wrapper, wrapper.merge_choice(adapter_names)) for wrapper in self._wrappers()]
         for wrapper, names in found if safe_merge else ():
             for name in names:
@@ -129,18 +138,18 @@ class ModelMerging:
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
-        """The base model with adapters merged into it and all layers of theirs taken out.
+        """The base model with adapters merged into it and all adapter layers removed.
 
-        The adapters and what :meth:`merge_adapter` would keep are gone: no memory beyond the base
-        model's is held afterwards, or needed but for one layer at a time. Only embeddings that
-        share a weight, when some of them are adapted, get weights of their own, and the model's
-        configuration says so.
+        The adapters are gone, and :meth:`merge_adapter`'s records are not kept. No memory beyond
+        the base model's is held afterwards, and while it runs only that for one layer at a time.
+        Embeddings that share a weight get weights of their own when only some of them are adapted;
+        the model's configuration then says so.
 
         Args:
             progressbar: show progress.
             safe_merge: refuse results with NaN or infinity in them; computes every layer twice.
-            adapter_names: which adapters, in this order; None: the active ones. What they train in
-                full beside the layers is used with them (of several, the active one's).
+            adapter_names: the adapters, in this order; None: the active ones. Modules that they
+                train in full are used too (if several have one, the active adapter's).
 
         Raises:
             ValueError, RuntimeError: as :meth:`merge_adapter`, before any weight is changed.
@@ -150,7 +159,7 @@ class ModelMerging:
         self._choose_copies(adapter_names, safe_merge)
         to_merge: dict[Any, list[str]] = {}
         for layer in self._tuner_layers():
-            if not _by_factors(layer):  # merged when it is taken out
+            if not _by_factors(layer):  # it is merged when it is removed
                 if not isinstance(layer, Merging):
                     layer._check_mergeable(adapter_names, safe_merge)
                 continue
@@ -182,13 +191,15 @@ class ModelMerging:
         return self.model
 
     def unload(self) -> nn.Module:
-        """The base model without adapter layers; modules that were trained in full stay as
-        trained. What is merged stays merged."""
+        """The base model without adapter layers.
+
+        Modules that were trained in full stay as trained; merged adapters stay merged.
+        """
         self._strip(False, False, None)
         return self.model
 
     def _strip(self, merge: bool, safe_merge: bool, adapter_names: list[str] | None) -> None:
-        """Put what the adapter layers wrap in their places; LoRA layers are merged already."""
+        """Replace adapter layers by the modules that they wrap; LoRA layers are merged already."""
         new: dict[Any, nn.Module] = {}
 
         def without(module: Any) -> nn.Module:
@@ -220,8 +231,7 @@ class ModelMerging:
 
 
 def _by_factors(layer: Any) -> bool:
-    """Whether the layer merges by what :class:`Merging` does, and not in a way of its own, as the
-    class of a user may."""
+    """True when the layer merges by :class:`Merging`, and not by a method of a user's class."""
     cls = type(layer)
     return (
         isinstance(layer, Merging)
@@ -231,5 +241,5 @@ def _by_factors(layer: Any) -> bool:
 
 
 def _children(parent: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every place that holds a module, also those that hold the same one."""
+    """(name, child) of every attribute with a module, even when several hold the same one."""
     return ((name, child) for name, child in list(parent._modules.items()) if child is not None)

@@ -1,10 +1,10 @@
-"""Variants of LoRA: other ways to put A and B (and more) on a layer's output, one object for each
-adapter that uses one.
+"""Variants of LoRA: other ways to apply A and B (and more) to a layer's output.
 
-A variant is one class for each kind of layer that it works on. Defining the class enters it into
-``TABLES``, under the field of the configuration that asks for it, and the rest of the package asks
-only there: nothing of a variant runs unless a configuration asks for it. `docs/extending.md` shows
-how to write one. A call with an active variant never takes the fused path of plain LoRA.
+A variant is one class for each kind of layer that it works on, with one object for each adapter.
+Defining the class enters it into ``TABLES``, under the field of the configuration that selects it.
+The rest of the package reads only the tables, so a variant's code runs only when a configuration
+selects it. `docs/extending.md` shows how to write one. A call with an active variant never takes
+the fused path of plain LoRA.
 """
 
 from __future__ import annotations
@@ -21,18 +21,19 @@ from ..base_tuner import BaseTuner
 
 # {kind of layer (`LoraLayer.layer_kind`): {sorted names of settings: class; None for plain LoRA}}
 TABLES: dict[str, dict[tuple[str, ...], type[LoraVariant] | None]] = {}
-# {setting: class that is asked what concerns the whole model; None for plain LoRA}
+# {setting: class whose class methods serve the whole model; None for plain LoRA}
 SETTINGS: dict[str, type[LoraVariant] | None] = {}
-# {keyword of a model's call: the variant that gets it}; layers never hand it to their base layers
+# {keyword of a model's call: variant that gets it}; layers never pass it to their base layers
 CALL_KWARGS: dict[str, type[LoraVariant]] = {}
 
 
 def register(setting: str, layers: Iterable[str], variant: type[LoraVariant] | None) -> None:
-    """Let the field ``setting`` of a configuration ask for ``variant`` (None: plain LoRA, started
-    in another way) on these kinds of layer. A class that is defined again replaces itself.
+    """Let the field ``setting`` of a configuration select ``variant`` on these kinds of layers.
+
+    None is plain LoRA with another start. A class that is defined again replaces its old version.
 
     Raises:
-        ValueError: the setting asks for another class on one of the kinds already.
+        ValueError: the setting selects another class on one of the kinds already.
     """
     kinds = (layers,) if isinstance(layers, str) else tuple(layers)
     for kind in kinds:
@@ -47,7 +48,7 @@ def register(setting: str, layers: Iterable[str], variant: type[LoraVariant] | N
 
 
 def _another(owner: type[Any] | None, cls: type | None) -> type[Any] | None:
-    """``owner``, unless it is nobody, or has the address of ``cls``, which then replaces it."""
+    """``owner``; None when it is None or an earlier definition of ``cls``, which may replace it."""
     if owner is None or cls is None:
         return owner
     same = (owner.__module__, owner.__qualname__) == (cls.__module__, cls.__qualname__)
@@ -55,44 +56,44 @@ def _another(owner: type[Any] | None, cls: type | None) -> type[Any] | None:
 
 
 class VariantMethods:
-    """The methods that variants add to :class:`LoraModel`, see ``LoraVariant.model_methods``."""
+    """A base class of :class:`LoraModel` that gets the methods of ``LoraVariant.model_methods``."""
 
 
-# {name of such a method: the variant that it is from}
+# {name of such a method: the variant that added it}
 _METHODS: dict[str, type[LoraVariant]] = {}
 
 
 class LoraVariant:
-    """What one adapter of one layer does in place of adding B A x.
+    """The computation of one adapter in one layer, in place of adding B A x.
 
-    Methods get the layer and the adapter's name, since one class serves several kinds of layer;
-    class methods are asked before there is an adapter. What concerns the whole model (``refusals``,
-    :meth:`check_beside`, :meth:`forward_kwargs`, ...) is asked of a setting's first class.
+    Methods get the layer and the adapter's name, since one class may serve several kinds of layers.
+    Class methods are called before the adapter is made. Those that concern the whole model
+    (``refusals``, :meth:`check_beside`, :meth:`forward_kwargs`, ...) are a setting's first class's.
 
     Args (of the class statement):
-        setting: the field of the configuration that asks for the variant when it holds something
-            true; it has the metadata :func:`peftkern.configs.lora_options.selects`.
-        layers: on which kinds of layer: "linear" (transformers' ``Conv1D`` too), "embedding",
+        setting: the field of the configuration that selects the variant when its value is true; it
+            has the metadata :func:`peftkern.configs.lora_options.selects`.
+        layers: the kinds of layers: "linear" (transformers' ``Conv1D`` too), "embedding",
             "conv1d", "conv2d", "conv3d".
     """
 
-    # what it is called in `explain` and in errors
+    # its name in `explain` and in errors
     name: ClassVar[str] = ""
     setting: ClassVar[str] = ""
-    # {attribute: what makes it}: stores {adapter: what trains and is saved} that a layer gets
+    # {attribute: its factory}: stores {adapter: module or parameter, trained and saved} of a layer
     weight_stores: ClassVar[Mapping[str, Callable[[], Any]]] = {}
-    # likewise {adapter: value}; of these a persistent `BufferDict` is saved
+    # the same for stores {adapter: value}; of these a persistent `BufferDict` is saved
     value_stores: ClassVar[Mapping[str, Callable[[], Any]]] = {}
-    # {kind of layer: words of the ValueError where the variant is not for that kind}
+    # {kind of layer: message of the ValueError when the variant does not work on it}
     refusals: ClassVar[Mapping[str, str]] = {}
-    # keywords of a model's call that are for the variant, see `handing`
+    # keywords of a model's call that go to the variant, see `handing`
     call_kwargs: ClassVar[tuple[str, ...]] = ()
-    # {name: function of the LoraModel and more}
+    # {name: function that becomes a method of LoraModel}
     model_methods: ClassVar[Mapping[str, Callable[..., Any]]] = {}
-    # whether `init` reads the base weight, which must be what it will stay then
+    # True: `init` reads the base weight, which must have its final value by then
     measures_weight: ClassVar[bool] = False
-    # whether the update less that of a start, on all inputs, is an adapter with both A (and B)
-    # stacked
+    # True: the update minus that of a start is, for all inputs, that of an adapter with both A (and
+    # both B) stacked
     stacks: ClassVar[bool] = False
 
     # the layer's name in the model, for `init`
@@ -122,19 +123,19 @@ class LoraVariant:
 
     @classmethod
     def check(cls, key: str, base: Any, r: int, config: Any) -> None:
-        """Raise a ValueError or TypeError where the layer ``base``, called ``key``, cannot get such
-        an adapter of rank ``r``. Nothing has been changed yet."""
+        """Raise a ValueError or TypeError when the layer ``base``, named ``key``, cannot have it.
+        ``r`` is the adapter's rank. Nothing has been changed yet."""
 
     @classmethod
     def check_beside(cls, config: Any, others: Sequence[tuple[str, Any]]) -> None:
-        """ValueError where the adapter of ``config`` cannot stand beside ``others``, (name,
-        configuration). Asked when ``config`` or one of them asks for the variant."""
+        """Raise a ValueError when ``config`` cannot be used beside ``others``.
+        Those are (name, configuration). Called when any of them selects the variant."""
 
     # ---------------------------------------------------------------- in a layer
 
     def init(self, layer: Any, adapter: str, config: Any, trainable: bool) -> None:
-        """Make what the adapter has beside A and B, which are made already; they may be on the meta
-        device, to be assigned later. The stores are there."""
+        """Make the adapter's further weights and values; A, B and the stores are made already.
+        Weights may be on the meta device, to be assigned later."""
 
     def update(self, layer: Any, adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
         """The layer's output with this adapter.
@@ -142,24 +143,23 @@ class LoraVariant:
         Args:
             layer: the LoRA layer that is called.
             adapter: the adapter's name.
-            x: the layer's input, as it came.
-            result: the output so far: the base layer's, and that of adapters before this one.
+            x: the layer's input as given.
+            result: the output so far: the base layer's, with the adapters before this one.
             **kwargs: those of ``CALL_KWARGS`` that the call had.
         """
         raise NotImplementedError
 
     def fused(self, layer: Any, adapter: str, x: Tensor) -> Tensor | None:
-        """The output for x from one operation, when this is the only active adapter; None when it
-        cannot be, and :meth:`update` is to do it. :meth:`fused_as` has said that it may be."""
+        """The output for x from one operation; None when it needs :meth:`update`.
+        Called for the only active adapter, when :meth:`fused_as` is not None."""
         return None
 
     def fused_as(self, layer: Any, adapter: str) -> str | None:
-        """What that operation is called in ``explain``; None where the layer's modules stand
-        against it, or there is none."""
+        """The name of that operation in ``explain``; None when there is none for this layer."""
         return None
 
     def decline(self, layer: Any, adapter: str) -> str:
-        """Why calls do not run as plain LoRA's one operation, for ``explain`` and logs."""
+        """The reason, for ``explain`` and logs, that calls are not plain LoRA's one operation."""
         return f"{self.name}: the base layer, then the adapter by torch's operations"
 
     def merged_weight(self, layer: Any, adapter: str, weight: Tensor, base: Tensor) -> Tensor:
@@ -174,32 +174,31 @@ class LoraVariant:
         return layer._delta_weight(adapter).to(weight.device, weight.dtype).add_(weight)
 
     def factors(self, layer: Any, adapter: str) -> tuple[Tensor, Tensor]:
-        """B [N, r] and A [r, K] whose product times the scaling is the update of a linear layer's
-        weight, where the variant's is one."""
+        """B [N, r] and A [r, K], whose scaled product is the update of a linear layer's weight."""
         return layer.lora_B[adapter].weight, layer.lora_A[adapter].weight
 
     def combined_by(self, layer: Any, adapter: str) -> Sequence[str] | None:
-        """The rules of ``add_weighted_adapter`` that keep the form of the adapter's A and B in this
-        layer; None where these are plain matrices, for all rules."""
+        """The rules of ``add_weighted_adapter`` that keep the form of the adapter's A and B.
+        None when they are plain matrices, which all rules keep."""
         return None
 
     def ready(self, layer: Any, adapter: str) -> None:
-        """Do what had to wait for the base weight, before a call or a merge reads it."""
+        """Do the work that needs the final base weight, before a call or a merge reads it."""
 
     def refuses_mixed(self) -> str | None:
-        """Why the adapter cannot be named for rows of a batch, None when it can."""
+        """The reason that rows of a batch cannot name the adapter; None when they can."""
         return None
 
     def supports_lora_conversion(self) -> bool:
-        """Whether the adapter may be turned into one of plain LoRA."""
+        """True when the adapter can be converted to plain LoRA."""
         return True
 
     # ---------------------------------------------------------------- in calls of the whole model
 
     @classmethod
     def forward_kwargs(cls, model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """``kwargs`` of a forward of the PeftModel with those of ``call_kwargs`` that it lacks.
-        Asked where an adapter of the model asks for the variant."""
+        """The ``kwargs`` of a PeftModel's forward, with missing ``call_kwargs`` added.
+        Called when an adapter of the model selects the variant."""
         return kwargs
 
     @classmethod
@@ -213,14 +212,14 @@ class LoraVariant:
     def handing(
         cls, model: Any, layers: Sequence[Any], value: Any, kwargs: dict[str, Any], repeats: int
     ) -> AbstractContextManager[None]:
-        """Within the block the layers' calls get a keyword of ``call_kwargs``.
+        """A context in which the layers' calls get a keyword of ``call_kwargs``.
 
         Args:
             model: the base model.
             layers: its LoRA layers.
-            value: what the model's call was given.
+            value: the keyword's value in the model's call.
             kwargs: all keywords of that call.
-            repeats: how often ``generate`` repeats each row of the batch.
+            repeats: number of copies that ``generate`` makes of each row of the batch.
         """
         raise NotImplementedError
 
@@ -230,17 +229,17 @@ class LoraVariant:
 
 @cache
 def _selecting(config_class: type) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """(fields that select a variant by being true, values of ``init_lora_weights`` that do)."""
+    """(fields that select a variant when true, values of ``init_lora_weights`` that select one)."""
     fields = dataclasses.fields(config_class)
     by_value = [n for f in fields for n in f.metadata.get("lora_variants", ())]
     return tuple(f.name for f in fields if f.metadata.get("is_lora_variant")), tuple(by_value)
 
 
 def settings_asked(config: Any) -> tuple[str, ...]:
-    """The settings of a configuration that ask for a variant, sorted; empty for plain LoRA."""
+    """The settings of a configuration that select a variant, sorted; empty for plain LoRA."""
     by_truth, by_value = _selecting(config.__class__)
     asked = []
-    for name in by_truth:  # plain loops: every layer that is made asks this
+    for name in by_truth:  # plain loops for speed: this runs for every new layer
         if getattr(config, name):
             asked.append(name)
     if by_value:
@@ -252,17 +251,17 @@ def settings_asked(config: Any) -> tuple[str, ...]:
 
 
 def variants_asked(*configs: Any) -> list[type[LoraVariant]]:
-    """The first class of each setting by which one of these configurations asks for a variant."""
+    """The first class of each setting with which one of these configurations selects a variant."""
     names = dict.fromkeys(name for config in configs for name in settings_asked(config))
     found = (SETTINGS.get(name) for name in names)
     return [variant for variant in found if variant is not None]
 
 
 def variant_class(table: Any, kind: str, config: Any) -> type[LoraVariant] | None:
-    """The class of ``table`` that ``config`` asks for on a kind of layer; None for plain LoRA.
+    """The class of ``table`` that ``config`` selects on a kind of layer; None for plain LoRA.
 
     Raises:
-        ValueError: the table has none such.
+        ValueError: the table has no such class.
     """
     asked = settings_asked(config)
     if asked in table:
@@ -275,15 +274,15 @@ def variant_class(table: Any, kind: str, config: Any) -> type[LoraVariant] | Non
 
 
 def table_of(kind: str) -> dict[tuple[str, ...], type[LoraVariant] | None]:
-    """What a kind of layer knows; the same object at every call, which later classes join."""
+    """The table of a kind of layer: the same object at every call, extended by later classes."""
     return TABLES.setdefault(kind, {(): None})
 
 
 def select(known: Any, kind: str, config: Any) -> LoraVariant | None:
-    """A new variant as ``config`` asks for, None for plain LoRA.
+    """A new variant as ``config`` selects it; None for plain LoRA.
 
     Args:
-        known: {sorted names of settings that ask for it: class of the variant, None for plain
+        known: {sorted names of settings that select it: class of the variant, None for plain
             LoRA}.
         kind: the kind of layer.
         config: a :class:`LoraConfig`.
@@ -291,7 +290,7 @@ def select(known: Any, kind: str, config: Any) -> LoraVariant | None:
     Raises:
         ValueError: the settings name no variant of ``known``, or ``known`` itself is wrong.
     """
-    if known is not TABLES.get(kind):  # that of a user's layer class
+    if known is not TABLES.get(kind):  # the table of a user's layer class
         _check_table(known, config)
     variant = variant_class(known, kind, config)
     return None if variant is None else variant()
@@ -309,11 +308,11 @@ def _check_table(known: Any, config: Any) -> None:
 
 
 def check_beside(config: Any, others: Sequence[tuple[str, Any]]) -> None:
-    """Raise where the variants that these adapters ask for cannot stand beside each other.
+    """Raise an error when the variants of these adapters cannot be used beside each other.
 
     Args:
-        config: the new adapter's.
-        others: (name, configuration) of those that the model has.
+        config: the new adapter's configuration.
+        others: (name, configuration) of the adapters that the model has.
     """
     for variant in variants_asked(config, *(other for _, other in others)):
         variant.check_beside(config, others)
@@ -325,7 +324,7 @@ def check_beside(config: Any, others: Sequence[tuple[str, Any]]) -> None:
 def put_variant(
     layer: Any, adapter: str, variant: LoraVariant, config: Any, trainable: bool
 ) -> None:
-    """Let the adapter, whose A and B are made, be of this variant in a layer."""
+    """Make the adapter, whose A and B exist already, one of this variant in a layer."""
     for names, stores in (
         ("adapter_layer_names", variant.weight_stores),
         ("other_param_names", variant.value_stores),
@@ -339,12 +338,12 @@ def put_variant(
 
 
 def take_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Take what is for variants out of a call's keywords."""
+    """Remove the variants' keywords from a call's ``kwargs`` and return them."""
     return {name: kwargs.pop(name) for name in CALL_KWARGS if name in kwargs}
 
 
 def rows_of(kwargs: dict[str, Any], rows: Tensor) -> dict[str, Any]:
-    """Keywords for variants, of which each has one value for a row of the batch, for these rows."""
+    """Variants' keywords, each a list with one value for each row, cut to the given ``rows``."""
     if not kwargs:
         return kwargs
     indices = rows.tolist()
@@ -352,7 +351,7 @@ def rows_of(kwargs: dict[str, Any], rows: Tensor) -> dict[str, Any]:
 
 
 def make_ready(layer: Any) -> None:
-    """See :meth:`LoraVariant.ready`."""
+    """Call :meth:`LoraVariant.ready` for all variants of a layer."""
     for name, variant in layer.lora_variant.items():
         variant.ready(layer, name)
 
@@ -370,7 +369,7 @@ def active_variant(layer: Any) -> tuple[str, LoraVariant] | None:
 
 
 def with_call_kwargs(model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The keywords of a PeftModel's forward, with what its adapters' variants take from them."""
+    """The keywords of a PeftModel's forward, after its adapters' variants have added theirs."""
     for variant in _with_calls(model):
         kwargs = variant.forward_kwargs(model, kwargs)
     return kwargs
@@ -386,8 +385,7 @@ def with_generate_kwargs(
 
 
 def _with_calls(model: Any) -> list[type[LoraVariant]]:
-    """The variants with keywords of their own that an adapter of the model asks for. Every forward
-    asks this."""
+    """The variants with keywords that the model's adapters select; runs in every forward."""
     found, configs = [], model.peft_config.values()
     for variant in dict.fromkeys(CALL_KWARGS.values()):
         for config in configs:

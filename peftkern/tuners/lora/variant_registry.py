@@ -1,5 +1,7 @@
-"""The variants of LoRA there are: a class that is imported here enters the tables of
-:mod:`.variant`, which says what one is. The names are HF PEFT's."""
+"""Imports of all variants of LoRA, which enter themselves into the tables of :mod:`.variant`.
+
+The names are HF PEFT's.
+"""
 
 from .alora import (
     ALoraLinearVariant,

@@ -1,8 +1,9 @@
 """VeLoRA (Miles et al., 2024, arXiv 2405.17991): the gradient of A from compressed inputs.
 
-What a training keeps of A's input x [T, K] are the products of its G groups of K / G features with
-one unit vector v: z = x_g · v, [T, G] (equation 1). For the gradient of A, and only there, the
-input is s · z v (equation 2). The output and all other gradients are those of plain LoRA.
+A's input x [T, K] is not kept for backward. It is split into G groups x_g of K / G features, and
+the products z = x_g · v, [T, G], with one unit vector v are kept (equation 1). In the gradient of
+A, and only there, s · z v replaces the input (equation 2). The output and all other gradients are
+those of plain LoRA.
 """
 
 from __future__ import annotations
@@ -21,42 +22,44 @@ from .training_variants import TrainedOtherwise
 
 
 def _get_group_dim(in_features: int, num_groups: int) -> int:
-    """Features of a group: the last ones are filled up with zeros."""
+    """D, the number of features of a group; the last group may need zeros to reach it."""
     return -(-in_features // num_groups)
 
 
 def _reshape_to_grouped_subtokens(x: Tensor, num_groups: int) -> Tensor:
-    """x [..., K] as [T, G, D]."""
+    """``x`` [..., K] as groups [T, G, D], filled up with zeros."""
     size = _get_group_dim(x.shape[-1], num_groups)
     missing = num_groups * size - x.shape[-1]
     return (pad(x, (0, missing)) if missing else x).reshape(-1, num_groups, size)
 
 
 def _compress_activations(x: Tensor, embed: Tensor, num_groups: int) -> Tensor:
-    """[T, G] of x [..., K] and the vector ``embed`` [D]."""
+    """The products [T, G] of the groups of ``x`` [..., K] with the vector ``embed`` [D]."""
     return _reshape_to_grouped_subtokens(x, num_groups) @ embed
 
 
 def _reconstruct_activations(
     compressed: Tensor, embed: Tensor, in_features: int, velora_scale: float
 ) -> Tensor:
-    """[T, K] of what :func:`_compress_activations` left."""
+    """The input [T, K] rebuilt from the products [T, G] of :func:`_compress_activations`."""
     groups = compressed[..., None] * embed
     return groups.flatten(1)[:, :in_features] * velora_scale
 
 
 def _normalize_projection(embed: Tensor) -> Tensor:
-    """``embed`` [D] with norm 1, in float32; all alike in place of zeros."""
+    """``embed`` [D] scaled to norm 1, in float32; for zeros, a vector of equal numbers."""
     embed = embed.float()
     norm = torch.linalg.vector_norm(embed)
     ones = torch.full_like(embed, embed.numel() ** -0.5)
-    # chosen on the device, which a comparison here would wait for
+    # torch.where and not `if`, for which the host would wait for the device
     return torch.where(norm == 0, ones, embed / norm)
 
 
 class VeloraFunction(torch.autograd.Function):
-    """x Wᵀ + b for x [..., K], W [r, K]; the gradient of W is that of the compressed x, which is
-    kept in place of x. Arguments: x, W, b or None, ``embed`` [D], number of groups, scale."""
+    """x Wᵀ + b for x [..., K] and W [r, K], which keeps the compressed x for the gradient of W.
+
+    Arguments: x, W, b or None, ``embed`` [D], number of groups, scale.
+    """
 
     @staticmethod
     def forward(
@@ -94,9 +97,11 @@ class VeloraFunction(torch.autograd.Function):
 
 
 class VeloraLinearVariant(TrainedOtherwise, setting="velora_config", layers=("linear",)):
-    """On linear layers. ``lora_velora_embed[adapter]`` [D] is saved with the adapter; whether it
-    was made of a batch already is not, so that "batch_average_once" makes it again in a training
-    that goes on, as in HF PEFT."""
+    """VeLoRA on linear layers; ``lora_velora_embed[adapter]`` [D] is saved with the adapter.
+
+    It is not saved whether that vector was made of a batch already. So "batch_average_once" makes
+    it again when a training is continued, as in HF PEFT.
+    """
 
     name = "VeLoRA"
     value_stores = {
@@ -132,14 +137,14 @@ class VeloraLinearVariant(TrainedOtherwise, setting="velora_config", layers=("li
 
     @torch.no_grad()
     def follow(self, layer: Any, adapter: str, x: Tensor) -> None:
-        """Make the vector of x, when its settings say so."""
+        """Make the vector anew from ``x`` [..., K], if the adapter's ``init_type`` says so."""
         kind = layer.lora_velora_init_type[adapter]
         ready = layer.lora_velora_initialized[adapter]
         if kind == "random" or (kind == "batch_average_once" and ready):
             return
         groups = _reshape_to_grouped_subtokens(x, layer.lora_velora_num_groups[adapter])
         embeds = layer.lora_velora_embed
-        # another tensor: the one of an earlier call is needed for its backward
+        # a new tensor, as an earlier call needs the old one for its backward
         embeds[adapter] = _normalize_projection(groups.flatten(0, 1).mean(0)).to(embeds[adapter])
         layer.lora_velora_initialized[adapter] = True
 

@@ -1,4 +1,4 @@
-"""``add_weighted_adapter``: a new adapter out of those that a model has."""
+"""``add_weighted_adapter``: makes a new adapter from those that a model has."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .tying import share_again
 
 
 def _tensors(layer: Any, name: str) -> tuple[Any, Any] | None:
-    """The parameters A and B of an adapter in a layer, None when it has none there."""
+    """The parameters (A, B) of an adapter in a layer; None when it has none there."""
     if name in layer.lora_A:
         return layer.lora_A[name].weight, layer.lora_B[name].weight
     if name in layer.lora_embedding_A:
@@ -47,31 +47,31 @@ class Weighted:
         density: float | None = None,
         majority_sign_method: Literal["total", "frequency"] = "total",
     ) -> None:
-        """Make a new adapter, neither active nor trainable, of others by a weighted rule.
+        """Make a new adapter, neither active nor trainable, from others by a weighted rule.
 
-        "cat" is exact: its rank is the sum of the ranks. "svd" is the best approximation of a
-        given rank. "linear" combines A with A and B with B, which is rough but cheap. "ties",
-        "dare_*" and "magnitude_prune" prune first (see :mod:`peftkern.utils.merge_utils`), on A and
-        B or, with "_svd", on the updates. Computed in at least float32. One adapter alone is always
+        "cat" is exact; its rank is the sum of the ranks. "svd" is the best approximation of a
+        given rank. "linear" combines A with A and B with B, which is fast but inexact. "ties",
+        "dare_*" and "magnitude_prune" prune first (see :mod:`peftkern.utils.merge_utils`): A and B
+        or, with "_svd", the updates. All compute in at least float32. A single adapter is always
         combined by "linear", which scales it.
 
         Args:
             adapters: names of the adapters to combine.
-            weights: one number each, of either sign.
-            adapter_name: name of the new adapter; when there is one of that name, nothing happens.
+            weights: one number for each adapter; negative ones are allowed.
+            adapter_name: name of the new adapter; nothing happens when an adapter has that name.
             combination_type: the rule.
-            svd_rank: rank for the rules with SVD; None: the largest of the adapters'.
+            svd_rank: rank for the rules with SVD; None: the largest rank of the adapters.
             svd_clamp: quantile in [0, 1]; values of both factors beyond it are clamped to it.
-            svd_full_matrices: as :func:`torch.linalg.svd` takes it.
-            svd_driver: as :func:`torch.linalg.svd` takes it.
-            density: share of values to keep, for the rules that prune.
-            majority_sign_method: how TIES elects signs, "total" or "frequency".
+            svd_full_matrices: argument of :func:`torch.linalg.svd`.
+            svd_driver: argument of :func:`torch.linalg.svd`.
+            density: share of values to keep, in [0, 1], for the rules that prune.
+            majority_sign_method: the rule by which TIES elects signs, "total" or "frequency".
 
         Raises:
-            ValueError: an unknown adapter or rule, unequal ranks where they must be equal, a
-                missing density, modules that several of the adapters train in full.
+            ValueError: an unknown adapter or rule, unequal ranks for a rule that needs equal ones,
+                a missing density, or modules that several of the adapters train in full.
 
-        No adapter has been made then.
+        After an error there is no new adapter.
         """
         if adapter_name in self.peft_config:
             return
@@ -95,14 +95,14 @@ class Weighted:
             first,
             r=rank,
             lora_alpha=rank,  # a scaling of 1
-            use_rslora=False,  # which would make it √r
+            use_rslora=False,  # with it the scaling would be √r
             target_modules=targets,
             alpha_pattern={},
             rank_pattern={},
             modules_to_save=list(dict.fromkeys(saved)) or None,
             lora_bias=any(self.peft_config[name].lora_bias for name in adapters),
         )
-        # an initialisation that is overwritten must not change the base weights for itself
+        # the first values are overwritten, so no method that changes base weights may make them
         config.init_lora_weights = True
         self._make_from(config, adapter_name, adapters, weights, rule)
         config.init_lora_weights = first.init_lora_weights
@@ -125,7 +125,7 @@ class Weighted:
     def _check_add_weighted_adapter(
         self, adapters: list[str], combination_type: str, svd_rank: int | None
     ) -> tuple[str, int, Any]:
-        """(rule, rank, target modules) of the new adapter, or an error."""
+        """Check the arguments; returns (rule, rank, target modules) of the new adapter."""
         for name in adapters:
             if name not in self.peft_config:
                 raise ValueError(f"Adapter {name} does not exist")
@@ -169,7 +169,7 @@ class Weighted:
     def _parts(
         self, layer: Any, adapters: Sequence[str], weights: Sequence[float], rule: Combination
     ) -> list[AdapterFactors]:
-        """What these adapters have in a layer. ValueError when it cannot be combined."""
+        """The factors of these adapters in a layer; ValueError when they cannot be combined."""
         parts = []
         for name, weight in zip(adapters, weights, strict=True):
             found = _tensors(layer, name)
@@ -213,7 +213,7 @@ class Weighted:
         weights: Sequence[float],
         rule: Combination,
     ) -> None:
-        """Put the new adapter into the model and fill it; after an error it is gone."""
+        """Put the new adapter into the model and fill it; an error removes it again."""
         tuner: Any = self
         self.peft_config[adapter_name] = config
         try:
@@ -253,7 +253,7 @@ class Weighted:
         return functools.reduce(torch.promote_types, dtypes)
 
     def _fill_saved(self, adapter_name: str, adapters: Sequence[str]) -> None:
-        """A module that one of the adapters trained in full is as that one left it."""
+        """Copy each module that one of the adapters trained in full to the new adapter."""
         for module in self.model.modules():
             if not isinstance(module, ModulesToSaveWrapper):
                 continue
@@ -266,7 +266,7 @@ class Weighted:
     def _fill_bias(
         layer: Any, adapter_name: str, adapters: Sequence[str], weights: Sequence[float]
     ) -> None:
-        """lora_bias adds up, whatever the rule is for A and B."""
+        """Set lora_bias to the weighted sum of the adapters' biases, for every rule."""
         if not layer.lora_bias.get(adapter_name):
             return
         bias = layer.lora_B[adapter_name].bias
@@ -280,7 +280,7 @@ class Weighted:
 
 
 def _union(targets: list[Any]) -> Any:
-    """Target modules that match wherever one of these does; all are sets, or all are patterns."""
+    """Target modules that match when one of ``targets`` does; all are sets, or all are patterns."""
     if len({type(t) for t in targets}) > 1:
         raise ValueError(
             "all adapter configs should follow the same target modules type. Combining adapters "

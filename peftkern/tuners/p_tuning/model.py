@@ -1,4 +1,4 @@
-"""``PromptEncoder``: virtual tokens that a small network makes while they are trained."""
+"""``PromptEncoder``: virtual tokens that a small network computes while they train."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from torch import Tensor, nn
 from ...configs.p_tuning import PromptEncoderConfig, PromptEncoderReparameterizationType
 from ..prompting.encoder import BasePromptEncoder
 
-MLP_LAYERS = 2  # hidden layers of the MLP, whatever `encoder_num_layers` says
+MLP_LAYERS = 2  # hidden layers of the MLP; `encoder_num_layers` does not change it
 
 
 class PromptEncoder(BasePromptEncoder):
-    """num_virtual_tokens * num_transformer_submodules virtual tokens of token_dim numbers, the
-    output of an MLP, or of a bidirectional LSTM and an MLP.
+    """Virtual tokens [P, token_dim] from an MLP, or from a bidirectional LSTM and an MLP.
+
+    P is num_virtual_tokens * num_transformer_submodules.
 
     Args:
         config: with its sizes filled in. In inference mode there is no network.

@@ -8,5 +8,5 @@ from .model import PromptEmbedding
 
 __all__ = ["PromptEmbedding", "PromptTuningConfig", "PromptTuningInit"]
 
-if not TYPE_CHECKING:  # the files that are addresses of HF PEFT's, which nothing here imports
+if not TYPE_CHECKING:  # finds the files at HF PEFT's addresses, which nothing here imports
     __getattr__ = lazily(__name__, {})[1]

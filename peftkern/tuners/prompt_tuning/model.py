@@ -1,4 +1,4 @@
-"""``PromptEmbedding``: virtual tokens that stand in front of the input's embeddings."""
+"""``PromptEmbedding``: virtual tokens, trained directly, before the input's embeddings."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from ..prompting.encoder import BasePromptEncoder
 
 
 class PromptEmbedding(BasePromptEncoder):
-    """num_virtual_tokens * num_transformer_submodules virtual tokens of token_dim numbers.
+    """Virtual tokens [P, token_dim], P being num_virtual_tokens * num_transformer_submodules.
 
     Args:
-        config: with its sizes filled in; ``prompt_tuning_init`` says where the first values come
-            from, unless it is in inference mode.
-        word_embeddings: the model's; for SAMPLE_VOCAB and TEXT the tokens start as copies of its
+        config: with its sizes filled in. Unless it is in inference mode, ``prompt_tuning_init``
+            selects the first values.
+        word_embeddings: the model's. For SAMPLE_VOCAB and TEXT the tokens start as copies of its
             vectors.
 
     Raises:
@@ -46,19 +46,19 @@ class PromptEmbedding(BasePromptEncoder):
 
 
 def _vectors(word_embeddings: nn.Module, ids: Tensor) -> Tensor:
-    """Word vectors by id, [n, token_dim] float32."""
+    """The word vectors of these ids, float32 [n, token_dim]."""
     device = next(word_embeddings.parameters()).device
-    if device.type != "meta":  # else a hook of accelerate's fetches them, wherever the ids are
+    if device.type != "meta":  # on meta a hook of accelerate loads them, for ids on any device
         ids = ids.to(device)
     with torch.no_grad():
-        return word_embeddings(ids).clone().float()  # on meta where the vectors are not there yet
+        return word_embeddings(ids).clone().float()  # on meta if the vectors are not loaded yet
 
 
 def _text_ids(config: PromptTuningConfig, total: int) -> Tensor:
-    """The text's token ids, cut or repeated to ``total``."""
+    """The token ids of the text, int64 [total]; the text is cut or repeated to that length."""
     import transformers
 
-    # an adapter's file may come from anywhere: it must not be able to ask for its code to be run
+    # an adapter's file may come from anyone, so it must not be able to run code
     options = {k: v for k, v in (config.tokenizer_kwargs or {}).items() if k != "trust_remote_code"}
     tokenizer = transformers.AutoTokenizer.from_pretrained(config.tokenizer_name_or_path, **options)
     ids = tokenizer(config.prompt_tuning_init_text)["input_ids"]

@@ -1,5 +1,7 @@
-"""How A and B start, beyond plain random numbers. Each method is one function from the base weight
-to A and B; those that would change the model's outputs take scaling · B A out of the base weight.
+"""The initialisations of A and B other than plain random numbers.
+
+Each method is one function from the base weight to A and B. A method whose start would change the
+model's outputs also subtracts scaling · B A from the base weight.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from .residual import HALF_OR_SINGLE, Start, collect, note, stored
 
 __all__ = ["check", "collect", "drawn_as", "start"]
 
-# name -> (layer, adapter, config) -> Start, or None to start plainly
+# {name: function of (layer, adapter, config) that returns a Start, or None for the plain start}
 METHODS: dict[str, Callable[[Any, str, LoraConfig], Start | None]] = {
     "pissa": pissa,
     "olora": olora,
@@ -29,9 +31,9 @@ METHODS: dict[str, Callable[[Any, str, LoraConfig], Start | None]] = {
     "lora_ga": lora_ga,
     "mica": mica,
 }
-# in HF PEFT a variant, which goes with no other; its layers compute as plain LoRA's
+# a variant in HF PEFT, which cannot be combined with others; its layers compute as plain LoRA's
 register("mica", ("linear", "embedding"), None)
-# what a linear layer draws by itself: A at random and B zero
+# values for which a linear layer draws its own start: A at random and B zero
 PLAIN = ("gaussian", "eva")
 WRONG_DTYPE = {
     "pissa": "Please initialize PiSSA under float32, float16, or bfloat16. Subsequently, "
@@ -44,7 +46,7 @@ WRONG_DTYPE = {
 
 
 def method_of(config: LoraConfig) -> str | None:
-    """The key in METHODS of a configuration's initialisation, or None for a plain one.
+    """The key in METHODS of a configuration's initialisation; None for a plain one.
 
     Raises:
         ValueError: no initialisation has that name.
@@ -66,7 +68,10 @@ def method_of(config: LoraConfig) -> str | None:
 
 
 def drawn_as(layer: Any, config: LoraConfig) -> bool | str:
-    """What to draw before :func:`start`: ``init_name``, or True for LoRA-GA without a gradient."""
+    """The start that is drawn before :func:`start`: ``init_name``, or True (a plain start).
+
+    True is for LoRA-GA without a gradient.
+    """
     name = config.init_name
     if name == "lora_ga" and not hasattr(layer.get_base_layer(), GRADIENT):
         return True
@@ -74,19 +79,18 @@ def drawn_as(layer: Any, config: LoraConfig) -> bool | str:
 
 
 def check(key: str, base: Any, r: int, config: LoraConfig) -> None:
-    """Raise for what :func:`start` cannot do with the layer ``base`` at ``key``, before anything is
-    changed.
+    """Refuse a layer ``base``, named ``key``, that :func:`start` cannot handle; changes nothing.
 
     Raises:
         TypeError: the base weight's dtype is not float32, float16 or bfloat16 where it must be.
-        ValueError: an odd rank, a missing preprocessing, a weight that is not at hand, a layer that
-            the method is not for.
+        ValueError: an odd rank, a missing preprocessing, a weight on the meta device, or a layer
+            for which the method does not work.
     """
     name = method_of(config)
     if name is None or isinstance(base, torch.nn.Embedding) and name not in ("loftq", "mica"):
-        return  # HF PEFT starts an embedding plainly whatever is asked for
+        return  # in HF PEFT an embedding then gets the plain start
     if isinstance(base, (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)) and name == "lora_ga":
-        return  # likewise
+        return  # and so does a convolution
     if not (isinstance(base, torch.nn.Linear) or hasattr(base, "nf") or name == "mica"):
         raise ValueError(
             f"Unknown initialization init_lora_weights={config.init_lora_weights!r} for the "
@@ -107,7 +111,7 @@ def check(key: str, base: Any, r: int, config: LoraConfig) -> None:
             "for a model in 4 bits see `replace_lora_weights_loftq`"
         )
     if name == "lora_ga" and not hasattr(base, GRADIENT):
-        return  # no gradient, as when an adapter is loaded: a plain start
+        return  # without a gradient, as when an adapter is loaded, the start is plain
     if weight.is_meta:
         raise ValueError(
             f"init_lora_weights={config.init_lora_weights!r} computes with the weight of `{key}`, "
@@ -141,11 +145,11 @@ def check(key: str, base: Any, r: int, config: LoraConfig) -> None:
 
 @torch.no_grad()
 def start(layer: Any, adapter: str, config: LoraConfig) -> None:
-    """Give ``lora_A`` [r, K] and ``lora_B`` [N, r] of a linear layer their first values, and take
-    them out of the base weight where the method says so (at the end of the injection, see
-    :mod:`.residual`).
+    """Give ``lora_A`` [r, K] and ``lora_B`` [N, r] of a linear layer their first values.
 
-    They are rounded to the base weight's dtype as HF PEFT rounds them, and kept in their own.
+    If the method says so, their product is subtracted from the base weight (at the end of the
+    injection, see :mod:`.residual`). The values are rounded to the base weight's dtype, as in HF
+    PEFT, and kept in the adapter's dtype.
     """
     name = method_of(config)
     if name is None:
@@ -162,12 +166,12 @@ def start(layer: Any, adapter: str, config: LoraConfig) -> None:
         return
     for store, value in ((layer.lora_A, found.A), (layer.lora_B, found.B)):
         linear: Any = store[adapter]
-        if linear.weight.shape != value.shape:  # r is larger than W has singular values
+        if linear.weight.shape != value.shape:  # W has fewer than r singular values
             new = linear.weight.detach().new_empty(value.shape)
             linear.weight = torch.nn.Parameter(new, requires_grad=linear.weight.requires_grad)
             linear.out_features, linear.in_features = value.shape
-        if not linear.weight.is_meta:  # then a checkpoint brings the values
+        if not linear.weight.is_meta:  # on the meta device a checkpoint brings the values
             linear.weight.copy_(value.to(stored(base.weight.dtype)))
-    # a variant that measures the weight does so next
+    # at once if a variant reads the base weight after this
     measured = any(variant.measures_weight for variant in variants_asked(config))
     note(base.weight, found, at_once=measured)

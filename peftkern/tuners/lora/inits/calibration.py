@@ -1,4 +1,4 @@
-"""What the methods share that look at data before a model is adapted: their layers and files."""
+"""The layers and files of methods that use data before a model is adapted."""
 
 from __future__ import annotations
 
@@ -33,13 +33,17 @@ def linear_targets(model: nn.Module, config: LoraConfig) -> list[tuple[str, Any]
 
 
 def has_content(path: str | os.PathLike[str] | None) -> bool:
-    """Whether there is a file that is not empty."""
+    """True when ``path`` is a file that is not empty."""
     return path is not None and os.path.isfile(path) and os.path.getsize(path) > 0
 
 
 def load_tensors(path: str | os.PathLike[str], device: torch.device) -> dict[str, Tensor]:
-    """The tensors of a safetensors file. ValueError, naming it, for any other file: HF PEFT's
-    caches are pickles, which could run code and are not read."""
+    """The tensors of a safetensors file, {name: tensor}.
+
+    Raises:
+        ValueError: another kind of file. (HF PEFT's caches are pickles, which could run code and
+            are not read.)
+    """
     try:
         return load_file(os.fspath(path), device=str(device))
     except SafetensorError as exc:
@@ -50,7 +54,7 @@ def load_tensors(path: str | os.PathLike[str], device: torch.device) -> dict[str
 
 
 def save_tensors(path: str | os.PathLike[str], tensors: dict[str, Tensor]) -> None:
-    """Write ``tensors`` in one step; folders are made."""
+    """Write ``tensors`` to a safetensors file, atomically; makes missing folders."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     data = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}

@@ -1,4 +1,4 @@
-"""PiSSA, OLoRA, MiCA and the orthogonal start."""
+"""Starts from decompositions of W (PiSSA, OLoRA, MiCA), and the orthogonal start."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from .residual import Start, current, minus_product
 def pissa(layer: Any, adapter: str, config: LoraConfig) -> Start:
     """PiSSA (Meng et al., 2024, arXiv 2404.02948): the r leading singular triplets of W.
 
-    W ≈ U S Vᵀ; A = √(S/s) Vᵀ and B = U √(S/s), so that s · B A is the best rank-r part of W.
-    "pissa_niter_<k>" finds the triplets with k subspace iterations (Halko et al., 2009), which
-    start at random numbers.
+    W ≈ U S Vᵀ; A = √(S/s) Vᵀ and B = U √(S/s), so that s · B A is the best approximation of W of
+    rank r. "pissa_niter_<k>" finds the triplets with k subspace iterations (Halko et al., 2009)
+    from random numbers.
     """
     r, s = layer.r[adapter], layer.scaling[adapter]
     transposed = layer.fan_in_fan_out
@@ -33,16 +33,21 @@ def pissa(layer: Any, adapter: str, config: LoraConfig) -> Start:
 
 
 def olora(layer: Any, adapter: str, config: LoraConfig) -> Start:
-    """OLoRA (Büyükakyüz, 2024, arXiv 2406.01775): W = Q R; A is the first r rows of R, B the first
-    r columns of Q."""
+    """OLoRA (Büyükakyüz, 2024, arXiv 2406.01775): factors of the QR decomposition W = Q R.
+
+    A is the first r rows of R, B the first r columns of Q.
+    """
     r = layer.r[adapter]
     Q, R = torch.linalg.qr(current(layer.get_base_layer().weight).to(torch.float32))
     return minus_product(R[:r].contiguous(), Q[:, :r].contiguous(), layer.scaling[adapter])
 
 
 def orthogonal(layer: Any, adapter: str, config: LoraConfig) -> Start:
-    """B A = 0 with neither zero: the rows of one orthogonal [r, r] matrix are shared out, those of
-    even number to A and the others to B, each mixed with random numbers. The base weight stays."""
+    """The orthogonal start: B A = 0 although neither is zero. The base weight does not change.
+
+    A gets the even rows and B the odd rows of one orthogonal [r, r] matrix, each multiplied with
+    random numbers.
+    """
     r = layer.r[adapter]
     Q = torch.linalg.qr(torch.randn(r, r))[0]
     A = (torch.randn(layer.in_features, r // 2) @ Q[0::2]).T / 10
@@ -51,10 +56,11 @@ def orthogonal(layer: Any, adapter: str, config: LoraConfig) -> Start:
 
 
 def mica(layer: Any, adapter: str, config: LoraConfig) -> Start | None:
-    """MiCA (arXiv 2604.01694): B is the r left singular vectors of W [N, K] with the smallest
-    singular values, and never trains; A is zero. An embedding's W is [embedding_dim, num].
+    """MiCA (arXiv 2604.01694): B holds singular vectors of W and never trains; A starts at zero.
 
-    None while the weights are on the meta device: a checkpoint brings both.
+    They are the r left singular vectors of W [N, K] with the smallest singular values. An
+    embedding's W is [embedding_dim, num_embeddings]. None while the weights are on the meta device,
+    as a checkpoint brings both.
     """
     embedding = isinstance(layer.get_base_layer(), torch.nn.Embedding)
     store = "lora_embedding_B" if embedding else "lora_B"

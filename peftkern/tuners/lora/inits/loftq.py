@@ -1,8 +1,7 @@
-"""LoftQ (Li et al., 2023, arXiv 2310.08659): a base weight of few values, and the adapter that
-makes up for it.
+"""LoftQ (Li et al., 2023, arXiv 2310.08659): a quantised base weight with an adapter for the error.
 
-The base weight becomes what 4-bit or 8-bit quantisation leaves of it (kept in its dtype), and B A
-the low-rank part of what was lost. Quantised as bitsandbytes does it, and without needing it.
+The base weight becomes its value after 4-bit or 8-bit quantisation (kept in its dtype), and B A the
+low-rank part of the error. The quantisation is that of bitsandbytes, which is not needed for it.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ QUANTISED: dict[int, Callable[[Tensor], Tensor]] = {4: nf4, 8: int8}
 
 
 def check_settings(config: LoraConfig) -> tuple[int, int]:
-    """(bits, iterations) of ``loftq_config``. ValueError for what there is not."""
+    """(bits, iterations) of ``loftq_config``; ValueError for values that are not supported."""
     settings: Any = config.loftq_config
     bits, steps = settings.get("loftq_bits", 4), settings.get("loftq_iter", 1)
     if bits not in QUANTISED:
@@ -32,7 +31,7 @@ def check_settings(config: LoraConfig) -> tuple[int, int]:
 
 
 def loftq(layer: Any, adapter: str, config: LoraConfig) -> Start:
-    """Q ← quantised(W - B A), then B A ← the rank r part of W - Q, ``loftq_iter`` times."""
+    """LoftQ's start: ``loftq_iter`` times Q ← quantised(W - B A), B A ← rank-r part of W - Q."""
     bits, steps = check_settings(config)
     W = current(layer.get_base_layer().weight).to(torch.float32)
     rest = W

@@ -1,8 +1,8 @@
-"""The random numbers that A and B start with: for one seed the same as HF PEFT's, bit for bit.
+"""The random numbers that A and B start with: with the same seed HF PEFT's, bit for bit.
 
 PEFT makes ``nn.Linear`` modules in the default dtype on the default device, which draws both
-weights, and then draws A once more. So do these functions; the numbers then pass through the base
-weight's dtype to the adapter's, as PEFT's do.
+weights, and then draws A once more. These functions draw in the same order. As in PEFT, the numbers
+are rounded to the base weight's dtype before they are cast to the adapter's.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _GAIN = math.sqrt(3.0) * nn.init.calculate_gain("leaky_relu", math.sqrt(5))
 
 
 def uniform(shape: tuple[int, ...], fan_in: int) -> Tensor:
-    """What torch draws for the weight of a linear layer or a convolution."""
+    """The values that torch draws for the weight of a linear layer or a convolution."""
     bound = _GAIN / math.sqrt(fan_in)
     return torch.empty(shape).uniform_(-bound, bound)
 
@@ -25,8 +25,11 @@ def uniform(shape: tuple[int, ...], fan_in: int) -> Tensor:
 def of_linear(
     r: int, K: int, N: int, init: bool | str, with_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """A [r, K], B [N, r] and B's bias [N] or None. ``init``: True (B is zero), False (all of it at
-    random), "gaussian" (A normal with deviation 1/r, B zero); other names as True."""
+    """(A [r, K], B [N, r], B's bias [N] or None).
+
+    ``init``: True (B is zero), False (all at random), "gaussian" (A normal with standard deviation
+    1/r, B zero); other names as True, but A is drawn once.
+    """
     A, B = uniform((r, K), K), uniform((N, r), r)
     bias = torch.empty(N).uniform_(-1 / math.sqrt(r), 1 / math.sqrt(r)) if with_bias else None
     if init is False:
@@ -39,8 +42,10 @@ def of_linear(
 
 
 def placed(value: Tensor, base: torch.dtype, place: dict[str, Any]) -> Tensor:
-    """``value`` in the dtype and on the device of ``place``, on the way rounded to the dtype
-    ``base`` of the base weight, if that is a floating-point one of more than a byte."""
+    """``value`` in the dtype and on the device of ``place``, rounded to the dtype ``base`` before.
+
+    ``base`` is the base weight's; there is no rounding if it has 8 bits or is no float.
+    """
     if base.is_floating_point and base.itemsize > 1:
         value = value.to(base)
     return value.to(**place)

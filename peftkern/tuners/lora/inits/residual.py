@@ -1,4 +1,4 @@
-"""Changing base weights at the end of an injection, when nothing can fail any more."""
+"""Changes of base weights, made at the end of an injection, when nothing else can fail."""
 
 from __future__ import annotations
 
@@ -14,15 +14,17 @@ HALF_OR_SINGLE = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def stored(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that weights of an adapter pass through under a base weight of ``dtype``."""
+    """The dtype to which an adapter's weights are rounded when the base weight has ``dtype``."""
     return dtype if dtype.is_floating_point else torch.float32
 
 
 @dataclass
 class Start:
-    """The first values of an adapter, A [r, K] and B [N, r], and what becomes of the base weight:
-    ``new_base`` is None when it stays, else a function of the old weight as it is stored. ``undo``
-    is its inverse up to rounding, None when there is none."""
+    """The first values of an adapter, A [r, K] and B [N, r], and the change of the base weight.
+
+    ``new_base`` is a function from the old weight, as it is stored, to the new one; None when the
+    weight does not change. ``undo`` is its inverse up to rounding, None when there is none.
+    """
 
     A: Tensor
     B: Tensor
@@ -31,7 +33,7 @@ class Start:
 
 
 def minus_product(A: Tensor, B: Tensor, scaling: float, transposed: bool = False) -> Start:
-    """A and B, with W -> W - scaling · B A, computed in float32 and rounded once."""
+    """A start with A and B and W -> W - scaling · B A, computed in float32 and rounded once."""
 
     def change(weight: Tensor, sign: float) -> Tensor:
         delta = scaling * B @ A
@@ -42,8 +44,11 @@ def minus_product(A: Tensor, B: Tensor, scaling: float, transposed: bool = False
 
 
 class _Injection(threading.local):
-    """The changes of the injection that runs in this thread: those that wait for its end, and those
-    that are made, with the old value where there is no way to compute it. None: no injection."""
+    """The changes of the injection that runs in this thread.
+
+    ``waiting`` are those for its end; None when no injection runs. ``made`` are those that were
+    made, with the old weight if it cannot be computed again.
+    """
 
     waiting: list[tuple[Tensor, Start]] | None = None
     made: list[tuple[Tensor, Start, Tensor | None]] = []
@@ -53,7 +58,7 @@ _HERE = _Injection()
 
 
 def current(weight: Tensor) -> Tensor:
-    """A base weight as it will be after the changes that wait: two layers may share it."""
+    """The value of a base weight after the waiting changes; two layers may share the weight."""
     value = weight.detach()
     for changed, start in _HERE.waiting or ():
         if changed is weight and start.new_base is not None:
@@ -62,7 +67,7 @@ def current(weight: Tensor) -> Tensor:
 
 
 def note(weight: Tensor, start: Start, at_once: bool = False) -> None:
-    """Change ``weight`` at the end of the running injection; now when none runs, or ``at_once``."""
+    """Change ``weight`` at the end of the running injection; now if none runs or ``at_once``."""
     if start.new_base is None:
         return
     if _HERE.waiting is None:
@@ -82,11 +87,11 @@ def _change(weight: Tensor, start: Start) -> None:
 
 @contextmanager
 def collect() -> Iterator[Callable[[], None]]:
-    """Hold back the changes of base weights; they are made by calling what the block is given, or,
-    in a block within another one, what the outer one is given.
+    """A context that holds back the changes of base weights; it gives a function that makes them.
 
-    When the block ends in an error, the weights are as they were: those that nothing was done to to
-    the bit, those that were changed already up to one rounding, as no copy of them is kept.
+    In a block within another one, the outer block's function makes them. When the block ends in an
+    error, the weights are as before: a weight that was not changed yet bit for bit, one that was
+    changed up to one rounding, as no copy of it is kept.
     """
     outer, made_before = before = _HERE.waiting, _HERE.made
     _HERE.waiting, _HERE.made = [], []
@@ -105,7 +110,7 @@ def collect() -> Iterator[Callable[[], None]]:
             weight.data = old if start.undo is None else start.undo(weight.data)  # type: ignore
         raise
     else:
-        if outer is not None:  # whose error takes these back as well
+        if outer is not None:  # an error in the outer block must undo these too
             made_before.extend(_HERE.made)
     finally:
         _HERE.waiting, _HERE.made = before
