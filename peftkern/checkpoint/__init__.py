@@ -1,1 +1,1 @@
-"""Adapters on disk: what they consist of, loading, saving, cards, base weights, hot swapping."""
+"""Adapters on disk: their tensors, loading, saving, cards, base weights, hot swapping."""

@@ -1,5 +1,4 @@
-"""Tensors of the base model that a file holds beside an adapter's: biases that train with it, and
-embeddings."""
+"""Tensors of the base model in an adapter's file: biases that train with it, and embeddings."""
 
 from __future__ import annotations
 
@@ -18,7 +17,7 @@ from .slots import PREFIX, Slot, clean, tensors_of
 
 
 def bias_slots(model: nn.Module, config: Any) -> Iterator[Slot]:
-    """The biases that files of this configuration hold (``bias`` of LoRA)."""
+    """The biases that are saved with an adapter of this configuration (``bias`` of LoRA)."""
     bias = getattr(config, "bias", "none")
     if bias == "none":
         return
@@ -36,8 +35,10 @@ def bias_slots(model: nn.Module, config: Any) -> Iterator[Slot]:
 
 
 def embedding_slots(model: Any, targeted: bool = False) -> Iterator[Slot]:
-    """The weights of the input and output embeddings, without what adapters have put around them;
-    ``targeted``: only of those with an adapter layer."""
+    """The weights of the input and output embeddings, found inside adapter layers and wrappers.
+
+    With ``targeted`` only those of embeddings with an adapter layer.
+    """
     for get in ("get_input_embeddings", "get_output_embeddings"):
         try:
             layer = getattr(model, get)()
@@ -57,8 +58,7 @@ def embedding_slots(model: Any, targeted: bool = False) -> Iterator[Slot]:
 
 
 def unmerged(model: nn.Module, slots: Iterable[Slot]) -> dict[str, Tensor]:
-    """{name in the model: the tensor without adapters} of those slots that adapters are merged
-    into."""
+    """{name in the model: the tensor without adapters} of the slots with merged adapters."""
     names: dict[int, list[str]] = {}
     for slot in slots:
         names.setdefault(id(slot.tensor), []).append(slot.model_key)
@@ -77,11 +77,12 @@ class Beside:
     """Names that a file may have beside an adapter's, without ``base_model.model.``.
 
     Attributes:
-        biases: {name: place} of those that train.
-        embeddings: {name: place}. HF PEFT saves them when a vocabulary was resized, when they are
-            adapted, or when asked to (``save_embedding_layers``), which no configuration tells.
-        twice: names of what is not put back: it is in the file under another name, or did not
-            train.
+        biases: {name: slot} of the biases that train.
+        embeddings: {name: slot}. HF PEFT saves embeddings when the vocabulary was resized, when
+            they are adapted, or when asked to (``save_embedding_layers``); the configuration does
+            not show this.
+        twice: names of tensors that are not loaded, because the file has them under another name
+            too, or because they did not train.
     """
 
     biases: dict[str, Slot]
@@ -89,9 +90,11 @@ class Beside:
     twice: set[str]
 
     def has_embedding(self, name: str, weights: Iterable[str]) -> bool:
-        """Whether ``name`` is an embedding's in a file with these names: one that is adapted, or
-        one of all that the model has. Of fewer it is a module that another configuration trains in
-        full."""
+        """True when ``name`` is an embedding's, in a file with the names ``weights``.
+
+        The embedding is adapted, or the file has all embeddings of the model. If it has only some,
+        the name is that of a module that another configuration trains in full.
+        """
         if name not in self.embeddings or ".base_layer." in name:
             return name in self.embeddings
         names = {clean(key).removeprefix(PREFIX) for key in weights}
@@ -100,18 +103,20 @@ class Beside:
 
 
 def find_beside(model: Any, config: Any, slots: Iterable[Slot]) -> Beside:
-    """What a file of an adapter with these slots may hold beside them. The names are those in this
-    model, or without what other adapters have put around the modules."""
+    """The base model's tensors that a file of an adapter with these ``slots`` may hold too.
+
+    Each is listed by its name in this model and by its name without other adapters' wrappers.
+    """
     found = Beside({}, {}, set())
     for slot in bias_slots(model, config):
         name = clean(slot.key).removeprefix(PREFIX)
-        if ".original_module." in f".{name}":  # the bias that trains is in its copy
+        if ".original_module." in f".{name}":  # the bias of the module's copy trains, not this one
             found.twice.add(name)
             continue
         found.biases[name] = slot
         found.biases.setdefault(plain_name(name), slot)
     if getattr(config, "bias", None) == "all":
-        # HF PEFT writes the biases of fully trained modules twice, once under one of these names
+        # HF PEFT writes the biases of fully trained modules twice, under one of these names too
         for slot in slots:
             name = clean(slot.model_key).removeprefix(PREFIX)
             head, store, tail = name.rpartition(".modules_to_save.")

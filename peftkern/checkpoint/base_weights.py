@@ -14,12 +14,12 @@ LoadedBase = namedtuple("LoadedBase", ["missing_keys", "unexpected_keys"])
 
 
 def _original_names(model: nn.Module) -> dict[str, str | None]:
-    """{name of a module: name before adapters came}; None for what adapters brought with them."""
+    """{name of a module: its name before it was adapted}; None for the adapters' own modules."""
     names: dict[str, str | None] = {}
 
     def walk(module: nn.Module, now: str, before: str) -> None:
         children = module._modules
-        only: str | None = None  # the child that is the module which was here
+        only: str | None = None  # name of the child that is the original module
         if isinstance(module, BaseTunerLayer):
             only = "base_layer"
         elif isinstance(module, AuxiliaryTrainingWrapper):
@@ -40,12 +40,12 @@ def _original_names(model: nn.Module) -> dict[str, str | None]:
 
 
 def _renamed(model: nn.Module) -> dict[str, tuple[str, Tensor]]:
-    """{original name: (name now, tensor)} of the model's state dict, adapters left out."""
+    """{original name: (present name, tensor)} of the model's state dict, without adapters."""
     names = _original_names(model)
     found = {}
     for key, value in model.state_dict().items():
         at = key
-        while at and at not in names:  # a tensor's name, or a part of one, ends it
+        while at and at not in names:  # removes the tensor's name after that of its module
             at = at.rpartition(".")[0]
         before = names[at]
         if before is not None:
@@ -55,9 +55,9 @@ def _renamed(model: nn.Module) -> dict[str, tuple[str, Tensor]]:
 
 
 def get_base_model_state_dict(model: Any) -> dict[str, Tensor]:
-    """The state dict of a PeftModel's base model, by the names it had before it was adapted.
+    """The state dict of a PeftModel's base model, by the names from before it was adapted.
 
-    What was trained in full beside an adapter (``modules_to_save``) is there as it was before.
+    Modules that were trained in full (``modules_to_save``) have their original values.
     """
     return {key: value for key, (_, value) in _renamed(model.get_base_model()).items()}
 
@@ -69,14 +69,14 @@ def set_base_model_state_dict(
 
     Args:
         model: a PeftModel.
-        state_dict: by the names that the model had before it was adapted.
-        strict: every name must be given, and no other.
+        state_dict: tensors by the names from before the model was adapted.
+        strict: require every name of the model, and no others.
 
     Returns:
         ``missing_keys`` and ``unexpected_keys``.
 
     Raises:
-        RuntimeError: with ``strict``, names are missing or unknown; nothing was loaded then.
+        RuntimeError: with ``strict``, when names are missing or unknown; nothing is loaded then.
     """
     base = model.get_base_model()
     places = _renamed(base)

@@ -20,8 +20,7 @@ _QUANTISED = "The base model was quantised with this configuration:"
 
 
 def card_tags(model: Any) -> list[str]:
-    """Sorted tags: the base model's own, the method, where the adapter belongs,
-    and who wrote it."""
+    """The card's tags, sorted: the base model's, the method, the base model's name, the library."""
     import transformers
 
     base = innermost(model)
@@ -45,7 +44,7 @@ _FOR_THE_AUTHOR = (
 
 
 def _settings(config: Any) -> Iterator[str]:
-    """What of an adapter's configuration a reader of the card wants to know, as list items."""
+    """The main settings of an adapter's configuration, as list items for the card."""
     for name in ("r", "lora_alpha", "lora_dropout", "target_modules", "num_virtual_tokens"):
         value = getattr(config, name, None)
         if value is not None and value != 0:
@@ -54,8 +53,7 @@ def _settings(config: Any) -> Iterator[str]:
 
 
 def _new_text(model: Any) -> str:
-    """The text of a card that nobody has written yet: what is known, how to load the adapter, and
-    headings for what only its author knows."""
+    """The text of a new card: known facts, code to load the adapter, and headings to fill in."""
     config = model.active_peft_config
     base = getattr(innermost(model), "name_or_path", None) or "the base model"
     method = PeftType(config.peft_type).value.replace("_", " ").lower()
@@ -81,7 +79,7 @@ def _new_text(model: Any) -> str:
 
 
 def _auto_class(model: Any) -> str | None:
-    """The class of transformers that loads the base model; None for a model of another library."""
+    """The name of the transformers class that loads the base model; None for other libraries."""
     import transformers
 
     if not isinstance(innermost(model), transformers.PreTrainedModel):
@@ -91,10 +89,9 @@ def _auto_class(model: Any) -> str | None:
 
 
 def create_or_update_model_card(model: Any, output_dir: str | os.PathLike[str]) -> None:
-    """Write ``README.md`` into ``output_dir``, or bring the one that is there up to date.
+    """Write ``README.md`` into ``output_dir``, or update the one that is there.
 
-    ``library_name`` stays "peft": the adapter is one that HF PEFT, and every tool made for it, can
-    load.
+    ``library_name`` stays "peft", because HF PEFT and every tool made for it can load the adapter.
     """
     from huggingface_hub import ModelCard, ModelCardData
 

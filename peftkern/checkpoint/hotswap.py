@@ -1,9 +1,8 @@
-"""Putting the weights of another LoRA adapter in place of the loaded one's, at the address of HF
-PEFT's functions.
+"""Hot swapping: replaces the weights of a loaded LoRA adapter by another's, as HF PEFT's functions.
 
-The tensors stay where they are and keep their shapes, so that a compiled model runs on without
-being compiled again: :func:`prepare_model_for_compiled_hotswap` makes room for the largest rank and
-turns scalings into tensors, which a compiler reads instead of baking them in.
+The tensors keep their memory and their shapes, so that a compiled model need not be compiled again.
+For that :func:`prepare_model_for_compiled_hotswap` makes room for the largest rank and turns
+scalings into tensors: a compiled graph reads a tensor, but contains a number as a constant.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from .loading import check_shared, insert_adapter_name
 from .slots import PREFIX, Slot, adapter_slots
 from .state_dicts import load_peft_weights
 
-# what two adapters must have in common: it is not swapped with the weights
+# settings that two adapters must have in common, as they are not swapped with the weights
 CONFIG_KEYS_TO_CHECK = {
     PeftType.LORA: ["use_rslora", "lora_dropout", "alpha_pattern", "use_dora"],
 }
@@ -45,23 +44,22 @@ def prepare_model_for_compiled_hotswap(
     config: LoraConfig | dict[str, LoraConfig] | None = None,
     check_compiled: Literal["error", "warn", "ignore"] = "error",
 ) -> None:
-    """Make a model ready to be compiled once and then get adapters of other ranks and scalings.
+    """Prepare a model to be compiled once and then get adapters of other ranks and scalings.
 
-    Call it when the first adapter is loaded, and before ``torch.compile``. What the model computes
-    stays the same; without a compiler its layers are slower from then on, as they run the plain
-    formula.
+    Call it after the first adapter is loaded and before ``torch.compile``. The model's outputs do
+    not change. Without a compiler its layers are slower afterwards, as they run the plain formula.
 
     Args:
         model: changed in place.
-        target_rank: pad A with rows and B with columns of zeros up to this rank, the largest of all
-            adapters to come; None: leave them.
+        target_rank: pad A with rows and B with columns of zeros to this rank, the largest of all
+            later adapters; None: no padding.
         config: the adapters' configurations, whose ranks are set to ``target_rank``.
-        check_compiled: what to do when the model is compiled already, which would compile it again:
-            "error", "warn" or "ignore".
+        check_compiled: "error", "warn" or "ignore" when the model is compiled already (it would be
+            compiled again).
 
     Raises:
-        ValueError: the model is compiled, has no LoRA layers, or an adapter of a larger rank; it is
-            left as it was then.
+        ValueError: the model is compiled, has no LoRA layers, or has an adapter of a larger rank.
+            It is not changed then.
     """
     if is_compiled(model):
         if check_compiled == "error":
@@ -104,7 +102,7 @@ def prepare_model_for_compiled_hotswap(
 
 
 def _padded(layer: Any, rank: int) -> list[tuple[Any, Tensor]]:
-    """(module, larger weight) for A and B of a layer's adapters that have less than ``rank``."""
+    """(module, larger weight) for A and B of a layer's adapters whose rank is below ``rank``."""
     groups = getattr(layer.get_base_layer(), "groups", 1)
     if _interleaved(layer):
         if other := sorted(r for r in layer.r.values() if r != rank):
@@ -116,7 +114,7 @@ def _padded(layer: Any, rank: int) -> list[tuple[Any, Tensor]]:
         return []
     convolves = not isinstance(layer, Linear) and getattr(layer, "lora_A", None)
     if not isinstance(layer, Linear) and not convolves:
-        return []  # embeddings stay as they are, as in HF PEFT
+        return []  # embeddings are not padded, as in HF PEFT
     if convolves and rank % groups:
         raise ValueError(
             f"Trying to pad a Conv2d LoRA adapter with groups={groups} to target rank {rank}, but "
@@ -127,7 +125,7 @@ def _padded(layer: Any, rank: int) -> list[tuple[Any, Tensor]]:
     for store, dim in ((layer.lora_A, 0), (layer.lora_B, 1)):
         for module in store.values():
             old = module.weight.detach()
-            # a grouped convolution's B has the ranks of one group in its weight
+            # the weight of a grouped convolution's B has the ranks of one group only
             per = getattr(module, "groups", 1) if dim == 1 else 1
             have = old.shape[dim] * per
             if have > rank:
@@ -144,13 +142,16 @@ def _padded(layer: Any, rank: int) -> list[tuple[Any, Tensor]]:
 
 
 def _interleaved(layer: Any) -> bool:
-    """Whether A and B hold the factors of several experts, so that their place is not a corner."""
+    """True when A and B hold the factors of several experts, so that padding is not at the end."""
     return isinstance(layer, ParamWrapper) and layer.num_experts > 1
 
 
 def _put_into(room: Tensor, weight: Tensor, dim: int, groups: int) -> Tensor:
-    """``weight`` at the start of a larger tensor of zeros; A of a grouped convolution group by
-    group, as each group of the base layer sees its own part of the ranks."""
+    """Copy ``weight`` to the start of ``room``, a larger tensor of zeros, and return ``room``.
+
+    A of a grouped convolution is copied group by group, as each group of the base layer reads its
+    own part of the ranks.
+    """
     if dim == 1:
         room[:, : weight.shape[1]] = weight
     elif groups == 1:
@@ -163,7 +164,7 @@ def _put_into(room: Tensor, weight: Tensor, dim: int, groups: int) -> Tensor:
 
 
 def _note_sizes(module: Any) -> None:
-    """Sizes that ``nn.Linear`` and convolutions keep beside their weights."""
+    """Update the sizes that ``nn.Linear`` and convolutions keep beside their weights."""
     weight: Any = module.weight
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = weight.shape
@@ -176,8 +177,10 @@ def _note_sizes(module: Any) -> None:
 
 
 def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -> None:
-    """ValueError, naming the setting, when an adapter of one configuration cannot take the place of
-    one of the other: what differs would not be swapped with the weights."""
+    """Raise a ValueError, naming the setting, when one adapter cannot replace the other.
+
+    A setting that differs would not be swapped with the weights.
+    """
     one, other = PeftType(config0.peft_type or ""), PeftType(config1.peft_type or "")
     if one != other:
         raise ValueError(f"Incompatible PEFT types found: {one.value} and {other.value}")
@@ -197,19 +200,20 @@ def hotswap_adapter(
     torch_device: str | None = None,
     **kwargs: Any,
 ) -> None:
-    """Put the weights and scalings of a saved adapter in place of a loaded one's.
+    """Replace the weights and scalings of a loaded adapter by those of a saved one.
 
     Args:
         model: a PeftModel, compiled or not.
         model_name_or_path: folder of the new adapter, or ``owner/name`` on the hub.
         adapter_name: the adapter to replace; it keeps its name.
-        torch_device: where to read the weights to; None: the accelerator, or the CPU.
+        torch_device: device to read the weights to; None: the accelerator, or the CPU.
         **kwargs: for the hub (``subfolder``, ``revision``, ``token``, …) and ``key_mapping``.
 
     Raises:
-        ValueError: the configurations do not go together, the file cannot be read, or the adapter
+        ValueError: the configurations are not compatible, the file cannot be read, or the adapter
             is merged.
-        RuntimeError: the new adapter has tensors in other places. Nothing was changed then.
+        RuntimeError: the new adapter has tensors in layers that the loaded one does not adapt.
+            Nothing is changed after an error.
     """
     hub, rest = split_hub_kwargs(kwargs)
     config = PeftConfig.from_pretrained(model_name_or_path, **hub)
@@ -221,7 +225,7 @@ def hotswap_adapter(
     )
     own = _places(uncompiled(model), adapter_name, config)
     named = {k if k in own else insert_adapter_name(k, adapter_name): v for k, v in weights.items()}
-    short = f".{_MAGNITUDE}.{adapter_name}"  # how files name what is a module's weight
+    short = f".{_MAGNITUDE}.{adapter_name}"  # files name the module, and not its weight
     named = {k + ".weight" if k.endswith(short) else k: v for k, v in named.items()}
     hotswap_adapter_from_state_dict(model, named, adapter_name, config)
 
@@ -233,21 +237,21 @@ def hotswap_adapter_from_state_dict(
     config: LoraConfig,
     parameter_prefix: str = "lora_",
 ) -> None:
-    """Put tensors in place of a loaded adapter's, in the memory that it has.
+    """Copy tensors over those of a loaded adapter, in the same memory.
 
     Args:
-        model: with the adapter in it, compiled or not.
-        state_dict: by the names that the tensors have in the model, the adapter's own included.
-            Layers of the adapter without a tensor here are set to zero, DoRA's magnitudes to the
-            norms that they are divided by: such a layer is the base model's.
+        model: the model with the adapter, compiled or not.
+        state_dict: tensors by their names in the model, which contain the adapter's name. Layers of
+            the adapter without a tensor here are set to zero, and DoRA's magnitudes to the norms
+            that they are divided by, so that such a layer computes as the base layer.
         adapter_name: the adapter to replace.
-        config: of the new adapter: its ranks and scalings.
+        config: the new adapter's configuration, with its ranks and scalings.
         parameter_prefix: how the names of adapter tensors begin.
 
     Raises:
-        ValueError: the adapter is merged into the base weights, or a tensor is larger in one
-            dimension and smaller in another than its place.
-        RuntimeError: names that the model has not got. Either way nothing was changed.
+        ValueError: the adapter is merged into the base weights, or a tensor is larger than its
+            place in one dimension and smaller in another.
+        RuntimeError: the model does not have these names. Nothing is changed after an error.
     """
     bare = uncompiled(model)
     if any(
@@ -289,7 +293,7 @@ def hotswap_adapter_from_state_dict(
                 "that all ranks are padded to the largest rank among all LoRA adapters by using "
                 "peft.utils.hotswap.prepare_model_for_compiled_hotswap."
             )
-    # what belongs to layers that the new adapter leaves alone
+    # the tensors of layers that the new adapter does not adapt
     rest = [
         key for key in places if key not in state and _is_of(key, adapter_name, parameter_prefix)
     ]
@@ -300,22 +304,24 @@ def hotswap_adapter_from_state_dict(
         for key, value in state.items():
             at, found, _ = key.rpartition("." + parameter_prefix)
             layer: Any = bare.get_submodule(at) if found else None
-            if layer is not None:  # and not a base weight that was saved with the adapter
+            if layer is not None:  # None: a base weight that was saved with the adapter
                 names = [n.removeprefix(PREFIX) for n in aliases.get(id(layer), (at,))]
                 _set_scaling(layer, adapter_name, _scaling_of(config, *names))
             groups = getattr(layer.get_base_layer(), "groups", 1) if ".lora_A." in key else 1
             _swap(places[key], value, groups)
         for key in rest:
             at, found, _ = key.rpartition(f".{_MAGNITUDE}.")
-            if found:  # DoRA's, of 0, would silence the layer: with the norm it changes nothing
+            if found:  # a magnitude of 0 would make DoRA's output 0; the norm leaves it unchanged
                 layer = bare.get_submodule(at)
                 norms = layer.lora_variant[adapter_name].norms(layer, adapter_name)
                 places[key].copy_(norms.view_as(places[key]))
 
 
 def _places(model: nn.Module, adapter_name: str, config: Any) -> dict[str, Slot | None]:
-    """{name in the model} of what a swap may write: the adapter's own tensors, and what files hold
-    beside them, of which embeddings have their slots here."""
+    """{name in the model: slot or None} of the tensors that a swap may write.
+
+    These are the adapter's own and the base model's in its files; embeddings have their slot here.
+    """
     slots = list(adapter_slots(model, adapter_name))
     found: dict[str, Slot | None] = {slot.model_key: None for slot in slots}
     beside = find_beside(model, config, slots)
@@ -325,7 +331,7 @@ def _places(model: nn.Module, adapter_name: str, config: Any) -> dict[str, Slot 
 
 
 def _is_of(key: str, adapter_name: str, parameter_prefix: str) -> bool:
-    """Whether a parameter's name says that it is of this adapter."""
+    """True when a parameter's name shows that it belongs to this adapter."""
     parts = key.split(".")
     return any(
         store.startswith(parameter_prefix) and name == adapter_name
@@ -338,7 +344,7 @@ def _scaling_of(config: LoraConfig, *names: str) -> float:
 
 
 def _set_scaling(layer: Any, adapter_name: str, scaling: float) -> None:
-    """In place where it is a tensor: a compiled graph reads that tensor."""
+    """Set an adapter's scaling; a tensor is changed in place, as a compiled graph reads it."""
     have = layer.scaling[adapter_name]
     if isinstance(have, Tensor):
         have.fill_(scaling)
@@ -348,11 +354,11 @@ def _set_scaling(layer: Any, adapter_name: str, scaling: float) -> None:
 
 def _swap(place: nn.Parameter, value: Tensor, groups: int) -> None:
     value = value.to(place.device, place.dtype)
-    # written through the parameter, so that norms kept of it (DoraCaching) are made anew
+    # written through the parameter, which counts the write, so that DoraCaching makes norms again
     if place.shape == value.shape:
         place.copy_(value)
     elif all(h >= n for h, n in zip(place.shape, value.shape, strict=True)):
         place.zero_()
         _put_into(place, value, 0 if place.shape[0] > value.shape[0] else 1, groups)
-    else:  # more room than there is; a compiled graph is compiled again for it
+    else:  # the new tensor is larger, for which a compiled graph is compiled again
         place.data = value.clone()

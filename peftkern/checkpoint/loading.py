@@ -1,4 +1,4 @@
-"""Putting saved tensors into the places of an adapter: all are found and compared first."""
+"""Loading of saved tensors into an adapter: all names and shapes are checked before any copy."""
 
 from __future__ import annotations
 
@@ -17,8 +17,11 @@ from .slots import PREFIX, Slot, clean, slots_to_save, tensors_of
 
 
 class LoadResult(namedtuple("LoadResult", ["missing_keys", "unexpected_keys"])):
-    """torch's result of loading, names as in the model; ``mismatched_keys``: what was left out for
-    its shape, as (name, shape in the file, shape in the model)."""
+    """torch's result of loading, with names as in the model.
+
+    ``mismatched_keys`` lists tensors that were left out because of their shape, as (name, shape in
+    the file, shape in the model).
+    """
 
     mismatched_keys: list[tuple[str, tuple[int, ...], tuple[int, ...]]]
 
@@ -29,21 +32,24 @@ def few(names: list[str]) -> str:
 
 
 class Match(namedtuple("Match", ["pairs", "missing", "unexpected", "mismatched", "passed"])):
-    """Saved tensors beside their places: [(slot, tensor)], the slots without one, what did not fit
-    (names as on disk; the mismatched with their slots), and names that are known and need no
-    place."""
+    """Saved tensors matched with slots.
+
+    ``pairs`` [(slot, tensor)]; ``missing``: slots without a tensor; ``unexpected``: names on disk
+    without a slot; ``mismatched`` [(slot, name on disk, shape in the file, shape in the model)];
+    ``passed``: known names that need no slot.
+    """
 
 
 def match_weights(model: Any, weights: dict[str, Tensor], adapter_name: str) -> Match:
-    """Find the place of every saved tensor. Nothing is changed.
+    """Find the slot of every saved tensor; nothing is changed.
 
-    A tensor may be named as in a file or as in the model, with the adapter's own name in it. Beside
-    the adapter's there are only places for what its configuration trains with it (biases), and for
+    A tensor may be named as in a file or as in the model, where names contain the adapter's name.
+    There are slots for the adapter's tensors, for biases that its configuration trains, and for
     embeddings, see :func:`find_beside`.
 
     Raises:
-        ValueError: no adapter of that name, or no tensors of it; a place that takes no saved
-            tensor; embeddings that would change what other adapters compute.
+        ValueError: an unknown adapter, or one without tensors; a slot that takes no saved tensor;
+            embeddings that would change the outputs of other adapters.
     """
     slots = {slot.key.removeprefix(PREFIX): slot for slot in slots_to_save(model, adapter_name)}
     config = model.peft_config[adapter_name]
@@ -51,7 +57,7 @@ def match_weights(model: Any, weights: dict[str, Tensor], adapter_name: str) -> 
         key.removeprefix(PREFIX): slot
         for slot in slots.values()
         for key in slot.model_keys
-        if key == clean(slot.model_key)  # a prompt's are its encoder's weights
+        if key == clean(slot.model_key)  # not for a prompt, whose keys are its encoder's weights
     }
     weights = convert_weights(model, weights, {*slots, *in_model})
     missing = dict(slots)
@@ -82,7 +88,7 @@ def match_weights(model: Any, weights: dict[str, Tensor], adapter_name: str) -> 
 
 
 def check_shared(model: Any, adapter_name: str, slot: Slot, key: str, value: Tensor) -> None:
-    """ValueError where an embedding in a file would change what other adapters compute."""
+    """Raise a ValueError when an embedding in a file would change the outputs of other adapters."""
     others = sorted(name for name in getattr(model, "peft_config", {}) if name != adapter_name)
     here = slot.tensor
     if not others or here.is_meta or here.shape != value.shape:
@@ -95,8 +101,7 @@ def check_shared(model: Any, adapter_name: str, slot: Slot, key: str, value: Ten
 
 
 def check_keys(match: Match, adapter_name: str, source: str, config: Any) -> None:
-    """Raise one ValueError, naming the source,
-    when a file lacks keys of the adapter or has others."""
+    """Raise one ValueError, naming the source, when a file lacks keys or has unknown ones."""
     said = []
     if match.missing:
         said.append(f"missing keys: {few([slot.key for slot in match.missing])}")
@@ -119,7 +124,7 @@ def check_keys(match: Match, adapter_name: str, source: str, config: Any) -> Non
 
 
 def _lacks_only_tied(match: Match, config: Any) -> bool:
-    """Whether a file lacks nothing but what ``ensure_weight_tying`` ties to the embedding."""
+    """True when a file lacks only tensors that ``ensure_weight_tying`` ties to the embedding's."""
     tied: set[str] = set(getattr(config, "modules_to_tie", None) or ())
     tied |= set(getattr(config, "target_modules_to_tie", None) or ())
     places = tuple(f"{PREFIX}{name}." for name in tied)
@@ -127,7 +132,7 @@ def _lacks_only_tied(match: Match, config: Any) -> bool:
 
 
 def check_shapes(match: Match) -> None:
-    """Raise one RuntimeError that names every tensor of another shape than the model's."""
+    """Raise one RuntimeError that names every tensor whose shape is not the model's."""
     if match.mismatched:
         raise RuntimeError(
             "Error(s) in loading the adapter:\n\t"
@@ -140,7 +145,7 @@ def check_shapes(match: Match) -> None:
 
 
 def insert_adapter_name(key: str, adapter_name: str, prefix: str = "lora_") -> str:
-    """A name on disk as it is in the model: "x.lora_A.weight" as "x.lora_A.<name>.weight"."""
+    """The name in the model of a name on disk: "x.lora_A.<name>.weight" for "x.lora_A.weight"."""
     head, found, tail = key.rpartition(prefix)
     if not found:
         return key
@@ -151,7 +156,7 @@ def insert_adapter_name(key: str, adapter_name: str, prefix: str = "lora_") -> s
 def _insert_adapter_name_into_state_dict(
     state_dict: dict[str, Tensor], adapter_name: str, parameter_prefix: str
 ) -> dict[str, Tensor]:
-    """A saved state dict with the names that its tensors have in the model."""
+    """A saved state dict with its tensors' names in the model."""
     return {
         insert_adapter_name(key, adapter_name, parameter_prefix): value
         for key, value in state_dict.items()
@@ -165,24 +170,24 @@ def set_peft_model_state_dict(
     ignore_mismatched_sizes: bool = False,
     low_cpu_mem_usage: bool = False,
 ) -> LoadResult:
-    """Copy saved tensors into an adapter. Shapes are all checked before the first one is copied.
+    """Copy saved tensors into an adapter; all shapes are checked before the first copy.
 
     Args:
         model: a PeftModel, or a model with injected adapters.
         peft_model_state_dict: names as on disk (with or without ``base_model.model.``); the dict
-            itself is left alone.
-        adapter_name: the adapter to fill; it may have another name than when it was saved.
+            itself is not changed.
+        adapter_name: the adapter to fill; its name may differ from that when it was saved.
         ignore_mismatched_sizes: leave out tensors of another shape, with a warning.
-        low_cpu_mem_usage: put the tensors themselves in place instead of copying (adapters on
-            "meta").
+        low_cpu_mem_usage: use the given tensors themselves instead of copying them (needed for
+            adapters on the meta device).
 
     Returns:
         torch's result of loading: ``missing_keys``, every name of the model that was not given
-        (the base model's among them), and ``unexpected_keys``; also ``mismatched_keys``.
+        (the base model's too), and ``unexpected_keys``; also ``mismatched_keys``.
 
     Raises:
-        ValueError: no adapter of that name, or the model holds no tensors of it.
-        RuntimeError: a tensor has another shape than the model's.
+        ValueError: an unknown adapter, or the model holds no tensors of it.
+        RuntimeError: a tensor's shape is not the model's.
     """
     match = match_weights(model, peft_model_state_dict, adapter_name)
     result = fill(model, match, adapter_name, ignore_mismatched_sizes, low_cpu_mem_usage)
@@ -204,8 +209,10 @@ def fill(
     ignore_mismatched_sizes: bool = False,
     low_cpu_mem_usage: bool = False,
 ) -> LoadResult:
-    """What :func:`set_peft_model_state_dict` does once every tensor has its place; only names of
-    this adapter are reported as missing."""
+    """Copy matched tensors into the adapter: the second half of :func:`set_peft_model_state_dict`.
+
+    ``missing_keys`` has only names of this adapter.
+    """
     wrong = [(slot.model_key, saved, here) for slot, _, saved, here in match.mismatched]
     if not ignore_mismatched_sizes:
         check_shapes(match)
@@ -223,7 +230,7 @@ def fill(
     with torch.no_grad():
         for slot, value in match.pairs:
             target = slot.tensor
-            # a base weight may be another module's as well
+            # a base weight is always copied into, as another module may share it
             if target.is_meta or (low_cpu_mem_usage and not slot.in_base):
                 slot.assign(value.to(target.dtype))
             else:

@@ -1,4 +1,4 @@
-"""Saving and loading of adapters: what ``PeftModel`` does with files and the hub."""
+"""``AdapterFiles``: the part of ``PeftModel`` that saves and loads adapters, and uses the hub."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from .state_dicts import (
 
 
 def _without_aliases(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous tensors, each with storage of its own, as the safetensors format wants them."""
+    """Contiguous tensors, each with a storage of its own, as the safetensors format needs them."""
     seen: set[tuple[Any, ...]] = set()
     out = {}
     for key, value in tensors.items():
@@ -50,7 +50,7 @@ def _without_aliases(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _write_weights(path: str, tensors: dict[str, Tensor]) -> None:
-    """As safetensors, or as a torch pickle of tensors when the name does not end so."""
+    """Write safetensors, or a torch pickle of tensors when ``path`` has another extension."""
 
     def write(tmp: str) -> None:
         if path.endswith(".safetensors"):
@@ -64,8 +64,8 @@ def _write_weights(path: str, tensors: dict[str, Tensor]) -> None:
 
 
 def evaluate(model: nn.Module) -> None:
-    """``model.eval()``, which costs as much as a small adapter's loading: left out where the
-    wrappers around a model in evaluation mode are all that is to be switched."""
+    """Put the model into evaluation mode; ``model.eval()`` only when it is needed.
+    That takes as long as loading a small adapter, and often only the outer wrappers train."""
     training = training_modules(model)
     if all(isinstance(module, (AdapterFiles, BaseTuner)) for module in training):
         for module in training:
@@ -84,7 +84,7 @@ def _save_config(model: Adapted, config: PeftConfig, folder: str) -> None:
             "base_model_class": type(base).__name__,
             "parent_library": type(base).__module__,
         }
-    saved = copy.copy(config)  # the model's own may be in use, or be saved, by another thread
+    saved = copy.copy(config)  # another thread may use or save the model's own
     saved.inference_mode = True
     saved.save_pretrained(folder, auto_mapping_dict=mapping)
 
@@ -98,8 +98,8 @@ def _fill(
     options: dict[str, Any],
     change_base_weights: Callable[[], None],
 ) -> LoadResult:
-    """Check names and shapes of all ``weights`` against the adapter, then put them in; between
-    both ``change_base_weights`` does what the adapter's start (PiSSA, …) does to the base."""
+    """Check names and shapes of all ``weights`` against the adapter, then copy them into it.
+    In between ``change_base_weights`` changes the base as the adapter's start (PiSSA, …) needs."""
     match = match_weights(model, weights, adapter_name)
     check_keys(match, adapter_name, os.fspath(source), model.peft_config[adapter_name])
     ignore = options.get("ignore_mismatched_sizes", False)
@@ -110,16 +110,16 @@ def _fill(
 
 
 class AdapterFiles:
-    """Mixed into :class:`PeftModel`."""
+    """The mixin of :class:`PeftModel` for files and the hub."""
 
     def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
-        """Write the adapter's ``README.md``, or bring it up to date."""
+        """Write or update the adapter's ``README.md`` in ``output_dir``."""
         create_or_update_model_card(self, output_dir)
 
     def _upload_modified_files(
         self, working_dir: str | os.PathLike[str], *args: Any, **kwargs: Any
     ) -> Any:
-        # transformers' push_to_hub has put a card of its own, or the hub's, over the one just saved
+        # transformers' push_to_hub overwrites the card just saved with its own or the hub's
         self.create_or_update_model_card(working_dir)
         return super()._upload_modified_files(working_dir, *args, **kwargs)  # type: ignore[misc]
 
@@ -133,28 +133,28 @@ class AdapterFiles:
         path_initial_model_for_weight_conversion: str | None = None,
         **kwargs: Any,
     ) -> None:
-        """Save adapters: weights, configuration and model card, written aside and renamed.
+        """Save adapters: weights, configuration and model card.
 
-        The adapter "default" goes to ``save_directory``, any other to a folder of its name inside
-        it.
+        Files are written under a temporary name and renamed. The adapter "default" goes to
+        ``save_directory``, any other to a folder of its name inside it.
 
         Args:
             save_directory: folder, made when missing.
             safe_serialization: True writes ``adapter_model.safetensors``, False a torch pickle of
-                plain tensors, ``adapter_model.bin``. Only the one that was saved last is kept.
+                plain tensors, ``adapter_model.bin``. The other file is removed if it exists.
             selected_adapters: names; None saves all.
             save_embedding_layers: see :func:`get_peft_model_state_dict`.
-            is_main_process: other processes write nothing.
-            path_initial_model_for_weight_conversion: folder of the adapter as it started, saved
-                before training, when that start has changed the base weights (PiSSA, OLoRA, …).
-                What is saved then is a plain LoRA adapter of twice the rank for the unchanged base
-                model, see :mod:`peftkern.tuners.lora.plain`.
-            **kwargs: ``state_dict``, to save from instead of the model's own: names as in
+            is_main_process: with False nothing is written.
+            path_initial_model_for_weight_conversion: folder of the adapter as saved before
+                training, if its start changed the base weights (PiSSA, OLoRA, …). Then a plain
+                LoRA adapter of twice the rank for the unchanged base model is saved, see
+                :mod:`peftkern.tuners.lora.plain`.
+            **kwargs: ``state_dict``, to save instead of the model's own: names as in
                 ``model.state_dict()``, or as in a file of one adapter.
 
         Raises:
             ValueError: the folder is a file, an adapter is unknown, ``state_dict`` lacks tensors of
-                an adapter, or tensors are empty, as parts of a sharded model are. Nothing has been
+                an adapter, or tensors are empty, as those of a sharded model are. Nothing is
                 written then.
         """
         assert isinstance(self, nn.Module)
@@ -167,11 +167,11 @@ class AdapterFiles:
                 f"names are {list(self.peft_config)} - got {unknown}."
             )
         for name in names:
-            check_adapter_name(name)  # it becomes a folder's, whoever put it into `peft_config`
+            check_adapter_name(name)  # it becomes a folder's name; users may edit `peft_config`
         given = kwargs.get("state_dict")
         tensors: dict[str, dict[str, Tensor]] = {}
         if not is_main_process:
-            # may have parts of tensors, or an empty state dict; with FSDP all processes gather
+            # this process may have only parts of tensors; with FSDP all processes must gather
             for _ in names if given is None else ():
                 state_dict_of(self)
         elif given is not None and len(names) > 1:
@@ -182,7 +182,7 @@ class AdapterFiles:
             )
             check_whole(tensors[name], name, given is not None)
         if isinstance(self.base_model, AdapterFiles) and selected_adapters is None:
-            # a prompt on top of LoRA adapters, which may train with it
+            # a prompt on top of LoRA adapters, which may train too and are saved as well
             inner = kwargs | {"is_main_process": is_main_process}
             if given is not None:
                 inner["state_dict"] = {
@@ -217,7 +217,7 @@ class AdapterFiles:
                 else os.path.join(save_directory, name)
             )
             os.makedirs(folder, exist_ok=True)
-            # weights and configuration belong together
+            # weights and configuration are replaced together, as they belong together
             with replaced_together(folder, without=[other]) as staged:
                 _write_weights(os.path.join(staged, written), _without_aliases(found))
                 _save_config(self, configs[name], staged)
@@ -240,26 +240,27 @@ class AdapterFiles:
         """Wrap ``model`` with a saved adapter.
 
         Args:
-            model: the base model, changed in place. A PeftModel only where the adapter is a prompt,
-                which goes on top of LoRA adapters.
-            model_id: folder of the adapter, or ``owner/name`` on the hub; a folder is taken first.
+            model: the base model, changed in place. It may be a PeftModel only if the adapter is a
+                prompt, which is put on top of LoRA adapters.
+            model_id: folder of the adapter, or ``owner/name`` on the hub; an existing folder is
+                preferred.
             adapter_name: its name in this model.
-            is_trainable: let it train on; otherwise it is frozen.
-            config: take this configuration instead of the saved one.
+            is_trainable: True lets it train; otherwise it is frozen.
+            config: use this configuration instead of the saved one.
             autocast_adapter_dtype: keep adapter weights in float32 under a float16 or bfloat16
                 model.
             ephemeral_gpu_offload: not supported, must be False.
-            low_cpu_mem_usage: put the loaded tensors in place instead of copying them.
-            key_mapping: regular expression -> replacement for names in the file.
-            **kwargs: ``torch_device``, ``ignore_mismatched_sizes`` and what
-                ``hf_hub_download`` takes.
+            low_cpu_mem_usage: use the loaded tensors themselves instead of copying them.
+            key_mapping: {regular expression: replacement} for names in the file.
+            **kwargs: ``torch_device``, ``ignore_mismatched_sizes`` and arguments of
+                ``hf_hub_download``.
 
         Raises:
-            ValueError: files missing, damaged, of another method, not finite, or with missing or
-                extra keys; the model is a PeftModel.
+            ValueError: files are missing, damaged, of another method, not finite, or have missing
+                or extra keys; the model is a PeftModel.
             RuntimeError: shapes differ from the model's.
 
-        Either way the base model is as it was.
+        After an error the base model is as it was.
         """
         check_adapter_name(adapter_name)
         if ephemeral_gpu_offload:
@@ -277,7 +278,7 @@ class AdapterFiles:
                 "load another one into it, or `model.unload()` first. Nothing was changed."
             )
         config.check_loadable(is_trainable)
-        # the first values of a prompt are not needed, and may need a tokenizer
+        # in inference mode a prompt draws no first values, which might need a tokenizer
         config.inference_mode = not is_trainable or config.is_prompt_learning
         if key_mapping is None and not config.is_prompt_learning:
             key_mapping = getattr(model, RENAMED, None)
@@ -285,10 +286,10 @@ class AdapterFiles:
             weights = load_peft_weights(model_id, rest.get("torch_device"), key_mapping, **hub)
             config.check_fits(weights)
             put_flags_back = remember_requires_grad(model)
-            before = model.__dict__.get("peft_config")  # of adapters that are in it already
+            before = model.__dict__.get("peft_config")  # set if the model has adapters already
             settings: Any = getattr(model, "config", None)
             split = getattr(settings, "pretraining_tp", None)
-            # adapters that are there already, and hooks, would not come back by themselves
+            # take_down() alone does not restore existing adapters and hooks after an error
             kept = before is not None or isinstance(model, AdapterFiles)
             kept = kept or checkpoints_activations(model)
             peft_model = None
@@ -339,12 +340,12 @@ class AdapterFiles:
     ) -> LoadResult:
         """Load a saved adapter beside the others, or new weights into the one of that name.
 
-        It is not made active. Arguments and errors are those of :meth:`from_pretrained`; after an
-        error no adapter was added and no weight was changed.
+        The active adapter stays the same. Arguments and errors are those of
+        :meth:`from_pretrained`; an error adds no adapter and changes no weight.
 
         Returns:
-            ``missing_keys``, ``unexpected_keys``, ``mismatched_keys`` (empty, but for what
-            ``ignore_mismatched_sizes`` allowed).
+            ``missing_keys``, ``unexpected_keys`` and ``mismatched_keys``; they are empty except for
+            tensors that ``ignore_mismatched_sizes`` left out.
         """
         if ephemeral_gpu_offload:
             raise NotImplementedError("ephemeral_gpu_offload=True is not supported")

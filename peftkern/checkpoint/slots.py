@@ -1,4 +1,4 @@
-"""Where the tensors of an adapter are in a model, and what they are called on disk."""
+"""``Slot``: a tensor of an adapter in a model, with its place and its name on disk."""
 
 from __future__ import annotations
 
@@ -26,17 +26,16 @@ class _Fields(NamedTuple):
 
 
 class Slot(_Fields):
-    """One tensor of an adapter: its names in the model and on disk,
-    and the module that holds it."""
+    """One tensor of an adapter: its names in the model and on disk, and the module that has it."""
 
     @property
     def in_base(self) -> bool:
-        """Whether it is a tensor of the base model, which no adapter is named after."""
+        """True for a tensor of the base model, whose name contains no adapter's name."""
         return self.model_key == self.key
 
     @property
     def model_keys(self) -> list[str]:
-        """Names in a state dict of all tensors that are needed to save this one."""
+        """Names in a state dict of the tensors that are needed to save this one."""
         return [clean(self.model_key)]
 
     @property
@@ -49,15 +48,15 @@ class Slot(_Fields):
 
     @property
     def refuses(self) -> str | None:
-        """Why no saved tensor can be put here; None when one can."""
+        """The reason that no saved tensor can be loaded here; None when one can."""
         return None
 
     def saved(self, state_dict: dict[str, Tensor] | None) -> Tensor:
-        """What goes to the file, from the model or from a state dict of it (names cleaned)."""
+        """The tensor for the file, from the model or from its state dict (with cleaned names)."""
         return self.tensor.detach() if state_dict is None else state_dict[clean(self.model_key)]
 
     def assign(self, value: Tensor) -> None:
-        """Put ``value`` in place of the present tensor, which may be on the meta device."""
+        """Replace the present tensor, which may be on the meta device, by ``value``."""
         owner, old = self.owner, self.tensor
         if self.attribute in owner._parameters:
             owner._parameters[self.attribute] = nn.Parameter(value, requires_grad=old.requires_grad)
@@ -66,8 +65,10 @@ class Slot(_Fields):
 
 
 class PromptSlot(Slot):
-    """The virtual tokens of an adapter: ``model_key`` is its encoder's name, ``owner`` the
-    embedding and ``attribute`` its weight. A file holds what the encoder makes of them."""
+    """The slot of an adapter's virtual tokens; a file holds them as the encoder computes them.
+
+    ``model_key`` is the encoder's name, ``owner`` its embedding, ``attribute`` the weight of that.
+    """
 
     encoder: BasePromptEncoder
 
@@ -96,7 +97,7 @@ class PromptSlot(Slot):
 
 
 class _Prompt(nn.Module):
-    """An encoder's prompt as a module's call."""
+    """A module whose call gives an encoder's prompt."""
 
     def __init__(self, encoder: BasePromptEncoder) -> None:
         super().__init__()
@@ -107,7 +108,7 @@ class _Prompt(nn.Module):
 
 
 def prompt_slot(name: str, encoder: BasePromptEncoder) -> PromptSlot:
-    """The slot of the encoder that is called ``name`` in the model."""
+    """The slot of the encoder that has the name ``name`` in the model."""
     slot = PromptSlot(name, PROMPT_KEY, encoder.embedding, "weight")
     slot.encoder = encoder
     return slot
@@ -122,8 +123,11 @@ def tensors_of(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module,
 
 
 def slots_to_save(model: Any, adapter_name: str) -> list[Slot]:
-    """:func:`adapter_slots` of an adapter that there is. ValueError where there is none, or where
-    it has no tensors: what would be saved holds nothing, and what is loaded goes nowhere."""
+    """:func:`adapter_slots` as a list that is not empty.
+
+    Raises:
+        ValueError: an unknown adapter, or one without tensors: nothing could be saved or loaded.
+    """
     if adapter_name not in model.peft_config:
         raise ValueError(
             f"no adapter named {adapter_name!r}; there are {sorted(model.peft_config)}"
@@ -138,13 +142,13 @@ def slots_to_save(model: Any, adapter_name: str) -> list[Slot]:
 
 
 def adapter_slots(model: nn.Module, adapter_name: str) -> Iterator[Slot]:
-    """Every tensor that belongs to the adapter, found by structure and never by name."""
+    """Every tensor of the adapter, found by the kinds of modules and never by names."""
     encoders: Any = model._modules.get("prompt_encoder") or {}
     if adapter_name in encoders:
         yield prompt_slot(f"prompt_encoder.{adapter_name}", encoders[adapter_name])
     for name, module in walk(model):
         if isinstance(module, TrainableTokensLayer) and module.tied_adapter is not None:
-            continue  # what it has is another module's
+            continue  # its tensors belong to another module
         if isinstance(module, BaseTunerLayer):
             for attribute in module.adapter_layer_names:
                 store = getattr(module, attribute)
@@ -156,7 +160,7 @@ def adapter_slots(model: nn.Module, adapter_name: str) -> Iterator[Slot]:
                     continue
                 inner = f"{at}.{adapter_name}"
                 for key, owner, last in tensors_of(store[adapter_name], inner):
-                    # files hold a magnitude as the parameter that it was in HF PEFT's first DoRA
+                    # HF PEFT's first DoRA had the magnitude as a parameter: files keep that name
                     rest = "" if attribute == "lora_magnitude_vector" else key[len(inner) :]
                     yield Slot(key, clean(at + rest), owner, last)
             for attribute, buffers in module._saved_buffers():
@@ -170,7 +174,7 @@ def adapter_slots(model: nn.Module, adapter_name: str) -> Iterator[Slot]:
 
 
 def clean(key: str) -> str:
-    """A name without what torch.compile, FSDP and checkpointing put in front of wrapped modules."""
+    """A name without the parts that torch.compile, FSDP and checkpointing add when they wrap."""
     for wrapper in WRAPPERS:
         if wrapper in key:
             key = key.replace(wrapper, "")

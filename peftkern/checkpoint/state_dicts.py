@@ -1,5 +1,4 @@
-"""Adapter checkpoints: HF PEFT's keys and files, read with every check before a weight is
-touched."""
+"""Adapter checkpoints with HF PEFT's keys and files; all checks come before a weight is changed."""
 
 from __future__ import annotations
 
@@ -25,8 +24,7 @@ from .slots import PREFIX, Slot, adapter_slots, clean, slots_to_save, tensors_of
 
 
 def _vocabulary_was_resized(model: Any, config: Any) -> bool:
-    """Whether the base model's own config.json, where one is on this machine,
-    has another vocab_size."""
+    """True when the base model's config.json, if this machine has it, has another vocab_size."""
     size = getattr(getattr(model, "config", None), "vocab_size", None)
     model_id = getattr(config, "base_model_name_or_path", None)
     if not size or not model_id:
@@ -47,20 +45,20 @@ def get_peft_model_state_dict(
     unwrap_compiled: bool = False,
     save_embedding_layers: bool | Literal["auto"] = "auto",
 ) -> dict[str, Tensor]:
-    """The adapter's tensors by their names on disk (the adapter's own name left out).
+    """The adapter's tensors by their names on disk, which do not contain the adapter's name.
 
     Args:
         model: a PeftModel, or a model with injected adapters.
-        state_dict: take the tensors from here (names as in ``model.state_dict()``); None: from the
+        state_dict: take the tensors from it (names as in ``model.state_dict()``); None: from the
             model.
-        adapter_name: which adapter.
-        unwrap_compiled: look through the wrapper of ``torch.compile``.
+        adapter_name: the adapter.
+        unwrap_compiled: take the model out of the wrapper of ``torch.compile``.
         save_embedding_layers: add the embeddings' own weights; "auto" does so when they are adapted
             or when the vocabulary was resized.
 
     Raises:
-        ValueError: no adapter of that name, or the model holds no tensors of it (it was merged or
-            unloaded, or is HF PEFT's).
+        ValueError: an unknown adapter, or the model holds no tensors of it (it was merged or
+            unloaded, or belongs to HF PEFT).
     """
     if unwrap_compiled:
         model = uncompiled(model)
@@ -77,7 +75,7 @@ def get_peft_model_state_dict(
     targeted = targets_embedding(config, base)
     if save_embedding_layers == "auto":
         save_embedding_layers = False
-        # who trains single tokens wants no file of the whole vocabulary's size
+        # training single tokens is meant to give a small file, without the whole vocabulary
         if targeted and getattr(config, "trainable_token_indices", None) is None:
             warnings.warn(
                 "Setting `save_embedding_layers` to `True` as embedding layers found in "
@@ -109,7 +107,7 @@ def get_peft_model_state_dict(
             raise _lacks(absent, adapter_name)
         found.update({key: full[key] for key in biases})
         if getattr(config, "bias", None) == "all":
-            # HF PEFT's files hold the bias of a fully trained module twice, under this name as well
+            # HF PEFT's files hold the bias of a fully trained module twice, under this name too
             at = f".modules_to_save.{adapter_name}."
             for slot in slots:
                 if at in slot.model_key and slot.model_key.endswith(".bias"):
@@ -117,7 +115,7 @@ def get_peft_model_state_dict(
         plain = unmerged(model, embeddings)
         for slot in embeddings:
             value = full.get(clean(slot.key))
-            # with what is merged in it the adapter would count twice when it is loaded
+            # saved with merged adapters, these would count twice after loading
             if slot.key in plain and value is not None:
                 now = slot.tensor
                 value = plain[slot.key] if torch.equal(value.to(now), now) else value
@@ -133,17 +131,19 @@ def _tensors_for_file(
     adapter_name: str,
     inferred: bool,
 ) -> dict[str, Tensor]:
-    """{name in the file: tensor} of every slot: from ``given`` by its name in the model, else by
-    its name in a file (a dict that this function made before), else, where ``given`` is the model's
-    own, from the model itself.
+    """{name in the file: tensor} of every slot.
+
+    A tensor is taken from ``given`` by its name in the model, else by its name in a file (a dict
+    that this function made before), else from the model, if ``given`` is the model's own
+    (``inferred``).
 
     Raises:
         ValueError: ``given`` is the caller's and has neither name.
     """
     if given is None:
         return {slot.key: slot.saved(None) for slot in slots}
-    # which adapter's a name without one is can be told only where there is a single adapter, or
-    # where the caller says so
+    # a name on disk contains no adapter's name, so it is used only if the model has one adapter, or
+    # if the caller gave the state dict for this adapter
     nameless = not inferred or len(model.peft_config) == 1  # type: ignore[arg-type]
     found, absent = {}, []
     for slot in slots:
@@ -162,7 +162,7 @@ def _tensors_for_file(
 
 
 def check_named(model: nn.Module, state_dict: dict[str, Tensor], names: list[str]) -> None:
-    """ValueError unless ``state_dict`` says of every tensor of several adapters whose it is."""
+    """Raise a ValueError unless ``state_dict`` has all tensors of these adapters by model names."""
     given = {clean(key) for key in state_dict}
     for name in names:
         keys = (key for slot in adapter_slots(model, name) for key in slot.model_keys)
@@ -179,13 +179,15 @@ def _lacks(names: list[str], adapter_name: str) -> ValueError:
 
 
 def state_dict_of(model: nn.Module) -> dict[str, Tensor] | None:
-    """``model.state_dict()`` where it may give other tensors than the modules hold, else None. With
-    FSDP it brings shards together, so every process has to ask."""
+    """``model.state_dict()`` if it may differ from the modules' tensors, else None.
+
+    With FSDP it gathers shards, so every process must call it.
+    """
     return model.state_dict() if has_own_state_dict(model) else None
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors of a plain ``model.state_dict()``, whatever ``model.state_dict`` is."""
+    """(name, tensor) of the modules' tensors, as in torch's own ``model.state_dict()``."""
     for name, owner, attribute in tensors_of(model, ""):
         yield clean(name.removeprefix(".")), Slot(name, name, owner, attribute).tensor.detach()
 
@@ -194,14 +196,14 @@ def check_whole(tensors: dict[str, Tensor], adapter_name: str, given: bool) -> N
     """Refuse to save parts of tensors.
 
     Args:
-        tensors: by their names in the file.
-        adapter_name: whose they are.
-        given: they come from a state dict of the caller's.
+        tensors: the adapter's tensors by their names in the file.
+        adapter_name: the adapter.
+        given: True when they come from a state dict of the caller.
 
     Raises:
-        ValueError: a tensor is empty, as what ZeRO-3 leaves of one that was not gathered is; or,
-            in a caller's state dict, a matrix of LoRA is flat. (Of the model's own, a warning says
-            so, as in HF PEFT.)
+        ValueError: a tensor is empty, like a parameter that ZeRO-3 has sharded and nobody gathered;
+            or a LoRA matrix in a caller's state dict has fewer than 2 dimensions. (For the model's
+            own, the latter is a warning, as in HF PEFT.)
     """
     flat = {key for key, _ in _flat(tensors)}
     bad = [
@@ -219,7 +221,7 @@ def check_whole(tensors: dict[str, Tensor], adapter_name: str, given: bool) -> N
 
 
 def _flat(tensors: dict[str, Tensor]) -> list[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of LoRA's matrices that are no matrices."""
+    """(name, shape) of LoRA matrices that are empty or have fewer than 2 dimensions."""
     return [
         (key, tuple(value.shape))
         for key, value in tensors.items()
@@ -230,14 +232,16 @@ def _flat(tensors: dict[str, Tensor]) -> list[tuple[str, tuple[int, ...]]]:
 
 
 def has_own_state_dict(model: nn.Module) -> bool:
-    """Whether ``model.state_dict()`` may give other tensors than the modules hold: it is replaced,
-    or has hooks, with which FSDP brings shards together."""
+    """True when ``model.state_dict()`` may differ from the modules' tensors.
+
+    It is overridden, or has hooks, as those with which FSDP gathers shards.
+    """
     replaced = "state_dict" in model.__dict__ or type(model).state_dict is not nn.Module.state_dict
     return replaced or any(m._state_dict_hooks or m._state_dict_pre_hooks for m in model.modules())
 
 
 def _warn_of_shards(tensors: dict[str, Tensor], adapter_name: str) -> None:
-    """A matrix of LoRA that is flat or empty is what one process has of a sharded one."""
+    """Warn of LoRA matrices that are empty or flat, as one process's part of a sharded one is."""
     bad = _flat(tensors)
     if bad:
         warnings.warn(
@@ -255,12 +259,13 @@ def _warn_of_shards(tensors: dict[str, Tensor], adapter_name: str) -> None:
 
 
 def read_weights_file(path: str, device: str | torch.device = "cpu") -> dict[str, Tensor]:
-    """The tensors of an adapter file, ``.safetensors`` or (weights only, never code) a torch
-    pickle.
+    """The tensors of an adapter file, {name: tensor}.
+
+    The file is ``.safetensors`` or a torch pickle, of which only tensors are read and no code runs.
 
     Raises:
-        ValueError: truncated, not of the format that its name says, not a dict of tensors, or a
-            tensor with NaN or infinity in it. The message names the file and the key.
+        ValueError: the file is truncated, has another format than its name says, holds no dict of
+            tensors, or a tensor with NaN or infinity. The message names the file and the key.
     """
     try:
         if path.endswith(".safetensors"):
@@ -285,10 +290,9 @@ def read_weights_file(path: str, device: str | torch.device = "cpu") -> dict[str
 
 
 def _all_finite(value: Tensor) -> bool:
-    if value.dtype.itemsize == 1:  # float8 has no reductions of its own
+    if value.dtype.itemsize == 1:  # torch has no reductions for float8
         value = value.float()
-    # the extremes are finite only when every element is: two reductions, no temporary of the full
-    # size
+    # minimum and maximum are finite only when every element is; this needs no full-size temporary
     return value.numel() == 0 or bool(torch.isfinite(torch.stack(value.aminmax())).all())
 
 
@@ -298,16 +302,16 @@ def load_peft_weights(
     key_mapping: dict[str, str] | None = None,
     **hub: Any,
 ) -> dict[str, Tensor]:
-    """The tensors of a saved adapter, from a local folder or the hub.
+    """The tensors of a saved adapter, {name: tensor}, from a local folder or the hub.
 
     Args:
-        model_id: folder, or ``owner/name``.
-        device: where to put them; None: the accelerator, or the CPU.
-        key_mapping: regular expression -> replacement for names (without ``base_model.model.``).
-        **hub: for ``hf_hub_download`` (``subfolder``, ``revision``, ``token``, …).
+        model_id: folder, or ``owner/name`` on the hub.
+        device: device of the tensors; None: the accelerator, or the CPU.
+        key_mapping: {regular expression: replacement} for names (without ``base_model.model.``).
+        **hub: arguments of ``hf_hub_download`` (``subfolder``, ``revision``, ``token``, …).
 
     Raises:
-        ValueError: there is no such file, or it cannot be read; see :func:`read_weights_file`.
+        ValueError: the file is missing or cannot be read, see :func:`read_weights_file`.
     """
     where = os.fspath(model_id)
     device = infer_device() if device is None else device
