@@ -1,7 +1,7 @@
-"""What an adapter is asked to be: for each method a dataclass, as ``adapter_config.json`` has it.
+"""Configurations of adapters: for each method a dataclass with the keys of ``adapter_config.json``.
 
-All of them are imported here, so that a file is read as the class of the method that it names,
-whichever of them was imported first.
+All of them are imported here, so that a file is always read as the class of the method that it
+names.
 """
 
 from .base import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PeftConfigMixin

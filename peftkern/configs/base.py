@@ -1,4 +1,4 @@
-"""``PeftConfig``: what an adapter is, as a dataclass and as ``adapter_config.json``."""
+"""``PeftConfig``: an adapter's configuration, as a dataclass and as ``adapter_config.json``."""
 
 from __future__ import annotations
 
@@ -22,28 +22,29 @@ from ..utils.error import MissingKeysError
 from ..utils.peft_types import PeftType, TaskType
 from .checks import check_types, one_of
 
-# {method: its configuration}; filled where the classes are made, see `PeftConfig`
+# {method: its configuration class}; filled when the classes are defined, see `PeftConfig`
 PEFT_TYPE_TO_CONFIG_MAPPING: dict[PeftType, type[PeftConfig]] = {}
 
 
 def format_version() -> str:
-    """The version of HF PEFT whose format is written, or what stands at HF PEFT's address of it:
-    ``peftkern.config.__version__``, which others patch."""
+    """The version of HF PEFT whose format is written.
+
+    It is ``peftkern.config.__version__``, HF PEFT's address of it, which other code may patch.
+    """
     address = sys.modules.get("peftkern.config")
     return PEFT_COMPAT_VERSION if address is None else address.__version__
 
 
 def config_class_for(peft_type: Any) -> type[PeftConfig]:
-    """The configuration class of a ``peft_type``;
-    ValueError when peftkern does not have the method."""
+    """The configuration class of a ``peft_type``; ValueError for an unknown one."""
     return PEFT_TYPE_TO_CONFIG_MAPPING[one_of(PeftType, peft_type, "peft_type")]
 
 
 def build_config(cls: type[PeftConfig], values: dict[str, Any], source: str) -> PeftConfig:
-    """Make ``cls`` from a dict that may hold keys of other PEFT versions.
+    """Make ``cls`` from a dict that may have keys of other PEFT versions.
 
-    A key that ``cls`` lacks is dropped silently when it is None (old versions wrote such keys) and
-    with a warning that names it when it has a value.
+    A key that ``cls`` lacks is dropped. If its value is not None, a warning names it (old versions
+    wrote further keys with None).
     """
     known = {f.name for f in dataclasses.fields(cls) if f.init}
     unknown = sorted(k for k, v in values.items() if k not in known and v is not None)
@@ -59,13 +60,13 @@ def build_config(cls: type[PeftConfig], values: dict[str, Any], source: str) -> 
 
 @dataclass
 class PeftConfigMixin(PushToHubMixin):  # type: ignore[misc]  # transformers is not read
-    """Reading and writing of ``adapter_config.json``, common to all methods.
+    """The part of all configurations that reads and writes ``adapter_config.json``.
 
     Args:
         task_type: one of :class:`TaskType`, or None for a model without a task.
         peft_type: one of :class:`PeftType`.
         auto_mapping: base model class and library, written for models without a task type.
-        peft_version: the version of HF PEFT whose format this follows; filled in when None.
+        peft_version: the version of HF PEFT whose format this has; filled in when None.
     """
 
     task_type: TaskType | str | None = field(default=None)
@@ -84,10 +85,10 @@ class PeftConfigMixin(PushToHubMixin):  # type: ignore[misc]  # transformers is 
         return asdict(self)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-        """Write ``adapter_config.json`` into ``save_directory`` (made when missing), in one step.
+        """Write ``adapter_config.json`` into ``save_directory``, atomically.
 
         Args:
-            save_directory: a folder; AssertionError when it is a file.
+            save_directory: a folder, made when missing; AssertionError when it is a file.
             **kwargs: ``auto_mapping_dict`` replaces ``auto_mapping``.
         """
         if os.path.isfile(save_directory):
@@ -105,7 +106,7 @@ class PeftConfigMixin(PushToHubMixin):  # type: ignore[misc]  # transformers is 
     def from_json_file(
         cls, path_json_file: str | os.PathLike[str], **kwargs: Any
     ) -> dict[str, Any]:
-        """The dict in a config file. ValueError, naming the file, when it is not a JSON object."""
+        """The dict in a config file; ValueError, naming the file, if it is not a JSON object."""
         try:
             values = json.loads(Path(path_json_file).read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as exc:
@@ -113,7 +114,7 @@ class PeftConfigMixin(PushToHubMixin):  # type: ignore[misc]  # transformers is 
         if not isinstance(values, dict):
             kind = type(values).__name__
             raise ValueError(f"{os.fspath(path_json_file)} must hold a JSON object, got {kind}")
-        if "runtime_config" in values:  # only valid at run time, never from disk
+        if "runtime_config" in values:  # valid only at run time, never read from disk
             warnings.warn(
                 f"{os.fspath(path_json_file)}: `runtime_config` is ignored.", stacklevel=2
             )
@@ -122,8 +123,7 @@ class PeftConfigMixin(PushToHubMixin):  # type: ignore[misc]  # transformers is 
 
     @classmethod
     def from_peft_type(cls, **kwargs: Any) -> PeftConfig:
-        """The configuration of the class that ``peft_type`` names (or
-        of this class without one)."""
+        """A configuration of the class that ``peft_type`` names; without one, of this class."""
         target = config_class_for(kwargs["peft_type"]) if kwargs.get("peft_type") else cls
         return build_config(target, kwargs, target.__name__)
 
@@ -144,8 +144,8 @@ class PeftConfigMixin(PushToHubMixin):  # type: ignore[misc]  # transformers is 
         Raises:
             ValueError: no such file, bad JSON, or a ``peft_type`` that peftkern does not have.
 
-        As in HF PEFT the class is the one that the file names, whichever this is called on; a
-        subclass of that class gives itself.
+        As in HF PEFT the result has the class that the file names, not the one on which this is
+        called, unless that is a subclass of it.
         """
         hub, rest = split_hub_kwargs({**kwargs, "subfolder": subfolder})
         where = os.fspath(pretrained_model_name_or_path)
@@ -164,7 +164,7 @@ class PeftConfigMixin(PushToHubMixin):  # type: ignore[misc]  # transformers is 
             )
         try:
             target = config_class_for(values["peft_type"])
-            if issubclass(cls, target):  # a user's, which may have fields of its own
+            if issubclass(cls, target):  # a user's class, which may have further fields
                 target = cls
             check_types(target, values)
             return build_config(target, values, file)
@@ -173,7 +173,7 @@ class PeftConfigMixin(PushToHubMixin):  # type: ignore[misc]  # transformers is 
 
     @property
     def is_prompt_learning(self) -> bool:
-        """Whether the method trains virtual tokens rather than weights."""
+        """True when the method trains virtual tokens and not weights."""
         return False
 
     @property
@@ -188,10 +188,10 @@ def _field_names(cls: type) -> set[str]:
 
 @dataclass
 class PeftConfig(PeftConfigMixin):
-    """What every adapter configuration has.
+    """The base class of all configurations of adapters.
 
-    A subclass that is made with ``method=`` (a :class:`PeftType`) is that method's: files that name
-    the method are read as it. ValueError when the method has another class already.
+    A subclass that is defined with ``method=`` (a :class:`PeftType`) is the class of that method:
+    files that name the method are read as it. ValueError when the method has another class already.
 
     Args:
         base_model_name_or_path: the model that the adapter belongs to.
@@ -214,14 +214,16 @@ class PeftConfig(PeftConfigMixin):
         PEFT_TYPE_TO_CONFIG_MAPPING[method] = cls
 
     def check_supported(self) -> None:
-        """Raise one NotImplementedError that names everything asked for that peftkern cannot do."""
+        """Raise one NotImplementedError that names all settings that peftkern does not support."""
         raise NotImplementedError(
             f"{type(self).__name__} alone describes no adapter that can be built"
         )
 
     def check_loadable(self, is_trainable: bool) -> None:
-        """Raise a ValueError when a saved adapter of this kind cannot be trained on."""
+        """Raise a ValueError if ``is_trainable`` and a saved adapter of this kind cannot train."""
 
     def check_fits(self, weights: Mapping[str, Any]) -> None:
-        """Raise a ValueError when sizes in the configuration are far beyond the saved tensors, so
-        that a damaged file cannot make us ask for terabytes."""
+        """Raise a ValueError when the configuration's sizes are far larger than the saved tensors.
+
+        So a damaged file cannot cause an allocation of terabytes.
+        """

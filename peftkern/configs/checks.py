@@ -12,8 +12,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 
 def one_of(enum_cls: type, value: Any, what: str) -> Any:
-    """``value`` as a member of the string enum ``enum_cls``,
-    or a ValueError naming what is allowed."""
+    """``value`` as a member of the string enum ``enum_cls``; a ValueError names what is allowed."""
     try:
         return enum_cls(value)
     except ValueError:
@@ -32,7 +31,7 @@ def positive(name: str, value: Any, optional: bool = False) -> None:
 
 
 def fits_type(value: Any, hint: Any) -> bool:
-    """Whether a value read from JSON is what a field's type hint describes."""
+    """True when a value read from JSON has the type of a field's hint."""
     origin, args = get_origin(hint), get_args(hint)
     if hint is Any:
         return True
@@ -57,17 +56,17 @@ def fits_type(value: Any, hint: Any) -> bool:
             fits_type(v, h) for v in value.values() for h in args[1:]
         )
     if isinstance(hint, type) and issubclass(hint, Enum):
-        return True  # its own check says what is allowed
+        return True  # the class of the hint checks its own values
     if dataclasses.is_dataclass(hint):
         return isinstance(value, dict)
     return isinstance(value, hint if hint in (str, bool) else (str, dict))
 
 
 def check_types(cls: type, values: dict[str, Any]) -> None:
-    """Raise a ValueError, naming the key, for a value from a file that is of a wrong type."""
+    """Raise a ValueError, naming the key, for a value from a file with a wrong type."""
     hints = get_type_hints(cls)
     for name, value in values.items():
-        # old files hold null for what had no default then
+        # old files have null for fields that had no default then
         if name in hints and value is not None and not fits_type(value, hints[name]):
             shown = str(hints[name]).replace("typing.", "").replace("NoneType", "None")
             raise ValueError(f"`{name}` must be {shown}, got {value!r}")
@@ -83,8 +82,7 @@ _checked = _Checked()
 
 @contextmanager
 def checked(config: Any) -> Iterator[None]:
-    """Refuse a configuration that cannot be built, before anything is changed or read for it, and
-    do not ask it again within the block.
+    """Check a configuration, before anything is changed or read; inside the block not again.
 
     Raises:
         NotImplementedError, ValueError: see ``PeftConfig.check_supported``.
@@ -98,6 +96,6 @@ def checked(config: Any) -> Iterator[None]:
 
 
 def check_once(config: Any) -> None:
-    """``config.check_supported()``, unless within :func:`checked` of it."""
+    """Call ``config.check_supported()``, unless inside a block of :func:`checked` for it."""
     if id(config) not in _checked.ids:
         config.check_supported()

@@ -1,4 +1,4 @@
-"""``LoraConfig``: the fields of HF PEFT 0.21 and of 0.6.2, and a check of what is asked for."""
+"""``LoraConfig``: the fields of HF PEFT 0.21 and 0.6.2, with a check of unsupported settings."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .lora_options import (
     selects,
 )
 
-MAX_RANK = 65536  # above it a saved adapter must show its rank before memory is taken for it
+MAX_RANK = 65536  # for a larger rank the saved tensors are compared before memory is allocated
 BIAS_CHOICES = ("none", "all", "lora_only")
 # initialisations that change the base weight
 CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga")
@@ -33,11 +33,13 @@ class BdLoraConfig:
     """BD-LoRA (Wang et al., 2025, arXiv 2510.23346).
 
     Args:
-        target_modules_bd_a: A is block-diagonal in layers whose names contain one of these; those
-            that a server shards by rows, such as "o_proj" and "down_proj".
-        target_modules_bd_b: B is, likewise; those sharded by columns, such as "q_proj", "up_proj".
+        target_modules_bd_a: A is block-diagonal in layers whose names contain one of these. These
+            are layers that a server shards by rows, such as "o_proj" and "down_proj".
+        target_modules_bd_b: B is block-diagonal in layers whose names contain one of these. These
+            are layers that a server shards by columns, such as "q_proj" and "up_proj".
         nblocks: number of blocks, at least 1.
-        match_strict: refuse adapted layers that neither list names; they get plain LoRA otherwise.
+        match_strict: True refuses adapted layers that neither list names; otherwise they get plain
+            LoRA.
     """
 
     target_modules_bd_a: list[str] | None = field(default=None)
@@ -55,9 +57,11 @@ class BdLoraConfig:
 
 @dataclass
 class KasaConfig:
-    """KaSA (Wang et al., 2024, arXiv 2412.06071). Adding such an adapter changes the base weights
-    for good, so it does not go with adapters of another kind. Both numbers are for
-    ``LoraModel._get_kasa_loss()``, which training adds to its loss itself.
+    """KaSA (Wang et al., 2024, arXiv 2412.06071).
+
+    Adding such an adapter changes the base weights for good, so it cannot be combined with adapters
+    of another kind. Both numbers are for ``LoraModel._get_kasa_loss()``, which the training code
+    has to add to its loss.
 
     Args:
         beta: weight of the sum of the squared singular values, at least 0.
@@ -78,11 +82,11 @@ class VeloraConfig:
     """VeLoRA (Miles et al., 2024, arXiv 2405.17991).
 
     Args:
-        num_groups: into how many groups a layer's inputs are split before each is kept as one
-            number, at least 1.
-        scale: factor of the inputs that are made again of those numbers, above 0.
-        init_type: what the groups are projected on: "batch_average" (their mean, in every call of a
-            training), "batch_average_once" (their mean in the first) or "random".
+        num_groups: number of groups into which a layer's inputs are split, at least 1; for each
+            group one number is kept.
+        scale: factor of the inputs that are rebuilt from these numbers, above 0.
+        init_type: the vector on which the groups are projected: "batch_average" (their mean, in
+            every training call), "batch_average_once" (their mean in the first one) or "random".
     """
 
     num_groups: int = field(default=64)
@@ -105,13 +109,13 @@ class MontecloraConfig:
     """MonteCLoRA (:mod:`.monteclora`).
 
     Args:
-        num_samples: perturbations of A that are averaged in a call of a training, at least 1.
+        num_samples: perturbations of A that are averaged in a training call, at least 1.
         use_entropy: add the sum of the squares of their weights to the loss.
         dirichlet_prior: concentration of the prior of their weights, above 0.
         sample_scaler: factor of the perturbations.
         kl_loss_weight: factor of the divergences from the priors in the loss.
-        buffer_size: for how many calls random numbers are drawn at once, at least 1. A layer with K
-            inputs and rank r keeps buffer_size · num_samples · K · r of them.
+        buffer_size: number of calls for which random numbers are drawn together, at least 1. A
+            layer with K inputs and rank r keeps buffer_size · num_samples · K · r of them.
     """
 
     num_samples: int = field(default=8)
@@ -146,23 +150,23 @@ class LoraConfig(PeftConfig, method=PeftType.LORA):
             "pissa", "pissa_niter_<k>", "olora", "mica", "loftq", "eva", "corda", "orthogonal",
             "lora_ga": see :mod:`peftkern.tuners.lora.inits`.
         layers_to_transform: indices of the layers to adapt; needs a list in ``target_modules``.
-        layers_pattern: names of the module list that those indices count.
-        rank_pattern: name or regular expression -> another ``r``.
-        alpha_pattern: name or regular expression -> another ``lora_alpha``.
+        layers_pattern: names of the module lists that these indices count in.
+        rank_pattern: {name or regular expression: another ``r``}.
+        alpha_pattern: {name or regular expression: another ``lora_alpha``}.
         lora_bias: give B a bias of its own.
-        loftq_config: :class:`LoftQConfig` (or its fields) of "loftq"; kept as a dict.
-        eva_config: :class:`EvaConfig` of "eva".
-        corda_config: :class:`CordaConfig` of "corda".
-        lora_ga_config: :class:`LoraGAConfig` of "lora_ga".
-        use_dora: train a magnitude of each output beside A and B (:mod:`.dora`).
+        loftq_config: :class:`LoftQConfig` (or its fields) for "loftq"; kept as a dict.
+        eva_config: :class:`EvaConfig` for "eva".
+        corda_config: :class:`CordaConfig` for "corda".
+        lora_ga_config: :class:`LoraGAConfig` for "lora_ga".
+        use_dora: train a magnitude for each output beside A and B (:mod:`.dora`).
         use_bdlora: :class:`BdLoraConfig`, for a block-diagonal A or B (:mod:`.bdlora`).
-        kasa_config: :class:`KasaConfig`, for singular values of its own (:mod:`.kasa`).
+        kasa_config: :class:`KasaConfig`, for singular values of the update (:mod:`.kasa`).
         velora_config: :class:`VeloraConfig`: keep A's inputs compressed for its gradient.
         monteclora_config: :class:`MontecloraConfig`: train with random perturbations of A.
-        alora_invocation_tokens: let the adapter work from these tokens on (:mod:`.alora`).
+        alora_invocation_tokens: let the adapter act from these tokens on (:mod:`.alora`).
 
-    The other fields exist so that configurations of HF PEFT can be read and written; one that asks
-    for something not built yet is refused by :meth:`check_supported` before a model is touched.
+    The other fields exist so that configurations of HF PEFT can be read and written. One with a
+    setting that is not built yet is refused by :meth:`check_supported` before a model is changed.
     """
 
     r: int = field(default=8)
@@ -180,7 +184,7 @@ class LoraConfig(PeftConfig, method=PeftType.LORA):
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     lora_bias: bool = field(default=False)
-    # Not built yet, kept for the file format; the defaults are PEFT's.
+    # Not built yet; kept for the file format, with PEFT's defaults.
     megatron_config: dict[str, Any] | None = field(default=None)
     megatron_core: str | None = field(default="megatron.core")
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(default=None)
@@ -208,7 +212,7 @@ class LoraConfig(PeftConfig, method=PeftType.LORA):
         super().__post_init__()
         self.peft_type = PeftType.LORA
         check_types_of_names(self)
-        # PEFT keeps name lists as sets, and its users compare with sets
+        # PEFT keeps lists of names as sets, and its users compare them with sets
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             setattr(self, name, set(value) if isinstance(value, (list, tuple)) else value)
@@ -222,41 +226,42 @@ class LoraConfig(PeftConfig, method=PeftType.LORA):
         check_values(self)
         match_inits(self)
         warn_of_settings(self)
-        # no field: not written to a file, and not compared
+        # not a field, so it is neither written to a file nor compared
         self._custom_modules: dict[type[nn.Module], type[nn.Module]] | None = None
 
     def _register_custom_module(self, mapping: dict[type[nn.Module], type[nn.Module]]) -> None:
         """Adapt layers of the classes in ``mapping`` with the LoRA layer classes that it names.
 
         Such a class takes HF PEFT's arguments (``base_layer, adapter_name, config, r, lora_alpha,
-        **kwargs``) and follows its conventions; a subclass of ``lora.Linear`` does. A listed class
-        goes before the built-in ones. Nothing of this is saved: register again after loading.
+        **kwargs``) and follows its conventions, as a subclass of ``lora.Linear`` does. Classes in
+        ``mapping`` have precedence over the built-in ones. The mapping is not saved: register it
+        again after loading.
         """
         self._custom_modules = {**(self._custom_modules or {}), **mapping}
 
     @property
     def init_name(self) -> str | bool:
-        """``init_lora_weights`` in the spelling that decides: True, False or a name."""
+        """``init_lora_weights`` in its canonical spelling: True, False or a name."""
         init = self.init_lora_weights
         if not isinstance(init, str):
             return bool(init)
-        # PEFT takes these three in any case, the others as they are
+        # PEFT ignores the case of these three names, but not of the others
         return init.lower() if init.lower() in ("gaussian", "olora", "mica") else init
 
     @property
     def changes_base_weights(self) -> bool:
-        """Whether the initialisation subtracts the adapter's product from the base weight."""
+        """True when the initialisation subtracts the adapter's product from the base weight."""
         init = self.init_name
         return isinstance(init, str) and (init in CHANGES_BASE or init.startswith("pissa"))
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields but the run-time ones, as plain Python values."""
+        """All fields except the run-time ones, as plain Python values."""
         values = super().to_dict()
         values.pop("runtime_config", None)
         return values
 
     def unsupported(self) -> list[str]:
-        """Every setting, as ``name=value``, that peftkern cannot honour yet."""
+        """The settings, each as ``name=value``, that peftkern does not support yet."""
         names = ("megatron_config use_qalora arrow_config").split()
         found = [f"{name}={getattr(self, name)!r}" for name in names if getattr(self, name)]
         return found

@@ -1,4 +1,4 @@
-"""What a ``LoraConfig`` refuses, puts right and warns of when it is made."""
+"""Checks of a ``LoraConfig`` when it is made: refusals, corrections and warnings."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _FLAGS = (
 
 
 def match_inits(config: Any) -> None:
-    """Bring ``init_lora_weights`` and its configurations into line, with PEFT's warnings."""
+    """Make ``init_lora_weights`` and its configurations consistent, with PEFT's warnings."""
     init = config.init_lora_weights
     if init == "loftq":
         if not config.loftq_config:
@@ -64,7 +64,7 @@ def _default(name: str, shown: str) -> None:
 
 
 def warn_of_settings(config: Any) -> None:
-    """HF PEFT's warnings of settings that do not go together."""
+    """Give HF PEFT's warnings about settings that should not be combined."""
     if config.alora_invocation_tokens is not None and config.task_type != "CAUSAL_LM":
         warnings.warn("aLoRA is currently only supported for CAUSAL_LM task.", stacklevel=4)
     if (
@@ -72,7 +72,7 @@ def warn_of_settings(config: Any) -> None:
         and (config.rank_pattern or config.alpha_pattern)
         and config.changes_base_weights
     ):
-        # the scale of a layer is not in the file, so the conversion could not know it
+        # a file does not contain each layer's scaling, which the conversion would need
         warnings.warn(
             "Using Rank-Stabilized LoRA with rank_pattern/alpha_pattern and post-training "
             "conversion of modified base weights PiSSA/CorDA/OLoRA/LoRA-GA means that you "
@@ -84,8 +84,10 @@ def warn_of_settings(config: Any) -> None:
 
 
 def check_types_of_names(config: Any) -> None:
-    """Raise for a field of names, indices or patterns that holds something else; None and iterables
-    become what the field holds."""
+    """Refuse wrong values in fields of names, indices or patterns.
+
+    None and iterables are converted to the type of the field.
+    """
     pattern = "a regular expression"
     check_names("target_modules", config.target_modules, one=f"{pattern} or 'all-linear'")
     check_names("exclude_modules", config.exclude_modules, one=pattern)
@@ -105,18 +107,18 @@ def check_types_of_names(config: Any) -> None:
             check_ints(f"trainable_token_indices[{key!r}]", indices)
     else:
         check_ints("trainable_token_indices", tokens)
-        if isinstance(tokens, (set, frozenset)):  # rows of a file have an order
+        if isinstance(tokens, (set, frozenset)):  # the rows in a file need an order
             config.trainable_token_indices = sorted(tokens)
     check_ints("layers_to_transform", layers, one=True)
     if isinstance(layers, range):
         config.layers_to_transform = list(layers)
     for name in _FLAGS:
-        if isinstance(getattr(config, name), str):  # "no" would be taken for a yes
+        if isinstance(getattr(config, name), str):  # any text would count as True, "no" too
             raise ValueError(f"`{name}` must be True or False, got {shown(getattr(config, name))}")
 
 
 def check_values(config: Any) -> None:
-    """Raise a ValueError, naming the field, for a value that no adapter can have."""
+    """Raise a ValueError, naming the field, for a value that is not possible."""
     ranks = {"r": config.r}
     ranks |= {f"rank_pattern[{key!r}]": rank for key, rank in config.rank_pattern.items()}
     for name, rank in ranks.items():
@@ -143,7 +145,7 @@ def check_values(config: Any) -> None:
     for name in ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"):
         value = getattr(config, name)
         for pattern in (value,) if isinstance(value, str) else value or ():
-            if isinstance(value, set):  # names, not patterns
+            if isinstance(value, set):  # a set holds names and not patterns
                 break
             Pattern(pattern, name)
     if config.layers_pattern and config.layers_to_transform is None:

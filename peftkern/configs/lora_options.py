@@ -1,5 +1,7 @@
-"""The options of a ``LoraConfig``'s initialisations, with HF PEFT's fields, and how a field says
-that it has options. Those of variants stand beside their fields, in :mod:`.lora`."""
+"""Options of a ``LoraConfig``'s initialisations, with HF PEFT's fields, and the fields' metadata.
+
+Options of variants are in :mod:`.lora`, beside their fields.
+"""
 
 from __future__ import annotations
 
@@ -12,19 +14,21 @@ T = TypeVar("T")
 
 
 def holds(options: type) -> dict[str, Any]:
-    """Metadata of a field that holds an ``options`` or None; a dict becomes an ``options``."""
+    """Metadata for a field with an ``options`` object or None; a dict is converted to one."""
     return {"options": options}
 
 
 def selects(options: type | None = None) -> dict[str, Any]:
-    """Metadata of a field that asks for a variant of LoRA when it holds something true, under HF
-    PEFT's name; with ``options`` see :func:`holds`."""
+    """Metadata, with HF PEFT's key, for a field that selects a variant of LoRA by a true value.
+
+    For ``options`` see :func:`holds`.
+    """
     found: dict[str, Any] = {"is_lora_variant": True}
     return found if options is None else {**found, **holds(options)}
 
 
 def convert_options(config: Any) -> None:
-    """Make dicts in the fields of a configuration into the options that the fields hold.
+    """Convert dicts in the fields of a configuration to the options that the fields hold.
 
     Raises:
         TypeError: a field holds neither its options, nor a dict, nor None.
@@ -35,7 +39,7 @@ def convert_options(config: Any) -> None:
 
 
 def as_subconfig(value: Any, cls: type[T]) -> T | None:
-    """``value`` as a ``cls``: an instance, a dict (as a file holds it), or None.
+    """``value`` as a ``cls`` or None; it may be an instance, a dict (as in a file) or None.
 
     Raises:
         TypeError: anything else.
@@ -62,11 +66,11 @@ def _choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
 
 @dataclass
 class LoraRuntimeConfig:
-    """Settings that hold for one process and are never written to disk.
+    """Settings for one process, which are never written to disk.
 
     Args:
-        ephemeral_gpu_offload: let DoRA's initialisation visit the GPU for weights kept on the CPU.
-            It changes no number.
+        ephemeral_gpu_offload: let DoRA's initialisation use the GPU for weights on the CPU. The
+            numbers do not change.
     """
 
     ephemeral_gpu_offload: bool = field(default=False)
@@ -78,7 +82,7 @@ class LoftQConfig:
 
     Args:
         loftq_bits: 4 (NF4) or 8 (int8).
-        loftq_iter: alternations of quantisation and low-rank approximation, at least 1.
+        loftq_iter: number of steps of quantisation and low-rank approximation, at least 1.
     """
 
     loftq_bits: int = field(default=4)
@@ -90,10 +94,10 @@ class EvaConfig:
     """EVA (Paischer et al., 2024, arXiv 2410.07170).
 
     Args:
-        rho: a layer gets at most rank r * rho, at least 1; 1 leaves every rank as it is.
-        tau: the components of two steps count as the same above this cosine similarity, in [0, 1].
+        rho: a layer's rank is at most r * rho; rho is at least 1, and 1 changes no rank.
+        tau: components of two steps count as equal above this cosine similarity, in [0, 1].
         use_label_mask: leave out the positions whose label is ``label_mask_value``.
-        label_mask_value: see above.
+        label_mask_value: the label of the positions to leave out.
         whiten: divide each component by the square root of its singular value.
         adjust_scaling_factors: scale ``lora_alpha`` with the new rank.
     """
@@ -117,12 +121,12 @@ class CordaConfig:
     """CorDA (Yang et al., 2024, arXiv 2406.05223).
 
     Args:
-        cache_file: where the decomposition is kept, to be read when it exists.
-        covariance_file: where the covariances are kept, to be read when it exists.
+        cache_file: file for the decomposition; it is read when it exists, else written.
+        covariance_file: file for the covariances; it is read when it exists, else written.
         corda_method: "ipm" adapts the leading components, "kpm" the trailing ones.
-        verbose: show the progress.
+        verbose: show progress.
         use_float16_for_covariance: sum the covariances in the input's dtype, not in float32.
-        prune_temporary_fields: remove what the preprocessing notes on the modules.
+        prune_temporary_fields: remove the attributes that the preprocessing sets on modules.
     """
 
     cache_file: str | None = field(default=None)
@@ -138,8 +142,8 @@ class LoraGAConfig:
     """LoRA-GA (Wang et al., 2024, arXiv 2407.05000).
 
     Args:
-        direction: which singular vectors of the gradient A and B get: "ArBr" (A odd, B even),
-            "A2rBr" (A the second r, B the first), "ArB2r" (the reverse) or "random".
+        direction: the singular vectors of the gradient for A and B: "ArBr" (A odd, B even),
+            "A2rBr" (A the second r, B the first r), "ArB2r" (the reverse) or "random".
         scale: "stable", "weight_svd", "gd_scale" or "unit".
         stable_gamma: divisor (under a root) of the "stable" scale.
     """

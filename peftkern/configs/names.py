@@ -1,4 +1,4 @@
-"""Values of configurations that hold names, numbers or both: one error that says what was given."""
+"""Checks of configuration values that hold names or numbers: one error that says what was given."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from numbers import Integral
 from typing import Any
 
-# not list and set alone: configurations are also read by libraries that have their own
+# not only list and set, as libraries that read configurations may have types of their own
 _COLLECTIONS = (Sequence, Set)
 
 
 def shown(value: Any) -> str:
-    """A value with its type, since "8" and 8 look alike in a message."""
+    """A value with its type, as text, since "8" and 8 look alike in a message."""
     return f"{value!r} ({type(value).__name__})"
 
 
@@ -24,16 +24,16 @@ def is_number(value: Any) -> bool:
 
 
 def check_names(field: str, value: Any, one: str | None = None) -> None:
-    """ValueError unless ``value`` is a list (tuple, set) of names, or None.
+    """Raise a ValueError unless ``value`` is a list (tuple, set) of names, or None.
 
     Args:
-        field: its name in the configuration.
-        value: what was given.
-        one: what a single string stands for; None: nothing.
+        field: the field's name in the configuration.
+        value: the given value.
+        one: the meaning of a single string, for the message; None: a string is not allowed.
     """
     if value is None or (one is not None and isinstance(value, str)):
         return
-    # of a dict the keys are meant, as in HF PEFT
+    # in a dict the keys are the names, as in HF PEFT
     many = isinstance(value, (*_COLLECTIONS, Mapping)) and not isinstance(value, (str, bytes))
     if many and all(isinstance(name, str) and name for name in value):
         return
@@ -42,8 +42,10 @@ def check_names(field: str, value: Any, one: str | None = None) -> None:
 
 
 def check_ints(field: str, value: Any, one: bool = False) -> None:
-    """ValueError unless ``value`` is a list (tuple, set, range) of integers, or None; ``one``: an
-    integer alone is taken as well."""
+    """Raise a ValueError unless ``value`` is a list (tuple, set, range) of integers, or None.
+
+    With ``one`` a single integer is allowed too.
+    """
     if value is None or (one and is_int(value)):
         return
     if isinstance(value, _COLLECTIONS) and all(
@@ -55,7 +57,7 @@ def check_ints(field: str, value: Any, one: bool = False) -> None:
 
 
 def check_pattern(field: str, value: Any) -> None:
-    """ValueError unless ``value`` is a dict with names or regular expressions as keys."""
+    """Raise a ValueError unless ``value`` is a dict with names or regular expressions as keys."""
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise ValueError(
             f"`{field}` must be a dict of names or regular expressions to numbers, got "
@@ -64,7 +66,7 @@ def check_pattern(field: str, value: Any) -> None:
 
 
 def _items(value: Any) -> str:
-    """``value``, and in a collection the types of what is in it."""
+    """``value`` as text; for a collection with the types of its elements."""
     if not isinstance(value, Iterable) or isinstance(value, (str, bytes)):
         return shown(value)
     kinds = sorted({type(item).__name__ for item in value})
@@ -72,10 +74,10 @@ def _items(value: Any) -> str:
 
 
 def as_names(field: str, value: Any) -> Any:
-    """``modules_to_save`` as a list: a str is one name, where iterating over it would give letters.
+    """``modules_to_save`` as a list; a str is one name (iterating over it would give letters).
 
     Raises:
-        ValueError: something else than names.
+        ValueError: ``value`` holds anything but names.
     """
     check_names(field, value, one="one name")
     if value is None:

@@ -11,7 +11,7 @@ from .prompt_learning import PromptLearningConfig
 
 
 class PromptEncoderReparameterizationType(str, enum.Enum):
-    """The network that makes the prompt."""
+    """The network that computes the prompt."""
 
     MLP = "MLP"
     LSTM = "LSTM"
@@ -19,12 +19,12 @@ class PromptEncoderReparameterizationType(str, enum.Enum):
 
 @dataclass
 class PromptEncoderConfig(PromptLearningConfig, method=PeftType.P_TUNING):
-    """Trained embeddings in front of the input, made by a small network.
+    """P-tuning: trained embeddings before the input, computed by a small network.
 
     Args:
         encoder_reparameterization_type: MLP or LSTM.
-        encoder_hidden_size: its hidden size.
-        encoder_num_layers: its layers.
+        encoder_hidden_size: the network's hidden size; None: ``token_dim``.
+        encoder_num_layers: number of its layers.
         encoder_dropout: its dropout probability.
     """
 

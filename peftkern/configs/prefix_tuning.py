@@ -12,17 +12,17 @@ from .prompt_learning import PromptLearningConfig
 
 @dataclass
 class PrefixTuningConfig(PromptLearningConfig, method=PeftType.PREFIX_TUNING):
-    """Trained keys and values in front of every layer's own.
+    """Prefix tuning: trained keys and values before every layer's own.
 
     Args:
         init_weights: "zero" starts with a prefix of zeros, None with a random one.
         encoder_hidden_size: hidden size of the projection MLP.
-        prefix_projection: whether the prefix passes through that MLP.
-        prefix_always_visible: what layers with a sliding window see. False, as in HF PEFT: the
-            prefix counts as the first tokens, and slides out of view. True: the window is one over
-            the sequence's own tokens, and the whole prefix stays in view (their positions are the
-            same). HF PEFT does not know the key, and warns that it ignores it when it reads such a
-            file; files of other prefixes do not hold it.
+        prefix_projection: True: that MLP computes the prefix.
+        prefix_always_visible: for layers with a sliding window. False, as in HF PEFT: the prefix
+            counts as the first tokens, which later tokens no longer see. True: the window counts
+            only the sequence's own tokens, and the whole prefix stays visible (positions are the
+            same). HF PEFT does not know the key: it warns that it ignores it when it reads such a
+            file. Files of other prefixes do not contain it.
     """
 
     init_weights: str | None = field(default=None)
@@ -44,8 +44,10 @@ class PrefixTuningConfig(PromptLearningConfig, method=PeftType.PREFIX_TUNING):
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as plain Python values; ``prefix_always_visible``, which HF PEFT would warn
-        of, only where it is True."""
+        """All fields as plain Python values.
+
+        ``prefix_always_visible`` is left out unless it is True, as HF PEFT would warn of it.
+        """
         values = super().to_dict()
         if not self.prefix_always_visible:
             del values["prefix_always_visible"]
@@ -57,7 +59,7 @@ class PrefixTuningConfig(PromptLearningConfig, method=PeftType.PREFIX_TUNING):
 
 
 def check_divides(token_dim: int, num_attention_heads: int) -> None:
-    """Raise a ValueError when heads of equal size cannot make up a key."""
+    """Raise a ValueError unless ``token_dim`` is a multiple of ``num_attention_heads``."""
     if token_dim % num_attention_heads:
         raise ValueError(
             f"`token_dim` must be a multiple of `num_attention_heads`, got {token_dim} and "

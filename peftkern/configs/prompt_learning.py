@@ -1,4 +1,4 @@
-"""``PromptLearningConfig``: what prefix tuning, prompt tuning and p-tuning share."""
+"""``PromptLearningConfig``: the fields that prefix tuning, prompt tuning and p-tuning share."""
 
 from __future__ import annotations
 
@@ -11,19 +11,21 @@ from .base import PeftConfig
 from .checks import positive
 from .names import as_names
 
-MAX_TOKENS = 65536  # above it a saved prompt must show its length before memory is taken for it
+MAX_TOKENS = 65536  # for a longer prompt the saved tensor is compared before memory is allocated
 
 
 @dataclass
 class PromptLearningConfig(PeftConfig):
-    """What prefix tuning, prompt tuning and p-tuning share.
+    """The base class of the configurations of prefix tuning, prompt tuning and p-tuning.
+
+    Sizes that are None are taken from the model.
 
     Args:
         num_virtual_tokens: length of the learned prompt, in tokens.
-        token_dim: size of one virtual token; inferred from the model when None.
+        token_dim: size of one virtual token.
         num_transformer_submodules: 1, or 2 for encoder-decoder models.
-        num_attention_heads: heads of keys and values.
-        num_layers: layers of the base model.
+        num_attention_heads: number of heads of keys and values.
+        num_layers: number of layers of the base model.
         modules_to_save: modules trained and saved in full beside the prompt.
     """
 
@@ -57,11 +59,11 @@ class PromptLearningConfig(PeftConfig):
 
     @property
     def trains_network(self) -> bool:
-        """Whether the prompt is the output of a network, whose weights no checkpoint holds."""
+        """True when a network computes the prompt; no checkpoint holds its weights."""
         return False
 
     def check_supported(self) -> None:
-        """Raise one ValueError for what is missing to build the adapter."""
+        """Raise a ValueError when a field that the adapter needs has no or a wrong value."""
         positive("num_virtual_tokens", self.num_virtual_tokens)
         if self.task_type is None:
             raise ValueError(
@@ -73,7 +75,7 @@ class PromptLearningConfig(PeftConfig):
     def check_fits(self, weights: Mapping[str, Any]) -> None:
         prompt = weights.get("prompt_embeddings")
         if prompt is None or prompt.dim() != 2:
-            return  # which is reported with all keys that are missing or wrong
+            return  # the check of keys reports this with all other missing or wrong keys
         if (self.num_virtual_tokens or 0) > max(MAX_TOKENS, prompt.shape[0]):
             raise ValueError(
                 f"`num_virtual_tokens` is {self.num_virtual_tokens}, and the saved prompt has "

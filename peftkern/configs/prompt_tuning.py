@@ -12,7 +12,7 @@ from .prompt_learning import PromptLearningConfig
 
 
 class PromptTuningInit(str, enum.Enum):
-    """Where the first values of the virtual tokens come from."""
+    """The source of the first values of the virtual tokens."""
 
     TEXT = "TEXT"
     SAMPLE_VOCAB = "SAMPLE_VOCAB"
@@ -21,12 +21,12 @@ class PromptTuningInit(str, enum.Enum):
 
 @dataclass
 class PromptTuningConfig(PromptLearningConfig, method=PeftType.PROMPT_TUNING):
-    """Trained embeddings in front of the input.
+    """Prompt tuning: trained embeddings before the input.
 
     Args:
         prompt_tuning_init: TEXT, SAMPLE_VOCAB or RANDOM.
         prompt_tuning_init_text: the text, for TEXT.
-        tokenizer_name_or_path: the tokenizer that splits it, for TEXT.
+        tokenizer_name_or_path: the tokenizer of that text, for TEXT.
         tokenizer_kwargs: arguments for that tokenizer, for TEXT.
     """
 

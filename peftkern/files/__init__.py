@@ -1,1 +1,1 @@
-"""Files: replaced so that no reader sees a part, and found in a folder or on the hub."""
+"""Files: atomic replacement, and finding them in a folder or on the hub."""

@@ -1,4 +1,4 @@
-"""Writing files so that a reader sees the old content or the new, never a part of either."""
+"""Atomic writing of files: a reader sees the old content or the new, never a part of either."""
 
 from __future__ import annotations
 
@@ -14,26 +14,25 @@ from pathlib import Path
 from typing import TypeVar
 
 T = TypeVar("T")
-_STAGING = ".saving-"  # how names of what is not complete yet begin
-_STALE_SECONDS = 3600.0  # and when they are as old as this they are nobody's any more
+_STAGING = ".saving-"  # the beginning of the names of files that are not complete yet
+_STALE_SECONDS = 3600.0  # such a file of this age belongs to no running process
 
 
 def write_atomically(path: str | os.PathLike[str], write: Callable[[str], object]) -> None:
-    """Call ``write(temporary_name)`` in the folder of ``path``, then rename the result onto
-    ``path``.
+    """Call ``write(temporary_name)`` in the folder of ``path``, then rename the file to ``path``.
 
     The temporary file is flushed to disk before the rename and removed when ``write`` raises.
     """
     path = Path(path)
     tmp = os.fspath(path.parent / f"{_STAGING}{path.name}.{uuid.uuid4().hex}.tmp")
-    # not mkstemp, whose files are private: this has the mode that the umask gives, which cannot be
-    # asked for without setting it for every thread
+    # not mkstemp, which makes files with private modes; this file gets the mode of the umask (which
+    # can be read only by setting it for all threads)
     fd = os.open(tmp, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
     mode = stat.S_IMODE(os.fstat(fd).st_mode)
     os.close(fd)
     try:
         write(tmp)
-        os.chmod(tmp, mode)  # in case it was replaced
+        os.chmod(tmp, mode)  # `write` may have replaced the file
         with open(tmp, "rb+") as f:
             os.fsync(f.fileno())
         os.replace(tmp, path)
@@ -43,20 +42,20 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[str], object
         raise
 
 
-# Files that belong together are complete in this folder before the first of them is put in place.
-# Whoever finds it takes its files before those beside it: they are the newer ones.
+# Files that belong together are all written to this folder before the first one is moved to its
+# place. While it exists, readers prefer its files, which are the newer ones.
 COMMITTED = ".peftkern-save"
-_GONE = ".without-"  # a file of this name and another's, in there, says that the other is to go
-_COMMIT = threading.Lock()  # threads commit one after the other; processes find each other's
+_GONE = ".without-"  # a file with this prefix and a name means that the file of that name must go
+_COMMIT = threading.Lock()  # for threads; processes find each other's committed folder
 
 
 @contextlib.contextmanager
 def replaced_together(folder: str | os.PathLike[str], without: Sequence[str] = ()) -> Iterator[str]:
-    """A temporary folder inside ``folder``; what is in it at the end of the block replaces the
-    files of the same names, and the files named ``without`` go. All of that is decided by one
-    rename: a process killed before it leaves the old files; killed after it, the new ones, which
-    :func:`places` finds and the next save puts where they belong. After an error nothing is
-    replaced.
+    """A context that gives a temporary folder; its files replace those of ``folder`` at the end.
+
+    The files named ``without`` are removed then. One rename decides all of this: a process killed
+    before it leaves the old files. Killed after it, it leaves the new files, which :func:`places`
+    finds and the next save moves to their places. After an error nothing is replaced.
     """
     folder = os.fspath(folder)
     _drop_stale(folder)
@@ -73,7 +72,7 @@ def replaced_together(folder: str | os.PathLike[str], without: Sequence[str] = (
                 try:
                     os.rename(staged, committed)
                     break
-                except OSError:  # another process has committed since; its save goes first
+                except OSError:  # another process has committed meanwhile: finish its save first
                     if attempt == 99 or not os.path.isdir(staged):
                         raise
             _put_in_place(folder)
@@ -82,15 +81,15 @@ def replaced_together(folder: str | os.PathLike[str], without: Sequence[str] = (
 
 
 def _put_in_place(folder: str) -> None:
-    """Finish the renames of a save that was committed, this process's or one that was killed."""
+    """Finish the renames of a committed save, of this process or of a killed one."""
     committed = os.path.join(folder, COMMITTED)
     try:
         names = sorted(os.listdir(committed))
     except FileNotFoundError:
         return
-    for name in names:  # what is to go comes first
+    for name in names:  # removals are sorted before all other names
         path = os.path.join(committed, name)
-        with contextlib.suppress(FileNotFoundError):  # another process was quicker
+        with contextlib.suppress(FileNotFoundError):  # another process has moved it already
             if name.startswith(_GONE):
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(os.path.join(folder, name.removeprefix(_GONE)))
@@ -102,16 +101,16 @@ def _put_in_place(folder: str) -> None:
 
 
 def _drop_stale(folder: str) -> None:
-    """Remove what killed saves have left behind."""
+    """Remove the temporary files of killed saves."""
     for name in os.listdir(folder):
         path = os.path.join(folder, name)
-        with contextlib.suppress(FileNotFoundError):  # another process is at it as well
+        with contextlib.suppress(FileNotFoundError):  # another process may remove it too
             if name.startswith(_STAGING) and time.time() - os.path.getmtime(path) > _STALE_SECONDS:
                 shutil.rmtree(path) if os.path.isdir(path) else os.unlink(path)
 
 
 def places(folder: str | os.PathLike[str]) -> Iterator[str]:
-    """Where to look for a file of ``folder``, the newest save first."""
+    """The folders in which to look for a file of ``folder``, the newest save first."""
     committed = os.path.join(folder, COMMITTED)
     if os.path.isdir(committed):
         yield committed
@@ -127,8 +126,10 @@ def _version(path: str) -> tuple[int, int] | None:
 
 
 def read_whole(find: Callable[[], str | None], read: Callable[[str], T]) -> T | None:
-    """``read(find())``, or None when nothing is found; done again when a save moved or replaced the
-    file meanwhile, be it that ``read`` noticed or not."""
+    """``read(find())``, or None when nothing is found; read again if a save replaced the file.
+
+    It reads again (up to 20 times) even when ``read`` did not raise an error.
+    """
     for last in (*[False] * 19, True):
         path = find()
         if path is None:
@@ -146,5 +147,5 @@ def read_whole(find: Callable[[], str | None], read: Callable[[str], T]) -> T | 
 
 
 def write_text_atomically(path: str | os.PathLike[str], text: str) -> None:
-    """Write ``text`` as UTF-8 to ``path`` in one step."""
+    """Write ``text`` as UTF-8 to ``path``, atomically."""
     write_atomically(path, lambda tmp: Path(tmp).write_text(text, encoding="utf-8"))

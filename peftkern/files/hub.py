@@ -13,10 +13,13 @@ from .atomic import places
 def locate_file(
     model_id: str | os.PathLike[str], names: str | Sequence[str], **hub: Any
 ) -> str | None:
-    """Path of the first of ``names`` (one or several) that is in the local folder ``model_id``, or
-    that the hub has; None when there is none.
+    """The path of the first of ``names`` in the local folder ``model_id`` or on the hub, or None.
 
-    A local folder is always taken first, and the hub is asked only when there is none.
+    The hub is asked only when there is no such folder. ``hub`` are arguments of
+    ``hf_hub_download``.
+
+    Raises:
+        ValueError: the hub cannot be reached, or does not give the file.
     """
     names = [names] if isinstance(names, str) else names
     model_id = os.fspath(model_id)
@@ -42,12 +45,12 @@ def locate_file(
 
 
 def split_hub_kwargs(kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """``kwargs`` parted into what ``hf_hub_download`` takes and the rest."""
+    """(the ``kwargs`` that ``hf_hub_download`` takes, the other ones)."""
     from huggingface_hub import hf_hub_download
 
     names = inspect.signature(hf_hub_download).parameters
     kwargs = dict(kwargs)
-    if "use_auth_token" in kwargs:  # the old name, which PEFT's callers still use
+    if "use_auth_token" in kwargs:  # the old name of `token`, which PEFT's callers still use
         kwargs.setdefault("token", kwargs.pop("use_auth_token"))
     hub = {k: v for k, v in kwargs.items() if k in names}
     return hub, {k: v for k, v in kwargs.items() if k not in names}
