@@ -1,5 +1,4 @@
-"""``PeftModel``: an adapted model that calls, generates, saves and loads like the model it
-wraps."""
+"""``PeftModel``: an adapted model, used like its base model, that saves and loads its adapters."""
 
 from __future__ import annotations
 
@@ -31,12 +30,12 @@ def _new(cls: Any) -> Any:
     return cls.__new__(cls)
 
 
-# {task: its class}; filled where the classes are made, see tasks.py
+# {task: its class}; filled when the classes are defined, see tasks.py
 MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[Any, type[PeftModel]] = {}
 
 
 class PeftModel(Wrapped, PromptNames, AdapterFiles, AdapterStatus, PushToHubMixin, nn.Module):
-    """A base model with adapters in it, or with prompts beside it.
+    """A base model with adapters in it or with prompts beside it.
 
     Args:
         model: the base model, changed in place.
@@ -46,24 +45,25 @@ class PeftModel(Wrapped, PromptNames, AdapterFiles, AdapterStatus, PushToHubMixi
         low_cpu_mem_usage: make the adapter's weights on the meta device, to be loaded afterwards.
 
     Attributes:
-        base_model: holds the adapted model as ``base_model.model``. With prompts, the model itself.
-        tuner: how adapters of this method are kept, called, saved and loaded.
+        base_model: a tuner that holds the adapted model as ``base_model.model``. With prompts, the
+            model itself.
+        tuner: the object that keeps, calls, saves and loads adapters of this method.
         peft_config: {adapter name: configuration}.
-        active_adapter: the adapter that calls go through.
+        active_adapter: name of the adapter that calls use.
 
     Raises:
-        ValueError, NotImplementedError: as :func:`peftkern.get_peft_model`; the model is left as it
+        ValueError, NotImplementedError: as :func:`peftkern.get_peft_model`; the model is then as it
             was.
     """
 
-    # data of the task classes, see tasks.py
+    # set by the task classes, see tasks.py
     forward_args: tuple[str, ...] = ()
     head_names: tuple[str, ...] = ()
     keeps_token_types = False
     pools_last_token = False
     labels_are_tokens = False
     prompt_in_encoder = False
-    finds_invocations = False  # of aLoRAs, among its input ids
+    finds_invocations = False  # True: aLoRA's invocation tokens are searched in the input ids
 
     base_model: Any
     tuner: Tuner
@@ -75,7 +75,7 @@ class PeftModel(Wrapped, PromptNames, AdapterFiles, AdapterStatus, PushToHubMixi
 
     @classmethod
     def class_for(cls, task_type: Any) -> type[PeftModel]:
-        """The class of a task; this one where there is none."""
+        """The class of a task; this class when the task has none."""
         return MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(task_type, cls)
 
     def __init__(
@@ -102,9 +102,9 @@ class PeftModel(Wrapped, PromptNames, AdapterFiles, AdapterStatus, PushToHubMixi
             self._prepare_model_for_gradient_checkpointing(model)
         config: Any = getattr(model, "config", None)
         if hasattr(config, "pretraining_tp"):
-            config.pretraining_tp = 1  # the split changes numbers, for parity with TP training only
+            config.pretraining_tp = 1  # split products only reproduce the numbers of TP training
 
-    # isinstance() looks at this when type(model) does not match
+    # isinstance() reads this when type(model) does not match
     @property  # type: ignore[misc]
     def __class__(self) -> type:
         return joined(type(self))
@@ -113,7 +113,7 @@ class PeftModel(Wrapped, PromptNames, AdapterFiles, AdapterStatus, PushToHubMixi
         return _new, (type(self),), self.__dict__
 
     def _add_heads(self, config: Any) -> None:
-        """The task's head trains in full and is saved with the adapter."""
+        """Add the task's head to ``modules_to_save``: it trains in full with the adapter."""
         if self.head_names:
             have = list(config.modules_to_save or [])
             config.modules_to_save = have + [n for n in self.head_names if n not in have]
@@ -125,14 +125,16 @@ class PeftModel(Wrapped, PromptNames, AdapterFiles, AdapterStatus, PushToHubMixi
                 break
 
     def prepare_model_for_gradient_checkpointing(self, model: Any) -> Any:
-        """Have the embeddings of ``model`` require a gradient, and return it."""
+        """Make the embeddings' output of ``model`` require a gradient, and return the model."""
         self._prepare_model_for_gradient_checkpointing(model)
         return model
 
     @staticmethod
     def _prepare_model_for_gradient_checkpointing(model: Any) -> None:
-        """Let the embeddings' output require a gradient:
-        checkpointed blocks pass none on otherwise."""
+        """Make the embeddings' output require a gradient.
+
+        Otherwise checkpointed blocks would pass no gradient on.
+        """
         if any(
             getattr(model, f"is_{how}", False)
             for how in ("loaded_in_8bit", "loaded_in_4bit", "quantized")
@@ -166,7 +168,7 @@ class PeftModel(Wrapped, PromptNames, AdapterFiles, AdapterStatus, PushToHubMixi
 
     @property
     def special_peft_forward_args(self) -> set[str]:
-        """Keywords of a call that are for adapters; variants that are defined later add theirs."""
+        """Keywords of a call that are for adapters, those of variants included."""
         return {"adapter_names", *CALL_KWARGS}
 
     @property
@@ -179,7 +181,7 @@ class PeftModel(Wrapped, PromptNames, AdapterFiles, AdapterStatus, PushToHubMixi
 
     @property
     def modules_to_save(self) -> set[str] | None:
-        """Every name in the adapters' ``modules_to_save``, or None when there is none."""
+        """All names in the adapters' ``modules_to_save``; None when there are none."""
         names = {
             n
             for c in self.peft_config.values()
@@ -188,7 +190,7 @@ class PeftModel(Wrapped, PromptNames, AdapterFiles, AdapterStatus, PushToHubMixi
         return names or None
 
     def get_base_model(self) -> nn.Module:
-        """The model that was wrapped, adapter layers included."""
+        """The model that was wrapped, with its adapter layers."""
         return self.tuner.base(self)
 
     def __getattr__(self, name: str) -> Any:
@@ -200,7 +202,7 @@ class PeftModel(Wrapped, PromptNames, AdapterFiles, AdapterStatus, PushToHubMixi
             return getattr(self.base_model, name)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether :func:`peftkern.convert_to_lora` can turn the adapter into one of plain LoRA."""
+        """True when :func:`peftkern.convert_to_lora` can convert the adapter to plain LoRA."""
         return self.tuner.supports_lora_conversion(self, adapter_name)
 
     # ---------------------------------------------------------------- calling it
@@ -215,10 +217,11 @@ class PeftModel(Wrapped, PromptNames, AdapterFiles, AdapterStatus, PushToHubMixi
             yield
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the base model. Positional arguments are the task's (``forward_args``), keywords the
-        base's.
+        """Call the base model through its active adapter.
 
-        ``adapter_names`` gives each row of the batch its own adapter ("__base__" for none).
+        Positional arguments are those of the task (``forward_args``), keywords those of the base
+        model. ``adapter_names``, a list of B names, selects an adapter for each row of the batch
+        ("__base__" for none).
         """
         if self.forward_args:
             if len(args) > len(self.forward_args):
@@ -231,19 +234,18 @@ class PeftModel(Wrapped, PromptNames, AdapterFiles, AdapterStatus, PushToHubMixi
                 if value is not None:
                     kwargs[name] = value
             args = ()
-            kwargs.pop("task_ids", None)  # for adapter methods that learn several tasks at once
+            kwargs.pop("task_ids", None)  # is for methods that peftkern does not have
         return self.tuner.forward(self, args, kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The base model's ``generate``, through the active adapter or
-        the one named for each row."""
+        """The base model's ``generate``, with the active adapter or one named for each row."""
         return self.tuner.generate(self, args, kwargs)
 
     # ---------------------------------------------------------------- adapters
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Within the block the model is the base model (but for biases that were trained)."""
+        """A context in which the model is the base model, except for biases that were trained."""
         was = self._adapters_disabled
         with self.tuner.disabled(self):
             try:
@@ -259,14 +261,14 @@ class PeftModel(Wrapped, PromptNames, AdapterFiles, AdapterStatus, PushToHubMixi
         low_cpu_mem_usage: bool = False,
         autocast_adapter_dtype: bool = True,
     ) -> None:
-        """Add an untrained adapter, inactive and frozen until :meth:`set_adapter`.
+        """Add an untrained adapter; it is inactive and frozen until :meth:`set_adapter`.
 
         Raises:
-            ValueError: the name is taken or holds a dot, the method is another one, or nothing
+            ValueError: the name is taken or contains a dot, the method is another one, or nothing
                 matches.
-            NotImplementedError: the configuration asks for something not built yet.
+            NotImplementedError: the configuration has a setting that is not built yet.
 
-        The model is then as it was.
+        After an error the model is as it was.
         """
         check_adapter_name(adapter_name, self.peft_config)
         check_config(peft_config)
@@ -286,8 +288,10 @@ class PeftModel(Wrapped, PromptNames, AdapterFiles, AdapterStatus, PushToHubMixi
                 raise
 
     def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
-        """Make ``adapter_name`` the active adapter; it trains unless ``inference_mode``,
-        the others do not."""
+        """Make ``adapter_name`` the active adapter; it trains unless ``inference_mode``.
+
+        The other adapters do not train. ValueError for an unknown name.
+        """
         if not isinstance(adapter_name, str) or adapter_name not in self.peft_config:
             raise ValueError(
                 f"Adapter {adapter_name} not found. There are {sorted(self.peft_config)}."
@@ -297,14 +301,16 @@ class PeftModel(Wrapped, PromptNames, AdapterFiles, AdapterStatus, PushToHubMixi
     def set_requires_grad(
         self, adapter_names: str | Sequence[str], requires_grad: bool = True
     ) -> None:
-        """Let the parameters of these adapters train, or freeze them. TypeError for prompts."""
+        """Let the parameters of these adapters train, or freeze them; TypeError for prompts."""
         self.tuner.set_requires_grad(self, adapter_names, requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter; when it was active, the first one left becomes active, with what it
-        trains in full or by token."""
+        """Remove an adapter; if it was active, the first remaining one becomes active.
+
+        Modules that train in full or by token switch to that one too.
+        """
         self.tuner.delete(self, adapter_name)
 
 
 if TYPE_CHECKING:
-    _: type[Adapted] = PeftModel  # what is mixed in finds in it what it asks of `self`
+    _: type[Adapted] = PeftModel  # for the type checker: PeftModel has all that mixins use

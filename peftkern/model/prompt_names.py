@@ -1,4 +1,4 @@
-"""HF PEFT's names of what a model with prompts has."""
+"""``PromptNames``: HF PEFT's attributes and methods of a model with prompts."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from ..utils.peft_types import PeftType
 
 
 class PromptNames:
-    """Mixed into :class:`peftkern.PeftModel`.
+    """The mixin of :class:`peftkern.PeftModel` for prompts.
 
     Attributes:
-        prompt_encoder: ModuleDict, {adapter name: what makes its virtual tokens}.
+        prompt_encoder: ModuleDict, {adapter name: encoder of its virtual tokens}.
         prompt_tokens: {adapter name: indices of its virtual tokens}.
     """
 
@@ -26,12 +26,12 @@ class PromptNames:
     peft_type: Any
 
     @property
-    def _is_prompt_learning(self) -> bool:  # which HF PEFT sets, and its callers may read
+    def _is_prompt_learning(self) -> bool:  # HF PEFT's attribute, which callers may read
         return PeftType(self.peft_type) is not PeftType.LORA
 
     @property
     def transformer_backbone_name(self) -> str:
-        """Name of the first transformers model among the base model's children."""
+        """The name of the first transformers model among the base model's children."""
         from transformers import PreTrainedModel
 
         for name, module in self.base_model.named_children():
@@ -41,7 +41,7 @@ class PromptNames:
 
     @property
     def word_embeddings(self) -> nn.Module:
-        """The model's input embeddings, as they are now."""
+        """The model's present input embeddings."""
         found = word_embeddings(self)
         if found is None:
             raise AttributeError(f"{type(innermost(self)).__name__} has no input embeddings")
@@ -54,7 +54,7 @@ class PromptNames:
         token_dim].
         """
         encoder: Any = self.prompt_encoder[adapter_name]
-        # with gradients, as in training: an LSTM's last bits depend on it
+        # not under no_grad, as an LSTM's last bits depend on it
         return encoder.prompt().detach().clone().cpu()
 
     def get_prompt(
@@ -64,12 +64,12 @@ class PromptNames:
 
         Args:
             batch_size: rows of the batch.
-            task_ids: for HF PEFT's callers; without effect.
+            task_ids: accepted for HF PEFT's callers, without effect.
             max_cache_len: the same.
 
         Returns:
-            [batch, P * num_transformer_submodules, token_dim]; for prefix tuning a transformers
-            cache that holds [batch, H_kv, P, D] for each layer (an ``EncoderDecoderCache`` with two
-            submodules). Calls of the model take another way and need no cache.
+            A tensor [batch, P * num_transformer_submodules, token_dim]. For prefix tuning, a
+            transformers cache with [batch, H_kv, P, D] for each layer (an ``EncoderDecoderCache``
+            with two submodules); calls of the model itself do not use it.
         """
         return self.tuner.in_hf_form(self, batch_size)

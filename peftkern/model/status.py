@@ -1,4 +1,4 @@
-"""What the adapters of a model are doing: switched on, active, merged, trainable, and where."""
+"""The status of a model's adapters: enabled, active, merged, trainable, and their devices."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ Irregular = Literal["irregular"]
 
 @dataclass
 class TunerLayerStatus:
-    """One adapter layer.
+    """The status of one adapter layer.
 
     Attributes:
-        name: its name in the model.
-        module_type: its class, as ``lora.Linear``.
-        enabled: whether its adapters take part in calls.
-        active_adapters: names of those that do then.
-        merged_adapters: names of those that are in the base weight.
-        requires_grad: whether each adapter's weights train; "irregular" when only some do.
-        available_adapters: names of all that it has.
-        devices: kinds of devices ("cpu", "cuda") that each adapter's weights are on.
-        quantization_backend: how the base weight is quantised; None when it is not.
+        name: the layer's name in the model.
+        module_type: its class, like ``lora.Linear``.
+        enabled: False when the adapters are switched off.
+        active_adapters: names of the active adapters.
+        merged_adapters: names of the adapters that are merged into the base weight.
+        requires_grad: {adapter: True if its weights train, "irregular" if only some do}.
+        available_adapters: names of all adapters of the layer.
+        devices: {adapter: kinds of devices ("cpu", "cuda") of its weights}.
+        quantization_backend: the way the base weight is quantised; None when it is not.
     """
 
     name: str
@@ -45,14 +45,14 @@ class TunerLayerStatus:
 
 @dataclass
 class TunerModelStatus:
-    """A whole model: as :class:`TunerLayerStatus`, with "irregular" where layers differ.
+    """The status of a whole model, like :class:`TunerLayerStatus`; "irregular" if layers differ.
 
     Attributes:
         base_model_type: class of the model that was adapted.
         adapter_model_type: class of the tuner; "None" for a model with injected layers.
-        peft_types: each adapter's method.
+        peft_types: {adapter: method}.
         trainable_params: number of parameters that train.
-        total_params: number of all.
+        total_params: number of all parameters.
         num_adapter_layers: number of adapter layers.
     """
 
@@ -72,14 +72,14 @@ class TunerModelStatus:
 
 
 def _common(values: Iterable[Any]) -> Any:
-    """The value that all are equal to, or "irregular"."""
+    """The value if all ``values`` are equal, else "irregular"."""
     found = list(values)
     return found[0] if all(v == found[0] for v in found) else "irregular"
 
 
 def _tuner_or_model(model: Any, caller: str) -> tuple[nn.Module, bool]:
-    """Where to look for adapter layers, and whether that is the tuner of a PeftModel."""
-    if not isinstance(model, AdapterStatus):  # that is, no PeftModel
+    """(the module to search for adapter layers, True if it is the tuner of a PeftModel)."""
+    if not isinstance(model, AdapterStatus):  # not a PeftModel
         return model, False
     tuner: Any = model.base_model
     if not isinstance(tuner, BaseTuner):
@@ -91,7 +91,7 @@ def _tuner_or_model(model: Any, caller: str) -> tuple[nn.Module, bool]:
 
 
 def _tensors_by_adapter(module: Any, names: Iterable[str]) -> dict[str, list[Tensor]]:
-    """The tensors that a layer keeps for each adapter under these attributes."""
+    """{adapter: its tensors in a layer}, from the attributes ``names``."""
     found: dict[str, list[Tensor]] = {}
     for attribute in names:
         store: Any = module
@@ -106,13 +106,13 @@ def _tensors_by_adapter(module: Any, names: Iterable[str]) -> dict[str, list[Ten
 
 
 def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
-    """The status of each adapter layer, and of each module that trains beside adapters.
+    """The status of each adapter layer and of each module that trains in full or by token.
 
     Args:
         model: a PeftModel, or any module with adapter layers in it.
 
     Raises:
-        ValueError: there are no adapter layers.
+        ValueError: the model has no adapter layers.
         TypeError: the adapters are prompts, which have no layers.
     """
     within, _ = _tuner_or_model(model, "get_layer_status")
@@ -123,7 +123,7 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
             continue
         layer: Any = module
         if isinstance(module._modules.get("token_adapter"), BaseTunerLayer):
-            continue  # a wrapper around the adapter layer that stands for both
+            continue  # a wrapper, whose adapter layer is listed for both
         trained = _tensors_by_adapter(layer, layer.adapter_layer_names)
         held = _tensors_by_adapter(layer, layer.adapter_layer_names + layer.other_param_names)
         backend = getattr(layer, "quantization_backend", None)
@@ -157,7 +157,7 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
 
 
 def get_model_status(model: nn.Module) -> TunerModelStatus:
-    """The status of all adapters of a model. Arguments and errors as :func:`get_layer_status`."""
+    """The status of all adapters of a model; arguments and errors as :func:`get_layer_status`."""
     from transformers import PreTrainedModel
 
     within, wrapped = _tuner_or_model(model, "get_model_status")
@@ -198,10 +198,10 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
 
 
 def trainable_parameters(model: nn.Module) -> tuple[int, int]:
-    """(trainable, all) parameters. Packed 4-bit weights count as the numbers they stand for."""
+    """(number of trainable parameters, of all); a byte of packed 4-bit weights counts as two."""
     trainable = total = 0
     for parameter in model.parameters():
-        # DeepSpeed's shards are empty
+        # a parameter that DeepSpeed has sharded is empty here
         count = parameter.numel() or getattr(parameter, "ds_numel", 0)
         if type(parameter).__name__ == "Params4bit":
             storage = getattr(parameter, "quant_storage", None)
@@ -213,27 +213,27 @@ def trainable_parameters(model: nn.Module) -> tuple[int, int]:
 
 
 class AdapterStatus:
-    """Mixed into :class:`PeftModel`: what can be asked of it."""
+    """The mixin of :class:`PeftModel` for its status and numbers of parameters."""
 
     base_model: Any
 
     def get_layer_status(self) -> list[TunerLayerStatus]:
-        """See :func:`peftkern.get_layer_status`."""
+        """The status of each adapter layer, see :func:`peftkern.get_layer_status`."""
         assert isinstance(self, nn.Module)
         return get_layer_status(self)
 
     def get_model_status(self) -> TunerModelStatus:
-        """See :func:`peftkern.get_model_status`."""
+        """The status of the whole model, see :func:`peftkern.get_model_status`."""
         assert isinstance(self, nn.Module)
         return get_model_status(self)
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """(trainable, all) parameters. Packed 4-bit weights count as the numbers they stand for."""
+        """(number of trainable parameters, of all), see :func:`trainable_parameters`."""
         assert isinstance(self, nn.Module)
         return trainable_parameters(self)
 
     def print_trainable_parameters(self) -> None:
-        """Print trainable and all parameters, and their ratio in percent."""
+        """Print the numbers of trainable and of all parameters, and their ratio in percent."""
         trainable, total = self.get_nb_trainable_parameters()
         share = 100 * trainable / total
         print(

@@ -1,12 +1,18 @@
-"""The task classes: one mechanism, and for each task the data in which it differs.
+"""The classes of ``PeftModel`` for each task: one mechanism, with different data.
 
-``forward_args`` are the names of positional arguments, in HF PEFT's order; ``head_names`` the
-modules that train in full because the task's head starts random. The rest is for prompts in front
-of the input: ``labels_are_tokens`` says that labels have a place for every token,
-``keeps_token_types`` that token types are extended (and not ignored), ``pools_last_token`` that a
-head which scores every token is read at the last one (see ``tuners.prompting.pooling``), and
-``prompt_in_encoder`` that the prompt is the encoder's. Which it is for which task is HF PEFT's
-choice, but for the labels of token classification, with which it fails.
+- ``forward_args``: names of positional arguments, in HF PEFT's order.
+- ``head_names``: modules that train in full, because the task's head starts at random.
+
+The rest is for prompts before the input:
+
+- ``labels_are_tokens``: labels have a place for every token.
+- ``keeps_token_types``: token types are extended for the prompt, and not ignored.
+- ``pools_last_token``: the head scores every token, and the last one is read (see
+  ``tuners.prompting.pooling``).
+- ``prompt_in_encoder``: the prompt is put before the encoder's input.
+
+The values for each task are HF PEFT's, except for the labels of token classification, with which HF
+PEFT fails.
 """
 
 from __future__ import annotations
@@ -22,8 +28,7 @@ _TEXT = ("input_ids", "attention_mask", "inputs_embeds")
 
 
 def _forward(names: tuple[str, ...]) -> Any:
-    """PeftModel's forward with a signature that names the task's arguments,
-    for callers that inspect it."""
+    """PeftModel's forward with a signature of the task's arguments, for callers that inspect it."""
 
     def forward(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
         return PeftModel.forward(self, *args, **kwargs)
@@ -37,7 +42,7 @@ def _forward(names: tuple[str, ...]) -> Any:
 
 
 def _prepare_inputs_for_generation(self: PeftModel, *args: Any, **kwargs: Any) -> dict[str, Any]:
-    """The base model's inputs of one step of generation, with the prompt in front of the first."""
+    """The base model's inputs of one step of generation; the first step gets the prompt."""
     return self.tuner.prepare_inputs(self, args, kwargs)
 
 
@@ -72,7 +77,7 @@ class PeftModelForCausalLM(PeftModel, task=TaskType.CAUSAL_LM):
 
 
 class PeftModelForSeq2SeqLM(PeftModel, task=TaskType.SEQ_2_SEQ_LM):
-    """An encoder and a decoder."""
+    """An encoder-decoder model that generates text."""
 
     prompt_in_encoder = True
     forward_args = (
@@ -93,7 +98,7 @@ class PeftModelForSeq2SeqLM(PeftModel, task=TaskType.SEQ_2_SEQ_LM):
 
 
 class PeftModelForQuestionAnswering(PeftModel, task=TaskType.QUESTION_ANS):
-    """Start and end of an answer; the head ``qa_outputs`` trains with the adapter."""
+    """A model that finds start and end of an answer; its head ``qa_outputs`` trains too."""
 
     head_names = ("qa_outputs",)
     forward_args = (
@@ -110,7 +115,7 @@ class PeftModelForQuestionAnswering(PeftModel, task=TaskType.QUESTION_ANS):
 
 
 class PeftModelForFeatureExtraction(PeftModel, task=TaskType.FEATURE_EXTRACTION):
-    """Hidden states."""
+    """A model that returns hidden states."""
 
     forward_args = (*_TEXT, *_OUTPUTS, "task_ids")
     forward = _forward(forward_args)

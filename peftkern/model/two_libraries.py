@@ -1,8 +1,8 @@
-"""One class of two libraries: what makes a PeftModel of ours an instance of HF PEFT's.
+"""``joined``: makes peftkern's PeftModel an instance of HF PEFT's class too.
 
-Trainer, accelerate and TRL decide by ``isinstance(model, peft.PeftModel)``, which asks the object's
-``__class__`` where its type does not match. So ``PeftModel.__class__`` is a property that answers
-with a class joined from both. A common base class would need an import of peft, which is not a
+Trainer, accelerate and TRL decide by ``isinstance(model, peft.PeftModel)``. When an object's type
+does not match, isinstance reads its ``__class__``. So ``PeftModel.__class__`` is a property that
+returns a class derived from both. A common base class would need an import of peft, which is not a
 dependency; a registration as a virtual subclass needs an ABC, which HF PEFT's class is not.
 """
 
@@ -18,10 +18,10 @@ _claimed: dict[tuple[type, type], type] = {}
 
 
 def joined(cls: type) -> type:
-    """``cls``, joined with HF PEFT's class of the same name when HF PEFT is loaded.
+    """A class derived from ``cls`` and HF PEFT's class of the same name, if HF PEFT is loaded.
 
-    Trainer, accelerate and TRL decide by ``isinstance(model, peft.PeftModel)``. Whoever asks has
-    imported peft, so looking into ``sys.modules`` is enough and nothing is imported here.
+    Otherwise ``cls`` itself. Code that tests for ``peft.PeftModel`` has imported peft, so a look
+    into ``sys.modules`` is enough, and nothing is imported here.
     """
     peft = sys.modules.get("peft")
     theirs = getattr(peft, cls.__name__, None) or getattr(peft, "PeftModel", None)
@@ -30,8 +30,8 @@ def joined(cls: type) -> type:
     if (cls, theirs) not in _claimed:
         names = {"__module__": cls.__module__, "__doc__": cls.__doc__}
         _claimed[cls, theirs] = type(cls.__name__, (cls, theirs), names)
-        # TRL also asks, by isinstance(layer, BaseTunerLayer), whether lm_head has an adapter, which
-        # its losses would not see
+        # TRL also tests isinstance(lm_head, BaseTunerLayer), as its losses would bypass an adapter
+        # there
         layers = sys.modules.get("peft.tuners.tuners_utils")
         register = getattr(getattr(layers, "BaseTunerLayer", None), "register", None)
         if register is not None:
