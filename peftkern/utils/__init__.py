@@ -1,5 +1,7 @@
-"""What has no layer of its own, and HF PEFT's address of helpers; names come when they are asked
-for, as some are of layers above this one."""
+"""Helpers of no single layer, and HF PEFT's address of helpers.
+
+Names are imported when they are first used, as some belong to layers above this one.
+"""
 
 from __future__ import annotations
 
@@ -79,5 +81,5 @@ _names, _find = lazily(__name__, _WHERE)
 __all__ = _names
 
 
-if not TYPE_CHECKING:  # a checker would take any name for one of it, misspelt ones too
+if not TYPE_CHECKING:  # with a __getattr__ a type checker would accept any name, misspelt or not
     __getattr__ = _find

@@ -1,5 +1,4 @@
-"""File names and per-architecture defaults; what HF PEFT writes, so that either can read the
-other."""
+"""File names and defaults for architectures, HF PEFT's: each library reads the other's files."""
 
 from __future__ import annotations
 
@@ -15,16 +14,16 @@ WEIGHTS_NAME = "adapter_model.bin"
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
 
 INCLUDE_LINEAR_LAYERS_SHORTHAND = "all-linear"
-# a target that adapts nothing, and says so
+# a target that matches no module, on purpose
 DUMMY_TARGET_MODULES = "dummy-target-modules"
 DUMMY_MODEL_CONFIG = {"model_type": "custom"}
-# from so many names on, target_modules is reduced to the suffixes that suffice
+# with this many names or more, target_modules is reduced to the shortest suffixes that are enough
 MIN_TARGET_MODULES_FOR_OPTIMIZATION = 20
 EMBEDDING_LAYER_NAMES = ("embed_tokens", "lm_head")
-# attribute names under which transformers keeps a sequence classification head
+# names of the attributes in which transformers keeps a sequence classification head
 SEQ_CLS_HEAD_NAMES = ("score", "classifier")
 
-# float dtypes that adapters are never kept in, where torch has them
+# float dtypes of this torch in which adapters are never kept
 UPCAST_DTYPES = tuple(
     f"float8_{kind}" for kind in ("e4m3fn", "e4m3fnuz", "e5m2", "e5m2fnuz", "e8m0fnu")
 )
@@ -61,18 +60,18 @@ TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING["gemma4"] = (
     r".*language_model\..*\.(q_proj|v_proj)"
 )
 
-# Architectures whose caches need another layout than the common one. With the versions of
-# transformers that peftkern runs on there is none.
+# Architectures whose caches need a layout of their own. The transformers versions that peftkern
+# supports have none.
 TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING: dict[str, Any] = {}
 
 
 def bloom_model_postprocess_past_key_value(
     past_key_values: tuple[Tensor, ...],
 ) -> tuple[tuple[Tensor, Tensor], ...]:
-    """A prefix in the layout of Bloom's caches before transformers 4.42.
+    """Convert a prefix to the layout of Bloom's caches before transformers 4.42.
 
     Args:
-        past_key_values: tensors [layers, B, H, P, D] that make up 2L layers, keys first.
+        past_key_values: tensors [layers, B, H, P, D] with 2L layers together, keys first.
 
     Returns:
         L pairs of keys [B·H, D, P] and values [B·H, P, D].
@@ -80,6 +79,6 @@ def bloom_model_postprocess_past_key_value(
     both = torch.cat(past_key_values)
     _, B, H, P, D = both.shape
     keys, values = both.chunk(2)
-    # numbers go where HF PEFT puts them, which is not the transpose of P and D
+    # a reshape as in HF PEFT, which is not the transpose of P and D
     keys = keys.transpose(2, 3).reshape(-1, B * H, D, P)
     return tuple(zip(keys, values.flatten(1, 2), strict=True))

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 
 class PeftError(Exception):
-    """Base of the errors that have a class of their own."""
+    """The base class of peftkern's own error classes."""
 
 
 class MissingKeysError(PeftError, ValueError, TypeError):
-    """A file is no adapter's configuration. HF PEFT raises a TypeError, as this is one too."""
+    """A file is not an adapter's configuration; also a TypeError, which HF PEFT raises."""
 
 
 class NoMatchingPeftModuleError(PeftError, ValueError):
     """A configuration matched no module and no parameter of the base model.
 
-    Whoever adds such an adapter on purpose (one that trains ``modules_to_save`` alone, say) can
-    catch it; the model is as it was.
+    The model is then as it was. A caller who adds such an adapter on purpose (for example one that
+    trains only ``modules_to_save``) can catch it.
     """

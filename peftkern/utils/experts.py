@@ -1,4 +1,4 @@
-"""Experts' adapters as one."""
+"""``fuse_experts``: joins the adapters of experts into one."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch import Tensor
 
 
 def fuse_experts(layers: Sequence[Sequence[Tensor]], side: str) -> Tensor:
-    """lora_A [r·E, K] or lora_B [N, r·E] of a parameter that E experts share.
+    """lora_A [r·E, K] or lora_B [N, r·E] for a parameter that holds the weights of E experts.
 
     Args:
-        layers: for each of the L linear layers that the parameter stands for, the experts' own:
-            E times [r/L, K], or [N/L, r/L].
-        side: "lora_A" or "lora_B". B gets a block of its own for each layer, so that none gets
-            another one's update.
+        layers: for each of the L linear layers that the parameter replaces, the tensors of its E
+            experts: [r/L, K] each, or [N/L, r/L].
+        side: "lora_A" or "lora_B". Each layer has its own block in B, so that no layer gets the
+            update of another.
     """
     stacked = [torch.stack(list(layer)) for layer in layers]
     if side == "lora_A":

@@ -1,8 +1,8 @@
-"""How ``adapter_names`` reach the layers: by the thread that the call runs in.
+"""``handing``: passes ``adapter_names`` to the layers of a call, through the thread that runs it.
 
-Hooks on the layers would be seen by every thread that calls the model meanwhile, and a model has
-hundreds of layers to put them on. Instead a block notes which layer gets which names, and a layer
-looks there when it is called; without an open block that is one look at an empty tuple.
+Hooks on the layers would act in all threads that call the model meanwhile, and would have to be set
+on hundreds of layers. Instead a context notes the names for each layer, and a layer reads them when
+it is called. Without an open context a layer only reads an empty tuple.
 """
 
 from __future__ import annotations
@@ -16,32 +16,37 @@ from torch import nn
 
 
 class _Here(threading.local):
-    # In each thread, when it first looks. As a default of the class, torch.compile before torch
-    # 2.13 would take it for what every thread has, without a guard.
+    # Runs once in each thread. With a class attribute instead, torch.compile before torch 2.13
+    # would assume the same value in all threads, without a guard.
     def __init__(self) -> None:
-        # open blocks of this thread, the innermost last: {layer: names, or {keyword: value}} each
+        # open contexts of this thread, the innermost last; each is {layer: names} or
+        # {layer: {keyword: value}}
         self.blocks: tuple[Mapping[nn.Module, Any], ...] = ()
 
 
-# a threading.local, and no ContextVar, because torch.compile traces it
+# a threading.local and not a ContextVar, because torch.compile can trace it
 HERE = _Here()
 
 
 @contextmanager
 def handing(names: Mapping[nn.Module, Any]) -> Iterator[None]:
-    """Within the block each of these layers, called in this thread, gets its ``adapter_names``, or
-    the keywords that are here for it."""
+    """A context in which calls of these layers in this thread get the given names or keywords.
+
+    ``names`` is {layer: its ``adapter_names``, or a dict of keywords}.
+    """
     HERE.blocks = (*HERE.blocks, names)
     try:
         yield
     finally:
-        # by identity: blocks that generators hold open need not end in the order of their start
+        # removed by identity: contexts in generators need not end in reverse order
         HERE.blocks = tuple(b for b in HERE.blocks if b is not names)
 
 
 def hand_over(layer: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """``kwargs`` of a call of ``layer`` with the ``adapter_names`` that the innermost block has for
-    it, and other keywords likewise; what is given with the call itself holds."""
+    """The ``kwargs`` of a call of ``layer`` with those of the open contexts added.
+
+    Keywords of the call itself have precedence, then those of inner contexts.
+    """
     for block in reversed(HERE.blocks):
         if layer in block:
             found = block[layer]

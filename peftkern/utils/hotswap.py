@@ -1,4 +1,4 @@
-"""HF PEFT's address of hot swapping."""
+"""HF PEFT's address of the functions for hot swapping."""
 
 from ..checkpoint.hotswap import (
     CONFIG_KEYS_TO_CHECK,

@@ -1,5 +1,7 @@
-"""Principal components of data that come in batches (Ross et al., 2008, IJCV 77), with the
-interface of scikit-learn's ``IncrementalPCA``, on torch tensors."""
+"""Principal components of data that come in batches (Ross et al., 2008, IJCV 77), in torch.
+
+The interface is that of scikit-learn's ``IncrementalPCA``.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +16,14 @@ class IncrementalPCA:
     """The leading principal components of all rows seen so far.
 
     Args:
-        n_components: how many to keep; None: as many as the first batch has rows or columns.
-        copy: leave the batches as they are; False lets them be overwritten.
-        batch_size: rows that :meth:`fit` takes at a time; None: five times the columns.
+        n_components: number to keep; None: the smaller of the first batch's rows and columns.
+        copy: False lets the batches be overwritten.
+        batch_size: number of rows that :meth:`fit` takes together; None: five times the columns.
         svd_driver: cuSOLVER's method for ``torch.linalg.svd``.
         lowrank: use ``torch.svd_lowrank``, which is faster and approximate.
-        lowrank_q: its dimension, at least ``n_components``; None: twice that.
-        lowrank_niter: its subspace iterations.
-        lowrank_seed: a seed that makes it reproducible; torch's generator is left as it was.
+        lowrank_q: its dimension, at least ``n_components``; None: twice ``n_components``.
+        lowrank_niter: its number of subspace iterations.
+        lowrank_seed: a seed that makes it reproducible; torch's generator does not change.
 
     After a fit: ``components_`` [n_components, F], ``singular_values_``, ``explained_variance_``,
     ``explained_variance_ratio_`` [n_components], ``mean_``, ``var_`` [F] (float64),
@@ -64,7 +66,7 @@ class IncrementalPCA:
         self.n_features_: int | None = None
 
     def fit(self, X: Any, check_input: bool = True) -> IncrementalPCA:
-        """Go through the rows of X [M, F] in batches."""
+        """Compute the components of the rows of X [M, F], in batches."""
         X = self._checked(X) if check_input else X
         rows, columns = X.shape
         self.batch_size = self.batch_size or 5 * columns
@@ -73,10 +75,10 @@ class IncrementalPCA:
         return self
 
     def partial_fit(self, X: Any, check_input: bool = True) -> IncrementalPCA:
-        """Take in one batch X [M, F], with at least ``n_components`` rows and columns.
+        """Update the components with one batch X [M, F]; M and F are at least ``n_components``.
 
-        The old components, scaled by their singular values, stand for the rows seen before; one
-        more row for the shift of the mean.
+        The old components, scaled by their singular values, replace the rows seen before. One more
+        row accounts for the shift of the mean.
         """
         X = self._checked(X) if check_input else X
         rows, columns = X.shape
@@ -120,7 +122,10 @@ class IncrementalPCA:
 
     @staticmethod
     def gen_batches(n: int, batch_size: int, min_batch_size: int = 0) -> Iterator[slice]:
-        """Slices of ``batch_size`` rows; less than ``min_batch_size`` more go to the last one."""
+        """Slices of n rows, ``batch_size`` each; the last one also gets a rest of fewer rows.
+
+        That is a rest of fewer than ``min_batch_size``.
+        """
         start = 0
         for _ in range(int(n // batch_size)):
             end = start + batch_size
@@ -150,7 +155,7 @@ class IncrementalPCA:
         return data.to(torch.float32) if narrow else data
 
     def _svd(self, X: Tensor) -> tuple[Tensor, Tensor]:
-        """Singular values and right vectors [rank, F], the largest entry of each positive."""
+        """(singular values, right vectors [rank, F]); each vector's largest entry is positive."""
         if self.lowrank:
             seeded = self.lowrank_seed is not None
             with torch.random.fork_rng(enabled=seeded):
@@ -166,8 +171,10 @@ class IncrementalPCA:
     def _svd_flip(
         u: Tensor | None, v: Tensor, u_based_decision: bool = True
     ) -> tuple[Tensor | None, Tensor]:
-        """Singular vectors (columns of ``u``, rows of ``v``) with their signs settled by the
-        largest entry of u, or of v."""
+        """Singular vectors (columns of ``u``, rows of ``v``) with signs set by the largest entry.
+
+        It is that of u, or with ``u_based_decision=False`` that of v, which becomes positive.
+        """
         if u_based_decision:
             assert u is not None
             signs = u.gather(0, u.abs().argmax(0, keepdim=True))[0].sign()
@@ -180,8 +187,9 @@ class IncrementalPCA:
     def _incremental_mean_and_var(
         X: Tensor, last_mean: Tensor | None, last_variance: Tensor | None, last_sample_count: Any
     ) -> tuple[Any, Any, Any]:
-        """Mean and variance [F] of all rows, and their number, after the rows X [M, F]
-        (Chan et al., 1983): in float64, the batch's own variance with its rounding error taken out.
+        """(mean [F], variance [F], number) of all rows, the rows X [M, F] included.
+
+        (Chan et al., 1983.) In float64; the rounding error of the batch's variance is subtracted.
         """
         rows = X.shape[0]
         if rows == 0:

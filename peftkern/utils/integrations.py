@@ -1,4 +1,4 @@
-"""Building modules without memory for their weights."""
+"""``init_empty_weights``: builds modules without memory for their weights."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from torch import nn
 
 
 class _Here(threading.local):
-    skipped = 0  # how many functions of this thread want real weights
-    parameters = 0  # blocks that this thread has open
-    buffers = 0  # those among them that are for buffers too
+    skipped = 0  # number of this thread's running functions that need real weights
+    parameters = 0  # number of this thread's open contexts
+    buffers = 0  # number of those that are for buffers too
 
 
 _HERE = _Here()
-# nn.Module is every thread's: it is changed by the first block and put back by the last
+# all threads share nn.Module: the first context changes it and the last one restores it
 _LOCK = threading.Lock()
 _open = 0
 _real: tuple[Any, Any] = (nn.Module.register_parameter, nn.Module.register_buffer)
@@ -41,10 +41,12 @@ def _register_buffer(module: nn.Module, name: str, tensor: Any, persistent: bool
 
 @contextmanager
 def init_empty_weights(include_buffers: bool | None = None) -> Iterator[None]:
-    """Within the block parameters that modules are given in this thread go to the meta device, so
-    that their initialisation costs nothing; ``include_buffers``: buffers as well."""
+    """A context in which this thread's new parameters of modules go to the meta device.
+
+    Their initialisation then costs nothing. With ``include_buffers`` buffers go there too.
+    """
     global _open, _real
-    patched: Any = nn.Module  # whose methods a checker lets nobody replace
+    patched: Any = nn.Module  # Any, as a type checker forbids replacing its methods
     with _LOCK:
         if not _open:
             _real = nn.Module.register_parameter, nn.Module.register_buffer
@@ -66,7 +68,7 @@ def init_empty_weights(include_buffers: bool | None = None) -> Iterator[None]:
 
 
 def skip_init_on_device(func: Callable[..., Any]) -> Callable[..., Any]:
-    """``func``, within which :func:`init_empty_weights` has no effect on parameters."""
+    """A wrapper of ``func`` in which :func:`init_empty_weights` does not affect parameters."""
 
     @functools.wraps(func)
     def wrapper(*args: Any, **kwargs: Any) -> Any:

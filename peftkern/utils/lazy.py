@@ -1,4 +1,4 @@
-"""Names and files of a package that are imported when they are first asked for."""
+"""``lazily``: imports names and files of a package when they are first used."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ from typing import Any
 
 
 def lazily(package: str, where: Mapping[str, str]) -> tuple[list[str], Callable[[str], Any]]:
-    """(``__all__``, ``__getattr__``) of a package whose names come from its files, and those files
-    themselves: after ``import peftkern``, ``peftkern.tuners.lora`` is there as it is in HF PEFT,
-    which imports all of its own at once.
+    """(``__all__``, ``__getattr__``) of a package whose names come from its files.
+
+    The files are found too: after ``import peftkern``, ``peftkern.tuners.lora`` exists, as in HF
+    PEFT, which imports all its files at once.
 
     Args:
-        package: its name.
-        where: {file, relative to the package: the names from it, with spaces between}.
+        package: the package's name.
+        where: {file, relative to the package: the names from it, separated by spaces}.
     """
     files = {name: file for file, names in where.items() for name in names.split()}
 
     def find(name: str) -> Any:
-        """The name; AttributeError when the package has neither such a name nor such a file."""
+        """The object or file of this name in the package; AttributeError if there is none."""
         if name in files:
             value = getattr(importlib.import_module(files[name], package), name)
             setattr(sys.modules[package], name, value)

@@ -1,4 +1,4 @@
-"""Quantisation to few values and back, and LoftQ for a model that is quantised already."""
+"""Quantisation to NF4 and int8 and back, and LoftQ for a model that is quantised already."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 PREFIX = "base_model.model."
 
 
-BLOCK = 64  # values that share a scale
+BLOCK = 64  # number of values that share a scale
 # NF4: quantiles of a normal distribution, scaled to [-1, 1] (QLoRA, arXiv 2305.14314)
 NF4 = (
     -1.0,
@@ -41,7 +41,7 @@ NF4 = (
 
 
 def nf4(W: Tensor) -> Tensor:
-    """W rounded to NF4 in blocks of 64 consecutive values, each scaled by its largest; float32."""
+    """W rounded to NF4, as float32, in blocks of 64 values, each scaled by its largest value."""
     flat = W.reshape(-1)
     padded = torch.nn.functional.pad(flat, (0, -flat.numel() % BLOCK)).view(-1, BLOCK)
     scale = padded.abs().amax(1, keepdim=True)
@@ -52,7 +52,7 @@ def nf4(W: Tensor) -> Tensor:
 
 
 def int8(W: Tensor) -> Tensor:
-    """W [N, K] rounded to float16 and then to 255 values a row, scaled by its largest; float32."""
+    """W [N, K], as float32, rounded to float16, then to 255 values scaled by each row's largest."""
     W = W.to(torch.float16).float()
     scale = W.abs().amax(1, keepdim=True)
     codes = (W * (127 / scale.clamp(min=torch.finfo().tiny))).round()
@@ -60,14 +60,14 @@ def int8(W: Tensor) -> Tensor:
 
 
 def low_rank(residual: Tensor, r: int) -> tuple[Tensor, Tensor]:
-    """A [r, K] and B [N, r] with B A the best approximation of ``residual`` [N, K] of rank r."""
+    """(A [r, K], B [N, r]): B A is the best approximation of rank r of ``residual`` [N, K]."""
     U, S, Vh = torch.linalg.svd(residual, full_matrices=False)
     root = S[:r].sqrt()
     return root[:, None] * Vh[:r], U[:, :r] * root
 
 
 class _Files:
-    """The tensors of a model's safetensors file, or of its shards, read one at a time."""
+    """The tensors of a model's safetensors file or shards, read one at a time."""
 
     def __init__(self, model: Any, model_path: str | os.PathLike[str] | None) -> None:
         if model_path is None:
@@ -102,7 +102,7 @@ class _Files:
             )
 
     def tensor(self, name: str) -> Tensor:
-        """The tensor ``name``, with the base model's prefix or without."""
+        """The tensor ``name``, which the file may have with the base model's prefix or without."""
         short = name.removeprefix(self.base_prefix)
         found = next((n for n in (name, short) if n in self.where), None)
         if found is None:
@@ -119,19 +119,19 @@ def replace_lora_weights_loftq(
     adapter_name: str = "default",
     callback: Callable[[nn.Module, str], bool] | None = None,
 ) -> None:
-    """Set A and B of every layer over a bitsandbytes 4-bit weight to the low-rank part of what the
-    quantisation lost (LoftQ with one step, Li et al., 2023, arXiv 2310.08659).
+    """Set A and B of layers with bitsandbytes 4-bit weights to the low-rank part of their error.
+
+    The error is that of the quantisation. (LoftQ with one step, Li et al., 2023, arXiv 2310.08659.)
 
     Args:
         peft_model: the model with the adapter.
-        model_path: the model's safetensors file, or its folder; None: from the hub's local cache.
-        adapter_name: which adapter.
-        callback: called with the model and a layer's name after each layer; where it returns False,
-            that layer gets its A and B back.
+        model_path: the model's safetensors file or its folder; None: the hub's local cache.
+        adapter_name: the adapter.
+        callback: called with the model and a layer's name after each layer; when it returns False,
+            that layer gets its former A and B back.
 
     Raises:
-        ValueError: bitsandbytes is missing, no layer is quantised so, or a tensor is not in the
-            file.
+        ValueError: bitsandbytes is missing, no layer has such a weight, or the file lacks a tensor.
         FileNotFoundError: no such file.
     """
     if importlib.util.find_spec("bitsandbytes") is None:

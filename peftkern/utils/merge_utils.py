@@ -1,10 +1,10 @@
-"""Combining what several adapters changed: task arithmetic, TIES and DARE.
+"""Combination of the updates of several adapters (tasks): task arithmetic, TIES and DARE.
 
-Each function takes one tensor a task, all of one shape, and one weight a task; it returns one
-tensor of that shape. Task arithmetic (Ilharco et al., 2022, arXiv 2212.04089) is the weighted sum.
-TIES (Yadav et al., 2023, arXiv 2306.01708) prunes small values, elects a sign for each element and
-averages the tasks that agree with it. DARE (Yu et al., 2023, arXiv 2311.03099) prunes at random and
-scales what is left by 1 / density.
+Each function takes a tensor and a weight for each task, with all tensors of the same shape, and
+returns one tensor of that shape. Task arithmetic (Ilharco et al., 2022, arXiv 2212.04089) is the
+weighted sum. TIES (Yadav et al., 2023, arXiv 2306.01708) prunes small values, elects a sign for
+each element and averages the tasks that agree with it. DARE (Yu et al., 2023, arXiv 2311.03099)
+prunes at random and scales the rest by 1 / density.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SignMethod = Literal["total", "frequency"]
 
 
 def reshape_weight_task_tensors(task_tensors: Tensor, weights: Tensor) -> Tensor:
-    """``weights`` [n] as [n, 1, …, 1], to be multiplied with stacked ``task_tensors`` [n, …]."""
+    """``weights`` [n] as [n, 1, …, 1], to multiply stacked ``task_tensors`` [n, …] by."""
     return weights.reshape(*weights.shape, *(1,) * (task_tensors.dim() - weights.dim()))
 
 
@@ -31,8 +31,10 @@ def magnitude_based_pruning(tensor: Tensor, density: float) -> Tensor:
 
 
 def random_pruning(tensor: Tensor, density: float, rescale: bool) -> Tensor:
-    """``tensor`` with each value kept with probability ``density``; ``rescale`` divides by it, so
-    that the expected value stays."""
+    """``tensor`` with each value kept with probability ``density``, and zeros elsewhere.
+
+    ``rescale`` divides by the density, so that the expected value is the same.
+    """
     kept = tensor * torch.bernoulli(torch.full_like(tensor, density))
     return kept / density if rescale and density > 0 else kept
 
@@ -40,10 +42,12 @@ def random_pruning(tensor: Tensor, density: float, rescale: bool) -> Tensor:
 def prune(
     tensor: Tensor, density: float, method: Literal["magnitude", "random"], rescale: bool = False
 ) -> Tensor:
-    """Keep a fraction ``density`` of the values, zeros elsewhere.
+    """``tensor`` with a share ``density`` of its values, and zeros elsewhere.
+
+    A density of 1 or more keeps all values and warns.
 
     Raises:
-        ValueError: a negative density, or another method. One of 1 and more warns and keeps all.
+        ValueError: a negative density, or an unknown method.
     """
     if density >= 1:
         warnings.warn(
@@ -61,10 +65,10 @@ def prune(
 
 
 def calculate_majority_sign_mask(tensor: Tensor, method: SignMethod = "total") -> Tensor:
-    """Where each of the stacked tasks [n, …] has the sign of the majority (+ where they balance).
+    """bool [n, …], True where a value of the stacked tasks has the sign of the majority.
 
-    ``method``: "total" weighs the signs by the values, "frequency" counts them. RuntimeError for
-    another one.
+    ``method``: "total" weighs the signs by the values, "frequency" counts them; RuntimeError for
+    others. A balance counts as +.
     """
     signs = tensor.sign()
     if method not in ("total", "frequency"):
@@ -74,7 +78,7 @@ def calculate_majority_sign_mask(tensor: Tensor, method: SignMethod = "total") -
 
 
 def disjoint_merge(task_tensors: Tensor, majority_sign_mask: Tensor) -> Tensor:
-    """The mean of the stacked tasks [n, …] over those in the mask; 0 where there is none."""
+    """The mean of the stacked tasks [n, …] over those in the mask; 0 where the mask has none."""
     total = (task_tensors * majority_sign_mask).sum(0)
     return total / majority_sign_mask.sum(0).clamp(min=1)
 
@@ -82,7 +86,7 @@ def disjoint_merge(task_tensors: Tensor, majority_sign_mask: Tensor) -> Tensor:
 def _stacked(
     tensors: list[Tensor], density: float | None, method: Literal["magnitude", "random"]
 ) -> Tensor:
-    """[n, …], pruned where a density is given; random pruning rescales."""
+    """The tensors stacked, [n, …], pruned if a density is given; random pruning rescales."""
     if density is not None:
         tensors = [prune(t, density, method, rescale=method == "random") for t in tensors]
     return torch.stack(tensors)
@@ -98,12 +102,12 @@ def _elect(stacked: Tensor, weights: Tensor, majority_sign_method: SignMethod) -
 
 
 def task_arithmetic(task_tensors: list[Tensor], weights: Tensor) -> Tensor:
-    """Σ weight · task."""
+    """The weighted sum Σ weight · task."""
     return _sum(_stacked(task_tensors, None, "magnitude"), weights)
 
 
 def magnitude_prune(task_tensors: list[Tensor], weights: Tensor, density: float) -> Tensor:
-    """Σ weight · task, each pruned to its largest values."""
+    """The sum Σ weight · task of tasks that are pruned to their largest values."""
     return _sum(_stacked(task_tensors, density, "magnitude"), weights)
 
 
@@ -113,12 +117,12 @@ def ties(
     density: float,
     majority_sign_method: SignMethod = "total",
 ) -> Tensor:
-    """TIES: prune to the largest values, elect signs, average weight · task where they agree."""
+    """TIES: prunes to the largest values, elects signs, averages weight · task where they agree."""
     return _elect(_stacked(task_tensors, density, "magnitude"), weights, majority_sign_method)
 
 
 def dare_linear(task_tensors: list[Tensor], weights: Tensor, density: float) -> Tensor:
-    """DARE, then Σ weight · task."""
+    """The weighted sum of tasks after DARE's pruning."""
     return _sum(_stacked(task_tensors, density, "random"), weights)
 
 
@@ -128,5 +132,5 @@ def dare_ties(
     density: float,
     majority_sign_method: SignMethod = "total",
 ) -> Tensor:
-    """DARE, then TIES' election and average."""
+    """TIES' election and average of tasks after DARE's pruning."""
     return _elect(_stacked(task_tensors, density, "random"), weights, majority_sign_method)

@@ -1,4 +1,4 @@
-"""Names and places in a tree of modules."""
+"""Functions on a tree of modules: names, parents, parameters."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def get_submodules(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module, st
 
 
 def parameters_of(model: nn.Module) -> list[nn.Parameter]:
-    """``list(model.parameters())``, without making the names that go with them."""
+    """``list(model.parameters())``, faster, as it does not make the names."""
     found: dict[int, nn.Parameter] = {}
     stack, seen = [model], set()
     while stack:
@@ -48,23 +48,24 @@ def training_modules(model: nn.Module) -> list[nn.Module]:
 
 
 def checkpoints_activations(model: Any) -> bool:
-    """Whether the model recomputes activations in its backward; True of one that does not tell."""
-    # transformers renamed the property in 5.x; a model around one hands it on
+    """True when the model recomputes activations in its backward, or does not say if it does."""
+    # transformers renamed the property in 5.x; wrappers pass it on
     found = getattr(model, "is_activation_checkpointing", None)
     return bool(getattr(model, "is_gradient_checkpointing", True) if found is None else found)
 
 
 def own_parameters(module: nn.Module) -> Iterable[nn.Parameter]:
-    """``module.parameters()``; the walk is left out for a module without children, as most weights
-    of adapters are in."""
+    """``module.parameters()``, faster for modules without children, as most of adapters are."""
     if module._modules:
         return module.parameters()
     return [p for p in module._parameters.values() if p is not None]
 
 
 def set_layer_requires_grad(layer: nn.Module | Tensor, requires_grad: bool) -> None:
-    """Set ``requires_grad`` on a tensor, or on all parameters of a module; tensors that are no
-    leaves (FSDP's views) are passed over."""
+    """Set ``requires_grad`` on a tensor or all parameters of a module.
+
+    Tensors that are not leaves (FSDP's views) are skipped.
+    """
     tensors: Iterable[Tensor | None]
     if isinstance(layer, Tensor):
         tensors = (layer,)
@@ -76,8 +77,11 @@ def set_layer_requires_grad(layer: nn.Module | Tensor, requires_grad: bool) -> N
 
 
 def match_target_against_key(target_pattern: str, key: str) -> re.Match[str] | None:
-    """Whether a regular expression is the whole of a module's name. ValueError: it takes too long,
-    or is none."""
+    """The match of a regular expression with a whole module name, or None.
+
+    Raises:
+        ValueError: the pattern takes too long, or is no regular expression.
+    """
     found: re.Match[str] | None = whole(target_pattern, "target_modules").fullmatch(key)
     return found
 
@@ -85,8 +89,14 @@ def match_target_against_key(target_pattern: str, key: str) -> re.Match[str] | N
 def get_pattern_key(
     patterns: Iterable[str], key: str, field: str = "rank_pattern or alpha_pattern"
 ) -> str:
-    """The first of ``patterns`` (of the setting ``field``) that is ``key`` or the end of it (as
-    names or regular expressions), or ``key``. ValueError: one takes too long, or is no pattern."""
+    """The first of ``patterns`` that matches ``key``, or ``key`` when none does.
+
+    Patterns are names or regular expressions, for the whole of ``key`` or its end from a dot on.
+    ``field`` is their setting, for errors.
+
+    Raises:
+        ValueError: a pattern takes too long, or is no regular expression.
+    """
     for pattern in patterns:
         if ending(pattern, field).match(key):
             return pattern
@@ -94,12 +104,12 @@ def get_pattern_key(
 
 
 def is_valid_match(key: str, target_key: str) -> bool:
-    """Whether ``target_key`` is ``key``, or its last parts."""
+    """True when ``target_key`` is ``key`` or consists of its last parts."""
     return key == target_key or key.endswith("." + target_key)
 
 
 def input_embeddings_name(model: Any, default: str | None = None) -> str | None:
-    """Name of the module that ``model.get_input_embeddings()`` returns."""
+    """The name of the module that ``model.get_input_embeddings()`` returns, or ``default``."""
     if not hasattr(model, "get_input_embeddings"):
         return default
     wanted = model.get_input_embeddings()
@@ -107,7 +117,7 @@ def input_embeddings_name(model: Any, default: str | None = None) -> str | None:
 
 
 def batch_size(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> int:
-    """Rows of whichever is given. ValueError when neither is."""
+    """The number of rows of the given input; ValueError when neither is given."""
     given = input_ids if input_ids is not None else inputs_embeds
     if given is None:
         raise ValueError("You have to provide either input_ids or inputs_embeds")
@@ -115,20 +125,20 @@ def batch_size(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> int:
 
 
 def transpose(weight: Tensor, fan_in_fan_out: bool) -> Tensor:
-    """``weight``, or its transpose where it is stored [in, out]; a parameter stays one."""
+    """``weight``, or with ``fan_in_fan_out`` its transpose; a parameter stays a parameter."""
     if not fan_in_fan_out:
         return weight
     return nn.Parameter(weight.T) if isinstance(weight, nn.Parameter) else weight.T
 
 
 def id_tensor_storage(tensor: Tensor) -> tuple[torch.device, int, int]:
-    """(device, address, bytes) of a tensor's storage: equal for tensors that share it."""
+    """(device, address, bytes) of a tensor's storage, equal for tensors that share it."""
     storage = tensor.untyped_storage()
     return tensor.device, storage.data_ptr(), storage.nbytes()
 
 
 def freeze_adapter(model: nn.Module, adapter_name: str) -> None:
-    """Freeze every parameter whose name holds ``adapter_name``."""
+    """Freeze every parameter whose name contains ``adapter_name``."""
     for name, parameter in model.named_parameters():
         if adapter_name in name:
             parameter.requires_grad = False

@@ -1,4 +1,4 @@
-"""HF PEFT's address of the modules that train in full, and of small helpers."""
+"""HF PEFT's address of the wrappers of ``modules_to_save`` and of small helpers."""
 
 from ..fsdp import fsdp_auto_wrap_policy
 from ..tuners.modules_to_save import (

@@ -1,9 +1,9 @@
-"""Regular expressions that come with an adapter: matched as :mod:`re` does, and never for ever.
+"""Regular expressions of an adapter's configuration, matched as by :mod:`re`, with a time limit.
 
-A configuration is read from files that anybody may have written, and a pattern with nested
-repetitions can take longer than the universe is old for one name. :mod:`re` cannot be interrupted.
-So a pattern in which nothing can multiply is run by it, at its speed, and any other one by the
-``regex`` package, under a time limit.
+Anybody may have written the file of a configuration, and a pattern with nested repetitions can run
+practically for ever on one name. :mod:`re` cannot be interrupted. So :mod:`re` runs, fast, only
+patterns whose repetitions cannot multiply; the ``regex`` package runs all others, under a time
+limit.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import time
 import warnings
 from typing import Any
 
-# processor time for one name, and for all names that took long, in seconds
+# seconds of processor time: limit for one name, limit for all long ones together, a long one
 ONE_NAME, IN_ALL, LONG = 0.25, 1.0, 0.005
-# repetitions, options and alternatives that may be tried against each other on one name
+# number of repetitions, options and alternatives with which :mod:`re` may still run a pattern
 _FREE = 5
-# regex compiles repetitions within repetitions into a graph that doubles with each
+# limits of nesting and length: regex compiles each nested repetition to a graph of twice the size
 _DEEPEST, _LONGEST = 8, 20_000
 _QUANTIFIER = re.compile(r"\{(?:\d+,?\d*|,\d*)\}")
 _VERBOSE = re.compile(r"\(\?[aiLmsu]*x")
@@ -29,12 +29,12 @@ class Pattern:
 
     Args:
         text: the pattern.
-        field: the setting that it is from, for errors.
-        shown: what the file has, where ``text`` was made of it.
+        field: the setting that it belongs to, for errors.
+        shown: the text in the file, if ``text`` was made from it, for errors.
 
     Raises:
-        ValueError: it is no regular expression, or repeats repetitions too deeply. Later, by
-            ``match`` and ``fullmatch``: it takes too long.
+        ValueError: it is no regular expression, or its repetitions are nested too deeply. ``match``
+            and ``fullmatch`` raise one when it takes too long.
     """
 
     def __init__(self, text: Any, field: str, shown: Any = None) -> None:
@@ -57,10 +57,10 @@ class Pattern:
             self.match: Any = plain.match
             self.fullmatch: Any = plain.fullmatch
             return
-        import regex  # transformers brings it; a tenth of a second that most adapters do not need
+        import regex  # takes 0.1 s, which most adapters do not need; transformers requires it
 
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # re has said it
+            warnings.simplefilter("ignore", FutureWarning)  # re has given the warning already
             timed = regex.compile(same)
         self._spent = 0.0
         self.match = functools.partial(self._limited, timed.match)
@@ -94,29 +94,29 @@ def _short(pattern: Any) -> str:
 
 @functools.lru_cache(maxsize=1024)
 def whole(pattern: str, field: str) -> Pattern:
-    """``pattern``, for the whole of a name (``fullmatch``); kept, as it is asked for many names."""
+    """``pattern`` compiled for whole names (``fullmatch``); cached, as many names are matched."""
     return Pattern(pattern, field)
 
 
 @functools.lru_cache(maxsize=4096)
 def ending(pattern: str, field: str) -> Pattern:
-    """``pattern``, for the whole of a name or its end from a dot on (``match``)."""
+    """``pattern`` compiled for a whole name or its end from a dot on (``match``); cached."""
     return Pattern(rf"(.*\.)?({pattern})$", field, pattern)
 
 
 def _look(text: str) -> tuple[int, int, str]:
-    """What could make a pattern slow, and how ``regex`` has to be told it.
+    """The parts that could make a pattern slow, and the pattern in the syntax of ``regex``.
 
     Returns:
-        weight: how many parts of it may match in several ways.
-        depth: how many repetitions of groups are within each other; 0: no group is repeated.
-        same: the pattern for ``regex``, which reads ``{e<=1}`` and ``[[:alpha:]]`` otherwise.
+        weight: number of parts that may match in several ways.
+        depth: number of nested repetitions of groups; 0: no group is repeated.
+        same: the pattern for ``regex``, which gives ``{e<=1}`` and ``[[:alpha:]]`` other meanings.
     """
-    if _VERBOSE.search(text):  # where anything may be a comment
+    if _VERBOSE.search(text):  # a verbose pattern, in which any part may be a comment
         return _FREE + 1, max(1, sum(text.count(c) for c in "*+{")), text
     weight, out, at = 0, [], 0
-    groups = [[0, 0]]  # of each open group: depth of the repetitions in it, whether it has "|"
-    inside = 0  # that depth of the part before this place
+    groups = [[0, 0]]  # for each open group: depth of the repetitions in it, 1 if it has "|"
+    inside = 0  # depth of the repetitions in the part before this place
     is_group = after_quantifier = False
     while at < len(text):
         char, step = text[at], 1
@@ -124,7 +124,7 @@ def _look(text: str) -> tuple[int, int, str]:
         if char in "*+?" or quantifier:
             step = len(quantifier[0]) if quantifier else 1
             piece = text[at : at + step]
-            if not after_quantifier:  # else it says how the one before goes about it
+            if not after_quantifier:  # else it makes the quantifier before it lazy or possessive
                 weight += 1
                 if is_group and char != "?":
                     inside += 1
@@ -137,7 +137,7 @@ def _look(text: str) -> tuple[int, int, str]:
             if char == "\\":
                 step = 2
                 piece = text[at : at + 2]
-                weight += piece[1:].isdigit()  # what a group has matched
+                weight += piece[1:].isdigit()  # a reference to a group
             elif char == "[":
                 piece, step = _class(text, at)
             elif text.startswith("(?#", at):
@@ -161,7 +161,7 @@ def _look(text: str) -> tuple[int, int, str]:
 
 
 def _class(text: str, start: int) -> tuple[str, int]:
-    """(a set of characters for ``regex``, its length in ``text``)."""
+    """(the set of characters at ``start`` in the syntax of ``regex``, its length in ``text``)."""
     at = start + 1 + text.startswith("^", start + 1)
     out = text[start:at]
     first = at

@@ -1,4 +1,4 @@
-"""The names of adapter methods and tasks, as they stand in ``adapter_config.json``."""
+"""The names of adapter methods and tasks in ``adapter_config.json``."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import enum
 
 
 class PeftType(str, enum.Enum):
-    """Adapter methods that peftkern knows by name;
-    the value is what ``peft_type`` holds on disk."""
+    """The adapter methods that peftkern knows; the value is that of ``peft_type`` on disk."""
 
     LORA = "LORA"
     PREFIX_TUNING = "PREFIX_TUNING"
@@ -16,7 +15,7 @@ class PeftType(str, enum.Enum):
 
 
 class TaskType(str, enum.Enum):
-    """Tasks that choose the :class:`~peftkern.PeftModel` subclass."""
+    """The tasks; each selects a subclass of :class:`~peftkern.PeftModel`."""
 
     SEQ_CLS = "SEQ_CLS"
     SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"

@@ -1,4 +1,4 @@
-"""Where modules stand in a model: one may have several names, and is then replaced under all."""
+"""The places of modules in a model: a module may have several names, and is replaced under all."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from torch import nn
 
 
 def ends_with_words(key: str, name: str) -> bool:
-    """Whether ``name`` is ``key`` or its last words: ``head`` of ``model.head`` and of ``lm_head``,
-    never of ``overhead``."""
+    """True when ``name`` is ``key`` or its last words.
+
+    ``head`` matches ``model.head`` and ``lm_head``, but not ``overhead``.
+    """
     if not name or not key.endswith(name):
         return False
     return len(key) == len(name) or key[-len(name) - 1] in "._" or name[0] in "._"
@@ -19,7 +21,7 @@ def ends_with_words(key: str, name: str) -> bool:
 def places_of(
     model: nn.Module, modules: Iterable[nn.Module]
 ) -> dict[int, list[tuple[nn.Module, str]]]:
-    """{id of a module: (parent, name) of each place where it stands}, for each of ``modules``."""
+    """{id of a module: [(parent, name) of each of its places]}, for each of ``modules``."""
     found: dict[int, list[tuple[nn.Module, str]]] = {id(m): [] for m in modules}
     stack, seen = [model], {id(model)}
     while stack:
@@ -36,13 +38,13 @@ def places_of(
 
 
 def replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put ``new``, which is not in ``model`` yet, wherever ``old`` stands there."""
+    """Replace ``old`` in all its places in ``model`` by ``new``, which must not be in it yet."""
     for parent, name in places_of(model, [old])[id(old)]:
         setattr(parent, name, new)
 
 
 def further_names(model: nn.Module) -> dict[int, list[str]]:
-    """{id of a module: its names} of the modules that have more than one, the first one first."""
+    """{id of a module: its names, the first one first}, for modules with more than one name."""
     stack, seen, shared = [model], {id(model)}, False
     while stack:
         for child in stack.pop()._modules.values():
@@ -62,9 +64,11 @@ def further_names(model: nn.Module) -> dict[int, list[str]]:
 
 
 def outside_of(model: nn.Module, kinds: tuple[type, ...]) -> Iterator[tuple[str, Any]]:
-    """(name, module) of everything but the model itself and what is inside of a module of these
-    ``kinds`` or of an adapter layer (known by its ``base_layer``); each module once, under its
-    first name."""
+    """(name, module) of the modules outside of adapter layers and of modules of these ``kinds``.
+
+    Adapter layers are known by their ``base_layer``. The model itself is left out. Each module
+    comes once, with its first name.
+    """
     stack: list[tuple[str, Any]] = [("", model)]
     seen = set()
     while stack:

@@ -1,4 +1,4 @@
-"""What is done to a model, or a batch, before it trains."""
+"""Preparation of a model or a batch for training."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# packed weights of these are no numbers to widen
+# quantisations with packed weights, which cannot be cast
 _QUANTISED = ("gptq", "aqlm", "eetq", "hqq", "torchao")
 
 
@@ -19,15 +19,14 @@ def prepare_model_for_kbit_training(
     gradient_checkpointing_kwargs: dict[str, Any] | None = None,
     auto_clear_cache: bool = True,
 ) -> Any:
-    """Freeze a transformers model and widen what it keeps in half precision, for training adapters
-    on it.
+    """Freeze a transformers model and cast its half-precision weights to float32, for training.
 
     Args:
         model: changed in place and returned.
-        use_gradient_checkpointing: where the model is quantised, checkpoint its blocks and let its
+        use_gradient_checkpointing: if the model is quantised, checkpoint its blocks and make its
             inputs require a gradient.
-        gradient_checkpointing_kwargs: for ``model.gradient_checkpointing_enable``.
-        auto_clear_cache: give memory that is free after the cast back to the accelerator.
+        gradient_checkpointing_kwargs: arguments of ``model.gradient_checkpointing_enable``.
+        auto_clear_cache: return memory that is free after the cast to the accelerator.
     """
     method = getattr(model, "quantization_method", None)
     method = getattr(method, "value", method)
@@ -47,7 +46,7 @@ def prepare_model_for_kbit_training(
                     accelerator.empty_cache()
     if not (use_gradient_checkpointing and (packed or in_bits)):
         return model
-    # a non-reentrant checkpoint passes gradients on without this
+    # only reentrant checkpoints need inputs that require a gradient
     if options.get("use_reentrant", True):
         if hasattr(model, "enable_input_require_grads"):
             model.enable_input_require_grads()
@@ -71,8 +70,10 @@ def prepare_model_for_kbit_training(
 
 
 def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
-    """Keep frozen parameters in ``dtype`` (float16 or bfloat16) and trained ones in float32, in
-    place: what automatic mixed precision expects of an adapted model."""
+    """Cast frozen parameters to ``dtype`` and trained ones to float32, in place.
+
+    Automatic mixed precision expects this of an adapted model. ``dtype`` is float16 or bfloat16.
+    """
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
 
@@ -80,8 +81,10 @@ def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
 def shift_tokens_right(
     input_ids: Tensor, pad_token_id: int | None, decoder_start_token_id: int
 ) -> Tensor:
-    """A decoder's inputs from its labels: [B, T] moved one to the right behind the start token,
-    -100 replaced by the padding token. ValueError without a padding token."""
+    """A decoder's inputs [B, T] from its labels: the start token, then all labels but the last.
+
+    -100 is replaced by the padding token; ValueError without a padding token.
+    """
     if pad_token_id is None:
         raise ValueError("self.model.config.pad_token_id has to be defined.")
     start = torch.full_like(input_ids[:, :1], decoder_start_token_id)

@@ -1,7 +1,7 @@
-"""The private names of torch, transformers and accelerate, reached from here alone;
-:mod:`.private_names` says why each is used, and what happens without it.
+"""The only uses of private names of torch, transformers and accelerate.
 
-A leaf, so that :mod:`peftkern.ops` may import it too.
+:mod:`.private_names` says why each is used, and what happens without it. This file imports nothing
+of peftkern but that one, so that :mod:`peftkern.ops` may import it too.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ flash = _aten("_scaled_dot_product_flash_attention")
 flash_backward = _aten("_scaled_dot_product_flash_attention_backward")
 cpu_flash = _aten("_scaled_dot_product_flash_attention_for_cpu")
 cpu_flash_backward = _aten("_scaled_dot_product_flash_attention_for_cpu_backward")
-# (tensor, shape) -> the tensor in that shape and, as from torch's own linear, no view: one that
-# leaves a custom Function may not be written to by callers
+# (tensor, shape) -> the tensor in that shape, but not marked as a view, as torch's own linear
+# returns it: callers may not write to a view that a custom Function returns
 unsafe_view: Callable[..., Tensor] = _aten("_unsafe_view") or torch.view_copy
 
 
 def without_dispatch_modes() -> contextlib.AbstractContextManager[Any]:
-    """Within the block no dispatch mode (selective checkpointing, counters) sees a call."""
+    """A context in which no dispatch mode (selective checkpointing, counters) sees calls."""
     depth = getattr(torch._C, "_len_torch_dispatch_stack", None)
     if depth is not None and depth() == 0:
         return contextlib.nullcontext()
@@ -61,7 +61,7 @@ def without_dispatch_modes() -> contextlib.AbstractContextManager[Any]:
 
 
 def in_backward() -> bool:
-    """Whether this thread is within a backward pass."""
+    """True when this thread runs a backward pass."""
     ask = getattr(torch._C, "_current_graph_task_id", None)
     if ask is None:
         raise PrivateNameError("_C._current_graph_task_id")
@@ -79,22 +79,22 @@ def _global_hooks() -> tuple[Any, ...]:
     return tuple(found)
 
 
-# torch's own dicts of hooks on all modules: they are looked at, never copied
+# torch's own dicts of hooks on all modules; not copies, so that later hooks are seen
 GLOBAL_HOOKS = _global_hooks()
 
 
 class _Uncounted:
-    next_id = float("nan")  # never the number that was seen before
+    next_id = float("nan")  # never equal to the number seen before
 
 
-# ``next_id`` is another number once a hook was registered on anything
+# ``next_id`` changes whenever a hook is registered on anything
 HookCounter: Any = RemovableHandle if hasattr(RemovableHandle, "next_id") else _Uncounted
 
 CONV_FORWARD = "_conv_forward"
 
 
 def convolve(conv: Any, x: Tensor, weight: Tensor) -> Tensor:
-    """x through a convolution that has this weight, and no bias."""
+    """``x`` through the convolution ``conv`` with this weight and no bias."""
     if not hasattr(conv, CONV_FORWARD):
         raise PrivateNameError("nn.Conv2d._conv_forward")
     y: Tensor = getattr(conv, CONV_FORWARD)(x, weight, None)
@@ -102,7 +102,7 @@ def convolve(conv: Any, x: Tensor, weight: Tensor) -> Tensor:
 
 
 def bartlett(wishart: Any) -> Tensor:
-    """One draw of L [r, r], where L Lᵀ has the Wishart distribution."""
+    """One random L [r, r] for which L Lᵀ has the Wishart distribution."""
     draw = getattr(wishart, "_bartlett_sampling", None)
     if draw is None:
         raise PrivateNameError("distributions.Wishart._bartlett_sampling")
@@ -110,19 +110,19 @@ def bartlett(wishart: Any) -> Tensor:
     return drawn
 
 
-# what wrappers put into the names of weights: torch.compile, FSDP, torch's checkpoint_wrapper
+# parts that torch.compile, FSDP and torch's checkpoint_wrapper add to the names of weights
 COMPILED = "_orig_mod."
 FSDP = "_fsdp_wrapped_module."
 WRAPPERS = (COMPILED, FSDP, "_checkpoint_wrapped_module.")
 
 
 def uncompiled(model: Any) -> Any:
-    """The model within torch.compile's wrapper; any other as it is."""
+    """The model inside torch.compile's wrapper; any other model itself."""
     return getattr(model, "_orig_mod", model)
 
 
 def is_compiled(model: nn.Module) -> bool:
-    """Whether torch.compile wrapped the model, or will compile its calls."""
+    """True when torch.compile has wrapped the model or will compile its calls."""
     return uncompiled(model) is not model or bool(getattr(model, "_compiled_call_impl", None))
 
 
@@ -137,7 +137,7 @@ NAME_KEY = "_name_or_path"
 
 
 def attention_name(config: Any) -> str | None:
-    """The attention that a model with this configuration calls ("sdpa", "eager", ...)."""
+    """The name of the attention that a model with this configuration calls ("sdpa", ...)."""
     if not hasattr(config, "_attn_implementation"):
         raise PrivateNameError("PreTrainedConfig._attn_implementation")
     name: str | None = config._attn_implementation
@@ -145,28 +145,27 @@ def attention_name(config: Any) -> str | None:
 
 
 def set_attention(config: Any, name: str | None) -> None:
-    """Let models with this configuration, and none within it, call that attention."""
+    """Make models with this configuration, but not with its sub-configurations, call ``name``."""
     config._attn_implementation_internal = name
     if attention_name(config) != name:
         raise PrivateNameError("PreTrainedConfig._attn_implementation_internal")
 
 
 def _checkpointing_layer() -> Any:
-    """transformers' base class of such layers; what nothing is an instance of before it is
-    loaded."""
+    """transformers' base class of checkpointed layers; before it is loaded, an empty tuple."""
     layers = sys.modules.get("transformers.modeling_layers")
     return getattr(layers, "GradientCheckpointingLayer", ())
 
 
 def keep_cache(block: Any) -> None:
-    """Let this block of a model be given its cache within a gradient checkpoint too."""
+    """Let transformers pass the cache to this block within a gradient checkpoint too."""
     if isinstance(block, _checkpointing_layer()) and not hasattr(type(block), KEEPS_CACHE):
         raise PrivateNameError("GradientCheckpointingLayer._can_checkpoint_with_cache")
     setattr(block, KEEPS_CACHE, True)
 
 
 def checkpoint_runners(model: nn.Module) -> list[nn.Module]:
-    """The modules of a model that transformers may run within a checkpoint."""
+    """The modules of a model that transformers may run within a gradient checkpoint."""
     wrapped, found = _checkpointing_layer(), []
     for module in model.modules():
         if CHECKPOINT_RUNNER in module.__dict__:
@@ -182,7 +181,7 @@ def upcast_attention(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any) ->
 
 
 def recurrent_start(model: Any) -> Callable[..., None] | None:
-    """What empties the states in a recurrent model's layers; None for all other models."""
+    """The function that resets the states of a recurrent model's layers; None for other models."""
     start = getattr(model, "_setup_cache", None)
     if start is None and getattr(getattr(model, "config", None), "model_type", "") == _RECURRENT:
         raise PrivateNameError("RecurrentGemmaPreTrainedModel._setup_cache")
@@ -193,21 +192,21 @@ _RECURRENT = "recurrent_gemma"
 
 
 def conversion_families() -> dict[str, str]:
-    """{model type: the model type whose renamed weights it has}."""
+    """{model type: the model type whose renamings of weights it uses}."""
     from transformers import conversion_mapping
 
     return getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {})
 
 
 def use_one_gpu(args: Any) -> None:
-    """Keep Trainer, with these arguments, from splitting batches with ``nn.DataParallel``."""
+    """Keep a Trainer with these arguments from splitting batches with ``nn.DataParallel``."""
     args._n_gpu = 1
     if args.n_gpu != 1:
         raise PrivateNameError("TrainingArguments._n_gpu")
 
 
 def asks_for_attention(attention: nn.Module) -> bool:
-    """Whether its forward calls the attention that its configuration names."""
+    """True when the module's forward calls the attention that its configuration names."""
     try:
         source = inspect.getsource(type(attention).forward)
     except (OSError, TypeError):
@@ -219,11 +218,11 @@ def asks_for_attention(attention: nn.Module) -> bool:
 
 
 def hook_of(module: Any) -> Any:
-    """The hook that accelerate put on a module; None where there is none."""
+    """The hook that accelerate put on a module, or None."""
     return getattr(module, "_hf_hook", None)
 
 
 def forward_of(module: Any) -> Callable[..., Any]:
-    """The module's forward, behind a hook of accelerate's."""
+    """The module's own forward, which a hook of accelerate may have replaced."""
     forward: Callable[..., Any] = getattr(module, "_old_forward", module.forward)
     return forward

@@ -1,13 +1,14 @@
-"""The register of private names: what of torch, transformers and accelerate the code uses that they
-do not promise to keep.
+"""The register of private names of torch, transformers and accelerate that the code uses.
 
-Each stands here with its reason and with what happens when a version has it no longer, and is
-reached through :mod:`peftkern.utils.private` alone; ``tests/test_private_names.py`` looks for every
-one in the installed versions, and for others in the sources. In place, anywhere, are used only:
+These libraries do not promise to keep them. Each is listed with the reason for its use and with
+what happens in a version without it, and is used only through :mod:`peftkern.utils.private`.
+``tests/test_private_names.py`` looks for each in the installed versions, and for unlisted ones in
+the sources. Only these may be used in any file:
 
-- ``IN_PLACE``: torch's names that cannot go. ``nn.Module``'s own dicts are in every pickled module
-  and half of the field's code reads them; :attr:`Tensor._version` is in torch's documentation.
-- ``OVERRIDDEN``: methods of theirs that classes of ours replace, where ours are defined.
+- ``IN_PLACE``: torch's names that will not disappear. ``nn.Module``'s own dicts are in every
+  pickled module, and much other code reads them; :attr:`Tensor._version` is in torch's
+  documentation.
+- ``OVERRIDDEN``: methods of these libraries that classes here override.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import NamedTuple
 
 
 class Private(NamedTuple):
-    """``name`` of the library ``of``, ``why`` it is used, and what happens ``without`` it."""
+    """A private name: library, name, reason for its use, and the effect of its absence."""
 
     of: str
     name: str
@@ -267,7 +268,7 @@ REGISTER = (
 
 
 class PrivateNameError(RuntimeError):
-    """A private name that nothing stands in for is not in the installed version."""
+    """The installed version lacks a private name for which there is no replacement."""
 
     def __init__(self, name: str) -> None:
         entry = next(p for p in REGISTER if p.name == name)
@@ -278,7 +279,7 @@ class PrivateNameError(RuntimeError):
 
 
 def warn_without(name: str) -> None:
-    """Say that a private name is gone, and what is done instead."""
+    """Warn that a private name is missing, and say what is done instead."""
     entry = next(p for p in REGISTER if p.name == name)
     what = f"{entry.of} {metadata.version(entry.of)} has no {name} ({entry.why})"
     warnings.warn(f"{what}: {entry.without}", RuntimeWarning, stacklevel=3)

@@ -1,5 +1,8 @@
-"""How a base layer's weight is quantised, by name: what status reports, and what decides that its
-own forward is called. peftkern reads no packed weights."""
+"""The kinds of quantised base layers, by name.
+
+The status of a model reports them. peftkern does not read packed weights: such a layer's own
+forward is called.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from torch import nn
 
 
 class QuantizationBackend:
-    """A way to pack weights; ``backend_name`` is HF PEFT's name of it."""
+    """A way to pack weights; ``backend_name`` is HF PEFT's name for it."""
 
     backend_name: str = ""
     # (first part of the module, name) of the base layers' classes
@@ -30,13 +33,13 @@ class HqqBackend(QuantizationBackend):
 
 
 class TorchaoBackend(QuantizationBackend):
-    """Here the weight's class tells, a tensor subclass of torchao's."""
+    """Weights of torchao, known by the weight's class (a tensor subclass), not the layer's."""
 
     backend_name = "torchao"
 
 
 def resolve_quantization_backend(base_layer: nn.Module) -> QuantizationBackend | None:
-    """How the layer is quantised; None when it is not, or in a way that is not known here."""
+    """The kind of quantisation of a layer; None without one, and for unknown kinds."""
     classes = {(c.__module__.split(".")[0], c.__name__) for c in type(base_layer).__mro__}
     for backend in (Bnb8bitBackend, Bnb4bitBackend, HqqBackend):
         if classes.intersection(backend.layers):

@@ -1,4 +1,4 @@
-"""Which modules share their weight with the input embedding."""
+"""The modules that share their weight with the input embedding."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import nn
 
 from .private import TIED
 
-# what wrappers put into the name of a weight
+# the parts that wrappers and adapter layers add to the name of a weight
 _INFIX = re.compile(r"\.(?:token_adapter\.base_layer|original_module|base_layer)(?=\.|$)")
 
 
 def plain_name(name: str) -> str:
-    """A module's or weight's name without what adapter layers and wrappers put into it."""
+    """A module's or weight's name without the parts that adapter layers and wrappers add."""
     return _INFIX.sub("", name)
 
 
@@ -28,15 +28,15 @@ def _innermost(model: Any) -> Any:
 def modules_tied_to_embedding(model: Any) -> list[str]:
     """Sorted names of the modules of ``model`` that are tied to its input embedding.
 
-    transformers 5 says so in ``_tied_weights_keys`` as {weight: the weight it is tied to}, of which
-    only those tied to the input embedding count; before, it was a list of weights.
+    They are listed in ``_tied_weights_keys``: in transformers 5 as {weight: the weight it is tied
+    to}, of which only those tied to the input embedding count; before, as a list of weights.
 
     Returns:
-        Names in the model as it is: those of wrapped modules have the wrapper's parts in them.
-        Empty when ``config.tie_word_embeddings`` is False.
+        Names in the present model; those of wrapped modules contain the wrapper's parts. Empty when
+        ``config.tie_word_embeddings`` is False.
 
     Raises:
-        ValueError: a mapping, and no ``get_input_embeddings`` to tell which ones count.
+        ValueError: the list is a mapping, but the model has no ``get_input_embeddings``.
     """
     model = _innermost(model)
     keys = getattr(model, TIED, None)
@@ -57,12 +57,13 @@ def modules_tied_to_embedding(model: Any) -> list[str]:
 
 
 def embedding_group(model: Any) -> list[tuple[str, nn.Module]]:
-    """(plain name, module) of the modules that have the input embedding's weight, that embedding
-    first. Told by storage; where a weight is on the meta device, which has none, by being the same
-    parameter and by what the class and its configuration say (``_tied_weights_keys``).
+    """(plain name, module) of the modules with the input embedding's weight, the embedding first.
+
+    They are known by their storage. A weight on the meta device has none; then they are known by
+    being the same parameter, and by the class and its configuration (``_tied_weights_keys``).
 
     Returns:
-        One entry when nothing is tied, none when the model does not tell its embedding.
+        One entry when nothing is tied; none when the model does not name its embedding.
     """
     model = _innermost(model)
     try:
@@ -83,12 +84,14 @@ def embedding_group(model: Any) -> list[tuple[str, nn.Module]]:
             module = model.get_submodule(name)
             if id(module) not in known:
                 found.append((plain_name(name), module))
-    return sorted(found, key=lambda item: item[1] is not first)  # stable
+    return sorted(found, key=lambda item: item[1] is not first)  # keeps the order of the others
 
 
 def _weighted(model: nn.Module) -> Iterator[tuple[Any, nn.Module]]:
-    """(name, module) of the modules with a weight, but for what adapter layers hold for their
-    adapters, which is most of an adapted model."""
+    """(name, module) of the modules with a weight, without those that hold adapters' weights.
+
+    (Those are most modules of an adapted model.)
+    """
     stack: list[tuple[tuple[str, ...], nn.Module]] = [((), model)]
     seen = set()
     while stack:
@@ -111,7 +114,7 @@ def _weighted(model: nn.Module) -> Iterator[tuple[Any, nn.Module]]:
 
 
 def _base_of(module: Any) -> Any:
-    """The module that adapters were put around."""
+    """The module inside adapter layers and wrappers."""
     while module is not None:
         inner = module._modules.get("base_layer") or module._modules.get("original_module")
         inner = inner or module._modules.get("token_adapter")
@@ -126,12 +129,12 @@ def _same_storage(one: Any, other: Any) -> bool:
         return False
     try:
         return bool(one.data_ptr() == other.data_ptr() != 0)
-    except RuntimeError:  # a tensor without memory of its own, a fake one for instance
+    except RuntimeError:  # a tensor without memory, such as a fake one
         return False
 
 
 def _tied_to_embedding(model: Any) -> list[str]:
-    """Names of the weights that a mapping ties to the input embedding's."""
+    """Names of the weights that a mapping ties to the input embedding's weight."""
     mapping: dict[str, str] = {}
     for name, module in model.named_modules():
         own = getattr(module, TIED, None)
@@ -148,12 +151,12 @@ def _tied_to_embedding(model: Any) -> list[str]:
 
 
 def input_embedding_name(model: Any, default: str | None = None) -> str | None:
-    """The name of the input embedding in ``model``, or ``default`` where that is not known."""
+    """The name of the input embedding in ``model``; ``default`` when it is not known."""
     if not hasattr(model, "get_input_embeddings"):
         return default
     return name_of(model, model.get_input_embeddings()) or default
 
 
 def name_of(model: nn.Module, wanted: nn.Module) -> str:
-    """The first name of a module in ``model``; empty when it is not there."""
+    """The first name of a module in ``model``; "" when the model does not contain it."""
     return next((name for name, module in model.named_modules() if module is wanted), "")

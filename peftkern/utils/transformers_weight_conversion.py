@@ -1,5 +1,7 @@
-"""What transformers' own ``load_adapter`` asks for at this address: its conversions of a model's
-weights, made into conversions of an adapter's."""
+"""Conversions of an adapter's weights, made from transformers' conversions of a model's weights.
+
+transformers' own ``load_adapter`` imports them from this address.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +18,12 @@ from transformers.core_model_loading import (
 
 from .experts import fuse_experts
 
-# the parameter of the outermost wrapper, and of the one inside it
+# the parameter of the outermost wrapper, and that of the one inside it
 _PLACES = {"down_proj": "", "gate_up_proj": ".base_layer"}
 
 
 class FuseExperts(ConversionOps):  # type: ignore[misc]  # transformers is not read
-    """lora_A, or lora_B, of a parameter that all experts share, from the experts' own."""
+    """Makes lora_A or lora_B of a parameter that holds all experts from those of the experts."""
 
     def __init__(self, side: str) -> None:
         self.side = side
@@ -44,11 +46,11 @@ class FuseExperts(ConversionOps):  # type: ignore[misc]  # transformers is not r
 def build_peft_weight_mapping(
     weight_conversions: list[Any] | None, adapter_name: str, peft_config: Any = None
 ) -> list[Any]:
-    """The conversions of an adapter's weights, in a file, to names in a model that has the adapter.
+    """The conversions of an adapter's weights in a file to those in a model with the adapter.
 
     Args:
-        weight_conversions: the model's own (``get_model_conversion_mapping``).
-        adapter_name: goes into the names.
+        weight_conversions: the model's conversions (``get_model_conversion_mapping``).
+        adapter_name: the adapter's name, which is a part of names in the model.
         peft_config: not needed; adapters' names begin with ``lora_``.
     """
     if not weight_conversions:
@@ -67,7 +69,7 @@ def build_peft_weight_mapping(
 
 
 def _experts(conversion: Any, adapter_name: str) -> list[Any]:
-    """The conversions of lora_A and lora_B where a weight's merges the weights of experts."""
+    """The conversions of lora_A and lora_B for one that merges the weights of experts."""
     targets = conversion.target_patterns
     holder, _, parameter = targets[0].rpartition(".")
     if len(targets) != 1 or parameter not in _PLACES:

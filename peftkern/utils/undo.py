@@ -1,4 +1,4 @@
-"""Bringing a model back to what it was before a call that failed."""
+"""Restoring a model to its state before a call that failed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .module_tree import parameters_of
 
 
 def remember_requires_grad(model: nn.Module) -> Callable[[], None]:
-    """What makes every parameter that ``model`` has now train, or not, as it does now."""
+    """A function that gives every parameter of ``model`` its present ``requires_grad`` again."""
     flags = [(parameter, parameter.requires_grad) for parameter in parameters_of(model)]
 
     def put_back() -> None:
@@ -26,26 +26,31 @@ def remember_requires_grad(model: nn.Module) -> Callable[[], None]:
 
 @contextmanager
 def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Within the block ``model`` is in training or in evaluation mode; afterwards it is in its
-    former one, and so is each of its modules."""
+    """Put ``model`` in training or evaluation mode within the block.
+
+    Afterwards it and each of its modules have their former mode again.
+    """
     before, modes = model.training, [(module, module.training) for module in model.modules()]
     model.train(training)
     try:
         yield
     finally:
-        model.train(before)  # which modules may have a method for
+        model.train(before)  # called first, as a module may have its own train()
         for module, mode in modes:
             if module.training != mode:
                 module.training = mode
 
 
 def remember(model: nn.Module) -> Callable[[], None]:
-    """What puts every module of ``model`` back to its present state: children, tensors (the same
-    objects), hooks, flags and settings. Values that were changed within a tensor stay changed."""
+    """A function that restores every module of ``model`` to its present state.
+
+    That is its children, tensors (the same objects), hooks, flags and settings. Values that were
+    changed inside a tensor stay changed.
+    """
     put_flags_back = remember_requires_grad(model)
     states = []
     for module in model.modules():
-        # a module's dicts, lists and sets are changed in place, so each is copied
+        # copies of a module's dicts, lists and sets, as these are changed in place
         inner = [
             (v, copy.copy(v)) for v in vars(module).values() if isinstance(v, (dict, list, set))
         ]
@@ -68,8 +73,10 @@ def remember(model: nn.Module) -> Callable[[], None]:
 
 @contextmanager
 def unchanged_on_error(model: Any, when: bool = True) -> Iterator[None]:
-    """After an error within the block ``model`` is as it was before, see :func:`remember`; not
-    ``when``: the block cares for that itself."""
+    """A context that restores ``model`` after an error inside it, see :func:`remember`.
+
+    With ``when=False`` it does nothing, for code that restores the model itself.
+    """
     put_back = remember(model) if when else None
     try:
         yield

@@ -1,7 +1,7 @@
-"""What transformers calls or does otherwise from one version to the next, asked in one place.
+"""Differences between versions of transformers, in one place.
 
-Answers come from the signatures and the behaviour of what is installed, not from version numbers:
-a model with code of its own may keep an old name under a new transformers.
+They are found from the signatures and the behaviour of the installed code, not from version
+numbers: a model with code of its own may use an old name under a new transformers.
 """
 
 from __future__ import annotations
@@ -16,13 +16,12 @@ from torch import Tensor, nn
 
 from .private import CHECKPOINT_RUNNER
 
-# The transformers that the tests have verified, first and last: within them whatever the third
-# number is.
+# the first and the last transformers that the tests have verified; the third number does not count
 TESTED = ((5, 15), (5, 24))
 
 
 def is_tested() -> bool:
-    """Whether the tests have verified this version of transformers."""
+    """True when the tests have verified the installed version of transformers."""
     import transformers
 
     first, last = TESTED
@@ -30,19 +29,19 @@ def is_tested() -> bool:
 
 
 def release(version: str) -> tuple[int, int]:
-    """(5, 24) of "5.24.0.dev0"."""
+    """The first two numbers of a version: (5, 24) of "5.24.0.dev0"."""
     major, minor = version.split(".")[:2]
     return int(major), int(minor)
 
 
-# What a forward calls the keys of earlier tokens: first the name that transformers takes since
-# 5.24, then those before it, in models and in the layers of some (Bloom, GPT-J, ...).
+# A forward's names for the keys of earlier tokens: first the name since transformers 5.24, then
+# those before it, in models and in the layers of some (Bloom, GPT-J, ...).
 CACHE_NAMES = ("cache", "past_key_values", "layer_past")
-# What M2M-100's table of positions calls the number of earlier tokens.
+# The names of M2M-100's table of positions for the number of earlier tokens.
 CACHE_LENGTHS = ("cache_length", "past_key_values_length")
 
 
-# no functools.cache, which torch.compile warns of where a hook runs between two of its graphs
+# not functools.cache, of which torch.compile warns when a hook runs between two of its graphs
 _known: dict[type, tuple[str, ...]] = {}
 
 
@@ -56,7 +55,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def _asked_once(function: F) -> F:
-    """torch.compile asks this while it traces, and keeps the answer."""
+    """Make torch.compile call ``function`` while it traces, and use the result as a constant."""
     return cast(F, torch.compiler.assume_constant_result(function))
 
 
@@ -66,7 +65,7 @@ def _own_parameters(kind: type) -> tuple[str, ...]:
 
 
 def parameters_of(module: nn.Module) -> tuple[str, ...]:
-    """Names of the parameters of its class's ``forward``, ``self`` left out; read once a class."""
+    """Names of the parameters of the class's ``forward`` without ``self``; read once a class."""
     return _own_parameters(type(module))
 
 
@@ -82,14 +81,15 @@ def _cache_name(kind: type) -> str | None:
 
 
 def cache_name(module: nn.Module) -> str | None:
-    """What ``module.forward`` calls the cache; None for a module that takes none (encoders)."""
+    """The name of ``module.forward``'s argument for the cache; None without one (encoders)."""
     return _cache_name(type(module))
 
 
 def cache_of(module: nn.Module, kwargs: dict[str, Any]) -> Any:
     """The cache among the keywords of a call of ``module``, or None.
 
-    Where the name is ``cache``, transformers goes on to take ``past_key_values``, with a warning.
+    If the argument is named ``cache``, transformers accepts ``past_key_values`` too, with a
+    warning.
     """
     name = cache_name(module)
     if name is None:
@@ -101,7 +101,7 @@ def cache_of(module: nn.Module, kwargs: dict[str, Any]) -> Any:
 
 
 def cached_tokens(cache: Any) -> int:
-    """How many tokens a cache holds; 0 for none."""
+    """The number of tokens in a cache; 0 for None."""
     if cache is None:
         return 0
     if hasattr(cache, "get_seq_length"):
@@ -110,8 +110,10 @@ def cached_tokens(cache: Any) -> int:
 
 
 def how_checkpointed(base: Any) -> tuple[bool, bool]:
-    """(hooks run inside, also without gradients) of layers of a class with transformers' way of
-    checkpointing, found by running one without weights."""
+    """(True if hooks run inside a checkpoint, True if layers are checkpointed without gradients).
+
+    This is for layers with the base class ``base``, found by running one without weights.
+    """
 
     class Layer(base):  # type: ignore[misc]  # transformers is not read, so it may be anything
         def forward(self, x: Tensor) -> Tensor:
@@ -147,19 +149,21 @@ def _checkpoints() -> tuple[bool, bool]:
 
 @_asked_once
 def hooks_in_checkpoints() -> bool:
-    """Whether a layer's hooks are within its gradient checkpoint (before 5.23), so that a
-    replay runs them again; later versions checkpoint ``forward`` alone."""
+    """True when a layer's hooks run inside its gradient checkpoint, and again in a replay.
+
+    That is so before transformers 5.23; later versions checkpoint only ``forward``.
+    """
     return _checkpoints()[0]
 
 
 @_asked_once
 def checkpoints_without_gradients() -> bool:
-    """Whether layers run within checkpoints under ``torch.no_grad`` as well (before 5.24)."""
+    """True when layers run within checkpoints under ``torch.no_grad`` too (before 5.24)."""
     return _checkpoints()[1]
 
 
 def in_checkpoint(layer: nn.Module) -> bool:
-    """Whether transformers will run this layer within a checkpoint now."""
+    """True when transformers will run this layer within a checkpoint now."""
     if not (getattr(layer, "gradient_checkpointing", False) and layer.training):
         return False
     return torch.is_grad_enabled() or checkpoints_without_gradients()
@@ -183,8 +187,10 @@ def _ignores_softcap(function: Any) -> bool:
 
 @_asked_once
 def sdpa_ignores_softcap() -> bool:
-    """Whether transformers' "sdpa" drops the cap on scores without a word, as in 5.17, where
-    Gemma 2 takes it by default; later versions refuse it, and Gemma 2 takes "eager"."""
+    """True when transformers' "sdpa" ignores the cap on scores without an error, as in 5.17.
+
+    There it is Gemma 2's default. Later versions refuse the cap, and Gemma 2 uses "eager".
+    """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     return _ignores_softcap(sdpa_attention_forward)

@@ -4,4 +4,4 @@ from __future__ import annotations
 
 
 class PeftWarning(UserWarning):
-    """Base of the warnings that have a class of their own."""
+    """The base class of peftkern's own warnings."""
