@@ -1,5 +1,7 @@
-"""The ``peftkern`` command. Its options stand in the settings of each command; the work is done in
-``train.py``, ``tune.py`` and ``demo/run.py``.
+"""The ``peftkern`` command.
+
+Its options are defined by the settings of each command; ``train.py``, ``tune.py`` and
+``demo/run.py`` do the work.
 """
 
 from __future__ import annotations
@@ -104,11 +106,11 @@ def main(args: list[str] | None = None) -> None:
 
 
 def run(args: list[str] | None = None) -> int:
-    """The exit code of the command; every error becomes one line on stderr."""
-    # read when tqdm is imported: the bars of the libraries below would run through ours
+    """Run the command and return its exit code; every error becomes one line on stderr."""
+    # tqdm reads it when it is imported; without it, other libraries' bars would disturb ours
     os.environ.setdefault("TQDM_DISABLE", "1")
     try:
-        # typer calls sys.exit itself in its standalone mode, with errors of several lines
+        # in its standalone mode typer calls sys.exit itself and prints errors of several lines
         code = app(args=args, prog_name="peftkern", standalone_mode=False)
         return code if isinstance(code, int) else 0
     except UserError as error:
@@ -117,14 +119,14 @@ def run(args: list[str] | None = None) -> int:
         return _fail(str(error), 1)
     except OSError as error:
         if isinstance(error, BrokenPipeError):
-            # whoever read our output is gone (`peftkern ... | head`)
+            # the reader of our output has ended (`peftkern ... | head`)
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141
         return _fail(f"cannot read or write: {error}", 1)
     except KeyboardInterrupt:
         return _fail("interrupted; the same command goes on from the last checkpoint", 130)
     except Exception as error:
-        # typer's own errors (unknown option, missing value), of whichever click typer carries
+        # typer's own errors (unknown option, missing value), from any version of click
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):
             message = error.format_message()
             return _fail(message, error.exit_code) if message else error.exit_code

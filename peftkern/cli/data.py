@@ -1,7 +1,7 @@
-"""Reading a user's data: files -> records, each of which knows the file and line it came from.
+"""Reading of a user's data: files -> records, each with the file and line that it came from.
 
 =============  ====================================================================================
-task           what a line of a .jsonl file holds (other fields are ignored)
+task           fields of a line of a .jsonl file (other fields are ignored)
 =============  ====================================================================================
 causal_lm      ``{"text": str}``, or ``{"prompt": str, "completion": str}`` (loss on the completion)
 seq_2_seq_lm   ``{"prompt": str, "completion": str}``
@@ -9,7 +9,7 @@ seq_cls        ``{"text": str, "label": str or int}``
 token_cls      ``{"tokens": [str, ...], "labels": [str or int, ...]}``, one label for each token
 =============  ====================================================================================
 
-A .txt file is one text (causal_lm only). A folder stands for all .jsonl and .txt files below it.
+A .txt file is one text (causal_lm only). A folder means all .jsonl and .txt files below it.
 """
 
 from __future__ import annotations
@@ -42,20 +42,16 @@ class Record:
 
 @dataclass
 class Dataset:
-    """All records, the labels in the order of their ids, and the sha256 of the bytes they came
-    from.
-    """
+    """All records, the labels in the order of their ids, and the sha256 of the files' bytes."""
 
     records: list[Record]
     label_names: list[str]
     sha256: str
-    empty: int  # records left out because their text was empty
+    empty: int  # number of records left out because their text was empty
 
 
 def read_data(path: str, task: str) -> Dataset:
-    """Read a file or a folder. Raises UserError naming file and line for the first thing that is
-    wrong.
-    """
+    """Read a file or a folder; the first error raises a UserError that names file and line."""
     files = data_files(path)
     digest = hashlib.sha256()
     records: list[Record] = []
@@ -83,9 +79,7 @@ def read_data(path: str, task: str) -> Dataset:
 
 
 def data_files(path: str) -> list[Path]:
-    """The .jsonl and .txt files that ``--data path`` stands for, sorted by path; hidden ones are
-    left out.
-    """
+    """The .jsonl and .txt files of ``--data path``, sorted by path, without hidden ones."""
     root = Path(path)
     if not root.exists():
         raise UserError(f"--data {path}: no such file or folder")
@@ -108,8 +102,9 @@ def data_files(path: str) -> list[Path]:
 def split_records(
     records: list[Record], fraction: float, seed: int
 ) -> tuple[list[Record], list[Record]]:
-    """(training, held-out) records: a share ``fraction`` drawn with ``seed`` is held out, order
-    kept.
+    """(training, held-out) records, in their order; ``fraction`` of them is held out at random.
+
+    The same ``seed`` gives the same split.
     """
     count = round(len(records) * fraction)
     if count >= len(records):
@@ -142,8 +137,7 @@ def _read_txt(file: Path, raw: bytes, task: str) -> list[Record]:
 
 def _read_jsonl(file: Path, raw: bytes, task: str) -> list[Record]:
     records = []
-    # Only \n ends a line: str.splitlines would also cut at U+2028, which JSON allows inside a
-    # string.
+    # only \n ends a line: str.splitlines would also split at U+2028, which JSON strings may contain
     for number, line in enumerate(_decode(file, raw).split("\n"), 1):
         if not line.strip():
             continue
@@ -225,7 +219,7 @@ def _has_content(record: Record) -> bool:
 
 
 def _label_names(records: Sequence[Record], task: str, path: str) -> list[str]:
-    """Distinct labels, sorted as integers when all of them are integers, else as text."""
+    """The distinct labels, sorted as integers if all of them are integers, else as text."""
     if task not in ("seq_cls", "token_cls"):
         return []
     names = {r.label for r in records if r.label is not None} | {

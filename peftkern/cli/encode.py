@@ -1,7 +1,7 @@
-"""Records -> token ids, and lists of examples -> padded batches.
+"""Encoding of records to token ids, and padding of examples to batches.
 
 An encoded example is a dict of plain lists: ``input_ids`` and ``labels`` (for ``seq_cls`` an int).
-A label of -100 stands where no loss is taken.
+A label of -100 marks a place without loss.
 """
 
 from __future__ import annotations
@@ -21,9 +21,7 @@ IGNORE = -100
 
 @dataclass
 class Encoded:
-    """Encoded examples, and how many records were cut to the maximal length or left without a
-    target.
-    """
+    """Encoded examples, with the numbers of records that were cut and that have no target."""
 
     examples: list[Example]
     cut: int
@@ -39,7 +37,7 @@ def encode(
 ) -> Encoded:
     """Encode records for ``task``; no example is longer than ``max_length`` tokens.
 
-    A plain text longer than that becomes several examples; everything else is cut at its end.
+    A longer plain text becomes several examples; other records are cut at their end.
     """
     ids = {name: i for i, name in enumerate(label_names)}
     out = Encoded([], 0, 0)
@@ -66,7 +64,7 @@ def encode(
 
 
 def pad_id(tokenizer: Any) -> int:
-    """The id to pad with: the tokenizer's, else its end-of-text, else 0 (it is masked anyway)."""
+    """The id for padding: the tokenizer's, else its end-of-text, else 0 (padding is masked)."""
     for value in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if value is not None:
             return int(value)
@@ -74,10 +72,10 @@ def pad_id(tokenizer: Any) -> int:
 
 
 def collator(pad: int) -> Callable[[list[Example]], dict[str, torch.Tensor]]:
-    """A function from n examples to int64 tensors ``input_ids``, ``attention_mask`` [n, L] and
-    ``labels``.
+    """A function that makes a batch of n examples, padded with the id ``pad``.
 
-    ``labels`` is [n] when a label is an int, else [n, length of the longest label list].
+    The batch has int64 tensors ``input_ids`` and ``attention_mask`` [n, L], and ``labels``: [n] if
+    a label is an int, else [n, length of the longest list of labels].
     """
 
     def collate(examples: list[Example]) -> dict[str, torch.Tensor]:
@@ -97,8 +95,9 @@ def collator(pad: int) -> Callable[[list[Example]], dict[str, torch.Tensor]]:
 
 
 def target_count(labels: torch.Tensor, task: str) -> int:
-    """How many targets a batch's mean loss was taken over (causal models do not predict the first
-    token).
+    """The number of targets of a batch's mean loss.
+
+    Causal models do not predict the first token.
     """
     if task == "causal_lm":
         labels = labels[:, 1:]
@@ -113,14 +112,14 @@ def _with_end(tokenizer: Any, ids: list[int]) -> list[int]:
 def _windows(tokenizer: Any, text: str, max_length: int) -> list[Example]:
     ids = _with_end(tokenizer, tokenizer(text, verbose=False)["input_ids"])
     pieces = [ids[i : i + max_length] for i in range(0, len(ids), max_length)]
-    # one token alone has nothing to predict
+    # a single token has no next token to predict
     return [{"input_ids": p, "labels": list(p)} for p in pieces if len(p) > 1]
 
 
 def _completion(tokenizer: Any, record: Record, max_length: int) -> tuple[list[Example], bool]:
     prompt = tokenizer(record.prompt, verbose=False)["input_ids"]
     if prompt and prompt[-1] == tokenizer.eos_token_id:
-        prompt = prompt[:-1]  # some tokenizers close every text; the completion is still to come
+        prompt = prompt[:-1]  # some tokenizers end every text, but the completion follows here
     ids = tokenizer(record.completion, add_special_tokens=False, verbose=False)["input_ids"]
     completion = _with_end(tokenizer, ids)
     ids = (prompt + completion)[:max_length]
@@ -144,7 +143,7 @@ def _seq2seq(tokenizer: Any, record: Record, max_length: int) -> tuple[list[Exam
 def _token_labels(
     tokenizer: Any, record: Record, max_length: int, ids: dict[str, int]
 ) -> tuple[list[Example], bool]:
-    """A word's label stands on its first piece; the other pieces and special tokens carry none."""
+    """Encode a record of tokens; only the first piece of each word has the word's label."""
     if not tokenizer.is_fast:
         raise UserError("--task token_cls needs a fast tokenizer, which this model does not have")
     coded = tokenizer(

@@ -1,7 +1,8 @@
-"""transformers' Trainer, taught to save and load adapters alone.
+"""``AdapterTrainer``: transformers' Trainer that saves and loads adapters alone.
 
-Trainer does so by itself only for instances of ``peft.PeftModel``, that is when HF peft is
-installed; without it, it would write and read the whole model. This subclass asks nobody.
+Trainer itself does this only for instances of ``peft.PeftModel``, that is when HF PEFT is
+installed; without it, Trainer writes and reads the whole model. This subclass always saves adapters
+alone.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from .errors import RunError, UserError
 class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers is not read
     """Trains the adapters of a peftkern ``PeftModel``; its checkpoints hold no base weights.
 
-    ``identity`` and ``notes`` (JSON values) go into the manifest of each checkpoint; ``keep``
-    complete checkpoints stay on disk.
+    ``identity`` and ``notes`` (JSON values) go into the manifest of each checkpoint. The newest
+    ``keep`` complete checkpoints stay on disk.
     """
 
     def __init__(
@@ -42,13 +43,13 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers is not read
         self.remove_callback(PrinterCallback)
         self._task, self._identity, self._notes, self._keep = task, identity, notes, keep
         self._run_dir: str | None = None
-        self.model_accepts_loss_kwargs = True  # older versions of Trainer read this ...
-        self.loss_is_scaled_for_ga = True  # ... and newer ones this: see compute_loss
+        self.model_accepts_loss_kwargs = True  # read by older versions of Trainer, see compute_loss
+        self.loss_is_scaled_for_ga = True  # read by newer versions
 
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: Any
     ) -> tuple[list[dict[str, torch.Tensor]], int]:
-        """The micro-batches of one optimizer step, and how many targets they hold together."""
+        """(the micro-batches of one optimizer step, the number of targets in all of them)."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         return batches, sum(target_count(batch["labels"], self._task) for batch in batches)
 
@@ -59,11 +60,11 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers is not read
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """The micro-batch's share of the mean loss over all targets of the optimizer step.
+        """The micro-batch's part of the mean loss over all targets of the optimizer step.
 
         Trainer leaves the scaling to models whose forward takes keywords. Several of them (BERT's
-        classifiers, T5) take the count and ignore it, which multiplies loss and gradients by the
-        number of micro-batches.
+        classifiers, T5) take the number and ignore it. That would multiply loss and gradients by
+        the number of micro-batches.
         """
         outputs = model(**inputs)
         loss = outputs.loss
@@ -107,22 +108,22 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers is not read
         set_peft_model_state_dict(model, state)
 
     def restore(self, checkpoint: str) -> None:
-        """Take over the adapter and the log of a checkpoint that needs no further step."""
+        """Load the adapter and the log of a checkpoint after which no step is left."""
         self._load_from_checkpoint(checkpoint)
         self.state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
 
 
 def save_adapter(model: Any, folder: str | Path) -> None:
-    """Write the adapter (weights, configuration, card) into ``folder``; the base is never written.
+    """Write the adapter (weights, configuration, card), but no base weights, into ``folder``.
 
-    The embedding is left out too: the command never resizes it, and looking up whether it was
-    resized would ask the network.
+    The embedding is left out too: the command never resizes it, and a check whether it was resized
+    would use the network.
     """
     model.save_pretrained(str(folder), save_embedding_layers=False)
 
 
 class Watch(TrainerCallback):  # type: ignore[misc]  # transformers is not read
-    """Moves the progress bar and stops a run whose loss is no longer a number."""
+    """A callback that moves the progress bar and stops a run whose loss is not a number."""
 
     def __init__(self, progress: Any, task_id: Any) -> None:
         self.progress, self.task_id = progress, task_id
@@ -134,7 +135,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers is not read
         if not logs or "loss" not in logs:
             return
         loss = float(logs["loss"])
-        # Trainer saves after it logs, so no checkpoint with ruined weights can be written.
+        # Trainer saves after it logs, so no checkpoint with such weights is written
         if not torch.isfinite(torch.tensor(loss)):
             raise RunError(
                 f"the loss became {loss} at step {state.global_step}: try a smaller --lr. "
@@ -145,10 +146,9 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers is not read
 
 @torch.no_grad()
 def held_out(model: Any, batches: Sequence[dict[str, Any]], task: str) -> dict[str, float]:
-    """Mean loss over all targets of ``batches`` and, for classification, the share of right
-    answers.
+    """The mean loss over all targets of ``batches``; for classification also the accuracy.
 
-    The model is left in the mode (train or eval) it was in; no random numbers are drawn.
+    The model's mode (train or eval) is the same afterwards; no random numbers are drawn.
     """
     loss_sum = right = targets = 0.0
     with in_mode(model, training=False):
@@ -159,7 +159,7 @@ def held_out(model: Any, batches: Sequence[dict[str, Any]], task: str) -> dict[s
             loss_sum += float(output.loss) * count
             targets += count
             if task in ("seq_cls", "token_cls"):
-                # a padded place carries the label -100, which no prediction equals
+                # a padded place has the label -100, which no prediction equals
                 right += float((output.logits.argmax(-1) == batch["labels"]).sum())
     result = {"loss": loss_sum / targets}
     if task in ("seq_cls", "token_cls"):

@@ -1,14 +1,14 @@
-"""The errors a user of the command line can meet; each becomes one line on stderr."""
+"""The errors that the command line reports to its user, each as one line on stderr."""
 
 from __future__ import annotations
 
 
 class UserError(Exception):
-    """The input is at fault (an option, a file, a line of a file). Exit code 2."""
+    """The input is wrong (an option, a file, a line of a file); exit code 2."""
 
 
 class RunError(Exception):
-    """The input was fine and the run still failed (a loss is not finite, say). Exit code 1."""
+    """The run failed with right input (for example, a loss is not finite); exit code 1."""
 
 
 def first_line(error: BaseException) -> str:

@@ -1,6 +1,4 @@
-"""Finding and loading a base model and its tokenizer, from a Hugging Face folder or from a GGUF
-file.
-"""
+"""Finding and loading a base model and its tokenizer, from a Hugging Face folder or a GGUF file."""
 
 from __future__ import annotations
 
@@ -22,11 +20,10 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def locate_model(model: str, gguf_file: str | None = None) -> tuple[str, str | None]:
-    """What ``from_pretrained`` takes for ``--model``: (folder or hub id, name of the GGUF file or
-    None).
+    """(folder or hub id, name of the GGUF file or None) for ``from_pretrained``, from ``--model``.
 
     A folder with no config.json and exactly one .gguf file is a GGUF model. Raises UserError when
-    there is nothing at the path, or nothing that could be a model.
+    the path does not exist or is no model.
     """
     path = Path(model)
     if path.is_file() and path.suffix == ".gguf":
@@ -49,8 +46,7 @@ def locate_model(model: str, gguf_file: str | None = None) -> tuple[str, str | N
         raise UserError(f"--model {model}: the folder holds neither config.json nor a .gguf file")
     if path.exists():
         raise UserError(f"--model {model}: must be a folder or a .gguf file")
-    # "owner/name" may be a model on the hub, unless "owner" is a folder here: then a name was
-    # mistyped.
+    # "owner/name" may be a model on the hub; but if "owner" is a folder here, the name is mistyped
     if _HUB_ID.fullmatch(model) and not path.parent.is_dir():
         return model, gguf_file
     raise UserError(f"--model {model}: no such folder")
@@ -75,11 +71,11 @@ def load_model(
 
     options: dict[str, Any] = {"dtype": dtype, **_gguf(gguf_file)}
     if gguf_file is not None and hasattr(transformers, "GgufConfig"):
-        # Newer transformers may keep the blocks packed, and such a model can neither be trained nor
-        # saved.
+        # newer transformers may keep the weights packed, but such a model can neither train nor be
+        # saved
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     if label_names:
-        # With these, from_pretrained makes a head of the right width.
+        # with the labels from_pretrained makes a head of the right width
         options["id2label"] = dict(enumerate(label_names))
         options["label2id"] = {name: i for i, name in enumerate(label_names)}
         options["ignore_mismatched_sizes"] = True
@@ -88,14 +84,14 @@ def load_model(
 
 
 def hush_transformers() -> None:
-    """No loading bars and no advice on stderr: this program prints its own progress and errors."""
+    """Switch off the libraries' loading bars and advice; this program prints its own progress."""
     import warnings
 
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    # Trainer's and accelerate's notes to programmers; nothing a user of the command could act on
+    # Trainer's and accelerate's notes for programmers, of no use to a user of the command
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|accelerate")
 
 
@@ -117,7 +113,7 @@ def _loading(what: str, folder: str, load: Any, options: dict[str, Any]) -> Any:
             f"--model {folder}: the {what} cannot be loaded: {first_line(error)}"
         ) from error
     except Exception as error:
-        # safetensors and tokenizers raise classes of their own, right below Exception
+        # safetensors and tokenizers raise classes of their own, derived directly from Exception
         if type(error).__module__.split(".")[0] not in (
             "safetensors",
             "safetensors_rust",

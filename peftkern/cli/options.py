@@ -1,4 +1,4 @@
-"""The options of a command, which stand once: in the dataclass of its settings."""
+"""The options of a command, defined in one place: the dataclass of its settings."""
 
 from __future__ import annotations
 
@@ -16,24 +16,28 @@ def setting(
     panel: str | None = None,
     flag: str | None = None,
 ) -> Any:
-    """A field of a dataclass of settings, and the option that it is given by.
+    """A field of a dataclass of settings, with the data of its option.
 
     Args:
-        default: none makes the option one that has to be given.
-        help: one line for ``--help``, where ``panel`` names the box that it stands in.
-        flag: for a bool, what to type: "--cpu", or "--bf16/--no-bf16".
+        default: the default value; without one the option is required.
+        help: one line for ``--help``.
+        panel: the box of ``--help`` in which the line is.
+        flag: the spelling of a bool option: "--cpu", or "--bf16/--no-bf16".
     """
     return field(default=default, metadata={"help": help, "panel": panel, "flag": flag})
 
 
 def option(name: str) -> str:
-    """``lora_r`` -> ``--lora-r``: the name under which a user knows a setting."""
+    """The option of a setting: ``--lora-r`` for ``lora_r``."""
     return "--" + name.replace("_", "-")
 
 
 def takes(settings: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """For ``command(settings, ...)``: a function that has, in place of that first parameter, one
-    for each field of the dataclass, as typer reads them."""
+    """A decorator for ``command(settings, ...)`` that gives it one parameter for each setting.
+
+    The decorated function has these parameters in place of the first one, in the form that typer
+    reads.
+    """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         names = [f.name for f in fields(settings)]

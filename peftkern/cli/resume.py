@@ -1,9 +1,8 @@
-"""Checkpoints that survive a kill at any moment: which are complete, which to go on from.
+"""Checkpoints that survive a kill at any moment: writing them and finding the newest complete one.
 
 A checkpoint is written to ``OUT/.partial/``, gets a manifest with the size of every file, is
 flushed to disk and only then renamed to ``OUT/checkpoint-N``. So a folder without a manifest, or
-whose files do not match it, is the remains of an interrupted save, or damaged, and is never
-continued from.
+with other files than in its manifest, is from an interrupted save or damaged, and is never used.
 """
 
 from __future__ import annotations
@@ -24,17 +23,17 @@ MANIFEST = "peftkern_checkpoint.json"
 PARTIAL = ".partial"
 FINISHED = "training.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
-# What Trainer needs besides the adapter to go on exactly where it was.
+# the files that Trainer needs besides the adapter to continue exactly
 _STATE_FILES = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth")
 
 
 @dataclass
 class Checkpoint:
-    """A complete checkpoint: its folder, its step, and what its manifest says."""
+    """A complete checkpoint: its folder, its step and the values of its manifest."""
 
     path: Path
     step: int
-    last: bool  # no step is left to be taken
+    last: bool  # True: no step is left
     identity: dict[str, Any]
     notes: dict[str, Any]
 
@@ -56,9 +55,7 @@ def seal(folder: Path, identity: dict[str, Any], notes: dict[str, Any]) -> None:
 
 
 def publish(folder: Path, out: Path) -> Path:
-    """Rename a sealed checkpoint into ``out``; the remains of an older one of the same step go
-    first.
-    """
+    """Rename a sealed checkpoint into ``out``, after removing an older one of the same step."""
     target = out / folder.name
     if target.exists():
         shutil.rmtree(target)
@@ -68,16 +65,16 @@ def publish(folder: Path, out: Path) -> Path:
 
 
 def rotate(out: Path, keep: int) -> None:
-    """Delete all but the newest ``keep`` complete checkpoints."""
+    """Delete all complete checkpoints except the newest ``keep``."""
     complete = [c for c in _folders(out) if _why_incomplete(c[1]) is None]
     for _, path in complete[:-keep]:
-        # without its manifest a half-deleted checkpoint cannot pass for a complete one
+        # the manifest goes first, so that a half-deleted checkpoint does not count as complete
         (path / MANIFEST).unlink()
         shutil.rmtree(path)
 
 
 def find(out: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest complete checkpoint in ``out``, and a message for each folder skipped for it."""
+    """(the newest complete checkpoint in ``out`` or None, a message for each skipped folder)."""
     messages: list[str] = []
     if (out / PARTIAL).is_dir():
         names = sorted(p.name for p in (out / PARTIAL).iterdir())
@@ -97,7 +94,7 @@ def find(out: Path) -> tuple[Checkpoint | None, list[str]]:
 
 
 def finished(out: Path) -> dict[str, Any] | None:
-    """The record of a run that came to its end in ``out``; None when there is none."""
+    """The record of a finished run in ``out``, or None."""
     try:
         record = json.loads((out / FINISHED).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -112,7 +109,7 @@ def finished(out: Path) -> dict[str, Any] | None:
 
 
 def refuse_other_settings(was: dict[str, Any], now: dict[str, Any], where: str) -> None:
-    """Raise UserError when a run would be continued with settings it was not begun with."""
+    """Raise a UserError when a run would be continued with other settings than it began with."""
     difference = first_difference(was, now)
     if difference:
         raise UserError(
@@ -122,9 +119,7 @@ def refuse_other_settings(was: dict[str, Any], now: dict[str, Any], where: str) 
 
 
 def refuse_foreign_adapter(out: Path) -> None:
-    """Raise UserError when saving into ``out`` would replace an adapter that this command did not
-    make.
-    """
+    """Raise a UserError when saving into ``out`` would replace an adapter from another program."""
     ours = (out / FINISHED).exists() or any((path / MANIFEST).exists() for _, path in _folders(out))
     if (out / "adapter_config.json").exists() and not ours:
         raise UserError(
@@ -133,9 +128,7 @@ def refuse_foreign_adapter(out: Path) -> None:
 
 
 def clear(out: Path) -> None:
-    """Delete what an earlier run left in ``out`` (``--fresh``): checkpoints, record and adapter,
-    nothing else.
-    """
+    """Delete an earlier run's checkpoints, record and adapter in ``out`` (``--fresh``), no more."""
     for name in (FINISHED, "adapter_config.json", "adapter_model.safetensors"):
         (out / name).unlink(missing_ok=True)
     for _, path in _folders(out):
@@ -170,7 +163,7 @@ def _why_incomplete(path: Path) -> str | None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a rename in ``folder`` durable, where the system can (Windows cannot open a folder)."""
+    """Flush a rename in ``folder`` to disk, if the system can (Windows cannot open a folder)."""
     if os.name == "posix":
         fd = os.open(folder, os.O_RDONLY)
         try:

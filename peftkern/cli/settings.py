@@ -1,8 +1,7 @@
-"""What one training run was asked to do: every option of ``peftkern train``, checked, and
-comparable.
+"""The settings of one training run: every option of ``peftkern train``, with checks.
 
-A checkpoint carries these values, so that a run is only ever continued with the settings it began
-with.
+A checkpoint contains these values, so that a run is continued only with the settings with which it
+began.
 """
 
 from __future__ import annotations
@@ -18,19 +17,20 @@ from .options import option, setting
 TASKS = ("causal_lm", "seq_cls", "token_cls", "seq_2_seq_lm")
 SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup")
 
-# the boxes of the help
+# the boxes of --help
 _LORA = "The adapter"
 _LOOP = "The training"
 PLACE = "Saving and going on"
 
-# These do not change the weights that come out, only where they lie and how often they are written.
+# settings that do not change the resulting weights, only where and how often they are written
 _FREE_TO_CHANGE = frozenset({"out", "save_every", "keep", "data"})
 
 
 @dataclass
 class TrainSettings:
-    """The options of ``peftkern train``. Lengths in tokens, ``save_every`` and ``steps`` in
-    optimizer steps.
+    """The options of ``peftkern train``.
+
+    Lengths are in tokens, ``save_every`` and ``steps`` in optimizer steps.
     """
 
     model: str = setting(help="Folder of the base model (or a .gguf file).")
@@ -66,7 +66,7 @@ class TrainSettings:
     keep: int = setting(2, "How many checkpoints stay on disk.", PLACE)
 
     def validate(self) -> None:
-        """Raise UserError for the first option whose value cannot be meant."""
+        """Raise a UserError for the first option with an impossible value."""
         for name in ("lora_r", "batch_size", "grad_accumulation", "save_every", "keep"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
         if self.steps is not None:
@@ -93,29 +93,27 @@ class TrainSettings:
             raise UserError(f"{option(name)} is {getattr(self, name)}; it must be {allowed}")
 
     def target_list(self) -> str | list[str]:
-        """``target_modules`` as LoraConfig takes it: ``"all-linear"`` or a list of module names."""
+        """``target_modules`` for LoraConfig: ``"all-linear"`` or a list of module names."""
         if self.target_modules.strip() == "all-linear":
             return "all-linear"
         return [name.strip() for name in self.target_modules.split(",") if name.strip()]
 
     def identity(self, data_sha256: str) -> dict[str, Any]:
-        """The settings that decide the resulting weights, as JSON values.
+        """The settings that determine the resulting weights, as JSON values.
 
-        The data stand by their content, not by their path; a local model by its resolved path.
+        The data is identified by its content, not by its path; a local model by its resolved path.
         """
         record = {k: v for k, v in asdict(self).items() if k not in _FREE_TO_CHANGE}
         if Path(self.model).exists():
             record["model"] = str(Path(self.model).resolve())
         if self.steps is not None:
-            del record["epochs"]  # not looked at when the number of steps is given
+            del record["epochs"]  # not used when the number of steps is given
         record["data"] = data_sha256
         return record
 
 
 def first_difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
-    """One phrase about the first setting that differs between two identities; None when all are
-    equal.
-    """
+    """A phrase about the first setting that differs between two identities, or None."""
     for name in [*new, *(k for k in old if k not in new)]:
         before, now = old.get(name), new.get(name)
         if before == now:

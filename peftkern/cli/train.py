@@ -1,4 +1,4 @@
-"""``peftkern train``: from checked settings to a saved adapter; can be killed at any moment."""
+"""``peftkern train``: trains and saves an adapter; the run can be killed at any moment."""
 
 from __future__ import annotations
 
@@ -26,11 +26,10 @@ from .settings import TrainSettings
 def train(
     settings: TrainSettings, fresh: bool = False, console: Console | None = None
 ) -> dict[str, Any]:
-    """Run (or go on with) the training that ``settings`` describe; return the record of the
-    finished run.
+    """Run or continue the training that ``settings`` describe; return the finished run's record.
 
-    Everything that can be wrong with the input is found before the first byte is written. Raises
-    UserError for such input and RunError when the training itself goes wrong.
+    All errors of the input are found before the first byte is written. Raises UserError for wrong
+    input and RunError when the training fails.
     """
     console = console or Console()
     settings.validate()
@@ -64,7 +63,7 @@ def train(
     training, held = _prepare_data(settings, data, tokenizer, console)
     model = _make_model(settings, folder, gguf_file, data.label_names, pad_id(tokenizer))
 
-    # From here on the input is known to be good.
+    # from here on the input is known to be right
     if fresh:
         resume.clear(out)
     try:
@@ -75,7 +74,7 @@ def train(
 
 
 def _resolve_bf16(settings: TrainSettings) -> bool:
-    """bf16 unless told otherwise on a GPU that has it; a CPU computes bf16 slower than fp32."""
+    """True to compute in bf16: the default on GPUs that have it (a CPU is slower than in fp32)."""
     gpu = torch.cuda.is_available() and not settings.cpu
     if settings.bf16 is None:
         return gpu and torch.cuda.is_bf16_supported()
@@ -117,17 +116,17 @@ def _prepare_data(
 def _make_model(
     settings: TrainSettings, folder: str, gguf_file: str | None, label_names: list[str], pad: int
 ) -> Any:
-    """The base model with fresh adapters, the same for the same seed."""
+    """The base model with new adapters; the same seed gives the same adapters."""
     from transformers import set_seed
 
     from ..mapping import get_peft_model
     from ..tuners.lora import LoraConfig
 
-    set_seed(settings.seed)  # a new classification head and the A matrices are random
+    set_seed(settings.seed)  # for the random first values of classification head and A
     dtype = torch.bfloat16 if settings.bf16 else torch.float32
     base = load_model(folder, settings.task, gguf_file, label_names, dtype)
     if base.config.pad_token_id is None:
-        base.config.pad_token_id = pad  # classifiers on decoder models look for the last real token
+        base.config.pad_token_id = pad  # with it classifiers on decoders find the last real token
     try:
         config = LoraConfig(
             task_type=settings.task.upper(),
@@ -181,7 +180,7 @@ def _run(
         console.print(f"going on from {checkpoint.path.name}")
     started = time.perf_counter()
     if checkpoint and checkpoint.last:
-        # only the final save is missing; Trainer would take one step too many here
+        # only the final save is missing; Trainer would run one more step here
         trainer.restore(str(checkpoint.path))
     else:
         with _progress(console) as progress:
@@ -204,7 +203,7 @@ def _run(
     out = Path(settings.out)
     save_adapter(model, out)
     tokenizer.save_pretrained(out)
-    # Written last: its presence says that all the rest is there.
+    # written last: if it exists, all other files do
     write_text_atomically(
         out / resume.FINISHED, json.dumps(record, indent=1, sort_keys=True) + "\n"
     )
@@ -233,11 +232,11 @@ def _training_arguments(settings: TrainSettings) -> Any:
         save_strategy="steps",
         save_steps=settings.save_every,
         logging_steps=1,
-        logging_nan_inf_filter=False,  # it would hide a broken run
+        logging_nan_inf_filter=False,  # the filter would hide a loss that is not finite
         seed=settings.seed,
         bf16=bool(settings.bf16),
         use_cpu=settings.cpu,
-        # The columns are ours already; Trainer would judge them by the signature of the wrapper.
+        # Trainer would remove columns that are not in the signature of the PeftModel
         remove_unused_columns=False,
         label_names=["labels"],
         report_to="none",

@@ -1,7 +1,7 @@
-"""``peftkern tune``: run the dispatcher's races before the first step does, and show what is known.
+"""``peftkern tune``: runs the dispatcher's races before training does, and shows known results.
 
 The races are those of :mod:`peftkern.ops.auto_backend`, on random tensors of the shapes of a model
-(its configuration is enough) or of ``--shapes``; their results go to its file on disk.
+(its configuration is enough) or of ``--shapes``. Results go to the dispatcher's file on disk.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .tune_settings import TuneSettings
 
 @dataclass(frozen=True)
 class Job:
-    """One operation to race: projections [N_i, K] of M rows; p is None for "infer"."""
+    """One operation to race: projections [N_i, K] for M rows; p is None for "infer"."""
 
     op: str
     M: int
@@ -37,11 +37,11 @@ class Job:
 
 
 def tune(settings: TuneSettings) -> None:
-    """Race, show and export as ``settings`` (validated) say.
+    """Race, show and export results as ``settings`` (validated) say.
 
     Raises:
         UserError: no CUDA device, or an option that does not fit.
-        RunError: races are there and none gave a result.
+        RunError: races were run and none gave a result.
     """
     console = Console()
     device = _device()
@@ -76,7 +76,7 @@ def _device() -> torch.device | None:
 
 
 def jobs_of(settings: TuneSettings) -> Iterator[Job]:
-    """Every operation of the shapes asked for, each once, small ones first."""
+    """Every operation of the given shapes, each once, small ones first."""
     alone: dict[tuple[tuple[int, ...], int], None] = {}
     together: dict[tuple[tuple[int, ...], int], None] = {}
     if settings.model is not None:
@@ -93,8 +93,11 @@ def jobs_of(settings: TuneSettings) -> Iterator[Job]:
 
 
 def shapes_of(path: str, settings: TuneSettings) -> tuple[dict[Any, None], dict[Any, None]]:
-    """((N,), K) of the layers that ``targets`` names in a model, and (N of each, K) of its groups,
-    as keys; from its configuration alone, on the meta device."""
+    """((N,), K) of a model's layers named by ``targets``, and (N of each, K) of its groups.
+
+    They are the keys of two dicts. Only the model's configuration is read; the model is built on
+    the meta device.
+    """
     import transformers
 
     from .. import LoraConfig, get_peft_model
@@ -139,7 +142,7 @@ def _on_meta(config: Any, path: str) -> Any:
         try:
             with torch.device("meta"):
                 return getattr(transformers, name).from_config(config)
-        except ValueError as error:  # not a model of this kind
+        except ValueError as error:  # this class is not for such a model
             failed = failed or error
     raise UserError(f"--model {path}: {first_line(failed or ValueError('unknown'))}")
 
@@ -171,8 +174,10 @@ def _race(jobs: list[Job], settings: TuneSettings, device: torch.device, console
 
 
 def run(job: Job, settings: TuneSettings, device: torch.device) -> tuple[Key, Key]:
-    """Call the dispatcher once for a job; within :func:`.auto_backend.anew` that races it. Returns
-    the keys of its results, outside and inside a CUDA graph."""
+    """Call the dispatcher once for a job, which races it inside :func:`.auto_backend.anew`.
+
+    Returns the keys of its results outside and inside of a CUDA graph.
+    """
     from ..ops import auto_backend as auto
     from ..ops import choices
     from ..ops.projection import Projection, ProjectionGrad
@@ -252,7 +257,7 @@ def _results(rows: list[tuple[Job, Key, Key]], failed: dict[Job, str], book: Any
 
 
 def _known(book: Any) -> Table:
-    """Choices of whole operations on this GPU, what was raced here over what ships."""
+    """The choices for operations on this GPU; results of races replace those that ship."""
     table = _columns(f"known for {book.machine.gpu}")
     keys = {k for t in (book.shipped, book.cached) if t is not None for k in t.entries}
     for key in sorted((k for k in keys if k.op in WHOLE), key=lambda k: (k.op, k.m, k.n, k.k)):

@@ -1,4 +1,4 @@
-"""What ``peftkern tune`` was asked to do, checked before torch is loaded."""
+"""The settings of ``peftkern tune``, checked before torch is loaded."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from .errors import UserError
 from .options import option, setting
 
 DTYPES = ("bfloat16", "float16", "float32")
-MAX_RANK = 256  # of the kernels; above it everything goes to torch
+MAX_RANK = 256  # the kernels' largest rank; torch runs larger ones
 T = TypeVar("T")
 
 
 @dataclass
 class TuneSettings:
-    """The options of ``peftkern tune``. Lists are texts with commas, as they were typed."""
+    """The options of ``peftkern tune``; lists are texts with commas, as typed."""
 
     model: str | None = setting(None, "Folder of a model: its config.json gives the shapes.")
     shapes: str | None = setting(None, "OUTxIN of weights instead: 4096x4096,14336x4096.")
@@ -34,7 +34,7 @@ class TuneSettings:
     export: str | None = setting(None, "Write what is known to a file, as tables ship.")
 
     def validate(self) -> None:
-        """Raise UserError for the first option whose value cannot be meant."""
+        """Raise a UserError for the first option with an impossible value."""
         self._require("r", 1 <= self.r <= MAX_RANK, f"an integer from 1 to {MAX_RANK}")
         self._require("dtype", self.dtype in DTYPES, f"one of {', '.join(DTYPES)}")
         low = tuple(dict.fromkeys(["float32", self.dtype]))
@@ -62,7 +62,7 @@ class TuneSettings:
         return self.model is not None or self.shapes is not None
 
     def row_list(self) -> list[int]:
-        """Numbers of rows (tokens in a batch)."""
+        """The numbers of rows M (tokens in a batch) to race."""
         return self._list("rows", int, lambda M: 1 <= M <= 2**20, "integers from 1, with commas")
 
     def dropout_list(self) -> list[float]:

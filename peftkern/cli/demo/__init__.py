@@ -1,4 +1,4 @@
-"""``peftkern demo``: the same training in peftkern and in HF PEFT beside each other.
+"""``peftkern demo``: the same training in peftkern and in HF PEFT, side by side.
 
-``run.py`` leads, ``worker.py`` is either library's half. No other command imports anything here.
+``run.py`` coordinates, ``worker.py`` runs one library. No other command imports these files.
 """

@@ -1,4 +1,4 @@
-"""The demo's verdict: do the two libraries agree, and the table that is printed at the end."""
+"""The demo's comparison of the two libraries, and the table that is printed at the end."""
 
 from __future__ import annotations
 
@@ -10,18 +10,15 @@ from rich.table import Table
 
 from .peers import NAMES
 
-# float32, the same numbers in another order of summation. Losses drift a little further apart with
-# each step, because Adam divides by the size of the gradient; logits of one and the same adapter do
-# not.
+# Both compute in float32 with another order of sums. Losses differ a little more with each step,
+# because Adam divides by the size of the gradient; logits of the same adapter do not.
 LOSS_TOLERANCE = 1e-3  # relative
-DROPOUT_TOLERANCE = 0.15  # relative, of the mean: the two libraries may drop different elements
+DROPOUT_TOLERANCE = 0.15  # relative, for the mean: the libraries may drop different elements
 LOGIT_TOLERANCE = 1e-4  # relative to the largest logit
 
 
 def disagreements(run: dict[str, Any]) -> list[str]:
-    """What is not as it must be, one sentence each: losses of the two libraries, logits after
-    reloading.
-    """
+    """A sentence for each disagreement: losses of the two libraries, logits after reloading."""
     found = []
     for name, trace in run["providers"].items():
         numbers = [*trace["losses"], trace["before"]["loss"], trace["after"]["loss"]]

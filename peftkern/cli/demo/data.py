@@ -1,4 +1,4 @@
-"""What each demo trains: the model, its settings, and the examples as token ids."""
+"""The models, settings and examples (as token ids) of the demos."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from . import docstrings
 
 @dataclass(frozen=True)
 class Kind:
-    """One demo. ``package`` is the installed package whose ``subfolder`` holds the model."""
+    """One demo; the installed package ``package`` has the model in its ``subfolder``."""
 
     title: str
     task: str
@@ -68,9 +68,9 @@ KINDS = {
 
 @dataclass
 class Prepared:
-    """Encoded data of one demo, and a few held-out examples to be shown in words."""
+    """The encoded data of one demo, and a few held-out examples as text."""
 
-    training: list[Example]  # steps * batch_size of them, in the order of training
+    training: list[Example]  # steps * batch_size examples in the order of training
     held_out: list[Example]
     pad: int
     label_names: list[str]
@@ -80,8 +80,9 @@ class Prepared:
 
 
 def model_folder(kind: Kind) -> Path:
-    """Where the demo's model package lies; found without importing it. UserError when it is not
-    installed.
+    """The folder of the demo's model, found without importing its package.
+
+    UserError when the package is not installed.
     """
     spec = importlib.util.find_spec(kind.package)
     if spec is None or not spec.submodule_search_locations:
@@ -93,8 +94,9 @@ def model_folder(kind: Kind) -> Path:
 
 
 def prepare(kind: Kind, tokenizer: Any, steps: int, seed: int) -> Prepared:
-    """Mine, split by module file, encode, and lay out ``steps`` batches; the same for the same
-    seed.
+    """Collect examples, split them by module file, encode them and make ``steps`` batches.
+
+    The same seed gives the same data.
     """
     by_topic = kind.task == "seq_cls"
     items = docstrings.topics() if by_topic else docstrings.functions()
@@ -111,8 +113,7 @@ def prepare(kind: Kind, tokenizer: Any, steps: int, seed: int) -> Prepared:
             if not by_topic:
                 record = Record(item.module, prompt=item.text, completion=item.target)
             result = encode([record], tokenizer, kind.task, kind.max_length, names)
-            # a function cut in the middle has no docstring to learn; a cut docstring still has its
-            # topic
+            # a cut function has lost the docstring at its end; a cut docstring still has its topic
             if result.examples and (by_topic or not result.cut):
                 pairs.append((result.examples[0], item))
         return [e for e, _ in pairs], [i for _, i in pairs]
@@ -155,17 +156,16 @@ def prepare(kind: Kind, tokenizer: Any, steps: int, seed: int) -> Prepared:
 
 
 def _balanced(items: list[docstrings.Mined], names: list[str]) -> list[docstrings.Mined]:
-    """Topics in turn, each as long as it lasts, so that any stretch of the data has all."""
+    """``items`` with their topics in turn, so that every part of the data has all topics."""
     queues = {name: [i for i in items if i.target == name] for name in names}
     longest = max(len(q) for q in queues.values())
     return [queues[name][i] for i in range(longest) for name in names if i < len(queues[name])]
 
 
 def save_base(kind: Kind, folder: Path, target: Path) -> Any:
-    """Write the demo's base model as a Hugging Face folder, for the workers to load fast; the
-    tokenizer.
+    """Write the demo's base model as a Hugging Face folder that loads fast; return the tokenizer.
 
-    For the GGUF package this is where the 4-bit weights become float32, once instead of four times.
+    The 4-bit weights of the GGUF package become float32 here, once instead of four times.
     """
     from ..modelio import load_model, load_tokenizer, locate_model
 

@@ -1,9 +1,8 @@
-"""Real text that every machine has: functions and docstrings of the running Python's standard
-library.
+"""Real text on every machine: functions and docstrings of the running Python's standard library.
 
-Everything here depends only on the installed standard library and on the seed: files are taken in
-the order of their paths, and what is held out is held out by whole files, so that no held-out
-example shares its module with a training example.
+The result depends only on the installed standard library and on the seed: files are taken in the
+order of their paths. Whole files are held out, so that no held-out example is from the same module
+as a training example.
 """
 
 from __future__ import annotations
@@ -59,9 +58,7 @@ TOPICS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Mined:
-    """One example: ``module`` is the file's path below the standard library, ``target`` what is to
-    be said.
-    """
+    """One example; ``module``: the file's path below the standard library, ``target``: answer."""
 
     module: str
     name: str
@@ -75,15 +72,14 @@ def stdlib_folder() -> Path:
 
 
 def functions(root: Path | None = None) -> list[Mined]:
-    """Function source without its docstring -> the docstring, for functions of a moderate length.
+    """Examples (source of a function without its docstring, the docstring), of moderate length.
 
-    Comments are kept. Functions that say the same thing twice (equal source or equal docstring)
-    count once.
+    Comments are kept. Of functions with equal source or docstring only one is used.
     """
     found: list[Mined] = []
     seen: set[str] = set()
     for module, source, tree in _parsed(root or stdlib_folder()):
-        lines = source.split("\n")  # as ast counts them: a form feed ends none
+        lines = source.split("\n")  # as ast counts lines: a form feed does not end one
         for node in ast.walk(tree):
             if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 continue
@@ -99,7 +95,7 @@ def functions(root: Path | None = None) -> list[Mined]:
 
 
 def topics(root: Path | None = None) -> list[Mined]:
-    """Docstring -> the topic of the package it is from (a key of TOPICS)."""
+    """Examples (docstring, the topic of its package, a key of TOPICS)."""
     topic_of = {package: topic for topic, packages in TOPICS.items() for package in packages}
     found: list[Mined] = []
     seen: set[str] = set()
@@ -123,9 +119,9 @@ def split_by_module(
 ) -> tuple[list[Mined], list[Mined]]:
     """(training, held-out) examples from disjoint sets of files, each shuffled with ``seed``.
 
-    Files are drawn until ``held_out`` examples are together (of each target, ``by_target``), at
-    most ``per_module`` from each; the rest of a drawn file is not used at all. The drawn files hold
-    no more than a third of what there is.
+    Files are drawn until there are ``held_out`` examples (with ``by_target``, of each target), at
+    most ``per_module`` from each file. The rest of a drawn file is not used. The drawn files have
+    at most a third of all examples.
     """
     rng = random.Random(seed)
     held: list[Mined] = []
@@ -163,25 +159,21 @@ def _some(found: list[Mined], root: Path | None) -> list[Mined]:
 
 
 def _parsed(root: Path) -> Iterator[tuple[str, str, ast.Module]]:
-    """(path below root, source, syntax tree) of each .py file that this Python can parse, sorted by
-    path.
-    """
+    """(path below root, source, syntax tree) of each .py file that this Python can parse."""
     files = [p for p in root.rglob("*.py") if _SKIPPED.isdisjoint(p.relative_to(root).parts)]
     for path in sorted(files, key=lambda p: p.relative_to(root).as_posix()):
         try:
             source = path.read_text(encoding="utf-8")
             tree = ast.parse(source)
         except (SyntaxError, ValueError, OSError):
-            continue  # some are written on purpose in another encoding or an old syntax
+            continue  # some files have another encoding or an old syntax on purpose
         yield path.relative_to(root).as_posix(), source, tree
 
 
 def _without_docstring(
     node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]
 ) -> str | None:
-    """The function's source, dedented, its docstring's lines cut out; None when nothing else is in
-    the body.
-    """
+    """The function's source, dedented, without its docstring; None if the body has nothing else."""
     doc = node.body[0]
     if len(node.body) < 2 or doc.lineno == node.lineno or node.body[1].lineno == doc.end_lineno:
         return None

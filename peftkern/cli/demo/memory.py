@@ -1,8 +1,8 @@
-"""How much memory training needs beyond the loaded model: peak minus what was held when it began.
+"""``PeakMeter``: the memory that training needs beyond the loaded model, peak minus start.
 
-On CUDA that is ``torch.cuda.max_memory_allocated``. On Linux CPUs it is the growth of the process's
-peak resident set (VmHWM, which the kernel keeps exactly and /proc/self/clear_refs sets back);
-elsewhere the growth of ru_maxrss, which can only see peaks above all earlier ones.
+On CUDA it is measured by ``torch.cuda.max_memory_allocated``. On Linux CPUs it is the growth of the
+process's peak resident set (VmHWM, which the kernel measures exactly and /proc/self/clear_refs
+resets); elsewhere the growth of ru_maxrss, which shows only peaks above all earlier ones.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 
 class PeakMeter:
-    """``start()`` after loading, then ``peak_mib()``; ``how`` says what was measured."""
+    """Measures peak memory: ``start()`` after loading, then ``peak_mib()``; ``how`` says how."""
 
     def __init__(self, device: str) -> None:
         self.cuda = device.startswith("cuda")
@@ -24,7 +24,7 @@ class PeakMeter:
         self.how = "torch.cuda.max_memory_allocated above what was allocated before the first step"
 
     def start(self) -> None:
-        """Set the peak back and remember what is held now."""
+        """Reset the peak and note the present memory."""
         gc.collect()
         if self.cuda:
             torch.cuda.synchronize()
@@ -41,7 +41,7 @@ class PeakMeter:
         self._base = _status("VmRSS") if self._exact else _max_rss()
 
     def peak_mib(self) -> float:
-        """MiB above the start, at the highest point since."""
+        """The highest memory since :meth:`start`, in MiB above that at the start."""
         if self.cuda:
             peak = torch.cuda.max_memory_allocated()
         else:
@@ -61,7 +61,7 @@ def _reset_peak() -> bool:
     try:
         with open("/proc/self/clear_refs", "w", encoding="ascii") as f:
             f.write("5")
-        # some sandboxes accept the write and keep the old peak
+        # some sandboxes accept the write but keep the old peak
         return _status("VmHWM") <= _status("VmRSS") + 2**24
     except OSError:
         return False
@@ -75,9 +75,9 @@ def _max_rss() -> int:
 
 
 def _return_free_memory() -> None:
-    """Give freed heap back to the system, so that re-using it counts as growth (glibc only)."""
+    """Return freed heap memory to the system, so that using it again counts (glibc only)."""
     if sys.platform.startswith("linux"):
         try:
             ctypes.CDLL(None).malloc_trim(0)
         except AttributeError:
-            pass  # another libc, which has no such call
+            pass  # another libc, without this function

@@ -1,4 +1,4 @@
-"""The coordinator's end of the demo's worker processes, and what they ran on."""
+"""The coordinator's end of the demo's worker processes, and the environment of a run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Peer:
         self.provider, self.log = provider, log
         self._log = open(log, "w", encoding="utf-8")
         env = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-        # The worker must find this very peftkern, also when it runs from a checkout.
+        # the worker must import this peftkern, from a checkout too
         root = str(Path(__file__).resolve().parents[2])
         env["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [env.get("PYTHONPATH")])])
         self.process = subprocess.Popen(
@@ -37,16 +37,16 @@ class Peer:
         )
 
     def send(self, do: str, **job: Any) -> None:
-        """Give a job; ``receive`` waits for its answer."""
+        """Send a job; ``receive`` waits for its answer."""
         assert self.process.stdin is not None
         try:
             self.process.stdin.write(json.dumps({"do": do, **job}) + "\n")
             self.process.stdin.flush()
         except BrokenPipeError:
-            pass  # receive() finds out and says why
+            pass  # receive() reports the reason
 
     def receive(self) -> dict[str, Any]:
-        """The answer to the last job; RunError with the worker's own words when it failed."""
+        """The answer to the last job; RunError with the worker's message when it failed."""
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         answer = json.loads(line) if line else {"error": self._last_words()}
@@ -55,12 +55,12 @@ class Peer:
         return answer
 
     def ask(self, do: str, **job: Any) -> dict[str, Any]:
-        """Give a job and wait for its answer."""
+        """Send a job and wait for its answer."""
         self.send(do, **job)
         return self.receive()
 
     def close(self) -> None:
-        """End the worker and wait for its end."""
+        """Tell the worker to end, and wait until it has."""
         if self.process.stdin:
             try:
                 self.process.stdin.close()
@@ -82,7 +82,7 @@ class Peer:
 
 
 def environment(device: str, threads: int, loaded: dict[str, Any]) -> dict[str, str]:
-    """What a reader of the report needs to judge the numbers: hardware, versions, threads."""
+    """The hardware, versions and threads of a run, for the readers of its report."""
     import transformers
 
     name = torch.cuda.get_device_name() if device == "cuda" else _cpu_name()

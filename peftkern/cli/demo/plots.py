@@ -1,4 +1,4 @@
-"""The pictures of the demo report, as data URIs: loss curves, bars, and step times."""
+"""The plots of the demo report, as data URIs: loss curves, bars, and step times."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ _INK, _GRID = "#334155", "#e2e8f0"
 
 
 def loss_curves(run: dict[str, Any], kind: str = "svg") -> str:
-    """Training loss of both libraries over the steps and, below, how far they are apart."""
+    """A plot of both libraries' training loss over the steps and, below, of their difference."""
     providers = run["providers"]
     both = "peft" in providers
     figure, axes = _figure(7.2, 4.4 if both else 3.2, 2 if both else 1, [5, 2] if both else [1])
     top = axes[0]
     steps = range(1, run["steps"] + 1)
-    for name in reversed(list(providers)):  # ours last, thin on top of the other
+    for name in reversed(list(providers)):  # peftkern last, as a thin line over the other
         width, alpha = (1.6, 1.0) if name == "peftkern" else (5.0, 0.45)
         top.plot(
             steps, providers[name]["losses"], color=COLOURS[name], lw=width, alpha=alpha,
@@ -45,7 +45,7 @@ def loss_curves(run: dict[str, Any], kind: str = "svg") -> str:
         apart = [
             abs(a - b) for a, b in zip(ours["losses"], providers["peft"]["losses"], strict=True)
         ]
-        # equal losses have no place on a logarithmic axis; they are drawn at its lower end
+        # a difference of 0 has no place on a logarithmic axis: it is drawn at the lower end
         floor = 1e-8
         low.semilogy(steps, [max(x, floor) for x in apart], ".", color=_INK, ms=5)
         low.set_ylim(floor / 3, max(1e-4, max(apart) * 5))
@@ -59,7 +59,7 @@ def loss_curves(run: dict[str, Any], kind: str = "svg") -> str:
 
 
 def bars(run: dict[str, Any], kind: str = "svg") -> str:
-    """Tokens per second and peak memory, one bar for each library."""
+    """A plot of tokens per second and peak memory, with a bar for each library."""
     figure, axes = _figure(7.2, 1.9 if len(run["providers"]) > 1 else 1.4, 2, [1, 1], columns=True)
     names = list(run["providers"])[::-1]
     for axis, key, title, unit in (
@@ -79,7 +79,7 @@ def bars(run: dict[str, Any], kind: str = "svg") -> str:
 
 
 def step_times(run: dict[str, Any], kind: str = "svg") -> str:
-    """Seconds of each step, so that a reader sees the noise behind the medians."""
+    """A plot of the seconds of each step, which shows the noise behind the medians."""
     figure, axes = _figure(7.2, 2.5, 1, [1])
     for name, trace in reversed(list(run["providers"].items())):
         steps = range(1, len(trace["seconds"]) + 1)
@@ -104,7 +104,7 @@ def _whole_numbers(axis: Any) -> None:
 def _figure(
     width: float, height: float, count: int, ratios: list[int], columns: bool = False
 ) -> tuple[Any, list[Any]]:
-    # Not pyplot: no global state, no window system is looked for.
+    # not pyplot, which has global state and looks for a window system
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -129,7 +129,7 @@ def _encode(figure: Any, kind: str) -> str:
     import matplotlib
 
     buffer = io.BytesIO()
-    # no date in the file and fixed names of its parts: the same run gives the same bytes
+    # without a date and with fixed names of parts, so that the same run gives the same bytes
     metadata = {"Date": None} if kind == "svg" else None
     with matplotlib.rc_context({"svg.hashsalt": "peftkern"}):
         figure.savefig(buffer, format=kind, dpi=150, metadata=metadata)

@@ -1,4 +1,4 @@
-"""``demo-report.html``: one page that needs no other file and no network."""
+"""``demo-report.html``: a page that needs no other file and no network."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ dt { color: var(--soft); } dd { margin: 0; white-space: pre-wrap; overflow-wrap:
 
 
 def write_report(path: str | os.PathLike[str], run: dict[str, Any]) -> None:
-    """Write the page about ``run`` (what ``demo`` returns) in one step."""
+    """Write the page about ``run`` (the result of ``demo``), atomically."""
     write_text_atomically(path, render(run))
 
 
 def render(run: dict[str, Any]) -> str:
-    """The page as HTML, pictures inside."""
+    """The page as HTML, with its plots inside."""
     title = escape(run["title"])
     env = run["environment"]
     modules = escape(", ".join(run["lora"]["target_modules"]))

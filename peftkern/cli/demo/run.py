@@ -1,7 +1,7 @@
-"""``peftkern demo``: the same training in peftkern and in HF PEFT, step by step beside each other.
+"""``peftkern demo``: the same training in peftkern and in HF PEFT, step by step, side by side.
 
 Each library runs in a process of its own (``worker.py``). They take turns of a few steps, on the
-same batches from the same initial adapter, so that whatever else the machine does slows both alike.
+same batches from the same initial adapter, so that other load on the machine slows both equally.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from .data import Kind, Prepared, model_folder, prepare, save_base
 from .peers import NAMES, Peer, environment
 from .settings import DemoSettings
 
-TURN = 2  # steps a worker takes before the other one's turn
+TURN = 2  # number of steps of a worker before the other one's turn
 
 
 def demo(settings: DemoSettings, console: Console | None = None) -> dict[str, Any]:
-    """Run the demo and write ``demo-report.html``; return what the report shows.
+    """Run the demo and write ``demo-report.html``; return the data of the report.
 
     Raises UserError for an option or a missing package, RunError when the two libraries disagree.
     """
@@ -123,7 +123,7 @@ def _run(
     }
     with console.status("loading the model, one process for each library"):
         loaded: dict[str, dict[str, Any]] = {}
-        for peer in peers:  # the first makes the adapter that the others start from
+        for peer in peers:  # the first one makes the adapter with which all start
             loaded[peer.provider] = peer.ask(
                 "load", provider=peer.provider, create=not loaded, **job
             )
@@ -142,7 +142,7 @@ def _run(
             for p in peers
         }
         for number, first in enumerate(range(0, steps, TURN)):
-            # who goes first changes from turn to turn
+            # the order changes from turn to turn
             for peer in peers if number % 2 == 0 else peers[::-1]:
                 answer = peer.ask("steps", count=min(TURN, steps - first))
                 trace = traces[peer.provider]
@@ -192,7 +192,7 @@ def _run(
 
 
 def _sample_answers(peer: Peer, data: Prepared, tokenizer: Any) -> list[str]:
-    """What the model now says to the shown held-out examples: a docstring, or a topic."""
+    """The trained model's answers to the shown held-out examples: docstrings or topics."""
     if data.label_names:
         ids = peer.ask("classify", count=len(data.samples))["ids"]
         return [data.label_names[i] for i in ids]
@@ -201,9 +201,7 @@ def _sample_answers(peer: Peer, data: Prepared, tokenizer: Any) -> list[str]:
 
 
 def _reload(peers: list[Peer], work: Path) -> dict[str, float]:
-    """Largest differences between the logits of the trained model and of the adapter read from
-    disk.
-    """
+    """The largest difference of logits between each trained model and its adapter from disk."""
     from safetensors.torch import load_file
 
     def logits(peer: Peer, name: str, reload: str | None) -> torch.Tensor:
@@ -221,7 +219,7 @@ def _reload(peers: list[Peer], work: Path) -> dict[str, float]:
 
 
 def _speed(trace: dict[str, Any]) -> dict[str, float]:
-    """Median step time (s) and tokens/s; the first step, which also allocates, is left out."""
+    """Median step time (s) and tokens/s, without the first step, which also allocates memory."""
     steps = list(zip(trace["tokens"], trace["seconds"], strict=True))
     steps = steps[1:] or steps
     return {
@@ -231,7 +229,7 @@ def _speed(trace: dict[str, Any]) -> dict[str, float]:
 
 
 def _paired_ratio(traces: dict[str, dict[str, Any]]) -> float | None:
-    """Median over the steps of peftkern's time over HF PEFT's time on the same batch."""
+    """The median of the ratio of peftkern's time to HF PEFT's time on the same batch."""
     if "peft" not in traces:
         return None
     pairs = list(zip(traces["peftkern"]["seconds"], traces["peft"]["seconds"], strict=True))
@@ -240,7 +238,7 @@ def _paired_ratio(traces: dict[str, dict[str, Any]]) -> float | None:
 
 @contextmanager
 def _scratch(folder: Path) -> Iterator[Path]:
-    """An empty folder that is gone afterwards (and that a killed run's successor takes over)."""
+    """A context with an empty folder that is removed afterwards (after a kill, by the next run)."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     try:

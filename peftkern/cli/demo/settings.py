@@ -1,4 +1,4 @@
-"""What ``peftkern demo`` was asked to do; nothing heavy is loaded to print its help."""
+"""The settings of ``peftkern demo``; printing its help loads no large library."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class DemoSettings:
     cpu: bool = setting(False, "Leave the GPU alone.", flag="--cpu")
 
     def validate(self) -> Kind:
-        """The demo that is meant; UserError for an option that cannot be meant."""
+        """The demo to run; UserError for an option with an impossible value."""
         from .data import KINDS
 
         self._require("task", self.task in KINDS, f"one of {', '.join(KINDS)}")

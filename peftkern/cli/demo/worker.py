@@ -1,8 +1,8 @@
-"""One library's half of the demo, in a process of its own: ``python -m peftkern.cli.demo.worker``.
+"""One library's part of the demo, in a process of its own: ``python -m peftkern.cli.demo.worker``.
 
-It takes one JSON object per line on stdin and answers each with one on stdout, so that the
-coordinator (``run.py``) can let two workers take turns. Whatever else prints goes to stderr. The
-code is the same for both libraries; only the name in ``import_module`` differs.
+It reads one JSON object per line from stdin and answers each with one on stdout, so that the
+coordinator (``run.py``) can let two workers take turns. All other output goes to stderr. The code
+is the same for both libraries; only the name in ``import_module`` differs.
 """
 
 from __future__ import annotations
@@ -25,9 +25,7 @@ class Worker:
     """Holds the model, the optimizer and the batches of one library."""
 
     def load(self, job: dict[str, Any]) -> dict[str, Any]:
-        """Read base and data, attach the adapter: a new one (which is saved) or the one that was
-        saved.
-        """
+        """Read base model and data, and attach a new adapter (which is saved) or the saved one."""
         from ..modelio import hush_transformers
 
         hush_transformers()
@@ -71,14 +69,14 @@ class Worker:
         return held_out(self.model, self.held, self.job["task"])
 
     def steps(self, job: dict[str, Any]) -> dict[str, Any]:
-        """Train on the next ``count`` batches; losses, seconds and padded tokens of each."""
+        """Train on the next ``count`` batches; returns loss, seconds and padded tokens of each."""
         if self.step == 0:
             self.model.train()
             self.memory.start()
         losses, seconds, tokens = [], [], []
         for _ in range(job["count"]):
             batch = self.batches[self.step]
-            # The base model's own dropout then draws the same numbers in both libraries.
+            # so the base model's own dropout draws the same numbers in both libraries
             torch.manual_seed(self.job["seed"] + self.step)
             self._synchronize()
             start = time.perf_counter()
@@ -120,18 +118,19 @@ class Worker:
         return {"ids": self._held_logits()[: job["count"]].argmax(-1).tolist()}
 
     def save(self, job: dict[str, Any]) -> dict[str, Any]:
-        """Save the adapter alone, without a question to the network about the embedding."""
+        """Save the adapter alone; without the embedding, the network is not asked about it."""
         self.model.save_pretrained(job["folder"], save_embedding_layers=False)
         return {}
 
     def logits(self, job: dict[str, Any]) -> dict[str, Any]:
-        """Logits of the first held-out batch, written to ``file``; ``reload`` reads the adapter
-        from disk first.
+        """Write the logits of the first held-out batch to ``file``.
+
+        With ``reload`` the adapter is read from disk first.
         """
         from safetensors.torch import save_file
 
         if job.get("reload"):
-            del self.optimizer, self.trained, self.model  # room for the fresh base
+            del self.optimizer, self.trained, self.model  # frees memory for the new base model
             self.model = self._attach(self._base(), job["reload"], trainable=False)
         logits = self._held_logits()
         save_file({"logits": logits}, job["file"])
@@ -161,9 +160,7 @@ class Worker:
 
 
 def main() -> None:
-    """Answer one job after the other until stdin ends; an error is answered too, and ends the
-    process.
-    """
+    """Answer jobs until stdin ends; an error is sent as an answer and ends the process."""
     reply_to = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     worker = Worker()
