@@ -1,7 +1,7 @@
 """peftkern: HF PEFT's adapters on fused operations. Same API, same numbers, same checkpoints.
 
-Names are imported when they are first asked for, so that ``import peftkern`` costs nothing beyond
-``import torch`` and never touches the network.
+Names are imported when they are first used, so that ``import peftkern`` takes no longer than
+``import torch`` and never uses the network.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ _names, _find = lazily(__name__, _WHERE)
 __all__ = ["__version__", *_names]
 
 
-if not TYPE_CHECKING:  # a checker would take any name for one of it, misspelt ones too
+if not TYPE_CHECKING:  # with a __getattr__ a type checker would accept any name, misspelt or not
     __getattr__ = _find
 
 

@@ -1,18 +1,18 @@
-"""``peftkern`` and ``python -m peftkern``: the command, where the extra "cli" is installed."""
+"""Runs ``peftkern`` and ``python -m peftkern``, if the extra "cli" is installed."""
 
 from __future__ import annotations
 
 import sys
 from importlib.util import find_spec
 
-# What the extra installs. `train` would ask for accelerate late, in transformers' words.
+# The extra's packages. Without this check `train` would fail late, with transformers' message.
 EXTRA = ("accelerate", "rich", "typer")
 
 
 def main() -> None:
     """Run the command and exit; see :func:`peftkern.cli.app.main`.
 
-    Without the extra: one line on stderr that says how to get it, and exit status 1.
+    Without the extra it writes one line on stderr on how to install it; the exit status is 1.
     """
     missing = [name for name in EXTRA if find_spec(name) is None]
     if missing:

@@ -1,4 +1,4 @@
-"""The one place that holds the version; pyproject.toml reads it from here."""
+"""The version of peftkern, which pyproject.toml reads from here."""
 
 __version__ = "0.1.0"
 

@@ -1,4 +1,4 @@
-"""``AutoPeftModel*``: base model and adapter from the adapter's name alone."""
+"""``AutoPeftModel*``: loads base model and adapter from the adapter's name alone."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ from .model import (
 from .model.base import PeftModel
 from .utils.constants import TOKENIZER_CONFIG_NAME
 
-# arguments of `from_pretrained` that the base model's would not know, or not mean in this way
+# arguments of `from_pretrained` that the base model's does not have, or uses in another sense
 _ADAPTER_ALONE = ("subfolder", "autocast_adapter_dtype", "ephemeral_gpu_offload", "torch_device")
-# An adapter's configuration names the module that its base model's class is in. A file from
-# elsewhere must not be able to have any module imported, so these and what is inside them are all.
+# An adapter's configuration names the module of its base model's class. A file from anyone must not
+# be able to import any module, so only these packages and modules inside them are allowed.
 IMPORT_ALLOWLIST = ("diffusers", "lerobot", "megatron-core", "transformers")
 
 
 def get_default_import_allowlist() -> list[str]:
-    """The packages that an adapter's configuration may name without being asked for."""
+    """The packages that an adapter's configuration may name by default."""
     return list(IMPORT_ALLOWLIST)
 
 
 def check_import_allowlist(allowlist: Sequence[str], parent_name: str) -> bool:
-    """Whether the module ``parent_name`` is one of ``allowlist``, or is inside one of them."""
+    """True when the module ``parent_name`` is one of ``allowlist`` or inside one of them."""
     return any(parent_name == a or parent_name.startswith(f"{a}.") for a in allowlist)
 
 
 def _class_of_base_model(mapping: Any, allowlist: Sequence[str]) -> Any:
-    """The class that ``auto_mapping`` of a configuration names, imported if that is allowed."""
+    """The class that a configuration's ``auto_mapping`` names; ValueError if it is not allowed."""
     library, name = (
         mapping.get(key) if isinstance(mapping, dict) else None
         for key in ("parent_library", "base_model_class")
@@ -62,7 +62,7 @@ def _class_of_base_model(mapping: Any, allowlist: Sequence[str]) -> Any:
 
 
 def _add_tokens_of(model: Any, source: str, hub: dict[str, Any], trust: bool) -> None:
-    """Grow the embeddings of ``model`` to the tokenizer that was saved beside the adapter."""
+    """Enlarge the embeddings of ``model`` to the tokenizer that was saved with the adapter."""
     if not hasattr(model, "get_input_embeddings"):
         return
     if locate_file(source, TOKENIZER_CONFIG_NAME, **hub) is None:
@@ -73,7 +73,7 @@ def _add_tokens_of(model: Any, source: str, hub: dict[str, Any], trust: bool) ->
     load = transformers.AutoTokenizer.from_pretrained
     try:
         tokenizer = load(source, trust_remote_code=trust, **asked)
-    except OSError as exc:  # without a network, and only a part of it is in the cache
+    except OSError as exc:  # offline, with only a part of the tokenizer in the cache
         warnings.warn(
             f"the tokenizer of {source} cannot be loaded, so the embeddings keep their size: {exc}",
             stacklevel=3,
@@ -84,7 +84,7 @@ def _add_tokens_of(model: Any, source: str, hub: dict[str, Any], trust: bool) ->
 
 
 class _BaseAutoPeftModel:
-    _target_class: Any = None  # of transformers, with the from_pretrained of the base model
+    _target_class: Any = None  # class of transformers whose from_pretrained loads the base model
     _target_peft_class: type[PeftModel] = PeftModel
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -105,26 +105,27 @@ class _BaseAutoPeftModel:
         import_allowlist: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Load the base model that the adapter's configuration names, and the adapter onto it.
+        """Load the base model that the adapter's configuration names, and the adapter into it.
 
-        A tokenizer saved beside the adapter with more tokens than the base model has embeddings
-        makes the embeddings grow first.
+        If a tokenizer was saved with the adapter and has more tokens than the base model has
+        embeddings, the embeddings are enlarged first.
 
         Args:
             pretrained_model_name_or_path: folder of the adapter, or ``owner/name`` on the hub.
             adapter_name: its name in the model.
-            is_trainable: let it train on.
-            config: take this configuration instead of the saved one.
-            revision: of the adapter; the base model's is in the configuration.
-            import_allowlist: packages that a configuration without a task type may name as the
-                home of the base model's class; None: see :func:`get_default_import_allowlist`.
+            is_trainable: True lets it train; otherwise it is frozen.
+            config: use this configuration instead of the saved one.
+            revision: revision of the adapter; that of the base model is in the configuration.
+            import_allowlist: packages of the base model's class that a configuration without a task
+                type may name; None: see :func:`get_default_import_allowlist`.
             **kwargs: for the base model's ``from_pretrained`` (``dtype``, ``device_map``, …), for
                 :meth:`PeftModel.from_pretrained`, and for the hub (``token``, ``cache_dir``, …).
-                ``subfolder`` is where the adapter is.
+                ``subfolder`` is the adapter's folder inside the repository.
 
         Raises:
-            ValueError: the task type is another class's, or none is given and the configuration
-                names no base model's class, or one outside ``import_allowlist``.
+            ValueError: the task type belongs to another class; or there is none, and the
+                configuration names no class of the base model, or one outside of
+                ``import_allowlist``.
         """
         source = os.fspath(pretrained_model_name_or_path)
         hub, _ = split_hub_kwargs({**kwargs, "revision": revision})
@@ -171,7 +172,7 @@ class _BaseAutoPeftModel:
 
 
 class AutoPeftModel(_BaseAutoPeftModel):
-    """For adapters without a task type: their configuration names the base model's class."""
+    """Loads adapters without a task type, whose configuration names the base model's class."""
 
 
 class AutoPeftModelForCausalLM(_BaseAutoPeftModel):

@@ -1,5 +1,8 @@
-"""Which weights to adapt, told by their condition numbers: those with a small one (κ, the largest
-singular value over the smallest) hold what is least specialised, and are changed at least cost."""
+"""Selection of the weights to adapt by their condition numbers.
+
+The condition number κ is the largest singular value over the smallest. Weights with a small κ are
+the least specialised, so that changing them loses the least.
+"""
 
 from __future__ import annotations
 
@@ -14,20 +17,20 @@ MOE_SUFFIXES = (".gate_up_proj", ".down_proj", ".gate_proj", ".up_proj")
 
 
 def _kappa(weight: Tensor) -> float:
-    values = torch.linalg.svdvals(weight.float().flatten(1))  # descending
+    values = torch.linalg.svdvals(weight.float().flatten(1))  # in descending order
     return (values[0] / (values[-1] + 1e-8)).item()
 
 
 class KappaTuneSelector:
-    """Condition numbers of a model's linear layers, and of the fused weights of its experts.
+    """The condition numbers of a model's linear layers and of the fused weights of its experts.
 
-    They are computed once, when they are first asked for; on a large model that takes minutes.
+    They are computed once, when they are first needed; for a large model this takes minutes.
 
     Args:
         model: the base model.
-        max_dim_size_to_analyze: weights with a larger dimension are passed over.
+        max_dim_size_to_analyze: weights with a larger dimension are skipped.
         moe_param_suffixes: ends of the names of 3-D parameters [experts, …, …].
-        show_progress: whether to show a bar.
+        show_progress: True shows a progress bar.
     """
 
     def __init__(
@@ -45,7 +48,7 @@ class KappaTuneSelector:
         self._parameters: dict[str, float] | None = None
 
     def _all(self, found: Iterable[tuple[str, Tensor]], what: str) -> dict[str, float]:
-        """Mean κ over the matrices of each weight: [N, K], or [experts, N, K]."""
+        """{name: mean κ over the matrices of a weight, [N, K] or [experts, N, K]}."""
         kappas = {}
         wanted = list(found)
         for name, weight in tqdm(wanted, desc=f"SVD of {what}", disable=not self.show_progress):
@@ -89,12 +92,12 @@ class KappaTuneSelector:
         num_modules: int | None = None,
         threshold: float | None = None,
     ) -> list[str]:
-        """Names of linear layers, the smallest κ first.
+        """The names of linear layers with the smallest κ, in ascending order of κ.
 
         Args:
-            top_p: this share of them, at least one.
-            num_modules: so many; goes before ``top_p``.
-            threshold: those with κ up to this, without the other two.
+            top_p: share of the layers to return, at least one layer.
+            num_modules: number of layers to return; used in place of ``top_p``.
+            threshold: largest κ of the layers to return; used if the other two are None.
         """
         return self._best(self._compute()[0], top_p, num_modules, threshold)
 
@@ -104,7 +107,7 @@ class KappaTuneSelector:
         num_modules: int | None = None,
         threshold: float | None = None,
     ) -> list[str]:
-        """As :meth:`get_best_targets`, of the experts' fused weights."""
+        """The names of experts' fused weights with the smallest κ, as :meth:`get_best_targets`."""
         return self._best(self._compute()[1], top_p, num_modules, threshold)
 
 
@@ -115,9 +118,17 @@ def find_kappa_target_modules(
     moe_param_suffixes: tuple[str, ...] | None = None,
     show_progress: bool = True,
 ) -> dict[str, Any]:
-    """``target_modules`` and ``target_parameters`` (None without experts) for a configuration: the
-    share ``top_p`` of each with the smallest condition numbers. For the other arguments see
-    :class:`KappaTuneSelector`."""
+    """The ``target_modules`` and ``target_parameters`` with the smallest condition numbers.
+
+    A dict with these two keys, for a configuration; ``target_parameters`` is None without experts.
+
+    Args:
+        model: the base model.
+        top_p: share of the layers, and of the experts' weights, to select.
+        max_dim_size_to_analyze: as :class:`KappaTuneSelector`.
+        moe_param_suffixes: as :class:`KappaTuneSelector`.
+        show_progress: as :class:`KappaTuneSelector`.
+    """
     selector = KappaTuneSelector(
         model, max_dim_size_to_analyze, moe_param_suffixes, show_progress=show_progress
     )

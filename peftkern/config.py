@@ -1,5 +1,7 @@
-"""HF PEFT's address of the configurations' base classes. A version that is put into ``__version__``
-here is written into configurations that are made afterwards, as in HF PEFT."""
+"""HF PEFT's address of the configurations' base classes.
+
+As in HF PEFT, the value of ``__version__`` here is written into configurations that are made later.
+"""
 
 from ._version import PEFT_COMPAT_VERSION as __version__
 from .configs.base import PeftConfig, PeftConfigMixin

@@ -1,4 +1,4 @@
-"""``explain``: a table of every adapted layer, the backend that runs it, and why."""
+"""``explain``: a table of every adapted layer with the backend that runs it and the reason."""
 
 from __future__ import annotations
 
@@ -17,9 +17,18 @@ from .tuners.lora.base import LoraLayer
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One row: a layer's name, kind, shape (K, N), adapters with ranks, backend and reason;
-    ``compiled`` is what ``torch.compile`` makes of it. Of attention with a prefix the shape is (P,
-    width of its keys), and P stands for the rank."""
+    """A row of :class:`Explanation`: one adapted layer.
+
+    Attributes:
+        name: the layer's name in the model.
+        kind: the class of its base layer.
+        shape: (K, N); for attention with a prefix (P, width of the prefix's keys).
+        ranks: {adapter: rank}; for a prefix, P in place of the rank.
+        fused: True when the layer runs as one operation.
+        backend: the name of what runs it.
+        reason: the reason for that, in words.
+        compiled: the result of ``torch.compile`` for this layer, in words.
+    """
 
     name: str
     kind: str
@@ -32,7 +41,7 @@ class LayerReport:
 
 
 class Explanation(list[LayerReport]):
-    """The rows; printed as a table, with a summary below."""
+    """A list of :class:`LayerReport` that prints as a table with a summary below."""
 
     def __str__(self) -> str:
         head = ("layer", "kind", "K x N", "r", "runs as", "why")
@@ -64,18 +73,20 @@ def _counted(names: Iterable[str]) -> str:
 
 
 def _compiled(layer: Any) -> str:
-    """What ``torch.compile`` makes of a layer that is fused; its input is taken to be of the
-    weight's dtype and on its device."""
+    """The result of ``torch.compile`` for a fused layer, in words.
+
+    The input is assumed to have the weight's dtype and device.
+    """
     A = layer.lora_A[layer.active_adapters[0]].weight
     why = why_formula(layer.base_layer.weight, A)
     return "one operator" if why is None else f"plain formula ({why})"
 
 
 def explain(model: nn.Module) -> Explanation:
-    """What runs each adapted layer of ``model``, as it stands now, and why; HF PEFT's LoRA layers
-    included (see :func:`peftkern.fuse`).
+    """A table of the adapted layers of ``model``: how each runs at present, and why.
 
-    ``print(peftkern.explain(model))`` shows the table; the rows are :class:`LayerReport`.
+    HF PEFT's LoRA layers are included (see :func:`peftkern.fuse`).
+    ``print(peftkern.explain(model))`` shows the table; its rows are :class:`LayerReport`.
     """
     backend, why = describe()
     rows = Explanation()
@@ -130,7 +141,7 @@ def _prefix_rows(model: nn.Module) -> list[LayerReport]:
 
 
 def _kept(layer: Any) -> str | None:
-    """Why a LoRA layer of HF PEFT runs its forward, None when it is fused."""
+    """The reason that a LoRA layer of HF PEFT runs HF PEFT's forward; None when it is fused."""
     hf = hf_module()
     if isinstance(layer, hf.FusedLinear):
         return layer.decline_reason()
@@ -138,7 +149,7 @@ def _kept(layer: Any) -> str | None:
 
 
 def _decided(layer: Any, group: Any) -> str:
-    """What the dispatcher decided for a fused layer, by itself and in its group."""
+    """The dispatcher's decisions for a fused layer, alone and in its group, in words."""
     from .ops.auto_report import describe as in_words
 
     together = None
@@ -150,7 +161,7 @@ def _decided(layer: Any, group: Any) -> str:
 
 
 def _numbers(layers: list[Any]) -> tuple[int, int, int, int]:
-    """(sum of N, K, largest active rank, how many)."""
+    """(sum of N, K, largest active rank, number of layers)."""
     ranks = [layer.r[name] for layer in layers for name in layer.active_adapters if name in layer.r]
     n = sum(layer.out_features for layer in layers)
     return n, layers[0].in_features, max(ranks, default=0), len(layers)

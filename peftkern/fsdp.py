@@ -1,4 +1,4 @@
-"""How FSDP wraps an adapted model."""
+"""``fsdp_auto_wrap_policy``: the modules of an adapted model that FSDP wraps."""
 
 from __future__ import annotations
 
@@ -16,11 +16,14 @@ from .utils.module_tree import no_split_modules
 
 
 def fsdp_auto_wrap_policy(model: nn.Module) -> Any:
-    """A policy for FSDP1's ``auto_wrap_policy``: decoder layers and prompt encoders each, and every
-    trained weight apart from the frozen ones around it.
+    """A policy for FSDP1's ``auto_wrap_policy``.
 
-    The layers' classes are those that the model keeps on one device, or the names in
-    ``FSDP_TRANSFORMER_CLS_TO_WRAP``. TypeError when the model has no module of one of them.
+    It wraps each decoder layer and each prompt encoder, and every trained weight separately from
+    the frozen ones around it. The layers' classes are those that the model keeps on one device, or
+    the names in ``FSDP_TRANSFORMER_CLS_TO_WRAP``.
+
+    Raises:
+        TypeError: the model has no module of one of these classes.
     """
     from torch.distributed.fsdp.wrap import (
         lambda_auto_wrap_policy,

@@ -1,5 +1,7 @@
-"""The functions that other libraries build on, for models without a :class:`PeftModel` around them;
-HF PEFT's address of them."""
+"""HF PEFT's address of the functions for models without a :class:`PeftModel` around them.
+
+Other libraries use them.
+"""
 
 from .checkpoint.loading import set_peft_model_state_dict
 from .checkpoint.state_dicts import get_peft_model_state_dict

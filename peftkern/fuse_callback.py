@@ -1,4 +1,4 @@
-"""Fusing by a callback, for trainers that put HF PEFT's adapters in themselves."""
+"""``FuseCallback``: fuses models of trainers that create HF PEFT's adapters themselves."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ class FuseCallback(TrainerCallback):
     """Fuses the trainer's model when training begins, see :func:`peftkern.fuse`.
 
     ``SFTTrainer(peft_config=peft.LoraConfig(...), callbacks=[FuseCallback()])``: TRL calls HF
-    PEFT's own ``get_peft_model``, and this reaches the model it makes.
+    PEFT's own ``get_peft_model``, and this callback gets the model that it makes.
 
     Args:
-        unfuse_at_end: give the layers HF PEFT's forward back when training ends. By default the
-            model stays fused, so that evaluation afterwards is as fast.
+        unfuse_at_end: give the layers HF PEFT's forward again when training ends. By default the
+            model stays fused, so that later evaluation is fast too.
 
     Raises:
         ValueError: when training begins, the model holds no LoRA layer of HF PEFT.

@@ -1,4 +1,4 @@
-"""``fuse``: the fused forward inside a live model of HF PEFT, for code that builds its own."""
+"""``fuse``: gives an existing HF PEFT model the fused forward, for code that builds its own."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def fuse(model: Model) -> Model:
-    """Run the LoRA layers of an HF PEFT model as peftkern's, in place, and return the model.
+    """Give the LoRA layers of an HF PEFT model the fused forward, in place, and return the model.
 
-    Every ``peft.tuners.lora.Linear`` (on ``nn.Linear`` or transformers' ``Conv1D``) is given the
-    fused forward; q, k, v and gate, up train as one operation. The layers stay HF PEFT's objects
-    with HF PEFT's state and API: parameters and state dict keys are the same, optimizers keep
-    working, and adapters are added, switched, disabled, merged, rescaled, deleted, saved and loaded
-    as before. What is not one operation (DoRA, several active adapters, quantised bases,
-    embeddings, convolutions, ...) runs HF PEFT's forward; ``explain(model)`` says which and why.
+    This is for every ``peft.tuners.lora.Linear`` (on ``nn.Linear`` or transformers' ``Conv1D``);
+    q, k, v and gate, up train as one operation. The layers stay HF PEFT's objects with HF PEFT's
+    state and API: parameters and state dict keys are the same, optimizers keep working, and
+    adapters are added, switched, disabled, merged, rescaled, deleted, saved and loaded as before.
+    Layers that cannot be one operation (DoRA, several active adapters, quantised bases, embeddings,
+    convolutions, ...) run HF PEFT's forward; ``explain(model)`` lists them with the reasons.
 
-    Layers that HF PEFT makes afterwards (``add_adapter`` with other targets) run its forward until
-    ``fuse`` is called again, which does no harm to the others.
+    Layers that HF PEFT makes later (``add_adapter`` with other targets) run HF PEFT's forward until
+    ``fuse`` is called again, which does not change the others.
 
     Args:
-        model: a ``peft.PeftModel``, or any module that holds HF PEFT's LoRA layers. A model of
-            peftkern's own is returned as it is.
+        model: a ``peft.PeftModel``, or any module with HF PEFT's LoRA layers in it. A model of
+            peftkern is returned as it is.
 
     Raises:
         TypeError: not an ``nn.Module``.
@@ -65,7 +65,7 @@ def unfuse(model: Model) -> Model:
     Raises:
         TypeError: not an ``nn.Module``.
         RuntimeError: a layer's class or forward was replaced after ``fuse`` (by ``fully_shard``, a
-            parametrization, accelerate's hooks); that has to be undone first. Nothing is changed.
+            parametrization, accelerate's hooks); undo that first. Nothing is changed.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"unfuse: `model` must be an nn.Module, got {type(model).__name__}")
@@ -92,20 +92,22 @@ def unfuse(model: Model) -> Model:
 
 
 def _ungroup_broken(model: nn.Module, args: Any) -> None:
-    """Before a forward of the whole model: ungroup projections that turned out to differ."""
+    """A hook before the model's forward: switch off groups whose projections had other inputs."""
     ungroup_broken(model)
 
 
 def hf_module() -> ModuleType:
-    """What knows HF PEFT's layers; for a model that has some."""
+    """The module for HF PEFT's layers, which imports HF PEFT; for models that have such layers."""
     from .tuners.lora import hf_layer
 
     return hf_layer
 
 
 def hf_layers(model: nn.Module) -> dict[str, Any]:
-    """{name: LoRA layer of HF PEFT, fused or not}. Whoever has one has imported HF PEFT, so nothing
-    is imported to find out."""
+    """{name: LoRA layer of HF PEFT, fused or not}.
+
+    A model with such a layer has imported HF PEFT, so nothing is imported to find them.
+    """
     kind = getattr(sys.modules.get("peft.tuners.lora"), "LoraLayer", None)
     if not isinstance(kind, type):
         return {}
@@ -123,7 +125,7 @@ def _is_ours(model: nn.Module) -> bool:
 
 
 def _found(model: Any) -> str:
-    """What the model has instead, for an error message."""
+    """Words for an error message: the adapters that the model has instead."""
     configs = getattr(model, "peft_config", None)
     if isinstance(configs, dict) and configs:
         kinds = sorted({str(getattr(c.peft_type, "value", c.peft_type)) for c in configs.values()})

@@ -1,4 +1,4 @@
-"""Small things to do to a model with adapters; HF PEFT's address of them."""
+"""Small functions on a model with adapters, at HF PEFT's address."""
 
 from __future__ import annotations
 
@@ -34,8 +34,10 @@ __all__ = [
 
 
 def _take_signature(model: Any, method: str, bare: tuple[tuple[str, ...], ...]) -> None:
-    """Let ``model.method`` show the base model's annotations and documentation, where it has only
-    the arguments ``bare`` of its own."""
+    """Give ``model.method`` the base model's annotations and documentation.
+
+    Only if its own arguments are among ``bare``.
+    """
     own = getattr(model, method)
     if tuple(inspect.signature(own).parameters) not in bare:
         return
@@ -53,22 +55,25 @@ def _take_signature(model: Any, method: str, bare: tuple[tuple[str, ...], ...]) 
 
 
 def update_forward_signature(model: Any) -> None:
-    """Let ``model.forward`` of a PeftModel without a task show the base model's signature."""
+    """Give ``model.forward`` of a PeftModel without a task the base model's signature."""
     _take_signature(model, "forward", (("args", "kwargs"),))
 
 
 def update_generate_signature(model: Any) -> None:
-    """Let ``model.generate`` of a PeftModel show the base model's signature, if it generates."""
+    """Give ``model.generate`` of a PeftModel the base model's signature, if that has a generate."""
     if hasattr(model, "generate"):
         _take_signature(model, "generate", (("args", "kwargs"), ("kwargs",)))
 
 
 def update_signature(model: Any, method: str = "all") -> None:
-    """:func:`update_forward_signature`, :func:`update_generate_signature` or both.
+    """Call :func:`update_forward_signature`, :func:`update_generate_signature` or both.
 
     Args:
         model: a PeftModel.
-        method: "forward", "generate" or "all"; anything else is a ValueError.
+        method: "forward", "generate" or "all".
+
+    Raises:
+        ValueError: another ``method``.
     """
     if method not in ("forward", "generate", "all"):
         raise ValueError(
@@ -81,28 +86,28 @@ def update_signature(model: Any, method: str = "all") -> None:
 
 
 def check_if_peft_model(model_name_or_path: str | os.PathLike[str]) -> bool:
-    """Whether a folder, or a repository on the hub, holds an adapter's configuration that can be
-    read."""
+    """True when a folder, or a repository on the hub, has a readable adapter configuration."""
     try:
         PeftConfig.from_pretrained(model_name_or_path)
-    except Exception:  # whatever the hub or a damaged file comes up with
+    except Exception:  # any error of the hub or of a damaged file
         return False
     return True
 
 
 @contextmanager
 def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]:
-    """Within the block every LoRA layer's scaling is ``multiplier`` times what it was.
+    """A context in which every LoRA layer's scaling is multiplied by ``multiplier``.
 
-    Between 0 and 1 this is wise-ft (Wortsman et al., 2022, arXiv 2109.01903) between the base model
-    and the adapted one.
+    A number between 0 and 1 interpolates between the base model and the adapted one (wise-ft,
+    Wortsman et al., 2022, arXiv 2109.01903).
 
     Args:
-        model: with LoRA layers in it, wrapped or not.
-        multiplier: a number; TypeError otherwise.
+        model: a model with LoRA layers, wrapped or not.
+        multiplier: a number.
 
     Raises:
-        ValueError: there are no LoRA layers.
+        TypeError: ``multiplier`` is not a number.
+        ValueError: the model has no LoRA layers.
     """
     if not isinstance(multiplier, (float, int)):
         raise TypeError(f"Argument multiplier should be of type float, got {type(multiplier)}")
@@ -121,8 +126,11 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
 
 @contextmanager
 def disable_input_dtype_casting(model: nn.Module, active: bool = True) -> Iterator[None]:
-    """Within the block adapter layers leave their input's dtype to hooks that cast the weights
-    (layer-wise casting, as diffusers does it). ``active=False``: nothing changes."""
+    """A context in which adapter layers do not cast their inputs to their weights' dtype.
+
+    For hooks that cast the weights instead (layer-wise casting, as in diffusers). With
+    ``active=False`` nothing changes.
+    """
     layers = [m for m in adapter_modules(model) if isinstance(m, BaseTunerLayer)] if active else []
     before = [(layer, layer.cast_input_dtype_enabled) for layer in layers]
     for layer, _ in before:

@@ -1,4 +1,4 @@
-"""Functions that start from a configuration; HF PEFT's address of them and of the tables."""
+"""Functions that make adapters from configurations, at HF PEFT's address of them and its tables."""
 
 from __future__ import annotations
 
@@ -37,10 +37,9 @@ __all__ = [
 
 
 def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:
-    """The configuration that a dict describes, of the class that its ``peft_type`` names.
+    """The configuration from a dict, of the class that its ``peft_type`` names.
 
-    Keys of other PEFT versions are dropped: silently when None, with a warning that names them
-    otherwise.
+    Keys of other PEFT versions are dropped; a warning names those whose value is not None.
 
     Raises:
         ValueError: no ``peft_type``, or one that peftkern does not have.
@@ -57,8 +56,7 @@ def inject_adapter_in_model(
     low_cpu_mem_usage: bool = False,
     state_dict: dict[str, Tensor] | None = None,
 ) -> nn.Module:
-    """Put adapter layers into ``model`` in place and return it, without a :class:`PeftModel` around
-    it.
+    """Put adapter layers into ``model``, in place, and return it without a :class:`PeftModel`.
 
     The adapter becomes the active one; its weights have the dtype of the layers that they adapt.
 
@@ -67,8 +65,8 @@ def inject_adapter_in_model(
         model: any module.
         adapter_name: name of the adapter.
         low_cpu_mem_usage: make the adapter's weights on the meta device.
-        state_dict: adapt the modules that have tensors in here, whatever ``target_modules`` says;
-            only names are read. A RuntimeWarning tells the difference.
+        state_dict: adapt the modules that have tensors in it, and not ``target_modules``. Only
+            names are read. A RuntimeWarning lists the differences.
 
     Raises:
         ValueError, NotImplementedError: as :func:`get_peft_model`.
@@ -103,8 +101,8 @@ def get_peft_model(
 
     Args:
         model: a transformers model, or any module when the configuration has no task type.
-        peft_config: the adapter.
-        adapter_name: its name; no dots.
+        peft_config: the adapter's configuration.
+        adapter_name: its name, without dots.
         mixed: not supported, must be False.
         autocast_adapter_dtype: keep adapter weights in float32 under a float16 or bfloat16 model.
         revision: the base model's revision, noted in the configuration.
@@ -113,9 +111,9 @@ def get_peft_model(
     Raises:
         TypeError: ``peft_config`` is not one of peftkern's.
         ValueError: a bad name, no match for the targets, or a target that cannot be adapted.
-        NotImplementedError: the configuration asks for something not built yet.
+        NotImplementedError: the configuration has a setting that is not built yet.
 
-    Either way the model is left as it was.
+    After an error the model is as it was.
     """
     if mixed:
         raise NotImplementedError(f"mixed=True: {INSTEAD}")
@@ -123,7 +121,7 @@ def get_peft_model(
     check_config(peft_config)
     with checked(peft_config):
         old_name = peft_config.base_model_name_or_path
-        # a model made from a config has an empty name, which is no name
+        # a model that was made from a config has the name "", which counts as none
         new_name = model.__dict__.get("name_or_path") or None
         peft_config.base_model_name_or_path = new_name
         if old_name is not None and old_name != new_name:

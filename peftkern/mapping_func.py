@@ -1,4 +1,4 @@
-"""HF PEFT's other address of :func:`peftkern.get_peft_model`."""
+"""HF PEFT's second address of :func:`peftkern.get_peft_model`."""
 
 from .configs.base import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig
 from .configs.prompt_learning import PromptLearningConfig

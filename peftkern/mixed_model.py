@@ -1,4 +1,4 @@
-"""``PeftMixedModel``, which peftkern does not have, says so."""
+"""``PeftMixedModel``, which peftkern does not support: every use raises an error that says so."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ INSTEAD = (
 
 
 class PeftMixedModel:
-    """Here so that code that names it can be imported; every use of it is refused."""
+    """A name for code that imports it; every use raises a NotImplementedError."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError(INSTEAD)
