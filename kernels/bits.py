@@ -1,12 +1,11 @@
-"""The packed dropout mask: int32 [M, ceil(K / 32)], bit j of word w = 1 where column 32 w + j is
-kept.
+"""The packed dropout mask, int32 [M, ceil(K / 32)]: bit j of word w is 1 to keep column 32 w + j.
 
-A word is made whole, by one thread, without ever materialising 32 random numbers: to draw 32
-independent bits that are 1 with probability q = 0.b1 b2 ... bd (binary), start from 0 and, from the
-last digit to the first, combine with a fresh random word: `w = b ? (r | w) : (r & w)`. Each step
-halves the probability and adds the digit, so d random words give 32 exact draws. Randomness is
-Philox-4x32 at counter (word, row, call, group): a function of seed and position alone, so a
-recomputed mask is the same mask whatever the launch shape.
+One thread makes a whole word, without 32 separate random numbers. It needs 32 independent bits that
+are 1 with probability q = 0.b1 b2 ... bd (binary). It starts from w = 0 and, from the last digit to
+the first, combines w with a new random word r: `w = b ? (r | w) : (r & w)`. Each step halves the
+probability and adds the digit, so d random words give 32 exact draws. Random words come from
+Philox-4x32 at counter (word, row, call, group). They depend only on seed and position, so a mask
+that is made again is the same for any launch shape.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class BitsConfig:
-    """block words a program; rounds of Philox (7 pass BigCrush; 10 is the customary margin)."""
+    """``block`` words for each program; rounds of Philox (7 pass BigCrush, 10 are usual)."""
 
     block: int = 256
     rounds: int = 7
@@ -60,25 +59,25 @@ def _bits_kernel(
     out, seed_ptr, seed_lo, seed_hi, threshold, M, K, WORDS, total,
     DIGITS: tl.constexpr, ROUNDS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    flat = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # int32: the launcher bounds total
+    flat = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK] int32, as total is limited
     group = tl.program_id(1)
-    row = flat // WORDS
-    word = flat % WORDS
+    row = flat // WORDS  # [BLOCK]
+    word = flat % WORDS  # [BLOCK]
     low = seed_lo.to(tl.uint32).to(tl.uint64)
     seed = ((seed_hi.to(tl.uint32).to(tl.uint64) << 32) | low) ^ tl.load(seed_ptr).to(tl.uint64)
     threshold = threshold.to(tl.int64)
     c3 = row * 0 + group
-    keep = (row * 0).to(tl.uint32)
+    keep = (row * 0).to(tl.uint32)  # [BLOCK]
     for call in tl.static_range(DIGITS // 4):
-        r0, r1, r2, r3 = tl.philox(seed, word, row, row * 0 + call, c3, ROUNDS)
+        r0, r1, r2, r3 = tl.philox(seed, word, row, row * 0 + call, c3, ROUNDS)  # each [BLOCK]
         keep = _step(keep, r0, threshold, 4 * call)
         keep = _step(keep, r1, threshold, 4 * call + 1)
         keep = _step(keep, r2, threshold, 4 * call + 2)
         keep = _step(keep, r3, threshold, 4 * call + 3)
-    if threshold >> DIGITS != 0:  # p = 0: probability one needs the digit before the point
+    if threshold >> DIGITS != 0:  # p = 0: probability 1 has a digit before the point
         keep = keep | 0xFFFFFFFF
-    left = K - word * 32  # columns of this word that exist; a shift by 32 or more is undefined
-    tail = (1 << tl.minimum(tl.maximum(left, 0), 31).to(tl.uint32)) - 1
+    left = K - word * 32  # [BLOCK], columns of this word; a shift by 32 or more is undefined
+    tail = (1 << tl.minimum(tl.maximum(left, 0), 31).to(tl.uint32)) - 1  # [BLOCK]
     keep = tl.where(left >= 32, keep, keep & tail.to(tl.uint32))
     tl.store(
         out + group.to(tl.int64) * total + flat, keep.to(tl.int32, bitcast=True), mask=flat < total
@@ -89,17 +88,17 @@ _zeros: dict[torch.device, torch.Tensor] = {}
 
 
 def _no_seed(device: torch.device) -> torch.Tensor:
-    """int64 [1], zero: what a seed that is a number is combined with.
+    """A zero, int64 [1], that the kernel combines with a seed that is a number.
 
-    A seed that lives on the device lets a CUDA graph draw anew at each replay. With this a number
-    runs the very same kernel, which eager calls have then loaded before the first capture: none may
-    be loaded during one.
+    A seed on the device lets a CUDA graph draw a new mask at each replay. With this zero, a seed
+    that is a number runs the same kernel. So eager calls load the kernel before the first capture,
+    during which no kernel may be loaded.
     """
     zero = _zeros.get(device)
     if zero is None:
         zero = torch.zeros(1, dtype=torch.int64, device=device)
         capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        # in a capture it belongs to the graph, and is zero from the first replay on
+        # within a capture it belongs to the graph, and becomes zero only at the first replay
         if type(zero) is torch.Tensor and not zero.is_meta and not capturing:
             _zeros[device] = zero
     return zero
@@ -113,7 +112,7 @@ def plan_bits(
     threshold, digits = digits_of(p)
     given = isinstance(seed, torch.Tensor)
     lo, hi = (0, 0) if given else (seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF)
-    lo, hi = (v - 2**32 if v >= 2**31 else v for v in (lo, hi))  # one signature: always int32
+    lo, hi = (v - 2**32 if v >= 2**31 else v for v in (lo, hi))  # always int32: one signature
     total = M * words
     at = seed if given else _no_seed(out.device)
     args = (out, at, lo, hi, threshold, M, K, words, total)
@@ -134,13 +133,13 @@ def dropout_bits(
     device: torch.device | str,
     config: BitsConfig = BitsConfig(),
 ) -> torch.Tensor:
-    """Packed keep mask int32 [M, ceil(K / 32)] (or [groups, M, ceil(K / 32)], independent masks,
-    one launch).
+    """The packed keep mask, int32 [M, ceil(K / 32)], or [groups, M, ceil(K / 32)] with ``groups``.
 
-    Each element is kept with probability 1 - p. ``seed`` is an int, or an int64 tensor of one
-    element on the device (read by the kernel, so nothing syncs). The same (seed, p, M, K) gives the
-    same mask on every launch and every device. Errors: ValueError for p outside [0, 1) or negative
-    sizes; TypeError for a seed of another type.
+    The masks of groups are independent and made by one launch. Each element is kept with
+    probability 1 - p. ``seed`` is an int, or an int64 tensor of one element on the device (which
+    the kernel reads, without a sync). The same (seed, p, M, K) gives the same mask on every launch
+    and every device. Errors: ValueError for p outside [0, 1) or negative sizes; TypeError for a
+    seed of another type.
     """
     if M < 0 or K < 0:
         raise ValueError(f"M, K are {M}, {K}; allowed: 0 or more")

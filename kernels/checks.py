@@ -1,5 +1,6 @@
-"""What every kernel's public function checks of its arguments before any launch. The errors name
-the argument, what was given and what is allowed.
+"""Checks of the arguments of kernels' public functions, made before any launch.
+
+The errors name the argument, what was given and what is allowed.
 """
 
 from __future__ import annotations
@@ -20,9 +21,7 @@ def is_power_of_two(n: int) -> bool:
 
 
 def blocks(config: Any, low: int = 16, **sizes: int) -> None:
-    """Shared validity of a config: blocks are powers of two >= low, warps a power of two <= 16,
-    stages >= 1.
-    """
+    """Check a config: blocks are powers of two >= low, warps a power of two <= 16, stages >= 1."""
     name = type(config).__name__
     for field, value in sizes.items():
         if not is_power_of_two(value) or value < low:
@@ -33,16 +32,14 @@ def blocks(config: Any, low: int = 16, **sizes: int) -> None:
 
 
 def one_or_more(config: Any, **counts: int) -> None:
-    """Parts that something is cut in, stages."""
+    """Check fields of a config (numbers of parts or stages) to be 1 or more."""
     for field, value in counts.items():
         if value < 1:
             raise ValueError(f"{type(config).__name__}.{field} is {value}; allowed: 1 or more")
 
 
 def rows(name: str, t: torch.Tensor, dtypes: Sequence[torch.dtype] = DTYPES) -> torch.Tensor:
-    """``t`` checked to be a float matrix, with unit stride along its rows (copied only where it has
-    none).
-    """
+    """``t``, checked to be a float matrix; a copy only if it has no unit stride along its rows."""
     matrix(name, t)
     if t.dtype not in dtypes:
         allowed = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
@@ -78,7 +75,7 @@ def adapter_dtype(name: str, t: torch.Tensor, activation: torch.dtype) -> None:
 
 
 def device(**tensors: torch.Tensor | None | Sequence[torch.Tensor | None]) -> torch.device:
-    """One device for all tensors and lists of them, and one that Triton can run on."""
+    """The device of all tensors and lists of them; ValueError for one that Triton cannot use."""
     given: list[tuple[str, torch.Tensor]] = []
     for name, value in tensors.items():
         if isinstance(value, torch.Tensor):
@@ -98,7 +95,7 @@ def device(**tensors: torch.Tensor | None | Sequence[torch.Tensor | None]) -> to
 
 
 def words(name: str, t: torch.Tensor | None, M: int, K: int) -> torch.Tensor | None:
-    """Packed keep bits int32 [M, ceil(K / 32)], contiguous, or None for no mask."""
+    """Checked packed keep bits int32 [M, ceil(K / 32)], contiguous; None for no mask."""
     if t is None:
         return None
     if t.dtype != torch.int32:
@@ -113,7 +110,7 @@ def words(name: str, t: torch.Tensor | None, M: int, K: int) -> torch.Tensor | N
 
 
 def per_adapter(name: str, value: Any, count: int) -> list[Any]:
-    """``value`` as a list with one entry per adapter: None and single values repeat."""
+    """``value`` as a list with an entry for each adapter; None and single values are repeated."""
     if value is None or isinstance(value, (int, float, torch.Tensor)):
         return [value] * count
     values: list[Any] = list(value)
@@ -125,12 +122,12 @@ def per_adapter(name: str, value: Any, count: int) -> list[Any]:
 
 
 def masks(bits: Any, count: int, M: int, K: int) -> list[torch.Tensor | None]:
-    """The packed words [M, ceil(K / 32)] of each adapter; ``bits``: one for all, or one each."""
+    """The packed words [M, ceil(K / 32)] of each adapter; ``bits`` has one for all or for each."""
     return [words(f"bits[{i}]", w, M, K) for i, w in enumerate(per_adapter("bits", bits, count))]
 
 
 def counts(allowed: str = "equal counts, 1 or more", **lists: Sequence[Any]) -> None:
-    """Two lists as long as each other, and not empty."""
+    """Check that two lists have the same length and are not empty."""
     (a, first), (b, second) = lists.items()
     if not first or len(first) != len(second):
         raise ValueError(f"{a} has {len(first)} entries, {b} {len(second)}; allowed: {allowed}")
@@ -139,7 +136,7 @@ def counts(allowed: str = "equal counts, 1 or more", **lists: Sequence[Any]) -> 
 def low_rank(
     name: str, ts: Sequence[torch.Tensor], M: int, dtype: torch.dtype, why: str
 ) -> list[torch.Tensor]:
-    """S or dS of each adapter: [M, r_i] in ``dtype``, rows dense."""
+    """Checked S or dS of each adapter, [M, r_i] in ``dtype`` with unit stride along rows."""
     checked = [rows(f"{name}[{i}]", t, (dtype,)) for i, t in enumerate(ts)]
     for i, t in enumerate(checked):
         rank(f"{name}[{i}]", t.shape[1])
@@ -154,9 +151,11 @@ def adapters(
     why: str,
     dtype: torch.dtype,
 ) -> list[torch.Tensor]:
-    """A or B of each adapter, of the given shapes (None: any number of rows), fp32 or ``dtype``;
-    all in one dtype, as a launch has one signature (mixed ones are rare). ``{i}`` in ``why`` is
-    the adapter's number."""
+    """Checked A or B of each adapter, of the given shapes (None: any number of rows).
+
+    Each is fp32 or ``dtype``. If these are mixed, which is rare, all are returned as fp32, because
+    a launch has one signature. ``{i}`` in ``why`` is the adapter's number.
+    """
     for i, (t, (first, second)) in enumerate(zip(ts, shapes, strict=True)):
         matrix(f"{name}[{i}]", t)
         want = (t.shape[0] if first is None else first, second)
@@ -166,7 +165,7 @@ def adapters(
 
 
 def ranks(name: str, As: Sequence[torch.Tensor]) -> None:
-    """A of each adapter: ranks that a kernel takes."""
+    """Check that A of each adapter has a rank that the kernels support."""
     for i, a in enumerate(As):
         matrix(f"{name}[{i}]", a)
         rank(f"{name}[{i}]", a.shape[0])

@@ -1,5 +1,6 @@
-"""What every kernel file shares: interpreter-safe device helpers, the record of one launch, and
-what default configs depend on. Checks of arguments: :mod:`.checks`.
+"""The parts that kernel files share: device helpers, the record of a launch, data of a device.
+
+The device helpers also work in Triton's interpreter. Checks of arguments are in :mod:`.checks`.
 """
 
 from __future__ import annotations
@@ -19,14 +20,19 @@ INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
 def device_function(fn):
-    """``triton.jit`` for a helper called from kernels. Under the interpreter it stays plain Python,
-    which the patched ``tl`` serves just as well, without re-patching ``tl`` on every call."""
+    """``triton.jit`` for a helper that kernels call; in the interpreter, the function itself.
+
+    There the patched ``tl`` works in plain Python too, and is not patched again at every call.
+    """
     return fn if INTERPRET.value else triton.jit(fn)
 
 
 @device_function
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a @ b in fp32; upcast in the interpreter, whose dot reads bf16 as raw integers."""
+    """acc [M, N] + a [M, K] @ b [K, N] in fp32.
+
+    The interpreter gets fp32 operands, as its dot reads bf16 as raw integers.
+    """
     if INTERPRET:
         acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
     else:
@@ -36,27 +42,27 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 @device_function
 def cast(x, DTYPE: tl.constexpr):
-    """x in DTYPE, rounded to nearest even. The interpreter truncates fp32 -> bf16, so it is done on
-    the bits.
+    """x in DTYPE, rounded to nearest even.
+
+    The interpreter would truncate fp32 to bf16, so there the rounding is done on the bits.
     """
     if INTERPRET:
         if DTYPE == tl.bfloat16 and x.dtype == tl.float32:
             bits = x.to(tl.uint32, bitcast=True)
             up = bits + 0x7FFF + ((bits >> 16) & 1)
-            # nothing left below: the interpreter's cast makes the smallest normal of a denormal
+            # low bits are cleared too, as the interpreter's cast turns denormals into normals
             x = (tl.where(x == x, up, bits) & 0xFFFF0000).to(tl.float32, bitcast=True)
     return x.to(DTYPE)
 
 
 @device_function
 def keep_tile(words_ptr, row, row_ok, col0, WORDS, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Keep mask [BLOCK_M, BLOCK_K] (int1) of columns col0.. (a multiple of 32) out of packed words
-    [M, WORDS].
+    """The keep mask, int1 [BLOCK_M, BLOCK_K], of the columns from col0 (a multiple of 32) on.
 
-    One word is loaded for 32 columns and spread in registers; columns past the last word read as
-    dropped.
+    ``words_ptr`` has the packed words [M, WORDS]. One word is loaded for 32 columns and spread in
+    registers; columns after the last word count as dropped.
     """
-    word = col0 // 32 + tl.arange(0, BLOCK_K // 32)
+    word = col0 // 32 + tl.arange(0, BLOCK_K // 32)  # [BLOCK_K / 32]
     packed = tl.load(
         words_ptr + row.to(tl.int64)[:, None] * WORDS + word[None, :],
         mask=row_ok[:, None] & (word < WORDS)[None, :],
@@ -67,9 +73,7 @@ def keep_tile(words_ptr, row, row_ok, col0, WORDS, BLOCK_M: tl.constexpr, BLOCK_
 
 
 class Launch(NamedTuple):
-    """One kernel launch, ready to run; ``benchmarks.static`` compiles the same record without
-    running it.
-    """
+    """One kernel launch, ready to run; ``benchmarks.static`` compiles the same record only."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -81,16 +85,16 @@ class Launch(NamedTuple):
 
 
 def precision(dtype: torch.dtype) -> str:
-    """How fp32 operands multiply: as torch is told to."""
+    """The ``input_precision`` of products: "tf32" for fp32 if torch allows it, else "ieee"."""
     return "tf32" if dtype == torch.float32 and tf32() else "ieee"
 
 
 def rank_end(ranks: Sequence[int], block_r: int) -> int | tl.constexpr:
-    """Where a kernel's loop over chunks of ranks ends: the largest rank rounded up to whole chunks.
+    """The end of a kernel's loop over chunks of ranks: the largest rank rounded up to whole chunks.
 
-    One chunk of one adapter: a constant, which dissolves the loop. Otherwise a number known only at
-    run time, which keeps it a loop: unrolled products each take tensor memory on sm_100, and past
-    512 columns the compiler emits an empty kernel.
+    For one chunk of one adapter it is a constant, which removes the loop. Otherwise it is known
+    only at run time, which keeps the loop: unrolled products take tensor memory each on sm_100, and
+    above 512 columns the compiler emits an empty kernel.
     """
     end = cdiv(max(ranks, default=1), block_r) * block_r
     return tl.constexpr(end) if len(ranks) == 1 and end == block_r else end
@@ -105,14 +109,18 @@ def cdiv(a: int, b: int) -> int:
 
 
 def padded(*ranks: int) -> int:
-    """Columns that tiles of these ranks take together: each rounded up to a power of two, and to
-    the 16 that a product needs."""
+    """The sum of the ranks, each rounded up to a power of two of at least 16.
+
+    Tiles of these ranks take so many columns; a product needs at least 16.
+    """
     return sum(max(16, next_pow2(r)) for r in ranks)
 
 
 class Arch(NamedTuple):
-    """What default configs depend on: multiprocessors, compute capability (90 for 9.0), shared
-    bytes a program may have.
+    """The data of a device on which default configs depend.
+
+    Number of multiprocessors, compute capability (90 for 9.0), bytes of shared memory that a
+    program may use.
     """
 
     sms: int
@@ -121,14 +129,15 @@ class Arch(NamedTuple):
 
     @property
     def warpgroups(self) -> bool:
-        """Matrix instructions that read operands from shared memory (wgmma, tcgen05), so wide tiles
-        cost no registers.
+        """True for matrix instructions that read operands from shared memory (wgmma, tcgen05).
+
+        Wide tiles then need no registers.
         """
         return 90 <= self.capability < 120
 
     @property
     def blackwell(self) -> bool:
-        """tcgen05: accumulators in tensor memory, which pass through registers."""
+        """True for tcgen05, whose accumulators are in tensor memory and pass through registers."""
         return 100 <= self.capability < 120
 
 
@@ -139,8 +148,9 @@ def _cuda_arch(index: int) -> Arch:
 
 
 def arch_of(device: torch.device) -> Arch:
-    """The device's Arch. Off CUDA: a small one on the CPU (interpreter), so that splits happen on
-    small shapes.
+    """The device's Arch.
+
+    The CPU (interpreter) has a small one, so that small shapes are split too.
     """
     if device.type == "cuda":
         return _cuda_arch(torch.cuda.current_device() if device.index is None else device.index)
@@ -148,7 +158,8 @@ def arch_of(device: torch.device) -> Arch:
 
 
 def row_stride(t: torch.Tensor) -> int:
-    """Elements from one row to the next (torch reports an arbitrary value where there is at most
-    one row).
+    """The number of elements from one row to the next.
+
+    (For fewer than two rows torch's stride is an arbitrary number.)
     """
     return t.stride(0) if t.shape[0] > 1 else max(t.shape[1], 1)

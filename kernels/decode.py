@@ -1,10 +1,10 @@
-"""Decode: Y = X Wᵀ + scale * (X Aᵀ) Bᵀ + bias for M <= 16 rows, in one launch over raw pointers.
+"""Decoding: Y = X Wᵀ + scale * (X Aᵀ) Bᵀ + bias for M <= 16 rows, in one launch.
 
-Every program owns block_n outputs and streams its rows of W once; the low-rank S is computed again
-by each program beside it (A is small and stays in L2), which costs no second launch and no exchange
-between programs. Where that repetition is the larger traffic (large r, wide N), pass ``s`` from
-:func:`shrink.shrink`. Nothing is allocated but the output, nothing syncs, so the launch can be
-captured in a CUDA graph. A batch whose rows name different adapters: :mod:`.mixed`.
+Every program computes block_n outputs and reads its rows of W once. Each program also computes the
+low-rank S [M, r] again (A is small and stays in L2), which needs no second launch and no exchange
+between programs. If that repetition moves more bytes (large r, wide N), pass ``s`` from
+:func:`shrink.shrink`. Only the output is allocated and nothing syncs, so the launch can be captured
+in a CUDA graph. For batches whose rows name different adapters see :mod:`.mixed`.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from . import checks
 from .common import Arch, Launch, arch_of, cast, cdiv, dot, padded, precision, row_stride
 
 MAX_ROWS = 16
-VECTOR_RANK = 64  # above it the one-row kernel would hold too much of A in registers
+VECTOR_RANK = 64  # with a larger rank the one-row kernel would need too many registers for A
 
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """Outputs a program, and how much of K it reads at a time."""
+    """Outputs of a program (block_n), and the part of K that it reads at a time (block_k)."""
 
     block_n: int = 32
     block_k: int = 128
@@ -38,7 +38,7 @@ class DecodeConfig:
 
 
 def default_config(M: int, N: int, r: int, arch: Arch) -> DecodeConfig:
-    """The widest block that still gives every multiprocessor a program."""
+    """The config with the widest block that gives every multiprocessor a program."""
     if M == 1 and r <= VECTOR_RANK:
         block_n = 16 if cdiv(N, 16) >= arch.sms else 8 if cdiv(N, 8) >= arch.sms else 4
         return DecodeConfig(
@@ -60,43 +60,43 @@ def _gemv_kernel(
     w_n_stride, w_k_stride, a_r_stride, b_n_stride, b_r_stride,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """One row, no tensor core: products stay apart by column of K and are summed at the end."""
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    rank = tl.arange(0, BLOCK_R)
-    n_ok, rank_ok = n < N, rank < R
-    n64 = n.to(tl.int64)
-    w_row = w + n64[:, None] * w_n_stride
+    """One row, no tensor cores: a sum for each column of a K block, all added at the end."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    rank = tl.arange(0, BLOCK_R)  # [BLOCK_R]
+    n_ok, rank_ok = n < N, rank < R  # [BLOCK_N], [BLOCK_R]
+    n64 = n.to(tl.int64)  # [BLOCK_N]
+    w_row = w + n64[:, None] * w_n_stride  # [BLOCK_N, 1]
     y_acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     s_acc = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
     for k0 in range(0, K, BLOCK_K):
-        k = k0 + tl.arange(0, BLOCK_K)
-        k_ok = k < K
-        xs = tl.load(x + k, mask=k_ok, other=0.0)
+        k = k0 + tl.arange(0, BLOCK_K)  # [BLOCK_K]
+        k_ok = k < K  # [BLOCK_K]
+        xs = tl.load(x + k, mask=k_ok, other=0.0)  # [BLOCK_K]
         ws = tl.load(
             w_row + k.to(tl.int64)[None, :] * w_k_stride,
             mask=n_ok[:, None] & k_ok[None, :],
             other=0.0,
-        )
-        wide = xs.to(tl.float32)[None, :]
+        )  # [BLOCK_N, BLOCK_K]
+        wide = xs.to(tl.float32)[None, :]  # [1, BLOCK_K]
         y_acc += ws.to(tl.float32) * wide
         if s is None:
             a_tile = tl.load(
                 a + rank.to(tl.int64)[:, None] * a_r_stride + k[None, :],
                 mask=rank_ok[:, None] & k_ok[None, :],
                 other=0.0,
-            )
+            )  # [BLOCK_R, BLOCK_K]
             s_acc += cast(a_tile, xs.dtype).to(tl.float32) * wide
     if s is None:
-        low = cast(tl.sum(s_acc, 1) * scale, x.dtype.element_ty)
+        low = cast(tl.sum(s_acc, 1) * scale, x.dtype.element_ty)  # [BLOCK_R]
     else:
-        low = tl.load(s + rank, mask=rank_ok, other=0.0)
+        low = tl.load(s + rank, mask=rank_ok, other=0.0)  # [BLOCK_R]
     b_tile = tl.load(
         b + n64[:, None] * b_n_stride + rank[None, :] * b_r_stride,
         mask=n_ok[:, None] & rank_ok[None, :],
         other=0.0,
-    )
+    )  # [BLOCK_N, BLOCK_R]
     b_tile = cast(b_tile, x.dtype.element_ty).to(tl.float32)
-    out = tl.sum(y_acc, 1) + tl.sum(b_tile * low.to(tl.float32)[None, :], 1)
+    out = tl.sum(y_acc, 1) + tl.sum(b_tile * low.to(tl.float32)[None, :], 1)  # [BLOCK_N]
     if bias is not None:
         out += tl.load(bias + n, mask=n_ok, other=0.0).to(tl.float32)
     tl.store(y + n, cast(out, y.dtype.element_ty), mask=n_ok)
@@ -109,41 +109,41 @@ def _rows_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Up to 16 rows. The products are transposed (W tile times Xᵀ), so that W is the tall operand
-    of the tensor core.
-    """
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    m = tl.arange(0, BLOCK_M)
-    rank = tl.arange(0, BLOCK_R)
-    n_ok, m_ok, rank_ok = n < N, m < M, rank < R
-    n64, rank64 = n.to(tl.int64), rank.to(tl.int64)
+    """Up to 16 rows; products are transposed (W tile times Xᵀ), as tensor cores need a tall W."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    m = tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    rank = tl.arange(0, BLOCK_R)  # [BLOCK_R]
+    n_ok, m_ok, rank_ok = n < N, m < M, rank < R  # [BLOCK_N], [BLOCK_M], [BLOCK_R]
+    n64, rank64 = n.to(tl.int64), rank.to(tl.int64)  # [BLOCK_N], [BLOCK_R]
     dtype = x.dtype.element_ty
-    x_row = x + m.to(tl.int64)[:, None] * x_stride
-    w_row = w + n64[:, None] * w_n_stride
-    b_tiles = b + n64[:, None] * b_n_stride + rank[None, :] * b_r_stride
-    b_ok = n_ok[:, None] & rank_ok[None, :]
+    x_row = x + m.to(tl.int64)[:, None] * x_stride  # [BLOCK_M, 1]
+    w_row = w + n64[:, None] * w_n_stride  # [BLOCK_N, 1]
+    b_tiles = b + n64[:, None] * b_n_stride + rank[None, :] * b_r_stride  # [BLOCK_N, BLOCK_R]
+    b_ok = n_ok[:, None] & rank_ok[None, :]  # [BLOCK_N, BLOCK_R]
     y_acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     s_acc = tl.zeros((BLOCK_R, BLOCK_M), tl.float32)
     for k0 in range(0, K, BLOCK_K):
-        k = k0 + tl.arange(0, BLOCK_K)
-        k_ok = k < K
-        xs = tl.trans(tl.load(x_row + k[None, :], mask=m_ok[:, None] & k_ok[None, :], other=0.0))
+        k = k0 + tl.arange(0, BLOCK_K)  # [BLOCK_K]
+        k_ok = k < K  # [BLOCK_K]
+        xs = tl.trans(
+            tl.load(x_row + k[None, :], mask=m_ok[:, None] & k_ok[None, :], other=0.0)
+        )  # [BLOCK_K, BLOCK_M]
         ws = tl.load(
             w_row + k.to(tl.int64)[None, :] * w_k_stride,
             mask=n_ok[:, None] & k_ok[None, :],
             other=0.0,
-        )
+        )  # [BLOCK_N, BLOCK_K]
         y_acc = dot(ws, xs, y_acc, PRECISION)
         if s is None:
             a_tile = tl.load(
                 a + rank64[:, None] * a_r_stride + k[None, :],
                 mask=rank_ok[:, None] & k_ok[None, :],
                 other=0.0,
-            )
+            )  # [BLOCK_R, BLOCK_K]
             s_acc = dot(cast(a_tile, dtype), xs, s_acc, PRECISION)
 
     if s is None:
-        low = cast(s_acc * scale, dtype)
+        low = cast(s_acc * scale, dtype)  # [BLOCK_R, BLOCK_M]
     else:
         low = tl.trans(
             tl.load(
@@ -151,7 +151,7 @@ def _rows_kernel(
                 mask=m_ok[:, None] & rank_ok[None, :],
                 other=0.0,
             )
-        )
+        )  # [BLOCK_R, BLOCK_M]
     y_acc = dot(cast(tl.load(b_tiles, mask=b_ok, other=0.0), dtype), low, y_acc, PRECISION)
     if bias is not None:
         y_acc += tl.load(bias + n, mask=n_ok, other=0.0).to(tl.float32)[:, None]
@@ -173,7 +173,7 @@ def plan_decode(
     scale: float,
     config: DecodeConfig,
 ) -> list[Launch]:
-    """The one launch that fills ``y`` [M, N] (contiguous); arguments already checked."""
+    """The launch that fills ``y`` [M, N] (contiguous); the arguments are checked already."""
     (M, K), (N, r) = x.shape, b.shape
     a_stride = 0 if a is None else a.stride(0)
     tail = (w.stride(0), w.stride(1), a_stride, b.stride(0), b.stride(1))
@@ -204,11 +204,11 @@ def decode(
     s: torch.Tensor | None = None,
     config: DecodeConfig | None = None,
 ) -> torch.Tensor:
-    """Y [M, N] in x's dtype = x Wᵀ + scale * (x Aᵀ) Bᵀ + bias, M <= 16, one launch.
+    """Y [M, N] in x's dtype = x Wᵀ + scale * (x Aᵀ) Bᵀ + bias, for M <= 16, in one launch.
 
     x [M, K] fp16/bf16/fp32; w [N, K] x's dtype, any strides (for Conv1D's [K, N] pass its
     transpose); a [r, K], b [N, r] fp32 or x's dtype, r from 1 to 256; bias [N]. s [M, r] x's dtype,
-    scale included, replaces a where given. Errors: TypeError, ValueError, before any launch.
+    with the scale in it, is given in place of a. Errors: TypeError, ValueError, before any launch.
     """
     x = checks.rows("x", x)
     M, K = x.shape

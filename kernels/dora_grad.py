@@ -1,10 +1,10 @@
-"""What DoRA's gain does to a gradient, in one pass over dY [M, N]:
+"""The gradients through DoRA's gain, in one pass over dY [M, N].
 
-    dZ = gain ∘ dY                    the gradient of what the gain multiplies
-    sums_n = sum_m dY[m, n] * (V[m, n] - bias[n])          the gradient of the gain
+    dZ [M, N] = gain ∘ dY                            the gradient of the gain's input
+    sums_n = sum_m dY[m, n] * (V[m, n] - bias[n])    the gradient of the gain, [N]
 
-Sums over rows are left in fp32 by blocks of rows and added in index order by a second kernel, so
-two runs agree bit for bit.
+Blocks of rows give partial sums in fp32, and a second kernel adds them in index order. So two runs
+agree bit for bit.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from .reduce import plan_sum
 def reference(
     dy: torch.Tensor, gain: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(dZ, sums) in float64."""
+    """(dZ [M, N], sums [N]) in float64."""
     z = v.double() if bias is None else v.double() - bias.double()
     return dy.double() * gain.double(), (dy.double() * z).sum(0)
 
 
 @dataclass(frozen=True)
 class ScaleConfig:
-    """Tiles [block_m, block_n]; M cut in split_m parts."""
+    """Tiles [block_m, block_n]; M is split into split_m parts."""
 
     block_m: int = 32
     block_n: int = 64
@@ -45,7 +45,7 @@ class ScaleConfig:
 
 
 def default_config(M: int, N: int, arch: Arch) -> ScaleConfig:
-    """M is split until there are four programs for every multiprocessor."""
+    """A config that splits M until every multiprocessor has four programs."""
     blocks = cdiv(N, 64)
     return ScaleConfig(split_m=max(1, min(cdiv(4 * arch.sms, blocks), cdiv(M, 32))))
 
@@ -55,19 +55,21 @@ def _scale_grad_kernel(
     dy, v, gain, bias, dz, sums, M, N, M_PART, dy_stride, v_stride,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     part = tl.program_id(1)
-    n_ok = n < N
-    factor = tl.load(gain + n, mask=n_ok, other=0.0).to(tl.float32)
+    n_ok = n < N  # [BLOCK_N]
+    factor = tl.load(gain + n, mask=n_ok, other=0.0).to(tl.float32)  # [BLOCK_N]
     total = tl.zeros((BLOCK_N,), tl.float32)
     if bias is not None:
-        shift = tl.load(bias + n, mask=n_ok, other=0.0).to(tl.float32)
+        shift = tl.load(bias + n, mask=n_ok, other=0.0).to(tl.float32)  # [BLOCK_N]
     last = tl.minimum((part + 1) * M_PART, M)
     for m0 in range(part * M_PART, last, BLOCK_M):
-        m = m0 + tl.arange(0, BLOCK_M)
-        ok = (m < last)[:, None] & n_ok[None, :]
-        m64 = m.to(tl.int64)
-        g = tl.load(dy + m64[:, None] * dy_stride + n[None, :], mask=ok, other=0.0).to(tl.float32)
+        m = m0 + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+        ok = (m < last)[:, None] & n_ok[None, :]  # [BLOCK_M, BLOCK_N]
+        m64 = m.to(tl.int64)  # [BLOCK_M]
+        g = tl.load(dy + m64[:, None] * dy_stride + n[None, :], mask=ok, other=0.0).to(
+            tl.float32
+        )  # [BLOCK_M, BLOCK_N]
         if dz is not None:
             tl.store(
                 dz + m64[:, None] * N + n[None, :],
@@ -75,7 +77,9 @@ def _scale_grad_kernel(
                 mask=ok,
             )
         if v is not None:
-            z = tl.load(v + m64[:, None] * v_stride + n[None, :], mask=ok, other=0.0).to(tl.float32)
+            z = tl.load(v + m64[:, None] * v_stride + n[None, :], mask=ok, other=0.0).to(
+                tl.float32
+            )  # [BLOCK_M, BLOCK_N]
             if bias is not None:
                 z -= shift[None, :]
             total += tl.sum(g * z, 0)
@@ -92,8 +96,10 @@ def plan_scale_grad(
     sums: torch.Tensor | None,
     config: ScaleConfig,
 ) -> list[Launch]:
-    """Launches that fill dz [M, N] and sums [N] fp32, both contiguous, None where not wanted;
-    arguments already checked."""
+    """Launches that fill dz [M, N] and sums [N] fp32, both contiguous, or None if not wanted.
+
+    The arguments are checked already.
+    """
     M, N = dy.shape
     m_part = cdiv(cdiv(M, config.split_m), config.block_m) * config.block_m
     split = cdiv(M, m_part)
@@ -121,7 +127,7 @@ def scale_grad(
     wanted: bool = True,
     config: ScaleConfig | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """(dZ [M, N] in dY's dtype where ``wanted``, sums [N] in fp32 where v is given).
+    """(dZ [M, N] in dY's dtype if ``wanted``, sums [N] in fp32 if v is given); else None.
 
     dy [M, N] fp16/bf16/fp32, any row stride; gain [N] fp32; v [M, N] dy's dtype, any row stride;
     bias [N]. Errors: TypeError, ValueError, before any launch.

@@ -1,10 +1,9 @@
-"""The norms of DoRA: ‖w_n + scale * b_n A‖ for every row of W [N, K], W read once and the sum never
-written.
+"""The norms of DoRA: ‖w_n + scale * b_n A‖ for every row of W [N, K].
 
-A program adds the update to a tile of W in registers and squares it. K is split over programs,
-which leave fp32 sums of squares; a second kernel adds them in index order and takes the root. The
-norm could also be had from ‖w_n‖² and W Aᵀ: those terms cancel where the update takes back most of
-a row.
+W is read once, and the sum is never written. A program adds the update to a tile of W in registers
+and squares it. K is split over programs, which write fp32 sums of squares; a second kernel adds
+them in index order and takes the root. (The norm also follows from ‖w_n‖² and W Aᵀ, but these terms
+cancel when the update removes most of a row.)
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from . import checks
 from .common import Arch, Launch, arch_of, cdiv, dot, padded
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-RANKS = 32  # of one product, which keeps its halves in registers; more come chunk by chunk
+RANKS = 32  # largest rank of one product, whose halves are in registers; more are done in chunks
 
 
 def reference(w: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
@@ -31,7 +30,7 @@ def reference(w: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -
 
 @dataclass(frozen=True)
 class NormConfig:
-    """Tiles of W [block_n, block_k]; K cut in split_k parts."""
+    """Tiles of W [block_n, block_k]; K is split into split_k parts."""
 
     block_n: int = 64
     block_k: int = 64
@@ -46,7 +45,7 @@ class NormConfig:
 
 
 def default_config(N: int, K: int, arch: Arch, itemsize: int = 2) -> NormConfig:
-    """Tall tiles ask for A seldom; K is split until every multiprocessor has two programs."""
+    """A config with tall tiles, which read A seldom; every multiprocessor gets two programs."""
     blocks = cdiv(N, 64)
     split = max(1, min(cdiv(2 * arch.sms, blocks), cdiv(K, 256)))
     return NormConfig(split_k=split, num_stages=3 if itemsize == 2 else 2)
@@ -59,13 +58,13 @@ def _norm_kernel(
     ROOT: tl.constexpr, ONE_CHUNK: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     part = tl.program_id(1)
-    rank = tl.arange(0, BLOCK_R)
-    n_ok = n < N
-    n64 = n.to(tl.int64)
-    w_row = w + n64[:, None] * w_n_stride
-    b_row = b + n64[:, None] * b_n_stride
+    rank = tl.arange(0, BLOCK_R)  # [BLOCK_R]
+    n_ok = n < N  # [BLOCK_N]
+    n64 = n.to(tl.int64)  # [BLOCK_N]
+    w_row = w + n64[:, None] * w_n_stride  # [BLOCK_N, 1]
+    b_row = b + n64[:, None] * b_n_stride  # [BLOCK_N, 1]
     if ONE_CHUNK:
         b_tile = tl.load(
             b_row + rank[None, :] * b_r_stride, mask=n_ok[:, None] & (rank < R)[None, :], other=0.0
@@ -73,38 +72,38 @@ def _norm_kernel(
     total = tl.zeros((BLOCK_N,), tl.float32)
     last = tl.minimum((part + 1) * K_PART, K)
     for k0 in range(part * K_PART, last, BLOCK_K):
-        k = k0 + tl.arange(0, BLOCK_K)
-        k_ok = k < last
-        k64 = k.to(tl.int64)
+        k = k0 + tl.arange(0, BLOCK_K)  # [BLOCK_K]
+        k_ok = k < last  # [BLOCK_K]
+        k64 = k.to(tl.int64)  # [BLOCK_K]
         tile = tl.load(
             w_row + k64[None, :] * w_k_stride, mask=n_ok[:, None] & k_ok[None, :], other=0.0
-        )
+        )  # [BLOCK_N, BLOCK_K]
         update = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
         for r0 in tl.range(0, BLOCK_R if ONE_CHUNK else R, BLOCK_R, num_stages=1):
-            r = r0 + rank
+            r = r0 + rank  # [BLOCK_R]
             if not ONE_CHUNK:
                 b_tile = tl.load(
                     b_row + r[None, :] * b_r_stride,
                     mask=n_ok[:, None] & (r < R)[None, :],
                     other=0.0,
-                )
+                )  # [BLOCK_N, BLOCK_R]
             a_tile = tl.load(
                 a + r.to(tl.int64)[:, None] * a_r_stride + k64[None, :] * a_k_stride,
                 mask=(r < R)[:, None] & k_ok[None, :],
                 other=0.0,
-            )
+            )  # [BLOCK_R, BLOCK_K]
             update = dot(b_tile, a_tile, update, PRECISION)
-        whole = tile.to(tl.float32) + update * scale
+        whole = tile.to(tl.float32) + update * scale  # [BLOCK_N, BLOCK_K]
         total += tl.sum(whole * whole, 1)
     tl.store(out + part.to(tl.int64) * N + n, tl.sqrt(total) if ROOT else total, mask=n_ok)
 
 
 @triton.jit
 def _root_kernel(partials, out, P, N, BLOCK: tl.constexpr):
-    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    ok = n < N
+    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    ok = n < N  # [BLOCK]
     total = tl.zeros((BLOCK,), tl.float32)
-    source = partials + n
+    source = partials + n  # [BLOCK]
     for _ in range(P):
         total += tl.load(source, mask=ok, other=0.0)
         source += N
@@ -119,7 +118,7 @@ def plan_norms(
     out: torch.Tensor,
     config: NormConfig,
 ) -> list[Launch]:
-    """The launches that fill ``out`` [N] fp32; arguments already checked, a and b of one dtype."""
+    """The launches that fill ``out`` [N] fp32; arguments are checked, a and b have one dtype."""
     (N, K), r = w.shape, a.shape[0]
     k_part = cdiv(cdiv(K, config.split_k), config.block_k) * config.block_k
     split = cdiv(K, k_part)
@@ -132,7 +131,7 @@ def plan_norms(
     meta = dict(
         ROOT=split == 1, ONE_CHUNK=r <= block_r,
         BLOCK_N=config.block_n, BLOCK_K=config.block_k, BLOCK_R=block_r,
-        # three products of halves keep fp32 adapters' digits on the matrix units
+        # "tf32x3": three products of halves keep the precision of fp32 adapters
         PRECISION="tf32x3" if a.dtype == torch.float32 else "ieee",
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
@@ -151,7 +150,7 @@ def row_norms(
     *,
     config: NormConfig | None = None,
 ) -> torch.Tensor:
-    """‖w_n + scale * b_n A‖ [N] in fp32, one launch or two.
+    """The norms ‖w_n + scale * b_n A‖, fp32 [N], in one launch or two.
 
     w [N, K] fp16/bf16/fp32, any strides (Conv1D's [K, N]: pass its transpose); a [r, K], b [N, r]
     fp32 or w's dtype, any strides, r from 1 to 256. Errors: TypeError, ValueError, before any

@@ -1,9 +1,11 @@
-"""The low-rank part expanded to a new matrix, on which the vendor GEMM then accumulates
-(``addmm_``): the hybrid order.
+"""The low-rank part as a new matrix, to which the vendor's GEMM then adds (``addmm_``).
 
-Forward: S Bᵀ + bias. Backward: sum over the group of mask_i * (dS_i A_i). Both are one kernel: out
-[M, N] = sum_i mask_i * (L_i R_i) + bias + add, with L_i [M, r_i] and R_i [r_i, N] read through
-strides (so R may be Bᵀ or A itself).
+This is the hybrid order. Forward: S Bᵀ + bias. Backward: the sum over the group of
+mask_i * (dS_i A_i). Both are one kernel:
+
+    out [M, N] = sum_i mask_i * (L_i R_i) + bias + add        L_i [M, r_i], R_i [r_i, N]
+
+R_i is read through strides, so it may be Bᵀ or A itself.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from .common import (
 
 @dataclass(frozen=True)
 class ExpandConfig:
-    """Tile of the output [block_m, block_n]; ranks above block_r are summed in chunks of it."""
+    """Tile of the output [block_m, block_n]; larger ranks are summed in chunks of block_r."""
 
     block_m: int = 64
     block_n: int = 128
@@ -54,12 +56,12 @@ def _expand_kernel(
 ):  # fmt: skip
     tiles_n = tl.cdiv(N, BLOCK_N)
     pid = tl.program_id(0)
-    row = (pid // tiles_n) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row = (pid // tiles_n) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     n0 = (pid % tiles_n) * BLOCK_N
-    col = n0 + tl.arange(0, BLOCK_N)
-    row_ok, col_ok = row < M, col < N
-    row64, col64 = row.to(tl.int64), col.to(tl.int64)
-    ok = row_ok[:, None] & col_ok[None, :]
+    col = n0 + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    row_ok, col_ok = row < M, col < N  # [BLOCK_M], [BLOCK_N]
+    row64, col64 = row.to(tl.int64), col.to(tl.int64)  # [BLOCK_M], [BLOCK_N]
+    ok = row_ok[:, None] & col_ok[None, :]  # [BLOCK_M, BLOCK_N]
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if bias is not None:
@@ -71,8 +73,8 @@ def _expand_kernel(
     for i in tl.static_range(G):
         part = tl.zeros((BLOCK_M, BLOCK_N), tl.float32) if words[i] is not None else acc
         for r0 in tl.range(0, RANK_END, BLOCK_R, num_stages=1):
-            rank = r0 + tl.arange(0, BLOCK_R)
-            rank_ok = rank < ranks[i]
+            rank = r0 + tl.arange(0, BLOCK_R)  # [BLOCK_R]
+            rank_ok = rank < ranks[i]  # [BLOCK_R]
             left = tl.load(
                 Ls[i] + row64[:, None] * l_strides[i] + rank[None, :],
                 mask=row_ok[:, None] & rank_ok[None, :],
@@ -94,8 +96,9 @@ def _expand_kernel(
 
 
 def default_config(M: int, ranks: Sequence[int]) -> ExpandConfig:
-    """A write-bound kernel: 64x128 tiles, shorter for few rows; rank chunks no wider than the
-    ranks.
+    """A config with 64x128 tiles, shorter for few rows; chunks are not wider than the ranks.
+
+    (Writes bound the time of this kernel.)
     """
     block_m = 64 if M > 32 else max(16, next_pow2(M))
     return ExpandConfig(
@@ -114,7 +117,7 @@ def plan_expand(
     add: torch.Tensor | None,
     config: ExpandConfig,
 ) -> list[Launch]:
-    """The launch that fills ``out`` [M, N]; arguments already checked, Rs any strides."""
+    """The launch that fills ``out`` [M, N]; the arguments are checked, Rs may have any strides."""
     M, N = out.shape
     ranks = [r.shape[0] for r in Rs]
     args = (
@@ -142,11 +145,11 @@ def expand(
     out_dtype: torch.dtype | None = None,
     config: ExpandConfig | None = None,
 ) -> torch.Tensor:
-    """[M, N] = S Bᵀ (+ bias) (+ add), a new tensor in ``out_dtype`` (default S's).
+    """S Bᵀ (+ bias) (+ add), a new tensor [M, N] in ``out_dtype`` (default S's).
 
     s [M, r] fp16/bf16/fp32, any row stride (a column slice of a group's S); b [N, r] fp32 or s's
-    dtype, any strides; bias [N]; add [M, N], e.g. the output of a base layer that no kernel of ours
-    can read. Errors: TypeError, ValueError.
+    dtype, any strides; bias [N]; add [M, N], for example the output of a base layer whose weight
+    the kernels cannot read. Errors: TypeError, ValueError.
     """
     s = checks.rows("s", s)
     M, r = s.shape
@@ -180,12 +183,11 @@ def low_rank_grad_input(
     out_dtype: torch.dtype | None = None,
     config: ExpandConfig | None = None,
 ) -> torch.Tensor:
-    """[M, K] = sum over adapters of mask_i * (dS_i A_i), a new tensor in ``out_dtype`` (default
-    dS's).
+    """The sum over adapters of mask_i * (dS_i A_i), a new tensor [M, K].
 
-    ds[i] [M, r_i] fp16/bf16/fp32, any row stride; As[i] [r_i, K] fp32 or that dtype; bits as in
-    :func:`shrink.shrink`. The base part, sum of dY_i W_i, is then accumulated on it. Errors:
-    TypeError, ValueError.
+    It is in ``out_dtype`` (default dS's). The base part, the sum of dY_i W_i, can then be added to
+    it. ds[i] [M, r_i] fp16/bf16/fp32, any row stride; As[i] [r_i, K] fp32 or that dtype; bits as in
+    :func:`shrink.shrink`. Errors: TypeError, ValueError.
     """
     ds, As = list(ds), list(As)
     checks.counts(ds=ds, As=As)

@@ -1,4 +1,4 @@
-"""How torch is told to multiply fp32 matrices on CUDA."""
+"""Torch's setting for products of fp32 matrices on CUDA."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import torch
 
 
 def tf32() -> bool:
-    """Whether products of fp32 matrices may run in TF32.
+    """True when products of fp32 matrices may run in TF32.
 
-    By whatever switch: ``torch.set_float32_matmul_precision``, ``allow_tf32``, or
-    ``torch.backends.fp32_precision`` and those below it, after which the first two cannot be asked
-    any more (``TrainingArguments(tf32=True)`` sets it).
+    This holds for all switches: ``torch.set_float32_matmul_precision``, ``allow_tf32``, and
+    ``torch.backends.fp32_precision`` with those below it. After the last one was set
+    (``TrainingArguments(tf32=True)`` does it), the first two cannot be read any more.
     """
     return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")

@@ -3,19 +3,19 @@
     Y  [M, N] = X Wᵀ + S Bᵀ + bias
     dX [M, K] = sum over a group of dY_i W_i + mask_i * (dS_i A_i)
 
-Both are out = sum_i X_i W_iᵀ + mask_i * (L_i R_i) + bias, with W_i read as [N, K] or [K, N] by its
-strides. With DoRA's gain the forward is Y = gain * (V - bias) + bias, V being that sum, which is
-stored as well where the backward wants it. The mask is read as packed bits, never made here.
+Both are out = sum_i X_i W_iᵀ + mask_i * (L_i R_i) + bias, where W_i is [N, K] or [K, N] by its
+strides. With DoRA's gain the forward is Y = gain * (V - bias) + bias; V is that sum, and is stored
+too if the backward needs it. The mask is read as packed bits.
 
 The low-rank part comes after the loop over K, so that in a flattened loop the copies of the next
-tile fly while it is computed; before it they would have to wait for it. It comes before where there
-is a mask, whose second accumulator would be alive beside the first, and on sm_100, where a second
-product into an accumulator in flight does not compile.
+tile run while it is computed; before the loop they would have to wait for it. With a mask it comes
+first, as its second accumulator would otherwise be live together with the first; so it does on
+sm_100, where a second product into an accumulator in flight does not compile.
 
-With ``tma`` tiles come through tensor descriptors (bulk copies) and the grid is persistent;
-without, through pointers: for sm_80, for operands a descriptor cannot describe (unaligned rows or
-base), and for more than four pairs of X and W. Descriptors are arguments of their own: launchers of
-Triton 3.6 find none inside a tuple.
+With ``tma`` tiles are loaded through tensor descriptors (bulk copies) and the grid is persistent.
+Without it they are loaded through pointers: for sm_80, for operands with unaligned rows or base,
+which a descriptor cannot describe, and for more than four pairs of X and W. Each descriptor is an
+argument of its own, as launchers of Triton 3.6 find none inside a tuple.
 """
 
 from __future__ import annotations
@@ -48,8 +48,9 @@ MAX_DESCRIBED = 4  # pairs of X and W that the kernel has arguments for
 
 @dataclass(frozen=True)
 class GemmConfig:
-    """Output tile, K step, rows of tiles walked together (for L2), low-rank chunk, and how tiles
-    are loaded.
+    """Output tile [block_m, block_n], step block_k, low-rank chunk block_r, and way of loading.
+
+    ``group_m``: rows of tiles that are walked together (for L2); ``flatten``: one loop for all.
     """
 
     block_m: int = 128
@@ -69,9 +70,8 @@ class GemmConfig:
             raise ValueError(f"GemmConfig.group_m is {self.group_m}; allowed: 1 or more")
 
     def shared_bytes(self, itemsize: int) -> int:
-        """What the pipeline of X and W tiles takes; the compiler adds a little, and the output tile
-        with ``tma``.
-        """
+        """Bytes for the pipeline of X and W tiles.
+        The compiler adds a little, and with ``tma`` the output tile."""
         return self.num_stages * (self.block_m + self.block_n) * self.block_k * itemsize
 
 
@@ -86,18 +86,19 @@ def default_config(
     gain: bool = False,
     itemsize: int = 2,
 ) -> GemmConfig:
-    """The tile each architecture's matrix unit likes, narrowed where a masked group needs a second
-    accumulator, or a gain the registers of one.
+    """A config with the best tile for the architecture's matrix unit.
+
+    It is narrower if a masked group needs a second accumulator, or a gain the registers of one.
     """
     block_m = 128 if M > 64 else 64
     if itemsize == 4:
-        # Exact products hold operands in registers; on 4 warps they spill (sm_80, Triton 3.9).
+        # exact products keep operands in registers, which spill on 4 warps (sm_80, Triton 3.9)
         return GemmConfig(64, 64, 32, num_warps=8, num_stages=2)
     if arch.capability in (90, 100) and block_m == 128:
         if gain or (masked and group > 1):
             return GemmConfig(128, 128, 64, tma=True)
-        # One loop for all: the next tile's first copies fly during this tile's store. Only a single
-        # inner loop can be flattened.
+        # one loop for all tiles: the next tile's first copies run during this tile's store; only a
+        # single inner loop can be flattened
         flatten = group == 1 and r <= 16
         return GemmConfig(128, 256 if N >= 256 else 128, 64, tma=True, flatten=flatten)
     return GemmConfig(
@@ -116,12 +117,12 @@ def _low_rank(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """acc [BLOCK_M, BLOCK_N] + sum over i of mask_i * (L_i R_i)."""
-    row64, col64 = row.to(tl.int64), col.to(tl.int64)
+    row64, col64 = row.to(tl.int64), col.to(tl.int64)  # [BLOCK_M], [BLOCK_N]
     for i in tl.static_range(len(Ls)):
         part = tl.zeros((BLOCK_M, BLOCK_N), tl.float32) if words[i] is not None else acc
         for r0 in tl.range(0, RANK_END, BLOCK_R, num_stages=1):
-            rank = r0 + tl.arange(0, BLOCK_R)
-            rank_ok = rank < ranks[i]
+            rank = r0 + tl.arange(0, BLOCK_R)  # [BLOCK_R]
+            rank_ok = rank < ranks[i]  # [BLOCK_R]
             left = tl.load(
                 Ls[i] + row64[:, None] * l_strides[i] + rank[None, :],
                 mask=row_ok[:, None] & rank_ok[None, :],
@@ -153,16 +154,16 @@ def _gemm_kernel(
     x_tiles, w_tiles = (x0, x1, x2, x3), (w0, w1, w2, w3)  # descriptors, with TMA
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=FLATTEN):
-        # GROUP_M rows of tiles are walked column by column, so that W tiles are met again while in
-        # L2.
+        # GROUP_M rows of tiles are walked column by column, so that W tiles are read again while
+        # they are in L2
         band = tile // (GROUP_M * tiles_n)
         in_band = tl.minimum(tiles_m - band * GROUP_M, GROUP_M)
         pid_m = band * GROUP_M + (tile % (GROUP_M * tiles_n)) % in_band
         pid_n = (tile % (GROUP_M * tiles_n)) // in_band
         m0, n0 = pid_m * BLOCK_M, pid_n * BLOCK_N
-        row, col = m0 + tl.arange(0, BLOCK_M), n0 + tl.arange(0, BLOCK_N)
-        row_ok, col_ok = row < M, col < N
-        row64, col64 = row.to(tl.int64), col.to(tl.int64)
+        row, col = m0 + tl.arange(0, BLOCK_M), n0 + tl.arange(0, BLOCK_N)  # [BLOCK_M], [BLOCK_N]
+        row_ok, col_ok = row < M, col < N  # [BLOCK_M], [BLOCK_N]
+        row64, col64 = row.to(tl.int64), col.to(tl.int64)  # [BLOCK_M], [BLOCK_N]
 
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         if LOW_FIRST:
@@ -174,26 +175,26 @@ def _gemm_kernel(
         for i in tl.static_range(G):
             for k0 in range(0, Ks[i], BLOCK_K):
                 if TMA:
-                    x_tile = x_tiles[i].load([m0, k0])
+                    x_tile = x_tiles[i].load([m0, k0])  # [BLOCK_M, BLOCK_K]
                     if W_KN:
-                        w_tile = w_tiles[i].load([k0, n0])
+                        w_tile = w_tiles[i].load([k0, n0])  # [BLOCK_K, BLOCK_N]
                     else:
-                        w_tile = tl.trans(w_tiles[i].load([n0, k0]))
+                        w_tile = tl.trans(w_tiles[i].load([n0, k0]))  # [BLOCK_K, BLOCK_N]
                 else:
-                    k = k0 + tl.arange(0, BLOCK_K)
-                    k_ok = k < Ks[i]
+                    k = k0 + tl.arange(0, BLOCK_K)  # [BLOCK_K]
+                    k_ok = k < Ks[i]  # [BLOCK_K]
                     x_tile = tl.load(
                         xs[i] + row64[:, None] * x_strides[i] + k[None, :],
                         mask=row_ok[:, None] & k_ok[None, :],
                         other=0.0,
-                    )
+                    )  # [BLOCK_M, BLOCK_K]
                     w_tile = tl.load(
                         ws[i]
                         + k.to(tl.int64)[:, None] * w_k_strides[i]
                         + col64[None, :] * w_n_strides[i],
                         mask=k_ok[:, None] & col_ok[None, :],
                         other=0.0,
-                    )
+                    )  # [BLOCK_K, BLOCK_N]
                 acc = dot(x_tile, w_tile, acc, PRECISION)
 
         if not LOW_FIRST:
@@ -213,10 +214,10 @@ def _gemm_kernel(
                         cast(acc, v.dtype.element_ty),
                         mask=row_ok[:, None] & col_ok[None, :],
                     )
-            factor = tl.load(gain + col, mask=col_ok, other=0.0)
+            factor = tl.load(gain + col, mask=col_ok, other=0.0)  # [BLOCK_N]
             acc = acc * factor[None, :]
             if bias is not None:
-                shift = tl.load(bias + col, mask=col_ok, other=0.0).to(tl.float32)
+                shift = tl.load(bias + col, mask=col_ok, other=0.0).to(tl.float32)  # [BLOCK_N]
                 acc += (shift * (1 - factor))[None, :]
         if TMA:
             y.store([m0, n0], cast(acc, y.dtype))
@@ -229,7 +230,7 @@ def _gemm_kernel(
 
 
 def _describable(t: torch.Tensor) -> bool:
-    """Whether a tensor descriptor can hold ``t``: unit inner stride, base and rows on 16 bytes."""
+    """True when a tensor descriptor can describe ``t``: inner stride 1, 16-byte base and rows."""
     return (
         t.stride(1) == 1
         and t.stride(0) * t.element_size() % 16 == 0
@@ -251,10 +252,10 @@ def plan_gemm(
     gain: torch.Tensor | None = None,
     v: torch.Tensor | None = None,
 ) -> list[Launch]:
-    """The launch that fills ``y`` [M, N]: xs[i] [M, K_i], ws[i] [N, K_i] any strides, Ls[i] [M,
-    r_i], Rs[i] [r_i, N]; gain [N] fp32, and with it v [M, N] contiguous, filled as well.
+    """The launch that fills ``y`` [M, N], and with gain [N] fp32 also ``v`` [M, N] contiguous.
 
-    Falls back to pointers where an operand cannot have a descriptor; arguments already checked.
+    xs[i] [M, K_i], ws[i] [N, K_i] any strides, Ls[i] [M, r_i], Rs[i] [r_i, N]; all are checked
+    already. Pointers are used if an operand cannot have a descriptor.
     """
     M, N = y.shape
     w_kn = all(w.stride(1) != 1 and w.stride(0) == 1 for w in ws)
@@ -317,7 +318,7 @@ def _fused(
     gain: torch.Tensor | None = None,
     v: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Plans and runs on checked arguments, all of one device."""
+    """Plan and run with checked arguments on one device; returns Y [M, N]."""
     M, N = xs[0].shape[0], ws[0].shape[0]
     y = xs[0].new_empty((M, N))
     if not y.numel():
@@ -360,13 +361,13 @@ def fused_linear(
     v: torch.Tensor | None = None,
     config: GemmConfig | None = None,
 ) -> torch.Tensor:
-    """Y [M, N] in x's dtype = x Wᵀ + S Bᵀ + bias, one launch; with ``gain`` [N] (fp32) that is V,
-    and Y = gain * (V - bias) + bias; ``v`` [M, N], x's dtype and contiguous, is then filled with V.
+    """Y [M, N] in x's dtype = x Wᵀ + S Bᵀ + bias, in one launch.
 
-    x [M, K] fp16/bf16/fp32, any row stride; w [N, K] x's dtype, any strides (Conv1D's [K, N]: pass
-    its transpose); s [M, r] x's dtype, scale included; b [N, r] fp32 or x's dtype, any strides; r
-    from 1 to 256; bias [N]. Errors: TypeError, ValueError, before any launch.
-    """
+    With ``gain`` [N] fp32 this sum is V, and Y = gain * (V - bias) + bias; ``v`` [M, N], contiguous
+    and of x's dtype, is filled with V. x [M, K] fp16/bf16/fp32, any row stride; w [N, K] x's dtype,
+    any strides (Conv1D's [K, N]: pass its transpose); s [M, r] x's dtype, with the scale in it;
+    b [N, r] fp32 or x's dtype, any strides; r from 1 to 256; bias [N]. Errors: TypeError,
+    ValueError, before any launch."""
     x = checks.rows("x", x)
     M, K = x.shape
     checks.matrix("w", w)
@@ -408,13 +409,12 @@ def fused_grad_input(
     *,
     config: GemmConfig | None = None,
 ) -> torch.Tensor:
-    """dX [M, K] in dY's dtype = sum over the group of dY_i W_i + mask_i * (dS_i A_i), one launch,
-    one write.
+    """dX [M, K] in dY's dtype = sum over the group of dY_i W_i + mask_i * (dS_i A_i), one launch.
 
     dys[i] [M, N_i] fp16/bf16/fp32, any row stride; ws[i] [N_i, K] the same dtype, any strides;
-    ds[j] [M, r_j] the same dtype, As[j] [r_j, K] fp32 or that dtype: as many adapters as there are
-    (a projection may have none); bits: packed keep masks int32 [M, ceil(K / 32)], one for all
-    adapters or one (or None) for each. Errors: TypeError, ValueError.
+    ds[j] [M, r_j] the same dtype and As[j] [r_j, K] fp32 or that dtype, for each adapter (a
+    projection may have none); bits: packed keep masks int32 [M, ceil(K / 32)], one for all adapters
+    or one (or None) for each. Errors: TypeError, ValueError.
     """
     dys = [checks.rows(f"dys[{i}]", d) for i, d in enumerate(dys)]
     ws, As = list(ws), list(As)

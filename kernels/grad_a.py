@@ -1,8 +1,8 @@
-"""Gradients of A, dA = dSᵀ (mask X), of every adapter that reads X, in one pass over X.
+"""The gradients of A, dA = dSᵀ (mask X), for every adapter that reads X, in one pass over X.
 
-X [M, K], dS [M, r], A [r, K]. A program owns a strip of columns of X. Where the strips do not fill
+X [M, K], dS [M, r], A [r, K]. A program reads a strip of columns of X. If the strips do not fill
 the device, the sum over M is split over programs, which write fp32 partials; a second kernel adds
-them in fixed order. No atomics: two runs agree bit for bit.
+them in fixed order. There are no atomics, so two runs agree bit for bit.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from .common import (
 )  # fmt: skip
 from .reduce import plan_sum
 
-BLOCK_R_MAX = 128  # ranks of one adapter that a program accumulates; beyond it X is read again
-GROUP_RANK = 128  # padded ranks that a launch accumulates, over its adapters
+BLOCK_R_MAX = 128  # ranks of one adapter that a program accumulates; for more, X is read again
+GROUP_RANK = 128  # sum of padded ranks that a launch accumulates for its adapters
 
 
 @dataclass(frozen=True)
 class GradAConfig:
-    """Tiles of X [block_m, block_k]; M cut in split_m parts (1: no second stage)."""
+    """Tiles of X [block_m, block_k]; M is split into split_m parts (1: no second stage)."""
 
     block_m: int = 64
     block_k: int = 64
@@ -51,9 +51,10 @@ class GradAConfig:
 
 
 def strips(M: int, K: int, arch: Arch) -> tuple[int, int]:
-    """(columns of X a program owns, parts that M is cut in). Narrow strips where they fill the
-    device and wide ones do not: M in one part needs no second stage. Otherwise M is split until
-    the device is full, in parts of at least 256 rows.
+    """(columns of X in a strip, number of parts of M).
+
+    Strips are narrow if these fill the device and wide ones do not: M in one part needs no second
+    stage. Otherwise M is split until the device is full, in parts of at least 256 rows.
     """
     if cdiv(K, 64) < arch.sms * 3 // 4 <= cdiv(K, 32) <= arch.sms * 2:
         return 32, 1
@@ -61,11 +62,11 @@ def strips(M: int, K: int, arch: Arch) -> tuple[int, int]:
 
 
 def default_config(M: int, K: int, arch: Arch, ranks: Sequence[int] = (16,)) -> GradAConfig:
-    """Column strips of X, see :func:`strips`; tall tiles where they are narrow."""
+    """A config with the strips of :func:`strips`; tiles are tall if the strips are narrow."""
     block_k, split = strips(M, K, arch)
     held = min(GROUP_RANK, padded(*ranks))
-    # On sm_90 ptxas gives narrow strips of several adapters too few registers: with three stages
-    # under Triton 3.9, on four warps under 3.6.
+    # on sm_90 ptxas gives narrow strips of several adapters too few registers with three stages
+    # (Triton 3.9) or on four warps (Triton 3.6)
     tight = block_k == 32 and arch.capability == 90 and held > 32
     return GradAConfig(
         block_m=128 if block_k == 32 and held <= 32 else 64,
@@ -85,23 +86,23 @@ def _grad_a_kernel(
 ):  # fmt: skip
     part = tl.program_id(1)
     k0 = tl.program_id(0) * BLOCK_K
-    k = k0 + tl.arange(0, BLOCK_K)
-    k_ok = k < K
-    rank = tl.arange(0, BLOCK_R)
+    k = k0 + tl.arange(0, BLOCK_K)  # [BLOCK_K]
+    k_ok = k < K  # [BLOCK_K]
+    rank = tl.arange(0, BLOCK_R)  # [BLOCK_R]
     acc = ()
     for _ in tl.static_range(G):
         acc = acc + (tl.zeros((BLOCK_K, BLOCK_R), tl.float32),)
     first = part * M_PART
     last = tl.minimum(first + M_PART, M)
     for m0 in range(first, last, BLOCK_M):
-        row = m0 + tl.arange(0, BLOCK_M)
-        row_ok = row < last
-        row64 = row.to(tl.int64)
+        row = m0 + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+        row_ok = row < last  # [BLOCK_M]
+        row64 = row.to(tl.int64)  # [BLOCK_M]
         xs = tl.load(
             x + row64[:, None] * x_stride + k[None, :],
             mask=row_ok[:, None] & k_ok[None, :],
             other=0.0,
-        )
+        )  # [BLOCK_M, BLOCK_K]
         new = ()
         for i in tl.static_range(G):
             d = tl.load(
@@ -113,9 +114,9 @@ def _grad_a_kernel(
             if words[i] is not None:
                 kept = tl.where(
                     keep_tile(words[i], row, row_ok, k0, WORDS, BLOCK_M, BLOCK_K), xs, 0.0
-                )
-            # X transposed is the wide operand: a tall [BLOCK_K, rank] product fills the tensor
-            # core, the other way wastes it.
+                )  # [BLOCK_M, BLOCK_K]
+            # X transposed is the wide operand: the tall product [BLOCK_K, BLOCK_R] fills the tensor
+            # cores, the transposed one does not
             new = new + (dot(tl.trans(kept.to(xs.dtype)), d, acc[i], PRECISION),)
         acc = new
     for i in tl.static_range(G):
@@ -134,11 +135,11 @@ def plan_grad_a(
     outs: Sequence[torch.Tensor],
     config: GradAConfig,
 ) -> list[Launch]:
-    """Launches that fill outs[i] [r_i, K] (dense in any order); arguments already checked."""
+    """Launches that fill outs[i] [r_i, K] (dense in any order); the arguments are checked."""
     M, K = x.shape
     m_part = cdiv(cdiv(M, config.split_m), config.block_m) * config.block_m
     split = cdiv(M, m_part)
-    # A partial repeats its output's layout, so that the sum runs over memory in order.
+    # a partial has the layout of its output, so that the sum reads memory in order
     partials = [
         o
         if split == 1
@@ -147,7 +148,7 @@ def plan_grad_a(
         )
         for o in outs
     ]
-    # Each piece: at most BLOCK_R_MAX ranks of one adapter, a row range of its output.
+    # each piece has at most BLOCK_R_MAX ranks of one adapter, a range of rows of its output
     pieces = [
         (d[:, r0 : r0 + BLOCK_R_MAX], w, p[..., r0 : r0 + BLOCK_R_MAX, :], o.numel())
         for d, w, p, o in zip(ds, words, partials, outs, strict=True)
@@ -187,11 +188,11 @@ def grad_a(
     out_dtypes: Sequence[torch.dtype] | None = None,
     config: GradAConfig | None = None,
 ) -> list[torch.Tensor]:
-    """[dA_i [r_i, K] in out_dtypes[i], default fp32] = dS_iᵀ (mask_i X) for each adapter of a
-    group; X is read once for all.
+    """dA_i [r_i, K] = dS_iᵀ (mask_i X) for each adapter of a group; X is read once for all.
 
-    x [M, K] fp16/bf16/fp32, any row stride; ds[i] [M, r_i] x's dtype, any row stride; bits as in
-    :func:`shrink.shrink`. Errors: TypeError, ValueError, before any launch.
+    dA_i is in out_dtypes[i] (default fp32). x [M, K] fp16/bf16/fp32, any row stride; ds[i] [M, r_i]
+    x's dtype, any row stride; bits as in :func:`shrink.shrink`. Errors: TypeError, ValueError,
+    before any launch.
     """
     x = checks.rows("x", x)
     M, K = x.shape

@@ -1,9 +1,9 @@
-"""Gradients of S and of B through S Bᵀ, in one pass over dY: dS = scale * dY B and dB = dYᵀ S.
+"""The gradients of S and B through S Bᵀ, in one pass over dY: dS = scale * dY B and dB = dYᵀ S.
 
 dY [M, N], B [N, r], S and dS [M, r]. The sums over N (for dS) and over M (for dB) are split over
-programs, which write fp32 partials; a second kernel adds them in fixed order. No atomics: two runs
-agree bit for bit. dS leaves in the activation's dtype. The 1 / (1 - p) of dropout is part of
-``scale`` here, as it is in S.
+programs, which write fp32 partials; a second kernel adds them in fixed order. There are no atomics,
+so two runs agree bit for bit. dS has the activation's dtype. ``scale`` includes the 1 / (1 - p) of
+dropout, as S does.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from .reduce import plan_sum, sums_last
 from .shrink import default_config as default_shrink_config
 from .shrink import plan_shrink
 
-BLOCK_R_MAX = 128  # ranks one program accumulates; beyond it dY is read again
-TWO_PASS = "two_pass"  # in place of a config of grad_sb
+BLOCK_R_MAX = 128  # ranks that one program accumulates; for more, dY is read again
+TWO_PASS = "two_pass"  # can be passed as grad_sb's config
 
 
 @dataclass(frozen=True)
 class GradSBConfig:
-    """Tiles of dY [block_m, block_n]; N cut in split_n parts. dB partials number M / block_m."""
+    """Tiles of dY [block_m, block_n]; N in split_n parts; dB has M / block_m partials."""
 
     block_m: int = 128
     block_n: int = 64
@@ -54,19 +54,18 @@ class GradSBConfig:
 
 
 def default_config(M: int, N: int, r: int, arch: Arch, itemsize: int = 2) -> GradSBConfig | None:
-    """Tall tiles keep the dB partials few (M / block_m of them); N is split until the device is
-    full.
+    """A config with tall tiles, and so few partials of dB; N is split until the device is full.
 
-    None where two passes over dY are better: at large M from about r > 32, where they move fewer
-    bytes than one pass with its partials, and always above 64, where one pass holds two wide
-    accumulators in registers and spills.
+    None if two passes over dY are better. That is so for large M from about r > 32, where two
+    passes move fewer bytes than one pass with its partials. And always for r > 64, where the two
+    wide accumulators of one pass spill registers.
     """
     if r > 64:
         return None
     stages = 3 if arch.shared > 160_000 else 2
     tall = 256 if r <= 32 else 128
     if not arch.warpgroups and r > 32:
-        tall = 64  # mma.sync keeps operands in registers: taller tiles spill
+        tall = 64  # mma.sync keeps operands in registers, and taller tiles spill
     block_m = min(tall, max(16, next_pow2(M)))
     blocks = cdiv(M, block_m)
     split = max(1, min(arch.sms // blocks, cdiv(N, 256)))
@@ -89,11 +88,11 @@ def _grad_sb_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     block, part = tl.program_id(0), tl.program_id(1)
-    row = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    rank = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
-    row_ok, rank_ok = row < M, rank < R
-    row64 = row.to(tl.int64)
-    dy_row = dy + row64[:, None] * dy_stride
+    row = block * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    rank = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)  # [BLOCK_R]
+    row_ok, rank_ok = row < M, rank < R  # [BLOCK_M], [BLOCK_R]
+    row64 = row.to(tl.int64)  # [BLOCK_M]
+    dy_row = dy + row64[:, None] * dy_stride  # [BLOCK_M, 1]
     s_tile = tl.load(
         s + row64[:, None] * s_stride + rank[None, :],
         mask=row_ok[:, None] & rank_ok[None, :],
@@ -104,18 +103,20 @@ def _grad_sb_kernel(
     first = part * N_PART
     last = tl.minimum(first + N_PART, N)
     for n0 in range(first, last, BLOCK_N):
-        n = n0 + tl.arange(0, BLOCK_N)
-        n_ok = n < last
-        n64 = n.to(tl.int64)
-        g = tl.load(dy_row + n[None, :], mask=row_ok[:, None] & n_ok[None, :], other=0.0)
-        nr_ok = n_ok[:, None] & rank_ok[None, :]
+        n = n0 + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+        n_ok = n < last  # [BLOCK_N]
+        n64 = n.to(tl.int64)  # [BLOCK_N]
+        g = tl.load(
+            dy_row + n[None, :], mask=row_ok[:, None] & n_ok[None, :], other=0.0
+        )  # [BLOCK_M, BLOCK_N]
+        nr_ok = n_ok[:, None] & rank_ok[None, :]  # [BLOCK_N, BLOCK_R]
         b_tile = tl.load(
             b + n64[:, None] * b_n_stride + rank[None, :] * b_r_stride, mask=nr_ok, other=0.0
-        )
+        )  # [BLOCK_N, BLOCK_R]
         acc = dot(g, cast(b_tile, g.dtype), acc, PRECISION)
         db = dot(
             tl.trans(g), s_tile.to(g.dtype), tl.zeros((BLOCK_N, BLOCK_R), tl.float32), PRECISION
-        )
+        )  # [BLOCK_N, BLOCK_R]
         tl.store(
             db_part + n64[:, None] * R + rank[None, :],
             cast(db, db_out.dtype.element_ty),
@@ -138,7 +139,7 @@ def plan_grad_sb(
     db: torch.Tensor,
     config: GradSBConfig,
 ) -> list[Launch]:
-    """Launches that fill ds [M, r] and db [N, r], both contiguous; arguments already checked."""
+    """Launches that fill ds [M, r] and db [N, r], both contiguous; the arguments are checked."""
     (M, N), r = dy.shape, b.shape[1]
     n_part = cdiv(cdiv(N, config.split_n), config.block_n) * config.block_n
     split, blocks = cdiv(N, n_part), cdiv(M, config.block_m)
@@ -170,9 +171,7 @@ def plan_two_pass(
     db: torch.Tensor,
     arch: Arch,
 ) -> list[Launch]:
-    """The same outputs with dY read twice and nothing in partials but what fills the device: for
-    large r.
-    """
+    """Launches with the same outputs that read dY twice, for large r; there are fewer partials."""
     (M, N), r = dy.shape, b.shape[1]
     down = plan_shrink(dy, [b.T], [None], [scale], ds, default_shrink_config(M, N, [r], arch))
     return down + plan_grad_a(dy, [s], [None], [db.T], default_grad_a_config(M, N, arch, [r]))
@@ -186,7 +185,7 @@ def _plan_checked(
     out_dtype: torch.dtype,
     config: GradSBConfig | str | None,
 ) -> tuple[torch.Tensor, torch.Tensor, list[Launch]]:
-    """(dS, dB, the launches that fill them), after all checks."""
+    """Check the arguments; returns (dS [M, r], dB [N, r], the launches that fill them)."""
     dy, s = checks.rows("dy", dy), checks.rows("s", s, (dy.dtype,))
     (M, N), r = dy.shape, s.shape[1]
     checks.rank("s", r)
@@ -213,12 +212,11 @@ def grad_sb(
     out_dtype: torch.dtype = torch.float32,
     config: GradSBConfig | str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(dS [M, r] in dY's dtype, dB [N, r] in ``out_dtype``) = (scale * dY B, dYᵀ S), dY read once
-    (twice for large r, and with ``config=TWO_PASS``).
+    """(dS [M, r] in dY's dtype, dB [N, r] in ``out_dtype``) = (scale * dY B, dYᵀ S).
 
-    dy [M, N] fp16/bf16/fp32, any row stride; b [N, r] fp32 or dy's dtype, any strides; s [M, r]
-    dy's dtype, any row stride, its scale already in it; r from 1 to 256. Errors: TypeError,
-    ValueError, before any launch.
+    dY is read once, or twice for large r and with ``config=TWO_PASS``. dy [M, N] fp16/bf16/fp32,
+    any row stride; b [N, r] fp32 or dy's dtype, any strides; s [M, r] dy's dtype, any row stride,
+    with its scale in it; r from 1 to 256. Errors: TypeError, ValueError, before any launch.
     """
     ds, db, launches = _plan_checked(dy, b, s, scale, out_dtype, config)
     for launch in sums_last(launches):
@@ -231,7 +229,7 @@ def grad_sb_group(
     out_dtypes: Sequence[torch.dtype],
     configs: Sequence[GradSBConfig | str | None] | None = None,
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """:func:`grad_sb` of every (dY, B, S, scale), all their second stages in one launch."""
+    """The results of :func:`grad_sb` for every (dY, B, S, scale), with one second stage for all."""
     plans = [
         _plan_checked(*part, dtype, config)
         for part, dtype, config in zip(

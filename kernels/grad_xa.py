@@ -1,13 +1,12 @@
-"""Gradients of X and of A through (mask X) Aᵀ, which is all of the backward that the mask touches,
-in one pass over X:
+"""The gradients of X and A through (mask X) Aᵀ, in one pass over X.
 
     dA_i [r_i, K] = dS_iᵀ (mask_i X)                  for each adapter of a group
     D    [M, K]   = sum over i of mask_i * (dS_i A_i)   the low-rank part of dX
 
-on which the vendor's products dY_i W_i then accumulate. A program owns a strip of columns of X and
-walks down its rows: the mask and dS are read once for both results, and a launch is saved beside
-:func:`.grad_a.grad_a` with :func:`.expand.low_rank_grad_input`. M is not split where the strips
-fill the device, so that dA needs no second stage.
+The vendor's products dY_i W_i are then added to D. The mask is used nowhere else in the backward. A
+program reads a strip of columns of X, block by block of rows: the mask and dS are read once for
+both results. :func:`.grad_a.grad_a` with :func:`.expand.low_rank_grad_input` would be one launch
+more. M is not split if the strips fill the device, so that dA needs no second stage.
 """
 
 from __future__ import annotations
@@ -38,27 +37,29 @@ from .reduce import plan_sum
 
 @dataclass(frozen=True)
 class GradXAConfig(GradAConfig):
-    """As for ``grad_a``: tiles of X [block_m, block_k], M cut in split_m parts."""
+    """Tiles of X [block_m, block_k]; M is split into split_m parts, as for ``grad_a``."""
 
 
 def fits(ranks: Sequence[int]) -> bool:
-    """Whether one launch holds the accumulators of these ranks."""
+    """True when one launch can hold the accumulators of these ranks."""
     return padded(*ranks) <= GROUP_RANK
 
 
 def default_config(
     M: int, K: int, ranks: Sequence[int], arch: Arch, itemsize: int = 2
 ) -> GradXAConfig:
-    """Strips as for ``grad_a``, but narrow where several adapters or fp32 products would not leave
-    registers for wide ones; fewer tiles in flight where A and its gradient fill them. Exact fp32
-    products hold operands in registers: on sm_80 4 warps spill them (Triton 3.9), elsewhere 8 do.
+    """A config with strips as for ``grad_a``, but narrow for several adapters or fp32 products.
+
+    Wide strips would need too many registers for these. There are fewer tiles in flight if A and
+    its gradient fill the registers. Exact fp32 products keep operands in registers: on sm_80 these
+    spill on 4 warps (Triton 3.9), elsewhere on 8.
     """
     held = padded(*ranks)
     block_k, split = strips(M, K, arch)
     if len(ranks) > 1 or itemsize == 4:
         block_k, split = 32, max(1, min(arch.sms // cdiv(K, 32), cdiv(M, 256)))
-    # Short tiles where wide accumulators fill the registers, which on sm_90 they do in wide strips
-    # alone (in narrow ones ptxas of Triton 3.9 spills with the short tile).
+    # short tiles if wide accumulators fill the registers; on sm_90 only in wide strips (in narrow
+    # ones ptxas of Triton 3.9 spills with the short tile)
     block_m = 64 if held <= 64 or (block_k == 32 and arch.capability == 90) else 32
     return GradXAConfig(
         block_m=block_m,
@@ -78,32 +79,34 @@ def _grad_xa_kernel(
 ):  # fmt: skip
     part = tl.program_id(1)
     k0 = tl.program_id(0) * BLOCK_K
-    k = k0 + tl.arange(0, BLOCK_K)
-    k_ok = k < K
-    k64 = k.to(tl.int64)
-    rank = tl.arange(0, BLOCK_R)
-    rank64 = rank.to(tl.int64)
+    k = k0 + tl.arange(0, BLOCK_K)  # [BLOCK_K]
+    k_ok = k < K  # [BLOCK_K]
+    k64 = k.to(tl.int64)  # [BLOCK_K]
+    rank = tl.arange(0, BLOCK_R)  # [BLOCK_R]
+    rank64 = rank.to(tl.int64)  # [BLOCK_R]
     acc = ()
     for _ in tl.static_range(G):
         acc = acc + (tl.zeros((BLOCK_K, BLOCK_R), tl.float32),)
     first = part * M_PART
     last = tl.minimum(first + M_PART, M)
     for m0 in range(first, last, BLOCK_M):
-        row = m0 + tl.arange(0, BLOCK_M)
-        row_ok = row < last
-        row64 = row.to(tl.int64)
-        ok = row_ok[:, None] & k_ok[None, :]
-        xs = tl.load(x + row64[:, None] * x_stride + k[None, :], mask=ok, other=0.0)
+        row = m0 + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+        row_ok = row < last  # [BLOCK_M]
+        row64 = row.to(tl.int64)  # [BLOCK_M]
+        ok = row_ok[:, None] & k_ok[None, :]  # [BLOCK_M, BLOCK_K]
+        xs = tl.load(
+            x + row64[:, None] * x_stride + k[None, :], mask=ok, other=0.0
+        )  # [BLOCK_M, BLOCK_K]
         total = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
         new = ()
         for i in tl.static_range(G):
-            rank_ok = rank < ranks[i]
+            rank_ok = rank < ranks[i]  # [BLOCK_R]
             d = tl.load(
                 ds[i] + row64[:, None] * ds_strides[i] + rank[None, :],
                 mask=row_ok[:, None] & rank_ok[None, :],
                 other=0.0,
             )  # [BLOCK_M, BLOCK_R]
-            # A is small and its strip stays in the nearest cache; held in registers it would spill
+            # loaded again each time: A's strip stays in the L1 cache, in registers it would spill
             a = tl.load(
                 As[i] + rank64[:, None] * a_r_strides[i] + k64[None, :] * a_k_strides[i],
                 mask=rank_ok[:, None] & k_ok[None, :],
@@ -112,8 +115,10 @@ def _grad_xa_kernel(
             kept = xs
             if words[i] is not None:
                 keep = keep_tile(words[i], row, row_ok, k0, WORDS, BLOCK_M, BLOCK_K)
-                kept = tl.where(keep, xs, 0.0)
-                low = dot(d, cast(a, d.dtype), tl.zeros((BLOCK_M, BLOCK_K), tl.float32), PRECISION)
+                kept = tl.where(keep, xs, 0.0)  # [BLOCK_M, BLOCK_K]
+                low = dot(
+                    d, cast(a, d.dtype), tl.zeros((BLOCK_M, BLOCK_K), tl.float32), PRECISION
+                )  # [BLOCK_M, BLOCK_K]
                 total += tl.where(keep, low, 0.0)
             else:
                 total = dot(d, cast(a, d.dtype), total, PRECISION)
@@ -142,8 +147,9 @@ def plan_grad_xa(
     das: Sequence[torch.Tensor],
     config: GradXAConfig,
 ) -> list[Launch]:
-    """Launches that fill ``d_out`` [M, K] and das[i] [r_i, K] (contiguous); arguments already
-    checked, ranks held by one launch.
+    """Launches that fill ``d_out`` [M, K] and das[i] [r_i, K] (contiguous).
+
+    The arguments are checked already, and one launch can hold the ranks.
     """
     M, K = x.shape
     m_part = cdiv(cdiv(M, config.split_m), config.block_m) * config.block_m
@@ -180,12 +186,13 @@ def grad_xa(
     out_dtypes: Sequence[torch.dtype] | None = None,
     config: GradXAConfig | None = None,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """(D [M, K] in x's dtype, [dA_i [r_i, K]]): D = sum over i of mask_i * (dS_i A_i), dA_i =
-    dS_iᵀ (mask_i X) in out_dtypes[i] (default fp32); X, dS and the masks are read once.
+    """(D [M, K] in x's dtype, [dA_i [r_i, K]]); X, dS and the masks are read once.
 
-    x [M, K] fp16/bf16/fp32, any row stride; ds[i] [M, r_i] x's dtype, any row stride; As[i] [r_i,
-    K] fp32 or x's dtype, any strides; ranks as for :func:`.shrink_expand.shrink_expand`; bits as in
-    :func:`.shrink.shrink`. Errors: TypeError, ValueError naming the argument, before any launch.
+    D = sum over i of mask_i * (dS_i A_i); dA_i = dS_iᵀ (mask_i X), in out_dtypes[i] (default fp32).
+    x [M, K] fp16/bf16/fp32, any row stride; ds[i] [M, r_i] x's dtype, any row stride; As[i]
+    [r_i, K] fp32 or x's dtype, any strides; ranks as for :func:`.shrink_expand.shrink_expand`; bits
+    as in :func:`.shrink.shrink`. Errors: TypeError, ValueError naming the argument, before any
+    launch.
     """
     x = checks.rows("x", x)
     M, K = x.shape

@@ -1,10 +1,11 @@
-"""O = softmax(scale * Q [Kp; K]ᵀ) [Vp; V] over two sources of keys and values, the prefix and the
-own ones, in one online softmax: nothing is concatenated, expanded over the batch, or repeated over
-the heads of a group.
+"""Attention over a prefix and own keys in one online softmax, without concatenating them.
 
-Q [B, H, T, D]; own K, V [B, H_kv, S, D]; prefix Kp, Vp [H_kv, P, D], shared by the batch, or [B,
-H_kv, P, D]. A program has a tile of query rows of one head: it walks over the prefix, then over the
-own keys that its rows can see; blocks that causality or a sliding window hides are never loaded.
+    O = softmax(scale * Q [Kp; K]ᵀ) [Vp; V]
+
+Q, O [B, H, T, D]; own K, V [B, H_kv, S, D]; prefix Kp, Vp [H_kv, P, D], shared by the batch, or
+[B, H_kv, P, D]. Keys and values are not expanded over the batch or repeated for the heads of a
+group. A program has a tile of query rows of one head: it reads the prefix, then the own keys that
+its rows can see. Blocks that causality or a sliding window hides are never loaded.
 """
 
 from __future__ import annotations
@@ -48,10 +49,13 @@ class AttendConfig:
 
 
 def default_config(D: int, arch: Arch, itemsize: int = 2) -> AttendConfig:
-    """The largest tiles whose accumulator [block_m, D] stays in registers and whose keys and values
-    in flight fit the shared memory."""
+    """A config with the largest tiles that fit.
+
+    The accumulator [block_m, D] must stay in registers, and keys and values in flight in shared
+    memory.
+    """
     roomy = arch.shared > 160_000
-    if itemsize == 4:  # exact fp32 products keep their operands in registers too
+    if itemsize == 4:  # exact fp32 products also keep their operands in registers
         return AttendConfig(32, 32 if D <= 128 else 16, 4 if D <= 64 else 8, 1)
     if D <= 64:
         return AttendConfig(128, 64 if arch.warpgroups else 32, 8 if arch.blackwell else 4, 3)
@@ -68,18 +72,21 @@ def online_step(
     D: tl.constexpr, BLOCK_D: tl.constexpr, SOFTCAP: tl.constexpr, MASKED: tl.constexpr,
     NATURAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One block of keys in the online softmax: top [M] (in power's unit), total [M], acc [M,
-    BLOCK_D]."""
-    k = tile(k_base, n, ok, k_stride, D, BLOCK_D)
+    """One block of N keys in the online softmax of M rows; returns the new (top, total, acc).
+
+    top [M] is the largest score so far (in the unit of ``power``), total [M] the sum of weights,
+    acc [M, BLOCK_D] the weighted sum of values. q is [M, BLOCK_D], n and ok [N], see [M, N].
+    """
+    k = tile(k_base, n, ok, k_stride, D, BLOCK_D)  # [N, BLOCK_D]
     products = dot(q, tl.trans(k), tl.zeros((q.shape[0], n.shape[0]), tl.float32), PRECISION)
-    s = scores(products, scale, softcap, SOFTCAP, NATURAL)
+    s = scores(products, scale, softcap, SOFTCAP, NATURAL)  # [M, N]
     if MASKED:
         s = tl.where(see, s, float("-inf"))
-    top_new = tl.maximum(top, tl.max(s, 1))
-    safe = tl.where(top_new == float("-inf"), 0.0, top_new)  # no row of -inf becomes NaN
-    p = power(s - safe[:, None], NATURAL)
-    shrink = power(top - safe, NATURAL)
-    v = tile(v_base, n, ok, v_stride, D, BLOCK_D)
+    top_new = tl.maximum(top, tl.max(s, 1))  # [M]
+    safe = tl.where(top_new == float("-inf"), 0.0, top_new)  # [M]; avoids NaN in rows of -inf
+    p = power(s - safe[:, None], NATURAL)  # [M, N]
+    shrink = power(top - safe, NATURAL)  # [M]
+    v = tile(v_base, n, ok, v_stride, D, BLOCK_D)  # [N, BLOCK_D]
     acc = dot(cast(p, v.dtype), v, acc * shrink[:, None], PRECISION)
     return top_new, total * shrink + tl.sum(p, 1), acc
 
@@ -92,12 +99,14 @@ def walk(
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, MASKED: tl.constexpr, NATURAL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Keys first to last of one source, in blocks; key n has coordinate n - shift. Without MASKED
-    all of them are there and seen by every row."""
+    """:func:`online_step` for the keys first to last of one source, in blocks.
+
+    Key n has coordinate n - shift. Without MASKED every row sees all of these keys.
+    """
     for n0 in range(first, last, BLOCK_N):
-        n = n0 + tl.arange(0, BLOCK_N)
+        n = n0 + tl.arange(0, BLOCK_N)  # [BLOCK_N]
         if MASKED:
-            ok = kept(keep, n, n < last, 1)
+            ok = kept(keep, n, n < last, 1)  # [BLOCK_N]
             see = visible(
                 query[:, None], (n - shift)[None, :], row_ok[:, None] & ok[None, :], window,
                 CAUSAL, WINDOW,
@@ -117,8 +126,10 @@ def key_range(
     low, high, count, shift, window, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """(first, last) of the keys that queries at coordinates low to high can see, first on a block's
-    edge."""
+    """(first, last): the range of keys that queries at coordinates low to high can see.
+
+    first is a multiple of BLOCK_N.
+    """
     first = 0
     last = count
     if CAUSAL:
@@ -137,22 +148,24 @@ def _attend_kernel(
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, NATURAL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    # the longest rows first, so that no long one starts when the others are done
+    # the rows with the most keys first, so that none of them starts when the others are done
     t0 = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
     h = tl.program_id(1).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
     hk = h // G
-    t = t0 + tl.arange(0, BLOCK_M)
-    row_ok = t < T
+    t = t0 + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    row_ok = t < T  # [BLOCK_M]
     offset = offset_of(b, q_offset_at, q_offset, offset_stride)
-    query = offset + t
+    query = offset + t  # [BLOCK_M]
     low = offset + t0
     high = offset + tl.minimum(t0 + BLOCK_M, T) - 1
-    rows = tile(q + b * q_strides[0] + h * q_strides[1], t, row_ok, q_strides[2], D, BLOCK_D)
+    rows = tile(
+        q + b * q_strides[0] + h * q_strides[1], t, row_ok, q_strides[2], D, BLOCK_D
+    )  # [BLOCK_M, BLOCK_D]
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     if sinks is not None:  # a key with this score and a value of 0
         sink = from_natural(tl.load(sinks + h).to(tl.float32), NATURAL)
-        top = tl.full((BLOCK_M,), 0.0, tl.float32) + sink
+        top = tl.full((BLOCK_M,), 0.0, tl.float32) + sink  # [BLOCK_M]
         total = tl.full((BLOCK_M,), 1.0, tl.float32)
     else:
         top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
@@ -175,7 +188,7 @@ def _attend_kernel(
     own_keep = None
     if keep is not None:
         own_keep = keep + b * keep_stride
-    elif not WINDOW:  # blocks that every row sees whole need no mask
+    elif not WINDOW:  # blocks that all rows see need no mask
         whole = S
         if CAUSAL:
             whole = tl.minimum(S, low + 1)
@@ -194,9 +207,9 @@ def _attend_kernel(
         PRECISION,
     )  # fmt: skip
 
-    total = tl.where(total > 0.0, total, 1.0)
+    total = tl.where(total > 0.0, total, 1.0)  # [BLOCK_M]
     at = o + b * o_strides[0] + h * o_strides[1]
-    out = cast(acc / total[:, None], o.dtype.element_ty)
+    out = cast(acc / total[:, None], o.dtype.element_ty)  # [BLOCK_M, BLOCK_D]
     store_tile(at, t, row_ok, o_strides[2], out, D, BLOCK_D)
     lse_row = lse + (b * tl.num_programs(1) + h) * T
     tl.store(lse_row + t, to_natural(top + logarithm(total, NATURAL), NATURAL), mask=row_ok)
@@ -205,8 +218,10 @@ def _attend_kernel(
 def plan_attend(
     problem: Problem, o: torch.Tensor, lse: torch.Tensor, config: AttendConfig
 ) -> list[Launch]:
-    """The launch that fills ``o`` [B, H, T, D] (unit stride along D) and ``lse`` [B, H, T]
-    (contiguous)."""
+    """The launch that fills ``o`` [B, H, T, D] (unit stride along D) and ``lse`` [B, H, T].
+
+    ``lse`` is contiguous.
+    """
     x = problem
     B, H, H_kv, T, S, P, _ = x.sizes
     at, offset, offset_stride = x.offsets()
@@ -241,24 +256,27 @@ def attend(
     no_prefix: torch.Tensor | None = None,
     config: AttendConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(O [B, H, T, D] in q's dtype, LSE [B, H, T] fp32, natural logarithm). A row that sees nothing
-    gives 0 and -inf. For a few rows over many keys see :func:`.prefix_decode.decode`.
+    """(O [B, H, T, D] in q's dtype, LSE [B, H, T] fp32).
+
+    LSE is the natural logarithm of each row's sum of exponentials. A row that sees no key gives 0
+    and -inf. For few rows over many keys see :func:`.prefix_decode.decode`.
 
     Args:
-        q: [B, H, T, D], D up to 256; fp16, bf16, fp32; like k and v of any strides over B, H and
-            rows (copied only where D has no unit stride).
+        q: [B, H, T, D], D up to 256; fp16, bf16 or fp32. q, k and v may have any strides over B, H
+            and rows (copied only if D has no unit stride).
         k, v: own keys and values [B, H_kv, S, D], H a multiple of H_kv.
         prefix_key, prefix_value: [H_kv, P, D], shared by the batch, or [B, H_kv, P, D]; P may be 0.
-        scale: of the scores; default D ** -0.5.
+        scale: factor of the scores; default D ** -0.5.
         causal: own query t sees own keys up to q_offset + t, and the whole prefix.
         q_offset: 0 or more; default S - T. Or an int32/int64 tensor on the device, of one element
-            or [B], which nothing waits for (its values are not checked).
-        keep: bool or int8 [B, S], 0 where an own key is padding; what lies there is never used.
-        window: each query sees the ``window`` positions up to its own, the prefix counted as the
-            first P; needs causal.
+            or [B]; the host does not wait for it, and its values are not checked.
+        keep: bool or int8 [B, S], 0 where an own key is padding; these keys and values are never
+            used.
+        window: each query sees the ``window`` positions up to its own, where the prefix counts as
+            the first P; needs causal.
         softcap: scores become softcap * tanh(score / softcap).
-        sinks: [H], a score that takes its share of the softmax and has no value.
-        no_prefix: bool or int8 [B]: rows of the batch that see no prefix.
+        sinks: [H], for each head the score of a further key whose value is 0.
+        no_prefix: bool or int8 [B], True for rows of the batch that see no prefix.
 
     Raises:
         TypeError, ValueError: naming the argument, before any launch.

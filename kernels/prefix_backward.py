@@ -1,11 +1,11 @@
-"""The backward of prefix attention: dQ, dK, dV, dKp, dVp, from Q, K, V, O, LSE and dO, nothing of
-size T x (P + S) kept or made.
+"""The backward of prefix attention: dQ, dK, dV, dKp, dVp, from Q, K, V, O, LSE and dO.
 
-Two launches. Rows: a program has a tile of query rows, makes delta = rowsum(dO * O) and dQ. Keys: a
-program has a tile of keys, of the own ones or of the prefix, walks down the query rows of all heads
-of its group and keeps dK and dV in registers. A prefix that the batch shares sums over the batch
-too; where that leaves too few programs, stretches of the batch give fp32 partials, added in fixed
-order. No atomics: two runs agree bit for bit.
+No tensor of size T x (P + S) is kept or made. There are two launches. Rows: a program has a tile of
+query rows; it computes delta = rowsum(dO * O) and dQ. Keys: a program has a tile of keys, of the
+own ones or of the prefix; it reads the query rows of all heads of its group and keeps dK and dV in
+registers. The gradient of a shared prefix is a sum over the batch too. If that leaves too few
+programs, parts of the batch give fp32 partials, which are added in fixed order. There are no
+atomics, so two runs agree bit for bit.
 """
 
 from __future__ import annotations
@@ -24,8 +24,11 @@ from .reduce import plan_sum
 
 @dataclass(frozen=True)
 class BackwardConfig:
-    """Tiles of scores: [block_m queries, block_n keys] where a program has rows, [key_m, key_n]
-    where it has keys; a shared prefix in ``parts`` stretches of the batch (1: no second stage)."""
+    """Tiles of scores, and the number of parts of the batch.
+
+    Tiles are [block_m queries, block_n keys] for programs over rows, [key_m, key_n] for programs
+    over keys. A shared prefix is summed in ``parts`` parts of the batch (1: no second stage).
+    """
 
     block_m: int = 64
     block_n: int = 64
@@ -56,8 +59,10 @@ class BackwardConfig:
 def default_config(
     sizes: tuple[int, int, int, int, int, int, int], shared: bool, arch: Arch, itemsize: int = 2
 ) -> BackwardConfig:
-    """``sizes``: B, H, H_kv, T, S, P, D. Parts of the batch until a shared prefix's programs fill
-    the device."""
+    """A config for ``sizes`` (B, H, H_kv, T, S, P, D).
+
+    The batch has parts if the programs of a shared prefix would not fill the device otherwise.
+    """
     B, _, H_kv, _, _, P, D = sizes
     # block_m, block_n, key_m, key_n, num_warps, num_stages, key_warps, key_stages
     if itemsize == 4:
@@ -80,14 +85,14 @@ def default_config(
 
 
 def declines(dtype: torch.dtype, D: int) -> str | None:
-    """Why this backward should not be chosen on a device, where it would be right and slow."""
+    """The reason not to choose this backward on a device, where it is right but slow, or None."""
     if dtype == torch.float32 and D > 64:
         return f"float32 with head dimension {D}: over 64 its exact products spill registers"
     return None
 
 
 class Grads(NamedTuple):
-    """Gradients in the shapes of what they belong to; ``sinks`` is None where there are none."""
+    """The gradients, in the shapes of their tensors; ``sinks`` is None without sinks."""
 
     q: torch.Tensor
     k: torch.Tensor
@@ -106,8 +111,11 @@ def plan_backward(
     grads: Grads,
     config: BackwardConfig,
 ) -> list[Launch]:
-    """Launches that fill ``grads`` (the prefix's contiguous, [1 or B, H_kv, P, D]) and ``delta``
-    [B, H, T] fp32; o and grad_o have unit stride along D, lse is contiguous."""
+    """Launches that fill ``grads`` and ``delta`` [B, H, T] fp32.
+
+    The prefix's gradients are contiguous, [1 or B, H_kv, P, D]; o and grad_o have unit stride along
+    D; lse is contiguous.
+    """
     x, c = problem, config
     B, H, H_kv, T, S, P, D = x.sizes
     at, offset, offset_stride = x.offsets()
@@ -173,12 +181,12 @@ def attend_backward(
     config: BackwardConfig | None = None,
     **options: object,
 ) -> Grads:
-    """Gradients of :func:`.prefix_attention.attend` for dO ``grad_o`` [B, H, T, D], given its ``o``
-    and ``lse``; two runs agree bit for bit.
+    """The gradients of :func:`.prefix_attention.attend` for dO ``grad_o`` [B, H, T, D].
 
-    dQ, dK, dV come in q's dtype, laid out as [B, rows, heads, D]; dKp, dVp in ``prefix_dtype``
-    (default q's), summed over the batch where it shares the prefix; the sinks' in fp32. Further
-    arguments and errors as there.
+    ``o`` and ``lse`` are its results. Two runs agree bit for bit. dQ, dK, dV are in q's dtype, in
+    the memory order [B, rows, heads, D]. dKp, dVp are in ``prefix_dtype`` (default q's), summed
+    over the batch for a shared prefix. The sinks' gradient is fp32. Further arguments and errors
+    are those of ``attend``.
     """
     problem = check(q, k, v, prefix_key, prefix_value, **options)  # type: ignore[arg-type]
     B, H, H_kv, T, S, P, D = problem.sizes
@@ -208,7 +216,7 @@ def attend_backward(
         )
         for launch in plan_backward(problem, o, lse, grad_o, delta, grads, config):
             launch.run()
-    if problem.sinks is not None:  # its weight has a score's gradient with a value of 0
+    if problem.sinks is not None:  # the gradient of a score whose value is 0
         share = torch.exp(problem.sinks.float()[None, :, None] - lse)
         grads = grads._replace(sinks=-(share * delta).sum((0, 2)))
     if problem.shared:

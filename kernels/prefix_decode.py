@@ -1,12 +1,12 @@
-"""Prefix attention for a few query rows over many keys: split over the keys, then merged.
+"""Prefix attention for few query rows over many keys: split over the keys, then merged.
 
-The query heads of one key/value head, and the few rows of each, are the rows of one tile. Where the
-prefix is shared, the tile of its part holds those rows for the whole batch: the prefix is read once
-and not B times. Both parts run in one launch, each program over one stretch of keys of one source;
-each writes O and LSE of its stretch in fp32, and a second launch merges them in fixed order.
+The query heads of one key/value head, and the few rows of each, are the rows of one tile. For a
+shared prefix a tile has these rows of the whole batch: the prefix is read once and not B times.
+Both sources run in one launch. Each program reads one stretch of keys of one source and writes O
+and LSE of this stretch in fp32; a second launch merges them in fixed order.
 
-q_offset may be a device tensor: keys past it cost nothing, nothing waits for it, and the launches
-do not depend on it, so that a CUDA graph over a StaticCache replays.
+q_offset may be a device tensor: keys after it cost no time, the host does not wait for it, and the
+launches do not depend on it, so that a CUDA graph over a StaticCache can be replayed.
 """
 
 from __future__ import annotations
@@ -32,15 +32,18 @@ from .prefix_tile import (
     to_natural,
 )
 
-FEW_ROWS = 64  # query rows of a key/value head up to which splitting over keys pays
-LEAST_KEYS = 128  # of a split
+FEW_ROWS = 64  # largest number of query rows of a key/value head for which splitting keys is faster
+LEAST_KEYS = 128  # smallest number of keys of a split
 
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """``block_m``: rows of a tile over own keys; ``block_r``: over the prefix, for the whole batch
-    where it is shared; ``block_n``: keys of a block; ``splits``, ``prefix_splits``: stretches of
-    keys."""
+    """Sizes of tiles and numbers of stretches.
+
+    ``block_m``: rows of a tile over own keys; ``block_r``: rows of a tile over the prefix (of the
+    whole batch, for a shared prefix); ``block_n``: keys of a block; ``splits``, ``prefix_splits``:
+    number of stretches of own keys and of the prefix.
+    """
 
     block_m: int = 16
     block_r: int = 16
@@ -58,19 +61,20 @@ class DecodeConfig:
 
 
 def few_rows(T: int, group: int) -> bool:
-    """Whether T query rows of ``group`` heads to a key/value head are few enough for it."""
+    """True when T query rows, with ``group`` heads for a key/value head, are few enough."""
     return T * group <= FEW_ROWS and T <= 16
 
 
 def default_config(
     sizes: tuple[int, int, int, int, int, int, int], shared: bool, arch: Arch, itemsize: int = 2
 ) -> DecodeConfig:
-    """Enough stretches of keys for two programs a multiprocessor; ``sizes``: B, H, H_kv, T, S, P,
-    D. The prefix is cut finer than the own keys: its programs are few, and carry more rows each.
+    """A config for ``sizes`` (B, H, H_kv, T, S, P, D), with two programs for each multiprocessor.
+
+    The prefix has shorter stretches than the own keys, as its programs are few, with more rows.
     """
     B, H, H_kv, T, S, P, D = sizes
     rows = H // max(H_kv, 1) * T
-    widest = 32 if D <= 128 and itemsize == 2 else 16  # rows of a tile, for its accumulator
+    widest = 32 if D <= 128 and itemsize == 2 else 16  # most rows for which accumulators fit
     block_m = min(widest, max(16, next_pow2(rows)))
     packed = min(widest, max(16, next_pow2(rows * B))) if shared else block_m
     programs = B * H_kv * cdiv(rows, block_m)
@@ -95,31 +99,31 @@ def stretch(
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, NATURAL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """O and LSE of one tile of rows over keys n0 to n_end of one source.
+    """Write O and LSE of one tile of rows over the keys n0 to n_end of one source.
 
-    The rows of key/value head hk are counted over batch, head of the group and row; a unit of them,
-    U rows (those of one row of the batch, or all), shares the keys.
+    The rows of key/value head hk are numbered over batch, head of the group and row. A unit of U
+    rows (those of one row of the batch, or all) has the same keys.
     """
-    r = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    row_ok = r < U
-    flat = unit * U + r
-    b = flat // (G * T)
-    h = hk * G + flat % (G * T) // T
-    t = flat % T
+    r = block * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    row_ok = r < U  # [BLOCK_M]
+    flat = unit * U + r  # [BLOCK_M]
+    b = flat // (G * T)  # [BLOCK_M]
+    h = hk * G + flat % (G * T) // T  # [BLOCK_M]
+    t = flat % T  # [BLOCK_M]
     b = tl.where(row_ok, b, 0)
     if q_offset_at is None:
-        query = q_offset + t
+        query = q_offset + t  # [BLOCK_M]
     else:
-        query = t + tl.load(q_offset_at + b * offset_stride).to(tl.int32)
+        query = t + tl.load(q_offset_at + b * offset_stride).to(tl.int32)  # [BLOCK_M]
     low = tl.min(tl.where(row_ok, query, 2147483647), 0)
     high = tl.max(tl.where(row_ok, query, -2147483648), 0)
     first, last = key_range(low, high, count, shift, window, BLOCK_N, CAUSAL, WINDOW)
     sees = row_ok
     if no_prefix is not None:
-        sees = sees & (tl.load(no_prefix + b) == 0)
-    row = b.to(tl.int64) * q_strides[0] + h.to(tl.int64) * q_strides[1]
+        sees = sees & (tl.load(no_prefix + b) == 0)  # [BLOCK_M]
+    row = b.to(tl.int64) * q_strides[0] + h.to(tl.int64) * q_strides[1]  # [BLOCK_M]
     row += t.to(tl.int64) * q_strides[2]
-    rows = tile(q, row, row_ok, 1, D, BLOCK_D)
+    rows = tile(q, row, row_ok, 1, D, BLOCK_D)  # [BLOCK_M, BLOCK_D]
     top, total, acc = walk(
         rows, k_base, v_base, k_stride, v_stride, keep,
         tl.maximum(first, n0), tl.minimum(last, n_end), shift, query, sees, window,
@@ -129,7 +133,7 @@ def stretch(
         PRECISION,
     )  # fmt: skip
     total = tl.where(total > 0.0, total, 1.0)
-    out = (split * B + b.to(tl.int64)) * H * T + h * T + t  # rows of [splits, B, H, T]
+    out = (split * B + b.to(tl.int64)) * H * T + h * T + t  # [BLOCK_M], rows of [splits, B, H, T]
     store_tile(part_o, out, row_ok, D, acc / total[:, None], D, BLOCK_D)
     tl.store(part_lse + out, top + logarithm(total, NATURAL), mask=row_ok)
 
@@ -151,7 +155,7 @@ def _decode_kernel(
 ):  # fmt: skip
     program = tl.program_id(0)
     G = H // H_KV
-    if program < PROGRAMS_P:  # the prefix first: its programs carry the most rows
+    if program < PROGRAMS_P:  # the prefix first, as its programs have the most rows
         block = program % BLOCKS_P
         split = program // BLOCKS_P % SPLITS_P
         hk = (program // (BLOCKS_P * SPLITS_P) % H_KV).to(tl.int64)
@@ -195,9 +199,9 @@ def _merge_kernel(
     part_o, part_lse, sinks, o, lse, o_strides, H, T, ROWS, SPLITS,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SPLITS: tl.constexpr, NATURAL: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)  # of B * H * T
+    row = tl.program_id(0).to(tl.int64)  # one of B * H * T
     h = row // T % H
-    i = tl.arange(0, BLOCK_SPLITS)
+    i = tl.arange(0, BLOCK_SPLITS)  # [BLOCK_SPLITS]
     parts = tl.load(part_lse + i * ROWS + row, mask=i < SPLITS, other=float("-inf"))
     top = tl.max(parts, 0)
     sink = top
@@ -209,7 +213,7 @@ def _merge_kernel(
     if sinks is not None:
         total += power(sink - safe, NATURAL)
     total = tl.where(total > 0.0, total, 1.0)
-    d = tl.arange(0, BLOCK_D)
+    d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
     acc = tl.zeros((BLOCK_D,), tl.float32)
     for split in range(0, SPLITS):
         at = split * ROWS + row
@@ -221,7 +225,7 @@ def _merge_kernel(
 
 
 def _stretches(count: int, splits: int, block_n: int) -> tuple[int, int]:
-    """(keys a stretch, whole blocks; number of stretches): none where there are no keys."""
+    """(keys of a stretch, a multiple of block_n; number of stretches, 0 without keys)."""
     part = max(1, cdiv(cdiv(count, splits), block_n)) * block_n
     return part, cdiv(count, part)
 
@@ -229,8 +233,10 @@ def _stretches(count: int, splits: int, block_n: int) -> tuple[int, int]:
 def plan_decode(
     problem: Problem, o: torch.Tensor, lse: torch.Tensor, config: DecodeConfig
 ) -> list[Launch]:
-    """Two launches that fill ``o`` [B, H, T, D] and ``lse`` [B, H, T] (contiguous); there is at
-    least one key."""
+    """The two launches that fill ``o`` [B, H, T, D] and ``lse`` [B, H, T] (contiguous).
+
+    There must be at least one key.
+    """
     x = problem
     B, H, H_kv, T, S, P, D = x.sizes
     rows = H // H_kv * T
@@ -277,8 +283,10 @@ def decode(
     config: DecodeConfig | None = None,
     **options: object,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What :func:`.prefix_attention.attend` computes, arguments and errors included, split over the
-    keys: for the T of :func:`few_rows`. Any T is right."""
+    """(O, LSE) as :func:`.prefix_attention.attend`, computed by a split over the keys.
+
+    Arguments and errors are the same. It is fast for the T of :func:`few_rows` and right for any T.
+    """
     problem = check(q, k, v, prefix_key, prefix_value, **options)  # type: ignore[arg-type]
     B, H, H_kv, T, S, P, D = problem.sizes
     if S + P == 0:

@@ -1,7 +1,10 @@
 """The two kernels of prefix attention's backward (launched by :mod:`.prefix_backward`).
 
-With P the weights and delta = rowsum(dO * O): dS = P * (dO Vᵀ - delta), dQ = scale * dS K, dK =
-scale * dSᵀ Q, dV = Pᵀ dO, for both sources of keys alike.
+With the weights P [T, P + S] and delta [T] = rowsum(dO * O):
+
+    dS = P * (dO Vᵀ - delta)    dQ = scale * dS K    dK = scale * dSᵀ Q    dV = Pᵀ dO
+
+This holds for both sources of keys, the prefix and the own ones.
 """
 
 from __future__ import annotations
@@ -29,7 +32,10 @@ def grad_scores(
     products, grads, lse, delta, see, scale, softcap, SOFTCAP: tl.constexpr, MASKED: tl.constexpr,
     NATURAL: tl.constexpr,
 ):  # fmt: skip
-    """(weights, gradient of scale * products) from Q Kᵀ and dO Vᵀ; lse finite, in power's unit."""
+    """(weights, gradient of scale * products) from products Q Kᵀ and grads dO Vᵀ, all of one shape.
+
+    lse is finite and in the unit of ``power``.
+    """
     s = scores(products, scale, softcap, SOFTCAP, NATURAL)
     p = power(s - lse, NATURAL)
     if MASKED:
@@ -38,7 +44,7 @@ def grad_scores(
     if SOFTCAP:
         ratio = to_natural(s, NATURAL) / softcap  # tanh
         ds = ds * (1.0 - ratio * ratio)
-        if MASKED:  # keys that are not there may have any score
+        if MASKED:  # the scores of masked keys may be any number
             ds = tl.where(see, ds, 0.0)
     return p, ds
 
@@ -51,11 +57,14 @@ def grad_walk(
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, MASKED: tl.constexpr, NATURAL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """acc [M, BLOCK_D] + dS K over keys first to last of one source (see prefix_attention.walk)."""
+    """acc [M, BLOCK_D] + dS K over the keys first to last of one source.
+
+    Arguments as for prefix_attention.walk; rows and grad are [M, BLOCK_D], lse and delta [M].
+    """
     for n0 in range(first, last, BLOCK_N):
-        n = n0 + tl.arange(0, BLOCK_N)
+        n = n0 + tl.arange(0, BLOCK_N)  # [BLOCK_N]
         if MASKED:
-            ok = kept(keep, n, n < last, own)
+            ok = kept(keep, n, n < last, own)  # [BLOCK_N]
             see = visible(
                 query[:, None], (n - shift)[None, :], row_ok[:, None] & ok[None, :], window,
                 CAUSAL, WINDOW,
@@ -63,11 +72,11 @@ def grad_walk(
         else:
             ok = tl.full((BLOCK_N,), 1, tl.int1)
             see = ok
-        k = tile(k_base, n, ok, k_stride, D, BLOCK_D)
-        v = tile(v_base, n, ok, v_stride, D, BLOCK_D)
+        k = tile(k_base, n, ok, k_stride, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+        v = tile(v_base, n, ok, v_stride, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
         zeros = tl.zeros((rows.shape[0], BLOCK_N), tl.float32)
-        products = dot(rows, tl.trans(k), zeros, PRECISION)
-        grads = dot(grad, tl.trans(v), zeros, PRECISION)
+        products = dot(rows, tl.trans(k), zeros, PRECISION)  # [M, BLOCK_N]
+        grads = dot(grad, tl.trans(v), zeros, PRECISION)  # [M, BLOCK_N]
         _, ds = grad_scores(
             products, grads, lse[:, None], delta[:, None], see, scale, softcap, SOFTCAP, MASKED,
             NATURAL,
@@ -89,28 +98,32 @@ def _grad_rows_kernel(
     h = tl.program_id(1).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
     hk = h // G
-    t = t0 + tl.arange(0, BLOCK_M)
-    row_ok = t < T
+    t = t0 + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    row_ok = t < T  # [BLOCK_M]
     offset = offset_of(b, q_offset_at, q_offset, offset_stride)
-    query = offset + t
+    query = offset + t  # [BLOCK_M]
     low = offset + t0
     high = offset + tl.minimum(t0 + BLOCK_M, T) - 1
     at = (b * tl.num_programs(1) + h) * T
-    out = tile(o + b * o_strides[0] + h * o_strides[1], t, row_ok, o_strides[2], D, BLOCK_D)
+    out = tile(
+        o + b * o_strides[0] + h * o_strides[1], t, row_ok, o_strides[2], D, BLOCK_D
+    )  # [BLOCK_M, BLOCK_D]
     grad = tile(
         grad_o + b * go_strides[0] + h * go_strides[1], t, row_ok, go_strides[2], D, BLOCK_D
-    )
-    inner = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
+    )  # [BLOCK_M, BLOCK_D]
+    inner = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)  # [BLOCK_M]
     tl.store(delta + at + t, inner, mask=row_ok)
-    row_lse = from_natural(tl.load(lse + at + t, mask=row_ok, other=0.0), NATURAL)
-    row_lse = tl.where(row_lse == float("-inf"), 0.0, row_lse)  # rows that see nothing
-    rows = tile(q + b * q_strides[0] + h * q_strides[1], t, row_ok, q_strides[2], D, BLOCK_D)
+    row_lse = from_natural(tl.load(lse + at + t, mask=row_ok, other=0.0), NATURAL)  # [BLOCK_M]
+    row_lse = tl.where(row_lse == float("-inf"), 0.0, row_lse)  # for rows that see no key
+    rows = tile(
+        q + b * q_strides[0] + h * q_strides[1], t, row_ok, q_strides[2], D, BLOCK_D
+    )  # [BLOCK_M, BLOCK_D]
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
 
     own_k = k + b * k_strides[0] + hk * k_strides[1]
     own_v = v + b * v_strides[0] + hk * v_strides[1]
     own_first, own_last = key_range(low, high, S, 0, window, BLOCK_N, CAUSAL, WINDOW)
-    if keep is None and not WINDOW and not NATURAL:  # blocks that every row sees whole
+    if keep is None and not WINDOW and not NATURAL:  # blocks that all rows see need no mask
         whole = S
         if CAUSAL:
             whole = tl.minimum(S, low + 1)
@@ -131,7 +144,7 @@ def _grad_rows_kernel(
     k_stride = pk_strides[2]
     v_stride = pv_strides[2]
     shift = P
-    # one loop body for both sources: it takes fewer registers than two
+    # one loop body for both sources takes fewer registers than two
     for own in range(0, 2):
         if own == 1:
             k_base = own_k
@@ -165,7 +178,7 @@ def _grad_keys_kernel(
 ):  # fmt: skip
     program = tl.program_id(0)
     G = H // H_KV
-    of_prefix = program < PROGRAMS_P  # the prefix first: its programs walk down the most rows
+    of_prefix = program < PROGRAMS_P  # the prefix first, as its programs have the most rows
     if of_prefix:
         tiles = tl.cdiv(P, BLOCK_N)
         count = P
@@ -177,7 +190,7 @@ def _grad_keys_kernel(
         shift = S * 0
     n0 = program % tiles * BLOCK_N
     hk = (program // tiles % H_KV).to(tl.int64)
-    part = (program // (tiles * H_KV)).to(tl.int64)  # rows b0 to b1 of the batch
+    part = (program // (tiles * H_KV)).to(tl.int64)  # of the batch: its rows b0 to b1
     if of_prefix:
         b0 = part * B_PART
         b1 = tl.minimum(b0 + B_PART, B)
@@ -192,15 +205,15 @@ def _grad_keys_kernel(
         v_base = v + part * v_strides[0] + hk * v_strides[1]
         k_stride = k_strides[2]
         v_stride = v_strides[2]
-    n = n0 + tl.arange(0, BLOCK_N)
-    there = n < count
+    n = n0 + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    there = n < count  # [BLOCK_N]
     own_keep = None
     if keep is not None:
         own_keep = keep + part * keep_stride
-    ok = kept(own_keep, n, there, of_prefix == 0)
-    keys = tile(k_base, n, ok, k_stride, D, BLOCK_D)
-    values = tile(v_base, n, ok, v_stride, D, BLOCK_D)
-    key = n - shift
+    ok = kept(own_keep, n, there, of_prefix == 0)  # [BLOCK_N]
+    keys = tile(k_base, n, ok, k_stride, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+    values = tile(v_base, n, ok, v_stride, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+    key = n - shift  # [BLOCK_N]
     acc_k = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     acc_v = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     # one loop over (row of the batch, head of the group)
@@ -210,7 +223,7 @@ def _grad_keys_kernel(
         offset = offset_of(b, q_offset_at, q_offset, offset_stride)
         first = 0
         last = T
-        if CAUSAL:  # rows before the tile's first key see none of it
+        if CAUSAL:  # rows before the tile's first key see none of its keys
             first = tl.maximum(n0 - shift - offset, 0) // BLOCK_M * BLOCK_M
         if WINDOW:
             end = tl.minimum(n0 + BLOCK_N, count) - shift - offset + window - 1
@@ -221,20 +234,20 @@ def _grad_keys_kernel(
         go_base = grad_o + b * go_strides[0] + h * go_strides[1]
         at = (b * H + h) * T
         for t0 in range(first, last, BLOCK_M):
-            t = t0 + tl.arange(0, BLOCK_M)
-            row_ok = t < T
-            rows = tile(q_base, t, row_ok, q_strides[2], D, BLOCK_D)
-            grad = tile(go_base, t, row_ok, go_strides[2], D, BLOCK_D)
+            t = t0 + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+            row_ok = t < T  # [BLOCK_M]
+            rows = tile(q_base, t, row_ok, q_strides[2], D, BLOCK_D)  # [BLOCK_M, BLOCK_D]
+            grad = tile(go_base, t, row_ok, go_strides[2], D, BLOCK_D)  # [BLOCK_M, BLOCK_D]
             row_lse = from_natural(tl.load(lse + at + t, mask=row_ok, other=0.0), NATURAL)
-            row_lse = tl.where(row_lse == float("-inf"), 0.0, row_lse)
-            inner = tl.load(delta + at + t, mask=row_ok, other=0.0)
+            row_lse = tl.where(row_lse == float("-inf"), 0.0, row_lse)  # [BLOCK_M]
+            inner = tl.load(delta + at + t, mask=row_ok, other=0.0)  # [BLOCK_M]
             see = visible(
                 (offset + t)[None, :], key[:, None], row_ok[None, :] & ok[:, None], window,
                 CAUSAL, WINDOW,
             )  # fmt: skip
             zeros = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-            products = dot(keys, tl.trans(rows), zeros, PRECISION)
-            grads = dot(values, tl.trans(grad), zeros, PRECISION)
+            products = dot(keys, tl.trans(rows), zeros, PRECISION)  # [BLOCK_N, BLOCK_M]
+            grads = dot(values, tl.trans(grad), zeros, PRECISION)  # [BLOCK_N, BLOCK_M]
             p, ds = grad_scores(
                 products, grads, row_lse[None, :], inner[None, :], see, scale, softcap, SOFTCAP,
                 True, NATURAL,

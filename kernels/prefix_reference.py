@@ -23,7 +23,7 @@ def visible(
     no_prefix: Tensor | None = None,
     device: torch.device | None = None,
 ) -> Tensor:
-    """bool [B or 1, 1, T, P + S]: what each query sees."""
+    """bool [B or 1, 1, T, P + S], True where a query sees a key."""
     offset = torch.as_tensor(S - T if q_offset is None else q_offset, device=device)
     query = P + offset.reshape(-1, 1, 1) + torch.arange(T, device=device)[:, None]  # [B or 1, T, 1]
     key = torch.arange(P + S, device=device)
@@ -52,8 +52,10 @@ def attend(
     dtype: torch.dtype = torch.float64,
     **mask: object,
 ) -> tuple[Tensor, Tensor]:
-    """(O, LSE); a row that sees nothing gives 0 and -inf. ``dtype``: in which all is computed;
-    differentiable. ``mask``: see :func:`visible`."""
+    """(O [B, H, T, D], LSE [B, H, T]), computed in ``dtype``; differentiable.
+
+    A row that sees no key gives 0 and -inf. ``mask``: arguments of :func:`visible`.
+    """
     B, H, T, D = q.shape
     group = H // k.shape[1]
 

@@ -1,8 +1,8 @@
-"""What the kernels of prefix attention share: the checked problem, and the pieces of a tile.
+"""The parts that the kernels of prefix attention share: the checked problem, functions on tiles.
 
 Coordinates inside the kernels are those of the own keys: own key s is at s, prefix key p at p - P,
-and own query t at q_offset + t. Causal order and sliding window are then one comparison for both
-sources.
+and own query t at q_offset + t. With these, one comparison for causal order and one for the sliding
+window serve both sources.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 @device_function
 def tile(base, index, ok, stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows ``index`` [R] of a matrix with D columns: [R, BLOCK_D], 0 where not ok and past D."""
-    d = tl.arange(0, BLOCK_D)
-    at = base + index.to(tl.int64)[:, None] * stride + d[None, :]
-    mask = ok[:, None]
+    """The rows ``index`` [R] of a matrix with D columns, [R, BLOCK_D]; 0 if not ok and past D."""
+    d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
+    at = base + index.to(tl.int64)[:, None] * stride + d[None, :]  # [R, BLOCK_D]
+    mask = ok[:, None]  # [R, 1]
     if D != BLOCK_D:
         mask = mask & (d < D)[None, :]
     return tl.load(at, mask=mask, other=0.0)
@@ -33,10 +33,10 @@ def tile(base, index, ok, stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @device_function
 def store_tile(base, index, ok, stride, x, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The inverse of :func:`tile`; ``x`` is in the dtype of ``base`` already."""
-    d = tl.arange(0, BLOCK_D)
-    at = base + index.to(tl.int64)[:, None] * stride + d[None, :]
-    mask = ok[:, None]
+    """Store ``x`` [R, BLOCK_D] to these rows, as :func:`tile` loads them; x has base's dtype."""
+    d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
+    at = base + index.to(tl.int64)[:, None] * stride + d[None, :]  # [R, BLOCK_D]
+    mask = ok[:, None]  # [R, 1]
     if D != BLOCK_D:
         mask = mask & (d < D)[None, :]
     tl.store(at, x, mask=mask)
@@ -44,21 +44,27 @@ def store_tile(base, index, ok, stride, x, D: tl.constexpr, BLOCK_D: tl.constexp
 
 @device_function
 def tanh(x):
-    """In fp32 to a few units in the last place: libdevice is not there in the interpreter, and the
-    quotient alone loses the small ones. The coefficients are a fit to tanh(x) / x on |x| <= 0.6."""
+    """tanh(x) in fp32, exact to a few units in the last place.
+
+    The interpreter has no libdevice, and the quotient alone is inexact for small x. The
+    coefficients are a fit to tanh(x) / x on |x| <= 0.6.
+    """
     z = x * x
     small = 0.0207444676 - 0.0058527958 * z
     small = 0.133315258 + z * (-0.0537618561 + z * small)
     small = x * (1.0 + z * (-0.333332695 + z * small))
-    e = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))  # a tensor first: not a constexpr of one
+    e = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))  # the tensor comes first, or it becomes a constexpr
     large = (1.0 - e) / (1.0 + e)
     return tl.where(tl.abs(x) < 0.6, small, tl.where(x < 0.0, -large, large))
 
 
 @device_function
 def scores(products, scale, softcap, SOFTCAP: tl.constexpr, NATURAL: tl.constexpr):
-    """Scores out of the products Q Kᵀ, in the unit of :func:`power`. Two-byte inputs: base 2, a
-    multiply an element less. fp32: natural, two roundings less, which there can be seen."""
+    """The scores from the products Q Kᵀ, in the unit of :func:`power`.
+
+    That is base 2 for two-byte inputs, which saves a multiplication for each element, and natural
+    for fp32, which saves two roundings (there they would be visible).
+    """
     if NATURAL:
         unit = 1.0
     else:
@@ -90,7 +96,7 @@ def logarithm(x, NATURAL: tl.constexpr):
 
 @device_function
 def from_natural(x, NATURAL: tl.constexpr):
-    """A natural logarithm (or a score) in the unit of :func:`power`."""
+    """A natural logarithm (or score) converted to the unit of :func:`power`."""
     if not NATURAL:
         x = x * LOG2E
     return x
@@ -105,7 +111,7 @@ def to_natural(x, NATURAL: tl.constexpr):
 
 @device_function
 def visible(query, key, ok, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
-    """Which pairs see each other; coordinates and ``ok`` broadcast against each other."""
+    """int1, True where a query sees a key; query, key (coordinates) and ``ok`` are broadcast."""
     see = ok
     if CAUSAL:
         see = see & (key <= query)
@@ -116,7 +122,7 @@ def visible(query, key, ok, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
 
 @device_function
 def offset_of(b, q_offset_at, q_offset, offset_stride):
-    """q_offset of row b (of the batch): out of device memory where it was given as a tensor."""
+    """The q_offset of row b of the batch, read from device memory if it was given as a tensor."""
     if q_offset_at is None:
         out = q_offset
     else:
@@ -126,17 +132,23 @@ def offset_of(b, q_offset_at, q_offset, offset_stride):
 
 @device_function
 def kept(keep, n, ok, own):
-    """ok, and no padding by ``keep`` (int8, at this row of the batch; None: no padding), which is
-    of the own keys."""
+    """``ok`` [N] without padding: int1, True for keys n that ``keep`` keeps.
+
+    ``keep`` is int8, at this row of the batch; None means no padding. It is for own keys: with
+    ``own`` 0 it is not read.
+    """
     if keep is not None:
-        # `own` as a block: the interpreter of triton 3.9 takes no mask out of a block and a scalar
+        # `own` is made a block, as triton 3.9's interpreter takes no mask of a block and a scalar
         ok = ok & (tl.load(keep + n, mask=ok & (n * 0 + own != 0), other=1) != 0)
     return ok
 
 
 class Problem(NamedTuple):
-    """Checked arguments. ``prefix_key`` and ``prefix_value`` are [1 or B, H_kv, P, D]; all tensors
-    have unit stride along D; ``keep`` [B, S] and ``no_prefix`` [B] are int8."""
+    """The checked arguments of a call.
+
+    ``prefix_key`` and ``prefix_value`` are [1 or B, H_kv, P, D]; all tensors have unit stride along
+    D; ``keep`` [B, S] and ``no_prefix`` [B] are int8.
+    """
 
     q: torch.Tensor
     k: torch.Tensor
@@ -152,21 +164,21 @@ class Problem(NamedTuple):
     scale: float
     softcap: float
     causal: bool
-    shared: bool  # one prefix for the whole batch
+    shared: bool  # True: one prefix for the whole batch
 
     @property
     def sizes(self) -> tuple[int, int, int, int, int, int, int]:
-        """B, H, H_kv, T, S, P, D."""
+        """(B, H, H_kv, T, S, P, D)."""
         B, H, T, D = self.q.shape
         return B, H, self.k.shape[1], T, self.k.shape[2], self.prefix_key.shape[2], D
 
     def offsets(self) -> tuple[torch.Tensor | None, int, int]:
-        """(tensor, number, stride) as :func:`offset_of` takes them."""
+        """(tensor, number, stride): the arguments of :func:`offset_of`."""
         at = self.q_offset_at
         return at, self.q_offset, at.stride(0) if at is not None and at.numel() > 1 else 0
 
     def meta(self) -> dict[str, object]:
-        """Constants of every kernel."""
+        """The constexprs that all kernels have in common."""
         return dict(
             D=self.q.shape[3], BLOCK_D=max(16, next_pow2(self.q.shape[3])), CAUSAL=self.causal,
             WINDOW=self.window is not None, SOFTCAP=self.softcap > 0,
@@ -174,13 +186,13 @@ class Problem(NamedTuple):
         )  # fmt: skip
 
     def rows_like_q(self) -> torch.Tensor:
-        """Room for O or dQ: [B, H, T, D], a view of [B, T, H, D], as layers around want it."""
+        """An empty tensor for O or dQ: [B, H, T, D], a view of [B, T, H, D], as layers need it."""
         B, H, T, D = self.q.shape
         return self.q.new_empty((B, T, H, D)).transpose(1, 2)
 
 
 def strides(t: torch.Tensor, shared: bool = False) -> tuple[int, int, int]:
-    """(batch, head, row) strides of [B, heads, rows, D]; 0 over the batch for what it shares."""
+    """(batch, head, row) strides of ``t`` [B, heads, rows, D]; the first is 0 if it is shared."""
     return (0 if shared else t.stride(0), t.stride(1), t.stride(2))
 
 
@@ -198,7 +210,7 @@ def _four(name: str, t: torch.Tensor, dims: tuple[int, ...] = (4,)) -> None:
 
 
 def _flags(name: str, t: torch.Tensor | None, shape: tuple[int, ...]) -> torch.Tensor | None:
-    """bool or int8 as int8, unit stride along the last dimension."""
+    """Checked flags (bool or int8) as int8, with unit stride along the last dimension."""
     if t is None:
         return None
     if t.dtype not in (torch.bool, torch.int8, torch.uint8):
@@ -224,7 +236,7 @@ def check(
     sinks: torch.Tensor | None = None,
     no_prefix: torch.Tensor | None = None,
 ) -> Problem:
-    """The arguments of :func:`.prefix_attention.attend`, checked.
+    """Check the arguments of :func:`.prefix_attention.attend` and return them as a problem.
 
     Raises:
         TypeError, ValueError: naming the argument, what was given and what is allowed.

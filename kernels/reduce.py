@@ -1,5 +1,6 @@
-"""The second stage of every split sum: fp32 partials [P, n] -> [n], added in index order, so two
-runs agree bit for bit.
+"""The second stage of split sums: fp32 partials [P, n] -> [n].
+
+They are added in index order, so two runs agree bit for bit.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ BLOCK = 1024
 @triton.jit
 def _sum_kernel(partials, outs, counts, sizes, G: tl.constexpr, BLOCK: tl.constexpr):
     segment = tl.program_id(1)
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     for i in tl.static_range(G):
         if segment == i:
-            ok = at < sizes[i]
+            ok = at < sizes[i]  # [BLOCK]
             total = tl.zeros((BLOCK,), tl.float32)
-            source = partials[i] + at
+            source = partials[i] + at  # [BLOCK]
             for _ in range(counts[i]):
                 total += tl.load(source, mask=ok, other=0.0)
                 source += sizes[i]
@@ -31,8 +32,9 @@ def _sum_kernel(partials, outs, counts, sizes, G: tl.constexpr, BLOCK: tl.conste
 
 
 def plan_sum(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Launch:
-    """One launch that sums each contiguous fp32 partial [P, ...] into its contiguous out [...], in
-    out's dtype.
+    """One launch that sums each fp32 partial [P, ...] into its out [...], both contiguous.
+
+    Each out has its own dtype.
     """
     partials = tuple(p for p, _ in pairs)
     outs = tuple(o for _, o in pairs)
@@ -44,8 +46,9 @@ def plan_sum(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Launch:
 
 
 def sums_last(launches: Sequence[Launch]) -> list[Launch]:
-    """The same launches with all their sums in one at the end. For launches of which none reads
-    what a sum writes.
+    """``launches`` with all their sums joined into one launch at the end.
+
+    None of the launches may read the result of a sum.
     """
     sums = [launch for launch in launches if launch.kernel is _sum_kernel]
     if len(sums) < 2:

@@ -1,9 +1,8 @@
-"""What the kernels compute, written as float64 torch formulas, and the layout of the packed dropout
-mask.
+"""The kernels' results as float64 torch formulas, and the layout of the packed dropout mask.
 
 Shapes: X [M, K], W [N, K], A [r, K], B [N, r], S [M, r], Y [M, N]; a mask is bool [M, K], True
-where an element is kept. The scale of an adapter (alpha / r, times 1 / (1 - p) under dropout)
-enters once in each direction: in S, and in dS.
+where an element is kept. The scale of an adapter (alpha / r, times 1 / (1 - p) with dropout) is
+applied once in each direction: in S and in dS.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ def shrink(x: Tensor, a: Tensor, scale: float, keep: Tensor | None = None) -> Te
 
 
 def expand(s: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """[M, N] = S Bᵀ + bias."""
+    """S Bᵀ + bias, [M, N]."""
     y = _wide(s) @ _wide(b).T
     return y if bias is None else y + _wide(bias)
 
@@ -50,7 +49,7 @@ def linear(
 def low_rank_grad_input(
     ds: Sequence[Tensor], a: Sequence[Tensor], keep: Sequence[Tensor | None]
 ) -> Tensor:
-    """[M, K] = sum over adapters of mask_i * (dS_i A_i)."""
+    """The sum over adapters of mask_i * (dS_i A_i), [M, K]."""
     parts = (_masked(_wide(d) @ _wide(v), m) for d, v, m in zip(ds, a, keep, strict=True))
     return sum(parts, start=next(parts))
 
@@ -68,7 +67,7 @@ def grad_input(
 
 
 def grad_s(dy: Tensor, b: Tensor, scale: float) -> Tensor:
-    """dS [M, r] = scale * dY B: the gradient before the mask of X Aᵀ, scale included."""
+    """dS [M, r] = scale * dY B, the gradient of X Aᵀ with the scale in it."""
     return scale * (_wide(dy) @ _wide(b))
 
 
@@ -91,8 +90,10 @@ def mixed(
     index: Sequence[int],
     bias: Tensor | None = None,
 ) -> Tensor:
-    """Y [M, N] of a batch whose sample j, rows j T to j T + T - 1, has the update scale_i (X A_iᵀ)
-    B_iᵀ of adapter i = index[j] (-1, or one without weights: none); T = M / len(index).
+    """Y [M, N] of a batch whose samples name different adapters.
+
+    Sample j, rows j T to j T + T - 1 with T = M / len(index), has the update scale_i (X A_iᵀ) B_iᵀ
+    of adapter i = index[j]; it has none for -1 and for an adapter without weights.
     """
     y = linear(x, w, bias=bias)
     T = x.shape[0] // max(len(index), 1)
@@ -105,23 +106,23 @@ def mixed(
 
 
 def pack_bits(keep: Tensor) -> Tensor:
-    """bool [M, K] -> int32 words [M, ceil(K / 32)]: bit j of word w is column 32 w + j; spare bits
-    are 0.
+    """Pack bool [M, K] into int32 words [M, ceil(K / 32)].
+
+    Bit j of word w is column 32 w + j; unused bits are 0.
     """
     if keep.dtype != torch.bool or keep.dim() != 2:
         raise TypeError(f"keep is {keep.dtype} {tuple(keep.shape)}; allowed: torch.bool [M, K]")
     M, K = keep.shape
     words = -(-K // 32)
     octets = torch.nn.functional.pad(keep, (0, 32 * words - K)).reshape(M, words, 4, 8)
-    # Eight bools seen as one int64 hold a bit in each byte; the multiply gathers them in the top
-    # byte.
+    # eight bools as one int64 have a bit in each byte; the product collects them in the top byte
     lanes = octets.contiguous().view(torch.int64).reshape(M, words, 4)
     octet = ((lanes * 0x0102040810204080) >> 56) & 0xFF  # [M, words, 4]
     return octet.to(torch.uint8).view(torch.int32).reshape(M, words)
 
 
 def unpack_bits(words: Tensor, K: int) -> Tensor:
-    """int32 words [M, ceil(K / 32)] -> bool [M, K], the inverse of :func:`pack_bits`."""
+    """Unpack int32 words [M, ceil(K / 32)] to bool [M, K], the inverse of :func:`pack_bits`."""
     if words.dtype != torch.int32 or words.dim() != 2 or words.shape[1] != -(-K // 32):
         raise TypeError(
             f"words is {words.dtype} {tuple(words.shape)}; "
@@ -132,8 +133,9 @@ def unpack_bits(words: Tensor, K: int) -> Tensor:
 
 
 def digits_of(p: float) -> tuple[int, int]:
-    """(threshold, digits) with keep probability threshold / 2**digits: the fewest digits (a
-    multiple of 4) that hold 1 - p with p off by at most 1 part in 10,000.
+    """(threshold, digits) for the keep probability 1 - p ≈ threshold / 2**digits.
+
+    digits is the smallest multiple of 4 with a relative error of p of at most 1e-4.
     """
     if not 0.0 <= p < 1.0:
         raise ValueError(f"p is {p}; allowed: 0 <= p < 1")
@@ -147,8 +149,9 @@ def digits_of(p: float) -> tuple[int, int]:
 def philox_words(
     seed: int | Tensor, row: Tensor, word: Tensor, call: int, group: int, rounds: int
 ) -> list[Tensor]:
-    """Four streams of 32 random bits (as int64) of Philox-4x32 at counter (word, row, call, group),
-    key = seed.
+    """Four random words (32 bits, as int64) of Philox-4x32 for each row and word.
+
+    The counter is (word, row, call, group), the key the seed.
     """
     low = 0xFFFFFFFF
     row, word = torch.broadcast_tensors(row.to(torch.int64), word.to(torch.int64))
@@ -157,7 +160,7 @@ def philox_words(
     k0, k1 = seed & low, (seed >> 32) & low
 
     def product(constant: int, c: Tensor) -> tuple[Tensor, Tensor]:
-        # 32 x 32 -> 64 bits by halves: int64 would overflow its sign in one multiply.
+        # 32 x 32 -> 64 bits by halves, as one int64 product would overflow into the sign
         lo = constant * (c & 0xFFFF)
         hi = constant * (c >> 16) + (lo >> 16)
         return hi >> 16, ((hi & 0xFFFF) << 16) | (lo & 0xFFFF)
@@ -173,9 +176,10 @@ def philox_words(
 def reference_bits(
     M: int, K: int, p: float, seed: int | Tensor, *, group: int = 0, rounds: int = 7
 ) -> Tensor:
-    """The words of :func:`.bits.dropout_bits` from torch alone (int64 arithmetic), for tests and
-    for what runs without Triton. A seed that is a tensor is not read on the host; the words are
-    made on its device.
+    """The words of :func:`.bits.dropout_bits`, int32 [M, ceil(K / 32)], from torch alone.
+
+    For tests and for use without Triton (int64 arithmetic). A seed that is a tensor is not read on
+    the host; the words are made on its device.
     """
     threshold, digits = digits_of(p)
     words = -(-K // 32)

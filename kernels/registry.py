@@ -1,8 +1,7 @@
-"""The kernels, a line each: the file of this folder, and the ops of tuning tables (:mod:`.tuning`)
-that its configs serve, each with the class of config. A file whose kernels no table tunes has none.
+"""The kernels: for each file of this folder, its ops in tuning tables (:mod:`.tuning`).
 
-What is proved and measured of a kernel stands in the file of the same name in
-``benchmarks/kernels/``.
+Each op has the class of its configs. A file whose kernels are not tuned has no ops. The file of the
+same name in ``benchmarks/kernels/`` has the proofs and measurements of a kernel.
 """
 
 from __future__ import annotations
@@ -32,6 +31,6 @@ OPS = tuple(op for ops in KERNELS.values() for op in ops)
 
 
 def config_class(op: str) -> Any:
-    """The class of config that a table holds for ``op``, one of :data:`OPS`."""
+    """The class of the configs that a table holds for ``op``, one of :data:`OPS`."""
     ((name, ops),) = ((name, ops) for name, ops in KERNELS.items() if op in ops)
     return getattr(importlib.import_module(f"{__package__}.{name}"), ops[op])

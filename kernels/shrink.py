@@ -1,8 +1,8 @@
 """S_i = scale_i * (mask_i X) A_iᵀ for a group of adapters that read the same X, which is read once.
 
-X [M, K]; A_i [r_i, K]; S [M, sum r_i], the adapters side by side in columns. Small M is split over
-K: fp32 partials, then a sum in fixed order (no atomics). A stays in the dtype the user keeps it in
-and is cast to X's in the kernel.
+X [M, K]; A_i [r_i, K]; S [M, sum r_i], with the adapters side by side in columns. For small M, K is
+split: fp32 partials, then a sum in fixed order (no atomics). A may have its own dtype and is cast
+to X's in the kernel.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from .common import (
 )  # fmt: skip
 from .reduce import plan_sum
 
-LAUNCH_RANK = 128  # padded ranks one launch holds in registers; beyond it X is read again
+LAUNCH_RANK = 128  # sum of padded ranks that a launch has in registers; for more, X is read again
 
 
 @dataclass(frozen=True)
 class ShrinkConfig:
-    """Tiles of X [block_m, block_k]; K cut in split_k parts."""
+    """Tiles of X [block_m, block_k]; K is split into split_k parts."""
 
     block_m: int = 64
     block_k: int = 64
@@ -51,8 +51,9 @@ class ShrinkConfig:
 
 
 def default_config(M: int, K: int, ranks: Sequence[int], arch: Arch) -> ShrinkConfig:
-    """Enough programs to fill the device: narrower row blocks first, then K split in parts of at
-    least 512.
+    """A config with enough programs to fill the device.
+
+    First the blocks of rows become smaller, then K is split into parts of at least 512.
     """
     held = min(LAUNCH_RANK, padded(*ranks))
     block_m = 64 if held <= 64 or arch.warpgroups else 32
@@ -74,17 +75,20 @@ def accumulate(
     G: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A tuple of G fp32 tiles [BLOCK_M, BLOCK_R]: (mask_i X) A_iᵀ of some rows, over columns
-    first to last of X, which are loaded once for all.
+    """A tuple of G fp32 tiles [BLOCK_M, BLOCK_R]: (mask_i X) A_iᵀ for some rows.
+
+    The sums are over the columns first to last of X, which are loaded once for all.
     """
-    rank = tl.arange(0, BLOCK_R)
+    rank = tl.arange(0, BLOCK_R)  # [BLOCK_R]
     acc = ()
     for _ in tl.static_range(G):
         acc = acc + (tl.zeros((BLOCK_M, BLOCK_R), tl.float32),)
     for k0 in range(first, last, BLOCK_K):
-        k = k0 + tl.arange(0, BLOCK_K)
-        k_ok = k < last
-        xs = tl.load(x_row + k[None, :], mask=row_ok[:, None] & k_ok[None, :], other=0.0)
+        k = k0 + tl.arange(0, BLOCK_K)  # [BLOCK_K]
+        k_ok = k < last  # [BLOCK_K]
+        xs = tl.load(
+            x_row + k[None, :], mask=row_ok[:, None] & k_ok[None, :], other=0.0
+        )  # [BLOCK_M, BLOCK_K]
         new = ()
         for i in tl.static_range(G):
             a = tl.load(
@@ -98,7 +102,7 @@ def accumulate(
             if words[i] is not None:
                 kept = tl.where(
                     keep_tile(words[i], row, row_ok, k0, WORDS, BLOCK_M, BLOCK_K), xs, 0.0
-                )
+                )  # [BLOCK_M, BLOCK_K]
             new = new + (dot(kept.to(xs.dtype), cast(a, xs.dtype), acc[i], PRECISION),)
         acc = new
     return acc
@@ -112,9 +116,9 @@ def _shrink_kernel(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     part = tl.program_id(1)
-    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    row_ok = row < M
-    rank = tl.arange(0, BLOCK_R)
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    row_ok = row < M  # [BLOCK_M]
+    rank = tl.arange(0, BLOCK_R)  # [BLOCK_R]
     first = part * K_PART
     acc = accumulate(
         x + row.to(tl.int64)[:, None] * x_stride, As, words, ranks, a_r_strides, a_k_strides,
@@ -142,7 +146,7 @@ def _parts(
     words: Sequence[torch.Tensor | None],
     scales: Sequence[float],
 ) -> list[list[_Part]]:
-    """Adapters cut to ranks a launch can hold, packed into launches."""
+    """The adapters, cut into ranks that a launch can hold, for each launch."""
     launches: list[list[_Part]] = [[]]
     held, column = 0, 0
     for a, w, scale in zip(As, words, scales, strict=True):
@@ -166,9 +170,9 @@ def plan_shrink(
     out: torch.Tensor,
     config: ShrinkConfig,
 ) -> list[Launch]:
-    """Launches that fill ``out`` [M, sum r] (contiguous); arguments already checked."""
+    """Launches that fill ``out`` [M, sum r] (contiguous); the arguments are checked already."""
     (M, K), total = x.shape, out.shape[1]
-    # Parts are whole tiles, so that a mask word is never cut.
+    # parts are whole tiles, so that no mask word is split
     k_part = cdiv(cdiv(K, config.split_k), config.block_k) * config.block_k
     split = cdiv(K, k_part)
     target = out if split == 1 else out.new_empty((split, M, total), dtype=torch.float32)
@@ -201,13 +205,12 @@ def shrink(
     out_dtype: torch.dtype | None = None,
     config: ShrinkConfig | None = None,
 ) -> torch.Tensor:
-    """S [M, sum r_i] in ``out_dtype`` (default X's): columns of adapter i hold scale_i * (mask_i X)
-    A_iᵀ.
+    """S [M, sum r_i] in ``out_dtype`` (default X's).
 
-    x [M, K] fp16/bf16/fp32, any row stride; A_i [r_i, K] fp32 or x's dtype, any strides, r_i from 1
-    to 256; bits: packed keep masks int32 [M, ceil(K / 32)], one for all or one (or None) for each.
-    Fold 1 / (1 - p) into scale_i. Errors: TypeError or ValueError naming the argument, before any
-    launch.
+    The columns of adapter i are scale_i * (mask_i X) A_iᵀ. x [M, K] fp16/bf16/fp32, any row stride;
+    A_i [r_i, K] fp32 or x's dtype, any strides, r_i from 1 to 256; bits: packed keep masks int32
+    [M, ceil(K / 32)], one for all or one (or None) for each; scale_i must include 1 / (1 - p).
+    Errors: TypeError or ValueError naming the argument, before any launch.
     """
     x = checks.rows("x", x)
     As = list(As)

@@ -1,12 +1,12 @@
-"""Shrink and expand in one launch, for the order in which the vendor's product comes last:
+"""Shrink and expand in one launch, for the order in which the vendor's product comes last.
 
     S_i [M, r_i] = scale_i * (mask_i X) A_iᵀ
     Y_i [M, N_i] = S_i B_iᵀ + bias_i        for every projection i that reads X
 
-A program keeps its rows of S in registers and walks over the columns of each Y with them, so S is
-not read back and one launch is saved. It needs all of K for a row before the first column of Y:
-with few rows there are too few programs, and :mod:`.shrink` (K split) with :mod:`.expand` is
-better.
+A program has its rows of S in registers and computes all columns of each Y with them, so S is not
+read again and one launch is saved. It reads all of K for a row before the first column of Y. With
+few rows there are too few programs; :mod:`.shrink` (which splits K) with :mod:`.expand` is better
+then.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .shrink import LAUNCH_RANK, accumulate
 
 @dataclass(frozen=True)
 class ShrinkExpandConfig:
-    """Tiles of X [block_m, block_k] on the way down, of Y [block_m, block_n] on the way up."""
+    """Tiles of X [block_m, block_k] for the shrink, of Y [block_m, block_n] for the expand."""
 
     block_m: int = 64
     block_k: int = 64
@@ -39,13 +39,13 @@ class ShrinkExpandConfig:
 
 
 def fits(M: int, ranks: Sequence[int], arch: Arch) -> bool:
-    """Whether one launch holds these ranks, and M rows make enough programs for the device."""
+    """True when one launch can hold these ranks, and M rows give enough programs for the device."""
     held = padded(*ranks)
     return held <= LAUNCH_RANK and cdiv(M, 32) >= arch.sms * 3 // 4
 
 
 def default_config(M: int, ranks: Sequence[int], arch: Arch) -> ShrinkExpandConfig:
-    """Rows a program: as many as still give every multiprocessor a program."""
+    """A config with as many rows for a program as still give every multiprocessor a program."""
     held = padded(*ranks)
     block_m = 64 if cdiv(M, 64) >= arch.sms * 3 // 4 else 32
     if not arch.warpgroups and held > 64:
@@ -67,26 +67,26 @@ def _shrink_expand_kernel(
     G: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    row_ok = row < M
-    row64 = row.to(tl.int64)
-    rank = tl.arange(0, BLOCK_R)
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    row_ok = row < M  # [BLOCK_M]
+    row64 = row.to(tl.int64)  # [BLOCK_M]
+    rank = tl.arange(0, BLOCK_R)  # [BLOCK_R]
     acc = accumulate(
         x + row64[:, None] * x_stride, As, words, ranks, a_r_strides, a_k_strides,
         row, row_ok, 0, K, WORDS, G, BLOCK_M, BLOCK_K, BLOCK_R, PRECISION,
     )  # fmt: skip
     for i in tl.static_range(G):
-        rank_ok = rank < ranks[i]
-        s = cast(acc[i] * scales[i], s_out.dtype.element_ty)
+        rank_ok = rank < ranks[i]  # [BLOCK_R]
+        s = cast(acc[i] * scales[i], s_out.dtype.element_ty)  # [BLOCK_M, BLOCK_R]
         tl.store(
             s_out + row64[:, None] * s_stride + (columns[i] + rank)[None, :],
             s,
             mask=row_ok[:, None] & rank_ok[None, :],
         )
-        y_row = ys[i] + row64[:, None] * y_strides[i]
+        y_row = ys[i] + row64[:, None] * y_strides[i]  # [BLOCK_M, 1]
         for n0 in range(0, Ns[i], BLOCK_N):
-            n = n0 + tl.arange(0, BLOCK_N)
-            n_ok = n < Ns[i]
+            n = n0 + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+            n_ok = n < Ns[i]  # [BLOCK_N]
             b = tl.load(
                 Bs[i]
                 + rank.to(tl.int64)[:, None] * b_r_strides[i]
@@ -115,8 +115,9 @@ def plan_shrink_expand(
     ys: Sequence[torch.Tensor],
     config: ShrinkExpandConfig,
 ) -> list[Launch]:
-    """The launch that fills ``s`` [M, sum r] (contiguous) and ys[i] [M, N_i]; arguments already
-    checked, ranks held by one launch.
+    """The launch that fills ``s`` [M, sum r] (contiguous) and ys[i] [M, N_i].
+
+    The arguments are checked already, and one launch can hold the ranks.
     """
     (M, K), ranks = x.shape, tuple(a.shape[0] for a in As)
     columns = tuple(sum(ranks[:i]) for i in range(len(ranks)))
@@ -146,13 +147,13 @@ def shrink_expand(
     *,
     config: ShrinkExpandConfig | None = None,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """(S [M, sum r_i], [Y_i [M, N_i]]) in x's dtype, one launch: columns of adapter i of S hold
-    scale_i * (mask_i X) A_iᵀ, and Y_i = S_i B_iᵀ + bias_i.
+    """(S [M, sum r_i], [Y_i [M, N_i]]) in x's dtype, in one launch.
 
+    The columns of adapter i of S are scale_i * (mask_i X) A_iᵀ; Y_i = S_i B_iᵀ + bias_i.
     x [M, K] fp16/bf16/fp32, any row stride; A_i [r_i, K], B_i [N_i, r_i] fp32 or x's dtype, any
-    strides, ranks from 1 and, each rounded up to a power of two of at least 16, 128 together; bits
-    as in :func:`.shrink.shrink`; bias_i [N_i] or None. Errors: TypeError or ValueError naming the
-    argument, before any launch.
+    strides. Ranks are 1 or more; the sum of the ranks, each rounded up to a power of two of at
+    least 16, is at most 128. bits as in :func:`.shrink.shrink`; bias_i [N_i] or None. Errors:
+    TypeError or ValueError naming the argument, before any launch.
     """
     x = checks.rows("x", x)
     As, Bs = list(As), list(Bs)

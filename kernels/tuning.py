@@ -1,8 +1,9 @@
-"""Tuning tables: what a race measured on one GPU, as JSON that ships beside the kernels.
+"""Tuning tables: the measurements of races on one GPU, as JSON that ships with the kernels.
 
-One file a GPU, ``tuning/device_name=NVIDIA_H200.json``. Reading and writing only: nothing here
-times, launches or decides (``benchmarks.gpu`` and ``peftkern tune`` write tables, the dispatcher in
-``peftkern/ops`` reads them and keeps what it races itself in files of the same schema).
+There is one file for each GPU, ``tuning/device_name=NVIDIA_H200.json``. This file only reads and
+writes tables; it does not time, launch or decide. (``benchmarks.gpu`` and ``peftkern tune`` write
+tables. The dispatcher in ``peftkern/ops`` reads them, and keeps its own races in files of the same
+schema.)
 
     {"schema": 1,
      "gpu": {"name": str, "capability": [major, minor], "sms": int, "memory_bytes": int, ...},
@@ -24,8 +25,8 @@ times, launches or decides (``benchmarks.gpu`` and ``peftkern tune`` write table
                   "left_out": {choice: why},
                   "date": str}]}                 # of this entry, ISO 8601, UTC
 
-A dimension that an op does not have is 0 (shrink has no n). For a group, n is the sum of its
-projections' and r the largest. Readers ignore fields they do not know.
+A dimension that an op does not have is 0 (shrink has no n). For a group, n is the sum of n and r
+the largest r of its projections. Readers ignore unknown fields.
 """
 
 from __future__ import annotations
@@ -43,16 +44,16 @@ SCHEMA = 1
 FOLDER = Path(__file__).with_name("tuning")
 LARGEST_BUCKET = 8192
 
-# Kernels, of which an entry holds the best config; "grad_sb" also chooses between PASSES over dY.
+# kernels: an entry holds the best config; "grad_sb" also chooses between PASSES over dY
 KERNELS = registry.OPS
 PASSES = ("one_pass", "two_pass")
-# Operations of which an entry chooses the implementation. Their names belong to the dispatcher,
-# which ignores one that it does not know.
+# whole operations: an entry chooses the implementation; the dispatcher defines their names and
+# ignores unknown ones
 WHOLE = (
-    "forward",  # X to Y and S, the mask being given
+    "forward",  # X to Y and S, with a given mask
     "backward",  # dY to dX, dA and dB
-    "infer",  # X to Y, nothing dropped, nothing kept
-    "mixed",  # the same, samples naming different adapters: r the largest, group how many
+    "infer",  # X to Y, without dropout, nothing kept for a backward
+    "mixed",  # infer for samples that name different adapters: r the largest, group their number
 )
 OPS = KERNELS + WHOLE
 
@@ -60,8 +61,11 @@ C = TypeVar("C")
 
 
 class Key(NamedTuple):
-    """What an entry was measured for, and what the dispatcher tells calls apart by; ``m`` is a
-    bucket. A tuple, because every call makes some; an :class:`Entry` checks the one that it has."""
+    """The call for which an entry was measured; the dispatcher looks a call's entry up by it.
+
+    ``m`` is a bucket. It is a tuple, unchecked, because every call makes some; an :class:`Entry`
+    checks the one that it has.
+    """
 
     op: str
     dtype: str
@@ -78,7 +82,7 @@ class Key(NamedTuple):
 
 @dataclass(frozen=True)
 class Entry:
-    """The winner for one key: which implementation, with which config, and its time in us."""
+    """The winner for one key: the implementation, its config and its time in microseconds."""
 
     key: Key
     choice: str | None
@@ -125,7 +129,7 @@ class Entry:
 
 @dataclass
 class Table:
-    """All entries for one GPU; the last one given for a key holds."""
+    """All entries for one GPU; a later entry replaces an earlier one with the same key."""
 
     gpu: dict[str, Any]
     versions: dict[str, str]
@@ -137,12 +141,15 @@ class Table:
         self.entries.update({e.key: e for e in entries})
 
     def find(self, key: Key) -> Entry | None:
-        """The entry of exactly this key."""
+        """The entry of exactly this key, or None."""
         return self.entries.get(key)
 
     def find_near(self, key: Key, steps: int | None = None) -> Entry | None:
-        """The entry of this key, or else of the nearest M-bucket with all else equal (the smaller
-        of two as near), at most ``steps`` powers of two away."""
+        """The entry of this key, else of the nearest M-bucket with all else equal, or None.
+
+        Of two that are equally near it is the smaller one. It is at most ``steps`` powers of two
+        away.
+        """
         if (exact := self.find(key)) is not None:
             return exact
         same = {k.m: e for k, e in self.entries.items() if _alike(k, key)}
@@ -167,7 +174,7 @@ class Table:
         }
 
     def save(self, path: Path) -> None:
-        """Write to a temporary name, then rename."""
+        """Write the table to ``path``, atomically."""
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         temporary.write_text(json.dumps(self.as_json(), indent=1) + "\n", encoding="utf-8")
@@ -175,28 +182,30 @@ class Table:
 
 
 def _alike(a: Key, b: Key) -> bool:
-    """Whether two keys differ in M alone, and not between one row and several for "decode", which
-    are two kernels."""
+    """True when two keys differ only in M.
+
+    For "decode" one row and several rows are different kernels, and so not alike.
+    """
     if a.op == "decode" and (a.m == 1) != (b.m == 1):
         return False
     return a._replace(m=b.m) == b
 
 
 def bucket(M: int) -> int:
-    """The power of two that stands for M: rounded up, from 1 to 8192."""
+    """The bucket of M: M rounded up to a power of two, from 1 to 8192."""
     if M > LARGEST_BUCKET:
         return LARGEST_BUCKET
     return 1 << (M - 1).bit_length() if M > 1 else 1
 
 
 def path_for(device_name: str, folder: Path = FOLDER) -> Path:
-    """Where the table of a GPU lies: its name with underscores for what file names do not like."""
+    """The path of a GPU's table: its name, with underscores for characters unsafe in file names."""
     safe = "".join(c if c.isalnum() or c in "-." else "_" for c in device_name.strip())
     return folder / f"device_name={safe}.json"
 
 
 def from_json(data: Any, source: str = "table") -> Table:
-    """A table out of parsed JSON.
+    """The table in parsed JSON.
 
     Raises:
         ValueError: another schema, or a field missing or of a wrong value; names ``source``.
@@ -229,7 +238,7 @@ def load(path: Path) -> Table:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is no table of this schema; the file is named.
+        ValueError: it is no table of this schema; the message names the file.
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
