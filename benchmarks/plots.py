@@ -1,9 +1,9 @@
 """Plots and tables of benchmarks/results/ for docs/benchmarks.md.
 
     python -m benchmarks.plots            writes docs/images/*.svg and the page's part between marks
-    python -m benchmarks.plots --check    exit status 1 where they are not what the results say now
+    python -m benchmarks.plots --check    exit status 1 where they do not fit the results
 
-Each plot holds its numbers as JSON in its metadata, by which it is compared: not by its pixels,
+Each plot holds its numbers as JSON in its metadata. ``--check`` compares those, not the pixels,
 which depend on the version of matplotlib.
 """
 
@@ -26,7 +26,7 @@ PAGE = ROOT / "docs" / "benchmarks.md"
 IMAGES = ROOT / "docs" / "images"
 START, END = "<!-- results: written by python -m benchmarks.plots -->", "<!-- end of results -->"
 
-# {name: (title, what a row's name begins with)}; the first that fits takes the row
+# {name: (title, pattern for the start of a row's name)}; a row goes to the first that matches
 SUBJECTS = {
     "prefix": ("A model with a prefix", r"(training step|decode \d+ tokens) with a prefix"),
     "memory": ("Bytes", r"bytes |peak "),
@@ -52,7 +52,7 @@ class Bar:
 
 
 def newest(folder: Path, name: str = "row") -> list[dict[str, Any]]:
-    """Of each row in the files of ``folder`` the newest; files are named by their dates."""
+    """The newest version of each row in the files of ``folder``, whose names are their dates."""
     found: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.glob("*.json")):
         for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
@@ -69,7 +69,7 @@ def by_subject(rows: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]
 
 
 def _round(value: float | None) -> float | None:
-    return None if value is None else round(value, 4) + 0.0  # no -0.0
+    return None if value is None else round(value, 4) + 0.0  # + 0.0 turns -0.0 into 0.0
 
 
 def _two_places(value: float) -> str:
@@ -84,8 +84,10 @@ def cpu_bars(rows: Iterable[dict[str, Any]]) -> list[Bar]:
 
 
 def gpu_bars(rows: Iterable[dict[str, Any]]) -> Iterator[tuple[str, list[Bar]]]:
-    """(part, bars) of a GPU: the fastest of peftkern's ways that were right, to HF PEFT's faster
-    one. Rows without both are left out."""
+    """(part, bars) of a GPU's rows: peftkern's fastest correct way over HF PEFT's faster one.
+
+    Rows that lack either of them are left out.
+    """
     from .gpu.report import OWN, PEFT_BF16, PEFT_FP32, PLAIN, best, us
 
     parts: dict[str, list[Bar]] = {}
@@ -111,7 +113,7 @@ def gpu_folders(results: Path) -> list[Path]:
 
 
 def plots(results: Path = RESULTS) -> dict[str, tuple[str, list[Bar]]]:
-    """{file name: (title, bars)} of every plot that the results call for."""
+    """{file name: (title, bars)} of every plot that the results have rows for."""
     found = {
         f"bench-{name}.svg": (SUBJECTS[name][0], cpu_bars(rows))
         for name, rows in by_subject(newest(results / "cpu")).items()
@@ -123,12 +125,12 @@ def plots(results: Path = RESULTS) -> dict[str, tuple[str, list[Bar]]]:
 
 
 def series(title: str, bars: list[Bar]) -> str:
-    """What is kept in a plot's file of the numbers that it was drawn from."""
+    """The numbers of a plot as the JSON text that its file holds."""
     return json.dumps({"title": title, "bars": [asdict(bar) for bar in bars]}, sort_keys=True)
 
 
 def series_of(path: Path) -> str | None:
-    """The numbers that the plot at ``path`` was drawn from; None where there is none."""
+    """The JSON text of the numbers in the plot at ``path``; None when there is none."""
     if not path.is_file():
         return None
     found = re.search(r"<dc:description>(.*?)</dc:description>", path.read_text("utf-8"), re.S)
@@ -136,7 +138,7 @@ def series_of(path: Path) -> str | None:
 
 
 def draw(path: Path, title: str, bars: list[Bar]) -> None:
-    """Write the plot of ``bars``; with one version of matplotlib always the same bytes."""
+    """Write the plot of ``bars``: the same bytes at each call with one version of matplotlib."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -153,7 +155,7 @@ def draw(path: Path, title: str, bars: list[Bar]) -> None:
         axes.barh(rows, [bar.ratio for bar in bars], color="#3f51b5", height=0.6)
         most = max(1.0, *(bar.ratio for bar in bars))
         for row, bar in zip(rows, bars, strict=True):
-            beside = axes.get_yaxis_transform()  # x in shares of the axes, y a row
+            beside = axes.get_yaxis_transform()  # x is a share of the axes' width, y a row
             axes.text(1.02, row, _two_places(bar.ratio), va="center", transform=beside)
         for label, marker, color, values in (
             ("without adapters", "|", "#000000", [bar.floor for bar in bars]),
@@ -178,7 +180,7 @@ def draw(path: Path, title: str, bars: list[Bar]) -> None:
 
 
 def _replace(path: Path, write: Any) -> None:
-    """The whole file or none of it."""
+    """Replace the file at ``path`` by what ``write`` writes, at once; not at all on an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
@@ -189,7 +191,7 @@ def _replace(path: Path, write: Any) -> None:
 
 
 def _value(row: dict[str, Any], provider: str) -> str:
-    """A time or a number of bytes, of ``added`` rows what is added to the bare layer."""
+    """The cell of a time or a number of bytes; the increase over the bare layer in added rows."""
     value = row["values"].get(provider)
     if value is None:
         return ""
@@ -225,7 +227,7 @@ def _runs(results: Path) -> Iterator[str]:
 
 
 def _compiled(results: Path) -> Iterator[str]:
-    """What the compiler gave for every kernel and case, an architecture a line."""
+    """The table of the compiler's results, one line for each architecture."""
     yield "| Triton | architecture | compiled | most registers | most shared KiB | bytes spilled |"
     yield "|---|---|---|---|---|---|"
     for path in sorted((results / "static").glob("*.json")):
@@ -259,7 +261,7 @@ def _picture(name: str, title: str) -> Iterator[str]:
 
 
 def page_part(results: Path = RESULTS) -> str:
-    """What stands between the marks of docs/benchmarks.md."""
+    """The text that belongs between the two marks in docs/benchmarks.md."""
     lines = []
     for name, rows in by_subject(newest(results / "cpu")).items():
         title = SUBJECTS[name][0]
@@ -271,7 +273,7 @@ def page_part(results: Path = RESULTS) -> str:
 
 
 def stale(results: Path = RESULTS, page: Path = PAGE, images: Path = IMAGES) -> list[str]:
-    """Names of the plots, and of the page, that are not what the results say."""
+    """Names of the plots, and of the page, that do not fit the results."""
     wanted = plots(results)
     found = [n for n, plot in wanted.items() if series_of(images / n) != series(*plot)]
     found += [p.name for p in images.glob("bench-*.svg") if p.name not in wanted]

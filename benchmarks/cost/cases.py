@@ -1,4 +1,4 @@
-"""The cases (a LoRA linear, a q,k,v group, one Llama-8B layer) and who is counted on them."""
+"""The cases (a LoRA linear, a q,k,v group, one Llama-8B layer) and their providers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _FLASH = "peftkern_cost_flash"
 
 
 class Shape(NamedTuple):
-    """M rows, K inputs, N outputs of each projection, rank r. The layer has Llama-8B's own."""
+    """M rows, K inputs, N outputs of each projection, rank r; the layer has Llama-8B's widths."""
 
     M: int = 8192
     K: int = 4096
@@ -35,8 +35,11 @@ class Shape(NamedTuple):
 
 
 class Provider(NamedTuple):
-    """Who computes it. ``kind``: "peft", "plain" (no adapters), "torch", "hybrid", "joined",
-    "fused" (peftkern's layers on a backend), or "floor" (``cost_floor``)."""
+    """An implementation whose launches are counted.
+
+    ``kind`` is "peft", "plain" (no adapters), "floor" (``cost_floor``), or for peftkern's layers
+    their backend or product: "torch", "hybrid", "joined" or "fused".
+    """
 
     name: str
     kind: str
@@ -76,14 +79,14 @@ def _flash(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any,
     scaling: float | None = None, **_: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """One fused kernel, grouped heads and all; the same for every provider."""
+    """Attention in one fused kernel that takes grouped heads, the same for every provider."""
     attend = torch.ops.aten._scaled_dot_product_flash_attention
     out = attend(query, key, value, 0.0, True, scale=scaling)[0]
     return out.transpose(1, 2), None
 
 
 class LlamaLayer(nn.Module):
-    """transformers' decoder layer with Llama-3-8B's sizes, rotary angles given."""
+    """transformers' decoder layer with Llama-3-8B's sizes and given rotary angles."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -120,7 +123,7 @@ def _build(case: str, shape: Shape) -> tuple[nn.Module, Tensor, list[str]]:
 
 
 class _Floor(torch.autograd.Function):
-    """Stands for a group: launches the floor, keeps X alone, makes empty outputs."""
+    """Stands for a group: records the floor's launches, keeps X alone, makes empty outputs."""
 
     @staticmethod
     def forward(ctx: Any, module: FloorGroup, x: Tensor, *weights: Tensor) -> Any:
@@ -134,7 +137,7 @@ class _Floor(torch.autograd.Function):
     def backward(ctx: Any, *dys: Tensor) -> Any:
         x = ctx.saved_tensors[0]
         for dy in dys:
-            dy.reshape(-1, dy.shape[-1])  # a copy, and counted, where the layout asks for one
+            dy.reshape(-1, dy.shape[-1])  # a copy in some layouts, which is then counted
         record([cost_floor.backward(ctx.module.group)])
         grads = [
             x.new_empty(shape, dtype=ctx.module.group.adapter) if needed else None
@@ -144,7 +147,7 @@ class _Floor(torch.autograd.Function):
 
 
 class FloorGroup(nn.Module):
-    """Projections of one X, at their floor."""
+    """Projections of one X that launch the floor of their group."""
 
     def __init__(self, group: cost_floor.Group) -> None:
         super().__init__()
@@ -157,7 +160,7 @@ class FloorGroup(nn.Module):
         self.outputs: tuple[Tensor | None, list[Tensor]] = (None, [])
 
     def member(self, i: int, x: Tensor) -> Tensor:
-        """Output i; the first one asked for an X makes them all."""
+        """Output i; the first call with an X makes all outputs."""
         if self.outputs[0] is not x:
             self.outputs = (x, list(_Floor.apply(self, x, *self.parameters())))
         y = self.outputs[1][i]
@@ -176,7 +179,7 @@ class _Member(nn.Module):
 
 
 def _to_floor(model: nn.Module, shape: Shape) -> None:
-    """Replace the projections of ``model`` by floors, those that share an X together."""
+    """Replace the projections of ``model`` by floors; those that share an X become one group."""
     groups: list[tuple[nn.Module, list[str]]]
     if isinstance(model, LlamaLayer):
         attention, mlp = model.layer.self_attn, model.layer.mlp
@@ -208,7 +211,7 @@ def _adapt(
 
 @contextlib.contextmanager
 def _backend(kind: str, arch: common.Arch) -> Iterator[None]:
-    """peftkern's real layers on one backend; Triton launches are recorded instead of run."""
+    """Run peftkern's real layers on one backend; Triton launches are recorded, not run."""
     from peftkern.ops import backend, triton_backend
 
     with contextlib.ExitStack() as stack:
@@ -229,7 +232,7 @@ def measure(who: Provider, case: str, shape: Shape, p: float, arch: common.Arch)
     """Count one provider on one case, in training mode with dropout ``p``.
 
     Raises:
-        RuntimeError: the provider did not run what it is named for.
+        RuntimeError: the provider did not run the way that its name gives.
     """
     model, x, targets = _build(case, shape)
     if who.kind == "plain":

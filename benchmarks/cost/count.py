@@ -1,15 +1,15 @@
-"""Counting what a CUDA machine would launch, on a machine without one.
+"""Counts the kernels that a CUDA machine would launch, on a machine without CUDA.
 
-Tensors live on the meta device: shapes, strides and dtypes, no data. Every aten operation that
-eager torch would send to the GPU passes through :class:`Counter`, which knows from one table how
-many kernels it launches there and what they read and write. Autograd runs as it is.
+Tensors live on the meta device: they have shapes, strides and dtypes, but no data. Every aten
+operation that eager torch would send to the GPU passes through :class:`Counter`, which has a table
+of how many kernels it launches there and what they read and write. Autograd runs unchanged.
 
-FakeTensors on "cuda" would be the obvious stand-in, but where torch is built without CUDA its
-autograd cannot use them: the forward aborts in the device guard, the backward asks for an
-accelerator. Four decisions on our way depend on the device being CUDA; :func:`as_cuda` takes
-them: ``Tensor.is_cuda``, ``Tensor.is_meta``, whether autocast is on, and dropout's choice of the
-fused kernel (without it HF PEFT would be charged torch's three-kernel dropout: 8 launches forward,
-1.04 GB).
+FakeTensors on "cuda" would be the obvious stand-in, but torch built without CUDA cannot use them
+in autograd: the forward aborts in the device guard, the backward asks for an accelerator. Four
+decisions in the code depend on a CUDA device, and :func:`as_cuda` makes them as if there were one:
+``Tensor.is_cuda``, ``Tensor.is_meta``, whether autocast is on, and dropout's choice of the fused
+kernel. Without the last, HF PEFT would be counted with torch's dropout of three kernels: 8 launches
+forward, 1.04 GB.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..kernels.traffic import Traffic, unit_of
 
-# How many kernels an operation launches on CUDA, by class. Views and allocation launch none. The
-# copy in an out-of-place addmm onto a full matrix is added in `_product`.
+# The number of kernels that an operation launches on CUDA, by class. Views and allocation launch
+# none. `_product` adds the copy of an addmm that is not in place and adds onto a full matrix.
 _FREE, _PRODUCT, _FILL, _ONE, _PLACE = "free", "product", "fill", "one", "place"
 _TABLE: dict[str, tuple[str, int]] = {}
 for _kind, _launches, _names in (
     (_FREE, 0, "empty empty_like empty_strided new_empty new_empty_strided _unsafe_view detach"),
     (_FREE, 0, "lift_fresh resize_ set_ device"),
     (_PRODUCT, 1, "mm addmm addmm_ bmm baddbmm baddbmm_"),
-    # one pass that only writes: nothing of the destination is read
+    # one pass that only writes and does not read its destination
     (_FILL, 1, "fill_ zero_ zeros zeros_like ones ones_like full full_like arange scalar_tensor"),
     (_FILL, 1, "bernoulli_ uniform_ normal_ new_zeros new_ones new_full"),
     # one pass over the inputs: copies and casts, reductions, gathers, row-wise kernels
@@ -42,9 +42,9 @@ for _kind, _launches, _names in (
     (_ONE, 1, "embedding index_select gather _softmax _softmax_backward_data"),
     (_ONE, 1, "native_dropout native_dropout_backward"),
     (_ONE, 1, "_scaled_dot_product_flash_attention"),
-    # dO·O rows, then the main kernel, then dQ out of its fp32 accumulator
+    # three kernels: the row sums of dO·O, the main kernel, the cast of dQ from its fp32 sum
     (_ONE, 3, "_scaled_dot_product_flash_attention_backward"),
-    # zeros, then the gradient copied into its place
+    # two kernels: zeros, then a copy of the gradient into its place
     (_PLACE, 2, "slice_backward select_backward"),
 ):
     _TABLE |= dict.fromkeys(_names.split(), (_kind, _launches))
@@ -54,7 +54,7 @@ def rule(func: Any) -> tuple[str, int]:
     """(class, launches) of an aten overload.
 
     Raises:
-        NotImplementedError: an operation the table does not know; guessing would spoil the count.
+        NotImplementedError: the table lacks the operation; a guess would make the count wrong.
     """
     name = func._schema.name.partition("::")[2]
     if name in _TABLE:
@@ -67,7 +67,7 @@ def rule(func: Any) -> tuple[str, int]:
 
 
 def _bytes(t: Tensor) -> int:
-    """Bytes of the distinct elements: a broadcast dimension is read once."""
+    """Bytes of the distinct elements; a broadcast dimension counts once."""
     sizes = (n for n, stride in zip(t.shape, t.stride(), strict=True) if stride or n <= 1)
     return math.prod(sizes) * t.element_size()
 
@@ -85,8 +85,11 @@ def _tensors(values: Any) -> Iterator[Tensor]:
 
 
 def _split(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[list[Tensor], ...]:
-    """Tensor arguments: those read, and those written. An elementwise operation in place (add_,
-    mul_) does both to its destination; copies and ``out=`` only write."""
+    """(tensor arguments that are read, tensor arguments that are written).
+
+    An elementwise operation in place (add_, mul_) reads and writes its destination; copies and
+    ``out=`` only write it.
+    """
     reads: list[Tensor] = []
     writes: list[Tensor] = []
     for i, a in enumerate(func._schema.arguments):
@@ -112,7 +115,7 @@ def _product(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Tensor
         onto = args[0]
         if name.endswith("_"):
             read += written
-        elif onto.dim() == 1:  # a bias is added on the way out
+        elif onto.dim() == 1:  # a bias is added while the product is written
             read += _bytes(onto)
         else:  # cuBLAS accumulates in place, so torch copies first
             copies = [Traffic(f"{name} (copy)", 1, _bytes(onto), written)]
@@ -121,7 +124,7 @@ def _product(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Tensor
 
 
 def _attention_flops(func: Any, args: Sequence[Any]) -> int:
-    """Two products forward, five backward, half of each with a causal mask."""
+    """FLOPs of attention: two products forward, five backward, half of each if causal."""
     name = func._schema.name
     if "attention" not in name:
         return 0
@@ -134,7 +137,7 @@ def _attention_flops(func: Any, args: Sequence[Any]) -> int:
 
 
 def operation(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> list[Traffic]:
-    """What one aten call launches; empty for views and allocations."""
+    """The launches of one aten call; none for views and allocations."""
     kind, launches = rule(func)
     if kind == _FREE:
         return []
@@ -148,7 +151,7 @@ def operation(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) 
     elif kind == _PLACE:
         changed = [*changed, *reads]
     if name in ("embedding", "index_select", "gather"):
-        # rows that are picked often come from the cache: at most the whole table is read
+        # a row that is picked again comes from the cache: at most the whole table is read
         table, *index = reads
         picked = min(_bytes(table), sum(map(_bytes, changed)))
         read = picked + sum(map(_bytes, index))
@@ -160,7 +163,7 @@ def operation(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) 
 
 
 class Counter(TorchDispatchMode):
-    """Lists the launches of every aten operation under it, in order."""
+    """Lists the launches of every aten operation within its block, in order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -171,7 +174,7 @@ class Counter(TorchDispatchMode):
         out = func(*args, **kwargs)
         tensors = [*_tensors(args), *_tensors(list(kwargs.values())), *_tensors(out)]
         if not any(t.device.type == "meta" for t in tensors):
-            return out  # on the host, e.g. drawing a seed
+            return out  # an operation on the host, such as drawing a seed
         if func.namespace == "aten":
             self.launches += operation(func, args, kwargs, out)
         elif func.namespace != "prim":
@@ -191,22 +194,22 @@ _open: list[Counter] = []
 
 
 def record(launches: Sequence[Traffic]) -> None:
-    """Add launches that are no aten operations (Triton's) to the count under way, if any."""
+    """Add launches that are not aten operations (Triton's) to the open counter, if there is one."""
     if _open:
         _open[-1].launches += launches
 
 
 def _dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-    """at::dropout's own branch for CUDA tensors."""
+    """Dropout as at::dropout computes it for CUDA tensors."""
     return torch.native_dropout(x, p, True)[0] if training and p > 0.0 else x
 
 
 @contextlib.contextmanager
 def as_cuda() -> Iterator[None]:
-    """Within the block meta tensors answer as CUDA tensors do."""
+    """Make meta tensors answer as CUDA tensors do, within the block."""
     here = torch._C.TensorBase.is_meta.__get__
     there = torch._C.TensorBase.is_cuda.__get__
-    autocast = torch.is_autocast_enabled  # knows no meta device
+    autocast = torch.is_autocast_enabled  # it does not accept the meta device
 
     def is_autocast_enabled(*device: str) -> bool:
         return autocast(*("cuda" if d == "meta" else d for d in device))
@@ -221,7 +224,7 @@ def as_cuda() -> Iterator[None]:
 
 
 class Count(NamedTuple):
-    """Launches of one forward and one backward, and bytes kept in between, X and weights apart."""
+    """Launches of a forward and a backward, and bytes kept in between without X and weights."""
 
     forward: list[Traffic]
     backward: list[Traffic]
@@ -229,8 +232,11 @@ class Count(NamedTuple):
 
 
 def count(model: torch.nn.Module, x: Tensor) -> Count:
-    """Run ``model(x)`` and the gradients of x and of all trainable parameters once to warm what is
-    made at first use, and once counted. ``x`` is on the meta device and requires its gradient."""
+    """Count ``model(x)`` and the gradients of x and of all trainable parameters.
+
+    All runs twice and the second run counts, as some tensors are made at their first use. ``x`` is
+    on the meta device and requires its gradient.
+    """
     wanted = [x, *(p for p in model.parameters() if p.requires_grad)]
     known = {t.untyped_storage()._cdata for t in (x, *model.parameters(), *model.buffers())}
     result = Count([], [], 0)
@@ -240,7 +246,7 @@ def count(model: torch.nn.Module, x: Tensor) -> Count:
         def keep(t: Tensor, kept: dict[int, Any] = kept) -> Tensor:
             storage = t.untyped_storage()
             if storage._cdata not in known:
-                kept[storage._cdata] = storage  # held, so that the address is not used again
+                kept[storage._cdata] = storage  # held, so that its address is not reused
             return t
 
         with as_cuda():

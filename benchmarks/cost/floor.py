@@ -1,4 +1,4 @@
-"""The floor of a LoRA group: every input read once, every result written once, in one launch."""
+"""The floor of a LoRA group: one launch that reads every input and writes every result once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..kernels.traffic import Traffic, unit_of
 
 
 class Group(NamedTuple):
-    """Projections [N_i, K] of one X [M, K], each with an adapter of rank r in ``adapter``."""
+    """Projections [N_i, K] of one X [M, K], each with an adapter of rank r, dtype ``adapter``."""
 
     M: int
     K: int
@@ -26,7 +26,10 @@ def _bytes(dtype: torch.dtype, *shapes: tuple[int, int]) -> int:
 
 
 def _floor(g: Group, read: int, written: int, passes: int) -> Traffic:
-    """``passes`` low-rank products of each kind: one forward; dS with dB, dA with dX's backward."""
+    """One launch with each low-rank product done ``passes`` times.
+
+    That is one pass forward, and two backward: dS and dB, dA and the low-rank part of dX.
+    """
     base = 2 * g.M * g.K * sum(g.Ns)
     low = 2 * g.M * g.r * (g.K * len(g.Ns) + sum(g.Ns)) * passes
     return Traffic("floor", 1, read, written, base + low, unit_of(g.dtype))
@@ -45,12 +48,12 @@ def _sizes(g: Group) -> tuple[int, int, int, int, int]:
 
 
 def forward(g: Group) -> Traffic:
-    """Every Y and S; a mask, made anew, is free."""
+    """The launch that makes every Y and S; a mask is drawn again and moves no bytes."""
     x, w, adapters, y, s = _sizes(g)
     return _floor(g, x + w + adapters, y + s, passes=1)
 
 
 def backward(g: Group) -> Traffic:
-    """dX, dA and dB out of every dY."""
+    """The launch that makes dX, dA and dB from every dY."""
     x, w, adapters, y, s = _sizes(g)
     return _floor(g, x + y + w + adapters + s, x + adapters, passes=2)

@@ -9,8 +9,11 @@ from ..kernels.traffic import Traffic
 
 
 class Gpu(NamedTuple):
-    """What a kernel can reach: TB/s of device memory, TFLOP/s of bf16 matrix products and of fp32
-    products; and what kernels' default configs ask: multiprocessors, capability, shared bytes."""
+    """Rates that a kernel can reach on one GPU, and the facts that default configs depend on.
+
+    ``bandwidth`` of device memory is in TB/s, ``matrix`` (bf16 matrix products) and ``fp32`` in
+    TFLOP/s; ``arch`` is (multiprocessors, capability, shared bytes).
+    """
 
     bandwidth: float
     matrix: float
@@ -39,8 +42,11 @@ GPUS = {
 
 
 def microseconds(launches: Iterable[Traffic], gpu: Gpu) -> float:
-    """Roofline time: each launch takes the longer of its memory time and its arithmetic time, and
-    launches follow one another. No launch overhead, no tails: a lower bound."""
+    """Roofline time in microseconds, a lower bound of the launches one after another.
+
+    Each launch takes the longer of its memory time and its arithmetic time; launch overhead and
+    tails are left out.
+    """
     total = 0.0
     for t in launches:
         rate = {"matrix": gpu.matrix, "fp32": gpu.fp32, "none": float("inf")}[t.unit]

@@ -2,11 +2,11 @@
 
     python -m benchmarks.cost --case prefix [--json]
 
-HF PEFT's own code runs on tensors without data: its prompt encoder looks the prefix up for every
-row of the batch, transformers' cache concatenates it with the layer's keys and values, and, as a
-mask is then there, repeats both over the heads of a group. ``handling`` is the bytes of those
-operations, ``attention`` what the attention itself reads of keys and values. peftkern's come from
-its launch. No speed was measured.
+HF PEFT's own code runs on tensors without data. Its prompt encoder looks the prefix up for every
+row of the batch, and transformers' cache concatenates it with the layer's keys and values. As there
+is then a mask, both are also repeated over the heads of a group. ``handling`` is the bytes of those
+operations, ``attention`` the bytes of keys and values that the attention itself reads. peftkern's
+bytes come from its launch. No speed was measured.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ BF16 = torch.bfloat16
 
 
 class PrefixShape(NamedTuple):
-    """B rows of T tokens after a prefix of P; H query and H_kv key/value heads of D."""
+    """B rows of T tokens after a prefix of P tokens; H query and H_kv key/value heads of size D."""
 
     B: int = 8
     T: int = 1024
@@ -41,12 +41,12 @@ class PrefixShape(NamedTuple):
 
 
 class Moved(NamedTuple):
-    """Bytes for the prefix handling of one layer, and of keys and values that attention reads."""
+    """Bytes that one layer moves to handle its prefix, and bytes of keys and values it reads."""
 
     provider: str
     handling: int
     attention: int
-    launches: list[Traffic]  # of the handling; peftkern's one launch is the attention
+    launches: list[Traffic]  # those of the handling; for peftkern its one launch, the attention
 
     @property
     def both(self) -> int:
@@ -54,7 +54,7 @@ class Moved(NamedTuple):
 
 
 def _own(s: PrefixShape) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v as transformers has them: [B, T, heads, D] seen transposed."""
+    """q, k, v [B, heads, T, D] with transformers' strides: [B, T, heads, D] in memory."""
 
     def some(heads: int) -> Tensor:
         return torch.empty(s.B, s.T, heads, s.D, dtype=BF16, device="meta").transpose(1, 2)
@@ -63,12 +63,12 @@ def _own(s: PrefixShape) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def floor(s: PrefixShape) -> Moved:
-    """Own keys and values and one prefix, each read once."""
+    """The least: the layer's own keys and values and one prefix, each read once."""
     return Moved("floor", 0, 2 * 2 * s.H_kv * s.D * (s.B * s.T + s.P), [])
 
 
 def peft(s: PrefixShape) -> Moved:
-    """A Llama of one layer with HF PEFT's PrefixTuningConfig, as far as its attention."""
+    """HF PEFT's PrefixTuningConfig on a Llama of one layer, up to and with its attention."""
     from peft import PrefixTuningConfig, TaskType, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -98,14 +98,14 @@ def peft(s: PrefixShape) -> Moved:
     ):
         cache = model.get_prompt(batch_size=s.B)
         keys, values = cache.update(k, v, 0)
-        count = len(counter.launches)  # what follows the attention is no handling
+        count = len(counter.launches)  # later ones are handling only if they repeat keys or values
         sdpa_attention_forward(layer, q, keys, values, mask, scaling=s.D**-0.5)
     handling = [t for i, t in enumerate(counter.launches) if i < count or t.written == read[0] // 2]
     return Moved("HF PEFT", sum(t.bytes for t in handling), read[0], handling)
 
 
 def ours(s: PrefixShape, arch: Arch) -> Moved:
-    """The forward kernel's launch: keys and values of both sources are read where they lie."""
+    """peftkern's forward kernel, which reads own and prefix keys and values in place."""
     prefix = [torch.empty(s.H_kv, s.P, s.D, dtype=BF16, device="meta") for _ in range(2)]
     problem = prefix_tile.check(*_own(s), *prefix)
     lse = torch.empty(s.B, s.H, s.T, device="meta")
@@ -135,7 +135,7 @@ def as_json(rows: list[Moved], s: PrefixShape) -> dict[str, Any]:
 
 
 def lines(rows: list[Moved], s: PrefixShape) -> list[str]:
-    """The table as text."""
+    """The table as lines of text."""
     out = [
         f"Prefix, one layer, forward: B={s.B} T={s.T} P={s.P}, {s.H}/{s.H_kv} heads of {s.D}, bf16."
         " MB of keys and values. Counted, not measured.",

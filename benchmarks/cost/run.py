@@ -2,14 +2,16 @@
 
     python -m benchmarks.cost [--gpu H100] [--M 8192 --K 4096 --N 4096 --r 16] [--json]
 
-Three cases, forward and backward, dropout 0 and 0.1, bf16 activations: one LoRA linear, three
-projections of one X, one Llama-8B layer with an adapter on every linear (its own widths; M tokens).
-A fourth, ``--case prefix``, is a prefix inside attention (``cost_prefix``).
+There are three cases, forward and backward, with dropout 0 and 0.1 and bf16 activations: one LoRA
+linear, three projections of one X, and one Llama-8B layer with an adapter on every linear (in its
+own widths, for M tokens). A fourth, ``--case prefix``, is a prefix inside attention
+(``cost_prefix``).
+
 HF PEFT's and peftkern's real modules run on tensors without data (:mod:`.count`); Triton launches
 report their traffic from their grids (:mod:`benchmarks.kernels`). Times are rooflines: lower bounds
-of what the launches need on the named GPU, as if every product reached the matrix rate (so
-``fused`` is charged nothing for a product slower than the vendor's), launch overhead left out. No
-speed was measured.
+for the launches on the named GPU, without launch overhead and as if every product reached the
+matrix rate, so that ``fused`` pays nothing for a product slower than the vendor's. No speed was
+measured.
 """
 
 from __future__ import annotations
@@ -34,14 +36,14 @@ from .count import Count
 from .gpus import GPUS, Gpu, microseconds
 
 DROPOUTS = (0.0, 0.1)
-RULER = "HF PEFT bf16"  # ratios are to it: the stricter of PEFT's two
+RULER = "HF PEFT bf16"  # the denominator of all ratios: the stricter of PEFT's two forms
 TITLES = {
     "linear": "LoRA linear",
     "group": "q, k, v of one X",
     "layer": "Llama-8B layer, 7 adapters",
 }
 JUDGED = ("torch", "hybrid", "joined", "fused")
-KEPT_AT = (8192, 4096)  # the M, K that the limit on kept bytes is for
+KEPT_AT = (8192, 4096)  # the M, K at which the limit on kept bytes holds
 
 
 class Row(NamedTuple):
@@ -52,7 +54,7 @@ class Row(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """One target for one provider; values are per projection."""
+    """The value of one target for one provider, per projection."""
 
     case: str
     provider: str
@@ -70,7 +72,7 @@ def launches(list_: Iterable[Traffic]) -> int:
 
 
 def moved(list_: Iterable[Traffic]) -> int:
-    """Bytes read and written."""
+    """The sum of bytes read and written."""
     return sum(t.bytes for t in list_)
 
 
@@ -80,7 +82,7 @@ def table(
     cases: Sequence[str] = CASES,
     providers: Sequence[Provider] = PROVIDERS,
 ) -> list[Row]:
-    """Every provider counted on every case and dropout."""
+    """A row for every case, dropout and provider."""
     arch = Arch(*gpu.arch)
     return [
         Row(case, p, who, measure(who, case, shape, p, arch))
@@ -91,7 +93,7 @@ def table(
 
 
 def verdicts(rows: Sequence[Row], shape: Shape) -> list[Verdict]:
-    """The targets of a LoRA linear, for the linear and, per projection, for the group."""
+    """The targets of a LoRA linear, judged for the linear and per projection for the group."""
     found: dict[tuple[str, float, str], Count] = {(r.case, r.p, r.who.name): r.count for r in rows}
     out = []
     for case, projections in (("linear", 1), ("group", 3)):
@@ -126,7 +128,7 @@ def _phase(list_: list[Traffic], ruler: list[Traffic] | None, gpu: Gpu) -> dict[
 
 
 def as_json(rows: Sequence[Row], shape: Shape, name: str, every: bool) -> dict[str, Any]:
-    """The table as plain data; ``every``: with each single launch."""
+    """The table as plain data; with ``every`` also each single launch."""
     gpu = GPUS[name]
     rulers = {(r.case, r.p): r.count for r in rows if r.who.name == RULER}
     out = []

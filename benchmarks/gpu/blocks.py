@@ -1,5 +1,6 @@
-"""The pieces of a Llama that are measured as modules: one linear, q/k/v, the MLP, a whole decoder
-layer. Each takes X [M, K] and returns its outputs as a tuple.
+"""The pieces of a Llama that are measured: one linear, q/k/v, the MLP, a whole decoder layer.
+
+Each is a module that takes X [M, K] and returns its outputs as a tuple.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class Mlp(nn.Module):
 
 
 class Layer(nn.Module):
-    """transformers' own decoder layer on one sequence or several of equal length."""
+    """transformers' own decoder layer, on one sequence or on several of equal length."""
 
     def __init__(self, decoder: nn.Module, cos: Tensor, sin: Tensor, length: int) -> None:
         super().__init__()
@@ -61,7 +62,7 @@ class Layer(nn.Module):
 
 
 def llama_config(shape: Llama, layers: int | None = None) -> Any:
-    """transformers' config of these shapes."""
+    """transformers' config for these shapes."""
     from transformers import LlamaConfig
 
     return LlamaConfig(
@@ -82,12 +83,12 @@ def llama_config(shape: Llama, layers: int | None = None) -> Any:
 
 
 def sequence(M: int) -> int:
-    """Tokens of one sequence when M tokens are a batch of several."""
+    """The number of tokens in one sequence, when a batch has M tokens."""
     return M // 4 if M >= 8192 and M % 4 == 0 else M
 
 
 def bare_linear(weight: Tensor) -> nn.Linear:
-    """A frozen ``nn.Linear`` around this very weight [N, K]."""
+    """A frozen ``nn.Linear`` that holds ``weight`` [N, K] itself, not a copy."""
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     layer.weight = nn.Parameter(weight, requires_grad=False)
     return layer
@@ -123,13 +124,13 @@ def build(case: Case, device: torch.device, seed: int) -> nn.Module:
 
 
 def share(block: nn.Module) -> nn.Module:
-    """A copy with modules of its own around the very same weights and buffers."""
+    """A copy of the modules that shares the weights and buffers."""
     kept = [*block.parameters(), *block.buffers()]
     return copy.deepcopy(block, {id(t): t for t in kept})
 
 
 def linears(block: nn.Module, case: Case) -> dict[str, nn.Module]:
-    """{projection: module}, adapted or not, whatever stands around it."""
+    """{projection: module, adapted or not}, wherever it is within ``block``."""
     wanted = {case.proj} if case.block == "linear" else set(MEMBERS[case.block])
     found: dict[str, nn.Module] = {}
     for name, module in block.named_modules():

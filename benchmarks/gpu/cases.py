@@ -1,6 +1,7 @@
-"""What each part of ``benchmarks.gpu`` measures, the most telling cases first: a budget that runs
-out cuts the tail. Also the floor of a case: the least time that its bytes and operations take on
-the card at hand.
+"""The cases of each part of ``benchmarks.gpu``, and the floor of a case.
+
+The most informative cases come first, as a budget that runs out cuts off the end. The floor is the
+least time that the bytes and operations of a case take on the current card.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class Llama:
     vocab: int = 128256
 
     def linears(self) -> dict[str, tuple[int, int]]:
-        """{projection: (K, N)}."""
+        """{projection: (K, N)} of a layer's linears."""
         h, kv, wide = self.hidden, self.kv, self.wide
         return {
             "q_proj": (h, h), "k_proj": (h, kv), "v_proj": (h, kv), "o_proj": (h, h),
@@ -47,7 +48,7 @@ MEMBERS = {
 
 @dataclass(frozen=True)
 class Case:
-    """One row of a table. ``proj`` names the projection of a linear; groups name their own."""
+    """One row of a table; ``proj`` names the projection of a linear and is ignored for others."""
 
     part: str
     block: Block
@@ -56,10 +57,10 @@ class Case:
     r: int
     p: float
     what: What = "train"
-    graph: bool = False  # replay a CUDA graph: device time without the host's
+    graph: bool = False  # True replays a CUDA graph: the time of the device without the host
     proj: str = "q_proj"
     dtype: str = "bfloat16"
-    compiled: bool = False  # torch.compile'd PEFT too: it takes half a minute to build
+    compiled: bool = False  # True also measures PEFT under torch.compile, half a minute to build
 
     @property
     def key(self) -> str:
@@ -69,7 +70,7 @@ class Case:
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
-        """{projection: (K, N)} of the linears in it."""
+        """{projection: (K, N)} of the case's linears."""
         all_of = MODELS[self.model].linears()
         names = (self.proj,) if self.block == "linear" else MEMBERS[self.block]
         return {name: all_of[name] for name in names}
@@ -78,12 +79,12 @@ class Case:
         return {**asdict(self), "shapes": {k: list(v) for k, v in self.shapes.items()}}
 
     def tiny(self) -> Case:
-        """The same on shapes that a CPU, or Triton's interpreter, takes in no time."""
+        """The same case in shapes that are fast on a CPU and in Triton's interpreter."""
         return replace(self, model="tiny", M=min(self.M, 5), r=min(self.r, 4))
 
 
 def first_of_each(cases: Iterable[Any], key: Callable[[Any], Any]) -> list[Any]:
-    """Cases in order, those left out whose key was there before."""
+    """The first case of each key, in order."""
     found: dict[Any, Any] = {}
     for case in cases:
         found.setdefault(key(case), case)
@@ -109,7 +110,7 @@ def linear_cases() -> list[Case]:
             yield make(LLAMA_8B, "q_proj", M)
         for r in (64, 128, 8):
             yield make(LLAMA_8B, "q_proj", 8192, r=r)
-        for M in (2048, 512, 128):  # few rows: with and without the host's part
+        for M in (2048, 512, 128):  # few rows, where the host's time counts: also without it
             yield make(LLAMA_8B, "q_proj", M, graph=True)
         for M in (512, 128, 16, 1):
             yield make(LLAMA_8B, "q_proj", M, p=0.0, what="infer", graph=True)
@@ -191,12 +192,13 @@ CASES = {
 
 
 def floor(case: Case, ceilings: dict[str, float]) -> dict[str, float]:
-    """{"us", "bytes", "flops"}: the least that any implementation moves and computes.
+    """{"us", "bytes", "flops"}: the least time, traffic and work of any implementation.
 
-    Inputs of the block are read once and outputs written once, in each direction; weights
-    likewise; the mask is written as bits forward and read backward. Attention and norms of a
-    layer, and what a block keeps between its own linears, are left out, so for blocks of several
-    steps this is lower than what can be reached."""
+    In each direction the block's inputs and weights are read once and its outputs written once; the
+    mask is written as bits forward and read backward. Attention and norms of a layer, and tensors
+    between a block's own linears, are left out. So for blocks of several steps this is less than
+    any implementation can reach.
+    """
     size = 4 if case.dtype == "float32" else 2
     rate = {"float32": "fp32", "float16": "fp16"}.get(case.dtype, "bf16")
     M, r = case.M, case.r
@@ -206,7 +208,7 @@ def floor(case: Case, ceilings: dict[str, float]) -> dict[str, float]:
     names = list(case.shapes)
     inputs = [case.shapes[n][0] for n in names]
     if shared and case.block != "layer":
-        inputs = [inputs[0]]  # one X for the group; what lies between gate/up and down may stay
+        inputs = [inputs[0]]  # one X for the group; the tensor before down_proj may stay on chip
     outputs = [n for _, n in case.shapes.values()]
     if case.block in ("mlp", "layer"):
         outputs = [case.shapes[names[-1]][1]]
@@ -217,7 +219,7 @@ def floor(case: Case, ceilings: dict[str, float]) -> dict[str, float]:
         for K, N in case.shapes.values():
             moved += size * (K * N + r * (K + N)) + (M * K / 8 if case.p else 0)
             flops += 2.0 * M * K * N + (2 if direction == 0 else 4) * M * r * (K + N)
-        if direction == 1:  # X again, for dA, and the gradients of A and B
+        if direction == 1:  # backward also reads X for dA, and writes the gradients of A and B
             moved += size * M * sum(inputs) + 4 * r * sum(K + N for K, N in case.shapes.values())
         time = max(
             moved / (ceilings["copy_tb_s"] * 1e12),

@@ -1,5 +1,7 @@
-"""The parts of ``benchmarks.gpu`` that are no measurements: the tests marked gpu, NVIDIA's
-compute-sanitizer over every kernel, and its counters beside the traffic we report.
+"""The parts of ``benchmarks.gpu`` that check and do not measure.
+
+They are the tests marked gpu, NVIDIA's compute-sanitizer over every kernel, and the hardware's
+counters compared with the traffic that the project reports.
 """
 
 from __future__ import annotations
@@ -34,8 +36,10 @@ def run(part: str, store: Store, until: float, dry: bool, env: dict[str, str]) -
 
 
 def tests(store: Store, until: float, dry: bool, env: dict[str, str]) -> None:
-    """pytest over tests/gpu in several processes; every test is a row as soon as it has run. A dry
-    run collects them only."""
+    """Run pytest over tests/gpu in several processes and add a row for each test that has run.
+
+    A dry run only collects the tests.
+    """
     scratch = Path(tempfile.mkdtemp(prefix="peftkern-gpu-tests-"))
     log, lines = scratch / "log", scratch / "lines"
     command = [
@@ -75,7 +79,7 @@ def tests(store: Store, until: float, dry: bool, env: dict[str, str]) -> None:
 
 
 def _take(store: Store, lines: Path, taken: int) -> int:
-    """Add the tests that have ended since; returns how many lines are read."""
+    """Add the tests after the first ``taken`` lines; returns the number of lines now read."""
     if not lines.exists():
         return taken
     fresh = lines.read_text(encoding="utf-8").splitlines(keepends=True)[taken:]
@@ -88,7 +92,7 @@ def _take(store: Store, lines: Path, taken: int) -> int:
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:
-    """End a process that we started with its own children: it leads their group."""
+    """End a process that this one started, with its children: it leads their group."""
     os.killpg(child.pid, signal.SIGKILL)
     child.wait()
 
@@ -98,17 +102,19 @@ def _tail(path: Path) -> str:
 
 
 def sanitizer(store: Store, until: float, dry: bool, env: dict[str, str]) -> None:
-    """Each tool over :mod:`benchmarks.gpu.sanitize`, with its own limit; one that is not there, or
-    that cannot run here, is said and not failed."""
+    """Run each tool over :mod:`benchmarks.gpu.sanitize`, with its own time limit.
+
+    A tool that is absent, or that cannot run here, is a row of its own outcome, not a failure.
+    """
     script = [sys.executable, "-m", "benchmarks.gpu.sanitize"]
-    # without the tool first: a plain failure is told apart, and everything is compiled then
-    now = time.time()  # a dry run has no tool to leave time for
+    # first without a tool, which compiles everything and shows failures that no tool causes
+    now = time.time()  # a dry run need not leave time for a tool
     plain = _one(script, env, until if dry else now + 0.4 * max(0.0, until - now))
     ran = plain["status"] == 0
     outcome = "passed" if ran else "time limit" if plain["status"] is None else "failed"
     store.put({"key": "without a tool", "part": "sanitizer", "outcome": outcome, **plain})
     tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    # memory from the driver, block by block, so that the tool sees where each one ends
+    # each block of memory comes from the driver, so that the tool sees where it ends
     env = env | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     for i, name in enumerate(TOOLS):
         row = {"key": name, "part": "sanitizer"}
@@ -150,7 +156,7 @@ def _verdict(found: dict[str, object]) -> str:
 
 
 def _one(command: list[str], env: dict[str, str], until: float) -> dict[str, object]:
-    """{"status" (None: it ran past the limit), "seconds", "tail"}."""
+    """{"status", "seconds", "tail"} of a run; the status is None if the limit ended it."""
     began = time.time()
     child = subprocess.Popen(
         command, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,

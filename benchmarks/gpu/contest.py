@@ -1,4 +1,4 @@
-"""One case of the race, and what runs in it."""
+"""The records of one case of the race and of what runs in it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SCALE = 2.0
 
 @dataclass(frozen=True)
 class RaceCase:
-    """One operation on one bucket; ``n``, ``k`` are 0 where it has no such dimension."""
+    """One operation on one bucket; ``n`` or ``k`` is 0 if the operation has no such dimension."""
 
     op: str
     m: int
@@ -30,8 +30,8 @@ class RaceCase:
     group: int = 1
     ns: tuple[
         int, ...
-    ] = ()  # of each projection, for whole operations and shrink_expand; n: the sum
-    graph: bool = False  # a whole operation in a CUDA graph; kernels always are
+    ] = ()  # outputs of each projection in whole operations and shrink_expand; n is their sum
+    graph: bool = False  # True: a whole operation in a CUDA graph, where kernels always run
 
     @property
     def whole(self) -> bool:
@@ -52,7 +52,7 @@ class RaceCase:
         return f"{self.op} m={self.m} n={self.n} k={self.k} r={self.r}{tail}"
 
     def tiny(self) -> RaceCase:
-        """The same on shapes that Triton's interpreter takes in no time."""
+        """The same case in shapes that are fast in Triton's interpreter."""
         n, k = (TINY.hidden if v else 0 for v in (self.n, self.k))
         ns = (TINY.hidden,) * len(self.ns)
         case = asdict(self) | {"m": min(self.m, 8), "n": sum(ns) or n, "k": k, "ns": ns}
@@ -64,8 +64,8 @@ Make = Callable[[Any], Callable[[int], Any]]  # config -> (buffer index -> outpu
 
 @dataclass
 class Contest:
-    """Tensors of one case, ``copies`` times, and what to do with them."""
+    """The functions that run one case on its tensors, of which it holds several copies."""
 
     run: Callable[[Any, int], Any]  # (config or choice, copy) -> outputs
-    exact: Callable[[], list[Tensor]]  # of copy 0
-    entrants: dict[str, Any]  # label -> config object, None (default), or choice
+    exact: Callable[[], list[Tensor]]  # the outputs of copy 0 in float64
+    entrants: dict[str, Any]  # label -> config object, None for the default, or choice

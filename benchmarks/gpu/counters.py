@@ -1,11 +1,10 @@
-"""Each kernel's traffic as it is counted without a GPU (:mod:`benchmarks.kernels`) beside what
-the hardware counts.
+"""Compares each kernel's traffic as counted without a GPU with the hardware's counters.
 
     python -m benchmarks.gpu.counters            launch every kernel once, print the reports
 
-Under NVIDIA's ``ncu`` that gives DRAM bytes read (caches are emptied before each kernel) against
-the reported ``read``, and sectors written to L2 against ``written``: a result of a few MB stays in
-L2, so DRAM would not show it.
+The former is the report of :mod:`benchmarks.kernels`. Under NVIDIA's ``ncu``, its ``read`` is
+compared with DRAM bytes read, where caches are emptied before each kernel, and its ``written`` with
+sectors written to L2: a result of a few MB stays in L2, so that DRAM would not show it.
 """
 
 from __future__ import annotations
@@ -31,13 +30,15 @@ from .store import ROOT, Store
 
 METRICS = ("dram__bytes_read.sum", "lts__t_sectors_op_write.sum")
 SECTOR = 32
-BETWEEN = (0.9, 1.25)  # counted / reported: what counts as agreement
+BETWEEN = (0.9, 1.25)  # the ratios counted / reported that agree
 REPORT = "REPORT "
 
 
 def launch_all(device: str, M: int, K: int) -> list[Traffic]:
-    """Run what the entries count, operands of [M, K] and [K, K], r = 16, with a mask; the report of
-    every launch in order."""
+    """The report of every launch of the entries' counted calls, in order, after running them.
+
+    Operands are X [M, K] and W [K, K], r = 16, with a mask.
+    """
     reports: list[Traffic] = []
     run = common.Launch.run
 
@@ -55,10 +56,10 @@ def launch_all(device: str, M: int, K: int) -> list[Traffic]:
 
 
 def read_csv(text: str) -> list[tuple[str, dict[str, float]]]:
-    """[(kernel, {metric: value})] out of ``ncu --csv --page raw --print-units base``.
+    """[(kernel, {metric: value})] from the output of ``ncu --csv --page raw --print-units base``.
 
     Raises:
-        ValueError: there is no such table.
+        ValueError: the text has no such table.
     """
     lines = text.splitlines()
     start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), None)
@@ -66,7 +67,7 @@ def read_csv(text: str) -> list[tuple[str, dict[str, float]]]:
         raise ValueError("ncu printed no table")
     found = []
     for row in csv.DictReader(lines[start:]):
-        if not (row.get("ID") or "").isdigit():  # the line of units
+        if not (row.get("ID") or "").isdigit():  # the line with the units
             continue
         values = {m: float((row.get(m) or "nan").replace(",", "")) for m in METRICS}
         found.append((row["Kernel Name"], values))
@@ -76,10 +77,10 @@ def read_csv(text: str) -> list[tuple[str, dict[str, float]]]:
 def compare(
     reports: list[dict[str, Any]], counted: list[tuple[str, dict[str, float]]]
 ) -> list[dict[str, Any]]:
-    """A row for each launch: reported, counted, and whether they agree.
+    """A row for each launch: its reported and its counted traffic, and "passed" if they agree.
 
     Raises:
-        ValueError: another number of launches.
+        ValueError: the numbers of launches differ.
     """
     if len(reports) != len(counted):
         raise ValueError(f"{len(reports)} launches reported, {len(counted)} counted")
@@ -108,7 +109,7 @@ def compare(
 
 
 def check(store: Store, until: float, dry: bool, env: dict[str, str]) -> None:
-    """Put a row for each launch; where ``ncu`` is absent or may not read counters, that is said."""
+    """Put a row for each launch, or one that tells that ``ncu`` is absent or may not count."""
     tool = shutil.which("ncu") or "/usr/local/cuda/bin/ncu"
     script = [sys.executable, "-m", "benchmarks.gpu.counters"]
     if dry or not Path(tool).exists():
@@ -122,7 +123,7 @@ def check(store: Store, until: float, dry: bool, env: dict[str, str]) -> None:
         "--kernel-name", "regex:^_[a-z_]+_kernel", "--target-processes", "all", *script,
     ]  # fmt: skip
     try:
-        # once without the tool: what is to be compiled is compiled then
+        # first without the tool, so that everything is compiled
         subprocess.run(script, env=env, cwd=ROOT, capture_output=True, timeout=until - time.time())
         done = subprocess.run(
             command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=until - time.time()

@@ -1,8 +1,9 @@
-"""The device that ``benchmarks.gpu`` measures on, and a stand-in that lets all of it run without.
+"""The device that ``benchmarks.gpu`` measures on, and a stand-in for machines without one.
 
-:class:`Cuda` is the real one. :class:`Dry` has the same methods on CPU tensors: its events come
-from a counter, its graphs are plain calls, so that a dry run goes through every line but measures
-nothing."""
+:class:`Cuda` is the real device. :class:`Dry` has the same methods on CPU tensors: its events come
+from a counter and its graphs are plain calls, so that a dry run goes through every line but
+measures nothing.
+"""
 
 from __future__ import annotations
 
@@ -35,12 +36,12 @@ class Cuda:
         torch.cuda.synchronize()
 
     def occupy(self) -> None:
-        """About 0.2 ms of work, so that the host is ahead of the device when the clock starts."""
+        """Queue about 0.2 ms of work, so that the host is ahead when the device's clock starts."""
         if hasattr(torch.cuda, "_sleep"):
             torch.cuda._sleep(400_000)
 
     def capture(self, run: Callable[[], Any]) -> Callable[[], Any]:
-        """``run`` as a CUDA graph; returns its replay. What the last run returned stays alive."""
+        """A function that replays ``run`` as a CUDA graph and returns the captured outputs."""
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -61,7 +62,7 @@ class Cuda:
         return torch.cuda.memory_allocated()
 
     def free(self) -> int:
-        """Bytes that can still be had, what the allocator holds in reserve included."""
+        """Bytes that can still be allocated, with those that torch's allocator holds unused."""
         reserved = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
         return torch.cuda.mem_get_info()[0] + reserved
 
@@ -72,8 +73,7 @@ class Cuda:
         return torch.cuda.max_memory_allocated()
 
     def poison(self, nbytes: int) -> None:
-        """Fill memory with NaN and give it back to the allocator, which hands it to what comes
-        next: an output that was not written shows."""
+        """Fill memory with NaN and free it, so that a later output that is not written shows."""
         nbytes = min(nbytes, self.free() // 4)
         blocks = [torch.full((nbytes // 8,), float("nan"), device=self.torch) for _ in range(2)]
         del blocks
@@ -93,8 +93,10 @@ class Cuda:
         }
 
     def ceilings(self) -> dict[str, float]:
-        """What this card reaches: TB/s of a large copy (read and written bytes), TFLOP/s of large
-        products on random data."""
+        """Measured rates of this card: TB/s of a large copy, TFLOP/s of large products.
+
+        A copy counts the bytes read and written; the products are of random data.
+        """
         size = int(min(2**32, self.free() // 8))
         source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=self.torch)
         target = torch.empty_like(source)
@@ -114,7 +116,7 @@ class Cuda:
         return found
 
     def _best(self, run: Callable[[], Any]) -> float:
-        """Median seconds of ten runs after three."""
+        """The median of ten runs in seconds, after three that are not counted."""
         for _ in range(3):
             run()
         times = []
@@ -128,7 +130,7 @@ class Cuda:
         return sorted(times)[5]
 
     def is_broken(self) -> bool:
-        """Whether an earlier error left the context unusable (an illegal access, say)."""
+        """True when an earlier error, such as an illegal access, left the context unusable."""
         try:
             torch.cuda.synchronize()
             torch.zeros(1, device=self.torch).add_(1).item()
@@ -138,7 +140,7 @@ class Cuda:
 
 
 class _FakeEvent:
-    """An event on a clock that moves by about 100 us at every record, never twice alike."""
+    """An event on a clock that moves at every record, by about 100 us and a varying rest."""
 
     ticks = 0
 
@@ -154,7 +156,7 @@ class _FakeEvent:
 
 
 class Dry:
-    """CPU tensors and a fake clock."""
+    """A stand-in for a CUDA device, with CPU tensors and a fake clock."""
 
     dry = True
     l2 = 4096
@@ -214,12 +216,12 @@ Device = Cuda | Dry
 
 
 def slug(name: str) -> str:
-    """A GPU's name as a folder's: letters, digits, ``.``, ``_`` and ``-``."""
+    """A GPU's name as a folder's name, of letters, digits, ``.``, ``_`` and ``-``."""
     return "".join(c if c.isalnum() or c in "-." else "_" for c in name.strip())
 
 
 def versions() -> dict[str, str]:
-    """Driver, CUDA, python and the packages that matter; what is absent is left out."""
+    """{name: version} of driver, CUDA, python and related packages that are installed."""
     found = {"python": platform.python_version(), "torch": torch.__version__}
     if torch.version.cuda:
         found["cuda"] = torch.version.cuda
@@ -239,6 +241,6 @@ def versions() -> dict[str, str]:
 
 
 def randn(device: Device, *shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
-    """Normal numbers on the device, drawn in ``dtype``."""
+    """A tensor of normal numbers on the device, drawn in ``dtype``."""
     out = torch.empty(shape, dtype=dtype, device=device.torch)
     return out.normal_(std=scale)

@@ -1,6 +1,4 @@
-"""Two rows of the part decode that are no plain case: what the host pays for a call, and a batch
-whose rows name different adapters.
-"""
+"""Two special rows of the part decode: the host's time of a call, and a batch of mixed adapters."""
 
 from __future__ import annotations
 
@@ -24,7 +22,10 @@ CALLS = 200
 
 @dataclass(frozen=True)
 class HostCase:
-    """Host seconds of one call without gradients at [M, 64] x [64, 64]; the device keeps up."""
+    """The host's time of one call without gradients at [M, 64] x [64, 64].
+
+    The shape is so small that the host never waits for the device.
+    """
 
     M: int = 1
     key: str = "host cost 64x64 infer"
@@ -32,7 +33,7 @@ class HostCase:
 
 @dataclass(frozen=True)
 class MixedCase:
-    """A batch of M rows, T to a sample, over ``adapters`` adapters; one sample in four has none."""
+    """A batch of M rows in samples of T rows; three of four samples name one of the adapters."""
 
     M: int = 16
     T: int = 1
@@ -60,7 +61,7 @@ def measure_host(case: HostCase, device: Device) -> dict[str, Any]:
         "key": case.key, "part": "decode", "case": shape.as_json(), "providers": {},
         "missing": missing,
     }  # fmt: skip
-    # the layer itself, not the block around it
+    # times are of the layer itself, not of the block around it
     layers = {
         name: next(iter(gpu_blocks.linears(p.modules[0], shape).values()))
         for name, p in found.items()
@@ -75,7 +76,7 @@ def measure_host(case: HostCase, device: Device) -> dict[str, Any]:
                 with found[name].mode():
                     times[name].append(_host_seconds(layers[name], x, calls, device) * 1e6)
     for name, spent in times.items():
-        kept = spent[1:] if device.dry else spent[4:]  # the first rounds compile and warm
+        kept = spent[1:] if device.dry else spent[4:]  # the first rounds compile and warm up
         row["providers"][name] = {"us": quantiles(kept), "ok": True, "checked": "by other rows"}
     base = row["providers"][gpu_providers.PLAIN]["us"]["p50"]
     for entry in row["providers"].values():
@@ -94,7 +95,7 @@ def _host_seconds(layer: nn.Module, x: Tensor, calls: int, device: Device) -> fl
 
 
 def measure_mixed(case: MixedCase, device: Device, seconds: float) -> dict[str, Any]:
-    """The mixed kernel in a graph, beside the bare product and HF PEFT's loop over adapters."""
+    """The row of the mixed kernel, the bare product and HF PEFT's loop over adapters, in graphs."""
     from peftkern.kernels import mixed, reference
 
     size = 64 if device.dry else 4096
@@ -115,7 +116,7 @@ def measure_mixed(case: MixedCase, device: Device, seconds: float) -> dict[str, 
     def product() -> Tensor:
         return [torch.nn.functional.linear(x, w) for w in ws][0]
 
-    def loop() -> Tensor:  # what PEFT's adapter_names does, the indexing on the device
+    def loop() -> Tensor:  # as PEFT's adapter_names does it, but with indices on the device
         outs = []
         for w in ws:
             y = torch.nn.functional.linear(x, w)

@@ -1,13 +1,14 @@
-"""Ring 4: everything that needs a CUDA device, in parts that leave their results when cut off.
+"""Ring 4: everything that needs a CUDA device, in parts that keep their results when cut off.
 
     python -m benchmarks.gpu --part tests|sanitizer|counters|race|linear|group|layer|e2e|...|all
-    python -m benchmarks.gpu --part linear --dry-run        on a CPU: every line but the clock
+    python -m benchmarks.gpu --part linear --dry-run        on a CPU: all code, but a fake clock
 
-This process never touches the device. Each part runs in a process of its own that writes a row at
-a time (see :mod:`benchmarks.gpu.store`); when a case hangs or breaks the device, that process is
-ended, the culprit noted and left out, and another one goes on. A part continues what an earlier
-run of the same code left. Files: ``--out``, else $OUT, else benchmarks/results/<gpu>; docs/gpu.md
-says what is in them."""
+This process never touches the device. Each part runs in a process of its own that writes one row
+after another (see :mod:`benchmarks.gpu.store`). When a case hangs or breaks the device, that
+process is ended, the provider that ran is noted and left out, and another process goes on. A part
+continues the unfinished results of an earlier run of the same code. Files go to ``--out``, else
+$OUT, else benchmarks/results/<gpu>; docs/gpu.md describes their content.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +35,7 @@ ORDER = ("tests", "sanitizer", "counters", "linear", "race", "group", "decode", 
 BUDGETS = {"tests": 200, "sanitizer": 90, "counters": 60} | {
     n: p.budget_s for n, p in gpu_parts.PARTS.items()
 }
-ALL_S = 510  # what `--part all` takes together: one command on the machine may take 9 minutes
+ALL_S = 510  # seconds of `--part all`, as one command on the machine may take 9 minutes
 GRACE_S = 10
 RESTARTS = 12
 
@@ -92,7 +93,7 @@ def _list(part: gpu_parts.Part, args: argparse.Namespace) -> None:
 
 
 def _probe(args: argparse.Namespace) -> int:
-    """Print what the device is and reaches, as JSON."""
+    """Print the device's facts and measured rates as JSON."""
     print("PROBE " + json.dumps(_facts(args.dry_run)))
     return 0
 
@@ -119,7 +120,7 @@ def environment(dry: bool) -> dict[str, str]:
 
 
 def _header(args: argparse.Namespace) -> dict[str, Any]:
-    """What all results of this run begin with.
+    """The fields that all results of this run begin with.
 
     Raises:
         RuntimeError: the device cannot be used.
@@ -175,8 +176,11 @@ def _supervise(names: list[str], args: argparse.Namespace) -> int:
 
 
 def _write_table(store: Store) -> None:
-    """The tuning table in the checkout, ready to be committed, and beside results that are to be
-    taken elsewhere; ``benchmarks.gpu.table`` makes it from results again."""
+    """Write the tuning table into the checkout, ready to be committed.
+
+    If the results are outside the checkout, it is also written beside them.
+    ``benchmarks.gpu.table`` can make it again from the results.
+    """
     from . import table as gpu_table
 
     beside = [] if gpu_store.RESULTS in store.path.parents else [store.path.parent]
@@ -191,15 +195,18 @@ def _write_table(store: Store) -> None:
 def open_store(
     part: str, gpu: str, folder: Path, header: dict[str, Any], args: argparse.Namespace
 ) -> Store:
-    """A results file for this part: the one that was cut off in ``folder``, or a new one that takes
-    over the rows of earlier runs of the same code, here and in benchmarks/results/<gpu>."""
+    """The results file for this part: the unfinished one in ``folder``, or a new one.
+
+    Either takes over the rows of earlier runs of the same code, in ``folder`` and in
+    benchmarks/results/<gpu>.
+    """
     before = []
-    if not args.fresh and part in gpu_parts.PARTS:  # tests and tools run whole
+    if not args.fresh and part in gpu_parts.PARTS:  # tests and tools always run completely
         before = gpu_store.earlier(part, gpu, [gpu_store.RESULTS / slug(gpu), folder])
         before = [s for s in before if s.data.get("dry") == args.dry_run]
     if before and before[-1].path.parent == folder and not before[-1].data["finished"]:
         store = before.pop()
-        if current := store.data["current"]:  # not its fault: hangs are ended by the supervisor
+        if current := store.data["current"]:  # cut off, not hung: hung cases are closed already
             store.note(f"continued after a cut within {current['key']}")
         store.data |= {**header, "current": None, "not_run": []}
         store.write()
@@ -215,7 +222,7 @@ def open_store(
 
 
 def run_part(part: gpu_parts.Part, store: Store, until: float, args: argparse.Namespace) -> None:
-    """Warm, then processes that measure, one after another, until the cases or the time are up."""
+    """Compile, then run measuring processes one after another, until cases or time are used up."""
     dry = ["--dry-run"] if args.dry_run else []
     more = [*(["--only", args.only] if args.only else [])]
     more += ["--cases", str(args.cases)] if args.cases else []
@@ -239,7 +246,7 @@ def run_part(part: gpu_parts.Part, store: Store, until: float, args: argparse.Na
         if status != gpu_parts.BROKEN:
             blamed = store.blame(why)
             print(f"{blamed or 'nothing'}: {why}", flush=True)
-            if blamed is None:  # it ended before any case: another try would end alike
+            if blamed is None:  # it ended before any case, and so would another process
                 store.note(f"the measuring process {why}")
                 break
     store = Store.open(store.path)
@@ -248,7 +255,7 @@ def run_part(part: gpu_parts.Part, store: Store, until: float, args: argparse.Na
 
 
 def _watch(worker: subprocess.Popen[bytes], path: Path, until: float) -> tuple[int | None, str]:
-    """(exit status, what happened); None when it had to be ended, for the budget or a hang."""
+    """(exit status, what happened); the status is None if the budget or a hang ended the worker."""
     while worker.poll() is None:
         time.sleep(0.3)
         why = ""
@@ -266,12 +273,12 @@ def _watch(worker: subprocess.Popen[bytes], path: Path, until: float) -> tuple[i
 
 
 def _warm(part: gpu_parts.Part, store: Store, until: float, env: dict[str, str]) -> None:
-    """Compile in parallel, for at most a quarter of the time; Triton keeps the results on disk."""
+    """Compile in several processes, for at most a quarter of the time; Triton caches on disk."""
     began = time.time()
     end = began + 0.25 * (until - began)
     memory = store.data["gpu"]["memory_bytes"] // (12 * 2**30)
     count = max(1, min(10, (os.cpu_count() or 2) // 2, memory))
-    # the dispatcher races only where nothing else is on the device
+    # no races of the dispatcher, as other processes use the device now
     env = env | {"OMP_NUM_THREADS": "1", "PEFTKERN_RACE": "0"}
     started = [
         subprocess.Popen(

@@ -1,9 +1,9 @@
-"""End to end: optimizer steps of a Llama made from a config, with drawn weights; tokens a second.
+"""The part e2e: tokens a second in optimizer steps of a Llama with drawn weights.
 
-Llama-8B's shapes with as many layers as fit, LoRA on all linears, with and without gradient
-checkpointing. The models of all providers share the frozen weights. There is no float64 reference
-of this size: the first losses must agree, and the linears and the layer have been checked by the
-other parts.
+The model has Llama-8B's shapes with as many layers as fit, and LoRA on all linears, with and
+without gradient checkpointing. The models of all providers share the frozen weights. There is no
+float64 reference of this size: the first losses must agree, and other parts have checked the
+linears and the layer.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .device import Device
 from .store import Broken, Watch
 from .timing import Timed, interleave
 
-LOSS_AGREES = 2e-2  # of the loss; bf16 models of equal weights differ by a tenth of it
+LOSS_AGREES = 2e-2  # relative; the losses of equal bf16 models differ by a tenth of it
 GIB = 2**30
 
 
@@ -58,8 +58,10 @@ def cases() -> list[ModelCase]:
 
 
 def layers_that_fit(shape: Llama, free: int) -> int:
-    """Layers of which weights, and a checkpointed step of 8192 tokens, take at most 60% of
-    ``free``."""
+    """The number of layers that fit into 60% of ``free`` bytes.
+
+    Their weights and a checkpointed step of 8192 tokens count.
+    """
     linears = sum(K * N for K, N in shape.linears().values())
     ends = 2 * shape.vocab * shape.hidden
     step = 8192 * (10 * shape.vocab + 40 * shape.hidden + 12 * shape.wide)
@@ -72,7 +74,7 @@ _BASE: dict[str, tuple[nn.Module, int]] = {}
 
 
 def base_model(device: Device) -> tuple[nn.Module, Llama, int]:
-    """The frozen model (kept for the next case), its shapes, its layers."""
+    """(frozen model, its shapes, its number of layers); the model is kept for the next case."""
     shape = TINY if device.dry else LLAMA_8B
     if shape.name not in _BASE:
         from transformers.models.llama import modeling_llama
@@ -82,7 +84,7 @@ def base_model(device: Device) -> tuple[nn.Module, Llama, int]:
         before = torch.get_default_dtype()
         torch.set_default_dtype(torch.bfloat16)
         try:
-            with torch.device("meta"):  # its own initialisation would take longer than the steps
+            with torch.device("meta"):  # as its initialisation would take longer than the steps
                 model = modeling_llama.LlamaForCausalLM(config)
         finally:
             torch.set_default_dtype(before)
@@ -102,7 +104,10 @@ def base_model(device: Device) -> tuple[nn.Module, Llama, int]:
 
 
 def adapt(library: str, base: nn.Module, case: ModelCase, fp32: bool) -> Any:
-    """A model of ``library`` around the base's weights, in training mode; A and B drawn alike."""
+    """A model of ``library`` that shares the base's weights, in training mode.
+
+    A and B are drawn the same way for every library.
+    """
     lib = importlib.import_module(library)
     config = lib.LoraConfig(
         task_type="CAUSAL_LM",
@@ -125,7 +130,7 @@ def adapt(library: str, base: nn.Module, case: ModelCase, fp32: bool) -> Any:
 
 def prepared(model: Any, case: ModelCase) -> Any:
     model.train()
-    model.enable_input_require_grads()  # gradients flow to the bottom, as checkpointing needs
+    model.enable_input_require_grads()  # checkpointing needs an input that requires gradients
     if case.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     else:
@@ -135,7 +140,7 @@ def prepared(model: Any, case: ModelCase) -> Any:
 
 @dataclass
 class _Run:
-    """A model with its optimizer; ``step`` returns the loss as a tensor."""
+    """A model with its optimizer; ``step`` takes one step and returns the loss as a tensor."""
 
     model: Any
     mode: Callable[[], AbstractContextManager[Any]]
@@ -152,7 +157,7 @@ class _Run:
 
 
 def _makers(base: nn.Module, case: ModelCase) -> dict[str, tuple[Any, Any]]:
-    """{provider: (how its model is made, its mode)}; peftkern's modes share one model."""
+    """{provider: (maker of its model, its mode)}; peftkern's modes share one model."""
     shared: list[Any] = []
 
     def ours() -> Any:
@@ -172,8 +177,10 @@ def _makers(base: nn.Module, case: ModelCase) -> dict[str, tuple[Any, Any]]:
 
 
 def floor_us(case: ModelCase, shape: Llama, layers: int, tokens: int, rate: float) -> float:
-    """The products alone at ``rate`` FLOP/s: forward and dX, forward twice with checkpointing.
-    Attention, norms and the optimizer are left out."""
+    """Microseconds of a step's products at ``rate`` FLOP/s: forward and dX.
+
+    With checkpointing the forward counts twice. Attention, norms and the optimizer are left out.
+    """
     passes = 3 if case.checkpointing else 2
     each = sum(K * N + 2 * case.r * (K + N) for K, N in shape.linears().values())
     head = 2 * shape.vocab * shape.hidden
@@ -188,8 +195,13 @@ def measure(
     seconds: float,
     watch: Watch | None = None,
 ) -> dict[str, Any]:
-    """The row of a case; a provider that runs out of memory says so in its entry. :class:`Broken`
-    when the device is unusable after it. ``rate``: measured bf16 FLOP/s."""
+    """The row of a case, which has an error in the entry of a provider that ran out of memory.
+
+    ``rate`` is the measured bf16 rate in FLOP/s.
+
+    Raises:
+        Broken: the device is unusable after a provider ran.
+    """
     began = time.monotonic()
     watch = watch or Watch()
     base, shape, layers = base_model(device)
@@ -219,7 +231,7 @@ def measure(
             adam = torch.optim.AdamW(trained, lr=0.0, fused=not device.dry) if trained else None
             run = _Run(model, mode, adam, ids)
             with mode():
-                losses[name] = float(run.step())  # compiles; lr 0 keeps all models at the start
+                losses[name] = float(run.step())  # compiles; with lr 0 all models stay equal
                 device.synchronize()
                 before = device.allocated()
                 device.watch_peak()
@@ -252,7 +264,10 @@ def measure(
 
 
 def _judge(row: dict[str, Any], losses: dict[str, float]) -> None:
-    """``ok`` where the first loss is PEFT's (the plain model has another function: always)."""
+    """Set ``ok`` in each entry: True when the first loss agrees with PEFT's.
+
+    The plain model computes another function, so any finite loss is ok there.
+    """
     want = losses.get(gpu_providers.PEFT_FP32, losses.get(gpu_providers.PEFT_BF16))
     for name, loss in losses.items():
         entry = row["providers"][name]

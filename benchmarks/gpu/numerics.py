@@ -1,9 +1,9 @@
-"""Every provider against float64 before it is timed: outputs, dX, dA and dB of one forward and
-backward.
+"""Checks every provider against float64 before it is timed.
 
-The reference is the same block with linears in float64 and the dropout mask that the provider drew:
-read from a hook on PEFT's dropout, and from what autograd saved for peftkern. Where a provider's
-mask cannot be seen (torch.compile), it is compared with its dropout off, and the row says so.
+The check covers the outputs, dX, dA and dB of one forward and backward. The reference is the same
+block with linears in float64 and the dropout mask that the provider drew. A hook on PEFT's dropout
+gives its mask; for peftkern it is among the tensors that autograd saved. A provider whose mask
+cannot be seen (torch.compile) is compared with dropout off, and its row tells that.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .cases import Case
 from .device import Device
 from .providers import ALPHA, PEFT_BF16, PEFT_COMPILED, PEFT_FP32, PLAIN, Provider
 
-# ‖out - ref‖ / ‖ref‖ that counts as right, for one linear; blocks round in between
+# the largest correct ‖out - ref‖ / ‖ref‖ of one linear; blocks also round between linears
 LIMITS = {"bfloat16": 1e-2, "float16": 2e-3, "float32": 1e-3}
 BLOCK_FACTOR = {"linear": 1.0, "qkv": 1.0, "mlp": 2.0, "layer": 3.0}
 
@@ -51,7 +51,7 @@ def _wide(t: Tensor) -> Tensor:
 def reference_block(plain: nn.Module, case: Case, adapters: Any) -> tuple[nn.Module, Any]:
     """(the block in float64, {projection: its reference linear})."""
     memo = {id(layer.weight): None for layer in gpu_blocks.linears(plain, case).values()}
-    block = copy.deepcopy(plain, memo).double()  # the linears' weights go below, once
+    block = copy.deepcopy(plain, memo).double()  # without the linears' weights, converted below
     made = {}
     for name, layer in gpu_blocks.linears(plain, case).items():
         A, B = (_wide(t).requires_grad_(True) for t in adapters[name]) if adapters else (None, None)
@@ -65,10 +65,10 @@ def reference_block(plain: nn.Module, case: Case, adapters: Any) -> tuple[nn.Mod
 
 @contextlib.contextmanager
 def _peft_masks(provider: Provider, case: Case) -> Iterator[dict[str, Tensor]]:
-    """Collects the masks that PEFT's dropout modules draw."""
+    """Collect the masks that PEFT's dropout modules draw, by projection."""
     masks: dict[str, Tensor] = {}
     handles = []
-    if provider.name in (PEFT_BF16, PEFT_FP32):  # a hook on the compiled one would change it
+    if provider.name in (PEFT_BF16, PEFT_FP32):  # a hook would change the compiled model
         for name, layer in gpu_blocks.linears(provider.modules[0], case).items():
 
             def hook(module: Any, args: Any, out: Tensor, name: str = name) -> None:
@@ -83,7 +83,7 @@ def _peft_masks(provider: Provider, case: Case) -> Iterator[dict[str, Tensor]]:
 
 
 def _saved_masks(outs: Iterable[Tensor], provider: Provider, case: Case) -> dict[str, Tensor]:
-    """The packed masks in what autograd saved, matched with the A that was saved beside them."""
+    """{projection: mask} from the packed masks that autograd saved, each beside its A."""
     from peftkern.ops.bits import unpack_bits
 
     owners = {A.data_ptr(): name for name, (A, _) in provider.adapters[0].items()}
@@ -95,7 +95,7 @@ def _saved_masks(outs: Iterable[Tensor], provider: Provider, case: Case) -> dict
             continue
         seen.add(node)
         todo += [n for n, _ in node.next_functions]
-        # only our own Functions: generated nodes keep tensors under other names
+        # only peftkern's Functions have saved_tensors; generated nodes use other names
         saved = [t for t in getattr(node, "saved_tensors", ()) if isinstance(t, Tensor)]
         names = [owners[t.data_ptr()] for t in saved if t.data_ptr() in owners]
         words = [t for t in saved if t.dtype == torch.int32 and t.dim() in (2, 3)]
@@ -107,7 +107,10 @@ def _saved_masks(outs: Iterable[Tensor], provider: Provider, case: Case) -> dict
 
 
 def run(provider: Provider, i: int, x: Tensor, dys: Any, case: Case) -> tuple[Any, ...]:
-    """(outputs, gradients of x and of each A and B) on weight copy ``i``; no gradients to infer."""
+    """(outputs, gradients of x and of each A and B) on weight copy ``i``.
+
+    There are no gradients in a case of inference.
+    """
     if case.what == "infer":
         with torch.no_grad():
             return provider.calls[i](x), ()
@@ -117,7 +120,7 @@ def run(provider: Provider, i: int, x: Tensor, dys: Any, case: Case) -> tuple[An
 
 
 def relative(got: Tensor, want: Tensor) -> float:
-    """‖got - want‖ / ‖want‖; NaN where anything is NaN."""
+    """‖got - want‖ / ‖want‖; NaN if any value is NaN."""
     return ((got.double() - want).norm() / want.norm()).item()
 
 
@@ -130,12 +133,14 @@ def check(
     device: Device,
     beside: dict[str, float] | None = None,
 ) -> dict[str, Any]:
-    """What copy 0 computes: {"errors": {"y", "dx", "da", "db"}, "ok", "limit", "checked",
-    "peak_bytes", "kept_bytes"}; an error is None where something is not finite. Right is what stays
-    under the limit, or under twice the errors ``beside`` (PEFT's, same dtype, same block).
+    """The errors and the memory of a provider's forward and backward on weight copy 0.
 
-    Peak and kept count what a forward and backward take beyond X and the weights; kept is what
-    stays allocated after the forward, outputs left out.
+    Returns {"errors": {"y", "dx", "da", "db"}, "ok", "limit", "checked", "peak_bytes",
+    "kept_bytes"}. An error is None when it is not finite. The provider is ok when each error is at
+    most the limit, or twice the error in ``beside``, which is PEFT's in the same block and dtype.
+
+    ``peak_bytes`` is the memory of a forward and backward beyond X and the weights, ``kept_bytes``
+    the part that stays allocated after the forward, without the outputs.
     """
     device.poison(sum(t.numel() * t.element_size() for t in (x, *dys)))
     with provider.mode(), _peft_masks(provider, case) as masks:
@@ -162,7 +167,7 @@ def check(
     del got, grads
     limit = LIMITS[case.dtype] * BLOCK_FACTOR[case.block]
     if provider.name in (PLAIN, PEFT_BF16, PEFT_FP32, PEFT_COMPILED) and case.block != "linear":
-        limit *= 5  # what rounds within a block is torch's own doing, the rivals are not on trial
+        limit *= 5  # torch itself rounds within a block, and the check is not about the rivals
     allowed = {k: max(limit, 2 * ((beside or {}).get(k) or 0.0)) for k in result["errors"]}
     result["ok"] = all(e is not None and e <= allowed[k] for k, e in result["errors"].items())
     result["checked"], result["limit"] = checked, limit
@@ -212,7 +217,7 @@ def _compare(
 
 
 def memory(provider: Provider, x: Tensor, dys: Any, case: Case, device: Device) -> dict[str, int]:
-    """{"kept_bytes", "peak_bytes"} of one call of copy 0, beyond what lived before."""
+    """{"kept_bytes", "peak_bytes"} of one call of copy 0, beyond the memory in use before."""
     with provider.mode():
         device.synchronize()
         before = device.allocated()

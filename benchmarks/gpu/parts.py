@@ -1,4 +1,4 @@
-"""The parts of ``benchmarks.gpu`` that measure, in a process of their own, case after case."""
+"""The parts of ``benchmarks.gpu`` that measure case after case, each in a process of its own."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from . import cases as gpu_cases
 from .device import Cuda, Device, Dry
 from .store import Broken, Store, Watch
 
-BROKEN = 75  # exit status: the device is unusable in this process, start another
+BROKEN = 75  # exit status: the device is unusable in this process, so start another one
 
 
 @dataclass(frozen=True)
 class Part:
-    """``measure`` gives the row of a case. ``limit_s``: after so long a case counts as hung."""
+    """A part; ``measure`` gives the row of a case, which counts as hung after ``limit_s``."""
 
     name: str
     budget_s: int
     limit_s: int
-    least_s: int  # with less time left no further case is started
+    least_s: int  # seconds that must be left to start another case
     cases: Callable[[], Sequence[Any]]
     measure: Callable[[Any, Device, Store, float, Watch], dict[str, Any]]
     warm: Callable[[Any, Device], None] | None = None
@@ -124,7 +124,7 @@ def device_of(dry: bool) -> Device:
     """The device to measure on.
 
     Raises:
-        RuntimeError: no CUDA device, and it is no dry run.
+        RuntimeError: there is no CUDA device, and this is not a dry run.
     """
     if dry:
         return Dry()
@@ -134,7 +134,7 @@ def device_of(dry: bool) -> Device:
 
 
 def kinds(part: Part) -> list[Any]:
-    """One case of each kind: what a dry run goes through."""
+    """One case of each kind, for a dry run."""
 
     def kind(case: Any) -> Any:
         if isinstance(case, gpu_cases.Case):
@@ -155,7 +155,7 @@ def chosen(part: Part, dry: bool, only: str | None, most: int | None) -> list[An
 
 @contextlib.contextmanager
 def _auto_decides() -> Iterator[None]:
-    """In a dry run too ``auto`` races, in Triton's interpreter; nothing of it is kept."""
+    """Let ``auto`` race in a dry run too, in Triton's interpreter, and keep none of the results."""
     from peftkern.kernels.tuning import Table
     from peftkern.ops import backend, race, tuned
 
@@ -168,7 +168,7 @@ def _auto_decides() -> Iterator[None]:
 
 
 def work(part: Part, store: Store, cases: Sequence[Any], until: float, dry: bool) -> int:
-    """Measure cases until the time is up; returns the exit status (:data:`BROKEN`, or 0)."""
+    """Measure cases until ``until``; returns the exit status, :data:`BROKEN` or 0."""
     with _auto_decides() if dry else contextlib.nullcontext():
         return _work(part, store, cases, until, dry)
 
@@ -209,10 +209,10 @@ def _work(part: Part, store: Store, cases: Sequence[Any], until: float, dry: boo
 
 
 def _line(row: dict[str, Any]) -> str:
-    """A sign of life for the log."""
+    """One line for the log on a row."""
     entries = row.get("providers") or row.get("entrants") or {}
     timed = {name: e["us"]["p50"] for name, e in entries.items() if "us" in e}
-    # in a race "error" is a number
+    # only a string: in a race "error" is a number
     failed = {name for name, e in entries.items() if isinstance(e.get("error"), str)}
     wrong = [name for name, e in entries.items() if e.get("ok") is False or name in failed]
     if row["part"] == "race" and timed:
@@ -226,7 +226,7 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def warm(part: Part, share: tuple[int, int], until: float, dry: bool) -> None:
-    """Compile every ``share[1]``-th kind of case, from number ``share[0]``, until time is up."""
+    """Compile every ``share[1]``-th kind of case from number ``share[0]`` on, until ``until``."""
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     if part.warm is None:
         return
@@ -237,7 +237,7 @@ def warm(part: Part, share: tuple[int, int], until: float, dry: bool) -> None:
             return
         try:
             part.warm(case, device)
-        except Exception:  # the measurement reports it
+        except Exception:  # the measurement will report it
             if device.is_broken():
                 return
         device.empty()

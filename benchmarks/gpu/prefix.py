@@ -1,11 +1,13 @@
-"""The part prefix: one layer's attention with a prefix, decoding in a CUDA graph, prefill and
-training; HF PEFT's way, torch's attention without a prefix, and the kernels of peftkern.
+"""The part prefix: one layer's attention with a prefix, in decoding, prefill and training.
 
-All get the same q, own keys and values and prefix. HF PEFT's way is what its forward comes to in
-transformers: the prefix is expanded over the batch and concatenated, in training both are repeated
-over the heads of a group, because a mask is then there; in decoding the cache, which holds the
-prefix, is concatenated with the token's keys at every step. ``JOINED`` is that decoding without the
-concatenation, as a static cache would do it (which HF PEFT does not support).
+It compares HF PEFT's way, torch's attention without a prefix, and the kernels of peftkern. Decoding
+runs in a CUDA graph. All get the same q, the same own keys and values, and the same prefix.
+
+HF PEFT's way is the result of its forward in transformers. The prefix is expanded over the batch
+and concatenated with the own keys and values; as there is then a mask, both are repeated over the
+heads of a group. In decoding, the cache, which holds the prefix, is concatenated with the token's
+keys at every step. ``JOINED`` is that decoding without the concatenation, as in a static cache,
+which HF PEFT does not support.
 """
 
 from __future__ import annotations
@@ -32,8 +34,10 @@ Run = Callable[..., tuple[Tensor, ...]]
 
 @dataclass(frozen=True)
 class PrefixCase:
-    """B rows of T query tokens over S own keys after a prefix of P; H query and H_kv key/value
-    heads of D, bf16."""
+    """B rows of T query tokens, S own keys and a prefix of P; H query, H_kv key/value heads of D.
+
+    All tensors are bf16.
+    """
 
     what: str  # decode, prefill or train
     B: int = 8
@@ -50,7 +54,7 @@ class PrefixCase:
         return f"prefix {self.what} {shape} {self.H}/{self.H_kv}x{self.D}"
 
     def checked(self) -> PrefixCase:
-        """Two rows and two key/value heads of it, which float64 takes in reasonable memory."""
+        """The same case in at most two rows and two key/value heads, to fit into float64."""
         heads = min(2, self.H_kv)
         return replace(self, B=min(2, self.B), H=self.H // self.H_kv * heads, H_kv=heads)
 
@@ -61,7 +65,7 @@ class PrefixCase:
         )
 
     def kv_bytes(self) -> int:
-        """Own keys and values and one prefix."""
+        """Bytes of own keys and values and of one prefix."""
         return 2 * 2 * self.H_kv * self.D * (self.B * self.S + self.P)
 
 
@@ -87,7 +91,10 @@ def cases() -> list[PrefixCase]:
 
 
 def floor(case: PrefixCase, ceilings: dict[str, float]) -> dict[str, float]:
-    """{"us", "bytes", "flops"}: every tensor moved once in each direction, visible pairs alone."""
+    """{"us", "bytes", "flops"} of the least: each tensor moved once in each direction.
+
+    Only pairs of a query and a key that it sees count.
+    """
     pairs = case.T * (case.P + case.S - case.T) + case.T * (case.T + 1) // 2
     row = 2 * case.B * case.H * case.T * case.D  # q, o, and their gradients
     seconds = moved = flops = 0.0
@@ -103,7 +110,10 @@ def floor(case: PrefixCase, ceilings: dict[str, float]) -> dict[str, float]:
 
 
 def draw(case: PrefixCase, device: Device) -> list[Tensor]:
-    """q, k, v seen transposed, the prefix's keys and values, and dO."""
+    """q, k, v [B, heads, rows, D], the prefix's keys and values [H_kv, P, D], and dO like q.
+
+    In memory all but the prefix are [B, rows, heads, D].
+    """
 
     def some(*shape: int) -> Tensor:
         return randn(device, *shape, dtype=torch.bfloat16)
@@ -118,7 +128,10 @@ def draw(case: PrefixCase, device: Device) -> list[Tensor]:
 
 
 def _with_grads(case: PrefixCase, forward: Run) -> Run:
-    """(O, gradients of q, k, v and of the prefix, where it is used)."""
+    """``forward`` with its gradients in a case of training, else ``forward`` alone.
+
+    The results are O, and the gradients of q, k, v, and of the prefix if it is used.
+    """
 
     def run(q: Tensor, k: Tensor, v: Tensor, pk: Tensor, pv: Tensor, grad: Tensor) -> Any:
         leaves = [t.detach().requires_grad_() for t in (q, k, v, pk, pv)]
@@ -141,7 +154,7 @@ def _repeat(t: Tensor, count: int) -> Tensor:
 
 
 def _concatenated(case: PrefixCase, device: Device) -> Run:
-    """HF PEFT's prefill and training."""
+    """HF PEFT's way in prefill and training, where the prefix is concatenated."""
     own = torch.ones(case.T, case.S, dtype=torch.bool, device=device.torch).tril(case.S - case.T)
     mask = torch.cat([own.new_ones(case.T, case.P), own], 1)[None, None]
 
@@ -157,7 +170,7 @@ def _concatenated(case: PrefixCase, device: Device) -> Run:
 
 
 def _cached(case: PrefixCase, tensors: list[Tensor], concatenate: bool) -> Run:
-    """Decoding with the prefix in the cache of this set of tensors."""
+    """Decoding with these tensors' prefix and keys in a cache, which it may concatenate."""
     _, k, v, pk, pv, _ = tensors
     keys, values = (torch.cat([p.expand(case.B, *p.shape), t], 2) for p, t in ((pk, k), (pv, v)))
 
@@ -188,7 +201,7 @@ def _kernel(case: PrefixCase) -> Run:
 
 
 def providers(case: PrefixCase, device: Device, tensors: list[Tensor]) -> dict[str, Run]:
-    """On one set of tensors; what a provider computes depends on its arguments alone."""
+    """{name: provider} for one set of tensors, which each also gets as its arguments."""
     found = {PLAIN: _plain(case), OURS: _kernel(case)}
     if case.what == "decode":
         found[PEFT_BF16] = _cached(case, tensors, True)
@@ -212,7 +225,11 @@ def _errors(got: tuple[Tensor, ...], want: list[Tensor]) -> dict[str, float]:
 def measure(
     case: PrefixCase, device: Device, ceilings: dict[str, float], *, seconds: float, watch: Watch
 ) -> dict[str, Any]:
-    """The row of a case; every provider but the one without a prefix is checked against float64."""
+    """The row of a case; every provider but the one without a prefix is checked against float64.
+
+    Raises:
+        Broken: the device is unusable after a provider ran.
+    """
     began = time.monotonic()
     key = case.key
     case = case.tiny() if device.dry else case

@@ -1,8 +1,8 @@
-"""Who is measured: the plain frozen block, HF PEFT in its forms, peftkern's backends, and peers.
+"""The providers: the plain frozen block, HF PEFT in its forms, peftkern's backends, and peers.
 
-Every provider gets a block that shares the frozen weights and holds the very same A and B, so that
-all compute one function. A and B are drawn in bf16's values: PEFT's default keeps them in fp32, and
-no provider shall gain from rounding them.
+Every provider gets a block that shares the frozen weights and holds equal A and B, so that all
+compute one function. The values of A and B are exact in bf16: PEFT's default keeps them in fp32,
+and no provider should gain from rounding them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .device import Device
 
 PLAIN = "plain frozen"
 PEFT_BF16, PEFT_FP32, PEFT_COMPILED = "PEFT bf16", "PEFT default (fp32)", "PEFT compiled"
-PRODUCTS = ("hybrid", "joined", "fused")  # of the Triton backend
+PRODUCTS = ("hybrid", "joined", "fused")  # the products of the Triton backend
 OURS = {name: f"peftkern {name}" for name in ("torch", *PRODUCTS)}
 AUTO = "peftkern auto"
 PEERS = ("unsloth", "vllm", "liger_kernel", "lorafusion")
@@ -34,19 +34,19 @@ ALPHA = 2  # lora_alpha / r
 
 @dataclass
 class Provider:
-    """One way to compute a block. ``calls[i]``: X to the outputs, on weight copy i."""
+    """One way to compute a block; ``calls[i]`` takes X to the outputs on weight copy i."""
 
     name: str
     calls: list[Callable[[Tensor], tuple[Tensor, ...]]]
-    adapters: list[dict[str, tuple[Tensor, Tensor]]]  # per copy: {projection: (A, B)}
+    adapters: list[dict[str, tuple[Tensor, Tensor]]]  # of each copy: {projection: (A, B)}
     mode: Callable[[], AbstractContextManager[Any]] = nullcontext
     modules: list[nn.Module] = field(default_factory=list)
-    dropout_off: bool = False  # it cannot drop: compare it where p = 0 only
+    dropout_off: bool = False  # True: it has no dropout, so compare it only with p = 0
 
 
 @contextlib.contextmanager
 def peftkern_mode(backend: str, product: str | None = None) -> Iterator[None]:
-    """peftkern with this backend, and with this product of the Triton one."""
+    """Run peftkern with ``backend``, and the Triton backend with ``product``, within the block."""
     from peftkern.ops import backend as ops_backend
 
     if product is None:
@@ -71,8 +71,10 @@ MODES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
 
 
 def auto_is_its_own() -> bool:
-    """Whether ``auto`` decides anything: without a CUDA device it is the torch backend. Its races
-    fall in the check that precedes every timing, so that none is timed."""
+    """True when ``auto`` decides anything; without a CUDA device it is the torch backend.
+
+    Its races run in the check before the timing, so that no race is timed.
+    """
     from peftkern.ops import backend as ops_backend
     from peftkern.ops import torch_backend
 
@@ -81,8 +83,10 @@ def auto_is_its_own() -> bool:
 
 
 def draw_adapters(case: Case, device: Device, seed: int) -> dict[str, tuple[Tensor, Tensor]]:
-    """{projection: (A [r, K], B [N, r])} in fp32 holding bf16 values; the low-rank part comes out
-    about as large as the base, so that an error in it shows in Y."""
+    """{projection: (A [r, K], B [N, r])}, fp32 tensors with bf16's values.
+
+    The low-rank part is about as large as the base's output, so that an error in it shows in Y.
+    """
     torch.manual_seed(seed)
     found = {}
     for name, (K, N) in case.shapes.items():
@@ -93,7 +97,7 @@ def draw_adapters(case: Case, device: Device, seed: int) -> dict[str, tuple[Tens
 
 
 def adapt(library: str, block: nn.Module, case: Case, drawn: Any, fp32: bool) -> nn.Module:
-    """A copy of the block with LoRA of ``library`` on its linears, holding the drawn A and B."""
+    """A copy of the block with LoRA of ``library`` on its linears and the drawn A and B."""
     lib = importlib.import_module(library)
     config = lib.LoraConfig(
         r=case.r,
@@ -117,7 +121,7 @@ def adapt(library: str, block: nn.Module, case: Case, drawn: Any, fp32: bool) ->
 
 
 def weights_of(block: nn.Module, case: Case) -> dict[str, tuple[Tensor, Tensor]]:
-    """{projection: (A, B)} of an adapted block."""
+    """{projection: (A [r, K], B [N, r])} of an adapted block."""
     return {
         name: (layer.lora_A["default"].weight, layer.lora_B["default"].weight)
         for name, layer in gpu_blocks.linears(block, case).items()
@@ -133,8 +137,10 @@ def _module_provider(name: str, modules: list[nn.Module], case: Case, **more: An
 def providers(
     case: Case, device: Device, copies: int, *, wanted: Callable[[str], bool] = lambda name: True
 ) -> tuple[dict[str, Provider], list[nn.Module], dict[str, str]]:
-    """({name: provider}, the plain blocks, {name: why it is not there}) on ``copies`` sets of
-    weights."""
+    """({name: provider}, plain blocks, {name: reason that it is missing}).
+
+    Each provider has ``copies`` sets of weights, and there is one plain block for each.
+    """
     plain = [gpu_blocks.build(case, device.torch, seed=i) for i in range(copies)]
     drawn = [draw_adapters(case, device, seed=100 + i) for i in range(copies)]
     found: dict[str, Provider] = {}
@@ -145,7 +151,7 @@ def providers(
             return
         try:
             found[name] = make()
-        except Exception as e:  # one provider that cannot be built must not stop the others
+        except Exception as e:  # a provider that cannot be built must not stop the others
             missing[name] = f"{type(e).__name__}: {str(e)[:200]}"
 
     def adapted(library: str, fp32: bool) -> list[nn.Module]:
@@ -181,8 +187,11 @@ def _compiled(case: Case, device: Device, modules: list[nn.Module]) -> Provider:
 
 
 def _peer(name: str, case: Case, plain: list[nn.Module], drawn: Any) -> Provider:
-    """A peer's LoRA linear. Only what imports is measured, and only Unsloth's training linear has
-    an interface that can be called outside its own models."""
+    """A peer's LoRA linear.
+
+    Only a peer that can be imported is measured, and only Unsloth's training linear can be called
+    outside its own models.
+    """
     importlib.import_module(name)
     if name != "unsloth":
         raise NotImplementedError("it imports, but has no LoRA linear that stands alone")

@@ -1,8 +1,11 @@
-"""The race: every candidate config of a kernel on one bucket of shapes, wrong ones thrown out
-first, then timed in CUDA graphs; and every way to run a whole operation, with the configs that won
-so far, timed as a user calls it (or in a graph, where the case says so).
+"""The race: times every candidate config of a kernel on one bucket of shapes, after a check.
 
-A case gives one row of the results and one entry of the tuning table (:mod:`kernels.tuning`)."""
+Configs with wrong results are thrown out, the others are timed in CUDA graphs. The race also times
+every way to run a whole operation, with the configs that have won so far, as a user calls it (or in
+a graph, for a case with ``graph``).
+
+A case gives one row of the results and one entry of the tuning table (:mod:`kernels.tuning`).
+"""
 
 from __future__ import annotations
 
@@ -41,8 +44,13 @@ def measure(
     watch: Watch | None = None,
     found: tuning.Table | None = None,
 ) -> dict[str, Any]:
-    """The row: for each entrant its error and quantiles of us, or why it is out; :class:`Broken`
-    when the device is unusable after it. Whole operations run with the configs of ``found``."""
+    """The row of a case: each entrant's error and quantiles of microseconds, or why it is out.
+
+    Whole operations run with the configs of ``found``.
+
+    Raises:
+        Broken: the device is unusable after an entrant ran.
+    """
     with contextlib.ExitStack() as stack:
         if case.whole and found is not None:
             stack.enter_context(tuned.measured_with(found))
@@ -58,7 +66,7 @@ def _measure(case: RaceCase, device: Device, seconds: float, watch: Watch | None
     copies = copies_for(case, device)
     held = contest(case, device, copies)
     entrants = dict(list(held.entrants.items())[:2]) if device.dry else held.entrants
-    if device.dry:  # and those that are no config
+    if device.dry:  # two configs suffice, and every entrant that is not a config
         entrants |= {k: v for k, v in held.entrants.items() if isinstance(v, str)}
     row: dict[str, Any] = {
         "key": shown.key,
@@ -113,19 +121,19 @@ def _timed(held: Contest, config: Any, copies: int, device: Device, case: RaceCa
 
 
 def warm(case: RaceCase, device: Device) -> None:
-    """Compile every entrant of a case: one run of each, nothing checked."""
+    """Compile every entrant of a case by one run of each, without a check."""
     held = contest(case.tiny() if device.dry else case, device, 1)
     for config in held.entrants.values():
         try:
             held.run(config, 0)
-        except Exception:  # reported where it is raced
+        except Exception:  # the race will report it
             if device.is_broken():
                 raise
     device.synchronize()
 
 
 def entries(row: dict[str, Any]) -> list[tuning.Entry]:
-    """The table entries of a row; none when every config was wrong or failed."""
+    """The tuning table's entries from a row; none when every config was wrong or failed."""
     if "entrants" not in row:
         return []
     case = RaceCase(**row["case"])
@@ -159,7 +167,7 @@ def entries(row: dict[str, Any]) -> list[tuning.Entry]:
 
 
 def table(data: dict[str, Any]) -> tuning.Table:
-    """The tuning table out of a results file's content."""
+    """The tuning table from a results file's content."""
     made = tuning.Table(data["gpu"], data["versions"], data["kernels"], data["updated"])
     for row in data["rows"]:
         made.add(entries(row))

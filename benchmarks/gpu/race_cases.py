@@ -1,4 +1,4 @@
-"""What the race runs, the telling cases first, and the tensors of one."""
+"""The cases of the race, the most informative ones first, and the tensors of each."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ from .whole import contest as whole
 
 
 def race_cases() -> list[RaceCase]:
-    """Each bucket of shapes for every kernel that is raced on it, and the ways to run the whole
-    operations there."""
+    """The cases: every bucket of shapes with each kernel raced on it, and the whole operations."""
     found: dict[RaceCase, None] = {}
     for step in _order():
         if isinstance(step, RaceCase):
@@ -33,7 +32,7 @@ def race_cases() -> list[RaceCase]:
 
 
 def _low_rank(M: int, r: int, mask: bool, k: int, *more: int) -> Bucket:
-    """Kernels over X [M, k], or over dY of that size; ``more``: the group's other projections."""
+    """A bucket for kernels over X or dY [M, k]; ``more`` are the group's other projections."""
     return Bucket("low_rank", M, r, k, (k, *more), mask)
 
 
@@ -57,7 +56,7 @@ def _infer(M: int, r: int, k: int, n: int) -> Iterator[RaceCase]:
 
 
 def _order() -> Iterator[Bucket | RaceCase]:
-    """Ordered by what a training step of Llama-8B spends its time on."""
+    """Buckets and cases, first those on which a training step of Llama-8B spends most time."""
     h, wide, kv = LLAMA_8B.hidden, LLAMA_8B.wide, LLAMA_8B.kv
     for M in (8192, 2048):
         for mask in (True, False):
@@ -106,7 +105,7 @@ def _order() -> Iterator[Bucket | RaceCase]:
 
 
 def contest(case: RaceCase, device: Device, copies: int) -> Contest:
-    """Tensors and launches for a case of :func:`race_cases`."""
+    """The tensors and entrants of a case of :func:`race_cases`."""
     if case.whole:
         return whole(case, device, copies)
     torch.manual_seed(3)

@@ -1,7 +1,8 @@
-"""What the results say: one table a part (floor, PEFT, best peer, peftkern), the goals of
-docs/goals.md, and where peftkern loses.
+"""Prints results: a table of each part, the goals of docs/goals.md, and rows that peftkern loses.
 
     python -m benchmarks.gpu.report RESULTS.json ...
+
+A table shows the floor, HF PEFT, the best peer and peftkern.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 
 from .providers import AUTO, OURS, PEERS, PEFT_BF16, PEFT_COMPILED, PEFT_FP32, PLAIN
 
-NOISE = 1.02  # a ratio up to here is no loss
+NOISE = 1.02  # a ratio up to this is not counted as a loss
 MIXED = "peftkern mixed"
 PREFIX, JOINED = "peftkern prefix", "prefix in a static cache"
 LOOP = "loop over adapters"
@@ -32,19 +33,19 @@ HEADINGS = (
 
 
 def us(row: dict[str, Any], name: str) -> float | None:
-    """The median of a provider that was right and timed."""
+    """The median of a provider in microseconds; None when it was wrong or not timed."""
     entry = row.get("providers", {}).get(name, {})
     return entry["us"]["p50"] if "us" in entry else None
 
 
 def best(row: dict[str, Any], names: Iterable[str]) -> tuple[str, float] | None:
-    """(provider, us) of the fastest."""
+    """(provider, microseconds) of the fastest provider; None when none was timed."""
     timed = [(n, t) for n in names if (t := us(row, n)) is not None]
     return min(timed, key=lambda pair: pair[1], default=None)
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
-    """Rows as text, us; a row that failed says why."""
+    """The rows as lines of text, in microseconds; a row that failed gives its error."""
     cells, failed = [HEADINGS], []
     for row in rows:
         if "providers" not in row:
@@ -84,7 +85,7 @@ def _number(value: float | None) -> str:
 
 
 def race_lines(rows: list[dict[str, Any]]) -> list[str]:
-    """The winner of every race beside the default, and who failed."""
+    """A line for each race: its winner, the gain over the default, and the entrants that failed."""
     lines = []
     for row in rows:
         entrants = row.get("entrants", {})
@@ -95,7 +96,7 @@ def race_lines(rows: list[dict[str, Any]]) -> list[str]:
         name = min(timed, key=lambda n: timed[n])
         base = "default" if "default" in timed else "torch"
         gain = f"{timed[base] / timed[name]:.2f}x {base}" if base in timed else ""
-        # whoever is no config of a kernel
+        # the entrants that are not configs of a kernel
         beside = "  ".join(f"{n} {t:.1f}" for n, t in timed.items() if "=" not in n and n != base)
         out = [n for n, e in entrants.items() if not e.get("ok")]
         wrong = [n for n in out if entrants[n].get("error") is not None or "why" not in entrants[n]]
@@ -108,7 +109,7 @@ def race_lines(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def losses(rows: list[dict[str, Any]]) -> list[str]:
-    """Where a rival is faster than the best of peftkern, or than its default (auto)."""
+    """A line for each row in which a rival beats the best of peftkern, or its default (auto)."""
     found = []
     for row in rows:
         rival, ours = best(row, RIVALS), best(row, OWN)
@@ -129,7 +130,7 @@ def losses(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def wrong(rows: list[dict[str, Any]]) -> list[str]:
-    """Providers of peftkern whose numbers are off, or that failed, hung or broke the device."""
+    """A line for each provider of peftkern that was wrong, failed, hung or broke the device."""
     found = []
     for row in rows:
         if "error" in row:
@@ -144,16 +145,16 @@ def wrong(rows: list[dict[str, Any]]) -> list[str]:
 
 
 class Goal(NamedTuple):
-    """A figure of docs/goals.md, "On a GPU". ``row`` begins the key of the rows it is judged by."""
+    """A goal of docs/goals.md, "On a GPU", judged by the rows whose keys begin with ``row``."""
 
     text: str
     row: str
     limit: float
     unit: str
     read: Callable[[dict[str, Any]], float | None]
-    h200: float | None = None  # the limit there, where it is another one
+    h200: float | None = None  # the limit on an H200, if it is another one
     least: bool = False
-    on_hopper: bool = False  # a time of an H100 or H200, which says nothing of other cards
+    on_hopper: bool = False  # True: a time of an H100 or H200, which does not hold on other cards
 
     def limit_on(self, gpu: str) -> float:
         return self.h200 if self.h200 is not None and "H200" in gpu else self.limit
@@ -239,7 +240,7 @@ GOALS = (
 
 
 def goals(rows: list[dict[str, Any]], gpu: str) -> list[str]:
-    """Each of :data:`GOALS` as met, NOT met or not measured, for every row that it is judged by."""
+    """A line for each of :data:`GOALS` and each of its rows: met, NOT met or not measured."""
     lines = []
     for goal in GOALS:
         if goal.on_hopper and "H100" not in gpu and "H200" not in gpu:
@@ -263,12 +264,12 @@ def goals(rows: list[dict[str, Any]], gpu: str) -> list[str]:
 
 
 def _is_of(key: str, goal: Goal) -> bool:
-    """Whole models have several rows, with and without checkpointing."""
+    """True when the row ``key`` belongs to ``goal``; those of whole models have several rows."""
     return key == goal.row or (goal.row.startswith("e2e ") and key.startswith(goal.row))
 
 
 def report(contents: list[dict[str, Any]]) -> list[str]:
-    """All of it for the content of several results files of one GPU."""
+    """The whole report, as lines, of the content of several results files of one GPU."""
     lines: list[str] = []
     rows: list[dict[str, Any]] = []
     gpu = contents[0].get("gpu", {}).get("name", "unknown") if contents else "unknown"

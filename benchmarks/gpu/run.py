@@ -1,5 +1,6 @@
-"""One case of the parts linear, group, layer and decode: build the providers, check each against
-float64, time those that are right, one row.
+"""Measures one case of the parts linear, group, layer and decode, for one row.
+
+It builds the providers, checks each against float64, and times the correct ones.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from .store import Broken, Watch
 from .timing import Timed, interleave
 
 MOST_COPIES = 24
-COMPILE_LIMIT_S = 60.0  # what torch.compile may take; with less budget left it is left out
+COMPILE_LIMIT_S = 60.0  # the budget that must be left for torch.compile to be measured
 
 
 def copies_for(case: Case, device: Device) -> int:
-    """Sets of weights to rotate through, so that none is found in the L2 cache again."""
+    """The number of sets of weights to rotate through, so that none is still in the L2 cache."""
     size = 4 if case.dtype == "float32" else 2
     weights = sum(K * N for K, N in case.shapes.values())
     flows = case.M * sum(K + N for K, N in case.shapes.values())
@@ -35,14 +36,14 @@ def copies_for(case: Case, device: Device) -> int:
 
 
 def need_bytes(case: Case, copies: int) -> int:
-    """A guess at what a case takes at most, the float64 reference included."""
+    """An estimate of the most bytes that a case needs, with its float64 reference."""
     weights = sum(K * N for K, N in case.shapes.values())
     flows = case.M * sum(K + N for K, N in case.shapes.values())
     return copies * 2 * (weights + flows) + 8 * (weights + 6 * flows)
 
 
 def inputs(case: Case, device: Device, copies: int) -> tuple[list[Any], list[list[Any]]]:
-    """(x, dY of every output) of each copy."""
+    """(x of each copy, dY of every output of each copy)."""
     torch.manual_seed(7)
     dtype = getattr(torch, case.dtype)
     names = list(case.shapes)
@@ -59,7 +60,7 @@ def inputs(case: Case, device: Device, copies: int) -> tuple[list[Any], list[lis
 
 
 def step(provider: Provider, xs: list[Any], dys: list[Any], case: Case) -> Callable[[], None]:
-    """One call on every copy."""
+    """A function that calls the provider on every copy once, with gradients in training."""
     copies = len(provider.calls)
     if case.what == "infer":
 
@@ -89,8 +90,13 @@ def measure(
     left_s: float,
     watch: Watch | None = None,
 ) -> dict[str, Any]:
-    """The row of a case; :class:`Broken` when the device is unusable after it. ``seconds``: for
-    the timed rounds; ``left_s``: of the part's budget."""
+    """The row of a case.
+
+    The timed rounds get ``seconds``; ``left_s`` seconds are left of the part's budget.
+
+    Raises:
+        Broken: the device is unusable after a provider ran.
+    """
     began = time.monotonic()
     watch = watch or Watch()
     shown = case
@@ -152,14 +158,14 @@ def measure(
 def _timed(provider: Provider, xs: Any, dys: Any, case: Case, device: Device) -> Timed:
     run = step(provider, xs, dys, case)
     with provider.mode():
-        run()  # whatever compiles for the other copies compiles now
+        run()  # the other copies may compile too, which must not be timed
         if case.graph:
             run = device.capture(run)
     return Timed(run, len(provider.calls), provider.mode)
 
 
 def warm(case: Case, device: Device) -> None:
-    """Compile what a case will launch: each provider once, nothing checked or timed.
+    """Compile all launches of a case by running each provider once, without check or timing.
 
     Several processes do this for different cases at once; Triton and inductor keep the results on
     disk.
@@ -176,7 +182,7 @@ def warm(case: Case, device: Device) -> None:
         try:
             with provider.mode():
                 step(provider, xs, dys, case)()
-        except Exception:  # it will fail again where it is reported
+        except Exception:  # the measurement will fail the same way and report it
             if device.is_broken():
                 raise
     device.synchronize()

@@ -1,10 +1,10 @@
-"""Launches every kernel once or twice on the smallest shapes: what compute-sanitizer runs.
+"""The program for compute-sanitizer: launches every kernel once or twice on small shapes.
 
     compute-sanitizer --tool memcheck python -m benchmarks.gpu.sanitize
 
-Shapes are odd, so that every mask at an edge is needed, and splits are forced, so that partials and
-their sum run. Vendor products are left out: they would take the tool's time. Prints the number of
-launches and exits 1 when a result is not finite.
+Shapes are odd, so that every mask at an edge is needed, and splits are forced, so that partial sums
+and their reduction run. Vendor products are left out, as they would take the tool's time. It prints
+the number of launches; the exit status is 1 when a result is not finite.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..kernels.table import entries
 
 
 def runs(device: str, most: int | None = None) -> Iterator[tuple[str, list[Tensor]]]:
-    """(what ran, its outputs): everything, or at most ``most`` runs of each kernel."""
+    """(name, outputs) of each run: of all, or of at most ``most`` for each kernel."""
     torch.manual_seed(0)
     operands = Operands(device, M=37, K=80, N=72, r=5)
     for entry in entries().values():
@@ -31,7 +31,7 @@ def runs(device: str, most: int | None = None) -> Iterator[tuple[str, list[Tenso
 def main() -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     done = 0
-    # the interpreter of a dry run takes seconds for what a device does at once
+    # a dry run's interpreter takes seconds for each run, so it gets few of them
     for name, outs in runs(device, most=2 if device == "cpu" else None):
         bad = [o for o in outs if not bool(o.isfinite().all())]
         if bad:

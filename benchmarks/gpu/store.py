@@ -1,8 +1,8 @@
-"""The file that a part of ``benchmarks.gpu`` writes, row by row, and continues after a cut.
+"""The file that a part of ``benchmarks.gpu`` writes row by row, and continues after a cut.
 
-Every change rewrites the whole file under a temporary name and renames it, so that a machine that
-goes away leaves the last complete state. ``current`` names the case under way: the supervisor reads
-there that a case hangs, and the next run which case killed its process.
+Every change writes the whole file under a temporary name and renames it, so that a machine that
+disappears leaves the last complete state. ``current`` names the running case: from it the
+supervisor sees that a case hangs, and the next run sees which case killed its process.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from peftkern.ops import tuned
 SCHEMA = 1
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).parents[1] / "results"
-MEASURED = ("kernels", "peftkern/ops", "peftkern/tuners/lora")  # what a row is a statement about
+MEASURED = ("kernels", "peftkern/ops", "peftkern/tuners/lora")  # the code that a row measures
 
 
 def now() -> str:
@@ -34,7 +34,7 @@ def stamp() -> str:
 
 
 def sources() -> str:
-    """A hash of the code that is measured: rows of another hash are not continued."""
+    """A hash of the code that is measured; results with another hash are not continued."""
     digest = hashlib.sha256()
     for folder in MEASURED:
         for path in sorted((ROOT / folder).rglob("*.py")):
@@ -44,7 +44,7 @@ def sources() -> str:
 
 
 def commit() -> str | None:
-    """The checkout's commit, None without git."""
+    """The checkout's commit; None without git."""
     try:
         done = subprocess.run(
             ["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True
@@ -55,7 +55,7 @@ def commit() -> str | None:
 
 
 class Broken(RuntimeError):
-    """The device is unusable after ``culprit`` ran: this process must end."""
+    """The device is unusable after ``culprit`` ran, so that this process must end."""
 
     def __init__(self, culprit: str, error: BaseException) -> None:
         super().__init__(f"{type(error).__name__}: {str(error)[:300]}")
@@ -63,15 +63,17 @@ class Broken(RuntimeError):
 
 
 class Watch:
-    """What a measurement tells while it runs, and whom it must leave out: providers that broke the
-    device, or hung, in an earlier try at this very case."""
+    """Records which provider of a case is running, and holds those that it must leave out.
+
+    Left out are providers that broke the device, or hung, in an earlier try at the same case.
+    """
 
     def __init__(self, banned: dict[str, str] | None = None, store: Store | None = None) -> None:
         self.banned = banned or {}
         self._store = store
 
     def at(self, culprit: str | None) -> None:
-        """``culprit`` is running now; None: several at once."""
+        """Record that ``culprit`` is running now; None stands for several at once."""
         if self._store is not None and self._store.data["current"] is not None:
             self._store.data["current"]["culprit"] = culprit
             self._store.write()
@@ -89,7 +91,7 @@ class Store:
             "schema": SCHEMA,
             "part": part,
             "sources": sources(),
-            "kernels": tuned.sources(),  # what a tuning table made of this is a statement about
+            "kernels": tuned.sources(),  # the code that a tuning table from this holds for
             "commit": commit(),
             "started": now(),
             "updated": now(),
@@ -107,10 +109,10 @@ class Store:
 
     @classmethod
     def open(cls, path: Path) -> Store:
-        """The file as it is.
+        """The store with the file's present content.
 
         Raises:
-            ValueError: no results file of this schema.
+            ValueError: it is not a results file of this schema.
         """
         data = json.loads(path.read_text(encoding="utf-8"))
         if data.get("schema") != SCHEMA or "rows" not in data:
@@ -129,16 +131,16 @@ class Store:
         return self.data["rows"]
 
     def done(self) -> set[str]:
-        """Keys that need no second run: those with a result, and those that killed a process."""
+        """Keys that need no second run: those with a result or that killed their process."""
         return {row["key"] for row in self.rows}
 
     def begin(self, key: str, limit_s: float) -> None:
-        """A case starts; it may take ``limit_s`` seconds before it counts as hung."""
+        """Record that a case starts, which counts as hung after ``limit_s`` seconds."""
         self.data["current"] = {"key": key, "since": time.time(), "limit_s": limit_s}
         self.write()
 
     def put(self, row: dict[str, Any]) -> None:
-        """Add a row, in place of one with the same key."""
+        """Add a row, which replaces one with the same key."""
         self.data["rows"] = [r for r in self.rows if r["key"] != row["key"]] + [row]
         self.data["current"] = None
         self.write()
@@ -147,11 +149,10 @@ class Store:
         return Watch(self.data["banned"].get(key), self)
 
     def blame(self, why: str, culprit: str | None = None) -> str | None:
-        """The case under way ended its process. With a culprit, known or given, it is left out of
-        the next try at the case; without one, or for the third time, the case is closed with an
-        error.
+        """Record that the running case ended its process; returns the one to blame.
 
-        Returns who was blamed, None when no case was under way.
+        A culprit, recorded or given, is left out of the next try at the case. Without one, or after
+        three culprits, the case is closed with an error. Returns None when no case was running.
         """
         current = self.data["current"]
         if current is None:
@@ -172,7 +173,7 @@ class Store:
             self.write()
 
     def finish(self, not_run: Iterable[str]) -> None:
-        """``not_run``: keys of cases that the budget left out; without any the part is finished."""
+        """Record the keys of cases that had no budget; without any the part is finished."""
         self.data["not_run"] = list(not_run)
         self.data["finished"] = not self.data["not_run"]
         self.data["current"] = None
@@ -180,14 +181,14 @@ class Store:
 
 
 def earlier(part: str, gpu: str, folders: Iterable[Path]) -> list[Store]:
-    """Results of this part on this GPU and of the code as it stands, oldest first."""
+    """The results of this part, this GPU and the present code, oldest first."""
     found = []
     for folder in dict.fromkeys(folders):
         for path in sorted(folder.glob(f"*-{part}.json")):
             try:
                 store = Store.open(path)
             except (ValueError, OSError):
-                continue  # not ours, or cut off by something else than us
+                continue  # not a results file, or one that something else has cut off
             same = store.data["part"] == part and store.data["sources"] == sources()
             if same and store.data.get("gpu", {}).get("name") == gpu:
                 found.append(store)
@@ -195,7 +196,7 @@ def earlier(part: str, gpu: str, folders: Iterable[Path]) -> list[Store]:
 
 
 def results_folder(gpu: str, given: Path | None = None) -> Path:
-    """Where files go: ``given``, else $OUT, else benchmarks/results/<gpu>."""
+    """The folder for results: ``given``, else $OUT, else benchmarks/results/<gpu>."""
     if given is not None:
         return given
     out = os.environ.get("OUT")

@@ -1,10 +1,10 @@
-"""Tuning tables out of race results, and a look into one.
+"""Makes tuning tables from race results, and shows the content of one.
 
     python -m benchmarks.gpu.table RESULTS.json ... [--to FOLDER]   write the table of its GPU
     python -m benchmarks.gpu.table --show TABLE.json
 
-Several results of one GPU are merged, later ones over earlier ones; a table that is there already
-keeps the entries that the results do not have, unless its kernels were others.
+Several results of one GPU are merged, where later ones replace earlier ones. An existing table
+keeps the entries that the results do not have, unless it was made for other kernels.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from .store import Store
 
 
 def write(results: list[Path], folder: Path = tuning.FOLDER) -> Path:
-    """The path of the table that now holds these results.
+    """Write these results into the table of their GPU; returns its path.
 
     Raises:
-        ValueError: no results of a race, or results of several GPUs.
+        ValueError: the files are no results of a race, or are results of several GPUs.
     """
     made = [table(Store.open(path).data) for path in results]
     names = {t.gpu["name"] for t in made}

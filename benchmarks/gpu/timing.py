@@ -1,5 +1,7 @@
-"""Device time of several providers that take turns: events around a few calls, every provider once
-a round, the order rotating, so that a drifting clock or a neighbour touches all alike.
+"""Times several providers on the device, which take turns.
+
+Events bracket a few calls. Every provider runs once a round and the order rotates, so that a clock
+that drifts or a busy neighbour affects all providers alike.
 """
 
 from __future__ import annotations
@@ -13,13 +15,15 @@ from typing import Any
 
 from .device import Device
 
-REGION_S = 2e-3  # what events bracket at least, so that their own cost does not count
+REGION_S = 2e-3  # the least time between two events, so that their own cost does not count
 
 
 @dataclass(frozen=True)
 class Timed:
-    """``run`` does ``inner`` calls (one on each rotated buffer) within ``mode``. ``host``: what the
-    host takes counts, because the device waits for it."""
+    """Work to time: ``run`` does ``inner`` calls, one on each rotated buffer, within ``mode``.
+
+    With ``host`` the host's time counts too, as the device waits for it.
+    """
 
     run: Callable[[], Any]
     inner: int = 1
@@ -28,7 +32,7 @@ class Timed:
 
 
 def quantiles(times: list[float]) -> dict[str, float]:
-    """p20, p50, p80 and the number of rounds."""
+    """{"p20", "p50", "p80", "rounds"} of the times."""
     tenths = statistics.quantiles(times, n=10, method="inclusive")
     return {
         "p20": tenths[1],
@@ -41,16 +45,16 @@ def quantiles(times: list[float]) -> dict[str, float]:
 def interleave(
     works: Mapping[str, Timed], device: Device, seconds: float, *, most: int = 40, least: int = 8
 ) -> dict[str, dict[str, float]]:
-    """{provider: quantiles of the us of one call}.
+    """{provider: quantiles of the microseconds of one call}.
 
     Args:
-        works: what each provider does; all have been run once before (nothing compiles here).
-        seconds: device time that may go into the rounds, which are ``least`` to ``most``.
+        works: the work of each provider; each has run once before, so that nothing compiles here.
+        seconds: the device time for all rounds, of which there are ``least`` to ``most``.
     """
     if device.dry:
         most = least = 2
     names = list(works)
-    for name in names:  # warm clocks and caches
+    for name in names:  # warm up clocks and caches
         with works[name].mode():
             for _ in range(1 if device.dry else 2):
                 works[name].run()
@@ -77,7 +81,7 @@ def interleave(
 
 
 def _time(work: Timed, repeats: int, device: Device) -> float:
-    """Seconds of one ``run``, the mean of ``repeats`` in a row."""
+    """Seconds of one ``run``, as the mean of ``repeats`` in a row."""
     start, end = device.event(), device.event()
     with work.mode():
         device.synchronize()

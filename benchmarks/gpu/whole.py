@@ -1,5 +1,6 @@
-"""The race of whole operations: the ways that the dispatcher chooses among, through the very
-functions that it calls (:mod:`peftkern.ops.choices`), and what comes out in float64.
+"""The race of whole operations: the dispatcher's ways to run each, and their results in float64.
+
+They run through the same functions that the dispatcher calls (:mod:`peftkern.ops.choices`).
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from peftkern.ops.projection import Projection, ProjectionGrad
 from .contest import SCALE, Contest, RaceCase
 from .device import Device, randn
 
-P = 0.1  # dropout of cases with a mask
+P = 0.1  # the dropout of cases with a mask
 
 
 class _Tensors:
-    """One copy of the tensors of a case: x, and a list over the projections of everything else."""
+    """One copy of a case's tensors: x, and lists over the projections of all others."""
 
     def __init__(self, case: RaceCase, device: Device, words: list[Tensor | None]) -> None:
         dtype, low = (getattr(torch, d) for d in (case.dtype, case.adapter_dtype))
@@ -29,7 +30,7 @@ class _Tensors:
         def some(*shape: int, scale: float = 1.0) -> Tensor:
             return randn(device, *shape, dtype=dtype, scale=scale)
 
-        def adapter(*shape: int) -> Tensor:  # bf16 values, whatever dtype holds them
+        def adapter(*shape: int) -> Tensor:  # bf16's values, in the adapter's dtype
             drawn = randn(device, *shape, dtype=torch.float32, scale=0.1)
             return drawn.bfloat16().to(low)
 
@@ -54,7 +55,7 @@ class _Tensors:
 
 
 def contest(case: RaceCase, device: Device, copies: int) -> Contest:
-    """Tensors and ways for a case whose ``op`` is one of :data:`kernels.tuning.WHOLE`."""
+    """The tensors and ways of a case whose ``op`` is one of :data:`kernels.tuning.WHOLE`."""
     torch.manual_seed(3)
     count = len(case.ns)
     words: list[Tensor | None] = [None] * count
@@ -78,7 +79,7 @@ def contest(case: RaceCase, device: Device, copies: int) -> Contest:
 
 
 def _exact(case: RaceCase, t: _Tensors) -> list[Tensor]:
-    """What ``run`` returns, in float64, in its order."""
+    """The results of ``run``, in the same order, in float64."""
     keeps = [None if w is None else bits.unpack_bits(w, case.k) for w in t.words]
     c = SCALE / (1 - P) if case.mask else SCALE
     if case.op == "backward":

@@ -1,5 +1,8 @@
-"""Adding, switching, disabling and deleting adapters in a model of 32 layers, 1 or 7 linears of
-each adapted. What injects and loads is in ``bench_setup.py``; the targets are of docs/goals.md."""
+"""Adding, switching, disabling and deleting adapters in a model of 32 layers.
+
+In each layer 1 or 7 linears are adapted. Injecting and loading is in ``bench_setup.py``; targets
+come from docs/goals.md.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ import pytest
 from .llama import DEEP, LIBRARIES, LINEARS, adapt, build, lora_config
 from .measure import OURS, PEFT, Work
 
-# what HF PEFT says about adapters that are deleted is not what is measured
+# HF PEFT warns about deleted adapters, which does not matter here
 pytestmark = pytest.mark.filterwarnings("ignore")
 NAMES = [["q_proj"], LINEARS]
 

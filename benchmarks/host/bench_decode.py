@@ -28,7 +28,7 @@ def measure(
     row: str,
     target: float = 0.8,
 ) -> None:
-    """Check that adapted models write the same, then time it."""
+    """Check that the adapted models generate the same tokens, then time generating them."""
     models = {provider: model.eval() for provider, model in models.items()}
     ids = tokens(shape, 1, PROMPT)
     with torch.no_grad():

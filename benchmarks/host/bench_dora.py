@@ -1,4 +1,4 @@
-"""One DoRA linear beside HF PEFT's and the bare layer: a training step, a call, and bytes kept."""
+"""One DoRA linear, HF PEFT's, and the bare layer: a training step, a call, and bytes kept."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""One LoRA linear: what the host pays for a call, and what a training step keeps for the
-backward."""
+"""One LoRA linear: the host's time of a call, and the bytes that a training step keeps."""
 
 from __future__ import annotations
 
@@ -49,10 +48,10 @@ def test_host_cost(compare: Callable[..., Any], shape: tuple[int, ...], bias: bo
 
 
 def keeps(provider: str, m: int, k: int, p: float) -> int:
-    """Bytes a float32 layer of rank ``RANK`` keeps on a CPU for an input [m, k].
+    """Bytes that a float32 layer of rank ``RANK`` keeps on a CPU for an input [m, k].
 
-    Both keep S [m, r], and without dropout X. With it PEFT keeps the dropped X and the factors that
-    X was multiplied with, both as float32; peftkern X and one bit an element, in words of 32.
+    Both libraries keep S [m, r], and without dropout X. With dropout PEFT keeps the dropped X and
+    the factors of X, both in float32; peftkern keeps X and one bit an element, in words of 32.
     """
     s = 4 * m * RANK
     if p == 0.0:

@@ -1,5 +1,7 @@
-"""Merging one LoRA linear and taking the adapter out again, beside HF PEFT. Here the base weight
-comes back bit for bit, there within a rounding; this is what the difference costs."""
+"""Merging and unmerging one LoRA linear, in peftkern and in HF PEFT.
+
+peftkern restores the base weight bit for bit, HF PEFT up to rounding; the rows show the cost of it.
+"""
 
 from __future__ import annotations
 

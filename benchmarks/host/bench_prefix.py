@@ -1,5 +1,8 @@
-"""Prefix tuning on a CPU: attention over a prefix of one layer, as HF PEFT has it done and without
-concatenation; and whole models, trained, checkpointed and decoding."""
+"""Prefix tuning on a CPU: one layer's attention over a prefix, and whole models.
+
+Attention runs in HF PEFT's way and without concatenation. Models are trained, trained with
+checkpointing, and used for decoding.
+"""
 
 from __future__ import annotations
 
@@ -22,13 +25,15 @@ from .measure import BARE, OURS, PEFT, Work, allocated, check_equal, kept_bytes
 
 HEADS, D = 8, 64
 SCALE = D**-0.5
-VIRTUAL, PROMPT, NEW = 64, 16, 64  # tokens of the prefix, of a prompt, written by generate
-MOST_ADDED = 2e6  # bytes that a prefix may keep beyond the model without one
+VIRTUAL, PROMPT, NEW = 64, 16, 64  # tokens in the prefix, in a prompt, generated
+MOST_ADDED = 2e6  # bytes that a prefix may add to those that the model without it keeps
 
 
 def tensors(B: int, T: int, S: int, H_kv: int, P: int) -> list[Tensor]:
-    """query, key, value [B, heads, rows, D], as [B, rows, heads, D] in memory, and Kp, Vp [H_kv, P,
-    D]."""
+    """query, key and value [B, heads, rows, D], and the prefix's Kp and Vp [H_kv, P, D].
+
+    In memory the first three are [B, rows, heads, D].
+    """
     g = torch.Generator().manual_seed(0)
     shapes = [(B, T, HEADS, D), (B, S, H_kv, D), (B, S, H_kv, D)]
     own = [torch.randn(s, generator=g).transpose(1, 2) for s in shapes]
@@ -39,7 +44,7 @@ def tensors(B: int, T: int, S: int, H_kv: int, P: int) -> list[Tensor]:
 def peft(
     layer: Any, mask: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *prefix: Tensor
 ) -> Tensor:
-    """PEFT's way: the prefix, repeated over the batch, goes into the cache, which concatenates."""
+    """PEFT's way: a cache gets the prefix, repeated over the batch, and concatenates."""
     cache = DynamicCache()
     if prefix:
         kp, vp = (x.unsqueeze(0).repeat(q.shape[0], 1, 1, 1) for x in prefix)
@@ -53,7 +58,7 @@ def ours(*args: Tensor) -> Tensor:
 
 
 def of_kv_heads(H_kv: int) -> Any:
-    """What the attention function of transformers asks a layer for."""
+    """A stand-in for a layer, with the attributes that transformers' attention reads."""
     return SimpleNamespace(num_key_value_groups=HEADS // H_kv, is_causal=True)
 
 
@@ -62,8 +67,8 @@ def test_training(compare: Callable[..., Any], count: Callable[..., Any], H_kv: 
     B, T, P = 16, 256, 64
     args = tensors(B, T, T, H_kv, P)
     layer = of_kv_heads(H_kv)
-    # what transformers hands to its attention for P cached and T new tokens without padding; built
-    # once a model, so outside the clock
+    # the mask that transformers gives its attention for P cached and T new tokens without padding;
+    # it is made once for all layers, and so not timed
     mask = torch.ones(T, P + T, dtype=torch.bool).tril(P).expand(B, 1, T, P + T)
     calls = {
         BARE: (partial(peft, layer, None), args[:3]),
@@ -124,7 +129,7 @@ def test_decode(compare: Callable[..., Any], H_kv: int) -> None:
 
 @cache
 def models(H_kv: int) -> dict[str, Any]:
-    """A Llama without a prefix and, sharing its weights, with one prefix in both libraries."""
+    """{provider: a Llama}, bare or with a prefix of a library; all share weights and prefix."""
     config = MEDIUM.config()
     config.num_key_value_heads = H_kv
     torch.manual_seed(0)
@@ -143,7 +148,7 @@ def prefix_of(model: Any) -> Tensor:
 
 
 def batch_for(name: str, embedded: Tensor, ids: Tensor) -> dict[str, Any]:
-    """The frozen model has nothing to train: its gradient is that of its embeddings."""
+    """The arguments of a step; the bare model, which has nothing to train, gets embeddings."""
     given = {"inputs_embeds": embedded} if name == BARE else {"input_ids": ids}
     return {**given, "labels": ids, "use_cache": False}
 

@@ -16,7 +16,7 @@ from .llama import DEEP, LIBRARIES, LINEARS, adapt, build, equalise, lora_config
 from .measure import BARE, OURS, PEFT, Work, check_equal
 
 COUNT = DEEP.layers * len(LINEARS)
-# what HF PEFT says about models that hold two adapters is not what is measured
+# HF PEFT warns about models with two adapters, which does not matter here
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
@@ -40,7 +40,7 @@ def saved(base: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple
 def test_injection(compare: Callable[..., Any], base: Any, targets: Any) -> None:
     ids = tokens(DEEP, 1, 8)
     with torch.no_grad():
-        # B starts at zero, so that a new adapter changes nothing
+        # B starts at zero, so that a new adapter does not change the output
         expected = base(ids).logits
         for library in LIBRARIES.values():
             model = adapt(library, base, lora_config(library, targets)).eval()

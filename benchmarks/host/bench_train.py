@@ -24,7 +24,7 @@ def test_step(compare: Callable[..., Any], shape: Shape, p: float) -> None:
 def measure(compare: Callable[..., Any], models: dict[str, Any], shape: Shape, row: str) -> None:
     """Check the losses and gradients of adapted models against each other, then time a step."""
     ids = tokens(shape, BATCH, LENGTH)
-    # the frozen model has nothing to train: its floor is the gradient of its embeddings, which
+    # the bare model has nothing to train, so its floor is the gradient of its embeddings, which
     # passes through every layer
     embedded = models[BARE].get_input_embeddings()(ids).requires_grad_()
     inputs = {name: {"input_ids": ids} for name in (PEFT, OURS)}

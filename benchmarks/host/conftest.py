@@ -16,10 +16,10 @@ _RESULTS = pytest.StashKey[list[Result]]()
 
 
 class ReplayClock:
-    """Lets pytest-benchmark record times that were measured already.
+    """A clock that lets pytest-benchmark record times that were measured before.
 
-    Its fixture times one function by itself; here the providers take turns. So they are measured
-    first, and then played back: ``play`` moves this clock on by one recorded round.
+    The fixture of pytest-benchmark times one function alone, but here the providers take turns. So
+    they are measured first and then replayed: ``play`` advances this clock by one recorded round.
     """
 
     __name__ = "replay"
@@ -69,8 +69,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def compare(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., Result]:
-    """Measure the providers of one row, add the row to the table, and give pytest-benchmark
-    peftkern's rounds, with the others' in ``extra_info``."""
+    """A function that measures the providers of one row and adds the row to the table.
+
+    pytest-benchmark gets peftkern's rounds, and the other providers' in ``extra_info``.
+    """
 
     def measure(
         name: str,
@@ -98,7 +100,10 @@ def compare(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., Res
 
 @pytest.fixture
 def count(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., Result]:
-    """Add a row of counted bytes to the table, and to ``extra_info`` of the test's timed row."""
+    """A function that adds a row of counted bytes to the table.
+
+    The bytes also go to ``extra_info`` of the test's timed row.
+    """
 
     def add(
         name: str,

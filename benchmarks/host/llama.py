@@ -1,9 +1,9 @@
-"""The Llama shapes that are measured, and one model in the hands of each provider.
+"""The Llama shapes that are measured, and a model of each provider.
 
 Proportions are those of Llama 3: heads of 64, four query heads to a key/value head, an MLP 3.5
-times as wide as the model. The vocabulary is cut down with the width, so that the output head has
-about 15% of the products' weights, as in a model in use (8B: 7%, 1B: 21%); with 128256 tokens the
-head, which nobody adapts, would be most of a model this narrow.
+times as wide as the model. The vocabulary is smaller, like the width, so that the output head has
+about 15% of the weights in products, similar to real models (8B: 7%, 1B: 21%). With 128256 tokens
+the head, which is never adapted, would be most of such a narrow model.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Shape:
             max_position_embeddings=2048,
             tie_word_embeddings=False,
             bos_token_id=1,
-            eos_token_id=None,  # generation ends when it has all its tokens
+            eos_token_id=None,  # so that generation always writes all tokens
             pad_token_id=0,
         )
 
@@ -61,18 +61,18 @@ DEEP = Shape("deep", hidden=256, layers=32, vocab=2048)
 
 
 def build(shape: Shape) -> LlamaForCausalLM:
-    """A frozen float32 model with drawn weights, in evaluation mode; the same at every call."""
+    """A frozen float32 model in evaluation mode, with the same drawn weights at every call."""
     torch.manual_seed(0)
     return LlamaForCausalLM(shape.config()).eval().requires_grad_(False)
 
 
 def share(model: nn.Module) -> Any:
-    """A copy with modules of its own around the very same parameters."""
+    """A copy of the modules that shares the parameters."""
     return copy.deepcopy(model, {id(p): p for p in model.parameters()})
 
 
 def lora_config(library: Any, targets: Any = "all-linear", p: float = 0.0) -> Any:
-    """LoRA with the library's defaults (r=8, lora_alpha=8) but for targets and dropout."""
+    """A LoRA config with the library's defaults (r=8, lora_alpha=8) but for targets and dropout."""
     return library.LoraConfig(task_type="CAUSAL_LM", target_modules=targets, lora_dropout=p)
 
 
@@ -84,7 +84,7 @@ def adapt(library: Any, model: nn.Module, config: Any) -> Any:
 
 
 def trio(base: nn.Module, targets: Any = "all-linear", p: float = 0.0) -> dict[str, Any]:
-    """The bare model and its two adapted forms, with equal adapters of which B is not zero."""
+    """{provider: model}: the bare model and both libraries', with equal adapters and B not zero."""
     models = {BARE: base}
     for name, library in LIBRARIES.items():
         torch.manual_seed(0)
@@ -104,6 +104,6 @@ def equalise(theirs: nn.Module, ours: nn.Module) -> None:
 
 
 def tokens(shape: Shape, batch: int, length: int) -> Tensor:
-    """Drawn token ids [batch, length], int64, none of them special."""
+    """Drawn token ids [batch, length], int64, without special ones."""
     generator = torch.Generator().manual_seed(2)
     return torch.randint(3, shape.vocab, (batch, length), generator=generator)

@@ -1,7 +1,7 @@
-"""Time several providers side by side, and keep what each of them did in every round.
+"""Times several providers that take turns, and keeps the times of every round.
 
-Providers take turns within one process (A B C, then B C A, ...), so that a neighbour on the machine
-slows all of them alike, and the ratio within a round means something even where the times do not.
+They take turns within one process (A B C, then B C A, ...), so that other load on the machine slows
+all of them alike, and the ratio within a round is useful even when the times are not.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ Kind = Literal["ratio", "added"]
 
 @dataclass(frozen=True)
 class Work:
-    """What one provider does in a round. Only ``run`` is timed.
+    """The work of one provider in a round, of which only ``run`` is timed.
 
-    ``prepare`` returns the arguments of ``run``; what ``run`` returns is kept alive until the clock
-    has stopped, and then handed to ``cleanup``.
+    ``prepare`` returns the arguments of ``run``; the result of ``run`` is kept alive until the
+    clock has stopped, and then passed to ``cleanup``.
     """
 
     run: Callable[..., Any]
@@ -39,7 +39,7 @@ class Work:
 
 @dataclass
 class Samples:
-    """Seconds per call, one entry a round: by the wall clock, and of CPU time of the process."""
+    """Seconds per call, one entry a round, by the wall clock and in CPU time of the process."""
 
     wall: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
@@ -54,8 +54,8 @@ class Samples:
 class Result:
     """One row of the table.
 
-    ``values`` is what is shown for each provider, in ``unit`` "s" or "B"; ``samples`` is empty for
-    what is counted and not timed. A target is an upper bound of the ratio.
+    ``values`` has the number to show for each provider, in ``unit`` "s" or "B"; ``samples`` is
+    empty in a row of counts. ``target`` is an upper bound of the ratio.
     """
 
     name: str
@@ -67,17 +67,17 @@ class Result:
     note: str = ""
 
     def ratio(self) -> float:
-        """peftkern against HF PEFT, from the medians (wall clock) or counts."""
+        """peftkern / PEFT, from the medians by the wall clock or from the counts."""
         return compare(self.kind, self.values)
 
     def cpu_ratio(self) -> float | None:
-        """The same from the medians of CPU time; None where nothing was timed."""
+        """The same ratio from the medians of CPU time; None when nothing was timed."""
         if not self.samples:
             return None
         return compare(self.kind, {n: statistics.median(s.cpu) for n, s in self.samples.items()})
 
     def paired_ratio(self) -> float | None:
-        """The median of the ratios of every single round; None where nothing was timed."""
+        """The median of the ratios within each round; None when nothing was timed."""
         if not self.samples:
             return None
         names = list(self.samples)
@@ -87,21 +87,23 @@ class Result:
         )
 
     def floor(self) -> float | None:
-        """bare / PEFT by the wall clock: the ratio of an adapter that costs nothing. None where
-        nothing was timed, or bare is left out already."""
+        """bare / PEFT by the wall clock, the ratio of an adapter that costs nothing.
+
+        None when nothing was timed, there is no bare provider, or it is subtracted already.
+        """
         if not self.samples or BARE not in self.values or self.kind == "added":
             return None
         return self.values[BARE] / self.values[PEFT]
 
     def verdict(self) -> str:
-        """The word for the table: "unclear" when the two ratios of the wall clock disagree."""
+        """The table's last word: "met", "NOT met", "unclear" if the two ratios disagree, or ""."""
         if self.target is None:
             return ""
         ratios = {self.ratio() <= self.target, (self.paired_ratio() or self.ratio()) <= self.target}
         return "unclear" if len(ratios) > 1 else "met" if ratios.pop() else "NOT met"
 
     def as_json(self) -> dict[str, Any]:
-        """All of it, every round included, as plain data."""
+        """The row with its rounds as plain data."""
         return {
             "row": self.name,
             "note": self.note,
@@ -121,9 +123,9 @@ class Result:
 
 
 def compare(kind: Kind, values: Mapping[str, float]) -> float:
-    """peftkern / PEFT, or with ``added`` the same of what each adds to the bare layer.
+    """peftkern / PEFT, or for the kind "added" the same ratio of what each adds to the bare layer.
 
-    NaN where PEFT adds nothing, or takes nothing.
+    NaN when PEFT's part of the ratio is not positive.
     """
     floor = values[BARE] if kind == "added" else 0.0
     below = values[PEFT] - floor
@@ -131,7 +133,7 @@ def compare(kind: Kind, values: Mapping[str, float]) -> float:
 
 
 def quantiles(times: list[float]) -> dict[str, float]:
-    """p20, p50 and p80."""
+    """{"p20", "p50", "p80"} of the times."""
     tenths = statistics.quantiles(times, n=10, method="inclusive")
     return {"p20": tenths[1], "p50": statistics.median(times), "p80": tenths[7]}
 
@@ -139,20 +141,20 @@ def quantiles(times: list[float]) -> dict[str, float]:
 def interleave(
     works: Mapping[str, Work], rounds: int, calls: int = 1, warmup: int = 2
 ) -> dict[str, Samples]:
-    """Seconds per call of every provider, ``rounds`` times, the providers taking turns.
+    """Seconds per call of every provider in ``rounds`` rounds, in which they take turns.
 
     Args:
-        works: what each provider does.
-        rounds: how many rounds are kept.
-        calls: calls of ``run`` in a row, timed together; the mean counts. For what takes
-            microseconds.
-        warmup: rounds before, which are not kept.
+        works: the work of each provider.
+        rounds: the number of rounds that are kept.
+        calls: calls of ``run`` in a row that are timed together, for work of microseconds; their
+            mean counts.
+        warmup: rounds before those, which are not kept.
     """
     names = list(works)
     samples = {name: Samples() for name in names}
     was_on = gc.isenabled()
     gc.collect()
-    gc.freeze()  # what lives already need not be looked at after every round
+    gc.freeze()  # so that collecting after a round skips all earlier objects
     gc.disable()
     try:
         for i in range(-warmup, rounds):
@@ -187,8 +189,10 @@ def _round(work: Work, calls: int) -> tuple[float, float]:
 
 
 def check_equal(what: str, ours: Tensor, theirs: Tensor, tolerance: float = 1e-5) -> None:
-    """AssertionError unless the two agree within ``tolerance`` of the largest element of ``theirs``
-    (and no less than that of 1, for outputs of ordinary size)."""
+    """Raise AssertionError unless the tensors agree within ``tolerance``.
+
+    ``tolerance`` is relative to the largest element of ``theirs``, or to 1 if that is larger.
+    """
     assert ours.shape == theirs.shape, f"{what}: shapes {ours.shape} and {theirs.shape}"
     ours, theirs = ours.detach().double(), theirs.detach().double()
     difference = (ours - theirs).abs().max().item()
@@ -197,15 +201,17 @@ def check_equal(what: str, ours: Tensor, theirs: Tensor, tolerance: float = 1e-5
 
 
 def kept_bytes(forward: Callable[[], Tensor], weights: list[Tensor]) -> int:
-    """Bytes that autograd keeps for the backward of ``forward``, each storage once, without those
-    of ``weights``."""
+    """Bytes that autograd keeps for the backward of ``forward``.
+
+    Each storage counts once, and those of ``weights`` not at all.
+    """
     known = {w.untyped_storage().data_ptr() for w in weights}
     kept: dict[int, Any] = {}
 
     def pack(t: Tensor) -> Tensor:
         storage = t.untyped_storage()
         if storage.data_ptr() not in known:
-            # holding the storage keeps its address from being given out twice
+            # held, so that no other storage gets the same address
             kept[storage.data_ptr()] = storage
         return t
 
@@ -217,9 +223,11 @@ def kept_bytes(forward: Callable[[], Tensor], weights: list[Tensor]) -> int:
 
 
 def allocated(run: Callable[[], Any]) -> tuple[int, int]:
-    """Bytes on the CPU that ``run`` leaves allocated while what it returned is alive, and the most
-    that it had at once, both beyond what was there before: counted from the allocator's own events,
-    memory within operators included."""
+    """(bytes left allocated, most bytes at once) of ``run`` on the CPU, beyond those before it.
+
+    The first is counted while its result is alive. Both come from the allocator's own events, so
+    that memory within operators counts too.
+    """
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         out = run()

@@ -1,4 +1,4 @@
-"""The table at the end of a run, and the file that keeps it."""
+"""The table at the end of a run, and the file that its rows are saved in."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _SCALES = {
 
 
 def table(results: list[Result]) -> list[str]:
-    """The rows as lines of text, under a heading."""
+    """The rows as lines of text under a heading."""
     rows = [_HEADINGS, *(_cells(result) for result in results)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADINGS))]
 
@@ -69,7 +69,7 @@ def _value(result: Result, provider: str) -> str:
 
 
 def explain(results: list[Result]) -> list[str]:
-    """What the columns mean, for the lines below the table."""
+    """The lines below the table that explain its columns."""
     lines = [
         "Medians of the wall clock [p20 p80]. ratio: peftkern / PEFT of the medians; 'added': what",
         "peftkern adds to the bare layer / what PEFT adds. paired: median of the rounds' ratios.",
@@ -83,7 +83,7 @@ def explain(results: list[Result]) -> list[str]:
 
 
 def machine() -> dict[str, Any]:
-    """What it ran on: processor, threads, versions, commit."""
+    """Facts of the machine and the code: processor, threads, versions, commit."""
     return {
         "cpu": _cpu_model(),
         "cpus": _cpus(),
@@ -118,7 +118,7 @@ def _cpu_model() -> str:
 
 
 def _commit() -> str | None:
-    """The commit of this checkout, with "+" when files differ from it; None without one."""
+    """The commit of this checkout, with "+" if files differ from it; None without git."""
     root = Path(__file__).resolve().parents[2]
 
     def git(*args: str) -> str | None:
@@ -133,7 +133,7 @@ def _commit() -> str | None:
 
 
 def save(results: list[Result]) -> Path:
-    """Write the results, every round included, under today's date and time (UTC)."""
+    """Write the results with every round to a file named by date and time (UTC); returns it."""
     now = datetime.datetime.now(datetime.UTC).replace(microsecond=0)
     content = {
         "date": now.isoformat(),

@@ -1,4 +1,4 @@
-"""The dropout mask's bits."""
+"""The entry of the kernel that draws the bits of dropout masks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Y of at most 16 rows in one launch."""
+"""The entry of the kernel for Y of at most 16 rows in one launch."""
 
 from __future__ import annotations
 

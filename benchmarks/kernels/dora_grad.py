@@ -1,4 +1,4 @@
-"""What DoRA's gain does to dY, and its own gradient."""
+"""The entry of the kernel for dY times DoRA's gain, and the gain's gradient."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DoRA's row norms of W + scale B A."""
+"""The entry of the kernel for DoRA's row norms of W + scale B A."""
 
 from __future__ import annotations
 

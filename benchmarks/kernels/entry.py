@@ -1,7 +1,7 @@
-"""The record that a kernel has here, and the tensors that its parts are handed.
+"""The record of a kernel's benchmarks and checks, and the tensors that its parts are given.
 
-Everything but ``traffic`` may be left out: a kernel that nobody races has no ``ops``, a second
-stage that others launch has no cases of its own.
+Every field but ``traffic`` is optional: a kernel without a race has no ``ops``, and a second stage
+that other kernels launch has no cases of its own.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..gpu.device import Device, randn
 from .traffic import Rule
 
 BF16, FP16, FP32, INT32 = torch.bfloat16, torch.float16, torch.float32, torch.int32
-# the shape that docs/goals.md counts with; specialisation sees only divisibility by 16
+# the shape in docs/goals.md; of sizes, specialisation uses only divisibility by 16
 M, K, N = 8192, 4096, 4096
 
 
@@ -34,9 +34,11 @@ class Case(NamedTuple):
 
 
 class Bucket(NamedTuple):
-    """Shapes that a race is to settle: M rows, rank r, K inputs, N outputs of each projection.
-    ``kind``: "low_rank" (kernels over X or dY alone), "joined" (that make S and Y, or dX and dA),
-    "product" (with W), "few" (at most 16 rows, with W)."""
+    """Shapes of one race: M rows, rank r, K inputs, and the outputs N of each projection.
+
+    ``kind`` is "low_rank" (kernels over X or dY alone), "joined" (kernels that make S and Y, or dX
+    and dA), "product" (with W), or "few" (with W, at most 16 rows).
+    """
 
     kind: str
     M: int
@@ -52,30 +54,30 @@ Exact = Callable[[], list[Tensor]]  # the outputs of copy 0 in float64
 
 @dataclass(frozen=True)
 class Raced:
-    """An op of the tuning tables."""
+    """The race of one op of the tuning tables."""
 
-    kind: str  # of the buckets that it is raced on
-    cases: Callable[[Bucket], Iterable[RaceCase]]  # none: this bucket is not one of its
-    candidates: Callable[[RaceCase], list[Any]]  # at most a dozen configs, beside the default
+    kind: str  # the kind of its buckets
+    cases: Callable[[Bucket], Iterable[RaceCase]]  # no case for a bucket that it does not take
+    candidates: Callable[[RaceCase], list[Any]]  # at most a dozen configs besides the default
     contest: Callable[[RaceCase, Drawn], tuple[Run, Exact]]
-    plan: Callable[[TableTensors, Any, Arch], list[Launch]]  # what a table's config compiles to
+    plan: Callable[[TableTensors, Any, Arch], list[Launch]]  # the launches of a table's config
     matrix_bound: bool = False
-    choices: tuple[str, ...] = ()  # what its ``config=`` takes besides configs
+    choices: tuple[str, ...] = ()  # values of its ``config=`` that are no configs
 
 
 @dataclass(frozen=True)
 class KernelEntry:
-    """What is proved and measured of the kernels in one file of ``kernels/``."""
+    """The benchmarks and checks of the kernels in one file of ``kernels/``."""
 
-    # {name of each @triton.jit kernel: bytes and operations of a launch}
+    # {name of each @triton.jit kernel: rule that gives bytes and operations of a launch}
     traffic: Mapping[str, Rule]
-    # the launches that ship, one for each shape class, rank and mask: compiled ahead of time
+    # the launches that ship, one for each shape class, rank and mask, to compile ahead of time
     cases: Callable[[Arch], Iterator[Case]] = lambda arch: iter(())
     # {op of the tuning tables: how it is raced}
     ops: Mapping[str, Raced] = field(default_factory=dict)
-    # what runs under the sanitizer: (what ran, its outputs), edges everywhere, splits forced
+    # runs for the sanitizer, as (name, outputs): incomplete tiles everywhere, splits forced
     sanitize: Callable[[Operands], Iterator[tuple[str, list[Tensor]]]] = lambda o: iter(())
-    # calls whose launches are counted by the hardware too
+    # calls whose launches the hardware's counters count too
     counted: Callable[[Operands], Iterator[Callable[[], Any]]] = lambda o: iter(())
 
 
@@ -105,14 +107,14 @@ def tag(
     dtype: torch.dtype = BF16,
     adapter: torch.dtype = FP32,
 ) -> str:
-    """The end of a case's name, as "r16x3 mask bf16/fp32"."""
+    """The end of a case's name, such as "r16x3 mask bf16/fp32"."""
     short = {BF16: "bf16", FP16: "fp16", FP32: "fp32"}
     ranks = f"r{rank}x{group}" if group > 1 else f"r{rank}"
     return f"{ranks}{' mask' if masked else ''} {short[dtype]}/{short[adapter]}"
 
 
 class Adapters(NamedTuple):
-    """A group of adapters that read one X."""
+    """A group of equal adapters that read one X; it makes their meta tensors."""
 
     r: int
     group: int = 1
@@ -129,12 +131,12 @@ class Adapters(NamedTuple):
         return [one] * self.group
 
     def ds(self) -> list[Tensor]:
-        """S or dS of each: columns of one matrix."""
+        """S or dS of each adapter: columns of one matrix."""
         s = meta(M, self.r * self.group, dtype=self.dtype)
         return [s[:, i * self.r : i * self.r + self.r] for i in range(self.group)]
 
     def low(self, *shape: int) -> list[Tensor]:
-        """A or B of each."""
+        """A or B of each adapter."""
         return [meta(*shape, dtype=self.adapter)] * self.group
 
     def grads(self, *shape: int) -> list[Tensor]:
@@ -147,7 +149,7 @@ ADAPTERS = (
     Adapters(16, 3), Adapters(16, 3, True), Adapters(64, 2, True, BF16, BF16),
     Adapters(16, 1, True, FP32),
 )  # fmt: skip
-# for kernels that hold a whole group: ranks of at most 128 together
+# for kernels that hold a whole group, whose ranks may sum to at most 128
 JOINED = (
     Adapters(16), Adapters(16, 1, True), Adapters(16, 3, True), Adapters(64, 2, True, BF16, BF16),
     Adapters(128, 1, True), Adapters(16, 1, True, FP32),
@@ -155,18 +157,18 @@ JOINED = (
 
 
 class TableTensors:
-    """Meta tensors of one entry of a tuning table, sides named by its key: X is ("m", "k")."""
+    """Makes meta tensors of one entry of a tuning table, by names of its key: X is ("m", "k")."""
 
     def __init__(self, key: tuning.Key) -> None:
         self.key = key
         self.dtype, self.adapter = getattr(torch, key.dtype), getattr(torch, key.adapter_dtype)
 
     def __call__(self, *dims: str) -> Tensor:
-        """A matrix of activations, its sides named by fields of the key."""
+        """A matrix of activations; each side is the value of a field of the key."""
         return meta(*(getattr(self.key, d) for d in dims), dtype=self.dtype)
 
     def low(self, *dims: str) -> Tensor:
-        """A or B."""
+        """A or B, its sides given as for activations."""
         return meta(*(getattr(self.key, d) for d in dims), dtype=self.adapter)
 
     def grad(self, *dims: str) -> Tensor:
@@ -203,13 +205,13 @@ class Drawn:
         return [randn(self._device, *shape, dtype=dtype, scale=scale) for _ in range(self._copies)]
 
     def adapters(self, *shape: int) -> list[Tensor]:
-        """bf16 values, whatever dtype holds them."""
+        """Copies of A or B with bf16's values, in the adapter's dtype."""
         drawn = self.some(*shape, dtype=torch.float32, scale=0.1)
         return [t.bfloat16().to(self._adapter) for t in drawn]
 
 
 class Operands:
-    """One X [M, K], W [N, K], A [r, K] and B [N, r] (fp32), S [M, r], dY [M, N] and packed mask."""
+    """One X [M, K], W [N, K], A [r, K] and B [N, r] (fp32), S [M, r], dY [M, N], packed mask."""
 
     def __init__(self, device: str, M: int, K: int, N: int, r: int) -> None:
         self.device, self.M, self.K, self.N, self.r = device, M, K, N, r
@@ -218,5 +220,5 @@ class Operands:
         self.words = bits.dropout_bits(M, K, 0.1, 7, device=device)
 
     def __call__(self, *shape: int, dtype: torch.dtype = BF16) -> Tensor:
-        """Normal numbers on the device."""
+        """A tensor of normal numbers on the device."""
         return torch.randn(*shape, dtype=FP32, device=self.device).to(dtype)

@@ -1,4 +1,4 @@
-"""The low-rank part of Y and of dX, expanded to a matrix."""
+"""The entry of the kernel that expands the low-rank part of Y and of dX to a matrix."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _cases(arch: Arch) -> Iterator[Case]:
 
 
 def _race_cases(b: Bucket) -> Iterator[RaceCase]:
-    if len(b.Ns) == 1 and not b.mask:  # a mask is for dX
+    if len(b.Ns) == 1 and not b.mask:  # only dX has a mask
         yield RaceCase("expand", b.M, b.Ns[0], 0, b.r)
 
 

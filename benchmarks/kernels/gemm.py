@@ -1,4 +1,4 @@
-"""The product with W and the low-rank part in one kernel: forward, backward, DoRA's forward."""
+"""The entry of the kernel for the product with W and the low-rank part, in Y and in dX."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def _traffic(f: Facts) -> Traffic:
 
 
 def _cases(arch: Arch) -> Iterator[Case]:
-    """Forward (W [N, K] and [K, N]), backward, groups, the pointer variant, and DoRA's gain."""
+    """Cases forward (W [N, K] and [K, N]), backward, of groups, with pointers, and with a gain."""
     for g in (
         Adapters(16),
         Adapters(64, 1, True),
@@ -70,7 +70,7 @@ def _cases(arch: Arch) -> Iterator[Case]:
         r, dtype = g.r, g.dtype
         x, y, s = meta(M, K, dtype=dtype), meta(M, N, dtype=dtype), meta(M, r, dtype=dtype)
         w, a, (b, *_) = meta(N, K, dtype=dtype), g.low(r, K), g.low(N, r)
-        fast = dtype != FP32  # fp32 multiplies exactly by default, off the matrix units
+        fast = dtype != FP32  # by default fp32 products are exact, without the matrix units
         config = gemm.default_config(
             M, N, r, arch, group=g.group, masked=g.masked, itemsize=dtype.itemsize
         )
@@ -93,7 +93,7 @@ def _cases(arch: Arch) -> Iterator[Case]:
             )
             yield from named(f"gemm Y M64 {tag}", launches, fast)
     pointers = gemm.GemmConfig(128, 128, 32 if arch.shared < 160_000 else 64)
-    odd = meta(M, K + 1)[:, :K]  # rows off 16 bytes: no descriptor can hold them
+    odd = meta(M, K + 1)[:, :K]  # rows not aligned to 16 bytes, as no descriptor allows
     launches = gemm.plan_gemm(
         meta(M, N), [odd], [meta(N, K)], [meta(M, 16)], [meta(16, N)], [None], None, arch, pointers
     )

@@ -1,4 +1,4 @@
-"""Gradients of A."""
+"""The entry of the kernel for the gradients of A."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _traffic(f: Facts) -> Traffic:
 
 def _cases(arch: Arch) -> Iterator[Case]:
     for g in ADAPTERS:
-        for k in (K, 14336):  # narrow strips, and wide ones
+        for k in (K, 14336):  # the default config has narrow strips for one, wide for the other
             x, das = meta(M, k, dtype=g.dtype), g.grads(g.r, k)
             config = grad_a.default_config(M, k, arch, [g.r] * g.group)
             launches = grad_a.plan_grad_a(x, g.ds(), g.words(M, k), das, config)

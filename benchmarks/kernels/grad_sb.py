@@ -1,4 +1,4 @@
-"""Gradients of S and of B in one pass over dY, or in two."""
+"""The entry of the kernels for the gradients of S and of B, in one pass over dY or in two."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _cases(arch: Arch) -> Iterator[Case]:
 
 
 def _race_cases(b: Bucket) -> Iterator[RaceCase]:
-    if len(b.Ns) == 1 and not b.mask:  # nothing here is masked
+    if len(b.Ns) == 1 and not b.mask:  # a mask would change nothing here
         yield RaceCase("grad_sb", b.M, b.Ns[0], 0, b.r)
 
 

@@ -1,4 +1,4 @@
-"""Gradients of X and of A in one pass over X."""
+"""The entry of the kernel for the gradients of X and of A in one pass over X."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A batch whose samples name adapters."""
+"""The entry of the kernel for a batch in which each sample names its adapter."""
 
 from __future__ import annotations
 
@@ -29,8 +29,10 @@ from .traffic import Facts, Traffic, cdiv, nbytes, unit_of
 
 
 def _traffic(f: Facts) -> Traffic:
-    """What is read depends on the index, which is data: counted is the worst, every tile meeting as
-    many of the largest adapters as it touches samples."""
+    """Traffic of a launch in the worst case, as the index that it depends on is data.
+
+    In the worst case every tile meets as many of the largest adapters as it has samples.
+    """
     x, w, index, ranks = f["x"], f["w"], f["index"], [r // 16 for r in f["ranks"]]
     M, N, K, T = f["M"], f["N"], f["K"], f["T"]
     tiles_m, tiles_n = cdiv(M, f["BLOCK_M"]), cdiv(N, f["BLOCK_N"])
@@ -54,7 +56,7 @@ def _traffic(f: Facts) -> Traffic:
 
 
 def _cases(arch: Arch) -> Iterator[Case]:
-    """Decode of 1 and 16 samples, and prefill of 8."""
+    """Cases of decoding 1 and 16 samples and of the prefill of 8."""
     for m, samples, ranks, dtype, adapter in (
         (1, 1, (16,), BF16, FP32),
         (1, 1, (16,) * 4, BF16, FP32),
@@ -69,7 +71,7 @@ def _cases(arch: Arch) -> Iterator[Case]:
         (M, 8, (8, 16, 32, 64), BF16, FP32),
         (M, 8, (16,) * 8, FP16, FP16),
         (M, 8, (128,) * 8, BF16, FP32),
-        (M, M // 16, (16,) * 8, BF16, FP32),  # many short samples: tiles of many adapters
+        (M, M // 16, (16,) * 8, BF16, FP32),  # many short samples: a tile meets many adapters
         (M, 8, (8, 16, 32, 64), FP32, FP32),
     ):
         As = [meta(r, K, dtype=adapter) for r in ranks]
@@ -80,7 +82,7 @@ def _cases(arch: Arch) -> Iterator[Case]:
         x, w = meta(m, K, dtype=dtype), meta(N, K, dtype=dtype)
         launches = _launches(arch, x, w, As, Bs, samples, None)
         yield from named(name, launches, m == M and dtype != FP32)
-    # rows off 16 bytes everywhere, slices of longer ones: nothing can be read 16 bytes at a time
+    # slices of longer rows, none aligned to 16 bytes, so that no load can be 16 bytes wide
     for m, samples in ((16, 16), (M, 8)):
         x, w = meta(m, K + 1)[:, :K], meta(K, N + 1)[:, :N].T
         As = [meta(r, K + 1, dtype=FP32)[:, :K] for r in (8, 24)]
@@ -112,7 +114,7 @@ def _sanitize(o: Operands) -> Iterator[tuple[str, list[Tensor]]]:
     As = [o.a, o(20, o.K, dtype=FP32), None]
     Bs = [o.b, o(o.N, 20, dtype=FP32), None]
     for samples, choice in ((1, [1]), (4, [1, -1, 0, 7]), (36, [1, -1, 0, 2] * 9)):
-        index = torch.tensor(choice, dtype=torch.int32, device=o.device)  # 7: out of range, none
+        index = torch.tensor(choice, dtype=torch.int32, device=o.device)  # 7: no such adapter
         for rows in dict.fromkeys((samples, 36)):
             config = mixed.MixedConfig(16, 32, 32, 16, group_m=2)
             y = mixed.mixed(o.x[:rows], o.w, As, Bs, [2.0] * 3, index, config=config)

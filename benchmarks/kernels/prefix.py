@@ -1,5 +1,6 @@
-"""What the entries of the prefix kernels share: problems to compile and to sanitize, and what their
-launches read. No entry itself.
+"""Shared by the entries of the prefix kernels: problems to compile and sanitize, and byte counts.
+
+This file has no entry of its own.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def problem(
     P: int = 128,
     **options: Any,
 ) -> prefix_tile.Problem:
-    """q, k and v as transformers has them: [B, rows, heads, D] seen transposed."""
+    """A problem whose q, k, v [B, heads, rows, D] are [B, rows, heads, D] in memory."""
     H, H_kv = heads
     q, k, v = (
         meta(B, n, h, D, dtype=dtype).transpose(1, 2) for n, h in ((T, H), (S, H_kv), (S, H_kv))
@@ -43,7 +44,7 @@ WINDOW: dict[str, Any] = dict(window=256)
 
 
 def everything() -> dict[str, Any]:
-    """Every option at once."""
+    """Arguments of :func:`problem` that turn every option on."""
     return WINDOW | dict(
         padded=True, softcap=50.0, sinks=meta(32, dtype=BF16), q_offset=meta(1, dtype=INT32),
         no_prefix=meta(8, dtype=torch.bool),
@@ -51,7 +52,7 @@ def everything() -> dict[str, Any]:
 
 
 def training() -> Iterator[tuple[str, prefix_tile.Problem, bool]]:
-    """(name, problem, whether its products are to use the fastest matrix instruction)."""
+    """(name, problem, True when its products must use the fastest matrix instruction)."""
     sinks = meta(32, dtype=BF16)
     for D, dtype, name, options in (
         (128, BF16, "causal", {}),
@@ -75,17 +76,17 @@ def training() -> Iterator[tuple[str, prefix_tile.Problem, bool]]:
 
 
 class Sample(NamedTuple):
-    """Operands of one run: edges in every dimension, tiles smaller than the problem."""
+    """Operands of one run, with an incomplete tile at the end of every dimension."""
 
     name: str
     q: Tensor
     grad: Tensor
-    sources: tuple[Tensor, Tensor, Tensor, Tensor]  # k, v, and the prefix's
+    sources: tuple[Tensor, Tensor, Tensor, Tensor]  # k, v, and those of the prefix
     options: dict[str, Any]
 
 
 def samples(o: Operands) -> Iterator[Sample]:
-    """Every mask, with a shared prefix and with one for each row."""
+    """Samples with every kind of mask, each with one shared prefix and with a prefix per row."""
     B, H, H_kv, S, P, D = 2, 4, 2, 37, 19, 24
     k, v = (o(B, S, H_kv, D).transpose(1, 2) for _ in range(2))
     keep = torch.arange(S, device=o.device)[None] >= torch.tensor([[0], [20]], device=o.device)
@@ -106,8 +107,11 @@ def samples(o: Operands) -> Iterator[Sample]:
 
 
 def pairs(f: Facts) -> int:
-    """(query, key) pairs of one head that see each other; an offset on the device counts as its
-    default, padding and rows without a prefix as seen."""
+    """The number of (query, key) pairs of one head in which the query sees the key.
+
+    An offset on the device counts as its default. Padded keys, and the prefix in rows without one,
+    count as seen.
+    """
     T, S, P = f["T"], f["S"], f["P"]
     if not f["CAUSAL"]:
         return T * (S + P)
@@ -121,14 +125,14 @@ def pairs(f: Facts) -> int:
 
 
 def sources(f: Facts) -> tuple[int, int, int]:
-    """Bytes of the own keys and values, of the prefix's, and of the small things beside them."""
+    """Bytes of own keys and values, of the prefix's, and of masks and the offset together."""
     own, prefix = nbytes(f["k"]) + nbytes(f["v"]), nbytes(f["prefix_key"]) * 2
     rest = total(f[n] for n in ("keep", "no_prefix", "q_offset_at"))
     return own, prefix, rest
 
 
 def per_program(f: Facts, rows: int) -> int:
-    """Bytes of keys and values that all programs with a tile of ``rows`` query rows ask for."""
+    """Bytes of keys and values that all programs load, each with a tile of ``rows`` query rows."""
     B, H, T, _ = f["q"].shape
     size = 2 * f["D"] * f["q"].element_size()
     offset = f["q_offset"] if f["q_offset_at"] is None else f["S"] - T

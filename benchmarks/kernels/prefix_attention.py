@@ -1,4 +1,4 @@
-"""Prefix attention, forward."""
+"""The entry of the kernel for prefix attention, forward."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _traffic(f: Facts) -> Traffic:
 
 
 def launches(x: prefix_tile.Problem, arch: Arch) -> list[Launch]:
-    """With the default config."""
+    """The launches with the default config."""
     B, H, _, T, _, _, D = x.sizes
     config = prefix_attention.default_config(D, arch, x.q.element_size())
     return prefix_attention.plan_attend(x, x.rows_like_q(), meta(B, H, T, dtype=FP32), config)

@@ -1,4 +1,4 @@
-"""Prefix attention, backward."""
+"""The entry of the kernels for prefix attention, backward."""
 
 from __future__ import annotations
 
@@ -30,8 +30,11 @@ def _grad_rows(f: Facts) -> Traffic:
 
 
 def _grad_keys(f: Facts) -> Traffic:
-    """The rows are walked once for the own keys and once for the prefix, by programs that share
-    them as far as they run together."""
+    """Traffic of a launch for the gradients of keys and values.
+
+    The query rows are read once for the own keys and once for the prefix: programs that run at the
+    same time share their loads.
+    """
     own, others, rest = prefix.sources(f)
     rows = nbytes(f["q"]) + nbytes(f["grad_o"]) + nbytes(f["lse"]) + nbytes(f["delta"])
     B, H, _, D = f["q"].shape
@@ -43,13 +46,13 @@ def _grad_keys(f: Facts) -> Traffic:
         written=total(f[name] for name in gradients),
         flops=8 * B * H * D * prefix.pairs(f),
         unit=unit_of(f["q"].dtype),
-        # half of what lies under the diagonal is skipped in whole tiles; bounded by all of it
+        # an upper bound: with a causal mask, tiles that see nothing are skipped
         requested=rows * (tiles_p + tiles_s) + own + others + rest,
     )  # fmt: skip
 
 
 def launches(x: prefix_tile.Problem, arch: Arch) -> list[Launch]:
-    """With the default config."""
+    """The launches with the default config."""
     B, H, _, T, _, _, _ = x.sizes
     o, lse = x.rows_like_q(), meta(B, H, T, dtype=FP32)
     grads = prefix_backward.Grads(

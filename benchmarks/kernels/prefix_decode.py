@@ -1,4 +1,4 @@
-"""Prefix attention of a few query rows."""
+"""The entry of the kernel for prefix attention of a few query rows."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _merge(f: Facts) -> Traffic:
 
 
 def launches(x: prefix_tile.Problem, arch: Arch) -> list[Launch]:
-    """With the default config."""
+    """The launches with the default config."""
     B, H, _, T, _, _, _ = x.sizes
     config = prefix_decode.default_config(x.sizes, x.shared, arch, x.q.element_size())
     return prefix_decode.plan_decode(x, x.rows_like_q(), meta(B, H, T, dtype=FP32), config)

@@ -1,4 +1,4 @@
-"""The second stage of split sums, which the kernels that split launch."""
+"""The entry of the kernel for the second stage of split sums, launched by kernels that split."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""S of a group of adapters."""
+"""The entry of the kernel for S of a group of adapters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""S and the low-rank part of Y in one launch."""
+"""The entry of the kernel for S and the low-rank part of Y in one launch."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _cases(arch: Arch) -> Iterator[Case]:
         ys = [meta(M, N, dtype=g.dtype)] * g.group
         biases = [meta(N, dtype=g.dtype), *[None] * g.group][: g.group]
         scales = [1.0] * g.group
-        for m in (M, 4096):  # fewer rows a program below
+        for m in (M, 4096):  # with the smaller M a program has fewer rows
             config = shrink_expand.default_config(m, [g.r] * g.group, arch)
             launches = shrink_expand.plan_shrink_expand(
                 x, g.low(g.r, K), g.low(N, g.r), g.words(), biases, scales, s, ys, config
@@ -63,7 +63,7 @@ def _cases(arch: Arch) -> Iterator[Case]:
 
 def _race_cases(b: Bucket) -> Iterator[RaceCase]:
     group = len(b.Ns)
-    if fits([b.r] * group):  # raced where its counterpart of the backward is
+    if fits([b.r] * group):  # the same condition as for the backward's joined kernel
         yield RaceCase("shrink_expand", b.M, sum(b.Ns), b.K, b.r, b.mask, group=group, ns=b.Ns)
 
 
@@ -99,7 +99,7 @@ def _contest(case: RaceCase, t: Drawn) -> tuple[Run, Exact]:
 def _plan(t: TableTensors, config: Any, arch: Arch) -> list[Launch]:
     k, g = t.key, t.key.group
     s = meta(k.m, k.r * g, dtype=t.dtype)
-    # n is the sum over the group; how it is shared out does not matter to the compiler
+    # n is the sum over the group; the compiled code does not depend on how it is divided
     Bs, ys = [t.low("n", "r")] * g, [t("m", "n")] * g
     As, scales = [t.low("r", "k")] * g, [1.0] * g
     x, biases = t("m", "k"), [None] * g

@@ -1,4 +1,4 @@
-"""Every kernel's entry: the one table that race, static, cost, sanitizer, counters and tests read.
+"""The one table of all kernels' entries, for race, static, cost, sanitizer, counters and tests.
 
 A line of :data:`peftkern.kernels.registry.KERNELS` names a file of ``kernels/``; the file of that
 name here holds its :class:`~.entry.KernelEntry` as ``ENTRY``.
@@ -21,7 +21,7 @@ def entries() -> dict[str, KernelEntry]:
     """{file of ``kernels/``: its entry}, in the order of the registry.
 
     Raises:
-        ValueError: an entry and its line name other ops, or two kernels have one name.
+        ValueError: an entry and its line name different ops, or two kernels have one name.
     """
     found = {name: importlib.import_module(f"{__package__}.{name}").ENTRY for name in KERNELS}
     for name, entry in found.items():
@@ -44,7 +44,7 @@ def ops() -> dict[str, Raced]:
 
 @functools.cache
 def rules() -> dict[str, Rule]:
-    """{name of a kernel: its traffic}."""
+    """{name of a kernel: its rule of traffic}."""
     return {name: rule for entry in entries().values() for name, rule in entry.traffic.items()}
 
 
@@ -58,5 +58,6 @@ def traffic(launch: Any) -> Traffic:
     if kernel not in rules():
         known = ", ".join(rules())
         raise KeyError(f"kernel {kernel} has no traffic rule; benchmarks.kernels has {known}")
-    arguments = dict(zip(launch.kernel.arg_names, launch.args, strict=False))  # constants follow
+    # zip ends at the last argument that is given; constants follow it
+    arguments = dict(zip(launch.kernel.arg_names, launch.args, strict=False))
     return rules()[kernel](arguments | launch.meta | {"grid": launch.grid})

@@ -1,11 +1,12 @@
-"""What one launch moves: the record that every count of bytes is made of, and how operands count.
+"""The record of one launch's traffic, and helpers that count its operands.
 
-``read`` and ``written`` are bytes of device memory under the rule that holds for vendor kernels
-too: each operand once for every sweep over it. Programs that run at the same time share what they
-load through the L2 cache, so a tile that many of them load counts once; a rank chunk that walks the
-whole of dY a second time counts it twice. ``requested`` is the other end: bytes that all programs
-together ask for, repeats included, with masked lanes left out; the hardware's L2 counters should
-show it (ring 4). It is 0 where a kernel is the vendor's.
+``read`` and ``written`` are bytes of device memory. The rule is the one for vendor kernels: each
+operand counts once for every sweep over it. Programs that run at the same time share their loads
+through the L2 cache, so a tile that many of them load counts once. A rank chunk that walks the
+whole of dY a second time counts it twice.
+
+``requested`` is the bytes that all programs together load, repeats included and masked lanes left
+out; the hardware's L2 counters should show it (ring 4). It is 0 for a vendor's kernel.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class Traffic(NamedTuple):
     read: int
     written: int
     flops: int = 0
-    unit: str = "none"  # which rate the flops run at: matrix, fp32, or none
+    unit: str = "none"  # the rate at which the flops run: matrix, fp32, or none
     requested: int = 0
 
     @property
@@ -38,15 +39,18 @@ Rule = Callable[[Facts], Traffic]
 
 
 def unit_of(dtype: torch.dtype) -> str:
-    """Products of two-byte floats run on the matrix unit; fp32 products do not, as torch is set."""
+    """The unit for products of ``dtype``: "matrix" for two-byte floats, else "fp32".
+
+    torch's default setting keeps fp32 products off the matrix units.
+    """
     return "matrix" if dtype.itemsize <= 2 else "fp32"
 
 
 def nbytes(t: Any) -> int:
-    """Bytes of a tensor's elements, of what a tensor descriptor describes, or 0 for None."""
+    """Bytes of the elements of a tensor or of a tensor descriptor; 0 for None."""
     if t is None:
         return 0
-    base = getattr(t, "base", t)  # a TensorDescriptor keeps its tensor there
+    base = getattr(t, "base", t)  # the tensor of a TensorDescriptor
     return math.prod(t.shape) * base.element_size()
 
 
@@ -56,7 +60,7 @@ def total(ts: Iterable[Any]) -> int:
 
 
 def once(ts: Iterable[Any]) -> int:
-    """Bytes of the tensors in ``ts``, one that is there several times counted once."""
+    """Bytes of the distinct tensors in ``ts``; one that repeats counts once."""
     return total({id(t): t for t in ts if t is not None}.values())
 
 
@@ -65,7 +69,7 @@ def cdiv(a: int, b: int) -> int:
 
 
 def low_rank(f: Facts) -> tuple[int, int, int]:
-    """(read, requested, flops) of the part that expand and gemm share: Ls, Rs, words, bias."""
+    """(read, requested, flops) of the operands of both expand and gemm: Ls, Rs, words, bias."""
     tiles_m, tiles_n = cdiv(f["M"], f["BLOCK_M"]), cdiv(f["N"], f["BLOCK_N"])
     left, right, bias = total(f["Ls"]), total(f["Rs"]), nbytes(f["bias"])
     return (

@@ -1,5 +1,7 @@
-"""The launches that ``benchmarks.static`` compiles: what ships (:mod:`benchmarks.kernels`), and the
-configs of tuning tables, as a race may have picked a tile that no default uses.
+"""The launches that ``benchmarks.static`` compiles.
+
+They are the launches that ship (:mod:`benchmarks.kernels`) and those of the configs in tuning
+tables, as a race may have picked a tile that no default uses.
 """
 
 from __future__ import annotations
@@ -15,19 +17,21 @@ from ..kernels.table import entries, ops
 
 
 def cases(arch: Arch) -> Iterator[Case]:
-    """Every case for ``arch``; names are unique, equal launches (same kernel and specialisation)
-    may repeat.
+    """Every case for ``arch``.
+
+    Names are unique; equal launches (same kernel and specialisation) may repeat.
     """
     for entry in entries().values():
         yield from entry.cases(arch)
 
 
 def tuned_cases(arch: Arch, folder: Path = tuning.FOLDER) -> Iterator[Case]:
-    """A case for each launch of each config in the tables for ``arch``'s capability; entries that
-    keep the default, or choose a way to run a whole operation, have none.
+    """A case for each launch of each config in the tables for ``arch``'s capability.
+
+    Entries that keep the default, or that choose a way to run a whole operation, have none.
 
     Raises:
-        ValueError: a table, an entry or its config is not valid; names the file.
+        ValueError: a table, an entry or its config is not valid; the message names the file.
     """
     for path in sorted(folder.glob("device_name=*.json")):
         table = tuning.load(path)

@@ -1,8 +1,7 @@
-"""One launch through Triton's compiler without a GPU, and what the machine code says about itself.
+"""Compiles one launch with Triton and no GPU, and reads facts from the machine code.
 
-The facts come from the compiler alone; what they are judged by is in ``benchmarks.static``. A
-change to this file makes every kept result stale (``benchmarks.static.key``), so it holds nothing
-else.
+The facts come from the compiler alone; ``benchmarks.static`` judges them. A change to the code in
+this file makes every kept result stale (``benchmarks.static.key``), so it holds nothing else.
 """
 
 from __future__ import annotations
@@ -31,9 +30,9 @@ INSTRUCTIONS = {
 
 
 class NoDevice:
-    """Stands in for Triton's driver, so that the compiler sees ``target`` where a GPU would be.
+    """Stands in for Triton's driver, so that the compiler sees ``target`` instead of a GPU.
 
-    Triton keeps compiled kernels per device: two with another ``label`` share none.
+    Triton keeps compiled kernels per device; two with different labels share none.
     """
 
     def __init__(self, target: GPUTarget, label: str = "") -> None:
@@ -53,14 +52,14 @@ _compilations = itertools.count()
 
 
 def gpu_target(name: str) -> GPUTarget:
-    """Triton's target for "sm_90", "gfx942", ..."""
+    """Triton's target for an architecture such as "sm_90" or "gfx942"."""
     if name.startswith("gfx"):
         return GPUTarget("hip", name, 64)
     return GPUTarget("cuda", int(name.removeprefix("sm_")), 32)
 
 
 def _read_cuda(compiled: Any, log: str) -> tuple[dict[str, int], str]:
-    """From what ptxas told Triton: the very run that made the code, with the options it had."""
+    """({"registers", "spilled", "stack"}, PTX), from ptxas's log of this very compilation."""
 
     def bytes_of(what: str) -> int:
         found = re.findall(rf"(\d+) bytes {what}", log)
@@ -91,12 +90,13 @@ def _read_hip(compiled: Any, log: str) -> tuple[dict[str, int], str]:
 
 
 def compile_launch(launch: Launch, name: str) -> dict[str, Any]:
-    """The launch compiled for architecture ``name``: warps, registers a thread, bytes spilled and
-    of stack a thread, shared bytes a program, columns of tensor memory, and how often each
-    instruction of INSTRUCTIONS occurs. ``{"error": ...}`` where the compiler gives up.
+    """Facts of the launch compiled for architecture ``name``; ``{"error": ...}`` if that fails.
+
+    They are warps, registers a thread, bytes spilled and bytes of stack a thread, shared bytes a
+    program, columns of tensor memory, and how often each instruction of INSTRUCTIONS occurs.
     """
     target = gpu_target(name)
-    # Nothing may answer in place of the compiler: no device is met twice, no file is read.
+    # No cache may answer for the compiler: each call has another device, and no file is read.
     driver.set_active(NoDevice(target, label=f"{next(_compilations)} "))
     triton.knobs.compilation.always_compile = True
     triton.knobs.nvidia.dump_ptxas_log = True

@@ -1,10 +1,10 @@
-"""What the compiled code of a launch depends on, as one short hash.
+"""A short hash of everything that the compiled code of a launch depends on.
 
 It covers the kernel's statements with those of every function and constant it names, the launch as
 Triton specialises it (types, divisibility, constexprs, warps, stages), the architecture, the
 versions of Triton and its assembler, and the code that reads the result. It does not cover
-comments, docstrings, layout or the position in a file, sizes that Triton does not specialise on, or
-the names of cases. So an edit makes stale what it can change and nothing else.
+comments, docstrings, layout, the position in a file, sizes that Triton does not specialise on, or
+the names of cases. So an edit makes only those results stale that it can change.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ from .compiling import NoDevice, gpu_target
 
 
 def statements(tree: ast.AST) -> str:
-    """``tree`` as text that is the same for every Python: empty fields (of which newer versions
-    have more) and docstrings are left out.
+    """``tree`` as text that is the same for every Python.
+
+    Docstrings are left out, and empty fields, of which newer versions have more.
     """
 
     def show(node: Any) -> str:
@@ -58,8 +59,10 @@ def _is_triton(value: Any) -> bool:
 
 
 def _named(tree: ast.AST, scope: dict[str, Any]) -> dict[str, Any]:
-    """Values outside ``tree`` that it reads: globals, closures, and attributes of modules; Triton's
-    own are covered by its version.
+    """{name: value} of everything outside ``tree`` that it reads.
+
+    That is globals, closures, and attributes of modules other than Triton's, whose version is part
+    of the key.
     """
     local = {n.arg for n in ast.walk(tree) if isinstance(n, ast.arg)}
     local |= {
@@ -82,7 +85,7 @@ def _named(tree: ast.AST, scope: dict[str, Any]) -> dict[str, Any]:
 
 
 def source_text(kernel: Any) -> str:
-    """Everything written by us that the kernel's code comes from."""
+    """The statements and constants of this project that the kernel's code is made from."""
     parts: dict[Any, str] = {}
 
     def add(function: Any) -> None:
@@ -105,7 +108,7 @@ def source_text(kernel: Any) -> str:
     return "\n".join(parts.values())
 
 
-_sources: dict[Any, str] = {}  # a decorated kernel's own hash would be Triton's
+_sources: dict[Any, str] = {}  # by plain function, as Triton gives decorated kernels its own hash
 
 
 def _source_hash(kernel: Any) -> str:
@@ -126,7 +129,7 @@ def _compiler(name: str) -> str:
 
 
 def specialization(launch: Launch, name: str) -> str:
-    """The launch as Triton's own cache sees it: the hook is told the key and stops the compiler."""
+    """The key of the launch in Triton's own cache, from a hook that then stops the compiler."""
     told: list[str] = []
 
     def stop(*, key: Any, **_: Any) -> bool:
@@ -145,7 +148,7 @@ def specialization(launch: Launch, name: str) -> str:
 
 
 def key_of(launch: Launch, name: str) -> str:
-    """16 hexadecimal digits for the code that ``launch`` compiles to on architecture ``name``."""
+    """The key, 16 hexadecimal digits, of ``launch`` compiled for architecture ``name``."""
     covered = [
         _source_hash(launch.kernel),
         specialization(launch, name),

@@ -1,19 +1,18 @@
-"""Ring 3: compile every shipped kernel configuration for every architecture, without a GPU, and
-read what came out.
+"""Ring 3: compiles every shipped kernel config for every architecture without a GPU, and judges it.
 
     python -m benchmarks.static [--arch sm_90 ...] [--only TEXT ...] [--json] [--no-cache]
     python -m benchmarks.static --refresh   # after a change to a kernel, a config or the cases
 
-Prints kernel case, warps, registers, spilled bytes, stack, shared memory against the limit,
-occupancy and the matrix and copy instructions in the machine code. Exits 1 on a compile error, a
-spill, shared or tensor memory over the limit, a matrix-bound case without the architecture's
-matrix instruction (wgmma on sm_90, tcgen05 on sm_100), or a launch for which Triton makes no
-launcher (:mod:`.launching`). It says nothing about speed or results:
-rings 2 and 4 do.
+It prints, for each case of a kernel, the warps, registers, spilled bytes, stack, shared memory with
+its limit, occupancy, and the matrix and copy instructions in the machine code. The exit status is 1
+after a compile error, a spill, shared or tensor memory over the limit, a matrix-bound case without
+the architecture's matrix instruction (wgmma on sm_90, tcgen05 on sm_100), or a launch for which
+Triton makes no launcher (:mod:`.launching`). It tests neither speed nor results, which rings 4 and
+2 do.
 
-What the compiler said is kept under a key that covers all it depends on (:mod:`.key`), in
-``results/static/triton-<version>.json``, which is committed, and in the user's cache. So a repeat
-takes seconds, and an edit compiles what it changed.
+The compiler's results are kept under a key that covers everything they depend on (:mod:`.key`): in
+``results/static/triton-<version>.json``, which is committed, and in the user's cache. So a second
+run takes seconds, and after an edit only changed kernels are compiled.
 """
 
 from __future__ import annotations
@@ -45,9 +44,7 @@ from peftkern.kernels.common import Arch
 
 
 class Target(NamedTuple):
-    """An architecture: what default configs see of it, and what bounds the programs on one
-    multiprocessor.
-    """
+    """An architecture: the facts for default configs, and the limits of one multiprocessor."""
 
     arch: Arch
     threads: int
@@ -66,11 +63,14 @@ TARGETS = {
     "gfx942": Target(Arch(304, 80, 65536), 2048, 32, 65536, "hip"),
 }
 TENSOR_MEMORY = 512  # columns, sm_100
-MATRIX = {"sm_90": "wgmma", "sm_100": "tcgen05"}  # elsewhere mma.sync is the only one
+MATRIX = {"sm_90": "wgmma", "sm_100": "tcgen05"}  # other architectures only have mma.sync
 
 
 def occupancy(target: Target, row: dict[str, Any]) -> float:
-    """Share of a multiprocessor's threads that resident programs fill (NVIDIA's granularity)."""
+    """The share of a multiprocessor's threads that resident programs fill, from 0 to 1.
+
+    Registers are rounded up to NVIDIA's granularity.
+    """
     threads = 32 * row["warps"]
     per_warp = -(-row["registers"] * 32 // 256) * 256
     fits = [target.threads // threads, target.programs, 65536 // max(1, per_warp * row["warps"])]
@@ -80,7 +80,7 @@ def occupancy(target: Target, row: dict[str, Any]) -> float:
 
 
 def specify(case: Case, name: str) -> dict[str, Any]:
-    """A row before its facts are known; with ``error`` where Triton refuses the launch itself."""
+    """A row without its facts; with ``error`` when Triton refuses the launch itself."""
     kernel = case.launch.kernel
     row: dict[str, Any] = {
         "arch": name,
@@ -96,7 +96,7 @@ def specify(case: Case, name: str) -> dict[str, Any]:
 
 
 def judge(row: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
-    """The row with its facts, what bounds them, and a ``problem`` where there is one."""
+    """The row with its facts, their limits, and a ``problem`` if it has one."""
     row = row | facts
     if "error" in row:
         return row
@@ -108,7 +108,7 @@ def judge(row: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
         problems.append(f"spills {row['spilled']} bytes")
     if row["shared"] > row["limit"]:
         problems.append(f"shared {row['shared']} over {row['limit']}")
-    # More tensor memory than there is does not stop the compiler: it emits an empty kernel, and the
+    # With too much tensor memory the compiler does not fail: it emits an empty kernel, and the
     # launch fails.
     if row["tensor_memory"] > TENSOR_MEMORY:
         problems.append(f"tensor memory {row['tensor_memory']} columns over {TENSOR_MEMORY}")
@@ -118,22 +118,22 @@ def judge(row: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def measure(case: Case, name: str) -> dict[str, Any]:
-    """One row, compiled now: ``case`` for architecture ``name``."""
+    """The row of ``case`` for architecture ``name``, compiled now."""
     row = specify(case, name) | {"launcher": launcher_problem(case.launch, name)}
     return judge(row, compile_launch(case.launch, name))
 
 
 def all_cases(name: str, tables: Path) -> list[Case]:
-    """The cases of an architecture, with those of the tuning tables for it."""
+    """All cases of an architecture: those that ship, and those of its tuning tables."""
     target = TARGETS[name]
     tuned = [] if target.backend == "hip" else tuned_cases(target.arch, tables)
     return [*cases(target.arch), *tuned]
 
 
 def _start_worker(folder: str, parent: int) -> None:
-    triton.knobs.cache.dir = folder  # not a cache for anybody: hundreds of megabytes
+    triton.knobs.cache.dir = folder  # hundreds of megabytes, which nobody reads again
 
-    def leave_with_parent() -> None:  # one that was killed tells its workers nothing
+    def leave_with_parent() -> None:  # a parent that is killed cannot stop its workers
         while os.getppid() == parent:
             time.sleep(1)
         os._exit(1)
@@ -153,7 +153,7 @@ def _compile_run(run: list[tuple[str, str, str]], tables: Path) -> dict[str, dic
 
 
 def _compile(missing: list[tuple[str, str, str]], tables: Path, jobs: int) -> dict[str, Any]:
-    """{key: facts}, kept in the user's file as they come, errors excepted."""
+    """{key: facts}; each is added to the user's file as soon as it is known, but for errors."""
     found: dict[str, Any] = {}
     runs = [missing[i : i + 8] for i in range(0, len(missing), 8)]
     with (
@@ -169,7 +169,7 @@ def _compile(missing: list[tuple[str, str, str]], tables: Path, jobs: int) -> di
             for done in pool.map(_compile_run, runs, [tables] * len(runs)):
                 found |= done
                 store.add_to_user({k: facts for k, facts in done.items() if "error" not in facts})
-        except BrokenProcessPool:  # LLVM ends its process where it meets what it does not expect
+        except BrokenProcessPool:  # LLVM ends its process in an unexpected state
             left = [f"{name} {case}" for name, case, key in missing if key not in found]
             raise SystemExit(
                 f"a compiler process died on one of: {', '.join(left[: 8 * jobs])}; "
@@ -242,10 +242,10 @@ def main(argv: list[str] | None = None) -> int:
             for case in all_cases(name, options.tables)
             if not options.only or any(text in f"{name} {case.name}" for text in options.only)
         ]
-    except ValueError as error:  # a tuning table
+    except ValueError as error:  # from a tuning table
         parser.error(str(error))
     kept = {} if options.no_cache else store.load_committed() | store.load_user()
-    missing: dict[str, tuple[str, str, str]] = {}  # the first of equal cases stands for them
+    missing: dict[str, tuple[str, str, str]] = {}  # by key, so that equal cases compile once
     for row in rows:
         if "key" in row and row["key"] not in kept:
             missing.setdefault(row["key"], (row["arch"], row["case"], row["key"]))
@@ -261,7 +261,7 @@ def main(argv: list[str] | None = None) -> int:
     rows = [judge(row, kept.get(row.get("key"), {})) for row in rows]
     if options.refresh:
         store.save_committed(rows)
-    # gfx942 is reported, not required: nobody has run it.
+    # gfx942 is reported but not required, as nobody has run it
     bad = [r for r in rows if ("error" in r or "problem" in r) and r["arch"] in required]
     if options.json:
         told = {"triton": triton.__version__, "torch": torch.__version__, "failed": len(bad)}

@@ -1,7 +1,7 @@
 """Kept results of ``benchmarks.static``: those committed for a version of Triton, and the user's.
 
-Both map a key (``benchmarks.static.key``) to the facts that the compiler gave for it. A committed
-row also names its first case and its config, for who reads the file; only the facts are used.
+Both map a key (``benchmarks.static.key``) to the compiler's facts. A committed row also names its
+first case and its config for readers of the file; only the facts are used.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import triton
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "benchmarks" / "results" / "static"
 FACTS = ("warps", "registers", "spilled", "stack", "shared", "tensor_memory", "instructions")
-MOST_KEPT = 5000  # rows in the user's file; beyond it the oldest go
+MOST_KEPT = 5000  # rows in the user's file; beyond that the oldest are dropped
 
 Facts = dict[str, Any]
 
@@ -35,7 +35,7 @@ def user_file() -> Path:
 
 
 def _replace(path: Path, text: str) -> None:
-    """The whole file or none of it."""
+    """Replace the file at ``path`` by ``text``, at once; not at all on an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
@@ -50,8 +50,9 @@ def _facts(row: dict[str, Any]) -> Facts:
 
 
 def load_committed() -> dict[str, Facts]:
-    """The committed rows of this Triton; none, and a line on stderr, where the file is broken (a
-    merge leaves such a file).
+    """The committed rows of this Triton.
+
+    When the file is broken, as after a merge, there are none, and a line on stderr tells it.
     """
     path = committed_file()
     try:
@@ -68,7 +69,10 @@ def load_committed() -> dict[str, Facts]:
 
 
 def save_committed(rows: Iterable[dict[str, Any]]) -> Path:
-    """One line a compiled kernel, in the order of the cases; rows without a result are left out."""
+    """Write the committed file, one line for each compiled kernel; returns its path.
+
+    Lines are in the order of the cases; rows without a result are left out.
+    """
     lines: dict[str, str] = {}
     for row in rows:
         if "error" not in row and row["key"] not in lines:
