@@ -1,4 +1,4 @@
-"""What code in the field does to layers, as changes to a peftkern and to an HF PEFT one."""
+"""Changes that users' code makes to layers, applied to a peftkern and to an HF PEFT layer."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Twice(nn.Linear):
 
 
 class Wrapped(nn.Module):
-    """What FSDP1 puts around ``lora_A.default``: a shard, but while this forward runs."""
+    """FSDP1's wrapper of ``lora_A.default``: the weight is a shard except within its forward."""
 
     def __init__(self, module):
         super().__init__()

@@ -1,14 +1,14 @@
-"""How tests tell rounding from a mistake on any machine, without a tolerance picked on one.
+"""Assertions that tell rounding from mistakes on any machine, without tolerances tuned on one.
 
 Processors, instruction sets and libraries sum in different orders, so fp32 results differ by
-amounts that no test can know beforehand. What is the same on all of them:
+amounts that no test can know beforehand. These hold on all of them:
 
-- two ways to one number agree in float64: :func:`assert_same_number`;
-- where the dtype itself is what is tested, our error against float64 is not above that of torch's
-  own computation (or HF PEFT's) in the same dtype: :func:`assert_as_good_as_torch`;
+- two ways to compute one number agree in float64: :func:`assert_same_number`;
+- in a test of the dtype itself, our error against float64 is not above that of torch's own
+  computation (or HF PEFT's) in the same dtype: :func:`assert_as_good_as_torch`;
 - the same operations in the same order give the same bits: ``torch.equal``.
 
-A module that takes its yardstick from here belongs to the numeric part of the suite, which
+A module that imports its assertion from here belongs to the numeric part of the suite, which
 ``make test-cpus`` and ``make test-versions`` repeat (see conftest.py).
 """
 
@@ -81,7 +81,7 @@ def assert_same_number(actual: Any, expected: Any, name: str = "") -> None:
 
 
 def differ(actual: Tensor, expected: Tensor) -> bool:
-    """Whether two float64 results are not the same number; for tests that something has effect."""
+    """True when two float64 results are different numbers, to test that something has an effect."""
     try:
         assert_same_number(actual, expected)
     except AssertionError:
@@ -92,18 +92,17 @@ def differ(actual: Tensor, expected: Tensor) -> bool:
 def assert_as_good_as_torch(
     ours: Any, torch_result: Any, exact: Any, *, average: bool = False
 ) -> None:
-    """max |ours - exact| <= 2 max |torch - exact|, or two roundings of the output where torch
-    happens to be exact.
+    """Assert max |ours - exact| <= 2 max |torch - exact|, or two roundings if torch is exact.
 
-    For what a whole model computes, the median of all errors may be twice torch's instead, and the
-    largest 16 times: an early rounding that a sharp softmax enlarges makes the largest errors of
-    two runs differ threefold by chance, their medians by a seventh.
+    For the results of a whole model, the median of all errors may be twice torch's instead, and the
+    largest 16 times. A sharp softmax enlarges early roundings, so that the largest errors of two
+    runs differ threefold by chance, their medians only by a seventh.
 
     Args:
-        ours: the result on trial, of any dtype; or a mapping of several, such as all numbers of a
+        ours: the tested result, of any dtype; or a mapping of several, such as all numbers of a
             training step, which are measured together, each in units of its largest number.
-        torch_result: the same by torch's (or HF PEFT's) own computation in the same dtype; several
-            results where several orders of sums are as good.
+        torch_result: the same by torch's (or HF PEFT's) own computation in the same dtype; or
+            several such results, if several orders of sums are equally good.
         exact: the same in float64.
         average: measure a single tensor as mappings are measured.
     """

@@ -1,4 +1,4 @@
-"""Which tests are numeric, and which ones `make quick` runs."""
+"""Marks the numeric tests, selects those of `make quick`, and makes every test reproducible."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         module = getattr(item, "module", None)
         names = vars(module).values() if module is not None else ()
-        # a module that takes its yardstick from closeness.py compares numbers
+        # a module that imports from closeness.py compares numbers
         if any(getattr(x, "__module__", "") == "tests.closeness" for x in names):
             item.add_marker(pytest.mark.numeric)
     if config.getoption("--quick"):
@@ -33,7 +33,7 @@ def _keep_the_first_of_each(config: pytest.Config, items: list[pytest.Item]) -> 
     kept, rest = [], []
     for item in items:
         test = item.nodeid.partition("[")[0]
-        # of those that another marker will leave out, none is the first
+        # a case that another marker leaves out does not count as the first
         out = any(item.get_closest_marker(name) for name in ("long", "slow", "gpu"))
         (rest if out or test in seen else kept).append(item)
         if not out:
@@ -43,21 +43,24 @@ def _keep_the_first_of_each(config: pytest.Config, items: list[pytest.Item]) -> 
 
 
 def pytest_collection_finish() -> None:
-    """What imports left behind stays: each collection would look at millions of objects again,
-    0.9 s in every run of transformers' Trainer, which collects at its end."""
+    """Exclude all objects made by imports from garbage collection.
+
+    Otherwise each collection visits millions of them again: 0.9 s in every run of transformers'
+    Trainer, which collects at its end.
+    """
     gc.freeze()
 
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
-    """What a test draws without a seed of its own is the same whatever ran before it."""
+    """Seed torch before each test, so that its numbers do not depend on earlier tests."""
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
 
 
 @pytest.fixture
 def doubled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What both libraries' very code computes in fp32, whatever the model, is done in float64."""
+    """Let both libraries compute in float64 everything that their code casts to fp32."""
     import io
 
     import torch

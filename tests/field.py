@@ -1,4 +1,4 @@
-"""Small adapters of every kind, with random numbers in all that they train."""
+"""Small adapters of every kind, with random numbers in all trained parameters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models that drop what known masks say, whatever backend drew them."""
+"""Models that apply known dropout masks, from whatever backend."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ class Drops(nn.Module):
 
 
 def with_masks(model: nn.Module, words: list[Tensor], dtype: torch.dtype) -> nn.Module:
-    """A copy of an adapted model in ``dtype`` that drops what packed masks say, one for each
-    adapted layer in their order: its products are torch's own then."""
+    """A copy of an adapted model in ``dtype`` that drops by packed masks, with torch's products.
+
+    There is one mask for each adapted layer, in the layers' order.
+    """
     from peftkern.ops.bits import unpack_bits
 
     found = copy.deepcopy(model).to(dtype)

@@ -1,4 +1,4 @@
-"""Tiny mixtures of experts, and adapters for them as transformers 4 had them saved."""
+"""Tiny mixtures of experts, and adapters for them in the format of transformers 4."""
 
 from __future__ import annotations
 

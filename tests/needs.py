@@ -1,7 +1,7 @@
-"""The one way to leave a test out on some of the versions that ``make test-versions`` runs.
+"""The one way to skip a test on some of the versions that ``make test-versions`` runs.
 
-Where HF PEFT is wrong and the plain reference is there, ``plain_reference.peft_is_right`` says who
-is asked; this is for what a version has not, or does wrong itself.
+It is for a version that lacks something or does it wrong. If only HF PEFT is wrong and there is a
+plain reference, ``plain_reference.peft_is_right`` tells which of them to compare with.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from packaging.requirements import Requirement
 
 
 def needs(requirement: str, why: str) -> None:
-    """Skips the test that runs, unless the installed version is one of ``requirement``, such as
-    "transformers>=5.23"."""
+    """Skip the running test unless a ``requirement`` such as "transformers>=5.23" is installed."""
     wanted = Requirement(requirement)
     version = metadata.version(wanted.name)
     if not wanted.specifier.contains(version, prereleases=True):

@@ -1,4 +1,4 @@
-"""The pages of Markdown as tests read them: tracked files, tables, headings and links."""
+"""The tracked pages of Markdown, with their tables, headings and links."""
 
 from __future__ import annotations
 

@@ -1,13 +1,14 @@
-"""What a prefix and a prompt are, in transformers' own terms and without an adapter library.
+"""A prefix and a prompt by transformers alone, without an adapter library.
 
-- A *prefix* is keys and values that stand in the model's cache before the first token. A mask goes
-  over them too (they are always visible) and positions are counted from P. Encoders take no cache
+- A *prefix* is keys and values that are in the model's cache before the first token. The mask also
+  covers them (they are always visible), and positions are counted from P. Encoders take no cache
   (from transformers 5.24): there the same keys and values are put in front inside attention.
 - A *prompt* is embeddings in front of those of the tokens.
 
-Generation runs the whole sequence again for each token, so that it shares no fault of a cache: by
-the loop of :func:`greedy`, and for beams and sampling by transformers' own over :func:`recomputed`.
-This is the oracle of our tests beside HF PEFT, and alone where :func:`peft_is_right` says no.
+Generation runs the whole sequence again for each token, so that it cannot share a bug of a cache.
+:func:`greedy` is such a loop; for beams and sampling, transformers' own loop runs over
+:func:`recomputed`. Tests compare with this and with HF PEFT, or with this alone when
+:func:`peft_is_right` is False.
 """
 
 from __future__ import annotations
@@ -45,8 +46,11 @@ _WRONG = {
 
 
 def peft_is_right(what: str = "prefix") -> bool:
-    """Whether HF PEFT is an oracle here: of a "prefix" or "prompt" in a forward, "prefix of a
-    head" (any but a language model's), "prefix generate" or "prompt generate" (of decoders)."""
+    """True when HF PEFT's installed version is right, and so is an oracle, for ``what``.
+
+    That is a "prefix" or "prompt" in a forward, "prefix of a head" (any but a language model's), or
+    "prefix generate" or "prompt generate" (of decoders).
+    """
     assert what in ("prefix", "prompt", *_WRONG), what
     return what not in _WRONG or TRANSFORMERS < Version(_WRONG[what][0] + ".0.dev0")
 
@@ -118,7 +122,7 @@ def is_encoder(model: Any) -> bool:
 
 
 def positions(model: Any, ids: Tensor, P: int) -> Tensor:
-    """Where an encoder's tokens stand behind P others; RoBERTa and its kin count no padding."""
+    """The positions of an encoder's tokens behind P others; models like RoBERTa skip padding."""
     embeddings = model.base_model.embeddings
     if hasattr(embeddings, "create_position_ids_from_input_ids"):
         pad = embeddings.padding_idx
@@ -157,8 +161,10 @@ Run = Callable[..., Any]  # with_prefix or with_prompt, with its model and prefi
 
 @torch.no_grad()
 def greedy(model: Any, run: Run, batch: dict[str, Tensor], steps: int) -> tuple[Tensor, Tensor]:
-    """The likeliest next token, ``steps`` times: ids as ``generate`` returns them, and the logits
-    [steps, B, V] that they were taken from."""
+    """(ids, logits [steps, B, V]) of taking the most likely next token ``steps`` times.
+
+    The ids are as ``generate`` returns them.
+    """
     config, ids = model.config, batch["input_ids"]
     mask = batch.get("attention_mask", torch.ones_like(ids))
     seq2seq, counts = config.is_encoder_decoder, takes(model, "position_ids")

@@ -1,4 +1,4 @@
-"""Calls of prefix attention and what they should give, for the tests of it."""
+"""Calls of prefix attention and their expected results, for its tests."""
 
 from __future__ import annotations
 
@@ -28,8 +28,7 @@ def inputs(
     B: int, H: int, H_kv: int, T: int, S: int, P: int, D: int, *, shared: bool = True,
     dtype: torch.dtype = torch.float64, seed: int = 0, sharp: float = 1.0,
 ) -> list[Tensor]:  # fmt: skip
-    """query, key, value, prefix_key, prefix_value; query as [B, T, H, D] in memory, as models have
-    it."""
+    """query ([B, T, H, D] in memory, as models make it), key, value, prefix_key, prefix_value."""
     g = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:

@@ -1,8 +1,7 @@
-"""Tiny models with a prefix: peftkern's injection, the plain reference and HF PEFT's way, from the
-same numbers.
+"""Tiny models with the same prefix: by peftkern's injection, the plain reference, and HF PEFT.
 
-Weights are drawn wide, so that attention is sharp and the prefix, its place and its order show in
-the output far beyond rounding. Models are float64, so that nothing else may show.
+Weights are drawn large, so that attention is sharp, and an error in the prefix, its place or its
+order changes the output far beyond rounding. Models are float64, so that nothing else changes it.
 """
 
 from __future__ import annotations
@@ -200,7 +199,7 @@ def alone(family: str, **more: Any) -> Pair:
 
 
 def sizes(pair: Pair) -> dict[str, int]:
-    """What :class:`PrefixInjection` was told for this pair."""
+    """The sizes that :class:`PrefixInjection` was given for this pair."""
     injection = pair.injection
     return {
         "num_layers": pair.layers,

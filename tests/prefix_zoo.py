@@ -108,8 +108,11 @@ def batch_of(family: str, padding: str | None = None, task: str | None = None) -
 def gradient(
     model: Any, batch: dict[str, Any], run: Callable[..., Any] | None = None
 ) -> tuple[Any, Tensor]:
-    """The output of a call, and the gradient that its loss (or what :func:`tests.tiny.loss_of`
-    makes of it) gives the prefix of ``model``; ``run``: the call is one of this."""
+    """(output, gradient of the prefix of ``model``) of a call.
+
+    The gradient is that of :func:`tests.tiny.loss_of` the output. With ``run``, that is called
+    instead of ``model``.
+    """
     weight = weight_of(run if isinstance(run, peft.PeftModel) else model)
     weight.grad = None
     output = (run or model)(**batch)

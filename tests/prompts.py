@@ -1,4 +1,4 @@
-"""Pairs of models with prompts."""
+"""Pairs of models with prompts, by peftkern and by HF PEFT."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def prompt_pair(kind: str, family: str = "llama", task: str = "CAUSAL_LM", **mor
 
 
 def virtual_tokens(model: Any, name: str = "default") -> Tensor:
-    """What a prompt is by now: [P, d] of a prompt, [P, 2 * layers * d] of a prefix; a leaf."""
+    """The present values, as a leaf, of a prompt [P, d] or of a prefix [P, 2 * layers * d]."""
     tokens = model.get_prompt_embedding_to_save(name).detach().clone()
     return tokens[: model.peft_config[name].num_virtual_tokens].requires_grad_()
 

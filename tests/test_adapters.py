@@ -1,4 +1,4 @@
-"""Several adapters in one model: every call leaves the flags and names that HF PEFT leaves."""
+"""Several adapters in one model: after every call, flags and names are those of HF PEFT."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Q, ALL = ["q_proj"], "all-linear"
 
 
 def state(model):
-    """What is active, enabled and trainable, layer by layer."""
+    """(which parameters train, {layer: its enabled, active, merged and available adapters})."""
     flags = {n: p.requires_grad for n, p in model.named_parameters()}
     found = {}
     for layer in getattr(model, "get_layer_status", lambda: ())():
@@ -178,8 +178,10 @@ def test_functions_on_an_injected_model(frozen):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("low_cpu", [False, True])
 def test_injection_from_a_state_dict(dtype, low_cpu):
-    """The names in a checkpoint decide; the weights fit, in the dtype and on the device they
-    should have; what the configuration says otherwise is told."""
+    """The checkpoint's names decide which layers are adapted, against the configuration's.
+
+    A warning tells the difference. The weights fit, with the right dtype, on the right device.
+    """
     source = peftkern.inject_adapter_in_model(settings(peftkern), make("llama", dtype=dtype))
     fill(source)
     weights = {

@@ -1,4 +1,4 @@
-"""What is particular to aLoRA: where it starts to work, checkpoints, threads, generation."""
+"""Tests only for aLoRA: the token at which it starts, checkpoints, threads, generation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Saving that fails or is killed: every file is the old one or the new one."""
+"""Saving that fails or is killed leaves every file either old or new."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Damaged files and wrong arguments: one error that names the culprit, and everything as before."""
+"""Damaged files and wrong arguments: one error that names the cause, and nothing is changed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is particular to BD-LoRA, against HF PEFT: blocks, combination, names, what is refused."""
+"""Tests only for BD-LoRA, against HF PEFT: blocks, combination, names, refusals."""
 
 from __future__ import annotations
 
@@ -123,8 +123,10 @@ def test_bad_blocks():
 
 
 def test_layer_classes_of_users_and_no_bias_beside_blocks():
-    """A layer class that is registered learns the layer's name; a B of blocks has no bias, so that
-    merging, at which HF PEFT stops, has none to add."""
+    """A layer class that a user registers is given the layer's name, and a B of blocks has no bias.
+
+    So merging, which HF PEFT refuses, has no bias to add.
+    """
 
     class Mine(peftkern.tuners.lora.Linear):
         pass

@@ -1,4 +1,4 @@
-"""Model cards; the hub (a stand-in on the loopback address), its cache, local folders first."""
+"""Model cards; the hub (replaced on the loopback address) and its cache; local folders first."""
 
 from __future__ import annotations
 
@@ -292,7 +292,7 @@ def test_local_work_asks_nobody(no_network, tmp_path):
 
 @pytest.fixture
 def uploads(monkeypatch):
-    """What a push sends: (repository, {file: bytes}, keyword arguments)."""
+    """The list of pushes: (repository, {file: bytes}, keyword arguments) of each."""
     sent = []
 
     def create_repo(self, repo_id, **kwargs):

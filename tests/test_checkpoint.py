@@ -1,4 +1,4 @@
-"""Checkpoints: exact tensors from peftkern to HF PEFT and back, whatever was trained."""
+"""Checkpoints: the exact tensors go from peftkern to HF PEFT and back, whatever was trained."""
 
 from __future__ import annotations
 
@@ -222,7 +222,7 @@ def test_state_dict_functions_speak_with_pefts():
 
 
 def test_save_from_a_state_dict_of_the_callers(tmp_path):
-    """What accelerate gathers from shards is saved, not what this process holds."""
+    """A given state dict is saved, as accelerate gathers it, not the tensors in this process."""
     ours, _ = pair("llama")
     gathered = {k: v.clone() + 1 for k, v in ours.state_dict().items()}
     ours.save_pretrained(tmp_path, state_dict=gathered)

@@ -1,4 +1,4 @@
-"""``peftkern train``: reading data, refusing bad data and options, making token ids of text."""
+"""``peftkern train``: reading data, refusing bad data and options, making token ids from text."""
 
 from __future__ import annotations
 

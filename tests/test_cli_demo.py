@@ -205,7 +205,7 @@ def test_memory_meter_sees_a_peak_that_is_gone() -> None:
 
 
 def made_up_run() -> dict[str, Any]:
-    """What ``demo`` returns, with numbers of three steps."""
+    """A result like that of ``demo``, with invented numbers of three steps."""
     trace = {
         "losses": [3.0, 2.5, 2.25], "seconds": [1.0, 0.5, 0.5], "tokens": [100, 100, 90],
         "peak_mib": 321.0, "memory_how": "weighed", "step_seconds": 0.5,

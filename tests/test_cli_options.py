@@ -1,4 +1,4 @@
-"""Options of commands: they stand once, in the dataclass of the command's settings."""
+"""Options of commands, which are declared once, in the dataclass of the command's settings."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Settings:
 
 
 def run(*args: str) -> list[tuple[Settings, bool]]:
-    """What the command was called with."""
+    """The arguments of each call of the command."""
     app, seen = typer.Typer(), []
 
     @app.command()

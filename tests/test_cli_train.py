@@ -1,4 +1,4 @@
-"""``peftkern train`` on tiny random models: it learns, and a killed run ends with equal weights."""
+"""``peftkern train`` on tiny models: it learns, and a killed run resumes to the same weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``peftkern tune`` where there is no GPU: its options, the shapes it finds, what it says."""
+"""``peftkern tune`` without a GPU: its options, the shapes that it finds, its messages."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The yardstick itself: it takes another order of sums for the same number, and no mistake."""
+"""Tests of closeness.py: its assertions accept another order of sums and reject every mistake."""
 
 from __future__ import annotations
 

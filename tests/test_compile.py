@@ -1,5 +1,6 @@
-"""``torch.compile`` on torch's own products, where the plain formula is traced; the operators of
-torch.library on that backend. Those on the kernels: tests/kernels/test_library.py.
+"""``torch.compile`` on the torch backend, which traces the plain formula, and its operators.
+
+The operators of torch.library on the kernels are in tests/kernels/test_library.py.
 """
 
 from __future__ import annotations
@@ -109,8 +110,10 @@ def test_operators(dtype, low, bias, transposed, p):
 @pytest.mark.long
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_model_is_one_graph_without_operators(family, monkeypatch):
-    """With dropout, whose elements are those of eager calls; a second step compiles nothing, nor
-    does what happens to the groups of eager calls."""
+    """The graph has dropout, which drops the same elements as eager calls.
+
+    Neither a second step nor a change of eager calls' groups compiles anything.
+    """
     model, _ = pair(family, lora_dropout=0.3, dtype=torch.float64)
     model.base_model.model.loss_type = "ForCausalLM"
     batch, graphs = inputs(family), Graphs()

@@ -1,4 +1,4 @@
-"""Configurations: PEFT's fields and defaults, files for both libraries, and what is refused."""
+"""Configurations: PEFT's fields and defaults, files for both libraries, and refused values."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Adapters as plain LoRA: those whose start has changed the base weights, and those of other
-ranks."""
+"""Adapters saved as plain LoRA: those whose start changed the base, and those of other ranks."""
 
 from __future__ import annotations
 

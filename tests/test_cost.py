@@ -1,5 +1,4 @@
-"""The counter against graphs small enough to count by hand, HF PEFT's counts, and those of
-peftkern against the targets of docs/goals.md."""
+"""The counter of launches: graphs counted by hand, HF PEFT's, peftkern's against docs/goals.md."""
 
 from __future__ import annotations
 
@@ -191,8 +190,10 @@ def byte_counts(launch: Launch) -> tuple[int, int, int]:
 
 
 def test_kernel_traffic_by_hand() -> None:
-    """M=256, K=128, N=64, r=16. Bytes: X 65536, W 16384, Y 32768, A 4096, B 2048, S 8192, bits
-    4096."""
+    """M=256, K=128, N=64, r=16.
+
+    Bytes: X 65536, W 16384, Y 32768, A 4096, B 2048, S 8192, bits 4096.
+    """
     x, w, y, s = meta(256, 128), meta(64, 128), meta(256, 64), meta(256, 16)
     a, b, words = meta(16, 128), meta(64, 16), meta(256, 4, dtype=INT32)
     (launch,) = kernel_bits.plan_bits(words[None], 128, 0.1, 7, kernel_bits.BitsConfig())
@@ -255,8 +256,11 @@ def test_decode_traffic_by_hand() -> None:
 
 
 def test_mixed_traffic_by_hand() -> None:
-    """Four samples of 8 rows in two tiles: each tile meets two adapters at most, and together they
-    meet three of rank 4, 8 and 16: lanes of 256 bytes of A and 128 bytes of B."""
+    """Four samples of 8 rows in two tiles.
+
+    Each tile meets two adapters at most, and both together meet three, of rank 4, 8 and 16. A lane
+    has 256 bytes of A and 128 bytes of B.
+    """
     x, w, y, index = meta(32, 128), meta(64, 128), meta(32, 64), meta(4, dtype=torch.int32)
     As, Bs = [meta(r, 128) for r in (4, 16, 8)], [meta(64, r) for r in (4, 16, 8)]
     config = mixed.MixedConfig(block_m=16, block_n=32, block_r=16)

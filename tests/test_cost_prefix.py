@@ -1,4 +1,4 @@
-"""What a prefix costs in bytes: HF PEFT's way counted by hand too, the floor, the goal."""
+"""The bytes of a prefix: HF PEFT's, also counted by hand, the floor's, and the goal."""
 
 import json
 

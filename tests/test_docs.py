@@ -1,5 +1,7 @@
-"""The pages: links and anchors resolve, papers that are not in the repository are not cited, and
-the figures of docs/goals.md are those of the results and of what judges them."""
+"""The pages: links and anchors resolve, and no paper that is not in the repository is cited.
+
+The figures in docs/goals.md are those of the results and of the code that judges them.
+"""
 
 from __future__ import annotations
 

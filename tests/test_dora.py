@@ -1,4 +1,4 @@
-"""What is particular to DoRA, against HF PEFT: changed layers, norms, training, convolutions."""
+"""Tests only for DoRA, against HF PEFT: changed layers, norms, training, convolutions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DoRA's operation and its norms: against float64, derivatives, and what is kept for them."""
+"""DoRA's operation and its norms: values against float64, derivatives, and kept tensors."""
 
 from __future__ import annotations
 

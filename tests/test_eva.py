@@ -1,4 +1,4 @@
-"""EVA beside HF PEFT, and the incremental PCA under it."""
+"""EVA against HF PEFT, and the incremental PCA that it uses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The examples: each runs as a user runs it, without a network, and what it prints is so."""
+"""The examples: each runs as a user runs it, without a network, and prints true statements."""
 
 from __future__ import annotations
 

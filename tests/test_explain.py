@@ -1,4 +1,4 @@
-"""explain(): a row for every adapted layer, with what runs it and why; slow calls say so once."""
+"""explain(): a row for every adapted layer, with what runs it and why; slow calls log it once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Generation with several sequences a row, and what a classifier reads behind a prompt."""
+"""Generation of several sequences a row, and the token that a classifier reads behind a prompt."""
 
 from __future__ import annotations
 

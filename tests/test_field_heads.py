@@ -1,4 +1,4 @@
-"""Which head, and which single tokens, an adapter is used and trained with after other calls."""
+"""After other calls, an adapter uses and trains the right head and the right single tokens."""
 
 from __future__ import annotations
 

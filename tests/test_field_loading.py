@@ -1,4 +1,4 @@
-"""What a file may write: the adapter that its configuration describes, and nothing beside it."""
+"""Loading a file writes only the adapter that its configuration describes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training and evaluation mode: what a model says of itself is what its adapters do."""
+"""Training and evaluation mode: adapters always follow the mode that the model reports."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names and classes that the field brings: of adapters, of modules, and of layers' own kinds."""
+"""Unusual names and classes in users' code: of adapters, of modules, and of custom layers."""
 
 from __future__ import annotations
 

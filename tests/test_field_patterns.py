@@ -1,4 +1,4 @@
-"""Patterns from files: matched as ``re`` matches them, and never for ever."""
+"""Patterns from files match as in ``re``, and always in bounded time."""
 
 from __future__ import annotations
 

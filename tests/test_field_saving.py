@@ -1,4 +1,4 @@
-"""What training scripts do to a state dict before they save: no file has less than was trained."""
+"""Saving state dicts that training scripts have changed: no file lacks trained tensors."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_names_without_an_adapter_among_several(tmp_path) -> None:
     [(kind, given) for kind in KINDS for given in (True, False) if given or kind not in PROMPTS],
 )
 def test_empty_tensors_are_refused_by_name(kind, given, tmp_path) -> None:
-    """What ZeRO-3 leaves of parameters that were not gathered."""
+    """ZeRO-3 leaves such empty tensors in place of parameters that were not gathered."""
     model = trained(kind)
     names = [n for n, p in model.named_parameters() if p.requires_grad]
     state = {k: v.new_empty(0) if k in names else v for k, v in model.state_dict().items()}
@@ -121,7 +121,7 @@ def test_biases_of_lora_are_no_shards(tmp_path, recwarn) -> None:
 
 
 def test_other_processes_write_nothing_and_need_nothing(tmp_path) -> None:
-    """Where shards are gathered on the first process, the others have an empty state dict."""
+    """The other processes have an empty state dict when shards are gathered on the first one."""
     model = trained("lora")
     asked = []
     model.save_pretrained(tmp_path / "x", is_main_process=False, state_dict={})
@@ -147,8 +147,7 @@ def test_a_prompt_on_lora_is_saved_whole_or_not_at_all(tmp_path) -> None:
 
 @pytest.mark.parametrize("how", ["unload", "merge_and_unload", "peftkern.fuse"])
 def test_an_adapter_that_is_not_there_is_no_empty_file(how, tmp_path) -> None:
-    """HF PEFT writes a file with nothing in it after either, and ours did for a model of HF
-    PEFT's."""
+    """HF PEFT writes an empty file in both cases, as peftkern did for a model of HF PEFT."""
     library = peft if how == "peftkern.fuse" else peftkern
     model = library.get_peft_model(make("llama"), library.LoraConfig(task_type="CAUSAL_LM"))
     weights = library.get_peft_model_state_dict(model)

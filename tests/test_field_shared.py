@@ -1,4 +1,4 @@
-"""A module that stands in a model under several names is one module, whatever is done to it."""
+"""A module with several names in a model stays one module in every operation."""
 
 from __future__ import annotations
 

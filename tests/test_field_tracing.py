@@ -1,5 +1,7 @@
-"""``torch.jit.trace`` and the older ONNX exporter: graphs of torch's own operations, free in batch
-and length."""
+"""``torch.jit.trace`` and the older ONNX exporter.
+
+Their graphs have only torch's own operations and take any batch size and length.
+"""
 
 from __future__ import annotations
 
@@ -55,8 +57,10 @@ class _Logits(nn.Module):
 
 @functools.cache
 def _why_not() -> str | None:
-    """Why transformers' own models cannot be traced; before 5.6 they take a traced length for
-    something else."""
+    """The reason that transformers' own models cannot be traced; None when they can.
+
+    Before 5.6 they misinterpret a traced length.
+    """
     bare = _Logits(None)
     bare.model = make("llama")
     try:
@@ -124,8 +128,7 @@ def test_a_traced_model_computes_what_it_does_untraced(case: str) -> None:
 
 
 def test_a_trace_computes_the_norms_that_are_kept() -> None:
-    """What DoraCaching keeps is right for weights that stay; a traced graph follows those that
-    change."""
+    """A traced graph follows weights that change, though DoraCaching keeps norms of old weights."""
     model = _lora("gpt2", target_modules=["c_attn"], use_dora=True)
     batch = _batch(2, 7)
     with DoraCaching(), torch.no_grad():
@@ -253,7 +256,7 @@ def test_a_fused_model_of_hf_peft_is_traced() -> None:
 
 @pytest.mark.parametrize("kind", ["prefix", "prompt"])
 def test_a_trace_of_a_full_batch_sees_padding_later(kind: str) -> None:
-    """What holds for the example's values must not be written down."""
+    """The graph must not depend on facts of the example's values, such as a mask of ones."""
     base = make("llama", "CAUSAL_LM", torch.float64)
     model = prompt_model(peftkern, kind, "llama", base=base).eval()
     ids, mask = _batch(2, 7)

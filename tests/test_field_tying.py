@@ -1,4 +1,4 @@
-"""Embeddings of one weight, in families that name them in their own ways: told by storage."""
+"""Tied embeddings in families with unusual names, found by the storage that they share."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def test_adapting_one_of_several_is_warned_of(family, field) -> None:
 
 @pytest.mark.parametrize("family", SEQ2SEQ)
 def test_what_is_never_called_trains_nothing(family) -> None:
-    """Which is why it is warned of."""
+    """This is the reason for the warning."""
     inputs, _ = NAMES[family]
     model = adapted(family, target_modules=[inputs[0]])
     randomize(model)

@@ -1,4 +1,4 @@
-"""A wrap or load that fails leaves the adapters that were there, and everything else, as it was."""
+"""A wrap or load that fails leaves earlier adapters, and everything else, as they were."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def spoilt(folder, kind="lora"):
 
 
 def state(model):
-    """What a snapshot does not see: hooks, settings of layers, which adapters are in use."""
+    """Parts that a snapshot does not cover: hooks, settings of layers, and adapters in use."""
     found = {}
     for name, module in model.named_modules():
         found[name] = {

@@ -1,4 +1,4 @@
-"""``fuse``: the fused forward inside HF PEFT's own models, with its numbers, state and API."""
+"""``fuse``: the fused forward in HF PEFT's own models, with HF PEFT's numbers, state and API."""
 
 from __future__ import annotations
 
@@ -475,8 +475,10 @@ class OwnLinear(HFLinear):
 
 
 def test_subclasses_and_moved_state_are_left_alone():
-    """A subclass is not HF PEFT's layer, and neither is one whose state is elsewhere: what fuse
-    relies on (``hf_layer._READ``) holds for the HF PEFT that is installed."""
+    """A subclass is not HF PEFT's layer, and neither is a layer with its state in another place.
+
+    For other layers, the names that fuse reads (``hf_layer._READ``) exist in the installed HF PEFT.
+    """
     model = hf_model()
     q, v, other = layers_of(model)[:3]
     assert hf_layer.why_not(q) is None

@@ -1,5 +1,8 @@
-"""Adapter files with bytes and values changed at random: a clear error or an adapter that is what
-the files say, never a crash, never a model that was half changed."""
+"""Adapter files in which bytes and values are changed at random.
+
+Loading gives a clear error or the adapter that the files describe, never a crash or a model that is
+changed in part.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""The harness of ring 4, on a machine without a GPU: a dry run through the real command, its file,
-continuing after a cut, culprits, the tuning table, the table of results.
+"""The harness of ring 4 on a machine without a GPU, by dry runs of the real command.
+
+Tested are its file, continuing after a cut, providers to blame, the tuning table and the report.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Projections that share their input train as one operation, with the numbers of separate ones."""
+"""Projections of one input train as one operation, with the same numbers as separate ones."""
 
 import copy
 import pickle

@@ -1,4 +1,4 @@
-"""Small functions at HF PEFT's addresses, beside HF PEFT's."""
+"""Small functions at HF PEFT's import paths, compared with HF PEFT's."""
 
 from __future__ import annotations
 
@@ -57,8 +57,10 @@ def test_names_are_where_they_are_looked_for(address):
 
 
 def test_minimal_names_are_pefts():
-    """Random trees of names, some of them targets: the same suffixes as HF PEFT, which tell the
-    targets from the rest."""
+    """For random trees of names with some targets, the suffixes are HF PEFT's.
+
+    They match the targets and no other name.
+    """
     rng = random.Random(0)
     for _ in range(150):
         names = {".".join(rng.choice("abc") for _ in range(rng.randint(1, 4))) for _ in range(25)}

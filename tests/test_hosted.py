@@ -1,4 +1,4 @@
-"""What a host reads: the workflow names commands that there are, and the forms are forms."""
+"""Files for a code host: the workflow names existing commands, and the forms are valid."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def commands(workflow: dict[str, Any]) -> Iterator[list[str]]:
 
 
 def problem(words: list[str]) -> str | None:
-    """What a machine with a checkout and Python would not find; None when it would run."""
+    """The reason that a command fails on a machine with a checkout and Python; None if it runs."""
     program, rest = words[0], words[1:]
     if program == "make":
         return None if rest and set(rest) <= TARGETS else f"no target: {rest}"

@@ -1,4 +1,4 @@
-"""Adapters put in place of others: beside HF PEFT's functions, and in a model compiled once."""
+"""Adapters that replace others: compared with HF PEFT, and in a model that is compiled once."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def test_attention_is_prepared():
 
 
 class Two(nn.Module):
-    """What is compiled fast."""
+    """A model that compiles fast."""
 
     def __init__(self):
         super().__init__()

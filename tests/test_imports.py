@@ -1,5 +1,7 @@
-"""Who imports whom: the layers, no circle of files, HF PEFT's addresses, and what a PeftModel
-keeps to itself."""
+"""Imports: from lower layers only, without circles, and at HF PEFT's paths.
+
+Also tested is that private attributes of a PeftModel are used only where they may be.
+"""
 
 from __future__ import annotations
 
@@ -73,7 +75,7 @@ def test_kernels_is_no_package() -> None:
 
 
 def kernel_leaks(path: Path) -> list[str]:
-    """What a kernel file imports that a kernel must not know."""
+    """The modules that a kernel file imports but must not depend on."""
     allowed = {"torch", "triton", *sys.stdlib_module_names}
     names = [n for n in imports_of(path) if not n.startswith("peftkern.kernels.")]
     return [n for n in names if n.split(".")[0] not in allowed]
@@ -125,7 +127,7 @@ def module_of(path: Path) -> str:
 
 
 def import_breaches(path: Path) -> list[str]:
-    """What a file of the package imports from a layer above its own."""
+    """The modules that a file of the package imports from a layer above its own."""
     here, breaches = module_of(path), []
     for name in imports_of(path):
         top, _, rest = name.partition(".")
@@ -151,8 +153,10 @@ def test_imports_point_down(path: Path) -> None:
 
 
 def strings_imported(tree: ast.AST, package: str) -> Iterator[str]:
-    """Modules that are named in strings: arguments of `import_module`, and the tables of names
-    that come when they are asked for (`_WHERE`)."""
+    """Modules that are named in strings.
+
+    These are arguments of `import_module` and the tables of lazy names (`_WHERE`).
+    """
 
     def absolute(text: str) -> str:
         level = len(text) - len(text.lstrip("."))

@@ -1,4 +1,4 @@
-"""Putting adapters in is all or nothing, and a model that was wrapped before keeps its adapters."""
+"""Injection succeeds or changes nothing, and a model that was wrapped before keeps its adapters."""
 
 import copy
 

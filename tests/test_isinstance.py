@@ -1,6 +1,6 @@
-"""A peftkern model where others ask for an HF PEFT model, and where HF PEFT is not installed.
+"""isinstance checks for an HF PEFT model accept a peftkern model; without HF PEFT all works too.
 
-Trainers that ask: test_trainer.py, test_trl.py.
+Trainers that check are in test_trainer.py and test_trl.py.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What is particular to KaSA, against HF PEFT: the truncated base, its loss, refusals."""
+"""Tests only for KaSA, against HF PEFT: the truncated base, its loss, refusals."""
 
 from __future__ import annotations
 

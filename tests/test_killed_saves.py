@@ -1,4 +1,4 @@
-"""Saves that are killed at any moment: the old adapter loads or the new one, never neither."""
+"""Saves that are killed at any moment: afterwards the old adapter or the new one loads."""
 
 from __future__ import annotations
 
@@ -34,8 +34,10 @@ def loads_as(folder):
 
 
 def killed_while_saving(models, folder, draw):
-    """A child saves each of ``models``, says so, and goes on until it is killed: at a moment
-    within the next few saves, however fast the machine is at the time."""
+    """Kill a child process that saves ``models`` again and again.
+
+    It reports each save and is killed within the next few ones, however fast the machine is.
+    """
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:

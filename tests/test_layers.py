@@ -1,7 +1,7 @@
-"""One layer under all that is done to layers: nothing may be remembered from an earlier call.
+"""Changes to a layer after calls: it may not remember anything from an earlier call.
 
-Each change of changes.py is made to a peftkern and to an HF PEFT model after both have run; what
-they compute, with and without gradients, must stay equal.
+Each change of changes.py is made to a peftkern and to an HF PEFT model after both have run; their
+results, with and without gradients, must stay equal.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""The house itself: what an import costs, and what a checkout gives (who may import whom:
-`test_imports.py`; what is built and installed: `test_wheel.py`).
+"""The layout of the repository: the cost of an import, and the packages that a checkout provides.
 
-The folder `kernels/` is the delicate part. transformers asks at import whether Hugging Face's
-package `kernels` is there; ours must never answer (docs/decisions.md, decision 1).
+Rules of imports are in `test_imports.py`, the built and installed package is in `test_wheel.py`.
+
+The folder `kernels/` needs care: transformers asks at import whether Hugging Face's package
+`kernels` is installed, and must never find ours (docs/decisions.md, decision 1).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Names that come when they are asked for: what type checkers are told of them is what comes."""
+"""Lazy names: their types for type checkers are those of the objects that are then imported."""
 
 from __future__ import annotations
 

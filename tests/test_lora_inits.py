@@ -1,5 +1,4 @@
-"""Initialisations of A and B beside HF PEFT: the same numbers for the same seed, and nothing
-changed on an error."""
+"""Initialisations of A and B: HF PEFT's numbers for the same seed, and no change on an error."""
 
 from __future__ import annotations
 
@@ -83,8 +82,11 @@ STARTS = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", STARTS)
 def test_one_seed_gives_peft_s_numbers(name, dtype):
-    """A and B to the bit. What stays of a weight, and the size of its rows, is as near to what they
-    make up together."""
+    """A and B equal HF PEFT's bit for bit.
+
+    With the rest of the weight, and the norms of its rows, they make up the whole as exactly as HF
+    PEFT's do.
+    """
     targets, settings = STARTS[name]
     base = make(dtype)
     models = both(base, targets, **settings)

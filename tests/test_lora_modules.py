@@ -1,4 +1,4 @@
-"""LoRA on convolutions, on attention modules and on classes of one's own, beside HF PEFT."""
+"""LoRA on convolutions, attention modules and custom layer classes, compared with HF PEFT."""
 
 from __future__ import annotations
 

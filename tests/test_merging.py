@@ -1,4 +1,4 @@
-"""Merging and unmerging: HF PEFT's numbers and habits, and the very bits of the base weights."""
+"""Merging and unmerging: HF PEFT's numbers and behaviour, and base weights restored to the bit."""
 
 from __future__ import annotations
 

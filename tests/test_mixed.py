@@ -1,6 +1,8 @@
-"""A name for each row, on torch's own products: who gets which names, and what a layer that cannot
-run the batch as one operation says. ``tests/kernels`` has the kernels, ``test_peft_model`` the
-comparison with HF PEFT."""
+"""Batches with an adapter name for each row, on the torch backend.
+
+Tested are the names that each layer gets, and the reason of a layer that cannot run the batch as
+one operation. ``tests/kernels`` has the kernels, ``test_peft_model`` the comparison with HF PEFT.
+"""
 
 import copy
 import pickle

@@ -1,4 +1,4 @@
-"""What is particular to MonteCLoRA, against HF PEFT: what is drawn, and the loss."""
+"""Tests only for MonteCLoRA, against HF PEFT: the random numbers, and the loss."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def models(dtype=None, own=(), **settings):
 
 
 def tensors(ours, theirs):
-    """What each saves."""
+    """The tensors that each library saves, first those of peftkern."""
     mine, other = peft.get_peft_model_state_dict(ours), peft.get_peft_model_state_dict(theirs)
     have = peftkern.get_peft_model_state_dict(ours)
     assert have.keys() == mine.keys() == other.keys()

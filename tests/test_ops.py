@@ -1,4 +1,4 @@
-"""The operation against float64: any shape, rank, dtype, stride; gradients; what it keeps."""
+"""The operation against float64 in any shape, rank, dtype and stride; gradients; kept tensors."""
 
 from __future__ import annotations
 
@@ -50,8 +50,10 @@ def mask_of(shape, p, dtype, seed):
 
 
 def assert_rounded(got, exact, sizes, dtype, terms):
-    """What any order of sums keeps to, where ``sizes`` are the sums of the terms' sizes: float64 to
-    the last digits; else at most 8 roundings to ``dtype``, and ``terms`` in sums to float32.
+    """Assert that the error is within the bound for any order of sums.
+
+    In float64 the results are the same number. Else the bound is 8 roundings to ``dtype`` and
+    ``terms`` roundings to float32, times ``sizes``, the sums of the terms' absolute values.
     """
     if dtype == torch.float64:
         assert_same_number(got, exact)

@@ -1,4 +1,4 @@
-"""Nothing that a configuration or a name says makes a save write outside its folder."""
+"""No value in a configuration, and no name, makes a save write outside its folder."""
 
 from __future__ import annotations
 

@@ -251,8 +251,10 @@ def test_generation(family, how):
 @pytest.mark.parametrize("wide", [True, False], ids=["fp32_adapters", "bf16_adapters"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "qwen2", "gemma", "t5"])
 def test_bf16_is_as_close_to_float64_as_peft(family, wide):
-    """With float32 adapters the same roundings. With bf16 ones fewer (test_ops shows it on the
-    layer); the rest of a whole model rounds by chance, so several draws are measured together.
+    """With float32 adapters peftkern rounds as often as HF PEFT, with bf16 ones less often.
+
+    test_ops shows the latter for a layer. The rest of a model rounds by chance, so several draws
+    are measured together.
     """
     task = {"bert": "TOKEN_CLS", "t5": "SEQ_2_SEQ_LM"}.get(family, "CAUSAL_LM")
     ours, theirs = pair(family, task, dtype=torch.bfloat16, autocast_adapter_dtype=wide)

@@ -1,5 +1,4 @@
-"""The pictures of docs/kernels.md against the launches that the code plans, and the bytes that
-those are counted with."""
+"""The pictures of docs/kernels.md agree with the launches that the code plans and their bytes."""
 
 from __future__ import annotations
 
@@ -122,8 +121,10 @@ def code() -> dict[str, list[Traffic]]:
 
 
 def nbytes(tensor: str, sizes: dict[str, int]) -> int | None:
-    """Bytes of "Q, dO [B, H, T, D]" with bf16 activations and adapters; None where the picture
-    gives no sizes."""
+    """Bytes of text such as "Q, dO [B, H, T, D]", with bf16 activations and adapters.
+
+    None when the picture gives no sizes.
+    """
     found = re.match(r"([^\[…]+) \[([^\]]+)\]", tensor)
     if found is None or not set(found[2].split(", ")) <= sizes.keys():
         return None

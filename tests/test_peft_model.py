@@ -377,7 +377,7 @@ def test_unload_gives_the_base_model_back():
 
 @pytest.mark.parametrize("method", ["LORA", "PROMPT_TUNING"])
 def test_a_configuration_is_checked_once(method, tmp_path, monkeypatch):
-    """Where an adapter is made, whichever way leads there."""
+    """The check runs where an adapter is made, in every way to make one."""
     config = peftkern.get_peft_config(
         {"peft_type": method, "task_type": "CAUSAL_LM"}
         | ({"target_modules": ["q_proj"]} if method == "LORA" else {"num_virtual_tokens": 2})

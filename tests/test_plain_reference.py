@@ -1,4 +1,4 @@
-"""The plain reference is HF PEFT's definition of a prefix and a prompt, where HF PEFT is right."""
+"""The plain reference agrees with HF PEFT on prefixes and prompts, wherever HF PEFT is right."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""docs/benchmarks.md and its plots are what benchmarks/results/ says now."""
+"""docs/benchmarks.md and its plots agree with benchmarks/results/."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """``prefix_always_visible``: a sliding window over own tokens, with the whole prefix in view.
 
-The reference is the model itself over P + T tokens, with a mask that says so in full.
+The reference is the model itself over P + T tokens, with a complete mask of what is visible.
 """
 
 from __future__ import annotations

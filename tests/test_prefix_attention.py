@@ -1,4 +1,4 @@
-"""Prefix attention against float64: outputs and all gradients, whoever computes them."""
+"""Prefix attention against float64: outputs and all gradients, in every implementation."""
 
 from __future__ import annotations
 
@@ -141,8 +141,10 @@ def test_empty(size):
 
 
 def repeated(query, key, value, prefix_key, prefix_value):
-    """Concatenation with each row of the query four times: of very few rows the vendor's kernel
-    computes a more exact exp than of more."""
+    """The result with concatenated keys and values, with each row of the query four times.
+
+    For very few rows the vendor's kernel computes exp more exactly than for many.
+    """
     B, H, T, _ = query.shape
     ok = seen(B, T, T, prefix_key.shape[-2], {}).repeat(1, 1, 4, 1)
     keys, values = (

@@ -1,4 +1,4 @@
-"""What prefix attention keeps, allocates, refuses and says; and the calls on concatenated keys."""
+"""Prefix attention's kept and allocated memory, refusals and messages; calls on joined keys."""
 
 from __future__ import annotations
 
@@ -77,8 +77,10 @@ def test_keeps_the_inputs_the_output_and_one_number_a_row(monkeypatch, implement
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2)], ids=str)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_a_shared_prefix_is_not_copied_over_the_batch(monkeypatch, implementation, heads):
-    """A prefix far longer than the sequence: nothing of B times its size is ever allocated, forward
-    or backward, and nothing is concatenated or repeated."""
+    """Neither forward nor backward allocates B times the size of a prefix far longer than the row.
+
+    Nothing is concatenated or repeated either.
+    """
     force(monkeypatch, implementation)
     B, T, P, D = 16, 8, 600, 16
     tensors = inputs(B, *heads, T, T, P, D, dtype=torch.float32)
@@ -113,8 +115,11 @@ def test_no_mask_of_all_rows_and_keys(monkeypatch, implementation):
 @pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("B", [1, 80])
 def test_decoding_takes_few_calls(heads, keep, B):
-    """Two calls of the vendor's attention, and no more than 4 that compute beside them (7 with
-    padding). Of few keys one, and 2 (6): those are copied."""
+    """Decoding makes two calls of the vendor's attention and at most 4 others that compute.
+
+    With padding there are at most 7 others. With few keys, which are copied, there is one call of
+    the vendor's attention and at most 2 others, or 6 with padding.
+    """
     merging_on_a_cpu()
     S, most = 40, 1 if B == 1 else 2
     tensors = inputs(B, *heads, 1, S, 20, 16, dtype=torch.float32)

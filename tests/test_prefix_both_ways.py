@@ -1,5 +1,7 @@
-"""A prefix does the same in a model's attention and in its cache: two ways that share nothing but
-the prefix's numbers. And where HF PEFT is no oracle, the cache is."""
+"""A prefix has the same effect in a model's attention and in its cache.
+
+The two ways share only the prefix's numbers. Where HF PEFT is wrong, the cache is the oracle.
+"""
 
 from __future__ import annotations
 
@@ -86,8 +88,11 @@ def pairs_of(model: Any, layers: int) -> Any:
 @pytest.mark.parametrize("padding", [None, "right"])
 @pytest.mark.parametrize("family", ["t5", "mt5", "bart", "mbart", "marian", "pegasus"])
 def test_features_of_an_encoder_decoder(family: str, padding: str | None) -> None:
-    """HF PEFT lets the decoder's attention to the encoder see the prefix and the decoder's own
-    keys, and lengthens the encoder's mask: a padded batch fails there."""
+    """HF PEFT is no oracle here, and fails for a padded batch.
+
+    It lets the decoder's attention to the encoder see the prefix and the decoder's own keys, and
+    lengthens the encoder's mask.
+    """
     base = make(family, "FEATURE_EXTRACTION").double()
     batch = inputs(family, padding, "SEQ_2_SEQ_LM")
     batch["decoder_input_ids"] = batch.pop("labels")
@@ -116,8 +121,10 @@ def test_questions_to_an_encoder_decoder(monkeypatch: Any) -> None:
 
 @pytest.mark.parametrize("kind", ["PrefixTuningConfig", "PromptTuningConfig"])
 def test_all_of_the_base_model_is_frozen(kind: str) -> None:
-    """HF PEFT leaves parameters of the base model's own, which no file of its holds, to train:
-    XLNet's ``mask_emb``, LLaVA-NeXT's ``image_newline``, ..."""
+    """In HF PEFT some parameters of the base model train, which none of its files holds.
+
+    Examples are XLNet's ``mask_emb`` and LLaVA-NeXT's ``image_newline``.
+    """
 
     class Marked(tf.LlamaModel):
         def __init__(self, config: Any) -> None:

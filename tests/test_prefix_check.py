@@ -1,5 +1,7 @@
-"""A model that our tests do not know is compared with its cache before its first prefix, so that
-none computes something else without a word."""
+"""A model that these tests do not cover is compared with its cache before its first prefix.
+
+So no model computes something else without a warning.
+"""
 
 from __future__ import annotations
 
@@ -31,8 +33,11 @@ from tests.test_prefix_unusual_layers import INJECTED
 
 
 class Attention(llama.LlamaAttention):
-    """Llama's, in a class that nobody has tested; ``turned``: it turns the order of the heads of
-    what the cache gave it, so that a prefix put in afterwards meets the wrong heads."""
+    """Llama's attention in a class that is not tested.
+
+    With ``turned`` it reverses the order of the heads that it gets from the cache, so that a prefix
+    that is inserted afterwards meets the wrong heads.
+    """
 
     turned = False
 
@@ -118,7 +123,7 @@ def test_several_ends_of_a_text() -> None:
 
 
 def test_without_the_comparison_it_is_not(monkeypatch: Any) -> None:
-    """What the test above is for: injected, the toy is wrong and nothing says so."""
+    """Without the comparison of the test above, the toy would be wrong without a warning."""
     monkeypatch.setattr("peftkern.tuners.prefix_tuning.way.is_verified", lambda *_: True)
     model = tuned(toy(Turned))
     assert differ(model(input_ids=IDS).logits, reference(model, toy(Turned)))
@@ -149,7 +154,7 @@ def test_attention_that_fails_is_caught() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_under_autocast(dtype: torch.dtype) -> None:
-    """What counts as rounding is autocast's, and not that of the weights."""
+    """The rounding that the comparison allows is autocast's, not that of the weights."""
     with warnings.catch_warnings(), torch.autocast("cpu", torch.bfloat16):
         warnings.simplefilter("error")
         model = tuned(toy(Attention, dtype))

@@ -1,7 +1,7 @@
 """torch.compile of a prefix-tuned model, with gradient checkpointing: one graph, eager's gradients.
 
-transformers' ``enable_input_require_grads``, which a prefix does not need, keeps a model that is
-checkpointed from being one graph, with or without a prefix; with it the graph breaks.
+A prefix does not need transformers' ``enable_input_require_grads``. With that, the graph of a
+checkpointed model breaks, with or without a prefix.
 """
 
 from __future__ import annotations

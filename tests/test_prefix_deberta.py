@@ -1,7 +1,7 @@
-"""A prefix in DeBERTa's attention, which reads distances: beside the models' own code.
+"""A prefix in DeBERTa's attention, which uses distances, compared with the models' own code.
 
-The reference is transformers' model over P more tokens in front, with the keys and values of those
-replaced in every layer by the prefix: what is behind them sees nothing else of them.
+The reference is transformers' model over P more tokens in front, whose keys and values are replaced
+in every layer by the prefix; later tokens see nothing else of them.
 """
 
 from __future__ import annotations
@@ -215,8 +215,10 @@ def test_checkpoints_dropout_and_weights(name: str, reentrant: bool) -> None:
 
 @pytest.mark.parametrize("task", ["SEQ_CLS", "TOKEN_CLS", "FEATURE_EXTRACTION"])
 def test_prefix_tuning(task: str, tmp_path: Any) -> None:
-    """From ``get_peft_model`` to a file and back; HF PEFT refuses classifiers of this family, and
-    its features ignore the prefix."""
+    """The prefix works from ``get_peft_model`` to a file and back.
+
+    HF PEFT is no oracle: it refuses classifiers of this family, and its features ignore the prefix.
+    """
     base = {"SEQ_CLS": make("v3"), "FEATURE_EXTRACTION": make("v3").base_model}.get(task)
     if base is None:
         torch.manual_seed(0)

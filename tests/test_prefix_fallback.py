@@ -1,4 +1,4 @@
-"""Models whose attention is not reached take a prefix through their cache, as in HF PEFT."""
+"""Models whose attention cannot take a prefix get it through their cache, as in HF PEFT."""
 
 from __future__ import annotations
 

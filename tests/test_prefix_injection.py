@@ -1,4 +1,4 @@
-"""Prefixes inside attention: the numbers of keys and values in a cache, for every family."""
+"""A prefix inside attention gives the numbers of keys and values in a cache, in every family."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_matches_the_oracles_further_on(family: str, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("family", ["bloom", "t5"])
 def test_prefix_has_its_distance(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where positions act by distance alone, the distance to the prefix counts."""
+    """In models with distances only, the distance to the prefix has an effect."""
     pair = Pair(family, peft_too=False)
     batch = inputs(family)
     if family == "bloom":
@@ -173,8 +173,10 @@ def keys_of(model: Any, **call: Any) -> list[tuple[Tensor, Tensor]]:
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f not in ENCODERS])
 @pytest.mark.parametrize("length", [4, 14])
 def test_keys_of_real_tokens_are_a_prefix(family: str, length: int) -> None:
-    """No PEFT here: what the model computes behind real tokens is what it computes behind their
-    keys as a prefix, a different one in each row, within a sliding window and beyond it."""
+    """Without PEFT: keys of real tokens as a prefix give the results behind these tokens.
+
+    Each row has another prefix, and the tokens are within a sliding window or beyond it.
+    """
     g = torch.Generator().manual_seed(4)
     ids = torch.randint(3, VOCAB, (3, P + length), generator=g)
     base = make(family)
@@ -203,8 +205,11 @@ def test_keys_of_real_tokens_are_a_prefix(family: str, length: int) -> None:
 def test_keys_in_an_encoder_are_a_prefix(
     family: str, length: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same for encoders, PEFT's and some that it refuses: the keys that the first tokens have
-    in a run over all of them, in front of a run over the rest."""
+    """The same in encoders, those that PEFT supports and some that it refuses.
+
+    The prefix is the keys of the first tokens in a run over all of them, and is put before a run
+    over the rest.
+    """
     g = torch.Generator().manual_seed(4)
     ids = torch.randint(3, VOCAB, (3, P + length), generator=g)
     base = make(family).base_model

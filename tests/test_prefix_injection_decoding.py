@@ -1,4 +1,4 @@
-"""Decoding behind a prefix that no cache holds: any cache or none, beams, rows, torch.compile."""
+"""Decoding with a prefix outside the cache: any cache or none, beams, rows, torch.compile."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_static_cache(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["t5", "mt5", "bloom", "falcon", "gptj", "gpt_neo", "bart"])
 def test_a_step_makes_nothing_twice(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What all layers share (a mask, a bias) is made for the first, and no signature is read."""
+    """A mask or bias that all layers share is made once, and no signature is read."""
     pair, made, read = alone(family), [], []
     for module, name in [
         *((blocks, name) for name in ("_wider", "_bloom", "_with_alibi")),

@@ -1,4 +1,4 @@
-"""A prefix in the attention: training, and whatever a caller says of masks and positions."""
+"""A prefix in the attention: training, and any masks and positions that a caller gives."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The injection keeps to itself: threads, copies, removal, and errors where it cannot be right."""
+"""The injection has no side effects: threads, copies, removal, errors before wrong results."""
 
 from __future__ import annotations
 

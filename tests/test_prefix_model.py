@@ -1,4 +1,4 @@
-"""Prefix tuning from ``get_peft_model`` to attention, beside keys and values in a cache."""
+"""Prefix tuning from ``get_peft_model`` to attention, compared with keys and values in a cache."""
 
 from functools import partial
 

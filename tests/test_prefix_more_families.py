@@ -1,4 +1,4 @@
-"""Prefix tuning of families that stand in the table for one reason each, beside HF PEFT."""
+"""Prefix tuning of more families, each tested for one special reason, compared with HF PEFT."""
 
 from __future__ import annotations
 
@@ -201,7 +201,7 @@ def _qwen_vl() -> tuple[Any, dict[str, Tensor]]:
 
 
 def positions_of(model: Any, call: dict[str, Tensor]) -> Tensor | None:
-    """What the model itself counts, without a prefix: it reads images from a mask of T tokens."""
+    """The positions that the model computes without a prefix, by a mask of T tokens with images."""
     found = []
     hook = model.model.language_model.register_forward_pre_hook(
         lambda _, args, rest: found.append(rest.get("position_ids")), with_kwargs=True

@@ -1,4 +1,4 @@
-"""Decoding where the vendor's attention does not take it: under a window, softcap or sinks."""
+"""Decoding that the vendor's attention does not support: with a window, softcap or sinks."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ from tests.test_prefix_attention_cost import Recorder, eager
 @pytest.mark.parametrize("window", [None, 3, 12, 40])
 @pytest.mark.parametrize("kind", [None, "left", "nothing"])
 def test_decoding_under_softcap_sinks_and_a_window(monkeypatch, kind, window, shared):
-    """One row a sequence: right, and the prefix is neither copied over the batch nor concatenated;
-    also where only the device knows how far the sequence is."""
+    """One row a sequence is right, without copies of the prefix over the batch or concatenation.
+
+    This also holds when the length of the sequence is only on the device.
+    """
     calls, real = [], prefix_row.forward
     monkeypatch.setattr(prefix_row, "forward", lambda *a: calls.append(a) or real(*a))
     B, S, P = 3, 20, 30

@@ -1,5 +1,7 @@
-"""Families that make something of their keys before attention, or go without a mask: injected all
-the same, with HF PEFT's numbers."""
+"""Families that change their keys before attention, or use no mask, take a prefix in attention.
+
+The numbers are HF PEFT's.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The register of private names: each is in the installed versions, and none is used elsewhere."""
+"""The register of private names: each exists in the installed versions, and no other is used."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SOURCES = [
 
 
 def at(path: str) -> Any:
-    """What a dotted name stands for, of torch or transformers; AttributeError when it is gone."""
+    """The object of torch or transformers with a dotted name; AttributeError if there is none."""
     parts = path.split(".")
     for count in range(len(parts), 0, -1):
         try:
@@ -283,7 +283,7 @@ def test_without_ways_around_dispatch_modes(kind: str, monkeypatch: pytest.Monke
 
 
 class Lacking:
-    """What has none of the names that are looked for in an object."""
+    """A class without any of the names that are looked up in an object."""
 
 
 GONE: dict[str, Callable[[pytest.MonkeyPatch], Any]] = {
@@ -368,8 +368,10 @@ def own_names(trees: list[ast.AST]) -> set[str]:
 
 
 def private_uses(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """(line, name) of every private name that is read, written or imported from elsewhere, and of
-    every string that is one or ends in one."""
+    """(line, name) of every private name that is read, written or imported from elsewhere.
+
+    Strings that are such a name, or end in one, count too.
+    """
     for node in ast.walk(tree):
         names: list[str] = []
         if isinstance(node, ast.Attribute):
@@ -399,7 +401,7 @@ NOT_THEIRS = {
 
 
 def foreign_uses(sources: dict[str, str]) -> list[str]:
-    """Where a private name of a library is used in these sources, outside the register."""
+    """The places in these sources that use a library's private name that is not in the register."""
     trees = {where: ast.parse(source) for where, source in sources.items()}
     registered = {p.name.rpartition(".")[2] for p in REGISTER}
     allowed = own_names(list(trees.values())) - registered

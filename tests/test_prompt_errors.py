@@ -1,4 +1,4 @@
-"""Prompts that cannot be: one clear error each, and a model that is as it was."""
+"""Prompts that are impossible: one clear error each, and the model is unchanged."""
 
 from __future__ import annotations
 

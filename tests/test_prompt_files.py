@@ -1,4 +1,4 @@
-"""Checkpoints of prompts: HF PEFT's files both ways, several adapters, files that do not fit."""
+"""Checkpoints of prompts: files from and for HF PEFT, several adapters, files that do not fit."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_shapes_in_files(tmp_path):
 
 @pytest.mark.parametrize("kind", ["prompt", "sample", "prefix"])
 def test_training_on(kind, tmp_path):
-    """What HF PEFT refuses: without a network the file holds the very parameters."""
+    """Training goes on from a file, as it has the prompt's parameters; HF PEFT refuses that."""
     ours = trained(peftkern, kind, "bert", "SEQ_CLS")
     ours.save_pretrained(tmp_path)
     again = peftkern.PeftModel.from_pretrained(make("bert", "SEQ_CLS"), tmp_path, is_trainable=True)

@@ -1,4 +1,4 @@
-"""Prefix tuning, prompt tuning and p-tuning beside HF PEFT: names, first values and numbers."""
+"""Prefix tuning, prompt tuning and p-tuning against HF PEFT: names, first values and results."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_numbers_of_prompts(kind, family, task):
     ],
 )
 def test_numbers_of_prefixes(kind, family, task):
-    """What the injection is handed is what belongs into a cache, gradients included."""
+    """The injection gets the tensors that belong in a cache, and gives their gradients."""
     ours, theirs = prompt_pair(kind, family, task)
     batch = inputs(family, task)
     tokens = virtual_tokens(ours)

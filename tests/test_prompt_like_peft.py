@@ -1,4 +1,4 @@
-"""Habits of HF PEFT's prompt learning that its own tests, or its callers, count on."""
+"""Details of HF PEFT's prompt learning that its own tests, or its callers, rely on."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def test_weights_that_are_elsewhere(kind):
 
 
 def test_tokens_are_not_lost_on_the_meta_device(tmp_path):
-    """Where the words are not there yet, neither are the virtual tokens that copy them."""
+    """While the word embeddings have no data, virtual tokens that copy them have none either."""
     kept = prompt_model(peftkern, "sample")
     kept.save_pretrained(tmp_path)
     model = prompt_model(peftkern, "sample", base=make("llama").to("meta"))

@@ -1,4 +1,4 @@
-"""README.md: its example runs, and its figures are those of the newest results."""
+"""README.md: its example runs, and its figures come from the newest results."""
 
 from __future__ import annotations
 

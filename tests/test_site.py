@@ -1,4 +1,4 @@
-"""The site that `make docs` builds has all pages of docs/ and all public names; without mkdocs."""
+"""The site of `make docs` has all pages of docs/ and all public names; tested without mkdocs."""
 
 from __future__ import annotations
 

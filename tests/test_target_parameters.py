@@ -1,4 +1,4 @@
-"""LoRA on parameters, the fused weights of experts above all, beside HF PEFT."""
+"""LoRA on parameters, mainly the fused weights of experts, compared with HF PEFT."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which modules are adapted: the same as with HF PEFT, for every way of saying so."""
+"""The adapted modules are the same as with HF PEFT, for every way of naming targets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Eight threads on one model: each gets what it would get alone, whatever the others ask for."""
+"""Eight threads on one model: each gets the same result as alone, whatever the others do."""
 
 from __future__ import annotations
 
@@ -17,8 +17,11 @@ THREADS = 8
 
 
 def together(model, block, calls, rounds=3):
-    """What each call gives when all are made at once, each in a thread of its own. They meet
-    before ``block``, in the middle of the forward, so that all of them are in it at one time."""
+    """The results of each call when all are made at once, each in a thread of its own.
+
+    The threads wait for each other before ``block``, in the middle of the forward, so that all are
+    in it at the same time.
+    """
     meet = threading.Barrier(len(calls), timeout=60)
     handle = model.get_submodule(block).register_forward_pre_hook(lambda *_: (meet.wait(), None)[1])
     got, failed = [[] for _ in calls], []
@@ -81,8 +84,7 @@ BLOCKS = {"llama": "model.layers.1", "gpt2": "transformer.h.1"}
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_adapter_names_and_heads(kind):
-    """A name for each row in some threads and the active adapter in others, with heads that the
-    adapters trained."""
+    """Some threads name an adapter for each row, others use the active one, with trained heads."""
     config = KINDS[kind]
     model = peftkern.get_peft_model(make("llama", "SEQ_CLS", torch.float64), config("SEQ_CLS"))
     for name in ("a", "b"):

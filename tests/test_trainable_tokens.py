@@ -1,4 +1,4 @@
-"""Single tokens trained beside LoRA (``trainable_token_indices``), beside HF PEFT."""
+"""Single tokens trained with LoRA (``trainable_token_indices``), compared with HF PEFT."""
 
 from __future__ import annotations
 
@@ -216,7 +216,7 @@ def test_a_resized_embedding_is_saved_beside_the_rows(tmp_path) -> None:
 
 
 class _Sizes(TorchDispatchMode):
-    """Which operations make a tensor of the whole vocabulary's weight."""
+    """Lists the operations that make a tensor of the size of the whole vocabulary's weight."""
 
     def __init__(self) -> None:
         super().__init__()

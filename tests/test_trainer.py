@@ -1,5 +1,7 @@
-"""transformers' Trainer and accelerate on a peftkern model and on a fused one: training, saving,
-resuming and the best model give HF PEFT's numbers and HF PEFT's files."""
+"""transformers' Trainer and accelerate on a peftkern model and on a fused one.
+
+Training, saving, resuming and loading the best model give HF PEFT's numbers and files.
+"""
 
 from __future__ import annotations
 

@@ -40,8 +40,10 @@ def test_gradients(family, task):
 
 @pytest.mark.parametrize(("family", "task"), CASES)
 def test_float32_gradients_are_as_good_as_pefts(family, task):
-    """With dropout, the gradients of several draws together, but for those that are sums to zero:
-    a start's or an end's bias changes no softmax."""
+    """With dropout the gradients of several draws are measured together.
+
+    Gradients that sum to zero are left out, as the bias of a start or an end changes no softmax.
+    """
     ours, theirs = pair(family, task, torch.float32, lora_dropout=0.25)
     exact, batch = copy.deepcopy(theirs).double(), inputs(family, task)
     found = [{}, {}, {}]

@@ -1,5 +1,7 @@
-"""TRL's trainers through both doors: a peftkern model handed to them, and HF PEFT's model that they
-build themselves from ``peft_config=``, fused by the callback."""
+"""TRL's trainers, which get a peftkern model, or build HF PEFT's model that the callback fuses.
+
+They build the latter from ``peft_config=``.
+"""
 
 from __future__ import annotations
 
@@ -135,8 +137,10 @@ def test_sft_checkpoint_resume_best_model_and_save(door, tmp_path):
 
 
 def test_rules_of_trl(tmp_path):
-    """An adapter on lm_head is refused, as its losses would not see it, and so is peftkern's
-    configuration where TRL would give it to HF PEFT."""
+    """An adapter on lm_head is refused, as TRL's losses would ignore it.
+
+    A configuration of peftkern's is refused where TRL would give it to HF PEFT.
+    """
     on_head = peftkern.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "lm_head"])
     with pytest.raises(ValueError, match="adapter to `lm_head` is not supported"):
         sft(peftkern.get_peft_model(make("llama"), on_head), tmp_path)

@@ -1,4 +1,4 @@
-"""What races leave on disk: one file for each machine and code, written by several processes."""
+"""The results of races on disk: one file for each machine and code, shared by several processes."""
 
 import json
 import logging

@@ -1,5 +1,7 @@
-"""Tied embeddings under adapters (``ensure_weight_tying``) and stacked layers
-(``layer_replication``), beside HF PEFT."""
+"""Tied embeddings (``ensure_weight_tying``) and stacked layers (``layer_replication``).
+
+Both are compared with HF PEFT.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What checkers are told: no `self` is of any type, and all that runs on the host has types."""
+"""Annotations for type checkers: no `self: Any`, and types in all code that runs on the host."""
 
 from __future__ import annotations
 

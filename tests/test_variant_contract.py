@@ -1,5 +1,8 @@
-"""What holds for every variant of LoRA, against HF PEFT: starts, numbers, gradients, several
-adapters, merging, files both ways, and refusals. What is particular to one is in its own file."""
+"""Tests of every variant of LoRA, against HF PEFT.
+
+They cover starts, results, gradients, several adapters, merging, files in both directions, and
+refusals. Tests of a single variant are in its own file.
+"""
 
 from __future__ import annotations
 

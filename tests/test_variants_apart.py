@@ -1,5 +1,7 @@
-"""Variants of LoRA stand apart: each in its own file, asked only when a configuration asks for it,
-and written outside of the package as well as inside."""
+"""Variants of LoRA are separate: each has its own file and runs only when a configuration asks.
+
+A variant can also be defined outside of the package.
+"""
 
 from __future__ import annotations
 
@@ -109,7 +111,10 @@ def test_a_variant_stands_in_three_files(words):
 
 @pytest.fixture
 def outside(monkeypatch):
-    """What the example of docs/extending.md defines; taken out of the tables afterwards."""
+    """The names that the example of docs/extending.md defines.
+
+    Its variant is removed from the tables afterwards.
+    """
     tables = {kind: dict(table) for kind, table in variants.TABLES.items()}
     settings = dict(variants.SETTINGS)
     text = (ROOT / "docs" / "extending.md").read_text()

@@ -1,4 +1,4 @@
-"""What is particular to VeLoRA, against HF PEFT: the vector, what is kept, other layers."""
+"""Tests only for VeLoRA, against HF PEFT: the vector, kept tensors, other layers."""
 
 from __future__ import annotations
 

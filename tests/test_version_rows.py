@@ -1,4 +1,4 @@
-"""The rows of ``make test-versions``, and the table that they are written into."""
+"""The rows of ``make test-versions``, and the table of their results."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What differs between versions of transformers: names and ways of checkpointing, old and new.
+"""Differences between versions of transformers: old and new names and ways of checkpointing.
 
-The versions themselves are run by ``make test-versions``.
+``make test-versions`` runs the versions themselves.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``add_weighted_adapter`` beside HF PEFT's, rule by rule, and what is refused."""
+"""``add_weighted_adapter`` against HF PEFT's, rule by rule, and its refusals."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
-"""What is built and installed: the source distribution, the wheel of it, the command, and what the
-library and the command need besides.
+"""The built and installed package: source distribution, wheel, command, and their requirements.
 
-Nothing here reaches the checkout's own modules: see `tests/machines/wheel.py`, which
+Nothing here uses the checkout's own modules: see `tests/machines/wheel.py`, which
 ``make test-wheel`` runs with more tests.
 """
 
@@ -218,7 +217,7 @@ def test_the_command_without_the_extra_is_one_clear_error(bare: Path, arguments:
 
 
 def third_party(paths: Iterable[Path]) -> set[str]:
-    """What the files import of others, those within functions included."""
+    """The packages of others that the files import, also within functions."""
     roots = {name.partition(".")[0] for path in paths for name in imports_of(path)}
     return roots - set(sys.stdlib_module_names) - {"peftkern"}
 

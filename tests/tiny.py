@@ -1,4 +1,4 @@
-"""Tiny models made from configurations, their inputs, and pairs adapted by peftkern and by HF PEFT.
+"""Tiny models made from configurations, their inputs, and pairs adapted by peftkern and HF PEFT.
 
 The pairs start from the same numbers: one base model is copied, and B, which LoRA starts at zero,
 is drawn at random so that the update takes part in every comparison.

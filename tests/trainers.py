@@ -1,4 +1,4 @@
-"""What the trainer tests train: a tiny Llama on a few lines of words, without any file."""
+"""The model and data of the trainer tests: a tiny Llama and a few lines of words, without files."""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""One adapter of every variant of LoRA on a tiny Llama, in both libraries: what is the same for all
-of them is tested once, in test_variant_contract.py."""
+"""One adapter of every variant of LoRA on a tiny Llama, in both libraries.
+
+test_variant_contract.py tests everything that is the same for all variants.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Ring 4: the compiled kernels on a CUDA device. Run by themselves: ``make gpu PART=tests``.
+"""Ring 4: the compiled kernels on a CUDA device, run separately by ``make gpu PART=tests``.
 
 tests/kernels runs the same kernels in Triton's interpreter, and one process can only do one of the
-two; so this folder is not even looked at where ``-m "not gpu"`` is asked for.
+two. So with ``-m "not gpu"`` this folder is not even collected.
 """
 
 import json

@@ -1,8 +1,8 @@
 # ruff: noqa: E402
-"""What the tests on a device share. Skips the importing module where there is none.
+"""Helpers of the tests on a device; without a device the importing module is skipped.
 
-``PEFTKERN_GPU_TESTS_ON_CPU=1 TRITON_INTERPRET=1`` runs them on CPU tensors, shapes cut down: it
-proves the tests, not the kernels.
+``PEFTKERN_GPU_TESTS_ON_CPU=1 TRITON_INTERPRET=1`` runs the tests on CPU tensors of smaller shapes,
+which checks the tests, not the kernels.
 """
 
 from __future__ import annotations

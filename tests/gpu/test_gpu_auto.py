@@ -1,4 +1,4 @@
-"""The dispatcher on the device: it races once, right, and never while a graph is captured."""
+"""The dispatcher on the device: it races once, correctly, and never while a graph is captured."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Every kernel against float64 on the device, shapes odd and real."""
+"""Every kernel against float64 on the device, in odd and in real shapes."""
 
 import pytest
 import torch

@@ -1,5 +1,6 @@
-"""The whole operation on the device: gradients, determinism, graphs, memory, precision against HF
-PEFT.
+"""The whole operation on the device: gradients, determinism, graphs, memory and precision.
+
+Precision is compared with HF PEFT's.
 """
 
 import peft
@@ -164,7 +165,7 @@ def test_fp32_adapters_on_bf16_are_as_exact_as_hf_pefts(product):
 
 
 def test_fp32_adapters_on_bf16_lose_no_more_than_the_rounding_of_their_products(product):
-    """What holds instead: Y and dX within 2.2 of PEFT's default, dA and dB at bf16's rounding."""
+    """Y and dX err at most 2.2 times as PEFT's default does, dA and dB by bf16's rounding."""
     ours, theirs = errors_beside(True)
     for what in ("y", "dx"):
         assert ours[what] <= 2.2 * theirs[what], (what, ours, theirs)

@@ -1,5 +1,7 @@
-"""Prefix attention against float64 on the device: shapes odd and real, every mask, decoding in a
-CUDA graph, bits that do not change."""
+"""Prefix attention against float64 on the device, in odd and in real shapes, with every mask.
+
+Decoding also runs in a CUDA graph, and repeated runs give the same bits.
+"""
 
 import pytest
 import torch

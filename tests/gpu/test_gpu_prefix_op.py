@@ -1,4 +1,4 @@
-"""Prefix attention as models call it: on the kernels and by what ``auto`` chooses, beside torch."""
+"""Prefix attention as models call it, on the kernels and by ``auto``, compared with torch."""
 
 import pytest
 import torch

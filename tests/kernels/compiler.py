@@ -1,4 +1,4 @@
-"""Ring 3 from tests that interpret kernels: processes of their own, which compile them."""
+"""Processes that compile kernels, for tests of ring 3 in a process that interprets them."""
 
 from __future__ import annotations
 

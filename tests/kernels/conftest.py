@@ -1,6 +1,4 @@
-"""Ring 2: the kernels themselves, run by Triton's CPU interpreter, against the float64 formulas
-beside them.
-"""
+"""Ring 2: the kernels in Triton's CPU interpreter, against the float64 formulas beside them."""
 
 import importlib
 import os
@@ -12,9 +10,10 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 
 def _interpret() -> None:
-    """Triton looks at TRITON_INTERPRET when a function is decorated. Its own library is decorated
-    at import, and transformers imports it, so in a process that ran other tests first that library
-    is decorated again.
+    """Decorate Triton's own library for the interpreter, if an import has decorated it before.
+
+    Triton reads TRITON_INTERPRET when a function is decorated. Its library is decorated when it is
+    imported, as transformers does, so other tests may have done that in this process.
     """
     import triton.language as tl
     from triton.runtime.jit import JITFunction

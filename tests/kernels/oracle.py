@@ -1,5 +1,6 @@
-"""How kernel tests judge: by the error of the same formula in torch, in the same dtype, against
-float64.
+"""Assertions of kernel tests, which compare a kernel's error with that of torch.
+
+Both errors are against float64, and torch computes the same formula in the same dtype.
 """
 
 from __future__ import annotations
@@ -24,17 +25,18 @@ few = settings(
 
 
 def blas(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in fp32 as the interpreter multiplies: numpy's BLAS may sum in another order than
-    torch's, and err more, which is no property of a kernel."""
+    """a @ b in fp32, multiplied as the interpreter does it.
+
+    The BLAS of numpy may sum in another order than torch's and have larger errors, which is no
+    property of a kernel.
+    """
     return torch.from_numpy(a.float().numpy() @ b.float().numpy())
 
 
 def matrix(
     rows: int, columns: int, dtype: torch.dtype, *, seed: int, offset: int = 0, scale: float = 1.0
 ) -> Tensor:
-    """A random matrix; with ``offset`` its rows are a slice of longer ones, so they are neither
-    dense nor aligned.
-    """
+    """A random matrix; with ``offset`` its rows are slices of longer ones, not dense or aligned."""
     g = torch.Generator().manual_seed(seed)
     wide = torch.randn(rows, columns + 2 * offset, generator=g) * scale
     return wide.to(dtype)[:, offset : offset + columns]
@@ -50,8 +52,9 @@ def masked(t: Tensor, keep: Tensor | None) -> Tensor:
 
 
 def far_rows(rows: int, columns: int, seed: int) -> Tensor:
-    """fp16 rows 2**30 elements apart: the third one starts past int32. Only touched pages take
-    memory.
+    """fp16 rows 2**30 elements apart, so that the third starts beyond int32.
+
+    Only the pages that are touched take memory.
     """
     storage = torch.empty(2**31 + 4096, dtype=torch.float16)
     far = storage.as_strided((rows, columns), (2**30, 1))

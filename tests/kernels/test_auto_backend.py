@@ -1,4 +1,4 @@
-"""The dispatcher in Triton's interpreter, with real races on a clock that is told who wins."""
+"""The dispatcher in Triton's interpreter, with real races on a clock with a given winner."""
 
 import threading
 from dataclasses import replace

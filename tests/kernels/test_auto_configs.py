@@ -1,4 +1,4 @@
-"""Kernels run with the configs of a table, and the Triton backend goes the way that one names."""
+"""Kernels run with a table's configs, and the Triton backend runs operations as a table names."""
 
 import peftkern
 from peftkern.kernels import common

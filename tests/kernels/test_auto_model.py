@@ -1,4 +1,4 @@
-"""The dispatcher below real models: whatever is decided when, they train as on torch."""
+"""The dispatcher below real models, which train as on torch whatever it decides and when."""
 
 import itertools
 

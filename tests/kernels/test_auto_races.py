@@ -1,4 +1,4 @@
-"""What a race throws out, and when it decides nothing."""
+"""Entrants that a race throws out, and races that decide nothing."""
 
 import logging
 

@@ -1,4 +1,4 @@
-"""Layers and models on the kernels that are compiled to graphs of operators, beside eager calls."""
+"""Layers and models on the kernels, compiled to graphs of operators, compared with eager calls."""
 
 import copy
 
@@ -72,8 +72,10 @@ def one_block(family, **lora):
     ],
 )
 def test_a_model_is_one_graph_with_one_operator_a_layer(family, p, compiler):
-    """Logits, loss and gradients are those of eager calls, masks included: on a CPU both take the
-    seeds from one generator in the order of the calls."""
+    """Logits, loss and gradients equal those of eager calls, with the same dropout masks.
+
+    On a CPU both take the seeds from one generator in the order of the calls.
+    """
     model = one_block(family, lora_dropout=p)
     ungrouped(model)
     model.base_model.model.loss_type = "ForCausalLM"  # GPT2's own name for it is logged, a break
@@ -100,8 +102,10 @@ def test_a_model_is_one_graph_with_one_operator_a_layer(family, p, compiler):
 @pytest.mark.long
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_a_checkpointed_block_draws_the_same_mask_again(reentrant):
-    """Inside the compiled model, where forward operators stand in the backward's graph, and around
-    compiled blocks."""
+    """Checkpointing is within the compiled model, or around compiled blocks.
+
+    In the first case, forward operators are in the backward's graph.
+    """
     model = ungrouped(one_block("llama", lora_dropout=0.3))
     batch, layers = inputs("llama"), len(peftkern.explain(model))
     model.config.use_cache = False
@@ -279,9 +283,11 @@ def test_derivatives_within_and_of_the_graph():
 
 @pytest.mark.slow
 def test_inductor_compiles_the_graph_around_the_operators():
-    """With a random generator of its own: the result is linear in x for one seed, which shows that
-    forward and backward have one mask; seeds differ from call to call. Of whole numbers, all sums
-    are exact."""
+    """The result is linear in x for one seed, so forward and backward have the same mask.
+
+    Inductor has a random generator of its own, and seeds differ from call to call. The tensors hold
+    whole numbers, so that all sums are exact.
+    """
     model, _ = layer_pair(dropout=0.5)
     g = torch.Generator().manual_seed(0)
 

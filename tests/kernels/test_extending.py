@@ -1,5 +1,6 @@
-"""The worked example of docs/extending.md in a copy of the checkout: three files, and everything
-that reads the table of kernels has it.
+"""The worked example of docs/extending.md, in a copy of the checkout.
+
+It adds three files, and then everything that reads the table of kernels has the new kernel.
 """
 
 import json

@@ -1,6 +1,4 @@
-"""Packed dropout masks: the layout, the kernel against torch's Philox word for word, and what a
-mask must satisfy.
-"""
+"""Packed dropout masks: layout, statistics, and the kernel against torch's Philox word by word."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Decode in one launch: one row, and up to sixteen."""
+"""The kernel that decodes in one launch, with one row and with up to sixteen."""
 
 import pytest
 import torch

@@ -1,5 +1,4 @@
-"""DoRA's kernels: norms that read W once, the gain in the epilogue of the fused product, and what
-it does to the gradient."""
+"""DoRA's kernels: norms that read W once, the gain in the fused product, and its gradient."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The low-rank part written out: S Bᵀ forward, sum of mask (dS A) backward."""
+"""The kernel that writes the low-rank part: S Bᵀ forward, the sum of mask (dS A) backward."""
 
 import pytest
 import torch

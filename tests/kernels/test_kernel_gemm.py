@@ -1,4 +1,4 @@
-"""The fused GEMM, through tensor descriptors and through pointers: forward, and dX of a group."""
+"""The fused GEMM, with tensor descriptors and with pointers: forward, and dX of a group."""
 
 import pytest
 import torch

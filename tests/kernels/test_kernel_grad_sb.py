@@ -1,5 +1,6 @@
-"""Adapter gradients: dS and dB from one pass over dY (or two), dA of a group from one pass over X;
-the same bits every run.
+"""Adapter gradients: dS and dB from one pass over dY or two, dA of a group from one pass over X.
+
+Repeated runs give the same bits.
 """
 
 import pytest

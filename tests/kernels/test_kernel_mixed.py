@@ -1,4 +1,4 @@
-"""A batch whose samples name adapters, base product and updates in one launch."""
+"""The kernel for a batch whose samples name adapters: base product and updates in one launch."""
 
 import pytest
 import torch
@@ -169,8 +169,10 @@ def test_one_launch_whatever_the_batch(monkeypatch):
 
 
 def test_kernels_are_few_whatever_the_ranks():
-    """What a launch specialises on does not change with ranks, scales or how many adapters fill a
-    power of two: neither 1 nor a multiple of 16 may get a kernel of its own."""
+    """One compiled kernel serves all ranks, scales, and counts of adapters up to a power of two.
+
+    Not even a rank of 1 or a multiple of 16 may get a kernel of its own.
+    """
     x, w = torch.empty(8, 64), torch.empty(48, 64)
 
     def key(ranks):

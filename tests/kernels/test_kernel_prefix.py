@@ -1,5 +1,8 @@
-"""Prefix attention, forward and backward: every mask, group, head dimension and dtype against
-float64 autograd; what is never read; what is refused. Decoding: test_kernel_prefix_decode."""
+"""The kernels for prefix attention, forward and backward, against float64 autograd.
+
+Every mask, group, head dimension and dtype is tested, and which memory is never read and which
+calls are refused. Decoding is in test_kernel_prefix_decode.
+"""
 
 import pytest
 import torch
@@ -19,8 +22,7 @@ NAMES = ("q", "k", "v", "prefix_key", "prefix_value", "sinks")
 
 
 def draw(B, H, H_kv, T, S, P, D, dtype=torch.float32, *, shared=True, seed=0):
-    """q, k, v as transformers has them, [B, rows, heads, D] seen transposed; a prefix that is
-    dense."""
+    """q, k, v [B, heads, rows, D], in memory [B, rows, heads, D], and a dense prefix."""
     g = torch.Generator().manual_seed(seed)
 
     def some(*shape):
@@ -43,9 +45,11 @@ def by_torch(tensors, grad_o, dtype, options):
 
 
 def by_vendor(tensors, grad_o, options):
-    """(O, gradients) by torch's own fused attention on the concatenated sources: in fp32 a backward
-    from O and LSE, as the kernel's, errs more than autograd through the softmax. None where it
-    cannot."""
+    """(O, gradients) by torch's own fused attention on the concatenated sources.
+
+    In fp32 a backward from O and LSE, like the kernel's, has larger errors than autograd through
+    the softmax. None when torch's attention cannot compute it.
+    """
     mask = {k: v for k, v in options.items() if k in MASK}
     if tensors[0].dtype != torch.float32 or set(options) - set(MASK):
         return None
@@ -238,8 +242,10 @@ def test_padded_keys_may_hold_anything():
 
 
 def test_blocks_out_of_sight_are_not_loaded():
-    """NaN in prefix and own blocks that slid out of the window, and in those of the future: had
-    they been loaded, even with weight 0, they would show."""
+    """Blocks before the window and blocks of the future hold NaN.
+
+    If they were loaded, the result would show it even with weight 0.
+    """
     q, k, v, pk, pv = draw(1, 1, 1, 16, 96, 32, 16)
     options = dict(window=20, q_offset=48)  # rows at 48 to 63 see 29 to 63
     want = attend(q, k, v, pk, pv, **options, config=SMALL)

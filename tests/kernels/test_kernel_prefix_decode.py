@@ -1,5 +1,8 @@
-"""Prefix attention split over the keys: equal to the last rows of the forward, the prefix read once
-for the batch, nothing read past a device offset."""
+"""The kernel for prefix attention split over the keys, for decoding.
+
+It equals the last rows of the forward, reads the prefix once for the batch, and reads no key beyond
+an offset that lies on the device.
+"""
 
 import pytest
 import torch

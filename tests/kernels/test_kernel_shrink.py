@@ -1,4 +1,4 @@
-"""S = scale * (mask X) Aᵀ for groups: against float64, split over K or not, and what it refuses."""
+"""The kernel for S = scale * (mask X) Aᵀ of a group, split over K or not, and its errors."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Ring 3's own proof: it compiles without a GPU, caches, and fails on what it should fail on."""
+"""Ring 3 itself: it compiles without a GPU, caches results, and reports problems."""
 
 import ast
 import json

@@ -1,4 +1,4 @@
-"""Every line of the table of kernels: what it says of its kernel is there, and right."""
+"""Every line of the table of kernels names things that exist and fit its kernel."""
 
 import ast
 import itertools

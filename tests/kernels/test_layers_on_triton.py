@@ -1,5 +1,6 @@
-"""Ring 2 through the public layers: adapted modules of any shape on ``PEFTKERN_BACKEND=triton``,
-against float64 autograd over the formula with the masks that the kernels drew.
+"""Ring 2 through the public layers: adapted modules of any shape on ``PEFTKERN_BACKEND=triton``.
+
+The reference is float64 autograd over the formula, with the masks that the kernels drew.
 """
 
 import copy

@@ -1,5 +1,7 @@
-"""Models whose rows name adapters, on the Triton kernels in the interpreter: each row is what its
-adapter alone says, and every projection is one launch."""
+"""Models in batches whose rows name adapters, on the Triton kernels in the interpreter.
+
+Each row equals the result of its adapter alone, and every projection is one launch.
+"""
 
 import copy
 
@@ -47,7 +49,7 @@ def adapted(family, dtype=torch.float32, **settings):
 
 
 def alone(model, name, run):
-    """What ``run`` gives when every row has this adapter, on the torch backend."""
+    """The result of ``run`` when every row has this adapter, on the torch backend."""
     with peftkern.use_backend("torch"), torch.no_grad():
         if name == "__base__":
             with model.disable_adapter():

@@ -1,5 +1,8 @@
-"""Ring 2 through the public layers: models with a prefix on ``PEFTKERN_BACKEND=triton``, beside the
-same models on torch; and the operation, whose choice is told."""
+"""Ring 2 through the public layers: models with a prefix on ``PEFTKERN_BACKEND=triton``.
+
+They are compared with the same models on torch. The operation is also tested alone, with the choice
+that it reports.
+"""
 
 import copy
 import logging
@@ -24,7 +27,7 @@ from tests.tiny import inputs as tiny_inputs
 
 @pytest.fixture
 def calls(monkeypatch):
-    """What ran on the kernels, in order."""
+    """The list of the operation's parts that ran on the kernels, in order."""
     found = []
     for name in ("forward", "backward"):
         real = getattr(prefix_kernel, name)

@@ -1,5 +1,7 @@
-"""Ring 3 over everything that ships: every kernel, case and configuration of a shipped tuning table
-for six architectures, from the committed results, and a sample of those compiled anew.
+"""Ring 3 over everything that ships, for six architectures.
+
+That is every kernel, case and config of a shipped tuning table. Results are the committed ones, of
+which a sample is compiled anew.
 """
 
 import ast
@@ -37,8 +39,10 @@ pytestmark = pytest.mark.timeout(1200)
 
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory):
-    """What `python -m benchmarks.static --json` prints. With committed results nothing is compiled:
-    after a change to the kernels this fails within seconds and names the command that renews them.
+    """The output of `python -m benchmarks.static --json`.
+
+    With committed results nothing is compiled: after a change to the kernels this fails within
+    seconds and names the command that renews them.
     """
     if COMMITTED.exists():
         options, cache = ["--most", "0"], tmp_path_factory.mktemp("empty")

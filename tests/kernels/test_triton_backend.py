@@ -1,4 +1,4 @@
-"""Ring 2 through the front door: models on ``PEFTKERN_BACKEND=triton`` in Triton's interpreter."""
+"""Ring 2 through models on ``PEFTKERN_BACKEND=triton`` in Triton's interpreter."""
 
 import pytest
 import torch

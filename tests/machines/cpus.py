@@ -1,9 +1,9 @@
 """``make test-cpus``: the numeric tests once for every instruction set that this processor has.
 
-A processor without AVX-512, or with AMX, sums in other orders than the one at hand; so do another
-number of threads, MKL's and oneDNN's other code paths. Each row below makes torch take one of them
-(the variables are read when torch is loaded, so each is a process of its own), and every test must
-pass on each: one that does not has a tolerance that was picked on one machine.
+A processor without AVX-512, or with AMX, sums in other orders than this one; so do other numbers of
+threads and other code paths of MKL and oneDNN. Each row below makes torch use one of them, in a
+process of its own, as the variables are read when torch is loaded. Every test must pass on each
+row: a test that fails has a tolerance that was tuned on one machine.
 """
 
 from __future__ import annotations
@@ -24,8 +24,11 @@ SUMMARY = re.compile(r"=+ (.*(?:passed|failed|error|no tests ran).*) in [\d.]+s"
 
 @dataclass(frozen=True)
 class Cpu:
-    """A way to compute: ``capability`` is ATen's name for its instruction set, ``needs`` the flags
-    a processor must have for it, ``variables`` what MKL and oneDNN are told."""
+    """One way to compute.
+
+    ``capability`` is ATen's name for its instruction set, ``needs`` the flags that a processor must
+    have, ``variables`` the environment for MKL and oneDNN.
+    """
 
     name: str
     capability: str
@@ -94,8 +97,10 @@ def capability_taken(cpu: Cpu) -> str:
 
 
 def run_tests(cpu: Cpu, jobs: int, arguments: list[str]) -> tuple[bool, str]:
-    """(whether all passed, pytest's last line) of the numeric tests in that environment, in as many
-    processes as ``jobs`` threads are enough for."""
+    """(True when all passed, pytest's last line) of the numeric tests in that environment.
+
+    They run in as many processes as ``jobs`` threads allow.
+    """
     command = [
         *(sys.executable, "-m", "pytest", "-p", "no:benchmark", "-q"),
         *("-n", str(max(1, jobs // cpu.threads))),

@@ -1,4 +1,4 @@
-"""A plugin of pytest: all of peftkern that the tests import is from one folder.
+"""A pytest plugin that fails unless tests import all of peftkern from one folder.
 
 pytest -p tests.machines.installed --installed-in FOLDER
 """
@@ -17,8 +17,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def from_elsewhere(folder: Path) -> list[str]:
-    """Modules of peftkern that are loaded, and what they were loaded from, where that is not
-    within ``folder``."""
+    """The loaded modules of peftkern that are not from within ``folder``, with their files."""
     found = []
     for name, module in list(sys.modules.items()):
         if name.partition(".")[0] != "peftkern":

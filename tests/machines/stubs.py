@@ -1,8 +1,9 @@
-"""Empty CUDA libraries, so that a CUDA build of torch runs on a machine without CUDA.
+"""Empty CUDA libraries, with which a CUDA build of torch runs on a machine without CUDA.
 
-What torch's libraries ask the loader for, under the names and versions that they ask by: every
-function says "no device" (cudaErrorNoDevice, 100), so ``torch.cuda.is_available()`` is False. It
-saves the gigabytes of the real ones. Needs gcc and readelf, and Linux on x86_64.
+They have all functions that torch's libraries ask the loader for, with the same names and versions.
+Every function returns "no device" (cudaErrorNoDevice, 100), so that ``torch.cuda.is_available()``
+is False. This saves the gigabytes of the real libraries. It needs gcc and readelf, and Linux on
+x86_64.
 """
 
 from __future__ import annotations

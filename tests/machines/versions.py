@@ -1,8 +1,8 @@
 """``make test-versions``: the numeric tests on the oldest versions, the CUDA target's, the newest.
 
-Each row is an environment of its own under .venvs/, made once and kept while its versions stay the
-same. What ran, and how it went, is written into docs/versions.md. pyproject.toml's lower bounds are
-the row "oldest". Linux on x86_64, with gcc, and with each row's Python on the path or in pyenv.
+Each row has an environment of its own under .venvs/, which is kept while its versions stay the
+same. The results are written into docs/versions.md. The row "oldest" has pyproject.toml's lower
+bounds. This needs Linux on x86_64, gcc, and each row's Python on the path or in pyenv.
 
     python -m tests.machines.versions [--only ROW] [further arguments for pytest]
 """
@@ -29,8 +29,11 @@ TABLE = ROOT / "docs" / "versions.md"
 
 @dataclass(frozen=True)
 class Row:
-    """One environment: ``pins`` is installed with what it needs, torch and ``bare`` without (they
-    would bring the CUDA libraries, for which :mod:`tests.machines.stubs` stands)."""
+    """One environment: ``pins`` are installed with their requirements, torch and ``bare`` without.
+
+    The requirements of the latter would be the CUDA libraries, which
+    :mod:`tests.machines.stubs` replaces.
+    """
 
     name: str
     python: str
@@ -108,8 +111,10 @@ def interpreter(version: str) -> str:
 
 
 def environment(row: Row) -> Path:
-    """The row's Python, in an environment that has the row's versions; makes it when there is none
-    or its versions were others."""
+    """The row's Python, in an environment that has the row's versions.
+
+    The environment is made if there is none or if it has other versions.
+    """
     place = FOLDER / row.name.replace(" ", "-")
     python, stamp = place / "bin" / "python", place / "versions.json"
     wanted = json.dumps([asdict(row), _NEEDS, _TESTS])
@@ -139,7 +144,7 @@ def versions_in(python: Path) -> list[str]:
 
 
 def run_tests(row: Row, python: Path, arguments: list[str]) -> dict[str, int]:
-    """How many tests passed, were skipped and failed (errors are failures)."""
+    """The numbers of tests that passed, were skipped and failed; errors count as failures."""
     report = python.parents[1] / "report.xml"
     report.unlink(missing_ok=True)
     command = [

@@ -1,9 +1,10 @@
 """``make test-wheel``: the quick tests on an installed wheel, as users have it.
 
-A source distribution is made of a copy of the checkout, a wheel of that, and the wheel is installed
-into a fresh environment, where links stand for everything else that is installed here. The tests
-are those in the source distribution, in a folder without the sources of the package; the plugin
-:mod:`tests.machines.installed` refuses a module of it from anywhere else. No network.
+A copy of the checkout gives a source distribution, that gives a wheel, and the wheel is installed
+into a fresh environment, which links to everything else that is installed here. The tests are those
+in the source distribution, in a folder without the package's sources; the plugin
+:mod:`tests.machines.installed` refuses modules of the package from anywhere else. It uses no
+network.
 
     python -m tests.machines.wheel [arguments for pytest]
 """
@@ -81,8 +82,10 @@ def make_wheel(source: Path, folder: Path) -> Path:
 
 
 def linked_site(folder: Path, without: Iterable[str]) -> Path:
-    """``folder``, with links to all that is installed here but peftkern and the packages that
-    ``without`` names (their metadata included)."""
+    """``folder``, filled with links to all packages that are installed here and their metadata.
+
+    peftkern and the packages that ``without`` names are left out.
+    """
     folder.mkdir()
     names = "|".join(map(re.escape, ("peftkern", *without)))
     hidden = re.compile(rf"^({names})(-|\.|$)|^__editable__|\.pth$")
@@ -94,8 +97,10 @@ def linked_site(folder: Path, without: Iterable[str]) -> Path:
 
 
 def environment(folder: Path, wheel: Path, without: Iterable[str] = ()) -> Path:
-    """The Python of a fresh environment with the wheel in it, and with links to what else is
-    installed here (not ``without``)."""
+    """The Python of a fresh environment with the wheel and links to other installed packages.
+
+    Packages in ``without`` are left out.
+    """
     run_checked([sys.executable, "-m", "venv", "--without-pip", folder], folder.parent)
     python = folder / "bin" / "python"
     # before the links, or it would find them: "already installed"
@@ -112,8 +117,10 @@ def site_of(python: Path) -> Path:
 
 
 def tests_of(sdist: Path, folder: Path) -> Path:
-    """The source distribution unpacked into ``folder``, without the sources of the package: what
-    is imported from there as ``peftkern`` can only be an installed one."""
+    """The folder of the source distribution, unpacked without the sources of the package.
+
+    So a ``peftkern`` that is imported there can only be an installed one.
+    """
     # an early 3.11 has no filters, a 3.12 warns without one
     how: Any = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
     with tarfile.open(sdist) as packed:
