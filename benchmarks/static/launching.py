@@ -1,9 +1,9 @@
-"""The launcher of a compiled kernel, built without a GPU.
+"""Builds the launcher of a compiled kernel without a GPU.
 
-Between a compiled kernel and a device stands code that Triton makes for the kernel's signature: C
-for every signature in 3.6, one routine that reads the signature since. What it refuses, no
-compilation and no interpreter sees: it would fail at the first launch on a machine with a GPU.
-Here it is made from the very arguments, and where it is C, gcc compiles it.
+A launcher is code that Triton makes for a kernel's signature, to start the kernel on a device: C
+for every signature in 3.6, one routine that reads the signature in later versions. Neither a
+compilation nor the interpreter notices when it cannot be made: the first launch on a machine with a
+GPU would fail. Here it is made from the launch's arguments, and gcc compiles it if it is C.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from .compiling import NoDevice, gpu_target
 
 
 class _Seen(Exception):
-    """Ends a compilation when what would be compiled is known."""
+    """Ends a compilation as soon as its input is known."""
 
 
 class _Device(NoDevice):
-    """Has the one routine of newer Tritons' launchers."""
+    """Stands in for Triton's driver, with the routine of newer launchers."""
 
     utils = SimpleNamespace(
         launch=None, build_signature_metadata=lambda kinds: [cuda.ty_to_cpp(kind) for kind in kinds]
@@ -39,7 +39,7 @@ class _Device(NoDevice):
 
 
 def _source(launch: Launch, name: str) -> Any:
-    """What Triton hands to its compiler for the launch: signature, constants, the kernel."""
+    """The input of Triton's compiler for the launch: signature, constants, and kernel."""
     driver.set_active(_Device(gpu_target(name), label=f"launcher {id(launch)} "))
     found: list[Any] = []
 
@@ -47,7 +47,7 @@ def _source(launch: Launch, name: str) -> Any:
         found.append(src)
         raise _Seen
 
-    launch.kernel.create_binder()  # or it would put its own compiler in place of ours
+    launch.kernel.create_binder()  # done later, it would replace the patch by Triton's compiler
     with (
         mock.patch.object(triton.runtime.jit, "compile", stop),
         mock.patch.object(triton.compiler, "compile", stop),
@@ -62,7 +62,7 @@ def _source(launch: Launch, name: str) -> Any:
 
 @functools.cache
 def _compiles(text: str) -> str | None:
-    """The first line of what gcc says against a launcher's text; None when it takes it."""
+    """The first line of gcc's error for a launcher's text; None when it compiles."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "launcher.c"
         path.write_text(text, encoding="utf-8")
@@ -73,9 +73,11 @@ def _compiles(text: str) -> str | None:
 
 
 def launcher_problem(launch: Launch, name: str, c: bool = True) -> str | None:
-    """The reason that no launcher can be built for ``launch`` on architecture ``name`` ("sm_90",
-    ...), in one line; None when one can. Without ``c`` gcc is not asked, which takes most of the
-    time. AMD's launchers are not looked at."""
+    """The reason that no launcher can be built for ``launch``, in one line; None when one can.
+
+    The architecture ``name`` is such as "sm_90"; AMD's launchers are not tested. Without ``c`` gcc,
+    which takes most of the time, is not run.
+    """
     if gpu_target(name).backend != "cuda":
         return None
 
@@ -87,7 +89,7 @@ def launcher_problem(launch: Launch, name: str, c: bool = True) -> str | None:
 
     source = _source(launch, name)
     described = sum(str(kind).count("tensordesc") for kind in source.signature.values())
-    # bulk copies where the architecture has them, which is also what the compiler decides by
+    # bulk copies if the architecture has them: the condition that the compiler uses too
     how = [{}] * described if gpu_target(name).arch >= 90 and described else None
     metadata = SimpleNamespace(
         tensordesc_meta=how, num_ctas=1, launch_cooperative_grid=False, launch_pdl=False,
@@ -103,7 +105,7 @@ def launcher_problem(launch: Launch, name: str, c: bool = True) -> str | None:
             ),
         ):  # fmt: skip
             cuda.CudaLauncher(source, metadata)
-    except Exception as error:  # whatever stops it would stop a launch
+    except Exception as error:  # whatever fails here would fail in a launch
         lines = str(error).strip().splitlines()
         return f"no launcher: {type(error).__name__}: {lines[0] if lines else ''}"[:200]
     return None

@@ -1,3 +1,1 @@
-"""The command line: ``peftkern train``, ``tune`` and ``demo``. Nothing here is imported by the
-library.
-"""
+"""The command line: ``peftkern train``, ``tune`` and ``demo``; the library imports none of it."""

@@ -121,7 +121,7 @@ OUTPUTS = [
 
 
 def spoil_ways(monkeypatch, op, output, hows):
-    """What these ways compute of an operation is wrong, all by the same."""
+    """Make the ways ``hows`` compute the same wrong numbers for one output of an operation."""
     real = getattr(choices, op)
 
     def wrong(how, *args):

@@ -1,4 +1,4 @@
-"""What races measure by: numbers of an output beside the same in float64, from the formulas."""
+"""The numbers by which races judge: some of an output, with the same in float64 by formulas."""
 
 import pytest
 import torch

@@ -1,5 +1,4 @@
-"""The rank and alpha that a module gets from a configuration's patterns, and the scaling that
-follows from them."""
+"""The rank and alpha of a module by a configuration's patterns, and the scaling from both."""
 
 from __future__ import annotations
 
@@ -11,8 +10,10 @@ from ...utils.module_tree import get_pattern_key
 
 
 def rank_and_alpha(config: LoraConfig, *names: str) -> tuple[int, float]:
-    """r and lora_alpha of the module or parameter with these names: what the first name that a
-    pattern matches is given."""
+    """(r, lora_alpha) of the module or parameter with these names.
+
+    The first name that a pattern matches counts; without one, the configuration's own values.
+    """
 
     def value(field: str, default: Any) -> Any:
         patterns = getattr(config, field)
@@ -25,5 +26,5 @@ def rank_and_alpha(config: LoraConfig, *names: str) -> tuple[int, float]:
 
 
 def scaling_of(r: int, alpha: float, use_rslora: bool) -> float:
-    """The factor of an adapter's update (Kalajdzievski, 2023, arXiv 2312.03732 for rsLoRA's)."""
+    """The factor of an adapter's update (rsLoRA's: Kalajdzievski, 2023, arXiv 2312.03732)."""
     return alpha / (math.sqrt(r) if use_rslora else r)

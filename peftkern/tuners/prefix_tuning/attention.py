@@ -171,10 +171,8 @@ def _with_prefix(
                 seen = prefix_visible(state.virtual, T, past, reach, positions, causal, device)
                 return _with_bias(visible, seen, position_bias, module, state, query)
 
-            if (
-                position_bias is None or torch.is_grad_enabled()
-            ):  # not shared: a checkpoint's replay must make the same tensors again
-                bias = join()
+            if position_bias is None or torch.is_grad_enabled():
+                bias = join()  # not shared: a checkpoint's replay must make the same tensors again
             else:  # all layers of T5 share one bias, each layer of UMT5 has its own
                 bias = state.once((position_bias, mask), join)
             if shared is not None and not torch.compiler.is_compiling():  # a compiler shares itself
