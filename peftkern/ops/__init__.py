@@ -1,1 +1,1 @@
-"""Operations: one function each; they pick a backend and know tensors only."""
+"""Operations, one function each, on tensors only; they choose a backend."""

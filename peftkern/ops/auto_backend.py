@@ -1,23 +1,22 @@
-"""The dispatcher: every whole operation goes the way that is fastest for its shape on this GPU.
-Signatures as in :mod:`.torch_backend`.
+"""The dispatcher: runs every whole operation in the fastest way for its shape on this GPU.
 
-For a call whose numbers (operation, dtypes, M-bucket, N, K, r, group, mask, gradients) were met
-before, the decision is one lookup in a dict. Otherwise, in this order:
+Signatures are those of :mod:`.torch_backend`. For a call with the same numbers (operation, dtypes,
+M-bucket, N, K, r, group, mask, gradients) as an earlier one, the decision is one lookup in a dict.
+Otherwise the first of these decides:
 
 1. a race that this machine ran earlier (the file on disk, see :mod:`.tuned`);
 2. the table that ships for this GPU;
 3. a race, now, on the tensors of the call (:mod:`.race`);
-4. where none may be run (``PEFTKERN_RACE=0``, a trace, another thread is racing): what is known for
-   the nearest M-bucket, else torch. While a CUDA graph is captured it is torch: a kernel that this
-   process has not run yet would be loaded, which a capture forbids.
+4. if no race may run (``PEFTKERN_RACE=0``, a trace, another thread is racing), the entry of the
+   nearest M-bucket, else torch. While a CUDA graph is captured it is torch, as a capture forbids to
+   load a kernel, and each that has not run yet in this process would be loaded.
 
-A decision never changes while the process lives, except one of the fourth kind, which the next call
-that may race replaces. Even then the same elements are dropped: masks are drawn here, from a seed
-out of torch's generator, and given to whichever way computes. So a checkpointed block is recomputed
-with the mask that it had.
+A decision holds while the process lives, except for the fourth kind, which the next call that may
+race replaces. Even then the same elements are dropped: masks are drawn here, by a seed from torch's
+generator, and given to the way that computes. So a checkpointed block is recomputed with its mask.
 
 Tensors that are not plain (FakeTensors, DTensors, inside a torch.func transform) go to torch, which
-knows what they are.
+supports them.
 """
 
 from __future__ import annotations
@@ -43,32 +42,32 @@ from .tuned import key_of
 log = logging.getLogger("peftkern")
 
 RACE_ENV = "PEFTKERN_RACE"
-TRIES = 100  # how often a race that could not decide is run again
+TRIES = 100  # the most races of one key that could not decide
 _PLAIN = frozenset({Tensor, torch.nn.Parameter})
-_anew = False  # see `anew`
+_anew = False  # set by `anew`
 clock: Any = race.WallClock() if INTERPRET.value else race.CudaClock()
 
 why_not = triton_backend.why_not
-# where the kernels take a call, every way gives S in x's dtype and gets its mask given
+# in a call that the kernels take, every way gives S in x's dtype and gets a mask as argument
 draw = triton_backend.draw
 low_rank_dtype = triton_backend.low_rank_dtype
 
 
 class Decision(NamedTuple):
-    """Which way a call takes, and why."""
+    """The way that a call takes, and the reason."""
 
     how: str
     in_graph: str  # the same, while a CUDA graph is captured
     why: str
     gain: float | None = None  # torch's time over its own
-    declined: bool = False  # the kernels do not take it: the torch backend, its masks included
+    declined: bool = False  # True: the kernels do not take it, so torch also draws its masks
 
 
 def races_off() -> str | None:
-    """Why no race is ever run in this process, None when they are.
+    """The reason that no race ever runs in this process; None when races may run.
 
     Raises:
-        ValueError: the variable holds something else than 0 or 1.
+        ValueError: the value of the variable is not 0 or 1.
     """
     given = os.environ.get(RACE_ENV) or "1"
     if given not in ("0", "1"):
@@ -83,8 +82,7 @@ def _foreign(x: Tensor) -> bool:
 
 @contextlib.contextmanager
 def anew() -> Iterator[None]:
-    """Within the block the first call of every kind is raced, whatever is known (``peftkern
-    tune``)."""
+    """Race the first call of every kind within the block, whatever is known (``peftkern tune``)."""
     global _anew
     for book in tuned.books():
         book.decisions.clear()
@@ -96,7 +94,7 @@ def anew() -> Iterator[None]:
 
 
 def _known(key: Key, like: Tensor) -> Decision | None:
-    """What was decided before for a call with this key; reads no file."""
+    """The earlier decision for calls with this key, or None; reads no file."""
     book = tuned.open_books.get(like.get_device())
     return book.decisions.get(key) if book is not None else None
 
@@ -104,12 +102,14 @@ def _known(key: Key, like: Tensor) -> Decision | None:
 def _decide(
     key: Key, like: Tensor, ways: Callable[[str], race.Run], exact: sampled.Exact
 ) -> Decision:
-    """The decision for a call that is not known yet; ``ways`` gives what to run, by name, ``exact``
-    some of the numbers that should come out."""
+    """The decision for a key that has none yet.
+
+    ``ways`` gives the function to run, by name, and ``exact`` some of the correct numbers.
+    """
     index = like.get_device()
-    if device.capturing(like):  # whatever has not run yet would be loaded, which a capture forbids
+    if device.capturing(like):  # it forbids to load a kernel, as one that has not run yet would be
         decision = Decision(TORCH, TORCH, "inside a CUDA graph capture, and never called before")
-        if index in tuned.open_books:  # opening one reads files
+        if index in tuned.open_books:  # opening a book would read files
             tuned.open_books[index].provisional[key] = decision
         return decision
     if not like.numel():
@@ -127,7 +127,7 @@ def _decide(
         blocked = "another thread is racing"
     if blocked is None:
         try:
-            if key in decisions:  # another thread raced it meanwhile
+            if key in decisions:  # another thread has raced it in the meantime
                 return decisions[key]
             decision, for_good = _race(key, like.dtype, ways, exact, book)
             book.tries[key] += 1
@@ -145,15 +145,17 @@ def _decide(
 
 
 def _with_graph_way_loaded(decision: Decision, ways: Callable[[str], race.Run]) -> Decision:
-    """The decision, after the way that it takes in a CUDA graph has run once: its kernels may not
-    be loaded while one is captured. Where it fails, torch is taken there."""
-    if decision.in_graph in (decision.how, TORCH):  # the call itself runs that
+    """The decision, after one run of its way in CUDA graphs, if that is another one.
+
+    The run loads the kernels, which a capture forbids. If it fails, the way in graphs is torch.
+    """
+    if decision.in_graph in (decision.how, TORCH):  # the call itself runs it
         return decision
     try:
         with without_dispatch_modes(), torch.no_grad():
             ways(decision.in_graph)()
         return decision
-    except Exception as e:  # an extra, like a race
+    except Exception as e:  # optional, like a race
         log.warning(
             "%s is not taken in CUDA graphs: %s: %s", decision.in_graph, type(e).__name__, e
         )
@@ -161,7 +163,7 @@ def _with_graph_way_loaded(decision: Decision, ways: Callable[[str], race.Run]) 
 
 
 def _declines(key: Key, like: Tensor) -> str | None:
-    """Why the kernels do not take such a call."""
+    """The reason that the kernels do not take such a call; None when they do."""
     reason = triton_backend.refusal(like, getattr(torch, key.adapter_dtype), key.r)
     if reason is not None and like.device.type == "cuda":
         log.info("auto hands a call to torch: %s", reason)
@@ -169,13 +171,13 @@ def _declines(key: Key, like: Tensor) -> str | None:
 
 
 def _from_tables(key: Key, book: tuned.Book) -> Decision | None:
-    """What the disk or the shipped table says of exactly this key."""
+    """The decision by the entries of exactly this key, on disk or shipped; None without one."""
     allowed = choices.names(key.op, key.m)
     found: list[tuple[Entry, str]] = []
     for graph, of in enumerate((key, choices.in_graph(key))):
         hit = book.find(of)
         if hit is None or hit[0].choice not in allowed:
-            if graph and found:  # it could not be captured when it was raced
+            if graph and found:  # in its race it could not be captured
                 found.append(found[0])
                 continue
             return None
@@ -210,7 +212,7 @@ def _race(
     exact: sampled.Exact,
     book: tuned.Book,
 ) -> tuple[Decision, bool]:
-    """(the decision, whether it is for good)."""
+    """(decision, True when it is final)."""
     named = {name: ways(name) for name in choices.names(key.op, key.m)}
     graph_key = choices.in_graph(key)
     try:
@@ -223,7 +225,7 @@ def _race(
         if e.for_good:
             return Decision(TORCH, TORCH, f"{e}: torch"), True
         return _nearest(key, book, str(e)), False
-    except Exception as e:  # a race is an extra: whatever is wrong with it, the call goes on
+    except Exception as e:  # a race is optional: whatever fails in it, the call goes on
         log.warning("a race failed, torch is taken for %s: %s", key, race.said(e))
         return Decision(TORCH, TORCH, f"race failed: {race.said(e)}"), True
     made = [_entry(key, plain)] + ([_entry(graph_key, graphed)] if graphed else [])
@@ -253,8 +255,7 @@ def _entry(key: Key, outcome: race.Outcome) -> Entry:
 def forward(
     x: Tensor, members: list[Projection], words: list[Tensor | None] | None = None
 ) -> list[tuple[Tensor, Tensor, Tensor | None]]:
-    """(Y_i, S_i, mask_i) of projections of one x [M, K]; the masks are ``words`` where they are
-    given."""
+    """(Y_i, S_i, mask_i) of projections of one x [M, K]; the masks are ``words`` if given."""
     if _foreign(x):
         return torch_backend.forward(x, members, words)
     (M, K), first = x.shape, members[0]
@@ -267,7 +268,7 @@ def forward(
     decision = _known(key, x)
     declined = why_not(x, first.A) is not None if decision is None else decision.declined
     if words is None and not declined:
-        words = choices.words_for(x, members)  # before a race: all ways get the same ones
+        words = choices.words_for(x, members)  # drawn before a race, the same for all ways
     if decision is None:
         given = words or []
         exact = sampled.forward(x, members, given)
@@ -283,7 +284,7 @@ def forward(
 def backward(
     x: Tensor, members: list[ProjectionGrad], needs_x: bool
 ) -> tuple[Tensor | None, list[tuple[Tensor | None, Tensor | None]]]:
-    """One dX [M, K] for all projections, and (dA_i, dB_i) of each."""
+    """(dX [M, K], summed over all projections; (dA_i, dB_i) of each)."""
     if _foreign(x):
         return torch_backend.backward(x, members, needs_x)
     first = members[0]
@@ -307,8 +308,7 @@ def backward(
 def infer(
     x: Tensor, w: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float, transposed: bool
 ) -> Tensor:
-    """Y for x [..., K] without gradients or dropout; ``w`` as stored, [K, N] when
-    ``transposed``."""
+    """Y for x [..., K] without gradients or dropout; ``w`` is [K, N] when ``transposed``."""
     if _foreign(x):
         return torch_backend.infer(x, w, bias, A, B, scale, transposed)
     r, K = A.shape
@@ -329,7 +329,7 @@ def mixed(x: Tensor, w: Tensor, bias: Tensor | None, adapters: Any, samples: Any
     if _foreign(x) or not weights or triton_backend.why_not_mixed(x, adapters) is not None:
         return torch_backend.mixed(x, w, bias, adapters, samples)
     (M, K), r = x.shape, max(a.A.shape[0] for a in weights)
-    count = 1 << (len(weights) - 1).bit_length()  # as many kernels are compiled
+    count = 1 << (len(weights) - 1).bit_length()  # a power of two, as each count compiles a kernel
     key = key_of("mixed", x.dtype, weights[0].A.dtype, M, w.shape[0], K, r, count)
     decision = _known(key, x) or _decide(
         key,
@@ -341,7 +341,7 @@ def mixed(x: Tensor, w: Tensor, bias: Tensor | None, adapters: Any, samples: Any
 
 
 def _now(decision: Decision, x: Tensor) -> str:
-    """The way that a call takes, captured in a CUDA graph or not."""
+    """The way of a call, which may be captured in a CUDA graph now."""
     if decision.in_graph != decision.how and device.capturing(x):
         return decision.in_graph
     return decision.how

@@ -1,4 +1,4 @@
-"""What :mod:`.auto_backend` decided for a layer, in words, for ``explain``."""
+"""Describes the decisions of :mod:`.auto_backend` for a layer, for ``explain``."""
 
 from __future__ import annotations
 
@@ -16,14 +16,16 @@ Numbers = tuple[int, int, int, int]  # (sum of N, K, largest r, projections)
 def describe(
     like: Tensor, adapter: torch.dtype, alone: Numbers, together: Numbers | None = None
 ) -> str:
-    """Which way the operations of a layer go and why, e.g. ``auto: forward M<=2048 hybrid 1.31x
-    torch, infer M<=1 decode: raced here on 2026-11-25``.
+    """The ways of a layer's operations and the reasons, as one line.
+
+    An example is ``auto: forward M<=2048 hybrid 1.31x torch, infer M<=1 decode: raced here on
+    2026-11-25``.
 
     Args:
-        like: a tensor of the activations' dtype and device, the weight say.
+        like: a tensor of the activations' dtype and device, such as the weight.
         adapter: dtype of A.
-        alone: the layer's numbers.
-        together: those of its group, as which it trains.
+        alone: the numbers of the layer.
+        together: the numbers of the group as which it trains, or None.
     """
     book = tuned.book(like.get_device())
     found, dtypes = [], (tuned.products_in(like.dtype), tuned.NAMES[adapter])
@@ -72,6 +74,6 @@ def _not_called(book: Any, dtypes: tuple[str, str], wanted: set[Any]) -> str:
 
 
 def undecided(book: Any, key: Key) -> str:
-    """Why a race of this key gave no result."""
+    """The reason that a race of this key gave no result."""
     decision = book.decisions.get(key) or book.provisional.get(key)
     return "not raced" if decision is None else str(decision.why)

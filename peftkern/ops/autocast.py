@@ -1,4 +1,4 @@
-"""Whether autocast is on for a tensor, on devices that do not know it (meta) as well."""
+"""Queries of autocast for a tensor, which also work on devices without it (meta)."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from torch import Tensor
 
 
 def elsewhere(x: Tensor) -> str:
-    """The device type to ask about autocast for, neither CPU nor CUDA; "" where there is none."""
+    """The type of a device other than CPU and CUDA; "" when autocast does not support it."""
     kind = x.device.type
     return kind if torch.amp.is_autocast_available(kind) else ""
 
 
 def is_on(x: Tensor) -> bool:
-    """Whether operations on x are under autocast."""
+    """True when autocast is on for operations on x."""
     kind = "cpu" if x.is_cpu else "cuda" if x.is_cuda else elsewhere(x)
     return bool(kind) and torch.is_autocast_enabled(kind)

@@ -1,10 +1,10 @@
-"""Which implementation runs the operations: the one place where that is decided.
+"""The choice of the backend that runs the operations; it is made only here.
 
 ``PEFTKERN_BACKEND`` is read at the first use: ``torch`` forces torch's own products, ``triton`` the
-kernels of ``kernels/``, and ``auto`` (default) takes, call by call, the fastest that was measured
-on the device (:mod:`.auto_backend`); without a CUDA device or without triton that is torch, at no
-cost. A backend is a module with the functions of :class:`Backend`; what they compute is written
-down in :mod:`peftkern.ops.torch_backend`.
+kernels of ``kernels/``, and ``auto`` (default) takes for each call the fastest way that was
+measured on the device (:mod:`.auto_backend`). Without a CUDA device or without triton ``auto`` is
+torch, at no cost. A backend is a module with the functions of :class:`Backend`;
+:mod:`peftkern.ops.torch_backend` documents what they compute.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ CHOICES = ("auto", "torch", "triton")
 
 
 class Backend(Protocol):
-    """A module that computes; shapes and meanings as in :mod:`peftkern.ops.torch_backend`."""
+    """A module that computes; shapes and results are as in :mod:`peftkern.ops.torch_backend`."""
 
     def why_not(self, x: Tensor, A: Tensor, /) -> str | None:
-        """Why a compiler gets the plain formula and not an operator of this backend."""
+        """The reason that a compiler gets the plain formula; None when it gets an operator."""
 
     def low_rank_dtype(self, x: Tensor, A: Tensor, /) -> torch.dtype: ...
 
@@ -61,8 +61,8 @@ class Backend(Protocol):
 
 
 _forced: str | None = None
-# The module in use. Not there until somebody reads it, which decides: a decision that falls while
-# a model is being compiled is then not a change of state, for which it would be compiled again.
+# The module in use. The first read creates it, by deciding (`__getattr__`). So a decision while a
+# model is being compiled does not change a value that exists, which would compile the model again.
 active: Backend
 
 
@@ -73,10 +73,10 @@ def __getattr__(name: str) -> Backend:
 
 
 def requested() -> str:
-    """The backend asked for, by :func:`use_backend` or else the environment.
+    """The backend that :func:`use_backend`, or else the environment, asks for.
 
     Raises:
-        ValueError: the variable holds something else than one of ``CHOICES``.
+        ValueError: the variable's value is none of ``CHOICES``.
     """
     choice = _forced or os.environ.get(ENV, "auto").lower() or "auto"
     if choice not in CHOICES:
@@ -86,7 +86,15 @@ def requested() -> str:
 
 @contextlib.contextmanager
 def use_backend(choice: str) -> Iterator[None]:
-    """Force a backend within a block, whatever the environment says."""
+    """Force a backend within a block, whatever the environment asks for.
+
+    Args:
+        choice: "auto", "torch" or "triton".
+
+    Raises:
+        ValueError: the choice is none of these.
+        ImportError: ``triton`` was asked for and is not installed.
+    """
     global _forced
     before, _forced = _forced, choice
     try:
@@ -98,7 +106,7 @@ def use_backend(choice: str) -> Iterator[None]:
 
 
 def select() -> Backend:
-    """Decide on the backend and make it :data:`active`.
+    """Choose the backend, make it :data:`active` and return it.
 
     Raises:
         ValueError: the choice is none of ``CHOICES``.
@@ -120,7 +128,7 @@ def select() -> Backend:
 
 
 def _no_choice() -> str | None:
-    """Why ``auto`` has nothing but torch here, None when it has."""
+    """The reason that ``auto`` is only torch here; None when it has a choice."""
     if not torch.cuda.is_available():
         return "no CUDA device"
     if importlib.util.find_spec("triton") is None:
@@ -129,7 +137,7 @@ def _no_choice() -> str | None:
 
 
 def describe() -> tuple[str, str]:
-    """(backend, why it was taken), for ``explain``."""
+    """(backend, reason that it was chosen), for ``explain``."""
     choice = requested()
     if choice == "auto":
         nothing_else = _no_choice()

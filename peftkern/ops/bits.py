@@ -9,15 +9,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Eight bytes of 0 or 1, read as one little-endian int64 and multiplied by this, have their bits
-# gathered in the top byte: byte i contributes bit 8 i + (56 - 7 i) = 56 + i, and no two other terms
-# meet there.
+# Multiplies eight bytes of 0 or 1, read as one little-endian int64, to gather their bits in the top
+# byte: byte i contributes bit 8 i + (56 - 7 i) = 56 + i, and no other terms meet there.
 _GATHER = 0x0102040810204080
 _TABLES: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
 
 def words_per_row(columns: int) -> int:
-    """int32 words that ``columns`` bits take."""
+    """The number of int32 words that ``columns`` bits take."""
     return (columns + 31) // 32
 
 
@@ -32,7 +31,7 @@ def pack_bits(keep: Tensor) -> Tensor:
 
 
 def _table(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[256, 8]: the eight bits of every byte as numbers of ``dtype``."""
+    """A table [256, 8] of the eight bits of every byte, as numbers of ``dtype``."""
     key = (dtype, device)
     if key not in _TABLES:
         byte = torch.arange(256, device=device).unsqueeze(1)

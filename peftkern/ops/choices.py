@@ -1,6 +1,7 @@
-"""Whole operations by the name of the way that computes them: what the dispatcher runs, and what
-its races and ``benchmarks.gpu`` time. Nothing here draws random numbers: masks are given, so that
-which elements are dropped does not depend on the way.
+"""Whole operations by the name of a way to compute them.
+
+The dispatcher runs these functions; its races and ``benchmarks.gpu`` time them. They draw no random
+numbers: masks are arguments, so that every way drops the same elements.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from . import torch_backend, triton_backend
 from .projection import Projection, ProjectionGrad
 
 TORCH = "torch"
-NOISE = 0.02  # what is not faster than torch by more than this is no reason to leave it
+NOISE = 0.02  # the share of torch's time that another way must save to be preferred
 
 
 def names(op: str, M: int) -> tuple[str, ...]:
-    """The ways to run ``op`` of :data:`kernels.tuning.WHOLE` on M rows; torch comes first."""
+    """The ways to run ``op`` of :data:`kernels.tuning.WHOLE` on M rows, torch first."""
     if op == "mixed":
         return TORCH, "mixed"
     few = op == "infer" and M <= MAX_ROWS
@@ -27,7 +28,7 @@ def names(op: str, M: int) -> tuple[str, ...]:
 
 
 def winner(times: dict[str, float]) -> str:
-    """The fastest; torch where no other one is clearly faster."""
+    """The fastest way; torch when no other one is clearly faster."""
     best = min(times, key=lambda name: times[name])
     if TORCH in times and times[best] > (1 - NOISE) * times[TORCH]:
         return TORCH
@@ -35,8 +36,10 @@ def winner(times: dict[str, float]) -> str:
 
 
 def in_graph(key: Key) -> Key:
-    """The key of the same call in a CUDA graph, which makes a difference where the host's time
-    does, with few rows."""
+    """The key of the same call in a CUDA graph.
+
+    It differs only with few rows, where the host's time counts.
+    """
     few = key.op in ("infer", "mixed") and key.m <= MAX_ROWS
     return key._replace(graph=True) if few else key
 
@@ -49,8 +52,10 @@ def words_for(x: Tensor, members: list[Projection]) -> list[Tensor | None]:
 def forward(
     how: str, x: Tensor, members: list[Projection], words: list[Tensor | None]
 ) -> list[tuple[Tensor, Tensor, Tensor | None]]:
-    """(Y_i, S_i, mask_i) of each projection; every way gives S in x's dtype, so that the backward
-    of any way can follow."""
+    """(Y_i, S_i, mask_i) of each projection.
+
+    Every way gives S in x's dtype, so that the backward of any way can follow.
+    """
     if how != TORCH:
         return triton_backend.forward(x, members, words, how)
     done = torch_backend.forward(x, members, words)
@@ -60,7 +65,7 @@ def forward(
 def backward(
     how: str, x: Tensor, members: list[ProjectionGrad], needs_x: bool
 ) -> tuple[Tensor | None, list[tuple[Tensor | None, Tensor | None]]]:
-    """dX and (dA_i, dB_i) of each projection."""
+    """(dX, (dA_i, dB_i) of each projection)."""
     if how != TORCH:
         return triton_backend.backward(x, members, needs_x, how)
     return torch_backend.backward(x, members, needs_x)
@@ -76,7 +81,7 @@ def infer(
     scale: float,
     transposed: bool,
 ) -> Tensor:
-    """Y for x [..., K]; ``w`` as stored."""
+    """Y for x [..., K]; ``w`` is [N, K], or [K, N] when ``transposed``."""
     if how != TORCH:
         return triton_backend.infer(x, w, bias, A, B, scale, transposed, how)
     return torch_backend.infer(x, w, bias, A, B, scale, transposed)
@@ -92,7 +97,7 @@ def mixed(
 
 
 def tensors(result: Any) -> list[Tensor]:
-    """The floating-point tensors in what an operation returned: its mask was given to it."""
+    """The floating-point tensors in an operation's result, which are all but its masks."""
     if isinstance(result, Tensor):
         return [result] if result.is_floating_point() else []
     return [t for item in result or () for t in tensors(item)]

@@ -1,4 +1,4 @@
-"""Which CUDA device a call is for, and whether that device is recording."""
+"""Queries of the CUDA device that a call is for, and a decorator that makes it current."""
 
 from __future__ import annotations
 
@@ -13,21 +13,24 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def capturing(x: Tensor) -> bool:
-    """Whether what is launched for ``x`` now goes into a CUDA graph."""
+    """True when launches for ``x`` are being captured in a CUDA graph."""
     # without an initialised CUDA, x on "cuda" is a FakeTensor
     return x.is_cuda and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def elsewhere(x: Tensor) -> bool:
-    """Whether ``x`` is on another CUDA device than the current one."""
+    """True when ``x`` is on another CUDA device than the current one."""
     return (
         x.is_cuda and torch.cuda.is_initialized() and x.get_device() != torch.cuda.current_device()
     )
 
 
 def on_its_device(operation: F) -> F:
-    """The operation with its first argument's device made the current one: Triton launches, events
-    and streams go there, and a model spread over several devices leaves the first one current."""
+    """A decorator that makes the device of an operation's first argument current while it runs.
+
+    Triton's launches, events and streams use the current device, and in a model that is spread over
+    several devices that is always the first one.
+    """
 
     @functools.wraps(operation)
     def there(x: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -2,14 +2,13 @@
 
     Y = gain ∘ (X Wᵀ + scale · X Aᵀ Bᵀ) + bias,     gain_n = m_n / ‖w_n + scale · b_n A‖
 
-With dropout X is dropped where the adapter reads it, and the base product of X itself stays, as in
-HF PEFT:
+With dropout the adapter reads the dropped X, and the base product of X itself stays, as in HF PEFT:
 
     Y = X Wᵀ + bias + (gain - 1) ∘ (drop(X) Wᵀ) + gain ∘ (scale · drop(X) Aᵀ Bᵀ)
 
-Norms are constants in the backward (section 4.3), and are made anew in every call, since nothing
-tells when a weight was written to. Kept for the backward: X, S [M, r], the mask as bits, and
-V [M, N], which the gain multiplies, for the gradient of m.
+Norms are constants in the backward (section 4.3). They are computed again in every call, since
+nothing tells when a weight was written to. Kept for the backward are X, S [M, r], the mask as bits,
+and V [M, N], which the gain multiplies, for the gradient of m.
 """
 
 from __future__ import annotations
@@ -85,7 +84,7 @@ class _DoraLinear(torch.autograd.Function):
 
 
 def _weight_gradient(dy: Tensor, x: Tensor, g: Tensor, bits: Tensor | None, p: float) -> Tensor:
-    """[N, K], for a base weight that trains as well."""
+    """The gradient [N, K] of a base weight that trains too."""
     if bits is None:
         return ((dy.t() @ x) * g[:, None]).to(x.dtype)
     dropped = unpack_bits(bits, x.shape[1], x.dtype).mul_(x).mul_(1.0 / (1.0 - p))
@@ -93,7 +92,7 @@ def _weight_gradient(dy: Tensor, x: Tensor, g: Tensor, bits: Tensor | None, p: f
 
 
 def _second_derivatives(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    """The gradients as a graph of their own, from the plain formula."""
+    """The gradients by autograd of the plain formula, as a graph."""
     x, weight, bias, A, B, magnitude, norms, _, _, bits = ctx.saved_tensors
     if x is None:
         if ctx.needs_input_grad[4] or ctx.needs_input_grad[5]:
@@ -116,7 +115,7 @@ def _second_derivatives(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 def plain(
     x: Tensor, member: Projection, magnitude: Tensor, norms: Tensor, mask: Tensor | None
 ) -> Tensor:
-    """The formula itself, operation by operation; ``mask`` holds 0 and 1."""
+    """Y by the formula, operation by operation; ``mask`` holds 0 and 1."""
     weight, bias, A, B, scale, p, transposed = member
     weight = weight.t() if transposed else weight
     dropped = x if mask is None else x * mask / (1.0 - p)
@@ -127,7 +126,7 @@ def plain(
 
 
 def _products(x: Tensor, A: Tensor) -> ModuleType:
-    """What computes a call with these tensors: a module with ``forward`` and ``backward``."""
+    """The module that computes a call with these tensors, by ``forward`` and ``backward``."""
     if _backend.active is not torch_backend:
         from . import dora_triton
 
@@ -160,15 +159,15 @@ def dora_linear(
         scale: factor of the update (``lora_alpha / r``).
         p: dropout probability of the adapter's input, in [0, 1); 0 when not training.
         transposed: layout of ``weight``.
-        norms: ‖w_n + scale · b_n A‖ [N], where they are known; None: computed here.
+        norms: ‖w_n + scale · b_n A‖ [N] if they are known; None to compute them here.
 
     Returns:
-        [..., N] in x's dtype (autocast's, where that is on). Differentiable in x, weight, bias, A,
-        B and magnitude, with the norms for constants, and twice (not with a frozen A and a trained
-        B or magnitude: refused).
+        [..., N] in x's dtype (autocast's when that is on). Differentiable in x, weight, bias, A, B
+        and magnitude, with constant norms, and twice, except with a frozen A and a trained B or
+        magnitude, which is refused.
 
     Raises:
-        RuntimeError: shapes, devices or dtypes that torch's matrix product refuses.
+        RuntimeError: torch's matrix product refuses the shapes, devices or dtypes.
     """
     if norms is None:
         norms = row_norms(weight, A, B, scale, transposed)

@@ -1,10 +1,10 @@
-"""The norms that DoRA divides by, without the matrix they are the norms of.
+"""The norms that DoRA divides by, without the whole matrix in memory.
 
     n_i = ‖w_i + scale · b_i A‖        (Liu et al., 2024, eq. 5; one norm for each output)
 
-W is read once, a block at a time, and each block's sum stays in cache. The norms could also be
-had from ‖w‖², W Aᵀ and A Aᵀ with as many operations, but those terms cancel where the update takes
-back most of a row, and then lose twice as many digits as the row itself does.
+W is read once, a block at a time, and each block's sum with the update stays in cache. The norms
+also follow from ‖w‖², W Aᵀ and A Aᵀ with as many operations. But when the update cancels most of a
+row, those terms cancel too, and lose twice as many digits as the row itself.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from . import autocast, torch_backend
 from . import backend as _backend
 from .tracing import is_recording
 
-# elements of W in a block: what a core's cache holds beside the sum; a GPU wants fewer launches
+# elements of W in a block: on a CPU the block and its sum fit in a core's cache; larger elsewhere,
+# as a GPU needs fewer launches
 _BLOCK_CPU, _BLOCK_ELSEWHERE = 1 << 18, 1 << 25
 
 
@@ -46,15 +47,15 @@ def row_norms(
         wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
         A, B = A.to(wide), B.to(wide)
         dim = 0 if transposed else 1
-        if is_recording() or weight.is_meta:  # a compiler makes the blocks itself
+        if is_recording() or weight.is_meta:  # a compiler divides the work by itself
             update = (A.t() @ B.t()) if transposed else (B @ A)
-            # detached as well: torch.jit.trace does not write down that gradients are off
+            # also detached: torch.jit.trace does not record that gradients are off
             norms: Tensor = torch.linalg.vector_norm(weight.to(wide) + scale * update, dim=dim)
             return norms.detach()
         size = _BLOCK_CPU if weight.is_cpu else _BLOCK_ELSEWHERE
         step = max(1, size // max(1, weight.shape[1]))
         if not transposed:
-            # A's columns and B's rows are taken as they are
+            # A is used whole, B in blocks of its rows
             found = [
                 torch.linalg.vector_norm(torch.addmm(part.to(wide), rows, A, alpha=scale), dim=1)
                 for part, rows in zip(weight.split(step), B.split(step), strict=True)
@@ -69,7 +70,9 @@ def row_norms(
 
 
 def gain(magnitude: Tensor, norms: Tensor) -> Tensor:
-    """m / n [N], in the wider dtype of both, with a graph to ``magnitude``. 0 where the norm is: a
-    row of zeros has no direction, and its outputs are 0 whatever its magnitude."""
-    # not where(…, magnitude / norms): the gradient of what it leaves out would be nan
+    """m / n [N], in the wider dtype of both, with a graph to ``magnitude``.
+
+    It is 0 where the norm is 0: a row of zeros has no direction, and its outputs are always 0.
+    """
+    # not where(…, magnitude / norms): there the gradient of unused elements would be nan
     return magnitude / torch.where(norms == 0, torch.inf, norms)

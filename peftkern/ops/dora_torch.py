@@ -1,4 +1,4 @@
-"""DoRA's linear on torch's products, forward and backward; :mod:`.dora` says what it computes.
+"""DoRA's linear on torch's products, forward and backward; :mod:`.dora` has its formula.
 
 Shapes: x [M, K], w [K, N] (a view), bias [N] or None, A [r, K], B [N, r], gain [N] at least
 float32, S [M, r], Y and V [M, N], P = drop(x) w, and c = scale / (1 - p).
@@ -7,14 +7,14 @@ float32, S [M, r], Y and V [M, N], P = drop(x) w, and c = scale / (1 - p).
     p = 0:  V = x w + S Bᵀ + bias     Y = gain ∘ V + (1 - gain) ∘ bias
     p > 0:  V = P + S Bᵀ              Y = x w + bias + (gain - 1) ∘ P + gain ∘ (S Bᵀ)
 
-V is plain LoRA's output at p = 0. Where the low-rank part is wider than x (float32 adapters under
-bf16, on a CPU) V leaves out S Bᵀ, which would be rounded in it, and then
+V is plain LoRA's output at p = 0. If the low-rank part has a wider dtype than x (float32 adapters
+under bf16, on a CPU), V leaves out S Bᵀ, which it would round, and then
 
     Y = V + (gain - 1) ∘ (V - bias) + gain ∘ (S Bᵀ)
 
-As long as the gain is 1 and B is 0, which is how training starts, Y is the base layer's output bit
-for bit. The gain scales the r columns of B, and the result of dYᵀS, rather than a copy of dY:
-products of the low-rank part then round as little as LoRA's.
+While the gain is 1 and B is 0, as at the start of training, Y is the base layer's output bit for
+bit. The gain scales the r columns of B, and the result of dYᵀS, and not a copy of dY: so products
+of the low-rank part round as little as LoRA's.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from .bits import pack_bits, unpack_bits
 from .projection import Projection, ProjectionGrad
 from .torch_backend import _drop, _drop_fused, _mm_to, _scaled_mm, low_rank_dtype
 
-_BLOCK = 1 << 18  # elements that a step over rows holds in float32
+_BLOCK = 1 << 18  # elements in float32 of a block of rows
 
 
 def forward(
     x: Tensor, member: Projection, gain: Tensor, keep_v: bool
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Y in x's dtype, S, V (None unless ``keep_v``), and the mask."""
+    """(Y in x's dtype, S, V or None without ``keep_v``, the mask)."""
     _, bias, A, B, scale, p, _ = member
     w, low = member.w, low_rank_dtype(x, A)
     if p == 0.0 and low == x.dtype:
@@ -58,7 +58,7 @@ def forward(
 
 
 def scale_columns(v: Tensor, gain: Tensor, bias: Tensor | None, keep_v: bool) -> Tensor:
-    """gain ∘ (v - bias) + bias, rounded once; in v's memory unless that is kept."""
+    """gain ∘ (v - bias) + bias, rounded once; in v's memory unless ``keep_v``."""
     y = torch.empty_like(v) if keep_v else v
     if bias is None:
         return torch.mul(v, gain, out=y)
@@ -73,9 +73,11 @@ def backward(
     v: Tensor | None,
     needs_x: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """dX, dA, dB (None for what is not wanted), and where v is given the sums over rows of dY ∘ Z
-    [N], Z being what the gain multiplies: V, at p = 0 without its bias. Without dA, only shape and
-    dtype of x are asked for."""
+    """(dX, dA, dB, sums), with None for each gradient that is not wanted.
+
+    The sums [N] over rows of dY ∘ Z are None without ``v``. Z is the factor of the gain: V, at
+    p = 0 without its bias. Without dA only the shape and dtype of x are used.
+    """
     dy, w, A, B, s, bits, scale, p, needs_a, needs_b = member
     low = low_rank_dtype(x, A)
     dyl, K = dy.to(low), w.shape[0]
@@ -88,7 +90,7 @@ def backward(
     if s is not None and (needs_b or apart):
         outer = _mm_to(dyl.t(), s, torch.promote_types(B.dtype, low))  # dYᵀ S
         if sums is not None and apart:
-            sums += (outer * B).sum(1)  # what V leaves out
+            sums += (outer * B).sum(1)  # the part of Z that V leaves out
         db = (outer * gain[:, None]).to(B.dtype) if needs_b else None
     if not (needs_x or needs_a):
         return None, None, db, sums
@@ -109,7 +111,7 @@ def backward(
 
 
 def _add_mm(dx: Tensor, dy: Tensor, w: Tensor) -> Tensor:
-    """dx + dy wᵀ, in dx's memory."""
+    """dX + dY wᵀ, in dX's memory."""
     if dx.dtype == dy.dtype:
         return dx.addmm_(dy, w.t())
     return dx.add_(torch.mm(dy, w.t()))
@@ -118,9 +120,11 @@ def _add_mm(dx: Tensor, dy: Tensor, w: Tensor) -> Tensor:
 def scale_gradient(
     dy: Tensor, factor: Tensor, v: Tensor | None, bias: Tensor | None, wanted: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(dY with column n times factor[n], in dY's dtype, when ``wanted``; sums over rows of
-    dY ∘ (V - bias) [N] in factor's dtype, when v is given), from one pass over dY and no third
-    matrix."""
+    """(dY with column n times factor[n], sums [N] over rows of dY ∘ (V - bias)), from one pass.
+
+    The first is in dY's dtype, and None unless ``wanted``. The second is in factor's dtype, and
+    None without ``v``. No third matrix is made.
+    """
     out = torch.empty_like(dy) if wanted else None
     if v is None:
         return (torch.mul(dy, factor, out=out) if out is not None else None), None

@@ -1,10 +1,9 @@
-"""DoRA's linear on the Triton kernels; what it computes says :mod:`.dora`, signatures
-:mod:`.dora_torch`.
+"""DoRA's linear on the Triton kernels: formulas in :mod:`.dora`, signatures in :mod:`.dora_torch`.
 
-The products are plain LoRA's, in the order that its backend takes. Where that is one kernel for
-base and update, the gain is in its epilogue; the vendor's product is followed by one pass. The
+The products are plain LoRA's, in the order that its backend takes. If that is one kernel for base
+and update, its epilogue applies the gain; after the vendor's product one more pass does. The
 backward scales dY in the pass that sums dY ∘ (V - bias), and LoRA's backward takes the result.
-Dropout wants a second base product, and goes to torch's.
+Dropout needs a second base product, and runs on torch's.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ __all__ = ["backward", "forward", "norms", "why_no_norms", "why_not"]
 
 
 def why_no_norms(weight: Tensor, A: Tensor, B: Tensor) -> str | None:
-    """Why :func:`norms` does not take these; None when it does."""
+    """The reason that :func:`norms` does not take these tensors; None when it does."""
     if weight.is_meta or not (weight.is_cuda or INTERPRET.value):
         return f"the weight is on {weight.device.type}"
     return refusal(weight, A.dtype, A.shape[0]) or refusal(weight, B.dtype, A.shape[0])
@@ -34,7 +33,7 @@ def why_no_norms(weight: Tensor, A: Tensor, B: Tensor) -> str | None:
 
 @on_its_device
 def norms(weight: Tensor, A: Tensor, B: Tensor, scale: float, transposed: bool) -> Tensor:
-    """:func:`.dora_norm.row_norms` in one launch or two."""
+    """The result of :func:`.dora_norm.row_norms`, in one launch or two."""
     found: Tensor = row_norms(weight.t() if transposed else weight, A, B, scale)
     return found
 
@@ -43,7 +42,7 @@ def norms(weight: Tensor, A: Tensor, B: Tensor, scale: float, transposed: bool) 
 def forward(
     x: Tensor, member: Projection, gain: Tensor, keep_v: bool
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Y, S, V (None unless ``keep_v``) in x's dtype, and the mask."""
+    """(Y, S, V or None without ``keep_v``, the mask); the first three are in x's dtype."""
     if member.p > 0.0:
         return dora_torch.forward(x, member, gain, keep_v)
     w, bias, A, B = member.w, member.bias, member.A, member.B
@@ -51,7 +50,7 @@ def forward(
         (N, r), K = B.shape, x.shape[1]
         s = shrink(x, [A], [member.scale], config=tuned.config("shrink", x, A.dtype, 0, K, r))
         v = x.new_empty((x.shape[0], N)) if keep_v else None
-        # a tuning table's tile is for a product without a gain, which takes fewer registers
+        # no config from a tuning table: its tile is for products without gain, with fewer registers
         y = fused_linear(x, w.t(), s, B, bias, gain=gain.float(), v=v)
         return y, s, v, None
     [(v, s, _)] = _backend.active.forward(x, [member])
@@ -72,8 +71,10 @@ def backward(
     v: Tensor | None,
     needs_x: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """dX, dA, dB (None for what is not wanted), and where v is given the sums over rows of
-    dY ∘ (V - bias)."""
+    """(dX, dA, dB, sums over rows of dY ∘ (V - bias)), with None for those not wanted.
+
+    The sums are None without ``v``.
+    """
     if member.bits is not None:
         return dora_torch.backward(x, member, bias, gain, v, needs_x)
     wanted = needs_x or member.needs_a or member.needs_b

@@ -1,16 +1,18 @@
-"""The LoRA linear as operators of ``torch.library``, for ``torch.compile`` and export: one node in
-the graph for each projection, one for its backward.
+"""The LoRA linear as operators of ``torch.library``, for ``torch.compile`` and export.
 
-    peftkern::lora_linear            Y, and S and the mask's words, which the backward takes
+The graph has one node for each projection and one for its backward:
+
+    peftkern::lora_linear            Y, and for the backward S and the mask's words
     peftkern::lora_linear_infer      Y alone, without gradients or dropout
     peftkern::lora_linear_backward   dX, dA, dB
 
-They are functions of their arguments alone: nothing is written to, nothing shares memory, and the
-dropout mask belongs to a seed that is an argument too, drawn in the graph on x's device. So a
-compiler may compute them again (activation checkpointing, min-cut partitioning) or replay them in a
-CUDA graph. Eager calls do not come here: :mod:`.lora` costs less on the host.
+They are functions of their arguments alone: they write to none, results share no memory, and the
+dropout mask is made from a seed, also an argument, drawn in the graph on x's device. So a compiler
+may compute them again (activation checkpointing, min-cut partitioning) or replay them in a CUDA
+graph. Eager calls use :mod:`.lora`, which costs less on the host.
 
-What is not wanted or not there is an empty tensor in the results and None among the arguments.
+Among the arguments, None stands for tensors that are not wanted or absent; in the results, an empty
+tensor does.
 """
 
 from __future__ import annotations
@@ -65,9 +67,9 @@ def _checked(
     backend takes.
 
     Raises:
-        ValueError: shapes that do not fit, p outside [0, 1), a seed that is missing or no int64
+        ValueError: shapes do not fit, p is outside [0, 1), or the seed is missing or not an int64
             tensor [1].
-        TypeError: x and the weight differ in dtype, or A and B.
+        TypeError: x and the weight differ in dtype, or A and B do.
     """
     N, K = weight.shape[::-1] if transposed else weight.shape
     layout = "[K, N]" if transposed else "[N, K]"
@@ -106,7 +108,7 @@ def _lora_linear(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     words = None if seed is None else backend.draw(x2.shape[0], x2.shape[1], member.p, seed)
     [(y, s, _)] = backend.forward(x2, [member], [words])
     y = y.view(*x.shape[:-1], y.shape[-1])
-    # dense, as the fake says: on a CPU torch's S is a transposed view
+    # made dense, as the fake's result is: on a CPU torch's S is a transposed view
     return y, s.contiguous(), _none(x, torch.int32) if words is None else words
 
 
@@ -121,7 +123,7 @@ def _lora_linear_fake(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _none(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """What stands for a tensor that is not there."""
+    """An empty tensor, in place of an absent result."""
     return like.new_empty((0,), dtype=dtype)
 
 
@@ -154,10 +156,10 @@ def _lora_linear_backward(
     transposed: bool,
     needs_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dX [..., K], dA [r, K] and dB [N, r] for dY [..., N]; dA where x is given, dB where S is."""
+    """(dX [..., K], dA [r, K], dB [N, r]) for dY [..., N]; dA needs ``x``, dB needs ``s``."""
     dy2 = dy.reshape(-1, dy.shape[-1])
     K = A.shape[1]
-    # without a gradient for A, only the shape and dtype of x are asked for
+    # without a gradient for A, only the shape and dtype of x are used
     x2 = x.reshape(-1, K) if x is not None else dy2.new_empty((0, K))
     w = weight if transposed else weight.t()  # [K, N]
     needs_a, needs_b = x is not None, s is not None
@@ -250,15 +252,17 @@ torch.library.register_autograd("peftkern::lora_linear_infer", _no_gradient, lib
 
 
 def why_formula(x: Tensor, A: Tensor) -> str | None:
-    """Why ``torch.compile`` gets the plain formula for a call with x [..., K] and A [r, K], in a
-    few words; None when it gets one operator."""
+    """The reason that ``torch.compile`` gets the plain formula; None when it gets an operator.
+
+    The call has x [..., K] and A [r, K].
+    """
     return _backend.active.why_not(x, A)
 
 
 def traced_lora_linear(x: Tensor, member: Projection) -> Tensor:
-    """:func:`.lora.lora_linear` as one operator; result and errors as there.
+    """:func:`.lora.lora_linear` as one operator, with the same result and errors.
 
-    Its mask is drawn from the generator of x's device, by one int64 number.
+    The mask is made from one int64 number, drawn by the generator of x's device.
     """
     weight, bias, A, B, scale, p, transposed = member
     if autocast.is_on(x):

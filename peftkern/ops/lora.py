@@ -2,8 +2,8 @@
 
     Y = X Wᵀ + bias + scale · drop(X) Aᵀ Bᵀ          (Hu et al., 2021, eq. 3)
 
-For the backward it keeps X once, S [M, r] and the dropout mask as bits: never the dropped X, never
-a mask of bytes, never a scaled copy of Y.
+For the backward it keeps X once, S [M, r] and the dropout mask as bits, but not the dropped X, a
+mask of bytes, or a scaled copy of Y.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class _LoraLinear(torch.autograd.Function):
         shape, dtype = ctx.x_like
         w = weight if ctx.transposed else weight.t()  # [K, N]
         dy2 = dy.reshape(-1, dy.shape[-1])
-        # without a gradient for A, only the shape and dtype of x are asked for
+        # without a gradient for A, only the shape and dtype of x are used
         x2 = (
             x.reshape(-1, shape[-1])
             if x is not None
@@ -74,8 +74,10 @@ class _LoraLinear(torch.autograd.Function):
 
 
 def second_derivatives(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    """The gradients as a graph of their own, from the plain formula. ``ctx`` is that of a forward
-    with x, weight, bias, A and B as its first arguments, which kept what :class:`_LoraLinear` does.
+    """The gradients by autograd of the plain formula, as a graph.
+
+    ``ctx`` is that of a forward whose first arguments are x, weight, bias, A and B, and which saved
+    the same tensors as :class:`_LoraLinear`.
     """
     x, weight, A, B, _, bits, bias = ctx.saved_tensors
     if x is None:
@@ -84,7 +86,7 @@ def second_derivatives(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
                 "lora_linear: second derivatives with a frozen A and a trained B are not kept; "
                 "let A require a gradient as well"
             )
-        # dX does not depend on x, so any x will do
+        # dX does not depend on x, so any x of this shape serves
         x = dy.new_zeros(ctx.x_like[0], dtype=ctx.x_like[1]).requires_grad_()
     member = Projection(weight, bias, A, B, ctx.scale, ctx.p, ctx.transposed)
     grads = differentiable_backward(x, [member], [bits], [dy], ctx.needs_input_grad[:5])
@@ -98,9 +100,11 @@ def differentiable_backward(
     dys: Sequence[Tensor | None],
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
-    """The gradients of x and of each projection's four tensors, in this order, as a graph of their
-    own from the plain formula. ``needs`` says which are wanted; a dY is None for an output that
-    nobody used."""
+    """The gradients of x and of each projection's four tensors, by autograd of the plain formula.
+
+    They are a graph. ``needs`` has True for each that is wanted, in this order; the others are
+    None. A dY is None for an output that was not used.
+    """
     inputs = [x, *(t for m in members for t in m.tensors)]
     wanted = [i for i, need in enumerate(needs) if need]
     ys, used = [], []
@@ -120,7 +124,7 @@ def differentiable_backward(
 
 
 def plain(x: Tensor, member: Projection, mask: Tensor | None) -> Tensor:
-    """The formula itself, operation by operation; ``mask`` holds 0 and 1."""
+    """Y by the formula, operation by operation; ``mask`` holds 0 and 1."""
     weight, bias, A, B, scale, p, transposed = member
     y = linear(x, weight.t() if transposed else weight, bias)
     dropped = (x if mask is None else x * mask).to(A.dtype)
@@ -130,8 +134,10 @@ def plain(x: Tensor, member: Projection, mask: Tensor | None) -> Tensor:
 def to_autocast(
     device: str, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
-    """The tensors of a call in the dtype of ``device``'s autocast, which is on; float64 as it is,
-    as in torch's own products."""
+    """The tensors of a call in the dtype of ``device``'s autocast, which must be on.
+
+    As in torch's own products, float64 stays.
+    """
     if x.dtype == torch.float64:
         return x, weight, bias, A, B
     dtype = torch.get_autocast_dtype(device)
@@ -162,12 +168,12 @@ def lora_linear(
         transposed: layout of ``weight``.
 
     Returns:
-        [..., N] in x's dtype (autocast's, where that is on). Products accumulate in float32; A's
-        and B's gradients have A's dtype. Differentiable in x, weight, bias, A and B, and twice (not
-        with a frozen A and a trained B: refused).
+        [..., N] in x's dtype (autocast's when that is on). Products accumulate in float32; A's and
+        B's gradients have A's dtype. Differentiable in x, weight, bias, A and B, and twice, except
+        with a frozen A and a trained B, which is refused.
 
     Raises:
-        RuntimeError: shapes, devices or dtypes that torch's matrix product refuses.
+        RuntimeError: torch's matrix product refuses the shapes, devices or dtypes.
     """
     # x.device.type costs as much as a small product; the flags do not
     device = "cpu" if x.is_cpu else "cuda" if x.is_cuda else autocast.elsewhere(x)

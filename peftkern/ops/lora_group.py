@@ -3,7 +3,7 @@
     Y_i = X W_iᵀ + bias_i + scale_i · drop_i(X) A_iᵀ B_iᵀ
     dX  = Σ_i dY_i W_i + mask_i ∘ (c_i dY_i B_i A_i)        c_i = scale_i / (1 - p_i)
 
-X is kept once, and one dX is written where separate operations write one each and add them.
+X is kept once, and one dX is written; separate operations would write one each and add them.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class _LoraGroup(torch.autograd.Function):
         ctx.save_for_backward(x, *saved)
         ctx.set_materialize_grads(False)
         lead = x.shape[:-1]
-        # fresh tensors and, as in torch's own linear, no views: callers may write into the output
+        # fresh tensors, as from torch's own linear, no views: callers may write into the output
         return tuple(unsafe_view(y, (*lead, y.shape[-1])) for y, _, _ in done)
 
     @staticmethod
@@ -87,12 +87,12 @@ def lora_group(x: Tensor, members: list[Projection], token: Any = None) -> tuple
 
     Args:
         x: [..., K], floating point.
-        members: two projections or more; tensors as for :func:`.lora.lora_linear`. Masks are drawn
-            in this order.
-        token: an object to keep alive until the backward has run.
+        members: two projections or more, with tensors as for :func:`.lora.lora_linear`. Masks are
+            drawn in this order.
+        token: an object that is kept alive until the backward has run.
 
     Returns:
-        One [..., N_i] for each member, equal to calling them one by one. Differentiable twice.
+        One [..., N_i] for each member, equal to calling each alone. Differentiable twice.
     """
     if autocast.is_on(x):
         device, given, members = x.device.type, members, []

@@ -2,8 +2,8 @@
 
     Y[b] = X[b] Wᵀ + bias + scale_i · X[b] A_iᵀ B_iᵀ      i = index[b], nothing added for -1
 
-One launch where the backend has a kernel for it (``kernels/mixed.py``); otherwise, and where
-gradients are wanted, the base product once and then each adapter on its own samples.
+If the backend has a kernel for it (``kernels/mixed.py``), it is one launch. Otherwise, and when
+gradients are wanted, it is the base product once and then each adapter on its own samples.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .tracing import is_recording
 
 
 class Adapter(NamedTuple):
-    """What an adapter has in one layer."""
+    """The weights and the scaling of an adapter in one layer."""
 
     A: Tensor  # [r, K]
     B: Tensor  # [N, r]
@@ -29,14 +29,14 @@ class Adapter(NamedTuple):
 
 
 class SampleIndex:
-    """Which adapter each sample of a batch takes, and its tensors on the devices that ask.
+    """The adapter of each sample of a batch, and tensors of it on devices.
 
     Args:
         choice: for each sample the number of its adapter, or -1 for none.
-        adapters: how many adapters there are.
+        adapters: the number of adapters.
 
     Raises:
-        ValueError: a number out of range.
+        ValueError: a number is out of range.
     """
 
     def __init__(self, choice: Sequence[int], adapters: int) -> None:
@@ -54,14 +54,14 @@ class SampleIndex:
         return len(self.choice)
 
     def on(self, device: torch.device) -> Tensor:
-        """int32 [samples] on ``device``, made at the first call for it; always the same tensor.
+        """The choice as int32 [samples] on ``device``: the same tensor at every call.
 
-        The kernel reads it when it runs: a captured CUDA graph replays with what is written into
-        it.
+        The kernel reads it when it runs, so a captured CUDA graph replays with values that are
+        written into it.
 
         Raises:
-            RuntimeError: first asked for while a CUDA graph is captured, which cannot copy from the
-                host.
+            RuntimeError: the first call for the device is in the capture of a CUDA graph, which
+                cannot copy from the host.
         """
         found = self._index.get(device)
         if found is None:
@@ -72,12 +72,14 @@ class SampleIndex:
                     "the AdapterNames that you pass"
                 )
             made = torch.tensor(self.choice, dtype=torch.int32, device=device)
-            found = self._index.setdefault(device, made)  # the first thread's
+            found = self._index.setdefault(device, made)  # of several threads the first one's
         return found
 
     def rows(self, device: torch.device) -> list[Tensor | None]:
-        """For each adapter the numbers of its samples, int64 on ``device``; None where it has none,
-        so that nobody waits for the device to hear that."""
+        """For each adapter the numbers of its samples, int64 on ``device``; None without samples.
+
+        The None lets callers skip an adapter without waiting for the device.
+        """
         found = self._rows.get(device)
         if found is None or is_recording():
             of: list[list[int]] = [[] for _ in range(self.adapters)]
@@ -85,7 +87,7 @@ class SampleIndex:
                 if i >= 0:
                     of[i].append(sample)
             found = [torch.tensor(samples, device=device) if samples else None for samples in of]
-            if not is_recording():  # what a traced graph makes is its own
+            if not is_recording():  # tensors made in a trace belong to its graph
                 self._rows[device] = found
         return found
 
@@ -105,17 +107,17 @@ def lora_mixed(
         weight: [N, K], or [K, N] when ``transposed``; x's dtype.
         bias: [N] or None.
         adapters: (A [r_i, K], B [N, r_i], scale_i), each of its own rank, in x's dtype or float32;
-            None for one that has no weights in this layer.
-        index: which of them each sample takes.
+            None for one without weights in this layer.
+        index: the adapter of each sample.
         transposed: layout of ``weight``.
 
     Returns:
-        [samples, ..., N] in x's dtype (autocast's, where that is on). Differentiable in all tensors
-        (without the kernel).
+        [samples, ..., N] in x's dtype (autocast's when that is on). Differentiable in all tensors,
+        without the kernel.
 
     Raises:
         ValueError: ``index`` is for another number of samples or adapters.
-        RuntimeError: shapes, devices or dtypes that torch's matrix product refuses.
+        RuntimeError: torch's matrix product refuses the shapes, devices or dtypes.
     """
     if x.dim() < 2 or len(index) != x.shape[0]:
         raise ValueError(

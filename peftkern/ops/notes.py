@@ -1,4 +1,4 @@
-"""Reasons for slow ways, logged once: every layer of every step has the same ones."""
+"""Logs each reason for a slow way once, as every layer of every step has the same ones."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ _said: set[tuple[Any, ...]] = set()
 
 
 def first_time(*what: Any) -> bool:
-    """True when nobody has asked with these in this process before; never while torch.compile is
-    tracing, where a logger is nothing to compile."""
+    """True at the first call with these arguments in this process.
+
+    False while torch.compile is tracing, as it cannot compile a logger.
+    """
     if torch.compiler.is_compiling() or what in _said:
         return False
     _said.add(what)
@@ -28,8 +30,10 @@ def note_once(words: str, *args: Any, level: int = logging.INFO) -> None:
 
 
 def note_new(layer: Any, slot: str, reason: str | None, words: str) -> None:
-    """Log ``words``, with the layer's class and the reason, unless the last reason of this layer
-    was the same; the layer keeps it as attribute ``slot``."""
+    """Log ``words % (the layer's class, reason)`` unless the layer's last reason was the same.
+
+    The layer keeps the reason in its attribute ``slot``.
+    """
     state = layer.__dict__
     if reason is not None and reason != state.get(slot):
         state[slot] = reason

@@ -1,18 +1,19 @@
-"""Attention over a prefix and a sequence's own keys, in one softmax: one operation.
+"""Attention over a prefix and a sequence's own keys in one softmax, as one operation.
 
     O = softmax(scale · Q [Kp; K]ᵀ) [Vp; V]          (Li and Liang, 2021)
 
-The prefix is not concatenated to the own keys and, where it is shared, not copied over the batch,
-but for one query row over so few keys that copying them is quicker than a second call. Its
-gradients come out summed over the batch. For the backward it keeps Q, K, V, Kp, Vp, O and one
-number a row. The implementations, in the order in which they are asked:
+The prefix is not concatenated to the own keys and, if it is shared, not copied over the batch. The
+exception is one query row over so few keys that a copy is faster than a second call. Gradients of
+a shared prefix are summed over the batch. For the backward Q, K, V, Kp, Vp, O and one number a row
+are kept. The first of these implementations that takes the call runs it:
 
 - the Triton kernel (:func:`why_not_kernel`);
-- on a CPU one row under a window, softcap or sinks (:mod:`.prefix_row`): decoding;
-- blocks of one softmax over both sources (:mod:`.prefix_blocked`): long float32 queries on a CPU;
+- for decoding on a CPU with a window, softcap or sinks, one row (:mod:`.prefix_row`);
+- for long float32 queries on a CPU, blocks of one softmax over both sources
+  (:mod:`.prefix_blocked`);
 - the vendor's attention for each part, merged (:mod:`.prefix_merge`).
 
-What none of them takes is computed as HF PEFT does (:mod:`.prefix_concat`); why is logged once.
+All other calls are computed as in HF PEFT (:mod:`.prefix_concat`); the reason is logged once.
 """
 
 from __future__ import annotations
@@ -42,10 +43,11 @@ def why_not_kernel(
     rule: Rule,
     training: bool,
 ) -> str | None:
-    """Why a call does not go to the Triton kernel of ``kernels/``; None when it does.
+    """The reason that a call does not go to the Triton kernel of ``kernels/``; None when it does.
 
-    ``PEFTKERN_BACKEND`` (or ``use_backend``) decides as it does for LoRA: never on ``torch``, where
-    it can on ``triton``, and on ``auto`` where it won a race on the device.
+    ``PEFTKERN_BACKEND`` (or ``use_backend``) decides as for LoRA. With ``torch`` no call goes
+    there, with ``triton`` every call that the kernel can compute, and with ``auto`` those for which
+    it won a race on the device.
     """
     if torch.compiler.is_compiling():
         return "torch.compile is tracing"
@@ -65,7 +67,7 @@ def why_not_kernel(
 
 
 def why_concat(*, bias: Tensor | None, dropout: float, return_weights: bool) -> str | None:
-    """Why a call is computed on concatenated keys, as far as its options say; else None."""
+    """The option that makes a call run on concatenated keys, in words; None without one."""
     if bias is not None:
         return "an attention bias"
     if dropout > 0.0:
@@ -75,13 +77,15 @@ def why_concat(*, bias: Tensor | None, dropout: float, return_weights: bool) -> 
     return None
 
 
-# {what decides: the implementation, or why none takes such calls}, see `_torch_choice`
+# {facts of a call that decide: the implementation, or why none takes it}, see `_torch_choice`
 _chosen: dict[tuple[Any, ...], ModuleType | str] = {}
 
 
 def _torch_choice(query: Tensor, rule: Rule, training: bool) -> ModuleType | str:
-    """Torch's implementation for a call without bias, dropout or weights, or why none takes it:
-    asked once for each kind of call, since every layer of every step asks."""
+    """Torch's implementation for a call without bias, dropout or weights, or why none takes it.
+
+    It is determined once for each kind of call, since every layer of every step asks.
+    """
     T = query.shape[2]
     key = (
         *(training, query.device.type, query.dtype, query.shape[-1]),
@@ -108,8 +112,8 @@ def _choose(query: Tensor, rule: Rule, training: bool) -> ModuleType | str:
 def _by_torch(
     q: Tensor, k: Tensor, v: Tensor, kp: Tensor, vp: Tensor, rule: Rule, training: bool
 ) -> Tensor:
-    """O of a call without bias, dropout or weights, by whatever torch has for it."""
-    # sizes that a tracer stands in for are nothing to look up by
+    """O of a call without bias, dropout or weights, by one of torch's implementations."""
+    # a tracer's symbols for sizes cannot be keys of the lookup
     known = type(q.shape[2]) is int and type(q.shape[3]) is int
     ask = _torch_choice if known and not torch.compiler.is_compiling() else _choose
     chosen = ask(q, rule, training)
@@ -189,7 +193,7 @@ class _PrefixAttention(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True
             return (*_differentiable_backward(do, inputs, rule, needs), *[None] * 8)
         grads = ctx.implementation.backward(do, *inputs, o, lse, rule, needs[:5])
-        # only the kernel takes sinks, and gives their gradient, in float32
+        # only the kernel takes sinks; it gives their gradient in float32
         extra = grads[5].to(sinks.dtype) if needs[5] else None
         return (*grads[:5], extra, *[None] * 8)
 
@@ -197,7 +201,7 @@ class _PrefixAttention(torch.autograd.Function):
 def _differentiable_backward(
     do: Tensor, inputs: list[Tensor], rule: Rule, needs: tuple[bool, ...]
 ) -> list[Tensor | None]:
-    """The gradients as a graph of their own, from the plain formula, for second derivatives."""
+    """The gradients by autograd of the plain formula, as a graph, for second derivatives."""
     q, k, v, kp, vp = inputs
     B, S, P = q.shape[0], k.shape[2], kp.shape[-2]
     given = [*inputs, rule.sinks]
@@ -234,7 +238,7 @@ def prefix_attention(
     no_prefix: Tensor | None = None,
     return_weights: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention over P prefix keys, which take positions 0 to P - 1, and S own keys, from P on.
+    """Attention over P prefix keys, at positions 0 to P - 1, and S own keys, from P on.
 
     Args:
         query: [B, H, T, D], floating point.
@@ -244,23 +248,23 @@ def prefix_attention(
         scale: factor of the scores, before softmax (and before ``softcap``).
         causal: own query t sees own key s iff s <= q_offset + t, and the whole prefix.
         q_offset: coordinate of the first query among the own keys, 0 or more; default S - T. An
-            int, or an int32/int64 tensor of one element or [B], which the host does not wait for.
-        keep: bool [B, S], True where an own key is no padding.
+            int, or an int32/int64 tensor of one element or [B], for which the host does not wait.
+        keep: bool [B, S], False where an own key is padding.
         bias: bool (True = visible) or floating (added to the scores), broadcastable to [B, H, T,
             P + S]; in place of causal, keep and window.
-        window: position i sees position j iff i - window < j <= i, the prefix counted as the first
-            P positions: it slides out of view. Needs ``causal``.
+        window: position i sees position j iff i - window < j <= i. The prefix has the first P
+            positions, so it slides out of view. Needs ``causal``.
         softcap: scores become softcap · tanh(score / softcap).
-        sinks: [H], a score for each head that takes its share of the softmax and has no value.
+        sinks: [H], for each head a score that takes its share of the softmax and has no value.
         dropout: probability on the weights, in [0, 1); 0 when not training. Drawn by torch's
-            generator, as PEFT's is.
+            generator, as in HF PEFT.
         no_prefix: bool [B], True for rows of the batch that see no prefix.
-        return_weights: the weights as well.
+        return_weights: return the weights too.
 
     Returns:
-        [B, H, T, D] in query's dtype (autocast's, where that is on); with ``return_weights`` also
-        the weights [B, H, T, P + S]. A row that sees nothing is 0. Differentiable in query, key,
-        value and the prefix, twice where ``scaled_dot_product_attention`` is not what runs.
+        [B, H, T, D] in query's dtype (autocast's when that is on); with ``return_weights`` also the
+        weights [B, H, T, P + S]. A row that sees nothing is 0. Differentiable in query, key, value,
+        the prefix and sinks, and twice unless ``scaled_dot_product_attention`` runs.
 
     Raises:
         TypeError, ValueError: naming the argument, what was given and what is allowed.
@@ -278,7 +282,7 @@ def prefix_attention(
         prefix_key = prefix_key.to(query.dtype)
     if prefix_value.dtype != query.dtype:
         prefix_value = prefix_value.to(query.dtype)
-    # unit stride along D, which the vendor's attention takes for granted
+    # unit stride along D, which the vendor's attention assumes
     query = query if query.stride(-1) == 1 else query.contiguous()
     key = key if key.stride(-1) == 1 else key.contiguous()
     value = value if value.stride(-1) == 1 else value.contiguous()

@@ -1,12 +1,11 @@
-"""Under ``auto`` on a CUDA device: whether the Triton kernel or torch runs a call of prefix
-attention.
+"""The choice between the Triton kernel and torch for prefix attention, with ``auto`` on CUDA.
 
-The first call of a kind is raced on its own tensors (:mod:`.race`), forward and backward together
-where there are gradients, and decides for the calls like it: number of rows and of own keys by
-powers of two, all else equal. A kind that is met first where no race may run (a CUDA graph is being
-captured, another thread is racing) stays with torch, and so does everything under
-``PEFTKERN_RACE=0``: a checkpointed layer is computed again in the way that it was computed in.
-Decisions live as long as the process: no table ships them and no file keeps them.
+The first call of a kind is raced on its own tensors (:mod:`.race`), with forward and backward
+together when there are gradients. The result decides for all calls of the kind: those with equal
+numbers, but with rows and own keys up to the same powers of two. A kind stays with torch when its
+first call may not race (a CUDA graph is being captured, another thread is racing), so that a
+checkpointed layer is recomputed in the same way. With ``PEFTKERN_RACE=0`` all calls go to torch.
+Decisions last as long as the process: no table ships them and no file keeps them.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ Five = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # q, k, v, kp, vp
 
 
 class Kind(NamedTuple):
-    """What calls have in common that one decision serves."""
+    """The numbers that are equal in all calls that one decision serves."""
 
     device: int
     dtype: torch.dtype
@@ -43,8 +42,8 @@ class Kind(NamedTuple):
     D: int
     P: int
     shared: bool  # one prefix for the whole batch
-    rows: int  # powers of two that T and S are at most
-    keys: int
+    rows: int  # the next power of two from T on
+    keys: int  # the next power of two from S on
     options: tuple[bool, ...]
 
     @classmethod
@@ -61,13 +60,12 @@ class Kind(NamedTuple):
         )  # fmt: skip
 
 
-_decisions: dict[Kind, tuple[str, str]] = {}  # the winner, and why
+_decisions: dict[Kind, tuple[str, str]] = {}  # {kind: (winner, reason)}
 _racing = threading.Lock()
 
 
 def decisions(like: Tensor, D: int) -> list[tuple[Kind, tuple[str, str]]]:
-    """What was decided for heads of D in this dtype and on this device: the kinds, the winners and
-    why."""
+    """[(kind, (winner, reason))] for heads of D in the dtype and on the device of ``like``."""
     wanted = (like.get_device(), like.dtype, D)
     return [
         (kind, found)
@@ -87,13 +85,13 @@ def why_not(
     training: bool,
     torch_way: Callable[..., Tensor],
 ) -> str | None:
-    """Why torch runs this call; None where the kernel does.
+    """The reason that torch runs this call; None when the kernel does.
 
     Args:
         q, k, v, kp, vp, rule: of the call, which the kernel takes.
-        training: with gradients.
-        torch_way: what runs in the kernel's place, from q, k, v, kp, vp and the rule to O; it is
-            differentiable.
+        training: True if gradients are wanted.
+        torch_way: the function that runs instead of the kernel, from q, k, v, kp, vp and the rule
+            to O; it is differentiable.
     """
     kind = Kind.of(q, k, kp, rule, training)
     found = _decisions.get(kind)
@@ -103,7 +101,7 @@ def why_not(
             return off
         if capturing(q):
             found = TORCH, "inside a CUDA graph capture, before any race"
-        elif not _racing.acquire(blocking=False):  # waiting could be for a backward of this thread
+        elif not _racing.acquire(blocking=False):  # no waiting: it could be for this very thread
             found = TORCH, "another thread was racing"
         else:
             try:
@@ -132,7 +130,7 @@ def _race(
             outcome, _ = race.run(ways, tensors[0].dtype, auto_backend.clock, exact=exact, op=op)
     except race.Undecided as e:
         return TORCH, f"no race: {e}"
-    except Exception as e:  # a race is an extra: whatever is wrong with it, the call goes on
+    except Exception as e:  # a race is optional: whatever fails in it, the call goes on
         log.warning("a race of %s failed: %s", op, race.said(e))
         return TORCH, f"race failed: {race.said(e)}"
     if TORCH in outcome.left_out:
@@ -150,7 +148,10 @@ def _told(q: Tensor, k: Tensor, kp: Tensor, training: bool) -> str:
 
 
 def _run(tensors: Five, rule: Rule, way: Callable[..., Tensor], training: bool) -> race.Run:
-    """O, and the gradients of what needs one for a gradient of O that is O itself."""
+    """A function that gives O and in training the gradients of tensors that need one.
+
+    The gradient of O is O itself.
+    """
     if not training:
         return lambda: way(*tensors, rule)
 

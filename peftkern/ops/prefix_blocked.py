@@ -1,12 +1,13 @@
-"""Attention over a prefix and own keys on a CPU: one softmax over two sources, in blocks of
-float32 scores (float64 for float64) that stay in the cache.
+"""Attention over a prefix and own keys on a CPU, in blocks: one softmax over both sources.
 
-Beside the vendor's CPU attention this leaves out the blocks that causality, a window or padding
-hide (torch's kernel computes the whole square up to 512 keys), hands BLAS larger products, and
-takes one softmax over both sources, so nothing is merged. A sequence's heads are the batch of each
-product; the G query heads that share a key head are rows beside each other, [H_kv, T G, D]. Scores
-are in base 2, because torch's exp2 takes a third of the time of its exp on a CPU. Half precision is
-widened head by head: torch's kernel is slower in it than in float32 (fp16 backward: ten times).
+Scores are float32 (float64 for float64), in blocks that stay in the cache. Unlike the vendor's CPU
+attention this skips the blocks that causality, a window or padding hide (torch's kernel computes
+the whole square up to 512 keys). It also gives BLAS larger products, and needs no merge.
+
+A sequence's heads are the batch of each product; the G query heads that share a key head are rows
+next to each other, [H_kv, T G, D]. Scores are in base 2, because torch's exp2 takes a third of the
+time of its exp on a CPU. Half precision is widened head by head, as torch's kernel is slower in it
+than in float32 (fp16 backward: ten times).
 """
 
 from __future__ import annotations
@@ -20,15 +21,16 @@ from torch import Tensor
 from .prefix_blocks import BLOCK, NOTHING, Call, Scratch, rows_of, split
 from .prefix_rule import Grads, Needs, Rule
 
-# from how many rows of query the blocks are faster than the merge, in float32 and (where they are
-# also more exact) in half precision; in float32 measured with one thread, and beyond it not taken
+# the rows of query from which the blocks are faster than the merge, in float32 and in half
+# precision, where they are also more exact; in float32 measured with one thread, and not used with
+# more
 ROWS = 144
 HALF_ROWS = 16
 THREADS = 1
 
 
 def why_not(q: Tensor, rule: Rule) -> str | None:
-    """Why a call is not for these blocks; None when it is."""
+    """The reason that these blocks do not take a call; None when they do."""
     if not q.is_cpu:
         return f"tensors on {q.device.type}"
     if rule.scored is not None:
@@ -36,7 +38,7 @@ def why_not(q: Tensor, rule: Rule) -> str | None:
     if isinstance(rule.offset, Tensor):
         return "an offset known to the device alone"
     if rule.window is not None:
-        return None  # the merge takes none
+        return None  # the merge does not take windows
     half = q.dtype.itemsize < 4
     rows = HALF_ROWS if half else ROWS
     if q.shape[2] < rows:
@@ -49,7 +51,7 @@ def why_not(q: Tensor, rule: Rule) -> str | None:
 def forward(
     q: Tensor, k: Tensor, v: Tensor, kp: Tensor, vp: Tensor, rule: Rule
 ) -> tuple[Tensor, Tensor]:
-    """O [B, H, T, D] (as [B, T, H, D] in memory) and the base 2 log-sum-exp [B, H_kv, T G, 1]."""
+    """(O [B, H, T, D], in memory [B, T, H, D]; base 2 log-sum-exp [B, H_kv, T G, 1])."""
     call = Call(q, k, kp, rule)
     B, H, T, D, G, P = call.B, call.H, call.T, call.D, call.G, call.P
     offset, window, dtype, hide = call.offset, call.window, call.dtype, call.hide
@@ -60,7 +62,7 @@ def forward(
     rows = min(BLOCK, T)
     own, front = (Scratch(step * rows * G * n, dtype) for n in (call.S, P))
     out = Scratch(step * rows * G * D, dtype)
-    blind = rule.no_prefix is not None or window is not None  # whether a row may see nothing
+    blind = rule.no_prefix is not None or window is not None  # True if a row may see nothing
     for b, h in itertools.product(range(B), range(0, call.H_kv, step)):
         span, heads, wide = call.spans[b], slice(h, h + step), slice(h * G, (h + step) * G)
         q_, o_, lse_ = rows_of(q[b, wide], G, dtype), split(o[b, wide], G), lse[b, heads]
@@ -105,13 +107,12 @@ def forward(
 def _softmax(
     pieces: list[tuple[Tensor, Tensor]], acc: Tensor, blind: bool
 ) -> tuple[Tensor, Tensor]:
-    """The sum of a softmax over several sources [N, M, 1] and its log-sum-exp; ``acc`` [N, M, D]
-    gets the weighted values, not yet divided by the sum.
+    """(sum, log-sum-exp) of a softmax over several sources, each [N, M, 1].
 
     Args:
         pieces: (scores [N, M, C], which are overwritten, values [N, C, D]) of each source.
-        acc: is written to.
-        blind: a row may see nothing at all.
+        acc: gets the weighted values [N, M, D], not yet divided by the sum.
+        blind: True if a row may see nothing.
     """
     top = pieces[0][0].amax(-1, keepdim=True)
     for s, _ in pieces[1:]:
@@ -129,12 +130,12 @@ def _softmax(
             torch.baddbmm(acc, s, values, out=acc)
     assert total is not None
     if blind:
-        total.clamp_(min=1.0)  # the largest counts 1; 0 is a row that sees nothing
+        total.clamp_(min=1.0)  # it is 1 or more, but 0 in a row that sees nothing
     return total, top.add_(total.log2())
 
 
 class _Heads(NamedTuple):
-    """Some key heads of one row of the batch, with their query heads as rows beside each other."""
+    """Some key heads of one row of the batch, with their query heads as rows."""
 
     b: int
     heads: slice
@@ -143,12 +144,12 @@ class _Heads(NamedTuple):
     k: Tensor  # [N, S, D]
     v: Tensor
     lse: Tensor  # [N, T G, 1]
-    delta: Tensor  # the sums of dO ∘ O
-    grad: Tensor  # [N, T G, D]: dQ without the factor scale
+    delta: Tensor  # [N, T G, 1], the row sums of dO ∘ O
+    grad: Tensor  # [N, T G, D], dQ without the factor scale
 
 
 class _Backward:
-    """The gradients of one call, None for what is not asked for."""
+    """The gradients of one call, None for those that are not wanted, and memory to make them."""
 
     def __init__(
         self, q: Tensor, k: Tensor, v: Tensor, kp: Tensor, vp: Tensor, rule: Rule, needs: Needs
@@ -173,8 +174,10 @@ class _Backward:
         self, at: _Heads, rows: slice, keys: Tensor, values: Tensor, base: int,
         holes: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, slice]:  # fmt: skip
-        """P and dS [N, M G, C] of some rows and keys (dS without the factor scale), and which rows
-        of ``at`` they are."""
+        """(P, dS, slice of the rows in ``at``) for some query rows and keys.
+
+        P and dS are [N, M G, C], dS without the factor scale.
+        """
         G = self.call.G
         part = slice(rows.start * G, rows.stop * G)
         size = (keys.shape[0], part.stop - part.start, keys.shape[1])
@@ -191,7 +194,7 @@ class _Backward:
         return s, g, part
 
     def over_prefix(self, at: _Heads) -> None:
-        """The gradients of the prefix, and its part of dQ, with which ``at.grad`` begins."""
+        """Add to the gradients of the prefix, and write its part of dQ to ``at.grad``."""
         call, b, heads = self.call, at.b, at.heads
         T, window = call.T, call.window
         stop = T if window is None else max(0, min(T, window - 1 - call.offset))
@@ -211,7 +214,7 @@ class _Backward:
             at.grad[:, part] = torch.bmm(g, keys)
 
     def over_own(self, at: _Heads) -> None:
-        """dK and dV, and the own keys' part of dQ, which is added."""
+        """Write dK and dV, and add the own keys' part of dQ to ``at.grad``."""
         call, b, heads = self.call, at.b, at.heads
         span, N, D = call.spans[b], at.k.shape[0], call.D
         if not (self.needs_q or self.needs_k or self.needs_v):
@@ -244,7 +247,7 @@ class _Backward:
                 at.grad[:, part].add_(torch.bmm(g, keys, out=x))
 
     def unseen(self, at: _Heads, keys: slice) -> None:
-        """No query sees these keys."""
+        """Write zero gradients for keys that no query sees."""
         for x in (self.dk, self.dv):
             if x is not None:
                 x[at.b, at.heads, keys] = 0
@@ -262,8 +265,10 @@ def backward(
     rule: Rule,
     needs: Needs,
 ) -> Grads:
-    """dQ, dK, dV and, reduced over the batch where the prefix is shared, dKp and dVp; None for what
-    ``needs`` does not ask for."""
+    """(dQ, dK, dV, dKp, dVp), with None for those that ``needs`` does not ask for.
+
+    For a shared prefix the last two are summed over the batch.
+    """
     grads = _Backward(q, k, v, kp, vp, rule, needs)
     call, step = grads.call, grads.step
     T, D, G, dtype = call.T, call.D, call.G, call.dtype

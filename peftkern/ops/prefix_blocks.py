@@ -1,8 +1,10 @@
-"""What :mod:`.prefix_blocked` cuts a call into: which own keys a row of the batch sees, what
-causality and windows hide of a block, and the memory that blocks share.
+"""The parts of a call of :mod:`.prefix_blocked`.
 
-Distances: query t has coordinate ``offset`` + t, own key s has s, prefix key p has p - P; a causal
-query sees distances d = query - key with 0 <= d, under a window also d < window.
+They are the own keys that a row of the batch sees, the masks of causality and windows in a block,
+and the memory that blocks share.
+
+Query t has coordinate ``offset`` + t, own key s has s, prefix key p has p - P. A causal query sees
+keys at distances d = query - key with 0 <= d, and with a window also d < window.
 """
 
 from __future__ import annotations
@@ -16,16 +18,19 @@ from torch import Tensor
 from .prefix_rule import Rule
 
 LOG2E = math.log2(math.e)
-# a row with nothing to see: far below any score, and no infinity whose difference is NaN
+# the maximum of a row that sees nothing: far below any score; finite, as inf - inf is NaN
 NOTHING = -1e30
-# rows (forward) or keys (backward) of a block, and the bytes that its scores may take in the cache
+# rows (forward) or keys (backward) of a block, and bytes of its scores that fit in the cache
 BLOCK = 64
 CACHE = 1 << 21
 
 
 class Span(NamedTuple):
-    """What a row of the batch sees of its own keys: ``first`` to ``last``, with ``holes`` between
-    (0 or NOTHING, to be added to the scores) or None."""
+    """The own keys that a row of the batch sees: from ``first`` to before ``last``.
+
+    ``holes`` [S] is added to the scores: 0, or -inf for keys that are hidden in between. It is None
+    when all are seen.
+    """
 
     first: int
     last: int
@@ -59,7 +64,7 @@ class _Hide:
         self.made: dict[tuple[bool, int, int, int], Tensor] = {}
 
     def __call__(self, scores: Tensor, base: int) -> None:
-        """``scores`` [N, M G, C]; row i and column j have distance base + i - j."""
+        """Mask ``scores`` [N, M G, C], where row i and column j have distance base + i - j."""
         C, M = scores.shape[2], scores.shape[1] // self.G
         if self.causal and base < C - 1:
             rows, column = min(M, C - 1 - base), max(0, base + 1)
@@ -80,7 +85,7 @@ class _Hide:
 
 
 class Scratch:
-    """Memory of the blocks, taken once a call; most blocks have one of a few shapes."""
+    """The memory of blocks, allocated once a call, with a view for each shape of a block."""
 
     def __init__(self, size: int, dtype: torch.dtype) -> None:
         self.memory = torch.empty(size, dtype=dtype)
@@ -94,7 +99,7 @@ class Scratch:
 
 
 def rows_of(x: Tensor, G: int, dtype: torch.dtype) -> Tensor:
-    """[H, T, D] as [H_kv, T G, D] in ``dtype``; a view where G is 1 and x has that dtype."""
+    """x [H, T, D] as [H_kv, T G, D] in ``dtype``; x itself if G is 1 and x has that dtype."""
     if G == 1:
         return x.to(dtype)
     grouped = split(x, G)
@@ -102,13 +107,13 @@ def rows_of(x: Tensor, G: int, dtype: torch.dtype) -> Tensor:
 
 
 def split(x: Tensor, G: int) -> Tensor:
-    """[H, T, D] as [H_kv, T, G, D], a view."""
+    """x [H, T, D] as [H_kv, T, G, D], a view."""
     groups: Tensor = x.unflatten(0, (-1, G))
     return groups.transpose(1, 2)
 
 
 class Call:
-    """The sizes and the rule of a call, and what its blocks share."""
+    """The sizes and the rule of a call, and the masks that its blocks share."""
 
     def __init__(self, q: Tensor, k: Tensor, kp: Tensor, rule: Rule) -> None:
         self.B, self.H, self.T, self.D = q.shape
@@ -124,10 +129,10 @@ class Call:
         self.bare = rule.no_prefix.tolist() if rule.no_prefix is not None else [False] * self.B
 
     def heads_at_once(self, keys: int) -> int:
-        """Key heads that are the batch of one product, so that their scores fit the cache."""
+        """The number of key heads in one product, so that their scores fit in the cache."""
         block = BLOCK * self.G * max(1, keys) * self.dtype.itemsize
         return max(1, min(self.H_kv, CACHE // block))
 
     def of_prefix(self, x: Tensor, b: int, heads: slice) -> Tensor:
-        """What row ``b`` of the batch takes of a tensor of the prefix: [N, P, D], a view."""
+        """The part [N, P, D], a view, of a prefix's tensor for row ``b`` of the batch."""
         return x[heads] if self.shared else x[b, heads]

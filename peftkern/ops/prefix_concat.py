@@ -1,8 +1,8 @@
-"""Attention over a prefix and own keys, concatenated: HF PEFT's own formula, with its numbers.
+"""Attention over a concatenated prefix and own keys: HF PEFT's formula, with the same numbers.
 
-What the other implementations do not take goes here: a bias, dropout, returned weights; on torch
-softcap and sinks of more than one row. It copies the prefix over the batch beside the own keys, and
-autograd keeps that copy.
+It takes the calls that other implementations do not: with a bias, dropout or returned weights, and
+on torch softcap or sinks with more than one row. It copies the prefix over the batch, and autograd
+keeps that copy.
 """
 
 from __future__ import annotations
@@ -33,9 +33,11 @@ def attend(
     no_prefix: Tensor | None = None,
     weights: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """O [B, H, T, D], and the weights [B, H, T, P + S] if asked for; arguments as in
-    :func:`peftkern.ops.prefix_attention.prefix_attention`. Differentiable by autograd, twice where
-    ``scaled_dot_product_attention`` is not used."""
+    """(O [B, H, T, D], the weights [B, H, T, P + S] if asked for, else None).
+
+    Arguments are those of :func:`peftkern.ops.prefix_attention.prefix_attention`. Differentiable by
+    autograd, and twice unless ``scaled_dot_product_attention`` runs.
+    """
     B, H, T, _ = query.shape
     H_kv, S, P = key.shape[1], key.shape[2], prefix_key.shape[-2]
     keys = torch.cat([prefix_key.expand(B, -1, -1, -1), key], 2)
@@ -51,7 +53,7 @@ def attend(
     if softcap is None and sinks is None and not weights and query.numel():
         grouped = bool(H != H_kv)
         if grouped and mask is not None and not query.is_cpu:
-            # only the CPU's attention takes groups and a mask at once without repeating the keys
+            # only torch's CPU attention takes groups with a mask without repeated keys
             keys, values = (x.repeat_interleave(H // H_kv, 1) for x in (keys, values))
             grouped = False
         if mask is not None and mask.dtype != torch.bool:
@@ -73,8 +75,11 @@ def formula(
     sinks: Tensor | None = None,
     dropout: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """The definition, operation by operation: O and the weights [B, H, T, P + S], softmax in at
-    least float32. A row that sees nothing, for a bool mask, is 0."""
+    """(O, weights [B, H, T, P + S]) by the definition, operation by operation.
+
+    The softmax is in at least float32, and in the scores' dtype with sinks. With a bool mask, a row
+    that sees nothing is 0.
+    """
     G = query.shape[1] // keys.shape[1]
     if G > 1:
         keys, values = keys.repeat_interleave(G, 1), values.repeat_interleave(G, 1)
@@ -90,7 +95,7 @@ def formula(
     if sinks is not None:
         extra = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
         scores = torch.cat([scores, extra], 3)
-        # as the models with sinks do: softmax in the scores' dtype, after their maximum
+        # as in models with sinks: softmax in the scores' dtype, after subtracting the maximum
         scores = scores - scores.amax(3, keepdim=True)
         weights = scores.softmax(3)[..., :-1]
     else:
@@ -101,15 +106,15 @@ def formula(
     if dropout > 0.0:
         weights = F.dropout(weights, dropout)
     out = weights.to(values.dtype) @ values
-    # as [B, T, H, D] in memory, which is how callers read it
+    # [B, T, H, D] in memory, as callers read it
     return out.transpose(1, 2).contiguous().transpose(1, 2), weights
 
 
 def mask_of(B: int, T: int, S: int, P: int, rule: Rule, device: torch.device) -> Tensor | None:
-    """bool [B or 1, 1, T or 1, P + S], True where a query sees a key; None where all see all."""
+    """bool [B or 1, 1, T or 1, P + S], True where a query sees a key; None when all see all."""
     causal, offset, window = rule.causal, rule.offset, rule.window
     if causal and T == 1 and isinstance(offset, int) and offset + 1 >= S and window is None:
-        causal = False  # one row, that sees everything
+        causal = False  # one row, which sees everything
     seen = None
     if causal or window is not None:
         t = torch.arange(T, device=device)[:, None]

@@ -1,8 +1,8 @@
-"""Prefix attention on the Triton kernels of ``kernels/``; signatures as in :mod:`.prefix_merge`,
-with one gradient more, that of the sinks.
+"""Prefix attention on the Triton kernels of ``kernels/``.
 
-Imported where those kernels may run, because it imports triton. They run with their default
-configs: no tuning table has entries for them.
+Signatures are those of :mod:`.prefix_merge`, with one more gradient, that of the sinks. It imports
+triton, so it is only imported when the kernels may run. They run with their default configs: no
+tuning table has entries for them.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ _PLAIN = frozenset({Tensor, torch.nn.Parameter})
 
 
 def refusal(like: Tensor, D: int, training: bool) -> str | None:
-    """Why no call with activations as ``like`` and head dimension D goes to the kernels; None when
-    they may take it."""
+    """The reason that the kernels take no call with this head dimension D; None when they may.
+
+    The activations have the dtype and the device of ``like``.
+    """
     if not (like.is_cuda or INTERPRET.value):
         return f"the tensors are on {like.device.type}, and Triton's interpreter is off"
     if like.dtype not in DTYPES:
@@ -38,7 +40,7 @@ def refusal(like: Tensor, D: int, training: bool) -> str | None:
 
 
 def why_not(q: Tensor, training: bool) -> str | None:
-    """The same for a call on q [B, H, T, D]."""
+    """The reason that the kernels do not take a call on q [B, H, T, D]; None when they do."""
     kind: Any = type(q)
     if kind not in _PLAIN:
         return f"tensors of {kind.__name__}"
@@ -58,7 +60,7 @@ def _options(rule: Rule) -> dict[str, Any]:
 def forward(
     q: Tensor, k: Tensor, v: Tensor, kp: Tensor, vp: Tensor, rule: Rule
 ) -> tuple[Tensor, Tensor]:
-    """O [B, H, T, D] and lse [B, H, T], which is -inf where a query sees nothing."""
+    """(O [B, H, T, D], lse [B, H, T]); lse is -inf where a query sees nothing."""
     few = few_rows(q.shape[2], q.shape[1] // k.shape[1])
     done: tuple[Tensor, Tensor] = (decode if few else attend)(q, k, v, kp, vp, **_options(rule))
     return done
@@ -77,8 +79,10 @@ def backward(
     rule: Rule,
     needs: Needs,
 ) -> tuple[Tensor | None, ...]:
-    """dQ, dK, dV, dKp, dVp (None for what ``needs`` does not ask for) and, where there are sinks,
-    their gradient. The kernels make all of them at once."""
+    """(dQ, dK, dV, dKp, dVp, gradient of the sinks, or None without sinks).
+
+    The kernels make all of them at once; those that ``needs`` does not ask for become None.
+    """
     grads = attend_backward(do, q, k, v, kp, vp, o, lse, **_options(rule))
     found = [g if need else None for g, need in zip(grads, needs, strict=False)]
     return (*found, grads.sinks)

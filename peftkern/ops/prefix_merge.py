@@ -1,14 +1,14 @@
-"""Attention over a prefix and own keys with the vendor's attention, called once for each part.
+"""Attention over a prefix and own keys by the vendor's attention, called once for each part.
 
 Every part has its own softmax; outputs and log-sum-exps are merged,
 
     w = sigmoid(lse₂ - lse₁),  O = O₁ + w (O₂ - O₁),  lse = log(exp lse₁ + exp lse₂),
 
 and the vendor's backward, called for each part with the *merged* O and lse, returns the part's
-exact share: it computes P = exp(scores - lse) and dS = P (dP - rowsum(dO O)) from what it is given.
+exact share: from these arguments it computes P = exp(scores - lse) and dS = P (dP - rowsum(dO O)).
 
-The queries of all the batch are rows of one call over a shared prefix, so the prefix is neither
-copied nor expanded, and its gradients come out reduced over the batch.
+For a shared prefix, the queries of the whole batch are rows of one call. So the prefix is neither
+copied nor expanded, and its gradients are summed over the batch.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from ..utils.private import cpu_flash, cpu_flash_backward, flash, flash_backward
 from .prefix_rule import Grads, Needs, Rule
 
 _KNOWS_PARTS = None not in (cpu_flash, cpu_flash_backward, flash, flash_backward)
-# whether torch's CPU attention takes fewer key heads than query heads, backward too
+# True if torch's CPU attention takes fewer key heads than query heads, also in the backward
 _KNOWS_GROUPS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
 
 
 def why_not(q: Tensor, rule: Rule) -> str | None:
-    """Why the vendor's attention cannot take the parts of a call; None when it can."""
+    """The reason that the vendor's attention cannot take a call's parts; None when it can."""
     if rule.scored is not None:
         return rule.scored
     if not _KNOWS_PARTS:
@@ -49,7 +49,10 @@ def why_not(q: Tensor, rule: Rule) -> str | None:
 
 
 class _Part(NamedTuple):
-    """Own keys ``first`` to ``last``; ``mask`` [B or 1, 1, 1 or T, last - first] is added."""
+    """The own keys from ``first`` to before ``last``.
+
+    ``mask`` [B or 1, 1, 1 or T, last - first] is added to the scores.
+    """
 
     first: int
     last: int
@@ -58,7 +61,7 @@ class _Part(NamedTuple):
 
 
 def _parts(T: int, S: int, rule: Rule, like: Tensor) -> list[_Part]:
-    """Own keys in parts whose causality is none or that of a square."""
+    """The own keys in parts that have no causal mask, or that of a square."""
     offset = rule.offset
     if isinstance(offset, Tensor):
         return [_Part(0, S, False, _mask_at(T, S, offset, rule.keep, like))]
@@ -79,17 +82,17 @@ def _parts(T: int, S: int, rule: Rule, like: Tensor) -> list[_Part]:
 
 
 def _mask_at(T: int, S: int, offset: Tensor, keep: Tensor | None, like: Tensor) -> Tensor:
-    """[B or 1, 1, T, S] for a causal offset that only the device knows."""
+    """The additive mask [B or 1, 1, T, S] for a causal offset on the device."""
     t = torch.arange(T, device=like.device)[:, None] + offset.reshape(-1, 1, 1, 1)
     seen = torch.arange(S, device=like.device) <= t
     return _additive(seen if keep is None else seen & keep[:, None, None], like)
 
 
 def _additive(seen: Tensor, like: Tensor) -> Tensor:
-    """0 where seen, else so low that exp makes it 0 beside any score.
+    """An additive mask: 0 where seen, else so low that its exp is 0 compared with any score.
 
-    Not -inf: torch's CPU kernel gives the log-sum-exp 0 to a row that sees nothing, and a part of
-    that weight would spoil the merge.
+    It is not -inf, for which torch's CPU kernel gives a row that sees nothing the log-sum-exp 0:
+    the merge would give such a part a weight.
     """
     low = -6e4 if like.dtype == torch.float16 else -1e30
     return torch.zeros(seen.shape, dtype=like.dtype, device=like.device).masked_fill_(~seen, low)
@@ -98,11 +101,11 @@ def _additive(seen: Tensor, like: Tensor) -> Tensor:
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = False, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Any]:
-    """O [B, H, T, D], lse [B, H, T] in float32 (float64 for float64), and what backward wants."""
+    """(O [B, H, T, D], lse [B, H, T] in float32 or float64, further values for the backward)."""
     if q.is_cpu:
         o, lse = cpu_flash(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
         return o, lse, None
-    # by the operator's schema; run under fake tensors only, never on a device
+    # written by the operator's schema; it has run under fake tensors, never on a device
     o, lse, *rest = flash(q, k, v, 0.0, causal, False, scale=scale)
     return o, lse, rest[:6]
 
@@ -119,12 +122,12 @@ def _attend_backward(
     mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     grads: tuple[Tensor, Tensor, Tensor]
-    # FlashAttention 2 reads lse as dense, whatever its strides are; folded, it is a transposed view
+    # FlashAttention 2 reads lse as if it were dense, but a folded one is a transposed view
     lse = lse.contiguous()
     if q.is_cpu:
         grads = cpu_flash_backward(do, q, k, v, o, lse, 0.0, causal, attn_mask=mask, scale=scale)
         return grads
-    # never run on a device; without dropout the random state is not read
+    # has never run on a device; without dropout the random state is not read
     state = torch.empty((), dtype=torch.int64, device=q.device)
     grads = flash_backward(
         do, q, k, v, o, lse, None, None, q.shape[2], k.shape[2], 0.0, causal, state, state,
@@ -134,17 +137,17 @@ def _attend_backward(
 
 
 def _folds(x: Tensor) -> bool:
-    """Whether [B, H, T, D] lies in memory such that batch and rows are one dimension."""
+    """True when batch and rows of x [B, H, T, D] are one dimension in memory."""
     return x.shape[0] == 1 or x.stride(0) == x.shape[2] * x.stride(2)
 
 
 def _fold(x: Tensor) -> Tensor:
-    """[B, H, T, ...] as [1, H, B T, ...], a view where it folds."""
+    """x [B, H, T, ...] as [1, H, B T, ...]; a view if :func:`_folds`."""
     return x.transpose(1, 2).flatten(0, 1).transpose(0, 1).unsqueeze(0)
 
 
 def _unfold(x: Tensor, B: int) -> Tensor:
-    """[1, H, B T, ...] as [B, H, T, ...], a view."""
+    """x [1, H, B T, ...] as [B, H, T, ...], a view."""
     rows: Tensor = x.squeeze(0).unflatten(1, (B, -1))
     return rows.transpose(0, 1)
 
@@ -154,13 +157,13 @@ def _over_prefix(q: Tensor, kp: Tensor, vp: Tensor, scale: float) -> tuple[Tenso
     if kp.dim() == 3 and _folds(q):
         o, lse, _ = _attend(_fold(q), kp.unsqueeze(0), vp.unsqueeze(0), scale)
         return _unfold(o, B), _unfold(lse, B)
-    # stride 0 over the batch where the prefix is shared: read in place, not copied
+    # a shared prefix has stride 0 over the batch, so it is read in place, not copied
     o, lse, _ = _attend(q, kp.expand(B, -1, -1, -1), vp.expand(B, -1, -1, -1), scale)
     return o, lse
 
 
 def _mix(o: Tensor, other: Tensor, w: Tensor) -> Tensor:
-    """o + w (other - o); in float32 for half precision, whose own arithmetic would round w."""
+    """o + w (other - o), in w's dtype: half precision would round w."""
     if o.dtype == w.dtype:
         return o.lerp_(other, w)
     return o.copy_(torch.lerp(o.to(w.dtype), other.to(w.dtype), w))
@@ -169,7 +172,7 @@ def _mix(o: Tensor, other: Tensor, w: Tensor) -> Tensor:
 def forward(
     q: Tensor, k: Tensor, v: Tensor, kp: Tensor, vp: Tensor, rule: Rule
 ) -> tuple[Tensor, Tensor]:
-    """O [B, H, T, D] and lse [B, H, T], which is +inf where a query sees nothing."""
+    """(O [B, H, T, D], lse [B, H, T]); lse is +inf where a query sees nothing."""
     o, lse = _over_prefix(q, kp, vp, rule.scale)
     if rule.no_prefix is not None:
         lse = lse.masked_fill(rule.no_prefix[:, None, None], -torch.inf)
@@ -180,13 +183,13 @@ def forward(
         lse = torch.logaddexp(lse, lse2)
     if rule.no_prefix is not None and (rule.keep is not None or isinstance(rule.offset, Tensor)):
         blind = _blind(q.shape[2], k.shape[2], rule)
-        # exp(score - inf) is 0: such a row gets no gradient and gives none
+        # as exp(score - inf) is 0, such a row gets no gradient and gives none
         o, lse = o.masked_fill_(blind.unsqueeze(-1), 0), lse.masked_fill(blind, torch.inf)
     return o, lse
 
 
 def _blind(T: int, S: int, rule: Rule) -> Tensor:
-    """bool [B, 1, T]: rows that see neither the prefix nor a key of their own."""
+    """bool [B, 1, T], True for rows that see neither the prefix nor a key of their own."""
     assert rule.no_prefix is not None
     B, device = rule.no_prefix.shape[0], rule.no_prefix.device
     keep = rule.keep
@@ -202,21 +205,26 @@ def _blind(T: int, S: int, rule: Rule) -> Tensor:
     return (rule.no_prefix[:, None] & ~seen)[:, None]
 
 
-_FEW = 2**18  # bytes of keys that are copied sooner than two calls' results are merged
+_FEW = 2**18  # bytes of keys up to which a copy is faster than merging two calls' results
 
 
 def _is_quicker_joined(k: Tensor, kp: Tensor) -> bool:
-    """Whether few enough keys are in the way on a CPU: measured, copying 16 kB of them and one call
-    of attention took a third of the time of two calls, 240 kB half of it, 2 MB five times it."""
-    if not k.is_cpu or torch.compiler.is_compiling():  # whose graphs are for any number of keys
+    """True when the keys are on a CPU and so few that a copy and one call are faster than two.
+
+    Measured, relative to two calls: for 16 kB of keys a third of the time, for 240 kB half of it,
+    for 2 MB five times it.
+    """
+    if not k.is_cpu or torch.compiler.is_compiling():  # a graph is for any number of keys
         return False
     B, H_kv, S, D = k.shape
     return B * H_kv * (S + kp.shape[-2]) * D * k.element_size() <= _FEW
 
 
 def decode(q: Tensor, k: Tensor, v: Tensor, kp: Tensor, vp: Tensor, rule: Rule) -> Tensor:
-    """:func:`forward` for one query row and no ``no_prefix``, without lse, in few calls: at this
-    size the calls are the cost, and of few keys even a copy is cheaper."""
+    """The O of :func:`forward` for one query row, without ``no_prefix``, in few calls.
+
+    At this size most time goes to the calls, and with few keys even a copy is cheaper.
+    """
     B, H, _, D = q.shape
     H_kv, S, scale = k.shape[1], k.shape[2], rule.scale
     mask = None
@@ -239,7 +247,7 @@ def decode(q: Tensor, k: Tensor, v: Tensor, kp: Tensor, vp: Tensor, rule: Rule) 
         o, _, _ = _attend(q, keys, values, scale, mask=mask)
         return o.reshape(B, H, 1, D)
     o, lse, _ = _attend(q, k, v, scale, mask=mask)
-    if kp.dim() == 3:  # batch and group change places: views, and the prefix is read once a group
+    if kp.dim() == 3:  # batch and group change places, as views: the prefix is read once a group
         kp, vp = (x.unsqueeze(0) if G == 1 else x.expand(G, -1, -1, -1) for x in (kp, vp))
         o2, lse2, _ = _attend(q.transpose(0, 2), kp, vp, scale)
         o2, lse2 = o2.transpose(0, 2), lse2.transpose(0, 2)
@@ -260,8 +268,10 @@ def backward(
     rule: Rule,
     needs: Needs,
 ) -> Grads:
-    """dQ, dK, dV and, reduced over the batch where the prefix is shared, dKp and dVp; None for what
-    ``needs`` does not ask for."""
+    """(dQ, dK, dV, dKp, dVp), with None for those that ``needs`` does not ask for.
+
+    For a shared prefix the last two are summed over the batch.
+    """
     needs_q, needs_k, needs_v, needs_kp, needs_vp = needs
     dq: Tensor | None = None
     dk: Tensor | None = None
@@ -270,7 +280,7 @@ def backward(
     dvp: Tensor | None = None
     if needs_q or needs_kp or needs_vp:
         seen = lse
-        if rule.no_prefix is not None:  # exp(score - inf) is 0: no gradient to or from the prefix
+        if rule.no_prefix is not None:  # as exp(score - inf) is 0, the prefix has no gradient
             seen = lse.masked_fill(rule.no_prefix[:, None, None], torch.inf)
         dq, dkp, dvp = _over_prefix_backward(do, q, kp, vp, o, seen, rule.scale)
     if needs_q or needs_k or needs_v:

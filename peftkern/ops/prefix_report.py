@@ -1,4 +1,4 @@
-"""What runs attention with a prefix on a device, in words, for ``explain``."""
+"""Describes the implementation of attention with a prefix on a device, for ``explain``."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def describe(
     dropout: float = 0.0,
     bias: Tensor | None = None,
 ) -> tuple[bool, str, str]:
-    """(whether the Triton kernel may run, what runs, why) for heads of D.
+    """(True if the Triton kernel may run, the implementation, the reason) for heads of D.
 
-    ``like``: a tensor of the activations' dtype and device. The rest is what the layer's calls have
-    in training; ``bias`` any tensor where they have one.
+    ``like`` is a tensor of the activations' dtype and device. The others are the arguments of the
+    layer's calls in training; ``bias`` is any tensor if they have one.
     """
     backend, why = chosen()
     always = why_concat(bias=bias, dropout=0.0, return_weights=False)

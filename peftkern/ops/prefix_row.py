@@ -1,9 +1,9 @@
-"""Prefix attention of one row of query for each sequence, without gradients, on a CPU, where the
-vendor's attention does not take it: decoding under a window, softcap or sinks.
+"""Prefix attention for decoding on a CPU with a window, softcap or sinks.
 
-The scores of both sources stand side by side in one softmax. Over a shared prefix the rows of the
-whole batch are one product, so nothing of the prefix is copied; what a window leaves of the keys is
-a slice. (Without window, softcap and sinks the merge takes as long.)
+It takes one row of query for each sequence, without gradients, in calls that the vendor's attention
+does not take. The scores of both sources are side by side in one softmax. Over a shared prefix the
+rows of the whole batch are one product, so the prefix is not copied; the keys in a window are a
+slice. (Without window, softcap and sinks the merge is as fast.)
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from .prefix_rule import Rule
 
 
 def why_not(q: Tensor, rule: Rule) -> str | None:
-    """Why a call is not for this file; None when it is."""
+    """The reason that :func:`forward` does not take a call; None when it does."""
     if rule.window is None and rule.scored is None:
         return "the vendor's attention takes it"
     if not q.is_cpu:
@@ -34,10 +34,10 @@ def why_not(q: Tensor, rule: Rule) -> str | None:
 def forward(
     q: Tensor, k: Tensor, v: Tensor, kp: Tensor, vp: Tensor, rule: Rule
 ) -> tuple[Tensor, None]:
-    """O [B, H, 1, D], and no lse; arguments as in :mod:`.prefix_merge`."""
+    """(O [B, H, 1, D], None); arguments are those of :mod:`.prefix_merge`."""
     B, H, _, D = q.shape
     H_kv, S, P = k.shape[1], k.shape[2], kp.shape[-2]
-    near, first, last = 0, 0, S  # of the prefix from near on, of the own keys first to last
+    near, first, last = 0, 0, S  # visible: the prefix from near on, own keys from first to last
     hidden: Tensor | None = None
     if isinstance(rule.offset, Tensor):
         hidden = torch.arange(S, device=q.device) > rule.offset.reshape(-1, 1, 1, 1)
@@ -66,7 +66,7 @@ def forward(
     if rule.sinks is not None:
         weights = weights[..., :-1]
     if near == P:
-        if hidden is not None:  # nothing may be left to see
+        if hidden is not None:  # a row may see nothing
             weights = weights.masked_fill(hidden, 0)
         return _rows_by(weights, v).reshape(B, H, 1, D), None
     front, rest = weights[..., : P - near], weights[..., P - near :]
@@ -74,7 +74,10 @@ def forward(
 
 
 def _rows_by(x: Tensor, y: Tensor) -> Tensor:
-    """[B, H_kv, G, n] times [B, H_kv, n, m], or one [H_kv, n, m] for all of the batch."""
+    """The product [B, H_kv, G, m] of x [B, H_kv, G, n] and y [B, H_kv, n, m] or [H_kv, n, m].
+
+    The latter is the same for the whole batch.
+    """
     B, H_kv, G, _ = x.shape
     if y.dim() == 4:
         return torch.bmm(x.flatten(0, 1), y.flatten(0, 1)).view(B, H_kv, G, -1)

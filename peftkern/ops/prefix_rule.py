@@ -1,4 +1,4 @@
-"""What the implementations of prefix attention are told besides tensors, and the check of it."""
+"""The settings and masks of a call of prefix attention, and the check of its arguments."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ Grads = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor
 
 
 class Rule(NamedTuple):
-    """Who sees what, for query [B, H, T, D], own keys [B, H_kv, S, D] and P prefix keys.
+    """The keys that each query sees, and the settings of the scores.
 
-    A causal query t sees own key s iff s <= ``offset`` + t. ``keep`` is bool [B, S] or None (all),
-    ``window`` None where it hides nothing, ``no_prefix`` bool [B] or None (all see the prefix);
-    ``softcap`` and ``sinks`` [H] change the scores, and not everybody takes them.
+    Query is [B, H, T, D], own keys are [B, H_kv, S, D], and the prefix has P keys. A causal query t
+    sees own key s iff s <= ``offset`` + t. ``keep`` is bool [B, S] or None (all), ``window`` None
+    if it hides nothing, ``no_prefix`` bool [B] or None (all see the prefix). ``softcap`` and
+    ``sinks`` [H] change the scores; not every implementation takes them.
     """
 
     scale: float
@@ -30,7 +31,7 @@ class Rule(NamedTuple):
 
     @property
     def scored(self) -> str | None:
-        """What the scores go through besides their scale, in words; None where nothing."""
+        """The change of the scores besides their scale, in words; None when there is none."""
         if self.softcap is not None:
             return f"softcap {self.softcap}"
         return "attention sinks" if self.sinks is not None else None
@@ -53,11 +54,11 @@ def check(
     dropout: float,
     no_prefix: Tensor | None,
 ) -> None:
-    """The arguments of :func:`peftkern.ops.prefix_attention.prefix_attention`.
+    """Check the arguments of :func:`peftkern.ops.prefix_attention.prefix_attention`.
 
     Raises:
-        TypeError: of the wrong type or dtype.
-        ValueError: of the wrong shape, device, or value; both name the argument.
+        TypeError: an argument has a wrong type or dtype.
+        ValueError: an argument has a wrong shape, device or value; both errors name it.
     """
     if query.dim() != 4:
         raise ValueError(f"query has shape {tuple(query.shape)}; allowed: [B, H, T, D]")

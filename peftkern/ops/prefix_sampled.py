@@ -1,8 +1,8 @@
-"""A few numbers of what one way computed of prefix attention, beside the same numbers in float64;
-:mod:`.sampled` says what for.
+"""A few numbers of a result of prefix attention, with the same numbers in float64.
 
-The definition is that of :mod:`peftkern.kernels.prefix_reference`. A training step's gradients are
-those for a gradient of O that is the way's own O, so that they are made anew for every way:
+:mod:`.sampled` has the purpose. The definition is that of :mod:`peftkern.kernels.prefix_reference`.
+In a training step the gradient of O is the way's own O, so the float64 gradients are computed for
+every way:
 
     O, dQ                up to 8 rows of 4 heads of 4 rows of the batch: 512 (P + S) D FLOP for O,
                          1536 (P + S) D for both
@@ -10,15 +10,16 @@ those for a gradient of O that is the way's own O, so that they are made anew fo
                          batch, from all queries of its heads: 4 D FLOP a score, of which there are
                          B (H / H_kv) T (P + S)
 
-Above 2**33 scores (4.4e12 FLOP for D = 128) the second line is left out: there these four are
-compared with another way's alone.
+Above 2**33 scores (4.4e12 FLOP for D = 128) the second line is left out, and these four are only
+compared with another way's.
 
-A score gradient is P (dP - δ), a difference that can be much smaller than its terms: nearly all of
-a row's weight is on one key, or keys are nearly equal. What one relative rounding of the terms
-comes to in dQ, dK and dKp decides how far off these may be (``size``), since no way can do better.
+A score gradient is P (dP - δ), a difference that can be much smaller than its terms, when nearly
+all of a row's weight is on one key or when keys are nearly equal. The effect of one relative
+rounding of the terms on dQ, dK and dKp decides their allowed error (``size``), since no way can be
+more exact.
 
-Widened to float64 at a time: 2**22 numbers of keys or values, and about six arrays of 2**21, or of
-one row, of scores (128 MiB together).
+In float64 at a time are 2**22 numbers of keys or values, and about six arrays of 2**21 scores, or
+of the scores of one row (128 MiB together).
 """
 
 from __future__ import annotations
@@ -36,21 +37,23 @@ from .sampled import BLOCK, Exact, Sample, of_other_shapes, places
 ROWS, HEADS, BATCH, KEYS = 8, 4, 4, 8
 SCORES = 2**21  # of queries and keys at a time
 MOST_SCORES = 2**33
-# of a relative rounding of everything: a race's limits are four to eight roundings of the dtype, so
-# this leaves one or two where terms cancel
+# the factor in `size` of a relative rounding of all terms: a race's limits are four to eight
+# roundings of the dtype, so that one or two are allowed where terms cancel
 SHARE = 0.25
 NAMES = ("dQ", "dK", "dV", "dKp", "dVp")
 Five = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # q, k, v, kp, vp
 
 
 def attention(five: Five, rule: Rule, needs: Needs | None) -> Exact:
-    """Of O [B, H, T, D] or, where ``needs`` is given, of [O, *the gradients that it asks for] for
-    a gradient of O that is O itself.
+    """The samples of O [B, H, T, D], or with ``needs`` of [O, *the gradients that it asks for].
+
+    The gradient of O is O itself.
 
     Args:
         five: q [B, H, T, D], k and v [B, H_kv, S, D], kp and vp [H_kv, P, D] or [B, H_kv, P, D].
         rule: of the call.
-        needs: which of dQ, dK, dV, dKp and dVp a training step makes; None without gradients.
+        needs: for each of dQ, dK, dV, dKp and dVp, True if a training step makes it; None without
+            gradients.
     """
     wanted = [i for i in range(5) if needs is not None and needs[i]]
 
@@ -83,11 +86,11 @@ class _Head(NamedTuple):
     h: int
 
     def sees(self, t: Tensor) -> Tensor:
-        """bool [rows, P + S]: what the queries ``t`` see."""
+        """bool [rows, P + S], True for keys that the queries ``t`` see."""
         P, S = (len(x) for x in self.keys)
         rule, device = self.rule, t.device
         offset: Any = rule.offset
-        if isinstance(offset, Tensor):  # the host does not wait for it
+        if isinstance(offset, Tensor):  # stays on the device: the host does not wait for it
             offset = offset.reshape(-1)[self.b if offset.numel() > 1 else 0]
         query, key = (P + offset + t)[:, None], torch.arange(P + S, device=device)
         see = torch.ones(len(t), P + S, dtype=torch.bool, device=device)
@@ -102,7 +105,7 @@ class _Head(NamedTuple):
         return see
 
     def attend(self, t: Tensor) -> _Rows:
-        """What the queries ``t`` come to."""
+        """The weights and outputs of the queries ``t``."""
         rule, q = self.rule, self.q[t].double()
         scores, slope = rule.scale * _dot(q, self.keys), None
         if rule.softcap is not None:
@@ -126,16 +129,18 @@ class _Rows(NamedTuple):
 
     q: Tensor  # [rows, D]
     weights: Tensor  # [rows, P + S]
-    slope: Tensor | None  # of the scores after softcap, by those before
+    slope: Tensor | None  # the derivative of the scores after softcap by those before
     o: Tensor  # [rows, D]
 
     def grad_scores(
         self, do: Tensor, dp: Tensor, at: Tensor | slice = slice(None)
     ) -> tuple[Tensor, Tensor]:
-        """dS of the keys ``at``, whose dP = dO Vᵀ is ``dp``, and the sum of its terms' magnitudes;
-        both without the factor scale."""
+        """(dS of the keys ``at``, sum of its terms' magnitudes), both without the factor scale.
+
+        ``dp`` is dP = dO Vᵀ of these keys.
+        """
         delta = (do * self.o).sum(-1, keepdim=True)
-        weights, seen = self.weights[:, at], self.weights[:, at] > 0  # what is hidden may be NaN
+        weights, seen = self.weights[:, at], self.weights[:, at] > 0  # hidden keys may be NaN
         if self.slope is not None:
             weights = weights * self.slope[:, at]
         ds = weights * torch.where(seen, dp - delta, 0.0)
@@ -143,7 +148,7 @@ class _Rows(NamedTuple):
 
 
 def _blocks(parts: tuple[Tensor, Tensor]) -> Iterator[tuple[slice, Tensor]]:
-    """Places among the P + S keys, and these keys (or values) in float64."""
+    """(places among the P + S keys, these keys or values in float64), block by block."""
     first = 0
     for part in parts:
         step = max(1, BLOCK // max(1, part.shape[1]))
@@ -154,12 +159,15 @@ def _blocks(parts: tuple[Tensor, Tensor]) -> Iterator[tuple[slice, Tensor]]:
 
 
 def _dot(rows: Tensor, parts: tuple[Tensor, Tensor]) -> Tensor:
-    """[rows, P + S]: rows [rows, D] times all keys (or values)."""
+    """The products [rows, P + S] of ``rows`` [rows, D] with all keys or values."""
     return torch.cat([rows @ block.t() for _, block in _blocks(parts)], 1)
 
 
 def _mix(weights: Tensor, parts: tuple[Tensor, Tensor], power: int = 1) -> Tensor:
-    """[rows, D]: the keys (or values), to a power, weighted; one that no row weighs may be NaN."""
+    """The weighted sums [rows, D] of all keys or values to a power.
+
+    Those without a weight in any row may be NaN.
+    """
     total = weights.new_zeros(len(weights), parts[0].shape[1])
     for at, block in _blocks(parts):
         unseen = ~(weights[:, at] != 0).any(0)
@@ -178,7 +186,7 @@ def _head(five: Five, rule: Rule, b: int, h: int) -> _Head:
 
 
 def _over_queries(five: Five, rule: Rule, o: Tensor, dq: Tensor | None) -> list[Sample]:
-    """O at a few rows, and dQ where it is given."""
+    """The samples of O at a few rows, and of dQ if it is given."""
     B, H, T, _ = o.shape
     t = places(T, ROWS, o.device)
     found_o, found_q = [], []
@@ -191,7 +199,7 @@ def _over_queries(five: Five, rule: Rule, o: Tensor, dq: Tensor | None) -> list[
             continue
         do = o[b, h][t].double()
         ds, terms = rows.grad_scores(do, _dot(do, head.values))
-        # each term is off by a rounding of its own, and δ by one that all terms of a row share
+        # each term has a rounding of its own, and δ has one that all terms of a row share
         shared = (do * rows.o).norm(dim=-1, keepdim=True)
         through = rows.weights if rows.slope is None else rows.weights * rows.slope
         roundings = _mix(terms.square(), head.keys, 2).sum()
@@ -215,7 +223,7 @@ def _sample(name: str, pairs: list[tuple[Tensor, Tensor]], squares: Any = 0.0) -
 
 
 def _over_keys(five: Five, rule: Rule, o: Tensor, given: dict[int, Tensor]) -> list[Sample]:
-    """dK, dV, dKp and dVp, as far as they are given, at a few keys of the last key head."""
+    """The samples of dK, dV, dKp and dVp, if given, at a few keys of the last key head."""
     q, k, _, kp, _ = five
     (B, H, T, _), H_kv, S, P = q.shape, k.shape[1], k.shape[2], kp.shape[-2]
     last, shared = H_kv - 1, kp.dim() == 3
@@ -229,7 +237,7 @@ def _over_keys(five: Five, rule: Rule, o: Tensor, given: dict[int, Tensor]) -> l
         found = _grads_of_keys(five, rule, o, b, front, own)
         prefix = found[:, : len(front)] + (prefix if shared else 0.0)
         for i in given:
-            of_prefix, which = i >= 3, (i - 1) % 2  # dK and dKp come first in `found`
+            of_prefix, which = i >= 3, (i - 1) % 2  # in `found` 0 is dK or dKp, 1 is dV or dVp
             if of_prefix and shared and b < B - 1:
                 continue
             at, exact = (front, prefix) if of_prefix else (own, found[:, len(front) :])
@@ -241,8 +249,10 @@ def _over_keys(five: Five, rule: Rule, o: Tensor, given: dict[int, Tensor]) -> l
 
 
 def _grads_of_keys(five: Five, rule: Rule, o: Tensor, b: int, front: Tensor, own: Tensor) -> Tensor:
-    """dK, dV and the squares of a rounding in dK, [3, keys, D], of the prefix keys ``front`` and
-    the own keys ``own`` of the last key head and one row of the batch."""
+    """dK, dV and the squares of a rounding in dK, [3, keys, D], for one row of the batch.
+
+    The keys are the prefix keys ``front`` and the own keys ``own`` of the last key head.
+    """
     (_, H, T, D), H_kv = o.shape, five[1].shape[1]
     P = five[3].shape[-2]
     at = torch.cat([front, P + own])

@@ -1,4 +1,4 @@
-"""What the operations hand to a backend: one linear of a group, forward and backward."""
+"""The records that the operations pass to a backend: one linear of a group, and its backward."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Projection(NamedTuple):
-    """One linear, alone or of a group; the arguments of :func:`.lora.lora_linear` after x."""
+    """One linear, alone or of a group: the arguments of :func:`.lora.lora_linear` after x."""
 
     weight: Tensor  # [N, K], or [K, N] when transposed
     bias: Tensor | None
@@ -20,7 +20,7 @@ class Projection(NamedTuple):
 
     @property
     def w(self) -> Tensor:
-        """The weight as [K, N]."""
+        """The weight as [K, N], a view."""
         return self.weight if self.transposed else self.weight.t()
 
     @property
@@ -29,12 +29,12 @@ class Projection(NamedTuple):
 
     @property
     def settings(self) -> tuple[float, float, bool]:
-        """What is no tensor."""
+        """The fields that are not tensors: scale, p, transposed."""
         return self.scale, self.p, self.transposed
 
 
 class ProjectionGrad(NamedTuple):
-    """What the backward of one projection takes."""
+    """The arguments of one projection's backward."""
 
     dy: Tensor  # [M, N]
     w: Tensor  # [K, N]

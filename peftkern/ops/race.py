@@ -1,14 +1,14 @@
-"""A race: ways to compute one thing, those that are wrong thrown out, the others timed in turns.
+"""A race: throws out wrong ways to compute one result, and times the others in turns.
 
-Every way runs on the tensors of the call itself. Operations are functional, so that nothing is
-changed, and nothing here draws random numbers: after a race the generators stand where they stood.
-Beyond the inputs, the outputs of one way at a time are held.
+Every way runs on the tensors of the call itself. Operations change no argument, and nothing here
+draws from torch's generators, so after a race they are in the same state as before. Besides the
+inputs, the outputs of only one way at a time are in memory.
 
-Two things are asked of every way, torch's own among them. At a few places its outputs are what the
-formula gives in float64 (:mod:`.sampled`, :mod:`.prefix_sampled`, which say what that costs). And
-everywhere they are those of the first way that is right there. What is kept of that one's outputs
-is a sketch, their products with a few columns of random signs, whose Frobenius norms are unbiased
-estimates of the outputs'. A wrong element anywhere shows in its row.
+Every way, torch's own too, must pass two checks. At a few places its outputs must agree with the
+formula in float64 (:mod:`.sampled` and :mod:`.prefix_sampled`, which tell the cost). Everywhere
+they must agree with those of the first way that passes the former. Of that way's outputs a sketch
+is kept: their products with a few columns of random signs, whose squared Frobenius norms are
+unbiased estimates of the outputs'. A wrong element anywhere changes the sketch in its row.
 """
 
 from __future__ import annotations
@@ -27,20 +27,21 @@ from .sampled import Exact, Sample
 
 log = logging.getLogger("peftkern")
 
-# ‖way - reference‖ / ‖reference‖ of each output that passes, beside float64 and beside another way:
-# twice what benchmarks.gpu allows against float64, as two ways may differ by
+# the largest ‖way - reference‖ / ‖reference‖ of each output that passes, against float64 and
+# against another way: twice the limit against float64 in benchmarks.gpu, as two ways may differ
+# by that much
 LIMITS = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 2e-3}
-BUDGET_S = 0.3  # for the timed rounds of a race
-REGION_S = 1e-3  # what one timing lasts at least, so that the clock's own cost does not count
+BUDGET_S = 0.3  # seconds for all timed rounds of a race
+REGION_S = 1e-3  # seconds of one timing at least, so that the clock's own cost does not count
 MOST_ROUNDS, MOST_REPEATS = 15, 50
 _COLUMNS = 8
-_BLOCK = 2**22  # elements that are widened to float32 at a time
+_BLOCK = 2**22  # elements that are converted to float32 at a time
 
 Run = Callable[[], Any]
 
 
 class Undecided(Exception):
-    """No way can be preferred. ``for_good``: another try would end alike."""
+    """No way can be preferred; with ``for_good`` another try would have the same end."""
 
     def __init__(self, reason: str, for_good: bool) -> None:
         super().__init__(reason)
@@ -49,7 +50,7 @@ class Undecided(Exception):
 
 @dataclass
 class Outcome:
-    """Who won, microseconds of everybody (p20, p50, p80), and who did not take part and why."""
+    """The winner, microseconds of every way (p20, p50, p80), and {way left out: reason}."""
 
     winner: str
     us: dict[str, dict[str, float]]
@@ -61,10 +62,10 @@ class Outcome:
 
 
 class CudaClock:
-    """Times on the current stream. Tests put another one in its place."""
+    """A clock on the current stream, which tests replace by others."""
 
     def seconds(self, name: str, run: Run, repeats: int) -> float:
-        """Of one ``run``, the mean of ``repeats`` in a row, what the host takes included."""
+        """Seconds of one ``run`` with its host time, as the mean of ``repeats`` in a row."""
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
         start.record()
@@ -75,29 +76,29 @@ class CudaClock:
         return float(start.elapsed_time(end)) / 1e3 / repeats
 
     def synchronize(self) -> None:
-        """Wait, so that what failed on the device says so now."""
+        """Wait for the device, so that an error on it is raised now."""
         torch.cuda.synchronize()
 
     def graph(self, run: Run) -> Run:
-        """``run`` as a CUDA graph: its replay. Raises whatever keeps it from being captured."""
+        """A function that replays ``run`` as a CUDA graph; raises the error of its capture."""
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             run()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        # thread_local: what other threads do meanwhile is theirs
+        # thread_local: calls in other threads do not break the capture
         with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
             kept = run()
 
-        def replay(kept: Any = kept) -> None:  # its memory is the graph's
+        def replay(kept: Any = kept) -> None:  # holds the outputs, whose memory is the graph's
             graph.replay()
 
         return replay
 
 
 class WallClock(CudaClock):
-    """For the CPU, where Triton's interpreter runs: it compares interpreters, not kernels."""
+    """A clock for the CPU, where Triton's interpreter runs; its times are not those of kernels."""
 
     def seconds(self, name: str, run: Run, repeats: int) -> float:
         import time
@@ -115,9 +116,9 @@ class WallClock(CudaClock):
 
 
 def sketch(t: Tensor) -> Tensor:
-    """[rows, 8] float32: the rows of ``t`` times columns of random signs, over the root of 8."""
+    """The rows of ``t`` times 8 columns of random signs, over the root of 8: float32 [rows, 8]."""
     flat = t.reshape(-1, t.shape[-1]) if t.dim() > 1 else t.reshape(1, -1)
-    # a generator of its own: torch's own ones must not move
+    # a separate generator, so that the state of torch's own stays
     own = torch.Generator().manual_seed(flat.shape[1])
     signs = torch.randint(0, 2, (flat.shape[1], _COLUMNS), generator=own) * 2.0 - 1.0
     signs = (signs / _COLUMNS**0.5).to(t.device)
@@ -127,8 +128,10 @@ def sketch(t: Tensor) -> Tensor:
 
 
 def _sketches(result: Any) -> list[Tensor]:
-    """Sketches of all outputs. The outputs themselves are overwritten with NaN: the next way gets
-    their memory, and must not find the right numbers in it."""
+    """Sketches of all outputs, which are then overwritten with NaN.
+
+    The next way may get their memory, and must not find correct numbers in it.
+    """
     found = []
     for t in tensors(result):
         found.append(sketch(t))
@@ -137,7 +140,7 @@ def _sketches(result: Any) -> list[Tensor]:
 
 
 def _difference(ours: list[Tensor], reference: list[Tensor]) -> float:
-    """The largest relative difference among the outputs; infinite where one is not finite."""
+    """The largest relative difference of the outputs; infinite when one is not finite."""
     if [t.shape for t in ours] != [t.shape for t in reference]:
         return float("inf")
     worst = 0.0
@@ -150,8 +153,10 @@ def _difference(ours: list[Tensor], reference: list[Tensor]) -> float:
 
 
 def _error(samples: list[Sample]) -> tuple[float, str]:
-    """The largest relative error among samples, and its output's name; infinite where a number is
-    not finite."""
+    """(largest relative error of the samples, name of its output).
+
+    The error is infinite when a number is not finite.
+    """
     worst, where = 0.0, ""
     for name, got, exact, size in samples:
         # below its smallest normal number a dtype has no relative precision
@@ -166,18 +171,18 @@ def _error(samples: list[Sample]) -> tuple[float, str]:
 
 
 def said(e: BaseException) -> str:
-    """The type of an exception, and what it says if it says anything."""
+    """The type of an exception, and its message if it has one."""
     return f"{type(e).__name__}: {str(e).strip()[:200]}".removesuffix(": ")
 
 
 def _checked(
     ways: dict[str, Run], exact: Exact, limit: float, clock: Any, op: str
 ) -> dict[str, str]:
-    """Why ways are left out: they failed, or their numbers are off. All compile here.
+    """{way that is left out: reason}: it failed or its result is wrong. All ways compile here.
 
     Raises:
-        Undecided: nobody is right, or has a result that is finite.
-        torch.OutOfMemoryError: of any way.
+        Undecided: no way is right, or none has a finite result.
+        torch.OutOfMemoryError: a way ran out of memory.
     """
     out: dict[str, str] = {}
     reference: tuple[str, list[Tensor]] | None = None
@@ -188,7 +193,7 @@ def _checked(
             clock.synchronize()
         except torch.OutOfMemoryError:
             raise
-        except Exception as e:  # no resources, does not compile, ...: this way is not for this key
+        except Exception as e:  # no resources, no compilation, ...: this way cannot run the call
             out[name] = said(e)
             failed = failed or name == TORCH
             continue
@@ -213,7 +218,7 @@ def _checked(
 
 
 def _nobody_is_right(out: dict[str, str], torch_failed: bool, finite: bool, op: str) -> Undecided:
-    if torch_failed:  # the call itself will say it in its own words
+    if torch_failed:  # the call itself will raise the same error
         return Undecided(f"torch's own way failed: {out[TORCH]}", for_good=False)
     if not finite:
         return Undecided("the numbers of this call are not finite", for_good=False)
@@ -231,22 +236,23 @@ def run(
     op: str,
     graphs: bool = False,
 ) -> tuple[Outcome, Outcome | None]:
-    """Race ``ways``, of which the one named torch is kept where no other is clearly faster.
+    """Race ``ways``; the one named torch wins unless another one is clearly faster.
 
     Args:
-        ways: by name; each gives fresh tensors, whatever they are packed in.
-        dtype: of the activations; decides how far results may differ.
+        ways: by name; each gives fresh tensors, in any nesting.
+        dtype: of the activations; the allowed difference depends on it.
         clock: a :class:`CudaClock`.
-        exact: gives numbers of what a way returned beside the same in float64.
-        op: what is raced, for messages.
+        exact: gives some numbers of a way's result with the same in float64.
+        op: the name of the operation, for messages.
         graphs: also time them as CUDA graphs.
 
     Returns:
-        The outcome of plain calls, and the one in CUDA graphs (None where not asked for, or where
-        torch's own way is right and cannot be captured). Who is left out is logged as a warning.
+        The outcome of plain calls, and the one in CUDA graphs. The latter is None when it is not
+        asked for, or when torch's own way is right and cannot be captured. Each way that is left
+        out is logged as a warning.
 
     Raises:
-        Undecided: out of memory, nobody is right, or no result is finite.
+        Undecided: out of memory, no way is right, or no result is finite.
     """
     try:
         out = _checked(ways, exact, LIMITS[dtype], clock, op)
@@ -289,10 +295,13 @@ def _quantiles(us: list[float]) -> dict[str, float]:
 
 
 def _timed(ways: dict[str, Run], clock: Any) -> dict[str, list[float]]:
-    """Microseconds of rounds in which everybody runs once, the first one rotating, so that a
-    drifting clock touches all alike."""
+    """{way: microseconds in each round}.
+
+    In a round every way runs once, each time with another first one, so that a clock that drifts
+    affects all alike.
+    """
     order = list(ways)
-    for name in order:  # warm caches, once more after everything has compiled
+    for name in order:  # warm up caches again, as everything has compiled now
         clock.seconds(name, ways[name], 1)
     once = {name: max(clock.seconds(name, ways[name], 2), 1e-7) for name in order}
     repeats = {n: max(1, min(MOST_REPEATS, round(REGION_S / t + 0.5))) for n, t in once.items()}

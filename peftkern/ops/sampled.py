@@ -1,9 +1,9 @@
-"""A few numbers of what one way computed of a LoRA operation, beside the same numbers in float64.
+"""A few numbers of a LoRA operation's result, with the same numbers in float64.
 
-A race (:mod:`.race`) judges every way by them, torch's own too. Each function here takes the
-arguments of an operation and gives another one, which takes what a way returned and gives
-:class:`Sample` s; nothing is computed before that one is called. The float64 numbers come from the
-formulas of :mod:`peftkern.kernels.reference`, on the tensors of the call, and are made once a race:
+A race (:mod:`.race`) judges every way by them, also torch's own. Each function here takes the
+arguments of an operation and returns another function, which takes the result of a way and returns
+:class:`Sample` s; nothing is computed before that is called. The float64 numbers come from the
+formulas of :mod:`peftkern.kernels.reference`, on the tensors of the call, once for each race:
 
     forward    Y at 8 rows x 64 columns, S at these rows        16 K (64 + r) FLOP a projection
     infer      Y at 8 rows x 64 columns                         the same
@@ -12,10 +12,10 @@ formulas of :mod:`peftkern.kernels.reference`, on the tensors of the call, and a
                dA at 64 columns, from all rows                  2 M N r + 128 M r
                dB at 64 rows, from all rows of the given S      128 M r
 
-Places are spread evenly, the first and the last among them, and are the same in every race: no
-random number is drawn. Widened to float64 at a time are at most 2**22 numbers (32 MiB) and the
-results above; besides, the chosen rows and columns are copied in their own dtype. A race is never
-run while a CUDA graph is captured, and so neither is this.
+Places are spread evenly, with the first and the last among them, and are the same in every race: no
+random number is drawn. At most 2**22 numbers (32 MiB) and the results above are converted to
+float64 at a time; the chosen rows and columns are also copied in their own dtype. No race runs
+while a CUDA graph is captured, so this does not either.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from torch import Tensor
 from .projection import Projection, ProjectionGrad
 
 ROWS, COLUMNS = 8, 64
-MOST_ADAPTERS = 8  # of a mixed batch
-BLOCK = 2**22  # numbers that are widened to float64 at a time
+MOST_ADAPTERS = 8  # in a mixed batch
+BLOCK = 2**22  # numbers that are converted to float64 at a time
 _ROWS_AT_ONCE = 1024
 
 
 class Sample(NamedTuple):
-    """Numbers of one output of a way, and what they should be."""
+    """Numbers of one output of a way, and the correct ones."""
 
-    name: str  # of the output
+    name: str  # the output's name
     got: Tensor  # in the output's dtype
     exact: Tensor  # float64, got's shape
-    # what errors are relative to where it is above the norm of ``exact``: terms that cancel
+    # errors are relative to this if it is above the norm of ``exact``, as when terms cancel
     size: float = 0.0
 
 
@@ -49,8 +49,10 @@ Exact = Callable[[Any], list[Sample]]
 
 
 def places(n: int, count: int, device: torch.device) -> Tensor:
-    """``count`` of the numbers 0 to n - 1, spread evenly, the first and the last among them; all of
-    them where they are no more. int64, ascending."""
+    """``count`` of the numbers 0 to n - 1, int64 and ascending; all of them if n is smaller.
+
+    They are spread evenly, with the first and the last among them.
+    """
     if n <= count:
         return torch.arange(n, device=device)
     spread = torch.linspace(0, n - 1, count, dtype=torch.float64, device=device)
@@ -58,7 +60,7 @@ def places(n: int, count: int, device: torch.device) -> Tensor:
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """a [m, k] times b [k, n] in float64, widened in blocks of k."""
+    """The product of a [m, k] and b [k, n] in float64, converted in blocks of k."""
     (m, k), n = a.shape, b.shape[1]
     step = max(1, BLOCK // max(1, m + n))
     total = torch.zeros(m, n, dtype=torch.float64, device=a.device)
@@ -68,7 +70,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def of_other_shapes(found: Sequence[Tensor | None], shapes: Sequence[Any]) -> list[Sample]:
-    """What says that outputs have not the shapes that they should have; nothing where they do."""
+    """A sample with an infinite error when the outputs have other shapes; none when they fit."""
     if [None if t is None else tuple(t.shape) for t in found] == [tuple(s) for s in shapes]:
         return []
     nothing = torch.zeros(1, dtype=torch.float64)
@@ -76,7 +78,7 @@ def of_other_shapes(found: Sequence[Tensor | None], shapes: Sequence[Any]) -> li
 
 
 def _kept(words: Tensor | None, columns: Tensor) -> Tensor | None:
-    """The columns of a packed mask [rows, ceil(K / 32)] as 0 and 1 in float64."""
+    """Some columns of a packed mask [rows, ceil(K / 32)] as 0 and 1 in float64."""
     if words is None:
         return None
     return (words[:, columns // 32] >> (columns % 32) & 1).double()
@@ -92,7 +94,7 @@ def _masked(t: Tensor, keep: Tensor | None) -> Tensor:
 def _linear(
     x: Tensor, m: Projection, words: Tensor | None, columns: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Y [rows, columns] and S [rows, r] of some rows of x and of their packed mask."""
+    """(Y [rows, columns], S [rows, r]) of some rows of x and of their packed mask."""
     every = torch.arange(x.shape[1], device=x.device)
     s = m.scale / (1.0 - m.p) * product(_masked(x, _kept(words, every)), m.A.t())
     y = product(x, m.w[:, columns]) + product(s, m.B[columns].t())
@@ -100,13 +102,15 @@ def _linear(
 
 
 def forward(x: Tensor, members: list[Projection], words: Sequence[Tensor | None]) -> Exact:
-    """Of [(Y_i [M, N_i], S_i [M, r_i], mask_i)] of projections of x [M, K], whose packed masks are
-    ``words``."""
+    """The samples of [(Y_i [M, N_i], S_i [M, r_i], mask_i)] of projections of x [M, K].
+
+    ``words`` are their packed masks.
+    """
     rows = functools.cache(lambda: places(x.shape[0], ROWS, x.device))
 
     @functools.cache
     def truth() -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Columns, Y and S of each projection."""
+        """(columns, Y, S) of each projection."""
         found = []
         for m, word in zip(members, words, strict=True):
             columns = places(m.B.shape[0], COLUMNS, x.device)
@@ -131,7 +135,7 @@ def forward(x: Tensor, members: list[Projection], words: Sequence[Tensor | None]
 def infer(
     x: Tensor, w: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float, transposed: bool
 ) -> Exact:
-    """Of Y [..., N] for x [..., K]; ``w`` as stored, [K, N] when ``transposed``."""
+    """The samples of Y [..., N] for x [..., K]; ``w`` is [K, N] when ``transposed``."""
     N = B.shape[0]
 
     @functools.cache
@@ -151,9 +155,11 @@ def infer(
 
 
 def mixed(x: Tensor, w: Tensor, bias: Tensor | None, adapters: Any, index: Any) -> Exact:
-    """Of Y [M, N] for x [M, K], w [N, K] and an adapter for each sample (see :mod:`.lora_mixed`):
-    the first and the last row of the first and the last sample, and of the first one of each of up
-    to 8 adapters, none being one."""
+    """The samples of Y [M, N] for x [M, K], w [N, K] and adapters as in :mod:`.lora_mixed`.
+
+    The rows are the first and the last of the first and the last sample of the batch, and of the
+    first sample of each of up to 8 adapters, of which "none" is one.
+    """
     choice, N = index.choice, w.shape[0]
     T = x.shape[0] // max(len(choice), 1)
 
@@ -187,8 +193,10 @@ def mixed(x: Tensor, w: Tensor, bias: Tensor | None, adapters: Any, index: Any) 
 
 
 def backward(x: Tensor, members: list[ProjectionGrad], needs_x: bool) -> Exact:
-    """Of (dX [M, K] or None, [(dA_i [r_i, K] or None, dB_i [N_i, r_i] or None)]) of projections of
-    x; dB is that of the given S."""
+    """The samples of (dX [M, K], [(dA_i [r_i, K], dB_i [N_i, r_i])]) of projections of x.
+
+    Each gradient may be None. dB is that for the given S.
+    """
     (M, K), device = x.shape, x.device
     wants_b = [m.needs_b and m.s is not None for m in members]
 
@@ -232,12 +240,12 @@ def backward(x: Tensor, members: list[ProjectionGrad], needs_x: bool) -> Exact:
 
 
 def _grad_s(m: ProjectionGrad, dy: Tensor) -> Tensor:
-    """dS of some rows of dY, 1 / (1 - p) included."""
+    """dS of some rows of dY, with the factor 1 / (1 - p)."""
     return m.scale / (1.0 - m.p) * product(dy, m.B)
 
 
 def _grad_x(m: ProjectionGrad, rows: Tensor, columns: Tensor) -> Tensor:
-    """What one projection adds to dX [rows, columns]: dY W + mask * (dS A)."""
+    """One projection's part of dX [rows, columns]: dY W + mask * (dS A)."""
     dy = m.dy[rows]
     low = product(_grad_s(m, dy), m.A[:, columns])
     kept = None if m.bits is None else m.bits[rows]

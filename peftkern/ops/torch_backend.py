@@ -1,6 +1,6 @@
-"""The LoRA linear on torch's own matrix products: runs on every device, and is the fallback
-everywhere. Forward and backward take a list of projections of one x, a single one being a list of
-one.
+"""The LoRA linear on torch's own matrix products: the fallback, which runs on every device.
+
+Forward and backward take a list of projections of one x, also when there is only one.
 
 Shapes: x [M, K], w [K, N] (a view), bias [N] or None, A [r, K], B [N, r], S [M, r], Y [M, N].
 
@@ -8,7 +8,7 @@ Shapes: x [M, K], w [K, N] (a view), bias [N] or None, A [r, K], B [N, r], S [M,
     Y = S Bᵀ + bias, then Y += x w      (hybrid order: the base product accumulates onto the update)
 
 The mask is drawn exactly as ``torch.nn.functional.dropout`` draws it, so that on a CPU the same
-seed drops the same elements as HF PEFT, and is kept as one bit per element.
+seed drops the same elements as in HF PEFT. It is kept as one bit per element.
 """
 
 from __future__ import annotations
@@ -23,27 +23,26 @@ from ..kernels.reference import reference_bits
 from .bits import pack_bits, unpack_bits
 from .projection import Projection, ProjectionGrad
 
-# up to this many rows the extra pass over Y costs less than two more views (host time dominates)
+# up to this many rows an extra pass over Y costs less than two more views, as host time dominates
 _FEW_ROWS = 32
 
 
 def why_not(x: Tensor, A: Tensor) -> str | None:
-    """Why a compiler gets no operator of this backend, but the plain formula."""
+    """The reason that a compiler gets the plain formula and no operator of this backend."""
     return "torch's own products, which the compiler fuses with their neighbours"
 
 
 def low_rank_dtype(x: Tensor, A: Tensor) -> torch.dtype:
     """The dtype of the low-rank products.
 
-    On CUDA the activation dtype, so that float32 adapters under a bf16 model run on the matrix
-    units; elsewhere the adapter's, which is what HF PEFT does and costs nothing where there are
-    none.
+    On CUDA it is the activations', so that float32 adapters in a bf16 model run on the matrix
+    units. Elsewhere it is the adapter's, as in HF PEFT, which costs nothing without matrix units.
     """
     return x.dtype if x.is_cuda else A.dtype
 
 
 def _in(dtype: torch.dtype, t: Tensor) -> Tensor:
-    """``t`` in ``dtype``; asking torch to leave it as it is costs half a microsecond."""
+    """``t`` in ``dtype``; skips a call of ``to`` without effect, which costs half a microsecond."""
     return t if t.dtype is dtype else t.to(dtype)
 
 
@@ -51,7 +50,7 @@ def _scaled_mm(a: Tensor, b: Tensor, alpha: float) -> Tensor:
     """a b · alpha [M, r], with the factor applied before the one rounding to the result's dtype."""
     if a.is_cpu:
         # MKL is several times faster with the small r as rows than as columns; the result is a
-        # transposed view, which every later product takes as it is
+        # transposed view, which later products take without a copy
         out = a.new_empty((b.shape[1], a.shape[0]))
         return torch.addmm(out, b.t(), a.t(), beta=0, alpha=alpha).t()
     out = a.new_empty((a.shape[0], b.shape[1]))
@@ -59,7 +58,7 @@ def _scaled_mm(a: Tensor, b: Tensor, alpha: float) -> Tensor:
 
 
 def _mm_to(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a b in ``dtype``, without rounding to a narrower one on the way."""
+    """a b in ``dtype``, without rounding to a narrower one in between."""
     if a.dtype != dtype and a.is_cuda and dtype == torch.float32:
         return torch.mm(a, b, out_dtype=torch.float32)
     a, b = a.to(dtype), b.to(dtype)
@@ -69,21 +68,25 @@ def _mm_to(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _drop(x: Tensor, p: float) -> tuple[Tensor, Tensor, float]:
-    """(x with dropped elements 0, which are kept, the factor still to be applied), drawn as torch's
-    dropout draws on a CPU."""
+    """(x with dropped elements 0, bool mask of those kept, factor that is still to be applied).
+
+    The mask is drawn as in torch's dropout on a CPU.
+    """
     noise = torch.empty_like(x).bernoulli_(1.0 - p)
     keep = noise.bool()
     return noise.mul_(x), keep, 1.0 / (1.0 - p)
 
 
 def _drop_fused(x: Tensor, p: float) -> tuple[Tensor, Tensor, float]:
-    """The same in the one kernel that torch's dropout is on CUDA, which scales as well."""
+    """The same by torch's dropout on CUDA, one kernel that also applies the factor."""
     return *torch.native_dropout(x, p, True), 1.0
 
 
 def draw(M: int, K: int, p: float, seed: Tensor) -> Tensor:
-    """The packed mask [M, ceil(K / 32)] that belongs to ``seed`` (int64, one element), on its
-    device: the same words as the Triton backend's."""
+    """The packed mask [M, ceil(K / 32)] of ``seed`` (int64, one element), on its device.
+
+    The words equal the Triton backend's.
+    """
     words: Tensor = reference_bits(M, K, p, seed)
     return words
 
@@ -91,8 +94,10 @@ def draw(M: int, K: int, p: float, seed: Tensor) -> Tensor:
 def forward(
     x: Tensor, members: list[Projection], words: list[Tensor | None] | None = None
 ) -> list[tuple[Tensor, Tensor, Tensor | None]]:
-    """Of each projection of x [M, K]: Y [M, N] in x's dtype, S [M, r] and the packed mask (None
-    when it drops nothing), which is its one of ``words`` where they are given."""
+    """(Y [M, N] in x's dtype, S [M, r], packed mask) of each projection of x [M, K].
+
+    The mask is None when nothing is dropped, and the projection's one of ``words`` if given.
+    """
     if words is None:
         return [_forward(x, m, None) for m in members]
     return [_forward(x, m, bits) for m, bits in zip(members, words, strict=True)]
@@ -118,8 +123,8 @@ def _forward(
     if low == x.dtype:
         y = torch.mm(s, bt) if bias is None else torch.addmm(bias, s, bt)
         return y.addmm_(x, w), s, bits
-    # wider low-rank part: rounding it to x's dtype before the base product would lose what it is
-    # wide for
+    # the low-rank part has a wider dtype: rounding it to x's before the base product would lose its
+    # precision
     y = torch.mm(x, w) if bias is None else torch.addmm(bias, x, w)
     return torch.addmm(y.to(low), s, bt).to(x.dtype), s, bits
 
@@ -127,8 +132,10 @@ def _forward(
 def backward(
     x: Tensor, members: list[ProjectionGrad], needs_x: bool
 ) -> tuple[Tensor | None, list[tuple[Tensor | None, Tensor | None]]]:
-    """One dX [M, K] for all projections, accumulated in place, and (dA [r, K], dB [N, r]) of
-    each; None for what is not wanted. Without dA, only shape and dtype of x are asked for."""
+    """(dX [M, K], summed over all projections; (dA [r, K], dB [N, r]) of each).
+
+    Gradients that are not wanted are None. Without dA only the shape and dtype of x are used.
+    """
     low = low_rank_dtype(x, members[0].A)
     dx, pairs, xl = None, [], _in(low, x)
     for m in members:
@@ -151,7 +158,7 @@ def backward(
 
 
 def _add_low_rank(dx: Tensor | None, ds: Tensor, A: Tensor, mask: Tensor | None) -> Tensor:
-    """dx + mask ∘ (dS A), in dx's memory where there is one."""
+    """dX + mask ∘ (dS A), in dX's memory, or without dX the update alone."""
     if dx is not None and mask is None:
         return dx.addmm_(ds, A)
     update = torch.mm(ds, A)
@@ -163,8 +170,7 @@ def _add_low_rank(dx: Tensor | None, ds: Tensor, A: Tensor, mask: Tensor | None)
 def infer(
     x: Tensor, w: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float, transposed: bool
 ) -> Tensor:
-    """Y for x [..., K] without gradients or dropout; ``w`` as stored,
-    [K, N] when ``transposed``."""
+    """Y for x [..., K] without gradients or dropout; ``w`` is [K, N] when ``transposed``."""
     K, count, dtype = x.size(-1), x.numel(), x.dtype
     if A.dtype is dtype and count <= _FEW_ROWS * K:
         stored = w.t() if transposed else w
@@ -173,7 +179,7 @@ def infer(
             v = x.view(K)
             y = torch.mv(stored, v) if bias is None else torch.addmv(bias, stored, v)
             y.addmv_(B, torch.mv(A, v), alpha=scale)
-            dims = x.dim()  # the usual ones without the cost of slicing a shape
+            dims = x.dim()  # for 2 and 3 dimensions without the cost of slicing a shape
             if dims == 3:
                 return y.view(1, 1, -1)
             return y.unsqueeze_(0) if dims == 2 else y.view(*x.shape[:-1], -1)
@@ -185,8 +191,10 @@ def infer(
 
 
 def mixed(x: Tensor, w: Tensor, bias: Tensor | None, adapters: Any, samples: Any) -> Tensor:
-    """Y [M, N] for x [M, K], w [N, K]: the base product once, then each adapter on the rows of its
-    own samples; see :mod:`.lora_mixed`."""
+    """Y [M, N] for x [M, K], w [N, K]; see :mod:`.lora_mixed`.
+
+    That is the base product once, then each adapter on the rows of its own samples.
+    """
     y = linear(x, w, bias)
     count, T = len(samples), x.shape[0] // max(len(samples), 1)
     by_sample, out = x.view(count, T, x.shape[1]), y.view(count, T, y.shape[1])

@@ -1,8 +1,8 @@
-"""Whether torch records the operations of a call, to run them again with other inputs.
+"""Queries of whether torch records the operations of a call, to run them with other inputs.
 
-Then a call is made of torch's own operations, one after the other, and nothing is decided by the
-values in a tensor: ``torch.compile`` looks into no ``autograd.Function`` of ours that it need not,
-``torch.jit.trace`` and the older ONNX exporter write what such a one does down as constants.
+A recorded call uses only torch's own operations, one after the other, and no decision depends on
+the values in a tensor. So ``torch.compile`` need not look into our ``autograd.Function`` classes,
+whose work ``torch.jit.trace`` and the older ONNX exporter would record as constants.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ __all__ = ["is_compiling", "is_recording", "is_tracing"]
 
 
 def is_recording() -> bool:
-    """Whether ``torch.compile``, ``torch.export``, ``torch.jit.trace`` or the older ONNX exporter
-    (``torch.onnx.export(dynamo=False)``) records this call."""
+    """True while torch records this call, by any of its tracers.
+
+    They are ``torch.compile``, ``torch.export``, ``torch.jit.trace`` and the older ONNX exporter
+    (``torch.onnx.export(dynamo=False)``).
+    """
     return is_compiling() or is_tracing()

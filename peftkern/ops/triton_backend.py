@@ -1,8 +1,8 @@
 """The LoRA linear on the Triton kernels of ``kernels/``; signatures as in :mod:`.torch_backend`.
 
-What the kernels do not take (float64, ranks above 256, a CPU outside Triton's interpreter) goes to
-the torch backend, and :func:`why_not` says so. Kernels run with the configs that a tuning table has
-for this GPU, or else with their own defaults (:mod:`.tuned`).
+Calls that the kernels do not take (float64, ranks above 256, a CPU outside Triton's interpreter) go
+to the torch backend, with the reason from :func:`why_not`. Kernels run with the configs that a
+tuning table has for this GPU, or else with their own defaults (:mod:`.tuned`).
 
 The mask is a function of a seed drawn from torch's CPU generator, which gradient checkpointing
 restores: the recomputed forward drops the same elements. It has the distribution of torch's
@@ -37,28 +37,28 @@ from .device import capturing, on_its_device
 from .notes import note_once
 from .projection import Projection, ProjectionGrad
 
-# How the base product and the update come together:
+# The ways to add the update to the base product:
 #   hybrid   the low-rank part is written, the vendor's product accumulates onto it
 #   joined   the same, written by the kernel that makes S (backward: dA), in one launch less;
-#            hybrid where that kernel does not hold the ranks
-#   fused    one kernel of ours does both products
-# An operation that is not told (``how=None``) takes ``product``, or, where that is None, the
-# fastest in this GPU's tables, or else the order that its shape suggests.
+#            hybrid if that kernel does not take the ranks
+#   fused    one kernel of ours computes both products
+# With ``how=None`` an operation takes ``product``, or if that is None the fastest way in this GPU's
+# tables, or else the one for its shape.
 PRODUCTS = ("hybrid", "joined", "fused")
 product: str | None = None
-# without gradients, up to MAX_ROWS rows, there is also one launch for everything
+# without gradients and for up to MAX_ROWS rows, one launch can also compute everything
 INFER = ("decode", *PRODUCTS)
 
 _TO_TORCH = "the Triton backend hands a call to torch: %s"
 
 
 def why_not(x: Tensor, A: Tensor) -> str | None:
-    """Why a call with these tensors goes to the torch backend; None when the kernels take it."""
+    """The reason that a call goes to the torch backend; None when the kernels take it."""
     return refusal(x, A.dtype, A.shape[0])
 
 
 def refusal(x: Tensor, adapter: torch.dtype, r: int) -> str | None:
-    """The same for adapters of this dtype and rank."""
+    """The same reason for adapters of this dtype and rank."""
     if not (x.is_cuda or INTERPRET.value):
         return f"the tensors are on {x.device.type}, and Triton's interpreter is off"
     if x.dtype not in DTYPES:
@@ -79,19 +79,22 @@ def _declines(x: Tensor, A: Tensor) -> bool:
 
 def _seed(x: Tensor) -> int | Tensor:
     if capturing(x):
-        # replays of a graph draw anew only from the device's own generator
+        # replays of a graph get new numbers only from the device's own generator
         return torch.randint(2**62, (1,), device=x.device)
     return int(torch.randint(2**62, (1,)))
 
 
-# (device, K, p) of masks that the kernel has made in this process, which has then loaded it
+# (device, K, p) of masks for which this process has run, and so loaded, the kernel
 _drawn: set[tuple[int, int, float]] = set()
 
 
 def words_of(x: Tensor, ps: list[float]) -> list[Tensor | None]:
-    """A packed mask of x [M, K] for each projection that drops, in one launch where they drop
-    alike. In a CUDA graph's capture, which no kernel may be loaded in, torch's own operations make
-    the same words where the kernel has made none before."""
+    """The packed mask of x [M, K] for each projection, None for those that drop nothing.
+
+    With equal probabilities all are drawn in one launch. The capture of a CUDA graph may load no
+    kernel: if the kernel has not made such a mask before, torch's own operations make the same
+    words there.
+    """
     (M, K), index = x.shape, x.get_device()
     alike = len(ps) > 1 and len(set(ps)) == 1 and ps[0] > 0.0
     kinds = {(index, K, p) for p in ps if p > 0.0}
@@ -108,7 +111,7 @@ def words_of(x: Tensor, ps: list[float]) -> list[Tensor | None]:
 
 
 class _Group(NamedTuple):
-    """Projections that kernels take at once."""
+    """The facts of projections that kernels take together."""
 
     like: Tensor  # M rows in the activations' dtype
     adapter: torch.dtype
@@ -116,12 +119,12 @@ class _Group(NamedTuple):
     masked: bool
 
     def config(self, op: str, n: int, k: int) -> Any:
-        """Of a kernel that does all of them."""
+        """The config of a kernel that computes all of them; None without one in a table."""
         count = len(self.ranks)
         return tuned.config(op, self.like, self.adapter, n, k, max(self.ranks), count, self.masked)
 
     def order(self, how: str | None, n: int, k: int, grads: str = "") -> str:
-        """One of PRODUCTS."""
+        """The way of PRODUCTS to take."""
         how = how or product
         if how is None:
             key = tuned.key_of(
@@ -138,8 +141,7 @@ class _Group(NamedTuple):
 
 
 def draw(M: int, K: int, p: float, seed: Tensor) -> Tensor:
-    """The packed mask [M, ceil(K / 32)] that belongs to ``seed`` (int64, one element), on its
-    device."""
+    """The packed mask [M, ceil(K / 32)] of ``seed`` (int64, one element), on its device."""
     if not (seed.is_cuda or INTERPRET.value):
         return torch_backend.draw(M, K, p, seed)
     words: Tensor = dropout_bits(M, K, p, seed, device=seed.device)
@@ -158,8 +160,10 @@ def forward(
     words: list[Tensor | None] | None = None,
     how: str | None = None,
 ) -> list[tuple[Tensor, Tensor, Tensor | None]]:
-    """(Y_i, S_i, mask_i) of projections of one x [M, K], which is read once for every S; the masks
-    are ``words`` where they are given; ``how`` one of ``PRODUCTS``."""
+    """(Y_i, S_i, mask_i) of projections of one x [M, K], which is read once for all S_i.
+
+    The masks are ``words`` if given; ``how`` is one of ``PRODUCTS``.
+    """
     if any(_declines(x, m.A) for m in members):
         return torch_backend.forward(x, members, words)
     if words is None:
@@ -194,8 +198,10 @@ def forward(
 def backward(
     x: Tensor, members: list[ProjectionGrad], needs_x: bool, how: str | None = None
 ) -> tuple[Tensor | None, list[tuple[Tensor | None, Tensor | None]]]:
-    """One dX [M, K] for all projections, X read once for every dA, and (dA_i, dB_i) of each; two
-    calls with the same tensors agree bit for bit."""
+    """(dX [M, K], summed over all projections; (dA_i, dB_i) of each).
+
+    X is read once for all dA_i. Two calls with the same tensors agree bit for bit.
+    """
     if any(_declines(x, m.A) for m in members):
         return torch_backend.backward(x, members, needs_x)
     ds, dbs = _over_dy(members)
@@ -236,7 +242,7 @@ def backward(
 
 
 def grads_of(members: list[ProjectionGrad], needs_x: bool) -> str:
-    """Which gradients a backward makes, as in the keys of tables: letters of "xab"."""
+    """The gradients that a backward makes, as letters of "xab", as in the keys of tables."""
     return (
         ("x" if needs_x else "")
         + ("a" if any(m.needs_a for m in members) else "")
@@ -245,7 +251,7 @@ def grads_of(members: list[ProjectionGrad], needs_x: bool) -> str:
 
 
 def _over_dy(members: list[ProjectionGrad]) -> tuple[list[Tensor], list[Tensor | None]]:
-    """dS_i of every projection, dB_i where it is wanted: what reads dY_i alone."""
+    """(dS_i, dB_i if wanted or None) of every projection, which need only dY_i."""
     ds: list[Any] = [None] * len(members)
     dbs: list[Tensor | None] = [None] * len(members)
     both, configs = [], []
@@ -278,9 +284,11 @@ def infer(
     transposed: bool,
     how: str | None = None,
 ) -> Tensor:
-    """Y for x [..., K] without gradients or dropout; ``w`` as stored, [K, N] when ``transposed``;
-    ``how`` one of ``INFER``, by default "decode" for as many rows as that takes, unless a table
-    knows better."""
+    """Y for x [..., K] without gradients or dropout; ``w`` is [K, N] when ``transposed``.
+
+    ``how`` is one of ``INFER``. By default it is "decode" for as many rows as that takes, unless a
+    table has a faster way.
+    """
     if _declines(x, A):
         return torch_backend.infer(x, w, bias, A, B, scale, transposed)
     x2 = x.reshape(-1, x.shape[-1])
@@ -299,7 +307,7 @@ def infer(
 
 
 def why_not_mixed(x: Tensor, adapters: Any) -> str | None:
-    """Why :func:`mixed` hands such a batch to torch; None when the kernel takes it."""
+    """The reason that :func:`mixed` runs such a batch on torch; None when the kernel takes it."""
     if len(adapters) > MAX_ADAPTERS:
         return f"{len(adapters)} adapters in one batch are more than {MAX_ADAPTERS}"
     weights = [t for a in adapters if a is not None for t in (a.A, a.B.t())]
@@ -308,8 +316,10 @@ def why_not_mixed(x: Tensor, adapters: Any) -> str | None:
 
 @on_its_device
 def mixed(x: Tensor, w: Tensor, bias: Tensor | None, adapters: Any, samples: Any) -> Tensor:
-    """Y [M, N] for x [M, K], w [N, K] and an adapter for each sample, without gradients, in one
-    launch; see :mod:`.lora_mixed`."""
+    """Y [M, N] for x [M, K], w [N, K] and an adapter for each sample; see :mod:`.lora_mixed`.
+
+    It is one launch, without gradients.
+    """
     reason = why_not_mixed(x, adapters)
     if reason is not None:
         note_once(_TO_TORCH, f"a mixed batch: {reason}")

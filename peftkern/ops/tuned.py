@@ -1,10 +1,9 @@
-"""What is known about a GPU before this process times anything: the table that ships for it, and
-what earlier races left on disk.
+"""Earlier measurements for a GPU: the table that ships for it, and the file of races on disk.
 
 A :class:`Book` holds both for one kind of machine, and the dispatcher's decisions. The shipped
-table counts only for the code that it was measured with. The file on disk is one for each (GPU,
-driver, torch, triton, code, shipped table), so that nothing in it can be out of date; processes
-that write it at the same time lose nothing of each other's.
+table counts only for the code that it was measured with. There is one file on disk for each (GPU,
+driver, torch, triton, code, shipped table), so that nothing in it can be out of date. When several
+processes write it at the same time, no entry is lost.
 """
 
 from __future__ import annotations
@@ -37,17 +36,17 @@ from .notes import note_once
 log = logging.getLogger("peftkern")
 
 CACHE_ENV = "PEFTKERN_CACHE"
-# a config found for one number of rows serves others up to this many powers of two away; beyond,
-# the kernel's own default knows better, because it looks at M
+# a config found for one number of rows serves others up to this many powers of two away; beyond
+# that the kernel's default, which depends on M, is better
 CONFIG_STEPS = 2
 _OPS = Path(__file__).parent
-# what a timing is a statement about: the kernels, and what calls them
+# the code that a timing holds for, besides the kernels: the files that call them
 _OWN = ("bits.py", "choices.py", "torch_backend.py", "triton_backend.py")
 _NOT_MEASURED = ("reference.py", "registry.py", "tuning.py")
 
 
 class Machine(NamedTuple):
-    """What a timing holds for, besides the code."""
+    """The machine and the versions that a timing holds for, besides the code."""
 
     gpu: str
     driver: str
@@ -88,7 +87,7 @@ def machine(index: int) -> Machine:
 
 @functools.cache
 def sources() -> str:
-    """A hash of the code that a timing is a statement about, the same in a checkout and a wheel."""
+    """A hash of the code that a timing holds for, the same in a checkout and a wheel."""
     folder = FOLDER.parent
     digest = hashlib.sha256()
     for path in sorted(folder.glob("*.py")):
@@ -100,7 +99,9 @@ def sources() -> str:
 
 
 def cache_folder() -> Path:
-    """Where races are kept: $PEFTKERN_CACHE, else $XDG_CACHE_HOME/peftkern, else ~/.cache/peftkern.
+    """The folder where races are kept.
+
+    It is $PEFTKERN_CACHE, else $XDG_CACHE_HOME/peftkern, else ~/.cache/peftkern.
 
     Raises:
         RuntimeError: there is no home folder.
@@ -116,7 +117,7 @@ def now() -> str:
 
 
 class Book:
-    """Everything known about one kind of machine; with ``instead``, that table and no files."""
+    """All measurements and decisions for one kind of machine; with ``instead`` only that table."""
 
     def __init__(self, machine: Machine, instead: Table | None = None) -> None:
         self.machine = machine
@@ -124,11 +125,11 @@ class Book:
         if instead is None:
             self.shipped, self.shipped_note = _shipped(machine)
         self.racing = threading.Lock()
-        self.decisions: dict[Key, Any] = {}  # the dispatcher's
+        self.decisions: dict[Key, Any] = {}  # those of the dispatcher
         self.provisional: dict[Key, Any] = {}
         self.tries: Counter[Key] = Counter()
-        self.looked_up: dict[Key, Any] = {}  # what `config` and `best_of` found
-        self._mine: dict[Key, Entry] = {}  # raced by this process
+        self.looked_up: dict[Key, Any] = {}  # the results of `config` and `best_of`
+        self._mine: dict[Key, Entry] = {}  # entries that this process raced
         self.path: Path | None = None
         if instead is None:
             try:
@@ -149,7 +150,7 @@ class Book:
         return Table({"name": self.machine.gpu}, self.machine.versions, sources(), now())
 
     def _read(self) -> Table:
-        """The file's content; an empty table when there is none, or none that can be used."""
+        """The file's content; an empty table without a file or with one that cannot be used."""
         empty = self._empty()
         if self.path is None:
             return empty
@@ -170,9 +171,9 @@ class Book:
         return found
 
     def keep(self, entries: Iterable[Entry]) -> None:
-        """Remember what was raced, on disk too where that can be written."""
+        """Keep the entries of a race, also on disk if that can be written."""
         self._mine.update({e.key: e for e in entries})
-        # a new table: other threads may be looking through the old one
+        # a new table, as other threads may be reading the old one
         self.cached = replace(self.cached, entries={**self.cached.entries, **self._mine})
         self.looked_up.clear()
         if self.path is None:
@@ -180,7 +181,7 @@ class Book:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with _locked(self.path):
-                merged = self._read()  # what other processes wrote meanwhile
+                merged = self._read()  # with entries that other processes have written
                 merged.add(self._mine.values())
                 merged.date = now()
                 merged.save(self.path)
@@ -191,7 +192,7 @@ class Book:
         self.cached = merged
 
     def find(self, key: Key) -> tuple[Entry, str] | None:
-        """The entry of exactly this key, and who says so."""
+        """(entry of exactly this key, its source in words); None without one."""
         for table, of in self._tables():
             if (entry := table.find(key)) is not None:
                 return entry, of(entry)
@@ -215,7 +216,7 @@ def _warn_once(text: str) -> None:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """One process at a time, where the system and the file system have such locks."""
+    """Lock ``path`` for one process within the block, if the system has such locks."""
     try:
         fcntl: Any = importlib.import_module("fcntl")
     except ImportError:
@@ -228,7 +229,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _shipped(machine: Machine) -> tuple[Table | None, str]:
-    """The shipped table, or None and why it does not count."""
+    """(shipped table or None, the table's name or why it does not count)."""
     path = path_for(machine.gpu)
     try:
         table = load(path)
@@ -248,7 +249,7 @@ _opening = threading.Lock()
 
 
 def book(index: int) -> Book:
-    """The book of a device; devices of one kind share it. Reads files the first time."""
+    """The book of a device, which devices of one kind share; the first call reads files."""
     found = open_books.get(index)
     if found is None:
         with _opening:
@@ -260,20 +261,22 @@ def book(index: int) -> Book:
 
 
 def books() -> list[Book]:
-    """Those that have been opened."""
+    """The books that have been opened."""
     return list(_by_machine.values())
 
 
 def forget() -> None:
-    """Drop what this process knows; files are read again at the next use."""
+    """Drop all books of this process; files are read again at the next use."""
     open_books.clear()
     _by_machine.clear()
 
 
 @contextlib.contextmanager
 def measured_with(table: Table) -> Iterator[None]:
-    """Within the block this table takes the place of the shipped ones, and no file is read or
-    written: for a race of whole operations on the configs that a race of kernels just found."""
+    """Use this table instead of the shipped ones within the block; no file is read or written.
+
+    This is for a race of whole operations with the configs that a race of kernels has found.
+    """
     before = dict(open_books), dict(_by_machine)
     forget()
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -294,12 +297,14 @@ class _Names(dict[torch.dtype, str]):
 
 
 NAMES = _Names()  # of dtypes, as in keys
-_tuple = tuple.__new__  # what a NamedTuple's constructor calls, at a third of its cost
+_tuple = tuple.__new__  # a NamedTuple's constructor calls it, at three times the cost
 
 
 def products_in(dtype: torch.dtype) -> str:
-    """The dtype's name in the key of a whole operation: float32 products may run in TF32, which is
-    another race."""
+    """The dtype's name in the key of a whole operation.
+
+    It is "tf32" for float32 products in TF32, which have races of their own.
+    """
     return "tf32" if dtype is torch.float32 and tf32() else NAMES[dtype]
 
 
@@ -324,17 +329,16 @@ def key_of(
         M: rows; the key has their bucket.
         n, k: as in :class:`Key`; ``n`` is the sum over a group's projections.
         r: a group's largest rank.
-        group: how many projections.
-        mask: one of them drops.
-        grads: which gradients a backward makes, letters of "xab".
+        group: the number of projections.
+        mask: True if one of them drops.
+        grads: the gradients that a backward makes, as letters of "xab".
     """
     name = products_in(dtype) if dtype is torch.float32 and op in WHOLE else NAMES[dtype]
     return _tuple(Key, (op, name, NAMES[adapter], bucket(M), n, k, r, group, mask, grads, False))
 
 
 def _opened(like: Tensor) -> Book | None:
-    """The book of a tensor's device; None where its files would have to be read within the capture
-    of a CUDA graph."""
+    """The book of a tensor's device; None in a CUDA graph's capture, which may read no files."""
     return None if device.capturing(like) else book(like.get_device())
 
 
@@ -348,9 +352,10 @@ def config(
     group: int = 1,
     mask: bool = False,
 ) -> Any:
-    """The config that a table has for a kernel on ``like`` [M, ...] (the others as of
-    :func:`key_of`), as an object for ``config=``; None where there is none. One dict lookup after
-    the first call."""
+    """The config that a table has for a kernel on ``like`` [M, ...], for ``config=``, or None.
+
+    The other arguments are those of :func:`key_of`. After the first call it is one dict lookup.
+    """
     key = key_of(op, like.dtype, adapter, like.shape[0], n, k, r, group, mask)
     of = open_books.get(like.get_device()) or _opened(like)
     if of is None:
@@ -359,7 +364,7 @@ def config(
         return of.looked_up[key]
     except KeyError:
         pass
-    # a tile that holds adapters in float32 holds narrower ones too
+    # a tile that is right for float32 adapters also has room for narrower ones
     keys = dict.fromkeys([key, key._replace(adapter_dtype="float32")])
     hits = [hit for key in keys if (hit := of.find_near(key, CONFIG_STEPS)) is not None]
     of.looked_up[key] = made = _make(hits[0][0]) if hits else None
@@ -377,8 +382,7 @@ def _make(entry: Entry) -> Any:
 
 
 def best_of(allowed: tuple[str, ...], key: Key, like: Tensor) -> str | None:
-    """The fastest of ``allowed``, the same for every key of an operation, in a table; None where
-    there is none."""
+    """The fastest of ``allowed``, the same for all keys of an operation, in a table, or None."""
     of = open_books.get(like.get_device()) or _opened(like)
     if of is None:
         return None
