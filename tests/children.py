@@ -1,5 +1,7 @@
-"""Python processes of their own that begin where `import torch` ends, which takes a second: one
-process imports it and forks for every one that is asked for."""
+"""Python processes that start with torch imported, which saves a second for each.
+
+One process imports torch and forks for each process that a test asks for.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +24,9 @@ ROOT = Path(__file__).resolve().parents[1]
 def python(
     *arguments: str, root: Path = ROOT, without: tuple[str, ...] = (), **env: str
 ) -> subprocess.CompletedProcess[str]:
-    """What ``python -m module ...`` or ``python -c code ...`` printed and returned in the checkout
-    ``root``.
+    """The result of ``python -m module ...`` or ``python -c code ...`` in the checkout ``root``.
 
-    Its environment is this one's with ``env``, and without what begins with ``without``.
+    Its environment is this one's with ``env``, without variables that begin with ``without``.
     """
     kept = {name: value for name, value in os.environ.items() if not name.startswith(without)}
     kept |= {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", **env}
@@ -42,7 +43,7 @@ def python(
 
 @functools.cache
 def _server() -> subprocess.Popen[str]:
-    """It ends with its input, and so with this process, however that ends."""
+    """The process that forks; it ends with its input, and so with this process in any case."""
     env = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "TRITON"))}
     server = subprocess.Popen(
         [sys.executable, __file__], env=env, text=True,
@@ -64,7 +65,7 @@ def _serve() -> None:
 
 
 def _become(arguments: list[str], root: str, env: dict[str, str], files: list[str]) -> None:
-    """Does not return."""
+    """Run the command in this forked process and end it; does not return."""
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for number, file in enumerate(files, 1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)

@@ -79,7 +79,7 @@ def doubled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def in_double(doubled: None) -> Iterator[None]:
-    """What is drawn in torch's default dtype is in float64 too, as MonteCLoRA's numbers are."""
+    """Let numbers that are drawn in torch's default dtype, as MonteCLoRA's are, be float64 too."""
     import torch
 
     before = torch.get_default_dtype()

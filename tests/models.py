@@ -1,4 +1,4 @@
-"""The one table of tiny models: a family's name, and what its configuration has of its own."""
+"""The one table of tiny models: a family's name, and the special settings of its configuration."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import transformers as tf
 
 VOCAB, WIDTH, HEADS, LAYERS, INNER, LABELS = 64, 16, 2, 2, 24, 3
 
-# what configurations call a size: each is given the names that it has
+# the names of each size in configurations, of which a configuration is given those that it has
 _NAMES = {
     "vocab": "vocab_size vocab_size_per_layer_input",
     "width": "hidden_size n_embd d_model dim word_embed_proj_dim embedding_size lru_width"
@@ -56,7 +56,7 @@ DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "gpt2": ("GPT2", {}),
     "mistral": ("Mistral", _WINDOW),
-    # random models of gemma repeat their last token where the embeddings are tied
+    # with tied embeddings, random models of gemma repeat their last token
     "gemma": ("Gemma", {}),
     "gemma2": ("Gemma2", {**_WINDOW, "attn_logit_softcapping": 5.0, **_UNTIED}),
     "gemma3": ("Gemma3Text", {**_WINDOW, **_BOTH, **_UNTIED}),
@@ -200,10 +200,10 @@ def config(
     std: float = 0.2,
     **own: Any,
 ) -> Any:
-    """A family's configuration without dropout, of these sizes, whatever they are called there;
-    ``own``: more settings, by the names that they have there.
+    """A family's configuration without dropout, of these sizes, whatever their names are there.
 
-    ``std`` is wide enough that every layer shows in the output.
+    ``own`` are further settings, by their names in the configuration. ``std`` is so large that
+    every layer has an effect on the output.
     """
     name, settings = FAMILIES[family]
     cls = getattr(tf, f"{name}Config")
@@ -242,15 +242,14 @@ def build(
     implementation: str | None = None,
     **own: Any,
 ) -> Any:
-    """A model of :func:`config` in eval mode, the same one for the same arguments; without a
-    ``task`` for that of its family.
+    """A model of :func:`config` in evaluation mode, the same one for the same arguments.
 
-    Biases are drawn, as zeros hide one that was left out or added twice; with ``draw`` all weights
-    but norms and positions are too, also those that a class draws narrower than its configuration
-    says or leaves as they are.
+    Without a ``task`` it is for that of its family. Biases are drawn, as zeros would hide one that
+    is left out or added twice. With ``draw`` all weights but norms and positions are drawn too,
+    also those that a class draws smaller than its configuration asks for, or does not draw.
     """
     torch.manual_seed(0)
-    if task == "QUESTION_ANS":  # a start and an end
+    if task == "QUESTION_ANS":  # one label for the start and one for the end
         own["num_labels"] = 2
     task = task_of(family) if task == "" else task
     cls = tf.AutoModelForSpeechSeq2Seq if family == "whisper" else CLASSES[task]

@@ -63,8 +63,10 @@ def pairs_of(model: Any) -> list[tuple[Tensor, Tensor]]:
 
 
 def oracle(ours: Any, family: str, task: str | None = None) -> Any:
-    """What to call for the right output: HF PEFT's model with the same prefix, or where HF PEFT is
-    none (:func:`peft_is_right`) the prefix in the cache of the model itself."""
+    """The function that gives the right output: HF PEFT's model with the same prefix.
+
+    When HF PEFT is wrong (:func:`peft_is_right`), it is the model with the prefix in its cache.
+    """
     task = task or task_of(family)
     if peft_is_right("prefix of a head" if task in HEADS else "prefix"):
         return tuned(peft, family, task)

@@ -250,7 +250,7 @@ def test_models_of_images_and_text(family: Callable[[], Any]) -> None:
 
 
 def test_families_refused_by_name() -> None:
-    """Why, and the model as it was."""
+    """The error names the model's class and the reason, and the model is unchanged."""
     for family in ("vit", "albert", "xlnet"):
         model = tf.AutoModel.from_config(models.config(family))
         config = peftkern.PrefixTuningConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=P)

@@ -1,4 +1,4 @@
-"""A model with LoRA in every linear layer, trained for some steps; without HF PEFT."""
+"""A model with LoRA in every linear layer, which trains for some steps, without HF PEFT."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.models import build
 
 
 def tiny_llama() -> Any:
-    """In training, of sizes that divide nothing."""
+    """A tiny Llama in training mode, of sizes that do not divide each other."""
     return build("llama", width=48, inner=64, heads=4, kv=2, layers=1, vocab=50).train()
 
 
@@ -27,7 +27,7 @@ def adapted(base: Any, **settings: Any) -> Any:
 
 
 def train(model: Any, ids: Tensor, steps: int, after: Callable[[], Any] = lambda: None) -> Tensor:
-    """The losses; ``after`` is called behind each step.
+    """The losses of the steps; ``after`` is called after each step.
 
     With SGD: Adam's steps have their size even where a gradient is noise.
     """

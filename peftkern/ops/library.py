@@ -63,8 +63,7 @@ def _checked(
     seed: Tensor | None,
     transposed: bool,
 ) -> tuple[Projection, Tensor | None]:
-    """The arguments of ``lora_linear`` after x, as a projection and the seed; one error for what no
-    backend takes.
+    """(projection, seed) from the checked arguments of ``lora_linear`` after x.
 
     Raises:
         ValueError: shapes do not fit, p is outside [0, 1), or the seed is missing or not an int64
@@ -101,7 +100,7 @@ def _checked(
 
 
 def _lora_linear(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Y [..., N], S [M, r] and the words [M, ceil(K / 32)] (int32; [0] when p is 0)."""
+    """(Y [..., N], S [M, r], words [M, ceil(K / 32)] in int32, which are [0] when p is 0)."""
     member, seed = _checked(x, *args)
     backend = _backend.active
     x2 = x.reshape(-1, x.shape[-1])

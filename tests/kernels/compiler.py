@@ -14,8 +14,9 @@ RESULTS = ROOT / "benchmarks" / "results" / "static"
 def python(
     *arguments: str, cache: Path | None, root: Path = ROOT
 ) -> subprocess.CompletedProcess[str]:
-    """Python in the checkout ``root`` without TRITON_INTERPRET; ``cache`` holds the user's results
-    (None: where the user's are).
+    """The result of Python run in the checkout ``root`` without TRITON_INTERPRET.
+
+    ``cache`` is the folder for the user's results; None is the user's own.
     """
     own = {} if cache is None else {"PEFTKERN_CACHE": str(cache)}
     return children.python(*arguments, root=root, without=("TRITON_INTERPRET",), **own)

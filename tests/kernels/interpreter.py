@@ -1,9 +1,8 @@
-"""Triton's CPU interpreter without what it does over and over beside the arithmetic: more than
-half of the time of a kernel's test.
+"""Makes Triton's CPU interpreter faster, by leaving out work that it repeats needlessly.
 
-What a kernel computes stays as it is, and an integer that overflows is an error besides;
-test_interpreter.py shows both. The names are Triton's private ones: a version without one of them
-stops at import.
+That is more than half of the time of a kernel's test. Kernels compute the same results, and an
+integer that overflows is an error; test_interpreter.py shows both. The names are private ones of
+Triton: with a version that lacks one of them the import fails.
 """
 
 from __future__ import annotations
@@ -21,8 +20,10 @@ _WIDE = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
 
 
 def _patch_once(launch: Any, patch: Any) -> tuple[Any, Any]:
-    """Every call of a function of Triton's library patches the language member by member: once in
-    a launch is enough for each choice of modules to patch."""
+    """Replacements that patch the language once a launch for each set of modules to patch.
+
+    Triton patches it member by member in every call of a function of its library.
+    """
     modules: dict[int, frozenset[int]] = {}  # by the globals of a function
     done: list[set[frozenset[int]]] = []  # of the launches that are running
 
@@ -50,8 +51,11 @@ def _patch_once(launch: Any, patch: Any) -> tuple[Any, Any]:
 
 
 def _type_when_asked() -> tuple[Any, Any]:
-    """Each tensor has tuples of its shape, whose types, with a name of all their members, are asked
-    for by hardly anyone."""
+    """Replacements that make the type of a tuple only when it is read.
+
+    Each tensor has tuples of its shape. Their types have names with all members, and are rarely
+    used.
+    """
     whole = core.tuple.__init__
 
     def start(self: Any, args: Any, type: Any = None) -> None:
@@ -69,7 +73,7 @@ def _type_when_asked() -> tuple[Any, Any]:
 
 
 def _dtype_by_name(whole: Any) -> Any:
-    """The table of numpy's dtypes is made for every lookup."""
+    """A cache of ``whole``, which makes the table of numpy's dtypes for every lookup."""
     found: dict[str, Any] = {}
 
     def dtype(type: Any) -> Any:
@@ -81,8 +85,10 @@ def _dtype_by_name(whole: Any) -> Any:
 
 
 def _check_with_numpy(self: Any, lhs: Any, rhs: Any, operation: Any) -> None:
-    """Six operations of the interpreter say whether an integer overflows, and are then not heeded
-    outside of a debugging mode. One does here, and its answer is an error."""
+    """Raise OverflowError when the result of an integer operation overflows.
+
+    The interpreter's own check takes six operations, and is ignored outside of a debugging mode.
+    """
     kind, wide = lhs.type.scalar, _WIDE[operation.__name__]
     if 1 < kind.int_bitwidth < 64:
         result = wide(*(x.handle.data.astype(np.int64) for x in (lhs, rhs)))
@@ -124,7 +130,7 @@ def install(changes: list[tuple[Any, str, Any]] = CHANGES) -> None:
 
 @contextlib.contextmanager
 def plain() -> Iterator[None]:
-    """The interpreter as Triton ships it."""
+    """Use the interpreter as Triton ships it within the block."""
     install(PLAIN)
     try:
         yield

@@ -1,4 +1,4 @@
-"""The quicker interpreter computes what Triton's does, and sees an integer that overflows."""
+"""The faster interpreter computes the same as Triton's, and reports integers that overflow."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def test_integers(what, x, y, dtype):
     got = run(small, what)
     with interpreter.plain():
         assert torch.equal(run(small, what), got)
-    if dtype == torch.int64:  # there is nothing wider to see it in
+    if dtype == torch.int64:  # no wider dtype could show the overflow
         return
     ends = torch.iinfo(dtype)
     for place in range(4):
