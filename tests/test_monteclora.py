@@ -16,6 +16,7 @@ from peftkern.helpers import MontecloraTrainerMixin
 from peftkern.tuners.lora.monteclora import MontecloraSampler
 from tests.closeness import assert_as_good_as_torch, assert_same_number
 from tests.tiny import gradients, inputs, make
+from tests.variants import two_layers
 
 
 def config(library, **settings):
@@ -28,15 +29,7 @@ def config(library, **settings):
 
 
 def models(dtype=None, own=(), **settings):
-    """(ours, theirs), each made from the same state of the random generator."""
-    torch.manual_seed(0)
-    base = nn.Sequential(nn.Linear(16, 12), nn.Tanh(), nn.Linear(12, 8)).to(dtype)
-    found = []
-    for library in (peftkern, peft):
-        torch.manual_seed(1)
-        own_config = config(library, own=dict(own), **settings)
-        found.append(library.get_peft_model(copy.deepcopy(base), own_config))
-    return found
+    return two_layers(lambda library: config(library, own=dict(own), **settings), dtype)
 
 
 def tensors(ours, theirs):

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import copy
 
-import peft
 import pytest
 import torch
-from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 import peftkern
 from tests.closeness import assert_as_good_as_torch, assert_same_number
 from tests.tiny import fill
+from tests.variants import two_layers
 
 KINDS = ["batch_average", "batch_average_once", "random"]
 
@@ -24,16 +22,9 @@ def config(library, kind="batch_average", groups=5, **settings):
 
 def models(kind, dropout=0.0, dtype=torch.float64, conv1d=False, **settings):
     """(ours, theirs): 16 inputs, which 5 groups do not divide."""
-    torch.manual_seed(0)
-    first = Conv1D(12, 16) if conv1d else nn.Linear(16, 12)
-    base = nn.Sequential(first, nn.Tanh(), nn.Linear(12, 8)).to(dtype)
-    found = []
-    for library in (peftkern, peft):
-        settings.update(target_modules=["0", "2"], lora_dropout=dropout, r=4)
-        torch.manual_seed(1)
-        own = config(library, kind, **settings)
-        found.append(library.get_peft_model(copy.deepcopy(base), own))
-        fill(found[-1])
+    settings.update(target_modules=["0", "2"], lora_dropout=dropout, r=4)
+    found = two_layers(lambda library: config(library, kind, **settings), dtype, conv1d)
+    fill(found[0]), fill(found[1])
     return found
 
 

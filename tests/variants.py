@@ -6,11 +6,14 @@ test_variant_contract.py tests everything that is the same for all variants.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import peft
 import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 import peftkern
 from tests.tiny import make
@@ -125,4 +128,17 @@ def models(case: Case, dtype: torch.dtype = torch.float64, **settings: Any) -> l
         torch.manual_seed(0)
         config = case.config(library, **settings)
         found.append(library.get_peft_model(copy.deepcopy(base), config))
+    return found
+
+
+def two_layers(
+    config_of: Callable[[Any], Any], dtype: torch.dtype | None = None, conv1d: bool = False
+) -> list[Any]:
+    """[ours, theirs] of two linear layers, the first with 16 inputs."""
+    torch.manual_seed(0)
+    first = Conv1D(12, 16) if conv1d else nn.Linear(16, 12)
+    base, found = nn.Sequential(first, nn.Tanh(), nn.Linear(12, 8)).to(dtype), []
+    for library in (peftkern, peft):
+        torch.manual_seed(1)
+        found.append(library.get_peft_model(copy.deepcopy(base), config_of(library)))
     return found
