@@ -116,7 +116,7 @@ def test_an_allowed_library_of_the_users(tmp_path):
     """A model class from elsewhere needs its library named."""
     saved(tmp_path, task=None)
     path = tmp_path / "adapter" / "adapter_config.json"
-    mapping = {"parent_library": "tests.tiny", "base_model_class": "tf"}
+    mapping = {"parent_library": "tests.tiny", "base_model_class": "torch"}
     path.write_text(json.dumps(json.loads(path.read_text()) | {"auto_mapping": mapping}))
     with pytest.raises(ValueError, match="tests.tiny"):
         peftkern.AutoPeftModel.from_pretrained(tmp_path / "adapter")
