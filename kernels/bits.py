@@ -100,6 +100,8 @@ def _no_seed(device: torch.device) -> torch.Tensor:
         capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         # within a capture it belongs to the graph, and becomes zero only at the first replay
         if type(zero) is torch.Tensor and not zero.is_meta and not capturing:
+            if device.type == "cuda":  # other streams read it too, and do not wait for this one
+                torch.cuda.current_stream(device).synchronize()
             _zeros[device] = zero
     return zero
 

@@ -1,5 +1,7 @@
 """Packed dropout masks: layout, statistics, and the kernel against torch's Philox word by word."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given
@@ -91,3 +93,15 @@ def test_bad_seed_and_sizes_are_refused():
     with pytest.raises(TypeError, match=r"allowed: torch.int32 \[M, 2\]"):
         bits.unpack_bits(torch.zeros(2, 3, dtype=torch.int32), 40)
     assert bits.dropout_bits(0, 64, 0.1, 0, device="cpu").shape == (0, 2)
+
+
+def test_the_zero_for_seeds_that_are_numbers_is_written_before_other_streams_read_it(monkeypatch):
+    done, zero = [], torch.zeros(1, dtype=torch.int64)
+    monkeypatch.setattr(bits, "_zeros", {})
+    monkeypatch.setattr(torch, "zeros", lambda *a, **k: done.append("zero") or zero)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    stream = SimpleNamespace(synchronize=lambda: done.append("waited"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    device = torch.device("cuda", 0)
+    assert bits._no_seed(device) is bits._no_seed(device)
+    assert done == ["zero", "waited"]  # once, as the second call finds it
