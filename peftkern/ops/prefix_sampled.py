@@ -111,7 +111,10 @@ class _Head(NamedTuple):
         if rule.softcap is not None:
             bent = torch.tanh(scores / rule.softcap)
             scores, slope = rule.softcap * bent, 1.0 - bent * bent
-        scores.masked_fill_(~self.sees(t), float("-inf"))
+        hidden = ~self.sees(t)
+        scores.masked_fill_(hidden, float("-inf"))
+        if slope is not None:  # hidden keys may be NaN, and 0 times NaN is NaN
+            slope.masked_fill_(hidden, 0.0)
         top = scores.amax(-1, keepdim=True)
         if rule.sinks is not None:
             top = top.maximum(rule.sinks[self.h].double())

@@ -286,13 +286,14 @@ def test_the_gradients_that_are_asked_for(needs):
     assert off == float("inf") and where == "shape"
 
 
-def test_what_no_query_sees_may_be_anything():
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_what_no_query_sees_may_be_anything(softcap):
     B, H, T, P, D = 2, 2, 6, 3, 4
     five = [t.detach() for t in prefix_tensors(B, H, H, T, T, P, D)]
     keep = keep_of("left", B, T)
     for t in five[1:3]:
         t[~keep[:, None].expand(B, H, T)] = float("nan")
-    rule, needs = Rule(0.7, True, 0, keep), (True,) * 5
+    rule, needs = Rule(0.7, True, 0, keep, softcap=softcap), (True,) * 5
     for name, _, exact, size in prefix_sampled.attention(tuple(five), rule, needs)(
         [torch.ones_like(t) for t in (five[0], *five)]
     ):
