@@ -275,7 +275,7 @@ def forward(
         decision = _decide(
             key, x, lambda name: lambda: choices.forward(name, x, members, given), exact
         )
-    if decision.declined:
+    if declined or decision.declined:  # the former also in a capture and without rows
         return torch_backend.forward(x, members, words)
     return choices.forward(decision.how, x, members, words or [])
 

@@ -6,7 +6,8 @@ import torch
 
 import peftkern
 from peftkern.kernels.common import Launch
-from peftkern.ops import choices, device, triton_backend, tuned
+from peftkern.ops import auto_backend, choices, device, torch_backend, triton_backend, tuned
+from peftkern.ops.projection import Projection
 from tests.kernels.racing import FakeClock, dispatcher, drawn, entry, step
 
 
@@ -62,6 +63,23 @@ def test_masks_in_a_capture_have_the_words_of_the_kernel(monkeypatch):
         for ours, theirs in zip(*words, strict=True):
             assert (ours is None) == (theirs is None)
             assert ours is None or torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("rows, capturing", [(7, True), (0, True), (0, False)])
+def test_torch_alone_computes_a_declined_call_that_cannot_be_decided(
+    monkeypatch, tmp_path, rows, capturing
+):
+    driver = Driver(monkeypatch)
+    too_many = triton_backend.MAX_RANK + 1
+    member = Projection(
+        torch.randn(4, 8), None, torch.randn(too_many, 8), torch.randn(4, too_many), 1.0, 0.0, False
+    )
+    x = torch.randn(rows, 8)
+    with dispatcher(monkeypatch, tmp_path, FakeClock()):
+        driver.capturing = capturing
+        [(y, s, words)] = auto_backend.forward(x, [member])
+    [(wanted, wanted_s, _)] = torch_backend.forward(x, [member])
+    assert torch.equal(y, wanted) and torch.equal(s, wanted_s) and words is None
 
 
 def test_a_way_for_graphs_that_fails_is_not_taken(monkeypatch, tmp_path, caplog):
