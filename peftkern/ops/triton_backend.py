@@ -104,10 +104,14 @@ def words_of(x: Tensor, ps: list[float]) -> list[Tensor | None]:
             reference_bits(M, K, p, seed, group=i if alike else 0) if p > 0.0 else None
             for i, (p, seed) in enumerate(zip(ps, seeds, strict=True))
         ]
-    _drawn.update(kinds)
+    words: list[Tensor | None]
     if alike:
-        return list(dropout_bits(M, K, ps[0], _seed(x), groups=len(ps), device=x.device))
-    return [dropout_bits(M, K, p, _seed(x), device=x.device) if p > 0.0 else None for p in ps]
+        words = list(dropout_bits(M, K, ps[0], _seed(x), groups=len(ps), device=x.device))
+    else:
+        words = [dropout_bits(M, K, p, _seed(x), device=x.device) if p > 0.0 else None for p in ps]
+    if M:  # without rows nothing is launched
+        _drawn.update(kinds)
+    return words
 
 
 class _Group(NamedTuple):

@@ -65,6 +65,14 @@ def test_masks_in_a_capture_have_the_words_of_the_kernel(monkeypatch):
             assert ours is None or torch.equal(ours, theirs)
 
 
+def test_a_mask_without_rows_loads_nothing(monkeypatch):
+    driver = Driver(monkeypatch)
+    monkeypatch.setattr(triton_backend, "_drawn", set())
+    for rows, driver.capturing in ((0, False), (7, True)):
+        (words,) = triton_backend.words_of(torch.randn(rows, 70), [0.3])
+        assert words is not None and words.shape == (rows, 3)
+
+
 @pytest.mark.parametrize("rows, capturing", [(7, True), (0, True), (0, False)])
 def test_torch_alone_computes_a_declined_call_that_cannot_be_decided(
     monkeypatch, tmp_path, rows, capturing
