@@ -72,6 +72,7 @@ def test_every_name_comes(package: str) -> None:
     assert set(module.__all__) - {"__version__"} == {n for _, n in table(source_of(package))}
     with pytest.raises(AttributeError, match="no_such_name"):
         module.no_such_name  # noqa: B018
+    assert not hasattr(module, "no.such") and not hasattr(module, "__nothing__")
 
 
 # which files of `peft` are its attributes after `import peft`; which of those given are not

@@ -32,7 +32,8 @@ def format_version() -> str:
     It is ``peftkern.config.__version__``, HF PEFT's address of it, which other code may patch.
     """
     address = sys.modules.get("peftkern.config")
-    return PEFT_COMPAT_VERSION if address is None else address.__version__
+    # the attribute is missing while another thread imports the file
+    return getattr(address, "__version__", PEFT_COMPAT_VERSION)
 
 
 def config_class_for(peft_type: Any) -> type[PeftConfig]:

@@ -27,7 +27,7 @@ def lazily(package: str, where: Mapping[str, str]) -> tuple[list[str], Callable[
             setattr(sys.modules[package], name, value)
             return value
         try:
-            if not name.startswith("__"):
+            if name.isidentifier() and not name.startswith("__"):
                 return importlib.import_module(f"{package}.{name}")
         except ModuleNotFoundError as missing:
             if missing.name != f"{package}.{name}":

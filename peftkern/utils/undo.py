@@ -31,8 +31,8 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
     Afterwards it and each of its modules have their former mode again.
     """
     before, modes = model.training, [(module, module.training) for module in model.modules()]
-    model.train(training)
     try:
+        model.train(training)
         yield
     finally:
         model.train(before)  # called first, as a module may have its own train()
