@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -15,10 +16,12 @@ from torch import Tensor, nn
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from ...configs.lora import LoraConfig
+from ...utils.undo import in_mode, unchanged_on_error
 from .inits.calibration import has_content, linear_targets, load_tensors, model_device, save_tensors
 from .inits.residual import Start, minus_product
 from .ranks import rank_and_alpha
 
+PARTS = ("S_WC", "U_WC", "V_WC")
 TEMPORARY = ("sample_count", "covariance_matrix", "corda_method", "rank")
 
 
@@ -75,8 +78,8 @@ def preprocess_corda(
     """Decompose every targeted linear layer of ``model``; the parts become its ``eigens``.
 
     Args:
-        model: the model to be adapted afterwards.
-        lora_config: names the layers and ranks, with ``corda_config``.
+        model: the model to be adapted afterwards. Its training mode does not change.
+        lora_config: names the layers and ranks; must have ``corda_config``.
         run_model: runs the model on samples of the task, one sequence [1, T, K] or [T, K] at a
             time. Not needed when the covariance file or the cache exists.
         hooked_model: the model that ``run_model`` runs, if it is another one with the same names.
@@ -84,38 +87,46 @@ def preprocess_corda(
     The files of ``corda_config`` are safetensors. Memory: a covariance [K, K] for each layer.
 
     Raises:
-        ValueError: ``run_model`` is missing, an input is not finite, or ``corda_method`` is
-            unknown.
+        ValueError: no ``corda_config``, ``run_model`` is missing, an input is not finite or holds
+            several sequences, ``corda_method`` is unknown, or a file was made for other layers.
+
+    After an error the model is as it was.
     """
     settings = lora_config.corda_config
-    assert settings is not None
+    if settings is None:
+        raise ValueError(
+            "preprocess_corda needs a `lora_config` with corda_config=CordaConfig(...), but its "
+            "`corda_config` is None"
+        )
     targets = linear_targets(model, lora_config)
     device = model_device(model)
     if has_content(settings.cache_file):
-        found = load_tensors(settings.cache_file, device)  # type: ignore[arg-type]
+        names = {name: [f"{name}.eigens.{part}" for part in PARTS] for name, _ in targets}
+        found = load_tensors(settings.cache_file, device, chain(*names.values()))  # type: ignore[arg-type]
         for name, layer in targets:
-            parts = (found[f"{name}.eigens.{part}"] for part in ("S_WC", "U_WC", "V_WC"))
-            layer.eigens = CordaEigens(*parts)
+            layer.eigens = CordaEigens(*(found[part] for part in names[name]))
         return
     if settings.corda_method not in ("ipm", "kpm"):
         raise ValueError(
             f"Invalid corda_method found: {settings.corda_method}, it should be 'ipm' or 'kpm'."
         )
-    for name, layer in targets:
-        layer.corda_method = settings.corda_method
-        layer.rank, _ = rank_and_alpha(lora_config, name)
-    if has_content(settings.covariance_file):
-        found = load_tensors(settings.covariance_file, device)  # type: ignore[arg-type]
+    hooked = hooked_model or model
+    with unchanged_on_error(model), unchanged_on_error(hooked, when=hooked is not model):
         for name, layer in targets:
-            layer.covariance_matrix = found[name]
-    else:
-        _covariances(model, lora_config, run_model, hooked_model or model)
-        if settings.covariance_file is not None:
-            save_tensors(
-                settings.covariance_file, {name: layer.covariance_matrix for name, layer in targets}
-            )
-    for _, layer in tqdm(targets, desc="CorDA", disable=not settings.verbose):
-        layer.eigens = _decompose(layer, device)
+            layer.corda_method = settings.corda_method
+            layer.rank, _ = rank_and_alpha(lora_config, name)
+        if has_content(settings.covariance_file):
+            names_of = [name for name, _ in targets]
+            found = load_tensors(settings.covariance_file, device, names_of)  # type: ignore[arg-type]
+            for name, layer in targets:
+                layer.covariance_matrix = found[name]
+        else:
+            _covariances(model, lora_config, run_model, hooked)
+            if settings.covariance_file is not None:
+                matrices = {name: layer.covariance_matrix for name, layer in targets}
+                save_tensors(settings.covariance_file, matrices)
+        for _, layer in tqdm(targets, desc="CorDA", disable=not settings.verbose):
+            layer.eigens = _decompose(layer, device)
     if settings.prune_temporary_fields:
         for _, layer in targets:
             for field in TEMPORARY:
@@ -126,7 +137,7 @@ def preprocess_corda(
             {
                 f"{name}.eigens.{part}": getattr(layer.eigens, part)
                 for name, layer in targets
-                for part in ("S_WC", "U_WC", "V_WC")
+                for part in PARTS
             },
         )
 
@@ -149,7 +160,13 @@ def _covariances(
     wide = settings is not None and not settings.use_float16_for_covariance
 
     def add(layer: Any, args: Any, _: Any) -> None:
-        x = args[0].detach().squeeze(0)
+        x = args[0].detach()
+        x = x[0] if x.ndim == 3 and len(x) == 1 else x
+        if x.ndim != 2:
+            raise ValueError(
+                f"CorDA takes one sequence at a time, [1, T, K] or [T, K], but `run_model` gave a "
+                f"layer an input {tuple(args[0].shape)}: let it run the model on each row alone"
+            )
         x = x.float() if wide else x
         x = x / x.max().abs()
         if not x.isfinite().all():
@@ -160,14 +177,14 @@ def _covariances(
         layer.sample_count += 1
         layer.covariance_matrix = layer.covariance_matrix + covariance
 
-    hooked.eval()
     watched = linear_targets(hooked, config)
     handles = []
     try:
         for _, layer in watched:
             layer.sample_count, layer.covariance_matrix = 0, 0
             handles.append(layer.register_forward_hook(add))
-        run_model()
+        with in_mode(hooked, training=False):
+            run_model()
     finally:
         for handle in handles:
             handle.remove()

@@ -88,7 +88,8 @@ def preprocess_loraga(
         cache_file: a safetensors file with the gradients: read when it exists, else written.
 
     Raises:
-        ValueError: no ``lora_ga_config``, no linear layer, or a quantised one.
+        ValueError: no ``lora_ga_config``, no linear layer, a quantised one, or a cache that was
+            made for other layers.
     """
     if lora_config.lora_ga_config is None:
         raise ValueError(
@@ -103,7 +104,8 @@ def preprocess_loraga(
                 "LoRA-GA requires full-precision gradients during preprocessing."
             )
     if cache_file is not None and has_content(cache_file):
-        found = load_tensors(cache_file, model_device(model))
+        wanted = [f"{name}.{GRADIENT}" for name, _ in targets]
+        found = load_tensors(cache_file, model_device(model), wanted)
         for name, layer in targets:
             setattr(layer, GRADIENT, found[f"{name}.{GRADIENT}"])
         return

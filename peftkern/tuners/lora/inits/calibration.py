@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -37,20 +38,34 @@ def has_content(path: str | os.PathLike[str] | None) -> bool:
     return path is not None and os.path.isfile(path) and os.path.getsize(path) > 0
 
 
-def load_tensors(path: str | os.PathLike[str], device: torch.device) -> dict[str, Tensor]:
+def load_tensors(
+    path: str | os.PathLike[str], device: torch.device, names: Iterable[str]
+) -> dict[str, Tensor]:
     """The tensors of a safetensors file, {name: tensor}.
 
+    Args:
+        path: the file.
+        device: where the tensors go.
+        names: the tensors that it must have; others may stand beside them.
+
     Raises:
-        ValueError: another kind of file. (HF PEFT's caches are pickles, which could run code and
-            are not read.)
+        ValueError: another kind of file (HF PEFT's caches are pickles, which could run code and
+            are not read), or a name that is not in it.
     """
     try:
-        return load_file(os.fspath(path), device=str(device))
+        found = load_file(os.fspath(path), device=str(device))
     except SafetensorError as exc:
         raise ValueError(
             f"{os.fspath(path)} is not a safetensors file ({exc}); a cache that HF PEFT wrote is a "
             "pickle and is not read: delete it, and it is made anew"
         ) from exc
+    missing = [name for name in names if name not in found]
+    if missing:
+        raise ValueError(
+            f"{os.fspath(path)} has no {missing[0]!r} ({len(missing)} names are missing): it was "
+            "made for another model or other target modules; delete it, and it is made anew"
+        )
+    return found
 
 
 def save_tensors(path: str | os.PathLike[str], tensors: dict[str, Tensor]) -> None:
