@@ -124,3 +124,21 @@ def test_lora_ga_refuses_a_cache_of_other_layers(net, tmp_path):
     with pytest.raises(ValueError, match=r"gradients has no 'b\._peft_loraga_grad'"):
         peftkern.preprocess_loraga(net, lora_ga(), lambda: None, str(file))
     assert attributes(net) == before
+
+
+def test_lora_ga_neither_counts_nor_drops_gradients_that_are_there(net):
+    """HF PEFT adds them to the mean and drops them."""
+
+    def step(model=net):
+        model(X).square().sum().backward()
+
+    fresh = copy.deepcopy(net)
+    peftkern.preprocess_loraga(fresh, lora_ga(), lambda: step(fresh))
+    step()
+    before = {name: parameter.grad for name, parameter in net.named_parameters()}
+    values = {name: grad.clone() for name, grad in before.items()}
+    peftkern.preprocess_loraga(net, lora_ga(), step)
+    for name, parameter in net.named_parameters():
+        assert parameter.grad is before[name] and torch.equal(parameter.grad, values[name])
+    for ours, expected in ((net.a, fresh.a), (net.b, fresh.b)):
+        assert torch.equal(ours._peft_loraga_grad, expected._peft_loraga_grad)

@@ -130,9 +130,11 @@ def _gradients(
 ) -> list[tuple[Any, Tensor]]:
     """(layer, mean gradient of its weight over backward passes) after ``train_step``.
 
-    During ``train_step`` only these weights train.
+    During ``train_step`` only these weights train. Gradients that they have already do not count,
+    and are put back.
     """
     put_flags_back = remember_requires_grad(model)
+    earlier = [layer.weight.grad for _, layer in targets]
     passes = dict.fromkeys((id(layer) for _, layer in targets), 0)
 
     def count(layer: nn.Module, *_: Any) -> None:
@@ -143,6 +145,7 @@ def _gradients(
         model.requires_grad_(False)
         for _, layer in targets:
             layer.weight.requires_grad_(True)
+            layer.weight.grad = None
         with in_mode(model, training=True), torch.enable_grad():
             train_step()
         found = []
@@ -151,8 +154,8 @@ def _gradients(
                 found.append((layer, layer.weight.grad.detach() / passes[id(layer)]))
         return found
     finally:
-        for _, layer in targets:
-            layer.weight.grad = None
+        for (_, layer), grad in zip(targets, earlier, strict=True):
+            layer.weight.grad = grad
         for handle in handles:
             handle.remove()
         put_flags_back()
