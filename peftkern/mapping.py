@@ -17,7 +17,7 @@ from .configs.checks import checked
 from .mixed_model import INSTEAD
 from .model import PeftModel
 from .tuners.base_layer import BaseTunerLayer, adapter_modules
-from .tuners.checks import check_adapter_name, check_config, warn_of_prefix
+from .tuners.checks import check_adapter_name, check_config, check_model, warn_of_prefix
 from .tuners.registry import (
     PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
     PEFT_TYPE_TO_PREFIX_MAPPING,
@@ -69,10 +69,11 @@ def inject_adapter_in_model(
             names are read. A RuntimeWarning lists the differences.
 
     Raises:
-        ValueError, NotImplementedError: as :func:`get_peft_model`.
+        TypeError, ValueError, NotImplementedError: as :func:`get_peft_model`.
     """
     check_adapter_name(adapter_name)
     check_config(peft_config)
+    check_model(model)
     if peft_config.is_prompt_learning:
         raise ValueError(
             "`create_and_replace` does not support prompt learning, adaption prompt and shadow yet."
@@ -109,7 +110,7 @@ def get_peft_model(
         low_cpu_mem_usage: make the adapter's weights on the meta device, to be loaded afterwards.
 
     Raises:
-        TypeError: ``peft_config`` is not one of peftkern's.
+        TypeError: ``peft_config`` is not one of peftkern's, or ``model`` is no module.
         ValueError: a bad name, no match for the targets, or a target that cannot be adapted.
         NotImplementedError: the configuration has a setting that is not built yet.
 
@@ -119,6 +120,7 @@ def get_peft_model(
         raise NotImplementedError(f"mixed=True: {INSTEAD}")
     check_adapter_name(adapter_name)
     check_config(peft_config)
+    check_model(model)
     with checked(peft_config):
         old_name = peft_config.base_model_name_or_path
         # a model that was made from a config has the name "", which counts as none

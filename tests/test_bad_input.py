@@ -335,3 +335,16 @@ def test_configurations_of_others_are_named(config):
             door()
     assert_same(model, before)
     assert list(adapted.peft_config) == ["default"]
+
+
+@pytest.mark.parametrize("model", ["path/to/model", None, make], ids=str)
+def test_models_that_are_no_modules_are_named(model, folder):
+    """HF PEFT's error is of an attribute that a str has not."""
+    for door in (
+        lambda: peftkern.get_peft_model(model, peftkern.LoraConfig()),
+        lambda: peftkern.get_peft_model(model, peftkern.PrefixTuningConfig(task_type="CAUSAL_LM")),
+        lambda: peftkern.inject_adapter_in_model(peftkern.LoraConfig(), model),
+        lambda: peftkern.PeftModel.from_pretrained(model, folder),
+    ):
+        with pytest.raises(TypeError, match="`model` must be a torch.nn.Module, got"):
+            door()

@@ -16,7 +16,7 @@ from ..configs.checks import checked
 from ..files.atomic import replaced_together, write_atomically
 from ..files.hub import split_hub_kwargs
 from ..tuners.base_tuner import BaseTuner
-from ..tuners.checks import check_adapter_name
+from ..tuners.checks import check_adapter_name, check_model
 from ..tuners.lora.inits import collect
 from ..tuners.lora.plain import as_plain_lora
 from ..tuners.wrapped import Adapted, innermost
@@ -259,10 +259,12 @@ class AdapterFiles:
             ValueError: files are missing, damaged, of another method, not finite, or have missing
                 or extra keys; the model is a PeftModel.
             RuntimeError: shapes differ from the model's.
+            TypeError: ``model`` is no module.
 
         After an error the base model is as it was.
         """
         check_adapter_name(adapter_name)
+        check_model(model)
         if ephemeral_gpu_offload:
             raise NotImplementedError("ephemeral_gpu_offload=True is not supported")
         hub, rest = split_hub_kwargs(kwargs)

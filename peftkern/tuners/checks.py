@@ -1,7 +1,8 @@
-"""Checks of an adapter's name and configuration, made before a model is changed."""
+"""Checks of a model and an adapter's name and configuration, made before a model is changed."""
 
 from __future__ import annotations
 
+import os
 import warnings
 from typing import Any
 
@@ -49,6 +50,17 @@ def check_config(peft_config: Any) -> None:
     name = f"{kind.__module__}.{kind.__qualname__}"
     hint = f"; import {kind.__name__} from peftkern" if name.startswith("peft.") else ""
     raise TypeError(f"`peft_config` must be a configuration of peftkern's, got {name}{hint}")
+
+
+def check_model(model: Any) -> None:
+    """Refuse anything but a module.
+
+    Raises:
+        TypeError: ``model`` is no ``nn.Module`` (the path of one, for example).
+    """
+    if not isinstance(model, nn.Module):
+        hint = "; load it first" if isinstance(model, (str, os.PathLike)) else ""
+        raise TypeError(f"`model` must be a torch.nn.Module, got {model!r:.100}{hint}")
 
 
 def warn_of_prefix(adapter_name: str, peft_type: Any) -> None:
