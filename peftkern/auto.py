@@ -104,7 +104,7 @@ class _BaseAutoPeftModel:
         revision: str | None = None,
         import_allowlist: Sequence[str] | None = None,
         **kwargs: Any,
-    ) -> Any:
+    ) -> PeftModel:
         """Load the base model that the adapter's configuration names, and the adapter into it.
 
         If a tokenizer was saved with the adapter and has more tokens than the base model has

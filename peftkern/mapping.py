@@ -97,7 +97,7 @@ def get_peft_model(
     autocast_adapter_dtype: bool = True,
     revision: str | None = None,
     low_cpu_mem_usage: bool = False,
-) -> Any:
+) -> PeftModel:
     """Adapt ``model`` in place and wrap it in the :class:`PeftModel` of its task.
 
     Args:

@@ -6,7 +6,7 @@ import copy
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any, Literal
+from typing import Any, Literal, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -225,7 +225,7 @@ class AdapterFiles:
 
     @classmethod
     def from_pretrained(
-        cls: Any,
+        cls,
         model: nn.Module,
         model_id: str | os.PathLike[str],
         adapter_name: str = "default",
@@ -236,7 +236,7 @@ class AdapterFiles:
         low_cpu_mem_usage: bool = False,
         key_mapping: dict[str, str] | None = None,
         **kwargs: Any,
-    ) -> Any:
+    ) -> Self:
         """Wrap ``model`` with a saved adapter.
 
         Args:
@@ -294,13 +294,14 @@ class AdapterFiles:
             # take_down() alone does not restore existing adapters and hooks after an error
             kept = before is not None or isinstance(model, AdapterFiles)
             kept = kept or checkpoints_activations(model)
+            made_by: Any = cls
             peft_model = None
             try:
                 with (
                     unchanged_on_error(model, when=kept),
                     collect() as change_base_weights,
                 ):
-                    peft_model = cls.class_for(config.task_type)(
+                    peft_model = made_by.class_for(config.task_type)(
                         model,
                         config,
                         adapter_name,
@@ -326,7 +327,7 @@ class AdapterFiles:
         peft_model.tuner.loaded(peft_model, adapter_name, is_trainable, first=True)
         if not is_trainable:
             evaluate(peft_model)
-        return peft_model
+        return cast(Self, peft_model)
 
     def load_adapter(
         self: Adapted,
