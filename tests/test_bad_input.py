@@ -337,7 +337,7 @@ def test_configurations_of_others_are_named(config):
     assert list(adapted.peft_config) == ["default"]
 
 
-@pytest.mark.parametrize("model", ["path/to/model", None, make], ids=str)
+@pytest.mark.parametrize("model", ["path/to/model", None, make], ids=["path", "None", "function"])
 def test_models_that_are_no_modules_are_named(model, folder):
     """HF PEFT's error is of an attribute that a str has not."""
     for door in (
