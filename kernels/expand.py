@@ -20,10 +20,9 @@ import triton.language as tl
 from . import checks
 from .common import (
     Launch,
+    add_low_rank,
     cast,
     cdiv,
-    dot,
-    keep_tile,
     next_pow2,
     padded,
     precision,
@@ -51,7 +50,7 @@ class ExpandConfig:
 def _expand_kernel(
     out, Ls, Rs, words, bias, add, ranks, l_strides, r_strides, n_strides,
     M, N, out_stride, add_stride, WORDS, RANK_END,
-    G: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     tiles_n = tl.cdiv(N, BLOCK_N)
@@ -60,7 +59,7 @@ def _expand_kernel(
     n0 = (pid % tiles_n) * BLOCK_N
     col = n0 + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     row_ok, col_ok = row < M, col < N  # [BLOCK_M], [BLOCK_N]
-    row64, col64 = row.to(tl.int64), col.to(tl.int64)  # [BLOCK_M], [BLOCK_N]
+    row64 = row.to(tl.int64)  # [BLOCK_M]
     ok = row_ok[:, None] & col_ok[None, :]  # [BLOCK_M, BLOCK_N]
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -70,26 +69,10 @@ def _expand_kernel(
         acc += tl.load(add + row64[:, None] * add_stride + col[None, :], mask=ok, other=0.0).to(
             tl.float32
         )
-    for i in tl.static_range(G):
-        part = tl.zeros((BLOCK_M, BLOCK_N), tl.float32) if words[i] is not None else acc
-        for r0 in tl.range(0, RANK_END, BLOCK_R, num_stages=1):
-            rank = r0 + tl.arange(0, BLOCK_R)  # [BLOCK_R]
-            rank_ok = rank < ranks[i]  # [BLOCK_R]
-            left = tl.load(
-                Ls[i] + row64[:, None] * l_strides[i] + rank[None, :],
-                mask=row_ok[:, None] & rank_ok[None, :],
-                other=0.0,
-            )  # [BLOCK_M, BLOCK_R]
-            right = tl.load(
-                Rs[i] + rank.to(tl.int64)[:, None] * r_strides[i] + col64[None, :] * n_strides[i],
-                mask=rank_ok[:, None] & col_ok[None, :],
-                other=0.0,
-            )  # [BLOCK_R, BLOCK_N]
-            part = dot(left, cast(right, left.dtype), part, PRECISION)
-        if words[i] is not None:
-            keep = keep_tile(words[i], row, row_ok, n0, WORDS, BLOCK_M, BLOCK_N)
-            part = acc + tl.where(keep, part, 0.0)
-        acc = part
+    acc = add_low_rank(
+        acc, Ls, Rs, words, ranks, l_strides, r_strides, n_strides, row, col, row_ok, col_ok, n0,
+        WORDS, RANK_END, BLOCK_M, BLOCK_N, BLOCK_R, PRECISION,
+    )  # fmt: skip
     tl.store(
         out + row64[:, None] * out_stride + col[None, :], cast(acc, out.dtype.element_ty), mask=ok
     )
@@ -128,7 +111,7 @@ def plan_expand(
         rank_end(ranks, config.block_r),
     )  # fmt: skip
     meta = dict(
-        G=len(Ls), BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_R=config.block_r,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_R=config.block_r,
         PRECISION=precision(Ls[0].dtype),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip

@@ -32,12 +32,11 @@ from . import checks
 from .common import (
     Arch,
     Launch,
+    add_low_rank,
     arch_of,
     cast,
     cdiv,
-    device_function,
     dot,
-    keep_tile,
     precision,
     rank_end,
     row_stride,
@@ -110,37 +109,6 @@ def default_config(
     )
 
 
-@device_function
-def _low_rank(
-    acc, Ls, Rs, words, ranks, l_strides, r_strides, n_strides, row, col, row_ok, col_ok, n0,
-    WORDS, RANK_END,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """acc [BLOCK_M, BLOCK_N] + sum over i of mask_i * (L_i R_i)."""
-    row64, col64 = row.to(tl.int64), col.to(tl.int64)  # [BLOCK_M], [BLOCK_N]
-    for i in tl.static_range(len(Ls)):
-        part = tl.zeros((BLOCK_M, BLOCK_N), tl.float32) if words[i] is not None else acc
-        for r0 in tl.range(0, RANK_END, BLOCK_R, num_stages=1):
-            rank = r0 + tl.arange(0, BLOCK_R)  # [BLOCK_R]
-            rank_ok = rank < ranks[i]  # [BLOCK_R]
-            left = tl.load(
-                Ls[i] + row64[:, None] * l_strides[i] + rank[None, :],
-                mask=row_ok[:, None] & rank_ok[None, :],
-                other=0.0,
-            )  # [BLOCK_M, BLOCK_R]
-            right = tl.load(
-                Rs[i] + rank.to(tl.int64)[:, None] * r_strides[i] + col64[None, :] * n_strides[i],
-                mask=rank_ok[:, None] & col_ok[None, :],
-                other=0.0,
-            )  # [BLOCK_R, BLOCK_N]
-            part = dot(left, cast(right, left.dtype), part, PRECISION)
-        if words[i] is not None:
-            keep = keep_tile(words[i], row, row_ok, n0, WORDS, BLOCK_M, BLOCK_N)
-            part = acc + tl.where(keep, part, 0.0)
-        acc = part
-    return acc
-
-
 @triton.jit(do_not_specialize=["M"])
 def _gemm_kernel(
     y, v, x0, x1, x2, x3, w0, w1, w2, w3,
@@ -167,7 +135,7 @@ def _gemm_kernel(
 
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         if LOW_FIRST:
-            acc = _low_rank(
+            acc = add_low_rank(
                 acc, Ls, Rs, words, ranks, l_strides, r_strides, n_strides, row, col, row_ok,
                 col_ok, n0, WORDS, RANK_END, BLOCK_M, BLOCK_N, BLOCK_R, PRECISION,
             )  # fmt: skip
@@ -198,7 +166,7 @@ def _gemm_kernel(
                 acc = dot(x_tile, w_tile, acc, PRECISION)
 
         if not LOW_FIRST:
-            acc = _low_rank(
+            acc = add_low_rank(
                 acc, Ls, Rs, words, ranks, l_strides, r_strides, n_strides, row, col, row_ok,
                 col_ok, n0, WORDS, RANK_END, BLOCK_M, BLOCK_N, BLOCK_R, PRECISION,
             )  # fmt: skip

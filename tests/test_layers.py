@@ -282,3 +282,15 @@ def test_a_model_without_data_goes_through_and_a_mixed_device_is_named(grad):
             model(x)
         model.to("meta")
         assert model(x).shape == (2, 5, N)
+
+
+def test_a_reason_that_comes_back_is_noted_again(caplog):
+    from types import SimpleNamespace
+
+    from peftkern.ops.notes import note_new
+
+    layer = SimpleNamespace()
+    with caplog.at_level("INFO", logger="peftkern"):
+        for reason in ("merged", "merged", None, "merged"):
+            note_new(layer, "_noted", reason, "a %s layer is not fused: %s")
+    assert len(caplog.records) == 2

@@ -135,8 +135,9 @@ def _decide(
         finally:
             book.racing.release()
     else:
-        decision = _with_graph_way_loaded(_nearest(key, book, blocked), ways)
-        for_good = off is not None
+        decision, for_good = _nearest(key, book, blocked), off is not None
+        if for_good:  # a capture asks for no other, and the next call decides again
+            decision = _with_graph_way_loaded(decision, ways)
     if for_good:
         book.provisional.pop(key, None)
         return decisions.setdefault(key, decision)

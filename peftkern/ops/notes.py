@@ -35,6 +35,7 @@ def note_new(layer: Any, slot: str, reason: str | None, words: str) -> None:
     The layer keeps the reason in its attribute ``slot``.
     """
     state = layer.__dict__
-    if reason is not None and reason != state.get(slot):
+    if reason != state.get(slot):
         state[slot] = reason
-        logger.info(words, type(layer).__name__, reason)
+        if reason is not None:
+            logger.info(words, type(layer).__name__, reason)

@@ -42,8 +42,7 @@ _WHERE = {
     ".prefix_tuning": "PrefixEncoder PrefixTuningConfig",
     ".prompt_tuning": "PromptEmbedding PromptTuningConfig PromptTuningInit",
 }
-_names, _find = lazily(__name__, _WHERE)
-__all__ = _names
+__all__, _find = lazily(__name__, _WHERE)
 
 
 if not TYPE_CHECKING:  # with a __getattr__ a type checker would accept any name, misspelt or not

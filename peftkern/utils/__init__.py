@@ -77,8 +77,7 @@ _WHERE = {
     ),
     ".warning": "PeftWarning",
 }
-_names, _find = lazily(__name__, _WHERE)
-__all__ = _names
+__all__, _find = lazily(__name__, _WHERE)
 
 
 if not TYPE_CHECKING:  # with a __getattr__ a type checker would accept any name, misspelt or not

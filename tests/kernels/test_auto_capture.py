@@ -101,3 +101,17 @@ def test_a_way_for_graphs_that_fails_is_not_taken(monkeypatch, tmp_path, caplog)
             peftkern.lora_linear(x, w, None, A, B, 2.0)
     assert ran == ["decode", "hybrid", "torch"]
     assert "decode is not taken in CUDA graphs: ZeroDivisionError" in caplog.text
+
+
+def test_a_way_for_graphs_is_not_run_for_a_decision_that_does_not_last(monkeypatch, tmp_path):
+    """It would be run beside every call until another thread has raced."""
+    ran, infer = [], choices.infer
+    monkeypatch.setattr(choices, "infer", lambda how, *a: ran.append(how) or infer(how, *a))
+    x, w, A, B = drawn(M=3, grad=False)
+    with dispatcher(monkeypatch, tmp_path, FakeClock()):
+        book = tuned.book(-1)
+        near = {"M": 8, "graph": True}
+        book.keep([entry("infer", "hybrid", M=8), entry("infer", "decode", **near)])
+        with book.racing:
+            peftkern.lora_linear(x, w, None, A, B, 2.0)
+    assert ran == ["hybrid"]

@@ -104,13 +104,10 @@ class Plan:
     def is_hooked(self) -> bool:
         """True when one of the modules has a hook, or torch has global hooks.
 
-        The dicts are read only when any hook was registered since they were last empty: every
-        registration takes a new number, and reading twenty dicts costs as much as a product of one
-        row.
+        To be asked when a hook was registered since ``hooks_seen``: every registration takes a new
+        number, and reading twenty dicts costs as much as a product of one row.
         """
         number = HookCounter.next_id
-        if number == self.hooks_seen:
-            return False
         if any(self.hooks):
             return True
         self.hooks_seen = number
