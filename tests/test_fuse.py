@@ -336,7 +336,9 @@ def one_operation(monkeypatch):
     seen = []
     real = hf_layer.as_one
     monkeypatch.setattr(
-        hf_layer, "as_one", lambda layer, x, names: seen.append(names) or real(layer, x, names)
+        hf_layer,
+        "as_one",
+        lambda layer, x, names, own: seen.append(names) or real(layer, x, names, own),
     )
     return seen
 

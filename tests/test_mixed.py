@@ -16,7 +16,7 @@ from torch import nn
 import peftkern
 from peftkern.ops.lora_mixed import Adapter, SampleIndex, lora_mixed
 from peftkern.tuners.lora.linear import Linear
-from peftkern.tuners.lora.row_adapters import AdapterNames
+from peftkern.tuners.lora.row_adapters import AdapterNames, mixed_call, mixed_reason
 from peftkern.utils.handing import HERE, hand_over, handing
 from tests.closeness import assert_as_good_as_torch, assert_same_number
 from tests.tiny import fill, first, inputs, make
@@ -324,6 +324,8 @@ def test_a_layer_that_cannot_be_one_operation_says_why_and_is_right(reason, capl
         make_slow(layer)
     caplog.set_level("INFO", logger="peftkern")
     x = torch.randn(4, 3, 12, dtype=dtype)
+    names = AdapterNames(NAMES)
+    assert mixed_call(layer, x, names) is None and reason in mixed_reason(layer, x, names)
     for _ in range(2):
         y = layer(x, adapter_names=list(NAMES))
     plain = one_by_one(layer, x, NAMES)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import autocast, torch_backend
 from . import backend as _backend
+from .mixed_torch import Facts, Plan, make_plan
 from .notes import note_once
 from .tracing import is_recording
 
@@ -49,6 +50,7 @@ class SampleIndex:
         self.choice, self.adapters = tuple(choice), adapters
         self._index: dict[torch.device, Tensor] = {}
         self._rows: dict[torch.device, list[Tensor | None]] = {}
+        self._plans: dict[tuple[Facts, int, int, torch.device], Plan] = {}
 
     def __len__(self) -> int:
         return len(self.choice)
@@ -91,6 +93,16 @@ class SampleIndex:
                 self._rows[device] = found
         return found
 
+    def plan(self, facts: Facts, row_bytes: int, size: int, device: torch.device) -> Plan:
+        """The plan of :func:`.mixed_torch.make_plan` for this batch; made once for equal facts."""
+        key = (facts, row_bytes, size, device)
+        found = self._plans.get(key)
+        if found is None or is_recording():
+            found = make_plan(self.choice, facts, row_bytes, size, device)
+            if not is_recording():  # tensors made in a trace belong to its graph
+                self._plans[key] = found
+        return found
+
 
 def lora_mixed(
     x: Tensor,
@@ -131,15 +143,16 @@ def lora_mixed(
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
         bias = bias.to(dtype) if bias is not None else None
-    found = [None if a is None else Adapter(*a) for a in adapters]
+    found = [a if a is None or type(a) is Adapter else Adapter(*a) for a in adapters]
     backend: _backend.Backend = _backend.active
-    tensors = [x, weight, bias, *(t for a in found if a is not None for t in a[:2])]
     if not any(found):
         backend = torch_backend  # the base product alone
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        if backend is not torch_backend:
-            note_once("a mixed batch runs adapter by adapter: gradients are wanted")
-        backend = torch_backend
+    if torch.is_grad_enabled():
+        tensors = [x, weight, bias, *(t for a in found if a is not None for t in a[:2])]
+        if any(t is not None and t.requires_grad for t in tensors):
+            if backend is not torch_backend:
+                note_once("a mixed batch runs on torch's products: gradients are wanted")
+            backend = torch_backend
     y = backend.mixed(
         x.reshape(-1, x.shape[-1]), weight.t() if transposed else weight, bias, found, index
     )

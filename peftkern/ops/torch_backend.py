@@ -13,14 +13,13 @@ seed drops the same elements as in HF PEFT. It is kept as one bit per element.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from ..kernels.reference import reference_bits
 from .bits import pack_bits, unpack_bits
+from .mixed_torch import mixed as mixed
 from .projection import Projection, ProjectionGrad
 
 # up to this many rows an extra pass over Y costs less than two more views, as host time dominates
@@ -188,19 +187,3 @@ def infer(
     x2 = x.reshape(-1, K)
     y, _, _ = _forward(x2, Projection(w, bias, A, B, scale, 0.0, transposed), None)
     return y.view(*x.shape[:-1], y.shape[-1])
-
-
-def mixed(x: Tensor, w: Tensor, bias: Tensor | None, adapters: Any, samples: Any) -> Tensor:
-    """Y [M, N] for x [M, K], w [N, K]; see :mod:`.lora_mixed`.
-
-    That is the base product once, then each adapter on the rows of its own samples.
-    """
-    y = linear(x, w, bias)
-    count, T = len(samples), x.shape[0] // max(len(samples), 1)
-    by_sample, out = x.view(count, T, x.shape[1]), y.view(count, T, y.shape[1])
-    for adapter, rows in zip(adapters, samples.rows(x.device), strict=True):
-        if adapter is not None and rows is not None:
-            A, B, scale = adapter
-            part = by_sample.index_select(0, rows).to(A.dtype)
-            out = out.index_add(0, rows, (linear(linear(part, A), B) * scale).to(out.dtype))
-    return out.view(y.shape)

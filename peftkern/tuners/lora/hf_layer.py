@@ -21,7 +21,7 @@ from torch.compiler import is_compiling
 
 from .base import LoraLayer
 from .linear import Linear
-from .row_adapters import AdapterNames, as_one, mixed_reason
+from .row_adapters import AdapterNames, as_one, mixed_call
 
 # attributes that the fused forward keeps in a layer; `give_back` removes them
 _OWN = ("_plan", "_group", "_noted_reason", "_noted_mixed")
@@ -68,8 +68,9 @@ class FusedLinear(HFLinear):
                 self._note_decline()
             elif len(kwargs) == 1 and not args and self._mixes(x, given):
                 names = _names.of(given)
-                if mixed_reason(self, x, names) is None:
-                    return as_one(self, x, names)
+                adapters = mixed_call(self, x, names)
+                if adapters is not None:
+                    return as_one(self, x, names, adapters)
         return HFLinear.forward(self, x, *args, **kwargs)
 
     def _mixes(self, x: Tensor, names: Sequence[str]) -> bool:

@@ -64,10 +64,13 @@ def forward_mixed(
 ) -> Tensor:
     """The output [B, ..., N] of a LoRA linear layer for x [B, ..., K]; row b uses ``names[b]``."""
     disabled = layer._disable_adapters
-    reason = "the call has more arguments" if args or kwargs else mixed_reason(layer, x, names)
-    if reason is None and not disabled:
-        return as_one(layer, x, names)
+    if not (disabled or args or kwargs):
+        adapters = mixed_call(layer, x, names)
+        if adapters is not None:
+            return as_one(layer, x, names, adapters)
     if not disabled and not is_recording():
+        more = "the call has more arguments"
+        reason = more if args or kwargs else mixed_reason(layer, x, names)
         note_new(layer, "_noted_mixed", reason, _BY_ADAPTER)
     y = layer.base_layer(x, *args, **kwargs)
     if disabled:
@@ -86,22 +89,75 @@ def forward_mixed(
     return y.to(dtype)
 
 
-def as_one(layer: Linear, x: Tensor, names: AdapterNames) -> Tensor:
-    """:func:`forward_mixed` as one operation; :func:`mixed_reason` must be None."""
+def as_one(layer: Linear, x: Tensor, names: AdapterNames, adapters: list[Adapter | None]) -> Tensor:
+    """:func:`forward_mixed` as one operation, with the adapters of :func:`mixed_call`."""
     base: Any = layer.base_layer
-    adapters = [
-        Adapter(
-            layer.lora_A._modules[name]._parameters["weight"],  # type: ignore
-            layer.lora_B._modules[name]._parameters["weight"],  # type: ignore
-            layer.scaling[name],
-        )
-        if name in layer.lora_A._modules
-        else None
-        for name in names.order
-    ]
     params = base._parameters
     transposed = bool(weight_layout(base.__class__))
     return lora_mixed(x, params["weight"], params["bias"], adapters, names.samples, transposed)
+
+
+def mixed_call(layer: Linear, x: Tensor, names: AdapterNames) -> list[Adapter | None] | None:
+    """The weights that each of ``names.order`` has in this layer; None when they are not one call.
+
+    :func:`mixed_reason` gives the reason in words and tests the same conditions.
+    """
+    # This runs in hundreds of layers, and for each adapter of a batch.
+    base: Any = layer.base_layer
+    weight = base._parameters.get("weight")
+    if (
+        is_recording()
+        or transforms_active()
+        or weight_layout(base.__class__) is None
+        or "bias" not in base._parameters
+        or any(GLOBAL_HOOKS)
+        or weight.__class__ is not Parameter
+        or is_hooked(base)
+        or weight.is_meta
+    ):
+        return None
+    dtype = weight.dtype
+    if not dtype.is_floating_point or (
+        x.dtype != dtype and not (autocast.is_on(x) and x.dtype != torch.float64)
+    ):
+        return None
+    a_modules, b_modules = layer.lora_A._modules, layer.lora_B._modules
+    drops, scaling, variants = layer.lora_dropout._modules, layer.scaling, layer.lora_variant
+    found: list[Adapter | None] = []
+    for name in names.order:
+        a: Any = a_modules.get(name)
+        if a is None:
+            found.append(None)
+            continue
+        b: Any = b_modules[name]
+        drop: Any = drops[name]
+        A, B = a._parameters.get("weight"), b._parameters.get("weight")
+        scale: Any = scaling[name]
+        if (
+            a.__class__ is not nn.Linear
+            or b.__class__ is not nn.Linear
+            or A.__class__ is not Parameter
+            or B.__class__ is not Parameter
+            or name in variants
+            or isinstance(scale, Tensor)
+            or b._parameters["bias"] is not None
+            or (drop.__class__ is not nn.Identity and not _rests(drop))
+            or is_hooked(a)
+            or is_hooked(b)
+            or is_hooked(drop)
+            or A.is_meta
+            or B.is_meta
+        ):
+            return None
+        low = A.dtype
+        if low is not B.dtype or (low is not dtype and low is not torch.float32):
+            return None
+        found.append(Adapter(A, B, scale))
+    return found
+
+
+def _rests(drop: nn.Module) -> bool:
+    return drop.__class__ is nn.Dropout and not drop.training
 
 
 def mixed_reason(layer: Linear, x: Tensor, names: AdapterNames) -> str | None:
@@ -129,7 +185,7 @@ def mixed_reason(layer: Linear, x: Tensor, names: AdapterNames) -> str | None:
             return f"lora_A or lora_B of {name} is not an nn.Linear"
         if B._parameters["bias"] is not None:
             return f"lora_bias of {name}"
-        if type(drop) is not nn.Identity and not (type(drop) is nn.Dropout and not drop.training):
+        if type(drop) is not nn.Identity and not _rests(drop):
             return f"dropout of {name} is active, or a {type(drop).__name__}"
         if is_hooked(drop):
             return f"lora_dropout of {name} has hooks"
