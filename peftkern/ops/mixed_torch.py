@@ -197,6 +197,7 @@ def _add_update(y: Tensor, x: Tensor, part: Part, adapters: Any, in_place: bool)
     low = _product_dtype(x, part.dtype)
     x = x.to(low)
     if len(part.of) == 1:
+        assert not isinstance(part.scale, Tensor)  # one adapter has one scale
         A, B, _ = adapters[part.of[0]]
         s, bt = torch.mm(A.to(low), x.t()).t(), B.to(low).t()
         if low != y.dtype:
