@@ -16,9 +16,9 @@ from peftkern.kernels import common
 from peftkern.kernels.registry import KERNELS
 from peftkern.ops import bits as mask_bits
 
-from ..kernels.table import traffic
+from ..kernels.traffic import Traffic
 from . import floor as cost_floor
-from .count import Count, count, record
+from .count import Count, Counter, Launched, as_cuda, count, record
 
 BF16, FP32 = torch.bfloat16, torch.float32
 CASES = ("linear", "group", "layer")
@@ -116,7 +116,8 @@ def _build(case: str, shape: Shape) -> tuple[nn.Module, Tensor, list[str]]:
         size = (shape.M // tokens, tokens, 4096) if shape.M % tokens == 0 else (1, shape.M, 4096)
         model, targets = LlamaLayer(), _LAYER_TARGETS
     else:
-        model = Projections(shape.K, [shape.N] * (1 if case == "linear" else 3))
+        Ns = {"linear": [1], "group": [1, 1, 1], "qkv": [1, 4, 4]}[case]  # as shares of N
+        model = Projections(shape.K, [shape.N // n for n in Ns])
         size, targets = (shape.M, shape.K), model.names
     model.requires_grad_(False)
     return model, torch.empty(size, dtype=BF16, device="meta", requires_grad=True), targets
@@ -210,22 +211,36 @@ def _adapt(
 
 
 @contextlib.contextmanager
-def _backend(kind: str, arch: common.Arch) -> Iterator[None]:
+def backend(kind: str, arch: common.Arch) -> Iterator[None]:
     """Run peftkern's real layers on one backend; Triton launches are recorded, not run."""
-    from peftkern.ops import backend, triton_backend
+    from peftkern.ops import backend as ops_backend
+    from peftkern.ops import triton_backend
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(backend.use_backend("torch" if kind == "torch" else "triton"))
+        stack.enter_context(ops_backend.use_backend("torch" if kind == "torch" else "triton"))
         stack.enter_context(mock.patch.dict(mask_bits._TABLES, clear=True))
         if kind != "torch":
             stack.enter_context(mock.patch.object(triton_backend, "product", kind))
             stack.enter_context(
-                mock.patch.object(common.Launch, "run", lambda self: record([traffic(self)]))
+                mock.patch.object(common.Launch, "run", lambda self: record([Launched.of(self)]))
             )
             kernels = [importlib.import_module(f"peftkern.kernels.{name}") for name in KERNELS]
             for module in (triton_backend, *(k for k in kernels if hasattr(k, "arch_of"))):
                 stack.enter_context(mock.patch.object(module, "arch_of", lambda device: arch))
         yield
+
+
+def inferred(who: Provider, shape: Shape, arch: common.Arch) -> dict[str, list[Traffic]]:
+    """{"fwd": launches} of one LoRA linear in eval mode without gradients."""
+    model, x, targets = _build("linear", shape)
+    if who.kind != "plain":
+        _adapt(importlib.import_module("peft" if who.kind == "peft" else "peftkern"),
+               model, targets, who, shape.r, 0.0)  # fmt: skip
+    ours = who.kind not in ("plain", "peft")
+    with backend(who.kind, arch) if ours else contextlib.nullcontext():
+        with as_cuda(), torch.no_grad(), Counter() as counter:
+            model.eval()(x.detach())
+    return {"fwd": counter.launches}
 
 
 def measure(who: Provider, case: str, shape: Shape, p: float, arch: common.Arch) -> Count:
@@ -246,7 +261,7 @@ def measure(who: Provider, case: str, shape: Shape, p: float, arch: common.Arch)
         import peftkern
 
         _adapt(peftkern, model, targets, who, shape.r, p)
-        with _backend(who.kind, arch):
+        with backend(who.kind, arch):
             result = count(model.train(), x)
         if (who.kind != "torch") != any(t.requested for t in result.forward):
             raise RuntimeError(f"{who.name}: the layers did not take the {who.kind} path")

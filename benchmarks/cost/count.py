@@ -24,6 +24,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from peftkern.kernels.common import Launch
+
+from ..kernels.table import traffic
 from ..kernels.traffic import Traffic, unit_of
 
 # The number of kernels that an operation launches on CUDA, by class. Views and allocation launch
@@ -191,6 +194,18 @@ class Counter(TorchDispatchMode):
 
 
 _open: list[Counter] = []
+
+
+class Launched(Traffic):
+    """Traffic of a Triton launch, with the launch itself."""
+
+    launch: Launch
+
+    @classmethod
+    def of(cls, launch: Launch) -> Launched:
+        found = cls(*traffic(launch))
+        found.launch = launch
+        return found
 
 
 def record(launches: Sequence[Traffic]) -> None:

@@ -1,6 +1,7 @@
 """Launches, bytes and FLOPs of LoRA, counted without a GPU: HF PEFT, peftkern, and the floor.
 
     python -m benchmarks.cost [--gpu H100] [--M 8192 --K 4096 --N 4096 --r 16] [--json]
+    python -m benchmarks.cost --time [--gpu H200 ...] [--case linear decode ...] [--json]
 
 There are three cases, forward and backward, with dropout 0 and 0.1 and bf16 activations: one LoRA
 linear, three projections of one X, and one Llama-8B layer with an adapter on every linear (in its
@@ -10,7 +11,8 @@ own widths, for M tokens). A fourth, ``--case prefix``, is a prefix inside atten
 HF PEFT's and peftkern's real modules run on tensors without data (:mod:`.count`); Triton launches
 report their traffic from their grids (:mod:`benchmarks.kernels`). Times are rooflines: lower bounds
 for the launches on the named GPU, without launch overhead and as if every product reached the
-matrix rate, so that ``fused`` pays nothing for a product slower than the vendor's. No speed was
+matrix rate, so that ``fused`` pays nothing for a product slower than the vendor's. ``--time`` shows
+a model of time instead (:mod:`.timed`), with L2, waves, bytes in flight and launches. No speed was
 measured.
 """
 
@@ -23,6 +25,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+import triton
 from rich.console import Console
 from rich.table import Table
 
@@ -31,6 +34,7 @@ from peftkern.kernels.common import Arch
 
 from ..kernels.traffic import Traffic
 from . import prefix as cost_prefix
+from . import timed
 from .cases import CASES, FP32, PROVIDERS, Provider, Shape, measure
 from .count import Count
 from .gpus import GPUS, Gpu, microseconds
@@ -222,35 +226,68 @@ def _positive(text: str) -> int:
     return value
 
 
+def _time(
+    parser: argparse.ArgumentParser, options: argparse.Namespace, shape: Shape, cases: list[str]
+) -> int:
+    """The command with ``--time``."""
+    if triton.knobs.runtime.interpret:
+        parser.error("TRITON_INTERPRET is set: --time needs compiled kernels; unset it")
+    if shape != Shape():
+        parser.error("argument --time: its shapes are fixed; allowed: none of --M --K --N --r")
+    found = timed.tables(options.gpu or timed.SHOWN, [c.replace("-", " ") for c in cases])
+    if options.json:
+        json.dump(timed.as_json(found), sys.stdout)
+        print()
+    else:
+        timed.show(found, Console(width=None if sys.stdout.isatty() else 200))
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.cost", description=(__doc__ or "").splitlines()[0]
     )
-    parser.add_argument("--gpu", choices=sorted(GPUS), default="H100")
+    parser.add_argument(
+        "--gpu", nargs="+", choices=sorted(GPUS),
+        help=f"default H100; several with --time, where the default is {' '.join(timed.SHOWN)}",
+    )  # fmt: skip
+    parser.add_argument("--time", action="store_true", help="a model of time, at fixed shapes")
     for name, value in Shape()._asdict().items():
         parser.add_argument(f"--{name}", type=_positive, default=value, help=f"default {value}")
-    every = [*CASES, "prefix"]
-    parser.add_argument("--case", nargs="+", choices=every, default=every)
+    every, modelled = [*CASES, "prefix"], [name.replace(" ", "-") for name in timed.kinds()]
+    choices = list(dict.fromkeys([*every, *modelled]))
+    parser.add_argument("--case", nargs="+", choices=choices, help="default: all")
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     parser.add_argument("--launches", action="store_true", help="with --json: list every launch")
     options = parser.parse_args(argv)
     if options.r > MAX_RANK:
         parser.error(f"argument --r: {options.r}; allowed: 1 to {MAX_RANK}, what the kernels take")
     shape = Shape(options.M, options.K, options.N, options.r)
-    rows = table(shape, GPUS[options.gpu], [c for c in options.case if c in CASES])
+    chosen = options.case or (modelled if options.time else every)
+    if wrong := [c for c in chosen if c not in (modelled if options.time else every)]:
+        allowed = ", ".join(modelled if options.time else every)
+        mode = "with" if options.time else "without"
+        parser.error(f"argument --case: {wrong[0]}; allowed {mode} --time: {allowed}")
+    if options.time:
+        return _time(parser, options, shape, chosen)
+    names = options.gpu or ["H100"]
+    if len(names) > 1:
+        parser.error(f"argument --gpu: {' '.join(names)}; allowed without --time: one")
+    (name,) = names
+    rows = table(shape, GPUS[name], [c for c in chosen if c in CASES])
     wide = cost_prefix.PrefixShape()
     prefix = []
-    if "prefix" in options.case:
-        prefix = cost_prefix.table(wide, Arch(*GPUS[options.gpu].arch))
+    if "prefix" in chosen:
+        prefix = cost_prefix.table(wide, Arch(*GPUS[name].arch))
     if options.json:
-        data = as_json(rows, shape, options.gpu, options.launches)
+        data = as_json(rows, shape, name, options.launches)
         if prefix:
             data["prefix"] = cost_prefix.as_json(prefix, wide)
         json.dump(data, sys.stdout)
         print()
         return 0
     if rows:
-        _show(rows, shape, options.gpu)
+        _show(rows, shape, name)
     if prefix:
         print("\n".join(cost_prefix.lines(prefix, wide)))
     return 0

@@ -1,0 +1,194 @@
+"""A model of the time of one launch: a few formulas over what is counted and compiled.
+
+Nothing here is measured. :func:`time_of` has the formulas, :mod:`.gpus` the rates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from peftkern.kernels.common import Launch
+
+from ..kernels.table import traffic
+from ..kernels.traffic import Facts, Traffic
+from .compiled import facts_of, resident
+from .gpus import GPUS, Gpu, memory, products
+from .steps import INTEGERS, NEAR, PIECES, STEPS, STREAMS
+
+GAP = (
+    1.0  # us from the end of a launch to the start of the next in a graph or a busy stream, assumed
+)
+HOST = {"torch": 5.0, "triton": 10.0}  # us of host time of one eager launch, assumed
+WAVES = 0.25  # the share of the time lost in incomplete waves from which on "waves" binds
+FAST = ("wgmma", "tcgen05")
+COPIES = ("cp.async", "cp.async.bulk.tensor")  # loads that a later step waits for
+
+
+class Modelled(NamedTuple):
+    """The modelled time of a launch on one GPU, in microseconds.
+
+    ``terms`` are memory, L2, math, in flight, waves and launch (see :func:`time_of`); ``binds`` is
+    the one to work on. The rest is what they came from; a vendor's kernel has no programs.
+    """
+
+    us: float
+    terms: dict[str, float]
+    binds: str
+    name: str = ""
+    programs: int = 0
+    slots: int = 0  # programs that the GPU holds at a time
+    in_flight: float = 0.0  # bytes that a program has asked for and not got, at any time
+    early: bool = False  # starts before the launch in front of it has ended
+
+    @property
+    def body(self) -> float:
+        """The time without the launch itself."""
+        return self.us - self.terms["launch"]
+
+
+class Programs(NamedTuple):
+    """What the model needs to know of a launch's programs beside its traffic."""
+
+    count: int
+    slots: int
+    in_flight: float
+    streams: bool = False  # it writes while it still loads
+
+
+def time_of(launch: Launch, gpu: str | Gpu) -> Modelled:
+    """The modelled time of one Triton launch on a GPU; its tensors may be on the meta device.
+
+    With P programs of which the GPU's multiprocessors (``sms``) hold ``slots`` at a time (by
+    registers, shared memory, threads and tensor memory of the compiled kernel)::
+
+        memory     = (read + written) / bandwidth
+        L2         = requested / l2                 what all programs load, repeats included
+        math       = FLOPs / (matrix or fp32)       x 1/mma for mma.sync beside wgmma or tcgen05
+                     or integer operations / integer
+        in flight  = chain x max(1, P / slots)
+        chain      = requested / P / F x latency    + written / bandwidth in a single wave that
+                     writes after its last load
+        F          = bytes that a program has in flight (Little's law): those of num_stages - 1
+                     steps of its loop, or of one where it has no asynchronous copies
+        wave(n)    = longest of n/P memory, n/P L2, n/P math x (the busiest multiprocessor's
+                     programs / their mean), chain
+        body       = (P // slots) wave(slots) + wave(P % slots)
+        waves      = body - longest of memory, L2, math, in flight
+        launch     = GAP + latency                  0 with launch_pdl, which starts early
+        latency    = that of device memory, or of L2 for what a launch just before has written
+        us         = body + launch
+
+    ``binds`` is "launch" if that is half of ``us`` or more, else "waves" if they are a quarter or
+    more, else the longest of the four. Requests of several multiprocessors for one line count each,
+    without multicast or merging: L2 is an upper bound for products of wide tiles.
+
+    Raises:
+        KeyError: the kernel has no rule of traffic, or ``gpu`` is not in ``GPUS``.
+        RuntimeError: it does not compile for that GPU.
+    """
+    gpu = GPUS[gpu] if isinstance(gpu, str) else gpu
+    compiled = facts_of(launch, gpu.compiled)
+    kernel, t = launch.kernel.__name__, traffic(launch)
+    arguments = dict(zip(launch.kernel.arg_names, launch.args, strict=False))
+    facts: Facts = arguments | launch.meta | {"grid": launch.grid}
+    grid = 1
+    for n in launch.grid:
+        grid *= n
+    slots = min(grid, resident(compiled, gpu.compiled) * gpu.arch[0])
+    pieces = PIECES[kernel](facts) if kernel in PIECES else grid
+    if pieces == grid:
+        slots = resident(compiled, gpu.compiled) * gpu.arch[0]
+    in_flight = _in_flight(kernel, facts, compiled, t, pieces)
+    programs = Programs(pieces, slots, in_flight, kernel in STREAMS)
+    math = products(t, gpu)
+    if t.unit == "matrix" and not any(compiled["instructions"].get(i) for i in FAST):
+        math /= gpu.mma
+    if kernel in INTEGERS:
+        math = max(math, INTEGERS[kernel](facts) / (gpu.integer * 1e6))
+    if kernel in NEAR:
+        gpu = gpu._replace(latency=gpu.near)
+    return formula(t, math, gpu, programs, early=bool(launch.meta.get("launch_pdl")))
+
+
+def _in_flight(
+    kernel: str, facts: Facts, compiled: dict[str, Any], t: Traffic, programs: int
+) -> float:
+    """Bytes that one program has in flight."""
+    stages = facts.get("num_stages", 1)
+    copies = any(compiled["instructions"].get(i) for i in COPIES)
+    ahead = stages - 1 if stages > 1 and copies else 1
+    whole = t.requested / programs  # a program that loads all that it needs before it waits
+    if kernel in STEPS:
+        return min(whole, float(ahead * STEPS[kernel](facts)))
+    if copies and compiled["shared"]:
+        return min(whole, compiled["shared"] * ahead / stages)
+    return whole
+
+
+def formula(
+    t: Traffic, math: float, gpu: Gpu, programs: Programs | None, *, early: bool = False
+) -> Modelled:
+    """The formulas of :func:`time_of`; without programs (a vendor's kernel) those of one wave.
+
+    A vendor's kernel is taken to keep enough in flight and to fill its waves.
+    """
+    size = memory(t, gpu)
+    l2 = max(t.requested, t.read) / (gpu.l2 * 1e6)
+    terms = {"memory": size, "L2": l2, "math": math, "in flight": 0.0}
+    if programs is None:
+        body = max(terms.values())
+    else:
+        count, slots, in_flight, streams = programs
+        sms = gpu.arch[0]
+        chain = t.requested / count / in_flight * gpu.latency if in_flight else 0.0
+        if count <= slots and not streams:
+            chain += t.written / (gpu.bandwidth * 1e6)
+        terms["in flight"] = chain * max(1.0, count / slots)
+
+        def wave(n: int) -> float:
+            if not n:
+                return 0.0
+            busiest = -(-n // sms) * sms / n
+            return max(n / count * max(size, l2, math * busiest), chain)
+
+        body = count // slots * wave(slots) + wave(count % slots)
+    longest = max(terms, key=lambda name: terms[name])
+    terms["waves"] = max(0.0, body - terms[longest])
+    terms["launch"] = 0.0 if early else t.launches * (GAP + gpu.latency)
+    us = body + terms["launch"]
+    binds = longest
+    if terms["launch"] >= us / 2:
+        binds = "launch"
+    elif terms["waves"] >= WAVES * us:
+        binds = "waves"
+    return Modelled(us, terms, binds, t.name, *(programs or (0, 0, 0.0))[:3], early)
+
+
+def vendor(t: Traffic, gpu: str | Gpu) -> Modelled:
+    """The modelled time of launches that are not ours, from their counted traffic alone."""
+    gpu = GPUS[gpu] if isinstance(gpu, str) else gpu
+    return formula(t, products(t, gpu), gpu, None)
+
+
+def in_a_graph(launches: Sequence[Modelled]) -> float:
+    """The modelled time of launches one after another, without the host.
+
+    A launch that starts early runs beside the one in front of it: both take the longer of their
+    times, or what they ask of memory, L2 and arithmetic together.
+    """
+    total = 0.0
+    before: Modelled | None = None
+    for m in launches:
+        total += m.us
+        if m.early and before is not None:
+            shared = max(before.terms[n] + m.terms[n] for n in ("memory", "L2", "math"))
+            total += max(before.body, m.body, shared) - before.body - m.body
+        before = m
+    return total
+
+
+def eager(launches: Sequence[Modelled]) -> float:
+    """The same with a host that starts each launch: the longer of its time and the GPU's."""
+    host = sum(HOST["triton" if m.programs else "torch"] for m in launches)
+    return max(in_a_graph(launches), host)

@@ -1,0 +1,171 @@
+"""The cases of the model of time: their launches, and the rows of ``benchmarks.gpu`` beside them.
+
+A new case is one function here that gives a :class:`Case`, and its name in :data:`CASES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from peftkern.kernels import prefix_decode
+from peftkern.kernels.common import Arch
+
+from ..gpu import report as gpu_report
+from ..gpu.providers import OURS, PEFT_BF16, PEFT_FP32, PLAIN
+from ..kernels.entry import meta
+from ..kernels.traffic import Traffic
+from . import cases as cost_cases
+from . import floor as cost_floor
+from .cases import BF16, FP32, PROVIDERS, Shape
+from .count import Counter, as_cuda
+from .gpus import Gpu
+from .prefix import PrefixShape
+
+SHAPE = Shape(8192, 4096, 4096, 16)
+DECODED = PrefixShape(8, 512, 128)  # T is the number of own keys
+FLOOR = "floor"
+# the names of cost's providers in results of ``benchmarks.gpu``, whose adapters are float32
+MEASURED = {
+    "plain frozen": PLAIN,
+    "HF PEFT bf16": PEFT_BF16,
+    "HF PEFT default": PEFT_FP32,
+} | {f"triton {name} fp32": OURS[name] for name in ("hybrid", "joined", "fused")}
+_TRAINED = (FLOOR, "plain frozen", "HF PEFT bf16", "HF PEFT default", "triton joined",
+            "triton joined fp32", "triton fused fp32", "triton hybrid fp32")  # fmt: skip
+
+_TITLES = {
+    "linear": "LoRA linear, K=N=4096, r=16",
+    "qkv": "q, k, v of one X, K=4096, N=4096, 1024, 1024, r=16",
+    "layer": "Llama-8B layer, 7 adapters, r=16",
+}
+
+Phases = dict[str, list[Traffic]]
+
+
+class Case(NamedTuple):
+    """A table of the model: {provider: {phase: launches}}, against the provider ``base``.
+
+    ``row`` is the key of its row in results of ``benchmarks.gpu``, ``measured`` the names of its
+    providers there; ``graph`` tells that the row was measured without the host.
+    """
+
+    title: str
+    providers: dict[str, Phases]
+    base: str
+    row: str
+    measured: dict[str, str] = MEASURED
+    graph: bool = False
+
+
+def _trained(case: str, p: float, row: str) -> Callable[[Gpu], Case]:
+    """A case of ``benchmarks.cost``, forward and backward, with dropout ``p``."""
+
+    def make(gpu: Gpu) -> Case:
+        found = {}
+        for who in PROVIDERS:
+            if who.name in _TRAINED:
+                count = cost_cases.measure(who, case, SHAPE, p, Arch(*gpu.arch))
+                found[who.name] = {"fwd": count.forward, "bwd": count.backward}
+        title = f"{_TITLES[case]}, forward and backward, M={SHAPE.M}, dropout {p:g}"
+        return Case(title, found, "plain frozen", f"{row} 8B M={SHAPE.M} r=16 p={p:g} train")
+
+    return make
+
+
+def _without_gradients(call: Callable[[], Any]) -> Phases:
+    with as_cuda(), torch.no_grad(), Counter() as counter:
+        call()
+    return {"fwd": counter.launches}
+
+
+def _one_row(gpu: Gpu) -> Case:
+    shape = SHAPE._replace(M=1)
+    group = cost_floor.Group(1, shape.K, (shape.N,), shape.r)
+    found: dict[str, Phases] = {FLOOR: {"fwd": [cost_floor.forward(group)]}}
+    names = ("plain frozen", "HF PEFT bf16", "HF PEFT default", "triton joined",
+             "triton joined fp32")  # fmt: skip
+    for who in (who for who in PROVIDERS if who.name in names):
+        # without gradients one row takes the kernel of its own, whatever the product
+        name = who.name.replace("triton joined", "peftkern")
+        found[name] = cost_cases.inferred(who, shape, Arch(*gpu.arch))
+    measured = MEASURED | {"peftkern fp32": OURS["joined"]}
+    row = "q_proj 8B M=1 r=16 p=0 infer graph"
+    return Case("One row, K=N=4096, r=16", found, "plain frozen", row, measured, graph=True)
+
+
+def _mixed(gpu: Gpu) -> Case:
+    """16 samples of one row and 8 adapters: two samples of each at worst."""
+    from peftkern.ops import triton_backend
+    from peftkern.ops.lora_mixed import Adapter, SampleIndex
+
+    M, count, (_, K, N, r) = 16, 8, SHAPE
+    x, w = meta(M, K), meta(N, K)
+    found: dict[str, Phases] = {"plain frozen": _without_gradients(lambda: x @ w.t())}
+    weights = count * 2 * r * (K + N)
+    (product,) = found["plain frozen"]["fwd"]
+    flops = product.flops + 2 * M * r * (K + N)
+    found[FLOOR] = {"fwd": [product._replace(name=FLOOR, read=product.read + weights, flops=flops)]}
+    for name, dtype in (("peftkern", BF16), ("peftkern fp32", FP32)):
+        adapters = [
+            Adapter(meta(r, K, dtype=dtype), meta(N, r, dtype=dtype), 2.0) for _ in range(count)
+        ]
+        samples = SampleIndex([i % count for i in range(M)], count)
+
+        def call(adapters: list[Adapter] = adapters, samples: SampleIndex = samples) -> Tensor:
+            return triton_backend.mixed(x, w, None, adapters, samples)
+
+        with cost_cases.backend("joined", Arch(*gpu.arch)):
+            found[name] = _without_gradients(call)
+    row = "mixed q_proj 8B M=16 T=1 r=16 adapters=8"
+    title = "A mixed batch, M=16, 8 adapters, K=N=4096, r=16"
+    measured = {"plain frozen": PLAIN, "peftkern": gpu_report.MIXED}
+    return Case(title, found, "plain frozen", row, measured, graph=True)
+
+
+def _prefix_decode(gpu: Gpu) -> Case:
+    B, S, P, H, H_kv, D = DECODED
+    q, k, v = (meta(B, n, h, D).transpose(1, 2) for n, h in ((1, H), (S, H_kv), (S, H_kv)))
+    prefix = [meta(H_kv, P, D) for _ in range(2)]
+    size = 2 * D  # bytes of a row
+    out, own, shared = B * H * size, 2 * B * H_kv * S * size, 2 * H_kv * P * size
+    flops = 4 * B * H * D * (S + P)
+
+    def attention(name: str, keys: int) -> Traffic:
+        return Traffic(name, 1, out + keys, out, flops, "matrix")
+
+    # as with a cache: the new row is concatenated to all keys and values, which are then read
+    joined = own + B * shared
+    copy = Traffic("cat", 1, joined // 2, joined // 2)
+    found: dict[str, Phases] = {
+        FLOOR: {"fwd": [attention(FLOOR, own + shared)]},
+        "plain frozen": {"fwd": [attention("attention", own)._replace(flops=4 * B * H * D * S)]},
+        "HF PEFT bf16": {"fwd": [copy, copy, attention("attention", joined)]},
+    }
+    with cost_cases.backend("joined", Arch(*gpu.arch)):
+        found["peftkern"] = _without_gradients(lambda: prefix_decode.decode(q, k, v, *prefix))
+    measured = {"plain frozen": PLAIN, "HF PEFT bf16": PEFT_BF16, "peftkern": gpu_report.PREFIX}
+    title = f"A prefix, one token, B={B} P={P} S={S}, {H}/{H_kv} heads of {D}, a layer"
+    row = f"prefix decode B={B} T=1 S={S} P={P} {H}/{H_kv}x{D}"
+    return Case(title, found, "plain frozen", row, measured, graph=True)
+
+
+CASES: dict[str, Callable[[Gpu], Case]] = {
+    "linear": _trained("linear", 0.0, "q_proj"),
+    "linear p=0.1": _trained("linear", 0.1, "q_proj"),
+    "group": _trained("qkv", 0.0, "qkv"),
+    "group p=0.1": _trained("qkv", 0.1, "qkv"),
+    "decode": _one_row,
+    "mixed": _mixed,
+    "prefix decode": _prefix_decode,
+    "layer": _trained("layer", 0.0, "layer"),
+    "layer p=0.1": _trained("layer", 0.1, "layer"),
+}
+
+
+def kinds() -> Iterator[str]:
+    """The names of the cases as the command takes them, without their dropout."""
+    yield from dict.fromkeys(name.split(" p=")[0] for name in CASES)
