@@ -79,8 +79,12 @@ class Case:
         return {**asdict(self), "shapes": {k: list(v) for k, v in self.shapes.items()}}
 
     def tiny(self) -> Case:
-        """The same case in shapes that are fast on a CPU and in Triton's interpreter."""
-        return replace(self, model="tiny", M=min(self.M, 5), r=min(self.r, 4))
+        """The same case in shapes that are fast on a CPU and in Triton's interpreter.
+
+        A layer has more rows: over five, one provider's error can be thrice another's by chance.
+        """
+        rows = 37 if self.block == "layer" else 5
+        return replace(self, model="tiny", M=min(self.M, rows), r=min(self.r, 4))
 
 
 def first_of_each(cases: Iterable[Any], key: Callable[[Any], Any]) -> list[Any]:

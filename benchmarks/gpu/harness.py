@@ -1,5 +1,6 @@
 """Ring 4: everything that needs a CUDA device, in parts that keep their results when cut off.
 
+    python -m benchmarks.gpu --part first       what a fresh machine is to tell in nine minutes
     python -m benchmarks.gpu --part tests|sanitizer|counters|race|linear|group|layer|e2e|...|all
     python -m benchmarks.gpu --part linear --dry-run        on a CPU: all code, but a fake clock
 
@@ -7,22 +8,25 @@ This process never touches the device. Each part runs in a process of its own th
 after another (see :mod:`benchmarks.gpu.store`). When a case hangs or breaks the device, that
 process is ended, the provider that ran is noted and left out, and another process goes on. A part
 continues the unfinished results of an earlier run of the same code. Files go to ``--out``, else
-$OUT, else benchmarks/results/<gpu>; docs/gpu.md describes their content.
+benchmarks/results/<gpu>, and an archive of them to $OUT (:mod:`benchmarks.gpu.archive`);
+docs/gpu.md describes their content.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from . import archive as gpu_archive
 from . import checks as gpu_checks
 from . import parts as gpu_parts
 from . import report as gpu_report
@@ -35,7 +39,9 @@ ORDER = ("tests", "sanitizer", "counters", "linear", "race", "group", "decode", 
 BUDGETS = {"tests": 200, "sanitizer": 90, "counters": 60} | {
     n: p.budget_s for n, p in gpu_parts.PARTS.items()
 }
-ALL_S = 510  # seconds of `--part all`, as one command on the machine may take 9 minutes
+ALL_S = 510  # seconds of several parts together, as one command on the machine may take 9 minutes
+# Parts that one command runs: correctness of every kernel, then the rows of the goals.
+SEVERAL = {"first": ("tests", "headline"), "all": ORDER}
 GRACE_S = 10
 RESTARTS = 12
 
@@ -44,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu", description=__doc__.split("\n")[0]
     )
-    parser.add_argument("--part", choices=(*ORDER, "all"), required=True)
+    parser.add_argument("--part", choices=(*SEVERAL, "headline", *ORDER), required=True)
     parser.add_argument("--budget", type=float, help="seconds for the part, or for all of them")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on a CPU, a fake clock")
     parser.add_argument("--only", help="cases with this text in their key")
@@ -75,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return gpu_parts.work(
             part, Store.open(Path(args.file)), cases, float(args.until), args.dry_run
         )
-    names = list(ORDER) if args.part == "all" else [args.part]
+    names = list(SEVERAL.get(args.part, (args.part,)))
     if args.list or args.dry_run:
         for name in names:
             if name in gpu_parts.PARTS:
@@ -155,8 +161,36 @@ def _supervise(names: list[str], args: argparse.Namespace) -> int:
     folder = gpu_store.results_folder(slug(gpu), args.out)
     print(f"{gpu}; {header['versions']}; {header['ceilings']}; results in {folder}", flush=True)
     planned = sum(BUDGETS[n] for n in names)
-    total = args.budget or (ALL_S if args.part == "all" else planned)
+    total = args.budget or (ALL_S if args.part in SEVERAL else planned)
     share = (total - (time.time() - began)) / planned
+    with _kept(gpu_archive.path_for(slug(gpu)), folder, slug(gpu)):
+        return _run_parts(names, args, gpu, folder, header, share)
+
+
+@contextlib.contextmanager
+def _kept(archive: Path | None, folder: Path, gpu: str) -> Iterator[None]:
+    """Keep ``archive`` up to date with the results in ``folder`` within the block."""
+    if archive is None:
+        yield
+        return
+    keeper = gpu_archive.Keeper(archive, lambda: gpu_archive.files(folder, gpu))
+    keeper.start()
+    try:
+        yield
+    finally:
+        keeper.close()
+        print(f"all results: {archive}", flush=True)
+
+
+def _run_parts(
+    names: list[str],
+    args: argparse.Namespace,
+    gpu: str,
+    folder: Path,
+    header: dict[str, Any],
+    share: float,
+) -> int:
+    """Run the parts one after another, print the report, and return the exit status."""
     contents, bad = [], False
     for name in names:
         store = open_store(name, gpu, folder, header, args)
@@ -178,18 +212,16 @@ def _supervise(names: list[str], args: argparse.Namespace) -> int:
 def _write_table(store: Store) -> None:
     """Write the tuning table into the checkout, ready to be committed.
 
-    If the results are outside the checkout, it is also written beside them.
     ``benchmarks.gpu.table`` can make it again from the results.
     """
     from . import table as gpu_table
 
-    beside = [] if gpu_store.RESULTS in store.path.parents else [store.path.parent]
     try:
-        paths = [gpu_table.write([store.path], to) for to in (gpu_table.tuning.FOLDER, *beside)]
+        path = gpu_table.write([store.path])
     except (OSError, ValueError) as e:
         print(f"no tuning table: {e}", flush=True)
         return
-    print(f"tuning table: {', '.join(map(str, paths))}", flush=True)
+    print(f"tuning table: {path}", flush=True)
 
 
 def open_store(
@@ -216,7 +248,7 @@ def open_store(
     done = store.done()
     for old in before:
         for row in old.rows:
-            if row["key"] not in done and "error" not in row:
+            if row["key"] not in done and "error" not in row and not row.get("partial"):
                 store.put({**row, "from": old.path.name})
     return store
 

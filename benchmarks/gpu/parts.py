@@ -31,6 +31,7 @@ class Part:
     cases: Callable[[], Sequence[Any]]
     measure: Callable[[Any, Device, Store, float, Watch], dict[str, Any]]
     warm: Callable[[Any, Device], None] | None = None
+    least_of: Callable[[Any], int] | None = None  # where cases differ much, in place of ``least_s``
     warm_key: Callable[[Any], Any] = lambda case: case.key
 
 
@@ -93,6 +94,31 @@ def _model(case: Any, device: Device, store: Store, left: float, watch: Watch) -
     return gpu_model.measure(case, device, rate, seconds=min(20.0, left / 4), watch=watch)
 
 
+def _headline_cases() -> Sequence[Any]:
+    from . import headline as gpu_headline
+
+    return gpu_headline.cases()
+
+
+def _headline(case: Any, device: Device, store: Store, left: float, watch: Watch) -> dict[str, Any]:
+    """The row of a case of another part, measured as that part does."""
+    from . import model as gpu_model
+    from . import prefix as gpu_prefix
+
+    way = _block
+    if isinstance(case, gpu_prefix.PrefixCase):
+        way = _prefix
+    elif isinstance(case, gpu_model.ModelCase):
+        way = _model
+    return {**way(case, device, store, left, watch), "part": "headline"}
+
+
+def _headline_least(case: Any) -> int:
+    from . import headline as gpu_headline
+
+    return gpu_headline.least_s(case)
+
+
 def _prefix_cases() -> Sequence[Any]:
     from . import prefix as gpu_prefix
 
@@ -108,7 +134,7 @@ def _prefix(case: Any, device: Device, store: Store, left: float, watch: Watch) 
 PARTS = {
     part.name: part
     for part in (
-        Part("race", 300, 90, 4, _race_cases, _race, _warm_race,
+        Part("race", 300, 90, 4, _race_cases, _race, _warm_race, None,
              lambda c: (c.op, c.r, c.mask, c.group, c.m > 16, c.m > 2048)),
         Part("linear", 200, 120, 5, gpu_cases.linear_cases, _block, _warm_block),
         Part("group", 120, 120, 6, gpu_cases.group_cases, _block, _warm_block),
@@ -116,6 +142,7 @@ PARTS = {
         Part("e2e", 180, 150, 25, _model_cases, _model),
         Part("decode", 70, 60, 4, _decode_cases, _block, _warm_block),
         Part("prefix", 60, 60, 4, _prefix_cases, _prefix),
+        Part("headline", 290, 150, 5, _headline_cases, _headline, _warm_block, _headline_least),
     )
 }  # fmt: skip
 
@@ -143,6 +170,8 @@ def kinds(part: Part) -> list[Any]:
             return case.op, case.mask, case.group > 1, case.graph
         if part.name == "prefix":
             return case.what
+        if part.name == "headline":
+            return case.key
         return getattr(case, "checkpointing", type(case).__name__)
 
     return gpu_cases.first_of_each(part.cases(), kind)
@@ -183,7 +212,7 @@ def _work(part: Part, store: Store, cases: Sequence[Any], until: float, dry: boo
         if case.key in done:
             continue
         left = until - time.time()
-        if left < part.least_s:
+        if left < (part.least_of(case) if part.least_of else part.least_s):
             left_out.append(case.key)
             continue
         store.begin(case.key, part.limit_s)

@@ -57,7 +57,7 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
         kept = row["providers"].get(ours[0], {}).get("kept_bytes") if ours else None
         cells.append(
             (
-                row["key"],
+                row["key"] + (", cut off" if row.get("partial") else ""),
                 _number(row.get("floor", {}).get("us")),
                 _number(plain),
                 _number(us(row, PEFT_BF16) or us(row, LOOP)),

@@ -10,7 +10,6 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
-import os
 import subprocess
 import time
 from collections.abc import Iterable
@@ -72,6 +71,11 @@ class Watch:
         self.banned = banned or {}
         self._store = store
 
+    def keep(self, row: dict[str, Any]) -> None:
+        """Write what there is of the running case, which a later run measures again."""
+        if self._store is not None:
+            self._store.put_partly(row)
+
     def at(self, culprit: str | None) -> None:
         """Record that ``culprit`` is running now; None stands for several at once."""
         if self._store is not None and self._store.data["current"] is not None:
@@ -132,7 +136,7 @@ class Store:
 
     def done(self) -> set[str]:
         """Keys that need no second run: those with a result or that killed their process."""
-        return {row["key"] for row in self.rows}
+        return {row["key"] for row in self.rows if not row.get("partial")}
 
     def begin(self, key: str, limit_s: float) -> None:
         """Record that a case starts, which counts as hung after ``limit_s`` seconds."""
@@ -141,9 +145,17 @@ class Store:
 
     def put(self, row: dict[str, Any]) -> None:
         """Add a row, which replaces one with the same key."""
-        self.data["rows"] = [r for r in self.rows if r["key"] != row["key"]] + [row]
+        self._replace(row)
         self.data["current"] = None
         self.write()
+
+    def put_partly(self, row: dict[str, Any]) -> None:
+        """Add what there is of the row of the running case."""
+        self._replace({**row, "partial": True})
+        self.write()
+
+    def _replace(self, row: dict[str, Any]) -> None:
+        self.data["rows"] = [r for r in self.rows if r["key"] != row["key"]] + [row]
 
     def watch(self, key: str) -> Watch:
         return Watch(self.data["banned"].get(key), self)
@@ -160,7 +172,10 @@ class Store:
         key, culprit = current["key"], culprit or current.get("culprit")
         banned = self.data["banned"].setdefault(key, {})
         if culprit is None or len(banned) >= 3:
-            self.put({"key": key, "part": self.data["part"], "error": why})
+            begun = next((r for r in self.rows if r["key"] == key), {})
+            row = {**begun, "key": key, "part": self.data["part"], "error": why}
+            row.pop("partial", None)
+            self.put(row)
             return key
         banned[culprit] = why
         self.data["current"] = None
@@ -196,8 +211,5 @@ def earlier(part: str, gpu: str, folders: Iterable[Path]) -> list[Store]:
 
 
 def results_folder(gpu: str, given: Path | None = None) -> Path:
-    """The folder for results: ``given``, else $OUT, else benchmarks/results/<gpu>."""
-    if given is not None:
-        return given
-    out = os.environ.get("OUT")
-    return Path(out) if out else RESULTS / gpu
+    """The folder for results: ``given``, else benchmarks/results/<gpu>."""
+    return given if given is not None else RESULTS / gpu

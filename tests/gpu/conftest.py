@@ -17,10 +17,16 @@ def pytest_ignore_collect(collection_path, config):
     return None
 
 
+# a run that is cut off must have told of every kernel first
+FIRST = ("test_gpu_kernels.py", "test_gpu_table.py", "test_gpu_prefix.py", "test_gpu_dora.py")
+
+
 def pytest_collection_modifyitems(items):
     for item in items:
         if "tests/gpu" in item.nodeid or "gpu" in Path(str(item.path)).parts:
             item.add_marker(pytest.mark.gpu)
+    ranks = {name: i for i, name in enumerate(FIRST)}
+    items.sort(key=lambda item: ranks.get(item.path.name, len(FIRST)))
 
 
 _controller = True
