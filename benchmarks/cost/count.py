@@ -42,7 +42,7 @@ for _kind, _launches, _names in (
     (_FILL, 1, "bernoulli_ uniform_ normal_ new_zeros new_ones new_full"),
     # one pass over the inputs: copies and casts, reductions, gathers, row-wise kernels
     (_ONE, 1, "copy_ _to_copy clone cat stack sum mean amax amin var_mean constant_pad_nd flip"),
-    (_ONE, 1, "embedding index_select gather _softmax _softmax_backward_data"),
+    (_ONE, 1, "embedding index_select gather index index_put_ _softmax _softmax_backward_data"),
     (_ONE, 1, "native_dropout native_dropout_backward"),
     (_ONE, 1, "_scaled_dot_product_flash_attention"),
     # three kernels: the row sums of dO·O, the main kernel, the cast of dQ from its fp32 sum
@@ -153,7 +153,9 @@ def operation(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) 
         reads = []
     elif kind == _PLACE:
         changed = [*changed, *reads]
-    if name in ("embedding", "index_select", "gather"):
+    if name == "index_put_":
+        changed = reads[-1:]  # only the rows that get a value
+    if name in ("embedding", "index_select", "gather", "index"):
         # a row that is picked again comes from the cache: at most the whole table is read
         table, *index = reads
         picked = min(_bytes(table), sum(map(_bytes, changed)))

@@ -34,7 +34,7 @@ from peftkern.kernels.common import Arch
 
 from ..kernels.traffic import Traffic
 from . import prefix as cost_prefix
-from . import timed
+from . import timed, timed_cases
 from .cases import CASES, FP32, PROVIDERS, Provider, Shape, measure
 from .count import Count
 from .gpus import GPUS, Gpu, microseconds
@@ -254,7 +254,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--time", action="store_true", help="a model of time, at fixed shapes")
     for name, value in Shape()._asdict().items():
         parser.add_argument(f"--{name}", type=_positive, default=value, help=f"default {value}")
-    every, modelled = [*CASES, "prefix"], [name.replace(" ", "-") for name in timed.kinds()]
+    every, modelled = [*CASES, "prefix"], [name.replace(" ", "-") for name in timed_cases.kinds()]
     choices = list(dict.fromkeys([*every, *modelled]))
     parser.add_argument("--case", nargs="+", choices=choices, help="default: all")
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -19,7 +20,7 @@ from .count import Launched
 from .gpus import GPUS, Gpu
 from .measured import microseconds, rows_of
 from .model import GAP, HOST, Modelled, eager, in_a_graph, time_of, vendor
-from .timed_cases import CASES, Case, kinds
+from .timed_cases import CASES, Case
 
 SHOWN = ("H200", "H100", "B200", "RTX4090")
 JUDGED = "H200"  # the GPU of the limits below
@@ -92,12 +93,12 @@ class Limit(NamedTuple):
 
 LIMITS = (
     *(
-        Limit(f"joined over plain, {tail}", case, "triton joined fp32", 1.14)
+        Limit(f"joined over plain, fp32 adapters, {tail}", case, "triton joined fp32", 1.14)
         for case, tail in (("linear", "dropout 0"), ("linear p=0.1", "dropout 0.1"))
     ),
     Limit("MLP block over plain torch's MLP", "mlp", "triton joined fp32", 1.0),
-    Limit("decode M=1 over the bare product", "decode", "peftkern fp32", 1.2),
-    Limit("mixed M=16 x 8 adapters over the bare product", "mixed", "peftkern fp32", 1.5),
+    Limit("decode M=1 over the bare product, fp32 adapters", "decode", "peftkern fp32", 1.2),
+    Limit("mixed M=16 x 8 adapters over the bare product, fp32", "mixed", "peftkern fp32", 1.5),
     Limit("prefix decode B=8 P=128 S=512", "prefix decode", "peftkern", 7.0, "us"),
 )
 
@@ -165,9 +166,9 @@ def as_json(found: Sequence[Timed]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _table(title: str, first: str, heads: Sequence[str]) -> Table:
-    table = Table(title=title, title_justify="left", header_style="bold")
-    table.add_column(first)
+def _table(heads: Sequence[str]) -> Table:
+    table = Table(header_style="bold", box=box.SIMPLE_HEAD)
+    table.add_column("")
     for head in heads:
         table.add_column(head, justify="right")
     return table
@@ -178,10 +179,10 @@ def _providers(found: Sequence[Timed]) -> Table:
     heads = []
     measured = [any(line.measured for line in t.lines) for t in found]
     for t, known in zip(found, measured, strict=True):
-        heads += [f"{t.gpu}\nmodelled us", "x base", "modelled\neager us"]
+        heads += [f"{t.gpu}\nmodelled us", "x base", "in eager\ncalls"]
         heads += ["measured us", "measured /\nmodelled"] if known else []
     case = found[0].case
-    table = _table(f"{case.title}: modelled, base {case.base}", "", heads)
+    table = _table(heads)
     for i, line in enumerate(found[0].lines):
         cells = []
         for t, known in zip(found, measured, strict=True):
@@ -198,8 +199,9 @@ def _providers(found: Sequence[Timed]) -> Table:
 
 def _launches(t: Timed) -> Table:
     """The launches of peftkern's providers; equal ones of a provider are one line."""
-    heads = ("calls", "modelled us", *TERMS, "binds", "programs", "of", "KB in flight")
-    table = _table(f"{t.case.title}: launches on an {t.gpu}, modelled us", "", heads)
+    heads = ("calls", "modelled\nus", *TERMS, "binds", "programs\nof all", "held at\na time",
+             "KB in flight\na program")  # fmt: skip
+    table = _table(heads)
     for line in t.lines:
         for phase, some in line.phases.items():
             if not any(m.programs for m in some):
@@ -240,10 +242,14 @@ def show(found: Sequence[Timed], console: Console) -> None:
     console.print("\n".join(_rates(gpus)), highlight=False)
     for name in dict.fromkeys(t.name for t in found):
         some = [t for t in found if t.name == name]
+        title, base = some[0].case.title, some[0].case.base
+        console.print(f"[bold]{title}[/bold]", highlight=False, soft_wrap=True)
+        console.print(f"Modelled us, base: {base}.", highlight=False)
         console.print(_providers(some))
+        console.print(f"Its launches on {some[0].gpu}, modelled us.", highlight=False)
         console.print(_launches(some[0]))
     if JUDGED in gpus:
-        console.print(f"Modelled figures against their limits, on an {JUDGED}:")
+        console.print(f"Modelled figures against their limits, on {JUDGED}:")
         for v in verdicts(found):
             console.print(v.line, highlight=False, soft_wrap=True)
 
@@ -251,6 +257,3 @@ def show(found: Sequence[Timed], console: Console) -> None:
 def tables(gpus: Sequence[str], cases: Sequence[str]) -> list[Timed]:
     """Every case whose kind is in ``cases`` (see :func:`.timed_cases.kinds`) on every GPU."""
     return [timed(name, gpu) for name in CASES if name.split(" p=")[0] in cases for gpu in gpus]
-
-
-__all__ = ["as_json", "kinds", "show", "tables", "time_of", "timed", "verdicts"]
