@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import triton
+
 from peftkern.kernels.common import Launch
 
 from ..static import store
@@ -24,8 +26,11 @@ def facts_of(launch: Launch, name: str) -> dict[str, Any]:
     What has to be compiled is kept in the user's file, as ``benchmarks.static`` keeps it.
 
     Raises:
-        RuntimeError: the launch does not compile, with the compiler's message.
+        RuntimeError: the launch does not compile, with the compiler's message, or kernels are
+            interpreted in this process.
     """
+    if triton.knobs.runtime.interpret:
+        raise RuntimeError("TRITON_INTERPRET is set: kernels are not compiled; unset it")
     key, kept = key_of(launch, name), _kept()
     if key not in kept:
         facts = compile_launch(launch, name)

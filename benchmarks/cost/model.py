@@ -5,16 +5,18 @@ Nothing here is measured. :func:`time_of` has the formulas, :mod:`.gpus` the rat
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from peftkern.kernels.common import Launch
 
-from ..kernels.table import traffic
+from ..kernels.entry import Timing
+from ..kernels.table import timings, traffic
 from ..kernels.traffic import Facts, Traffic
 from .compiled import facts_of, resident
 from .gpus import GPUS, Gpu, memory, products
-from .steps import INTEGERS, NEAR, PIECES, STEPS, STREAMS
+from .steps import STEPS
 
 GAP = (
     1.0  # us from the end of a launch to the start of the next in a graph or a busy stream, assumed
@@ -92,33 +94,35 @@ def time_of(launch: Launch, gpu: str | Gpu) -> Modelled:
     kernel, t = launch.kernel.__name__, traffic(launch)
     arguments = dict(zip(launch.kernel.arg_names, launch.args, strict=False))
     facts: Facts = arguments | launch.meta | {"grid": launch.grid}
-    grid = 1
-    for n in launch.grid:
-        grid *= n
-    slots = min(grid, resident(compiled, gpu.compiled) * gpu.arch[0])
-    pieces = PIECES[kernel](facts) if kernel in PIECES else grid
-    if pieces == grid:
-        slots = resident(compiled, gpu.compiled) * gpu.arch[0]
+    grid = math.prod(launch.grid)
+    timing = timings().get(kernel, Timing())
+    pieces, slots = grid, resident(compiled, gpu.compiled) * gpu.arch[0]
+    if timing.pieces is not None:
+        pieces = timing.pieces(facts)
+        slots = min(slots, grid) if pieces > grid else slots
     in_flight = _in_flight(kernel, facts, compiled, t, pieces)
-    programs = Programs(pieces, slots, in_flight, kernel in STREAMS)
-    math = products(t, gpu)
+    programs = Programs(pieces, slots, in_flight, timing.streams)
+    arithmetic = products(t, gpu)
     if t.unit == "matrix" and not any(compiled["instructions"].get(i) for i in FAST):
-        math /= gpu.mma
-    if kernel in INTEGERS:
-        math = max(math, INTEGERS[kernel](facts) / (gpu.integer * 1e6))
-    if kernel in NEAR:
+        arithmetic /= gpu.mma
+    if timing.integers is not None:
+        arithmetic = max(arithmetic, timing.integers(facts) / (gpu.integer * 1e6))
+    if timing.near:
         gpu = gpu._replace(latency=gpu.near)
-    return formula(t, math, gpu, programs, early=bool(launch.meta.get("launch_pdl")))
+    return formula(t, arithmetic, gpu, programs, early=bool(launch.meta.get("launch_pdl")))
 
 
 def _in_flight(
     kernel: str, facts: Facts, compiled: dict[str, Any], t: Traffic, programs: int
 ) -> float:
     """Bytes that one program has in flight."""
+    whole = t.requested / programs  # a program that loads all that it needs before it waits
+    if "loads" in compiled:  # {operand: [bytes of a tile, tiles ahead in a loop, width]}
+        tiles = [size * max(1, n) for size, n, _ in compiled["loads"].values() if n is not None]
+        return min(whole, float(sum(tiles))) if tiles else whole
     stages = facts.get("num_stages", 1)
     copies = any(compiled["instructions"].get(i) for i in COPIES)
     ahead = stages - 1 if stages > 1 and copies else 1
-    whole = t.requested / programs  # a program that loads all that it needs before it waits
     if kernel in STEPS:
         return min(whole, float(ahead * STEPS[kernel](facts)))
     if copies and compiled["shared"]:
@@ -127,15 +131,14 @@ def _in_flight(
 
 
 def formula(
-    t: Traffic, math: float, gpu: Gpu, programs: Programs | None, *, early: bool = False
+    t: Traffic, arithmetic: float, gpu: Gpu, programs: Programs | None, *, early: bool = False
 ) -> Modelled:
-    """The formulas of :func:`time_of`; without programs (a vendor's kernel) those of one wave.
-
-    A vendor's kernel is taken to keep enough in flight and to fill its waves.
+    """The formulas of :func:`time_of`, with ``arithmetic`` for math; without programs, those of one
+    wave: a vendor's kernel is taken to keep enough in flight and to fill its waves.
     """
     size = memory(t, gpu)
     l2 = max(t.requested, t.read) / (gpu.l2 * 1e6)
-    terms = {"memory": size, "L2": l2, "math": math, "in flight": 0.0}
+    terms = {"memory": size, "L2": l2, "math": arithmetic, "in flight": 0.0}
     if programs is None:
         body = max(terms.values())
     else:
@@ -150,7 +153,7 @@ def formula(
             if not n:
                 return 0.0
             busiest = -(-n // sms) * sms / n
-            return max(n / count * max(size, l2, math * busiest), chain)
+            return max(n / count * max(size, l2, arithmetic * busiest), chain)
 
         body = count // slots * wave(slots) + wave(count % slots)
     longest = max(terms, key=lambda name: terms[name])

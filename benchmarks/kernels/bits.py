@@ -12,13 +12,22 @@ from torch import Tensor
 from peftkern.kernels import bits
 from peftkern.kernels.common import Arch
 
-from .entry import INT32, Case, K, KernelEntry, M, Operands, meta, named
+from .entry import INT32, Case, K, KernelEntry, M, Operands, Timing, meta, named
 from .traffic import Facts, Traffic, nbytes
 
 
 def _traffic(f: Facts) -> Traffic:
     seed = nbytes(f["seed_ptr"])
     return Traffic("bits", 1, seed, nbytes(f["out"]), requested=seed * math.prod(f["grid"]))
+
+
+def _integers(f: Facts) -> int:
+    """Integer operations of all words.
+
+    A word is DIGITS random words, each with one operation that adds its digit; a round of Philox is
+    two wide products, two high halves and four exclusive ors, and its rounds make four words.
+    """
+    return math.prod(f["out"].shape) * f["DIGITS"] * (8 * f["ROUNDS"] // 4 + 1)
 
 
 def _cases(arch: Arch) -> Iterator[Case]:
@@ -38,5 +47,9 @@ def _counted(o: Operands) -> Iterator[Callable[[], Any]]:
 
 
 ENTRY = KernelEntry(
-    traffic={"_bits_kernel": _traffic}, cases=_cases, sanitize=_sanitize, counted=_counted
+    traffic={"_bits_kernel": _traffic},
+    timing={"_bits_kernel": Timing(integers=_integers)},
+    cases=_cases,
+    sanitize=_sanitize,
+    counted=_counted,
 )

@@ -10,7 +10,7 @@ from torch import Tensor
 from peftkern.kernels import dora_grad
 from peftkern.kernels.common import Arch
 
-from .entry import BF16, FP32, Case, KernelEntry, M, N, Operands, meta, named
+from .entry import BF16, FP32, Case, KernelEntry, M, N, Operands, Timing, meta, named
 from .traffic import Facts, Traffic, nbytes
 
 
@@ -46,4 +46,9 @@ def _sanitize(o: Operands) -> Iterator[tuple[str, list[Tensor]]]:
         )
 
 
-ENTRY = KernelEntry(traffic={"_scale_grad_kernel": _traffic}, cases=_cases, sanitize=_sanitize)
+ENTRY = KernelEntry(
+    traffic={"_scale_grad_kernel": _traffic},
+    timing={"_scale_grad_kernel": Timing(streams=True)},
+    cases=_cases,
+    sanitize=_sanitize,
+)

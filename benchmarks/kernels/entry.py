@@ -18,7 +18,7 @@ from peftkern.kernels.common import Arch, Launch
 
 from ..gpu.contest import RaceCase
 from ..gpu.device import Device, randn
-from .traffic import Rule
+from .traffic import Facts, Rule
 
 BF16, FP16, FP32, INT32 = torch.bfloat16, torch.float16, torch.float32, torch.int32
 # the shape in docs/goals.md; of sizes, specialisation uses only divisibility by 16
@@ -65,12 +65,28 @@ class Raced:
     choices: tuple[str, ...] = ()  # values of its ``config=`` that are no configs
 
 
+class Timing(NamedTuple):
+    """What ``benchmarks.cost.model``, the model of time, has to know beside a kernel's traffic.
+
+    ``streams``: it writes within its main loop, not after it. ``near``: it reads what the launch in
+    front of it has just written, so from L2. ``pieces``: the equal pieces of work that the programs
+    of a persistent grid share. ``integers``: integer operations, for a kernel whose time they are.
+    """
+
+    streams: bool = False
+    near: bool = False
+    pieces: Callable[[Facts], int] | None = None
+    integers: Callable[[Facts], int] | None = None
+
+
 @dataclass(frozen=True)
 class KernelEntry:
     """The benchmarks and checks of the kernels in one file of ``kernels/``."""
 
     # {name of each @triton.jit kernel: rule that gives bytes and operations of a launch}
     traffic: Mapping[str, Rule]
+    # {name of a kernel: what the model of time has to know of it}; most need nothing
+    timing: Mapping[str, Timing] = field(default_factory=dict)
     # the launches that ship, one for each shape class, rank and mask, to compile ahead of time
     cases: Callable[[Arch], Iterator[Case]] = lambda arch: iter(())
     # {op of the tuning tables: how it is raced}

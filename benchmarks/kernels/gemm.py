@@ -29,6 +29,7 @@ from .entry import (
     Raced,
     Run,
     TableTensors,
+    Timing,
     configs,
     meta,
     named,
@@ -55,6 +56,10 @@ def _traffic(f: Facts) -> Traffic:
         unit=unit_of(all_x[0].dtype),
         requested=requested + xs * tiles_n + ws * tiles_m + nbytes(f["gain"]) * tiles_m,
     )  # fmt: skip
+
+
+def _tiles(f: Facts) -> int:
+    return cdiv(f["M"], f["BLOCK_M"]) * cdiv(f["N"], f["BLOCK_N"])
 
 
 def _cases(arch: Arch) -> Iterator[Case]:
@@ -182,6 +187,7 @@ def _counted(o: Operands) -> Iterator[Callable[[], Any]]:
 
 ENTRY = KernelEntry(
     traffic={"_gemm_kernel": _traffic},
+    timing={"_gemm_kernel": Timing(pieces=_tiles)},
     cases=_cases,
     ops={
         "gemm": Raced("product", _race_cases, _candidates, _contest, _plan, matrix_bound=True),

@@ -24,6 +24,7 @@ from .entry import (
     Raced,
     Run,
     TableTensors,
+    Timing,
     configs,
     meta,
     named,
@@ -99,6 +100,7 @@ def _counted(o: Operands) -> Iterator[Callable[[], Any]]:
 
 ENTRY = KernelEntry(
     traffic={"_grad_sb_kernel": _traffic},
+    timing={"_grad_sb_kernel": Timing(streams=True)},
     cases=_cases,
     ops={
         "grad_sb": Raced(

@@ -24,6 +24,7 @@ from .entry import (
     Raced,
     Run,
     TableTensors,
+    Timing,
     configs,
     meta,
     named,
@@ -109,6 +110,7 @@ def _counted(o: Operands) -> Iterator[Callable[[], Any]]:
 
 ENTRY = KernelEntry(
     traffic={"_grad_xa_kernel": _traffic},
+    timing={"_grad_xa_kernel": Timing(streams=True)},
     cases=_cases,
     ops={"grad_xa": Raced("joined", _race_cases, _candidates, _contest, _plan)},
     sanitize=_sanitize,

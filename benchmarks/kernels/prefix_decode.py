@@ -10,7 +10,7 @@ from peftkern.kernels import prefix_decode, prefix_tile
 from peftkern.kernels.common import Arch, Launch
 
 from . import prefix
-from .entry import FP32, INT32, Case, KernelEntry, Operands, meta, named
+from .entry import FP32, INT32, Case, KernelEntry, Operands, Timing, meta, named
 from .traffic import Facts, Traffic, nbytes, unit_of
 
 
@@ -66,6 +66,7 @@ def _sanitize(o: Operands) -> Iterator[tuple[str, list[Tensor]]]:
 
 ENTRY = KernelEntry(
     traffic={"_decode_kernel": _decode, "_merge_kernel": _merge},
+    timing={"_merge_kernel": Timing(near=True)},
     cases=_cases,
     sanitize=_sanitize,
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .entry import KernelEntry
+from .entry import KernelEntry, Timing
 from .traffic import Facts, Traffic, total
 
 
@@ -11,4 +11,4 @@ def _traffic(f: Facts) -> Traffic:
     return Traffic("sum", 1, read, total(f["outs"]), requested=read)
 
 
-ENTRY = KernelEntry(traffic={"_sum_kernel": _traffic})
+ENTRY = KernelEntry(traffic={"_sum_kernel": _traffic}, timing={"_sum_kernel": Timing(near=True)})

@@ -12,7 +12,7 @@ from typing import Any
 
 from peftkern.kernels.registry import KERNELS
 
-from .entry import KernelEntry, Raced
+from .entry import KernelEntry, Raced, Timing
 from .traffic import Rule, Traffic
 
 
@@ -46,6 +46,12 @@ def ops() -> dict[str, Raced]:
 def rules() -> dict[str, Rule]:
     """{name of a kernel: its rule of traffic}."""
     return {name: rule for entry in entries().values() for name, rule in entry.traffic.items()}
+
+
+@functools.cache
+def timings() -> dict[str, Timing]:
+    """{name of a kernel: what the model of time has to know of it}; most kernels have none."""
+    return {name: timing for entry in entries().values() for name, timing in entry.timing.items()}
 
 
 def traffic(launch: Any) -> Traffic:
