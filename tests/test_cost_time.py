@@ -217,14 +217,18 @@ def test_a_vendors_kernel_has_memory_math_and_launches() -> None:
 
 def test_a_launch_that_starts_early_runs_beside_the_one_before() -> None:
     first = formula(Traffic("a", 1, 8_000_000, 0), 0.0, GPU, Programs(100, 100, 1e6))
+    first = first._replace(allows=True)
     second = Traffic("b", 1, 40_000_000, 0)
     late = formula(second, 0.0, GPU, Programs(100, 100, 1e6))
     early = formula(second, 0.0, GPU, Programs(100, 100, 1e6), early=True)
     assert in_a_graph([first, late]) == pytest.approx(2.0 + 10.0 + 2 * LAUNCH)
     assert in_a_graph([first, early]) == pytest.approx(12.0 + LAUNCH)  # both wait for memory
     slow = formula(Traffic("a", 1, 0, 0), 9.0, GPU, Programs(100, 100, 1e6))
-    assert in_a_graph([slow, early]) == pytest.approx(10.0 + LAUNCH)
-    assert early.early and not late.early and early.terms["launch"] == 0.0
+    assert in_a_graph([slow._replace(allows=True), early]) == pytest.approx(10.0 + LAUNCH)
+    assert early.terms["launch"] == 0.0
+    # without its signal, or with nothing in front, it starts as any other
+    assert in_a_graph([first._replace(allows=False), early]) == in_a_graph([first, late])
+    assert in_a_graph([early]) == pytest.approx(late.us)
 
 
 def test_pdl_is_read_from_the_launch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,8 +236,19 @@ def test_pdl_is_read_from_the_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     y, x, w, a, b = meta(1, 64), meta(1, 128), meta(64, 128), meta(16, 128), meta(64, 16)
     config = decode.DecodeConfig(block_n=16)
     (launch,) = decode.plan_decode(y, x, w, a, b, None, None, 1.0, config)
-    assert not time_of(launch, GPU).early
-    assert time_of(launch._replace(meta=launch.meta | {"launch_pdl": True}), GPU).early
+    found = time_of(launch, GPU)
+    assert not found.waits and found.terms["launch"] == pytest.approx(LAUNCH)
+    early = time_of(launch._replace(meta=launch.meta | {"launch_pdl": True}), GPU)
+    assert early.waits == pytest.approx(LAUNCH) and early.terms["launch"] == 0.0
+
+
+def test_the_signal_is_read_from_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled_as(monkeypatch)
+    launch = reduce.plan_sum([(meta(2, 4, dtype=FP32), meta(4))])
+    assert not time_of(launch, GPU).allows
+    monkeypatch.setattr(model, "_allowing", {})
+    monkeypatch.setattr(model, "source_text", lambda kernel: "tl.extra.gdc_launch_dependents()")
+    assert time_of(launch, GPU).allows
 
 
 def test_eager_calls_wait_for_the_host() -> None:

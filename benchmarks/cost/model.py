@@ -14,15 +14,17 @@ from peftkern.kernels.common import Launch
 from ..kernels.entry import Timing
 from ..kernels.table import timings, traffic
 from ..kernels.traffic import Facts, Traffic
+from ..static.key import source_text
 from .compiled import facts_of, resident
 from .gpus import GPUS, Gpu, memory, products
 from .steps import STEPS
 
-GAP = (
-    1.0  # us from the end of a launch to the start of the next in a graph or a busy stream, assumed
-)
-HOST = {"torch": 5.0, "triton": 10.0}  # us of host time of one eager launch, assumed
+# Microseconds, assumed: from the end of a launch to the start of the next, in a graph or in a
+# stream whose host is ahead; and of the host for one eager launch.
+GAP = 1.0
+HOST = {"torch": 5.0, "triton": 10.0}
 WAVES = 0.25  # the share of the time lost in incomplete waves from which on "waves" binds
+ALLOWS = "gdc_launch_dependents"  # in the source of a kernel that lets the next one start
 FAST = ("wgmma", "tcgen05")
 COPIES = ("cp.async", "cp.async.bulk.tensor")  # loads that a later step waits for
 
@@ -41,7 +43,8 @@ class Modelled(NamedTuple):
     programs: int = 0
     slots: int = 0  # programs that the GPU holds at a time
     in_flight: float = 0.0  # bytes that a program has asked for and not got, at any time
-    early: bool = False  # starts before the launch in front of it has ended
+    waits: float = 0.0  # what an early start saves of the launch in front, if that allows it
+    allows: bool = False  # it lets the next launch start early
 
     @property
     def body(self) -> float:
@@ -77,7 +80,7 @@ def time_of(launch: Launch, gpu: str | Gpu) -> Modelled:
                      programs / their mean), chain
         body       = (P // slots) wave(slots) + wave(P % slots)
         waves      = body - longest of memory, L2, math, in flight
-        launch     = GAP + latency                  0 with launch_pdl, which starts early
+        launch     = GAP + latency                  0 with launch_pdl (see in_a_graph)
         latency    = that of device memory, or of L2 for what a launch just before has written
         us         = body + launch
 
@@ -109,7 +112,18 @@ def time_of(launch: Launch, gpu: str | Gpu) -> Modelled:
         arithmetic = max(arithmetic, timing.integers(facts) / (gpu.integer * 1e6))
     if timing.near:
         gpu = gpu._replace(latency=gpu.near)
-    return formula(t, arithmetic, gpu, programs, early=bool(launch.meta.get("launch_pdl")))
+    found = formula(t, arithmetic, gpu, programs, early=bool(launch.meta.get("launch_pdl")))
+    return found._replace(allows=_allows(launch.kernel))
+
+
+_allowing: dict[Any, bool] = {}  # by plain function
+
+
+def _allows(kernel: Any) -> bool:
+    """True for a kernel that signals that the launch behind it may start."""
+    if kernel.fn not in _allowing:
+        _allowing[kernel.fn] = ALLOWS in source_text(kernel)
+    return _allowing[kernel.fn]
 
 
 def _in_flight(
@@ -158,14 +172,17 @@ def formula(
         body = count // slots * wave(slots) + wave(count % slots)
     longest = max(terms, key=lambda name: terms[name])
     terms["waves"] = max(0.0, body - terms[longest])
-    terms["launch"] = 0.0 if early else t.launches * (GAP + gpu.latency)
+    start = t.launches * (GAP + gpu.latency)
+    terms["launch"] = 0.0 if early else start
     us = body + terms["launch"]
     binds = longest
     if terms["launch"] >= us / 2:
         binds = "launch"
     elif terms["waves"] >= WAVES * us:
         binds = "waves"
-    return Modelled(us, terms, binds, t.name, *(programs or (0, 0, 0.0))[:3], early)
+    held = programs or Programs(0, 0, 0.0)
+    waits = start if early else 0.0
+    return Modelled(us, terms, binds, t.name, held.count, held.slots, held.in_flight, waits)
 
 
 def vendor(t: Traffic, gpu: str | Gpu) -> Modelled:
@@ -177,16 +194,19 @@ def vendor(t: Traffic, gpu: str | Gpu) -> Modelled:
 def in_a_graph(launches: Sequence[Modelled]) -> float:
     """The modelled time of launches one after another, without the host.
 
-    A launch that starts early runs beside the one in front of it: both take the longer of their
-    times, or what they ask of memory, L2 and arithmetic together.
+    A launch with launch_pdl runs beside the one in front of it, if that one signals that its
+    dependents may start: both take the longer of their times, or what they ask of memory, L2 and
+    arithmetic together. Without the signal it is a launch as any other.
     """
     total = 0.0
     before: Modelled | None = None
     for m in launches:
         total += m.us
-        if m.early and before is not None:
+        if m.waits and before is not None and before.allows:
             shared = max(before.terms[n] + m.terms[n] for n in ("memory", "L2", "math"))
             total += max(before.body, m.body, shared) - before.body - m.body
+        else:
+            total += m.waits
         before = m
     return total
 
