@@ -7,10 +7,12 @@ Both are out = sum_i X_i W_iᵀ + mask_i * (L_i R_i) + bias, where W_i is [N, K]
 strides. With DoRA's gain the forward is Y = gain * (V - bias) + bias; V is that sum, and is stored
 too if the backward needs it. The mask is read as packed bits.
 
-The low-rank part comes after the loop over K, so that in a flattened loop the copies of the next
-tile run while it is computed; before the loop they would have to wait for it. With a mask it comes
+The low-rank part comes after the loop over K, into the same accumulator. With a mask it comes
 first, as its second accumulator would otherwise be live together with the first; so it does on
 sm_100, where a second product into an accumulator in flight does not compile.
+
+Loops are not flattened unless a config asks for it: of a flattened one, ptxas of Triton 3.6 runs
+the products of sm_90 one by one, as it sees the accumulator start anew in the middle of the loop.
 
 With ``tma`` tiles are loaded through tensor descriptors (bulk copies) and the grid is persistent.
 Without it they are loaded through pointers: for sm_80, for operands with unaligned rows or base,
@@ -49,7 +51,8 @@ MAX_DESCRIBED = 4  # pairs of X and W that the kernel has arguments for
 class GemmConfig:
     """Output tile [block_m, block_n], step block_k, low-rank chunk block_r, and way of loading.
 
-    ``group_m``: rows of tiles that are walked together (for L2); ``flatten``: one loop for all.
+    ``group_m``: rows of tiles that are walked together (for L2); ``flatten``: one loop for all,
+    so that copies of the next tile run during the end of one; not where the low-rank part is first.
     """
 
     block_m: int = 128
@@ -77,7 +80,6 @@ class GemmConfig:
 def default_config(
     M: int,
     N: int,
-    r: int,
     arch: Arch,
     *,
     group: int = 1,
@@ -92,14 +94,11 @@ def default_config(
     block_m = 128 if M > 64 else 64
     if itemsize == 4:
         # exact products keep operands in registers, which spill on 4 warps (sm_80, Triton 3.9)
-        return GemmConfig(64, 64, 32, num_warps=8, num_stages=2)
+        return GemmConfig(64, 64, 32, num_warps=8, num_stages=3)
     if arch.capability in (90, 100) and block_m == 128:
         if gain or (masked and group > 1):
             return GemmConfig(128, 128, 64, tma=True)
-        # one loop for all tiles: the next tile's first copies run during this tile's store; only a
-        # single inner loop can be flattened
-        flatten = group == 1 and r <= 16
-        return GemmConfig(128, 256 if N >= 256 else 128, 64, tma=True, flatten=flatten)
+        return GemmConfig(128, 256 if N >= 256 else 128, 64, tma=True)
     return GemmConfig(
         block_m,
         64 if masked and group > 1 else 128,
@@ -250,9 +249,12 @@ def plan_gemm(
         tuple(w.stride(0) for w in ws), tuple(w.stride(1) for w in ws),
         row_stride(y), cdiv(N, 32), rank_end(ranks, config.block_r),
     )  # fmt: skip
+    low_first = arch.blackwell or any(word is not None for word in words)
     meta = dict(
-        G=len(xs), TMA=tma, W_KN=w_kn, FLATTEN=config.flatten,
-        LOW_FIRST=arch.blackwell or any(word is not None for word in words),
+        # what comes before the loop over K would be a branch in it, and such a loop waits for each
+        # of its copies
+        G=len(xs), TMA=tma, W_KN=w_kn, FLATTEN=config.flatten and not low_first,
+        LOW_FIRST=low_first,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
         BLOCK_R=config.block_r, GROUP_M=config.group_m, PRECISION=precision(xs[0].dtype),
         num_warps=config.num_warps, num_stages=config.num_stages,
@@ -294,9 +296,8 @@ def _fused(
     arch = arch_of(y.device)
     if config is None:
         masked = any(w is not None for w in words)
-        rank = max((r.shape[0] for r in Rs), default=16)
         config = default_config(
-            M, N, rank, arch, group=len(Ls), masked=masked, gain=gain is not None,
+            M, N, arch, group=len(Ls), masked=masked, gain=gain is not None,
             itemsize=y.element_size(),
         )  # fmt: skip
     if config.shared_bytes(y.element_size()) > arch.shared:

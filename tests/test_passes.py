@@ -74,7 +74,7 @@ def dora_forward() -> list[Traffic]:
     found = dora_norm.plan_norms(
         w, meta(R, K), b, 1.0, meta(N, dtype=FP32), dora_norm.default_config(N, K, ARCH, 2)
     )
-    config = gemm.default_config(M, N, R, ARCH, gain=True)
+    config = gemm.default_config(M, N, ARCH, gain=True)
     product = gemm.plan_gemm(
         meta(M, N), [x], [w], [s], [b.T], [None], None, ARCH, config,
         gain=meta(N, dtype=FP32), v=meta(M, N),

@@ -77,7 +77,7 @@ def _cases(arch: Arch) -> Iterator[Case]:
         w, a, (b, *_) = meta(N, K, dtype=dtype), g.low(r, K), g.low(N, r)
         fast = dtype != FP32  # by default fp32 products are exact, without the matrix units
         config = gemm.default_config(
-            M, N, r, arch, group=g.group, masked=g.masked, itemsize=dtype.itemsize
+            M, N, arch, group=g.group, masked=g.masked, itemsize=dtype.itemsize
         )
         ys, ws, ds = [y] * g.group, [w.T] * g.group, [s] * g.group
         launches = gemm.plan_gemm(x, ys, ws, ds, a, g.words(), None, arch, config)
@@ -85,14 +85,14 @@ def _cases(arch: Arch) -> Iterator[Case]:
         if g.group > 1:
             continue
         tag = g._replace(masked=False).tag
-        config = gemm.default_config(M, N, r, arch, itemsize=dtype.itemsize)
+        config = gemm.default_config(M, N, arch, itemsize=dtype.itemsize)
         launches = gemm.plan_gemm(y, [x], [w], [s], [b.T], [None], None, arch, config)
         yield from named(f"gemm Y {tag}", launches, fast)
         if dtype == BF16:
             conv1d = meta(K, N, dtype=dtype).T
             launches = gemm.plan_gemm(y, [x], [conv1d], [s], [b.T], [None], meta(N), arch, config)
             yield from named(f"gemm Y [K,N] bias {tag}", launches, fast)
-            few, one = meta(64, K), gemm.default_config(64, N, r, arch)
+            few, one = meta(64, K), gemm.default_config(64, N, arch)
             launches = gemm.plan_gemm(
                 meta(64, N), [few], [w], [meta(64, r)], [b.T], [None], None, arch, one
             )
@@ -104,7 +104,7 @@ def _cases(arch: Arch) -> Iterator[Case]:
     )
     yield from named("gemm Y pointers r16 bf16/bf16", launches)
     x, w, s, b = meta(M, K), meta(N, K), meta(M, 16), meta(N, 16, dtype=FP32)
-    config, gain = gemm.default_config(M, N, 16, arch, gain=True), meta(N, dtype=FP32)
+    config, gain = gemm.default_config(M, N, arch, gain=True), meta(N, dtype=FP32)
     launches = gemm.plan_gemm(
         meta(M, N), [x], [w], [s], [b.T], [None], meta(N), arch, config, gain, meta(M, N)
     )
