@@ -36,7 +36,7 @@ class ScaleConfig:
     block_n: int = 64
     split_m: int = 1
     num_warps: int = 4
-    num_stages: int = 2
+    num_stages: int = 1  # programs that run at once hide the latency of their loads
 
     def __post_init__(self) -> None:
         checks.blocks(self, low=1, block_m=self.block_m, block_n=self.block_n)

@@ -48,7 +48,7 @@ def default_config(N: int, K: int, arch: Arch, itemsize: int = 2) -> NormConfig:
     """A config with tall tiles, which read A seldom; every multiprocessor gets two programs."""
     blocks = cdiv(N, 64)
     split = max(1, min(cdiv(2 * arch.sms, blocks), cdiv(K, 256)))
-    return NormConfig(split_k=split, num_stages=3 if itemsize == 2 else 2)
+    return NormConfig(split_k=split, num_stages=3)
 
 
 @triton.jit
@@ -57,6 +57,7 @@ def _norm_kernel(
     w_n_stride, w_k_stride, a_r_stride, a_k_stride, b_n_stride, b_r_stride,
     ROOT: tl.constexpr, ONE_CHUNK: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     part = tl.program_id(1)
@@ -71,7 +72,8 @@ def _norm_kernel(
         )  # [BLOCK_N, BLOCK_R]
     total = tl.zeros((BLOCK_N,), tl.float32)
     last = tl.minimum((part + 1) * K_PART, K)
-    for k0 in range(part * K_PART, last, BLOCK_K):
+    # without a product of W, its loads are made ahead only where the loop itself asks for it
+    for k0 in tl.range(part * K_PART, last, BLOCK_K, num_stages=STAGES):
         k = k0 + tl.arange(0, BLOCK_K)  # [BLOCK_K]
         k_ok = k < last  # [BLOCK_K]
         k64 = k.to(tl.int64)  # [BLOCK_K]
@@ -123,6 +125,7 @@ def plan_norms(
     k_part = cdiv(cdiv(K, config.split_k), config.block_k) * config.block_k
     split = cdiv(K, k_part)
     block_r = min(RANKS, padded(r))
+    stages = config.num_stages if r <= block_r else 1  # a loop around a loop is not pipelined
     sums = out if split == 1 else out.new_empty((split, N))
     args = (
         w, a, b, sums, float(scale), N, K, r, k_part,
@@ -133,7 +136,7 @@ def plan_norms(
         BLOCK_N=config.block_n, BLOCK_K=config.block_k, BLOCK_R=block_r,
         # "tf32x3": three products of halves keep the precision of fp32 adapters
         PRECISION="tf32x3" if a.dtype == torch.float32 else "ieee",
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        STAGES=stages, num_warps=config.num_warps, num_stages=stages,
     )  # fmt: skip
     launches = [Launch(_norm_kernel, (cdiv(N, config.block_n), split), args, meta)]
     if split > 1:
