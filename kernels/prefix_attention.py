@@ -60,10 +60,10 @@ def default_config(D: int, arch: Arch, itemsize: int = 2) -> AttendConfig:
     if D <= 64:
         return AttendConfig(128, 64 if arch.warpgroups else 32, 8 if arch.blackwell else 4, 3)
     if D <= 128:
-        return AttendConfig(128, 64 if roomy else 32, 8, 3 if arch.warpgroups else 2)
+        return AttendConfig(128, 64 if roomy else 32, 8, 3)
     if arch.warpgroups:
         return AttendConfig(128, 32, 8, 2)
-    return AttendConfig(64, 32, 8, 2 if roomy else 1)
+    return AttendConfig(64, 32, 8, 3 if roomy else 1)
 
 
 @device_function

@@ -72,7 +72,7 @@ def default_config(
     elif D <= 128:
         stages = 1 if arch.blackwell else 2
         tiles = (64, 64, 32, 128, 4, 2, 8, stages)
-        tiles = tiles if arch.warpgroups else (64, 32, 32, 64, 4, 2, 8, 2)
+        tiles = tiles if arch.warpgroups else (64, 32, 32, 64, 4, 3, 8, 3)
     elif arch.warpgroups:
         tiles = (64, 32, 64, 32, 8, 1 if arch.blackwell else 2, 8, 2)
     else:

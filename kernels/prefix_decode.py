@@ -68,7 +68,7 @@ def few_rows(T: int, group: int) -> bool:
 def default_config(
     sizes: tuple[int, int, int, int, int, int, int], shared: bool, arch: Arch, itemsize: int = 2
 ) -> DecodeConfig:
-    """A config for ``sizes`` (B, H, H_kv, T, S, P, D), with two programs for each multiprocessor.
+    """A config for ``sizes`` (B, H, H_kv, T, S, P, D), for one wave of programs.
 
     The prefix has shorter stretches than the own keys, as its programs are few, with more rows.
     """
@@ -77,16 +77,21 @@ def default_config(
     widest = 32 if D <= 128 and itemsize == 2 else 16  # most rows for which accumulators fit
     block_m = min(widest, max(16, next_pow2(rows)))
     packed = min(widest, max(16, next_pow2(rows * B))) if shared else block_m
+    num_warps = 4 if D <= 128 or itemsize == 4 else 8
     programs = B * H_kv * cdiv(rows, block_m)
-    splits = max(1, min(cdiv(2 * arch.sms, max(programs, 1)), S // LEAST_KEYS))
+    prefix_splits = max(1, min(16, cdiv(P, LEAST_KEYS // 2)))
+    prefixes = (cdiv(rows * B, packed) if shared else B * cdiv(rows, packed)) * H_kv * prefix_splits
+    # a multiprocessor has room for one program of eight warps, or for two of four
+    slots = arch.sms * (2 if num_warps == 4 else 1)
+    splits = max(1, min((slots - prefixes) // max(programs, 1), S // LEAST_KEYS))
     return DecodeConfig(
         block_m=block_m,
         block_r=packed,
         block_n=32 if itemsize == 2 else 16,
         splits=splits,
-        prefix_splits=max(1, min(16, cdiv(P, LEAST_KEYS // 2))),
-        num_warps=4 if D <= 128 or itemsize == 4 else 8,
-        num_stages=3 if itemsize == 2 and D <= 128 else 2 if itemsize == 2 else 1,
+        prefix_splits=prefix_splits,
+        num_warps=num_warps,
+        num_stages=3 if itemsize == 2 else 1,
     )
 
 
