@@ -1,7 +1,8 @@
 """Compiles one launch with Triton and no GPU, and reads facts from the machine code.
 
 The facts come from the compiler alone; ``benchmarks.static`` judges them. A change to the code in
-this file makes every kept result stale (``benchmarks.static.key``), so it holds nothing else.
+this file or in :mod:`.accesses` makes every kept result stale (``benchmarks.static.key``), so they
+hold nothing else.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from triton.runtime import driver
 
 from peftkern.kernels.common import Launch
 
+from .accesses import summary
+
 INSTRUCTIONS = {
     "wgmma": r"wgmma\.mma_async",
     "tcgen05": r"tcgen05\.mma",
@@ -27,6 +30,7 @@ INSTRUCTIONS = {
     "mfma": r"v_mfma",
     "global_load_lds": r"(?:global|buffer)_load\w*.*\blds\b",
 }
+NOTHING: dict[str, Any] = {"loads": {}, "stores": {}, "products": 0}
 
 
 class NoDevice:
@@ -59,7 +63,10 @@ def gpu_target(name: str) -> GPUTarget:
 
 
 def _read_cuda(compiled: Any, log: str) -> tuple[dict[str, int], str]:
-    """({"registers", "spilled", "stack"}, PTX), from ptxas's log of this very compilation."""
+    """({"registers", "serialized", "spilled", "stack"}, PTX).
+
+    The numbers are from ptxas's log of this very compilation.
+    """
 
     def bytes_of(what: str) -> int:
         found = re.findall(rf"(\d+) bytes {what}", log)
@@ -69,6 +76,7 @@ def _read_cuda(compiled: Any, log: str) -> tuple[dict[str, int], str]:
 
     return {
         "registers": int(re.search(r"Used (\d+) registers", log)[1]),
+        "serialized": "wgmma.mma_async instructions are serialized" in log,
         "spilled": bytes_of("spill stores") + bytes_of("spill loads"),
         "stack": bytes_of("stack frame"),
     }, compiled.asm["ptx"]
@@ -84,6 +92,7 @@ def _read_hip(compiled: Any, log: str) -> tuple[dict[str, int], str]:
     spilled = 4 * (field("vgpr_spill_count") + field("sgpr_spill_count"))
     return {
         "registers": field("vgpr_count"),
+        "serialized": False,
         "spilled": spilled,
         "stack": field("private_segment_fixed_size"),
     }, text
@@ -92,8 +101,10 @@ def _read_hip(compiled: Any, log: str) -> tuple[dict[str, int], str]:
 def compile_launch(launch: Launch, name: str) -> dict[str, Any]:
     """Facts of the launch compiled for architecture ``name``; ``{"error": ...}`` if that fails.
 
-    They are warps, registers a thread, bytes spilled and bytes of stack a thread, shared bytes a
-    program, columns of tensor memory, and how often each instruction of INSTRUCTIONS occurs.
+    They are warps, registers a thread, whether the assembler makes products of warpgroups wait for
+    each other, bytes spilled and bytes of stack a thread, shared bytes a program, columns of tensor
+    memory, how often each instruction of INSTRUCTIONS occurs, and what :func:`.accesses.summary`
+    tells (nothing for AMD's architectures).
     """
     target = gpu_target(name)
     # No cache may answer for the compiler: each call has another device, and no file is read.
@@ -106,6 +117,8 @@ def compile_launch(launch: Launch, name: str) -> dict[str, Any]:
         read, text = (_read_hip if target.backend == "hip" else _read_cuda)(
             compiled, log.getvalue()
         )
+        ir = compiled.asm
+        moved = summary(ir["ttir"], ir["ttgir"], text) if target.backend == "cuda" else NOTHING
     except Exception as error:  # whatever the compiler raises is the result
         lines = str(error).strip().splitlines()
         return {"error": f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]}
@@ -116,4 +129,5 @@ def compile_launch(launch: Launch, name: str) -> dict[str, Any]:
         "shared": compiled.metadata.shared,
         "tensor_memory": getattr(compiled.metadata, "tmem_size", None) or 0,
         "instructions": {k: n for k, n in counts.items() if n},
+        **moved,
     }

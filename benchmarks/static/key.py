@@ -25,7 +25,7 @@ from triton.runtime import driver
 
 from peftkern.kernels.common import Launch
 
-from . import compiling as static_compile
+from . import accesses, compiling
 from .compiling import NoDevice, gpu_target
 
 
@@ -119,8 +119,9 @@ def _source_hash(kernel: Any) -> str:
 
 @functools.cache
 def _reader_hash() -> str:
-    text = Path(static_compile.__file__).read_text(encoding="utf-8")
-    return hashlib.sha256(statements(ast.parse(text)).encode()).hexdigest()
+    files = (Path(module.__file__ or "") for module in (accesses, compiling))
+    texts = [statements(ast.parse(file.read_text(encoding="utf-8"))) for file in files]
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()
 
 
 @functools.cache

@@ -4,11 +4,13 @@
     python -m benchmarks.static --refresh   # after a change to a kernel, a config or the cases
 
 It prints, for each case of a kernel, the warps, registers, spilled bytes, stack, shared memory with
-its limit, occupancy, and the matrix and copy instructions in the machine code. The exit status is 1
-after a compile error, a spill, shared or tensor memory over the limit, a matrix-bound case without
-the architecture's matrix instruction (wgmma on sm_90, tcgen05 on sm_100), or a launch for which
-Triton makes no launcher (:mod:`.launching`). It tests neither speed nor results, which rings 4 and
-2 do.
+its limit, occupancy, how often its programs fill the device (waves), how many tiles are in flight
+while a step of its loops is computed (ahead), the narrowest access of a large tile in bytes a
+thread (width), and the matrix and copy instructions in the machine code. The exit status is 1 after
+a compile error, a spill, shared or tensor memory over the limit, a matrix-bound case without the
+architecture's matrix instruction (wgmma on sm_90, tcgen05 on sm_100), a launch for which Triton
+makes no launcher (:mod:`.launching`), or one that breaks a rule of :mod:`.judging` without an
+exemption (:mod:`.exemptions`). It tests neither speed nor results, which rings 4 and 2 do.
 
 The compiler's results are kept under a key that covers everything they depend on (:mod:`.key`): in
 ``results/static/triton-<version>.json``, which is committed, and in the user's cache. So a second
@@ -28,55 +30,19 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 
 from benchmarks.kernels.entry import Case
-from benchmarks.static import store
+from benchmarks.static import exemptions, store
 from benchmarks.static.cases import cases, tuned_cases
 from benchmarks.static.compiling import compile_launch
+from benchmarks.static.judging import TARGETS, judge
 from benchmarks.static.key import key_of
 from benchmarks.static.launching import launcher_problem
 from peftkern.kernels import tuning
-from peftkern.kernels.common import Arch
-
-
-class Target(NamedTuple):
-    """An architecture: the facts for default configs, and the limits of one multiprocessor."""
-
-    arch: Arch
-    threads: int
-    programs: int
-    shared_per_sm: int
-    backend: str = "cuda"
-
-
-TARGETS = {
-    "sm_80": Target(Arch(108, 80, 166912), 2048, 32, 167936),
-    "sm_86": Target(Arch(84, 86, 101376), 1536, 16, 102400),
-    "sm_89": Target(Arch(128, 89, 101376), 1536, 24, 102400),
-    "sm_90": Target(Arch(132, 90, 232448), 2048, 32, 233472),
-    "sm_100": Target(Arch(148, 100, 232448), 2048, 32, 233472),
-    "sm_120": Target(Arch(170, 120, 101376), 1536, 24, 102400),
-    "gfx942": Target(Arch(304, 80, 65536), 2048, 32, 65536, "hip"),
-}
-TENSOR_MEMORY = 512  # columns, sm_100
-MATRIX = {"sm_90": "wgmma", "sm_100": "tcgen05"}  # other architectures only have mma.sync
-
-
-def occupancy(target: Target, row: dict[str, Any]) -> float:
-    """The share of a multiprocessor's threads that resident programs fill, from 0 to 1.
-
-    Registers are rounded up to NVIDIA's granularity.
-    """
-    threads = 32 * row["warps"]
-    per_warp = -(-row["registers"] * 32 // 256) * 256
-    fits = [target.threads // threads, target.programs, 65536 // max(1, per_warp * row["warps"])]
-    if row["shared"]:
-        fits.append(target.shared_per_sm // (row["shared"] + 1024))
-    return min(fits) * threads / target.threads
 
 
 def specify(case: Case, name: str) -> dict[str, Any]:
@@ -87,34 +53,13 @@ def specify(case: Case, name: str) -> dict[str, Any]:
         "case": case.name,
         "kernel": f"{kernel.__module__.rsplit('.', 1)[-1]}.{kernel.__name__}",
         "config": dict(case.launch.meta),
+        "grid": list(case.launch.grid),
         "matrix_bound": case.matrix_bound,
     }
     try:
         return row | {"key": key_of(case.launch, name)}
     except Exception as error:
         return row | {"error": f"{type(error).__name__}: {error}"[:200]}
-
-
-def judge(row: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
-    """The row with its facts, their limits, and a ``problem`` if it has one."""
-    row = row | facts
-    if "error" in row:
-        return row
-    name, target = row["arch"], TARGETS[row["arch"]]
-    row["limit"] = target.arch.shared
-    row["occupancy"] = None if target.backend == "hip" else round(occupancy(target, row), 3)
-    problems = [row["launcher"]] if row.get("launcher") else []
-    if row["spilled"]:
-        problems.append(f"spills {row['spilled']} bytes")
-    if row["shared"] > row["limit"]:
-        problems.append(f"shared {row['shared']} over {row['limit']}")
-    # With too much tensor memory the compiler does not fail: it emits an empty kernel, and the
-    # launch fails.
-    if row["tensor_memory"] > TENSOR_MEMORY:
-        problems.append(f"tensor memory {row['tensor_memory']} columns over {TENSOR_MEMORY}")
-    if row["matrix_bound"] and MATRIX.get(name, "") not in ("", *row["instructions"]):
-        problems.append(f"no {MATRIX[name]}")
-    return row | ({"problem": "; ".join(problems)} if problems else {})
 
 
 def measure(case: Case, name: str) -> dict[str, Any]:
@@ -184,9 +129,14 @@ def _line(row: dict[str, Any]) -> str:
         return f"{head} ERROR {row['error']}"
     used = " ".join(f"{k}:{n}" for k, n in row["instructions"].items())
     share = "-" if row["occupancy"] is None else f"{row['occupancy']:.0%}"
+    filled = "-" if row["waves"] is None else f"{row['waves']:.2f}"
+    ahead = "-" if row["ahead"] is None else str(row["ahead"])
+    wide = {None: "-", 0: "bulk"}.get(row["width"], str(row["width"]))
     return (
         f"{head} {row['warps']:5d} {row['registers']:5d} {row['spilled']:5d} {row['stack']:5d}"
-        f" {row['shared']:7d}/{row['limit']:<6d} {share:>5s}  {used}"
+        f" {row['shared']:7d}/{row['limit']:<6d} {share:>5s} {filled:>6s} {ahead:>5s} {wide:>5s}"
+        f"  {used}"
+        + (f"  exempt: {', '.join(row['exempt'])}" if row["exempt"] else "")
         + (f"  <- {row['problem']}" if "problem" in row else "")
     )
 
@@ -263,14 +213,20 @@ def main(argv: list[str] | None = None) -> int:
         store.save_committed(rows)
     # gfx942 is reported but not required, as nobody has run it
     bad = [r for r in rows if ("error" in r or "problem" in r) and r["arch"] in required]
+    # what is true of all rows only, and of the Triton that results are committed for
+    whole = not (options.arch or options.only) and store.committed_file().exists()
+    unused = exemptions.unused(rows) if whole else []
     if options.json:
         told = {"triton": triton.__version__, "torch": torch.__version__, "failed": len(bad)}
-        print(json.dumps(told | {"compiled": len(missing), "rows": rows}))
+        print(json.dumps(told | {"compiled": len(missing), "unused": unused, "rows": rows}))
     else:
         print(
-            f"{'arch':7s} {'case':38s} warps  regs spill stack  shared/limit  occup.  instructions"
+            f"{'arch':7s} {'case':38s} warps  regs spill stack  shared/limit  occup.  waves ahead"
+            " width  instructions"
         )
         print("\n".join(map(_line, rows)))
+        for name in unused:
+            print(f"no row needs the exemption {name!r} in benchmarks/static/exemptions.py")
         took = time.perf_counter() - start
         print(f"{len(rows)} cases ({len(missing)} compiled) in {took:.0f} s; {len(bad)} failed")
     return 1 if bad else 0

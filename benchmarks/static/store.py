@@ -17,7 +17,10 @@ import triton
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "benchmarks" / "results" / "static"
-FACTS = ("warps", "registers", "spilled", "stack", "shared", "tensor_memory", "instructions")
+FACTS = (
+    "warps", "registers", "spilled", "stack", "shared", "tensor_memory", "instructions",
+    "loads", "stores", "products", "serialized",
+)  # fmt: skip
 MOST_KEPT = 5000  # rows in the user's file; beyond that the oldest are dropped
 
 Facts = dict[str, Any]

@@ -8,7 +8,7 @@ import sys
 import pytest
 import triton
 
-from benchmarks.static.run import TARGETS, occupancy
+from benchmarks.static.judging import TARGETS, occupancy
 from tests.kernels.compiler import RESULTS, ROOT, python
 
 
@@ -170,7 +170,7 @@ def test_keys_follow_helpers(before, tmp_path):
 TOY = """
 import importlib.util, json, sys
 from pathlib import Path
-from benchmarks.static import compiling as static_compile, key as static_key
+from benchmarks.static import accesses, compiling, key as static_key
 
 folder, edits = Path(sys.argv[1]), json.loads(sys.argv[2])
 toy = (folder / "toy.py").read_text()
@@ -186,13 +186,16 @@ def text(source, n):
 before = text(toy, "")
 print(json.dumps([text(toy.replace(*e), n) != before for n, e in enumerate(edits)]))
 
-reader = Path(static_compile.__file__).read_text()
-static_compile.__file__ = str(folder / "reader.py")
 read = []
-for old, new in (("", ""), ("class No", "# Why.\\nclass No"), ("mma_async", "mma")):
-    (folder / "reader.py").write_text(reader.replace(old, new, 1))
-    static_key._reader_hash.cache_clear()
-    read.append(static_key._reader_hash())
+for module, word, other in ((compiling, "mma_async", "mma"), (accesses, "scf.while", "scf.if")):
+    reader = Path(module.__file__).read_text()
+    module.__file__ = str(folder / "reader.py")
+    for old, new in (("", ""), ("\\nclass ", "\\n# Why.\\nclass "), (word, other)):
+        (folder / "reader.py").write_text(reader.replace(old, new, 1))
+        static_key._reader_hash.cache_clear()
+        read.append(static_key._reader_hash())
+    (folder / "reader.py").write_text(reader)
+    module.__file__ = str((folder / "reader.py").rename(folder / (module.__name__ + ".py")))
 print(json.dumps([r != read[0] for r in read]))
 """
 TOY_KERNEL = """
@@ -241,7 +244,7 @@ def test_a_key_covers_helpers_of_helpers_constants_closures_and_the_reader(tmp_p
     assert done.returncode == 0, done.stderr
     source, reader = map(json.loads, done.stdout.splitlines()[-2:])
     assert source == [True] * len(matters) + [False] * len(does_not)
-    assert reader == [False, False, True]
+    assert reader == [False, False, True] * 2
 
 
 BAD = """

@@ -70,28 +70,3 @@ def test_a_descriptor_inside_a_tuple_is_seen_where_launchers_refuse_it(tmp_path)
         assert inside.startswith("no launcher: AssertionError")
     else:
         assert inside == "None"
-
-
-PIPELINED = """
-from pathlib import Path
-import re
-from benchmarks.static.compiling import NoDevice, gpu_target
-from benchmarks.static.run import TARGETS, all_cases
-from triton.runtime import driver
-
-for case in all_cases("sm_90", Path("kernels/tuning")):
-    if case.name == "gemm Y r16 bf16/fp32":
-        driver.set_active(NoDevice(gpu_target("sm_90")))
-        launch = case.launch
-        assert launch.meta["FLATTEN"]
-        compiled = launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.meta)
-        print(*re.findall(r"warp_group_dot_wait [^\\n]*pendings = (\\d+)", compiled.asm["ttgir"]))
-"""
-
-
-@pytest.mark.long
-def test_the_flattened_gemm_leaves_a_product_in_flight(tmp_path) -> None:
-    """A loop that waits for each product before the next copy reaches half of the peak."""
-    done = python("-c", PIPELINED, cache=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "1" in done.stdout.splitlines()[-1].split(), done.stdout

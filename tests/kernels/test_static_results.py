@@ -30,7 +30,10 @@ SAMPLE = [
     "sm_100 gemm Y M64 r16 bf16/fp32",
     "sm_120 decode M16 r16 bf16/bf16",
 ]
-FACTS = ("warps", "registers", "spilled", "stack", "shared", "tensor_memory", "instructions")
+FACTS = (
+    "warps", "registers", "spilled", "stack", "shared", "tensor_memory", "instructions",
+    "loads", "stores", "products", "serialized",
+)  # fmt: skip
 COMMITTED = RESULTS / f"triton-{triton.__version__}.json"
 
 # Minutes only for a Triton without committed results, which compiles them all, once.
@@ -105,6 +108,29 @@ def test_products_use_the_matrix_instruction_and_the_copies_of_their_architectur
     assert {r["arch"] for r in descriptors} == {"sm_90", "sm_100", "sm_120"}
     for row in descriptors:
         assert row["instructions"].get("cp.async.bulk.tensor"), row
+
+
+def test_every_exemption_is_needed(sweep):
+    assert sweep["unused"] == [], "the rule holds without it: take it out of exemptions.py"
+
+
+def test_the_fused_product_is_persistent_pipelined_and_one_launch(sweep):
+    """Y is written once, in the launch that makes it, with S and B in the same accumulator.
+
+    As the last step on sm_90 and as the first on sm_100, where a product into an accumulator that
+    has one in flight does not compile; masked ones come first everywhere.
+    """
+    large = [r for r in sweep["rows"] if r["kernel"] == "gemm._gemm_kernel"]
+    large = [r for r in large if r["config"]["TMA"] and r["arch"] in MATRIX]
+    assert {r["arch"] for r in large} == set(MATRIX) and len(large) > 20
+    for row in large:
+        assert row["products"] == 1 and not row["serialized"], row
+        assert row["ahead"] == 2 and not row["exempt"], row
+        assert row["config"]["LOW_FIRST"] == (row["arch"] == "sm_100" or " mask " in row["case"])
+        assert set(row["stores"]) == ({"y", "v"} if " V " in row["case"] else {"y"}), row
+        if " M64 " not in row["case"]:
+            assert row["grid"] == [{"sm_90": 132, "sm_100": 148}[row["arch"]]], row
+        assert not [r for r in sweep["rows"] if r["case"] == f"{row['case']} +1"], row
 
 
 @pytest.mark.long

@@ -1,0 +1,130 @@
+"""The launches that break a rule of :mod:`.judging` and may, each with its reason.
+
+An exemption that no launch needs any more fails a test (``tests/kernels/test_static_results.py``):
+take it out, so that the rule holds again.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+
+class Exemption(NamedTuple):
+    """Launches of ``kernel`` whose "ARCH CASE" has ``cases`` (a regular expression) in it."""
+
+    name: str
+    rule: str  # pipeline, width or waves
+    kernel: str
+    cases: str
+    why: str
+
+
+_ONE_PLACE = (
+    "with two stages cp.async has one place for a tile, and the next copy waits for the products; "
+)
+
+EXEMPTIONS: tuple[Exemption, ...] = (
+    Exemption(
+        "decode M=1", "pipeline", "decode._gemv_kernel", "",
+        "its loads meet no product, so Triton makes none ahead; every step loads whole tiles of W "
+        "and A with 16 bytes a thread, and several programs share a multiprocessor",
+    ),
+    Exemption(
+        "decode of wide ranks", "pipeline", "decode._rows_kernel", "decode M1 r128",
+        _ONE_PLACE + "a third stage of A's tile takes the shared memory of another program",
+    ),
+    Exemption(
+        "expand has no loop", "pipeline", "expand._expand_kernel", "",
+        "a program makes one tile from one chunk of ranks; the loop over chunks says num_stages=1, "
+        "as unrolled products would take tensor memory each",
+    ),
+    Exemption(
+        "grad_a of wide ranks", "pipeline", "grad_a._grad_a_kernel",
+        r"r128|r64|sm_90 grad_a K4096 r16x3",
+        _ONE_PLACE + "its config keeps to two where accumulators are wide (spills on sm_90)",
+    ),
+    Exemption(
+        "grad_sb reads dY in two layouts", "pipeline", "grad_sb._grad_sb_kernel",
+        r"sm_(80|86|89|120)",
+        "dY and its transpose are operands of mma.sync in two layouts, for which Triton has no "
+        "common buffer: the tile goes through registers",
+    ),
+    Exemption(
+        "grad_xa of wide ranks", "pipeline", "grad_xa._grad_xa_kernel", r"r128|r64",
+        _ONE_PLACE + "its config keeps to two where accumulators are wide",
+    ),
+    Exemption(
+        "grad_xa in 100 KB", "pipeline", "grad_xa._grad_xa_kernel", r"sm_(86|89|120)",
+        _ONE_PLACE + "its config keeps to two with 100 KB of shared memory",
+    ),
+    Exemption(
+        "shrink of wide ranks in 100 KB", "pipeline", "shrink._shrink_kernel",
+        r"sm_(86|89|120) (shrink|grad_sb) M8192 r(128|64)",
+        _ONE_PLACE + "a third stage of A takes the shared memory of another program",
+    ),
+    Exemption(
+        "shrink_expand of wide ranks in 100 KB", "pipeline", "shrink_expand._shrink_expand_kernel",
+        r"sm_(86|89|120) .* r(128|64)",
+        _ONE_PLACE + "a third stage of A takes the shared memory of another program",
+    ),
+    Exemption(
+        "mixed in exact fp32", "pipeline", "mixed._mixed_kernel", "fp32/fp32",
+        _ONE_PLACE + "its config keeps to two for exact products, which hold operands in registers",
+    ),
+    Exemption(
+        "mixed in 100 KB", "pipeline", "mixed._mixed_kernel", r"sm_(86|89|120)",
+        _ONE_PLACE + "its config keeps to two with 100 KB of shared memory",
+    ),
+    Exemption(
+        "mixed on slices", "pipeline", "mixed._mixed_kernel", "slices",
+        "rows of X and W that start anywhere are copied in 2 bytes, fewer than cp.async takes",
+    ),
+    Exemption(
+        "gemm on unaligned rows", "pipeline", "gemm._gemm_kernel", "gemm Y pointers",
+        "rows of X that start anywhere are copied in 2 bytes, fewer than cp.async takes",
+    ),
+    Exemption(
+        "gemm on unaligned rows is narrow", "width", "gemm._gemm_kernel", "gemm Y pointers",
+        "rows of X that start anywhere allow the 2 bytes of one element",
+    ),
+    Exemption(
+        "mixed gathers lanes", "width", "mixed._mixed_kernel", "",
+        "each lane of B (and row of a slice) has an address of its own, one element wide",
+    ),
+    Exemption(
+        "bits are words", "width", "bits._bits_kernel", "",
+        "a thread makes single words of 32 columns; a warp still stores 128 bytes in a row",
+    ),
+    Exemption(
+        "prefix backward, keys of D=256", "pipeline", "prefix_grad._grad_keys_kernel", "keys D256",
+        _ONE_PLACE + "a third of Q and dO spills registers on sm_90",
+    ),
+    Exemption(
+        "prefix backward, rows of D=64", "pipeline", "prefix_grad._grad_rows_kernel",
+        r"sm_(80|86|89|120) prefix bwd rows D64",
+        "K is an operand of two products of mma.sync in two layouts, for which Triton has no "
+        "common buffer; a third stage spills registers on sm_120",
+    ),
+    Exemption(
+        "grad_xa of many columns on sm_100", "waves", "grad_xa._grad_xa_kernel",
+        r"sm_100 grad_xa K14336 r64x2",
+        "448 programs for 148 places: the registers of two ranks of 64 allow one program at a time",
+    ),
+)  # fmt: skip
+
+
+def find(rule: str, row: dict[str, Any]) -> Exemption | None:
+    """The exemption from ``rule`` of a row, if it has one."""
+    where = f"{row['arch']} {row['case']}"
+    for each in EXEMPTIONS:
+        if (each.rule, each.kernel) == (rule, row["kernel"]) and re.search(each.cases, where):
+            return each
+    return None
+
+
+def unused(rows: Iterable[dict[str, Any]]) -> list[str]:
+    """Names of the exemptions that none of the rows needed."""
+    needed = {name for row in rows for name in row.get("exempt", ())}
+    return [each.name for each in EXEMPTIONS if each.name not in needed]
