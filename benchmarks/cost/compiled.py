@@ -12,7 +12,7 @@ from peftkern.kernels.common import Launch
 from ..static import store
 from ..static.compiling import compile_launch
 from ..static.key import key_of
-from ..static.run import TARGETS, TENSOR_MEMORY, occupancy
+from ..static.judging import TARGETS, TENSOR_MEMORY, occupancy
 
 
 @functools.cache
