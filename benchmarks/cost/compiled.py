@@ -9,10 +9,9 @@ import triton
 
 from peftkern.kernels.common import Launch
 
-from ..static import store
+from ..static import judging, store
 from ..static.compiling import compile_launch
 from ..static.key import key_of
-from ..static.judging import TARGETS, TENSOR_MEMORY, occupancy
 
 
 @functools.cache
@@ -43,8 +42,7 @@ def facts_of(launch: Launch, name: str) -> dict[str, Any]:
 
 def resident(facts: dict[str, Any], name: str) -> int:
     """The number of programs that one multiprocessor of architecture ``name`` holds at a time."""
-    target = TARGETS[name]
-    fits = round(occupancy(target, facts) * target.threads / (32 * facts["warps"]))
+    fits = judging.resident(judging.TARGETS[name], facts)
     if facts["tensor_memory"]:
-        fits = min(fits, TENSOR_MEMORY // facts["tensor_memory"])
+        fits = min(fits, judging.TENSOR_MEMORY // facts["tensor_memory"])
     return max(1, fits)

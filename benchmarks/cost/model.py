@@ -17,7 +17,6 @@ from ..kernels.traffic import Facts, Traffic
 from ..static.key import source_text
 from .compiled import facts_of, resident
 from .gpus import GPUS, Gpu, memory, products
-from .steps import STEPS
 
 # Microseconds, assumed: from the end of a launch to the start of the next, in a graph or in a
 # stream whose host is ahead; and of the host for one eager launch.
@@ -26,7 +25,6 @@ HOST = {"torch": 5.0, "triton": 10.0}
 WAVES = 0.25  # the share of the time lost in incomplete waves from which on "waves" binds
 ALLOWS = "gdc_launch_dependents"  # in the source of a kernel that lets the next one start
 FAST = ("wgmma", "tcgen05")
-COPIES = ("cp.async", "cp.async.bulk.tensor")  # loads that a later step waits for
 
 
 class Modelled(NamedTuple):
@@ -74,8 +72,8 @@ def time_of(launch: Launch, gpu: str | Gpu) -> Modelled:
         in flight  = chain x max(1, P / slots)
         chain      = requested / P / F x latency    + written / bandwidth in a single wave that
                      writes after its last load
-        F          = bytes that a program has in flight (Little's law): those of num_stages - 1
-                     steps of its loop, or of one where it has no asynchronous copies
+        F          = bytes that a program has in flight (Little's law): of each operand that its
+                     loops load the tiles that the compiled code asks for ahead, one at least
         wave(n)    = longest of n/P memory, n/P L2, n/P math x (the busiest multiprocessor's
                      programs / their mean), chain
         body       = (P // slots) wave(slots) + wave(P % slots)
@@ -103,7 +101,7 @@ def time_of(launch: Launch, gpu: str | Gpu) -> Modelled:
     if timing.pieces is not None:
         pieces = timing.pieces(facts)
         slots = min(slots, grid) if pieces > grid else slots
-    in_flight = _in_flight(kernel, facts, compiled, t, pieces)
+    in_flight = _in_flight(compiled, t.requested / pieces)
     programs = Programs(pieces, slots, in_flight, timing.streams)
     arithmetic = products(t, gpu)
     if t.unit == "matrix" and not any(compiled["instructions"].get(i) for i in FAST):
@@ -126,22 +124,14 @@ def _allows(kernel: Any) -> bool:
     return _allowing[kernel.fn]
 
 
-def _in_flight(
-    kernel: str, facts: Facts, compiled: dict[str, Any], t: Traffic, programs: int
-) -> float:
-    """Bytes that one program has in flight."""
-    whole = t.requested / programs  # a program that loads all that it needs before it waits
-    if "loads" in compiled:  # {operand: [bytes of a tile, tiles ahead in a loop, width]}
-        tiles = [size * max(1, n) for size, n, _ in compiled["loads"].values() if n is not None]
-        return min(whole, float(sum(tiles))) if tiles else whole
-    stages = facts.get("num_stages", 1)
-    copies = any(compiled["instructions"].get(i) for i in COPIES)
-    ahead = stages - 1 if stages > 1 and copies else 1
-    if kernel in STEPS:
-        return min(whole, float(ahead * STEPS[kernel](facts)))
-    if copies and compiled["shared"]:
-        return min(whole, compiled["shared"] * ahead / stages)
-    return whole
+def _in_flight(compiled: dict[str, Any], whole: float) -> float:
+    """Bytes that one program has in flight, which loads ``whole`` bytes altogether.
+
+    Those of a step are on their way while the program waits for them, those of later steps where
+    the compiled loop has asked for them already. Without a loop it asks for all before it waits.
+    """
+    tiles = [size * max(1, n) for size, n, _ in compiled["loads"].values() if n is not None]
+    return min(whole, float(sum(tiles))) if tiles else whole
 
 
 def formula(
