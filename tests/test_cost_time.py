@@ -110,7 +110,7 @@ def test_a_launch_made_for_a_term_is_bound_by_it(
 def test_a_shrink_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     """M=8192, K=4096, r=16 in tiles of 64 x 64, two steps of X and A in flight."""
     loads = {"x": [64 * 64 * 2, 2, 16], "As": [64 * 16 * 4, 2, 16]}
-    compiled_as(monkeypatch, loads=loads)
+    compiled_as(monkeypatch, shared=24_576, loads=loads)
     x, a, s = meta(8192, 4096), meta(16, 4096, dtype=FP32), meta(8192, 16)
     config = shrink.ShrinkConfig(block_m=64, block_k=64, num_stages=3)
     (launch,) = shrink.plan_shrink(x, [a], [None], [1.0], s, config)
@@ -165,12 +165,16 @@ def test_tiles_in_flight_are_those_of_the_compiled_loop(monkeypatch: pytest.Monk
     config = shrink.ShrinkConfig(block_m=64, block_k=64, num_stages=3)
     (launch,) = shrink.plan_shrink(x, [a], [None], [1.0], s, config)
     for loads, want in (
-        ({"x": [8192, 3, 16], "a": [2048, 0, 16]}, 3 * 8192 + 2048),  # A waits for its own loads
-        ({"x": [8192, 2, 16], "scale": [4, None, 4]}, 2 * 8192),  # one outside of the loop
+        ({"x": [8192, 3, 16], "As": [2048, 0, 16]}, 3 * 8192 + 2048),  # A waits for its own loads
+        ({"x": [8192, 2, 16], "scales": [4, None, 4]}, 2 * 8192),  # one outside of the loop
+        ({"x": [8192, 4, 16]}, 30_000),  # no more than shared memory holds
         ({"x": [8192, None, 16]}, (8192 * 4096 * 2 + 128 * 16 * 4096 * 2) / 128),
     ):
-        compiled_as(monkeypatch, loads=loads)
+        compiled_as(monkeypatch, shared=30_000, loads=loads)
         assert time_of(launch, GPU).in_flight == pytest.approx(want)
+    compiled_as(monkeypatch, shared=30_000, loads={"x": [8192, 2, 16], "As": [2048, 1, 16]})
+    three = shrink.plan_shrink(x, [a] * 3, [None] * 3, [1.0] * 3, meta(8192, 48), config)
+    assert time_of(three[0], GPU).in_flight == 2 * 8192 + 3 * 2048  # one X, three A
 
 
 def test_words_of_a_mask_take_integer_operations(monkeypatch: pytest.MonkeyPatch) -> None:

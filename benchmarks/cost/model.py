@@ -101,7 +101,7 @@ def time_of(launch: Launch, gpu: str | Gpu) -> Modelled:
     if timing.pieces is not None:
         pieces = timing.pieces(facts)
         slots = min(slots, grid) if pieces > grid else slots
-    in_flight = _in_flight(compiled, t.requested / pieces)
+    in_flight = _in_flight(compiled, facts, t.requested / pieces)
     programs = Programs(pieces, slots, in_flight, timing.streams)
     arithmetic = products(t, gpu)
     if t.unit == "matrix" and not any(compiled["instructions"].get(i) for i in FAST):
@@ -124,14 +124,24 @@ def _allows(kernel: Any) -> bool:
     return _allowing[kernel.fn]
 
 
-def _in_flight(compiled: dict[str, Any], whole: float) -> float:
+def _in_flight(compiled: dict[str, Any], facts: Facts, whole: float) -> float:
     """Bytes that one program has in flight, which loads ``whole`` bytes altogether.
 
     Those of a step are on their way while the program waits for them, those of later steps where
-    the compiled loop has asked for them already. Without a loop it asks for all before it waits.
+    the compiled loop has asked for them already: they go to shared memory, which bounds them. The
+    facts name an operand once, and a kernel of a group of G loads each of its tuple. Without a loop
+    a program asks for all before it waits.
     """
-    tiles = [size * max(1, n) for size, n, _ in compiled["loads"].values() if n is not None]
-    return min(whole, float(sum(tiles))) if tiles else whole
+    loads = compiled["loads"]
+    looped = {name: (size, ahead) for name, (size, ahead, _) in loads.items() if ahead is not None}
+    if not looped:
+        return whole
+    waited = sum(size for size, ahead in looped.values() if not ahead)
+    copied = sum(
+        size * ahead * (facts.get("G", 1) if isinstance(facts.get(name), (list, tuple)) else 1)
+        for name, (size, ahead) in looped.items()
+    )
+    return min(whole, float(waited + min(copied, compiled["shared"])))
 
 
 def formula(
