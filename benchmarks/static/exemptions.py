@@ -15,7 +15,7 @@ class Exemption(NamedTuple):
     """Launches of ``kernel`` whose "ARCH CASE" has ``cases`` (a regular expression) in it."""
 
     name: str
-    rule: str  # pipeline, width or waves
+    rule: str  # pipeline, products, width or waves
     kernel: str
     cases: str
     why: str
@@ -25,6 +25,10 @@ _ONE_PLACE = (
     "with two stages cp.async has one place for a tile, and the next copy waits for the products; "
 )
 
+_ONE_BY_ONE = (
+    "ptxas of Triton 3.6 (C7515) finds an accumulator that starts anew between products in flight; "
+)
+
 EXEMPTIONS: tuple[Exemption, ...] = (
     Exemption(
         "decode M=1", "pipeline", "decode._gemv_kernel", "",
@@ -32,7 +36,7 @@ EXEMPTIONS: tuple[Exemption, ...] = (
         "and A with 16 bytes a thread, and several programs share a multiprocessor",
     ),
     Exemption(
-        "decode of wide ranks", "pipeline", "decode._rows_kernel", "decode M1 r128",
+        "decode of wide ranks", "pipeline", "decode._rows_kernel", r"decode M\d+ r128",
         _ONE_PLACE + "a third stage of A's tile takes the shared memory of another program",
     ),
     Exemption(
@@ -80,6 +84,30 @@ EXEMPTIONS: tuple[Exemption, ...] = (
     Exemption(
         "mixed on slices", "pipeline", "mixed._mixed_kernel", "slices",
         "rows of X and W that start anywhere are copied in 2 bytes, fewer than cp.async takes",
+    ),
+    Exemption(
+        "shrink_expand, products one by one", "products", "shrink_expand._shrink_expand_kernel",
+        "sm_90 .* r64x2",
+        _ONE_BY_ONE + "bound by memory, its products are thin",
+    ),
+    Exemption(
+        "grad_a, products one by one", "products", "grad_a._grad_a_kernel",
+        r"sm_90 grad_a K14336 r(64|128)",
+        _ONE_BY_ONE + "bound by memory, its products are thin",
+    ),
+    Exemption(
+        "grad_xa, products one by one", "products", "grad_xa._grad_xa_kernel",
+        "sm_90 grad_xa K14336",
+        _ONE_BY_ONE + "bound by memory, its products are thin",
+    ),
+    Exemption(
+        "decode, products one by one", "products", "decode._rows_kernel", r"sm_90 decode M\d+ r",
+        _ONE_BY_ONE + "bound by memory, its products are thin",
+    ),
+    Exemption(
+        "prefix backward, rows, products one by one", "products", "prefix_grad._grad_rows_kernel",
+        "sm_90 prefix bwd rows .* causal",
+        _ONE_BY_ONE + "scores of a block start at zero, and two loops share the sum",
     ),
     Exemption(
         "gemm on unaligned rows", "pipeline", "gemm._gemm_kernel", "gemm Y pointers",

@@ -3,9 +3,9 @@
 Of the second kind, each has a rule, and each an entry of :mod:`.exemptions` may excuse:
 
 - *pipeline*: a launch with several stages has a loop with loads, and each load of at least a
-  sixteenth of a step's bytes has copies in flight while a step is computed. A matrix-bound launch
-  with bulk copies also has a product in flight, on architectures with asynchronous products; and
-  the assembler does not say of any launch that it makes asynchronous products wait for each other.
+  sixteenth of a step's bytes has copies in flight while a step is computed.
+- *products*: the assembler does not say that it makes asynchronous products (wgmma) wait for each
+  other; and a step of a matrix-bound launch with bulk copies leaves its products in flight.
 - *width*: a thread moves 16 bytes in one access, or less where the tile has less for each thread.
 - *waves*: programs do not fill the device a few times and then leave most of it idle: with more
   than one wave and fewer than four, the last one is at least a quarter full. It is judged on the
@@ -121,12 +121,11 @@ def _slow(row: dict[str, Any]) -> dict[str, str]:
         found["pipeline"] = f"num_stages={stages} without a loop that loads"
     elif stages > 1 and serial:
         found["pipeline"] = f"num_stages={stages}, no copy of {', '.join(serial)} in flight"
-    elif row["matrix_bound"] and row["arch"] in MATRIX and row["config"].get("TMA"):
-        if not row["products"]:
-            found["pipeline"] = "no product in flight"
+    asynchronous = row["matrix_bound"] and row["arch"] in MATRIX and row["config"].get("TMA")
     if row["serialized"]:
-        words = "the assembler runs products one by one"
-        found["pipeline"] = "; ".join(filter(None, (found.get("pipeline"), words)))
+        found["products"] = "the assembler runs products one by one"
+    elif asynchronous and not row["products"]:
+        found["products"] = "no product in flight"
     if wide := narrow(row):
         found["width"] = "; ".join(wide)
     count = row["waves"]
