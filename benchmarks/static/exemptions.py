@@ -25,6 +25,7 @@ _ONE_PLACE = (
     "with two stages cp.async has one place for a tile, and the next copy waits for the products; "
 )
 
+_TWO_LAYOUTS = "two products read a masked tile in two layouts, and Triton has no buffer for it; "
 _ONE_BY_ONE = (
     "ptxas of Triton 3.6 (C7515) finds an accumulator that starts anew between products in flight; "
 )
@@ -52,8 +53,7 @@ EXEMPTIONS: tuple[Exemption, ...] = (
     Exemption(
         "grad_sb reads dY in two layouts", "pipeline", "grad_sb._grad_sb_kernel",
         r"sm_(80|86|89|120)",
-        "dY and its transpose are operands of mma.sync in two layouts, for which Triton has no "
-        "common buffer: the tile goes through registers",
+        _TWO_LAYOUTS + "dY goes through registers",
     ),
     Exemption(
         "grad_xa of wide ranks", "pipeline", "grad_xa._grad_xa_kernel", r"r128|r64",
@@ -130,10 +130,19 @@ EXEMPTIONS: tuple[Exemption, ...] = (
         _ONE_PLACE + "a third of Q and dO spills registers on sm_90",
     ),
     Exemption(
+        "prefix backward, masked rows of Q", "pipeline", "prefix_grad._grad_keys_kernel",
+        r"sm_(80|86|89|120) prefix bwd keys D(96|128) .*(padded|all)",
+        _TWO_LAYOUTS + "Q and dO go through registers, unless no row is masked",
+    ),
+    Exemption(
+        "prefix backward, masked keys", "pipeline", "prefix_grad._grad_rows_kernel",
+        r"sm_(80|86|89|120) prefix bwd rows D(96|128) .*(padded|all)",
+        _TWO_LAYOUTS + "K goes through registers, unless no key is masked",
+    ),
+    Exemption(
         "prefix backward, rows of D=64", "pipeline", "prefix_grad._grad_rows_kernel",
         r"sm_(80|86|89|120) prefix bwd rows D64",
-        "K is an operand of two products of mma.sync in two layouts, for which Triton has no "
-        "common buffer; a third stage spills registers on sm_120",
+        _ONE_PLACE + "a third of K and V spills registers on sm_120",
     ),
     Exemption(
         "grad_xa of many columns on sm_100", "waves", "grad_xa._grad_xa_kernel",
