@@ -50,9 +50,9 @@ def _train(M: int, r: int, k: int, *ns: int) -> Iterator[RaceCase]:
             yield RaceCase(op, M, sum(ns), k, r, mask, group=len(ns), ns=ns)
 
 
-def _infer(M: int, r: int, k: int, n: int) -> Iterator[RaceCase]:
+def _infer(M: int, r: int, k: int, *ns: int) -> Iterator[RaceCase]:
     for graph in (True, False) if M <= MAX_ROWS else (False,):
-        yield RaceCase("infer", M, n, k, r, ns=(n,), graph=graph)
+        yield RaceCase("infer", M, sum(ns), k, r, group=len(ns), ns=ns, graph=graph)
 
 
 def _order() -> Iterator[Bucket | RaceCase]:
@@ -68,6 +68,9 @@ def _order() -> Iterator[Bucket | RaceCase]:
         for n, k in ((h, h), (wide, h), (h, wide), (kv, h)):
             yield Bucket("few", M, 16, k, (n,))
             yield from _infer(M, 16, k, n)
+        for ns in ((h, kv, kv), (wide, wide)):  # q, k, v; gate and up
+            yield Bucket("few", M, 16, h, ns)
+            yield from _infer(M, 16, h, *ns)
     for size in (wide, kv):
         for mask in (True, False):
             yield _low_rank(8192, 16, mask, size)

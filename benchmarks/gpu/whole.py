@@ -71,6 +71,8 @@ def contest(case: RaceCase, device: Device, copies: int) -> Contest:
                 return choices.tensors(choices.forward(how, t.x, t.members, words))
             if case.op == "backward":
                 return choices.tensors(choices.backward(how, t.x, t.grads, True))
+            if count > 1:
+                return choices.infer_group(how, t.x, t.members)
             (w,), (A,), (B,) = t.ws, t.As, t.Bs
             return [choices.infer(how, t.x, w, None, A, B, SCALE, False)]
 

@@ -77,6 +77,8 @@ def _device() -> torch.device | None:
 
 def jobs_of(settings: TuneSettings) -> Iterator[Job]:
     """Every operation of the given shapes, each once, small ones first."""
+    from ..ops.auto_backend import group_rows
+
     alone: dict[tuple[tuple[int, ...], int], None] = {}
     together: dict[tuple[tuple[int, ...], int], None] = {}
     if settings.model is not None:
@@ -85,6 +87,8 @@ def jobs_of(settings: TuneSettings) -> Iterator[Job]:
         alone[((N,), K)] = None
     for M in sorted(settings.row_list()):
         for ns, K in alone:
+            yield Job("infer", M, ns, K)
+        for ns, K in together if M <= group_rows else ():
             yield Job("infer", M, ns, K)
         for ns, K in alone | together:
             for p in settings.dropout_list():
@@ -199,8 +203,11 @@ def run(job: Job, settings: TuneSettings, device: torch.device) -> tuple[Key, Ke
     grads = "xab" if job.op == "backward" else ""
     with torch.no_grad():
         if job.op == "infer":
-            (m,) = members
-            auto.infer(x, m.weight, None, m.A, m.B, m.scale, False)
+            m = members[0]
+            if len(members) > 1:
+                auto.infer_group(x, members)
+            else:
+                auto.infer(x, m.weight, None, m.A, m.B, m.scale, False)
         else:
             done = auto.forward(x, members)
         if job.op == "backward":

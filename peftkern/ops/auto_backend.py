@@ -51,6 +51,7 @@ why_not = triton_backend.why_not
 # in a call that the kernels take, every way gives S in x's dtype and gets a mask as argument
 draw = triton_backend.draw
 low_rank_dtype = triton_backend.low_rank_dtype
+group_rows = triton_backend.group_rows
 
 
 class Decision(NamedTuple):
@@ -321,6 +322,23 @@ def infer(
         sampled.infer(x, w, bias, A, B, scale, transposed),
     )
     return choices.infer(_now(decision, x), x, w, bias, A, B, scale, transposed)
+
+
+@on_its_device
+def infer_group(x: Tensor, members: list[Projection]) -> list[Tensor]:
+    """Y_i [..., N_i] of projections of x [..., K], without gradients or dropout."""
+    if _foreign(x):
+        return torch_backend.infer_group(x, members)
+    A, K = members[0].A, x.shape[-1]
+    n, r = sum(m.B.shape[0] for m in members), max(m.A.shape[0] for m in members)
+    key = key_of("infer", x.dtype, A.dtype, x.numel() // max(K, 1), n, K, r, len(members))
+    decision = _known(key, x) or _decide(
+        key,
+        x,
+        lambda name: lambda: choices.infer_group(name, x, members),
+        sampled.infer_group(x, members),
+    )
+    return choices.infer_group(_now(decision, x), x, members)
 
 
 @on_its_device

@@ -25,14 +25,16 @@ def describe(
         like: a tensor of the activations' dtype and device, such as the weight.
         adapter: dtype of A.
         alone: the numbers of the layer.
-        together: the numbers of the group as which it trains, or None.
+        together: the numbers of the group as which it trains and decodes, or None.
     """
     book = tuned.book(like.get_device())
     found, dtypes = [], (tuned.products_in(like.dtype), tuned.NAMES[adapter])
     for memos in (book.decisions, book.provisional):
         for key, decision in list(memos.items()):
-            wanted = alone if key.op == "infer" or together is None else together
-            if (key.dtype, key.adapter_dtype) == dtypes and _numbers(key) == wanted:
+            # without gradients only few rows are computed together
+            wanted = {alone} if together is None else {together}
+            wanted |= {alone} if key.op == "infer" else set()
+            if (key.dtype, key.adapter_dtype) == dtypes and _numbers(key) in wanted:
                 found.append((key.op, key.m, key.mask, key.group, decision))
     if found:
         found.sort(key=lambda item: item[:3])

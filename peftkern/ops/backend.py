@@ -28,6 +28,9 @@ CHOICES = ("auto", "torch", "triton")
 class Backend(Protocol):
     """A module that computes; shapes and results are as in :mod:`peftkern.ops.torch_backend`."""
 
+    group_rows: int
+    """Up to so many rows, projections of one x without gradients are computed together."""
+
     def why_not(self, x: Tensor, A: Tensor, /) -> str | None:
         """The reason that a compiler gets the plain formula; None when it gets an operator."""
 
@@ -54,6 +57,8 @@ class Backend(Protocol):
         transposed: bool,
         /,
     ) -> Tensor: ...
+
+    def infer_group(self, x: Tensor, members: list[Projection], /) -> list[Tensor]: ...
 
     def mixed(
         self, x: Tensor, w: Tensor, bias: Tensor | None, adapters: Any, samples: Any, /

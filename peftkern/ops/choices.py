@@ -87,6 +87,13 @@ def infer(
     return torch_backend.infer(x, w, bias, A, B, scale, transposed)
 
 
+def infer_group(how: str, x: Tensor, members: list[Projection]) -> list[Tensor]:
+    """Y_i for x [..., K] of each projection, without its dropout."""
+    if how != TORCH:
+        return triton_backend.infer_group(x, members, how)
+    return torch_backend.infer_group(x, members)
+
+
 def mixed(
     how: str, x: Tensor, w: Tensor, bias: Tensor | None, adapters: Any, samples: Any
 ) -> Tensor:

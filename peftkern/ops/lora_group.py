@@ -94,13 +94,25 @@ def lora_group(x: Tensor, members: list[Projection], token: Any = None) -> tuple
     Returns:
         One [..., N_i] for each member, equal to calling each alone. Differentiable twice.
     """
-    if autocast.is_on(x):
-        device, given, members = x.device.type, members, []
-        for m in given:
-            x, weight, bias, A, B = to_autocast(device, x, *m.tensors)
-            members.append(Projection(weight, bias, A, B, *m.settings))
+    x, members = _in_autocast(x, members)
     settings = tuple(m.settings for m in members)
     ys: tuple[Tensor, ...] = _LoraGroup.apply(  # type: ignore[no-untyped-call]  # torch gives it no types
         x, (settings, token), *(t for m in members for t in m.tensors)
     )
     return ys
+
+
+def lora_group_infer(x: Tensor, members: list[Projection]) -> list[Tensor]:
+    """The same without gradients and without dropout, for few rows; shapes and results as above."""
+    return _backend.active.infer_group(*_in_autocast(x, members))
+
+
+def _in_autocast(x: Tensor, members: list[Projection]) -> tuple[Tensor, list[Projection]]:
+    """The arguments in autocast's dtype, if it is on."""
+    if not autocast.is_on(x):
+        return x, members
+    device, cast = x.device.type, []
+    for m in members:
+        x, weight, bias, A, B = to_autocast(device, x, *m.tensors)
+        cast.append(Projection(weight, bias, A, B, *m.settings))
+    return x, cast

@@ -136,20 +136,31 @@ def infer(
     x: Tensor, w: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float, transposed: bool
 ) -> Exact:
     """The samples of Y [..., N] for x [..., K]; ``w`` is [K, N] when ``transposed``."""
-    N = B.shape[0]
+    exact = infer_group(x, [Projection(w, bias, A, B, scale, 0.0, transposed)])
+    return lambda y: exact([y])
+
+
+def infer_group(x: Tensor, members: list[Projection]) -> Exact:
+    """The samples of [Y_i [..., N_i]] of projections of x [..., K], without their dropout."""
 
     @functools.cache
-    def truth() -> tuple[Tensor, Tensor, Tensor]:
-        x2 = x.reshape(-1, x.shape[-1])
-        rows, columns = places(len(x2), ROWS, x.device), places(N, COLUMNS, x.device)
-        y, _ = _linear(x2[rows], Projection(w, bias, A, B, scale, 0.0, transposed), None, columns)
-        return rows, columns, y
+    def truth() -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """(rows, (columns, Y) of each projection)."""
+        x2, found = x.reshape(-1, x.shape[-1]), []
+        rows = places(len(x2), ROWS, x.device)
+        for m in members:
+            columns = places(m.B.shape[0], COLUMNS, x.device)
+            found.append((columns, _linear(x2[rows], m._replace(p=0.0), None, columns)[0]))
+        return rows, found
 
-    def samples(y: Tensor) -> list[Sample]:
-        if found := of_other_shapes([y], [(*x.shape[:-1], N)]):
+    def samples(ys: Any) -> list[Sample]:
+        found = of_other_shapes(ys, [(*x.shape[:-1], m.B.shape[0]) for m in members])
+        if found:
             return found
-        rows, columns, exact = truth()
-        return [Sample("Y", y.reshape(-1, N)[rows][:, columns], exact)]
+        rows, exact = truth()
+        for y, (columns, numbers) in zip(ys, exact, strict=True):
+            found.append(Sample("Y", y.reshape(-1, y.shape[-1])[rows][:, columns], numbers))
+        return found
 
     return samples
 

@@ -22,6 +22,9 @@ from .bits import pack_bits, unpack_bits
 from .mixed_torch import mixed as mixed
 from .projection import Projection, ProjectionGrad
 
+# Projections of one x without gradients are computed together up to this many rows. Here each is as
+# fast alone: nothing is launched, and nothing can be shared but the host's time of a few calls.
+group_rows = 0
 # up to this many rows an extra pass over Y costs less than two more views, as host time dominates
 _FEW_ROWS = 32
 
@@ -187,3 +190,8 @@ def infer(
     x2 = x.reshape(-1, K)
     y, _, _ = _forward(x2, Projection(w, bias, A, B, scale, 0.0, transposed), None)
     return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def infer_group(x: Tensor, members: list[Projection]) -> list[Tensor]:
+    """Y_i [..., N_i] of projections of x [..., K] without gradients; their dropout is left out."""
+    return [infer(x, m.weight, m.bias, m.A, m.B, m.scale, m.transposed) for m in members]

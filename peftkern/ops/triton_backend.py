@@ -19,7 +19,7 @@ from torch import Tensor
 from ..kernels.bits import dropout_bits
 from ..kernels.checks import DTYPES, MAX_RANK
 from ..kernels.common import INTERPRET, arch_of
-from ..kernels.decode import MAX_ROWS, decode
+from ..kernels.decode import MAX_ROWS, decode_group
 from ..kernels.expand import expand, low_rank_grad_input
 from ..kernels.gemm import fused_grad_input, fused_linear
 from ..kernels.grad_a import grad_a
@@ -46,8 +46,10 @@ from .projection import Projection, ProjectionGrad
 # tables, or else the one for its shape.
 PRODUCTS = ("hybrid", "joined", "fused")
 product: str | None = None
-# without gradients and for up to MAX_ROWS rows, one launch can also compute everything
+# without gradients and for up to MAX_ROWS rows, kernels that stream W can also compute everything
 INFER = ("decode", *PRODUCTS)
+# and then projections of one x are computed together
+group_rows = MAX_ROWS
 
 _TO_TORCH = "the Triton backend hands a call to torch: %s"
 
@@ -295,19 +297,30 @@ def infer(
     """
     if _declines(x, A):
         return torch_backend.infer(x, w, bias, A, B, scale, transposed)
-    x2 = x.reshape(-1, x.shape[-1])
-    (M, K), (N, r) = x2.shape, B.shape
+    return infer_group(x, [Projection(w, bias, A, B, scale, 0.0, transposed)], how)[0]
+
+
+@on_its_device
+def infer_group(x: Tensor, members: list[Projection], how: str | None = None) -> list[Tensor]:
+    """Y_i [..., N_i] of projections of x [..., K]; their dropout is left out, ``how`` as before."""
+    if any(_declines(x, m.A) for m in members):
+        return torch_backend.infer_group(x, members)
+    x2, low, count = x.reshape(-1, x.shape[-1]), members[0].A.dtype, len(members)
+    (M, K), N, r = x2.shape, sum(m.B.shape[0] for m in members), max(m.A.shape[0] for m in members)
     few = M <= MAX_ROWS
     if few and how is None:
-        key = tuned.key_of("infer", x2.dtype, A.dtype, M, N, K, r)
+        key = tuned.key_of("infer", x2.dtype, low, M, N, K, r, count)
         how = tuned.best_of(INFER, key, x2) or INFER[0]
     if few and how == "decode":
-        config = tuned.config("decode", x2, A.dtype, N, K, r)
-        y: Tensor = decode(x2, w.t() if transposed else w, A, B, scale, bias, config=config)
+        config = tuned.config("decode", x2, low, N, K, r, count)
+        ys = decode_group(
+            x2, [m.w.t() for m in members], [m.A for m in members], [m.B for m in members],
+            [m.scale for m in members], [m.bias for m in members], config=config,
+        )  # fmt: skip
     else:
-        how = how if how in PRODUCTS else None
-        [(y, _, _)] = forward(x2, [Projection(w, bias, A, B, scale, 0.0, transposed)], how=how)
-    return y.view(*x.shape[:-1], y.shape[-1])
+        dense = [m._replace(p=0.0) for m in members]
+        ys = [y for y, _, _ in forward(x2, dense, how=how if how in PRODUCTS else None)]
+    return [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]
 
 
 def why_not_mixed(x: Tensor, adapters: Any) -> str | None:

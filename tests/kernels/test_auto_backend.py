@@ -398,7 +398,7 @@ def test_a_call_runs_with_its_own_device_current(clock, monkeypatch):
     seen = []
     monkeypatch.setattr(torch.cuda, "device", Device)
     monkeypatch.setattr(device, "elsewhere", lambda x: not current)
-    for name in ("shrink", "grad_a", "decode"):
+    for name in ("shrink", "grad_a", "decode_group"):
         real = getattr(triton_backend, name)
         monkeypatch.setattr(
             triton_backend,

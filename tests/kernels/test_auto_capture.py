@@ -93,7 +93,7 @@ def test_torch_alone_computes_a_declined_call_that_cannot_be_decided(
 def test_a_way_for_graphs_that_fails_is_not_taken(monkeypatch, tmp_path, caplog):
     driver, ran, infer = Driver(monkeypatch), [], choices.infer
     monkeypatch.setattr(choices, "infer", lambda how, *a: ran.append(how) or infer(how, *a))
-    monkeypatch.setattr(triton_backend, "decode", lambda *a, **k: 1 / 0)
+    monkeypatch.setattr(triton_backend, "decode_group", lambda *a, **k: 1 / 0)
     x, w, A, B = drawn(grad=False)
     with dispatcher(monkeypatch, tmp_path, FakeClock()):
         tuned.book(-1).keep([entry("infer", "hybrid"), entry("infer", "decode", graph=True)])

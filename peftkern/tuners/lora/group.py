@@ -1,10 +1,14 @@
-"""Groups of projections that read the same tensor (q, k, v; gate, up), computed together to train.
+"""Groups of projections that read the same tensor (q, k, v; gate, up), computed together.
 
 Names of the layers and their parent suggest the groups; every call checks them. The first member
 that is called computes all of them (:func:`peftkern.ops.lora_group.lora_group`). The others take
 their output from it, if they are called with the same tensor. When one is called with another
 tensor, the group is switched off at a later forward of the model. It is not switched off at once,
 because a checkpointed block must be recomputed in the way in which it was computed.
+
+Few rows without gradients (decoding) are computed together too, where the backend gains by it: in
+eval mode, as in training mode it may be the first pass of a checkpoint. There a group ends at once
+when two calls of its first member, one after the other, leave outputs that no member takes.
 """
 
 from __future__ import annotations
@@ -21,7 +25,8 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from ...ops import autocast
-from ...ops.lora_group import lora_group
+from ...ops import backend as _backend
+from ...ops.lora_group import lora_group, lora_group_infer
 from ...ops.projection import Projection
 from ..base_layer import walk
 
@@ -50,6 +55,12 @@ class _Stash:
 
     def __init__(self, x: Tensor, outputs: dict[int, tuple[Tensor, Any]]) -> None:
         self.x, self.version, self.mode, self.outputs = x, x._version, _mode(x), outputs
+
+    @classmethod
+    def of(cls, x: Tensor, calls: dict[int, Projection], rest: list[Tensor]) -> _Stash:
+        """The outputs ``rest`` of all members in ``calls`` but the first, which has its own."""
+        waiting = list(calls.items())[1:]
+        return cls(x, {i: (y, _fingerprint(c)) for (i, c), y in zip(waiting, rest, strict=True)})
 
     def take(self, index: int, x: Tensor, call: Projection) -> Tensor | None:
         """The output of member ``index``; None when a call now would use other values for it."""
@@ -81,6 +92,8 @@ class Group:
     def __init__(self, names: list[str], layers: list[Any]) -> None:
         self.names, self.layers = names, layers
         self.off = self.broken = False
+        self.apart = False  # True: few rows without gradients are not computed together
+        self._left = 0  # how often, one time after the other, outputs of few rows were left over
         self._fresh()
 
     def _fresh(self) -> None:
@@ -105,7 +118,9 @@ class Group:
             return ""
         if self.off:
             return f"; not grouped with {', '.join(others)}: their inputs differ"
-        return f"; trains as one operation with {', '.join(others)}"
+        rows = 0 if self.apart else _backend.active.group_rows
+        decodes = f", and decodes so with up to {rows} rows" if rows else ""
+        return f"; trains as one operation with {', '.join(others)}{decodes}"
 
     def output(self, layer: Any, x: Tensor, call: Projection) -> Tensor | None:
         """The layer's output for ``x``; None when the layer must compute it alone.
@@ -132,21 +147,61 @@ class Group:
             # nevertheless: a checkpointed block and its recomputation must decide in the same way.
             local["stash"] = None
             self._break()
-        calls = {index: call}
-        for i, other in enumerate(self.layers):
-            if i != index and (found := other.fused_call(x)) is not None:
-                calls[i] = Projection(*found)
+        calls = self._calls(index, x, call)
         if len(calls) < 2:
             return None
         token = _Open()
         if torch.is_grad_enabled():
             self._open.add(token)
         first, *rest = lora_group(x, list(calls.values()), token)
-        waiting = list(calls.items())[1:]
-        local["stash"] = _Stash(
-            x, {i: (y, _fingerprint(c)) for (i, c), y in zip(waiting, rest, strict=True)}
-        )
+        local["stash"] = _Stash.of(x, calls, rest)
         return first
+
+    def few_output(self, layer: Any, x: Tensor, call: Projection) -> Tensor | None:
+        """:meth:`output` in eval mode without gradients and dropout, for few rows.
+
+        None when the layer must compute it alone, as for more rows.
+        """
+        rows = _backend.active.group_rows
+        if self.apart or x.numel() > rows * x.shape[-1] or x.is_inference():
+            return None
+        local = self._local.__dict__
+        stash = local.get("few")
+        index = self.layers.index(layer)
+        if stash is not None:
+            y = stash.take(index, x, call) if index in stash.outputs else None
+            if y is not None:
+                del stash.outputs[index]
+                if not stash.outputs:
+                    local["few"], self._left = None, 0
+                return y
+            # Another tensor, or a member that was not called. Once is no reason to end the group:
+            # an exception between two members does it too.
+            local["few"] = None
+            self._left += 1
+            if self._left > 1:
+                self.apart = True
+                self._tell("decode as one operation")
+                return None
+        calls = self._calls(index, x, call)
+        if len(calls) < 2 or any(c.p > 0.0 for c in calls.values()):
+            return None
+        first, *rest = lora_group_infer(x, list(calls.values()))
+        local["few"] = _Stash.of(x, calls, rest)
+        return first
+
+    def _calls(self, index: int, x: Tensor, call: Projection) -> dict[int, Projection]:
+        """The calls for x of the members that can be fused, ``call`` of member ``index`` first."""
+        calls = {index: call}
+        for i, other in enumerate(self.layers):
+            if i != index and (found := other.fused_call(x)) is not None:
+                calls[i] = Projection(*found)
+        return calls
+
+    def _tell(self, what: str) -> None:
+        logging.getLogger("peftkern").info(
+            "%s do not %s: they were called with different inputs", ", ".join(self.names), what
+        )
 
     def _break(self) -> None:
         global _breaks

@@ -11,6 +11,7 @@ from torch.nn.parameter import Parameter
 
 from ...configs.lora import LoraConfig
 from ...ops import autocast
+from ...ops import backend as _backend
 from ...ops.library import traced_lora_linear, why_formula
 from ...ops.lora import lora_linear
 from ...ops.projection import Projection
@@ -101,10 +102,14 @@ class Linear(nn.Module, LoraLayer):
             return self._forward_general(x, *args, **kwargs)
         weight, bias, A, B, scale, p, transposed = call  # starring it costs more
         group = self.__dict__["_group"]
-        # without gradients a group is used only with dropout: the first pass of a reentrant
-        # checkpoint must draw its masks in the same order as the second
-        if group is not None and not group.off and (p > 0.0 or torch.is_grad_enabled()):
-            y = group.output(self, x, Projection(*call))
+        if group is not None and not group.off:
+            y = None
+            # without gradients a group trains only with dropout: the first pass of a reentrant
+            # checkpoint must draw its masks in the same order as the second
+            if p > 0.0 or torch.is_grad_enabled():
+                y = group.output(self, x, Projection(*call))
+            elif _backend.active.group_rows and not self.training:  # else it may be such a pass
+                y = group.few_output(self, x, Projection(*call))
             if y is not None:
                 return y
         return lora_linear(x, weight, bias, A, B, scale, p, transposed)
