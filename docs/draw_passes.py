@@ -58,8 +58,10 @@ PASSES: dict[str, tuple[Launch, ...]] = {
         Launch(VENDOR, ("dX += dY W",), ("dY [M, N]", "W [N, K]", "dX [M, K]"), ("dX [M, K]",)),
     ),
     "decode": (
-        Launch("decode", ("Y = X Wᵀ + s · (X Aᵀ) Bᵀ + bias", "every program makes S again"),
-               ("X [M, K], M ≤ 16", "W [N, K]", "A [r, K]", "B [N, r]"), ("Y [M, N]",)),
+        Launch("decode_shrink", ("S = s · X Aᵀ, in parts over K", "the next starts meanwhile"),
+               ("X [M, K], M ≤ 16", "A [r, K]"), ("S parts fp32",)),
+        Launch("decode", ("X Wᵀ + bias, then wait for S", "Y = that + (the parts' sum) Bᵀ"),
+               ("X [M, K], M ≤ 16", "W [N, K]", "B [N, r]", "S parts fp32"), ("Y [M, N]",)),
     ),
     "mixed": (
         Launch("mixed", ("i = index of the row's sample", "Y = X Wᵀ + sᵢ · (X Aᵢᵀ) Bᵢᵀ + bias",

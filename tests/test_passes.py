@@ -13,12 +13,12 @@ import pytest
 
 from benchmarks.cost.cases import PROVIDERS, Shape, measure
 from benchmarks.cost.gpus import GPUS
-from benchmarks.kernels import prefix_attention, prefix_backward, prefix_decode
-from benchmarks.kernels.entry import FP32, INT32, meta
+from benchmarks.kernels import decode, prefix_attention, prefix_backward, prefix_decode
+from benchmarks.kernels.entry import BF16, FP32, INT32, meta
 from benchmarks.kernels.prefix import problem
 from benchmarks.kernels.table import traffic
 from benchmarks.kernels.traffic import Traffic
-from peftkern.kernels import decode, dora_grad, dora_norm, gemm, mixed
+from peftkern.kernels import dora_grad, dora_norm, gemm, mixed
 from peftkern.kernels.common import Arch
 
 from .pages import ROOT, read
@@ -51,14 +51,7 @@ def linear(name: str) -> tuple[list[Traffic], list[Traffic]]:
 
 
 def few_rows() -> list[Traffic]:
-    config = decode.default_config(16, N, R, ARCH)
-    a, b = meta(R, K), meta(N, R)
-    return [
-        traffic(launch)
-        for launch in decode.plan_decode(
-            meta(16, N), meta(16, K), meta(N, K), a, b, None, None, 1.0, config
-        )
-    ]
+    return [traffic(launch) for launch in decode.launches(16, [N], K, [R], ARCH, adapter=BF16)]
 
 
 def mixed_batch() -> list[Traffic]:

@@ -139,9 +139,9 @@ def test_keys_change_with_what_the_compiler_sees_and_with_nothing_else(before, t
         tmp_path,
         ("kernels/common.py", "from __future__", "# All lines move.\n\nfrom __future__"),
         ("kernels/gemm.py", "        band = tile", "        # Why.\n        band = (tile)"),
-        ("kernels/decode.py", '"""One row, no', '"""Words. One row, no'),
-        ("kernels/decode.py", "low = tl.load(s + rank, mask=rank_ok, other=0.0)",
-         "low = tl.load(s + rank, mask=rank_ok, other=1.0)"),  # in _gemv_kernel
+        ("kernels/decode_tile.py", '"""No tensor', '"""Words. No tensor'),
+        ("kernels/decode_tile.py", "low = given_s(s + rank, part_stride, PARTS, rank_ok)",
+         "low = given_s(s + rank, part_stride, PARTS, n_ok)"),  # in _gemv_kernel
         ("kernels/expand.py", "block_r=min(64,", "block_r=min(32,"),  # matters where r > 32
     )  # fmt: skip
     assert before.keys() == after.keys()
@@ -150,7 +150,7 @@ def test_keys_change_with_what_the_compiler_sees_and_with_nothing_else(before, t
     assert changed == {
         case
         for case, (kernel, _) in before.items()
-        if kernel == "decode._gemv_kernel"
+        if kernel == "decode_tile._gemv_kernel"
         or (kernel == "expand._expand_kernel" and any(r in case for r in wide))
     }
 
@@ -164,7 +164,11 @@ def test_keys_follow_helpers(before, tmp_path):
     changed = {before[case][0] for case in before if after[case] != before[case]}
     callers = {"shrink._shrink_kernel", "grad_a._grad_a_kernel", "expand._expand_kernel"}
     assert callers | {"gemm._gemm_kernel"} <= changed
-    assert not changed & {"bits._bits_kernel", "decode._gemv_kernel", "grad_sb._grad_sb_kernel"}
+    assert not changed & {
+        "bits._bits_kernel",
+        "decode_tile._gemv_kernel",
+        "grad_sb._grad_sb_kernel",
+    }
 
 
 TOY = """
