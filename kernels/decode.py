@@ -232,23 +232,15 @@ def _run(
 ) -> list[torch.Tensor]:
     M, K = x.shape
     ys = [x.new_empty((M, w.shape[0])) for w in ws]
-    filled = [i for i, w in enumerate(ws) if M and w.shape[0]]
-    if not filled:
+    if not any(y.numel() for y in ys):
         return ys
-    if len(filled) < len(ws):  # an output without columns has no program
-        ys_of, ws, Bs, biases, scales = (
-            [v[i] for i in filled] for v in (ys, ws, Bs, biases, scales)
-        )  # fmt: skip
-        As = [As[i] for i in filled] if As else As
-    else:
-        ys_of = ys
     arch = arch_of(x.device)
     if config is None:
         Ns, ranks = [w.shape[0] for w in ws], [b.shape[1] for b in Bs]
         sizes = x.element_size(), Bs[0].element_size()
         config = default_config(M, Ns, K, ranks, arch, *sizes)
     As, biases = [_dense(a) for a in As], [None if c is None else c.contiguous() for c in biases]
-    for launch in plan_decode(ys_of, x, ws, As, Bs, s, biases, scales, config, arch):
+    for launch in plan_decode(ys, x, ws, As, Bs, s, biases, scales, config, arch):
         launch.run()
     return ys
 

@@ -158,6 +158,40 @@ def test_decode(M, dtype):
         as_good_as_torch(y, plain, reference.linear(x, w, reference.shrink(x, A, 2.0), B, bias))
 
 
+@pytest.mark.parametrize("M", [1, 7, 16])
+def test_decode_group(M):
+    (K,), Ns, ranks = cut(4096), cut(4096, 1024, 1000), cut(16, 64, 5)
+    x = some(M, K)
+    ws = [some(n, K, seed=1 + i, scale=K**-0.5) for i, n in enumerate(Ns)]
+    As = [some(r, K, dtype=FP32, seed=5 + i, scale=0.1) for i, r in enumerate(ranks)]
+    pairs = enumerate(zip(Ns, ranks, strict=True))
+    Bs = [some(n, r, dtype=FP32, seed=9 + i, scale=0.2) for i, (n, r) in pairs]
+    biases = [None, some(Ns[1], seed=13), None]
+    poison()
+    ys = decode.decode_group(x, ws, As, Bs, [2.0, 1.0, 0.5], biases)
+    for y, w, A, B, c, scale in zip(ys, ws, As, Bs, biases, [2.0, 1.0, 0.5], strict=True):
+        plain = x @ w.T + (scale * (x @ A.bfloat16().T)) @ B.bfloat16().T
+        s = reference.shrink(x, A, scale)
+        as_good_as_torch(y, plain if c is None else plain + c, reference.linear(x, w, s, B, c))
+
+
+@pytest.mark.parametrize("M", [1, 16])
+def test_decode_sees_what_was_written_just_before(M):
+    """Its second launch starts early, and must not read ahead of the work before the first."""
+    K, N, r = cut(4096, 4096, 16)
+    x, w, A, B = (torch.empty_like(t) for t in (some(M, K), some(N, K), some(r, K), some(N, r)))
+    poison()
+    for seed in range(3 if ON_CPU else 20):
+        x.copy_(some(M, K, seed=seed))
+        A.copy_(some(r, K, seed=seed + 1, scale=0.1))
+        B.copy_(some(N, r, seed=seed + 2, scale=0.2))
+        w.copy_(some(N, K, seed=seed + 3, scale=K**-0.5))
+        y, again = decode.decode(x, w, A, B), decode.decode(x, w, A, B)
+        assert torch.equal(y, again)
+        exact = reference.linear(x, w, reference.shrink(x, A, 1.0), B)
+        as_good_as_torch(y, x @ w.T + (x @ A.T) @ B.T, exact)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("T", [1, 3, 150])
 @pytest.mark.parametrize("index", [[0], [-1], [2, -1, 0, 1, 2, 2, -1, 0, 1]])
