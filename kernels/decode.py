@@ -97,20 +97,22 @@ def default_config(
     block_n = next((n for n in widths if fill(n) >= 0.9), max(widths, key=fill))
     again = sum((cdiv(n, block_n) - 1) * r for n, r in zip(Ns, ranks, strict=True))
     alone = again * K * adapter_itemsize <= LAUNCH_BYTES
-    alone = alone and max(ranks) <= HELD_RANK
+    # with several rows, a product of 64 ranks would be an asynchronous one that waits for W's
+    alone = alone and max(ranks) <= (HELD_RANK if one_row else 32)
     most = 1024 if one_row else 256
     block_k = max(64, min(most, _TILE_BYTES // itemsize // block_n, next_pow2(K)))
     if alone:
         block_k = max(64, min(block_k, 8192 // block_r))  # registers for A's tile and its sums
-    stage = itemsize * block_k * (block_n + (1 if one_row else 16))
-    if alone:
-        stage += adapter_itemsize * block_k * block_r
+    column = itemsize * (block_n + (1 if one_row else 16))  # bytes of a step
+    column += adapter_itemsize * block_r if alone else 0
+    while block_k > 32 and 2 * block_k * column > arch.shared // 2:  # two steps ahead at least
+        block_k //= 2
     return DecodeConfig(
         block_n=block_n,
         block_k=block_k,
         # a copy of X's columns to shared memory takes at least 4 bytes a thread
         num_warps=8 if one_row and itemsize * block_k >= 1024 else 4,
-        num_stages=max(2, min(5, 1 + arch.shared // 2 // stage)),
+        num_stages=max(2, min(5, 1 + arch.shared // 2 // (block_k * column))),
         split_k=0 if alone else min(MOST_PARTS, cdiv(K, 2048 if one_row else 1024)),
     )
 

@@ -57,7 +57,7 @@ def _decode_shrink_kernel(
                 m = tl.arange(0, BLOCK_M)  # [BLOCK_M]
                 m_ok = m < M  # [BLOCK_M]
                 x_row = x + m.to(tl.int64)[:, None] * x_stride  # [BLOCK_M, 1]
-                acc = tl.zeros((BLOCK_R, BLOCK_M), tl.float32)
+                acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
                 for k0 in range(begin, end, BLOCK_K):
                     k = k0 + tl.arange(0, BLOCK_K)  # [BLOCK_K]
                     k_ok = k < end  # [BLOCK_K]
@@ -67,11 +67,11 @@ def _decode_shrink_kernel(
                     a_tile = tl.load(
                         a_row + k[None, :], mask=rank_ok[:, None] & k_ok[None, :], other=0.0
                     )  # [BLOCK_R, BLOCK_K]
-                    acc = dot(cast(a_tile, xs.dtype), tl.trans(xs), acc, PRECISION)
+                    acc = dot(xs, tl.trans(cast(a_tile, xs.dtype)), acc, PRECISION)
                 tl.store(
-                    out[:, None] + m[None, :] * s_stride,
+                    out[None, :] + m[:, None] * s_stride,
                     acc * scales[i],
-                    mask=rank_ok[:, None] & m_ok[None, :],
+                    mask=m_ok[:, None] & rank_ok[None, :],
                 )
 
 
@@ -104,6 +104,7 @@ def plan_parts(
     )  # fmt: skip
     meta = dict(
         G=len(ranks), BLOCK_M=1 if one else 16, BLOCK_K=block_k, BLOCK_R=block_r,
-        PRECISION=precision(x.dtype), EARLY=early, num_warps=4, num_stages=3,
+        PRECISION=precision(x.dtype), EARLY=early, num_warps=4,
+        num_stages=1 if one else 3,  # for one row, both steps of its loop are asked for at once
     )  # fmt: skip
     return parts, Launch(_decode_shrink_kernel, (sum(chunks), split), args, meta)

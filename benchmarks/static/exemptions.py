@@ -32,13 +32,12 @@ _ONE_BY_ONE = (
 
 EXEMPTIONS: tuple[Exemption, ...] = (
     Exemption(
-        "decode M=1", "pipeline", "decode._gemv_kernel", "",
-        "its loads meet no product, so Triton makes none ahead; every step loads whole tiles of W "
-        "and A with 16 bytes a thread, and several programs share a multiprocessor",
+        "decode reads S as its product does", "width", "decode_tile._rows_kernel", "",
+        "S of 16 rows is a few KB that are read once, in the layout of the product's operand",
     ),
     Exemption(
-        "decode of wide ranks", "pipeline", "decode._rows_kernel", r"decode M\d+ r128",
-        _ONE_PLACE + "a third stage of A's tile takes the shared memory of another program",
+        "S of few rows is small", "width", "decode_shrink._decode_shrink_kernel", "M16",
+        "a program stores one tile of 16 x 16, in the layout of the product that made it",
     ),
     Exemption(
         "expand has no loop", "pipeline", "expand._expand_kernel", "",
