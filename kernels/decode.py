@@ -117,9 +117,10 @@ def default_config(
     )
 
 
-def starts_early(arch: Arch) -> bool:
-    """True where a launch may start before the one ahead of it has ended."""
-    return arch.capability >= 90 and torch.version.hip is None and not INTERPRET.value
+def starts_early(x: torch.Tensor, arch: Arch) -> bool:
+    """True where a launch may start before the one ahead of it ends; never in the interpreter."""
+    runs_interpreted = INTERPRET.value and not x.is_meta
+    return arch.capability >= 90 and torch.version.hip is None and not runs_interpreted
 
 
 def plan_decode(
@@ -142,7 +143,7 @@ def plan_decode(
     ranks, Ns = tuple(b.shape[1] for b in Bs), tuple(y.shape[1] for y in ys)
     launches = []
     two = s is None and config.split_k > 0 and K > 0
-    early = two and starts_early(arch)
+    early = two and starts_early(x, arch)
     parts = s[None] if s is not None else None
     if two:
         parts, first = plan_parts(x, As, scales, config.split_k, early)
