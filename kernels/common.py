@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from .fp32 import tf32
+from .recording import start
 
 # True when this process runs kernels in Triton's CPU interpreter (TRITON_INTERPRET=1 at import).
 INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
@@ -112,7 +113,7 @@ class Launch(NamedTuple):
     meta: dict[str, Any]  # constexprs, num_warps, num_stages
 
     def run(self) -> None:
-        self.kernel[self.grid](*self.args, **self.meta)
+        start(self)
 
 
 def precision(dtype: torch.dtype) -> str:

@@ -17,6 +17,7 @@ import triton.language as tl
 
 from . import checks
 from .common import Arch, Launch, arch_of, cast, cdiv, row_stride
+from .launching import planned
 from .reduce import plan_sum
 
 
@@ -118,6 +119,7 @@ def plan_scale_grad(
     return launches
 
 
+@planned()
 def scale_grad(
     dy: torch.Tensor,
     gain: torch.Tensor,

@@ -16,6 +16,7 @@ import triton.language as tl
 
 from . import checks
 from .common import Arch, Launch, arch_of, cdiv, dot, padded
+from .launching import planned
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 RANKS = 32  # largest rank of one product, whose halves are in registers; more are done in chunks
@@ -145,6 +146,7 @@ def plan_norms(
     return launches
 
 
+@planned("scale")
 def row_norms(
     w: torch.Tensor,
     a: torch.Tensor,

@@ -29,6 +29,7 @@ from .common import (
     rank_end,
     row_stride,
 )  # fmt: skip
+from .launching import planned
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,7 @@ def plan_expand(
     return [Launch(_expand_kernel, grid, args, meta)]
 
 
+@planned()
 def expand(
     s: torch.Tensor,
     b: torch.Tensor,
@@ -158,6 +160,7 @@ def expand(
     return out
 
 
+@planned()
 def low_rank_grad_input(
     ds: Sequence[torch.Tensor],
     As: Sequence[torch.Tensor],

@@ -43,6 +43,7 @@ from .common import (
     rank_end,
     row_stride,
 )  # fmt: skip
+from .launching import planned
 
 MAX_DESCRIBED = 4  # pairs of X and W that the kernel has arguments for
 
@@ -319,6 +320,7 @@ def _check_weight(
         raise TypeError(f"{name} has dtype {w.dtype}; allowed: {dtype}, that of the activation")
 
 
+@planned()
 def fused_linear(
     x: torch.Tensor,
     w: torch.Tensor,
@@ -369,6 +371,7 @@ def fused_linear(
     return _fused([x], [w], Ls, Rs, [None] * len(Ls), bias, config, gain, v)
 
 
+@planned()
 def fused_grad_input(
     dys: Sequence[torch.Tensor],
     ws: Sequence[torch.Tensor],

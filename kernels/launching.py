@@ -1,0 +1,182 @@
+"""Plans: calls like an earlier one start their compiled kernels at once.
+
+A public function of a kernel file checks its arguments, makes a config, works out grids, strides
+and constants, and hands all to Triton, which looks at every argument again to find the compiled
+kernel. For arguments of the same kind (shapes, strides, dtypes, device, alignment, what is None,
+config) all of it ends the same. :func:`planned` keeps that end as a plan: what to allocate, which
+compiled kernels to start, and from which tensor or number each of their arguments comes. A later
+call of the same kind does just that (:mod:`.plans`).
+
+A plan holds no tensor and no address, so nothing in it can be out of date. It is made by
+:mod:`.recording` at the second call of a kind, as a kind that is never seen again (a batch of
+another length) is not worth one. What cannot be planned runs as written, and so does everything in
+Triton's interpreter and on AMD's GPUs, where Triton's choice also depends on the size of a storage.
+
+Within a CUDA graph's capture nothing is recorded. A plan can be used there, as its kernels have
+been loaded by the call before it.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import triton
+from triton.runtime import driver
+
+from .fp32 import tf32
+from .kinds import TENSORS, Call, Unplanned
+from .recording import own, record
+
+log = logging.getLogger("peftkern")
+
+# Names of Triton that it does not promise to keep, and why they are used; 3.6 and 3.9 have them.
+# Without one of them every launch goes through Triton's own dispatch.
+NAMES = (
+    ("compiler.CompiledKernel.run", "starts a compiled kernel, without looking at its arguments"),
+    ("compiler.CompiledKernel.launch_metadata", "what hooks on launches are told"),
+    ("runtime.driver.active", "the current device and stream, as Triton's dispatch asks for them"),
+    ("knobs.runtime.launch_enter_hook", "profilers hook into launches here"),
+    ("knobs.runtime.launch_exit_hook", "profilers hook into launches here"),
+    ("knobs.runtime.debug", "compiles another kernel"),
+    ("knobs.runtime.add_stages_inspection_hook", "compiles another kernel"),
+    ("knobs.compilation.instrumentation_mode", "compiles another kernel"),
+)
+MOST = 512  # kinds of calls of one function; when there are more, all are forgotten
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def missing() -> str | None:
+    """The first of NAMES that the installed Triton lacks; None when it has all."""
+    for name, _ in NAMES:
+        at: Any = triton
+        *path, last = name.split(".")
+        for part in path:
+            at = getattr(at, part, None)
+        # asking the driver for its active one would start CUDA
+        if not hasattr(type(at) if last == "active" else at, last):
+            return name
+    return None
+
+
+def _why_not() -> str | None:
+    """The reason that no call is planned in this process; None when calls are planned."""
+    if triton.knobs.runtime.interpret:
+        return "Triton's interpreter"
+    if torch.version.hip is not None:
+        return "AMD's GPUs"
+    name = missing()
+    return None if name is None else f"triton {triton.__version__} has no {name}"
+
+
+why_not = _why_not()  # not None: every call runs as written
+if why_not is not None:
+    log.info("launches go through Triton's own dispatch: %s", why_not)
+_runtime = triton.knobs.runtime
+_compilation = triton.knobs.compilation
+
+# what a cache holds for a kind without a plan
+_SEEN = "one call has run"
+_NEVER = "it cannot be planned"
+_ASKS = "its plans are under longer keys, with torch's setting for TF32"
+_caches: list[dict[Any, Any]] = []
+
+
+def forget() -> None:
+    """Forget all plans; the next calls check and decide again."""
+    for cache in _caches:
+        cache.clear()
+
+
+def planned(*changing: str) -> Callable[[F], F]:
+    """A decorator that keeps plans for a public function of a kernel file.
+
+    Args:
+        changing: the arguments whose floats are told to the kernel as they are (such as scales) and
+            decide nothing else. A plan serves all their values. Any other value decides.
+
+    The function may allocate tensors and make views. A call that copies a tensor (one that is not
+    contiguous) or writes to one by an operation of torch is not planned.
+    """
+
+    def decorate(function: F) -> F:
+        names = list(inspect.signature(function).parameters)
+        if unknown := set(changing) - set(names):
+            raise ValueError(f"{function.__name__} has no argument {', '.join(sorted(unknown))}")
+        flags = [name in changing for name in names]
+        plans: dict[Any, Any] = {}
+        _caches.append(plans)
+
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if why_not is not None or own.recorder is not None:
+                return function(*args, **kwargs)
+            try:
+                device = driver.active.get_current_device()
+                call = Call([
+                    device, _runtime.debug, _runtime.add_stages_inspection_hook,
+                    _compilation.instrumentation_mode,
+                ])  # fmt: skip
+                for value, flag in zip(args, flags, strict=False):
+                    if type(value) in TENSORS:
+                        call.add(value)
+                    else:
+                        call.read((value,), flag)
+                for name, value in kwargs.items():
+                    call.key.append(name)
+                    call.read((value,), name in changing)
+                key: Any = tuple(call.key)
+                plan = plans.get(key)
+            except (Unplanned, RuntimeError, TypeError) as e:
+                # a tensor without memory, an unhashable value: the function judges it
+                log.debug("%s is not planned: %s", function.__name__, e)
+                return function(*args, **kwargs)
+            asking = plan is _ASKS
+            if asking:
+                key = (key, tf32())
+                plan = plans.get(key)
+            if plan is None:
+                result = function(*args, **kwargs)
+                if len(plans) >= MOST:
+                    plans.clear()
+                plans[key] = _SEEN
+                return result
+            if type(plan) is not str:
+                return plan(device, call.tensors, call.pointers, call.numbers)
+            if plan is not _SEEN or _capturing():
+                return function(*args, **kwargs)
+            done = _record(function, flags, changing, args, kwargs, call)
+            if done.plan is None:
+                plans[key] = _NEVER
+            elif done.asks and not asking:
+                plans[key] = _ASKS
+                plans[key, tf32()] = done.plan
+            else:
+                plans[key] = done.plan
+            return done.result
+
+        return call  # type: ignore[return-value]
+
+    return decorate
+
+
+_said: set[tuple[str, str]] = set()
+
+
+def _record(function: Callable[..., Any], *call: Any) -> Any:
+    done = record(function, *call)
+    told = function.__name__, done.why
+    if done.plan is None and told not in _said:
+        _said.add(told)
+        log.info("calls of %s run without a plan: %s", *told)
+    return done
+
+
+def _capturing() -> bool:
+    """True while a CUDA graph is captured, when nothing may be loaded."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()

@@ -1,0 +1,35 @@
+"""Plans: what a call decides and starts is kept for calls of its kind (kernels/launching.py)."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.kernels.compiler import python
+
+CODE = Path(__file__).with_name("on_standin.py").read_text(encoding="utf-8")
+CHECKS = re.findall(r"^def (check_\w+)", CODE, re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, str | None]:
+    """{check: its traceback, or None}, of a process that does not interpret kernels."""
+    code = f"from tests.kernels.on_standin import run; run({CHECKS!r})"
+    done = python("-c", code, cache=None)
+    assert done.returncode == 0, done.stderr
+    results: dict[str, str | None] = json.loads(done.stdout.splitlines()[-1])
+    return results
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_plans(found: dict[str, str | None], check: str) -> None:
+    assert found[check] is None, found[check]
+
+
+def test_the_interpreter_runs_everything_as_written() -> None:
+    from peftkern.kernels import launching
+
+    assert launching.why_not == "Triton's interpreter"
