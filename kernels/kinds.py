@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -19,6 +20,13 @@ TENSORS = frozenset({Tensor, Parameter})
 _CONSTANTS = {int, bool, str, float, torch.dtype, torch.device}
 
 
+def halves(seed: int) -> tuple[int, int]:
+    """The low and the high 32 bits of a whole number of 64, each as an int32, so that every seed
+    has one signature."""
+    low, high = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
+    return low - (low >> 31 << 32), high - (high >> 31 << 32)
+
+
 class Call:
     """The key of a call's kind, and what is not in it: its tensors, addresses and numbers."""
 
@@ -30,34 +38,37 @@ class Call:
         self.pointers: list[int] = []
         self.numbers: list[float] = []
 
-    def read(self, values: Iterable[Any], changing: bool) -> None:
-        """Add arguments; ``changing`` floats are numbers that only the kernels are told.
+    def read(self, values: Iterable[Any], changing: Iterable[type | None]) -> None:
+        """Add arguments, each with the class of the numbers in it that only kernels are told.
+
+        That is float, int for a seed, or None.
 
         Raises:
             Unplanned: a value is of a class that may change, or decide in unknown ways.
         """
-        for value in values:
+        key = self.key
+        for value, changes in zip(values, changing, strict=False):
             kind = type(value)
             if kind in TENSORS:
-                self.add(value)
+                pointer = value.data_ptr()
+                self.tensors.append(value)
+                self.pointers.append(pointer)
+                key += (value.shape, value.stride(), value.dtype, value.device, pointer & 15)
             elif value is None:
-                self.key.append(None)
-            elif kind is float and changing:
+                key.append(None)
+            elif kind is float and changes is float:
                 self.numbers.append(value)
-                self.key.append(float)
+                key.append(float)
+            elif kind is int and changes is int:
+                self.numbers += halves(value)
+                key.append(int)
             elif kind is list or kind is tuple:
-                self.key.append(len(value))
-                self.read(value, changing)
+                key.append(len(value))
+                self.read(value, repeat(changes))
             elif kind in _CONSTANTS or _frozen(kind):
-                self.key += (kind, value)
+                key += (kind, value)
             else:
                 raise Unplanned(f"an argument is a {kind.__name__}")
-
-    def add(self, t: Tensor) -> None:
-        pointer = t.data_ptr()
-        self.tensors.append(t)
-        self.pointers.append(pointer)
-        self.key += (t.shape, t.stride(), t.dtype, t.device, pointer & 15)
 
 
 def _frozen(kind: type) -> bool:

@@ -21,7 +21,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -29,7 +29,7 @@ import triton
 from triton.runtime import driver
 
 from .fp32 import tf32
-from .kinds import TENSORS, Call, Unplanned
+from .kinds import Call, Unplanned
 from .recording import own, record
 
 log = logging.getLogger("peftkern")
@@ -93,22 +93,24 @@ def forget() -> None:
         cache.clear()
 
 
-def planned(*changing: str) -> Callable[[F], F]:
+def planned(*scales: str, seeds: Sequence[str] = ()) -> Callable[[F], F]:
     """A decorator that keeps plans for a public function of a kernel file.
 
     Args:
-        changing: the arguments whose floats are told to the kernel as they are (such as scales) and
-            decide nothing else. A plan serves all their values. Any other value decides.
+        scales: the arguments whose floats decide nothing, and are told to the kernel as they are.
+        seeds: those whose ints are told to the kernel as halves (:func:`.kinds.halves`) and decide
+            nothing either. A plan serves all values of both. Any other value decides.
 
     The function may allocate tensors and make views. A call that copies a tensor (one that is not
     contiguous) or writes to one by an operation of torch is not planned.
     """
 
     def decorate(function: F) -> F:
-        names = list(inspect.signature(function).parameters)
-        if unknown := set(changing) - set(names):
+        changing: dict[str, type | None] = dict.fromkeys(inspect.signature(function).parameters)
+        if unknown := {*scales, *seeds} - set(changing):
             raise ValueError(f"{function.__name__} has no argument {', '.join(sorted(unknown))}")
-        flags = [name in changing for name in names]
+        changing.update(dict.fromkeys(scales, float) | dict.fromkeys(seeds, int))
+        classes = tuple(changing.values())
         plans: dict[Any, Any] = {}
         _caches.append(plans)
 
@@ -122,14 +124,10 @@ def planned(*changing: str) -> Callable[[F], F]:
                     device, _runtime.debug, _runtime.add_stages_inspection_hook,
                     _compilation.instrumentation_mode,
                 ])  # fmt: skip
-                for value, flag in zip(args, flags, strict=False):
-                    if type(value) in TENSORS:
-                        call.add(value)
-                    else:
-                        call.read((value,), flag)
+                call.read(args, classes)
                 for name, value in kwargs.items():
                     call.key.append(name)
-                    call.read((value,), name in changing)
+                    call.read((value,), (changing.get(name),))
                 key: Any = tuple(call.key)
                 plan = plans.get(key)
             except (Unplanned, RuntimeError, TypeError) as e:
@@ -150,7 +148,7 @@ def planned(*changing: str) -> Callable[[F], F]:
                 return plan(device, call.tensors, call.pointers, call.numbers)
             if plan is not _SEEN or _capturing():
                 return function(*args, **kwargs)
-            done = _record(function, flags, changing, args, kwargs, call)
+            done = _record(function, changing, args, kwargs, call)
             if done.plan is None:
                 plans[key] = _NEVER
             elif done.asks and not asking:

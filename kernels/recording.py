@@ -20,14 +20,15 @@ from torch.overrides import TorchFunctionMode
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import fp32
-from .kinds import Call, Unplanned
+from .kinds import Call, Unplanned, halves
 from .plans import Allocation, Filled, Named, Run, Start, View, write
 
 _ALLOCATES = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 _LOOKS = {"item", "tolist", "__bool__", "__int__", "__float__", "__index__"}
 _WRITES = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ior__", "__iand__"}
 # of the numbers in the first run; no kernel has a constant like these
-_FIRST, _STEP = 0.7310585786300049, 0.2689414213699951
+_FIRST, _STEP = 0.7310585786300049, 0.1339745962155614
+_SEED, _SEED_STEP = 0x2E6D93A15F0C7B48, 0x100000001
 
 
 class _Own(threading.local):
@@ -145,7 +146,7 @@ class Origins(NamedTuple):
     """Where the arguments of launches come from."""
 
     of: Callable[[Tensor], tuple[int, int]]
-    numbers: dict[float, int]
+    numbers: dict[tuple[type, float], int]  # by class, as 1 equals 1.0
 
     def filled(self, values: Sequence[Any]) -> Filled:
         """The arguments as constants and origins.
@@ -157,10 +158,14 @@ class Origins(NamedTuple):
         for place, value in enumerate(values):
             if isinstance(value, Tensor):
                 made.pointers.append((place, *self.of(value)))
-            elif type(value) is float and value in self.numbers:
-                made.numbers.append((place, self.numbers[value]))
-            elif type(value) is tuple and not _plain(value):
-                made.tuples.append((place, self.filled(value)))
+            elif type(value) in (float, int) and (type(value), value) in self.numbers:
+                made.numbers.append((place, self.numbers[type(value), value]))
+            elif type(value) is tuple:
+                inner = self.filled(value)
+                if any(inner[1:]):
+                    made.tuples.append((place, inner))
+                else:
+                    made.constants[place] = value
             elif isinstance(value, TensorDescriptor):
                 root, offset = self.of(value.base)
                 if offset:
@@ -170,11 +175,6 @@ class Origins(NamedTuple):
             else:
                 made.constants[place] = value
         return made
-
-
-def _plain(values: tuple[Any, ...]) -> bool:
-    """True for a tuple of whole numbers, strings and None."""
-    return all(type(v) in (int, bool, str, type(None)) for v in values)
 
 
 def _agree(
@@ -229,15 +229,19 @@ def _result(result: Any, watched: _Watched, inputs: int) -> Any:
     return View(root, tuple(result.shape), tuple(result.stride()), int(result.storage_offset()))
 
 
-def _other(value: Any, changing: bool, inputs: list[Tensor], numbers: list[float]) -> Any:
+def _other(value: Any, changing: type | None, inputs: list[Tensor], numbers: list[float]) -> Any:
     """The argument for the first run; the tensors and numbers are listed as in a key."""
     kind = type(value)
     if kind is Tensor or kind is Parameter:
         inputs.append(value.detach())
         return inputs[-1]
-    if kind is float and changing:
+    if kind is float and changing is float:
         numbers.append(_FIRST + _STEP * len(numbers))
         return numbers[-1]
+    if kind is int and changing is int:
+        seed = _SEED + _SEED_STEP * len(numbers)
+        numbers += halves(seed)
+        return seed
     if kind is list or kind is tuple:
         return kind([_other(v, changing, inputs, numbers) for v in value])
     return value
@@ -245,24 +249,25 @@ def _other(value: Any, changing: bool, inputs: list[Tensor], numbers: list[float
 
 def record(
     function: Callable[..., Any],
-    flags: Sequence[bool],
-    changing: Sequence[str],
+    changing: dict[str, type | None],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     call: Call,
 ) -> Recorded:
     """Run ``function`` and make its plan.
 
-    ``flags`` and ``changing`` say which arguments, by place and by name, have numbers that only the
-    kernels are told. Raises what the function raises.
+    ``changing`` has, for each argument, the class of the numbers in it that only the kernels are
+    told, or None. Raises what the function raises.
     """
     inputs: list[Tensor] = []
     marks: list[float] = []
-    others = [_other(v, flag, inputs, marks) for v, flag in zip(args, flags, strict=False)]
-    named = {k: _other(v, k in changing, inputs, marks) for k, v in kwargs.items()}
+    others = [
+        _other(v, flag, inputs, marks) for v, flag in zip(args, changing.values(), strict=False)
+    ]
+    named = {k: _other(v, changing.get(k), inputs, marks) for k, v in kwargs.items()}
     first, why, asked = _Recorder(starts=False), "", fp32.asked
     watched = _Watched(inputs)
-    origins = Origins(watched.origin, {mark: i for i, mark in enumerate(marks)})
+    origins = Origins(watched.origin, {(type(v), v): i for i, v in enumerate(marks)})
     plans: list[Filled] = []
     result: Any = None
     try:

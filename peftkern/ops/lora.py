@@ -35,7 +35,7 @@ class _LoraLinear(torch.autograd.Function):
         p: float,
         transposed: bool,
     ) -> Tensor:
-        x2 = x.reshape(-1, x.shape[-1])
+        x2 = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
         member = Projection(weight, bias, A, B, scale, p, transposed)
         [(y, s, bits)] = _backend.active.forward(x2, [member])
         needs_x, needs_w, _, needs_a, needs_b = ctx.needs_input_grad[:5]

@@ -11,6 +11,7 @@ dropout, not its elements.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from ..kernels.checks import DTYPES, MAX_RANK
 from ..kernels.common import INTERPRET, arch_of
 from ..kernels.decode import MAX_ROWS, decode_group
 from ..kernels.expand import expand, low_rank_grad_input
+from ..kernels.fp32 import tf32
 from ..kernels.gemm import fused_grad_input, fused_linear
 from ..kernels.grad_a import grad_a
 from ..kernels.grad_sb import grad_sb_group
@@ -97,6 +99,8 @@ def words_of(x: Tensor, ps: list[float]) -> list[Tensor | None]:
     kernel: if the kernel has not made such a mask before, torch's own operations make the same
     words there.
     """
+    if not any(ps):
+        return [None] * len(ps)
     (M, K), index = x.shape, x.get_device()
     alike = len(ps) > 1 and len(set(ps)) == 1 and ps[0] > 0.0
     kinds = {(index, K, p) for p in ps if p > 0.0}
@@ -170,34 +174,66 @@ def forward(
 
     The masks are ``words`` if given; ``how`` is one of ``PRODUCTS``.
     """
-    if any(_declines(x, m.A) for m in members):
+    if any([_declines(x, m.A) for m in members]):
         return torch_backend.forward(x, members, words)
     if words is None:
         words = words_of(x, [m.p for m in members])
-    K, low, n = x.shape[1], members[0].A.dtype, sum(m.B.shape[0] for m in members)
-    scales = [m.scale / (1.0 - m.p) for m in members]
-    As, ranks = [m.A for m in members], [m.A.shape[0] for m in members]
-    group = _Group(x, low, ranks, any(bits is not None for bits in words))
-    order = group.order(how, n, K)
-    if order == "joined":
+    masked = any([bits is not None for bits in words])
+    facts = _facts("forward", how, x, masked, [(m.A, m.B) for m in members])
+    way: _Way = tuned.decided(x, facts, _forward_way, x, members, masked, how)
+    As, scales = [m.A for m in members], [m.scale / (1.0 - m.p) for m in members]
+    if way.order == "joined":
         Bs, biases = [m.B for m in members], [m.bias for m in members]
-        config = group.config("shrink_expand", n, K)
-        s, ys = shrink_expand(x, As, Bs, scales, words, biases, config=config)
+        s, ys = shrink_expand(x, As, Bs, scales, words, biases, config=way.first)
         ys = [y.addmm_(x, m.w) for y, m in zip(ys, members, strict=True)]
-        return list(zip(ys, s.split(ranks, 1), words, strict=True))
+        return list(zip(ys, _columns(s, As), words, strict=True))
     done = []
-    config = group.config("shrink", 0, K)
-    parts = shrink(x, As, scales, words, config=config).split(ranks, 1)
-    for m, s, bits in zip(members, parts, words, strict=True):
-        N, r = m.B.shape
-        if order == "fused":
-            config = tuned.config("gemm", x, low, N, K, r)
+    parts = _columns(shrink(x, As, scales, words, config=way.first), As)
+    for m, s, bits, config in zip(members, parts, words, way.each, strict=True):
+        if way.order == "fused":
             y = fused_linear(x, m.w.t(), s, m.B, m.bias, config=config)
         else:
-            config = tuned.config("expand", x, low, N, 0, r)
             y = expand(s, m.B, m.bias, config=config).addmm_(x, m.w)
         done.append((y, s, bits))
     return done
+
+
+def _columns(s: Tensor, As: list[Tensor]) -> Sequence[Tensor]:
+    """S of each adapter, from S of all."""
+    return [s] if len(As) == 1 else s.split([a.shape[0] for a in As], 1)
+
+
+class _Way(NamedTuple):
+    """How the kernels run a call: the order, of PRODUCTS, and the configs from a table, or None."""
+
+    order: str
+    first: Any  # of the kernel that reads X for all; backward: of the one that makes dA
+    each: list[Any]  # of the kernel of each projection
+    last: Any = None  # backward: of the one that makes dX apart from dA
+
+
+def _facts(op: str, how: str | None, like: Tensor, *more: Any) -> tuple[Any, ...]:
+    """All that a decision depends on, besides the tables of the device; lists hold (A, B)."""
+    dtype = like.dtype
+    facts = [op, how or product, dtype, dtype is torch.float32 and tf32(), like.shape[0]]
+    for value in more:
+        if type(value) is list:
+            for a, b in value:
+                facts += (a.dtype, a.shape, b.dtype, b.shape[0])
+        else:
+            facts.append(value)
+    return tuple(facts)
+
+
+def _forward_way(x: Tensor, members: list[Projection], masked: bool, how: str | None) -> _Way:
+    K, low, n = x.shape[1], members[0].A.dtype, sum(m.B.shape[0] for m in members)
+    group = _Group(x, low, [m.A.shape[0] for m in members], masked)
+    order = group.order(how, n, K)
+    if order == "joined":
+        return _Way(order, group.config("shrink_expand", n, K), [])
+    op, k = ("gemm", K) if order == "fused" else ("expand", 0)
+    each = [tuned.config(op, x, low, m.B.shape[0], k, m.B.shape[1]) for m in members]
+    return _Way(order, group.config("shrink", 0, K), each)
 
 
 @on_its_device
@@ -208,43 +244,69 @@ def backward(
 
     X is read once for all dA_i. Two calls with the same tensors agree bit for bit.
     """
-    if any(_declines(x, m.A) for m in members):
+    if any([_declines(x, m.A) for m in members]):
         return torch_backend.backward(x, members, needs_x)
-    ds, dbs = _over_dy(members)
+    As, bits = [m.A for m in members], [m.bits for m in members]
+    like, wants = members[0].dy, [(m.bits is not None, m.needs_a, _both(m)) for m in members]
+    facts = _facts("backward", how, like, needs_x, *wants, [(m.A, m.B) for m in members])
+    way: _Way = tuned.decided(like, facts, _backward_way, x, members, needs_x, how)
+    ds, dbs = _over_dy(members, way.each)
+    das: list[Tensor | None] = [None] * len(members)
+    dx = None
+    wanted = [i for i, m in enumerate(members) if m.needs_a]
+    if way.order == "joined" and needs_x and len(wanted) == len(members):
+        dtypes = [a.dtype for a in As]
+        dx, found = grad_xa(x, ds, As, bits, out_dtypes=dtypes, config=way.first)
+        das = list(found)
+    elif wanted:
+        found = grad_a(
+            x, [ds[i] for i in wanted], [bits[i] for i in wanted],
+            out_dtypes=[As[i].dtype for i in wanted], config=way.first,
+        )  # fmt: skip
+        for i, da in zip(wanted, found, strict=True):
+            das[i] = da
+    if needs_x and way.order == "fused":
+        dys, ws = [m.dy for m in members], [m.w.t() for m in members]
+        dx = fused_grad_input(dys, ws, ds, As, bits, config=way.last)
+    elif needs_x:
+        if dx is None:
+            dx = low_rank_grad_input(ds, As, bits, config=way.last)
+        for m in members:
+            dx.addmm_(m.dy, m.w.t())
+    return dx, list(zip(das, dbs, strict=True))
+
+
+def _both(m: ProjectionGrad) -> bool:
+    """True when one kernel makes dS and dB."""
+    return m.needs_b and m.s is not None
+
+
+def _backward_way(x: Tensor, members: list[ProjectionGrad], needs_x: bool, how: str | None) -> _Way:
     As, bits = [m.A for m in members], [m.bits for m in members]
     K, n = members[0].w.shape[0], sum(m.dy.shape[1] for m in members)
     masked = any(word is not None for word in bits)
     group = _Group(members[0].dy, As[0].dtype, [a.shape[0] for a in As], masked)
     order = group.order(how, n, K, grads_of(members, needs_x))
-    das: list[Tensor | None] = [None] * len(members)
-    dx = None
+    each = []
+    for m in members:
+        N, r = m.B.shape
+        op, size = ("grad_sb", (N, 0)) if _both(m) else ("shrink", (0, N))
+        each.append(tuned.config(op, m.dy, m.B.dtype, *size, r))
     wanted = [i for i, m in enumerate(members) if m.needs_a]
+    first = last = None
     if order == "joined" and needs_x and len(wanted) == len(members):
-        config = group.config("grad_xa", 0, K)
-        dx, found = grad_xa(x, ds, As, bits, out_dtypes=[a.dtype for a in As], config=config)
-        das = list(found)
-    elif wanted:
+        return _Way(order, group.config("grad_xa", 0, K), each)
+    if wanted:
         ours = group._replace(
             ranks=[group.ranks[i] for i in wanted],
             masked=any(bits[i] is not None for i in wanted),
         )
-        found = grad_a(
-            x, [ds[i] for i in wanted], [bits[i] for i in wanted],
-            out_dtypes=[As[i].dtype for i in wanted], config=ours.config("grad_a", 0, K),
-        )  # fmt: skip
-        for i, da in zip(wanted, found, strict=True):
-            das[i] = da
+        first = ours.config("grad_a", 0, K)
     if needs_x and order == "fused":
-        dys, ws = [m.dy for m in members], [m.w.t() for m in members]
-        config = group.config("gemm_grad_input", n, K)
-        dx = fused_grad_input(dys, ws, ds, As, bits, config=config)
+        last = group.config("gemm_grad_input", n, K)
     elif needs_x:
-        if dx is None:
-            config = group.config("low_rank_grad_input", 0, K)
-            dx = low_rank_grad_input(ds, As, bits, config=config)
-        for m in members:
-            dx.addmm_(m.dy, m.w.t())
-    return dx, list(zip(das, dbs, strict=True))
+        last = group.config("low_rank_grad_input", 0, K)
+    return _Way(order, first, each, last)
 
 
 def grads_of(members: list[ProjectionGrad], needs_x: bool) -> str:
@@ -256,23 +318,20 @@ def grads_of(members: list[ProjectionGrad], needs_x: bool) -> str:
     )
 
 
-def _over_dy(members: list[ProjectionGrad]) -> tuple[list[Tensor], list[Tensor | None]]:
+def _over_dy(
+    members: list[ProjectionGrad], configs: list[Any]
+) -> tuple[list[Tensor], list[Tensor | None]]:
     """(dS_i, dB_i if wanted or None) of every projection, which need only dY_i."""
     ds: list[Any] = [None] * len(members)
     dbs: list[Tensor | None] = [None] * len(members)
-    both, configs = [], []
+    both = [i for i, m in enumerate(members) if _both(m)]
     for i, m in enumerate(members):
-        N, r = m.B.shape
-        if m.needs_b and m.s is not None:
-            both.append(i)
-            configs.append(tuned.config("grad_sb", m.dy, m.B.dtype, N, 0, r))
-        else:
-            config = tuned.config("shrink", m.dy, m.B.dtype, 0, N, r)
-            ds[i] = shrink(m.dy, [m.B.t()], m.scale / (1.0 - m.p), config=config)
+        if i not in both:
+            ds[i] = shrink(m.dy, [m.B.t()], m.scale / (1.0 - m.p), config=configs[i])
     done = grad_sb_group(
         [(m.dy, m.B, m.s, m.scale / (1.0 - m.p)) for m in (members[i] for i in both)],
         [members[i].B.dtype for i in both],
-        configs,
+        [configs[i] for i in both],
     )
     for i, (d, db) in zip(both, done, strict=True):
         ds[i], dbs[i] = d, db

@@ -18,7 +18,7 @@ import logging
 import os
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -39,6 +39,7 @@ CACHE_ENV = "PEFTKERN_CACHE"
 # a config found for one number of rows serves others up to this many powers of two away; beyond
 # that the kernel's default, which depends on M, is better
 CONFIG_STEPS = 2
+MOST_DECIDED = 4096  # facts of calls on one kind of device; when there are more, all are forgotten
 _OPS = Path(__file__).parent
 # the code that a timing holds for, besides the kernels: the files that call them
 _OWN = ("bits.py", "choices.py", "torch_backend.py", "triton_backend.py")
@@ -129,6 +130,7 @@ class Book:
         self.provisional: dict[Key, Any] = {}
         self.tries: Counter[Key] = Counter()
         self.looked_up: dict[Key, Any] = {}  # the results of `config` and `best_of`
+        self.decided: dict[Any, Any] = {}  # what operations made of these, by their facts
         self._mine: dict[Key, Entry] = {}  # entries that this process raced
         self.path: Path | None = None
         if instead is None:
@@ -176,6 +178,7 @@ class Book:
         # a new table, as other threads may be reading the old one
         self.cached = replace(self.cached, entries={**self.cached.entries, **self._mine})
         self.looked_up.clear()
+        self.decided.clear()
         if self.path is None:
             return
         try:
@@ -398,3 +401,18 @@ def best_of(allowed: tuple[str, ...], key: Key, like: Tensor) -> str | None:
         best = min(times, key=lambda name: times[name]) if times else chosen
     of.looked_up[key] = best
     return best
+
+
+def decided(like: Tensor, facts: tuple[Any, ...], decide: Callable[..., Any], *args: Any) -> Any:
+    """``decide(*args)``, kept for calls with the same facts on the device until a table changes."""
+    of = open_books.get(like.get_device()) or _opened(like)
+    if of is None:
+        return decide(*args)
+    try:
+        return of.decided[facts]
+    except KeyError:
+        pass
+    if len(of.decided) >= MOST_DECIDED:
+        of.decided.clear()
+    of.decided[facts] = made = decide(*args)
+    return made

@@ -241,7 +241,7 @@ def check_other_devices_have_other_plans() -> None:
         settle(function, make)
         assert planned_kinds() == before + 1
     call = kinds.Call([])
-    call.read([torch.empty(2, 2, device="meta")], False)
+    call.read([torch.empty(2, 2, device="meta")], [None])
     assert torch.device("meta") in call.key
 
 
@@ -517,7 +517,9 @@ def direct(launch: Launch) -> tuple[list[Tensor], Callable[[], Any], Any]:
     tensors = list({id(t): t for t in tensors_in(bases)}.values())
     number = {id(t): i for i, t in enumerate(tensors)}
     numbers = sorted({v for v in flat(launch.args) if type(v) is float})
-    origins = recording.Origins(lambda t: (number[id(t)], 0), {v: i for i, v in enumerate(numbers)})
+    origins = recording.Origins(
+        lambda t: (number[id(t)], 0), {(float, v): i for i, v in enumerate(numbers)}
+    )
     compiled = launch.kernel[launch.grid](*launch.args, **launch.meta)
     filled = origins.filled(recording.arguments(launch))
     run = plans.write(len(tensors), [], [plans.Start(compiled, launch.grid, filled)], None)
