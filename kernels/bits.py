@@ -10,6 +10,7 @@ that is made again is the same for any launch shape.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,8 @@ import triton.language as tl
 
 from . import checks
 from .common import Launch, cdiv, device_function
+from .launching import planned
+from .recording import keep
 from .reference import digits_of, pack_bits, reference_bits, unpack_bits
 
 __all__ = [
@@ -103,6 +106,7 @@ def _no_seed(device: torch.device) -> torch.Tensor:
             if device.type == "cuda":  # other streams read it too, and do not wait for this one
                 torch.cuda.current_stream(device).synchronize()
             _zeros[device] = zero
+            keep(zero, functools.partial(_no_seed, device))
     return zero
 
 
@@ -125,6 +129,7 @@ def plan_bits(
     return [Launch(_bits_kernel, (cdiv(total, config.block), groups), args, meta)]
 
 
+@planned(seeds=["seed"])
 def dropout_bits(
     M: int,
     K: int,
@@ -156,10 +161,11 @@ def dropout_bits(
         )
     if M * cdiv(K, 32) > 2**31 - 2**16:
         raise ValueError(f"M, K are {M}, {K}; allowed: M * ceil(K / 32) below 2**31")
-    out = torch.empty((groups or 1, M, cdiv(K, 32)), dtype=torch.int32, device=device)
+    shape = (M, cdiv(K, 32)) if groups is None else (groups, M, cdiv(K, 32))
+    out = torch.empty(shape, dtype=torch.int32, device=device)
     checks.device(bits=out, seed=seed if isinstance(seed, torch.Tensor) else None)
     digits_of(p)
     if out.numel():
-        for launch in plan_bits(out, K, p, seed, config):
+        for launch in plan_bits(out[None] if groups is None else out, K, p, seed, config):
             launch.run()
-    return out if groups is not None else out[0]
+    return out

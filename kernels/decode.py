@@ -36,6 +36,7 @@ from .common import (
 )
 from .decode_shrink import plan_parts
 from .decode_tile import _gemv_kernel, _rows_kernel
+from .launching import planned
 
 MAX_ROWS = 16
 # Ranks for which the registers suffice: of S that a program makes itself, and of a given S [M, r]
@@ -248,6 +249,7 @@ def _run(
     return ys
 
 
+@planned("scale")
 def decode(
     x: torch.Tensor,
     w: torch.Tensor,

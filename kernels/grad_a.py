@@ -28,6 +28,7 @@ from .common import (
     precision,
     row_stride,
 )  # fmt: skip
+from .launching import planned
 from .reduce import plan_sum
 
 BLOCK_R_MAX = 128  # ranks of one adapter that a program accumulates; for more, X is read again
@@ -180,6 +181,7 @@ def plan_grad_a(
     return launches
 
 
+@planned()
 def grad_a(
     x: torch.Tensor,
     ds: Sequence[torch.Tensor],

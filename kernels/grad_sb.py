@@ -30,6 +30,7 @@ from .common import (
 )  # fmt: skip
 from .grad_a import default_config as default_grad_a_config
 from .grad_a import plan_grad_a
+from .launching import planned
 from .reduce import plan_sum, sums_last
 from .shrink import default_config as default_shrink_config
 from .shrink import plan_shrink
@@ -203,6 +204,7 @@ def _plan_checked(
     return ds, db, plan_two_pass(dy, b, s, scale, ds, db, arch)
 
 
+@planned("scale")
 def grad_sb(
     dy: torch.Tensor,
     b: torch.Tensor,
@@ -224,6 +226,7 @@ def grad_sb(
     return ds, db
 
 
+@planned("parts")
 def grad_sb_group(
     parts: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]],
     out_dtypes: Sequence[torch.dtype],

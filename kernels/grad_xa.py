@@ -32,6 +32,7 @@ from .common import (
     row_stride,
 )  # fmt: skip
 from .grad_a import GROUP_RANK, GradAConfig, strips
+from .launching import planned
 from .reduce import plan_sum
 
 
@@ -177,6 +178,7 @@ def plan_grad_xa(
     return launches
 
 
+@planned()
 def grad_xa(
     x: torch.Tensor,
     ds: Sequence[torch.Tensor],

@@ -46,14 +46,13 @@ class Call:
         Raises:
             Unplanned: a value is of a class that may change, or decide in unknown ways.
         """
-        key = self.key
-        for value, changes in zip(values, changing, strict=False):
+        key, tensors, pointers = self.key, self.tensors, self.pointers
+        for value, changes in zip(values, changing):  # noqa: B905  # checking costs time
             kind = type(value)
             if kind in TENSORS:
-                pointer = value.data_ptr()
-                self.tensors.append(value)
-                self.pointers.append(pointer)
-                key += (value.shape, value.stride(), value.dtype, value.device, pointer & 15)
+                tensors.append(value)
+                pointers.append(pointer := value.data_ptr())
+                key += value.shape, value.stride(), value.dtype, value.device, pointer & 15
             elif value is None:
                 key.append(None)
             elif kind is float and changes is float:

@@ -37,6 +37,7 @@ from .common import (
     precision,
     row_stride,
 )  # fmt: skip
+from .launching import planned
 
 MAX_ADAPTERS = 64  # the set of a tile's adapters is kept in the bits of an int64
 
@@ -343,6 +344,7 @@ def _alike(ts: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
     return [t if t is None else checks.rows("adapter", t.float() if mixed else t) for t in ts]
 
 
+@planned("scales")
 def mixed(
     x: torch.Tensor,
     w: torch.Tensor,

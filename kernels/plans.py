@@ -5,15 +5,14 @@ constants, and a loop over the record would cost as much as what a plan saves. F
 two adapters with one buffer it is
 
     def run(device, t, p, n):
-        t0, t1, t2 = t
         p0, p1, p2 = p
         a0 = empty(c0, dtype=c1, device=c2)
         q0 = a0.data_ptr()
         stream = driver.active.get_current_stream(device)
         enter, leave = hooks()
         args = (p0, (p1, p2), c3, q0, c4, (n[0], n[1]), ...)
-        told = None if enter is None else k0.launch_metadata(g0, stream, *args)
-        k0.run(64, 1, 1, stream, k0.function, k0.packed_metadata, told, enter, leave, *args)
+        told = None if enter is None else c8.launch_metadata(c9, stream, *args)
+        c5(64, 1, 1, stream, c6, c7, told, enter, leave, *args)
         return a0
 """
 
@@ -40,6 +39,7 @@ class Filled(NamedTuple):
     numbers: list[tuple[int, int]]  # (place, number)
     tuples: list[tuple[int, Filled]]
     descriptors: list[tuple[int, int, type, dict[str, Any]]]  # (place, tensor, class, other fields)
+    kept: list[tuple[int, Callable[[], Tensor]]]  # (place, what finds a tensor kept for good)
 
 
 class Start(NamedTuple):
@@ -116,7 +116,7 @@ class _Writer:
         return name
 
     def tensor(self, number: int) -> str:
-        return f"t{number}" if number < self.inputs else f"a{number - self.inputs}"
+        return f"t[{number}]" if number < self.inputs else f"a{number - self.inputs}"
 
     def pointer(self, number: int, offset: int) -> str:
         name = f"p{number}" if number < self.inputs else f"q{number - self.inputs}"
@@ -133,6 +133,8 @@ class _Writer:
         for place, tensor, kind, others in filled.descriptors:
             fields = f"{self.constant(kind)}, {self.constant(others)}"
             parts[place] = f"describe({fields}, {self.tensor(tensor)})"
+        for place, find in filled.kept:
+            parts[place] = f"{self.constant(find)}().data_ptr()"
         written = [
             self.constant(value) if part is None else part
             for part, value in zip(parts, filled.constants, strict=True)
@@ -165,10 +167,7 @@ def write(inputs: int, allocations: list[Allocation], starts: list[Start], resul
     ``result`` is the number of a tensor, a View, None, or a list, tuple or Named of these.
     """
     writer = _Writer(inputs)
-    lines = []
-    for letter in "tp":
-        names = "".join(f"{letter}{i}, " for i in range(inputs))
-        lines.append(f"{names.rstrip()} = {letter}" if names else "")
+    lines = ["".join(f"p{i}, " for i in range(inputs)) + "= p" if inputs else ""]
     for i, allocation in enumerate(allocations):
         lines += [f"a{i} = {writer.allocation(allocation)}", f"q{i} = a{i}.data_ptr()"]
     if starts:
@@ -176,11 +175,12 @@ def write(inputs: int, allocations: list[Allocation], starts: list[Start], resul
     for start in starts:
         kernel, grid = writer.constant(start.compiled), writer.constant(start.grid)
         x, y, z = (*start.grid, 1, 1)[:3]
+        of = start.compiled
+        run, function, metadata = map(writer.constant, (of.run, of.function, of.packed_metadata))
         lines += [
             f"args = {writer.arguments(start.args)}",
             f"told = None if enter is None else {kernel}.launch_metadata({grid}, stream, *args)",
-            f"{kernel}.run({x}, {y}, {z}, stream, {kernel}.function, {kernel}.packed_metadata, "
-            "told, enter, leave, *args)",
+            f"{run}({x}, {y}, {z}, stream, {function}, {metadata}, told, enter, leave, *args)",
         ]
     lines.append(f"return {writer.result(result)}")
     body = "\n".join(f"    {line}" for line in lines if line)

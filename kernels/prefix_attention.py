@@ -18,6 +18,7 @@ import triton.language as tl
 
 from . import checks
 from .common import Arch, Launch, arch_of, cast, cdiv, device_function, dot
+from .launching import planned
 from .prefix_tile import (
     Problem,
     check,
@@ -239,6 +240,7 @@ def plan_attend(
     return [Launch(_attend_kernel, (cdiv(T, config.block_m), H, B), args, meta)]
 
 
+@planned()
 def attend(
     q: torch.Tensor,
     k: torch.Tensor,

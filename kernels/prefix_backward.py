@@ -17,6 +17,7 @@ import torch
 
 from . import checks
 from .common import Arch, Launch, arch_of, cdiv
+from .launching import planned
 from .prefix_grad import _grad_keys_kernel, _grad_rows_kernel
 from .prefix_tile import Problem, check, strides, unit_rows
 from .reduce import plan_sum
@@ -167,6 +168,7 @@ def plan_backward(
     return launches
 
 
+@planned()
 def attend_backward(
     grad_o: torch.Tensor,
     q: torch.Tensor,

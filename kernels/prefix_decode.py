@@ -19,6 +19,7 @@ import triton.language as tl
 
 from . import checks
 from .common import Arch, Launch, arch_of, cast, cdiv, device_function, next_pow2
+from .launching import planned
 from .prefix_attention import attend, key_range, walk
 from .prefix_tile import (
     Problem,
@@ -278,6 +279,7 @@ def plan_decode(
     ]  # fmt: skip
 
 
+@planned()
 def decode(
     q: torch.Tensor,
     k: torch.Tensor,

@@ -46,6 +46,15 @@ def start(launch: Any) -> None:
         own.recorder.start(launch)
 
 
+# tensors that a kernel file keeps for good, and what finds them, by id
+_kept: dict[int, tuple[Tensor, Callable[[], Tensor]]] = {}
+
+
+def keep(t: Tensor, find: Callable[[], Tensor]) -> None:
+    """Let plans use a tensor that is neither of a call nor allocated in it; ``find()`` is it."""
+    _kept[id(t)] = t, find
+
+
 class Recorded(NamedTuple):
     result: Any  # of the call
     plan: Run | None
@@ -154,9 +163,11 @@ class Origins(NamedTuple):
         Raises:
             Unplanned: one of them has no known origin.
         """
-        made = Filled([None] * len(values), [], [], [], [])
+        made = Filled([None] * len(values), [], [], [], [], [])
         for place, value in enumerate(values):
-            if isinstance(value, Tensor):
+            if id(value) in _kept:
+                made.kept.append((place, _kept[id(value)][1]))
+            elif isinstance(value, Tensor):
                 made.pointers.append((place, *self.of(value)))
             elif type(value) in (float, int) and (type(value), value) in self.numbers:
                 made.numbers.append((place, self.numbers[type(value), value]))
@@ -198,6 +209,7 @@ def _agree(
         )
         and all(same(tensor, offset, values[i]) for i, tensor, offset in filled.pointers)
         and all(numbers[n] == values[i] for i, n in filled.numbers)
+        and all(find() is values[i] for i, find in filled.kept)
         and all(
             isinstance(values[i], tuple) and _agree(inner, values[i], inputs, numbers)
             for i, inner in filled.tuples

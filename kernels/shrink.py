@@ -29,6 +29,7 @@ from .common import (
     precision,
     row_stride,
 )  # fmt: skip
+from .launching import planned
 from .reduce import plan_sum
 
 LAUNCH_RANK = 128  # sum of padded ranks that a launch has in registers; for more, X is read again
@@ -196,6 +197,7 @@ def plan_shrink(
     return launches
 
 
+@planned("scales")
 def shrink(
     x: torch.Tensor,
     As: Sequence[torch.Tensor],

@@ -20,6 +20,7 @@ import triton.language as tl
 
 from . import checks
 from .common import Arch, Launch, arch_of, cast, cdiv, dot, padded, precision, row_stride
+from .launching import planned
 from .shrink import LAUNCH_RANK, accumulate
 
 
@@ -137,6 +138,7 @@ def plan_shrink_expand(
     return [Launch(_shrink_expand_kernel, (cdiv(M, config.block_m),), args, meta)]
 
 
+@planned("scales")
 def shrink_expand(
     x: torch.Tensor,
     As: Sequence[torch.Tensor],

@@ -2,11 +2,11 @@
 
     python -m benchmarks.host.launches [--rounds 21]
 
-Kernels start on a device that does nothing (:mod:`.standin`), so what is left is Python and torch.
-Three ways: ``bare`` allocates the results, runs torch's products, and calls the compiled kernels
-with arguments that are ready; ``planned`` is the call as a user makes it; ``written`` is the same
-call without plans (kernels/launching.py), through all checks and Triton's own dispatch. Times are
-medians of CPU time on this machine; the tensors are small and on the CPU.
+Kernels start on a device that does nothing (:mod:`.standin`), and torch's product with W is not
+computed, so what is left is Python and torch's allocations. Three ways: ``bare`` allocates the
+results and calls the compiled kernels with arguments that are ready; ``planned`` is the call as a
+user makes it; ``written`` is the same call without plans (kernels/launching.py), through all checks
+and Triton's own dispatch. Times are medians of CPU time on this machine, of small tensors.
 """
 
 from __future__ import annotations
@@ -55,11 +55,8 @@ def _results(value: Any) -> list[Tensor]:
     return [t for v in value or () for t in _results(v)] if not isinstance(value, str) else []
 
 
-def measured(
-    name: str, call: Callable[[], Any], limit: float | None, products: Callable[[], Any] | None,
-    rounds: int,
-) -> Row:  # fmt: skip
-    """A row; ``products`` is what torch computes in the call besides the kernels."""
+def measured(name: str, call: Callable[[], Any], limit: float | None, rounds: int) -> Row:
+    """The row of a call."""
     from peftkern.kernels import launching
 
     for _ in range(3):
@@ -77,8 +74,6 @@ def measured(
             torch.empty(shape, dtype=dtype)
         for run, args in started:
             run(*args)
-        if products is not None:
-            products()
 
     def written() -> Any:
         with mock.patch.object(launching, "why_not", "asked for"):
@@ -96,6 +91,7 @@ def measured(
 def rows(rounds: int = 21) -> Iterator[Row]:
     """The rows of single launches, then those of a training linear."""
     import peftkern
+    from peftkern.kernels.bits import dropout_bits
     from peftkern.kernels.decode import decode
     from peftkern.kernels.expand import expand
     from peftkern.kernels.gemm import fused_linear
@@ -108,6 +104,7 @@ def rows(rounds: int = 21) -> Iterator[Row]:
         x, w, s, few = _drawn(M, K), _drawn(N, K), _drawn(M, R), _drawn(1, K)
         a, b = _drawn(R, K, dtype=FP32), _drawn(N, R, dtype=FP32)
         single: dict[str, Callable[[], Any]] = {
+            "dropout mask": lambda: dropout_bits(M, K, 0.1, 12345678901234, device="cpu"),
             "expand": lambda: expand(s, b),
             "decode, one row": lambda: decode(few, w, a, b, 2.0),
             "shrink_expand": lambda: shrink_expand(x, [a], [b], [2.0]),
@@ -116,21 +113,24 @@ def rows(rounds: int = 21) -> Iterator[Row]:
             "gemm with descriptors": lambda: fused_linear(x, w, s, b),
         }
         for name, call in single.items():
-            yield measured(name, call, LAUNCH_LIMIT, None, rounds)
+            yield measured(name, call, LAUNCH_LIMIT, rounds)
         weights = [torch.nn.Parameter(t.clone()) for t in (a, b)]
         trained = x.clone().requires_grad_()
-        y = torch.empty(M, N, dtype=BF16)
-        for p in (0.0, 0.1):
+        # the CPU's product would take most of the time, and the processor's caches with it
+        with mock.patch.object(Tensor, "addmm_", lambda y, *_: y):
+            for p in (0.0, 0.1):
 
-            def forward(p: float = p) -> Tensor:
-                return peftkern.lora_linear(trained, w, None, *weights, 2.0, p)
+                def forward(p: float = p) -> Tensor:
+                    return peftkern.lora_linear(trained, w, None, *weights, 2.0, p)
 
-            def product() -> None:
-                with torch.no_grad():
-                    y.addmm_(trained, w.t())
+                name = f"training linear forward, dropout {p}"
+                yield measured(name, forward, LINEAR_LIMIT, rounds)
+                y, dy = forward(), torch.ones(M, N, dtype=BF16)
 
-            name = f"training linear forward, dropout {p}"
-            yield measured(name, forward, LINEAR_LIMIT, product, rounds)
+                def backward(y: Tensor = y, dy: Tensor = dy) -> Any:
+                    return torch.autograd.grad(y, [trained, *weights], dy, retain_graph=True)
+
+                yield measured(f"its backward, dropout {p}", backward, None, rounds)
 
 
 def table(found: list[Row]) -> list[str]:

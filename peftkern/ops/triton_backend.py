@@ -75,7 +75,7 @@ def refusal(x: Tensor, adapter: torch.dtype, r: int) -> str | None:
 
 
 def _declines(x: Tensor, A: Tensor) -> bool:
-    reason = why_not(x, A)
+    reason = refusal(x, A.dtype, A.shape[0])
     if reason is not None:
         note_once(_TO_TORCH, reason)
     return reason is not None
@@ -85,7 +85,7 @@ def _seed(x: Tensor) -> int | Tensor:
     if capturing(x):
         # replays of a graph get new numbers only from the device's own generator
         return torch.randint(2**62, (1,), device=x.device)
-    return int(torch.randint(2**62, (1,)))
+    return int(torch.randint(2**62, (1,)).item())
 
 
 # (device, K, p) of masks for which this process has run, and so loaded, the kernel

@@ -25,6 +25,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from benchmarks.host import standin
 from benchmarks.host.standin import Started
 from peftkern.kernels import kinds, launching, plans, recording
+from peftkern.kernels.bits import dropout_bits
 from peftkern.kernels.common import Launch
 from peftkern.kernels.dora_grad import scale_grad
 from peftkern.kernels.dora_norm import row_norms
@@ -279,6 +280,26 @@ def check_numbers_are_told_and_decide_nothing() -> None:
         assert now(row_norms, whole) == as_written(row_norms, whole)
 
 
+def check_a_plan_serves_all_seeds() -> None:
+    for groups in (None, 3):
+
+        def drawn_by(seed: Any, groups: Any = groups) -> Any:
+            return (5, 70, 0.3, seed), dict(groups=groups, device=torch.device("cpu"))
+
+        launching.forget()
+        settle(dropout_bits, lambda: drawn_by(7))
+        settle(dropout_bits, lambda: drawn_by(torch.tensor([7])))
+        assert planned_kinds() == 2
+        for seed in (0, 1, 2**62, 2**31, 2**32 + 5, 2**63 - 1, -3, torch.tensor([11])):
+            with mock.patch.object(Launch, "run", not_run):
+                found = now(dropout_bits, drawn_by(seed))
+            assert found == as_written(dropout_bits, drawn_by(seed)), seed
+        for p in (0.5, 0.0):  # decides the number of digits
+            args = (5, 70, p, 3), dict(groups=groups, device=torch.device("cpu"))
+            for _ in range(3):
+                assert now(dropout_bits, args) == as_written(dropout_bits, args)
+
+
 def check_bad_input_gives_its_error_before_any_launch() -> None:
     s, b = drawn(M, R), low(N, R)
     bad = [
@@ -511,8 +532,10 @@ def on_the_cpu(launch: Launch) -> Launch:
     return launch._replace(args=real(launch.args))
 
 
-def direct(launch: Launch) -> tuple[list[Tensor], Callable[[], Any], Any]:
-    """(the launch's tensors, the code that a plan has for it, its compiled kernel)."""
+def direct(
+    launch: Launch, prepare: Callable[[Any], None] | None = None
+) -> tuple[list[Tensor], Callable[[], Any]]:
+    """(the launch's tensors, the code that a plan has for it); ``prepare`` gets its kernel."""
     bases = tuple(v.base if isinstance(v, TensorDescriptor) else v for v in launch.args)
     tensors = list({id(t): t for t in tensors_in(bases)}.values())
     number = {id(t): i for i, t in enumerate(tensors)}
@@ -521,9 +544,11 @@ def direct(launch: Launch) -> tuple[list[Tensor], Callable[[], Any], Any]:
         lambda t: (number[id(t)], 0), {(float, v): i for i, v in enumerate(numbers)}
     )
     compiled = launch.kernel[launch.grid](*launch.args, **launch.meta)
+    if prepare is not None:
+        prepare(compiled)
     filled = origins.filled(recording.arguments(launch))
     run = plans.write(len(tensors), [], [plans.Start(compiled, launch.grid, filled)], None)
-    return tensors, lambda: run(0, tensors, [t.data_ptr() for t in tensors], numbers), compiled
+    return tensors, lambda: run(0, tensors, [t.data_ptr() for t in tensors], numbers)
 
 
 def check_every_case_that_ships() -> None:
@@ -536,7 +561,7 @@ def check_every_case_that_ships() -> None:
             continue
         for case in all_cases(name, Path("kernels/tuning")):
             launch = on_the_cpu(case.launch)
-            tensors, run, _ = direct(launch)
+            tensors, run = direct(launch)
             with standin.listening() as heard:
                 launch.run()
             with standin.listening() as ours:
@@ -585,14 +610,19 @@ def check_what_tritons_launcher_makes_of_it() -> None:
     ):  # fmt: skip
         for case in all_cases("sm_90", Path("kernels/tuning")):
             launch = on_the_cpu(case.launch)
-            _, run, compiled = direct(launch)
-            many = sum("tensordesc" in str(k) for k in compiled.src.signature.values())
-            metadata = types.SimpleNamespace(
-                tensordesc_meta=[tile] * many or None, num_ctas=1, launch_cooperative_grid=False,
-                launch_pdl=False, global_scratch_size=0, global_scratch_align=1,
-                profile_scratch_size=0, profile_scratch_align=1, instrumentation_mode="",
-            )  # fmt: skip
-            compiled.run = cuda.CudaLauncher(compiled.src, metadata)
+            many = 0
+
+            def real(compiled: Any) -> None:
+                nonlocal many
+                many = sum("tensordesc" in str(k) for k in compiled.src.signature.values())
+                metadata = types.SimpleNamespace(
+                    tensordesc_meta=[tile] * many or None, num_ctas=1, launch_pdl=False,
+                    launch_cooperative_grid=False, global_scratch_size=0, global_scratch_align=1,
+                    profile_scratch_size=0, profile_scratch_align=1, instrumentation_mode="",
+                )  # fmt: skip
+                compiled.run = cuda.CudaLauncher(compiled.src, metadata)
+
+            _, run = direct(launch, real)
             got.clear()
             launch.run()
             run()

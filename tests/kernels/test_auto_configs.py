@@ -1,5 +1,7 @@
 """Kernels run with a table's configs, and the Triton backend runs operations as a table names."""
 
+import torch
+
 import peftkern
 from peftkern.kernels import common
 from peftkern.ops import triton_backend, tuned
@@ -97,3 +99,38 @@ def test_the_triton_backend_takes_its_product_from_a_table_and_never_races(monke
             peftkern.lora_linear(x, w, None, A, B, 2.0)
             assert "_expand_kernel" in seen and "_rows_kernel" not in seen
         assert clock.races == 0
+
+
+def test_a_decision_is_made_once_for_the_shapes_and_again_for_a_new_table(monkeypatch, tmp_path):
+    asked, real = [], tuned.config
+    monkeypatch.setattr(tuned, "config", lambda op, *a: asked.append(op) or real(op, *a))
+    with dispatcher(monkeypatch, tmp_path, FakeClock()), peftkern.use_backend("triton"):
+        seen = launches(monkeypatch)
+        before = step(*drawn())
+        assert sorted(asked) == ["expand", "grad_a", "grad_sb", "low_rank_grad_input", "shrink"]
+        asked.clear()
+        step(*drawn())
+        assert asked == []
+        step(*drawn(M=13))  # other facts
+        assert len(asked) == 5
+        seen.clear()
+        tuned.book(-1).keep([
+            config("shrink", {"block_m": 16, "block_k": 32, "split_k": 1, "num_warps": 2}, K=40),
+        ])  # fmt: skip
+        after = step(*drawn())
+        assert [m["num_warps"] for m in seen["_shrink_kernel"]] == [2]
+        assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+        for product in triton_backend.PRODUCTS:  # a way that is asked for counts at once
+            monkeypatch.setattr(triton_backend, "product", product)
+            seen.clear()
+            step(*drawn())
+            assert ("_gemm_kernel" in seen) == (product == "fused")
+            assert ("_shrink_expand_kernel" in seen) == (product == "joined")
+
+
+def test_the_facts_of_decisions_are_bounded(monkeypatch, tmp_path):
+    with dispatcher(monkeypatch, tmp_path, FakeClock()):
+        monkeypatch.setattr(tuned, "MOST_DECIDED", 5)
+        x = torch.zeros(2, 2)
+        made = [tuned.decided(x, (i,), lambda i=i: i) for i in range(20)]
+        assert made == list(range(20)) and len(tuned.book(-1).decided) <= 5
