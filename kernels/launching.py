@@ -18,10 +18,11 @@ been loaded by the call before it.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -91,6 +92,17 @@ def forget() -> None:
     """Forget all plans; the next calls check and decide again."""
     for cache in _caches:
         cache.clear()
+
+
+@contextlib.contextmanager
+def as_written() -> Iterator[None]:
+    """Within the block every call of this process runs its function, and each :class:`Launch`."""
+    global why_not
+    before, why_not = why_not, "asked for"
+    try:
+        yield
+    finally:
+        why_not = before
 
 
 def planned(*scales: str, seeds: Sequence[str] = ()) -> Callable[[F], F]:

@@ -12,7 +12,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from peftkern.kernels import common
+from peftkern.kernels import common, launching
 from peftkern.kernels.registry import KERNELS
 from peftkern.ops import bits as mask_bits
 
@@ -214,9 +214,12 @@ def _adapt(
 def backend(kind: str, arch: common.Arch) -> Iterator[None]:
     """Run peftkern's real layers on one backend; Triton launches are recorded, not run."""
     from peftkern.ops import backend as ops_backend
-    from peftkern.ops import triton_backend
+    from peftkern.ops import triton_backend, tuned
 
     with contextlib.ExitStack() as stack:
+        stack.enter_context(launching.as_written())
+        tuned.forget()  # with it what was decided for another architecture
+        stack.callback(tuned.forget)
         stack.enter_context(ops_backend.use_backend("torch" if kind == "torch" else "triton"))
         stack.enter_context(mock.patch.dict(mask_bits._TABLES, clear=True))
         if kind != "torch":

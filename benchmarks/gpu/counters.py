@@ -21,7 +21,7 @@ from unittest import mock
 
 import torch
 
-from peftkern.kernels import common
+from peftkern.kernels import common, launching
 
 from ..kernels.entry import Operands
 from ..kernels.table import entries, traffic
@@ -49,7 +49,7 @@ def launch_all(device: str, M: int, K: int) -> list[Traffic]:
     torch.manual_seed(0)
     operands = Operands(device, M, K, N=K, r=16)
     calls = [call for entry in entries().values() for call in entry.counted(operands)]
-    with mock.patch.object(common.Launch, "run", noted):
+    with launching.as_written(), mock.patch.object(common.Launch, "run", noted):
         for call in calls:
             call()
     return reports

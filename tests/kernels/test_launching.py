@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from pathlib import Path
 
 import pytest
 
+from tests.children import ROOT
 from tests.kernels.compiler import python
 
 CODE = Path(__file__).with_name("on_standin.py").read_text(encoding="utf-8")
@@ -33,3 +35,15 @@ def test_the_interpreter_runs_everything_as_written() -> None:
     from peftkern.kernels import launching
 
     assert launching.why_not == "Triton's interpreter"
+
+
+def test_every_function_that_launches_is_planned() -> None:
+    found = {}
+    for path in (ROOT / "kernels").glob("*.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+                launches = "launch.run()" in ast.unparse(node)
+                if launches:
+                    decorators = [ast.unparse(d) for d in node.decorator_list]
+                    found[path.stem, node.name] = any(d.startswith("planned(") for d in decorators)
+    assert len(found) > 12 and all(found.values()), found
