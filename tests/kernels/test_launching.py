@@ -12,7 +12,10 @@ import pytest
 from tests.children import ROOT
 from tests.kernels.compiler import python
 
-CODE = Path(__file__).with_name("on_standin.py").read_text(encoding="utf-8")
+CODE = "".join(
+    Path(__file__).with_name(name).read_text(encoding="utf-8")
+    for name in ("on_standin.py", "on_cases.py")
+)
 CHECKS = re.findall(r"^def (check_\w+)", CODE, re.MULTILINE)
 
 
