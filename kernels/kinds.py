@@ -66,8 +66,18 @@ class Call:
                 self.read(value, repeat(changes))
             elif kind in _CONSTANTS or _frozen(kind):
                 key += (kind, value)
+            elif issubclass(kind, tuple):  # a NamedTuple
+                key.append(kind)
+                self.read(value, repeat(changes))
             else:
                 raise Unplanned(f"an argument is a {kind.__name__}")
+
+    def kind(self) -> tuple[Any, ...]:
+        """The key, when all is read; a tensor in two places is of another kind than two tensors."""
+        pointers = self.pointers
+        if len(set(pointers)) != len(pointers):
+            self.key.append(tuple(map(pointers.index, pointers)))
+        return tuple(self.key)
 
 
 def _frozen(kind: type) -> bool:

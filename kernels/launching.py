@@ -131,7 +131,8 @@ def planned(*scales: str, seeds: Sequence[str] = ()) -> Callable[[F], F]:
             if why_not is not None or own.recorder is not None:
                 return function(*args, **kwargs)
             try:
-                device = driver.active.get_current_device()
+                active = driver.active
+                device = active.get_current_device()
                 call = Call([
                     device, _runtime.debug, _runtime.add_stages_inspection_hook,
                     _compilation.instrumentation_mode,
@@ -140,7 +141,7 @@ def planned(*scales: str, seeds: Sequence[str] = ()) -> Callable[[F], F]:
                 for name, value in kwargs.items():
                     call.key.append(name)
                     call.read((value,), (changing.get(name),))
-                key: Any = tuple(call.key)
+                key: Any = call.kind()
                 plan = plans.get(key)
             except (Unplanned, RuntimeError, TypeError) as e:
                 # a tensor without memory, an unhashable value: the function judges it
@@ -157,7 +158,8 @@ def planned(*scales: str, seeds: Sequence[str] = ()) -> Callable[[F], F]:
                 plans[key] = _SEEN
                 return result
             if type(plan) is not str:
-                return plan(device, call.tensors, call.pointers, call.numbers)
+                stream = active.get_current_stream(device)
+                return plan(stream, call.tensors, call.pointers, call.numbers)
             if plan is not _SEEN or _capturing():
                 return function(*args, **kwargs)
             done = _record(function, changing, args, kwargs, call)

@@ -4,11 +4,10 @@ The code is generated, as Triton's own binders are: it places a few dozen argume
 constants, and a loop over the record would cost as much as what a plan saves. For the shrink of
 two adapters with one buffer it is
 
-    def run(device, t, p, n):
+    def run(stream, t, p, n):
         p0, p1, p2 = p
         a0 = empty(c0, dtype=c1, device=c2)
         q0 = a0.data_ptr()
-        stream = driver.active.get_current_stream(device)
         enter, leave = hooks()
         args = (p0, (p1, p2), c3, q0, c4, (n[0], n[1]), ...)
         told = None if enter is None else c8.launch_metadata(c9, stream, *args)
@@ -24,7 +23,6 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
-from triton.runtime import driver
 
 
 class Filled(NamedTuple):
@@ -75,14 +73,16 @@ class Named(NamedTuple):
     results: list[Any]
 
 
-# (current device, tensors, addresses, numbers of the call) -> its result
+# (stream, tensors, addresses, numbers of the call) -> its result
 Run = Callable[[Any, list[Tensor], list[int], list[float]], Any]
+
+
+_runtime = triton.knobs.runtime
 
 
 def hooks() -> tuple[Any, Any]:
     """Triton's hooks before and after a launch; None for a chain of hooks that is empty."""
-    runtime = triton.knobs.runtime
-    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    enter, leave = _runtime.launch_enter_hook, _runtime.launch_exit_hook
     return (
         enter if getattr(enter, "calls", True) else None,
         leave if getattr(leave, "calls", True) else None,
@@ -103,8 +103,8 @@ class _Writer:
     def __init__(self, inputs: int) -> None:
         self.inputs = inputs
         self.scope: dict[str, Any] = {
-            "empty": torch.empty, "strided": torch.empty_strided, "driver": driver,
-            "hooks": hooks, "describe": describe,
+            "empty": torch.empty, "strided": torch.empty_strided, "hooks": hooks,
+            "describe": describe,
         }  # fmt: skip
 
     def constant(self, value: Any) -> str:
@@ -171,7 +171,7 @@ def write(inputs: int, allocations: list[Allocation], starts: list[Start], resul
     for i, allocation in enumerate(allocations):
         lines += [f"a{i} = {writer.allocation(allocation)}", f"q{i} = a{i}.data_ptr()"]
     if starts:
-        lines += ["stream = driver.active.get_current_stream(device)", "enter, leave = hooks()"]
+        lines.append("enter, leave = hooks()")
     for start in starts:
         kernel, grid = writer.constant(start.compiled), writer.constant(start.grid)
         x, y, z = (*start.grid, 1, 1)[:3]
@@ -184,6 +184,6 @@ def write(inputs: int, allocations: list[Allocation], starts: list[Start], resul
         ]
     lines.append(f"return {writer.result(result)}")
     body = "\n".join(f"    {line}" for line in lines if line)
-    exec(compile(f"def run(device, t, p, n):\n{body}", "<plan>", "exec"), writer.scope)
+    exec(compile(f"def run(stream, t, p, n):\n{body}", "<plan>", "exec"), writer.scope)
     written: Run = writer.scope["run"]
     return written

@@ -256,6 +256,8 @@ def _other(value: Any, changing: type | None, inputs: list[Tensor], numbers: lis
         return seed
     if kind is list or kind is tuple:
         return kind([_other(v, changing, inputs, numbers) for v in value])
+    if issubclass(kind, tuple):
+        return kind(*[_other(v, changing, inputs, numbers) for v in value])
     return value
 
 

@@ -103,12 +103,13 @@ def rows(rounds: int = 21) -> Iterator[Row]:
     with standin.device(), use_backend("triton"):
         x, w, s, few = _drawn(M, K), _drawn(N, K), _drawn(M, R), _drawn(1, K)
         a, b = _drawn(R, K, dtype=FP32), _drawn(N, R, dtype=FP32)
+        many_a, many_b = ([t.clone() for _ in range(3)] for t in (a, b))
         single: dict[str, Callable[[], Any]] = {
             "dropout mask": lambda: dropout_bits(M, K, 0.1, 12345678901234, device="cpu"),
             "expand": lambda: expand(s, b),
             "decode, one row": lambda: decode(few, w, a, b, 2.0),
             "shrink_expand": lambda: shrink_expand(x, [a], [b], [2.0]),
-            "shrink_expand of q, k, v": lambda: shrink_expand(x, [a] * 3, [b] * 3, [2.0] * 3),
+            "shrink_expand of q, k, v": lambda: shrink_expand(x, many_a, many_b, [2.0] * 3),
             "grad_xa": lambda: grad_xa(x, [s], [a]),
             "gemm with descriptors": lambda: fused_linear(x, w, s, b),
         }

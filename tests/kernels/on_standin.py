@@ -13,7 +13,7 @@ import traceback
 import types
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -122,7 +122,7 @@ def check_other_devices_have_other_plans() -> None:
 
 
 def check_one_tensor_for_two_and_two_tensors() -> None:
-    """What the plan is made from, one tensor in several places, holds for several tensors."""
+    """They are two kinds: a function may refuse, or a kernel write twice to, the former."""
     function, make = CALLS["grad input"]
 
     def tied() -> Any:
@@ -137,10 +137,29 @@ def check_one_tensor_for_two_and_two_tensors() -> None:
     for first, then in ((tied, apart), (apart, tied)):
         launching.forget()
         settle(function, first)
-        args = then()
-        with mock.patch.object(Launch, "run", not_run):
-            found = now(function, args)
-        assert found == as_written(function, args)
+        for count in range(4):
+            args = then()
+            assert now(function, args) == as_written(function, args), count
+        assert planned_kinds() == 2
+
+    @launching.planned()
+    def fill(words: list[Tensor]) -> Tensor:
+        if len({w.data_ptr() for w in words}) < len(words):
+            raise ValueError("words[1] is words[0]; allowed: a tensor each")
+        return words[0].new_empty(3)
+
+    class Two(NamedTuple):
+        first: Tensor
+        second: Tensor
+
+    try:
+        for group in (list, tuple, lambda ts: Two(*ts)):
+            settle(fill, lambda group=group: (group([drawn(4), drawn(4)]),), calls=4)
+            one = drawn(4)
+            error, _ = outcome(fill, (group([one, one]),))
+            assert error == "ValueError: words[1] is words[0]; allowed: a tensor each"
+    finally:
+        launching._caches.pop()
 
 
 def check_numbers_are_told_and_decide_nothing() -> None:
@@ -173,6 +192,29 @@ def check_a_plan_serves_all_seeds() -> None:
             args = (5, 70, p, 3), dict(groups=groups, device=torch.device("cpu"))
             for _ in range(3):
                 assert now(dropout_bits, args) == as_written(dropout_bits, args)
+
+
+def check_a_seed_in_a_named_tuple() -> None:
+    class Draw(NamedTuple):
+        p: float
+        seed: int
+
+    @launching.planned(seeds=["draw"])
+    def drawn_by(draw: Draw) -> Tensor:
+        return dropout_bits.__wrapped__(5, 70, draw.p, draw.seed, device="cpu")  # type: ignore[attr-defined]
+
+    try:
+        settle(drawn_by, lambda: (Draw(0.3, 7),))
+        for seed in (1, 2**40, -3):
+            args = (Draw(0.3, seed),)
+            with mock.patch.object(Launch, "run", not_run):
+                found = now(drawn_by, args)
+            assert found == as_written(drawn_by, args)
+        args = (Draw(0.5, 7),)
+        for _ in range(3):
+            assert now(drawn_by, args) == as_written(drawn_by, args)
+    finally:
+        launching._caches.pop()
 
 
 def check_bad_input_gives_its_error_before_any_launch() -> None:
