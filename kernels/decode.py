@@ -278,6 +278,7 @@ def decode(
     return _run(x, [w], [] if a is None else [a], [b], s, [bias], [float(scale)], config)[0]
 
 
+@planned("scales")
 def decode_group(
     x: torch.Tensor,
     ws: Sequence[torch.Tensor],
