@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -246,12 +247,20 @@ def test_kernel_traffic_by_hand() -> None:
 
 
 def test_decode_traffic_by_hand() -> None:
+    """Four programs: in one launch each reads all of A, in two the first reads it once."""
     x, w, y = meta(1, 128), meta(64, 128), meta(1, 64)
     a, b = meta(16, 128), meta(64, 16)
-    config = decode.DecodeConfig(block_n=16)
-    (launch,) = decode.plan_decode(y, x, w, a, b, None, None, 1.0, config)
+    operands = [y], x, [w], [a], [b], None, [None], [1.0]
+    config, arch = decode.DecodeConfig(block_n=16), Arch(132, 90, 232448)
+    (launch,) = decode.plan_decode(*operands, config, arch)
     assert byte_counts(launch) == (
         256 + 16384 + 4096 + 2048, 128, 16384 + 2048 + 4 * (256 + 4096)
+    )  # fmt: skip
+    first, second = decode.plan_decode(*operands, replace(config, split_k=64), arch)
+    parts = 2 * 16 * 4  # of S, float32, over 64 columns of K each
+    assert byte_counts(first) == (256 + 4096, parts, 256 + 4096)
+    assert byte_counts(second) == (
+        256 + 16384 + 2048 + parts, 128, 16384 + 2048 + 4 * (256 + parts)
     )  # fmt: skip
 
 
