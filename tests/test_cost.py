@@ -251,16 +251,17 @@ def test_decode_traffic_by_hand() -> None:
     x, w, y = meta(1, 128), meta(64, 128), meta(1, 64)
     a, b = meta(16, 128), meta(64, 16)
     operands = [y], x, [w], [a], [b], None, [None], [1.0]
-    config, arch = decode.DecodeConfig(block_n=16), Arch(132, 90, 232448)
+    config, arch = decode.DecodeConfig(block_n=16, split_k=0), Arch(132, 90, 232448)
     (launch,) = decode.plan_decode(*operands, config, arch)
     assert byte_counts(launch) == (
         256 + 16384 + 4096 + 2048, 128, 16384 + 2048 + 4 * (256 + 4096)
     )  # fmt: skip
-    first, second = decode.plan_decode(*operands, replace(config, split_k=64), arch)
-    parts = 2 * 16 * 4  # of S, float32, over 64 columns of K each
-    assert byte_counts(first) == (256 + 4096, parts, 256 + 4096)
+    first, second = decode.plan_decode(*operands, replace(config, split_k=2), arch)
+    part = 16 * 4  # S in float32; K is too short for a second part
+    assert first.grid == (4, 1)  # programs of four ranks each, all of which read X
+    assert byte_counts(first) == (256 + 4096, part, 4 * 256 + 4096)
     assert byte_counts(second) == (
-        256 + 16384 + 2048 + parts, 128, 16384 + 2048 + 4 * (256 + parts)
+        256 + 16384 + 2048 + part, 128, 16384 + 2048 + 4 * (256 + part)
     )  # fmt: skip
 
 
