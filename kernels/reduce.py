@@ -14,10 +14,13 @@ import triton.language as tl
 from .common import Launch, cast, cdiv
 
 BLOCK = 1024
+AHEAD = 8  # parts that are loaded before the first of them is added, to hide their latency
 
 
 @triton.jit
-def _sum_kernel(partials, outs, counts, sizes, G: tl.constexpr, BLOCK: tl.constexpr):
+def _sum_kernel(
+    partials, outs, counts, sizes, G: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr
+):
     segment = tl.program_id(1)
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     for i in tl.static_range(G):
@@ -25,9 +28,13 @@ def _sum_kernel(partials, outs, counts, sizes, G: tl.constexpr, BLOCK: tl.conste
             ok = at < sizes[i]  # [BLOCK]
             total = tl.zeros((BLOCK,), tl.float32)
             source = partials[i] + at  # [BLOCK]
-            for _ in range(counts[i]):
-                total += tl.load(source, mask=ok, other=0.0)
-                source += sizes[i]
+            for p0 in range(0, counts[i], AHEAD):
+                parts = ()
+                for j in tl.static_range(AHEAD):
+                    parts = parts + (tl.load(source, mask=ok & (p0 + j < counts[i]), other=0.0),)
+                    source += sizes[i]
+                for j in tl.static_range(AHEAD):
+                    total += parts[j]
             tl.store(outs[i] + at, cast(total, outs[i].dtype.element_ty), mask=ok)
 
 
@@ -41,7 +48,7 @@ def plan_sum(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Launch:
     counts = tuple(p.shape[0] for p in partials)
     sizes = tuple(o.numel() for o in outs)
     grid = (cdiv(max(sizes), BLOCK), len(outs))
-    meta = dict(G=len(outs), BLOCK=BLOCK, num_warps=4, num_stages=1)
+    meta = dict(G=len(outs), BLOCK=BLOCK, AHEAD=AHEAD, num_warps=4, num_stages=1)
     return Launch(_sum_kernel, grid, (partials, outs, counts, sizes), meta)
 
 

@@ -19,6 +19,8 @@ KERNELS: dict[str, dict[str, str]] = {
     "grad_xa": {"grad_xa": "GradXAConfig"},
     "gemm": {"gemm": "GemmConfig", "gemm_grad_input": "GemmConfig"},
     "decode": {"decode": "DecodeConfig"},
+    "mlp": {"mlp": "MlpConfig"},
+    "mlp_grad": {"mlp_grad": "MlpGradConfig"},
     "mixed": {},
     "reduce": {},
     "dora_norm": {},

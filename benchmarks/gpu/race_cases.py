@@ -44,6 +44,10 @@ def _product(M: int, r: int, n: int, k: int) -> Bucket:
     return Bucket("product", M, r, k, (n,))
 
 
+def _mlp(M: int, r: int, mask: bool, wide: int) -> Bucket:
+    return Bucket("mlp", M, r, wide, (), mask)
+
+
 def _train(M: int, r: int, k: int, *ns: int) -> Iterator[RaceCase]:
     for mask in (True, False):
         for op in ("forward", "backward"):
@@ -64,6 +68,8 @@ def _order() -> Iterator[Bucket | RaceCase]:
             yield _joined(M, 16, mask, h, h)
         yield _product(M, 16, h, h)
         yield from _train(M, 16, h, h)
+    for mask in (True, False):
+        yield _mlp(8192, 16, mask, wide)
     for M in (1, 16):
         for n, k in ((h, h), (wide, h), (h, wide), (kv, h)):
             yield Bucket("few", M, 16, k, (n,))
@@ -96,6 +102,9 @@ def _order() -> Iterator[Bucket | RaceCase]:
             yield _joined(8192, r, mask, h, h)
         yield _product(8192, r, h, h)
         yield from _train(8192, r, h, h)
+    for M, r in ((2048, 16), (512, 16), (8192, 64), (8192, 8)):
+        for mask in (True, False):
+            yield _mlp(M, r, mask, wide)
     for M in (8192, 2048):
         for mask in (True, False):
             yield _low_rank(M, 16, mask, LLAMA_70B.hidden)

@@ -37,7 +37,7 @@ class Bucket(NamedTuple):
     """Shapes of one race: M rows, rank r, K inputs, and the outputs N of each projection.
 
     ``kind`` is "low_rank" (kernels over X or dY alone), "joined" (kernels that make S and Y, or dX
-    and dA), "product" (with W), or "few" (with W, at most 16 rows).
+    and dA), "product" (with W), "few" (with W, at most 16 rows), or "mlp" (K is the inner width).
     """
 
     kind: str

@@ -1,0 +1,260 @@
+"""H = act(G) ∘ U of an MLP, and the S of the adapter that reads H, in one pass.
+
+G (gate's output), U (up's output) and H [M, K], where K is the number of inputs of down; A [r, K];
+S [M, r] = scale * (mask H) Aᵀ. Without U, H = act(G). H is rounded before S is made of it, so the
+numbers are those of the separate operations, but H is not read again. The sum over K is split over
+programs; a second kernel adds their fp32 partials in fixed order (no atomics).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from . import checks
+from .common import (
+    Arch,
+    Launch,
+    arch_of,
+    cast,
+    cdiv,
+    device_function,
+    dot,
+    keep_tile,
+    next_pow2,
+    padded,
+    precision,
+    row_stride,
+)  # fmt: skip
+from .mlp_arguments import check
+from .reduce import plan_sum
+from .shrink import LAUNCH_RANK, plan_shrink
+from .shrink import default_config as default_shrink_config
+
+
+@dataclass(frozen=True)
+class MlpConfig:
+    """Tiles of G [block_m, block_k]; K is split into split_k parts."""
+
+    block_m: int = 64
+    block_k: int = 64
+    split_k: int = 1
+    num_warps: int = 4
+    num_stages: int = 3
+
+    def __post_init__(self) -> None:
+        checks.blocks(self, block_m=self.block_m)
+        checks.blocks(self, low=32, block_k=self.block_k)  # whole mask words
+        checks.one_or_more(self, split_k=self.split_k)
+
+
+def fits(r: int) -> bool:
+    """True when the pass that makes H can make S of rank r; else S is a pass of its own over H."""
+    return r <= LAUNCH_RANK
+
+
+def default_config(M: int, K: int, r: int, arch: Arch) -> MlpConfig:
+    """A config with as many programs as fit the device; r is 0 without an adapter.
+
+    Exponentials and roundings take about as long as the copies, so there must be many warps. K is
+    split for them, into parts of at least 512, because partials of S are small.
+    """
+    block_m = min(64 if r <= 64 or arch.warpgroups else 32, max(16, next_pow2(M)))
+    warps = 8 if r > 32 or arch.blackwell else 4  # 4 spill on sm_100 with erf
+    slots = arch.sms * (16 // warps)
+    return MlpConfig(
+        block_m=block_m,
+        block_k=64 if arch.shared > 160_000 or r > 32 else 32,
+        split_k=max(1, min(slots // cdiv(M, block_m), K // 512)),
+        num_warps=warps,
+        num_stages=3 if arch.shared > 160_000 or r <= 64 else 2,
+    )
+
+
+# ------------------------------------------------------------------------------------- activations
+
+
+@device_function
+def _one_plus_exp(x, ACT: tl.constexpr):
+    """1 + exp(-x) for silu; for gelu_tanh 1 + exp(-2 y) with its y = √(2 / π) (x + 0.044715 x³).
+
+    The inverse of the latter is (1 + tanh(y)) / 2, but loses no digits where tanh is near -1.
+    """
+    if ACT == "silu":
+        z = -x
+    else:
+        z = -1.5957691216057308 * (x + 0.044715 * x * x * x)
+    return 1.0 + tl.exp(z)
+
+
+@device_function
+def activation(x, ACT: tl.constexpr):
+    """act(x) in fp32 for a tile in fp32."""
+    if ACT == "silu" or ACT == "gelu_tanh":
+        y = x / _one_plus_exp(x, ACT)
+    elif ACT == "gelu":
+        y = x * 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
+    else:
+        y = tl.where(x <= 0.0, 0.0, x)  # keeps NaN, as torch's relu
+        if ACT == "relu2":
+            y = y * y
+    return y
+
+
+@device_function
+def both(x, ACT: tl.constexpr):
+    """(act(x), act'(x)) in fp32 for a tile in fp32; at its corner relu has slope 0, as in torch."""
+    if ACT == "silu":
+        s = 1.0 / (1.0 + tl.exp(-x))
+        y, slope = x * s, s * (1.0 + x * (1.0 - s))
+    elif ACT == "gelu":
+        s = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
+        y, slope = x * s, s + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+    elif ACT == "gelu_tanh":
+        z = 1.5957691216057308 * (x + 0.044715 * x * x * x)
+        e = tl.exp(-tl.abs(z))
+        positive = 1.0 / (1.0 + e)  # sigmoid(|z|); that of -|z| is e times it, where 1 - s has none
+        s = tl.where(z < 0.0, e * positive, positive)  # of the digits
+        inner = 1.5957691216057308 * (1.0 + 0.134145 * x * x)
+        y, slope = x * s, s + x * e * positive * positive * inner
+    else:
+        y, slope = tl.where(x <= 0.0, 0.0, x), tl.where(x <= 0.0, 0.0, 1.0)
+        if ACT == "relu2":
+            y, slope = y * y, 2.0 * y
+    return y, slope
+
+
+# ------------------------------------------------------------------------------------------ kernel
+
+
+@triton.jit(do_not_specialize=["M"])
+def _mlp_kernel(
+    gate, up, h, a, words, s, scale, M, K, R, K_PART,
+    gate_stride, up_stride, h_stride, a_r_stride, a_k_stride, s_part_stride, WORDS,
+    ACT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    part = tl.program_id(1)
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    row_ok = row < M  # [BLOCK_M]
+    row64 = row.to(tl.int64)  # [BLOCK_M]
+    rank = tl.arange(0, BLOCK_R)  # [BLOCK_R]
+    first = part * K_PART
+    last = tl.minimum(first + K_PART, K)
+    acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    # the number of stages stands here because a loop without products is not pipelined otherwise
+    for k0 in tl.range(first, last, BLOCK_K, num_stages=STAGES):
+        k = k0 + tl.arange(0, BLOCK_K)  # [BLOCK_K]
+        k_ok = k < last  # [BLOCK_K]
+        ok = row_ok[:, None] & k_ok[None, :]  # [BLOCK_M, BLOCK_K]
+        g = tl.load(
+            gate + row64[:, None] * gate_stride + k[None, :], mask=ok, other=0.0
+        )  # [BLOCK_M, BLOCK_K]
+        value = cast(activation(g.to(tl.float32), ACT), g.dtype)  # [BLOCK_M, BLOCK_K]
+        if up is not None:
+            u = tl.load(
+                up + row64[:, None] * up_stride + k[None, :], mask=ok, other=0.0
+            )  # [BLOCK_M, BLOCK_K]
+            value = cast(value.to(tl.float32) * u.to(tl.float32), g.dtype)
+        tl.store(h + row64[:, None] * h_stride + k[None, :], value, mask=ok)
+        if a is not None:
+            a_tile = tl.load(
+                a + rank.to(tl.int64)[None, :] * a_r_stride + k.to(tl.int64)[:, None] * a_k_stride,
+                mask=(rank < R)[None, :] & k_ok[:, None],
+                other=0.0,
+            )  # [BLOCK_K, BLOCK_R]
+            kept = value
+            if words is not None:
+                keep = keep_tile(words, row, row_ok, k0, WORDS, BLOCK_M, BLOCK_K)
+                kept = tl.where(keep, value, 0.0).to(g.dtype)  # [BLOCK_M, BLOCK_K]
+            acc = dot(kept, cast(a_tile, g.dtype), acc, PRECISION)
+    if a is not None:
+        tl.store(
+            s + part.to(tl.int64) * s_part_stride + row64[:, None] * R + rank[None, :],
+            cast(acc * scale, s.dtype.element_ty),
+            mask=row_ok[:, None] & (rank < R)[None, :],
+        )
+
+
+def plan_mlp(
+    gate: torch.Tensor,
+    up: torch.Tensor | None,
+    act: str,
+    h: torch.Tensor,
+    a: torch.Tensor | None,
+    words: torch.Tensor | None,
+    scale: float,
+    s: torch.Tensor | None,
+    config: MlpConfig,
+) -> list[Launch]:
+    """Launches that fill h [M, K] and, with ``a`` [r, K], s [M, r] (both contiguous).
+
+    The arguments are checked already, and the rank fits.
+    """
+    M, K = gate.shape
+    # parts are whole tiles, so that no mask word is split
+    k_part = cdiv(cdiv(K, config.split_k), config.block_k) * config.block_k
+    split, r = cdiv(K, k_part), 1 if a is None else a.shape[0]
+    parts = s if s is None or split == 1 else s.new_empty((split, M, r), dtype=torch.float32)
+    args = (
+        gate, up, h, a, words, parts, float(scale), M, K, r, k_part,
+        row_stride(gate), 0 if up is None else row_stride(up), row_stride(h),
+        0 if a is None else a.stride(0), 0 if a is None else a.stride(1), M * r, cdiv(K, 32),
+    )  # fmt: skip
+    meta = dict(
+        ACT=act, BLOCK_M=config.block_m, BLOCK_K=config.block_k, BLOCK_R=padded(r),
+        PRECISION=precision(gate.dtype), STAGES=config.num_stages,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    launches = [Launch(_mlp_kernel, (cdiv(M, config.block_m), split), args, meta)]
+    if s is not None and parts is not None and parts is not s:
+        launches.append(plan_sum([(parts, s)]))
+    return launches
+
+
+def mlp(
+    gate: torch.Tensor,
+    up: torch.Tensor | None,
+    act: str = "silu",
+    a: torch.Tensor | None = None,
+    scale: float = 1.0,
+    bits: torch.Tensor | None = None,
+    *,
+    config: MlpConfig | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(H [M, K], S [M, r] or None without ``a``), both in gate's dtype.
+
+    gate, up [M, K] fp16/bf16/fp32, any row stride, up of gate's dtype or None; act: one of
+    :data:`.mlp_arguments.ACTIVATIONS`; a [r, K] fp32 or gate's dtype, any strides, r from 1 to 256
+    (above 128 H is read again for S); bits: packed keep mask int32 [M, ceil(K / 32)]; scale must
+    include 1 / (1 - p). Errors: TypeError or ValueError naming the argument, before any launch.
+    """
+    gate, up = check(gate, up, act)
+    M, K = gate.shape
+    if a is None and bits is not None:
+        raise ValueError("bits is given without a; allowed: a mask for the adapter that reads H")
+    if a is not None:
+        checks.ranks("a", [a])
+        [a] = checks.adapters("a", [a], [(None, K)], "gate has K columns", gate.dtype)
+    [words] = checks.masks(bits, 1, M, K)
+    checks.device(gate=gate, up=up, a=a, bits=words)
+    h = gate.new_empty((M, K))
+    s = None if a is None else gate.new_empty((M, a.shape[0]))
+    if M == 0 or K == 0:
+        return h, None if s is None else s.zero_()
+    arch = arch_of(gate.device)
+    if a is None or s is None or fits(a.shape[0]):
+        config = config or default_config(M, K, 0 if a is None else a.shape[0], arch)
+        launches = plan_mlp(gate, up, act, h, a, words, scale, s, config)
+    else:
+        launches = plan_mlp(
+            gate, up, act, h, None, None, 1.0, None, config or default_config(M, K, 0, arch)
+        )
+        shrink_config = default_shrink_config(M, K, [a.shape[0]], arch)
+        launches += plan_shrink(h, [a], [words], [scale], s, shrink_config)
+    for launch in launches:
+        launch.run()
+    return h, s
