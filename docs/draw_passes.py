@@ -84,6 +84,20 @@ PASSES: dict[str, tuple[Launch, ...]] = {
                ("dY [M, N]", "V [M, N]", "gain [N]"), ("dZ [M, N]", "parts fp32")),
         Launch("sum", ("dm = sums / norms (torch)",), ("parts fp32",), ("sums [N]",)),
     ),
+    "mlp-forward": (
+        Launch("mlp", ("H = act(G) ∘ U, rounded", "s · (mask ∘ H) A₃ᵀ, in parts over K"),
+               ("G, U [M, K]", "mask [M, K/32]", "A₃ [r, K]"), ("H [M, K]", "parts fp32")),
+        Launch("sum", ("S₃ = the parts, added",), ("parts fp32",), ("S₃ [M, r]",)),
+    ),
+    "mlp-backward": (
+        Launch("mlp_grad", ("dG = dH ∘ U ∘ act'(G)", "dU = dH ∘ act(G), H made again",
+                            "s · dG B₁,  s · dU B₂, in parts over K",
+                            "dGᵀ S₁,  dUᵀ S₂,  dS₃ᵀ (mask ∘ H)"),
+               ("dH, G, U [M, K]", "mask [M, K/32]", "S₁, S₂, dS₃ [M, r]", "B₁, B₂ [K, r]"),
+               ("dG, dU [M, K]", "parts fp32")),
+        Launch("sum", ("the parts, added", "in a fixed order"),
+               ("parts fp32",), ("dS₁, dS₂ [M, r]", "dB₁, dB₂ [K, r]", "dA₃ [r, K]")),
+    ),
     "prefix-forward": (
         Launch("attend", ("O = softmax(s · Q [Kₚ; K]ᵀ) [Vₚ; V]", "one online softmax, two sources"),
                ("Q [B, H, T, D]", "Kₚ, Vₚ [Hₖᵥ, P, D]", "K, V [B, Hₖᵥ, S, D]"),
@@ -118,7 +132,7 @@ LARGE, SMALL, OURS, THEIRS, MADE = "#c5cae9", "#eef0fa", "#3f51b5", "#607d8b", "
 def _is_large(tensor: str) -> bool:
     """A matrix of activations or the weight, and what has a row of D for each token."""
     four = tensor.partition("[")[2].count(",") == 3
-    return four or tensor.startswith(("X", "W", "Y", "dX", "dY", "dZ", "V"))
+    return four or tensor.startswith((*"XWYVGUH", "dX", "dY", "dZ", "dG", "dU", "dH"))
 
 
 def _text(x: float, y: float, text: str, extra: str = "") -> str:

@@ -14,11 +14,13 @@ import pytest
 from benchmarks.cost.cases import PROVIDERS, Shape, measure
 from benchmarks.cost.gpus import GPUS
 from benchmarks.kernels import decode, prefix_attention, prefix_backward, prefix_decode
+from benchmarks.kernels import mlp as mlp_entry
+from benchmarks.kernels import mlp_grad as mlp_grad_entry
 from benchmarks.kernels.entry import BF16, FP32, INT32, meta
 from benchmarks.kernels.prefix import problem
 from benchmarks.kernels.table import traffic
 from benchmarks.kernels.traffic import Traffic
-from peftkern.kernels import dora_grad, dora_norm, gemm, mixed
+from peftkern.kernels import dora_grad, dora_norm, gemm, mixed, mlp, mlp_grad
 from peftkern.kernels.common import Arch
 
 from .pages import ROOT, read
@@ -87,6 +89,22 @@ def dora_backward() -> list[Traffic]:
     return [traffic(launch) for launch in found]
 
 
+def mlp_forward() -> list[Traffic]:
+    config = mlp.default_config(M, K, R, ARCH)
+    return [
+        traffic(launch)
+        for launch in mlp_entry.launches(M, K, R, "silu", True, config, adapter=BF16)
+    ]
+
+
+def mlp_backward() -> list[Traffic]:
+    config = mlp_grad.default_config(M, K, R, ARCH)
+    return [
+        traffic(launch)
+        for launch in mlp_grad_entry.launches(M, K, R, "silu", True, config, ARCH, adapter=BF16)
+    ]
+
+
 def prefix(of: Any, T: int = 1024) -> list[Traffic]:
     return [traffic(launch) for launch in of.launches(problem(T, 1024, 128), ARCH)]
 
@@ -102,6 +120,8 @@ def planned() -> dict[str, list[Traffic]]:
         "mixed": mixed_batch(),
         "dora-forward": dora_forward(),
         "dora-backward": dora_backward(),
+        "mlp-forward": mlp_forward(),
+        "mlp-backward": mlp_backward(),
         "prefix-forward": prefix(prefix_attention),
         "prefix-backward": prefix(prefix_backward),
         "prefix-decode": prefix(prefix_decode, T=1),

@@ -75,8 +75,8 @@ def launches(
     out = MlpGrads(
         dgate, dup,
         [meta(m, r, dtype=dtype) if there else None for there in adapters[:2]],
-        [meta(k, r, dtype=FP32) if there else None for there in adapters[:2]],
-        meta(r, k, dtype=FP32) if adapters[2] else None,
+        [meta(k, r, dtype=adapter) if there else None for there in adapters[:2]],
+        meta(r, k, dtype=adapter) if adapters[2] else None,
     )  # fmt: skip
     return mlp_grad.plan_mlp_grad(dh, gate, other, act, members, ds, words, out, config, arch)
 
