@@ -62,12 +62,15 @@ def default_config(M: int, K: int, r: int, arch: Arch) -> MlpConfig:
     Exponentials and roundings take about as long as the copies, so there must be many warps. K is
     split for them, into parts of at least 512, because partials of S are small.
     """
-    block_m = min(64 if r <= 64 or arch.warpgroups else 32, max(16, next_pow2(M)))
-    warps = 8 if r > 32 or arch.blackwell else 4  # 4 spill on sm_100 with erf
+    # Fewer rows where 64 spill, or where on sm_100 they would make the product one of tcgen05, whose
+    # operands pass through registers.
+    small = arch.blackwell or arch.shared <= 160_000
+    tall = 32 if r == 0 or (r <= 32 and small) or (r > 64 and not arch.warpgroups) else 64
+    block_m = min(tall, max(16, next_pow2(M)))
+    warps = 8 if r > 32 else 4
     slots = arch.sms * (16 // warps)
     return MlpConfig(
         block_m=block_m,
-        block_k=64 if arch.shared > 160_000 or r > 32 else 32,
         split_k=max(1, min(slots // cdiv(M, block_m), K // 512)),
         num_warps=warps,
         num_stages=3 if arch.shared > 160_000 or r <= 64 else 2,

@@ -83,15 +83,22 @@ class MlpGradConfig:
         checks.one_or_more(self, split_m=self.split_m)
 
 
-def default_config(M: int, K: int, r: int, arch: Arch, itemsize: int = 2) -> MlpGradConfig:
+def default_config(
+    M: int, K: int, r: int, arch: Arch, itemsize: int = 2, masked: bool = True
+) -> MlpGradConfig:
     """A config with strips wide enough for few parts of dS, and as many warps as registers allow.
 
-    r is the largest rank, 0 without adapters. M is split, into parts of at least 256 rows, so that
-    the last wave of programs is full, if that is worth the parts of dB and dA.
+    r is the largest rank, 0 without adapters; masked: with down's mask. M is split, into parts of
+    at least 256 rows, so that the last wave of programs is full, if that is worth the parts of dB
+    and dA.
     """
     low, sums = ways(r, itemsize, arch)
     block_k = 128 if low or not sums else 64
-    warps = 16 if low and r and arch.warpgroups else 8  # 16 spill on sm_80
+    warps = 8
+    if low and r and arch.warpgroups and not masked:
+        warps = 16  # with a mask, and on sm_80, they spill
+    elif sums and r > PART_RANK and not arch.warpgroups:
+        warps = 4  # with 8 the assembler keeps to 128 registers on sm_120, and spills
     slots = arch.sms * (1 if r > 64 or (low and r) else 2)  # programs that fit, by registers
     strips = cdiv(K, block_k)
 
@@ -384,7 +391,7 @@ def mlp_grad(
     if config is None:
         held = [m.b for m in members if m is not None] + ([] if ds is None else [ds])
         r = max((t.shape[1] for t in held), default=0)
-        config = default_config(M, K, r, arch, dh.element_size())
+        config = default_config(M, K, r, arch, dh.element_size(), words is not None)
     for launch in plan_mlp_grad(dh, gate, up, act, members, ds, words, out, config, arch):
         launch.run()
     return out

@@ -93,7 +93,7 @@ def _cases(arch: Arch) -> Iterator[Case]:
         (M, 16, True, "silu", True, ALL, FP32),
     ):  # fmt: skip
         ranks = r if any(adapters) else 0
-        config = mlp_grad.default_config(m, WIDE, ranks, arch, dtype.itemsize)
+        config = mlp_grad.default_config(m, WIDE, ranks, arch, dtype.itemsize, masked)
         who = "".join(c for c, there in zip("gud", adapters, strict=True) if there) or "frozen"
         plan = launches(
             m, WIDE, r, act, masked, config, arch, adapters=adapters, up=up, dtype=dtype

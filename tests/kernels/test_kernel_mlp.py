@@ -22,6 +22,7 @@ from peftkern.kernels.mlp_grad import MlpGradConfig, default_config, mlp_grad, w
 from peftkern.kernels.shrink import ShrinkConfig, shrink
 from peftkern.ops.mlp_parts import Member, Shrink, ShrinkGrad
 from peftkern.ops.mlp_triton import activate, activate_grad, why_not
+from tests.kernels.compiler import python
 from tests.kernels.oracle import (
     DTYPES,
     assert_as_good_as_torch,
@@ -324,3 +325,42 @@ def test_bad_arguments_are_named():
         MlpConfig(block_k=16)
     with pytest.raises(ValueError, match="MlpGradConfig.split_m is 0"):
         MlpGradConfig(split_m=0)
+
+
+COMPILED = """
+import re
+from benchmarks.kernels import mlp, mlp_grad
+from benchmarks.static.compiling import NoDevice, gpu_target
+from benchmarks.static.run import TARGETS
+from peftkern.kernels.mlp import default_config as forward
+from peftkern.kernels.mlp_grad import default_config as backward
+from triton.runtime import driver
+
+for name in ("sm_80", "sm_90"):
+    arch = TARGETS[name].arch
+    driver.set_active(NoDevice(gpu_target(name)))
+    for launch in (
+        mlp.launches(8192, 14336, 16, "silu", True, forward(8192, 14336, 16, arch))[0],
+        mlp_grad.launches(8192, 14336, 16, "silu", True, backward(8192, 14336, 16, arch), arch)[0],
+    ):
+        compiled = launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.meta)
+        text = compiled.asm["ttgir"]
+        loop = text[text.index("scf.for"):text.index("scf.yield")]
+        rows = launch.meta["BLOCK_M"]
+        columns = launch.meta["BLOCK_K"]
+        tiles = re.findall(f"async_copy_global_to_local[^\\\\n]*<{rows}x{columns}xbf16", loop)
+        buffers = re.findall(f"memdesc<(\\\\d)x{rows}x{columns}xbf16", text)
+        print("FOUND", loop.count("math.exp"), len(tiles), min(buffers), "tt.load" in loop)
+"""
+
+
+@pytest.mark.long
+def test_a_step_computes_once_and_has_copies_in_flight():
+    """One exponential for each element, and the next tiles of G, U and dH on their way meanwhile.
+
+    Without :func:`_once` the compiler computes act(G) again for each product that reads it.
+    """
+    done = python("-c", COMPILED, cache=None)
+    assert done.returncode == 0, done.stderr
+    found = [line for line in done.stdout.splitlines() if line.startswith("FOUND")]
+    assert found == ["FOUND 1 2 2 False", "FOUND 1 3 2 False"] * 2
