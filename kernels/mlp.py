@@ -62,8 +62,8 @@ def default_config(M: int, K: int, r: int, arch: Arch) -> MlpConfig:
     Exponentials and roundings take about as long as the copies, so there must be many warps. K is
     split for them, into parts of at least 512, because partials of S are small.
     """
-    # Fewer rows where 64 spill, or where on sm_100 they would make the product one of tcgen05, whose
-    # operands pass through registers.
+    # Fewer rows where 64 spill, or where on sm_100 they would make the product one of tcgen05,
+    # whose operands pass through registers.
     small = arch.blackwell or arch.shared <= 160_000
     tall = 32 if r == 0 or (r <= 32 and small) or (r > 64 and not arch.warpgroups) else 64
     block_m = min(tall, max(16, next_pow2(M)))
