@@ -143,10 +143,12 @@ def _mlp_grad_kernel(
     k64 = k.to(tl.int64)  # [BLOCK_K]
     rank = tl.arange(0, BLOCK_R)  # [BLOCK_R]
     # Products have the ranks as their rows: so the tiles of dG, dU and H are right operands.
-    bs, dbs = (), ()  # each [BLOCK_R, BLOCK_K]
+    zero = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
+    bs = ()  # each [BLOCK_R, BLOCK_K]
+    dbs = ()  # each [BLOCK_R, BLOCK_K]
     for i in tl.static_range(len(scales)):
-        dbs = dbs + (tl.zeros((BLOCK_R, BLOCK_K), tl.float32),)
-        b = dbs[i]
+        dbs = dbs + (zero,)
+        b = zero
         if ds_outs[i] is not None:
             b = tl.load(
                 Bs[i] + k64[None, :] * b_k_strides[i] + rank[:, None] * b_r_strides[i],
@@ -154,7 +156,7 @@ def _mlp_grad_kernel(
                 other=0.0,
             )
         bs = bs + (cast(b, dh.dtype.element_ty),)
-    da = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
+    da = zero
     first = part * M_PART
     last = tl.minimum(first + M_PART, M)
     # the number of stages stands here because a loop without products is not pipelined otherwise
@@ -181,7 +183,7 @@ def _mlp_grad_kernel(
             tl.store(h + row64[:, None] * h_stride + k[None, :], value, mask=ok)
         new = ()
         for i in tl.static_range(len(scales)):
-            db = dbs[i]
+            db = zero
             if Bs[i] is not None:
                 if i == 0:
                     grad = _once(dg, ONCE)
@@ -203,7 +205,7 @@ def _mlp_grad_kernel(
                     s = tl.load(
                         Ss[i] + row64[None, :] * s_strides[i] + rank[:, None], mask=rm_ok, other=0.0
                     )  # [BLOCK_R, BLOCK_M]
-                    db = dot(s, grad, db, PRECISION)
+                    db = dot(s, grad, dbs[i], PRECISION)
             new = new + (db,)
         dbs = new
         if da_out is not None:
@@ -328,7 +330,8 @@ def _plan_apart(
                 grad, [member.s], [None], [db.T], default_grad_a_config(M, K, arch, [r])
             )
     if h is not None and ds is not None and out.da is not None:
-        config = default_grad_a_config(*h.shape, arch, [ds.shape[1]])
+        M, K = h.shape
+        config = default_grad_a_config(M, K, arch, [ds.shape[1]])
         launches += plan_grad_a(h, [ds], [words], [out.da], config)
     return launches
 

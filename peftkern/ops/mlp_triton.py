@@ -88,7 +88,7 @@ def _halves(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor] | None:
     G's. The product with the one weight of gate and up then reads both gradients as one matrix.
     """
     M, width = gate.shape
-    apart = up.storage_offset() - gate.storage_offset()
+    apart = int(up.storage_offset() - gate.storage_offset())
     if (
         gate.stride() != up.stride()
         or gate.stride() != (2 * width, 1)
