@@ -73,7 +73,6 @@ def default_config(M: int, K: int, r: int, arch: Arch) -> MlpConfig:
         block_m=block_m,
         split_k=max(1, min(slots // cdiv(M, block_m), K // 512)),
         num_warps=warps,
-        num_stages=3 if arch.shared > 160_000 or r <= 64 else 2,
     )
 
 
