@@ -56,7 +56,7 @@ def fits(r: int) -> bool:
     return r <= LAUNCH_RANK
 
 
-def default_config(M: int, K: int, r: int, arch: Arch) -> MlpConfig:
+def default_config(M: int, K: int, r: int, arch: Arch, itemsize: int = 2) -> MlpConfig:
     """A config with as many programs as fit the device; r is 0 without an adapter.
 
     Exponentials and roundings take about as long as the copies, so there must be many warps. K is
@@ -64,7 +64,7 @@ def default_config(M: int, K: int, r: int, arch: Arch) -> MlpConfig:
     """
     # Fewer rows where 64 spill, or where on sm_100 they would make the product one of tcgen05,
     # whose operands pass through registers.
-    small = arch.blackwell or arch.shared <= 160_000
+    small = arch.blackwell or arch.shared <= 160_000 or itemsize == 4
     tall = 32 if r == 0 or (r <= 32 and small) or (r > 64 and not arch.warpgroups) else 64
     block_m = min(tall, max(16, next_pow2(M)))
     warps = 8 if r > 32 else 4
@@ -249,7 +249,9 @@ def mlp(
         return h, None if s is None else s.zero_()
     arch = arch_of(gate.device)
     if a is None or s is None or fits(a.shape[0]):
-        config = config or default_config(M, K, 0 if a is None else a.shape[0], arch)
+        config = config or default_config(
+            M, K, 0 if a is None else a.shape[0], arch, gate.element_size()
+        )
         launches = plan_mlp(gate, up, act, h, a, words, scale, s, config)
     else:
         launches = plan_mlp(

@@ -69,7 +69,7 @@ def _cases(arch: Arch) -> Iterator[Case]:
         (M, 16, True, "gelu", False, BF16), (M, 16, False, "relu", False, BF16),
         (M, 16, True, "silu", True, FP32),
     ):  # fmt: skip
-        config = mlp.default_config(m, WIDE, r, arch)
+        config = mlp.default_config(m, WIDE, r, arch, dtype.itemsize)
         what = f"{act}{'' if up else ' alone'} {tag(r, masked=masked, dtype=dtype)}"
         plan = launches(m, WIDE, r, act, masked, config, up=up, dtype=dtype)
         yield from named(f"mlp M{m} {what}", plan)
