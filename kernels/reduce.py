@@ -14,7 +14,7 @@ import triton.language as tl
 from .common import Launch, cast, cdiv
 
 BLOCK = 1024
-AHEAD = 8  # parts that are loaded before the first of them is added, to hide their latency
+AHEAD = 4  # parts that are loaded before the first of them is added, to hide their latency
 
 
 @triton.jit
