@@ -36,7 +36,7 @@ from ..utils.private import transforms_active, without_dispatch_modes
 from . import choices, device, race, sampled, torch_backend, triton_backend, tuned
 from .choices import TORCH
 from .device import on_its_device
-from .projection import Projection, ProjectionGrad
+from .projection import Made, Projection, ProjectionGrad
 from .tuned import key_of
 
 log = logging.getLogger("peftkern")
@@ -284,15 +284,15 @@ def forward(
 
 @on_its_device
 def backward(
-    x: Tensor, members: list[ProjectionGrad], needs_x: bool
+    x: Tensor, members: list[ProjectionGrad], needs_x: bool, given: list[Made] | None = None
 ) -> tuple[Tensor | None, list[tuple[Tensor | None, Tensor | None]]]:
     """(dX [M, K], summed over all projections; (dA_i, dB_i) of each)."""
     if _foreign(x):
-        return torch_backend.backward(x, members, needs_x)
+        return torch_backend.backward(x, members, needs_x, given)
     first = members[0]
     n, r = sum(m.B.shape[0] for m in members), max(m.A.shape[0] for m in members)
     mask = any(m.bits is not None for m in members)
-    grads = triton_backend.grads_of(members, needs_x)
+    grads = triton_backend.grads_of(members, needs_x, given)
     dy, K = first.dy, x.shape[1]
     key = key_of(
         "backward", dy.dtype, first.A.dtype, dy.shape[0], n, K, r, len(members), mask, grads
@@ -300,10 +300,10 @@ def backward(
     decision = _known(key, dy) or _decide(
         key,
         dy,
-        lambda name: lambda: choices.backward(name, x, members, needs_x),
-        sampled.backward(x, members, needs_x),
+        lambda name: lambda: choices.backward(name, x, members, needs_x, given),
+        sampled.backward(x, members, needs_x, given),
     )
-    return choices.backward(decision.how, x, members, needs_x)
+    return choices.backward(decision.how, x, members, needs_x, given)
 
 
 @on_its_device

@@ -18,8 +18,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from . import torch_backend
-from .projection import Projection, ProjectionGrad
+from . import mlp_torch, torch_backend
+from .mlp_parts import Grads, Member
+from .projection import Made, Plain, PlainGrad, Projection, ProjectionGrad
 
 ENV = "PEFTKERN_BACKEND"
 CHOICES = ("auto", "torch", "triton")
@@ -43,7 +44,12 @@ class Backend(Protocol):
     ) -> list[tuple[Tensor, Tensor, Tensor | None]]: ...
 
     def backward(
-        self, x: Tensor, members: list[ProjectionGrad], needs_x: bool, /
+        self,
+        x: Tensor,
+        members: list[ProjectionGrad],
+        needs_x: bool,
+        given: list[Made] | None = None,
+        /,
     ) -> tuple[Tensor | None, list[tuple[Tensor | None, Tensor | None]]]: ...
 
     def infer(
@@ -63,6 +69,24 @@ class Backend(Protocol):
     def mixed(
         self, x: Tensor, w: Tensor, bias: Tensor | None, adapters: Any, samples: Any, /
     ) -> Tensor: ...
+
+
+class Middle(Protocol):
+    """A module that computes an MLP's middle; functions are as in :mod:`.mlp_torch`."""
+
+    def forward(
+        self, gate: Tensor, up: Tensor | None, act: str, down: Projection | Plain, /
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]: ...
+
+    def backward(
+        self,
+        gate: Tensor,
+        up: Tensor | None,
+        act: str,
+        down: ProjectionGrad | PlainGrad,
+        members: tuple[Member | None, Member | None],
+        /,
+    ) -> tuple[Grads, Tensor | None]: ...
 
 
 _forced: str | None = None
@@ -130,6 +154,16 @@ def select() -> Backend:
     else:
         active = torch_backend
     return active
+
+
+def middle() -> Middle:
+    """The module that computes an MLP's middle where the active backend computes its linears."""
+    used = globals().get("active") or select()
+    if used is torch_backend:
+        return mlp_torch
+    from . import mlp_kernels
+
+    return mlp_kernels
 
 
 def _no_choice() -> str | None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..kernels.decode import MAX_ROWS
 from ..kernels.tuning import Key
 from . import torch_backend, triton_backend
-from .projection import Projection, ProjectionGrad
+from .projection import Made, Projection, ProjectionGrad
 
 TORCH = "torch"
 NOISE = 0.02  # the share of torch's time that another way must save to be preferred
@@ -63,12 +63,16 @@ def forward(
 
 
 def backward(
-    how: str, x: Tensor, members: list[ProjectionGrad], needs_x: bool
+    how: str,
+    x: Tensor,
+    members: list[ProjectionGrad],
+    needs_x: bool,
+    given: list[Made] | None = None,
 ) -> tuple[Tensor | None, list[tuple[Tensor | None, Tensor | None]]]:
-    """(dX, (dA_i, dB_i) of each projection)."""
+    """(dX, (dA_i, dB_i) of each projection); ``given`` has (dS_i, dB_i) made already."""
     if how != TORCH:
-        return triton_backend.backward(x, members, needs_x, how)
-    return torch_backend.backward(x, members, needs_x)
+        return triton_backend.backward(x, members, needs_x, given, how)
+    return torch_backend.backward(x, members, needs_x, given)
 
 
 def infer(

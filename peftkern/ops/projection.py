@@ -1,4 +1,4 @@
-"""The records that the operations pass to a backend: one linear of a group, and its backward."""
+"""The records that operations pass to a backend: a linear, alone or of a group; its backward."""
 
 from __future__ import annotations
 
@@ -33,6 +33,27 @@ class Projection(NamedTuple):
         return self.scale, self.p, self.transposed
 
 
+class Plain(NamedTuple):
+    """A linear of an MLP that has no adapter; the fields are those of :class:`Projection`."""
+
+    weight: Tensor
+    bias: Tensor | None
+    transposed: bool
+
+    @property
+    def w(self) -> Tensor:
+        """The weight as [K, N], a view."""
+        return self.weight if self.transposed else self.weight.t()
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor | None, None, None]:
+        return self.weight, self.bias, None, None
+
+    @property
+    def settings(self) -> tuple[float, float, bool]:
+        return 0.0, 0.0, self.transposed
+
+
 class ProjectionGrad(NamedTuple):
     """The arguments of one projection's backward."""
 
@@ -46,3 +67,14 @@ class ProjectionGrad(NamedTuple):
     p: float
     needs_a: bool
     needs_b: bool
+
+
+class PlainGrad(NamedTuple):
+    """The arguments of the backward of a :class:`Plain`."""
+
+    dy: Tensor  # [M, N]
+    w: Tensor  # [K, N]
+
+
+# dS [M, r] of a projection and its dB [N, r] (None: not wanted), which another operation made
+Made = tuple[Tensor, Tensor | None]

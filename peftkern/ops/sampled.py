@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .projection import Projection, ProjectionGrad
+from .projection import Made, Projection, ProjectionGrad
 
 ROWS, COLUMNS = 8, 64
 MOST_ADAPTERS = 8  # in a mixed batch
@@ -203,13 +203,17 @@ def mixed(x: Tensor, w: Tensor, bias: Tensor | None, adapters: Any, index: Any) 
 # ----------------------------------------------------------------------------- backward
 
 
-def backward(x: Tensor, members: list[ProjectionGrad], needs_x: bool) -> Exact:
+def backward(
+    x: Tensor, members: list[ProjectionGrad], needs_x: bool, given: list[Made] | None = None
+) -> Exact:
     """The samples of (dX [M, K], [(dA_i [r_i, K], dB_i [N_i, r_i])]) of projections of x.
 
-    Each gradient may be None. dB is that for the given S.
+    Each gradient may be None. dB is that for the given S. With ``given`` (dS_i, dB_i) the samples
+    are those for that dS, and none of dB.
     """
     (M, K), device = x.shape, x.device
-    wants_b = [m.needs_b and m.s is not None for m in members]
+    wants_b = [given is None and m.needs_b and m.s is not None for m in members]
+    made = [None] * len(members) if given is None else [ds for ds, _ in given]
 
     @functools.cache
     def columns() -> Tensor:
@@ -220,10 +224,11 @@ def backward(x: Tensor, members: list[ProjectionGrad], needs_x: bool) -> Exact:
         rows = places(M, ROWS, device)
         dx = None
         if needs_x:
-            dx = torch.stack([_grad_x(m, rows, columns()) for m in members]).sum(0)
+            both = zip(members, made, strict=True)
+            dx = torch.stack([_grad_x(m, ds, rows, columns()) for m, ds in both]).sum(0)
         pairs = [
-            (_grad_a(x, m, columns()) if m.needs_a else None, _grad_b(m) if wants else None)
-            for m, wants in zip(members, wants_b, strict=True)
+            (_grad_a(x, m, ds, columns()) if m.needs_a else None, _grad_b(m) if wants else None)
+            for m, ds, wants in zip(members, made, wants_b, strict=True)
         ]
         return rows, dx, pairs
 
@@ -250,26 +255,28 @@ def backward(x: Tensor, members: list[ProjectionGrad], needs_x: bool) -> Exact:
     return samples
 
 
-def _grad_s(m: ProjectionGrad, dy: Tensor) -> Tensor:
-    """dS of some rows of dY, with the factor 1 / (1 - p)."""
-    return m.scale / (1.0 - m.p) * product(dy, m.B)
+def _grad_s(m: ProjectionGrad, made: Tensor | None, rows: Any) -> Tensor:
+    """dS of some rows, with the factor 1 / (1 - p)."""
+    if made is not None:
+        return made[rows].double()
+    return m.scale / (1.0 - m.p) * product(m.dy[rows], m.B)
 
 
-def _grad_x(m: ProjectionGrad, rows: Tensor, columns: Tensor) -> Tensor:
+def _grad_x(m: ProjectionGrad, made: Tensor | None, rows: Tensor, columns: Tensor) -> Tensor:
     """One projection's part of dX [rows, columns]: dY W + mask * (dS A)."""
     dy = m.dy[rows]
-    low = product(_grad_s(m, dy), m.A[:, columns])
+    low = product(_grad_s(m, made, rows), m.A[:, columns])
     kept = None if m.bits is None else m.bits[rows]
     return product(dy, m.w[columns].t()) + _masked(low, _kept(kept, columns))
 
 
-def _grad_a(x: Tensor, m: ProjectionGrad, columns: Tensor) -> Tensor:
+def _grad_a(x: Tensor, m: ProjectionGrad, made: Tensor | None, columns: Tensor) -> Tensor:
     """dA [r, columns] = dSᵀ (X masked)."""
     total = torch.zeros(len(m.A), len(columns), dtype=torch.float64, device=x.device)
     for i in range(0, x.shape[0], _ROWS_AT_ONCE):
         part = slice(i, i + _ROWS_AT_ONCE)
         kept = _kept(None if m.bits is None else m.bits[part], columns)
-        total.addmm_(_grad_s(m, m.dy[part]).t(), _masked(x[part][:, columns], kept))
+        total.addmm_(_grad_s(m, made, part).t(), _masked(x[part][:, columns], kept))
     return total
 
 

@@ -20,7 +20,7 @@ from torch.nn.functional import linear
 from ..kernels.reference import reference_bits
 from .bits import pack_bits, unpack_bits
 from .mixed_torch import mixed as mixed
-from .projection import Projection, ProjectionGrad
+from .projection import Made, Projection, ProjectionGrad
 
 # Projections of one x without gradients are computed together up to this many rows. Here each is as
 # fast alone: nothing is launched, and nothing can be shared but the host's time of a few calls.
@@ -132,20 +132,18 @@ def _forward(
 
 
 def backward(
-    x: Tensor, members: list[ProjectionGrad], needs_x: bool
+    x: Tensor, members: list[ProjectionGrad], needs_x: bool, given: list[Made] | None = None
 ) -> tuple[Tensor | None, list[tuple[Tensor | None, Tensor | None]]]:
     """(dX [M, K], summed over all projections; (dA [r, K], dB [N, r]) of each).
 
     Gradients that are not wanted are None. Without dA only the shape and dtype of x are used.
+    ``given`` has (dS, dB) of each projection if they are made already.
     """
     low = low_rank_dtype(x, members[0].A)
     dx, pairs, xl = None, [], _in(low, x)
-    for m in members:
-        dyl = _in(low, m.dy)
-        da = db = None
-        if m.needs_b and m.s is not None:
-            db = _mm_to(dyl.t(), m.s, m.B.dtype)
-        ds = _scaled_mm(dyl, _in(low, m.B), m.scale / (1.0 - m.p))
+    for i, m in enumerate(members):
+        ds, db = _over_dy(m, low) if given is None else given[i]
+        da = None
         mask = unpack_bits(m.bits, x.shape[1], low) if m.bits is not None else None
         if needs_x:
             dx = _add_low_rank(dx, ds, _in(low, m.A), mask)
@@ -157,6 +155,13 @@ def backward(
             da = _mm_to(ds.t(), xl if mask is None else mask.mul_(xl), m.A.dtype)
         pairs.append((da, db))
     return (dx.to(x.dtype) if dx is not None else None), pairs
+
+
+def _over_dy(m: ProjectionGrad, low: torch.dtype) -> Made:
+    """(dS, dB if wanted) of a projection, by products in ``low``; they need only dY."""
+    dyl = _in(low, m.dy)
+    db = _mm_to(dyl.t(), m.s, m.B.dtype) if m.needs_b and m.s is not None else None
+    return _scaled_mm(dyl, _in(low, m.B), m.scale / (1.0 - m.p)), db
 
 
 def _add_low_rank(dx: Tensor | None, ds: Tensor, A: Tensor, mask: Tensor | None) -> Tensor:

@@ -37,7 +37,7 @@ from ..kernels.shrink_expand import shrink_expand
 from . import torch_backend, tuned
 from .device import capturing, on_its_device
 from .notes import note_once
-from .projection import Projection, ProjectionGrad
+from .projection import Made, Projection, ProjectionGrad
 
 # The ways to add the update to the base product:
 #   hybrid   the low-rank part is written, the vendor's product accumulates onto it
@@ -238,19 +238,27 @@ def _forward_way(x: Tensor, members: list[Projection], masked: bool, how: str | 
 
 @on_its_device
 def backward(
-    x: Tensor, members: list[ProjectionGrad], needs_x: bool, how: str | None = None
+    x: Tensor,
+    members: list[ProjectionGrad],
+    needs_x: bool,
+    given: list[Made] | None = None,
+    how: str | None = None,
 ) -> tuple[Tensor | None, list[tuple[Tensor | None, Tensor | None]]]:
     """(dX [M, K], summed over all projections; (dA_i, dB_i) of each).
 
-    X is read once for all dA_i. Two calls with the same tensors agree bit for bit.
+    X is read once for all dA_i. Two calls with the same tensors agree bit for bit. ``given`` has
+    (dS_i, dB_i) if they are made already.
     """
     if any([_declines(x, m.A) for m in members]):
-        return torch_backend.backward(x, members, needs_x)
+        return torch_backend.backward(x, members, needs_x, given)
     As, bits = [m.A for m in members], [m.bits for m in members]
     like, wants = members[0].dy, [(m.bits is not None, m.needs_a, _both(m)) for m in members]
     facts = _facts("backward", how, like, needs_x, *wants, [(m.A, m.B) for m in members])
     way: _Way = tuned.decided(like, facts, _backward_way, x, members, needs_x, how)
-    ds, dbs = _over_dy(members, way.each)
+    if given is None:
+        ds, dbs = _over_dy(members, way.each)
+    else:
+        ds, dbs = [made[0] for made in given], [made[1] for made in given]
     das: list[Tensor | None] = [None] * len(members)
     dx = None
     wanted = [i for i, m in enumerate(members) if m.needs_a]
@@ -309,12 +317,17 @@ def _backward_way(x: Tensor, members: list[ProjectionGrad], needs_x: bool, how: 
     return _Way(order, first, each, last)
 
 
-def grads_of(members: list[ProjectionGrad], needs_x: bool) -> str:
-    """The gradients that a backward makes, as letters of "xab", as in the keys of tables."""
+def grads_of(members: list[ProjectionGrad], needs_x: bool, given: list[Made] | None = None) -> str:
+    """The gradients that a backward makes, as letters of "xab", as in the keys of tables.
+
+    With ``given`` dS it makes no dB, and "s" is added.
+    """
+    needs_b = given is None and any(m.needs_b for m in members)
     return (
         ("x" if needs_x else "")
         + ("a" if any(m.needs_a for m in members) else "")
-        + ("b" if any(m.needs_b for m in members) else "")
+        + ("b" if needs_b else "")
+        + ("s" if given is not None else "")
     )
 
 

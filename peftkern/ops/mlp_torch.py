@@ -1,0 +1,167 @@
+"""An MLP's middle, from the outputs of gate and up to down's, on torch's own operations.
+
+    H = act(G) ∘ U                      (H = act(G) without up)
+    Y = H Wᵀ + bias + c (mask ∘ H) Aᵀ Bᵀ        c = scale / (1 - p), W and the adapter of down
+
+The backward makes H again from G [M, I] and U [M, I], so that neither H nor act(G) is kept:
+
+    dH = dY W + mask ∘ (dS A)                dS = c dY B
+    dU = dH ∘ act(G)     dG = dH ∘ U ∘ act'(G)     dA = dSᵀ (mask ∘ H)
+    dS_i = c_i dG B_i    dB_i = dGᵀ S_i            for gate's adapter, and so for up's
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from . import torch_backend
+from .bits import unpack_bits
+from .mlp_parts import Grads, Member, Shrink, ShrinkGrad
+from .projection import Plain, PlainGrad, Projection, ProjectionGrad
+from .torch_backend import _add_low_rank, _in, _mm_to, _over_dy, _scaled_mm, low_rank_dtype
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
+}
+
+
+def hidden(gate: Tensor, up: Tensor | None, act: str) -> Tensor:
+    """H [M, I] of G [M, I] and U [M, I]; ``act`` is a name in :data:`ACTIVATIONS`."""
+    h = ACTIVATIONS[act](gate)
+    return h if up is None else h.mul_(up)
+
+
+def activate(
+    gate: Tensor, up: Tensor | None, act: str, down: Shrink | None
+) -> tuple[Tensor, Tensor | None]:
+    """(H [M, I], S [M, r] of down's adapter or None)."""
+    h = hidden(gate, up, act)
+    if down is None:
+        return h, None
+    low = low_rank_dtype(h, down.A)
+    dropped = _in(low, h)
+    if down.bits is not None:
+        dropped = unpack_bits(down.bits, h.shape[1], low).mul_(dropped)
+    return h, _scaled_mm(dropped, _in(low, down.A).t(), down.factor)
+
+
+def activate_grad(
+    dh: Tensor,
+    gate: Tensor,
+    up: Tensor | None,
+    act: str,
+    down: ShrinkGrad | None,
+    members: tuple[Member | None, Member | None],
+) -> Grads:
+    """The gradients of :func:`activate`, and dS and dB of gate's and up's adapters."""
+    mask = None
+    if down is not None and down.bits is not None:
+        mask = unpack_bits(down.bits, gate.shape[1], down.ds.dtype)
+    da = None if down is None else (down.ds, mask, down.dtype)
+    return _activate_grad(dh.clone(), gate, up, act, da, members)
+
+
+def _activate_grad(
+    dh: Tensor,
+    gate: Tensor,
+    up: Tensor | None,
+    act: str,
+    down: tuple[Tensor, Tensor | None, torch.dtype] | None,
+    members: tuple[Member | None, Member | None],
+) -> Grads:
+    """:func:`activate_grad` with down's mask as numbers; dG is written over dH."""
+    da = dup = None
+    if up is not None or down is not None:
+        h = ACTIVATIONS[act](gate)
+        if up is not None:
+            dup = dh * h
+            dh.mul_(up)
+        if down is not None:
+            if up is not None:
+                h.mul_(up)
+            ds, mask, dtype = down
+            h = _in(ds.dtype, h)
+            da = _mm_to(ds.t(), h if mask is None else mask.mul_(h), dtype)
+        del h
+    dgate = _derivative(act, gate, dh)
+    made = [
+        (None, None) if m is None or d is None else _of_member(d, m)
+        for d, m in zip((dgate, dup), members, strict=True)
+    ]
+    return Grads(dgate, dup, da, (made[0][0], made[1][0]), (made[0][1], made[1][1]))
+
+
+def _derivative(act: str, gate: Tensor, da: Tensor) -> Tensor:
+    """dG for the gradient of act(G), written over it."""
+    aten = torch.ops.aten
+    out: Tensor
+    if act == "silu":
+        out = aten.silu_backward.grad_input(da, gate, grad_input=da)
+    elif act == "relu":
+        out = aten.threshold_backward.grad_input(da, gate, 0, grad_input=da)
+    elif act == "relu2":
+        out = da.mul_(F.relu(gate)).mul_(2)
+    else:
+        form = "tanh" if act == "gelu_tanh" else "none"
+        out = aten.gelu_backward.grad_input(da, gate, approximate=form, grad_input=da)
+    return out
+
+
+def _of_member(dy: Tensor, m: Member) -> tuple[Tensor, Tensor | None]:
+    """(dS, dB if wanted) of gate's or up's adapter."""
+    low = low_rank_dtype(dy, m.B)
+    dyl = _in(low, dy)
+    db = None if m.s is None else _mm_to(dyl.t(), m.s, m.B.dtype)
+    return _scaled_mm(dyl, _in(low, m.B), m.factor), db
+
+
+def forward(
+    gate: Tensor,
+    up: Tensor | None,
+    act: str,
+    down: Projection | Plain,
+    words: list[Tensor | None] | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(Y [M, N], S [M, r], packed mask) of down; ``words`` has its mask if it is drawn already."""
+    h = hidden(gate, up, act)
+    if isinstance(down, Plain):
+        return product(h, down), None, None
+    [done] = torch_backend.forward(h, [down], words)
+    return done
+
+
+def product(x: Tensor, part: Plain) -> Tensor:
+    """Y [M, N] of a linear without an adapter."""
+    return torch.mm(x, part.w) if part.bias is None else torch.addmm(part.bias, x, part.w)
+
+
+def backward(
+    gate: Tensor,
+    up: Tensor | None,
+    act: str,
+    down: ProjectionGrad | PlainGrad,
+    members: tuple[Member | None, Member | None],
+) -> tuple[Grads, Tensor | None]:
+    """(gradients of G, U and the adapters' parts that need them; dB [N, r] of down)."""
+    if isinstance(down, PlainGrad):
+        dh = torch.mm(down.dy, down.w.t())
+        return _activate_grad(dh, gate, up, act, None, members), None
+    low = low_rank_dtype(gate, down.A)
+    ds, db = _over_dy(down, low)
+    mask = unpack_bits(down.bits, gate.shape[1], low) if down.bits is not None else None
+    dh = _add_low_rank(None, ds, _in(low, down.A), mask)
+    if low == down.dy.dtype:
+        dh.addmm_(down.dy, down.w.t())
+    else:
+        dh = dh.add_(torch.mm(down.dy, down.w.t())).to(down.dy.dtype)
+    inner = (ds, mask, down.A.dtype) if down.needs_a else None
+    return _activate_grad(dh, gate, up, act, inner, members), db
