@@ -13,6 +13,7 @@ from .fusing import hf_layers, hf_module
 from .ops.backend import describe
 from .ops.library import why_formula
 from .tuners.lora.base import LoraLayer
+from .tuners.lora.mlp import describe_blocks
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def explain(model: nn.Module) -> Explanation:
     """
     backend, why = describe()
     rows = Explanation()
-    theirs = hf_layers(model)
+    theirs, blocks = hf_layers(model), describe_blocks(model)
     for name, module in model.named_modules():
         if not isinstance(module, LoraLayer) and name not in theirs:
             continue
@@ -99,7 +100,8 @@ def explain(model: nn.Module) -> Explanation:
         reason = _kept(layer) if of_hf else layer.decline_reason()
         own = None if of_hf else layer.variant_fused_as()
         group = layer.__dict__.get("_group")
-        together = "" if reason or group is None else group.describe(layer)
+        whole, of_mlp = blocks.get(id(layer), (False, ""))
+        together = "" if reason or group is None or whole else group.describe(layer)
         decided = _decided(layer, group) if backend == "auto" and reason is None else why
         slow = "HF PEFT" if name in theirs else "base layer + update"
         rows.append(
@@ -110,7 +112,7 @@ def explain(model: nn.Module) -> Explanation:
                 ranks=dict(layer.r),
                 fused=reason is None or own is not None,
                 backend=slow if reason and own is None else f"{backend} fused",
-                reason=decided + together if reason is None else own or reason,
+                reason=decided + together + of_mlp if reason is None else own or reason,
                 compiled=_compiled(layer) if reason is None else "plain formula",
             )
         )

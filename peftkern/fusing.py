@@ -12,6 +12,7 @@ from torch import nn
 
 from .tuners.lora.base import LoraLayer
 from .tuners.lora.group import form_groups, ungroup_broken
+from .tuners.lora.mlp import form_blocks, release_blocks
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -20,9 +21,10 @@ def fuse(model: Model) -> Model:
     """Give the LoRA layers of an HF PEFT model the fused forward, in place, and return the model.
 
     This is for every ``peft.tuners.lora.Linear`` (on ``nn.Linear`` or transformers' ``Conv1D``);
-    q, k, v and gate, up train as one operation. The layers stay HF PEFT's objects with HF PEFT's
-    state and API: parameters and state dict keys are the same, optimizers keep working, and
-    adapters are added, switched, disabled, merged, rescaled, deleted, saved and loaded as before.
+    q, k, v and gate, up train as one operation, and whole MLPs where their parts allow it. The
+    layers stay HF PEFT's objects with HF PEFT's state and API: parameters and state dict keys are
+    the same, optimizers keep working, and adapters are added, switched, disabled, merged, rescaled,
+    deleted, saved and loaded as before.
     Layers that cannot be one operation (DoRA, several active adapters, quantised bases, embeddings,
     convolutions, ...) run HF PEFT's forward; ``explain(model)`` lists them with the reasons.
 
@@ -54,6 +56,7 @@ def fuse(model: Model) -> Model:
         warnings.warn(f"fuse: none of {len(layers)} LoRA layers is fused: {why}", stacklevel=2)
         return model
     form_groups(model, hf.FusedLinear)
+    form_blocks(model, hf.FusedLinear)
     if _ungroup_broken not in model._forward_pre_hooks.values():
         model.register_forward_pre_hook(_ungroup_broken)
     return model
@@ -83,6 +86,7 @@ def unfuse(model: Model) -> Model:
             )
     for layer in fused.values():
         hf.give_back(layer)
+    release_blocks(model)
     for module in model.modules():
         hooks = module._forward_pre_hooks
         for key in [k for k, hook in hooks.items() if hook is _ungroup_broken]:

@@ -16,6 +16,7 @@ import torch
 import transformers as tf
 from torch import nn
 
+from peftkern.tuners.lora.mlp_formula import formula_of
 from peftkern.utils import module_tree, private, tied
 from peftkern.utils.private_names import IN_PLACE, OVERRIDDEN, REGISTER, Private, PrivateNameError
 from tests.tiny import make
@@ -145,6 +146,10 @@ PROBES: dict[str, Callable[[], Any]] = {
     "the text 'ALL_ATTENTION_FUNCTIONS' in an attention's forward (inspect.getsource)": lambda: (
         private.asks_for_attention(make("llama").model.layers[0].self_attn)
         and not private.asks_for_attention(nn.Linear(2, 2))
+    ),
+    "the text of an MLP's forward (inspect.getsource)": lambda: (
+        formula_of(type(make("llama").model.layers[0].mlp)) is not None
+        and formula_of(nn.Linear) is None
     ),
     "module._hf_hook": lambda: accelerate_hook()[0],
     "module._old_forward": lambda: accelerate_hook()[1],

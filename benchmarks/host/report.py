@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .measure import PROVIDERS, Result, quantiles
+from .measure import OURS, PROVIDERS, Result, quantiles
 
 RESULTS = Path(__file__).parents[1] / "results" / "cpu"
 _HEADINGS = ("row", *PROVIDERS, "ratio", "paired", "CPU", "floor", "target", "")
@@ -76,6 +76,10 @@ def explain(results: list[Result]) -> list[str]:
         "CPU: ratio of the medians of CPU time. floor: bare / PEFT, what an adapter that costs",
         "nothing would reach. *: computed. A target is met when ratio and paired both are.",
     ]
+    for r in results:
+        for name in r.values.keys() - {*PROVIDERS}:
+            ratio = r.values[OURS] / r.values[name]
+            lines.append(f"{r.name}: {name} {_value(r, name)}, peftkern / {name} {ratio:.3f}")
     missed = [r.name for r in results if r.verdict() not in ("", "met")]
     if missed:
         lines.append(f"targets not met, or unclear: {'; '.join(missed)}")

@@ -207,11 +207,15 @@ def use_one_gpu(args: Any) -> None:
 
 def asks_for_attention(attention: nn.Module) -> bool:
     """True when the module's forward calls the attention that its configuration names."""
+    return "ALL_ATTENTION_FUNCTIONS" in (source_of(type(attention).forward) or "")
+
+
+def source_of(function: Any) -> str | None:
+    """The text of a function; None when it is not to be had."""
     try:
-        source = inspect.getsource(type(attention).forward)
+        return inspect.getsource(function)
     except (OSError, TypeError):
-        return False
-    return "ALL_ATTENTION_FUNCTIONS" in source
+        return None
 
 
 # ------------------------------------------------------------------------------- accelerate

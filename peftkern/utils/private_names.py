@@ -253,6 +253,12 @@ REGISTER = (
         "the model is refused, by the class's name",
     ),
     Private(
+        "transformers",
+        "the text of an MLP's forward (inspect.getsource)",
+        "whether it is down(act(gate(x)) * up(x)), which one operation can compute",
+        "its linears and its activation are computed one by one",
+    ),
+    Private(
         "accelerate",
         "module._hf_hook",
         "weights that it keeps elsewhere are brought in to be merged into",

@@ -46,6 +46,7 @@ from .layer_classes import (
     warn_of_changed_base,
 )
 from .linear import Linear
+from .mlp import form_blocks, release_blocks
 from .plain import Starts
 from .ranks import rank_and_alpha
 from .replication import stacked
@@ -239,6 +240,7 @@ class LoraModel(ModelMerging, Weighted, Starts, VariantMethods, BaseTuner):
         wrap_modules_to_save(model, adapter_name, saved, config.inference_mode, activate=active)
         extra.put_modules(model, adapter_name, active, self._autocast_dtype)
         form_groups(model, Linear)
+        form_blocks(model, Linear)
         if active and not first:  # layers of earlier adapters must switch to the active ones too
             self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -292,6 +294,7 @@ class LoraModel(ModelMerging, Weighted, Starts, VariantMethods, BaseTuner):
                     original = wraps.base_layer if within else wraps.original_module
                 if original is not child:
                     setattr(parent, name, original)
+        release_blocks(self.model)
         if not only_empty and self._unstack is not None:
             self._unstack()
 

@@ -13,6 +13,7 @@ from ..adapter_calls import BROKEN, check_adapters_to_merge
 from ..base_layer import BaseTunerLayer
 from ..modules_to_save import ModulesToSaveWrapper
 from .merging import Merging
+from .mlp import release_blocks
 from .offload import onloaded
 from .parting import Parting
 
@@ -226,6 +227,7 @@ class ModelMerging:
                     setattr(parent, name, replaced)
 
         visit(self.model)
+        release_blocks(self.model)
         if hasattr(self.model, "peft_config"):
             del self.model.peft_config
 

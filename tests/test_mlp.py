@@ -1,0 +1,537 @@
+"""MLPs train as one operation: found by formula, HF PEFT's numbers, declined with a reason."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+
+import peft
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import peftkern
+from peftkern.tuners.lora import mlp as module
+from peftkern.tuners.lora.mlp import release_blocks
+from peftkern.tuners.lora.mlp_formula import Formula, formula_of
+from tests.closeness import assert_as_good_as_torch, assert_same_number
+from tests.models import build
+from tests.tiny import fill, inputs, pair, step
+
+MLP = ["gate_proj", "up_proj", "down_proj"]
+SAYS = "trains as one operation with its MLP"
+
+
+@pytest.fixture
+def blocks(monkeypatch):
+    """The activations of the blocks that are computed."""
+    found = []
+    real = module.lora_mlp
+    monkeypatch.setattr(module, "lora_mlp", lambda x, *a: found.append(a[3]) or real(x, *a))
+    return found
+
+
+def adapted(family="llama", dtype=torch.float64, dropout=0.0, targets=None, **lora):
+    """(peftkern's, HF PEFT's) model in training mode."""
+    gpt2 = {"fan_in_fan_out": True} if family == "gpt2" else {}
+    models = pair(
+        family, "CAUSAL_LM", dtype, base=build(family, "CAUSAL_LM").to(dtype),
+        lora_dropout=dropout, target_modules=targets or "all-linear", **gpt2, **lora,
+    )  # fmt: skip
+    return tuple(model.train() for model in models)
+
+
+def mlps(model):
+    return [m for m in model.modules() if hasattr(type(m), "peftkern_mlp_of")]
+
+
+def words(model):
+    return [row.reason for row in peftkern.explain(model) if "MLP" in row.reason]
+
+
+FAMILIES = {
+    **dict.fromkeys(("llama", "qwen2", "qwen3", "mistral"), "silu"),
+    **dict.fromkeys(("gemma", "gemma2"), "gelu_tanh"),
+    "phi3": "silu", "gpt2": "gelu_tanh",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_have_pefts_numbers(blocks, family, dropout):
+    ours, theirs = adapted(family, dropout=dropout)
+    batch = inputs(family)
+    assert_same_number(step(ours, batch), step(theirs, batch))
+    assert blocks == [FAMILIES[family]] * 2  # one in each layer
+    names = {"phi3": 2, "gpt2": 2}.get(family, 3)
+    assert len(words(ours)) == 2 * names and all(SAYS in w for w in words(ours))
+    with torch.no_grad():  # the separate operations have ways of their own for few rows
+        assert_same_number(ours.eval()(**batch).logits, theirs.eval()(**batch).logits)
+    assert len(blocks) == 2
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize(
+    "targets", [MLP[:1], MLP[1:2], MLP[2:], MLP[:2], MLP[1:], MLP[::2], MLP], ids=str
+)
+def test_any_of_the_linears_may_be_adapted(blocks, targets, dropout):
+    ours, theirs = adapted(targets=targets, dropout=dropout)
+    batch = inputs("llama")
+    assert_same_number(step(ours, batch), step(theirs, batch))
+    # before the first layer's down nothing trains when down alone is adapted
+    assert len(blocks) == (1 if targets == MLP[2:] else 2)
+    assert len(words(ours)) == 2 * len(targets)
+
+
+@pytest.mark.parametrize("bias", ["none", "all", "lora_only"])
+def test_biases_train(blocks, bias):
+    base = build("llama", "CAUSAL_LM", mlp_bias=True).double()
+    ours, theirs = pair(
+        "llama", dtype=torch.float64, base=base, bias=bias, target_modules=["up_proj", "down_proj"]
+    )
+    batch = inputs("llama")
+    assert_same_number(step(ours, batch), step(theirs, batch))
+    assert len(blocks) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("narrow", [True, False])
+def test_errors_are_not_above_pefts(blocks, dtype, narrow):
+    how = {"autocast_adapter_dtype": not narrow, "targets": MLP}
+    ours, theirs = adapted(dtype=dtype, **how)
+    exact, _ = adapted(**how)
+    batch = inputs("llama")
+    assert_as_good_as_torch(step(ours, batch), step(theirs, batch), step(exact, batch))
+    assert len(blocks) == 4
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_autocast(blocks, dropout):
+    ours, theirs = adapted(dtype=torch.float32, targets=MLP, dropout=dropout)
+    exact, _ = adapted(targets=MLP, dropout=dropout)
+    batch = inputs("llama")
+    with torch.autocast("cpu", torch.bfloat16):
+        found = [step(model, batch) for model in (ours, theirs)]
+    assert len(blocks) == 2
+    assert_as_good_as_torch(*found, step(exact, batch))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_checkpointing(blocks, reentrant, dropout):
+    ours, theirs = adapted(dropout=dropout)
+    batch = inputs("llama")
+    plain = step(theirs, batch)
+    ours.enable_input_require_grads()
+    ours.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    assert_same_number(step(ours, batch), plain)
+    # the first pass of a reentrant checkpoint has no gradients
+    assert len(blocks) == (2 if reentrant else 4)
+
+
+def kept_of_a_layer(model, x):
+    layer = model.get_base_model().model.layers[0]
+    angles = model.get_base_model().model.rotary_emb(x, torch.arange(x.shape[1])[None])
+    known = {t.untyped_storage().data_ptr() for t in (x, *angles, *model.parameters())}
+    found = {}
+
+    def pack(t):
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in known:
+            found[storage.data_ptr()] = storage
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = layer(x, position_embeddings=angles)
+    sizes = sum(storage.nbytes() for storage in found.values())
+    del y
+    return sizes
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_a_llama_layer_keeps_three_quarters(blocks, dropout):
+    base = build("llama", "CAUSAL_LM", width=64, inner=224, heads=4, kv=1)
+    config = peftkern.LoraConfig(r=4, target_modules="all-linear", lora_dropout=dropout)
+    model = peftkern.get_peft_model(base, config).train()
+    x = torch.randn(2, 32, 64).requires_grad_()
+    whole = kept_of_a_layer(model, x)
+    assert len(blocks) == 1
+    release_blocks(model, everywhere=True)
+    assert whole <= 0.75 * kept_of_a_layer(model, x)
+    assert len(blocks) == 1
+
+
+# ------------------------------------------------------------------------------ declined
+
+
+def _hook(of):
+    def change(model, mlp):
+        mlp.get_submodule(of).register_forward_hook(lambda m, i, out: out * 1.5)
+
+    return change
+
+
+class Negated(nn.Module):
+    def forward(self, x):
+        return -F.silu(x)
+
+
+class Twice(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def _double(name):
+    def change(model, mlp):
+        linear = Twice(16, 16, bias=False)
+        layer = mlp.get_submodule(name)
+        linear.weight = (layer.base_layer if hasattr(layer, "base_layer") else layer).weight
+        linear.in_features, linear.out_features = linear.weight.shape[::-1]
+        if hasattr(layer, "base_layer"):
+            layer.base_layer = linear
+        else:
+            setattr(mlp, name, linear)
+
+    return change
+
+
+def _several(model, mlp):
+    for m in model.modules():
+        if hasattr(m, "lora_A") and hasattr(m, "set_adapter"):
+            m.set_adapter(["default", "other"])
+
+
+def _train(of):
+    return lambda model, mlp: mlp.get_submodule(of).weight.requires_grad_()
+
+
+def _own_forward(model, mlp):
+    mlp.forward = lambda x: mlp.down_proj(F.silu(mlp.gate_proj(x)) * mlp.up_proj(x)) * 2
+
+
+def _disable(model, mlp):
+    mlp.gate_proj.enable_adapters(False)
+
+
+def _merge(model, mlp):
+    mlp.gate_proj.merge()
+
+
+def _scale(model, mlp):
+    mlp.gate_proj.scaling["default"] = torch.tensor(2.0)
+
+
+def _meta_free(model, mlp):
+    mlp.act_fn = Negated()
+
+
+# up_proj has no adapter
+CHANGES = {
+    "a hook on an adapted linear": (_hook("gate_proj"), "gate_proj has hooks"),
+    "a hook on a plain linear": (_hook("up_proj"), "up_proj has hooks"),
+    "a hook on a base layer": (_hook("down_proj.base_layer"), "base layer has hooks"),
+    "a hook on the activation": (_hook("act_fn"), "act_fn has hooks"),
+    "another activation": (_meta_free, "the activation Negated is not known"),
+    "another base layer": (_double("gate_proj"), "Twice computes its product itself"),
+    "another plain linear": (_double("up_proj"), "Twice computes its product itself"),
+    "several adapters": (_several, "several adapters are active"),
+    "a plain weight trains": (_train("up_proj"), "up_proj: its weight requires a gradient"),
+    "a base weight trains": (
+        _train("gate_proj.base_layer"),
+        "gate_proj: its weight requires a gradient",
+    ),
+    "its own forward": (_own_forward, "the forward of the MLP was replaced"),
+    "disabled": (_disable, "adapters are disabled"),
+    "merged": (_merge, "merged"),
+    "a tensor as scaling": (_scale, "the scaling is a tensor"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Already")
+@pytest.mark.parametrize("library", ["peftkern", "fused HF PEFT"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_block_runs_exactly_when_explain_says_so(blocks, library, change):
+    ours, theirs = adapted(targets=["gate_proj", "down_proj"])
+    if library == "fused HF PEFT":
+        ours = peftkern.fuse(copy.deepcopy(theirs))
+    for model in (ours, theirs):
+        kind = peft if model is theirs or library != "peftkern" else peftkern
+        model.add_adapter("other", kind.LoraConfig(r=2, target_modules=["gate_proj", "down_proj"]))
+        fill(model, "other")
+    batch = inputs("llama")
+    assert_same_number(step(ours, batch), step(theirs, batch))
+    assert len(blocks) == 2 and all(SAYS in w for w in words(ours))
+    blocks.clear()
+    do, reason = CHANGES[change]
+    for model in (ours, theirs):
+        do(model, model.get_base_model().model.layers[1].mlp)
+    assert_same_number(step(ours, batch), step(theirs, batch))
+    both = change == "several adapters"
+    assert len(blocks) == (0 if both else 1)
+    rows = [r for r in peftkern.explain(ours) if "layers.1" in r.name]
+    assert any(reason in row.reason for row in rows)
+    assert not any(SAYS in row.reason for row in rows)
+
+
+def test_dora_on_one_of_them_declines(blocks):
+    models = []
+    for library in (peftkern, peft):
+        model = library.get_peft_model(
+            build("llama").double(), library.LoraConfig(r=4, target_modules=MLP[:2])
+        )
+        other = library.LoraConfig(r=4, target_modules=MLP[2:], use_dora=True)
+        model.add_adapter("other", other)
+        fill(model)
+        model.base_model.set_adapter(["default", "other"])
+        models.append(model.train())
+    batch = inputs("llama")
+    assert_same_number(*(step(model, batch) for model in models))
+    assert blocks == []
+
+
+def test_the_reason_is_logged_once(blocks, caplog, monkeypatch):
+    from peftkern.ops import notes
+
+    monkeypatch.setattr(notes, "_said", set())
+    ours, _ = adapted()
+    caplog.set_level("INFO", logger="peftkern")
+    _hook("act_fn")(ours, ours.get_base_model().model.layers[0].mlp)
+    for _ in range(2):
+        step(ours, inputs("llama"))
+    assert caplog.text.count("an MLP trains as separate operations: act_fn has hooks") == 1
+    assert len(blocks) == 2
+
+
+def test_names_for_each_row_run_the_separate_operations(blocks):
+    ours, theirs = adapted()
+    batch = inputs("llama")
+    names = ["default", "__base__", "default"]
+    found = [m.eval()(**batch, adapter_names=names).logits for m in (ours, theirs)]
+    assert_same_number(*found)
+    assert blocks == []
+
+
+# ------------------------------------------------------------------------------ life
+
+
+def test_modules_get_their_own_class_again():
+    base = build("llama")
+    before = {name: type(m) for name, m in base.named_modules()}
+    config = peftkern.LoraConfig(r=2, target_modules=MLP)
+    for leave in ("unload", "merge_and_unload"):
+        model = peftkern.get_peft_model(base, config)
+        assert len(mlps(base)) == 2
+        assert isinstance(mlps(base)[0], before["model.layers.0.mlp"])
+        assert type(mlps(base)[0]).__name__ == before["model.layers.0.mlp"].__name__
+        base = getattr(model, leave)()
+        assert {name: type(m) for name, m in base.named_modules()} == before
+    model = peftkern.get_peft_model(base, peftkern.LoraConfig(r=2, target_modules=["q_proj"]))
+    assert mlps(base) == []
+    with pytest.raises(ValueError):
+        model.add_adapter("bad", peftkern.LoraConfig(r=2, target_modules=[*MLP, "act_fn"]))
+    assert mlps(base) == []
+    model.add_adapter("good", config)
+    assert len(mlps(base)) == 2
+
+
+def test_adapters_come_and_go(blocks):
+    ours, theirs = adapted(targets=["q_proj"])
+    batch = inputs("llama")
+    for model, library in ((ours, peftkern), (theirs, peft)):
+        model.add_adapter("other", library.LoraConfig(r=2, target_modules=MLP))
+        fill(model)
+    assert_same_number(step(ours, batch), step(theirs, batch))
+    assert blocks == []  # the active adapter has nothing there
+    for model in (ours, theirs):
+        model.set_adapter("other")
+    assert_same_number(step(ours, batch), step(theirs, batch))
+    assert len(blocks) == 2
+    found = []
+    for model in (ours, theirs):
+        with model.disable_adapter():
+            found.append(model(**batch).logits)
+    assert_same_number(*found)
+    for model in (ours, theirs):
+        model.merge_adapter()
+        model.unmerge_adapter()
+        model.get_base_model().model.layers[0].mlp.up_proj.scaling["other"] = 1.5
+    assert_same_number(step(ours, batch), step(theirs, batch))
+    assert len(blocks) == 4
+    for model in (ours, theirs):
+        model.set_adapter("default")
+        model.delete_adapter("other")
+    assert_same_number(step(ours, batch), step(theirs, batch))
+    assert len(blocks) == 4
+
+
+def test_only_trained_adapters_get_gradients(blocks):
+    ours, theirs = adapted(targets=MLP)
+    for model in (ours, theirs):
+        for name, parameter in model.named_parameters():
+            if "up_proj.lora_A" in name or "down_proj.lora_B" in name:
+                parameter.requires_grad_(False)
+    batch = inputs("llama")
+    assert_same_number(step(ours, batch), step(theirs, batch))
+    assert len(blocks) == 2
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt2"])
+def test_hf_pefts_own_models(blocks, family, dropout):
+    _, theirs = adapted(family, dropout=dropout)
+    before = {name: type(m) for name, m in theirs.named_modules()}
+    batch = inputs(family)
+    want = step(theirs, batch)
+    assert peftkern.fuse(theirs) is theirs
+    assert_same_number(step(theirs, batch), want)
+    assert len(blocks) == 2 and all(SAYS in w for w in words(theirs))
+    peftkern.unfuse(theirs)
+    assert {name: type(m) for name, m in theirs.named_modules()} == before
+    peftkern.fuse(theirs)
+    exact = theirs(**batch).logits if not dropout else None
+    base = theirs.merge_and_unload()  # by HF PEFT
+    if exact is not None:
+        assert_same_number(base(**batch).logits, exact)
+    base.requires_grad_(True)
+    step(base, batch)
+    assert mlps(base) == [] and len(blocks) == (4 if exact is not None else 2)
+
+
+def test_copies_and_pickles(blocks):
+    ours, _ = adapted(dropout=0.2)
+    batch = inputs("llama")
+    want = step(ours, batch)
+    for other in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        blocks.clear()
+        assert len(mlps(other)) == 2 and mlps(other)[0] is not mlps(ours)[0]
+        assert_same_number(step(other, batch), want)
+        assert len(blocks) == 2
+        with torch.no_grad():
+            for parameter in other.parameters():
+                parameter.zero_()
+    assert_same_number(step(ours, batch), want)
+
+
+def test_replicas_use_their_own_weights():
+    """``nn.DataParallel`` copies the attributes of modules into replicas."""
+    ours, _ = adapted(targets=MLP)
+    mlp = mlps(ours)[0]
+    replica = mlp._replicate_for_data_parallel()
+    for name, child in mlp._modules.items():
+        replica._modules[name] = copy.deepcopy(child)
+    with torch.no_grad():
+        for parameter in replica.parameters():
+            parameter.zero_()
+    x = torch.randn(3, 16, dtype=torch.float64, requires_grad=True)
+    assert not replica(x).any() and mlp(x).any()
+
+
+def test_compiled_models_have_the_separate_operations(blocks):
+    ours, theirs = adapted()
+    batch = inputs("llama")
+    want = step(theirs, batch)
+    torch._dynamo.reset()
+    compiled = torch.compile(ours.get_base_model(), fullgraph=True, backend="aot_eager")
+    out = compiled(**batch)
+    out.loss.backward()
+    assert_same_number(out.logits.detach(), want["output"])
+    trained = {n: p.grad for n, p in ours.named_parameters() if p.grad is not None}
+    assert_same_number(trained, {n: want[n] for n in trained})
+    assert blocks == [] and len(trained) == len(want) - 2
+
+
+# ------------------------------------------------------------------------------ formulas
+
+
+def _class(text):
+    import linecache
+
+    name = f"<mlp {abs(hash(text))}>"
+    lines = ["class M:", *("    " + line for line in text.splitlines())]
+    linecache.cache[name] = (len(text), None, [line + "\n" for line in lines], name)
+    space: dict[str, object] = {}
+    exec(compile("\n".join(lines), name, "exec"), space)
+    return space["M"]
+
+
+GATED = Formula("gate", "up", "down", "act")
+TEXTS = {
+    "def forward(self, x):\n    return self.down(self.act(self.gate(x)) * self.up(x))": GATED,
+    'def forward(self, h):\n    """Words."""\n    a = self.act(self.gate(h))\n'
+    "    b = self.up(h)\n    return self.drop(self.down(b * a))": GATED._replace(then="drop"),
+    "def forward(self, x):\n    y = self.both(x)\n    a, b = y.chunk(2, dim=-1)\n"
+    "    return self.down(b * self.act(a))": Formula("both", None, "down", "act", True),
+    "def forward(self, x):\n    x = self.one(x)\n    x = self.act(x)\n    x = self.two(x)\n"
+    "    return self.drop(x)": Formula("one", None, "two", "act", False, "drop"),
+    # up draws its mask first
+    "def forward(self, x):\n    return self.down(self.up(x) * self.act(self.gate(x)))": None,
+    # the activation is on the second half
+    "def forward(self, x):\n    a, b = self.both(x).chunk(2, dim=-1)\n"
+    "    return self.down(a * self.act(b))": None,
+    # another operation, call, statement or argument
+    "def forward(self, x):\n    return self.down(self.act(self.gate(x)) + self.up(x))": None,
+    "def forward(self, x):\n    return x + self.down(self.act(self.gate(x)) * self.up(x))": None,
+    "def forward(self, x):\n    return self.down(self.act(self.gate(x)) * self.up(x), 2)": None,
+    "def forward(self, x):\n    return self.down(self.act(self.gate(x)) * self.up(x * x))": None,
+    "def forward(self, x):\n    return self.down(self.act(self.gate(x)) * self.gate(x))": None,
+    "def forward(self, x):\n    self.seen(x)\n"
+    "    return self.down(self.act(self.gate(x)) * self.up(x))": None,
+    "def forward(self, x):\n    y = self.seen(x)\n"
+    "    return self.down(self.act(self.gate(x)) * self.up(x))": None,
+    "def forward(self, x):\n    if self.flag:\n        x = x * x\n"
+    "    return self.down(self.act(self.gate(x)) * self.up(x))": None,
+    "def forward(self, x, scale=1):\n"
+    "    return self.down(self.act(self.gate(x)) * self.up(x))": None,
+    "def forward(self, x, *more):\n    return self.down(self.act(self.gate(x)) * self.up(x))": None,
+    "def forward(self, x):\n    return self.down(act(self.gate(x)) * self.up(x))": None,
+    "def forward(self, x):\n    return self.down(self.gate(x))": None,
+    "def forward(self, x):\n    return x": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_formulas_are_read_from_the_text(text):
+    assert formula_of(_class(text)) == TEXTS[text]
+
+
+def test_only_the_forward_that_was_read_is_replaced(blocks):
+    mlp = type(build("llama").model.layers[0].mlp)
+
+    class Scaled(mlp):
+        def forward(self, x):
+            return super().forward(x) * 2
+
+    class Same(mlp):
+        pass
+
+    for cls, count in ((Scaled, 0), (Same, 2)):
+        base = build("llama")
+        for layer in base.model.layers:
+            layer.mlp.__class__ = cls
+        model = peftkern.get_peft_model(base, peftkern.LoraConfig(r=2, target_modules=MLP))
+        step(model.train(), inputs("llama"))
+        assert len(blocks) == count == len(mlps(model)), cls
+        blocks.clear()
+
+
+def test_a_class_that_is_patched_later_is_seen(blocks, monkeypatch):
+    ours, theirs = adapted()
+    cls = type(mlps(ours)[0]).peftkern_mlp_of
+    monkeypatch.setattr(
+        cls, "forward", lambda self, x: self.down_proj(F.relu(self.gate_proj(x)) * self.up_proj(x))
+    )
+    batch = inputs("llama")
+    assert_same_number(step(ours, batch), step(theirs, batch))
+    assert blocks == [] and all("not one operation" in w for w in words(ours))
+
+
+def test_keywords_run_the_original_forward(blocks):
+    ours, _ = adapted(targets=MLP)
+    x = torch.randn(3, 16, dtype=torch.float64, requires_grad=True)
+    mlp = mlps(ours)[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_same_number(mlp(x=x).detach(), mlp(x).detach())
+    assert len(blocks) == 1
