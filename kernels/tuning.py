@@ -14,7 +14,8 @@ schema.)
                   "dtype": "bfloat16", "adapter_dtype": "float32",
                   "m": int,     # bucket of M, see bucket()
                   "n": int, "k": int, "r": int, "group": int, "mask": bool,
-                  "grads": str,                  # backward: which of x, a, b, e.g. "xab"
+                  "grads": str,                  # backward: which of x, a, b, e.g. "xab", and "s"
+                                                 # for given dS; mlp: the activation, and more
                   "graph": bool,                 # infer, few rows: replayed in a CUDA graph
                   "choice": str | null,          # for ops of WHOLE, and for "grad_sb"
                   "config": {field: value} | null,  # of the op's *Config; null: its default
@@ -54,6 +55,8 @@ WHOLE = (
     "backward",  # dY to dX, dA and dB
     "infer",  # X to Y, without dropout, nothing kept for a backward
     "mixed",  # infer for samples that name different adapters: r the largest, group their number
+    "mlp_forward",  # an MLP's G and U (k: their columns) to down's Y and S (r: 0 without adapter)
+    "mlp_backward",  # down's dY to dG and dU, and what is made beside them for the adapters
 )
 OPS = KERNELS + WHOLE
 

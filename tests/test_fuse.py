@@ -17,6 +17,7 @@ import peftkern
 from peftkern.tuners.lora import group as groups
 from peftkern.tuners.lora import hf_layer
 from peftkern.tuners.lora.hf_layer import FusedLinear
+from peftkern.tuners.lora.mlp import release_blocks
 from tests.closeness import assert_as_good_as_torch, assert_same_number, differ
 from tests.needs import needs
 from tests.plain_reference import TRANSFORMERS
@@ -323,6 +324,10 @@ def test_projections_train_as_one(monkeypatch):
         groups, "lora_group", lambda x, m, *rest: sizes.append(len(m)) or real(x, m, *rest)
     )
     fused, _ = both(target_modules=ALL)
+    fused(**inputs("llama"))
+    assert sizes == [3] * 2
+    sizes.clear()
+    release_blocks(fused, everywhere=True)  # gate and up are a group where the MLP is not one
     fused(**inputs("llama"))
     assert sizes == [3, 2] * 2
 

@@ -36,7 +36,7 @@ from ..utils.private import transforms_active, without_dispatch_modes
 from . import choices, device, race, sampled, torch_backend, triton_backend, tuned
 from .choices import TORCH
 from .device import on_its_device
-from .projection import Made, Projection, ProjectionGrad
+from .projection import Projection, ProjectionGrad
 from .tuned import key_of
 
 log = logging.getLogger("peftkern")
@@ -284,7 +284,7 @@ def forward(
 
 @on_its_device
 def backward(
-    x: Tensor, members: list[ProjectionGrad], needs_x: bool, given: list[Made] | None = None
+    x: Tensor, members: list[ProjectionGrad], needs_x: bool, given: list[Tensor] | None = None
 ) -> tuple[Tensor | None, list[tuple[Tensor | None, Tensor | None]]]:
     """(dX [M, K], summed over all projections; (dA_i, dB_i) of each)."""
     if _foreign(x):

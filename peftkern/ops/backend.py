@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import mlp_torch, torch_backend
 from .mlp_parts import Grads, Member
-from .projection import Made, Plain, PlainGrad, Projection, ProjectionGrad
+from .projection import Plain, PlainGrad, Projection, ProjectionGrad
 
 ENV = "PEFTKERN_BACKEND"
 CHOICES = ("auto", "torch", "triton")
@@ -48,7 +48,7 @@ class Backend(Protocol):
         x: Tensor,
         members: list[ProjectionGrad],
         needs_x: bool,
-        given: list[Made] | None = None,
+        given: list[Tensor] | None = None,
         /,
     ) -> tuple[Tensor | None, list[tuple[Tensor | None, Tensor | None]]]: ...
 
@@ -158,9 +158,13 @@ def select() -> Backend:
 
 def middle() -> Middle:
     """The module that computes an MLP's middle where the active backend computes its linears."""
-    used = globals().get("active") or select()
+    used: Any = globals().get("active") or select()
     if used is torch_backend:
         return mlp_torch
+    if used.__name__.endswith("auto_backend"):
+        from . import mlp_auto
+
+        return mlp_auto
     from . import mlp_kernels
 
     return mlp_kernels

@@ -13,9 +13,10 @@ from torch import Tensor
 from ..kernels.decode import MAX_ROWS
 from ..kernels.tuning import Key
 from . import torch_backend, triton_backend
-from .projection import Made, Projection, ProjectionGrad
+from .projection import Projection, ProjectionGrad
 
 TORCH = "torch"
+KERNELS = "kernels"  # the other way of an MLP's middle
 NOISE = 0.02  # the share of torch's time that another way must save to be preferred
 
 
@@ -23,6 +24,8 @@ def names(op: str, M: int) -> tuple[str, ...]:
     """The ways to run ``op`` of :data:`kernels.tuning.WHOLE` on M rows, torch first."""
     if op == "mixed":
         return TORCH, "mixed"
+    if op in ("mlp_forward", "mlp_backward"):
+        return TORCH, KERNELS
     few = op == "infer" and M <= MAX_ROWS
     return (TORCH, *(triton_backend.INFER if few else triton_backend.PRODUCTS))
 
@@ -67,9 +70,9 @@ def backward(
     x: Tensor,
     members: list[ProjectionGrad],
     needs_x: bool,
-    given: list[Made] | None = None,
+    given: list[Tensor] | None = None,
 ) -> tuple[Tensor | None, list[tuple[Tensor | None, Tensor | None]]]:
-    """(dX, (dA_i, dB_i) of each projection); ``given`` has (dS_i, dB_i) made already."""
+    """(dX, (dA_i, dB_i) of each projection); ``given`` has dS_i made already."""
     if how != TORCH:
         return triton_backend.backward(x, members, needs_x, given, how)
     return torch_backend.backward(x, members, needs_x, given)

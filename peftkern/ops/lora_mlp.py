@@ -135,8 +135,9 @@ def _of_parts(
             rest.append((dy, part.w))
             continue
         behind.append(_grad(part, dy, part.w, bits, needs[at : at + PER_PART]))
-        given.append((made.ds[i], made.dbs[i]))
+        given.append(made.ds[i])
         places.append(at)
+        grads[at + 3] = made.dbs[i]
     return _grad_x(x, behind, given, places, rest, needs[0], grads)
 
 
@@ -154,10 +155,23 @@ def _of_packed(
     if isinstance(part, Plain):
         rest.append((made.dgate, part.w[:, :width]))
         return _grad_x(x, [], [], [], rest, needs[0], grads)
-    db = None if made.dbs[0] is None else torch.cat(made.dbs)
-    half = part._replace(B=part.B[:width])
-    behind = _grad(half, made.dgate, part.w[:, :width], bits, needs[2:6])
-    return _grad_x(x, [behind], [(made.ds[0] + made.ds[1], db)], [2], rest, needs[0], grads)
+    if made.dbs[0] is not None:
+        grads[5] = torch.cat(made.dbs)
+    dy, w = made.dgate, part.w[:, :width]
+    if (whole := _whole(made.dgate, made.dup)) is not None:
+        dy, w, rest = whole, part.w, []
+    behind = _grad(part, dy, w, bits, needs[2:6])
+    return _grad_x(x, [behind], [made.ds[0] + made.ds[1]], [2], rest, needs[0], grads)
+
+
+def _whole(first: Tensor, second: Tensor) -> Tensor | None:
+    """The matrix [M, 2 width] of which these are the halves; None when they are not."""
+    M, width = first.shape
+    apart = second.storage_offset() - first.storage_offset()
+    same = first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
+    if not same or apart != width or not first.stride() == second.stride() == (2 * width, 1):
+        return None
+    return first.as_strided((M, 2 * width), (2 * width, 1))
 
 
 def _grad_x(
@@ -169,8 +183,6 @@ def _grad_x(
         dx, pairs = _backend.active.backward(x, behind, needs_x, given)
         for at, (da, _) in zip(places, pairs, strict=True):
             grads[at + 2] = da
-    for at, (_, db) in zip(places, given, strict=True):
-        grads[at + 3] = db
     if needs_x:
         for dy, w in rest:
             dx = torch.mm(dy, w.t()) if dx is None else dx.addmm_(dy, w.t())

@@ -25,18 +25,23 @@ def _taken(like: Tensor, adapters: list[Tensor]) -> bool:
 
 @on_its_device
 def forward(
-    gate: Tensor, up: Tensor | None, act: str, down: Projection | Plain
+    gate: Tensor,
+    up: Tensor | None,
+    act: str,
+    down: Projection | Plain,
+    words: list[Tensor | None] | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(Y [M, N], S [M, r], packed mask) of down."""
+    """(Y [M, N], S [M, r], packed mask) of down; ``words`` has its mask if it is drawn already."""
     if isinstance(down, Plain):
         h, _ = elementwise.activate(gate, up, act, None)
         return elementwise.product(h, down), None, None
     if not _taken(gate, [down.A]):
-        return elementwise.forward(gate, up, act, down)
-    [bits] = triton_backend.words_of(gate, [down.p])
+        return elementwise.forward(gate, up, act, down, words)
+    [bits] = triton_backend.words_of(gate, [down.p]) if words is None else words
     shrink = Shrink(down.A, down.scale / (1.0 - down.p), bits)
     h, s = elementwise.activate(gate, up, act, shrink)
     assert s is not None
+    s = s.to(gate.dtype)
     N, r = down.B.shape
     config = tuned.config("expand", gate, down.A.dtype, N, 0, r)
     y: Tensor = expand(s, down.B, down.bias, config=config).addmm_(h, down.w)

@@ -74,7 +74,3 @@ class PlainGrad(NamedTuple):
 
     dy: Tensor  # [M, N]
     w: Tensor  # [K, N]
-
-
-# dS [M, r] of a projection and its dB [N, r] (None: not wanted), which another operation made
-Made = tuple[Tensor, Tensor | None]

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .projection import Made, Projection, ProjectionGrad
+from .projection import Projection, ProjectionGrad
 
 ROWS, COLUMNS = 8, 64
 MOST_ADAPTERS = 8  # in a mixed batch
@@ -204,16 +204,16 @@ def mixed(x: Tensor, w: Tensor, bias: Tensor | None, adapters: Any, index: Any) 
 
 
 def backward(
-    x: Tensor, members: list[ProjectionGrad], needs_x: bool, given: list[Made] | None = None
+    x: Tensor, members: list[ProjectionGrad], needs_x: bool, given: list[Tensor] | None = None
 ) -> Exact:
     """The samples of (dX [M, K], [(dA_i [r_i, K], dB_i [N_i, r_i])]) of projections of x.
 
-    Each gradient may be None. dB is that for the given S. With ``given`` (dS_i, dB_i) the samples
+    Each gradient may be None. dB is that for the given S. With ``given`` dS_i the samples
     are those for that dS, and none of dB.
     """
     (M, K), device = x.shape, x.device
     wants_b = [given is None and m.needs_b and m.s is not None for m in members]
-    made = [None] * len(members) if given is None else [ds for ds, _ in given]
+    made: list[Tensor | None] = [*given] if given is not None else [None] * len(members)
 
     @functools.cache
     def columns() -> Tensor:

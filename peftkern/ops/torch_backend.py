@@ -20,7 +20,7 @@ from torch.nn.functional import linear
 from ..kernels.reference import reference_bits
 from .bits import pack_bits, unpack_bits
 from .mixed_torch import mixed as mixed
-from .projection import Made, Projection, ProjectionGrad
+from .projection import Projection, ProjectionGrad
 
 # Projections of one x without gradients are computed together up to this many rows. Here each is as
 # fast alone: nothing is launched, and nothing can be shared but the host's time of a few calls.
@@ -132,17 +132,17 @@ def _forward(
 
 
 def backward(
-    x: Tensor, members: list[ProjectionGrad], needs_x: bool, given: list[Made] | None = None
+    x: Tensor, members: list[ProjectionGrad], needs_x: bool, given: list[Tensor] | None = None
 ) -> tuple[Tensor | None, list[tuple[Tensor | None, Tensor | None]]]:
     """(dX [M, K], summed over all projections; (dA [r, K], dB [N, r]) of each).
 
     Gradients that are not wanted are None. Without dA only the shape and dtype of x are used.
-    ``given`` has (dS, dB) of each projection if they are made already.
+    ``given`` has dS of each projection if it is made already; then dB is not.
     """
     low = low_rank_dtype(x, members[0].A)
     dx, pairs, xl = None, [], _in(low, x)
     for i, m in enumerate(members):
-        ds, db = _over_dy(m, low) if given is None else given[i]
+        ds, db = _over_dy(m, low) if given is None else (given[i], None)
         da = None
         mask = unpack_bits(m.bits, x.shape[1], low) if m.bits is not None else None
         if needs_x:
@@ -157,7 +157,7 @@ def backward(
     return (dx.to(x.dtype) if dx is not None else None), pairs
 
 
-def _over_dy(m: ProjectionGrad, low: torch.dtype) -> Made:
+def _over_dy(m: ProjectionGrad, low: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """(dS, dB if wanted) of a projection, by products in ``low``; they need only dY."""
     dyl = _in(low, m.dy)
     db = _mm_to(dyl.t(), m.s, m.B.dtype) if m.needs_b and m.s is not None else None

@@ -37,7 +37,7 @@ from ..kernels.shrink_expand import shrink_expand
 from . import torch_backend, tuned
 from .device import capturing, on_its_device
 from .notes import note_once
-from .projection import Made, Projection, ProjectionGrad
+from .projection import Projection, ProjectionGrad
 
 # The ways to add the update to the base product:
 #   hybrid   the low-rank part is written, the vendor's product accumulates onto it
@@ -241,24 +241,26 @@ def backward(
     x: Tensor,
     members: list[ProjectionGrad],
     needs_x: bool,
-    given: list[Made] | None = None,
+    given: list[Tensor] | None = None,
     how: str | None = None,
 ) -> tuple[Tensor | None, list[tuple[Tensor | None, Tensor | None]]]:
     """(dX [M, K], summed over all projections; (dA_i, dB_i) of each).
 
     X is read once for all dA_i. Two calls with the same tensors agree bit for bit. ``given`` has
-    (dS_i, dB_i) if they are made already.
+    dS_i if they are made already; then dB_i are not.
     """
     if any([_declines(x, m.A) for m in members]):
         return torch_backend.backward(x, members, needs_x, given)
     As, bits = [m.A for m in members], [m.bits for m in members]
     like, wants = members[0].dy, [(m.bits is not None, m.needs_a, _both(m)) for m in members]
-    facts = _facts("backward", how, like, needs_x, *wants, [(m.A, m.B) for m in members])
-    way: _Way = tuned.decided(like, facts, _backward_way, x, members, needs_x, how)
+    grads = grads_of(members, needs_x, given)
+    facts = _facts("backward", how, like, needs_x, grads, *wants, [(m.A, m.B) for m in members])
+    way: _Way = tuned.decided(like, facts, _backward_way, x, members, needs_x, how, grads)
     if given is None:
         ds, dbs = _over_dy(members, way.each)
     else:
-        ds, dbs = [made[0] for made in given], [made[1] for made in given]
+        # torch's operations make a wider dS for wider adapters on a CPU
+        ds, dbs = [d.to(x.dtype) for d in given], [None] * len(members)
     das: list[Tensor | None] = [None] * len(members)
     dx = None
     wanted = [i for i, m in enumerate(members) if m.needs_a]
@@ -289,12 +291,14 @@ def _both(m: ProjectionGrad) -> bool:
     return m.needs_b and m.s is not None
 
 
-def _backward_way(x: Tensor, members: list[ProjectionGrad], needs_x: bool, how: str | None) -> _Way:
+def _backward_way(
+    x: Tensor, members: list[ProjectionGrad], needs_x: bool, how: str | None, grads: str
+) -> _Way:
     As, bits = [m.A for m in members], [m.bits for m in members]
     K, n = members[0].w.shape[0], sum(m.dy.shape[1] for m in members)
     masked = any(word is not None for word in bits)
     group = _Group(members[0].dy, As[0].dtype, [a.shape[0] for a in As], masked)
-    order = group.order(how, n, K, grads_of(members, needs_x))
+    order = group.order(how, n, K, grads)
     each = []
     for m in members:
         N, r = m.B.shape
@@ -317,7 +321,9 @@ def _backward_way(x: Tensor, members: list[ProjectionGrad], needs_x: bool, how: 
     return _Way(order, first, each, last)
 
 
-def grads_of(members: list[ProjectionGrad], needs_x: bool, given: list[Made] | None = None) -> str:
+def grads_of(
+    members: list[ProjectionGrad], needs_x: bool, given: list[Tensor] | None = None
+) -> str:
     """The gradients that a backward makes, as letters of "xab", as in the keys of tables.
 
     With ``given`` dS it makes no dB, and "s" is added.
