@@ -128,7 +128,7 @@ def test_checkpointing(blocks, reentrant, dropout):
     ours.gradient_checkpointing_enable({"use_reentrant": reentrant})
     assert_same_number(step(ours, batch), plain)
     # the first pass of a reentrant checkpoint has no gradients
-    assert len(blocks) == (2 if reentrant else 4)
+    assert len(blocks) == (2 if reentrant and not dropout else 4)
 
 
 def kept_of_a_layer(model, x):

@@ -42,6 +42,15 @@ def _outputs(x: Tensor, parts: list[Part]) -> list[tuple[Tensor, Tensor | None, 
     return [(product(x, p), None, None) if isinstance(p, Plain) else next(done) for p in parts]
 
 
+def _run(x: Tensor, parts: list[Part], act: str, packed: bool) -> tuple[list[Any], Tensor]:
+    """([(output, S, mask) of each part of x [M, K]; None for down's output], Y)."""
+    *inner, down = parts
+    done: list[Any] = list(_outputs(x, inner))
+    gate, up = _gate_and_up([y for y, _, _ in done], packed)
+    y, s, bits = _backend.middle().forward(gate, up, act, down)
+    return [*done, (None, s, bits)], y
+
+
 class _LoraMLP(torch.autograd.Function):
     """The last part is down; two halves of one part's output are G and U if there is no up."""
 
@@ -50,13 +59,10 @@ class _LoraMLP(torch.autograd.Function):
         act, packed, settings = how
         groups = [tensors[i : i + PER_PART] for i in range(0, len(tensors), PER_PART)]
         parts = [_part(t, own) for t, own in zip(groups, settings, strict=True)]
-        *inner, down = parts
         x2 = x.reshape(-1, x.shape[-1])
-        done = _outputs(x2, inner)
-        gate, up = _gate_and_up([y for y, _, _ in done], packed)
-        y, s, bits = _backend.middle().forward(gate, up, act, down)
+        done, y = _run(x2, parts, act, packed)
         saved: list[Tensor | None] = [x]
-        for i, (made, part) in enumerate(zip([*done, (None, s, bits)], parts, strict=True)):
+        for i, (made, part) in enumerate(zip(done, parts, strict=True)):
             needs_b = ctx.needs_input_grad[2 + PER_PART * i + 3]
             saved += [*part.tensors, made[0], made[1] if needs_b else None, made[2]]
         ctx.save_for_backward(*saved)
@@ -267,8 +273,7 @@ def lora_mlp(
         if isinstance(last, Projection):
             return lora_linear(h, *last)
         return linear(h, last.w.t(), last.bias)
-    h = _hidden(x, inner, act, packed)
-    [(y, _, _)] = _outputs(h.reshape(-1, h.shape[-1]), [last])
+    _, y = _run(x.reshape(-1, x.shape[-1]), parts, act, packed)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 

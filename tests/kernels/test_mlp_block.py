@@ -116,8 +116,8 @@ def test_masks_are_those_of_separate_operations(clock, chosen, reentrant):
         gate, up = lora_group(x, parts[:2])
         return lora_linear(F.relu(gate) * up, *parts[2])
 
-    def block(x):  # as the module does it
-        return lora_mlp(x, *parts, "relu") if torch.is_grad_enabled() else separate(x)
+    def block(x):
+        return lora_mlp(x, *parts, "relu")
 
     def numbers(run):
         torch.manual_seed(3)
@@ -125,14 +125,11 @@ def test_masks_are_those_of_separate_operations(clock, chosen, reentrant):
         dy = (torch.arange(y.numel()) % 3 - 1.0).view(y.shape)
         return [y, *torch.autograd.grad(y, leaves, dy)]
 
-    def checkpointed(x):
-        return checkpoint(block, x, use_reentrant=reentrant)
-
     with peftkern.use_backend(chosen):
         want = numbers(separate)
         assert all(torch.equal(*pair) for pair in zip(numbers(block), want, strict=True))
         torch.manual_seed(3)
-        y = checkpointed(x)
+        y = checkpoint(block, x, use_reentrant=reentrant)
         y.backward((torch.arange(y.numel()) % 3 - 1.0).view(y.shape))
     assert torch.equal(y, want[0])
     assert all(torch.equal(t.grad, w) for t, w in zip(leaves, want[1:], strict=True))

@@ -66,12 +66,14 @@ def _class_of(base: Any) -> Any:
 
     @functools.wraps(own)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        # without gradients nothing is kept, and the separate operations have fast ways for few rows
+        # Without gradients nothing is kept, and separate operations have fast ways for few rows.
+        # With dropout it is one operation nevertheless: both passes of a reentrant checkpoint, of
+        # which the first has no gradients, must give the same numbers.
         if (
             is_compiling()
             or kwargs
             or len(args) != 1
-            or not torch.is_grad_enabled()
+            or not (torch.is_grad_enabled() or self.training)
             or base.forward is not own
         ):
             return base.forward(self, *args, **kwargs)
@@ -177,7 +179,7 @@ def _parts(module: Any, x: Tensor, formula: Formula) -> tuple[Any, ...] | None:
     if name is None:
         return None
     parts: list[Part] = []
-    adapted, inside = 0, x.requires_grad
+    adapted, drops, inside = 0, False, x.requires_grad
     for of in formula.linears:
         layer = children.get(of)
         if layer is None or not _untouched(layer):
@@ -187,6 +189,7 @@ def _parts(module: Any, x: Tensor, formula: Formula) -> tuple[Any, ...] | None:
             if call is None or call[0].requires_grad:
                 return None
             adapted += 1
+            drops = drops or call[5] > 0.0
             if not inside and of is not formula.down:
                 inside = call[2].requires_grad or call[3].requires_grad
             parts.append(Projection(*call))
@@ -196,7 +199,7 @@ def _parts(module: Any, x: Tensor, formula: Formula) -> tuple[Any, ...] | None:
             return None
         parts.append(plain)
     # with nothing to train before down, the separate operations keep down's input alone
-    if not adapted or not inside:
+    if not adapted or not (inside if torch.is_grad_enabled() else drops):
         return None
     up = parts[1] if formula.up is not None else None
     return parts[0], up, parts[-1], name, formula.packed
