@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import peftkern
+from benchmarks.gpu import blocks as blocks_of_gpu
 from peftkern.tuners.lora import mlp as module
 from peftkern.tuners.lora.mlp import release_blocks
 from peftkern.tuners.lora.mlp_formula import Formula, formula_of
@@ -494,6 +495,11 @@ TEXTS = {
 @pytest.mark.parametrize("text", TEXTS)
 def test_formulas_are_read_from_the_text(text):
     assert formula_of(_class(text)) == TEXTS[text]
+
+
+def test_the_mlp_that_gpu_benchmarks_measure_has_a_formula():
+    found = formula_of(blocks_of_gpu.Gated)
+    assert found == Formula("gate_proj", "up_proj", "down_proj", "act_fn")
 
 
 def test_only_the_forward_that_was_read_is_replaced(blocks):

@@ -34,14 +34,26 @@ class Qkv(nn.Module):
         return self.q_proj(x), self.k_proj(x), self.v_proj(x)
 
 
-class Mlp(nn.Module):
+class Gated(nn.Module):
+    """An MLP whose forward peftkern knows, so that it may train as one operation."""
+
     def __init__(self, layers: dict[str, nn.Module]) -> None:
         super().__init__()
+        self.act_fn = nn.SiLU()
         for name, layer in layers.items():
             self.add_module(name, layer)
 
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Mlp(nn.Module):
+    def __init__(self, layers: dict[str, nn.Module]) -> None:
+        super().__init__()
+        self.mlp = Gated(layers)
+
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        return (self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x)),)
+        return (self.mlp(x),)
 
 
 class Layer(nn.Module):

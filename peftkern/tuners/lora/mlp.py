@@ -65,7 +65,7 @@ def _class_of(base: Any) -> Any:
     assert formula is not None
 
     @functools.wraps(own)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         # Without gradients nothing is kept, and separate operations have fast ways for few rows.
         # With dropout it is one operation nevertheless: both passes of a reentrant checkpoint, of
         # which the first has no gradients, must give the same numbers.
@@ -84,7 +84,7 @@ def _class_of(base: Any) -> Any:
         y = lora_mlp(args[0], *parts)
         return y if formula.then is None else getattr(self, formula.then)(y)
 
-    def reduce(self: Any, protocol: Any) -> Any:
+    def reduce(self: nn.Module, protocol: Any) -> Any:
         """Copies and pickles name the original class, which a process can find."""
         make, args, *rest = base.__reduce_ex__(self, protocol)
         if make is copyreg.__newobj__ and args == (made,):  # type: ignore[attr-defined]
