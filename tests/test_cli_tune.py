@@ -80,15 +80,22 @@ SHAPES = {
     "gpt2": ({(48, 16), (16, 16), (64, 16), (16, 64)}, set()),
     "t5": ({(8, 16), (16, 8), (24, 16), (16, 24)}, {((8, 8, 8), 16)}),
 }
+MLPS = {
+    "llama": [(16, (32, 32, 16), "silu")],
+    "gpt2": [(16, (64, 16), "gelu_tanh")],
+    "t5": [],  # its forward has more in it
+}
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False but the target")
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_the_shapes_of_a_model_come_from_its_config_alone(kind, tmp_path):
     CONFIGS[kind].save_pretrained(tmp_path)
-    alone, together = tune.shapes_of(str(tmp_path), TuneSettings(model=str(tmp_path), r=4))
+    alone, together, mlps = tune.shapes_of(str(tmp_path), TuneSettings(model=str(tmp_path), r=4))
     assert {(ns[0], k) for ns, k in alone} == SHAPES[kind][0]
     assert set(together) == SHAPES[kind][1]
+    assert [(m.K, m.ns, m.act) for m in mlps] == MLPS[kind]
+    assert all(set(m.adapted) == {True} for m in mlps)
 
 
 def test_jobs_are_each_bucket_of_each_shape(tmp_path):

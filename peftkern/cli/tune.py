@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -24,16 +24,23 @@ from ..ops import tuned
 from .errors import RunError, UserError, first_line
 from .tune_settings import TuneSettings
 
+if TYPE_CHECKING:
+    from ..tuners.lora.mlp import MlpShape
+
 
 @dataclass(frozen=True)
 class Job:
-    """One operation to race: projections [N_i, K] for M rows; p is None for "infer"."""
+    """One operation to race: projections [N_i, K] for M rows; p is None for "infer".
+
+    For "mlp" it is an MLP's forward and backward, with its numbers in ``mlp``.
+    """
 
     op: str
     M: int
     ns: tuple[int, ...]
     K: int
     p: float | None = None
+    mlp: MlpShape | None = None
 
 
 def tune(settings: TuneSettings) -> None:
@@ -81,8 +88,9 @@ def jobs_of(settings: TuneSettings) -> Iterator[Job]:
 
     alone: dict[tuple[tuple[int, ...], int], None] = {}
     together: dict[tuple[tuple[int, ...], int], None] = {}
+    mlps: dict[MlpShape, None] = {}
     if settings.model is not None:
-        alone, together = shapes_of(settings.model, settings)
+        alone, together, mlps = shapes_of(settings.model, settings)
     for N, K in settings.shape_list():
         alone[((N,), K)] = None
     for M in sorted(settings.row_list()):
@@ -94,18 +102,24 @@ def jobs_of(settings: TuneSettings) -> Iterator[Job]:
             for p in settings.dropout_list():
                 yield Job("forward", M, ns, K, p)
                 yield Job("backward", M, ns, K, p)
+        for mlp in mlps:
+            for p in settings.dropout_list():
+                yield Job("mlp", M, mlp.ns, mlp.K, p, mlp)
 
 
-def shapes_of(path: str, settings: TuneSettings) -> tuple[dict[Any, None], dict[Any, None]]:
-    """((N,), K) of a model's layers named by ``targets``, and (N of each, K) of its groups.
+def shapes_of(
+    path: str, settings: TuneSettings
+) -> tuple[dict[Any, None], dict[Any, None], dict[MlpShape, None]]:
+    """((N,), K) of a model's layers named by ``targets``, (N of each, K) of its groups, its MLPs.
 
-    They are the keys of two dicts. Only the model's configuration is read; the model is built on
+    They are the keys of three dicts. Only the model's configuration is read; the model is built on
     the meta device.
     """
     import transformers
 
     from .. import LoraConfig, get_peft_model
     from ..tuners.lora.linear import Linear
+    from ..tuners.lora.mlp import shapes_of_blocks
     from .modelio import hush_transformers, locate_model
 
     hush_transformers()
@@ -135,7 +149,7 @@ def shapes_of(path: str, settings: TuneSettings) -> tuple[dict[Any, None], dict[
             together[(ns, layer.in_features)] = None
     if not alone:
         raise UserError(f"--targets is {settings.targets}; no linear layer of the model has it")
-    return alone, together
+    return alone, together, shapes_of_blocks(adapted)
 
 
 def _on_meta(config: Any, path: str) -> Any:
@@ -157,7 +171,7 @@ def _on_meta(config: Any, path: str) -> Any:
 def _race(jobs: list[Job], settings: TuneSettings, device: torch.device, console: Console) -> None:
     from ..ops import auto_backend
 
-    rows: list[tuple[Job, Key, Key]] = []
+    rows: list[tuple[Job, *tuple[Key, ...]]] = []
     failed: dict[Job, str] = {}
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
     with auto_backend.anew(), Progress(*columns, TimeElapsedColumn(), console=console) as progress:
@@ -177,11 +191,14 @@ def _race(jobs: list[Job], settings: TuneSettings, device: torch.device, console
     console.print(f"{len(set(found))} results, {where}")
 
 
-def run(job: Job, settings: TuneSettings, device: torch.device) -> tuple[Key, Key]:
+def run(job: Job, settings: TuneSettings, device: torch.device) -> tuple[Key, ...]:
     """Call the dispatcher once for a job, which races it inside :func:`.auto_backend.anew`.
 
-    Returns the keys of its results outside and inside of a CUDA graph.
+    Returns the keys of its results outside and inside of a CUDA graph, of an MLP those that no
+    earlier job has raced.
     """
+    if job.mlp is not None:
+        return _run_mlp(job.mlp, job, settings, device)
     from ..ops import auto_backend as auto
     from ..ops import choices
     from ..ops.projection import Projection, ProjectionGrad
@@ -221,6 +238,38 @@ def run(job: Job, settings: TuneSettings, device: torch.device) -> tuple[Key, Ke
     return key, choices.in_graph(key)
 
 
+def _run_mlp(
+    mlp: MlpShape, job: Job, settings: TuneSettings, device: torch.device
+) -> tuple[Key, ...]:
+    from ..ops.lora_mlp import Part, lora_mlp
+    from ..ops.projection import Plain, Projection
+
+    dtype, low = getattr(torch, settings.dtype), getattr(torch, settings.adapter_dtype)
+
+    def some(*shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device).normal_(std=shape[-1] ** -0.5)
+
+    r, parts = settings.r, list[Part]()
+    for i, (N, adapted) in enumerate(zip(mlp.ns, mlp.adapted, strict=True)):
+        K = mlp.K
+        if i == len(mlp.ns) - 1:
+            K = mlp.ns[0] // 2 if mlp.packed else mlp.ns[0]
+        w = some(N, K, dtype=dtype)
+        if adapted:
+            A, B = some(r, K, dtype=low), some(N, r, dtype=low)
+            adapter = A.requires_grad_(), B.requires_grad_()
+            parts.append(Projection(w, None, *adapter, 2.0, job.p or 0.0, False))
+        else:
+            parts.append(Plain(w, None, False))
+    book = tuned.book(-1 if device.index is None else device.index)
+    before = set(book.decisions)
+    x = some(job.M, mlp.K, dtype=dtype).requires_grad_()
+    up = parts[1] if len(parts) == 3 else None
+    y = lora_mlp(x, parts[0], up, parts[-1], mlp.act, mlp.packed)
+    y.backward(some(*y.shape, dtype=dtype))
+    return tuple(key for key in book.decisions if key not in before)
+
+
 # ----------------------------------------------------------------------------------- showing
 
 
@@ -247,7 +296,7 @@ def _what(key: Key) -> list[str]:
     return [f"{key.op}{mask}{graph}", str(key.m), f"{key.n} x {key.k}, r {key.r}{group}"]
 
 
-def _results(rows: list[tuple[Job, Key, Key]], failed: dict[Job, str], book: Any) -> Table:
+def _results(rows: list[tuple[Job, *tuple[Key, ...]]], failed: dict[Job, str], book: Any) -> Table:
     from ..ops.auto_report import undecided
 
     table = _columns("races")

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from ..kernels.tuning import Key
-from . import auto_backend, choices, mlp_kernels, mlp_torch, sampled_mlp, triton_backend
+from . import auto_backend, choices, mlp_kernels, mlp_torch, sampled_mlp
 from .auto_backend import _decide, _foreign, _known
 from .device import on_its_device
 from .mlp_parts import Grads, Member
@@ -37,7 +37,7 @@ def forward(
     declined = _refused(key, gate) if decision is None else decision.declined
     words: list[Tensor | None] | None = [None]
     if isinstance(down, Projection):
-        words = None if declined else triton_backend.words_of(gate, [p])
+        words = None if declined else choices.words_for(gate, [down])
 
     def way(name: str) -> Any:
         return _forward(name, gate, up, act, down, words)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copyreg
 import functools
 import logging
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -281,6 +281,32 @@ def _plain_reason(layer: Any) -> str | None:
     if weight.requires_grad:
         return "its weight requires a gradient"
     return None
+
+
+class MlpShape(NamedTuple):
+    """The numbers of an MLP, by which ``peftkern tune`` makes one."""
+
+    K: int
+    ns: tuple[int, ...]  # rows of each linear's weight, down's last
+    adapted: tuple[bool, ...]  # of each linear
+    act: str
+    packed: bool
+
+
+def shapes_of_blocks(model: nn.Module) -> dict[MlpShape, None]:
+    """The different MLPs with adapters in a model, whose weights may be on the meta device."""
+    found: dict[MlpShape, None] = {}
+    for module in model.modules():
+        formula = _formula(module)
+        if formula is None:
+            continue
+        act = activation_name(module._modules[formula.act])
+        layers: list[Any] = [module._modules[name] for name in formula.linears]
+        if act is not None and all(hasattr(layer, "out_features") for layer in layers):
+            shape = tuple(layer.out_features for layer in layers)
+            adapted = tuple(map(_is_lora, layers))
+            found[MlpShape(layers[0].in_features, shape, adapted, act, formula.packed)] = None
+    return found
 
 
 def describe_blocks(model: nn.Module) -> dict[int, tuple[bool, str]]:
