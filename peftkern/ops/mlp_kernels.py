@@ -1,7 +1,7 @@
-"""An MLP's middle where linears run on Triton kernels; signatures as in :mod:`.mlp_torch`.
+"""An MLP's middle on the Triton kernels; signatures as in :mod:`.mlp_torch`.
 
-Down's base product is the vendor's. Calls whose adapters the kernels do not take go to
-:mod:`.mlp_torch`, as the linears do.
+Down's base product is the vendor's, onto which the low-rank part is written before. Calls that the
+kernels do not take go to :mod:`.mlp_torch`, with the reason.
 """
 
 from __future__ import annotations
@@ -12,15 +12,18 @@ import torch
 from torch import Tensor
 
 from ..kernels.expand import expand, low_rank_grad_input
-from . import mlp_torch as elementwise
-from . import triton_backend, tuned
+from . import mlp_torch, mlp_triton, triton_backend, tuned
 from .device import on_its_device
 from .mlp_parts import Grads, Member, Shrink, ShrinkGrad
+from .notes import note_once
 from .projection import Plain, PlainGrad, Projection, ProjectionGrad
 
 
-def _taken(like: Tensor, adapters: list[Tensor]) -> bool:
-    return not any(triton_backend._declines(like, A) for A in adapters)
+def _taken(gate: Tensor, act: str, adapters: list[Tensor]) -> bool:
+    reason = mlp_triton.why_not(gate, act, adapters)
+    if reason is not None:
+        note_once("the Triton backend hands an MLP to torch: %s", reason)
+    return reason is None
 
 
 @on_its_device
@@ -32,16 +35,15 @@ def forward(
     words: list[Tensor | None] | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(Y [M, N], S [M, r], packed mask) of down; ``words`` has its mask if it is drawn already."""
+    if not _taken(gate, act, [down.A] if isinstance(down, Projection) else []):
+        return mlp_torch.forward(gate, up, act, down, words)
     if isinstance(down, Plain):
-        h, _ = elementwise.activate(gate, up, act, None)
-        return elementwise.product(h, down), None, None
-    if not _taken(gate, [down.A]):
-        return elementwise.forward(gate, up, act, down, words)
+        h, _ = mlp_triton.activate(gate, up, act, None)
+        return mlp_torch.product(h, down), None, None
     [bits] = triton_backend.words_of(gate, [down.p]) if words is None else words
     shrink = Shrink(down.A, down.scale / (1.0 - down.p), bits)
-    h, s = elementwise.activate(gate, up, act, shrink)
+    h, s = mlp_triton.activate(gate, up, act, shrink)
     assert s is not None
-    s = s.to(gate.dtype)
     N, r = down.B.shape
     config = tuned.config("expand", gate, down.A.dtype, N, 0, r)
     y: Tensor = expand(s, down.B, down.bias, config=config).addmm_(h, down.w)
@@ -60,11 +62,11 @@ def backward(
     behind = [m.B.t() for m in members if m is not None]
     if isinstance(down, ProjectionGrad):
         behind.append(down.A)
-    if not _taken(gate, behind):
-        return elementwise.backward(gate, up, act, down, members)
+    if not _taken(gate, act, behind):
+        return mlp_torch.backward(gate, up, act, down, members)
     if isinstance(down, PlainGrad):
         dh = torch.mm(down.dy, down.w.t())
-        return elementwise.activate_grad(dh, gate, up, act, None, members), None
+        return mlp_triton.activate_grad(dh, gate, up, act, None, members), None
     [ds], [db] = triton_backend._over_dy([down])
     masked, r = down.bits is not None, down.A.shape[0]
     config: Any = tuned.config(
@@ -73,4 +75,4 @@ def backward(
     dh = low_rank_grad_input([ds], [down.A], [down.bits], config=config)
     dh.addmm_(down.dy, down.w.t())
     inner = ShrinkGrad(ds, down.bits, down.A.dtype) if down.needs_a else None
-    return elementwise.activate_grad(dh, gate, up, act, inner, members), db
+    return mlp_triton.activate_grad(dh, gate, up, act, inner, members), db
