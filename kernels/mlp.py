@@ -29,6 +29,7 @@ from .common import (
     precision,
     row_stride,
 )  # fmt: skip
+from .launching import planned
 from .mlp_arguments import check
 from .reduce import plan_sum
 from .shrink import LAUNCH_RANK, plan_shrink
@@ -217,6 +218,7 @@ def plan_mlp(
     return launches
 
 
+@planned("scale")
 def mlp(
     gate: torch.Tensor,
     up: torch.Tensor | None,

@@ -41,6 +41,7 @@ from .common import (
 )  # fmt: skip
 from .grad_a import default_config as default_grad_a_config
 from .grad_a import plan_grad_a
+from .launching import planned
 from .mlp import both
 from .mlp_arguments import MlpGrads, MlpMember, check, check_members, check_outs
 from .reduce import plan_sum, sums_last
@@ -336,6 +337,7 @@ def _plan_apart(
     return launches
 
 
+@planned("members")
 def mlp_grad(
     dh: torch.Tensor,
     gate: torch.Tensor,

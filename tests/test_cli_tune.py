@@ -109,9 +109,10 @@ def test_jobs_are_each_bucket_of_each_shape(tmp_path):
     assert [j for j in one if j[0] == "infer"] == [
         ("infer", (16,), 16, None),
         ("infer", (8,), 16, None),
+        ("infer", (16, 8, 8), 16, None),  # q, k and v decode together
     ]
     assert ("backward", (16, 8, 8), 16, 0.1) in one and ("forward", (8,), 16, 0.0) in one
-    assert len(one) == 2 + 3 * 2 * 2
+    assert len(one) == 3 + 3 * 2 * 2
     (job,) = (j for j in tune.jobs_of(TuneSettings(shapes="5x7", rows="2")) if j.op == "infer")
     assert job == tune.Job("infer", 2, (5,), 7)
 

@@ -67,7 +67,7 @@ def backward(
     if isinstance(down, PlainGrad):
         dh = torch.mm(down.dy, down.w.t())
         return mlp_triton.activate_grad(dh, gate, up, act, None, members), None
-    [ds], [db] = triton_backend._over_dy([down])
+    [ds], [db] = triton_backend.over_dy([down], [triton_backend.config_over_dy(down)])
     masked, r = down.bits is not None, down.A.shape[0]
     config: Any = tuned.config(
         "low_rank_grad_input", down.dy, down.A.dtype, 0, gate.shape[1], r, 1, masked

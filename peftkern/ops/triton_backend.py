@@ -257,7 +257,7 @@ def backward(
     facts = _facts("backward", how, like, needs_x, grads, *wants, [(m.A, m.B) for m in members])
     way: _Way = tuned.decided(like, facts, _backward_way, x, members, needs_x, how, grads)
     if given is None:
-        ds, dbs = _over_dy(members, way.each)
+        ds, dbs = over_dy(members, way.each)
     else:
         # torch's operations make a wider dS for wider adapters on a CPU
         ds, dbs = [d.to(x.dtype) for d in given], [None] * len(members)
@@ -291,6 +291,13 @@ def _both(m: ProjectionGrad) -> bool:
     return m.needs_b and m.s is not None
 
 
+def config_over_dy(m: ProjectionGrad) -> Any:
+    """The config of the kernel that makes dS of a projection, and dB with it if it is wanted."""
+    N, r = m.B.shape
+    op, size = ("grad_sb", (N, 0)) if _both(m) else ("shrink", (0, N))
+    return tuned.config(op, m.dy, m.B.dtype, *size, r)
+
+
 def _backward_way(
     x: Tensor, members: list[ProjectionGrad], needs_x: bool, how: str | None, grads: str
 ) -> _Way:
@@ -299,11 +306,7 @@ def _backward_way(
     masked = any(word is not None for word in bits)
     group = _Group(members[0].dy, As[0].dtype, [a.shape[0] for a in As], masked)
     order = group.order(how, n, K, grads)
-    each = []
-    for m in members:
-        N, r = m.B.shape
-        op, size = ("grad_sb", (N, 0)) if _both(m) else ("shrink", (0, N))
-        each.append(tuned.config(op, m.dy, m.B.dtype, *size, r))
+    each = [config_over_dy(m) for m in members]
     wanted = [i for i, m in enumerate(members) if m.needs_a]
     first = last = None
     if order == "joined" and needs_x and len(wanted) == len(members):
@@ -337,7 +340,7 @@ def grads_of(
     )
 
 
-def _over_dy(
+def over_dy(
     members: list[ProjectionGrad], configs: list[Any]
 ) -> tuple[list[Tensor], list[Tensor | None]]:
     """(dS_i, dB_i if wanted or None) of every projection, which need only dY_i."""

@@ -17,7 +17,7 @@ from peftkern.kernels import (
     prefix_backward,
     prefix_decode,
 )
-from peftkern.kernels.decode import decode
+from peftkern.kernels.decode import decode, decode_group
 from peftkern.kernels.dora_grad import scale_grad
 from peftkern.kernels.dora_norm import row_norms
 from peftkern.kernels.expand import expand, low_rank_grad_input
@@ -26,6 +26,9 @@ from peftkern.kernels.grad_a import grad_a
 from peftkern.kernels.grad_sb import grad_sb, grad_sb_group
 from peftkern.kernels.grad_xa import grad_xa
 from peftkern.kernels.mixed import mixed
+from peftkern.kernels.mlp import mlp
+from peftkern.kernels.mlp_arguments import MlpMember
+from peftkern.kernels.mlp_grad import mlp_grad
 from peftkern.kernels.shrink import shrink
 from peftkern.kernels.shrink_expand import shrink_expand
 
@@ -104,6 +107,29 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[[], Any]]] = {
                                   [low(R, K), low(8, K)])),
     "decode": (decode, lambda: (drawn(1, K), drawn(N, K), low(R, K), low(N, R), 0.5, drawn(N))),
     "decode rows": (decode, lambda: (drawn(5, K), drawn(N, K), low(R, K), low(N, R), 0.5)),
+    "decode a group": (
+        decode_group,
+        lambda: (drawn(1, K), [drawn(N, K), drawn(32, K)], [low(R, K), low(4, K)],
+                 [low(N, R), low(32, 4)], [0.5, 2.0], [drawn(N), None]),
+    ),
+    "mlp": (
+        mlp,
+        lambda: (drawn(M, K), drawn(M, K), "silu", low(R, K), 0.5,
+                 torch.ones(M, K // 32, dtype=torch.int32)),
+    ),
+    "mlp of large rank": (mlp, lambda: (drawn(M, K), drawn(M, K), "gelu", low(200, K), 0.5)),
+    "mlp without gate": (mlp, lambda: (drawn(M, K), None, "gelu_tanh")),
+    "mlp gradients": (
+        mlp_grad,
+        lambda: (drawn(M, K), drawn(M, K), drawn(M, K), "silu",
+                 [MlpMember(low(K, R), drawn(M, R), 0.5), MlpMember(low(K, R), None, 2.0)],
+                 drawn(M, R), torch.ones(M, K // 32, dtype=torch.int32)),
+    ),
+    "mlp gradients of large rank": (
+        mlp_grad,
+        lambda: (drawn(M, K), drawn(M, K), drawn(M, K), "silu",
+                 [MlpMember(low(K, 200), drawn(M, 200), 0.5), None], drawn(M, 200)),
+    ),
     "mixed": (mixed, lambda: (drawn(6, K), drawn(N, K), [low(R, K), None, low(8, K)],
                               [low(N, R), None, low(N, 8)], [0.5, 0.0, 2.0],
                               torch.tensor([0, 2, -1], dtype=torch.int32))),
