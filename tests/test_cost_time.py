@@ -327,13 +327,17 @@ def modelled(us: float) -> Modelled:
 
 
 @pytest.mark.parametrize("us, said", [(114.0, "met  "), (114.2, "NOT met")])
-def test_figures_are_judged_on_the_judged_gpu(us: float, said: str) -> None:
+def test_figures_are_judged_on_the_judged_gpu(
+    us: float, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     one = made(plain_frozen=100.0, triton_joined_fp32=us)
     found = timed.verdicts([one, made("H100", plain_frozen=1.0, triton_joined_fp32=9.0)])
     assert found[0].line.startswith(said) and f"modelled {us / 100:.3g} x" in found[0].line
     assert found[0].met == (said != "NOT met")
-    rest = [v.line for v in found[1:]]
-    assert all(line.startswith("not modelled") for line in rest)
+    assert len(found) == 1  # of the other limits nobody asked for the cases
+    monkeypatch.delitem(timed.CASES, "mlp")
+    (_, mlp) = timed.verdicts([one])
+    assert mlp.line.startswith("not modelled  MLP block")
 
 
 def test_an_absolute_limit_is_judged_in_microseconds() -> None:
@@ -374,7 +378,7 @@ def test_rows_name_rows_of_the_harness() -> None:
 
     keys = {c.key for make in gpu_cases.CASES.values() for c in make()}
     keys |= {c.key for c in (*extra.cases(), *prefix.cases())}
-    for name in ("linear p=0.1", "group p=0.1", "decode", "mixed", "prefix decode"):
+    for name in ("linear p=0.1", "group p=0.1", "mlp p=0.1", "decode", "mixed", "prefix decode"):
         assert timed_cases.CASES[name](GPUS["H200"]).row in keys, name
 
 
@@ -457,8 +461,7 @@ def test_the_command_prints_rates_tables_and_verdicts(
         assert said in out
     assert "Modelled us, base: plain frozen" in out and "in flight" in out and "binds" in out
     assert "prefix decode B=8 P=128 S=512: modelled" in out
-    assert "not modelled  MLP block over plain torch's MLP: at most 1 x" in out
-    assert "joined over plain" not in out  # its case was not asked for
+    assert "joined over plain" not in out and "MLP block" not in out  # were not asked for
     assert cost.main(["--time", "--gpu", "RTX4090", "--case", "prefix-decode"]) == 0
     assert "against their limits" not in capsys.readouterr().out  # those are of an H200
 

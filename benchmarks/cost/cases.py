@@ -85,6 +85,22 @@ def _flash(
     return out.transpose(1, 2), None
 
 
+class LlamaBlock(nn.Module):
+    """transformers' MLP with Llama-3-8B's sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from transformers import LlamaConfig
+        from transformers.models.llama.modeling_llama import LlamaMLP
+
+        config = LlamaConfig(hidden_size=4096, intermediate_size=14336)
+        with torch.device("meta"):
+            self.mlp = LlamaMLP(config).to(BF16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mlp(x)
+
+
 class LlamaLayer(nn.Module):
     """transformers' decoder layer with Llama-3-8B's sizes and given rotary angles."""
 
@@ -115,6 +131,8 @@ def _build(case: str, shape: Shape) -> tuple[nn.Module, Tensor, list[str]]:
         tokens = min(2048, shape.M)
         size = (shape.M // tokens, tokens, 4096) if shape.M % tokens == 0 else (1, shape.M, 4096)
         model, targets = LlamaLayer(), _LAYER_TARGETS
+    elif case == "mlp":
+        model, targets, size = LlamaBlock(), _LAYER_TARGETS[-3:], (shape.M, 4096)
     else:
         Ns = {"linear": [1], "group": [1, 1, 1], "qkv": [1, 4, 4]}[case]  # as shares of N
         model = Projections(shape.K, [shape.N // n for n in Ns])
@@ -182,12 +200,14 @@ class _Member(nn.Module):
 def _to_floor(model: nn.Module, shape: Shape) -> None:
     """Replace the projections of ``model`` by floors; those that share an X become one group."""
     groups: list[tuple[nn.Module, list[str]]]
-    if isinstance(model, LlamaLayer):
-        attention, mlp = model.layer.self_attn, model.layer.mlp
-        groups = [
-            (attention, ["q_proj", "k_proj", "v_proj"]), (attention, ["o_proj"]),
-            (mlp, ["gate_proj", "up_proj"]), (mlp, ["down_proj"]),
-        ]  # fmt: skip
+    if isinstance(model, (LlamaLayer, LlamaBlock)):
+        mlp = model.layer.mlp if isinstance(model, LlamaLayer) else model.mlp
+        groups = [(mlp, ["gate_proj", "up_proj"]), (mlp, ["down_proj"])]
+        if isinstance(model, LlamaLayer):
+            attention = model.layer.self_attn
+            groups = [
+                (attention, ["q_proj", "k_proj", "v_proj"]), (attention, ["o_proj"]), *groups
+            ]  # fmt: skip
     else:
         groups = [(model, model.names)]
     for owner, names in groups:

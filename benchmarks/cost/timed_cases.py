@@ -41,6 +41,7 @@ _TRAINED = (FLOOR, "plain frozen", "HF PEFT bf16", "HF PEFT default", "triton jo
 _TITLES = {
     "linear": "LoRA linear, K=N=4096, r=16",
     "qkv": "q, k, v of one X, K=4096, N=4096, 1024, 1024, r=16",
+    "mlp": "Llama-8B MLP, 3 adapters, r=16",
     "layer": "Llama-8B layer, 7 adapters, r=16",
 }
 
@@ -174,6 +175,8 @@ CASES: dict[str, Callable[[Gpu], Case]] = {
     "decode": _one_row,
     "mixed": _mixed,
     "prefix decode": _prefix_decode,
+    "mlp": _trained("mlp", 0.0, "mlp"),
+    "mlp p=0.1": _trained("mlp", 0.1, "mlp"),
     "layer": _trained("layer", 0.0, "layer"),
     "layer p=0.1": _trained("layer", 0.1, "layer"),
 }
