@@ -64,9 +64,12 @@ PASSES: dict[str, tuple[Launch, ...]] = {
                ("X [M, K], M ≤ 16", "W [N, K]", "B [N, r]", "S parts fp32"), ("Y [M, N]",)),
     ),
     "mixed": (
-        Launch("mixed", ("i = index of the row's sample", "Y = X Wᵀ + sᵢ · (X Aᵢᵀ) Bᵢᵀ + bias",
-                         "a tile's adapters side by side"),
-               ("X [M, K]", "W [N, K]", "index [samples]", "A₁ … [rᵢ, K]", "B₁ … [N, rᵢ]"),
+        Launch("parts", ("Sₘ = sᵢ · X[m] Aᵢᵀ, i = index of m's sample", "rows sorted by adapter",
+                         "X Wᵀ in parts over K"),
+               ("X [M, K]", "W [N, K]", "index [samples]", "A₁ … [rᵢ, K]"),
+               ("S parts fp32", "parts fp32", "table of B₁ …")),
+        Launch("finish", ("Y[m] = the parts, added, + bias", "+ Sₘ Bᵢᵀ, adapter by adapter"),
+               ("parts fp32", "S parts fp32", "table of B₁ …", "index [samples]", "B₁ … [N, rᵢ]"),
                ("Y [M, N]",)),
     ),
     "dora-forward": (

@@ -21,7 +21,7 @@ KERNELS: dict[str, dict[str, str]] = {
     "decode": {"decode": "DecodeConfig"},
     "mlp": {"mlp": "MlpConfig"},
     "mlp_grad": {"mlp_grad": "MlpGradConfig"},
-    "mixed": {},
+    "mixed": {"mixed_rows": "MixedConfig"},
     "reduce": {},
     "dora_norm": {},
     "dora_grad": {},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import replace
 from typing import Any
@@ -266,22 +267,41 @@ def test_decode_traffic_by_hand() -> None:
 
 
 def test_mixed_traffic_by_hand() -> None:
-    """Four samples of 8 rows in two tiles.
+    """Four samples of 8 rows in two tiles of 16.
 
-    Each tile meets two adapters at most, and both together meet three, of rank 4, 8 and 16. A lane
-    has 256 bytes of A and 128 bytes of B.
+    Both together meet three adapters, of rank 4, 8 and 16, and a tile meets three at most (off a
+    sample's start). A lane has 256 bytes of A and 128 of B; the table has 24 bytes an adapter.
     """
     x, w, y, index = meta(32, 128), meta(64, 128), meta(32, 64), meta(4, dtype=torch.int32)
     As, Bs = [meta(r, 128) for r in (4, 16, 8)], [meta(64, r) for r in (4, 16, 8)]
-    config = mixed.MixedConfig(block_m=16, block_n=32, block_r=16)
-    (launch,) = mixed.plan_mixed(y, x, w, As, Bs, [1.0] * 3, index, None, config)
-    assert byte_counts(launch) == (
-        8192 + 16384 + 16 + 28 * (256 + 128),
+    config = mixed.MixedConfig(block_m=16, block_n=32, low_k=64, low_split=2)
+    segments, product = mixed.plan_mixed(y, x, w, As, Bs, [1.0] * 3, index, None, config, ARCH)
+    s = 2 * 4 * 32 * 16  # two parts over K, fp32, as wide as the largest rank
+    # three segments with 32 rows have four tiles at most, so that one A may be read again
+    assert segments.grid == (2 * 4,)
+    assert byte_counts(segments) == (
+        8192 + 16 + 28 * 256, s + 3 * 24, 8192 + (28 + 16) * 256 + 8 * 2 * 16
+    )  # fmt: skip
+    assert product.grid == (4,)
+    assert byte_counts(product) == (
+        8192 + 16384 + s + 3 * 16 * 128 + 16 + 3 * 24,
         4096,
-        # two chunks of 16 lanes for up to 28 lanes (a tile off a sample's start touches three)
-        2 * (2 * 8192 + 16 + 2 * 28 * 256) + 2 * (16384 + 28 * 128),
+        2 * (8192 + s + 2 * 3 * 24 + 4 * 32) + 2 * (16384 + 3 * 16 * 128),
     )
-    assert launch.grid == (4,) and not launch.meta["ONE_CHUNK"]
+    split = dataclasses.replace(config, split_k=2, block_k=64, finish_n=32)
+    parts, finish = mixed.plan_mixed(y, x, w, As, Bs, [1.0] * 3, index, None, split, ARCH)
+    p = 2 * 4 * 32 * 64
+    assert parts.grid == (8 + 2 * 4,)
+    assert byte_counts(parts) == (
+        8192 + 16384 + 16 + 28 * 256,
+        p + s + 3 * 24,
+        2 * 8192 + 2 * 16384 + 8192 + (28 + 16) * 256 + 8 * 2 * 16,
+    )
+    assert byte_counts(finish) == (
+        p + s + 3 * 16 * 128 + 16 + 3 * 24,
+        4096,
+        p + 2 * (s + 2 * 3 * 24 + 4 * 32) + 2 * 3 * 16 * 128,
+    )
 
 
 def test_a_rank_chunk_reads_dy_again() -> None:

@@ -58,9 +58,9 @@ def few_rows() -> list[Traffic]:
 
 def mixed_batch() -> list[Traffic]:
     As, Bs = [meta(r, K) for r in (8, R)], [meta(N, r) for r in (8, R)]
-    config = mixed.default_config(16, N, 2, [8, R], ARCH, itemsize=2, adapter_itemsize=2)
+    config = mixed.default_config(16, N, K, 2, [8, R], ARCH, adapter_itemsize=2)
     y, x, w, index = meta(16, N), meta(16, K), meta(N, K), meta(8, dtype=INT32)
-    launches = mixed.plan_mixed(y, x, w, As, Bs, [1.0, 1.0], index, None, config)
+    launches = mixed.plan_mixed(y, x, w, As, Bs, [1.0, 1.0], index, None, config, ARCH)
     return [traffic(launch) for launch in launches]
 
 

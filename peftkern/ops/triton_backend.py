@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..kernels.bits import dropout_bits
 from ..kernels.checks import DTYPES, MAX_RANK
-from ..kernels.common import INTERPRET, arch_of
+from ..kernels.common import INTERPRET, arch_of, next_pow2
 from ..kernels.decode import MAX_ROWS, decode_group
 from ..kernels.expand import expand, low_rank_grad_input
 from ..kernels.fp32 import tf32
@@ -416,7 +416,7 @@ def why_not_mixed(x: Tensor, adapters: Any) -> str | None:
 def mixed(x: Tensor, w: Tensor, bias: Tensor | None, adapters: Any, samples: Any) -> Tensor:
     """Y [M, N] for x [M, K], w [N, K] and an adapter for each sample; see :mod:`.lora_mixed`.
 
-    It is one launch, without gradients.
+    It is two launches, without gradients.
     """
     reason = why_not_mixed(x, adapters)
     if reason is not None:
@@ -425,5 +425,10 @@ def mixed(x: Tensor, w: Tensor, bias: Tensor | None, adapters: Any, samples: Any
     As = [None if a is None else a.A for a in adapters]
     Bs = [None if a is None else a.B for a in adapters]
     scales = [0.0 if a is None else a.scale for a in adapters]
-    y: Tensor = _mixed(x, w, As, Bs, scales, samples.on(x.device), bias)
+    weights = [a for a in As if a is not None]
+    config = None
+    if weights:
+        r, count = max(a.shape[0] for a in weights), next_pow2(len(weights))
+        config = tuned.config("mixed_rows", x, weights[0].dtype, w.shape[0], x.shape[1], r, count)
+    y: Tensor = _mixed(x, w, As, Bs, scales, samples.on(x.device), bias, config=config)
     return y

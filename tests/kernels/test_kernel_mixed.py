@@ -1,15 +1,23 @@
-"""The kernel for a batch whose samples name adapters: base product and updates in one launch."""
+"""The kernels for a batch whose samples name adapters: base product and updates in two launches."""
+
+import dataclasses
+import itertools
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from hypothesis import given
 from hypothesis import strategies as st
 
 from peftkern.kernels import common, mixed, reference
-from peftkern.kernels.mixed import MixedConfig
+from peftkern.kernels.mixed_config import MixedConfig, default_config, most_tiles
+from peftkern.kernels.mixed_segments import find_rows
 from tests.kernels.oracle import DTYPES, assert_as_good_as_torch, far_rows, few, matrix
 
-SMALL = MixedConfig(block_m=16, block_n=16, block_k=32, block_r=16, group_m=2, num_stages=2)
+SMALL = MixedConfig(block_m=16, block_n=16, block_k=32, low_k=32, group_m=2, num_stages=2)
+SPLIT = dataclasses.replace(SMALL, split_k=3, low_split=2, finish_n=16)  # K in parts
+H100 = common.Arch(132, 90, 232448)
 NAN = float("nan")
 
 
@@ -47,10 +55,11 @@ def check(
         w = matrix(K, N, dtype, seed=1, scale=0.2).T
     c = matrix(1, N, dtype, seed=2)[0] if bias else None
     As, Bs, scales = adapters(ranks, K, N, low, offset)
-    out = mixed.mixed(x, w, As, Bs, scales, chosen(index), c, config=config)
     exact = reference.mixed(x, w, As, Bs, scales, index, c)
-    assert_as_good_as_torch(out, plain(x, w, As, Bs, scales, index, c), exact)
-    return out
+    want = plain(x, w, As, Bs, scales, index, c)
+    for how in (SMALL, SPLIT) if config == SMALL else (config,):
+        out = mixed.mixed(x, w, As, Bs, scales, chosen(index), c, config=how)
+        assert_as_good_as_torch(out, want, exact)
 
 
 def chosen(index):
@@ -72,10 +81,30 @@ def test_one_adapter_none_and_all(index):
     check(index, 20, 70, 33, (4, 16, 1, 30))
 
 
-def test_lanes_past_one_chunk_and_ranks_up_to_256():
-    """Chunks of 16 lanes: 100 + 3 + 40 lanes take nine walks, and cut adapters in two."""
+def test_chunks_of_ranks_up_to_256():
     check([0, 2, -1, 1], 2, 40, 35, (100, 3, 40))
-    check([0, 1], 3, 40, 35, (256, 129), config=MixedConfig(16, 32, 32, 128))
+    check([0, 1], 3, 40, 35, (256, 129), config=MixedConfig(16, 32, 32, block_r=128, low_k=32))
+
+
+def test_a_segment_of_many_tiles():
+    check([1] * 50 + [0, 1], 1, 40, 20, (3, 9))
+
+
+@pytest.mark.long
+def test_64_adapters():
+    """A row of each, and a second one of some."""
+    index = [63 - i % 64 for i in range(70)]
+    config = MixedConfig(32, 16, 32, low_k=32, finish_n=16, num_stages=2)
+    check(index, 1, 20, 16, [1 + i % 7 for i in range(64)], config=config)
+
+
+@pytest.mark.parametrize("config", [SMALL, SPLIT], ids=["whole", "split"])
+def test_two_runs_agree_bit_for_bit(config):
+    x, w = matrix(20, 100, torch.float16, seed=0), matrix(41, 100, torch.float16, seed=1)
+    As, Bs, scales = adapters((20, 7), 100, 41, torch.float32)
+    index = chosen([1, 0, 1, -1] * 5)
+    first = mixed.mixed(x, w, As, Bs, scales, index, config=config)
+    assert torch.equal(first, mixed.mixed(x, w, As, Bs, scales, index, config=config))
 
 
 def test_an_adapter_without_weights_here():
@@ -100,8 +129,8 @@ def test_the_default_configs(M, dtype):
 
 @few
 @given(
-    index=st.lists(st.integers(-1, 2), min_size=1, max_size=7),
-    T=st.integers(1, 12),
+    index=st.lists(st.integers(-1, 2), min_size=1, max_size=40),
+    T=st.integers(1, 3),
     K=st.integers(1, 80),
     N=st.integers(1, 50),
     ranks=st.tuples(st.integers(1, 40), st.integers(0, 5), st.integers(1, 19)),
@@ -160,35 +189,109 @@ def test_an_index_out_of_range_on_the_device_is_the_base_alone():
     assert torch.equal(out, same)
 
 
-def test_one_launch_whatever_the_batch(monkeypatch):
+def test_two_launches_whatever_the_batch(monkeypatch):
     ran, run = [], common.Launch.run
     monkeypatch.setattr(common.Launch, "run", lambda launch: (ran.append(launch), run(launch))[1])
-    check([0, 1, -1, 0], 1, 40, 20, (4, 100))
-    check([0, 1, -1, 0], 9, 40, 20, (4, 100))
-    assert len(ran) == 2
+    x, w = matrix(36, 40, torch.float32, seed=0), matrix(20, 40, torch.float32, seed=1)
+    As, Bs, scales = adapters((4, 100), 40, 20, torch.float32)
+    for config, names in (
+        (SMALL, ["_segment_kernel", "_product_kernel"]),
+        (SPLIT, ["_parts_kernel", "_finish_kernel"]),
+    ):
+        for rows in (4, 36):
+            mixed.mixed(x[:rows], w, As, Bs, scales, chosen([0, 1, -1, 0]), config=config)
+            assert [launch.kernel.__name__ for launch in ran] == names
+            del ran[:]
+    # the base alone has no segments
+    mixed.mixed(x, w, [None], [None], [1.0], chosen([0]), config=SMALL)
+    assert [launch.kernel.__name__ for launch in ran] == ["_product_kernel"]
+
+
+@pytest.mark.parametrize("config", [SMALL, SPLIT], ids=["whole", "split"])
+def test_an_index_rewritten_between_runs_of_the_same_launches(config):
+    """What a captured graph replays: nothing of a launch depends on the values of the index."""
+    x, w = matrix(40, 50, torch.float32, seed=0), matrix(33, 50, torch.float32, seed=1)
+    As, Bs, scales = adapters((4, 20, 9), 50, 33, torch.float32)
+    y, index = torch.empty(40, 33), torch.zeros(40, dtype=torch.int32)
+    launches = mixed.plan_mixed(y, x, w, As, Bs, scales, index, None, config, H100)
+    for choice in ([0] * 40, [-1] * 40, [i % 4 - 1 for i in range(40)], [2] * 39 + [1], [1] * 40):
+        index.copy_(chosen(choice))
+        y.fill_(NAN)
+        for t in (t for launch in launches for t in launch.args if isinstance(t, torch.Tensor)):
+            if t.dtype == torch.float32 and t.dim() == 3:
+                t.fill_(NAN)  # the parts
+        for launch in launches:
+            launch.run()
+        exact = reference.mixed(x, w, As, Bs, scales, choice)
+        assert_as_good_as_torch(y, plain(x, w, As, Bs, scales, choice), exact)
+
+
+@triton.jit
+def _rows_kernel(out, adapter_out, index, samples, T, L, P: tl.constexpr, SAMPLES: tl.constexpr):
+    tile = tl.program_id(0)
+    adapter, is_first, row, ok = find_rows(tile, index, samples, T, L, P, SAMPLES, 16)
+    tl.store(out + tile * 16 + tl.arange(0, 16), tl.where(ok, row, -1))
+    tl.store(adapter_out + 2 * tile, adapter)
+    tl.store(adapter_out + 2 * tile + 1, is_first.to(tl.int32))
+
+
+@few
+@given(
+    index=st.lists(st.integers(-2, 6), min_size=1, max_size=60),
+    T=st.sampled_from([1, 2, 7, 40]),
+    block=st.sampled_from([1, 8, 64]),
+)
+def test_rows_are_sorted_by_adapter_in_tiles(index, T, block):
+    """Every row of an adapter is in one tile, in its order; tiles are no more than planned."""
+    L, P = 5, 8
+    grid = most_tiles(len(index) * T, L, len(index), 16)
+    out = torch.empty(grid, 16, dtype=torch.int32)
+    whose = torch.empty(grid, 2, dtype=torch.int32)
+    _rows_kernel[(grid,)](out, whose, chosen(index), len(index), T, L, P=P, SAMPLES=block)
+    want, tiles = [], []
+    for i in range(L):
+        rows = [j * T + t for j, v in enumerate(index) if v == i for t in range(T)]
+        want += rows
+        tiles += [[i, int(at == 0)] for at in range(0, len(rows), 16)]
+    assert out[out >= 0].tolist() == want
+    assert whose[: len(tiles)].tolist() == tiles
+    assert (whose[len(tiles) :, 0] == P).all() and (out[len(tiles) :] < 0).all()
+
+
+def test_the_most_tiles_are_reached_by_some_index():
+    """Not one program too few, and none that no index could use."""
+    for samples, adapters_, block in ((1, 3, 16), (40, 3, 16), (64, 64, 16), (50, 7, 4)):
+        counts = [1] * min(samples, adapters_)
+        counts[0] += samples - len(counts)
+        tiles = sum(-(-c // block) for c in counts)
+        assert most_tiles(samples, adapters_, samples, block) == tiles
+    assert most_tiles(10, 0, 10, 16) == 0
 
 
 def test_kernels_are_few_whatever_the_ranks():
     """One compiled kernel serves all ranks, scales, and counts of adapters up to a power of two.
 
-    Not even a rank of 1 or a multiple of 16 may get a kernel of its own.
+    Not even a rank of 1 or a multiple of 16 may get a kernel of its own. B is read 16 bytes at a
+    time if all ranks are multiples of 16 bytes, which is another form of the second kernel.
     """
     x, w = torch.empty(8, 64), torch.empty(48, 64)
 
-    def key(ranks):
+    def keys(ranks, config):
         As = [torch.empty(r, 64) for r in ranks]
         Bs = [torch.empty(48, r) for r in ranks]
         index = torch.zeros(8, dtype=torch.int32)
-        (launch,) = mixed.plan_mixed(
-            torch.empty(8, 48), x, w, As, Bs, [1.0] * len(As), index, None,
-            MixedConfig(block_r=64),
-        )  # fmt: skip
-        named = dict(zip(launch.kernel.arg_names, launch.args, strict=False))
+        first, second = mixed.plan_mixed(
+            torch.empty(8, 48), x, w, As, Bs, [1.0] * len(As), index, None, config, H100
+        )
+        named = dict(zip(first.kernel.arg_names, first.args, strict=False))
         assert all(v % 16 == 0 for v in named["ranks"]) and named["a_strides"] is None
-        assert launch.meta["ALIGNED"]  # A is read 16 bytes at a time
-        return launch.meta, len(named["As"])
+        assert first.meta["ALIGNED"]  # A is read 16 bytes at a time
+        assert not any(isinstance(a, tuple) for a in second.args)
+        return first.meta, second.meta, len(named["As"])
 
-    assert key((1, 16, 5)) == key((16, 7, 1, 8))
+    for config in (MixedConfig(block_r=64), MixedConfig(block_r=64, low_k=32, split_k=2)):
+        assert keys((1, 16, 5), config) == keys((16, 7, 1, 8), config)
+        assert keys((4, 16), config)[1]["B_ALIGNED"] and not keys((1,), config)[1]["B_ALIGNED"]
 
 
 def test_offsets_past_int32():
@@ -216,13 +319,15 @@ def test_empty():
 
 
 def test_every_config_fits_its_device():
-    for arch in (common.Arch(108, 80, 101376), common.Arch(132, 90, 232448)):
-        for M, T in ((1, 1), (16, 1), (64, 1), (300, 1), (8192, 1), (8192, 1024)):
+    for arch in (common.Arch(108, 80, 101376), H100):
+        for M, T in ((1, 1), (16, 1), (64, 1), (256, 1), (300, 1), (8192, 1), (8192, 1024)):
             for ranks in ((1,), (16,) * 8, (256,) * 64):
-                for size in (2, 4):
-                    c = mixed.default_config(M, 4096, T, ranks, arch, itemsize=size)
+                for N, size in itertools.product((1024, 4096, 14336), (2, 4)):
+                    c = default_config(M, N, 4096, T, ranks, arch, itemsize=size)
                     assert c.shared_bytes(size, 4) <= arch.shared
                     assert c.block_m >= min(M, 64)
+                    programs = -(-M // c.block_m) * -(-N // c.block_n) * c.split_k
+                    assert 4 * programs >= 3 * arch.sms or N == 1024
 
 
 def test_bad_arguments_are_named():
@@ -261,3 +366,5 @@ def test_bad_arguments_are_named():
         MixedConfig(block_r=8)
     with pytest.raises(ValueError, match="MixedConfig.group_m is 0"):
         MixedConfig(group_m=0)
+    with pytest.raises(ValueError, match="MixedConfig.split_k is 0"):
+        MixedConfig(split_k=0)
