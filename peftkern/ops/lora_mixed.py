@@ -2,8 +2,9 @@
 
     Y[b] = X[b] Wᵀ + bias + scale_i · X[b] A_iᵀ B_iᵀ      i = index[b], nothing added for -1
 
-If the backend has a kernel for it (``kernels/mixed.py``), it is one launch. Otherwise, and when
-gradients are wanted, it is the base product once and then each adapter on its own samples.
+If the backend has kernels for it (``kernels/mixed.py``), it is two launches. Otherwise, and when
+gradients are wanted, torch's products run: the base product, then all adapters side by side
+(:mod:`.mixed_torch`).
 """
 
 from __future__ import annotations
