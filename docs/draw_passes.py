@@ -28,8 +28,6 @@ class Launch(NamedTuple):
     writes: tuple[str, ...]
 
 
-MASK = Launch("bits", ("1 where an element is kept", "(only with dropout)"), ("seed",),
-              ("mask [M, K/32]",))  # fmt: skip
 GRAD_SB = (
     Launch("grad_sb", ("s · dY B, in parts over N", "dYᵀ S, in parts over M"),
            ("dY [M, N]", "B [N, r]", "S [M, r]"), ("parts fp32",)),
@@ -39,15 +37,15 @@ GRAD_SB = (
 
 PASSES: dict[str, tuple[Launch, ...]] = {
     "forward-joined": (
-        MASK,
-        Launch("shrink_expand", ("S = s · (mask ∘ X) Aᵀ", "Y = S Bᵀ + bias"),
-               ("X [M, K]", "mask [M, K/32]", "A [r, K]", "B [N, r]"), ("S [M, r]", "Y [M, N]")),
+        Launch("shrink_expand", ("S = s · (mask ∘ X) Aᵀ", "Y = S Bᵀ + bias",
+                                 "mask (with dropout) from seed"),
+               ("X [M, K]", "A [r, K]", "B [N, r]", "seed [1]"),
+               ("S [M, r]", "Y [M, N]", "mask [M, K/32]")),
         Launch(VENDOR, ("Y += X Wᵀ",), ("X [M, K]", "W [N, K]", "Y [M, N]"), ("Y [M, N]",)),
     ),
     "forward-fused": (
-        MASK,
-        Launch("shrink", ("S = s · (mask ∘ X) Aᵀ",),
-               ("X [M, K]", "mask [M, K/32]", "A [r, K]"), ("S [M, r]",)),
+        Launch("shrink", ("S = s · (mask ∘ X) Aᵀ", "mask (with dropout) from seed"),
+               ("X [M, K]", "A [r, K]", "seed [1]"), ("S [M, r]", "mask [M, K/32]")),
         Launch("gemm", ("Y = X Wᵀ + S Bᵀ + bias", "in one accumulator"),
                ("X [M, K]", "W [N, K]", "S [M, r]", "B [N, r]"), ("Y [M, N]",)),
     ),

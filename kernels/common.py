@@ -69,8 +69,14 @@ def keep_tile(words_ptr, row, row_ok, col0, WORDS, BLOCK_M: tl.constexpr, BLOCK_
         mask=row_ok[:, None] & (word < WORDS)[None, :],
         other=0,
     )  # [BLOCK_M, BLOCK_K / 32]
-    spread = (packed[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1
-    return tl.reshape(spread, (BLOCK_M, BLOCK_K)) != 0
+    return spread(packed, BLOCK_M, BLOCK_K)
+
+
+@device_function
+def spread(packed, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Words [BLOCK_M, BLOCK_K / 32] as int1 [BLOCK_M, BLOCK_K], a column for each bit."""
+    each = (packed[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1
+    return tl.reshape(each, (BLOCK_M, BLOCK_K)) != 0
 
 
 @device_function
@@ -102,6 +108,17 @@ def add_low_rank(
             part = acc + tl.where(keep, part, 0.0)
         acc = part
     return acc
+
+
+@device_function
+def once(x):
+    """x [M, N], computed once and then moved to the threads that need it.
+
+    The compiler may have each of these compute it again, as it takes arithmetic to be cheaper than
+    a way through shared memory; for random words of a mask it is not. Through a reduction, here of
+    one element, it does not look.
+    """
+    return tl.max(x[None, :, :], axis=0)
 
 
 class Launch(NamedTuple):

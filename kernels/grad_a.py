@@ -28,6 +28,7 @@ from .common import (
     precision,
     row_stride,
 )  # fmt: skip
+from .flight import stages
 from .launching import planned
 from .reduce import plan_sum
 
@@ -62,19 +63,34 @@ def strips(M: int, K: int, arch: Arch) -> tuple[int, int]:
     return 64, max(1, min(arch.sms // max(1, cdiv(K, 64)), cdiv(M, 256)))
 
 
-def default_config(M: int, K: int, arch: Arch, ranks: Sequence[int] = (16,)) -> GradAConfig:
-    """A config with the strips of :func:`strips`; tiles are tall if the strips are narrow."""
+def default_config(
+    M: int, K: int, arch: Arch, ranks: Sequence[int] = (16,), itemsize: int = 2
+) -> GradAConfig:
+    """A config with the strips of :func:`strips`; tiles are tall if the strips are narrow.
+
+    On sm_90 ptxas gives narrow strips of several adapters too few registers on four warps, and
+    those of rank 64 with more than two stages on eight: wide ones there.
+    """
     block_k, split = strips(M, K, arch)
     held = min(GROUP_RANK, padded(*ranks))
-    # on sm_90 ptxas gives narrow strips of several adapters too few registers with three stages
-    # (Triton 3.9) or on four warps (Triton 3.6)
-    tight = block_k == 32 and arch.capability == 90 and held > 32
+    tight = arch.capability == 90 and block_k == 32 and held > 32
+    if tight and 48 < held <= 64:
+        block_k, split = 64, max(1, min(arch.sms // cdiv(K, 64), cdiv(M, 256)))
+    small = arch.blackwell and held <= 32  # Triton 3.9 spills these on four warps, 3.6 larger on 8
+    block_m = 128 if block_k == 32 else 64
+    beside = block_m * itemsize * held + len(ranks) * block_m * block_k // 8
     return GradAConfig(
-        block_m=128 if block_k == 32 and held <= 32 else 64,
+        block_m=block_m,
         block_k=block_k,
         split_m=split,
-        num_warps=8 if held > 64 or tight else 4,
-        num_stages=3 if held <= 64 and not tight else 2,
+        num_warps=8 if held > 64 or (block_k == 32 and (tight or small)) else 4,
+        num_stages=stages(
+            arch,
+            cdiv(K, block_k) * split,
+            block_m * block_k * itemsize,
+            beside,
+            least=3 if held <= 64 or arch.shared > 160_000 else 2,
+        ),
     )
 
 
@@ -207,7 +223,9 @@ def grad_a(
     outs = [x.new_empty((d.shape[1], K), dtype=t) for d, t in zip(ds, dtypes, strict=True)]
     if M == 0 or K == 0:
         return [o.zero_() for o in outs]
-    config = config or default_config(M, K, arch_of(x.device), [d.shape[1] for d in ds])
+    config = config or default_config(
+        M, K, arch_of(x.device), [d.shape[1] for d in ds], x.element_size()
+    )
     for launch in plan_grad_a(x, ds, words, outs, config):
         launch.run()
     return outs

@@ -174,8 +174,12 @@ def plan_two_pass(
 ) -> list[Launch]:
     """Launches with the same outputs that read dY twice, for large r; there are fewer partials."""
     (M, N), r = dy.shape, b.shape[1]
-    down = plan_shrink(dy, [b.T], [None], [scale], ds, default_shrink_config(M, N, [r], arch))
-    return down + plan_grad_a(dy, [s], [None], [db.T], default_grad_a_config(M, N, arch, [r]))
+    down = plan_shrink(
+        dy, [b.T], [None], [scale], ds, default_shrink_config(M, N, [r], arch, dy.element_size())
+    )
+    return down + plan_grad_a(
+        dy, [s], [None], [db.T], default_grad_a_config(M, N, arch, [r], dy.element_size())
+    )
 
 
 def _plan_checked(

@@ -31,6 +31,7 @@ from .common import (
     precision,
     row_stride,
 )  # fmt: skip
+from .flight import stages
 from .grad_a import GROUP_RANK, GradAConfig, strips
 from .launching import planned
 from .reduce import plan_sum
@@ -51,23 +52,39 @@ def default_config(
 ) -> GradXAConfig:
     """A config with strips as for ``grad_a``, but narrow for several adapters or fp32 products.
 
-    Wide strips would need too many registers for these. There are fewer tiles in flight if A and
-    its gradient fill the registers. Exact fp32 products keep operands in registers: on sm_80 these
-    spill on 4 warps (Triton 3.9), elsewhere on 8.
+    Wide strips would need too many registers for these (not on Blackwell, with accumulators in
+    tensor memory). Narrow strips that have a multiprocessor each are walked in tall tiles by eight
+    warps; two on one have half the registers. Large ranks too want tall tiles, as each tile reads
+    A's strip again. Exact fp32 products keep operands in registers: on sm_80 (Triton 3.9) and
+    sm_100 (with six stages) these spill on 4 warps, elsewhere on 8.
     """
     held = padded(*ranks)
     block_k, split = strips(M, K, arch)
-    if len(ranks) > 1 or itemsize == 4:
-        block_k, split = 32, max(1, min(arch.sms // cdiv(K, 32), cdiv(M, 256)))
+    if len(ranks) > 1 or itemsize == 4 or (held > 64 and arch.capability == 90):
+        block_k = 64 if arch.blackwell and itemsize == 2 and held <= 64 else 32
+        split = max(1, min(arch.sms // cdiv(K, block_k), cdiv(M, 256)))
+    programs = cdiv(K, block_k) * split
+    alone = block_k == 32 and itemsize == 2 and programs <= arch.sms
     # short tiles if wide accumulators fill the registers; on sm_90 only in wide strips (in narrow
     # ones ptxas of Triton 3.9 spills with the short tile)
     block_m = 64 if held <= 64 or (block_k == 32 and arch.capability == 90) else 32
+    own = block_k == 64 and arch.blackwell and held <= 64
+    tall = alone or (block_k == 32 and held > 64 and arch.warpgroups)
+    if (tall and arch.shared > 160_000) or (own and held <= 32):
+        block_m = 128
+    many = programs > arch.sms
+    exact = arch.capability == 80 or (arch.blackwell and not many)
+    full = held > 64 or (itemsize == 4 and exact)
+    num_warps = 8 if alone or own or full else 4
+    resident = 2 if many and (num_warps == 4 or not arch.warpgroups) else 1
+    tile, most = block_m * block_k * itemsize, 3 if own and held <= 32 else 6  # 4 spill with a mask
+    beside = (block_m * itemsize + block_k * 4) * held + len(ranks) * block_m * block_k // 8
     return GradXAConfig(
         block_m=block_m,
         block_k=block_k,
         split_m=split,
-        num_warps=8 if held > 64 or (itemsize == 4 and arch.capability == 80) else 4,
-        num_stages=3 if held <= 64 and arch.shared > 160_000 else 2,
+        num_warps=num_warps,
+        num_stages=stages(arch, programs, tile, beside, resident, most=most),
     )
 
 

@@ -8,6 +8,7 @@ applied once in each direction: in S and in dS.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -132,18 +133,48 @@ def unpack_bits(words: Tensor, K: int) -> Tensor:
     return ((words[:, :, None] >> shift) & 1).bool().flatten(1)[:, :K]
 
 
-def digits_of(p: float) -> tuple[int, int]:
-    """(threshold, digits) for the keep probability 1 - p ≈ threshold / 2**digits.
+class Digits(NamedTuple):
+    """A keep probability as (threshold + fraction / 2**31) / 2**digits.
 
-    digits is the smallest multiple of 4 with a relative error of p of at most 1e-4.
+    ``digits`` binary digits are drawn for each column, and what is left for each word of 32.
+    """
+
+    threshold: int
+    digits: int
+    fraction: int
+
+
+def digits_of(p: float) -> Digits:
+    """The digits of the keep probability 1 - p, exact to 2**-35.
+
+    A word's columns share the last part, so two of them correlate by its variance over p (1 - p);
+    the digits are the fewest, a multiple of 4, with which that is at most 1e-4.
     """
     if not 0.0 <= p < 1.0:
         raise ValueError(f"p is {p}; allowed: 0 <= p < 1")
     for digits in range(4, 33, 4):
-        dropped = round(p * 2**digits)
-        if abs(dropped / 2**digits - p) <= 1e-4 * p and dropped < 2**digits:
+        threshold, rest = divmod((1.0 - p) * 2**digits, 1.0)
+        if rest * (1.0 - rest) <= 1e-4 * p * (1.0 - p) * 4**digits:
             break
-    return 2**digits - dropped, digits
+    fraction = round(rest * 2**31)
+    if fraction == 2**31:
+        threshold, fraction = threshold + 1, 0
+    return Digits(int(threshold), digits, fraction)
+
+
+# odd multipliers of row, word, seed (low and high half) and group
+SPREAD = (0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35, 0x27D4EB2F, 0x165667B1)
+
+
+def shared_draw(seed: int | Tensor, row: Tensor, word: Tensor, group: int) -> Tensor:
+    """A number of 31 bits for each word, by which its columns draw the last part of p together.
+
+    Neighbours in a row or column get numbers far apart, and a random seed shifts all of them.
+    """
+    low = 0xFFFFFFFF
+    of_row, of_word, of_low, of_high, of_group = SPREAD
+    shift = ((seed & low) * of_low + ((seed >> 32) & low) * of_high + group * of_group) & low
+    return ((row * of_row + word * of_word + shift) & low) >> 1
 
 
 def philox_words(
@@ -181,12 +212,12 @@ def reference_bits(
     For tests and for use without Triton (int64 arithmetic). A seed that is a tensor is not read on
     the host; the words are made on its device.
     """
-    threshold, digits = digits_of(p)
+    threshold, digits, fraction = digits_of(p)
     words = -(-K // 32)
     device = seed.device if isinstance(seed, Tensor) else None
     row = torch.arange(M, device=device)[:, None]
     word = torch.arange(words, device=device)[None, :]
-    keep = torch.zeros(M, words, dtype=torch.int64, device=device)
+    keep = torch.where(shared_draw(seed, row, word, group) < fraction, 0xFFFFFFFF, 0)
     for call in range(digits // 4):
         for j, fresh in enumerate(philox_words(seed, row, word, call, group, rounds)):
             keep = fresh | keep if threshold >> (4 * call + j) & 1 else fresh & keep

@@ -2,20 +2,22 @@
 
 X [M, K]; A_i [r_i, K]; S [M, sum r_i], with the adapters side by side in columns. For small M, K is
 split: fp32 partials, then a sum in fixed order (no atomics). A may have its own dtype and is cast
-to X's in the kernel.
+to X's in the kernel. The mask is read, or drawn tile by tile and written for the backward: the pass
+waits for X, so that the integer work of :mod:`.bits` takes no time of its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from . import checks
+from .bits import DRAWN, ROUNDS, Draw, draw_words, seed_of
 from .common import (
     Arch,
     Launch,
@@ -25,10 +27,13 @@ from .common import (
     device_function,
     dot,
     keep_tile,
+    once,
     padded,
     precision,
     row_stride,
+    spread,
 )  # fmt: skip
+from .flight import stages
 from .launching import planned
 from .reduce import plan_sum
 
@@ -51,23 +56,47 @@ class ShrinkConfig:
         checks.one_or_more(self, split_k=self.split_k)
 
 
-def default_config(M: int, K: int, ranks: Sequence[int], arch: Arch) -> ShrinkConfig:
-    """A config with enough programs to fill the device.
+def default_config(
+    M: int, K: int, ranks: Sequence[int], arch: Arch, itemsize: int = 2
+) -> ShrinkConfig:
+    """A config with enough programs to fill the device, and enough of X on the way.
 
-    First the blocks of rows become smaller, then K is split into parts of at least 512.
+    First the blocks of rows become smaller, then K is split into parts of at least 512. Blocks with
+    fewer rows than ranks would read more of A than of X, so there K is split first.
     """
     held = min(LAUNCH_RANK, padded(*ranks))
     block_m = 64 if held <= 64 or arch.warpgroups else 32
-    while block_m > 16 and cdiv(M, block_m) < arch.sms * 3 // 4:
+
+    def parts() -> int:
+        return max(1, min(arch.sms // cdiv(M, block_m), K // 512))
+
+    while (
+        block_m > 16 and cdiv(M, block_m) * (parts() if block_m <= held else 1) < arch.sms * 3 // 4
+    ):
         block_m //= 2
-    split = max(1, min(arch.sms // cdiv(M, block_m), K // 512))
+    split = parts()
+    block_k, num_stages = steps(block_m, held, cdiv(M, block_m) * split, arch, itemsize)
     return ShrinkConfig(
         block_m=block_m,
-        block_k=128 if block_m <= 32 and held <= 32 else 64,
+        block_k=block_k,
         split_k=split,
-        num_warps=8 if held > 64 else 4,
-        num_stages=3 if arch.shared > 160_000 or held <= 64 else 2,
+        num_warps=8 if held > 64 or block_m * block_k * itemsize >= 16384 else 4,
+        num_stages=num_stages,
     )
+
+
+def steps(block_m: int, held: int, programs: int, arch: Arch, itemsize: int) -> tuple[int, int]:
+    """(block_k, num_stages) of a shrink whose programs have block_m rows and ``held`` ranks.
+
+    Steps are wide where registers and shared memory allow, so that fewer stages cover the latency.
+    """
+    wide = itemsize == 2 and held <= (64 if arch.warpgroups else 32)
+    wide = wide and (arch.shared > 160_000 or block_m * held <= 1024)
+    if arch.capability == 90 and block_m < 64 and held > 32:
+        wide = False  # several adapters spill there (Triton 3.9)
+    block_k = (256 if block_m * held <= 256 else 128) if wide else 64
+    beside = block_k * held * 4 + block_m * block_k // 8  # A in fp32, and mask words
+    return block_k, stages(arch, programs, block_m * block_k * itemsize, beside)
 
 
 @device_function
@@ -75,10 +104,12 @@ def accumulate(
     x_row, As, words, ranks, a_r_strides, a_k_strides, row, row_ok, first, last, WORDS,
     G: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
+    seed=0, K=0, threshold=0, fraction=0, DIGITS: tl.constexpr = 0, ROUNDS: tl.constexpr = 0,
 ):  # fmt: skip
     """A tuple of G fp32 tiles [BLOCK_M, BLOCK_R]: (mask_i X) A_iᵀ for some rows.
 
-    The sums are over the columns first to last of X, which are loaded once for all.
+    The sums are over the columns first to last of X, which are loaded once for all. With DIGITS the
+    masks' words are drawn, and written to ``words``; without they are read.
     """
     rank = tl.arange(0, BLOCK_R)  # [BLOCK_R]
     acc = ()
@@ -101,30 +132,50 @@ def accumulate(
             )  # [BLOCK_K, BLOCK_R]
             kept = xs
             if words[i] is not None:
-                kept = tl.where(
-                    keep_tile(words[i], row, row_ok, k0, WORDS, BLOCK_M, BLOCK_K), xs, 0.0
-                )  # [BLOCK_M, BLOCK_K]
+                if DIGITS > 0:
+                    word = k0 // 32 + tl.arange(0, BLOCK_K // 32)  # [BLOCK_K / 32]
+                    group = tl.full((1, 1), i, tl.int32)
+                    packed = draw_words(
+                        seed, row, word, group, K, threshold, fraction, DIGITS, ROUNDS
+                    )  # [BLOCK_M, BLOCK_K / 32]
+                    tl.store(
+                        words[i] + row.to(tl.int64)[:, None] * WORDS + word[None, :],
+                        packed,
+                        mask=row_ok[:, None] & (word < WORDS)[None, :],
+                    )
+                    keep = spread(once(packed), BLOCK_M, BLOCK_K)  # [BLOCK_M, BLOCK_K]
+                else:
+                    keep = keep_tile(words[i], row, row_ok, k0, WORDS, BLOCK_M, BLOCK_K)
+                kept = tl.where(keep, xs, 0.0)  # [BLOCK_M, BLOCK_K]
             new = new + (dot(kept.to(xs.dtype), cast(a, xs.dtype), acc[i], PRECISION),)
         acc = new
     return acc
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(
+    do_not_specialize=["M", *DRAWN],
+    do_not_specialize_on_alignment=["seed_ptr"],
+)
 def _shrink_kernel(
     x, As, words, out, ranks, columns, scales, a_r_strides, a_k_strides,
     M, K, K_PART, x_stride, out_stride, part_stride, WORDS,
+    seed_ptr, seed_lo, seed_hi, threshold, fraction,
     G: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, DIGITS: tl.constexpr, ROUNDS: tl.constexpr,
 ):  # fmt: skip
     part = tl.program_id(1)
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     row_ok = row < M  # [BLOCK_M]
     rank = tl.arange(0, BLOCK_R)  # [BLOCK_R]
     first = part * K_PART
+    seed = 0
+    if DIGITS > 0:
+        seed = seed_of(seed_ptr, seed_lo, seed_hi)
     acc = accumulate(
         x + row.to(tl.int64)[:, None] * x_stride, As, words, ranks, a_r_strides, a_k_strides,
         row, row_ok, first, tl.minimum(first + K_PART, K), WORDS,
         G, BLOCK_M, BLOCK_K, BLOCK_R, PRECISION,
+        seed, K, threshold, fraction, DIGITS, ROUNDS,
     )  # fmt: skip
     out_row = out + part.to(tl.int64) * part_stride + row.to(tl.int64)[:, None] * out_stride
     for i in tl.static_range(G):
@@ -170,9 +221,14 @@ def plan_shrink(
     scales: Sequence[float],
     out: torch.Tensor,
     config: ShrinkConfig,
+    draw: Draw | None = None,
 ) -> list[Launch]:
-    """Launches that fill ``out`` [M, sum r] (contiguous); the arguments are checked already."""
+    """Launches that fill ``out`` [M, sum r] (contiguous); the arguments are checked already.
+
+    With ``draw`` they also fill the words, for ranks of which one launch makes all of S.
+    """
     (M, K), total = x.shape, out.shape[1]
+    drawn, digits = drawn_in(draw, x.device)
     # parts are whole tiles, so that no mask word is split
     k_part = cdiv(cdiv(K, config.split_k), config.block_k) * config.block_k
     split = cdiv(K, k_part)
@@ -184,11 +240,11 @@ def plan_shrink(
             x, tuple(p.a for p in parts), tuple(p.words for p in parts), target,
             ranks, tuple(p.column for p in parts), tuple(float(p.scale) for p in parts),
             tuple(p.a.stride(0) for p in parts), tuple(p.a.stride(1) for p in parts),
-            M, K, k_part, row_stride(x), total, M * total, cdiv(K, 32),
+            M, K, k_part, row_stride(x), total, M * total, cdiv(K, 32), *drawn,
         )  # fmt: skip
         meta = dict(
             G=len(parts), BLOCK_M=config.block_m, BLOCK_K=config.block_k,
-            BLOCK_R=padded(max(ranks)), PRECISION=precision(x.dtype),
+            BLOCK_R=padded(max(ranks)), PRECISION=precision(x.dtype), DIGITS=digits, ROUNDS=ROUNDS,
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
         launches.append(Launch(_shrink_kernel, (cdiv(M, config.block_m), split), args, meta))
@@ -197,13 +253,43 @@ def plan_shrink(
     return launches
 
 
-@planned("scales")
+def draws(ranks: Sequence[int]) -> bool:
+    """True when one launch makes all of S for these ranks, and so can draw the masks."""
+    return padded(*ranks) <= LAUNCH_RANK
+
+
+def drawn_in(draw: Draw | None, device: torch.device) -> tuple[tuple[Any, ...], int]:
+    """(the last five arguments of a kernel that may draw, DIGITS)."""
+    return ((None, 0, 0, 0, 0), 0) if draw is None else draw.arguments(device)
+
+
+def masks_to_fill(
+    bits: torch.Tensor | Sequence[torch.Tensor | None] | None, draw: Draw, ranks: Sequence[int]
+) -> None:
+    """Check ``bits`` of a call that draws: each adapter's own words, to be written in place."""
+    draw.checked()
+    given = [] if bits is None or isinstance(bits, torch.Tensor) else list(bits)
+    fits = all(isinstance(w, torch.Tensor) and w.is_contiguous() for w in given)
+    if len(given) != len(ranks) or not fits or len({id(w) for w in given}) < len(given):
+        raise ValueError(
+            "draw is given, and bits are not an int32 tensor of its own for each adapter; allowed: "
+            "contiguous [M, ceil(K / 32)], which are written"
+        )
+    if not draws(ranks):
+        raise ValueError(
+            f"draw is given, and As have ranks {list(ranks)}; allowed with it: {LAUNCH_RANK} "
+            "together, each padded to a power of two of at least 16 (draw with dropout_bits)"
+        )
+
+
+@planned("scales", seeds=["draw"])
 def shrink(
     x: torch.Tensor,
     As: Sequence[torch.Tensor],
     scales: float | Sequence[float] = 1.0,
     bits: torch.Tensor | Sequence[torch.Tensor | None] | None = None,
     *,
+    draw: Draw | None = None,
     out_dtype: torch.dtype | None = None,
     config: ShrinkConfig | None = None,
 ) -> torch.Tensor:
@@ -212,7 +298,9 @@ def shrink(
     The columns of adapter i are scale_i * (mask_i X) A_iᵀ. x [M, K] fp16/bf16/fp32, any row stride;
     A_i [r_i, K] fp32 or x's dtype, any strides, r_i from 1 to 256; bits: packed keep masks int32
     [M, ceil(K / 32)], one for all or one (or None) for each; scale_i must include 1 / (1 - p).
-    Errors: TypeError or ValueError naming the argument, before any launch.
+    With ``draw`` bits are a tensor for each adapter, into which the launch writes the masks that it
+    draws: the words of ``dropout_bits(M, K, p, seed, groups=len(As))``. Errors: TypeError or
+    ValueError naming the argument, before any launch.
     """
     x = checks.rows("x", x)
     As = list(As)
@@ -221,6 +309,8 @@ def shrink(
     M, K = x.shape
     checks.ranks("As", As)
     As = checks.adapters("As", As, [(None, K)] * len(As), "x has K columns", x.dtype)
+    if draw is not None:
+        masks_to_fill(bits, draw, [a.shape[0] for a in As])
     words = checks.masks(bits, len(As), M, K)
     factors = checks.per_adapter("scales", scales, len(As))
     checks.device(x=x, As=As, bits=words)
@@ -229,13 +319,8 @@ def shrink(
         return out
     if K == 0:
         return out.zero_()
-    for launch in plan_shrink(
-        x,
-        As,
-        words,
-        factors,
-        out,
-        config or default_config(M, K, [a.shape[0] for a in As], arch_of(x.device)),
-    ):
+    ranks = [a.shape[0] for a in As]
+    config = config or default_config(M, K, ranks, arch_of(x.device), x.element_size())
+    for launch in plan_shrink(x, As, words, factors, out, config, draw):
         launch.run()
     return out

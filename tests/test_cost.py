@@ -199,11 +199,18 @@ def test_kernel_traffic_by_hand() -> None:
     x, w, y, s = meta(256, 128), meta(64, 128), meta(256, 64), meta(256, 16)
     a, b, words = meta(16, 128), meta(64, 16), meta(256, 4, dtype=INT32)
     (launch,) = kernel_bits.plan_bits(words[None], 128, 0.1, 7, kernel_bits.BitsConfig())
-    assert byte_counts(launch) == (8, 4096, 4 * 8)  # the seed, which each program reads
+    assert byte_counts(launch) == (8, 4096, 8)  # the seed, which each program reads
+    config = kernel_bits.BitsConfig(block=256)
+    (launch,) = kernel_bits.plan_bits(words[None], 128, 0.1, 7, config)
+    assert byte_counts(launch) == (8, 4096, 4 * 8)
 
     config = shrink.ShrinkConfig(block_m=64, block_k=64)
     (launch,) = shrink.plan_shrink(x, [a], [words], [1.0], s, config)
     assert byte_counts(launch) == (65536 + 4096 + 4096, 8192, 65536 + 4 * 4096 + 4096)
+    # a mask that is drawn is written, and each program reads the seed
+    (launch,) = shrink.plan_shrink(x, [a], [words], [1.0], s, config, kernel_bits.Draw(0.1, 7))
+    wanted = (65536 + 4096 + 8, 8192 + 4096, 65536 + 4 * (4096 + 8))
+    assert byte_counts(launch) == wanted
     # two adapters with one mask: X and the mask move once; K in two parts: fp32 partials, a sum
     config, two = shrink.ShrinkConfig(block_m=64, block_k=64, split_k=2), meta(256, 32)
     first, second = shrink.plan_shrink(x, [a, meta(16, 128)], [words] * 2, [1.0] * 2, two, config)
@@ -240,6 +247,12 @@ def test_kernel_traffic_by_hand() -> None:
     wanted = (65536 + 4096 + once, 2 * 32768 + 2 * 8192, 65536 + 4 * once + 2 * 4096)
     assert byte_counts(launch) == wanted
     assert traffic(launch).flops == 2 * 2 * 256 * 16 * (128 + 64)
+    each, draw = [words, meta(256, 4, dtype=INT32)], kernel_bits.Draw(0.1, 7)
+    (launch,) = shrink_expand.plan_shrink_expand(
+        x, [a] * 2, [b] * 2, each, [None, meta(64)], [1.0] * 2, meta(256, 32), [y, y], tall, draw
+    )
+    read, written = 65536 + once + 8, 2 * 32768 + 2 * 8192 + 2 * 4096
+    assert byte_counts(launch) == (read, written, 65536 + 4 * (once + 8))
     strip = grad_xa.GradXAConfig(block_m=64, block_k=32)
     (launch,) = grad_xa.plan_grad_xa(x, [ds], [a], [words], meta(256, 128), [da], strip)
     wanted = (65536 + 8192 + 4096 + 4096, 65536 + 8192, 65536 + 4 * 8192 + 4 * 4096 + 4096)

@@ -28,7 +28,7 @@ from .pages import ROOT, read
 FILE = ROOT / "docs" / "draw_passes.py"
 ARCH = Arch(*GPUS["H100"].arch)
 M, K, N, R = 8192, 4096, 2048, 16
-SIZES = {"M": M, "K": K, "N": N, "r": R, "K/32": K // 32,
+SIZES = {"1": 1, "M": M, "K": K, "N": N, "r": R, "K/32": K // 32,
          "B": 8, "H": 32, "Hₖᵥ": 8, "T": 1024, "S": 1024, "P": 128, "D": 128}  # fmt: skip
 FOUR_BYTES = {"mask", "LSE", "delta", "norms", "gain", "sums", "dKₚ", "dVₚ"}
 
@@ -75,9 +75,9 @@ def dora_forward() -> list[Traffic]:
         gain=meta(N, dtype=FP32), v=meta(M, N),
     )  # fmt: skip
     shrinks = [t for t in linear("triton fused")[0] if t.name == "shrink"]
-    # the same launch without a mask
-    mask = 4 * M * K // 32
-    shrinks = [t._replace(read=t.read - mask) for t in shrinks]
+    # the same launch without a mask, and the seed of one
+    mask, seed = 4 * M * K // 32, 8
+    shrinks = [t._replace(read=t.read - seed, written=t.written - mask) for t in shrinks]
     return [*map(traffic, found), *shrinks, *map(traffic, product)]
 
 
@@ -143,7 +143,8 @@ def nbytes(tensor: str, sizes: dict[str, int]) -> int | None:
         return None
     length = math.prod(sizes[letter] for letter in found[2].split(", "))
     times = 2 if tensor.endswith(" twice") else 1
-    return sum((4 if n in FOUR_BYTES else 2) * length * times for n in found[1].split(", "))
+    width = {"seed": 8} | dict.fromkeys(FOUR_BYTES, 4)
+    return sum(width.get(n, 2) * length * times for n in found[1].split(", "))
 
 
 def total(tensors: tuple[str, ...], sizes: dict[str, int]) -> int | None:

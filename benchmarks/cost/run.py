@@ -108,7 +108,7 @@ def verdicts(rows: Sequence[Row], shape: Shape) -> list[Verdict]:
             back = max(launches(plain.backward), launches(dropped.backward))
             checks = [
                 ("launches fwd", launches(plain.forward) / projections, 2),
-                ("launches fwd p=0.1", launches(dropped.forward) / projections, 3),
+                ("launches fwd p=0.1", launches(dropped.forward) / projections, 2),
                 ("launches bwd", back / projections, 4),
                 ("fwd bytes / PEFT", moved(dropped.forward) / moved(ruler.forward), 0.45),
                 ("bwd bytes / PEFT", moved(dropped.backward) / moved(ruler.backward), 0.5),

@@ -13,7 +13,7 @@ from peftkern.kernels import bits
 from peftkern.kernels.common import Arch
 
 from .entry import INT32, Case, K, KernelEntry, M, Operands, Timing, meta, named
-from .traffic import Facts, Traffic, nbytes
+from .traffic import Facts, Traffic, drawn_operations, nbytes
 
 
 def _traffic(f: Facts) -> Traffic:
@@ -22,12 +22,7 @@ def _traffic(f: Facts) -> Traffic:
 
 
 def _integers(f: Facts) -> int:
-    """Integer operations of all words.
-
-    A word is DIGITS random words, each with one operation that adds its digit; a round of Philox is
-    two wide products, two high halves and four exclusive ors, and its rounds make four words.
-    """
-    return math.prod(f["out"].shape) * f["DIGITS"] * (8 * f["ROUNDS"] // 4 + 1)
+    return drawn_operations(math.prod(f["out"].shape), f)
 
 
 def _cases(arch: Arch) -> Iterator[Case]:

@@ -159,6 +159,8 @@ class Adapters(NamedTuple):
         return [meta(*shape, dtype=FP32)] * self.group
 
 
+DRAW = bits.Draw(0.1, 7)  # masks that a shrink draws
+
 ADAPTERS = (
     Adapters(16), Adapters(16, 1, True), Adapters(64, 1, True),
     Adapters(128), Adapters(128, 1, True),

@@ -47,7 +47,7 @@ def _cases(arch: Arch) -> Iterator[Case]:
     for g in ADAPTERS:
         for k in (K, 14336):  # the default config has narrow strips for one, wide for the other
             x, das = meta(M, k, dtype=g.dtype), g.grads(g.r, k)
-            config = grad_a.default_config(M, k, arch, [g.r] * g.group)
+            config = grad_a.default_config(M, k, arch, [g.r] * g.group, g.dtype.itemsize)
             launches = grad_a.plan_grad_a(x, g.ds(), g.words(M, k), das, config)
             yield from named(f"grad_a K{k} {g.tag}", launches)
 

@@ -65,7 +65,7 @@ def _candidates(case: RaceCase) -> list[Any]:
     rows = [
         (64, 64, 1, 4, 3), (64, 64, 2, 4, 3), (64, 64, 4, 4, 3), (64, 32, 1, 4, 3),
         (64, 32, 2, 4, 3), (128, 32, 2, 4, 3), (128, 64, 4, 8, 3), (32, 64, 4, 4, 3),
-        (64, 128, 8, 8, 2), (64, 64, 8, 4, 3),
+        (64, 128, 8, 8, 2), (64, 64, 8, 4, 3), (128, 32, 1, 8, 4), (64, 64, 2, 4, 4),
     ]  # fmt: skip
     return configs(
         grad_xa.GradXAConfig, "block_m block_k split_m num_warps num_stages",

@@ -15,6 +15,7 @@ from ..gpu.contest import SCALE, RaceCase
 from .entry import (
     ADAPTERS,
     BF16,
+    DRAW,
     Bucket,
     Case,
     Drawn,
@@ -26,23 +27,25 @@ from .entry import (
     Raced,
     Run,
     TableTensors,
+    Timing,
     configs,
     meta,
     named,
 )  # fmt: skip
-from .traffic import Facts, Traffic, nbytes, once, total, unit_of
+from .traffic import Facts, Traffic, mask_operations, masks, nbytes, once, total, unit_of
 
 
 def _traffic(f: Facts) -> Traffic:
-    x, As, words, (blocks, split) = f["x"], f["As"], f["words"], f["grid"]
+    x, As, (blocks, split) = f["x"], f["As"], f["grid"]
+    words, drawn, seed = masks(f)
     rank = sum(f["ranks"])
     return Traffic(
         "shrink", 1,
-        read=nbytes(x) + total(As) + once(words),
-        written=split * f["M"] * rank * f["out"].element_size(),
+        read=nbytes(x) + total(As) + once(words) + seed,
+        written=split * f["M"] * rank * f["out"].element_size() + total(drawn),
         flops=2 * f["M"] * f["K"] * rank,
         unit=unit_of(x.dtype),
-        requested=nbytes(x) + blocks * total(As) + total(words),
+        requested=nbytes(x) + blocks * (total(As) + split * seed) + total(words),
     )  # fmt: skip
 
 
@@ -50,10 +53,12 @@ def _cases(arch: Arch) -> Iterator[Case]:
     for g in ADAPTERS:
         for m in (M, 128) if g.r == 16 and g.dtype == BF16 else (M,):
             x, s = meta(m, K, dtype=g.dtype), meta(m, g.r * g.group, dtype=g.dtype)
-            config = shrink.default_config(m, K, [g.r] * g.group, arch)
+            config = shrink.default_config(m, K, [g.r] * g.group, arch, g.dtype.itemsize)
             scales = [1.0] * g.group
-            launches = shrink.plan_shrink(x, g.low(g.r, K), g.words(m), scales, s, config)
-            yield from named(f"shrink M{m} {g.tag}", launches)
+            drawn = g.masked and shrink.draws([g.r] * g.group)
+            for how, draw in (("", None), (" drawn", DRAW))[: 1 + drawn]:
+                launches = shrink.plan_shrink(x, g.low(g.r, K), g.words(m), scales, s, config, draw)
+                yield from named(f"shrink M{m} {g.tag}{how}", launches)
 
 
 def _race_cases(b: Bucket) -> Iterator[RaceCase]:
@@ -96,14 +101,20 @@ def _sanitize(o: Operands) -> Iterator[tuple[str, list[Tensor]]]:
         config = shrink.ShrinkConfig(16, 32, split, 4, 2)
         s = shrink.shrink(o.x, [o.a, o.a], 2.0, o.words, config=config)
         yield f"shrink split {split}", [s]
+        words = [torch.empty_like(o.words) for _ in range(2)]
+        s = shrink.shrink(o.x, [o.a, o.a], 2.0, words, draw=DRAW, config=config)
+        yield f"shrink split {split}, masks drawn", [s, *(w.float() for w in words)]
 
 
 def _counted(o: Operands) -> Iterator[Callable[[], Any]]:
     yield lambda: shrink.shrink(o.x, [o.a], 2.0, o.words)
+    words = [torch.empty_like(o.words)]
+    yield lambda: shrink.shrink(o.x, [o.a], 2.0, words, draw=DRAW)
 
 
 ENTRY = KernelEntry(
     traffic={"_shrink_kernel": _traffic},
+    timing={"_shrink_kernel": Timing(integers=mask_operations)},
     cases=_cases,
     ops={"shrink": Raced("low_rank", _race_cases, _candidates, _contest, _plan)},
     sanitize=_sanitize,

@@ -14,6 +14,7 @@ from peftkern.kernels.grad_xa import fits
 
 from ..gpu.contest import SCALE, RaceCase
 from .entry import (
+    DRAW,
     JOINED,
     Bucket,
     Case,
@@ -27,23 +28,25 @@ from .entry import (
     Raced,
     Run,
     TableTensors,
+    Timing,
     configs,
     meta,
     named,
 )  # fmt: skip
-from .traffic import Facts, Traffic, nbytes, once, total, unit_of
+from .traffic import Facts, Traffic, mask_operations, masks, nbytes, once, total, unit_of
 
 
 def _traffic(f: Facts) -> Traffic:
-    x, As, Bs, words, (blocks,) = f["x"], f["As"], f["Bs"], f["words"], f["grid"]
+    x, As, Bs, (blocks,) = f["x"], f["As"], f["Bs"], f["grid"]
     whole = total(Bs) + total(f["biases"])
+    words, drawn, seed = masks(f)
     return Traffic(
         "shrink_expand", 1,
-        read=nbytes(x) + total(As) + once(words) + whole,
-        written=nbytes(f["s_out"]) + total(f["ys"]),
+        read=nbytes(x) + total(As) + once(words) + whole + seed,
+        written=nbytes(f["s_out"]) + total(f["ys"]) + total(drawn),
         flops=2 * f["M"] * sum(r * (f["K"] + n) for r, n in zip(f["ranks"], f["Ns"], strict=True)),
         unit=unit_of(x.dtype),
-        requested=nbytes(x) + blocks * (total(As) + whole) + total(words),
+        requested=nbytes(x) + blocks * (total(As) + whole + seed) + total(words),
     )  # fmt: skip
 
 
@@ -54,11 +57,12 @@ def _cases(arch: Arch) -> Iterator[Case]:
         biases = [meta(N, dtype=g.dtype), *[None] * g.group][: g.group]
         scales = [1.0] * g.group
         for m in (M, 4096):  # with the smaller M a program has fewer rows
-            config = shrink_expand.default_config(m, [g.r] * g.group, arch)
-            launches = shrink_expand.plan_shrink_expand(
-                x, g.low(g.r, K), g.low(N, g.r), g.words(), biases, scales, s, ys, config
-            )
-            yield from named(f"shrink_expand M{m} {g.tag}", launches)
+            config = shrink_expand.default_config(m, [g.r] * g.group, arch, g.dtype.itemsize)
+            for how, draw in (("", None), (" drawn", DRAW))[: 1 + g.masked]:
+                launches = shrink_expand.plan_shrink_expand(
+                    x, g.low(g.r, K), g.low(N, g.r), g.words(), biases, scales, s, ys, config, draw
+                )
+                yield from named(f"shrink_expand M{m} {g.tag}{how}", launches)
 
 
 def _race_cases(b: Bucket) -> Iterator[RaceCase]:
@@ -71,6 +75,7 @@ def _candidates(case: RaceCase) -> list[Any]:
     rows = [
         (64, 64, 128, 4, 3), (32, 64, 128, 4, 3), (32, 128, 128, 4, 3), (64, 64, 64, 4, 3),
         (64, 128, 128, 8, 3), (128, 64, 128, 8, 3), (64, 64, 256, 8, 3), (16, 128, 128, 4, 3),
+        (64, 128, 128, 8, 4), (64, 64, 128, 8, 4), (32, 128, 128, 4, 4),
     ]  # fmt: skip
     return configs(
         shrink_expand.ShrinkExpandConfig, "block_m block_k block_n num_warps num_stages",
@@ -112,14 +117,22 @@ def _sanitize(o: Operands) -> Iterator[tuple[str, list[Tensor]]]:
         o.x, [o.a, o.a], [o.b, o.b], 2.0, o.words, biases, config=config
     )
     yield "shrink_expand", [s, *ys]
+    words = [torch.empty_like(o.words) for _ in range(2)]
+    s, ys = shrink_expand.shrink_expand(
+        o.x, [o.a, o.a], [o.b, o.b], 2.0, words, biases, draw=DRAW, config=config
+    )
+    yield "shrink_expand, masks drawn", [s, *ys, *(w.float() for w in words)]
 
 
 def _counted(o: Operands) -> Iterator[Callable[[], Any]]:
     yield lambda: shrink_expand.shrink_expand(o.x, [o.a], [o.b], 2.0, o.words)
+    words = [torch.empty_like(o.words)]
+    yield lambda: shrink_expand.shrink_expand(o.x, [o.a], [o.b], 2.0, words, draw=DRAW)
 
 
 ENTRY = KernelEntry(
     traffic={"_shrink_expand_kernel": _traffic},
+    timing={"_shrink_expand_kernel": Timing(integers=mask_operations)},
     cases=_cases,
     ops={"shrink_expand": Raced("joined", _race_cases, _candidates, _contest, _plan)},
     sanitize=_sanitize,

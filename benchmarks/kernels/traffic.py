@@ -12,7 +12,7 @@ out; the hardware's L2 counters should show it (ring 4). It is 0 for a vendor's 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -66,6 +66,33 @@ def once(ts: Iterable[Any]) -> int:
 
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)
+
+
+def masks(f: Facts) -> tuple[Sequence[Any], Sequence[Any], int]:
+    """(masks that are read, masks that are drawn and written, bytes of their seed) of a shrink."""
+    if f["DIGITS"]:
+        return (), f["words"], nbytes(f["seed_ptr"])
+    return f["words"], (), 0
+
+
+def drawn_operations(words: int, f: Facts) -> int:
+    """Integer operations that draw a number of words with a launch's DIGITS and ROUNDS.
+
+    A word is DIGITS random words, each with one operation that adds its digit, and nine for what
+    its columns share and the end of a row; a round of Philox is two wide products, two high halves
+    and four exclusive ors, and its rounds make four words.
+    """
+    return words * (f["DIGITS"] * (8 * f["ROUNDS"] // 4 + 1) + 9)
+
+
+def mask_operations(f: Facts) -> int:
+    """Integer operations of the masks of a shrink.
+
+    A word's 32 bits take two each to become columns; if the words are drawn, that comes on top.
+    """
+    words = [w for w in f["words"] if w is not None]
+    count = sum(math.prod(w.shape) for w in words)
+    return 64 * count + (drawn_operations(count, f) if f["DIGITS"] else 0)
 
 
 def low_rank(f: Facts) -> tuple[int, int, int]:

@@ -269,8 +269,10 @@ def forward(
     key = key_of("forward", x.dtype, first.A.dtype, M, n, K, r, len(members), mask)
     decision = _known(key, x)
     declined = why_not(x, first.A) is not None if decision is None else decision.declined
-    if words is None and not declined:
-        words = choices.words_for(x, members)  # drawn before a race, the same for all ways
+    # drawn before a race, the same for all ways; a kernel that is chosen already draws them itself
+    itself = decision is not None and decision.how != TORCH
+    if words is None and not (declined or itself):
+        words = choices.words_for(x, members)
     if decision is None:
         given = words or []
         exact = sampled.forward(x, members, given)
@@ -279,7 +281,7 @@ def forward(
         )
     if declined or decision.declined:  # the former also in a capture and without rows
         return torch_backend.forward(x, members, words)
-    return choices.forward(decision.how, x, members, words or [])
+    return choices.forward(decision.how, x, members, words)
 
 
 @on_its_device

@@ -53,9 +53,9 @@ def words_for(x: Tensor, members: list[Projection]) -> list[Tensor | None]:
 
 
 def forward(
-    how: str, x: Tensor, members: list[Projection], words: list[Tensor | None]
+    how: str, x: Tensor, members: list[Projection], words: list[Tensor | None] | None
 ) -> list[tuple[Tensor, Tensor, Tensor | None]]:
-    """(Y_i, S_i, mask_i) of each projection.
+    """(Y_i, S_i, mask_i) of each projection; without ``words`` the way draws its masks.
 
     Every way gives S in x's dtype, so that the backward of any way can follow.
     """

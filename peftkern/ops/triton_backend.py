@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernels.bits import dropout_bits
+from ..kernels.bits import Draw, dropout_bits
 from ..kernels.checks import DTYPES, MAX_RANK
 from ..kernels.common import INTERPRET, arch_of, next_pow2
 from ..kernels.decode import MAX_ROWS, decode_group
@@ -31,7 +31,7 @@ from ..kernels.grad_xa import grad_xa
 from ..kernels.mixed import MAX_ADAPTERS
 from ..kernels.mixed import mixed as _mixed
 from ..kernels.reference import reference_bits
-from ..kernels.shrink import shrink
+from ..kernels.shrink import draws, shrink
 from ..kernels.shrink_expand import fits as shrink_expand_fits
 from ..kernels.shrink_expand import shrink_expand
 from . import torch_backend, tuned
@@ -120,6 +120,30 @@ def words_of(x: Tensor, ps: list[float]) -> list[Tensor | None]:
     return words
 
 
+# facts of calls in which this process has loaded a shrink that draws its masks
+_drew: set[tuple[Any, ...]] = set()
+
+
+def _to_draw(
+    x: Tensor, ps: list[float], ranks: list[int], facts: tuple[Any, ...]
+) -> tuple[list[Tensor | None], Draw | None]:
+    """(words, None), or (words that the shrink is to fill, what it draws them from).
+
+    The shrink draws them where one launch makes all of S, and all have the same probability. Their
+    elements are those of :func:`words_of`. A kernel that draws is another one than a kernel that
+    reads; where it has not run yet for a call with these ``facts``, a capture does without.
+    """
+    (M, K), p = x.shape, ps[0]
+    if p == 0.0 or len(set(ps)) > 1 or not draws(ranks) or not x.numel():
+        return words_of(x, ps), None
+    call = (x.get_device(), K, p, *facts)
+    if capturing(x) and call not in _drew:
+        return words_of(x, ps), None
+    _drew.add(call)
+    words = x.new_empty((len(ps), M, (K + 31) // 32), dtype=torch.int32)
+    return list(words), Draw(p, _seed(x))
+
+
 class _Group(NamedTuple):
     """The facts of projections that kernels take together."""
 
@@ -172,23 +196,29 @@ def forward(
 ) -> list[tuple[Tensor, Tensor, Tensor | None]]:
     """(Y_i, S_i, mask_i) of projections of one x [M, K], which is read once for all S_i.
 
-    The masks are ``words`` if given; ``how`` is one of ``PRODUCTS``.
+    The masks are ``words`` if given, else drawn, where possible by the kernel that makes S; ``how``
+    is one of ``PRODUCTS``.
     """
     if any([_declines(x, m.A) for m in members]):
         return torch_backend.forward(x, members, words)
-    if words is None:
-        words = words_of(x, [m.p for m in members])
-    masked = any([bits is not None for bits in words])
+    ps, masked = [m.p for m in members], any([m.p > 0.0 for m in members])
+    if words is not None:
+        masked = any([bits is not None for bits in words])
     facts = _facts("forward", how, x, masked, [(m.A, m.B) for m in members])
     way: _Way = tuned.decided(x, facts, _forward_way, x, members, masked, how)
+    drawn = None
+    if words is None:
+        plain = [m.bias is None for m in members]
+        ranks = [m.A.shape[0] for m in members]
+        words, drawn = _to_draw(x, ps, ranks, (way.order, *facts, *plain))
     As, scales = [m.A for m in members], [m.scale / (1.0 - m.p) for m in members]
     if way.order == "joined":
         Bs, biases = [m.B for m in members], [m.bias for m in members]
-        s, ys = shrink_expand(x, As, Bs, scales, words, biases, config=way.first)
+        s, ys = shrink_expand(x, As, Bs, scales, words, biases, draw=drawn, config=way.first)
         ys = [y.addmm_(x, m.w) for y, m in zip(ys, members, strict=True)]
         return list(zip(ys, _columns(s, As), words, strict=True))
     done = []
-    parts = _columns(shrink(x, As, scales, words, config=way.first), As)
+    parts = _columns(shrink(x, As, scales, words, draw=drawn, config=way.first), As)
     for m, s, bits, config in zip(members, parts, words, way.each, strict=True):
         if way.order == "fused":
             y = fused_linear(x, m.w.t(), s, m.B, m.bias, config=config)

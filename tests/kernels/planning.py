@@ -17,6 +17,7 @@ from peftkern.kernels import (
     prefix_backward,
     prefix_decode,
 )
+from peftkern.kernels.bits import Draw
 from peftkern.kernels.decode import decode, decode_group
 from peftkern.kernels.dora_grad import scale_grad
 from peftkern.kernels.dora_norm import row_norms
@@ -84,6 +85,16 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[[], Any]]] = {
     "shrink": (
         shrink, lambda: (drawn(M, K), [low(R, K), low(8, K)], [0.5, 2.0],
                          list(torch.ones(2, M, K // 32, dtype=torch.int32))),
+    ),
+    "shrink that draws": (
+        shrink, lambda: (drawn(M, K), [low(R, K), low(8, K)], 0.5,
+                         list(torch.ones(2, M, K // 32, dtype=torch.int32).unbind()),
+                         dict(draw=Draw(0.1, 7))),
+    ),
+    "shrink expand that draws": (
+        shrink_expand, lambda: (drawn(M, K), [low(R, K)], [low(N, R)], 0.5,
+                                [torch.ones(M, K // 32, dtype=torch.int32)],
+                                dict(draw=Draw(0.3, torch.tensor([7])))),
     ),
     "shrink, large ranks": (shrink, lambda: (drawn(M, K), [low(200, K), low(40, K)], 0.5)),
     "shrink expand": (

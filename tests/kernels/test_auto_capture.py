@@ -115,3 +115,60 @@ def test_a_way_for_graphs_is_not_run_for_a_decision_that_does_not_last(monkeypat
         with book.racing:
             peftkern.lora_linear(x, w, None, A, B, 2.0)
     assert ran == ["hybrid"]
+
+
+def launched(monkeypatch):
+    names, run = [], Launch.run
+    monkeypatch.setattr(Launch, "run", lambda this: names.append(this.kernel.__name__) or run(this))
+    return names
+
+
+@pytest.mark.parametrize("how", triton_backend.PRODUCTS)
+@pytest.mark.parametrize("ps", [[0.3], [0.3, 0.3], [0.3, 0.0, 0.5], [0.0]], ids=str)
+def test_a_shrink_draws_the_masks_that_a_launch_of_their_own_would(monkeypatch, ps, how):
+    x, names = torch.randn(33, 70), launched(monkeypatch)
+    members = [
+        Projection(torch.randn(20, 70), None, torch.randn(4, 70), torch.randn(20, 4), 2.0, p, False)
+        for p in ps
+    ]
+    torch.manual_seed(3)
+    drawn = triton_backend.forward(x, members, how=how)
+    alone = "_bits_kernel" in names
+    assert alone == (len(set(ps)) > 1)  # one probability for all, or launches of their own
+    torch.manual_seed(3)
+    words = triton_backend.words_of(x, ps)
+    wanted = triton_backend.forward(x, members, words, how=how)
+    for (y, s, w), (y2, s2, w2), given in zip(drawn, wanted, words, strict=True):
+        assert torch.equal(y, y2) and torch.equal(s, s2)
+        assert w2 is given and (w is None if given is None else torch.equal(w, given))
+
+
+def test_a_capture_draws_in_the_shrink_once_an_eager_call_has(monkeypatch):
+    driver, names = Driver(monkeypatch), launched(monkeypatch)
+    monkeypatch.setattr(triton_backend, "_drawn", set())
+    monkeypatch.setattr(triton_backend, "_drew", set())
+    monkeypatch.setattr(triton_backend, "_seed", lambda x: torch.tensor([11]))
+    _, w, A, B = drawn(K=70, grad=False)
+    x, member, found = torch.randn(33, 70), Projection(w, None, A, B, 2.0, 0.3, False), []
+    words = triton_backend.words_of(x, [0.3])
+    triton_backend.forward(x, [member], words)  # the kernel that reads a mask is loaded
+    for driver.capturing in (True, False, True):
+        names.clear()
+        found += triton_backend.forward(x, [member])
+        kernels = {"_bits_kernel", "_shrink_kernel", "_shrink_expand_kernel"} & set(names)
+        assert len(kernels) == (2 if len(found) == 1 else 1), names
+        assert torch.equal(found[-1][2], words[0]) and torch.equal(found[-1][0], found[0][0])
+
+
+def test_a_way_that_auto_has_chosen_draws_its_masks_itself(monkeypatch, tmp_path):
+    names = launched(monkeypatch)
+    with dispatcher(monkeypatch, tmp_path, FakeClock()):
+        tuned.book(-1).keep([entry("forward", "fused", mask=True),
+                             entry("backward", "joined", grads="xab", mask=True)])  # fmt: skip
+        rows = []
+        for _ in range(2):
+            torch.manual_seed(1)
+            names.clear()
+            rows.append((step(*drawn(), p=0.3), names.count("_bits_kernel")))
+    assert [count for _, count in rows] == [1, 0]  # the call that decides gives all ways one mask
+    assert all(torch.equal(a, b) for a, b in zip(rows[0][0], rows[1][0], strict=True))

@@ -71,8 +71,8 @@ def test_dropped_share_is_p_and_rows_columns_and_seeds_differ(p):
 
 def test_the_probability_kept_is_p_to_one_part_in_ten_thousand():
     for p in (1e-3, 0.05, 0.1, 1 / 3, 0.5, 0.999):
-        threshold, digits = bits.digits_of(p)
-        assert abs(1 - threshold / 2**digits - p) <= 1e-4 * p
+        threshold, digits, fraction = bits.digits_of(p)
+        assert abs((threshold + fraction / 2**31) / 2**digits - (1 - p)) <= 2.0**-35
 
 
 @pytest.mark.parametrize("p", [-0.1, 1.0, 1.5])

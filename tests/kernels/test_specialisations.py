@@ -23,7 +23,9 @@ from benchmarks.kernels.table import ops
 from benchmarks.static.key import specialization
 from benchmarks.static.run import TARGETS
 from peftkern.kernels import registry, tuning
-from peftkern.kernels.bits import BitsConfig, plan_bits
+from peftkern.kernels.bits import BitsConfig, Draw, plan_bits
+from peftkern.kernels.shrink import ShrinkConfig, plan_shrink
+from peftkern.kernels.shrink_expand import ShrinkExpandConfig, plan_shrink_expand
 from benchmarks.kernels.entry import INT32, meta
 
 arch = TARGETS["sm_90"].arch
@@ -41,6 +43,14 @@ for op, raced in ops().items():
 for m in (1, 2, 5, 16, 33, 100, 4096):
     for seed in (7, meta(1, dtype=torch.int64)):  # a seed on the device is no other form either
         for launch in plan_bits(meta(1, m, 16, dtype=INT32), 512, 0.1, seed, BitsConfig()):
+            note(launch)
+        x, a, b, s, y = meta(m, 512), meta(16, 512), meta(256, 16), meta(m, 16), meta(m, 256)
+        words, draw = [meta(m, 16, dtype=INT32)], Draw(0.1, seed)
+        for launch in plan_shrink(x, [a], words, [1.0], s, ShrinkConfig(), draw):
+            note(launch)
+        for launch in plan_shrink_expand(
+            x, [a], [b], words, [None], [1.0], s, [y], ShrinkExpandConfig(), draw
+        ):
             note(launch)
 for S in (2, 3, 15, 16, 17, 31, 64, 100, 257, 512, 1100):
     for padded in (False, True):
