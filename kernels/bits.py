@@ -184,8 +184,8 @@ class Draw(NamedTuple):
 def plan_bits(
     out: torch.Tensor, K: int, p: float, seed: int | torch.Tensor, config: BitsConfig
 ) -> list[Launch]:
-    """The launch that fills ``out`` int32 [groups, M, ceil(K / 32)]."""
-    groups, M, words = out.shape
+    """The launch that fills ``out`` int32 [groups, M, ceil(K / 32)], or one mask [M, ...]."""
+    groups, (M, words) = out.shape[:-2].numel(), out.shape[-2:]
     drawn, digits = Draw(p, seed).arguments(out.device)
     block_w = min(config.block, 128, next_pow2(words))
     block_m = config.block // block_w
@@ -226,6 +226,6 @@ def dropout_bits(
     out = torch.empty(shape, dtype=torch.int32, device=device)
     checks.device(bits=out, seed=seed if isinstance(seed, torch.Tensor) else None)
     if out.numel():
-        for launch in plan_bits(out[None] if groups is None else out, K, p, seed, config):
+        for launch in plan_bits(out, K, p, seed, config):
             launch.run()
     return out

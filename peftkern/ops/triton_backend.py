@@ -140,8 +140,11 @@ def _to_draw(
     if capturing(x) and call not in _drew:
         return words_of(x, ps), None
     _drew.add(call)
-    words = x.new_empty((len(ps), M, (K + 31) // 32), dtype=torch.int32)
-    return list(words), Draw(p, _seed(x))
+    # torch's operations are those of words_of: selective checkpointing counts them
+    draw, shape = Draw(p, _seed(x)), (M, (K + 31) // 32)
+    if len(ps) == 1:
+        return [torch.empty(shape, dtype=torch.int32, device=x.device)], draw
+    return list(torch.empty((len(ps), *shape), dtype=torch.int32, device=x.device)), draw
 
 
 class _Group(NamedTuple):

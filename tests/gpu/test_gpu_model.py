@@ -42,14 +42,20 @@ def test_both_backends_train_alike(dtype, product, monkeypatch):
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_drops_the_same_elements_again(reentrant, monkeypatch):
     ids = torch.randint(0, 60, (2, 9), device=DEVICE)
-    drawn, draw = [], triton_backend.words_of
+    drawn, draw, to_draw = [], triton_backend.words_of, triton_backend._to_draw
 
     def noted(*args):
         words = draw(*args)
         drawn.extend(words)
         return words
 
+    def noted_to_draw(*args):
+        words, how = to_draw(*args)
+        drawn.extend(words if how is not None else [])  # else they are noted already
+        return words, how
+
     monkeypatch.setattr(triton_backend, "words_of", noted)
+    monkeypatch.setattr(triton_backend, "_to_draw", noted_to_draw)
 
     def gradients(model):
         torch.manual_seed(3)

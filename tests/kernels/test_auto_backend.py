@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import peftkern
-from peftkern.kernels.common import precision
+from peftkern.kernels.common import Launch, precision
 from peftkern.ops import (
     auto_backend,
     backend,
@@ -22,6 +22,7 @@ from peftkern.ops import (
 from peftkern.ops.lora_group import lora_group
 from peftkern.ops.lora_mixed import SampleIndex, lora_mixed
 from peftkern.ops.projection import Projection
+from peftkern.utils.private import without_dispatch_modes
 from tests.closeness import assert_as_good_as_torch
 from tests.kernels.racing import FakeClock, decided, dispatcher, drawn, entry, ship, step
 
@@ -269,9 +270,18 @@ class Counter(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_dispatch_modes_do_not_see_a_race(clock):
-    """Selective checkpointing counts operations: a race within it would shift them."""
-    counts = []
+def test_dispatch_modes_do_not_see_a_race(clock, monkeypatch):
+    """Selective checkpointing counts operations: a race within it would shift them.
+
+    Nor do they see whether a launch of its own or the shrink draws the mask.
+    """
+    counts, run = [], Launch.run
+
+    def launch(this):
+        with without_dispatch_modes():  # on a GPU it is no operation of torch
+            run(this)
+
+    monkeypatch.setattr(Launch, "run", launch)
     for _ in range(2):
         with Counter() as counter, torch.no_grad():
             x, w, A, B = drawn(grad=False)

@@ -25,6 +25,7 @@ class Driver:
             self.loaded.add(form)
             run(this)
 
+        monkeypatch.setattr(triton_backend, "_drew", set())  # by kernels that this one has loaded
         monkeypatch.setattr(Launch, "run", launch)
         for module in (device, triton_backend):  # the latter has the name from the former
             monkeypatch.setattr(module, "capturing", lambda x: self.capturing)
@@ -146,7 +147,6 @@ def test_a_shrink_draws_the_masks_that_a_launch_of_their_own_would(monkeypatch, 
 def test_a_capture_draws_in_the_shrink_once_an_eager_call_has(monkeypatch):
     driver, names = Driver(monkeypatch), launched(monkeypatch)
     monkeypatch.setattr(triton_backend, "_drawn", set())
-    monkeypatch.setattr(triton_backend, "_drew", set())
     monkeypatch.setattr(triton_backend, "_seed", lambda x: torch.tensor([11]))
     _, w, A, B = drawn(K=70, grad=False)
     x, member, found = torch.randn(33, 70), Projection(w, None, A, B, 2.0, 0.3, False), []
