@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from . import liger
 from .fusing import hf_layers, hf_module
 from .ops.backend import describe
 from .ops.library import why_formula
@@ -42,7 +43,13 @@ class LayerReport:
 
 
 class Explanation(list[LayerReport]):
-    """A list of :class:`LayerReport` that prints as a table with a summary below."""
+    """A list of :class:`LayerReport` that prints as a table with a summary below.
+
+    Attributes:
+        liger: what liger-kernel does in the model, in words; None for nothing.
+    """
+
+    liger: str | None = None
 
     def __str__(self) -> str:
         head = ("layer", "kind", "K x N", "r", "runs as", "why")
@@ -66,7 +73,8 @@ class Explanation(list[LayerReport]):
         total = _counted(row.backend for row in self)
         if self:
             total += f"; under torch.compile: {_counted(row.compiled for row in self)}"
-        return "\n".join([*lines, f"{len(self)} adapted layers: {total or 'none'}"])
+        lines.append(f"{len(self)} adapted layers: {total or 'none'}")
+        return "\n".join(lines if self.liger is None else [*lines, self.liger])
 
 
 def _counted(names: Iterable[str]) -> str:
@@ -116,7 +124,9 @@ def explain(model: nn.Module) -> Explanation:
                 compiled=_compiled(layer) if reason is None else "plain formula",
             )
         )
-    return Explanation([*rows, *_prefix_rows(model)])
+    rows.extend(_prefix_rows(model))
+    rows.liger = liger.describe(model)
+    return rows
 
 
 def _prefix_rows(model: nn.Module) -> list[LayerReport]:

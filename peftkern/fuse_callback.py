@@ -18,16 +18,20 @@ class FuseCallback(TrainerCallback):
     Args:
         unfuse_at_end: give the layers HF PEFT's forward again when training ends. By default the
             model stays fused, so that later evaluation is fast too.
+        liger: as in :func:`peftkern.fuse`.
 
     Raises:
-        ValueError: when training begins, the model holds no LoRA layer of HF PEFT.
+        ValueError: when training begins, the model holds no LoRA layer of HF PEFT, or ``liger``
+            does not go with it.
+        ImportError: when training begins with ``liger``, liger-kernel is not installed.
     """
 
-    def __init__(self, unfuse_at_end: bool = False) -> None:
+    def __init__(self, unfuse_at_end: bool = False, liger: bool = False) -> None:
         self.unfuse_at_end = unfuse_at_end
+        self.liger = liger
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        fuse(kwargs["model"])
+        fuse(kwargs["model"], liger=self.liger)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.unfuse_at_end:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from . import liger as beside
 from .tuners.lora.base import LoraLayer
 from .tuners.lora.group import form_groups, ungroup_broken
 from .tuners.lora.mlp import form_blocks, release_blocks
@@ -17,7 +18,7 @@ from .tuners.lora.mlp import form_blocks, release_blocks
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def fuse(model: Model) -> Model:
+def fuse(model: Model, liger: bool = False) -> Model:
     """Give the LoRA layers of an HF PEFT model the fused forward, in place, and return the model.
 
     This is for every ``peft.tuners.lora.Linear`` (on ``nn.Linear`` or transformers' ``Conv1D``);
@@ -33,19 +34,29 @@ def fuse(model: Model) -> Model:
 
     Args:
         model: a ``peft.PeftModel``, or any module with HF PEFT's LoRA layers in it. A model of
-            peftkern is returned as it is.
+            peftkern is returned as it is, but for ``liger``.
+        liger: apply the norms, rope and fused linear cross-entropy of liger-kernel to the base
+            model too, on a GPU and after the adapters are there (docs/guide.md). With False, what
+            is applied stays; ``unfuse`` takes it out.
 
     Raises:
         TypeError: not an ``nn.Module``.
-        ValueError: the model holds no LoRA layer of HF PEFT.
+        ValueError: the model holds no LoRA layer of HF PEFT; or with ``liger``, it is on the CPU,
+            of another family than :data:`peftkern.liger.FAMILIES`, or with hooks of accelerate on
+            what liger replaces. Nothing is changed.
+        ImportError: with ``liger``, liger-kernel is not installed.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"fuse: `model` must be an nn.Module, got {type(model).__name__}")
     layers = hf_layers(model)
     if not layers:
         if any(isinstance(m, LoraLayer) for m in model.modules()) or _is_ours(model):
+            if liger:
+                beside.apply(model)
             return model
         raise ValueError(f"fuse: `model` must hold LoRA layers of HF PEFT; {_found(model)}")
+    if liger:
+        beside.apply(model)
     hf = hf_module()
     reasons = {name: hf.why_not(layer) for name, layer in layers.items()}
     for name, layer in layers.items():
@@ -65,6 +76,8 @@ def fuse(model: Model) -> Model:
 def unfuse(model: Model) -> Model:
     """Give the layers of a fused model HF PEFT's forward again, in place, and return the model.
 
+    What ``fuse(model, liger=True)`` applied is taken out, also of a model of peftkern.
+
     Raises:
         TypeError: not an ``nn.Module``.
         RuntimeError: a layer's class or forward was replaced after ``fuse`` (by ``fully_shard``, a
@@ -74,6 +87,7 @@ def unfuse(model: Model) -> Model:
         raise TypeError(f"unfuse: `model` must be an nn.Module, got {type(model).__name__}")
     layers = hf_layers(model)
     if not layers:
+        beside.undo(model)
         return model
     hf = hf_module()
     fused = {name: layer for name, layer in layers.items() if isinstance(layer, hf.FusedLinear)}
@@ -84,6 +98,7 @@ def unfuse(model: Model) -> Model:
                 f"unfuse: the layer {name!r} was given another {what} after it was fused; "
                 "undo that first"
             )
+    beside.undo(model)
     for layer in fused.values():
         hf.give_back(layer)
     release_blocks(model)

@@ -61,6 +61,7 @@ class TrainSettings:
     gradient_checkpointing: bool = setting(
         False, "Less memory, more time.", _LOOP, "--gradient-checkpointing"
     )
+    liger: bool = setting(False, "liger-kernel's norms, rope and loss, on a GPU.", _LOOP, "--liger")
     cpu: bool = setting(False, "Leave the GPU alone.", _LOOP, "--cpu")
     save_every: int = setting(100, "Steps between checkpoints.", PLACE)
     keep: int = setting(2, "How many checkpoints stay on disk.", PLACE)

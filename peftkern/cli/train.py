@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from .. import liger
 from ..files.atomic import write_text_atomically
 from ..utils.private import use_one_gpu
 from . import resume
@@ -35,6 +36,7 @@ def train(
     settings.validate()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("train runs in one process; start it without torchrun or accelerate launch")
+    _refuse_liger(settings)
     out = Path(settings.out)
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: exists and is not a folder")
@@ -83,6 +85,22 @@ def _resolve_bf16(settings: TrainSettings) -> bool:
     return settings.bf16
 
 
+def _refuse_liger(settings: TrainSettings) -> None:
+    """Raise a UserError when --liger is given and cannot be had on this machine."""
+    if not settings.liger:
+        return
+    try:
+        liger.patches()
+    except ImportError as error:
+        raise UserError(f"--{first_line(error)}") from error
+    if not liger.runs_on(_device(settings)):
+        raise UserError("--liger: liger-kernel needs a GPU, and the training is on the CPU")
+
+
+def _device(settings: TrainSettings) -> str:
+    return "cuda" if torch.cuda.is_available() and not settings.cpu else "cpu"
+
+
 def _prepare_data(
     settings: TrainSettings, data: Dataset, tokenizer: Any, console: Console
 ) -> tuple[list[Example], list[Example]]:
@@ -119,6 +137,7 @@ def _make_model(
     """The base model with new adapters; the same seed gives the same adapters."""
     from transformers import set_seed
 
+    from ..fusing import fuse
     from ..mapping import get_peft_model
     from ..tuners.lora import LoraConfig
 
@@ -136,10 +155,16 @@ def _make_model(
             target_modules=settings.target_list(),
             use_rslora=settings.rslora,
         )
-        return get_peft_model(base, config)
+        model = get_peft_model(base, config)
     except ValueError as error:
         message = f"{option('target_modules')} {settings.target_modules}: {first_line(error)}"
         raise UserError(message) from error
+    if settings.liger:
+        try:
+            fuse(model.to(_device(settings)), liger=True)
+        except (ValueError, ImportError) as error:
+            raise UserError(f"--{first_line(error)}") from error
+    return model
 
 
 def _run(
