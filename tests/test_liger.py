@@ -220,7 +220,8 @@ def test_a_model_on_the_cpu(standin, library):
 
 
 def test_other_models_are_refused(standin, on_a_gpu):
-    refused(adapted(family="gpt2", fan_in_fan_out=True), ValueError, "must be one of llama; got 'gpt2'")
+    gpt2 = adapted(family="gpt2", fan_in_fan_out=True)
+    refused(gpt2, ValueError, "must be one of llama; got 'gpt2'")
 
     class Own(nn.Module):
         def __init__(self) -> None:

@@ -15,11 +15,13 @@ import pytest
 import torch
 import transformers
 import triton.language as tl
+from safetensors.torch import load_file
 from torch import nn
 from transformers.models.llama import modeling_llama
 from triton.runtime import interpreter
 
 import peftkern
+from peftkern.cli import modelio
 from peftkern.cli.errors import UserError
 from peftkern.cli.settings import TrainSettings
 from peftkern.cli.train import train
@@ -318,6 +320,17 @@ def trained(model, out, callbacks=(), **arguments):
     return model
 
 
+def assert_same_steps(start, model, plain, exact):
+    """The adapter's way from ``start`` is as near to that of the float64 model as the plain one."""
+    begun = adapter(start)
+    assert_as_good_as_torch(
+        *(
+            {name: weight - begun[name] for name, weight in adapter(m).items()}
+            for m in (model, plain, exact)
+        )
+    )
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("how", ["fuse", "callback", "Trainer", "both"])
 def test_trainer(how, tmp_path):
@@ -338,15 +351,7 @@ def test_trainer(how, tmp_path):
         arguments = {"use_liger_kernel": True, "liger_kernel_config": {"swiglu": False}}
     trained(model, tmp_path / how, callbacks, **arguments)
     assert peftkern.explain(model).liger.endswith("fused linear cross-entropy")
-    found, expected, exact = (
-        {
-            n: p.detach() - q
-            for (n, p), q in zip(m.named_parameters(), start.parameters(), strict=True)
-        }
-        for m in (model, plain["plain"], plain["exact"])
-    )
-    moved = [name for name in exact if "lora_" in name]
-    assert_as_good_as_torch(*({n: t[n] for n in moved} for t in (found, expected, exact)))
+    assert_same_steps(start, model, plain["plain"], plain["exact"])
 
 
 def test_trainers_own_liger_is_said_to_be_wrong_on_an_adapted_head(tmp_path):
@@ -362,18 +367,19 @@ def test_trl_keeps_its_own_loss(tmp_path):
     """TRL replaces the model's forward by one with a fused head of its own."""
     trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
     datasets.disable_progress_bars()
-    start, found = adapted(), []
-    for callbacks in ([], [peftkern.FuseCallback(liger=True)]):
-        model = copy.deepcopy(start)
+    start = adapted()
+    models = [copy.deepcopy(start), copy.deepcopy(start), copy.deepcopy(start).double()]
+    model = models[0]
+    for each in models:
         trainer = trl.SFTTrainer(
-            model=model,
+            model=each,
             args=trl.SFTConfig(output_dir=str(tmp_path), max_steps=2, max_length=16, **ARGUMENTS),
             train_dataset=datasets.Dataset.from_dict({"text": sentences()}),
             processing_class=tokenizer(),
-            callbacks=callbacks,
+            callbacks=[peftkern.FuseCallback(liger=True)] if each is model else [],
         )
-        found.append(losses(trainer))
-    assert found[1] == pytest.approx(found[0], rel=2**-15)
+        losses(trainer)
+    assert_same_steps(start, *models)
     said = peftkern.explain(model).liger
     assert "norms (5), rope" in said
     assert said.endswith("not fused linear cross-entropy: the model's forward was replaced")
@@ -406,16 +412,30 @@ def command(tmp_path_factory):
 
 @pytest.mark.long
 def test_peftkern_train(command, tmp_path, monkeypatch):
-    plain = command.run(tmp_path / "plain")
-    fused = []
+    seen = []
+
+    def load(*args):
+        return modelio.load_model(*args).to(seen[-1])
+
+    monkeypatch.setattr("peftkern.cli.train.load_model", load)
+    said, weights = [], []
+    real = peftkern.fuse
     monkeypatch.setattr(
-        "peftkern.fusing.beside.apply",
-        lambda model, own=peftkern.liger.apply: fused.append(own(model)),
+        "peftkern.fusing.fuse",
+        lambda model, liger: said.append(peftkern.explain(real(model, liger=liger)).liger),
     )
-    with_liger = command.run(tmp_path / "liger", liger=True)
-    assert fused == [None]
-    for (_, a), (_, b) in zip(plain["losses"], with_liger["losses"], strict=True):
-        assert b == pytest.approx(a, rel=2**-18)
+    for name, dtype in (
+        ("liger", torch.float32),
+        ("plain", torch.float32),
+        ("exact", torch.double),
+    ):
+        seen.append(dtype)
+        command.run(tmp_path / name, liger=name == "liger")
+        saved = load_file(tmp_path / name / "adapter_model.safetensors")
+        weights.append({key: t for key, t in saved.items() if "lora_B" in key})  # from zero
+    assert len(said) == 1 and said[0].endswith("fused linear cross-entropy")
+    assert all(t.dtype == torch.double and t.any() for t in weights[2].values())
+    assert_as_good_as_torch(*weights)
     with pytest.raises(UserError, match="--liger was True there and is False now"):
         command.run(tmp_path / "liger")
 
