@@ -9,16 +9,13 @@ import inspect
 import logging
 from types import SimpleNamespace
 
-import numpy as np
 import peft
 import pytest
 import torch
 import transformers
-import triton.language as tl
 from safetensors.torch import load_file
 from torch import nn
 from transformers.models.llama import modeling_llama
-from triton.runtime import interpreter
 
 import peftkern
 from peftkern.cli import modelio
@@ -27,6 +24,7 @@ from peftkern.cli.settings import TrainSettings
 from peftkern.cli.train import train
 from peftkern.liger import FAMILIES, why_logits
 from tests.closeness import assert_as_good_as_torch
+from tests.liger import exactly, interpret, numbers
 from tests.tiny import fill, inputs, make
 from tests.trainers import ARGUMENTS, adapter, losses, sentences, tokenizer
 
@@ -40,22 +38,7 @@ ALL = f"liger-kernel {importlib.metadata.version('liger-kernel')}: norms (5), ro
 
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch):
-    """What the interpreter lacks for liger: floats as fp32 scalars, libdevice's functions."""
-    whole = interpreter._implicit_cvt
-
-    def convert(arg):
-        if isinstance(arg, float):
-            handle = interpreter.TensorHandle(np.array([arg], dtype=np.float32), tl.float32)
-            return tl.tensor(handle, tl.float32)
-        return whole(arg)
-
-    monkeypatch.setattr(interpreter, "_implicit_cvt", convert)
-    for module, name, function in (
-        ("rms_norm", "rsqrt", lambda x: tl.rsqrt(x)),
-        ("cross_entropy", "tanh", lambda x: 2 * tl.sigmoid(2 * x) - 1),
-    ):
-        module = importlib.import_module(f"liger_kernel.ops.{module}")
-        monkeypatch.setattr(module, name, function)
+    interpret(monkeypatch)
 
 
 @pytest.fixture(autouse=True)
@@ -74,32 +57,9 @@ def adapted(family="llama", library=peftkern, config=None, dtype=torch.float32, 
     return model.train()
 
 
-def numbers(model, batch):
-    """The loss and every gradient, by parameter name."""
-    model.zero_grad(set_to_none=True)
-    loss = model(**batch).loss
-    loss.backward()
-    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    assert grads
-    return {"loss": loss.detach().reshape(1), **grads}
-
-
 def materialised(model, batch):
     """True when a training step computes logits."""
     return model.train()(**batch).logits is not None
-
-
-def exactly(plain, batch):
-    """The same of a model without liger in float64, its loss too."""
-    model = copy.deepcopy(plain).double()
-    if hasattr(model.get_base_model(), "lm_head"):  # transformers computes this one in fp32
-        model.get_base_model().loss_function = _loss
-    found = numbers(model, batch)
-    return {**found, "loss": found["loss"].double()}
-
-
-def _loss(logits, labels, *_, **__):
-    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
 
 
 # ------------------------------------------------------------------------------ numbers
