@@ -164,14 +164,14 @@ def kinds(part: Part) -> list[Any]:
     """One case of each kind, for a dry run."""
 
     def kind(case: Any) -> Any:
+        if part.name == "headline":
+            return case.key
         if isinstance(case, gpu_cases.Case):
             return case.block, case.what, case.graph, case.p > 0
         if part.name == "race":
             return case.op, case.mask, case.group > 1, case.graph
         if part.name == "prefix":
             return case.what
-        if part.name == "headline":
-            return case.key
         return getattr(case, "checkpointing", type(case).__name__)
 
     return gpu_cases.first_of_each(part.cases(), kind)
