@@ -117,10 +117,11 @@ PASSES: dict[str, tuple[Launch, ...]] = {
         Launch("sum", ("dKₚ, dVₚ = the parts, added",), ("parts fp32",), ("dKₚ, dVₚ [Hₖᵥ, P, D]",)),
     ),
     "prefix-decode": (
-        Launch("prefix_decode", ("softmax over one stretch of keys", "of one source a program"),
+        Launch("prefix_decode", ("softmax over one stretch of keys", "of one source a program",
+                                 "the next is started meanwhile"),
                ("Q [B, H, T, D], T small", "Kₚ, Vₚ [Hₖᵥ, P, D]", "K, V [B, Hₖᵥ, S, D]"),
                ("O parts fp32", "LSE parts fp32")),
-        Launch("merge", ("O = Σ exp(LSEᵢ - LSE) Oᵢ", "in a fixed order"),
+        Launch("merge", ("wait for the parts", "O = Σ exp(LSEᵢ - LSE) Oᵢ", "in a fixed order"),
                ("O parts fp32", "LSE parts fp32"), ("O [B, H, T, D]", "LSE [B, H, T]")),
     ),
 }  # fmt: skip

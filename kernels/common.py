@@ -206,6 +206,12 @@ def arch_of(device: torch.device) -> Arch:
     return Arch(4 if device.type == "cpu" else 132, 90, 232448)
 
 
+def starts_early(x: torch.Tensor, arch: Arch) -> bool:
+    """True where a launch may start before the one ahead of it ends; never in the interpreter."""
+    runs_interpreted = INTERPRET.value and not x.is_meta
+    return arch.capability >= 90 and torch.version.hip is None and not runs_interpreted
+
+
 def row_stride(t: torch.Tensor) -> int:
     """The number of elements from one row to the next.
 

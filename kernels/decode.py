@@ -23,7 +23,6 @@ import torch
 
 from . import checks
 from .common import (
-    INTERPRET,
     Arch,
     Launch,
     arch_of,
@@ -33,6 +32,7 @@ from .common import (
     precision,
     rank_end,
     row_stride,
+    starts_early,
 )
 from .decode_shrink import plan_parts
 from .decode_tile import _gemv_kernel, _rows_kernel
@@ -116,12 +116,6 @@ def default_config(
         num_stages=max(2, min(5, 1 + arch.shared // 2 // (block_k * column))),
         split_k=0 if alone else min(MOST_PARTS, cdiv(K, 2048 if one_row else 1024)),
     )
-
-
-def starts_early(x: torch.Tensor, arch: Arch) -> bool:
-    """True where a launch may start before the one ahead of it ends; never in the interpreter."""
-    runs_interpreted = INTERPRET.value and not x.is_meta
-    return arch.capability >= 90 and torch.version.hip is None and not runs_interpreted
 
 
 def plan_decode(

@@ -3,7 +3,9 @@
 The query heads of one key/value head, and the few rows of each, are the rows of one tile. For a
 shared prefix a tile has these rows of the whole batch: the prefix is read once and not B times.
 Both sources run in one launch. Each program reads one stretch of keys of one source and writes O
-and LSE of this stretch in fp32; a second launch merges them in fixed order.
+and LSE of this stretch in fp32; a second launch merges them in fixed order. From compute capability
+9.0 on the second one is started while the first one runs, and waits for its end before it reads
+anything. The first one is an ordinary launch, which starts after all earlier work of its stream.
 
 q_offset may be a device tensor: keys after it cost no time, the host does not wait for it, and the
 launches do not depend on it, so that a CUDA graph over a StaticCache can be replayed.
@@ -18,7 +20,16 @@ import triton
 import triton.language as tl
 
 from . import checks
-from .common import Arch, Launch, arch_of, cast, cdiv, device_function, next_pow2
+from .common import (
+    Arch,
+    Launch,
+    arch_of,
+    cast,
+    cdiv,
+    device_function,
+    next_pow2,
+    starts_early,
+)
 from .launching import planned
 from .prefix_attention import attend, key_range, walk
 from .prefix_tile import (
@@ -35,6 +46,7 @@ from .prefix_tile import (
 
 FEW_ROWS = 64  # largest number of query rows of a key/value head for which splitting keys is faster
 LEAST_KEYS = 128  # smallest number of keys of a split
+_MERGED = 2048  # elements of the parts of a row that one warp loads at a time
 
 
 @dataclass(frozen=True)
@@ -157,8 +169,11 @@ def _decode_kernel(
     PROGRAMS_P, BLOCKS_P, SPLITS_P, PART_P, BLOCKS_S, SPLITS_S, PART_S,
     SHARED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr, NATURAL: tl.constexpr, PRECISION: tl.constexpr,
+    SOFTCAP: tl.constexpr, NATURAL: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    if EARLY:
+        # programs of the merge may start where there is room, and wait for this grid's end
+        tl.extra.cuda.gdc_launch_dependents()
     program = tl.program_id(0)
     G = H // H_KV
     if program < PROGRAMS_P:  # the prefix first, as its programs have the most rows
@@ -202,9 +217,12 @@ def _decode_kernel(
 
 @triton.jit(do_not_specialize=["T", "ROWS", "SPLITS"])
 def _merge_kernel(
-    part_o, part_lse, sinks, o, lse, o_strides, H, T, ROWS, SPLITS,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SPLITS: tl.constexpr, NATURAL: tl.constexpr,
+    part_o, part_lse, sinks, o, lse, o_strides, H, T, ROWS, SPLITS, SPLIT_END,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SPLITS: tl.constexpr, CHUNK: tl.constexpr,
+    NATURAL: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)  # one of B * H * T
     h = row // T % H
     i = tl.arange(0, BLOCK_SPLITS)  # [BLOCK_SPLITS]
@@ -221,10 +239,15 @@ def _merge_kernel(
     total = tl.where(total > 0.0, total, 1.0)
     d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
     acc = tl.zeros((BLOCK_D,), tl.float32)
-    for split in range(0, SPLITS):
-        at = split * ROWS + row
-        weight = power(tl.load(part_lse + at) - safe, NATURAL)
-        acc += weight * tl.load(part_o + at * D + d, mask=d < D, other=0.0)
+    for first in range(0, SPLIT_END, CHUNK):
+        split = first + tl.arange(0, CHUNK)  # [CHUNK]
+        at = split.to(tl.int64) * ROWS + row  # [CHUNK]
+        ok = split < SPLITS  # [CHUNK]
+        some = tl.load(
+            part_o + at[:, None] * D + d[None, :], mask=ok[:, None] & (d < D)[None, :], other=0.0
+        )  # [CHUNK, BLOCK_D]
+        weight = tl.load(part_lse + at, mask=ok, other=float("-inf"))  # [CHUNK]
+        acc += tl.sum(power(weight - safe, NATURAL)[:, None] * some, 0)
     at = o + row // (H * T) * o_strides[0] + h * o_strides[1] + row % T * o_strides[2]
     tl.store(at + d, cast(acc / total, o.dtype.element_ty), mask=d < D)
     tl.store(lse + row, to_natural(top + logarithm(total, NATURAL), NATURAL))
@@ -237,7 +260,7 @@ def _stretches(count: int, splits: int, block_n: int) -> tuple[int, int]:
 
 
 def plan_decode(
-    problem: Problem, o: torch.Tensor, lse: torch.Tensor, config: DecodeConfig
+    problem: Problem, o: torch.Tensor, lse: torch.Tensor, config: DecodeConfig, arch: Arch
 ) -> list[Launch]:
     """The two launches that fill ``o`` [B, H, T, D] and ``lse`` [B, H, T] (contiguous).
 
@@ -257,6 +280,7 @@ def plan_decode(
     part_o = x.q.new_empty((splits, B, H, T, D), dtype=torch.float32)
     part_lse = x.q.new_empty((splits, B, H, T), dtype=torch.float32)
     at, offset, offset_stride = x.offsets()
+    early = starts_early(x.q, arch)
     args = (
         x.q, x.k, x.v, x.prefix_key, x.prefix_value, x.keep, x.no_prefix, at, part_o, part_lse,
         strides(x.q), strides(x.k), strides(x.v), strides(x.prefix_key, x.shared),
@@ -266,15 +290,22 @@ def plan_decode(
     )  # fmt: skip
     meta = x.meta() | dict(
         SHARED=x.shared, BLOCK_M=config.block_m, BLOCK_R=config.block_r, BLOCK_N=config.block_n,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        EARLY=early, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
-    merge = (part_o, part_lse, x.sinks, o, lse, strides(o), H, T, B * H * T, splits)
+    # all parts of a row are asked for at once; where they are many, in a loop
+    block_splits = next_pow2(splits)
+    chunk = min(block_splits, max(1, _MERGED // int(meta["BLOCK_D"])))
+    end = tl.constexpr(chunk) if chunk == block_splits else splits
+    merge = (part_o, part_lse, x.sinks, o, lse, strides(o), H, T, B * H * T, splits, end)
+    how = dict(num_warps=1, num_stages=1)
+    if early:  # an option that only NVIDIA's compiler knows
+        how |= dict(launch_pdl=True)
     return [
         Launch(_decode_kernel, (programs_p + programs_s,), args, meta),
         Launch(
             _merge_kernel, (B * H * T,), merge,
-            dict(D=D, BLOCK_D=meta["BLOCK_D"], BLOCK_SPLITS=next_pow2(splits),
-                 NATURAL=meta["NATURAL"], num_warps=1, num_stages=1),
+            dict(D=D, BLOCK_D=meta["BLOCK_D"], BLOCK_SPLITS=block_splits, CHUNK=chunk,
+                 NATURAL=meta["NATURAL"], EARLY=early, **how),
         ),
     ]  # fmt: skip
 
@@ -300,9 +331,8 @@ def decode(
         return attend(q, k, v, prefix_key, prefix_value, **options)  # type: ignore[arg-type]
     o, lse = problem.rows_like_q(), q.new_empty(q.shape[:3], dtype=torch.float32)
     if o.numel():
-        config = config or default_config(
-            problem.sizes, problem.shared, arch_of(q.device), q.element_size()
-        )
-        for launch in plan_decode(problem, o, lse, config):
+        arch = arch_of(q.device)
+        config = config or default_config(problem.sizes, problem.shared, arch, q.element_size())
+        for launch in plan_decode(problem, o, lse, config, arch):
             launch.run()
     return o, lse

@@ -219,6 +219,19 @@ def test_a_launch_that_starts_early_runs_beside_the_one_before() -> None:
     assert in_a_graph([early]) == pytest.approx(late.us)
 
 
+def test_an_early_launch_that_only_follows_overlaps_nothing() -> None:
+    first = formula(Traffic("a", 1, 8_000_000, 0), 0.0, GPU, Programs(100, 100, 1e6))
+    first = first._replace(allows=True)
+    second = Traffic("b", 1, 40_000_000, 0, requested=40_000_000)
+    merge = formula(second, 0.0, GPU, Programs(100, 100, 1e5), early=True, follows=True)
+    # the wait's latency, then four loads one after another, shorter than what memory takes
+    assert merge.terms["in flight"] == pytest.approx((1 + 4) * GPU.latency)
+    assert merge.follows and merge.terms["launch"] == 0.0
+    assert in_a_graph([first, merge]) == pytest.approx(2.0 + LAUNCH + merge.body)
+    late = in_a_graph([first._replace(allows=False), merge])
+    assert late == pytest.approx(2.0 + 2 * LAUNCH + merge.body)
+
+
 def test_pdl_is_read_from_the_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled_as(monkeypatch)
     y, x, w, a, b = meta(1, 64), meta(1, 128), meta(64, 128), meta(16, 128), meta(64, 16)

@@ -43,6 +43,7 @@ class Modelled(NamedTuple):
     in_flight: float = 0.0  # bytes that a program has asked for and not got, at any time
     waits: float = 0.0  # what an early start saves of the launch in front, if that allows it
     allows: bool = False  # it lets the next launch start early
+    follows: bool = False  # it has nothing to do before the launch in front ends
 
     @property
     def body(self) -> float:
@@ -79,7 +80,9 @@ def time_of(launch: Launch, gpu: str | Gpu) -> Modelled:
         body       = (P // slots) wave(slots) + wave(P % slots)
         waves      = body - longest of memory, L2, math, in flight
         launch     = GAP + latency                  0 with launch_pdl (see in_a_graph)
-        latency    = that of device memory, or of L2 for what a launch just before has written
+        latency    = that of device memory, or of L2 for what a launch just before has written;
+                     with launch_pdl such a chain is one latency longer, until that launch's end
+                     is seen
         us         = body + launch
 
     ``binds`` is "launch" if that is half of ``us`` or more, else "waves" if they are a quarter or
@@ -110,7 +113,8 @@ def time_of(launch: Launch, gpu: str | Gpu) -> Modelled:
         arithmetic = max(arithmetic, timing.integers(facts) / (gpu.integer * 1e6))
     if timing.near:
         gpu = gpu._replace(latency=gpu.near)
-    found = formula(t, arithmetic, gpu, programs, early=bool(launch.meta.get("launch_pdl")))
+    early = bool(launch.meta.get("launch_pdl"))
+    found = formula(t, arithmetic, gpu, programs, early=early, follows=timing.near)
     return found._replace(allows=_allows(launch.kernel))
 
 
@@ -145,10 +149,17 @@ def _in_flight(compiled: dict[str, Any], facts: Facts, whole: float) -> float:
 
 
 def formula(
-    t: Traffic, arithmetic: float, gpu: Gpu, programs: Programs | None, *, early: bool = False
+    t: Traffic,
+    arithmetic: float,
+    gpu: Gpu,
+    programs: Programs | None,
+    *,
+    early: bool = False,
+    follows: bool = False,
 ) -> Modelled:
     """The formulas of :func:`time_of`, with ``arithmetic`` for math; without programs, those of one
-    wave: a vendor's kernel is taken to keep enough in flight and to fill its waves.
+    wave: a vendor's kernel is taken to keep enough in flight and to fill its waves. ``early``: it
+    has launch_pdl; ``follows``: all that it reads is what the launch in front writes.
     """
     size = memory(t, gpu)
     l2 = max(t.requested, t.read) / (gpu.l2 * 1e6)
@@ -159,6 +170,8 @@ def formula(
         count, slots, in_flight, streams = programs
         sms = gpu.arch[0]
         chain = t.requested / count / in_flight * gpu.latency if in_flight else 0.0
+        if early and follows:
+            chain += gpu.latency
         if count <= slots and not streams:
             chain += t.written / (gpu.bandwidth * 1e6)
         terms["in flight"] = chain * max(1.0, count / slots)
@@ -182,7 +195,9 @@ def formula(
         binds = "waves"
     held = programs or Programs(0, 0, 0.0)
     waits = start if early else 0.0
-    return Modelled(us, terms, binds, t.name, held.count, held.slots, held.in_flight, waits)
+    return Modelled(
+        us, terms, binds, t.name, held.count, held.slots, held.in_flight, waits, follows=follows
+    )
 
 
 def vendor(t: Traffic, gpu: str | Gpu) -> Modelled:
@@ -196,16 +211,17 @@ def in_a_graph(launches: Sequence[Modelled]) -> float:
 
     A launch with launch_pdl runs beside the one in front of it, if that one signals that its
     dependents may start: both take the longer of their times, or what they ask of memory, L2 and
-    arithmetic together. Without the signal it is a launch as any other.
+    arithmetic together. One that only reads what the other has written waits for all of it, and
+    saves the launch alone. Without the signal it is a launch as any other.
     """
     total = 0.0
     before: Modelled | None = None
     for m in launches:
         total += m.us
-        if m.waits and before is not None and before.allows:
+        if m.waits and before is not None and before.allows and not m.follows:
             shared = max(before.terms[n] + m.terms[n] for n in ("memory", "L2", "math"))
             total += max(before.body, m.body, shared) - before.body - m.body
-        else:
+        elif before is None or not before.allows:
             total += m.waits
         before = m
     return total

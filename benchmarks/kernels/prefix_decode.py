@@ -38,7 +38,7 @@ def launches(x: prefix_tile.Problem, arch: Arch) -> list[Launch]:
     """The launches with the default config."""
     B, H, _, T, _, _, _ = x.sizes
     config = prefix_decode.default_config(x.sizes, x.shared, arch, x.q.element_size())
-    return prefix_decode.plan_decode(x, x.rows_like_q(), meta(B, H, T, dtype=FP32), config)
+    return prefix_decode.plan_decode(x, x.rows_like_q(), meta(B, H, T, dtype=FP32), config, arch)
 
 
 def _cases(arch: Arch) -> Iterator[Case]:

@@ -137,6 +137,16 @@ def test_decode(D, shared, T, dtype):
         assert torch.equal(o, prefix_decode.decode(*tensors[:5], **options)[0])
 
 
+def test_decode_merges_what_its_own_first_launch_wrote():
+    """The merge is started early, and must not read the parts of the call before."""
+    q, k, v, pk, pv, _ = draw((8, 32, 8, 1, 512, 128, 128))
+    drawn = [(q, k, v, pk, pv), (q, k, -v, pk, -pv)]
+    want = [prefix_decode.decode(*tensors)[0].clone() for tensors in drawn]
+    assert not torch.equal(*want)
+    for i in range(4 if ON_CPU else 200):
+        assert torch.equal(prefix_decode.decode(*drawn[i % 2])[0], want[i % 2])
+
+
 def test_keys_past_the_offset_and_padding_may_hold_anything():
     q, k, v, pk, pv, _ = draw((2, 8, 2, 1, 200, 30, 64))
     S = k.shape[2]

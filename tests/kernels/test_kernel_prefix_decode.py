@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from peftkern.kernels.common import arch_of
 from peftkern.kernels.prefix_attention import attend
 from peftkern.kernels.prefix_decode import DecodeConfig, decode, few_rows, plan_decode
 from peftkern.kernels.prefix_tile import check
@@ -16,6 +17,7 @@ from tests.kernels.oracle import DTYPES, assert_as_good_as_torch, far_rows, few
 from tests.kernels.test_kernel_prefix import MASKS, SMALL, assert_lse, by_torch, draw
 
 SPLIT = DecodeConfig(16, 16, 16, 2, 2, 4, 1)
+ARCH = arch_of(torch.device("cpu"))
 
 
 def verify(tensors, options, config=SPLIT):
@@ -72,6 +74,18 @@ def test_default_config_and_rows_over_several_tiles():
     verify(draw(2, 10, 1, 2, 9, 5, 16, shared=False), {})
 
 
+@pytest.mark.parametrize("sinks", [None, torch.tensor([0.5, -1.0])])
+def test_more_parts_than_a_merge_loads_at_a_time(sinks):
+    """Eight parts of D=256 are one load; there are 11, of which the last is short."""
+    tensors = draw(2, 2, 1, 2, 130, 20, 200)
+    x = check(*tensors)
+    o = x.rows_like_q()
+    config = DecodeConfig(16, 16, 16, 9, 2)
+    merge = plan_decode(x, o, o[..., 0], config, ARCH)[1]
+    assert merge.meta["CHUNK"] == 8 and merge.args[-1] == 11
+    verify(tensors, dict(sinks=sinks), config)
+
+
 def test_offsets_past_int32():
     q, _, _, pk, pv = draw(1, 1, 1, 1, 3, 2, 16, torch.float16)
     k, v = (far_rows(3, 16, seed=i)[None, None] for i in range(2))
@@ -94,7 +108,8 @@ def test_what_lies_past_a_device_offset_is_not_read():
     assert_as_good_as_torch(o, want, exact)
     # the launches are the same whatever the offset is: a graph replays them
     plans = [
-        plan_decode(check(q, k, v, pk, pv, q_offset=a), o, o[..., 0], SPLIT) for a in (at, at + 9)
+        plan_decode(check(q, k, v, pk, pv, q_offset=a), o, o[..., 0], SPLIT, ARCH)
+        for a in (at, at + 9)
     ]
     assert [p.grid for p in plans[0]] == [p.grid for p in plans[1]]
 
@@ -112,7 +127,7 @@ def test_a_shared_prefix_is_read_once_for_the_batch():
 
     def programs(B, shared):
         q, k, v, pk, pv = draw(B, 4, 2, 1, 8, 32, 16, shared=shared)
-        launch = plan_decode(check(q, k, v, pk, pv), q, q[..., 0], SPLIT)[0]
+        launch = plan_decode(check(q, k, v, pk, pv), q, q[..., 0], SPLIT, ARCH)[0]
         names = dict(zip(launch.kernel.arg_names, launch.args, strict=False))
         assert launch.grid[0] == names["PROGRAMS_P"] + B * 2
         return names["PROGRAMS_P"]
