@@ -215,7 +215,7 @@ def _decode_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["T", "ROWS", "SPLITS"])
+@triton.jit(do_not_specialize=["T", "ROWS", "SPLITS", "SPLIT_END"])
 def _merge_kernel(
     part_o, part_lse, sinks, o, lse, o_strides, H, T, ROWS, SPLITS, SPLIT_END,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SPLITS: tl.constexpr, CHUNK: tl.constexpr,
@@ -294,7 +294,7 @@ def plan_decode(
     )  # fmt: skip
     # all parts of a row are asked for at once; where they are many, in a loop
     block_splits = next_pow2(splits)
-    chunk = min(block_splits, max(1, _MERGED // int(meta["BLOCK_D"])))
+    chunk = min(block_splits, max(1, _MERGED // max(16, next_pow2(D))))
     end = tl.constexpr(chunk) if chunk == block_splits else splits
     merge = (part_o, part_lse, x.sinks, o, lse, strides(o), H, T, B * H * T, splits, end)
     how = dict(num_warps=1, num_stages=1)

@@ -29,6 +29,25 @@ def _grad_rows(f: Facts) -> Traffic:
     )  # fmt: skip
 
 
+def _rows_of_keys(f: Facts) -> int:
+    """Query rows of one head that all programs load, each with a tile of own or prefix keys.
+
+    An offset on the device counts as its default.
+    """
+    T, rows, block = f["T"], 0, f["BLOCK_N"]
+    offset = f["q_offset"] if f["q_offset_at"] is None else f["S"] - T
+    for count, shift in ((f["P"], f["P"]), (f["S"], 0)):
+        for n0 in range(0, count, block):
+            first, last = 0, T
+            if f["CAUSAL"]:
+                first = max(0, n0 - shift - offset) // f["BLOCK_M"] * f["BLOCK_M"]
+            if f["WINDOW"]:
+                end = min(n0 + block, count) - shift - offset + f["window"] - 1
+                last = min(T, max(0, end))
+            rows += max(0, last - first)
+    return rows
+
+
 def _grad_keys(f: Facts) -> Traffic:
     """Traffic of a launch for the gradients of keys and values.
 
@@ -37,7 +56,7 @@ def _grad_keys(f: Facts) -> Traffic:
     """
     own, others, rest = prefix.sources(f)
     rows = nbytes(f["q"]) + nbytes(f["grad_o"]) + nbytes(f["lse"]) + nbytes(f["delta"])
-    B, H, _, D = f["q"].shape
+    B, H, T, D = f["q"].shape
     tiles_p, tiles_s = cdiv(f["P"], f["BLOCK_N"]), cdiv(f["S"], f["BLOCK_N"])
     gradients = ("grad_k", "grad_v", "grad_pk", "grad_pv")
     return Traffic(
@@ -46,8 +65,7 @@ def _grad_keys(f: Facts) -> Traffic:
         written=total(f[name] for name in gradients),
         flops=8 * B * H * D * prefix.pairs(f),
         unit=unit_of(f["q"].dtype),
-        # an upper bound: with a causal mask, tiles that see nothing are skipped
-        requested=rows * (tiles_p + tiles_s) + own + others + rest,
+        requested=rows // T * _rows_of_keys(f) + own + others + rest,
     )  # fmt: skip
 
 
