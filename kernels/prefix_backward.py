@@ -71,14 +71,14 @@ def default_config(
     elif D <= 64:
         tiles = (64, 64, 32, 128, 4, 2, 8, 3) if arch.warpgroups else (64, 64, 32, 64, 4, 2, 8, 1)
     elif D <= 128:
-        tiles = (64, 64, 64, 128, 4, 2, 8, 1) if arch.blackwell else (64, 64, 32, 128, 4, 2, 8, 3)
+        tiles = (64, 32, 64, 128, 4, 3, 8, 1) if arch.blackwell else (64, 64, 32, 128, 4, 2, 8, 3)
         tiles = tiles if arch.warpgroups else (64, 32, 32, 64, 4, 3, 8, 3)
     elif arch.warpgroups:
-        tiles = (64, 64, 64, 64, 8, 1, 8, 1) if arch.blackwell else (64, 32, 64, 32, 8, 2, 8, 2)
+        tiles = (64, 32, 64, 32, 8, 1 if arch.blackwell else 2, 8, 2)
     else:
         tiles = (32, 32, 32, 32, 8, 1, 8, 1)
     block_m, block_n, key_m, key_n, num_warps, num_stages, key_warps, key_stages = tiles
-    fits = arch.warpgroups and itemsize == 2 and (D <= 128 or not arch.blackwell)
+    fits = arch.warpgroups and itemsize == 2 and (64 < D <= 128 or not arch.blackwell)
     if fits and B * H * cdiv(T, 128) >= arch.sms:
         block_m, num_warps = 128, 8  # keys and values are loaded half as often
     parts = max(1, min(B, cdiv(arch.sms, max(1, cdiv(P, key_n) * H_kv)))) if shared else 1
