@@ -39,8 +39,8 @@ from .common import (
     next_pow2,
     precision,
     row_stride,
+    starts_early,
 )  # fmt: skip
-from .decode import starts_early
 from .launching import planned
 from .mixed_config import MixedConfig, default_config, most_tiles
 from .mixed_segments import (
