@@ -83,7 +83,7 @@ EXEMPTIONS: tuple[Exemption, ...] = (
     ),
     *(
         Exemption(
-            f"{kernel} on slices", rule, kernel, "mixed .* slices",
+            f"{kernel} on slices, {rule}", rule, kernel, "mixed .* slices",
             "rows of X and W that start anywhere allow the 2 bytes of one element, fewer than "
             "cp.async takes",
         )
