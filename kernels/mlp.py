@@ -259,7 +259,7 @@ def mlp(
         launches = plan_mlp(
             gate, up, act, h, None, None, 1.0, None, config or default_config(M, K, 0, arch)
         )
-        shrink_config = default_shrink_config(M, K, [a.shape[0]], arch)
+        shrink_config = default_shrink_config(M, K, [a.shape[0]], arch, h.element_size())
         launches += plan_shrink(h, [a], [words], [scale], s, shrink_config)
     for launch in launches:
         launch.run()

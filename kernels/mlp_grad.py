@@ -324,15 +324,14 @@ def _plan_apart(
         if d is not None and not low:
             launches += plan_shrink(
                 grad, [member.b.T], [None], [member.scale], d,
-                default_shrink_config(M, K, [r], arch),
+                default_shrink_config(M, K, [r], arch, grad.element_size()),
             )  # fmt: skip
         if db is not None and member.s is not None and not sums:
-            launches += plan_grad_a(
-                grad, [member.s], [None], [db.T], default_grad_a_config(M, K, arch, [r])
-            )
+            config = default_grad_a_config(M, K, arch, [r], grad.element_size())
+            launches += plan_grad_a(grad, [member.s], [None], [db.T], config)
     if h is not None and ds is not None and out.da is not None:
         M, K = h.shape
-        config = default_grad_a_config(M, K, arch, [ds.shape[1]])
+        config = default_grad_a_config(M, K, arch, [ds.shape[1]], h.element_size())
         launches += plan_grad_a(h, [ds], [words], [out.da], config)
     return launches
 
