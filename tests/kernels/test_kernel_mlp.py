@@ -131,7 +131,8 @@ def check_backward(step, config=None):
     ours, torchs, exact = step.run(config=config), step.by_torch(), step.exact()
     assert len(ours) == len(torchs) == len(exact)
     for o, t, e in zip(ours, torchs, exact, strict=True):
-        assert_as_good_as_torch(o, t, e)
+        # in a sum of so few numbers the order alone can double the largest error
+        assert_as_good_as_torch(o, t, e, average=not isinstance(t, torch.Tensor))
     again = step.run(config=config)
     assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True)), "two runs differ"
 
