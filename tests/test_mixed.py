@@ -208,6 +208,27 @@ def test_names_are_a_sequence_with_an_index():
     assert AdapterNames(["__base__"]).order == () and len(AdapterNames([]).samples) == 0
 
 
+def test_names_used_in_inference_mode_can_train_later():
+    model, batch = model_of(), inputs("llama", batch=4)
+    names = AdapterNames(NAMES)
+    with torch.inference_mode():
+        first(model(**batch, adapter_names=names))
+    for name, weight in model.named_parameters():
+        weight.requires_grad_("lora_" in name)
+    found = []
+    for given in (names, NAMES):
+        model.zero_grad()
+        model(**batch, adapter_names=given).loss.backward()
+        grads = {n: w.grad for n, w in model.named_parameters() if w.grad is not None}
+        assert any(".b." in n for n in grads)
+        found.append({n: grad.clone() for n, grad in grads.items()})
+    assert_same_number(*found)
+    index = SampleIndex(names.samples.choice, 2)
+    with torch.inference_mode():
+        kept = [index.on(CPU), *index.rows(CPU)]
+    assert not any(t.is_inference() for t in kept)
+
+
 def test_an_index_out_of_range_is_refused():
     for choice, adapters in (([0, 2], 2), ([0, -2], 2), ([0], 0)):
         with pytest.raises(ValueError, match=rf"index\[\d\] is {choice[-1]}; allowed: -1 .base"):

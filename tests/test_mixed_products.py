@@ -129,6 +129,30 @@ def test_bf16_activations(adapter, autocast):
     assert_as_good_as_torch({0: y}, {0: torch.stack(rows)}, {0: exact})
 
 
+@pytest.mark.parametrize("ranks", [[3, 3, 3], [2, 3, 5]], ids=str)
+def test_half_adapters_under_autocast_to_another_half(ranks):
+    choice = [0, 1, 2, -1]
+    x, weight, bias, adapters = many(choice, ranks, 3)
+    half = [t.half() for t in (x, weight, bias)]
+    found = [Adapter(a.A.half(), a.B.half(), a.scale) for a in adapters]
+    exact = formula(
+        *(t.double() for t in half),
+        [Adapter(a.A.double(), a.B.double(), a.scale) for a in found],
+        choice,
+    )
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = lora_mixed(*half, found, SampleIndex(choice, 3))
+        rows = []
+        for row, i in zip(half[0], choice, strict=True):
+            plain = nn.functional.linear(row, *half[1:])
+            if i >= 0:
+                A, B, scale = found[i]
+                plain = plain + nn.functional.linear(nn.functional.linear(row, A), B) * scale
+            rows.append(plain)
+    assert y.dtype == torch.bfloat16
+    assert_as_good_as_torch({0: y}, {0: torch.stack(rows)}, {0: exact})
+
+
 def test_a_plan_is_made_once_for_equal_layers(monkeypatch):
     made = []
     real = mixed_torch.make_plan

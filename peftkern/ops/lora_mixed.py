@@ -30,6 +30,11 @@ class Adapter(NamedTuple):
     scale: float
 
 
+def _tensors_for_later() -> torch.inference_mode:
+    """Tensors made in inference mode could not be kept for a backward when they are used again."""
+    return torch.inference_mode(False)
+
+
 class SampleIndex:
     """The adapter of each sample of a batch, and tensors of it on devices.
 
@@ -74,7 +79,8 @@ class SampleIndex:
                     "captured cannot copy it there; before the capture, call samples.on(device) of "
                     "the AdapterNames that you pass"
                 )
-            made = torch.tensor(self.choice, dtype=torch.int32, device=device)
+            with _tensors_for_later():
+                made = torch.tensor(self.choice, dtype=torch.int32, device=device)
             found = self._index.setdefault(device, made)  # of several threads the first one's
         return found
 
@@ -89,7 +95,8 @@ class SampleIndex:
             for sample, i in enumerate(self.choice):
                 if i >= 0:
                     of[i].append(sample)
-            found = [torch.tensor(samples, device=device) if samples else None for samples in of]
+            with _tensors_for_later():
+                found = [torch.tensor(rows, device=device) if rows else None for rows in of]
             if not is_recording():  # tensors made in a trace belong to its graph
                 self._rows[device] = found
         return found
@@ -99,7 +106,8 @@ class SampleIndex:
         key = (facts, row_bytes, size, device)
         found = self._plans.get(key)
         if found is None or is_recording():
-            found = make_plan(self.choice, facts, row_bytes, size, device)
+            with _tensors_for_later():
+                found = make_plan(self.choice, facts, row_bytes, size, device)
             if not is_recording():  # tensors made in a trace belong to its graph
                 self._plans[key] = found
         return found

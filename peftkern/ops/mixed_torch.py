@@ -206,8 +206,11 @@ def _add_update(y: Tensor, x: Tensor, part: Part, adapters: Any, in_place: bool)
         add = y.addmm_ if in_place else y.addmm
         return add(s, bt, alpha=part.scale)
     batch = len(part.of)
-    A = _side_by_side([adapters[i].A for i in part.of], part.ranks, 0).to(low)
-    B = _side_by_side([adapters[i].B for i in part.of], part.ranks, 1).to(low)
+    As, Bs = [adapters[i].A for i in part.of], [adapters[i].B for i in part.of]
+    if part.dtype not in (low, torch.float32):  # autocast refuses to put these side by side
+        As, Bs = [A.to(low) for A in As], [B.to(low) for B in Bs]
+    A = _side_by_side(As, part.ranks, 0).to(low)
+    B = _side_by_side(Bs, part.ranks, 1).to(low)
     # with the small r as rows MKL is up to twice as fast as with r as columns
     s = torch.bmm(A, x.view(batch, -1, x.shape[1]).transpose(1, 2)).transpose(1, 2)
     scale = part.scale
