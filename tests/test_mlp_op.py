@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from peftkern.ops import lora_mlp as module
 from peftkern.ops import mlp_torch
@@ -155,6 +157,36 @@ def test_second_derivatives(kind, p):
 
     assert torch.autograd.gradcheck(run, leaves, fast_mode=True)
     assert torch.autograd.gradgradcheck(run, leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize("kind", ["gated", "packed", "plain"])
+def test_gradients_of_a_batch_of_outputs(act, kind):
+    found, packed = parts(kind, (True, True, True), 0.0, bias=True)
+    x = leaf(3, K, g=torch.Generator().manual_seed(1), dtype=torch.float64)
+    leaves = [x, *(t for m in found for t in m.tensors if t is not None and t.requires_grad)]
+    y = call(x, found, act, packed)
+    dys = torch.eye(y.numel(), dtype=y.dtype).view(y.numel(), *y.shape)
+    at_once = torch.autograd.grad(y, leaves, dys, retain_graph=True, is_grads_batched=True)
+    each = [torch.autograd.grad(y, leaves, dy, retain_graph=True) for dy in dys]
+    for i, grads in enumerate(zip(*each, strict=True)):
+        assert_same_number(at_once[i], torch.stack(grads))
+
+
+@pytest.mark.parametrize("kept", ["mm", "addmm", "silu", "mul"])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_selective_checkpoints_may_keep_any_output(kept, p):
+    found, packed = parts("gated", (True, True, True), p, bias=kept == "addmm")
+    x = leaf(40, K, g=torch.Generator().manual_seed(1), dtype=torch.float64)
+    aten = torch.ops.aten
+    ops = [{"mul": aten.mul.Tensor}.get(kept) or getattr(aten, kept).default]
+
+    def kept_by_a_checkpoint(*given):
+        contexts = partial(create_selective_checkpoint_contexts, ops)
+        return checkpoint(call, *given, use_reentrant=False, context_fn=contexts)
+
+    want = numbers(call, x, found, "silu", packed)
+    assert_same_number(numbers(kept_by_a_checkpoint, x, found, "silu", packed), want)
 
 
 @pytest.mark.parametrize("kind", ["gated", "packed"])

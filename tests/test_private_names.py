@@ -287,6 +287,44 @@ def test_without_ways_around_dispatch_modes(kind: str, monkeypatch: pytest.Monke
     assert before == len(seen) > 0
 
 
+def test_without_the_question_for_batches_of_gradients_there_are_none() -> None:
+    asked = []
+
+    def ask(grad: torch.Tensor) -> torch.Tensor:
+        asked.append((private.is_grad_batch(grad), poor.is_grad_batch(grad)))
+        return grad
+
+    poor = without("_C._functorch.is_legacy_batchedtensor")
+    x = torch.ones(3, requires_grad=True)
+    y = x * 2
+    y.register_hook(ask)
+    torch.autograd.grad(y, x, torch.eye(3), is_grads_batched=True, retain_graph=True)
+    torch.autograd.grad(y, x, torch.ones(3))
+    assert asked == [(True, False), (False, False)]
+
+
+@pytest.mark.parametrize("kind", ["nothing", "depth", "stack", *private.SELECTIVE])
+def test_without_the_modes_of_selective_checkpoints_all_outputs_are_kept(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch.utils import _python_dispatch, checkpoint
+
+    if kind == "depth":
+        monkeypatch.delattr(torch._C, "_len_torch_dispatch_stack")
+    elif kind == "stack":
+        monkeypatch.delattr(_python_dispatch, "_get_current_dispatch_mode_stack")
+    elif kind != "nothing":
+        monkeypatch.delattr(checkpoint, kind)
+    unknown = kind not in ("nothing", "depth")
+    assert not private.outputs_are_kept() or unknown
+    with _python_dispatch.TorchDispatchMode():
+        assert private.outputs_are_kept() == unknown
+    for mode in checkpoint.create_selective_checkpoint_contexts([]) if not unknown else ():
+        with mode:
+            assert private.outputs_are_kept()
+    assert not private.outputs_are_kept()
+
+
 class Lacking:
     """A class without any of the names that are looked up in an object."""
 

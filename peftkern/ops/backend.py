@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..utils.private import is_grad_batch
 from . import mlp_torch, torch_backend
 from .mlp_parts import Grads, Member
 from .projection import Plain, PlainGrad, Projection, ProjectionGrad
@@ -156,10 +157,21 @@ def select() -> Backend:
     return active
 
 
-def middle() -> Middle:
-    """The module that computes an MLP's middle where the active backend computes its linears."""
+def behind(dy: Tensor) -> Backend:
+    """The backend that computes a backward from dY.
+
+    Of a batch of gradients (``is_grads_batched``) it is torch's, as no kernel reads one.
+    """
+    return torch_backend if is_grad_batch(dy) else globals().get("active") or select()
+
+
+def middle(dy: Tensor | None = None) -> Middle:
+    """The module that computes an MLP's middle where the active backend computes its linears.
+
+    With dY it is the one of a backward (:func:`behind`).
+    """
     used: Any = globals().get("active") or select()
-    if used is torch_backend:
+    if used is torch_backend or (dy is not None and is_grad_batch(dy)):
         return mlp_torch
     if used.__name__.endswith("auto_backend"):
         from . import mlp_auto

@@ -64,7 +64,7 @@ class _LoraLinear(torch.autograd.Function):
             else dy2.new_empty((0, shape[-1]), dtype=dtype)
         )
         member = ProjectionGrad(dy2, w, A, B, s, bits, ctx.scale, ctx.p, needs_a, needs_b)
-        dx, [(da, db)] = _backend.active.backward(x2, [member], needs_x)
+        dx, [(da, db)] = _backend.behind(dy).backward(x2, [member], needs_x)
         dw = dbias = None
         if needs_w:
             dw = x2.t() @ dy2 if ctx.transposed else dy2.t() @ x2

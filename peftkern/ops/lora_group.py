@@ -69,7 +69,7 @@ class _LoraGroup(torch.autograd.Function):
         if not behind:
             return tuple(grads)
         x2 = x.reshape(-1, x.shape[-1])
-        dx, pairs = _backend.active.backward(x2, behind, needs[0])
+        dx, pairs = _backend.behind(behind[0].dy).backward(x2, behind, needs[0])
         grads[0] = dx.view(ctx.shape) if dx is not None else None
         for i, grad, (da, db) in zip(places, behind, pairs, strict=True):
             at = 2 + 4 * i

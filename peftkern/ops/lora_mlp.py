@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ..utils.private import unsafe_view
+from ..utils.private import is_grad_batch, unsafe_view
 from . import autocast
 from . import backend as _backend
 from .bits import unpack_bits
@@ -90,7 +90,7 @@ class _LoraMLP(torch.autograd.Function):
                 dy2, down.w, down.A, down.B, s, bits, down.scale, down.p, needs_a, needs_b
             )
         members = _members(inner, [row[5] for row in rows[:-1]], packed, gate.shape[1])
-        made, db_down = _backend.middle().backward(gate, up, act, behind, members)
+        made, db_down = _backend.middle(dy).backward(gate, up, act, behind, members)
         grads: list[Tensor | None] = [None] * len(needs)
         grads[-2:] = made.da, db_down
         if needs[-3]:
@@ -172,6 +172,8 @@ def _of_packed(
 
 def _whole(first: Tensor, second: Tensor) -> Tensor | None:
     """The matrix [M, 2 width] of which these are the halves; None when they are not."""
+    if is_grad_batch(first):  # it has no storage
+        return None
     M, width = first.shape
     apart = second.storage_offset() - first.storage_offset()
     same = first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
@@ -186,7 +188,7 @@ def _grad_x(
 ) -> Tensor | None:  # fmt: skip
     dx = None
     if behind and (needs_x or any(m.needs_a for m in behind)):
-        dx, pairs = _backend.active.backward(x, behind, needs_x, given)
+        dx, pairs = _backend.behind(given[0]).backward(x, behind, needs_x, given)
         for at, (da, _) in zip(places, pairs, strict=True):
             grads[at + 2] = da
     if needs_x:

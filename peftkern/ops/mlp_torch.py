@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..utils.private import is_grad_batch, outputs_are_kept
 from . import torch_backend
 from .bits import unpack_bits
 from .mlp_parts import Grads, Member, Shrink, ShrinkGrad
@@ -37,7 +38,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 def hidden(gate: Tensor, up: Tensor | None, act: str) -> Tensor:
     """H [M, I] of G [M, I] and U [M, I]; ``act`` is a name in :data:`ACTIVATIONS`."""
     h = ACTIVATIONS[act](gate)
-    return h if up is None else h.mul_(up)
+    if up is None:
+        return h
+    return h * up if outputs_are_kept() else h.mul_(up)
 
 
 def activate(
@@ -103,16 +106,19 @@ def _activate_grad(
 def _derivative(act: str, gate: Tensor, da: Tensor) -> Tensor:
     """dG for the gradient of act(G), written over it."""
     aten = torch.ops.aten
+    kind, over = "grad_input", {"grad_input": da}
+    if is_grad_batch(da):  # its vmap has no rule for operations that write to a given tensor
+        kind, over = "default", {}
     out: Tensor
     if act == "silu":
-        out = aten.silu_backward.grad_input(da, gate, grad_input=da)
+        out = getattr(aten.silu_backward, kind)(da, gate, **over)
     elif act == "relu":
-        out = aten.threshold_backward.grad_input(da, gate, 0, grad_input=da)
+        out = getattr(aten.threshold_backward, kind)(da, gate, 0, **over)
     elif act == "relu2":
         out = da.mul_(F.relu(gate)).mul_(2)
     else:
         form = "tanh" if act == "gelu_tanh" else "none"
-        out = aten.gelu_backward.grad_input(da, gate, approximate=form, grad_input=da)
+        out = getattr(aten.gelu_backward, kind)(da, gate, approximate=form, **over)
     return out
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from ..kernels.reference import reference_bits
+from ..utils.private import outputs_are_kept
 from .bits import pack_bits, unpack_bits
 from .mixed_torch import mixed as mixed
 from .projection import Projection, ProjectionGrad
@@ -122,11 +123,11 @@ def _forward(
     s = _scaled_mm(dropped, _in(low, A).t(), scale)
     del dropped
     bt = _in(low, B).t()
-    if low == x.dtype:
+    if low == x.dtype and not outputs_are_kept():
         y = torch.mm(s, bt) if bias is None else torch.addmm(bias, s, bt)
         return y.addmm_(x, w), s, bits
-    # the low-rank part has a wider dtype: rounding it to x's before the base product would lose its
-    # precision
+    # The low-rank part has a wider dtype: rounding it to x's before the base product would lose its
+    # precision. Or the base product, the most work, is what a selective checkpoint keeps.
     y = torch.mm(x, w) if bias is None else torch.addmm(bias, x, w)
     return torch.addmm(y.to(low), s, bt).to(x.dtype), s, bits
 
@@ -179,7 +180,7 @@ def infer(
 ) -> Tensor:
     """Y for x [..., K] without gradients or dropout; ``w`` is [K, N] when ``transposed``."""
     K, count, dtype = x.size(-1), x.numel(), x.dtype
-    if A.dtype is dtype and count <= _FEW_ROWS * K:
+    if A.dtype is dtype and count <= _FEW_ROWS * K and not outputs_are_kept():
         stored = w.t() if transposed else w
         if count == K and dtype is torch.float32 and x.is_cpu:
             # one row: matrix-vector products need no transposed views and cost half the host time

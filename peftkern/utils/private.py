@@ -31,6 +31,11 @@ else:
         return True
 
 
+# torch's gradients of a batch of outputs (`is_grads_batched`) come in tensors without memory, while
+# no transform is active
+is_grad_batch: Callable[[Tensor], bool] = getattr(
+    getattr(torch._C, "_functorch", None), "is_legacy_batchedtensor", lambda t: False
+)
 jit_is_tracing: Callable[[], bool] = getattr(torch._C, "_is_tracing", is_tracing)
 
 
@@ -48,6 +53,10 @@ cpu_flash_backward = _aten("_scaled_dot_product_flash_attention_for_cpu_backward
 unsafe_view: Callable[..., Tensor] = _aten("_unsafe_view") or torch.view_copy
 
 
+# torch's dispatch modes in the forward and the recomputation of a selective checkpoint
+SELECTIVE = ("_CachingTorchDispatchMode", "_CachedTorchDispatchMode")
+
+
 def without_dispatch_modes() -> contextlib.AbstractContextManager[Any]:
     """A context in which no dispatch mode (selective checkpointing, counters) sees calls."""
     depth = getattr(torch._C, "_len_torch_dispatch_stack", None)
@@ -58,6 +67,23 @@ def without_dispatch_modes() -> contextlib.AbstractContextManager[Any]:
     except ImportError:
         raise PrivateNameError("utils._python_dispatch._disable_current_modes") from None
     return _disable_current_modes()
+
+
+def outputs_are_kept() -> bool:
+    """True when selective checkpointing may keep the output of any operation of torch.
+
+    Such outputs may not be written to.
+    """
+    depth = getattr(torch._C, "_len_torch_dispatch_stack", None)
+    if depth is not None and depth() == 0:
+        return False
+    from torch.utils import _python_dispatch, checkpoint
+
+    stack = getattr(_python_dispatch, "_get_current_dispatch_mode_stack", None)
+    kinds: list[Any] = [getattr(checkpoint, name, None) for name in SELECTIVE]
+    if stack is None or None in kinds:
+        return True
+    return any(isinstance(mode, tuple(kinds)) for mode in stack())
 
 
 def in_backward() -> bool:

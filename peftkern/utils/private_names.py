@@ -86,6 +86,12 @@ REGISTER = (
     ),
     Private(
         "torch",
+        "_C._functorch.is_legacy_batchedtensor",
+        "gradients of a batch of outputs (`is_grads_batched`) have no memory for a kernel",
+        "such gradients raise torch's error, in an MLP's operation and on kernels",
+    ),
+    Private(
+        "torch",
         "_C._is_tracing",
         "torch.jit.is_tracing at a third of its cost, asked in every call of every layer",
         "torch.jit.is_tracing",
@@ -95,6 +101,19 @@ REGISTER = (
         "_C._len_torch_dispatch_stack",
         "whether any dispatch mode is on, before the import that hides a race from them",
         "the modes are switched off whether there are some or not",
+    ),
+    *(
+        Private(
+            "torch",
+            f"utils.{name}",
+            "an operation's output that selective checkpointing keeps may not be written to",
+            "within a dispatch mode no output is written to: right, with more memory",
+        )
+        for name in (
+            "_python_dispatch._get_current_dispatch_mode_stack",
+            "checkpoint._CachingTorchDispatchMode",
+            "checkpoint._CachedTorchDispatchMode",
+        )
     ),
     Private(
         "torch",
