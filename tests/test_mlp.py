@@ -415,6 +415,79 @@ def test_copies_and_pickles(blocks):
     assert_same_number(step(ours, batch), want)
 
 
+class Gated(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(6, 9), nn.Linear(6, 9), nn.Linear(9, 6)
+        self.act = nn.SiLU()
+
+    def forward(self, x):
+        return self.down(self.act(self.gate(x)) * self.up(x))
+
+
+class MadeWithArguments(Gated):
+    def __new__(cls, *args):
+        return super().__new__(cls)
+
+    def __getnewargs__(self):
+        return (1,)
+
+
+def remade(cls, state):
+    module = cls.__new__(cls)
+    module.__dict__.update(state)
+    return module
+
+
+class Remade(Gated):
+    def __reduce__(self):
+        return remade, (type(self), dict(self.__dict__))
+
+
+class Final(Gated):
+    def __init_subclass__(cls):
+        raise TypeError("there are no subclasses")
+
+
+class NeedsMore(type):
+    def __new__(mcls, name, bases, members, more):
+        return super().__new__(mcls, name, bases, members)
+
+    def __init__(cls, name, bases, members, more):
+        super().__init__(name, bases, members)
+
+
+class Asking(Gated, metaclass=NeedsMore, more=1):
+    pass
+
+
+@pytest.mark.parametrize("cls", [Gated, MadeWithArguments, Remade, Final, Asking])
+def test_classes_that_are_made_in_other_ways(blocks, cls, caplog, monkeypatch):
+    monkeypatch.setattr("peftkern.ops.notes._said", set())
+    torch.manual_seed(0)
+    base = nn.Sequential(cls()).double()
+    lora = {"r": 2, "target_modules": ["gate", "up", "down"], "init_lora_weights": False}
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**lora))
+    with caplog.at_level("INFO", "peftkern"):
+        ours = peftkern.get_peft_model(base, peftkern.LoraConfig(**lora))
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(4, 6, dtype=torch.float64)
+
+    def run(model):
+        model.zero_grad()
+        (y := model(x)).square().sum().backward()
+        grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        return {"y": y.detach(), **grads}
+
+    want = run(theirs)
+    for model in (ours, copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        assert isinstance(model.get_base_model()[0], cls)
+        assert_same_number(run(model), want)
+    refused = cls in (Final, Asking)
+    assert len(blocks) == {Remade: 1, Final: 0, Asking: 0}.get(cls, 3)
+    assert ("has a metaclass or __init_subclass__" in caplog.text) == refused
+
+
 def test_replicas_use_their_own_weights():
     """``nn.DataParallel`` copies the attributes of modules into replicas."""
     ours, _ = adapted(targets=MLP)

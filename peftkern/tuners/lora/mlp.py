@@ -11,6 +11,7 @@ from __future__ import annotations
 import copyreg
 import functools
 import logging
+from abc import ABCMeta
 from typing import Any, NamedTuple
 
 import torch
@@ -87,8 +88,10 @@ def _class_of(base: Any) -> Any:
     def reduce(self: nn.Module, protocol: Any) -> Any:
         """Copies and pickles name the original class, which a process can find."""
         make, args, *rest = base.__reduce_ex__(self, protocol)
-        if make is copyreg.__newobj__ and args == (made,):  # type: ignore[attr-defined]
-            make, args = _new, (base,)
+        if make is copyreg.__newobj__ and args[0] is made:  # type: ignore[attr-defined]
+            make, args = _new, (base, *args[1:])
+        # a __reduce__ of the class's own makes modules of the original class
+        make, args = base if make is made else make, tuple(base if a is made else a for a in args)
         return (make, args, *rest)
 
     names = {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
@@ -103,10 +106,17 @@ def _class_of(base: Any) -> Any:
     return made
 
 
-def _new(base: Any) -> Any:
-    """An empty module of the subclass of ``base``, or of ``base`` if it has no formula here."""
-    cls = _class_of(base) if formula_of(base) is not None else base
-    return cls.__new__(cls)
+def _extends(base: Any) -> bool:
+    """True when a subclass can be made and nothing but torch and Python takes note of it."""
+    return type(base) in (type, ABCMeta) and not any(
+        "__init_subclass__" in cls.__dict__ for cls in base.__mro__[:-1]
+    )
+
+
+def _new(base: Any, *args: Any) -> Any:
+    """An empty module of the subclass of ``base``, or of ``base`` if it has none here."""
+    cls = _class_of(base) if formula_of(base) is not None and _extends(base) else base
+    return cls.__new__(cls, *args)
 
 
 def _formula(module: nn.Module) -> Formula | None:
@@ -128,7 +138,11 @@ def form_blocks(model: nn.Module, layer_cls: type) -> None:
             and adapted & {*formula.linears}
             and {*formula.linears} <= {*children}
         ):
-            module.__class__ = _class_of(cls)
+            if _extends(cls):
+                module.__class__ = _class_of(cls)
+            else:
+                reason = f"{cls.__name__} has a metaclass or __init_subclass__"
+                note_once("an MLP trains as separate operations: %s", reason)
 
 
 def release_blocks(model: nn.Module, everywhere: bool = False) -> None:
