@@ -194,6 +194,8 @@ def main(argv: list[str] | None = None) -> int:
         ]
     except ValueError as error:  # from a tuning table
         parser.error(str(error))
+    if options.only and not rows:
+        parser.error(f'--only {" ".join(options.only)}: no row\'s "ARCH CASE" contains this')
     kept = {} if options.no_cache else store.load_committed() | store.load_user()
     missing: dict[str, tuple[str, str, str]] = {}  # by key, so that equal cases compile once
     for row in rows:

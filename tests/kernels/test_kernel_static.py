@@ -355,6 +355,11 @@ def test_interpreting_is_refused(tmp_path):
     assert done.returncode == 2 and "unset it" in done.stderr
 
 
+def test_a_text_that_no_row_has_is_refused(tmp_path):
+    done = python("-m", "benchmarks.static", "--only", "gemm dZ", cache=tmp_path)
+    assert done.returncode == 2 and "--only gemm dZ: no row" in done.stderr
+
+
 @pytest.mark.parametrize("path", sorted(ROOT.glob("kernels/*.py")), ids=lambda p: p.name)
 def test_kernels_are_a_leaf(path):
     """torch, Triton, the standard library and each other: nothing else, and never a package."""
