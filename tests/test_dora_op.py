@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import peft
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from peftkern.ops import dora_norm
 from peftkern.ops.dora import dora_linear, plain
@@ -84,6 +87,49 @@ def test_derivatives_of_both_orders(p, transposed, bias):
     assert_same_number(op(*given_), want)
     with torch.no_grad():
         assert_same_number(op(*given_), want)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.4])
+@pytest.mark.parametrize("bias", [False, True])
+def test_gradients_of_a_batch_of_outputs(p, bias):
+    x, w, b, A, B = case((2, 3), 5, 4, 2, 3, bias=bias)
+    m = torch.linspace(0.2, 0.9, 4).double()
+    leaves = [t.requires_grad_() for t in (x, A, B, m)]
+    y = dora_linear(x, w, b, A, B, m, 0.7, p)
+    dys = torch.eye(y.numel(), dtype=y.dtype).view(y.numel(), *y.shape)
+    at_once = torch.autograd.grad(y, leaves, dys, retain_graph=True, is_grads_batched=True)
+    each = [torch.autograd.grad(y, leaves, dy, retain_graph=True) for dy in dys]
+    for i, grads in enumerate(zip(*each, strict=True)):
+        assert_same_number(at_once[i], torch.stack(grads))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.4])
+@pytest.mark.parametrize("kept", ["mm", "addmm"])
+@pytest.mark.parametrize("frozen", [(), (5,)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_selective_checkpoints_may_keep_products(p, kept, frozen, dtype):
+    low = torch.promote_types(dtype, torch.float32)
+    x, w, b, A, B = case((2, 3), 5, 4, 2, 3, dtype, low, bias=kept == "addmm")
+    m = torch.linspace(0.2, 0.9, 4, dtype=low)
+    given_ = (x, w, b, A, B, m)
+    leaves = [given_[i].requires_grad_() for i in (0, 3, 4, 5) if i not in frozen]
+    ops = [getattr(torch.ops.aten, kept).default]
+    norms = row_norms(w, A, B, 0.7).detach()
+
+    def step(x):
+        return dora_linear(x, w, b, A, B, m, 0.7, p, False, norms)
+
+    contexts = partial(create_selective_checkpoint_contexts, ops)
+    selective = partial(checkpoint, step, use_reentrant=False, context_fn=contexts)
+    found = []
+    for way in (step, selective):
+        torch.manual_seed(1)
+        y = way(x)
+        found.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
+    if dtype == torch.float64:
+        assert_same_number(*found)
+    else:  # the operations are the same
+        assert all(map(torch.equal, *found))
 
 
 @pytest.mark.parametrize("frozen", ["x", "A", "B", "m"])

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ..utils.private import unsafe_view
+from ..utils.private import is_grad_batch, unsafe_view
 from . import autocast, dora_torch, torch_backend
 from . import backend as _backend
 from .bits import unpack_bits
@@ -68,7 +68,8 @@ class _DoraLinear(torch.autograd.Function):
         x2 = dy2.new_empty((0, shape[-1]), dtype=dtype) if x is None else x.reshape(-1, shape[-1])
         g = gain(magnitude, norms)
         member = ProjectionGrad(dy2, w, A, B, s, bits, scale, p, needs_a, needs_b)
-        dx, da, db, sums = ctx.products.backward(x2, member, bias, g, v, needs_x)
+        products = dora_torch if is_grad_batch(dy) else ctx.products
+        dx, da, db, sums = products.backward(x2, member, bias, g, v, needs_x)
         dw = dbias = dm = None
         if needs_w:
             dw = _weight_gradient(dy2, x2, g, bits, p)

@@ -22,6 +22,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..utils.private import is_grad_batch, outputs_are_kept
 from . import backend as _backend
 from .bits import pack_bits, unpack_bits
 from .projection import Projection, ProjectionGrad
@@ -45,21 +46,27 @@ def forward(
         s = _scaled_mm(x.to(low), A.to(low).t(), scale)
         wide = y.to(low)
         product = wide if bias is None else wide - bias.to(low)
-        wide = torch.addmm(wide, s, bt * g).addcmul_(product, g - 1)
+        wide = _add_scaled(torch.addmm(wide, s, bt * g), product, g - 1)
         return wide.to(x.dtype), s, y if keep_v else None, None
     dropped, keep, factor = (_drop_fused if x.is_cuda else _drop)(x.to(low), p)
     bits = pack_bits(keep)
     s = _scaled_mm(dropped, A.to(low).t(), scale * factor)
-    product = torch.mm(dropped, w.to(low)).mul_(factor)
+    product = torch.mm(dropped, w.to(low))
+    product = product * factor if outputs_are_kept() else product.mul_(factor)
     del dropped, keep
     kept = torch.addmm(product, s, bt) if keep_v else None
-    y = torch.addmm(y.to(low), s, bt * g).addcmul_(product, (gain - 1).to(low))
+    y = _add_scaled(torch.addmm(y.to(low), s, bt * g), product, (gain - 1).to(low))
     return y.to(x.dtype), s, kept, bits
+
+
+def _add_scaled(y: Tensor, product: Tensor, factor: Tensor) -> Tensor:
+    """y + factor ∘ product, in y's memory unless it is kept."""
+    return y.addcmul(product, factor) if outputs_are_kept() else y.addcmul_(product, factor)
 
 
 def scale_columns(v: Tensor, gain: Tensor, bias: Tensor | None, keep_v: bool) -> Tensor:
     """gain ∘ (v - bias) + bias, rounded once; in v's memory unless ``keep_v``."""
-    y = torch.empty_like(v) if keep_v else v
+    y = torch.empty_like(v) if keep_v or outputs_are_kept() else v
     if bias is None:
         return torch.mul(v, gain, out=y)
     return torch.addcmul((1 - gain) * bias, v, gain, out=y)
@@ -125,6 +132,11 @@ def scale_gradient(
     The first is in dY's dtype, and None unless ``wanted``. The second is in factor's dtype, and
     None without ``v``. No third matrix is made.
     """
+    if is_grad_batch(dy):  # its vmap has no rule for operations that write to a given tensor
+        wide = dy.to(factor.dtype)
+        behind = v if v is None or bias is None else v - bias.to(factor.dtype)
+        scaled = (wide * factor).to(dy.dtype) if wanted else None
+        return scaled, None if behind is None else (wide * behind).sum(0)
     out = torch.empty_like(dy) if wanted else None
     if v is None:
         return (torch.mul(dy, factor, out=out) if out is not None else None), None
