@@ -166,8 +166,8 @@ EXEMPTIONS: tuple[Exemption, ...] = (
     ),
     Exemption(
         "sums of parts", "waves", "reduce._sum_kernel", "mlp_grad",
-        "a program adds the parts of 1024 numbers and ends; how many there are is set by the launch "
-        "that leaves them",
+        "a program adds the parts of 1024 numbers and ends; the launch that leaves them sets how "
+        "many there are",
     ),
     Exemption(
         "grad_xa of many columns on sm_100", "waves", "grad_xa._grad_xa_kernel",
