@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 import warnings
 
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 
 import peftkern
 from benchmarks.gpu import blocks as blocks_of_gpu
+from peftkern.ops.lora_mlp import lora_mlp
 from peftkern.tuners.lora import mlp as module
 from peftkern.tuners.lora.mlp import release_blocks
 from peftkern.tuners.lora.mlp_formula import Formula, formula_of
@@ -604,6 +606,40 @@ def test_a_class_that_is_patched_later_is_seen(blocks, monkeypatch):
     batch = inputs("llama")
     assert_same_number(step(ours, batch), step(theirs, batch))
     assert blocks == [] and all("not one operation" in w for w in words(ours))
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_an_activation_that_is_patched_later_is_seen(blocks, monkeypatch, wrapped):
+    ours, theirs = adapted()
+    batch = inputs("llama")
+    step(ours, batch)
+    blocks.clear()
+    cls = type(ours.get_base_model().model.layers[0].mlp.act_fn)
+
+    def tanh(self, x):
+        return x.tanh()
+
+    monkeypatch.setattr(cls, "forward", functools.wraps(cls.forward)(tanh) if wrapped else tanh)
+    assert_same_number(step(ours, batch), step(theirs, batch))
+    assert blocks == []
+    monkeypatch.undo()
+    monkeypatch.setattr(module, "lora_mlp", lambda x, *a: blocks.append(a[3]) or lora_mlp(x, *a))
+    step(ours, batch)
+    assert blocks == ["silu"] * 2
+
+
+@pytest.mark.parametrize("name", MLP)
+def test_one_adapter_in_another_dtype(blocks, name):
+    ours, theirs = adapted(targets=MLP)
+    for model in (ours, theirs):
+        for part in ("lora_A", "lora_B"):
+            getattr(getattr(model.get_base_model().model.layers[0].mlp, name), part).float()
+    batch = inputs("llama")
+    mine, want = step(ours, batch), step(theirs, batch)
+    assert len(blocks) == 2
+    exact = step(copy.deepcopy(theirs).double(), batch)
+    assert {n: g.dtype for n, g in mine.items()} == {n: g.dtype for n, g in want.items()}
+    assert_as_good_as_torch(mine, want, exact)
 
 
 def test_keywords_run_the_original_forward(blocks):

@@ -141,9 +141,11 @@ def backward(
     ``given`` has dS of each projection if it is made already; then dB is not.
     """
     low = low_rank_dtype(x, members[0].A)
+    for m in members[1:]:  # the adapters of one MLP or group may have different dtypes
+        low = torch.promote_types(low, low_rank_dtype(x, m.A))
     dx, pairs, xl = None, [], _in(low, x)
     for i, m in enumerate(members):
-        ds, db = _over_dy(m, low) if given is None else (given[i], None)
+        ds, db = _over_dy(m, low) if given is None else (_in(low, given[i]), None)
         da = None
         mask = unpack_bits(m.bits, x.shape[1], low) if m.bits is not None else None
         if needs_x:

@@ -38,19 +38,31 @@ _TRANSFORMERS = {
     "AccurateGELUActivation": "gelu_tanh",
     "ReLUSquaredActivation": "relu2",
 }
-_TORCH: dict[type, str] = {nn.SiLU: "silu", nn.ReLU: "relu"}
+_TORCH: dict[type, str] = {nn.SiLU: "silu", nn.ReLU: "relu", nn.GELU: "gelu"}
+_activations: dict[tuple[type, Any], str | None] = {}  # {(class, its forward): the name}
 
 
 def activation_name(module: Any) -> str | None:
-    """The name of an activation in :data:`peftkern.ops.mlp_torch.ACTIVATIONS`; None without one."""
+    """The name of an activation in :data:`peftkern.ops.mlp_torch.ACTIVATIONS`; None without one.
+
+    An activation whose class got another forward has none.
+    """
     cls = module.__class__
-    if cls in _TORCH:
-        return _TORCH[cls]
-    if cls is nn.GELU:
-        return "gelu" if module.approximate == "none" else "gelu_tanh"
-    if cls.__module__ == "transformers.activations":
-        return _TRANSFORMERS.get(cls.__name__)
-    return None
+    try:
+        name = _activations[cls, cls.forward]
+    except KeyError:
+        name = _activations[cls, cls.forward] = _name_of(cls)
+    return "gelu_tanh" if name and cls is nn.GELU and module.approximate != "none" else name
+
+
+def _name_of(cls: Any) -> str | None:
+    if cls not in _TORCH and cls.__module__ != "transformers.activations":
+        return None
+    forward = cls.forward
+    own = forward.__module__ == cls.__module__ and forward.__qualname__ == f"{cls.__name__}.forward"
+    if not own or hasattr(forward, "__wrapped__"):
+        return None
+    return _TORCH.get(cls) or _TRANSFORMERS.get(cls.__name__)
 
 
 # ------------------------------------------------------------------------------ the class
