@@ -5,6 +5,8 @@ import torch
 
 import peftkern
 from peftkern.ops import backend, bits, notes, torch_backend, triton_backend
+from peftkern.ops.dora import dora_linear
+from peftkern.ops.lora import lora_linear
 from peftkern.ops.projection import Projection, ProjectionGrad
 from tests.closeness import assert_as_good_as_torch
 from tests.training import adapted, tiny_llama, train
@@ -105,3 +107,33 @@ def test_the_choice_is_made_in_one_place(monkeypatch):
     monkeypatch.setenv("PEFTKERN_BACKEND", "cublas")
     with pytest.raises(ValueError, match="PEFTKERN_BACKEND='cublas'.*auto, torch, triton"):
         backend.select()
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_gradients_of_a_batch_of_outputs_run_on_torch(dora):
+    """They come in tensors without memory, which no kernel can read."""
+
+    def grads(choice, dtype, batched):
+        g = torch.Generator().manual_seed(0)
+        shapes = (3, 16), (8, 16), (2, 16), (8, 2), (8,)
+        x, w, A, B, m = (torch.randn(*s, generator=g).to(dtype) for s in shapes)
+        leaves = [t.requires_grad_() for t in ((x, A, B, m) if dora else (x, A, B))]
+        dys = torch.eye(24, dtype=dtype).view(24, 3, 8)
+        with peftkern.use_backend(choice):
+            y = (
+                dora_linear(x, w, None, A, B, m, 0.7)
+                if dora
+                else lora_linear(x, w, None, A, B, 0.7)
+            )
+            if batched:
+                found = torch.autograd.grad(y, leaves, dys, is_grads_batched=True)
+            else:
+                each = [torch.autograd.grad(y, leaves, dy, retain_graph=True) for dy in dys]
+                found = [torch.stack(of_leaf) for of_leaf in zip(*each, strict=True)]
+        return dict(enumerate(found))
+
+    assert_as_good_as_torch(
+        grads("triton", torch.float32, True),
+        grads("torch", torch.float32, False),
+        grads("torch", torch.float64, False),
+    )
