@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import peft
 import pytest
@@ -22,6 +22,7 @@ from peftkern import liger
 from peftkern.cli.errors import UserError
 from peftkern.cli.settings import TrainSettings
 from peftkern.cli.train import train
+from peftkern.kernels import common
 from peftkern.tuners.lora.hf_layer import FusedLinear
 from tests.tiny import fill, inputs, make
 
@@ -213,8 +214,14 @@ def test_an_import_of_liger_that_fails_says_what_is_missing(monkeypatch, standin
         liger.patches()
 
 
+@pytest.fixture
+def compiled(monkeypatch):
+    """Kernels are compiled; other tests of the same process may interpret them."""
+    monkeypatch.setattr(common, "INTERPRET", SimpleNamespace(value=False))
+
+
 @pytest.mark.parametrize("library", [peftkern, peft], ids=["ours", "HF PEFT's"])
-def test_a_model_on_the_cpu(standin, library):
+def test_a_model_on_the_cpu(standin, compiled, library):
     refused(adapted(library), ValueError, "must be on a GPU, and .*weight is on cpu; move it first")
     assert standin.calls == []
 
@@ -264,7 +271,7 @@ def test_train_without_liger_kernel(settings, monkeypatch):
         train(settings)
 
 
-def test_train_on_the_cpu(settings, standin):
+def test_train_on_the_cpu(settings, standin, compiled):
     with pytest.raises(UserError, match="^--liger: liger-kernel needs a GPU"):
         train(settings)
 

@@ -7,6 +7,7 @@ import torch
 
 import peftkern
 from peftkern.ops import library
+from peftkern.tuners.lora.mlp import release_blocks
 from tests.changes import CHANGES, K, layer_of, layer_pair
 from tests.closeness import assert_as_good_as_torch, assert_same_number
 from tests.graphs import Graphs, JointGraphs, unwrapped
@@ -45,7 +46,8 @@ def assert_same(got, want):
 
 
 def ungrouped(model):
-    """q, k and v each with a seed of its own, as in compiled graphs."""
+    """The linears one by one, each with a seed of its own, as in compiled graphs."""
+    release_blocks(model, everywhere=True)
     for module in model.modules():
         if (group := module.__dict__.get("_group")) is not None:
             group.off = True
