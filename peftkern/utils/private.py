@@ -69,13 +69,16 @@ def without_dispatch_modes() -> contextlib.AbstractContextManager[Any]:
     return _disable_current_modes()
 
 
+# looked up once, as every small product asks
+_dispatch_depth = getattr(torch._C, "_len_torch_dispatch_stack", None)
+
+
 def outputs_are_kept() -> bool:
     """True when selective checkpointing may keep the output of any operation of torch.
 
     Such outputs may not be written to.
     """
-    depth = getattr(torch._C, "_len_torch_dispatch_stack", None)
-    if depth is not None and depth() == 0:
+    if _dispatch_depth is not None and _dispatch_depth() == 0:
         return False
     from torch.utils import _python_dispatch, checkpoint
 
