@@ -43,11 +43,15 @@ def interpreted(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def own_functions():
-    """Each test leaves transformers' module of Llama as it was."""
-    before = dict(vars(modeling_llama))
+    """Each test leaves transformers' modules as they were, for the others of this process."""
+    names = {NAMES.get(family, family) for family in FAMILIES}
+    modules = [
+        importlib.import_module(f"transformers.models.{name}.modeling_{name}") for name in names
+    ]
+    before = [dict(vars(module)) for module in modules]
     yield
-    for name, value in before.items():
-        setattr(modeling_llama, name, value)
+    for module, own in zip(modules, before, strict=True):
+        vars(module).update(own)
 
 
 def adapted(family="llama", library=peftkern, config=None, dtype=torch.float32, task="CAUSAL_LM"):
