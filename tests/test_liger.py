@@ -189,6 +189,13 @@ def test_a_rope_of_liger_leaves_models_on_the_cpu_alone(standin, on_a_gpu, monke
 # ------------------------------------------------------------------------------ bad input
 
 
+def forget_liger(monkeypatch):
+    """Make liger-kernel absent, also where other tests of this process have imported it."""
+    for name in [n for n in sys.modules if n.startswith("liger_kernel.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "liger_kernel", None)
+
+
 def refused(model, error, match):
     before = state(model)
     with pytest.raises(error, match=match):
@@ -198,7 +205,7 @@ def refused(model, error, match):
 
 @pytest.mark.parametrize("library", [peftkern, peft], ids=["ours", "HF PEFT's"])
 def test_without_liger_kernel(monkeypatch, library):
-    monkeypatch.setitem(sys.modules, "liger_kernel", None)
+    forget_liger(monkeypatch)
     refused(
         adapted(library),
         ImportError,
@@ -266,7 +273,7 @@ def settings(tmp_path):
 
 
 def test_train_without_liger_kernel(settings, monkeypatch):
-    monkeypatch.setitem(sys.modules, "liger_kernel", None)
+    forget_liger(monkeypatch)
     with pytest.raises(UserError, match="^--liger: liger-kernel is not installed; pip install"):
         train(settings)
 
