@@ -272,17 +272,16 @@ def test_without_ways_around_dispatch_modes(kind: str, monkeypatch: pytest.Monke
             seen.append(func)
             return func(*args, **(kwargs or {}))
 
-    if kind != "nothing":
-        monkeypatch.delattr(torch._C, "_len_torch_dispatch_stack")
+    names = private if kind == "nothing" else without("_C._len_torch_dispatch_stack")
     if kind == "both":
         monkeypatch.delattr(_python_dispatch, "_disable_current_modes")
         with pytest.raises(PrivateNameError, match="_disable_current_modes"):
-            private.without_dispatch_modes()
+            names.without_dispatch_modes()
         return
     with Mode():
         torch.zeros(1).add(1)
         before = len(seen)
-        with private.without_dispatch_modes():
+        with names.without_dispatch_modes():
             torch.zeros(1).add(1)
     assert before == len(seen) > 0
 
@@ -309,20 +308,19 @@ def test_without_the_modes_of_selective_checkpoints_all_outputs_are_kept(
 ) -> None:
     from torch.utils import _python_dispatch, checkpoint
 
-    if kind == "depth":
-        monkeypatch.delattr(torch._C, "_len_torch_dispatch_stack")
-    elif kind == "stack":
+    names = without("_C._len_torch_dispatch_stack") if kind == "depth" else private
+    if kind == "stack":
         monkeypatch.delattr(_python_dispatch, "_get_current_dispatch_mode_stack")
-    elif kind != "nothing":
+    elif kind in private.SELECTIVE:
         monkeypatch.delattr(checkpoint, kind)
     unknown = kind not in ("nothing", "depth")
-    assert not private.outputs_are_kept() or unknown
+    assert not names.outputs_are_kept() or unknown
     with _python_dispatch.TorchDispatchMode():
-        assert private.outputs_are_kept() == unknown
+        assert names.outputs_are_kept() == unknown
     for mode in checkpoint.create_selective_checkpoint_contexts([]) if not unknown else ():
         with mode:
-            assert private.outputs_are_kept()
-    assert not private.outputs_are_kept()
+            assert names.outputs_are_kept()
+    assert not names.outputs_are_kept()
 
 
 class Lacking:

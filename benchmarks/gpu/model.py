@@ -29,7 +29,6 @@ from .store import Broken, Watch
 from .timing import Timed, interleave
 
 LOSS_AGREES = 2e-2  # relative; the losses of equal bf16 models differ by a tenth of it
-GIB = 2**30
 
 
 @dataclass(frozen=True)

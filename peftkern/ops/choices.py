@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..kernels.decode import MAX_ROWS
 from ..kernels.tuning import Key
-from . import torch_backend, triton_backend
+from . import masks, torch_backend, triton_backend
 from .projection import Projection, ProjectionGrad
 
 TORCH = "torch"
@@ -49,7 +49,7 @@ def in_graph(key: Key) -> Key:
 
 def words_for(x: Tensor, members: list[Projection]) -> list[Tensor | None]:
     """The packed mask of each projection of x [M, K], drawn in their order."""
-    return triton_backend.words_of(x, [m.p for m in members])
+    return masks.words_of(x, [m.p for m in members])
 
 
 def forward(

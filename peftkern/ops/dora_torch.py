@@ -26,7 +26,8 @@ from ..utils.private import is_grad_batch, outputs_are_kept
 from . import backend as _backend
 from .bits import pack_bits, unpack_bits
 from .projection import Projection, ProjectionGrad
-from .torch_backend import _drop, _drop_fused, _mm_to, _scaled_mm, low_rank_dtype
+from .torch_backend import _drop, _drop_fused
+from .torch_products import low_rank_dtype, mm_to, scaled_mm
 
 _BLOCK = 1 << 18  # elements in float32 of a block of rows
 
@@ -43,14 +44,14 @@ def forward(
     bt, g = B.to(low).t(), gain.to(low)
     y = torch.mm(x, w) if bias is None else torch.addmm(bias, x, w)
     if p == 0.0:
-        s = _scaled_mm(x.to(low), A.to(low).t(), scale)
+        s = scaled_mm(x.to(low), A.to(low).t(), scale)
         wide = y.to(low)
         product = wide if bias is None else wide - bias.to(low)
         wide = _add_scaled(torch.addmm(wide, s, bt * g), product, g - 1)
         return wide.to(x.dtype), s, y if keep_v else None, None
     dropped, keep, factor = (_drop_fused if x.is_cuda else _drop)(x.to(low), p)
     bits = pack_bits(keep)
-    s = _scaled_mm(dropped, A.to(low).t(), scale * factor)
+    s = scaled_mm(dropped, A.to(low).t(), scale * factor)
     product = torch.mm(dropped, w.to(low))
     product = product * factor if outputs_are_kept() else product.mul_(factor)
     del dropped, keep
@@ -95,13 +96,13 @@ def backward(
         scaled, sums = scale_gradient(dy, gain - 1, v, None, needs_x)
     apart = sums is not None and p == 0.0 and low != x.dtype
     if s is not None and (needs_b or apart):
-        outer = _mm_to(dyl.t(), s, torch.promote_types(B.dtype, low))  # dYᵀ S
+        outer = mm_to(dyl.t(), s, torch.promote_types(B.dtype, low))  # dYᵀ S
         if sums is not None and apart:
             sums += (outer * B).sum(1)  # the part of Z that V leaves out
         db = (outer * gain[:, None]).to(B.dtype) if needs_b else None
     if not (needs_x or needs_a):
         return None, None, db, sums
-    ds = _scaled_mm(dyl, (B * gain[:, None]).to(low), scale / (1.0 - p))
+    ds = scaled_mm(dyl, (B * gain[:, None]).to(low), scale / (1.0 - p))
     mask = unpack_bits(bits, K, low) if bits is not None else None
     if scaled is not None:
         dx = torch.mm(ds, A.to(low))
@@ -113,7 +114,7 @@ def backward(
         dx = dx.to(x.dtype)
     if needs_a:
         xl = x.to(low)
-        da = _mm_to(ds.t(), xl if mask is None else mask.mul_(xl), A.dtype)
+        da = mm_to(ds.t(), xl if mask is None else mask.mul_(xl), A.dtype)
     return dx, da, db, sums
 
 

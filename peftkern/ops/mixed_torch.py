@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from . import autocast
+from .torch_products import low_rank_dtype
 
 # How many bytes of A and B can be copied in the host time that one adapter, or one part, takes.
 # Measured on a CPU: 16 us for the calls, 0.15 us to copy and multiply a KB.
@@ -185,16 +186,16 @@ def _side_by_side(ts: list[Tensor], ranks: tuple[int, ...], dim: int) -> Tensor:
     return side.view(-1, len(ts), widest).permute(1, 2, 0)
 
 
-def _product_dtype(x: Tensor, adapter: torch.dtype) -> torch.dtype:
-    """The dtype of the low-rank products: autocast's, on CUDA x's, or else the adapter's."""
-    if autocast.is_on(x) and torch.float64 not in (x.dtype, adapter):
+def _product_dtype(x: Tensor, A: Tensor) -> torch.dtype:
+    """The dtype of the low-rank products: autocast's, or else as for one adapter."""
+    if autocast.is_on(x) and torch.float64 not in (x.dtype, A.dtype):
         return torch.get_autocast_dtype(x.device.type)
-    return adapter if not x.is_cuda else x.dtype
+    return low_rank_dtype(x, A)
 
 
 def _add_update(y: Tensor, x: Tensor, part: Part, adapters: Any, in_place: bool) -> Tensor:
     """y [rows, N] + the update of the part's samples, x [rows, K]."""
-    low = _product_dtype(x, part.dtype)
+    low = _product_dtype(x, adapters[part.of[0]].A)
     x = x.to(low)
     if len(part.of) == 1:
         assert not isinstance(part.scale, Tensor)  # one adapter has one scale

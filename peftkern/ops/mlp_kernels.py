@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.expand import expand, low_rank_grad_input
-from . import mlp_torch, mlp_triton, triton_backend, tuned
+from . import masks, mlp_torch, mlp_triton, triton_backend, tuned
 from .device import on_its_device
 from .mlp_parts import Grads, Member, Shrink, ShrinkGrad
 from .notes import note_once
@@ -40,7 +40,7 @@ def forward(
     if isinstance(down, Plain):
         h, _ = mlp_triton.activate(gate, up, act, None)
         return mlp_torch.product(h, down), None, None
-    [bits] = triton_backend.words_of(gate, [down.p]) if words is None else words
+    [bits] = masks.words_of(gate, [down.p]) if words is None else words
     shrink = Shrink(down.A, down.scale / (1.0 - down.p), bits)
     h, s = mlp_triton.activate(gate, up, act, shrink)
     assert s is not None

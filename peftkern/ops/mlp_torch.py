@@ -24,7 +24,8 @@ from . import torch_backend
 from .bits import unpack_bits
 from .mlp_parts import Grads, Member, Shrink, ShrinkGrad
 from .projection import Plain, PlainGrad, Projection, ProjectionGrad
-from .torch_backend import _add_low_rank, _in, _mm_to, _over_dy, _scaled_mm, low_rank_dtype
+from .torch_backend import _add_low_rank, _over_dy
+from .torch_products import in_dtype, low_rank_dtype, mm_to, scaled_mm
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -51,10 +52,10 @@ def activate(
     if down is None:
         return h, None
     low = low_rank_dtype(h, down.A)
-    dropped = _in(low, h)
+    dropped = in_dtype(low, h)
     if down.bits is not None:
         dropped = unpack_bits(down.bits, h.shape[1], low).mul_(dropped)
-    return h, _scaled_mm(dropped, _in(low, down.A).t(), down.factor)
+    return h, scaled_mm(dropped, in_dtype(low, down.A).t(), down.factor)
 
 
 def activate_grad(
@@ -92,8 +93,8 @@ def _activate_grad(
             if up is not None:
                 h.mul_(up)
             ds, mask, dtype = down
-            h = _in(ds.dtype, h)
-            da = _mm_to(ds.t(), h if mask is None else mask.mul_(h), dtype)
+            h = in_dtype(ds.dtype, h)
+            da = mm_to(ds.t(), h if mask is None else mask.mul_(h), dtype)
         del h
     dgate = _derivative(act, gate, dh)
     made = [
@@ -125,9 +126,9 @@ def _derivative(act: str, gate: Tensor, da: Tensor) -> Tensor:
 def _of_member(dy: Tensor, m: Member) -> tuple[Tensor, Tensor | None]:
     """(dS, dB if wanted) of gate's or up's adapter."""
     low = low_rank_dtype(dy, m.B)
-    dyl = _in(low, dy)
-    db = None if m.s is None else _mm_to(dyl.t(), m.s, m.B.dtype)
-    return _scaled_mm(dyl, _in(low, m.B), m.factor), db
+    dyl = in_dtype(low, dy)
+    db = None if m.s is None else mm_to(dyl.t(), m.s, m.B.dtype)
+    return scaled_mm(dyl, in_dtype(low, m.B), m.factor), db
 
 
 def forward(
@@ -164,7 +165,7 @@ def backward(
     low = low_rank_dtype(gate, down.A)
     ds, db = _over_dy(down, low)
     mask = unpack_bits(down.bits, gate.shape[1], low) if down.bits is not None else None
-    dh = _add_low_rank(None, ds, _in(low, down.A), mask)
+    dh = _add_low_rank(None, ds, in_dtype(low, down.A), mask)
     if low == down.dy.dtype:
         dh.addmm_(down.dy, down.w.t())
     else:

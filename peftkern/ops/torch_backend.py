@@ -22,6 +22,8 @@ from ..utils.private import outputs_are_kept
 from .bits import pack_bits, unpack_bits
 from .mixed_torch import mixed as mixed
 from .projection import Projection, ProjectionGrad
+from .torch_products import in_dtype, mm_to, scaled_mm
+from .torch_products import low_rank_dtype as low_rank_dtype
 
 # Projections of one x without gradients are computed together up to this many rows. Here each is as
 # fast alone: nothing is launched, and nothing can be shared but the host's time of a few calls.
@@ -33,41 +35,6 @@ _FEW_ROWS = 32
 def why_not(x: Tensor, A: Tensor) -> str | None:
     """The reason that a compiler gets the plain formula and no operator of this backend."""
     return "torch's own products, which the compiler fuses with their neighbours"
-
-
-def low_rank_dtype(x: Tensor, A: Tensor) -> torch.dtype:
-    """The dtype of the low-rank products.
-
-    On CUDA it is the activations', so that float32 adapters in a bf16 model run on the matrix
-    units. Elsewhere it is the adapter's, as in HF PEFT, which costs nothing without matrix units.
-    """
-    return x.dtype if x.is_cuda else A.dtype
-
-
-def _in(dtype: torch.dtype, t: Tensor) -> Tensor:
-    """``t`` in ``dtype``; skips a call of ``to`` without effect, which costs half a microsecond."""
-    return t if t.dtype is dtype else t.to(dtype)
-
-
-def _scaled_mm(a: Tensor, b: Tensor, alpha: float) -> Tensor:
-    """a b · alpha [M, r], with the factor applied before the one rounding to the result's dtype."""
-    if a.is_cpu:
-        # MKL is several times faster with the small r as rows than as columns; the result is a
-        # transposed view, which later products take without a copy
-        out = a.new_empty((b.shape[1], a.shape[0]))
-        return torch.addmm(out, b.t(), a.t(), beta=0, alpha=alpha).t()
-    out = a.new_empty((a.shape[0], b.shape[1]))
-    return torch.addmm(out, a, b, beta=0, alpha=alpha)
-
-
-def _mm_to(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a b in ``dtype``, without rounding to a narrower one in between."""
-    if a.dtype != dtype and a.is_cuda and dtype == torch.float32:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    a, b = a.to(dtype), b.to(dtype)
-    if a.is_cpu and b.shape[1] < a.shape[0]:  # as in _scaled_mm
-        return torch.mm(b.t(), a.t()).t().contiguous()
-    return torch.mm(a, b)
 
 
 def _drop(x: Tensor, p: float) -> tuple[Tensor, Tensor, float]:
@@ -112,7 +79,7 @@ def _forward(
     weight, bias, A, B, scale, p, transposed = member
     w = weight if transposed else weight.t()
     low = low_rank_dtype(x, A)
-    dropped, bits = _in(low, x), words
+    dropped, bits = in_dtype(low, x), words
     if words is not None:
         dropped = unpack_bits(words, x.shape[1], low).mul_(dropped)
         scale = scale / (1.0 - p)
@@ -120,9 +87,9 @@ def _forward(
         dropped, keep, factor = (_drop_fused if x.is_cuda else _drop)(dropped, p)
         bits = pack_bits(keep)
         scale = scale * factor
-    s = _scaled_mm(dropped, _in(low, A).t(), scale)
+    s = scaled_mm(dropped, in_dtype(low, A).t(), scale)
     del dropped
-    bt = _in(low, B).t()
+    bt = in_dtype(low, B).t()
     if low == x.dtype and not outputs_are_kept():
         y = torch.mm(s, bt) if bias is None else torch.addmm(bias, s, bt)
         return y.addmm_(x, w), s, bits
@@ -143,28 +110,28 @@ def backward(
     low = low_rank_dtype(x, members[0].A)
     for m in members[1:]:  # the adapters of one MLP or group may have different dtypes
         low = torch.promote_types(low, low_rank_dtype(x, m.A))
-    dx, pairs, xl = None, [], _in(low, x)
+    dx, pairs, xl = None, [], in_dtype(low, x)
     for i, m in enumerate(members):
-        ds, db = _over_dy(m, low) if given is None else (_in(low, given[i]), None)
+        ds, db = _over_dy(m, low) if given is None else (in_dtype(low, given[i]), None)
         da = None
         mask = unpack_bits(m.bits, x.shape[1], low) if m.bits is not None else None
         if needs_x:
-            dx = _add_low_rank(dx, ds, _in(low, m.A), mask)
+            dx = _add_low_rank(dx, ds, in_dtype(low, m.A), mask)
             if low == m.dy.dtype:
                 dx.addmm_(m.dy, m.w.t())
             else:
                 dx.add_(torch.mm(m.dy, m.w.t()))
         if m.needs_a:
-            da = _mm_to(ds.t(), xl if mask is None else mask.mul_(xl), m.A.dtype)
+            da = mm_to(ds.t(), xl if mask is None else mask.mul_(xl), m.A.dtype)
         pairs.append((da, db))
     return (dx.to(x.dtype) if dx is not None else None), pairs
 
 
 def _over_dy(m: ProjectionGrad, low: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """(dS, dB if wanted) of a projection, by products in ``low``; they need only dY."""
-    dyl = _in(low, m.dy)
-    db = _mm_to(dyl.t(), m.s, m.B.dtype) if m.needs_b and m.s is not None else None
-    return _scaled_mm(dyl, _in(low, m.B), m.scale / (1.0 - m.p)), db
+    dyl = in_dtype(low, m.dy)
+    db = mm_to(dyl.t(), m.s, m.B.dtype) if m.needs_b and m.s is not None else None
+    return scaled_mm(dyl, in_dtype(low, m.B), m.scale / (1.0 - m.p)), db
 
 
 def _add_low_rank(dx: Tensor | None, ds: Tensor, A: Tensor, mask: Tensor | None) -> Tensor:

@@ -3,10 +3,6 @@
 Calls that the kernels do not take (float64, ranks above 256, a CPU outside Triton's interpreter) go
 to the torch backend, with the reason from :func:`why_not`. Kernels run with the configs that a
 tuning table has for this GPU, or else with their own defaults (:mod:`.tuned`).
-
-The mask is a function of a seed drawn from torch's CPU generator, which gradient checkpointing
-restores: the recomputed forward drops the same elements. It has the distribution of torch's
-dropout, not its elements.
 """
 
 from __future__ import annotations
@@ -17,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernels.bits import Draw, dropout_bits
 from ..kernels.checks import DTYPES, MAX_RANK
 from ..kernels.common import INTERPRET, arch_of, next_pow2
 from ..kernels.decode import MAX_ROWS, decode_group
@@ -30,12 +25,13 @@ from ..kernels.grad_xa import fits as grad_xa_fits
 from ..kernels.grad_xa import grad_xa
 from ..kernels.mixed import MAX_ADAPTERS
 from ..kernels.mixed import mixed as _mixed
-from ..kernels.reference import reference_bits
-from ..kernels.shrink import draws, shrink
+from ..kernels.shrink import shrink
 from ..kernels.shrink_expand import fits as shrink_expand_fits
 from ..kernels.shrink_expand import shrink_expand
 from . import torch_backend, tuned
-from .device import capturing, on_its_device
+from .device import on_its_device
+from .masks import draw as draw
+from .masks import to_draw
 from .notes import note_once
 from .projection import Projection, ProjectionGrad
 
@@ -81,72 +77,6 @@ def _declines(x: Tensor, A: Tensor) -> bool:
     return reason is not None
 
 
-def _seed(x: Tensor) -> int | Tensor:
-    if capturing(x):
-        # replays of a graph get new numbers only from the device's own generator
-        return torch.randint(2**62, (1,), device=x.device)
-    return int(torch.randint(2**62, (1,)).item())
-
-
-# (device, K, p) of masks for which this process has run, and so loaded, the kernel
-_drawn: set[tuple[int, int, float]] = set()
-
-
-def words_of(x: Tensor, ps: list[float]) -> list[Tensor | None]:
-    """The packed mask of x [M, K] for each projection, None for those that drop nothing.
-
-    With equal probabilities all are drawn in one launch. The capture of a CUDA graph may load no
-    kernel: if the kernel has not made such a mask before, torch's own operations make the same
-    words there.
-    """
-    if not any(ps):
-        return [None] * len(ps)
-    (M, K), index = x.shape, x.get_device()
-    alike = len(ps) > 1 and len(set(ps)) == 1 and ps[0] > 0.0
-    kinds = {(index, K, p) for p in ps if p > 0.0}
-    if capturing(x) and not kinds <= _drawn:
-        seeds = [_seed(x)] * len(ps) if alike else [_seed(x) if p > 0.0 else 0 for p in ps]
-        return [
-            reference_bits(M, K, p, seed, group=i if alike else 0) if p > 0.0 else None
-            for i, (p, seed) in enumerate(zip(ps, seeds, strict=True))
-        ]
-    words: list[Tensor | None]
-    if alike:
-        words = list(dropout_bits(M, K, ps[0], _seed(x), groups=len(ps), device=x.device))
-    else:
-        words = [dropout_bits(M, K, p, _seed(x), device=x.device) if p > 0.0 else None for p in ps]
-    if M:  # without rows nothing is launched
-        _drawn.update(kinds)
-    return words
-
-
-# facts of calls in which this process has loaded a shrink that draws its masks
-_drew: set[tuple[Any, ...]] = set()
-
-
-def _to_draw(
-    x: Tensor, ps: list[float], ranks: list[int], facts: tuple[Any, ...]
-) -> tuple[list[Tensor | None], Draw | None]:
-    """(words, None), or (words that the shrink is to fill, what it draws them from).
-
-    The shrink draws them where one launch makes all of S, and all have the same probability. Their
-    elements are those of :func:`words_of`. A kernel that draws is another one than a kernel that
-    reads; where it has not run yet for a call with these ``facts``, a capture does without.
-    """
-    (M, K), p = x.shape, ps[0]
-    if p == 0.0 or len(set(ps)) > 1 or not draws(ranks) or not x.numel():
-        return words_of(x, ps), None
-    call = (x.get_device(), K, p, *facts)
-    if capturing(x) and call not in _drew:
-        return words_of(x, ps), None
-    _drew.add(call)
-    # torch's operations are those of words_of: selective checkpointing counts them
-    draw, shape = Draw(p, _seed(x)), (M, (K + 31) // 32)
-    if len(ps) == 1:
-        return [torch.empty(shape, dtype=torch.int32, device=x.device)], draw
-    return list(torch.empty((len(ps), *shape), dtype=torch.int32, device=x.device)), draw
-
-
 class _Group(NamedTuple):
     """The facts of projections that kernels take together."""
 
@@ -177,14 +107,6 @@ class _Group(NamedTuple):
         return how
 
 
-def draw(M: int, K: int, p: float, seed: Tensor) -> Tensor:
-    """The packed mask [M, ceil(K / 32)] of ``seed`` (int64, one element), on its device."""
-    if not (seed.is_cuda or INTERPRET.value):
-        return torch_backend.draw(M, K, p, seed)
-    words: Tensor = dropout_bits(M, K, p, seed, device=seed.device)
-    return words
-
-
 def low_rank_dtype(x: Tensor, A: Tensor) -> torch.dtype:
     """The dtype of S."""
     return x.dtype if why_not(x, A) is None else torch_backend.low_rank_dtype(x, A)
@@ -213,7 +135,7 @@ def forward(
     if words is None:
         plain = [m.bias is None for m in members]
         ranks = [m.A.shape[0] for m in members]
-        words, drawn = _to_draw(x, ps, ranks, (way.order, *facts, *plain))
+        words, drawn = to_draw(x, ps, ranks, (way.order, *facts, *plain))
     As, scales = [m.A for m in members], [m.scale / (1.0 - m.p) for m in members]
     if way.order == "joined":
         Bs, biases = [m.B for m in members], [m.bias for m in members]
@@ -393,7 +315,6 @@ def over_dy(
     return ds, dbs
 
 
-@on_its_device
 def infer(
     x: Tensor,
     w: Tensor,
@@ -409,8 +330,6 @@ def infer(
     ``how`` is one of ``INFER``. By default it is "decode" for as many rows as that takes, unless a
     table has a faster way.
     """
-    if _declines(x, A):
-        return torch_backend.infer(x, w, bias, A, B, scale, transposed)
     return infer_group(x, [Projection(w, bias, A, B, scale, 0.0, transposed)], how)[0]
 
 

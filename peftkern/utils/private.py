@@ -37,6 +37,8 @@ is_grad_batch: Callable[[Tensor], bool] = getattr(
     getattr(torch._C, "_functorch", None), "is_legacy_batchedtensor", lambda t: False
 )
 jit_is_tracing: Callable[[], bool] = getattr(torch._C, "_is_tracing", is_tracing)
+# the number of dispatch modes; without the name there may be one
+dispatch_depth: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 
 
 def _aten(name: str) -> Any:
@@ -59,8 +61,7 @@ SELECTIVE = ("_CachingTorchDispatchMode", "_CachedTorchDispatchMode")
 
 def without_dispatch_modes() -> contextlib.AbstractContextManager[Any]:
     """A context in which no dispatch mode (selective checkpointing, counters) sees calls."""
-    depth = getattr(torch._C, "_len_torch_dispatch_stack", None)
-    if depth is not None and depth() == 0:
+    if dispatch_depth() == 0:
         return contextlib.nullcontext()
     try:
         from torch.utils._python_dispatch import _disable_current_modes
@@ -69,16 +70,12 @@ def without_dispatch_modes() -> contextlib.AbstractContextManager[Any]:
     return _disable_current_modes()
 
 
-# looked up once, as every small product asks
-_dispatch_depth = getattr(torch._C, "_len_torch_dispatch_stack", None)
-
-
 def outputs_are_kept() -> bool:
     """True when selective checkpointing may keep the output of any operation of torch.
 
     Such outputs may not be written to.
     """
-    if _dispatch_depth is not None and _dispatch_depth() == 0:
+    if dispatch_depth() == 0:
         return False
     from torch.utils import _python_dispatch, checkpoint
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from peftkern.ops import masks as mask_file
 from tests.closeness import assert_as_good_as_torch
 from tests.gpu.ground import DEVICE, ON_CPU, backend, triton_backend
 from tests.masks import with_masks
@@ -42,7 +43,7 @@ def test_both_backends_train_alike(dtype, product, monkeypatch):
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_drops_the_same_elements_again(reentrant, monkeypatch):
     ids = torch.randint(0, 60, (2, 9), device=DEVICE)
-    drawn, draw, to_draw = [], triton_backend.words_of, triton_backend._to_draw
+    drawn, draw, to_draw = [], mask_file.words_of, mask_file.to_draw
 
     def noted(*args):
         words = draw(*args)
@@ -54,8 +55,8 @@ def test_checkpointing_drops_the_same_elements_again(reentrant, monkeypatch):
         drawn.extend(words if how is not None else [])  # else they are noted already
         return words, how
 
-    monkeypatch.setattr(triton_backend, "words_of", noted)
-    monkeypatch.setattr(triton_backend, "_to_draw", noted_to_draw)
+    monkeypatch.setattr(mask_file, "words_of", noted)
+    monkeypatch.setattr(triton_backend, "to_draw", noted_to_draw)
 
     def gradients(model):
         torch.manual_seed(3)

@@ -6,7 +6,7 @@ import torch
 
 import peftkern
 from peftkern.kernels.common import Launch
-from peftkern.ops import auto_backend, choices, device, torch_backend, triton_backend, tuned
+from peftkern.ops import auto_backend, choices, device, masks, torch_backend, triton_backend, tuned
 from peftkern.ops.projection import Projection
 from tests.kernels.racing import FakeClock, dispatcher, drawn, entry, step
 
@@ -25,9 +25,9 @@ class Driver:
             self.loaded.add(form)
             run(this)
 
-        monkeypatch.setattr(triton_backend, "_drew", set())  # by kernels that this one has loaded
+        monkeypatch.setattr(masks, "_drew", set())  # by kernels that this one has loaded
         monkeypatch.setattr(Launch, "run", launch)
-        for module in (device, triton_backend):  # the latter has the name from the former
+        for module in (device, masks):  # the latter has the name from the former
             monkeypatch.setattr(module, "capturing", lambda x: self.capturing)
 
 
@@ -35,7 +35,7 @@ class Driver:
 @pytest.mark.parametrize("known", [False, True], ids=["new", "in the file"])
 def test_nothing_is_loaded_in_a_capture(monkeypatch, tmp_path, known, p):
     driver = Driver(monkeypatch)
-    monkeypatch.setattr(triton_backend, "_drawn", set())
+    monkeypatch.setattr(masks, "_drawn", set())
     few = drawn(grad=False)
     with dispatcher(monkeypatch, tmp_path, FakeClock()) as clock:
         if known:  # what another process has measured
@@ -58,9 +58,9 @@ def test_masks_in_a_capture_have_the_words_of_the_kernel(monkeypatch):
     for ps in ([0.3], [0.3, 0.3], [0.3, 0.0, 0.5]):
         words = []
         for driver.capturing in (True, False):
-            monkeypatch.setattr(triton_backend, "_drawn", set())
-            monkeypatch.setattr(triton_backend, "_seed", lambda x: torch.tensor([11]))
-            words.append(triton_backend.words_of(x, ps))
+            monkeypatch.setattr(masks, "_drawn", set())
+            monkeypatch.setattr(masks, "_seed", lambda x: torch.tensor([11]))
+            words.append(masks.words_of(x, ps))
         for ours, theirs in zip(*words, strict=True):
             assert (ours is None) == (theirs is None)
             assert ours is None or torch.equal(ours, theirs)
@@ -68,9 +68,9 @@ def test_masks_in_a_capture_have_the_words_of_the_kernel(monkeypatch):
 
 def test_a_mask_without_rows_loads_nothing(monkeypatch):
     driver = Driver(monkeypatch)
-    monkeypatch.setattr(triton_backend, "_drawn", set())
+    monkeypatch.setattr(masks, "_drawn", set())
     for rows, driver.capturing in ((0, False), (7, True)):
-        (words,) = triton_backend.words_of(torch.randn(rows, 70), [0.3])
+        (words,) = masks.words_of(torch.randn(rows, 70), [0.3])
         assert words is not None and words.shape == (rows, 3)
 
 
@@ -137,7 +137,7 @@ def test_a_shrink_draws_the_masks_that_a_launch_of_their_own_would(monkeypatch, 
     alone = "_bits_kernel" in names
     assert alone == (len(set(ps)) > 1)  # one probability for all, or launches of their own
     torch.manual_seed(3)
-    words = triton_backend.words_of(x, ps)
+    words = masks.words_of(x, ps)
     wanted = triton_backend.forward(x, members, words, how=how)
     for (y, s, w), (y2, s2, w2), given in zip(drawn, wanted, words, strict=True):
         assert torch.equal(y, y2) and torch.equal(s, s2)
@@ -146,11 +146,11 @@ def test_a_shrink_draws_the_masks_that_a_launch_of_their_own_would(monkeypatch, 
 
 def test_a_capture_draws_in_the_shrink_once_an_eager_call_has(monkeypatch):
     driver, names = Driver(monkeypatch), launched(monkeypatch)
-    monkeypatch.setattr(triton_backend, "_drawn", set())
-    monkeypatch.setattr(triton_backend, "_seed", lambda x: torch.tensor([11]))
+    monkeypatch.setattr(masks, "_drawn", set())
+    monkeypatch.setattr(masks, "_seed", lambda x: torch.tensor([11]))
     _, w, A, B = drawn(K=70, grad=False)
     x, member, found = torch.randn(33, 70), Projection(w, None, A, B, 2.0, 0.3, False), []
-    words = triton_backend.words_of(x, [0.3])
+    words = masks.words_of(x, [0.3])
     triton_backend.forward(x, [member], words)  # the kernel that reads a mask is loaded
     for driver.capturing in (True, False, True):
         names.clear()

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 import peftkern
 from peftkern.kernels.common import Launch
 from peftkern.ops import bits, triton_backend
+from peftkern.ops import masks as mask_file
 from tests.kernels.oracle import assert_as_good_as_torch, few, matrix
 from tests.test_ops import assert_rounded
 
@@ -64,7 +65,7 @@ def formula(layer, x, keep, dtype):
 @pytest.fixture
 def masks(monkeypatch):
     """The words of every mask that is drawn, in order."""
-    drawn, draw, to_draw = [], triton_backend.words_of, triton_backend._to_draw
+    drawn, draw, to_draw = [], mask_file.words_of, mask_file.to_draw
 
     def noted(*args):
         words = draw(*args)
@@ -76,8 +77,8 @@ def masks(monkeypatch):
         drawn.extend(words if how is not None else [])  # else they are noted already
         return words, how
 
-    monkeypatch.setattr(triton_backend, "words_of", noted)
-    monkeypatch.setattr(triton_backend, "_to_draw", noted_to_draw)
+    monkeypatch.setattr(mask_file, "words_of", noted)
+    monkeypatch.setattr(triton_backend, "to_draw", noted_to_draw)
     return drawn
 
 

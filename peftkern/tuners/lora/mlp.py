@@ -180,18 +180,6 @@ def _is_lora(layer: Any) -> bool:
 # ------------------------------------------------------------------------------ a call
 
 
-def _untouched(module: Any) -> bool:
-    """True when a call of the module runs its class's forward and nothing else."""
-    state = module.__dict__
-    return not (
-        state["_forward_hooks"]
-        or state["_forward_pre_hooks"]
-        or state["_backward_hooks"]
-        or state["_backward_pre_hooks"]
-        or "forward" in state
-    )
-
-
 def _parts(module: Any, x: Tensor, formula: Formula) -> tuple[Any, ...] | None:
     """The arguments of :func:`lora_mlp` after x; None when the call runs as separate operations.
 
@@ -199,7 +187,7 @@ def _parts(module: Any, x: Tensor, formula: Formula) -> tuple[Any, ...] | None:
     """
     children = module.__dict__["_modules"]
     act = children.get(formula.act)
-    if act is None or HERE.blocks or not _untouched(act):
+    if act is None or HERE.blocks or is_hooked(act):
         return None
     name = activation_name(act)
     if name is None:
@@ -208,7 +196,7 @@ def _parts(module: Any, x: Tensor, formula: Formula) -> tuple[Any, ...] | None:
     adapted, drops, inside = 0, False, x.requires_grad
     for of in formula.linears:
         layer = children.get(of)
-        if layer is None or not _untouched(layer):
+        if layer is None or is_hooked(layer):
             return None
         if layer.__class__.forward is Linear.forward:
             call = layer.fused_call(x)

@@ -1,0 +1,41 @@
+"""The low-rank products on torch's own operations, and the dtype that they run in."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def low_rank_dtype(x: Tensor, A: Tensor) -> torch.dtype:
+    """The dtype of the low-rank products.
+
+    On CUDA it is the activations', so that float32 adapters in a bf16 model run on the matrix
+    units. Elsewhere it is the adapter's, as in HF PEFT, which costs nothing without matrix units.
+    """
+    return x.dtype if x.is_cuda else A.dtype
+
+
+def in_dtype(dtype: torch.dtype, t: Tensor) -> Tensor:
+    """``t`` in ``dtype``; skips a call of ``to`` without effect, which costs half a microsecond."""
+    return t if t.dtype is dtype else t.to(dtype)
+
+
+def scaled_mm(a: Tensor, b: Tensor, alpha: float) -> Tensor:
+    """a b · alpha [M, r], with the factor applied before the one rounding to the result's dtype."""
+    if a.is_cpu:
+        # MKL is several times faster with the small r as rows than as columns; the result is a
+        # transposed view, which later products take without a copy
+        out = a.new_empty((b.shape[1], a.shape[0]))
+        return torch.addmm(out, b.t(), a.t(), beta=0, alpha=alpha).t()
+    out = a.new_empty((a.shape[0], b.shape[1]))
+    return torch.addmm(out, a, b, beta=0, alpha=alpha)
+
+
+def mm_to(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a b in ``dtype``, without rounding to a narrower one in between."""
+    if a.dtype != dtype and a.is_cuda and dtype == torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    a, b = a.to(dtype), b.to(dtype)
+    if a.is_cpu and b.shape[1] < a.shape[0]:  # as in scaled_mm
+        return torch.mm(b.t(), a.t()).t().contiguous()
+    return torch.mm(a, b)
