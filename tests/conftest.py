@@ -86,3 +86,14 @@ def in_double(doubled: None) -> Iterator[None]:
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(before)
+
+
+@pytest.fixture
+def blocks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The activations of the MLPs that were computed as one operation."""
+    from peftkern.tuners.lora import mlp
+
+    found: list[str] = []
+    real = mlp.lora_mlp
+    monkeypatch.setattr(mlp, "lora_mlp", lambda x, *a: found.append(a[3]) or real(x, *a))
+    return found
