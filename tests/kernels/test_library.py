@@ -9,7 +9,7 @@ from torch import Tensor
 
 import peftkern
 from peftkern.kernels.bits import reference_bits
-from peftkern.ops import bits, library, triton_backend  # noqa: F401 (registers the operators)
+from peftkern.ops import bits, library, masks, triton_backend  # noqa: F401 (registers the operators)
 from tests.closeness import assert_as_good_as_torch
 
 ops = torch.ops.peftkern
@@ -144,8 +144,9 @@ def test_where_no_kernel_runs_torch_makes_the_same_mask(monkeypatch):
     """A CPU outside the interpreter."""
     args = arguments(dtype=torch.bfloat16, p=0.3)
     y, _, words = ops.lora_linear(*args)
-    monkeypatch.setattr(triton_backend, "INTERPRET", SimpleNamespace(value=False))
-    monkeypatch.setattr(triton_backend, "dropout_bits", None)
+    for file in (triton_backend, masks):
+        monkeypatch.setattr(file, "INTERPRET", SimpleNamespace(value=False))
+    monkeypatch.setattr(masks, "dropout_bits", None)
     other, s, same = ops.lora_linear(*args)
     assert torch.equal(words, same) and s.dtype == torch.float32
     exact = by_formula(args, torch.float64, torch.ones_like(y))[0]
