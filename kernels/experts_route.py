@@ -12,8 +12,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import triton.language as tl
 
-from .common import cdiv
+from . import checks
+from .common import cdiv, device_function
+
+INDICES = (torch.int64, torch.int32, torch.int16, torch.uint8)
 
 
 class Route(NamedTuple):
@@ -31,6 +35,10 @@ class Route(NamedTuple):
     @property
     def P(self) -> int:
         return self.pairs.shape[0]
+
+    @property
+    def groups(self) -> int:
+        return self.experts * self.adapters
 
     @property
     def tiles(self) -> int:
@@ -51,9 +59,12 @@ def route(
 ) -> Route:
     """The route of ``index`` [T, k]; pairs whose expert is ``experts`` or more are in no tile.
 
-    ``choice`` [T]: the adapter of each token, from 0 to adapters - 1 (the last for tokens without
-    one); None with ``adapters`` 1.
+    index: integers, not negative; block_m: a power of two, at least 16; choice: integers [T], the
+    adapter of each token, from 0 to adapters - 1 (the last for tokens without one), or None with
+    ``adapters`` 1. Their values are not looked at, as the device has them. Errors: TypeError,
+    ValueError, before any launch.
     """
+    _check(index, experts, block_m, choice, adapters)
     T, k = index.shape
     P, groups, device = T * k, experts * adapters, index.device
     key = index.to(torch.int64)
@@ -69,3 +80,78 @@ def route(
     start = starts[own] + (tile - (ends - needs)[own]) * block_m
     group = torch.where(group < groups, group, -1)
     return Route(pairs.int(), starts.int(), group.int(), start.int(), block_m, k, experts, adapters)
+
+
+def _check(
+    index: torch.Tensor, experts: int, block_m: int, choice: torch.Tensor | None, adapters: int
+) -> None:
+    checks.matrix("index", index)
+    for name, t in (("index", index), ("choice", choice)):
+        if t is not None and t.dtype not in INDICES:
+            raise TypeError(f"{name} has dtype {t.dtype}; allowed: int64, int32, int16, uint8")
+    if index.shape[1] < 1:
+        raise ValueError(f"index has shape {tuple(index.shape)}; allowed: [T, k], k from 1")
+    for name, count in (("experts", experts), ("adapters", adapters)):
+        if count < 1:
+            raise ValueError(f"{name} is {count}; allowed: 1 or more")
+    if not checks.is_power_of_two(block_m) or block_m < 16:
+        raise ValueError(f"block_m is {block_m}; allowed: a power of two, at least 16")
+    if index.numel() >= 2**31:
+        raise ValueError(f"index has {index.numel()} entries; allowed: fewer than 2**31")
+    if choice is not None:
+        checks.shape("choice", choice, (index.shape[0],), "index has T rows")
+        if choice.device != index.device:
+            raise ValueError(f"choice is on {choice.device}; allowed: {index.device}, as index")
+    elif adapters > 1:
+        raise ValueError(f"choice is None with adapters={adapters}; allowed: None with adapters=1")
+
+
+# ------------------------------------------------------------- for the kernels that take the rows
+
+
+def checked_rows(name: str, t: torch.Tensor, route: Route, gather: bool) -> torch.Tensor:
+    """``t``, checked to have a row for each token with ``gather``, else one for each sorted row.
+
+    It is a copy only if it has no unit stride along its rows.
+    """
+    t = checks.rows(name, t)
+    if gather:
+        checks.shape(name, t, (route.P // route.k, t.shape[1]), "a row for each token of the route")
+    else:
+        checks.shape(name, t, (route.P, t.shape[1]), "a row for each pair of the route")
+    return t
+
+
+def checked_weights(
+    name: str, weights: torch.Tensor | None, route: Route, dtype: torch.dtype
+) -> torch.Tensor | None:
+    """Routing weights as [P] in order of the pairs; given so, or as [T, k]."""
+    if weights is None:
+        return None
+    if weights.dtype not in (torch.float32, dtype):
+        raise TypeError(
+            f"{name} has dtype {weights.dtype}; allowed: torch.float32 or the activation's {dtype}"
+        )
+    T, k = route.P // route.k, route.k
+    if tuple(weights.shape) not in ((T, k), (T * k,)):
+        raise ValueError(
+            f"{name} has shape {tuple(weights.shape)}; allowed: {(T, k)} or {(T * k,)}, one for "
+            "each pair of the route"
+        )
+    return weights.contiguous().view(-1)
+
+
+def one_adapter(route: Route, what: str) -> None:
+    if route.adapters != 1:
+        raise ValueError(f"route has {route.adapters} adapters; allowed: 1 for {what}")
+
+
+@device_function
+def source_rows(pairs, row, k, GATHER: tl.constexpr):
+    """The rows, int64 [BLOCK], of an operand at sorted rows [BLOCK] that are there.
+
+    Its rows are those of tokens with GATHER; else they are sorted themselves.
+    """
+    if GATHER:
+        row = tl.load(pairs + row) // k
+    return row.to(tl.int64)
