@@ -2,17 +2,39 @@
 
     y_t = Σ_j weights[t, j] · norm(down_e(gate(up_e(x_t))))        e = index[t, j]
 
-where up_e and down_e are linears of expert e, each with its updates or without.
+where up_e and down_e are linears of expert e, each with its updates or without. For the backward it
+keeps X, the routing, up's output GU [T·k, N1], every S [T·k, r] and the masks as bits; H is made
+again from GU. With w the routing weight of a pair of token t and expert e, and c = scale / (1 - p):
+
+    dS0 = c dOut[t] B_d         dH0 = dOut[t] W_d + mask ∘ (dS0 A_d)
+    dw  = dH0 · H (+ dOut[t] · bias_d)                      dH  = w dH0
+    dB_d = Σ w dOut[t]ᵀ S_d     dA_d = Σ w dS0ᵀ (mask ∘ H)
+    dS_u = c dGU B_u            dB_u = Σ dGUᵀ S_u            dA_u = Σ dS_uᵀ (mask ∘ X[t])
+    dX[t] = Σ_j dGU W_u + mask ∘ (dS_u A_u)
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from .experts.parts import ExpertLinear, Gate
-from .experts.plain import plain_experts
+from ..utils.private import (
+    is_grad_batch,
+    outputs_are_kept,
+    transforms_active,
+    without_dispatch_modes,
+)
+from . import autocast
+from .experts import loop
+from .experts.checks import check
+from .experts.double import differentiable, plain_call
+from .experts.dropout import draw_words
+from .experts.order import Order
+from .experts.parts import Call, ExpertLinear, Factors, Gate, Kept, LinearGrads, Wants
 
 
 def lora_experts(
@@ -30,15 +52,149 @@ def lora_experts(
     """The output [T, N] of a mixture in x's dtype.
 
     Args:
-        x: tokens [T, K].
+        x: tokens [T, K], floating point.
         index: integers [T, k], the experts of each token.
         weights: [T, k], the routing weights; they may require a gradient.
-        up, down: the experts' linears, [E, N1, K] and [E, N, I]. Weights are frozen.
-        gate: makes H [P, I] of up's output.
-        norm: applied to down's output before the routing weights, row by row.
+        up, down: the experts' linears, [E, N1, K] and [E, N, I], in x's dtype (under autocast x is
+            cast to theirs). Weights are frozen; biases may train. Factors have that dtype or
+            float32.
+        gate: makes H [P, I] of up's output [P, N1]; N1 is 2·I, or I with the layout "alone". Its
+            function may not write to its argument, and parameters of its own get no gradient.
+        norm: applied to down's output before the routing weights, row by row; as the function.
         choice: integers [T], the adapter of each token, the same number in ``up`` and ``down``, or
             -1 for none. None: all adapters are added.
         sentinels: an index of E or more means that another process has the expert, and adds
             nothing.
+
+    Masks of dropout are drawn for each pair by itself, by the generator of x's device, for up's
+    input and then for down's. Differentiable in x, weights, factors and biases, and twice. Forward
+    mode and torch.func's transforms run the formula of :mod:`.experts.plain`.
+
+    Raises:
+        ValueError: shapes, devices, an index, a choice, a probability or a gate's name or layout
+            that is not allowed, or a weight that requires a gradient.
+        TypeError: dtypes that differ, or of the wrong kind.
     """
-    return plain_experts(x, index, weights, up, down, gate, norm=norm, choice=choice)
+    casts = autocast.is_on(x)
+    check(x, index, weights, up, down, gate, choice, casts)
+    given = x.dtype
+    call = Call(x.to(up.weight.dtype), index, weights, up, down, gate, norm, choice, sentinels)
+    kind = x.device.type
+    with torch.autocast(kind, enabled=False) if casts else contextlib.nullcontext():
+        return _call(call).to(given)
+
+
+def _tensors(call: Call) -> list[Tensor | None]:
+    """x, weights, and of up and then down: bias, and A and B of each adapter, weight."""
+    found: list[Tensor | None] = [call.x, call.weights]
+    for part in (call.up, call.down):
+        found += [part.bias, *(t for f in part.factors for t in (f.A, f.B)), part.weight]
+    return found
+
+
+def _with_tensors(call: Call, tensors: Any) -> Call:
+    """``call`` with the tensors of :func:`_tensors`."""
+    x, weights, *rest = tensors
+    parts = []
+    for part in (call.up, call.down):
+        bias, *pairs = rest[: 1 + 2 * len(part.factors)]
+        weight, *rest = rest[1 + 2 * len(part.factors) :]
+        factors = tuple(
+            Factors(A, B, f.scale, f.p)
+            for f, A, B in zip(part.factors, pairs[0::2], pairs[1::2], strict=True)
+        )
+        parts.append(ExpertLinear(weight, bias, factors))
+    return call._replace(x=x, weights=weights, up=parts[0], down=parts[1])
+
+
+def _wants(call: Call, needs: Any) -> Wants:
+    """``needs`` has a flag for each of :func:`_tensors`."""
+    x, weights, *rest = needs
+    found = []
+    for part in (call.up, call.down):
+        bias, *pairs = rest[: 1 + 2 * len(part.factors)]
+        rest = rest[2 + 2 * len(part.factors) :]
+        found.append((bias, tuple(zip(pairs[0::2], pairs[1::2], strict=True))))
+    (up_bias, up), (down_bias, down) = found
+    return Wants(x, weights, up, down, up_bias, down_bias)
+
+
+def _call(call: Call) -> Tensor:
+    tensors = _tensors(call)
+    if transforms_active():
+        return plain_call(call)
+    y: Tensor
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        bare = _without_tensors(call)
+        y = _LoraExperts.apply(bare, call.chosen, call.choice, *tensors)  # type: ignore[no-untyped-call]
+        return y
+    # selective checkpointing may keep outputs of torch's products, which are written to here
+    with without_dispatch_modes() if outputs_are_kept() else contextlib.nullcontext():
+        order, spans = loop.ordered(call)
+        y, _ = loop.forward(call, order, spans, _words(call, order), keep=False)
+        return y
+
+
+def _without_tensors(call: Call) -> Call:
+    """``call`` for a Function's ctx, which may not hold its inputs but as saved tensors."""
+    nothing: Any = None
+    bare = _with_tensors(call, [None] * len(_tensors(call)))
+    return bare._replace(chosen=nothing, choice=None)
+
+
+def _words(call: Call, order: Order) -> tuple[Tensor | None, Tensor | None]:
+    """The packed masks of up and of down for the sorted rows."""
+    adapter, (P, _, K) = None, (len(order.pairs), 0, call.x.shape[1])
+    if call.choice is not None and any(f.p for p in (call.up, call.down) for f in p.factors):
+        own = call.choice.to(torch.int64)
+        adapter = own.where(own >= 0, call.adapters)[order.pairs // call.chosen.shape[1]]
+    return (
+        draw_words(call.up, P, K, adapter),
+        draw_words(call.down, P, call.down.weight.shape[2], adapter),
+    )
+
+
+class _LoraExperts(torch.autograd.Function):
+    """The arguments from ``tensors`` on are those of :func:`_tensors`."""
+
+    @staticmethod
+    def forward(ctx: Any, bare: Call, chosen: Tensor, choice: Any, *tensors: Any) -> Tensor:
+        call = _with_tensors(bare, tensors)._replace(chosen=chosen, choice=choice)
+        wants = _wants(call, ctx.needs_input_grad[3:])
+        with without_dispatch_modes() if outputs_are_kept() else contextlib.nullcontext():
+            order, spans = loop.ordered(call)
+            words = _words(call, order)
+            y, kept = loop.forward(call, order, spans, words, keep=True)
+        ctx.save_for_backward(
+            call.chosen,
+            call.choice,
+            kept.order,
+            kept.gu if wants.hidden else None,
+            kept.s_up if any(b for _, b in wants.up) else None,
+            kept.s_down if any(b for _, b in wants.down) else None,
+            kept.y,
+            *words,
+            *tensors,
+        )
+        ctx.call, ctx.host = bare, kept.host
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
+        chosen, choice, *own = ctx.saved_tensors
+        order, gu, s_up, s_down, y, *own = own
+        kept = Kept(order, gu, s_up, s_down, y, ctx.host)
+        words, tensors = (own[0], own[1]), own[2:]
+        call = _with_tensors(ctx.call, tensors)._replace(chosen=chosen, choice=choice)
+        needs = ctx.needs_input_grad[3:]
+        if torch.is_grad_enabled() or is_grad_batch(dout):
+            return (*(None,) * 3, *differentiable(call, tensors, kept, words, dout, needs))
+        off = torch.autocast(dout.device.type, enabled=False)
+        with off if autocast.is_on(dout) else contextlib.nullcontext():
+            grads = loop.backward(call, kept, words, dout, _wants(call, needs))
+        found = [grads.x, grads.weights, *_of_linear(grads.up), *_of_linear(grads.down)]
+        return (*(None,) * 3, *found)
+
+
+def _of_linear(grads: LinearGrads) -> list[Tensor | None]:
+    return [grads.bias, *(t for pair in grads.factors for t in pair), None]

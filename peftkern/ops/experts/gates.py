@@ -1,0 +1,87 @@
+"""A mixture's gate on rows of up's output: H, and the gradient behind it.
+
+    H = act(G) ∘ U        dU = dH ∘ act(G)        dG = dH ∘ U ∘ act'(G)
+
+A gate without a name is differentiated by autograd, from GU again.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..mlp_torch import ACTIVATIONS, _derivative
+from .parts import Gate
+
+LAYOUTS = ("halves", "interleaved", "alone")
+
+
+def parted(gu: Tensor, layout: str) -> tuple[Tensor, Tensor | None]:
+    """(G, U) as views of GU [M, N1]; U is None for a gate alone."""
+    if layout == "alone":
+        return gu, None
+    if layout == "interleaved":
+        return gu[:, 0::2], gu[:, 1::2]
+    g, u = gu.chunk(2, 1)
+    return g, u
+
+
+def hidden(gate: Gate, gu: Tensor) -> Tensor:
+    """H [M, I]."""
+    if gate.name is None:
+        return gate.function(gu)
+    g, u = parted(gu, gate.layout)
+    h = ACTIVATIONS[gate.name](g)
+    return h if u is None else h.mul_(u)
+
+
+class Again(NamedTuple):
+    """H made again for the backward, and what the gate's gradient needs."""
+
+    h: Tensor  # [M, I], without a graph
+    act: Tensor | None  # act(G), where there is U
+    graph: tuple[Tensor, Tensor] | None  # (GU, H) of a gate without a name
+
+
+def hidden_again(gate: Gate, gu: Tensor) -> Again:
+    if gate.name is None:
+        with torch.enable_grad():
+            leaf = gu.detach().requires_grad_()
+            h = gate.function(leaf)
+        return Again(h.detach(), None, (leaf, h))
+    g, u = parted(gu, gate.layout)
+    act = ACTIVATIONS[gate.name](g)
+    return Again(act, None, None) if u is None else Again(act * u, act, None)
+
+
+def gate_grad(gate: Gate, gu: Tensor, again: Again, dh: Tensor) -> Tensor:
+    """dGU [M, N1] for dH [M, I], which is written over."""
+    if again.graph is not None:
+        leaf, h = again.graph
+        if not h.requires_grad:  # a function without a gradient, such as a constant
+            return torch.zeros_like(gu)
+        (dgu,) = torch.autograd.grad(h, leaf, dh)
+        return dgu
+    assert gate.name is not None
+    g, u = parted(gu, gate.layout)
+    if u is None:
+        return _derivative(gate.name, g, dh)
+    dgu = torch.empty_like(gu)
+    dg, du = parted(dgu, gate.layout)
+    assert again.act is not None and du is not None
+    torch.mul(dh, again.act, out=du)
+    dg.copy_(_derivative(gate.name, g, dh.mul_(u)))
+    return dgu
+
+
+def norm_grad(norm: object, y: Tensor, dn: Tensor) -> tuple[Tensor, Tensor]:
+    """(norm(Y), dY) for the gradient dn of norm(Y), row by row [M, N]."""
+    with torch.enable_grad():
+        leaf = y.detach().requires_grad_()
+        n = norm(leaf)  # type: ignore[operator]
+    if not n.requires_grad:
+        return n, torch.zeros_like(y)
+    (dy,) = torch.autograd.grad(n, leaf, dn)
+    return n.detach(), dy

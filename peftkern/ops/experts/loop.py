@@ -1,0 +1,157 @@
+"""A mixture as a loop over the experts that got tokens, on torch's matrix products.
+
+The host must know how many tokens each expert got, which costs nothing on a CPU. Beside what the
+backward needs, memory holds the rows of one expert at a time. Sums over a token's experts are made
+in the experts' order, in fp32 or wider.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..torch_products import in_dtype
+from .gates import gate_grad, hidden, hidden_again, norm_grad
+from .loop_linear import LoopLinear, low_rank
+from .order import Order, Span, sort_pairs, spans_of
+from .parts import Call, ExpertLinear, Grads, Kept, Wants
+
+
+def ordered(call: Call) -> tuple[Order, list[Span]]:
+    """The call's pairs in order, and the experts that got tokens.
+
+    Raises:
+        ValueError: an index or a choice out of range.
+    """
+    choice, n = call.choice, call.adapters
+    if choice is not None and choice.numel():
+        low, high = (int(v) for v in choice.aminmax())
+        if low < -1 or high >= n:
+            raise ValueError(
+                f"lora_experts: choice has {low if low < -1 else high}; allowed: -1 (no adapter) "
+                f"to {n - 1}, for {n} adapters"
+            )
+    order = sort_pairs(call.chosen, call.experts, choice, n)
+    bounds: list[int] = order.bounds.tolist()
+    if bounds[0] or (bounds[-1] < len(order.pairs) and not call.sentinels):
+        _refuse(call)
+    return order, spans_of(bounds, choice is not None, n)
+
+
+def _refuse(call: Call) -> None:
+    low, high = (int(v) for v in call.chosen.aminmax())
+    allowed = f"0 to {call.experts - 1}, for {call.experts} experts"
+    if call.sentinels:
+        allowed += ", or more for experts of other processes (sentinels=True)"
+    raise ValueError(f"lora_experts: index has {low if low < 0 else high}; allowed: {allowed}")
+
+
+def sums_in(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums over a token's experts."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _room_for_s(part: ExpertLinear, x: Tensor, rows: int, mixed: bool) -> Tensor | None:
+    low, R = low_rank(part, x, mixed)
+    if not part.factors:
+        return None
+    make = x.new_zeros if mixed else x.new_empty
+    return make((rows, R), dtype=low)
+
+
+def forward(
+    call: Call,
+    order: Order,
+    spans: Sequence[Span],
+    words: tuple[Tensor | None, Tensor | None],
+    keep: bool,
+) -> tuple[Tensor, Kept]:
+    """(the mixture's output [T, N], what the backward needs if ``keep``)."""
+    x, mixed, P = call.x, call.choice is not None, len(order.pairs)
+    (T, k), N = call.chosen.shape, call.down.weight.shape[1]
+    N1 = call.up.weight.shape[1]
+    up = LoopLinear(call.up, x, spans, words[0], mixed)
+    down = LoopLinear(call.down, x, spans, words[1], mixed)
+    most = max((s.end - s.start for s in spans), default=0)
+    gu_all = x.new_empty((P if keep else most, N1))
+    s_up, s_down = (_room_for_s(p, x, P if keep else most, mixed) for p in (call.up, call.down))
+    y_all = x.new_empty((P, N)) if keep and call.norm is not None else x.new_empty((most, N))
+    tokens = order.pairs // k
+    total = x.new_zeros((T, N), dtype=sums_in(x.dtype))
+    w = call.weights.reshape(-1).index_select(0, order.pairs).to(total.dtype)[:, None]
+    for span in spans:
+        rows = slice(span.start, span.end)
+        room = rows if keep else slice(0, span.end - span.start)
+        of = tokens[rows]
+        gu = gu_all[room]
+        up.forward(span, x.index_select(0, of), gu, None if s_up is None else s_up[room])
+        h = hidden(call.gate, gu)
+        y = y_all[rows if len(y_all) == P else slice(0, len(of))]
+        down.forward(span, h, y, None if s_down is None else s_down[room])
+        if call.norm is not None:
+            y = call.norm(y)
+        total.index_add_(0, of, y * w[rows])
+    kept_y = y_all if call.norm is not None and keep else None
+    return total.to(x.dtype), Kept(order.pairs, gu_all, s_up, s_down, kept_y, spans)
+
+
+def backward(
+    call: Call,
+    kept: Kept,
+    words: tuple[Tensor | None, Tensor | None],
+    dout: Tensor,
+    wants: Wants,
+) -> Grads:
+    """The gradients that are wanted, for ``dout`` [T, N]."""
+    x, mixed, spans = call.x, call.choice is not None, kept.host
+    k = call.chosen.shape[1]
+    up = LoopLinear(call.up, x, spans, words[0], mixed)
+    down = LoopLinear(call.down, x, spans, words[1], mixed)
+    up.want(wants.up, wants.up_bias)
+    down.want(wants.down, wants.down_bias)
+    tokens = kept.order // k
+    wide = sums_in(x.dtype)
+    w = call.weights.reshape(-1).index_select(0, kept.order).to(wide)[:, None]
+    dx = torch.zeros_like(x, dtype=wide) if wants.x else None
+    dw = w.new_zeros(len(w)) if wants.weights else None
+    through = wants.behind_gate or wants.weights
+    for span in spans:
+        rows = slice(span.start, span.end)
+        of, w_rows = tokens[rows], w[rows]
+        dy = dout.index_select(0, of)
+        if call.norm is not None:
+            assert kept.y is not None
+            n, dn = norm_grad(call.norm, kept.y[rows], dy)
+            if dw is not None:
+                dw[rows] = (n * dy).sum(1, dtype=wide)
+            dy = dn
+        again = gu = None
+        if wants.hidden:
+            assert kept.gu is not None
+            gu = kept.gu[rows]
+            again = hidden_again(call.gate, gu)
+        s = None if kept.s_down is None else kept.s_down[rows]
+        dh = down.backward(span, dy, w_rows, None if again is None else again.h, s, through)
+        if dh is None or again is None or gu is None:
+            continue
+        if dw is not None and call.norm is None:
+            own = (dh * again.h).sum(1, dtype=wide)
+            if call.down.bias is not None:
+                own += torch.mv(dy, call.down.bias[span.expert])
+            dw[rows] = own
+        if not wants.behind_gate:
+            continue
+        dgu = gate_grad(call.gate, gu, again, dh.mul_(w_rows))
+        del again, dh, dy
+        x_rows = x.index_select(0, of) if any(a for a, _ in wants.up) else None
+        s = None if kept.s_up is None else kept.s_up[rows]
+        dx_rows = up.backward(span, dgu, None, x_rows, s, wants.x)
+        if dx is not None and dx_rows is not None:
+            dx.index_add_(0, of, in_dtype(wide, dx_rows))
+    if dw is not None:
+        placed = torch.empty_like(dw)
+        placed[kept.order] = dw
+        dw = placed.view_as(call.weights).to(call.weights.dtype)
+    return Grads(None if dx is None else dx.to(x.dtype), dw, up.grads(), down.grads())

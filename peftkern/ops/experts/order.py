@@ -1,0 +1,67 @@
+"""The order in which a mixture's pairs are computed: by expert, and within one by adapter."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Order(NamedTuple):
+    """Pairs sorted by group, stable.
+
+    The group is the expert e, or for a batch whose tokens name one of n adapters
+    e · (n + 1) + adapter, with n for tokens without one.
+    """
+
+    pairs: Tensor  # [P], the pair at each sorted row
+    bounds: Tensor  # [groups + 1], the first row of each group, and past the last
+
+
+def sort_pairs(index: Tensor, experts: int, choice: Tensor | None, adapters: int) -> Order:
+    """The order of ``index`` [T, k]; ``choice`` [T] has adapters from -1 to ``adapters`` - 1."""
+    groups, key = experts, index
+    if choice is not None:
+        groups = experts * (adapters + 1)
+        own = choice.to(torch.int64)
+        key = index.to(torch.int64) * (adapters + 1) + own.where(own >= 0, adapters)[:, None]
+    key, pairs = key.reshape(-1).sort(stable=True)
+    edges = torch.arange(groups + 1, dtype=key.dtype, device=key.device)
+    return Order(pairs, torch.searchsorted(key, edges))
+
+
+class Run(NamedTuple):
+    """Neighbouring rows of one expert that have an adapter; counted from the expert's first."""
+
+    adapter: int  # the number of adapters for rows without one
+    start: int
+    end: int
+
+
+class Span(NamedTuple):
+    """The sorted rows of one expert that got tokens."""
+
+    expert: int
+    start: int
+    end: int
+    runs: tuple[Run, ...] | None  # None: every adapter has all rows
+
+
+def spans_of(bounds: list[int], mixed: bool, adapters: int) -> list[Span]:
+    """The experts that got tokens, from an :class:`Order`'s bounds."""
+    if not mixed:
+        return [
+            Span(e, start, end, None)
+            for e, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False))
+            if start < end
+        ]
+    found, width = [], adapters + 1
+    for e in range((len(bounds) - 1) // width):
+        own = bounds[e * width : (e + 1) * width + 1]
+        first, last = own[0], own[-1]
+        if first < last:
+            edges = zip(own, own[1:], strict=False)
+            runs = [Run(i, a - first, b - first) for i, (a, b) in enumerate(edges) if a < b]
+            found.append(Span(e, first, last, tuple(runs)))
+    return found

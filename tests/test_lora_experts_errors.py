@@ -1,0 +1,129 @@
+"""Bad arguments of lora_experts: one error each, before anything is computed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from peftkern.ops.experts.parts import ExpertLinear, Factors, Gate
+from peftkern.ops.lora_experts import lora_experts
+from tests.mixtures import GATES, E, Mixture, mixture
+
+m = mixture(bias=True)
+mixed = mixture(mixed=True, ranks=((3, 3), (2, 2)))
+
+
+def part(of: ExpertLinear, **changes) -> ExpertLinear:
+    return of._replace(**changes)
+
+
+def factors(**changes) -> ExpertLinear:
+    return part(m.up, factors=(m.up.factors[0]._replace(**changes),))
+
+
+A, B = m.up.factors[0].A.detach(), m.up.factors[0].B.detach()
+CASES = {
+    "x of three dimensions": (m._replace(x=m.x[None]), ValueError, "x has shape [1, 7, 6]"),
+    "index of other tokens": (m._replace(index=m.index[:3]), ValueError, "index has shape [3, 2]"),
+    "index of numbers": (m._replace(index=m.index.float()), TypeError, "index is torch.float32"),
+    "weights": (m._replace(weights=m.weights[:, :1]), ValueError, "weights has shape [7, 1]"),
+    "integer weights": (m._replace(weights=m.index), TypeError, "weights is torch.int64"),
+    "up for another K": (m._replace(x=m.x[:, :5]), ValueError, "up.weight has shape [4, 20, 6]"),
+    "odd up": (
+        m._replace(up=ExpertLinear(m.up.weight[:, :19], None)),
+        ValueError,
+        "up.weight has shape [4, 19, 6]",
+    ),
+    "down for another width": (
+        m._replace(gate=GATES["alone"]),
+        ValueError,
+        "allowed: [4, N, 20]",
+    ),
+    "down of other experts": (
+        m._replace(down=ExpertLinear(m.down.weight[:3], None)),
+        ValueError,
+        "down.weight has shape [3, 5, 10]",
+    ),
+    "bias": (
+        m._replace(down=part(m.down, bias=m.down.bias[:, :2])),
+        ValueError,
+        "down.bias has shape [4, 2]; allowed: [4, 5]",
+    ),
+    "A of other experts": (m._replace(up=factors(A=A[:-1])), ValueError, "A has shape [11, 6]"),
+    "B of another rank": (m._replace(up=factors(B=B[:, :8])), ValueError, "B has shape [20, 8]"),
+    "A and B of two dtypes": (
+        m._replace(up=factors(B=B.float())),
+        TypeError,
+        "up.factors[0] has A in torch.float64 and B in torch.float32",
+    ),
+    "p": (m._replace(up=factors(p=1.0)), ValueError, "up.factors[0].p is 1.0"),
+    "trained weight": (
+        m._replace(up=part(m.up, weight=m.up.weight.detach().clone().requires_grad_())),
+        ValueError,
+        "up.weight requires a gradient",
+    ),
+    "x in another dtype": (m._replace(x=m.x.float()), TypeError, "x is torch.float32"),
+    "down in another dtype": (
+        m._replace(down=ExpertLinear(m.down.weight.float(), None)),
+        TypeError,
+        "down.weight is torch.float32",
+    ),
+    "gate's name": (m._replace(gate=Gate(len, "swish")), ValueError, "gate.name is 'swish'"),
+    "gate's layout": (
+        m._replace(gate=Gate(len, "silu", "thirds")),
+        ValueError,
+        "gate.layout is 'thirds'",
+    ),
+    "index too large": (
+        m._replace(index=m.index + E - 1),
+        ValueError,
+        "allowed: 0 to 3, for 4 experts",
+    ),
+    "negative index": (m._replace(index=m.index - 3), ValueError, "index has -3"),
+    "choice too large": (
+        mixed._replace(choice=torch.full((7,), 2)),
+        ValueError,
+        "choice has 2; allowed: -1 (no adapter) to 1",
+    ),
+    "choice below": (mixed._replace(choice=torch.full((7,), -2)), ValueError, "choice has -2"),
+    "choice of other tokens": (
+        mixed._replace(choice=torch.zeros(3, dtype=torch.int64)),
+        ValueError,
+        "choice has shape [3]",
+    ),
+    "choice of numbers": (mixed._replace(choice=torch.zeros(7)), TypeError, "choice is"),
+    "choice among other adapters": (
+        mixed._replace(up=part(mixed.up, factors=mixed.up.factors[:1])),
+        ValueError,
+        "up has 1 adapters and down 2",
+    ),
+}
+
+
+def call(m: Mixture, **kwargs: bool) -> torch.Tensor:
+    return lora_experts(*m[:6], norm=m.norm, choice=m.choice, **kwargs)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("grad", [True, False])
+def test_bad_arguments(case, grad):
+    given, kind, words = CASES[case]
+
+    def never(gu: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("something was computed")
+
+    gate = given.gate._replace(function=never)
+    with torch.set_grad_enabled(grad), pytest.raises(kind) as caught:
+        call(given._replace(gate=gate))
+    assert words in str(caught.value) and "allowed" in str(caught.value)
+
+
+def test_sentinels_do_not_allow_negative_indices():
+    with pytest.raises(ValueError, match="index has -3; allowed: 0 to 3"):
+        call(m._replace(index=m.index - 3), sentinels=True)
+
+
+def test_a_device_for_all():
+    meta = Factors(*(t.detach().to("meta") for t in m.up.factors[0][:2]), 1.0)
+    with pytest.raises(ValueError, match=r"up.factors\[0\].A is on meta; allowed: cpu"):
+        call(m._replace(up=part(m.up, factors=(meta,))))
