@@ -22,6 +22,8 @@ KERNELS: dict[str, dict[str, str]] = {
     "mlp": {"mlp": "MlpConfig"},
     "mlp_grad": {"mlp_grad": "MlpGradConfig"},
     "mixed": {"mixed_rows": "MixedConfig"},
+    "experts_shrink": {},
+    "experts_grad": {},
     "reduce": {},
     "dora_norm": {},
     "dora_grad": {},
