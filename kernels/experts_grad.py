@@ -67,31 +67,38 @@ def _width(columns: int, experts: int, wide: int, least: int, arch: Arch) -> int
 
 def default_config(
     P: int, columns: int, r: int, experts: int, arch: Arch, itemsize: int = 2, *,
-    one_pass: bool = False, masked: bool = False,
+    one_pass: bool = False, masked: bool = False, indirect: bool = False,
 ) -> ExpertsGradConfig:  # fmt: skip
     """A config with blocks of many columns, and so few partials of dS, where the device is full.
 
-    ``one_pass``: of :func:`grad_sb`, which holds B beside its sum.
+    ``one_pass``: of :func:`grad_sb`, which holds B beside its sum. ``indirect``: rows or weights
+    are found through the pairs, which the pipeline loads as many steps ahead as what they find.
     """
     held = min(BLOCK_R_MAX, padded(r))
     exact = itemsize == 4
+    roomy = arch.shared > 160_000
     if one_pass:
         # mma.sync keeps B in the registers of every warp, and exact products keep all of it there
-        wide = (256 if held <= 32 else 128) if arch.warpgroups and not exact else 64
-        block_c = _width(columns, experts, wide, 64, arch)
+        wide = (256 if held <= 32 else 128) if arch.warpgroups else 64
+        block_c = 32 if exact else _width(columns, experts, wide, 64, arch)
     else:
-        block_c = _width(columns, experts, 64 if held > 64 or exact else 128, 32, arch)
-    block_m = 32 if exact else 64
-    tile, beside = block_m * block_c * itemsize, block_m * (held * itemsize + 8)
-    if masked:
-        beside += block_m * block_c // 8
+        wide = 128 if held <= 64 and not exact and roomy else 64
+        block_c = _width(columns, experts, wide, 32, arch)
+
+    def step(rows: int) -> tuple[int, int]:
+        """Bytes of X in a step of so many rows, and of all else."""
+        return rows * block_c * itemsize, rows * (held * itemsize + 8 + masked * block_c // 8)
+
+    block_m = 32 if exact and one_pass else 64
+    while block_m > 32 and arch.shared // 2 < 3 * sum(step(block_m)):
+        block_m //= 2
+    programs = experts * cdiv(columns, block_c)
+    loads = stages(arch, programs, *step(block_m), resident=2) - 1
     return ExpertsGradConfig(
         block_m=block_m,
         block_c=block_c,
-        num_warps=8 if block_c * held > 4096 or tile >= 16384 else 4,
-        num_stages=stages(
-            arch, experts * cdiv(columns, block_c), tile, beside, resident=2, least=4
-        ),
+        num_warps=8 if block_c * held > 4096 or block_c > 64 else 4,
+        num_stages=1 + loads * (2 if indirect else 1),
     )
 
 
@@ -264,7 +271,8 @@ def plan_two_pass(
     """Launches with the same outputs that read dY twice, for large r; dS has no partials."""
     (E, N, r), P, itemsize = b.shape, ds.shape[0], dy.element_size()
     down = default_shrink_config(P, N, r, E, route.block_m, arch, itemsize)
-    up = default_config(P, N, r, E, arch, itemsize)
+    indirect = gather or weights is not None
+    up = default_config(P, N, r, E, arch, itemsize, indirect=indirect)
     turned = b.transpose(1, 2)
     return plan_shrink(dy, route, [turned], [scale], gather, None, ds, down) + plan_grad_a(
         s, dy, route, gather, weights, None, db.transpose(1, 2), up
@@ -312,7 +320,14 @@ def grad_sb(
         launches = plan_two_pass(*given, arch)
     else:
         config = config or default_config(
-            P, N, r, route.experts, arch, dy.element_size(), one_pass=True
+            P,
+            N,
+            r,
+            route.experts,
+            arch,
+            dy.element_size(),
+            one_pass=True,
+            indirect=gather or weights is not None,
         )
         launches = plan_grad_sb(*given, config)
     for launch in launches:
@@ -351,7 +366,14 @@ def grad_a(
     if P == 0 or K == 0:
         return out.zero_()
     config = config or default_config(
-        P, K, r, route.experts, arch_of(x.device), x.element_size(), masked=words is not None
+        P,
+        K,
+        r,
+        route.experts,
+        arch_of(x.device),
+        x.element_size(),
+        masked=words is not None,
+        indirect=gather or weights is not None,
     )
     for launch in plan_grad_a(ds, x, route, gather, weights, words, out, config):
         launch.run()

@@ -77,7 +77,9 @@ def grad_sb_launches(
     given = dy, where, b, s, 1.0, gather, weights, ds, db
     if r > experts_grad.ONE_PASS_RANK:
         return experts_grad.plan_two_pass(*given, arch)
-    config = experts_grad.default_config(P, N, r, E, arch, dtype.itemsize, one_pass=True)
+    config = experts_grad.default_config(
+        P, N, r, E, arch, dtype.itemsize, one_pass=True, indirect=gather
+    )
     return experts_grad.plan_grad_sb(*given, config)
 
 
@@ -91,7 +93,9 @@ def grad_a_launches(
     x, ds = meta(layer.T if gather else P, K, dtype=dtype), meta(P, r, dtype=dtype)
     words = meta(P, cdiv(K, 32), dtype=INT32) if masked else None
     weights = None if gather else meta(P, dtype=dtype)
-    config = experts_grad.default_config(P, K, r, E, arch, dtype.itemsize, masked=masked)
+    config = experts_grad.default_config(
+        P, K, r, E, arch, dtype.itemsize, masked=masked, indirect=True
+    )
     out = meta(E, r, K, dtype=FP32)
     return experts_grad.plan_grad_a(ds, x, where, gather, weights, words, out, config)
 

@@ -169,6 +169,39 @@ EXEMPTIONS: tuple[Exemption, ...] = (
         "a program adds the parts of 1024 numbers and ends; the launch that leaves them sets how "
         "many there are",
     ),
+    *(
+        Exemption(
+            f"{kernel} of PEFT's B", "width", kernel, cases,
+            "in lora_B the experts are the innermost dimension, so what is next to a number in "
+            "memory is of another expert, and another program's",
+        )
+        for kernel, cases in (
+            ("experts_shrink._experts_shrink_kernel", "of B|grad_sb"),
+            ("experts_grad._experts_grad_sb_kernel", ""),
+            ("experts_grad._experts_grad_a_kernel", "grad_sb"),
+        )
+    ),
+    Exemption(
+        "experts_grad_sb reads dY in two layouts", "pipeline",
+        "experts_grad._experts_grad_sb_kernel", r"sm_(80|86|89|120)",
+        _TWO_LAYOUTS + "dY goes through registers, and three programs and more on a "
+        "multiprocessor have as many tiles on the way",
+    ),
+    Exemption(
+        "experts_grad_a, products one by one", "products", "experts_grad._experts_grad_a_kernel",
+        "sm_90 experts_grad_a .* r16",
+        _ONE_BY_ONE + "bound by memory, its products are thin",
+    ),
+    Exemption(
+        "experts_shrink of wide ranks in 100 KB", "pipeline",
+        "experts_shrink._experts_shrink_kernel", r"sm_(86|89|120) .* r128",
+        _ONE_PLACE + "a third stage of A takes the shared memory of another program",
+    ),
+    Exemption(
+        "experts in the worst case", "waves", "experts_shrink._experts_shrink_kernel", "",
+        "the grid has a tile more for each expert than full tiles need; those without rows leave "
+        "at once",
+    ),
     Exemption(
         "grad_xa of many columns on sm_100", "waves", "grad_xa._grad_xa_kernel",
         r"sm_100 grad_xa K14336 r64x2",
