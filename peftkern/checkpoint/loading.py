@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..tuners.base_layer import BaseTunerLayer, adapter_modules
-from ..tuners.lora.fused_experts import convert_weights
+from ..tuners.lora.fused_experts import convert_weights, numbers_of_experts
 from ..tuners.lora.tying import tie_again
 from .base_tensors import Beside, find_beside
 from .slots import PREFIX, Slot, clean, slots_to_save, tensors_of
@@ -31,12 +31,12 @@ def few(names: list[str]) -> str:
     return shown + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-class Match(namedtuple("Match", ["pairs", "missing", "unexpected", "mismatched", "passed"])):
+class Match(namedtuple("Match", "pairs missing unexpected mismatched passed why")):
     """Saved tensors matched with slots.
 
     ``pairs`` [(slot, tensor)]; ``missing``: slots without a tensor; ``unexpected``: names on disk
     without a slot; ``mismatched`` [(slot, name on disk, shape in the file, shape in the model)];
-    ``passed``: known names that need no slot.
+    ``passed``: known names that need no slot; ``why``: sentences about experts that do not fit.
     """
 
 
@@ -59,7 +59,8 @@ def match_weights(model: Any, weights: dict[str, Tensor], adapter_name: str) -> 
         for key in slot.model_keys
         if key == clean(slot.model_key)  # not for a prompt, whose keys are its encoder's weights
     }
-    weights = convert_weights(model, weights, {*slots, *in_model})
+    why: list[str] = []
+    weights = convert_weights(model, weights, {*slots, *in_model}, why)
     missing = dict(slots)
     pairs, unexpected, mismatched, passed = [], [], [], []
     beside: Beside | None = None
@@ -84,7 +85,8 @@ def match_weights(model: Any, weights: dict[str, Tensor], adapter_name: str) -> 
             mismatched.append((slot, key, tuple(value.shape), tuple(slot.tensor.shape)))
         else:
             pairs.append((slot, value))
-    return Match(pairs, list(missing.values()), unexpected, mismatched, passed)
+    why += numbers_of_experts(model, adapter_name, mismatched)
+    return Match(pairs, list(missing.values()), unexpected, mismatched, passed, why)
 
 
 def check_shared(model: Any, adapter_name: str, slot: Slot, key: str, value: Tensor) -> None:
@@ -113,6 +115,7 @@ def check_keys(match: Match, adapter_name: str, source: str, config: Any) -> Non
             "configuration describes: "
             + "; ".join(said)
             + ". "
+            + "".join(f"{sentence}. " for sentence in match.why[:3])
             + (
                 "HF PEFT's `ensure_weight_tying` leaves modules untied that are tied here, and "
                 "saves none of theirs: for the model that it trained, load the configuration, set "
@@ -141,6 +144,7 @@ def check_shapes(match: Match) -> None:
                 f"shape in current model is {here}."
                 for _, key, saved, here in match.mismatched
             )
+            + "".join(f"\n\t{sentence}." for sentence in match.why[:3])
         )
 
 

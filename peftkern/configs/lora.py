@@ -164,6 +164,9 @@ class LoraConfig(PeftConfig, method=PeftType.LORA):
         velora_config: :class:`VeloraConfig`: keep A's inputs compressed for its gradient.
         monteclora_config: :class:`MontecloraConfig`: train with random perturbations of A.
         alora_invocation_tokens: let the adapter act from these tokens on (:mod:`.alora`).
+        target_parameters: list of names, or ends of names, of parameters of 2 or 3 dimensions; or
+            "all-experts" for all those of a mixture's experts, which is replaced by their names
+            when a model is adapted.
 
     The other fields exist so that configurations of HF PEFT can be read and written. One with a
     setting that is not built yet is refused by :meth:`check_supported` before a model is changed.
@@ -202,7 +205,7 @@ class LoraConfig(PeftConfig, method=PeftType.LORA):
     )
     layer_replication: list[tuple[int, int]] | None = field(default=None)
     runtime_config: LoraRuntimeConfig = field(default_factory=LoraRuntimeConfig)
-    target_parameters: list[str] | None = field(default=None)
+    target_parameters: list[str] | str | None = field(default=None)
     use_bdlora: BdLoraConfig | None = field(default=None, metadata=selects(BdLoraConfig))
     arrow_config: Any | None = field(default=None)
     kasa_config: KasaConfig | None = field(default=None, metadata=selects(KasaConfig))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+from ..utils.constants import ALL_EXPERTS_SHORTHAND
 from ..utils.patterns import Pattern
 from .lora_options import CordaConfig, EvaConfig
 from .names import as_names, check_ints, check_names, check_pattern, is_int, is_number, shown
@@ -92,9 +93,7 @@ def check_types_of_names(config: Any) -> None:
     check_names("target_modules", config.target_modules, one=f"{pattern} or 'all-linear'")
     check_names("exclude_modules", config.exclude_modules, one=pattern)
     check_names("layers_pattern", config.layers_pattern, one="one name")
-    if isinstance(config.target_parameters, str):
-        raise TypeError("`target_parameters` must be a list of strings or None.")
-    check_names("target_parameters", config.target_parameters)
+    _check_parameters(config)
     config.modules_to_save = as_names("modules_to_save", config.modules_to_save)
     for name in ("rank_pattern", "alpha_pattern"):
         setattr(config, name, getattr(config, name) or {})
@@ -115,6 +114,20 @@ def check_types_of_names(config: Any) -> None:
     for name in _FLAGS:
         if isinstance(getattr(config, name), str):  # any text would count as True, "no" too
             raise ValueError(f"`{name}` must be True or False, got {shown(getattr(config, name))}")
+
+
+def _check_parameters(config: Any) -> None:
+    """Refuse wrong values of ``target_parameters``, with HF PEFT's error for a string."""
+    given = config.target_parameters
+    if not isinstance(given, str):
+        check_names("target_parameters", given)
+        return
+    if given.lower() != ALL_EXPERTS_SHORTHAND:
+        raise TypeError(
+            "`target_parameters` must be a list of strings or None. The one string that is "
+            f"allowed is {ALL_EXPERTS_SHORTHAND!r}, got {given!r}."
+        )
+    config.target_parameters = ALL_EXPERTS_SHORTHAND
 
 
 def check_values(config: Any) -> None:

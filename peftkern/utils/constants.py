@@ -14,6 +14,7 @@ WEIGHTS_NAME = "adapter_model.bin"
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
 
 INCLUDE_LINEAR_LAYERS_SHORTHAND = "all-linear"
+ALL_EXPERTS_SHORTHAND = "all-experts"  # for target_parameters; HF PEFT has no such name
 # a target that matches no module, on purpose
 DUMMY_TARGET_MODULES = "dummy-target-modules"
 DUMMY_MODEL_CONFIG = {"model_type": "custom"}

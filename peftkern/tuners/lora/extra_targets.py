@@ -15,8 +15,10 @@ from ..base_layer import get_model_config
 from ..modules_to_save import find_modules_to_save
 from ..targets import match_targets, resolve_targets
 from ..trainable_tokens.inject import find_tokens, wrap_tokens
+from .expert_families import fused_names
+from .expert_targets import find_experts, setting_for
 from .linear import Linear
-from .parameter_targets import Target, find_parameters, wrap_parameter
+from .parameter_targets import Target, find_parameters, unmatched, wrap_parameter
 from .ranks import rank_and_alpha
 from .tying import is_tied_target, shares_embedding, tie_adapter, tie_saved_modules
 
@@ -32,7 +34,8 @@ def find_targets(
     Modules tied to the input embedding come last.
 
     Raises:
-        ValueError: nothing is found; also those of :func:`find_parameters`.
+        ValueError: nothing is found; ``target_parameters`` match nothing and no
+            ``target_modules`` that match were given; also those of :func:`find_parameters`.
     """
     if config.target_parameters and state_dict:
         raise ValueError(
@@ -40,6 +43,7 @@ def find_targets(
             "`target_parameters`. This is not supported -- when using `target_parameters`, please "
             "inject the adapter without the state_dict."
         )
+    given = config.target_modules
     try:
         config.target_modules = resolve_targets(config, model)
     except ValueError:
@@ -57,18 +61,38 @@ def find_targets(
     if tied:
         matches = [(n, m) for n, m in matches if not is_tied_target(config, n)] + tied
     parameters = find_parameters(config, model, others, [name for name, _ in matches])
+    wanted = config.target_parameters
+    if wanted and not parameters and (given is None or not matches):
+        raise NoMatchingPeftModuleError(f"{error or ''} {_nothing_named(wanted, model)}".lstrip())
     if not matches and not parameters:
         assert error is not None
         raise error
-    for what, found in (("module", matches), ("parameter", parameters)):
-        wanted = getattr(config, f"target_{what}s")
-        if wanted and not found:
-            warnings.warn(
-                f"target_{what}s={wanted} were set but no {what} was matched.",
-                RuntimeWarning,
-                stacklevel=5,
-            )
+    if config.target_modules and not matches:
+        _warn(f"target_modules={config.target_modules} were set but no module was matched.")
+    if wanted and not parameters:
+        said = f"target_parameters={wanted} were set but no parameter was matched."
+        _warn(f"{said} {_nothing_named(wanted, model)}")
+    elif wanted and (rest := _meant_in_vain(wanted, model, parameters)):
+        _warn(_nothing_named(rest, model))
     return matches, parameters
+
+
+def _warn(said: str) -> None:
+    warnings.warn(said, RuntimeWarning, stacklevel=6)
+
+
+def _meant_in_vain(names: Sequence[str], model: nn.Module, found: Sequence[Target]) -> list[str]:
+    """The names that match no parameter, without those that old targets were converted to."""
+    converted = set(fused_names(model).values())
+    return [name for name in unmatched(model, names, found) if name not in converted]
+
+
+def _nothing_named(names: Sequence[str], model: nn.Module) -> str:
+    """The sentence about ``target_parameters`` that are not in the model, with those that are."""
+    said = f"`target_parameters` names {sorted(names)}, which no parameter of"
+    setting = setting_for(find_experts(model))
+    there = f" Its experts are adapted by {setting}." if setting else ""
+    return f"{said} {type(model).__name__} is called or ends with.{there}"
 
 
 class ExtraTargets:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -101,7 +101,7 @@ def _resolved(config: LoraConfig, model: nn.Module, names: dict[str, str]) -> se
 
 
 def convert_weights(
-    model: Any, weights: dict[str, Tensor], known: Container[str]
+    model: Any, weights: dict[str, Tensor], known: Container[str], why: list[str] | None = None
 ) -> dict[str, Tensor]:
     """``weights`` renamed and fused like the layers in this version of transformers.
 
@@ -110,6 +110,8 @@ def convert_weights(
         weights: the tensors of a file; they are not changed.
         known: names of the adapter's weights in the model, without ``base_model.model.``. A file
             whose LoRA weights all have these names is returned as it is.
+        why: gets a sentence for each parameter whose experts the file does not have, or has too
+            many of; their weights keep their names.
     """
     strange = {
         key: name
@@ -136,7 +138,8 @@ def convert_weights(
         group[old][number] = key
     for (holder, new, side), keys in experts.items():
         order = [old for old, name in names.items() if name == new]
-        merged = _fuse(base, weights, holder, new, side, [keys.get(old, {}) for old in order])
+        parts = {old: keys.get(old, {}) for old in order}
+        merged = _fuse(base, weights, holder, new, side, parts, why)
         if merged is None:  # incomplete, or of another model: kept, and reported as unexpected
             found.update({k: weights[k] for group in keys.values() for k in group.values()})
         else:
@@ -176,22 +179,34 @@ def _fuse(
     holder: str,
     parameter: str,
     side: str,
-    parts: list[dict[int, str]],
+    parts: dict[str, dict[int, str]],
+    why: list[str] | None,
 ) -> tuple[str, Tensor] | None:
     """(name, weight) of lora_A or lora_B for a parameter, fused from those of its experts.
 
     ``parts`` has {expert: name in ``weights``} for each layer that the parameter replaces. None
-    when some are missing or do not fit.
+    when some are missing or do not fit; ``why`` gets the reason.
     """
     place = _place(model, holder, parameter)
     if place is None:
         return None
     name, wrapper = place
     E = wrapper.num_experts
-    if any(set(part) != set(range(E)) for part in parts):
+    wrong = {old: set(range(E)) ^ set(part) for old, part in parts.items()}
+    if any(wrong.values()):
+        if why is not None:
+            why += [_lacking(f"{holder}.*.{old}.{side}", E, e) for old, e in wrong.items() if e]
         return None
-    layers = [[weights[part[e]] for e in range(E)] for part in parts]
+    layers = [[weights[part[e]] for e in range(E)] for part in parts.values()]
     return f"{name}.{side}.weight", fuse_experts(layers, side)
+
+
+def _lacking(what: str, E: int, wrong: set[int]) -> str:
+    """A sentence about the experts that a file lacks, or that a model of E experts does not have."""
+    lacks, has = sorted(e for e in wrong if e < E), sorted(e for e in wrong if e >= E)
+    said = [f"{what} of expert {', '.join(map(str, lacks))} is missing"] if lacks else []
+    said += [f"{what} is there for expert {', '.join(map(str, has))}"] if has else []
+    return f"{' and '.join(said)}, in a model of {E} experts"
 
 
 def _place(model: nn.Module, holder: str, parameter: str) -> tuple[str, ParamWrapper] | None:
@@ -206,3 +221,28 @@ def _place(model: nn.Module, holder: str, parameter: str) -> tuple[str, ParamWra
             return name, module
         module, name = module.base_layer, f"{name}.base_layer"
     return None
+
+
+def numbers_of_experts(
+    model: nn.Module, adapter_name: str, mismatched: Sequence[tuple[Any, str, Any, Any]]
+) -> list[str]:
+    """A sentence for each lora_A of a file that has factors of another number of experts.
+
+    Args:
+        model: the model with the adapter in it.
+        adapter_name: the adapter that is loaded.
+        mismatched: (slot, name in the file, shape in the file, shape in the model).
+    """
+    said = []
+    for slot, key, saved, here in mismatched:
+        name, found, _ = slot.model_key.rpartition(".lora_A.")
+        module = model.get_submodule(name.removeprefix(".")) if found else None
+        if not isinstance(module, ParamWrapper) or len(saved) != 2 or saved[1] != here[1]:
+            continue
+        r, E = module.r[adapter_name], module.num_experts
+        if E > 1 and saved[0] % r == 0:
+            said.append(
+                f"{key} has factors of {saved[0] // r} experts at rank {r}, and "
+                f"`{module.parameter_name}` of the model has {E} experts"
+            )
+    return said

@@ -29,6 +29,7 @@ from ..modules_to_save import (
 from ..targets import check_compatible
 from .base import LoraLayer
 from .expert_families import fused_names
+from .expert_targets import note_experts_left_out, resolve_experts
 from .extra_targets import ExtraTargets, find_targets
 from .fused_experts import convert_config
 from .group import form_groups
@@ -118,6 +119,7 @@ class LoraModel(ModelMerging, Weighted, Starts, VariantMethods, BaseTuner):
                 "bias to 'none' for all adapters."
             )
         check_beside(config, others)
+        resolve_experts(config, model, others)
         if fused := fused_names(model):
             convert_config(config, model, fused)
         resolve_tying(config, model)
@@ -141,6 +143,7 @@ class LoraModel(ModelMerging, Weighted, Starts, VariantMethods, BaseTuner):
         for _, module, *_ in sites:
             warn(module, config)
         warn_of_changed_base([config, *(c for _, c in others)])
+        note_experts_left_out(config, model, others, parameters)
         return sites, saved, extra
 
     def inject_adapter(

@@ -44,6 +44,8 @@ def find_parameters(
         ValueError: a setting that parameters do not support; a parameter of the model itself, of
             an adapter layer, or without 2 or 3 dimensions; another adapter with other
             ``target_parameters``.
+
+    Names that match no parameter are not refused, as in HF PEFT: :func:`unmatched` finds them.
     """
     wanted = sorted(set(config.target_parameters or ()))
     if not wanted:
@@ -56,7 +58,7 @@ def find_parameters(
                 f"the same set of parameters, but got {wanted} for the new adapter and "
                 f"{sorted(have)} for adapter '{name}'."
             )
-    found = list(_matches(model, wanted))
+    found = matches(model, wanted)
     if found:
         ParamWrapper.check_config(config)
     for target in found:
@@ -64,10 +66,25 @@ def find_parameters(
     return found
 
 
-def _matches(model: nn.Module, wanted: list[str]) -> Iterator[Target]:
+def matches(model: nn.Module, wanted: Sequence[str]) -> list[Target]:
+    """The parameters with these names, or with names that end with a dot and one of these."""
+    return list(_matches(model, wanted))
+
+
+def unmatched(model: nn.Module, wanted: Sequence[str], found: Sequence[Target]) -> list[str]:
+    """The names among ``wanted`` that none of the parameters ``found`` has, sorted."""
+    aliases = further_names(model)
+    keys = {target.key for target in found}
+    for target in found:
+        further = aliases.get(id(model.get_submodule(target.module)), ())
+        keys |= {f"{plain_name(name)}.{target.name}" for name in further}
+    return sorted(n for n in wanted if n not in keys and not any(k.endswith(f".{n}") for k in keys))
+
+
+def _matches(model: nn.Module, wanted: Sequence[str]) -> Iterator[Target]:
     ends = tuple(f".{name}" for name in wanted)
     aliases = further_names(model)
-    for module_name, module in _holders(model, "", set()):
+    for module_name, module in holders(model):
         if hasattr(module, "parametrizations"):
             # a parametrized attribute is no parameter of that name any more
             for key in wanted:
@@ -82,11 +99,14 @@ def _matches(model: nn.Module, wanted: list[str]) -> Iterator[Target]:
                 yield Target(module_name, parameter, key)
 
 
-def _holders(module: Any, name: str, seen: set[int]) -> Iterator[tuple[str, Any]]:
+def holders(
+    module: Any, name: str = "", seen: set[int] | None = None
+) -> Iterator[tuple[str, Any]]:
     """(name, module) of modules with parameters, without those of adapters.
 
     A module that an adapter layer wraps has the adapter layer's name.
     """
+    seen = set() if seen is None else seen
     if id(module) in seen or isinstance(module, AuxiliaryTrainingWrapper):
         return
     seen.add(id(module))
@@ -95,7 +115,7 @@ def _holders(module: Any, name: str, seen: set[int]) -> Iterator[tuple[str, Any]
     yield name, module
     for child_name, child in module._modules.items():
         if child is not None and child_name != "parametrizations":
-            yield from _holders(child, f"{name}.{child_name}" if name else child_name, seen)
+            yield from holders(child, f"{name}.{child_name}" if name else child_name, seen)
 
 
 def _check(model: nn.Module, target: Target, adapted: Sequence[str]) -> None:
@@ -115,7 +135,14 @@ def _check(model: nn.Module, target: Target, adapted: Sequence[str]) -> None:
             "automatically, try setting `target_modules=[]` to prevent it."
         )
     if wrapper_of(module, target.name) is None:
-        ParamWrapper(module, target.name)  # raises for a parameter that it cannot adapt
+        try:
+            ParamWrapper(module, target.name)  # raises for a parameter that it cannot adapt
+        except ValueError as exc:
+            base: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+            shape = tuple(getattr(base, target.name).shape)
+            raise ValueError(
+                f"{exc} `target_parameters` names '{target.key}', of shape {shape}."
+            ) from None
 
 
 def wrap_parameter(model: nn.Module, target: Target, active: list[str]) -> ParamWrapper:
