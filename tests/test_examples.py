@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import runpy
+import shutil
 import socket
 import sys
 from collections.abc import Callable
@@ -114,7 +116,7 @@ def test_one_file_is_enough_and_short(path: Path) -> None:
 @pytest.mark.parametrize("page", ["README.md", "docs/guide.md"])
 def test_pages_list_every_example(page: str) -> None:
     linked = set(re.findall(r"\(\S*?examples/(\w+\.py)\)", (ROOT / page).read_text()))
-    assert linked == {path.name for path in FILES} and len(FILES) == 6
+    assert linked == {path.name for path in FILES} and len(FILES) == 7
 
 
 def test_a_call_to_the_hub_is_seen(no_network: None) -> None:
@@ -141,6 +143,42 @@ def test_train_loop(run: Any, folder: str, given: bool) -> None:
         with torch.no_grad():
             assert_same_number(left["merged"](**left["batch"]).logits, left["wanted"])
             assert differ(untrained(**left["batch"]).logits, left["wanted"])
+
+
+@pytest.fixture
+def mixture(folder: str, tmp_path: Path) -> str:
+    """A mixture on disk for --model, with the tokenizer of the other."""
+    path = tmp_path / "mixture"
+    shutil.copytree(folder, path)
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=259,
+        hidden_size=32,
+        moe_intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_experts=4,
+        num_experts_per_tok=2,
+        initializer_range=0.1,
+    )
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    return str(path)
+
+
+@given
+def test_mixture(run: Any, mixture: str, given: bool) -> None:
+    left, printed = run("mixture.py", "--steps", "8", *(["--model", mixture] if given else []))
+    before, after = held_out(printed)
+    assert after < before
+    assert len(re.findall(r"^step +\d+: loss [\d.]+$", printed, re.MULTILINE)) == 8
+    rows = [row for row in peftkern.explain(left["model"]) if ".experts" in row.name]
+    assert len(rows) == 2 * left["model"].config.num_hidden_layers
+    assert all(row.name in printed for row in rows)
+    assert names_in(Path("runs/mixture")) == ADAPTER
+    written = json.loads(Path("runs/mixture/adapter_config.json").read_text())
+    assert written["target_parameters"] == ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"]
 
 
 @given

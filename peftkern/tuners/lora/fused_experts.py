@@ -202,7 +202,7 @@ def _fuse(
 
 
 def _lacking(what: str, E: int, wrong: set[int]) -> str:
-    """A sentence about the experts that a file lacks, or that a model of E experts does not have."""
+    """A sentence about experts that a file lacks, or that a model of E experts lacks."""
     lacks, has = sorted(e for e in wrong if e < E), sorted(e for e in wrong if e >= E)
     said = [f"{what} of expert {', '.join(map(str, lacks))} is missing"] if lacks else []
     said += [f"{what} is there for expert {', '.join(map(str, has))}"] if has else []

@@ -99,9 +99,7 @@ def _matches(model: nn.Module, wanted: Sequence[str]) -> Iterator[Target]:
                 yield Target(module_name, parameter, key)
 
 
-def holders(
-    module: Any, name: str = "", seen: set[int] | None = None
-) -> Iterator[tuple[str, Any]]:
+def holders(module: Any, name: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, Any]]:
     """(name, module) of modules with parameters, without those of adapters.
 
     A module that an adapter layer wraps has the adapter layer's name.
@@ -138,8 +136,8 @@ def _check(model: nn.Module, target: Target, adapted: Sequence[str]) -> None:
         try:
             ParamWrapper(module, target.name)  # raises for a parameter that it cannot adapt
         except ValueError as exc:
-            base: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-            shape = tuple(getattr(base, target.name).shape)
+            holder: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+            shape = tuple(getattr(holder, target.name).shape)
             raise ValueError(
                 f"{exc} `target_parameters` names '{target.key}', of shape {shape}."
             ) from None
