@@ -1,8 +1,8 @@
 """A mixture as a loop over the experts that got tokens, on torch's matrix products.
 
 The host must know how many tokens each expert got, which costs nothing on a CPU. Beside what the
-backward needs, memory holds the rows of one expert at a time. Sums over a token's experts are made
-in the experts' order, in fp32 or wider.
+backward needs, memory holds a row for each pair and tensors of the rows of one expert at a time.
+Sums over a token's experts are made in the order of its choices, in fp32 or wider.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 
 from ..torch_products import in_dtype
 from .gates import gate_grad, hidden, hidden_again, norm_grad
@@ -53,6 +54,25 @@ def sums_in(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def sum_of_choices(rows: Tensor, order: Tensor, spans: Sequence[Span], k: int) -> Tensor:
+    """[T, N], for each token the sum of the sorted ``rows`` [P, N] of its k pairs.
+
+    The rows of no span are written over, with zeros. One pass, without a copy of the rows.
+    """
+    P = len(order)
+    if not P:
+        return rows.new_zeros((0, rows.shape[1]))
+    rows[spans[-1].end if spans else 0 :].zero_()
+    place = torch.empty_like(order)
+    place[order] = torch.arange(P, dtype=order.dtype, device=order.device)
+    return embedding_bag(place.view(-1, k), rows, mode="sum")
+
+
+def _weights_of_rows(call: Call, order: Tensor) -> Tensor:
+    w = call.weights.reshape(-1).index_select(0, order)
+    return in_dtype(sums_in(call.x.dtype), w)[:, None]
+
+
 def _room_for_s(part: ExpertLinear, x: Tensor, rows: int, mixed: bool) -> Tensor | None:
     low, R = low_rank(part, x, mixed)
     if not part.factors:
@@ -70,17 +90,16 @@ def forward(
 ) -> tuple[Tensor, Kept]:
     """(the mixture's output [T, N], what the backward needs if ``keep``)."""
     x, mixed, P = call.x, call.choice is not None, len(order.pairs)
-    (T, k), N = call.chosen.shape, call.down.weight.shape[1]
-    N1 = call.up.weight.shape[1]
+    k, N1, N = call.chosen.shape[1], call.up.weight.shape[1], call.down.weight.shape[1]
     up = LoopLinear(call.up, x, spans, words[0], mixed)
     down = LoopLinear(call.down, x, spans, words[1], mixed)
     most = max((s.end - s.start for s in spans), default=0)
     gu_all = x.new_empty((P if keep else most, N1))
     s_up, s_down = (_room_for_s(p, x, P if keep else most, mixed) for p in (call.up, call.down))
-    y_all = x.new_empty((P, N)) if keep and call.norm is not None else x.new_empty((most, N))
+    y_all = x.new_empty((P, N))  # times the routing weights
+    keep_y = x.new_empty((P, N)) if keep and call.norm is not None else None
     tokens = order.pairs // k
-    total = x.new_zeros((T, N), dtype=sums_in(x.dtype))
-    w = call.weights.reshape(-1).index_select(0, order.pairs).to(total.dtype)[:, None]
+    w = _weights_of_rows(call, order.pairs)
     for span in spans:
         rows = slice(span.start, span.end)
         room = rows if keep else slice(0, span.end - span.start)
@@ -88,13 +107,14 @@ def forward(
         gu = gu_all[room]
         up.forward(span, x.index_select(0, of), gu, None if s_up is None else s_up[room])
         h = hidden(call.gate, gu)
-        y = y_all[rows if len(y_all) == P else slice(0, len(of))]
+        y = y_all[rows] if keep_y is None else keep_y[rows]
         down.forward(span, h, y, None if s_down is None else s_down[room])
-        if call.norm is not None:
-            y = call.norm(y)
-        total.index_add_(0, of, y * w[rows])
-    kept_y = y_all if call.norm is not None and keep else None
-    return total.to(x.dtype), Kept(order.pairs, gu_all, s_up, s_down, kept_y, spans)
+        if call.norm is None:
+            y.mul_(w[rows])
+        else:
+            torch.mul(call.norm(y), w[rows], out=y_all[rows])
+    out = sum_of_choices(y_all, order.pairs, spans, k)
+    return out, Kept(order.pairs, gu_all, s_up, s_down, keep_y, spans)
 
 
 def backward(
@@ -113,8 +133,8 @@ def backward(
     down.want(wants.down, wants.down_bias)
     tokens = kept.order // k
     wide = sums_in(x.dtype)
-    w = call.weights.reshape(-1).index_select(0, kept.order).to(wide)[:, None]
-    dx = torch.zeros_like(x, dtype=wide) if wants.x else None
+    w = _weights_of_rows(call, kept.order)
+    dx_all = x.new_empty((len(w), x.shape[1])) if wants.x else None
     dw = w.new_zeros(len(w)) if wants.weights else None
     through = wants.behind_gate or wants.weights
     for span in spans:
@@ -133,7 +153,8 @@ def backward(
             gu = kept.gu[rows]
             again = hidden_again(call.gate, gu)
         s = None if kept.s_down is None else kept.s_down[rows]
-        dh = down.backward(span, dy, w_rows, None if again is None else again.h, s, through)
+        dh = dy.new_empty((len(dy), call.down.weight.shape[2])) if through else None
+        down.backward(span, dy, w_rows, None if again is None else again.h, s, dh)
         if dh is None or again is None or gu is None:
             continue
         if dw is not None and call.norm is None:
@@ -147,11 +168,10 @@ def backward(
         del again, dh, dy
         x_rows = x.index_select(0, of) if any(a for a, _ in wants.up) else None
         s = None if kept.s_up is None else kept.s_up[rows]
-        dx_rows = up.backward(span, dgu, None, x_rows, s, wants.x)
-        if dx is not None and dx_rows is not None:
-            dx.index_add_(0, of, in_dtype(wide, dx_rows))
+        up.backward(span, dgu, None, x_rows, s, None if dx_all is None else dx_all[rows])
+    dx = None if dx_all is None else sum_of_choices(dx_all, kept.order, spans, k)
     if dw is not None:
         placed = torch.empty_like(dw)
         placed[kept.order] = dw
         dw = placed.view_as(call.weights).to(call.weights.dtype)
-    return Grads(None if dx is None else dx.to(x.dtype), dw, up.grads(), down.grads())
+    return Grads(dx, dw, up.grads(), down.grads())

@@ -63,6 +63,7 @@ class LoopLinear:
         self.dA: list[Tensor | None] = []
         self.dB: list[Tensor | None] = []
         self.dbias: Tensor | None = None
+        self.trains = False
 
     def _runs(self, span: Span) -> Sequence[Run | tuple[int, int, int]]:
         if span.runs is not None:
@@ -138,6 +139,7 @@ class LoopLinear:
             f.B.new_zeros((E, N, f.rank(E))) if b else None
             for f, (_, b) in zip(self.factors, wanted, strict=True)
         ]
+        self.trains = any(a or b for a, b in wanted)
         if bias and self.bias is not None:
             self.dbias = torch.zeros_like(self.bias)
 
@@ -148,25 +150,29 @@ class LoopLinear:
         w: Tensor | None,
         x: Tensor | None,
         s: Tensor | None,
-        needs_x: bool,
-    ) -> Tensor | None:
-        """dx [m, K] without w, if it is wanted; dA, dB and the bias' gradient are kept here.
+        dx: Tensor | None,
+    ) -> None:
+        """Write dx [m, K] without w, if it is wanted; dA, dB and the bias' gradient are kept here.
 
         dy [m, N]; w [m, 1]; x [m, K] and s [m, R] are what dA and dB need.
         """
         e = span.expert
         if self.dbias is not None:
             self.dbias[e] = (dy if w is None else dy * w).sum(0)
-        dx = None
-        if self.factors and (needs_x or any(t is not None for t in (*self.dA, *self.dB))):
-            dx = self._low_rank_grads(span, in_dtype(self.low, dy), w, x, s, needs_x)
-        if not needs_x:
-            return None
+        low = dx
+        if self.factors and (dx is not None or self.trains):
+            if dx is not None and self.low is not dx.dtype:
+                low = dx.new_empty(dx.shape, dtype=self.low)
+            self._low_rank_grads(span, in_dtype(self.low, dy), w, x, s, low)
         if dx is None:
-            return torch.mm(dy, self.weight[e])
-        if self.low is dy.dtype:
-            return dx.addmm_(dy, self.weight[e])
-        return dx.add_(torch.mm(dy, self.weight[e])).to(dy.dtype)
+            return
+        if not self.factors:
+            torch.mm(dy, self.weight[e], out=dx)
+        elif low is dx:
+            dx.addmm_(dy, self.weight[e])
+        else:
+            assert low is not None
+            dx.copy_(low.add_(torch.mm(dy, self.weight[e])))
 
     def _low_rank_grads(
         self,
@@ -175,10 +181,9 @@ class LoopLinear:
         w: Tensor | None,
         x: Tensor | None,
         s: Tensor | None,
-        needs_x: bool,
-    ) -> Tensor | None:
+        dx: Tensor | None,
+    ) -> None:
         e, K = span.expert, self.weight.shape[2]
-        dx = dy.new_empty((len(dy), K)) if needs_x else None
         for i, a, b in self._runs(span):
             found, part, fresh = self._of(i, e), slice(a, b), self.mixed or i == 0
             if found is None:
@@ -206,7 +211,6 @@ class LoopLinear:
                     xa = mask.mul_(xa)
                 own = dA.view(self.weight.shape[0], len(A), K)[e]
                 _write(own, (ds if wa is None else ds.mul_(wa)).t(), xa)
-        return dx
 
     def grads(self) -> LinearGrads:
         """dA [r·E, K] and dB [N, r·E] of each adapter, dense."""
