@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from peftkern.ops import lora_experts as module
+from peftkern.ops.experts import loop
 from peftkern.ops.experts.double import masks_of_pairs
 from peftkern.ops.experts.parts import ExpertLinear, Factors
 from peftkern.ops.lora_experts import lora_experts
@@ -59,7 +60,7 @@ def with_masks(monkeypatch, m: Mixture):
 
     monkeypatch.setattr(module, "draw_words", draw)
     found = numbers(call, m)
-    order = module.loop.ordered(module.Call(*m, False))[0].pairs
+    order = loop.ordered(module.Call(*m, False)).pairs
     return found, tuple(masks_of_pairs(part, words, order) for part, words in drawn)
 
 
@@ -127,7 +128,7 @@ def test_second_derivatives():
         return dict(enumerate(torch.autograd.grad(total, m.leaves)))
 
     torch.manual_seed(2)
-    order = module.loop.ordered(module.Call(*m, False))[0]
+    order = loop.ordered(module.Call(*m, False))
     words = module._words(module.Call(*m, False), order)
     parts = zip((m.up, m.down), words, strict=True)
     masks = tuple(masks_of_pairs(part, own, order.pairs) for part, own in parts)

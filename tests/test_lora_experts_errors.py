@@ -123,6 +123,20 @@ def test_sentinels_do_not_allow_negative_indices():
         call(m._replace(index=m.index - 3), sentinels=True)
 
 
+def test_functions_with_trained_parameters_or_of_another_width():
+    own = torch.ones(10, dtype=torch.float64, requires_grad=True)
+    bound = {"norm": lambda y: y * own[:5]}
+    gate = Gate(lambda gu: gu[:, :10] * own)
+    with pytest.raises(ValueError, match="norm has a tensor of its own that requires a gradient"):
+        lora_experts(*m[:6], **bound)
+    with pytest.raises(ValueError, match=r"gate\.function has a tensor of its own"):
+        lora_experts(*m[:5], gate)
+    with pytest.raises(ValueError, match=r"makes \[1, 20\] of one row; allowed: \[1, 10\]"):
+        lora_experts(*m[:5], Gate(torch.sigmoid))
+    with torch.no_grad():
+        assert lora_experts(*m[:5], gate, **bound).shape == (7, 5)
+
+
 def test_a_device_for_all():
     meta = Factors(*(t.detach().to("meta") for t in m.up.factors[0][:2]), 1.0)
     with pytest.raises(ValueError, match=r"up.factors\[0\].A is on meta; allowed: cpu"):

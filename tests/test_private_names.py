@@ -240,6 +240,13 @@ def test_without_the_count_of_hooks_they_are_looked_for_every_time() -> None:
     assert counter.next_id != counter.next_id
 
 
+def test_without_assertions_on_the_device_nothing_is_asked() -> None:
+    false = torch.zeros((), dtype=torch.bool)
+    with pytest.raises(RuntimeError, match="out of range"):
+        private.assert_later(false, "out of range")
+    without("_assert_async").assert_later(false, "out of range")
+
+
 def test_without_unsafe_view_outputs_are_copied() -> None:
     made = without("ops.aten._unsafe_view").unsafe_view
     x = torch.randn(6, 2)

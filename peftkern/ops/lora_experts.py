@@ -29,12 +29,12 @@ from ..utils.private import (
     without_dispatch_modes,
 )
 from . import autocast
-from .experts import loop
-from .experts.checks import check
+from .experts.checks import check, check_functions
 from .experts.double import differentiable, plain_call
 from .experts.dropout import draw_words
 from .experts.order import Order
 from .experts.parts import Call, ExpertLinear, Factors, Gate, Kept, LinearGrads, Wants
+from .experts.ways import choose
 
 
 def lora_experts(
@@ -59,7 +59,7 @@ def lora_experts(
             cast to theirs). Weights are frozen; biases may train. Factors have that dtype or
             float32.
         gate: makes H [P, I] of up's output [P, N1]; N1 is 2·I, or I with the layout "alone". Its
-            function may not write to its argument, and parameters of its own get no gradient.
+            function may not write to its argument, and has no trained parameters of its own.
         norm: applied to down's output before the routing weights, row by row; as the function.
         choice: integers [T], the adapter of each token, the same number in ``up`` and ``down``, or
             -1 for none. None: all adapters are added.
@@ -125,13 +125,15 @@ def _call(call: Call) -> Tensor:
         return plain_call(call)
     y: Tensor
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        check_functions(call)
         bare = _without_tensors(call)
         y = _LoraExperts.apply(bare, call.chosen, call.choice, *tensors)  # type: ignore[no-untyped-call]
         return y
     # selective checkpointing may keep outputs of torch's products, which are written to here
     with without_dispatch_modes() if outputs_are_kept() else contextlib.nullcontext():
-        order, spans = loop.ordered(call)
-        y, _ = loop.forward(call, order, spans, _words(call, order), keep=False)
+        way = choose(call).way
+        order = way.ordered(call)
+        y, _ = way.forward(call, order, _words(call, order), keep=False)
         return y
 
 
@@ -162,13 +164,15 @@ class _LoraExperts(torch.autograd.Function):
         call = _with_tensors(bare, tensors)._replace(chosen=chosen, choice=choice)
         wants = _wants(call, ctx.needs_input_grad[3:])
         with without_dispatch_modes() if outputs_are_kept() else contextlib.nullcontext():
-            order, spans = loop.ordered(call)
+            way = choose(call).way
+            order = way.ordered(call)
             words = _words(call, order)
-            y, kept = loop.forward(call, order, spans, words, keep=True)
+            y, kept = way.forward(call, order, words, keep=True)
         ctx.save_for_backward(
             call.chosen,
             call.choice,
-            kept.order,
+            order.pairs,
+            order.bounds,
             kept.gu if wants.hidden else None,
             kept.s_up if any(b for _, b in wants.up) else None,
             kept.s_down if any(b for _, b in wants.down) else None,
@@ -176,14 +180,14 @@ class _LoraExperts(torch.autograd.Function):
             *words,
             *tensors,
         )
-        ctx.call, ctx.host = bare, kept.host
+        ctx.call, ctx.way, ctx.spans = bare, way, order.spans
         return y
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
         chosen, choice, *own = ctx.saved_tensors
-        order, gu, s_up, s_down, y, *own = own
-        kept = Kept(order, gu, s_up, s_down, y, ctx.host)
+        pairs, bounds, gu, s_up, s_down, y, *own = own
+        kept = Kept(Order(pairs, bounds, ctx.spans), gu, s_up, s_down, y)
         words, tensors = (own[0], own[1]), own[2:]
         call = _with_tensors(ctx.call, tensors)._replace(chosen=chosen, choice=choice)
         needs = ctx.needs_input_grad[3:]
@@ -191,7 +195,7 @@ class _LoraExperts(torch.autograd.Function):
             return (*(None,) * 3, *differentiable(call, tensors, kept, words, dout, needs))
         off = torch.autocast(dout.device.type, enabled=False)
         with off if autocast.is_on(dout) else contextlib.nullcontext():
-            grads = loop.backward(call, kept, words, dout, _wants(call, needs))
+            grads = ctx.way.backward(call, kept, words, dout, _wants(call, needs))
         found = [grads.x, grads.weights, *_of_linear(grads.up), *_of_linear(grads.down)]
         return (*(None,) * 3, *found)
 

@@ -55,8 +55,16 @@ cpu_flash_backward = _aten("_scaled_dot_product_flash_attention_for_cpu_backward
 unsafe_view: Callable[..., Tensor] = _aten("_unsafe_view") or torch.view_copy
 
 
+_assert_async: Callable[[Tensor, str], None] | None = getattr(torch, "_assert_async", None)
+
 # torch's dispatch modes in the forward and the recomputation of a selective checkpoint
 SELECTIVE = ("_CachingTorchDispatchMode", "_CachedTorchDispatchMode")
+
+
+def assert_later(condition: Tensor, words: str) -> None:
+    """Raise an error with these words if the tensor is False; on CUDA without waiting for it."""
+    if _assert_async is not None:
+        _assert_async(condition, words)
 
 
 def without_dispatch_modes() -> contextlib.AbstractContextManager[Any]:

@@ -80,6 +80,12 @@ OVERRIDDEN = (
 REGISTER = (
     Private(
         "torch",
+        "_assert_async",
+        "an expert's index out of range is an error without a wait for the device",
+        "on CUDA such an index gives wrong numbers",
+    ),
+    Private(
+        "torch",
         "_C._are_functorch_transforms_active",
         "vmap, grad and jvp of torch.func cannot look into a fused operation",
         "one warning; every call goes as if one were active: right, and slow",

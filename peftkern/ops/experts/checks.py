@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..mlp_torch import ACTIVATIONS
 from .gates import LAYOUTS
-from .parts import ExpertLinear, Gate
+from .parts import Call, ExpertLinear, Gate
 
 
 def check(
@@ -71,6 +71,33 @@ def check(
             )
     for name, t in (("index", index), ("weights", weights), ("choice", choice)):
         _check_device(name, t, x)
+
+
+def check_functions(call: Call) -> None:
+    """Raise ValueError if the gate or the norm has gradients of its own, which would be lost.
+
+    A row of zeros tells, and so it does whether an unknown gate makes H of down's width.
+    """
+    with torch.enable_grad():
+        if call.gate.name is None:
+            h = call.gate.function(call.x.new_zeros((1, call.up.weight.shape[1])))
+            width = call.down.weight.shape[2]
+            if h.shape != (1, width):
+                raise ValueError(
+                    f"lora_experts: gate.function makes {_shape(h)} of one row; allowed: "
+                    f"[1, {width}], for down.weight of {_shape(call.down.weight)}"
+                )
+            _check_frozen("gate.function", h)
+        if call.norm is not None:
+            _check_frozen("norm", call.norm(call.x.new_zeros((1, call.down.weight.shape[1]))))
+
+
+def _check_frozen(name: str, made: Tensor) -> None:
+    if made.requires_grad:
+        raise ValueError(
+            f"lora_experts: {name} has a tensor of its own that requires a gradient; "
+            "allowed: frozen ones"
+        )
 
 
 def _check_part(name: str, part: ExpertLinear, E: int) -> None:

@@ -60,7 +60,7 @@ def differentiable(
     """The gradient of each of ``tensors``, of ``call``; a graph where gradients are on."""
     wanted = [i for i, need in enumerate(needs) if need]
     parts = zip((call.up, call.down), words, strict=True)
-    up, down = (masks_of_pairs(part, own, kept.order) for part, own in parts)
+    up, down = (masks_of_pairs(part, own, kept.order.pairs) for part, own in parts)
     graph = torch.is_grad_enabled()
     with torch.enable_grad():
         y = plain_call(call, (up, down))

@@ -20,8 +20,8 @@ from .order import Order, Span, sort_pairs, spans_of
 from .parts import Call, ExpertLinear, Grads, Kept, Wants
 
 
-def ordered(call: Call) -> tuple[Order, list[Span]]:
-    """The call's pairs in order, and the experts that got tokens.
+def ordered(call: Call) -> Order:
+    """The call's pairs in order, with the spans of the experts that got tokens.
 
     Raises:
         ValueError: an index or a choice out of range.
@@ -31,22 +31,28 @@ def ordered(call: Call) -> tuple[Order, list[Span]]:
         low, high = (int(v) for v in choice.aminmax())
         if low < -1 or high >= n:
             raise ValueError(
-                f"lora_experts: choice has {low if low < -1 else high}; allowed: -1 (no adapter) "
-                f"to {n - 1}, for {n} adapters"
+                f"lora_experts: choice has {low if low < -1 else high}; "
+                f"allowed: {allowed_choices(n)}"
             )
-    order = sort_pairs(call.chosen, call.experts, choice, n)
-    bounds: list[int] = order.bounds.tolist()
-    if bounds[0] or (bounds[-1] < len(order.pairs) and not call.sentinels):
-        _refuse(call)
-    return order, spans_of(bounds, choice is not None, n)
+    pairs, edges = sort_pairs(call.chosen, call.experts, choice, n)
+    bounds: list[int] = edges.tolist()
+    if bounds[0] or (bounds[-1] < len(pairs) and not call.sentinels):
+        low, high = (int(v) for v in call.chosen.aminmax())
+        raise ValueError(
+            f"lora_experts: index has {low if low < 0 else high}; allowed: {allowed_experts(call)}"
+        )
+    return Order(pairs, None, spans_of(bounds, choice is not None, n))
 
 
-def _refuse(call: Call) -> None:
-    low, high = (int(v) for v in call.chosen.aminmax())
+def allowed_choices(adapters: int) -> str:
+    return f"-1 (no adapter) to {adapters - 1}, for {adapters} adapters"
+
+
+def allowed_experts(call: Call) -> str:
     allowed = f"0 to {call.experts - 1}, for {call.experts} experts"
     if call.sentinels:
         allowed += ", or more for experts of other processes (sentinels=True)"
-    raise ValueError(f"lora_experts: index has {low if low < 0 else high}; allowed: {allowed}")
+    return allowed
 
 
 def sums_in(dtype: torch.dtype) -> torch.dtype:
@@ -54,21 +60,26 @@ def sums_in(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def sum_of_choices(rows: Tensor, order: Tensor, spans: Sequence[Span], k: int) -> Tensor:
+def sum_of_choices(rows: Tensor, order: Tensor, k: int) -> Tensor:
     """[T, N], for each token the sum of the sorted ``rows`` [P, N] of its k pairs.
 
-    The rows of no span are written over, with zeros. One pass, without a copy of the rows.
+    One pass, without a copy of the rows.
     """
     P = len(order)
     if not P:
         return rows.new_zeros((0, rows.shape[1]))
-    rows[spans[-1].end if spans else 0 :].zero_()
     place = torch.empty_like(order)
     place[order] = torch.arange(P, dtype=order.dtype, device=order.device)
     return embedding_bag(place.view(-1, k), rows, mode="sum")
 
 
-def _weights_of_rows(call: Call, order: Tensor) -> Tensor:
+def _without_rest(rows: Tensor, spans: Sequence[Span]) -> Tensor:
+    """The sorted rows with zeros in those of no span."""
+    rows[spans[-1].end if spans else 0 :].zero_()
+    return rows
+
+
+def weights_of_rows(call: Call, order: Tensor) -> Tensor:
     w = call.weights.reshape(-1).index_select(0, order)
     return in_dtype(sums_in(call.x.dtype), w)[:, None]
 
@@ -84,12 +95,12 @@ def _room_for_s(part: ExpertLinear, x: Tensor, rows: int, mixed: bool) -> Tensor
 def forward(
     call: Call,
     order: Order,
-    spans: Sequence[Span],
     words: tuple[Tensor | None, Tensor | None],
     keep: bool,
 ) -> tuple[Tensor, Kept]:
     """(the mixture's output [T, N], what the backward needs if ``keep``)."""
-    x, mixed, P = call.x, call.choice is not None, len(order.pairs)
+    x, mixed, P, spans = call.x, call.choice is not None, len(order.pairs), order.spans
+    assert spans is not None
     k, N1, N = call.chosen.shape[1], call.up.weight.shape[1], call.down.weight.shape[1]
     up = LoopLinear(call.up, x, spans, words[0], mixed)
     down = LoopLinear(call.down, x, spans, words[1], mixed)
@@ -99,7 +110,7 @@ def forward(
     y_all = x.new_empty((P, N))  # times the routing weights
     keep_y = x.new_empty((P, N)) if keep and call.norm is not None else None
     tokens = order.pairs // k
-    w = _weights_of_rows(call, order.pairs)
+    w = weights_of_rows(call, order.pairs)
     for span in spans:
         rows = slice(span.start, span.end)
         room = rows if keep else slice(0, span.end - span.start)
@@ -113,8 +124,8 @@ def forward(
             y.mul_(w[rows])
         else:
             torch.mul(call.norm(y), w[rows], out=y_all[rows])
-    out = sum_of_choices(y_all, order.pairs, spans, k)
-    return out, Kept(order.pairs, gu_all, s_up, s_down, keep_y, spans)
+    out = sum_of_choices(_without_rest(y_all, spans), order.pairs, k)
+    return out, Kept(order, gu_all, s_up, s_down, keep_y)
 
 
 def backward(
@@ -125,15 +136,16 @@ def backward(
     wants: Wants,
 ) -> Grads:
     """The gradients that are wanted, for ``dout`` [T, N]."""
-    x, mixed, spans = call.x, call.choice is not None, kept.host
+    x, mixed, (pairs, _, spans) = call.x, call.choice is not None, kept.order
+    assert spans is not None
     k = call.chosen.shape[1]
     up = LoopLinear(call.up, x, spans, words[0], mixed)
     down = LoopLinear(call.down, x, spans, words[1], mixed)
     up.want(wants.up, wants.up_bias)
     down.want(wants.down, wants.down_bias)
-    tokens = kept.order // k
+    tokens = pairs // k
     wide = sums_in(x.dtype)
-    w = _weights_of_rows(call, kept.order)
+    w = weights_of_rows(call, pairs)
     dx_all = x.new_empty((len(w), x.shape[1])) if wants.x else None
     dw = w.new_zeros(len(w)) if wants.weights else None
     through = wants.behind_gate or wants.weights
@@ -169,9 +181,11 @@ def backward(
         x_rows = x.index_select(0, of) if any(a for a, _ in wants.up) else None
         s = None if kept.s_up is None else kept.s_up[rows]
         up.backward(span, dgu, None, x_rows, s, None if dx_all is None else dx_all[rows])
-    dx = None if dx_all is None else sum_of_choices(dx_all, kept.order, spans, k)
+    dx = None
+    if dx_all is not None:
+        dx = sum_of_choices(_without_rest(dx_all, spans), pairs, k)
     if dw is not None:
         placed = torch.empty_like(dw)
-        placed[kept.order] = dw
+        placed[pairs] = dw
         dw = placed.view_as(call.weights).to(call.weights.dtype)
     return Grads(dx, dw, up.grads(), down.grads())

@@ -8,29 +8,6 @@ import torch
 from torch import Tensor
 
 
-class Order(NamedTuple):
-    """Pairs sorted by group, stable.
-
-    The group is the expert e, or for a batch whose tokens name one of n adapters
-    e · (n + 1) + adapter, with n for tokens without one.
-    """
-
-    pairs: Tensor  # [P], the pair at each sorted row
-    bounds: Tensor  # [groups + 1], the first row of each group, and past the last
-
-
-def sort_pairs(index: Tensor, experts: int, choice: Tensor | None, adapters: int) -> Order:
-    """The order of ``index`` [T, k]; ``choice`` [T] has adapters from -1 to ``adapters`` - 1."""
-    groups, key = experts, index
-    if choice is not None:
-        groups = experts * (adapters + 1)
-        own = choice.to(torch.int64)
-        key = index.to(torch.int64) * (adapters + 1) + own.where(own >= 0, adapters)[:, None]
-    key, pairs = key.reshape(-1).sort(stable=True)
-    edges = torch.arange(groups + 1, dtype=key.dtype, device=key.device)
-    return Order(pairs, torch.searchsorted(key, edges))
-
-
 class Run(NamedTuple):
     """Neighbouring rows of one expert that have an adapter; counted from the expert's first."""
 
@@ -46,6 +23,35 @@ class Span(NamedTuple):
     start: int
     end: int
     runs: tuple[Run, ...] | None  # None: every adapter has all rows
+
+
+class Order(NamedTuple):
+    """Pairs sorted by group, stable.
+
+    The group is the expert e, or for a batch whose tokens name one of n adapters
+    e · (n + 1) + adapter, with n for tokens without one.
+    """
+
+    pairs: Tensor  # [P], the pair at each sorted row
+    bounds: Tensor | None  # [groups + 1], the first row of each group, and past the last
+    spans: list[Span] | None = None  # the same on the host, where a way asks for it
+
+
+def sort_pairs(
+    index: Tensor, experts: int, choice: Tensor | None, adapters: int
+) -> tuple[Tensor, Tensor]:
+    """The pairs and the bounds of an :class:`Order` of ``index`` [T, k].
+
+    ``choice`` [T] has adapters from -1 to ``adapters`` - 1.
+    """
+    groups, key = experts, index
+    if choice is not None:
+        groups = experts * (adapters + 1)
+        own = choice.to(torch.int64)
+        key = index.to(torch.int64) * (adapters + 1) + own.where(own >= 0, adapters)[:, None]
+    key, pairs = key.reshape(-1).sort(stable=True)
+    edges = torch.arange(groups + 1, dtype=key.dtype, device=key.device)
+    return pairs, torch.searchsorted(key, edges)
 
 
 def spans_of(bounds: list[int], mixed: bool, adapters: int) -> list[Span]:

@@ -8,9 +8,11 @@ columns e, e+E, e+2E ….
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
+
+from .order import Order
 
 
 class Factors(NamedTuple):
@@ -80,12 +82,11 @@ class Call(NamedTuple):
 class Kept(NamedTuple):
     """What a way keeps for its backward, on rows sorted by expert; None for what is not needed."""
 
-    order: Tensor  # [P], the pair of each row
+    order: Order
     gu: Tensor | None  # [P, N1], up's output
     s_up: Tensor | None  # [P, R], the adapters' S side by side; with ``choice`` R is the largest r
     s_down: Tensor | None
     y: Tensor | None  # [P, N], down's output, for a norm
-    host: Any = None  # a way's own, not tensors
 
 
 class Wants(NamedTuple):

@@ -1,0 +1,43 @@
+"""Which way computes a mixture: a loop over experts on the host, or torch's grouped products."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from . import grouped, loop
+from .order import Order
+from .parts import Call, Grads, Kept, Wants
+
+Words = tuple[Tensor | None, Tensor | None]
+
+
+class Way(Protocol):
+    """What :mod:`.loop` and :mod:`.grouped` have."""
+
+    def ordered(self, call: Call) -> Order: ...
+
+    def forward(
+        self, call: Call, order: Order, words: Words, keep: bool
+    ) -> tuple[Tensor, Kept]: ...
+
+    def backward(
+        self, call: Call, kept: Kept, words: Words, dout: Tensor, wants: Wants
+    ) -> Grads: ...
+
+
+class Choice(NamedTuple):
+    way: Way
+    name: str
+    reason: str
+
+
+def choose(call: Call) -> Choice:
+    """The way for a call, and the reason."""
+    if call.x.is_cpu:
+        return Choice(loop, "loop", "on a CPU the host knows how many tokens each expert got")
+    reason = grouped.why_not(call)
+    if reason is not None:
+        return Choice(loop, "loop", reason)
+    return Choice(grouped, "grouped", "the host does not wait for the device")
