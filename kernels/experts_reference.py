@@ -90,3 +90,35 @@ def grad_a(
 ) -> Tensor:
     """dA [E, r, K] = Σ w_p dS[p]ᵀ (mask ∘ x)[p]."""
     return outer(ds, sorted_rows(x, route, gather, keep), route, row_weight)
+
+
+def gemm(
+    x: Tensor,
+    route: Route,
+    w: Tensor,
+    s: Tensor | None = None,
+    b: Sequence[Tensor | None] | None = None,
+    *,
+    gather: bool,
+    scatter: bool,
+    bias: Tensor | None = None,
+    keep: Tensor | None = None,
+) -> Tensor:
+    """Y [P, N], Y[p] = X[t] W_eᵀ + keep ∘ (S[p] B_eᵀ) + bias_e, zero for pairs of no group."""
+    x = sorted_rows(x, route, gather)
+    y = x.new_zeros((route.P, w.shape[1]))
+    for e, adapter, rows in groups_of(route):
+        y[rows] = x[rows] @ w[e].double().T
+        factor = None if b is None else b[adapter]
+        if s is not None and factor is not None:
+            low = s[rows, : factor.shape[2]].double() @ factor[e].double().T
+            y[rows] += low if keep is None else low * keep[rows]
+        if bias is not None:
+            y[rows] += bias[e].double()
+    return y[route.pairs.long().argsort()] if scatter else y
+
+
+def combine(y: Tensor, weights: Tensor | None, k: int) -> Tensor:
+    """Out [T, N], Out[t] = Σ_j weights[t, j] · Y[t·k + j]."""
+    each = y.detach().double().view(-1, k, y.shape[1])
+    return (each if weights is None else each * weights.double()[:, :, None]).sum(1)

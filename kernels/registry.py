@@ -24,6 +24,8 @@ KERNELS: dict[str, dict[str, str]] = {
     "mixed": {"mixed_rows": "MixedConfig"},
     "experts_shrink": {},
     "experts_grad": {},
+    "experts_gemm": {},
+    "experts_combine": {},
     "reduce": {},
     "dora_norm": {},
     "dora_grad": {},
