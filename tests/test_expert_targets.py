@@ -59,6 +59,9 @@ def test_all_experts_of_a_family_are_hf_pefts_list(family: str, tmp_path: Path) 
     ours.save_pretrained(tmp_path)
     written = json.loads((tmp_path / "adapter_config.json").read_text())
     assert written["target_parameters"] == names_in(family)
+    card = (tmp_path / "README.md").read_text()
+    assert f"- `target_parameters`: {', '.join(names_in(family))}\n" in card
+    assert "`target_modules`" not in card
     want = outputs(ours)
     assert (want - outputs(expert_families.make(family))).abs().max() > 1e-2
     for library in (peft, peftkern):

@@ -45,9 +45,9 @@ _FOR_THE_AUTHOR = (
 
 def _settings(config: Any) -> Iterator[str]:
     """The main settings of an adapter's configuration, as list items for the card."""
-    for name in ("r", "lora_alpha", "lora_dropout", "target_modules", "num_virtual_tokens"):
-        value = getattr(config, name, None)
-        if value is not None and value != 0:
+    names = "r lora_alpha lora_dropout target_modules target_parameters num_virtual_tokens"
+    for name in names.split():
+        if value := getattr(config, name, None):
             shown = ", ".join(sorted(value)) if isinstance(value, (set, list)) else value
             yield f"- `{name}`: {shown}"
 
