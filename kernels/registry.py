@@ -21,6 +21,8 @@ KERNELS: dict[str, dict[str, str]] = {
     "decode": {"decode": "DecodeConfig"},
     "mlp": {"mlp": "MlpConfig"},
     "mlp_grad": {"mlp_grad": "MlpGradConfig"},
+    "experts_gate": {},
+    "experts_gate_grad": {},
     "mixed": {"mixed_rows": "MixedConfig"},
     "experts_shrink": {},
     "experts_grad": {},

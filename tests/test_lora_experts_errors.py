@@ -69,6 +69,11 @@ CASES = {
         "down.weight is torch.float32",
     ),
     "gate's name": (m._replace(gate=Gate(len, "swish")), ValueError, "gate.name is 'swish'"),
+    "gate's clamp": (
+        m._replace(gate=Gate(len, "silu", clamp=(1.0, 2.0, 0.0))),
+        ValueError,
+        "gate.clamp is given with gate.name='silu'",
+    ),
     "gate's layout": (
         m._replace(gate=Gate(len, "silu", "thirds")),
         ValueError,

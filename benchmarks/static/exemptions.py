@@ -149,6 +149,23 @@ EXEMPTIONS: tuple[Exemption, ...] = (
         "at once",
     ),
     Exemption(
+        "experts_gate_grad reads PEFT's B", "width", "experts_gate_grad._experts_gate_grad_kernel",
+        "experts_gate_grad .* r(16|32|64|256) ",
+        "of PEFT's lora_B an expert's numbers are E columns apart; a program reads its own once",
+    ),
+    Exemption(
+        "dw goes to its pair", "width", "experts_gate_grad._experts_gate_sum_kernel", "",
+        "rows of dw are written where their pairs are, one number each",
+    ),
+    Exemption(
+        "experts_gate in the worst case", "waves", "experts_gate._experts_gate_kernel", "sm_90",
+        "the grid has the tiles of the worst routing; those past the last leave at once",
+    ),
+    Exemption(
+        "sums of dw and dS", "waves", "experts_gate_grad._experts_gate_sum_kernel", "sm_100",
+        "a program adds the parts of 1024 numbers and ends",
+    ),
+    Exemption(
         "gemm on unaligned rows", "pipeline", "gemm._gemm_kernel", "gemm Y pointers",
         "rows of X that start anywhere are copied in 2 bytes, fewer than cp.async takes",
     ),

@@ -44,6 +44,11 @@ def check(
             f"lora_experts: gate.name is {gate.name!r}; allowed: None (any function) or "
             f"{', '.join(ACTIVATIONS)}"
         )
+    if gate.clamp is not None and (gate.name is not None or gate.layout == "alone"):
+        raise ValueError(
+            f"lora_experts: gate.clamp is given with gate.name={gate.name!r} and "
+            f"gate.layout={gate.layout!r}; allowed: a gate without a name, of two inputs"
+        )
     if up.weight.dim() != 3 or up.weight.shape[2] != x.shape[1]:
         _refuse("up.weight", up.weight, f"[E, N1, {x.shape[1]}], for x of {_shape(x)}")
     E, N1, _ = up.weight.shape

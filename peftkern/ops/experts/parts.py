@@ -55,6 +55,9 @@ class Gate(NamedTuple):
     name: str | None = None  # in ops.mlp_torch.ACTIVATIONS
     # where the two inputs of act(gate) ∘ up are: "halves", "interleaved", or "alone" without up
     layout: str = "halves"
+    # (α, limit, plus) of a gate that kernels know beside those with a name, such as gpt-oss':
+    # min(G, limit)·σ(α·min(G, limit)) ∘ (clip(U, ±limit) + plus); ``function`` computes the same
+    clamp: tuple[float, float, float] | None = None
 
 
 class Call(NamedTuple):

@@ -1,0 +1,76 @@
+"""A mixture's gate and its gradients as float64 torch formulas, in a route's order of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import experts_reference
+from .experts_route import Route
+from .mlp_reference import apply
+
+
+def hidden(
+    gu: Tensor, name: str, layout: str, clamp: tuple[float, float, float] | None = None
+) -> Tensor:
+    """H [P, I] of GU [P, 2·I] (or [P, I] alone) by torch's operations in GU's dtype."""
+    if layout == "alone":
+        return apply(gu, name)
+    g, u = gu.chunk(2, 1) if layout == "halves" else (gu[:, ::2], gu[:, 1::2])
+    if clamp is None:
+        return apply(g, name) * u
+    alpha, limit, plus = clamp
+    g, u = g.clamp(max=limit), u.clamp(-limit, limit)
+    return g * torch.sigmoid(alpha * g) * (u + plus)
+
+
+def gate(
+    gu: Tensor,
+    route: Route,
+    name: str,
+    layout: str,
+    As: Sequence[Tensor | None] | None = None,
+    scales: Sequence[float] = (1.0,),
+    keep: Tensor | None = None,
+    clamp: tuple[float, float, float] | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """(H [P, I], S [P, r] or None without ``As``); ``keep`` is the mask, bool [P, I]."""
+    h = hidden(gu.double(), name, layout, clamp)
+    if As is None:
+        return h, None
+    return h, experts_reference.shrink(h, route, As, scales, False, keep)
+
+
+def gate_grad(
+    dh0: Tensor,
+    gu: Tensor,
+    route: Route,
+    name: str,
+    layout: str,
+    weights: Tensor,
+    b: Tensor | None = None,
+    s: Tensor | None = None,
+    scale: float = 1.0,
+    clamp: tuple[float, float, float] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """(dGU, H, dw [P] of pairs, dS, dB [E, N, r]); None for those not wanted.
+
+    dw and dS are 0 for pairs that are in no group.
+    """
+    last = int(route.offsets[-1])  # rows after it are in no group
+    with torch.enable_grad():
+        leaf = gu.detach().double().requires_grad_()
+        h = hidden(leaf, name, layout, clamp)
+        w = weights.double().reshape(-1)[route.pairs.long()]
+        [dgu] = torch.autograd.grad(h, leaf, dh0.double() * w[:, None])
+    h = h.detach()
+    dw = h.new_zeros(route.P)
+    dw[route.pairs[:last].long()] = (dh0.double() * h)[:last].sum(1)
+    if b is None:
+        return dgu, h, dw, None, None
+    ds = experts_reference.grad_s(dgu, route, b, scale, False)
+    if s is None:
+        return dgu, h, dw, ds, None
+    return dgu, h, dw, ds, experts_reference.grad_b(dgu, route, s, False)
