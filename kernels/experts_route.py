@@ -15,7 +15,7 @@ import torch
 import triton.language as tl
 
 from . import checks
-from .common import cdiv, device_function
+from .common import cdiv, device_function, next_pow2
 
 INDICES = (torch.int64, torch.int32, torch.int16, torch.uint8)
 
@@ -48,6 +48,17 @@ class Route(NamedTuple):
 def most_tiles(P: int, groups: int, block_m: int) -> int:
     """The number of tiles that the worst routing of P pairs has."""
     return min(P, cdiv(P, block_m) + min(P, groups) - 1) if P else 0
+
+
+def rows_of_tile(P: int, groups: int) -> int:
+    """A block_m, 16 to 128, for P pairs: twice a group's mean rows, as a power of two.
+
+    A group with more rows than a tile reads its W once more, which costs more than products of rows
+    that are not there. Modelled from bytes and operations of Qwen3-30B-A3B's first linear on an
+    H200, for experts that are chosen equally often up to exponentially spread, the best of the four
+    sizes is at most 10% faster.
+    """
+    return min(128, max(16, next_pow2(cdiv(2 * P, groups))))
 
 
 def route(

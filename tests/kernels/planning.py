@@ -22,6 +22,9 @@ from peftkern.kernels.decode import decode, decode_group
 from peftkern.kernels.dora_grad import scale_grad
 from peftkern.kernels.dora_norm import row_norms
 from peftkern.kernels.expand import expand, low_rank_grad_input
+from peftkern.kernels.experts_combine import combine
+from peftkern.kernels.experts_gemm import gemm as experts_gemm
+from peftkern.kernels.experts_route import Route, route
 from peftkern.kernels.gemm import fused_grad_input, fused_linear
 from peftkern.kernels.grad_a import grad_a
 from peftkern.kernels.grad_sb import grad_sb, grad_sb_group
@@ -53,6 +56,12 @@ def unaligned(*shape: int) -> Tensor:
 def prefix_problem(T: int) -> tuple[Tensor, ...]:
     return (drawn(2, 4, T, 32), *(drawn(2, 2, 20, 32) for _ in range(2)),
             *(drawn(2, 8, 32) for _ in range(2)))  # fmt: skip
+
+
+def routed(adapters: int = 1) -> Route:
+    """M pairs of M / 2 tokens and 4 experts."""
+    choice = torch.arange(M // 2) % adapters if adapters > 1 else None
+    return route(torch.randint(0, 4, (M // 2, 2)), 4, 16, choice, adapters)
 
 
 # {name: function that makes new arguments, and the function that is called with them}
@@ -144,6 +153,19 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[[], Any]]] = {
     "mixed": (mixed, lambda: (drawn(6, K), drawn(N, K), [low(R, K), None, low(8, K)],
                               [low(N, R), None, low(N, 8)], [0.5, 0.0, 2.0],
                               torch.tensor([0, 2, -1], dtype=torch.int32))),
+    "experts": (
+        experts_gemm, lambda: (drawn(M // 2, K), routed(), drawn(4, N, K), drawn(M, R),
+                               [low(4, N, R)],
+                               dict(gather=True, scatter=False, bias=drawn(4, N))),
+    ),
+    "experts' adapters": (
+        experts_gemm, lambda: (drawn(M, K), routed(3), drawn(4, K, N).mT, drawn(M, R),
+                               [low(4, R, N).mT, None, low(4, N, 8)],
+                               dict(gather=False, scatter=True,
+                                    bits=torch.ones(M, N // 32, dtype=torch.int32))),
+    ),
+    "experts' sum": (combine, lambda: (drawn(M, N), low(M // 2, 2), dict(dtype=FP32))),
+    "experts' plain sum": (combine, lambda: (drawn(M, N), None, dict(k=4))),
     "attend": (prefix_attention.attend, lambda: prefix_problem(20)),
     "attend backward": (prefix_backward.attend_backward, lambda: (
         drawn(2, 4, 20, 32), *prefix_problem(20), drawn(2, 4, 20, 32), low(2, 4, 20))),

@@ -9,7 +9,7 @@ from peftkern.kernels import experts_gemm, experts_reference
 from peftkern.kernels.bits import pack_bits
 from peftkern.kernels.experts_gemm import ExpertsGemmConfig
 from peftkern.kernels.experts_low_rank import aligned
-from peftkern.kernels.experts_route import route
+from peftkern.kernels.experts_route import route, rows_of_tile
 from tests.closeness import assert_same_number
 from tests.kernels.oracle import DTYPES, assert_as_good_as_torch, few, keep_mask, matrix
 
@@ -266,6 +266,14 @@ def test_descriptors_are_used_where_they_can_be():
     assert uses(torch.ones(16, 65)[:, :64], w) == (True, False)
     assert uses(x, torch.ones(2, 48, 65)[..., :64]) == (False, True)
     assert uses(x, torch.ones(2, 48, 128)[..., ::2]) == (False, True)
+
+
+def test_tiles_hold_the_rows_of_most_groups():
+    for P, groups in ((0, 8), (1, 512), (64, 8), (65, 8), (512, 128), (65536, 128)):
+        block_m = rows_of_tile(P, groups)
+        assert block_m in experts_gemm.BLOCKS_M
+        assert block_m == 128 or block_m * groups >= 2 * P
+        assert block_m == 16 or block_m // 2 * groups < 2 * P
 
 
 def test_every_default_config_runs():

@@ -17,12 +17,16 @@ from tests.kernels.compiler import python
 CODE = """
 import collections, json
 import torch
-from benchmarks.kernels import prefix, prefix_attention, prefix_backward, prefix_decode
+from benchmarks.kernels import (
+    experts_gemm, prefix, prefix_attention, prefix_backward, prefix_decode,
+)
 from benchmarks.kernels.entry import TableTensors
+from benchmarks.kernels.experts import LAYERS
 from benchmarks.kernels.table import ops
 from benchmarks.static.key import specialization
 from benchmarks.static.run import TARGETS
 from peftkern.kernels import registry, tuning
+from peftkern.kernels import experts_combine
 from peftkern.kernels.bits import BitsConfig, Draw, plan_bits
 from peftkern.kernels.shrink import ShrinkConfig, plan_shrink
 from peftkern.kernels.shrink_expand import ShrinkExpandConfig, plan_shrink_expand
@@ -52,6 +56,15 @@ for m in (1, 2, 5, 16, 33, 100, 4096):
             x, [a], [b], words, [None], [1.0], s, [y], ShrinkExpandConfig(), draw
         ):
             note(launch)
+for T in (1, 2, 5, 16, 33, 100, 4096):
+    layer = LAYERS["qwen3"]._replace(T=T)
+    for part in ("up", "down", "dH", "dX"):
+        for adapters in (1, 3):
+            more = dict(masked=part in ("dH", "dX"), adapters=adapters)
+            for launch in experts_gemm.launches(layer, part, arch, **more):
+                note(launch, part)
+    for launch in experts_combine.plan_combine(meta(T, 256), meta(8 * T, 256), meta(T, 8), 8):
+        note(launch)
 for S in (2, 3, 15, 16, 17, 31, 64, 100, 257, 512, 1100):
     for padded in (False, True):
         x = prefix.problem(1, S, 128, padded=padded)
