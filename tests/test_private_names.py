@@ -222,6 +222,14 @@ def test_without_the_question_for_transforms_one_is_taken_to_be_active() -> None
     assert poor.transforms_active() is True and private.transforms_active() is False
 
 
+def test_without_the_level_of_forward_mode_ad_one_is_taken_to_be_active() -> None:
+    with pytest.warns(RuntimeWarning, match="right, and slow"):
+        poor = without("autograd.forward_ad._current_level")
+    assert poor.in_transform() is True and private.in_transform() is False
+    with torch.autograd.forward_ad.dual_level():
+        assert private.in_transform() is True
+
+
 def test_without_the_fast_question_for_tracing_the_public_one_is_asked() -> None:
     from torch.jit import is_tracing  # type: ignore[attr-defined]
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ..utils.private import unsafe_view
+from ..utils.private import forward_level, unsafe_view
 from . import autocast
 from . import backend as _backend
 from .bits import unpack_bits
@@ -170,7 +170,8 @@ def lora_linear(
     Returns:
         [..., N] in x's dtype (autocast's when that is on). Products accumulate in float32; A's and
         B's gradients have A's dtype. Differentiable in x, weight, bias, A and B, and twice, except
-        with a frozen A and a trained B, which is refused.
+        with a frozen A and a trained B, which is refused. Forward-mode AD gets the formula,
+        operation by operation.
 
     Raises:
         RuntimeError: torch's matrix product refuses the shapes, devices or dtypes.
@@ -179,6 +180,9 @@ def lora_linear(
     device = "cpu" if x.is_cpu else "cuda" if x.is_cuda else autocast.elsewhere(x)
     if device and torch.is_autocast_enabled(device):
         x, weight, bias, A, B = to_autocast(device, x, weight, bias, A, B)
+    if forward_level() >= 0:  # a fused operation has no tangent, and a kernel would lose one
+        mask = torch.empty_like(x).bernoulli_(1.0 - p) if p > 0.0 else None
+        return plain(x, Projection(weight, bias, A, B, scale, p, transposed), mask)
     if torch.is_grad_enabled() and (
         x.requires_grad
         or A.requires_grad

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..utils.private import in_transform
 from . import autocast, prefix_blocked, prefix_concat, prefix_merge, prefix_row, torch_backend
 from . import backend as _backend
 from .notes import note_once
@@ -264,7 +265,8 @@ def prefix_attention(
     Returns:
         [B, H, T, D] in query's dtype (autocast's when that is on); with ``return_weights`` also the
         weights [B, H, T, P + S]. A row that sees nothing is 0. Differentiable in query, key, value,
-        the prefix and sinks, and twice unless ``scaled_dot_product_attention`` runs.
+        the prefix and sinks, and twice unless ``scaled_dot_product_attention`` runs. Transforms of
+        torch.func and forward-mode AD get the formula, operation by operation.
 
     Raises:
         TypeError, ValueError: naming the argument, what was given and what is allowed.
@@ -301,6 +303,8 @@ def prefix_attention(
         reason = why_concat(bias=bias, dropout=dropout, return_weights=return_weights)
     elif is_tracing():
         reason = "torch.jit.trace or an ONNX export is tracing"
+    elif in_transform():
+        reason = "a transform of torch.func, or forward-mode AD, follows the plain formula"
     elif not query.numel():
         reason = "an empty query"
     if reason is not None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..utils.private import in_transform
 from .prefix_rule import Rule
 
 
@@ -50,7 +51,8 @@ def attend(
         mask = mask_of(B, T, S, P, rule, query.device)
     if bias is not None and no_prefix is not None:
         mask = _without_prefix(bias, no_prefix, P, S)
-    if softcap is None and sinks is None and not weights and query.numel():
+    plain = softcap is not None or sinks is not None or weights or in_transform()
+    if not plain and query.numel():
         grouped = bool(H != H_kv)
         if grouped and mask is not None and not query.is_cpu:
             # only torch's CPU attention takes groups with a mask without repeated keys

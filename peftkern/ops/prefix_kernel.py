@@ -18,7 +18,7 @@ from ..kernels.prefix_attention import attend
 from ..kernels.prefix_backward import attend_backward, declines
 from ..kernels.prefix_decode import decode, few_rows
 from ..kernels.prefix_tile import MAX_HEAD_DIM
-from ..utils.private import transforms_active
+from ..utils.private import in_transform
 from .device import on_its_device
 from .prefix_rule import Needs, Rule
 
@@ -44,8 +44,8 @@ def why_not(q: Tensor, training: bool) -> str | None:
     kind: Any = type(q)
     if kind not in _PLAIN:
         return f"tensors of {kind.__name__}"
-    if transforms_active():
-        return "inside a torch.func transform"
+    if in_transform():
+        return "a transform of torch.func, or forward-mode AD"
     return refusal(q, q.shape[3], training)
 
 

@@ -10,10 +10,12 @@ import contextlib
 import inspect
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.jit import is_tracing  # type: ignore[attr-defined]  # it is not in its `__all__`
 from torch.nn.modules import module as _nn_module
 from torch.utils.hooks import RemovableHandle
@@ -29,6 +31,25 @@ else:
 
     def transforms_active() -> bool:
         return True
+
+
+# the level of torch's forward-mode AD; -1 outside of any
+if hasattr(forward_ad, "_current_level"):
+    # as fast as a property of a tensor; a function of Python's own would take three times as long
+    forward_level: Callable[[], int] = partial(getattr, forward_ad, "_current_level")
+else:
+    warn_without("autograd.forward_ad._current_level")
+
+    def forward_level() -> int:
+        return 0
+
+
+def in_transform() -> bool:
+    """True within a transform of torch.func (vmap, grad, jvp) or a level of forward-mode AD.
+
+    Both see only torch's own operations.
+    """
+    return transforms_active() or forward_level() >= 0
 
 
 # torch's gradients of a batch of outputs (`is_grads_batched`) come in tensors without memory, while

@@ -92,6 +92,12 @@ REGISTER = (
     ),
     Private(
         "torch",
+        "autograd.forward_ad._current_level",
+        "forward-mode AD cannot look into a fused operation, and has no public question",
+        "one warning; every call goes as if it were on: right, and slow",
+    ),
+    Private(
+        "torch",
         "_C._functorch.is_legacy_batchedtensor",
         "gradients of a batch of outputs (`is_grads_batched`) have no memory for a kernel",
         "such gradients raise torch's error, in an MLP's operation and on kernels",

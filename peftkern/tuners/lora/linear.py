@@ -17,13 +17,20 @@ from ...ops.lora import lora_linear
 from ...ops.projection import Projection
 from ...ops.tracing import is_compiling, is_tracing
 from ...utils.handing import HERE, hand_over
-from ...utils.private import GLOBAL_HOOKS, HookCounter, jit_is_tracing, transforms_active
+from ...utils.private import (
+    GLOBAL_HOOKS,
+    HookCounter,
+    forward_level,
+    in_transform,
+    jit_is_tracing,
+    transforms_active,
+)
 from . import inits
 from .base import NOTHING, LoraLayer
 from .group import Group
 from .inits.random import of_linear, placed
 from .plan import Plan, is_hooked, weight_layout
-from .row_adapters import AdapterNames, forward_mixed
+from .row_adapters import IN_TRANSFORM, AdapterNames, forward_mixed
 from .variant import make_ready, take_kwargs
 
 # not a reason under a compiler: a traced call is one operation with such a scaling too
@@ -132,6 +139,7 @@ class Linear(nn.Module, LoraLayer):
             or state["merged_adapters"]
             or (HookCounter.next_id != plan.hooks_seen and plan.is_hooked())
             or transforms_active()
+            or forward_level() >= 0
             or jit_is_tracing()  # takes a third of the time of torch.jit.is_tracing
         ):
             return None
@@ -177,7 +185,7 @@ class Linear(nn.Module, LoraLayer):
 
         :meth:`product_reason` must be None for the adapter.
         """
-        if transforms_active() or is_tracing():
+        if in_transform() or is_tracing():
             return None
         base: Any = self.base_layer
         a: Any = self.lora_A[name]
@@ -276,6 +284,8 @@ class Linear(nn.Module, LoraLayer):
         weight = base._parameters.get("weight")
         if is_tracing():
             return "torch.jit.trace records the plain formula"
+        if in_transform():
+            return IN_TRANSFORM
         if weight_layout(base.__class__) is None:
             return f"base layer {type(base).__name__} computes its product itself"
         A: Any = self.lora_A[name]

@@ -13,13 +13,14 @@ from ...ops import autocast
 from ...ops.lora_mixed import Adapter, SampleIndex, lora_mixed
 from ...ops.notes import note_new
 from ...ops.tracing import is_recording
-from ...utils.private import GLOBAL_HOOKS, transforms_active
+from ...utils.private import GLOBAL_HOOKS, in_transform
 from .plan import is_hooked, weight_layout
 from .variant import rows_of
 
 if TYPE_CHECKING:
     from .linear import Linear
 
+IN_TRANSFORM = "a transform of torch.func, or forward-mode AD, follows the plain formula"
 _BY_ADAPTER = "a %s layer runs a mixed batch adapter by adapter: %s"
 
 
@@ -107,7 +108,7 @@ def mixed_call(layer: Linear, x: Tensor, names: AdapterNames) -> list[Adapter | 
     weight = base._parameters.get("weight")
     if (
         is_recording()
-        or transforms_active()
+        or in_transform()
         or weight_layout(base.__class__) is None
         or "bias" not in base._parameters
         or any(GLOBAL_HOOKS)
@@ -163,8 +164,10 @@ def _rests(drop: nn.Module) -> bool:
 def mixed_reason(layer: Linear, x: Tensor, names: AdapterNames) -> str | None:
     """The reason that a mixed batch is not one operation in this layer; None when it is."""
     base: Any = layer.base_layer
-    if is_recording() or transforms_active():
-        return "a transform traces the plain formula"
+    if is_recording():
+        return "a tracer records the plain formula"
+    if in_transform():
+        return IN_TRANSFORM
     if weight_layout(base.__class__) is None or "bias" not in base._parameters:
         return f"base layer {type(base).__name__} computes its product itself"
     if any(GLOBAL_HOOKS):
