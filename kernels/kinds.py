@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import repeat
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +15,6 @@ class Unplanned(Exception):
     """Such a call is not planned; the message is the reason."""
 
 
-TENSORS = frozenset({Tensor, Parameter})
 # and the classes of configs; in a key a class stands before its value, as 1 equals True
 _CONSTANTS = {int, bool, str, float, torch.dtype, torch.device}
 
@@ -27,57 +26,76 @@ def halves(seed: int) -> tuple[int, int]:
     return low - (low >> 31 << 32), high - (high >> 31 << 32)
 
 
-class Call:
-    """The key of a call's kind, and what is not in it: its tensors, addresses and numbers."""
+class Call(NamedTuple):
+    """The key of a call's kind, and what is not in it: its tensors, addresses and numbers.
 
-    __slots__ = ("key", "numbers", "pointers", "tensors")
+    All are lists, to be filled by :func:`read`.
+    """
 
-    def __init__(self, key: list[Any]) -> None:
-        self.key = key
-        self.tensors: list[Tensor] = []
-        self.pointers: list[int] = []
-        self.numbers: list[float] = []
+    key: list[Any]
+    tensors: list[Tensor]
+    pointers: list[int]
+    numbers: list[float]
 
-    def read(self, values: Iterable[Any], changing: Iterable[type | None]) -> None:
-        """Add arguments, each with the class of the numbers in it that only kernels are told.
 
-        That is float, int for a seed, or None.
+def read(
+    values: Iterable[Any],
+    changing: Iterable[type | None],
+    key: list[Any],
+    tensors: list[Tensor],
+    pointers: list[int],
+    numbers: list[float],
+) -> None:
+    """Add arguments to the parts of a :class:`Call`.
 
-        Raises:
-            Unplanned: a value is of a class that may change, or decide in unknown ways.
-        """
-        key, tensors, pointers = self.key, self.tensors, self.pointers
-        for value, changes in zip(values, changing):  # noqa: B905  # checking costs time
-            kind = type(value)
-            if kind in TENSORS:
-                tensors.append(value)
-                pointers.append(pointer := value.data_ptr())
-                key += value.shape, value.stride(), value.dtype, value.device, pointer & 15
-            elif value is None:
-                key.append(None)
-            elif kind is float and changes is float:
-                self.numbers.append(value)
-                key.append(float)
-            elif kind is int and changes is int:
-                self.numbers += halves(value)
-                key.append(int)
-            elif kind is list or kind is tuple:
-                key.append(len(value))
-                self.read(value, repeat(changes))
-            elif kind in _CONSTANTS or _frozen(kind):
-                key += (kind, value)
-            elif issubclass(kind, tuple):  # a NamedTuple
-                key.append(kind)
-                self.read(value, repeat(changes))
-            else:
-                raise Unplanned(f"an argument is a {kind.__name__}")
+    ``changing`` has the class of the numbers in each argument that only kernels are told: float,
+    int for a seed, or None.
 
-    def kind(self) -> tuple[Any, ...]:
-        """The key, when all is read; a tensor in two places is of another kind than two tensors."""
-        pointers = self.pointers
-        if len(set(pointers)) != len(pointers):
-            self.key.append(tuple(map(pointers.index, pointers)))
-        return tuple(self.key)
+    Raises:
+        Unplanned: a value is of a class that may change, or decide in unknown ways.
+    """
+    # This runs in every launch, and each statement for each of its tensors.
+    for value, changes in zip(values, changing):  # noqa: B905  # checking costs time
+        kind = type(value)
+        if kind is list or kind is tuple:
+            key.append(len(value))
+            for one in value:
+                kind = type(one)
+                if kind is Tensor or kind is Parameter:
+                    tensors.append(one)
+                    pointers.append(pointer := one.data_ptr())
+                    key += one.shape, one.stride(), one.dtype, one.device, pointer & 15
+                elif kind is float and changes is float:
+                    numbers.append(one)
+                    key.append(float)
+                else:
+                    read((one,), (changes,), key, tensors, pointers, numbers)
+        elif kind is Tensor or kind is Parameter:
+            tensors.append(value)
+            pointers.append(pointer := value.data_ptr())
+            key += value.shape, value.stride(), value.dtype, value.device, pointer & 15
+        elif value is None:
+            key.append(None)
+        elif kind is float and changes is float:
+            numbers.append(value)
+            key.append(float)
+        elif kind is int and changes is int:
+            numbers += halves(value)
+            key.append(int)
+        elif kind in _CONSTANTS or _frozen(kind):
+            key += (kind, value)
+        elif issubclass(kind, tuple):  # a NamedTuple
+            key.append(kind)
+            read(value, repeat(changes), key, tensors, pointers, numbers)
+        else:
+            raise Unplanned(f"an argument is a {kind.__name__}")
+
+
+def kind_of(key: list[Any], pointers: list[int]) -> tuple[Any, ...]:
+    """The key, when all is read; a tensor in two places is of another kind than two tensors."""
+    if len(set(pointers)) != len(pointers):
+        key.append(tuple(map(pointers.index, pointers)))
+    return tuple(key)
 
 
 def _frozen(kind: type) -> bool:

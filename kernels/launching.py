@@ -27,10 +27,11 @@ from typing import Any, TypeVar
 
 import torch
 import triton
+from torch import Tensor
 from triton.runtime import driver
 
 from .fp32 import tf32
-from .kinds import Call, Unplanned
+from .kinds import Call, Unplanned, kind_of, read
 from .recording import own, record
 
 log = logging.getLogger("peftkern")
@@ -133,15 +134,19 @@ def planned(*scales: str, seeds: Sequence[str] = ()) -> Callable[[F], F]:
             try:
                 active = driver.active
                 device = active.get_current_device()
-                call = Call([
+                parts: list[Any] = [
                     device, _runtime.debug, _runtime.add_stages_inspection_hook,
                     _compilation.instrumentation_mode,
-                ])  # fmt: skip
-                call.read(args, classes)
+                ]  # fmt: skip
+                tensors: list[Tensor] = []
+                pointers: list[int] = []
+                numbers: list[float] = []
+                read(args, classes, parts, tensors, pointers, numbers)
                 for name, value in kwargs.items():
-                    call.key.append(name)
-                    call.read((value,), (changing.get(name),))
-                key: Any = call.kind()
+                    parts.append(name)
+                    of = (changing.get(name),)
+                    read((value,), of, parts, tensors, pointers, numbers)
+                key: Any = kind_of(parts, pointers)
                 plan = plans.get(key)
             except (Unplanned, RuntimeError, TypeError) as e:
                 # a tensor without memory, an unhashable value: the function judges it
@@ -159,10 +164,11 @@ def planned(*scales: str, seeds: Sequence[str] = ()) -> Callable[[F], F]:
                 return result
             if type(plan) is not str:
                 stream = active.get_current_stream(device)
-                return plan(stream, call.tensors, call.pointers, call.numbers)
+                return plan(stream, tensors, pointers, numbers)
             if plan is not _SEEN or _capturing():
                 return function(*args, **kwargs)
-            done = _record(function, changing, args, kwargs, call)
+            seen = Call(parts, tensors, pointers, numbers)
+            done = _record(function, changing, args, kwargs, seen)
             if done.plan is None:
                 plans[key] = _NEVER
             elif done.asks and not asking:

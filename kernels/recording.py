@@ -95,10 +95,10 @@ class _Watched(TorchFunctionMode):
             return
         self.alive.append(made)
         if name in _ALLOCATES:
-            stride = None if made.is_contiguous() else tuple(made.stride())
             self.root_of[id(made)] = len(self.roots)
             self.roots.append(made)
-            self.allocations.append(Allocation(tuple(made.shape), stride, made.dtype, made.device))
+            layout = tuple(made.shape), tuple(made.stride())
+            self.allocations.append(Allocation(*layout, made.dtype, made.device))
             return
         memory = made.untyped_storage().data_ptr()
         for source in _tensors(args):

@@ -116,8 +116,8 @@ def check_other_devices_have_other_plans() -> None:
         before = planned_kinds()
         settle(function, make)
         assert planned_kinds() == before + 1
-    call = kinds.Call([])
-    call.read([torch.empty(2, 2, device="meta")], [None])
+    call = kinds.Call([], [], [], [])
+    kinds.read([torch.empty(2, 2, device="meta")], [None], *call)
     assert torch.device("meta") in call.key
 
 
