@@ -52,16 +52,17 @@ def test_each_token_has_its_own_adapter(ranks, bias):
 def with_masks(monkeypatch, m: Mixture):
     """(numbers of lora_experts, the masks that it drew, of pairs)."""
     drawn = []
-    real = module.draw_words
+    real = module.words_of
 
-    def draw(part, *args):
-        drawn.append((part, real(part, *args)))
-        return drawn[-1][1]
+    def draw(own, order):
+        drawn.append(real(own, order))
+        return drawn[-1]
 
-    monkeypatch.setattr(module, "draw_words", draw)
+    monkeypatch.setattr(module, "words_of", draw)
     found = numbers(call, m)
     order = loop.ordered(module.Call(*m, False)).pairs
-    return found, tuple(masks_of_pairs(part, words, order) for part, words in drawn)
+    parts = zip((m.up, m.down), drawn[0], strict=True)
+    return found, tuple(masks_of_pairs(part, words, order) for part, words in parts)
 
 
 @pytest.mark.parametrize("gate", ["halves", "function"])
@@ -129,7 +130,7 @@ def test_second_derivatives():
 
     torch.manual_seed(2)
     order = loop.ordered(module.Call(*m, False))
-    words = module._words(module.Call(*m, False), order)
+    words = module.words_of(module.Call(*m, False), order)
     parts = zip((m.up, m.down), words, strict=True)
     masks = tuple(masks_of_pairs(part, own, order.pairs) for part, own in parts)
     assert_same_number(twice(call), twice(lambda m: formula(m, masks)))

@@ -92,7 +92,7 @@ def test_dropout(mixed):
     own = Call(*m, False)
     order = grouped.ordered(own)
     torch.manual_seed(4)
-    words = module._words(own, order)
+    words = module.words_of(own, order)
     parts = zip((m.up, m.down), words, strict=True)
     up, down = (masks_of_pairs(part, w, order.pairs) for part, w in parts)
     for mask in (*up, *down):

@@ -31,10 +31,13 @@ from ..utils.private import (
 from . import autocast
 from .experts.checks import check, check_functions
 from .experts.double import differentiable, plain_call
-from .experts.dropout import draw_words
+from .experts.dropout import words_of
 from .experts.order import Order
-from .experts.parts import Call, ExpertLinear, Factors, Gate, Kept, LinearGrads, Wants
+from .experts.packing import flat_grads, tensors_of, wants_of, with_tensors, without_tensors
+from .experts.parts import Call, ExpertLinear, Gate, Kept
 from .experts.ways import choose
+from .experts_library import traced_experts
+from .tracing import is_compiling
 
 
 def lora_experts(
@@ -68,7 +71,8 @@ def lora_experts(
 
     Masks of dropout are drawn for each pair by itself, by the generator of x's device, for up's
     input and then for down's. Differentiable in x, weights, factors and biases, and twice. Forward
-    mode and torch.func's transforms run the formula of :mod:`.experts.plain`.
+    mode and torch.func's transforms run the formula of :mod:`.experts.plain`. Under
+    ``torch.compile`` the linears are operators (:mod:`.experts_library`).
 
     Raises:
         ValueError: shapes, devices, an index, a choice, a probability or a gate's name or layout
@@ -84,89 +88,37 @@ def lora_experts(
         return _call(call).to(given)
 
 
-def _tensors(call: Call) -> list[Tensor | None]:
-    """x, weights, and of up and then down: bias, and A and B of each adapter, weight."""
-    found: list[Tensor | None] = [call.x, call.weights]
-    for part in (call.up, call.down):
-        found += [part.bias, *(t for f in part.factors for t in (f.A, f.B)), part.weight]
-    return found
-
-
-def _with_tensors(call: Call, tensors: Any) -> Call:
-    """``call`` with the tensors of :func:`_tensors`."""
-    x, weights, *rest = tensors
-    parts = []
-    for part in (call.up, call.down):
-        bias, *pairs = rest[: 1 + 2 * len(part.factors)]
-        weight, *rest = rest[1 + 2 * len(part.factors) :]
-        factors = tuple(
-            Factors(A, B, f.scale, f.p)
-            for f, A, B in zip(part.factors, pairs[0::2], pairs[1::2], strict=True)
-        )
-        parts.append(ExpertLinear(weight, bias, factors))
-    return call._replace(x=x, weights=weights, up=parts[0], down=parts[1])
-
-
-def _wants(call: Call, needs: Any) -> Wants:
-    """``needs`` has a flag for each of :func:`_tensors`."""
-    x, weights, *rest = needs
-    found = []
-    for part in (call.up, call.down):
-        bias, *pairs = rest[: 1 + 2 * len(part.factors)]
-        rest = rest[2 + 2 * len(part.factors) :]
-        found.append((bias, tuple(zip(pairs[0::2], pairs[1::2], strict=True))))
-    (up_bias, up), (down_bias, down) = found
-    return Wants(x, weights, up, down, up_bias, down_bias)
-
-
 def _call(call: Call) -> Tensor:
-    tensors = _tensors(call)
+    if is_compiling():
+        return traced_experts(call)
     if transforms_active():
         return plain_call(call)
+    tensors = tensors_of(call)
     y: Tensor
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         check_functions(call)
-        bare = _without_tensors(call)
+        bare = without_tensors(call)
         y = _LoraExperts.apply(bare, call.chosen, call.choice, *tensors)  # type: ignore[no-untyped-call]
         return y
     # selective checkpointing may keep outputs of torch's products, which are written to here
     with without_dispatch_modes() if outputs_are_kept() else contextlib.nullcontext():
         way = choose(call).way
         order = way.ordered(call)
-        y, _ = way.forward(call, order, _words(call, order), keep=False)
+        y, _ = way.forward(call, order, words_of(call, order), keep=False)
         return y
 
 
-def _without_tensors(call: Call) -> Call:
-    """``call`` for a Function's ctx, which may not hold its inputs but as saved tensors."""
-    nothing: Any = None
-    bare = _with_tensors(call, [None] * len(_tensors(call)))
-    return bare._replace(chosen=nothing, choice=None)
-
-
-def _words(call: Call, order: Order) -> tuple[Tensor | None, Tensor | None]:
-    """The packed masks of up and of down for the sorted rows."""
-    adapter, (P, _, K) = None, (len(order.pairs), 0, call.x.shape[1])
-    if call.choice is not None and any(f.p for p in (call.up, call.down) for f in p.factors):
-        own = call.choice.to(torch.int64)
-        adapter = own.where(own >= 0, call.adapters)[order.pairs // call.chosen.shape[1]]
-    return (
-        draw_words(call.up, P, K, adapter),
-        draw_words(call.down, P, call.down.weight.shape[2], adapter),
-    )
-
-
 class _LoraExperts(torch.autograd.Function):
-    """The arguments from ``tensors`` on are those of :func:`_tensors`."""
+    """The arguments from ``tensors`` on are those of :func:`tensors_of`."""
 
     @staticmethod
     def forward(ctx: Any, bare: Call, chosen: Tensor, choice: Any, *tensors: Any) -> Tensor:
-        call = _with_tensors(bare, tensors)._replace(chosen=chosen, choice=choice)
-        wants = _wants(call, ctx.needs_input_grad[3:])
+        call = with_tensors(bare, tensors)._replace(chosen=chosen, choice=choice)
+        wants = wants_of(call, ctx.needs_input_grad[3:])
         with without_dispatch_modes() if outputs_are_kept() else contextlib.nullcontext():
             way = choose(call).way
             order = way.ordered(call)
-            words = _words(call, order)
+            words = words_of(call, order)
             y, kept = way.forward(call, order, words, keep=True)
         ctx.save_for_backward(
             call.chosen,
@@ -189,16 +141,12 @@ class _LoraExperts(torch.autograd.Function):
         pairs, bounds, gu, s_up, s_down, y, *own = own
         kept = Kept(Order(pairs, bounds, ctx.spans), gu, s_up, s_down, y)
         words, tensors = (own[0], own[1]), own[2:]
-        call = _with_tensors(ctx.call, tensors)._replace(chosen=chosen, choice=choice)
+        call = with_tensors(ctx.call, tensors)._replace(chosen=chosen, choice=choice)
         needs = ctx.needs_input_grad[3:]
         if torch.is_grad_enabled() or is_grad_batch(dout):
             return (*(None,) * 3, *differentiable(call, tensors, kept, words, dout, needs))
         off = torch.autocast(dout.device.type, enabled=False)
         with off if autocast.is_on(dout) else contextlib.nullcontext():
-            grads = ctx.way.backward(call, kept, words, dout, _wants(call, needs))
-        found = [grads.x, grads.weights, *_of_linear(grads.up), *_of_linear(grads.down)]
+            grads = ctx.way.backward(call, kept, words, dout, wants_of(call, needs))
+        found = [grads.x, grads.weights, *flat_grads(grads.up), *flat_grads(grads.down)]
         return (*(None,) * 3, *found)
-
-
-def _of_linear(grads: LinearGrads) -> list[Tensor | None]:
-    return [grads.bias, *(t for pair in grads.factors for t in pair), None]

@@ -52,8 +52,9 @@ def check(
     if up.weight.dim() != 3 or up.weight.shape[2] != x.shape[1]:
         _refuse("up.weight", up.weight, f"[E, N1, {x.shape[1]}], for x of {_shape(x)}")
     E, N1, _ = up.weight.shape
-    width, odd = (N1, 0) if gate.layout == "alone" else divmod(N1, 2)
-    if odd:
+    alone = gate.layout == "alone"
+    width = N1 if alone else N1 // 2
+    if not alone and N1 % 2:
         _refuse("up.weight", up.weight, f"[E, 2·I, K], as gate.layout is {gate.layout!r}")
     if down.weight.dim() != 3 or (down.weight.shape[0], down.weight.shape[2]) != (E, width):
         _refuse(

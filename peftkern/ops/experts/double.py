@@ -11,7 +11,7 @@ from torch import Tensor
 from ..bits import unpack_bits
 from ..torch_products import low_rank_dtype
 from .parts import Call, ExpertLinear, Kept
-from .plain import plain_experts
+from .plain import plain_experts, plain_linear
 
 Masks = list[Tensor | None]
 
@@ -38,6 +38,21 @@ def plain_call(call: Call, masks: tuple[Masks, Masks] | None = None) -> Tensor:
         call.x, call.chosen, call.weights, call.up, call.down, call.gate,
         norm=call.norm, choice=call.choice, up_masks=up, down_masks=down,
     )  # fmt: skip
+
+
+def plain_rows(call: Call, pairs: Tensor, words: Tensor | None, gather: bool) -> Tensor:
+    """Y [P, N] of the call's ``up`` alone on sorted rows, by the formula; see :mod:`.alone`."""
+    tokens = pairs // call.chosen.shape[1]
+    x = call.x.index_select(0, tokens) if gather else call.x
+    masks = masks_of_pairs(call.up, words, torch.arange(len(pairs), device=pairs.device))
+    expert = call.chosen.reshape(-1)[pairs]
+    y = x.new_zeros((len(pairs), call.up.weight.shape[1]))
+    for e in range(call.experts):
+        rows = (expert == e).nonzero()[:, 0]
+        chosen = None if call.choice is None else call.choice[tokens[rows]]
+        own = [None if mask is None else mask[rows] for mask in masks]
+        y = y.index_put((rows,), plain_linear(x[rows], call.up, e, chosen, own))
+    return y
 
 
 def _drawn(call: Call, part: ExpertLinear) -> Masks:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...kernels.reference import reference_bits
 from ..bits import pack_bits, words_per_row
-from .parts import ExpertLinear
+from .order import Order
+from .parts import Call, ExpertLinear
 
 _ROWS = 1024  # drawn at a time
 
@@ -43,3 +45,36 @@ def draw_words(
                 noise.bernoulli_(keep[start : start + _ROWS].expand_as(noise))
             block.copy_(pack_bits(noise.bool()))
     return words
+
+
+def words_of(call: Call, order: Order) -> tuple[Tensor | None, Tensor | None]:
+    """The packed masks of up and of down for the sorted rows."""
+    adapter = adapter_of_rows(call, order.pairs)
+    up, down = (
+        draw_words(part, len(order.pairs), part.weight.shape[2], adapter)
+        for part in (call.up, call.down)
+    )
+    return up, down
+
+
+def adapter_of_rows(call: Call, pairs: Tensor) -> Tensor | None:
+    """int64 [P], the adapter of each sorted row of a mixed batch; their number for none."""
+    if call.choice is None:
+        return None
+    own = call.choice.to(torch.int64)
+    return own.where(own >= 0, call.adapters)[pairs // call.chosen.shape[1]]
+
+
+def words_of_seed(
+    part: ExpertLinear, rows: int, adapter: Tensor | None, seed: Tensor | None
+) -> Tensor | None:
+    """The masks of :func:`draw_words` as a function of ``seed`` (int64, one element)."""
+    ps, columns = [f.p for f in part.factors], part.weight.shape[2]
+    if not any(ps) or seed is None:
+        return None
+    made = [reference_bits(rows, columns, p, seed, group=i) for i, p in enumerate(ps)]
+    words = torch.stack(made)
+    if adapter is None:
+        return words
+    every = torch.full_like(words[:1], -1)  # of rows without an adapter
+    return torch.cat([words, every])[adapter, torch.arange(rows, device=adapter.device)][None]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...utils.private import assert_later
 from ..torch_products import in_dtype
+from .dropout import adapter_of_rows
 from .gates import gate_grad, hidden, hidden_again, norm_grad
 from .grouped_linear import GroupedLinear, Groups, aligned, grouped_mm_runs
 from .loop import allowed_choices, allowed_experts, sum_of_choices, sums_in, weights_of_rows
@@ -46,15 +47,13 @@ def ordered(call: Call) -> Order:
     return Order(pairs, bounds)
 
 
-def _groups(call: Call, order: Order) -> Groups:
+def groups_of(call: Call, order: Order) -> Groups:
     pairs, bounds = order.pairs, order.bounds
     assert bounds is not None
     tokens = pairs // call.chosen.shape[1]
-    own, width = None, 1
-    if call.choice is not None:
+    own, width = adapter_of_rows(call, pairs), 1
+    if own is not None:
         width = call.adapters + 1
-        own = call.choice.to(torch.int64)
-        own = own.where(own >= 0, call.adapters)[tokens]
     rest = None
     if call.sentinels:
         rest = (torch.arange(len(pairs), device=pairs.device) >= bounds[-1])[:, None]
@@ -66,7 +65,7 @@ def forward(
     call: Call, order: Order, words: tuple[Tensor | None, Tensor | None], keep: bool
 ) -> tuple[Tensor, Kept]:
     """(the mixture's output [T, N], what the backward needs if ``keep``)."""
-    groups = _groups(call, order)
+    groups = groups_of(call, order)
     up = GroupedLinear(call.up, call.x, groups, words[0])
     gu, s_up = up.forward(call.x.index_select(0, groups.tokens))
     h = hidden(call.gate, gu)
@@ -91,7 +90,7 @@ def backward(
 ) -> Grads:
     """The gradients that are wanted, for ``dout`` [T, N]."""
     x, wide = call.x, sums_in(call.x.dtype)
-    groups = _groups(call, kept.order)
+    groups = groups_of(call, kept.order)
     up = GroupedLinear(call.up, x, groups, words[0])
     down = GroupedLinear(call.down, x, groups, words[1])
     w = weights_of_rows(call, kept.order.pairs)

@@ -73,7 +73,7 @@ def sum_of_choices(rows: Tensor, order: Tensor, k: int) -> Tensor:
     return embedding_bag(place.view(-1, k), rows, mode="sum")
 
 
-def _without_rest(rows: Tensor, spans: Sequence[Span]) -> Tensor:
+def without_rest(rows: Tensor, spans: Sequence[Span]) -> Tensor:
     """The sorted rows with zeros in those of no span."""
     rows[spans[-1].end if spans else 0 :].zero_()
     return rows
@@ -84,7 +84,7 @@ def weights_of_rows(call: Call, order: Tensor) -> Tensor:
     return in_dtype(sums_in(call.x.dtype), w)[:, None]
 
 
-def _room_for_s(part: ExpertLinear, x: Tensor, rows: int, mixed: bool) -> Tensor | None:
+def room_for_s(part: ExpertLinear, x: Tensor, rows: int, mixed: bool) -> Tensor | None:
     low, R = low_rank(part, x, mixed)
     if not part.factors:
         return None
@@ -106,7 +106,7 @@ def forward(
     down = LoopLinear(call.down, x, spans, words[1], mixed)
     most = max((s.end - s.start for s in spans), default=0)
     gu_all = x.new_empty((P if keep else most, N1))
-    s_up, s_down = (_room_for_s(p, x, P if keep else most, mixed) for p in (call.up, call.down))
+    s_up, s_down = (room_for_s(p, x, P if keep else most, mixed) for p in (call.up, call.down))
     y_all = x.new_empty((P, N))  # times the routing weights
     keep_y = x.new_empty((P, N)) if keep and call.norm is not None else None
     tokens = order.pairs // k
@@ -124,7 +124,7 @@ def forward(
             y.mul_(w[rows])
         else:
             torch.mul(call.norm(y), w[rows], out=y_all[rows])
-    out = sum_of_choices(_without_rest(y_all, spans), order.pairs, k)
+    out = sum_of_choices(without_rest(y_all, spans), order.pairs, k)
     return out, Kept(order, gu_all, s_up, s_down, keep_y)
 
 
@@ -183,7 +183,7 @@ def backward(
         up.backward(span, dgu, None, x_rows, s, None if dx_all is None else dx_all[rows])
     dx = None
     if dx_all is not None:
-        dx = sum_of_choices(_without_rest(dx_all, spans), pairs, k)
+        dx = sum_of_choices(without_rest(dx_all, spans), pairs, k)
     if dw is not None:
         placed = torch.empty_like(dw)
         placed[pairs] = dw
