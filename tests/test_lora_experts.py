@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from peftkern.ops import lora_experts as module
@@ -147,6 +148,9 @@ def test_batches_of_gradients_and_transforms():
     forward = torch.func.jvp(lambda x: call(m._replace(x=x)), (m.x,), (torch.ones_like(m.x),))[1]
     dot = torch.einsum("b...,...->b", rows[0], torch.ones_like(m.x)).view_as(y)
     assert_same_number(forward.detach(), dot)
+    with forward_ad.dual_level():
+        moved = call(m._replace(x=forward_ad.make_dual(m.x, torch.ones_like(m.x))))
+        assert_same_number(forward_ad.unpack_dual(moved).tangent.detach(), dot)
 
 
 @pytest.mark.parametrize("gate", GATES)

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from ..utils.private import (
+    in_transform,
     is_grad_batch,
     outputs_are_kept,
-    transforms_active,
     without_dispatch_modes,
 )
 from . import autocast
@@ -91,7 +91,7 @@ def lora_experts(
 def _call(call: Call) -> Tensor:
     if is_compiling():
         return traced_experts(call)
-    if transforms_active():
+    if in_transform():
         return plain_call(call)
     tensors = tensors_of(call)
     y: Tensor
