@@ -74,6 +74,11 @@ def adapter_dtype(name: str, t: torch.Tensor, activation: torch.dtype) -> None:
         )
 
 
+def can_launch(where: torch.device) -> bool:
+    """True where kernels run: on CUDA, and everywhere in the interpreter."""
+    return where.type == "cuda" or bool(INTERPRET.value)
+
+
 def device(**tensors: torch.Tensor | None | Sequence[torch.Tensor | None]) -> torch.device:
     """The device of all tensors and lists of them; ValueError for one that Triton cannot use."""
     given: list[tuple[str, torch.Tensor]] = []
@@ -86,7 +91,7 @@ def device(**tensors: torch.Tensor | None | Sequence[torch.Tensor | None]) -> to
     for name, t in given[1:]:
         if t.device != found:
             raise ValueError(f"{name} is on {t.device}; allowed: {found}, where {first} is")
-    if found.type not in ("cuda", "meta") and not INTERPRET.value:
+    if found.type != "meta" and not can_launch(found):
         raise ValueError(
             f"{first} is on {found}; allowed: a CUDA device "
             "(or the CPU, with TRITON_INTERPRET=1 set before import)"

@@ -24,6 +24,7 @@ KERNELS: dict[str, dict[str, str]] = {
     "experts_gate": {},
     "experts_gate_grad": {},
     "mixed": {"mixed_rows": "MixedConfig"},
+    "experts_route": {},
     "experts_shrink": {},
     "experts_grad": {},
     "experts_gemm": {},

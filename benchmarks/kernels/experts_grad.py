@@ -19,39 +19,45 @@ from .experts import LAYERS, Layer, meta_route
 from .traffic import Facts, Traffic, cdiv, nbytes, unit_of
 
 
-def _pairs(f: Facts) -> int:
-    """Bytes of the pairs of all rows, where a program needs them, with their weights."""
-    P = f["pairs"].shape[0]
-    weights = 0 if f["weights"] is None else P * f["weights"].element_size()
-    return 4 * P + weights if f["GATHER"] or weights else 0
+def _pairs(f: Facts) -> tuple[int, int]:
+    """(bytes of the pairs and their weights, those that one program loads for a row)."""
+    weight = 0 if f["weights"] is None else f["weights"].element_size()
+    named = f["GATHER"] or weight
+    looks = 4 * f["GATHER"] + (4 if weight else 0)
+    return f["pairs"].shape[0] * (4 * bool(named) + weight), looks + weight
+
+
+def _rows(f: Facts) -> int:
+    """Rows that are loaded, at most: an expert's last row is repeated to the end of a block."""
+    P, experts = f["pairs"].shape[0], f["grid"][1]
+    return P + min(P, experts) * (f["BLOCK_M"] - 1)
 
 
 def _grad_sb(f: Facts) -> Traffic:
     dy, b, s, (blocks, experts) = f["dy"], f["b"], f["s"], f["grid"]
-    P, N, R = f["P"], f["N"], f["R"]
-    offsets = nbytes(f["offsets"])
+    P, N, R, (pairs, looks) = f["P"], f["N"], f["R"], _pairs(f)
     return Traffic(
         "experts_grad_sb", 1,
-        read=nbytes(dy) + nbytes(b) + nbytes(s) + _pairs(f) + offsets,
+        read=nbytes(dy) + nbytes(b) + nbytes(s) + pairs + nbytes(f["offsets"]),
         written=nbytes(f["ds_out"]) + nbytes(f["db_out"]),
         flops=4 * P * N * R,
         unit=unit_of(dy.dtype),
-        requested=P * N * dy.element_size() + nbytes(b)
-        + blocks * (nbytes(s) + _pairs(f) + 8 * experts),
+        requested=_rows(f) * (N * dy.element_size() + blocks * looks) + nbytes(b)
+        + blocks * (nbytes(s) + 8 * experts),
     )  # fmt: skip
 
 
 def _grad_a(f: Facts) -> Traffic:
     x, ds, words, (blocks, experts, chunks) = f["x"], f["ds"], f["words"], f["grid"]
-    P, K, R = f["pairs"].shape[0], f["K"], f["R"]
+    P, K, R, (pairs, looks) = f["pairs"].shape[0], f["K"], f["R"], _pairs(f)
     return Traffic(
         "experts_grad_a", 1,
-        read=nbytes(x) + nbytes(ds) + nbytes(words) + _pairs(f) + nbytes(f["offsets"]),
+        read=nbytes(x) + nbytes(ds) + nbytes(words) + pairs + nbytes(f["offsets"]),
         written=nbytes(f["out"]),
         flops=2 * P * K * R,
         unit=unit_of(x.dtype),
-        requested=chunks * (P * K * x.element_size() + nbytes(words))
-        + blocks * (nbytes(ds) + chunks * (_pairs(f) + 8 * experts)),
+        requested=chunks * (_rows(f) * (K * x.element_size() + blocks * looks) + nbytes(words))
+        + blocks * (nbytes(ds) + chunks * 8 * experts),
     )  # fmt: skip
 
 

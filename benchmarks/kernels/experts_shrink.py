@@ -15,7 +15,7 @@ from peftkern.kernels.reference import pack_bits
 
 from .entry import BF16, FP32, INT32, Case, KernelEntry, Operands, Timing, meta, named
 from .experts import LAYERS, Layer, meta_route
-from .traffic import Facts, Traffic, cdiv, nbytes, total, unit_of
+from .traffic import Facts, Traffic, cdiv, nbytes, once, total, unit_of
 
 
 def _traffic(f: Facts) -> Traffic:
@@ -24,21 +24,21 @@ def _traffic(f: Facts) -> Traffic:
     X is read once from memory, and by every program that gathers a row of it. A program reads A of
     its group; in the worst routing almost every group has a tile that is not full.
     """
-    x, As, words, (_, split, chunks) = f["x"], f["As"], f["words"], f["grid"]
+    x, As, words, (blocks, split, chunks) = f["x"], f["As"], f["words"], f["grid"]
     P, K, width = f["P"], f["K"], f["width"]
     tiles = most_tiles(P, f["offsets"].shape[0] - 1, f["BLOCK_M"])
-    rows = (4 * P if f["GATHER"] else 0) * split * chunks
-    tables = 12 * tiles * split * chunks
+    again = split * chunks  # programs of a tile
+    pairs = 4 if f["GATHER"] else 0
     largest = max(nbytes(a) // a.shape[0] for a in As)  # of an expert
     return Traffic(
         "experts_shrink", 1,
-        read=nbytes(x) + total({id(a): a for a in As}.values()) + nbytes(words)
-        + (4 * P if f["GATHER"] else 0) + 12 * tiles,
+        read=nbytes(x) + once(As) + nbytes(words)
+        + pairs * P + total(f[n] for n in ("offsets", "tile_group", "tile_start")),
         written=split * P * width * f["out"].element_size(),
         flops=2 * P * K * width,
         unit=unit_of(x.dtype),
         requested=P * K * x.element_size() * chunks + tiles * largest
-        + nbytes(words) * chunks + rows + tables,
+        + nbytes(words) * chunks + (pairs * tiles * f["BLOCK_M"] + 12 * blocks) * again,
     )  # fmt: skip
 
 

@@ -197,6 +197,10 @@ EXEMPTIONS: tuple[Exemption, ...] = (
         "a program adds the parts of 1024 numbers and ends; the launch that leaves them sets how "
         "many there are",
     ),
+    Exemption(
+        "offsets of experts", "width", "experts_route._route_place_kernel", r"qwen3 L4|512",
+        "a number for each expert and one more, stored once",
+    ),
     *(
         Exemption(
             f"{kernel} of PEFT's B", "width", kernel, cases,

@@ -12,6 +12,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from benchmarks.host import standin
 from benchmarks.host.standin import Started
 from peftkern.kernels import (
+    experts_grad,
+    experts_route,
+    experts_shrink,
     launching,
     prefix_attention,
     prefix_backward,
@@ -24,7 +27,7 @@ from peftkern.kernels.dora_norm import row_norms
 from peftkern.kernels.expand import expand, low_rank_grad_input
 from peftkern.kernels.experts_combine import combine
 from peftkern.kernels.experts_gemm import gemm as experts_gemm
-from peftkern.kernels.experts_route import Route, route
+from peftkern.kernels.experts_route import Route, by_sorting
 from peftkern.kernels.gemm import fused_grad_input, fused_linear
 from peftkern.kernels.grad_a import grad_a
 from peftkern.kernels.grad_sb import grad_sb, grad_sb_group
@@ -53,6 +56,12 @@ def unaligned(*shape: int) -> Tensor:
     return drawn(*shape[:-1], shape[-1] + 8)[..., 1 : shape[-1] + 1]
 
 
+def of_b(*shape: int) -> Tensor:
+    """A factor [E, N, r] in the layout of PEFT's B."""
+    experts, n, r = shape
+    return low(n, r, experts).permute(2, 0, 1)
+
+
 def prefix_problem(T: int) -> tuple[Tensor, ...]:
     return (drawn(2, 4, T, 32), *(drawn(2, 2, 20, 32) for _ in range(2)),
             *(drawn(2, 8, 32) for _ in range(2)))  # fmt: skip
@@ -61,7 +70,7 @@ def prefix_problem(T: int) -> tuple[Tensor, ...]:
 def routed(adapters: int = 1) -> Route:
     """M pairs of M / 2 tokens and 4 experts."""
     choice = torch.arange(M // 2) % adapters if adapters > 1 else None
-    return route(torch.randint(0, 4, (M // 2, 2)), 4, 16, choice, adapters)
+    return by_sorting(torch.randint(0, 4, (M // 2, 2)), 4, 16, choice, adapters)
 
 
 # {name: function that makes new arguments, and the function that is called with them}
@@ -166,6 +175,37 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[[], Any]]] = {
     ),
     "experts' sum": (combine, lambda: (drawn(M, N), low(M // 2, 2), dict(dtype=FP32))),
     "experts' plain sum": (combine, lambda: (drawn(M, N), None, dict(k=4))),
+    "experts' route": (
+        experts_route.tables, lambda: (torch.arange(2 * M).view(M, 2) % 8, 8, 32),
+    ),
+    "experts' route, several adapters": (
+        experts_route.tables,
+        lambda: (torch.arange(2 * M).view(M, 2) % 8, 8, 32, torch.arange(M) % 3, 3),
+    ),
+    "experts' shrink": (
+        experts_shrink.shrink,
+        lambda: (drawn(M // 2, K), routed(), [low(4, R, K)], 0.5,
+                 dict(gather=True, bits=torch.ones(M, K // 32, dtype=torch.int32))),
+    ),
+    "experts' shrink, several adapters": (
+        experts_shrink.shrink,
+        lambda: (drawn(M, K), routed(3), [low(4, R, K), None, low(4, 4, K)], [0.5, 1.0, 2.0],
+                 dict(gather=False)),
+    ),
+    "experts' grad sb": (
+        experts_grad.grad_sb,
+        lambda: (drawn(M // 2, 2 * N), routed(), of_b(4, 2 * N, R), drawn(M, R), 0.5,
+                 dict(gather=True, row_weight=drawn(M // 2, 2))),
+    ),
+    "experts' grad sb, large rank": (
+        experts_grad.grad_sb,
+        lambda: (drawn(M, N), routed(), of_b(4, N, 100), drawn(M, 100), 0.5, dict(gather=False)),
+    ),
+    "experts' grad a": (
+        experts_grad.grad_a,
+        lambda: (drawn(M, R), drawn(M // 2, K), routed(),
+                 dict(gather=True, bits=torch.ones(M, K // 32, dtype=torch.int32))),
+    ),
     "attend": (prefix_attention.attend, lambda: prefix_problem(20)),
     "attend backward": (prefix_backward.attend_backward, lambda: (
         drawn(2, 4, 20, 32), *prefix_problem(20), drawn(2, 4, 20, 32), low(2, 4, 20))),

@@ -5,35 +5,37 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peftkern.kernels.experts_route import most_tiles, route
+from peftkern.kernels.experts_route import by_sorting, most_tiles, route
 from tests.kernels.oracle import few
 
 
 def check(index, experts, block_m, choice=None, adapters=1):
-    found = route(index, experts, block_m, choice, adapters)
     T, k = index.shape
-    chosen = [0] * T if choice is None else choice.tolist()
-    group_of = [int(index[p // k, p % k]) * adapters + chosen[p // k] for p in range(T * k)]
     groups = experts * adapters
-    pairs = sorted(range(T * k), key=group_of.__getitem__)  # a stable sort
-    assert found.pairs.tolist() == pairs
-    starts = [sum(g < group for g in group_of) for group in range(groups + 1)]
-    assert found.offsets.tolist() == starts
+    chosen = [0] * T if choice is None else choice.tolist()
+
+    def group_of(pair):
+        expert, adapter = int(index[pair // k, pair % k]), chosen[pair // k]
+        known = 0 <= expert < experts and 0 <= adapter < adapters
+        return expert * adapters + adapter if known else groups
+
+    of_pairs = [group_of(pair) for pair in range(T * k)]
+    pairs = sorted(range(T * k), key=of_pairs.__getitem__)  # a stable sort
+    starts = [sum(g < group for g in of_pairs) for group in range(groups + 1)]
     tiles = [
         (group, first)
         for group in range(groups)
         for first in range(starts[group], starts[group + 1], block_m)
     ]
-    shown = list(zip(found.tile_group.tolist(), found.tile_start.tolist(), strict=True))
-    assert shown[: len(tiles)] == tiles
-    assert all(group == -1 for group, _ in shown[len(tiles) :])
-    assert all(
-        t.dtype == torch.int32 and t.is_contiguous()
-        for t in (found.pairs, found.offsets, found.tile_group, found.tile_start)
-    )
-    assert (found.P, found.groups, found.tiles) == (T * k, groups, len(shown))
-    assert (found.block_m, found.k) == (block_m, k)
-    assert (found.experts, found.adapters) == (experts, adapters)
+    for way in (route, by_sorting):
+        found = way(index, experts, block_m, choice, adapters)
+        assert found.pairs.tolist() == pairs, way
+        assert found.offsets.tolist() == starts, way
+        shown = list(zip(found.tile_group.tolist(), found.tile_start.tolist(), strict=True))
+        assert shown == tiles + [(-1, T * k)] * (len(shown) - len(tiles)), way
+        assert all(t.dtype == torch.int32 and t.is_contiguous() for t in found[:4])
+        assert (found.P, found.groups, found.tiles) == (T * k, groups, len(shown))
+        assert found[4:] == (block_m, k, experts, adapters)
 
 
 @few
@@ -42,20 +44,41 @@ def check(index, experts, block_m, choice=None, adapters=1):
     k=st.integers(1, 8),
     experts=st.sampled_from([1, 3, 8, 33]),
     adapters=st.integers(1, 3),
-    sentinels=st.integers(0, 3),
+    strangers=st.integers(0, 3),
     block_m=st.sampled_from([16, 32]),
     dtype=st.sampled_from([torch.int64, torch.int32]),
 )
-def test_any_routing(T, k, experts, adapters, sentinels, block_m, dtype):
+def test_any_routing(T, k, experts, adapters, strangers, block_m, dtype):
     g = torch.Generator().manual_seed(T)
-    index = torch.randint(0, experts + sentinels, (T, k), generator=g).to(dtype)
-    choice = torch.randint(0, adapters, (T,), generator=g).to(dtype) if adapters > 1 else None
+    low, high = -(strangers // 2), experts + strangers
+    index = torch.randint(low, high, (T, k), generator=g).to(dtype)
+    last = adapters + strangers // 2
+    choice = torch.randint(0, last, (T,), generator=g).to(dtype) if adapters > 1 else None
     check(index, experts, block_m, choice, adapters)
 
 
 @pytest.mark.parametrize("experts", [1, 8, 512])
 def test_all_tokens_on_one_expert(experts):
     check(torch.full((70, 1), experts - 1), experts, 16)
+
+
+@pytest.mark.parametrize("experts", [1024, 1025])
+def test_many_experts(experts):
+    """The kernels' most, and more."""
+    g = torch.Generator().manual_seed(0)
+    check(torch.randint(0, experts, (30, 2), generator=g), experts, 16)
+
+
+def test_many_pairs():
+    """Chunks of several blocks."""
+    g = torch.Generator().manual_seed(0)
+    check(torch.randint(0, 5, (4500, 2), generator=g), 4, 64)
+
+
+def test_strided_index_and_choice():
+    g = torch.Generator().manual_seed(0)
+    index = torch.randint(0, 4, (3, 50), generator=g).t()[:, 1:]
+    check(index, 4, 16, torch.randint(0, 2, (100,), generator=g)[::2], 2)
 
 
 def test_all_pairs_elsewhere():

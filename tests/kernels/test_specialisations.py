@@ -18,7 +18,8 @@ CODE = """
 import collections, json
 import torch
 from benchmarks.kernels import (
-    experts_gemm, prefix, prefix_attention, prefix_backward, prefix_decode,
+    experts_gemm, experts_grad, experts_route, experts_shrink,
+    prefix, prefix_attention, prefix_backward, prefix_decode,
 )
 from benchmarks.kernels.entry import TableTensors
 from benchmarks.kernels.experts import LAYERS
@@ -63,6 +64,14 @@ for T in (1, 2, 5, 16, 33, 100, 4096):
             more = dict(masked=part in ("dH", "dX"), adapters=adapters)
             for launch in experts_gemm.launches(layer, part, arch, **more):
                 note(launch, part)
+            for launch in experts_route.launches(layer, adapters):
+                note(launch)
+            for launch in experts_shrink.launches(layer, 2048, 16, arch, adapters=adapters):
+                note(launch, launch.grid[1] > 1)  # parts of K are fp32
+    for launch in experts_grad.grad_sb_launches(layer, 2048, 16, arch):
+        note(launch)
+    for launch in experts_grad.grad_a_launches(layer, 2048, 16, arch, masked=True):
+        note(launch)
     for launch in experts_combine.plan_combine(meta(T, 256), meta(8 * T, 256), meta(T, 8), 8):
         note(launch)
 for S in (2, 3, 15, 16, 17, 31, 64, 100, 257, 512, 1100):
