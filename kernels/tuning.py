@@ -57,6 +57,8 @@ WHOLE = (
     "mixed",  # infer for samples that name different adapters: r the largest, group their number
     "mlp_forward",  # an MLP's G and U (k: their columns) to down's Y and S (r: 0 without adapter)
     "mlp_backward",  # down's dY to dG and dU, and what is made beside them for the adapters
+    "experts",  # a mixture without gradients: m its pairs, n the columns of up's output, k of X
+    "experts_step",  # its forward and backward together
 )
 OPS = KERNELS + WHOLE
 

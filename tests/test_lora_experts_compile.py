@@ -140,7 +140,7 @@ def test_the_operator_on_grouped_products(monkeypatch):
 
     def way(name, module):
         choice = ways.Choice(module, name, "a test")
-        monkeypatch.setattr("peftkern.ops.experts_library.choose", lambda call: choice)
+        monkeypatch.setattr("peftkern.ops.experts_library.of_torch", lambda call: choice)
 
     way("grouped", grouped)
     ours, columns = run()

@@ -28,7 +28,7 @@ RANKS = {
 @pytest.fixture(autouse=True)
 def _grouped(monkeypatch):
     choice = ways.Choice(grouped, "grouped", "a test")
-    monkeypatch.setattr(module, "choose", lambda call: choice)
+    monkeypatch.setattr(module, "choose", lambda call, keep: choice)
 
 
 def call(m: Mixture, **kwargs) -> Tensor:
@@ -136,7 +136,7 @@ def test_values_out_of_range_stop_the_device():
 def test_the_way_is_chosen_and_says_why():
     m = mixture(dtype=torch.float32, sizes=SIZES)
     own = Call(*m, False)
-    assert ways.choose(own)[:2] == (loop, "loop") and "CPU" in ways.choose(own).reason
+    assert ways.of_torch(own)[:2] == (loop, "loop") and "CPU" in ways.of_torch(own).reason
     odd = mixture(dtype=torch.float32, sizes=(37, 15, 24, 32, 5, 3))
     reason = grouped.why_not(Call(*odd, False))
     assert reason is not None and "up's weight is [5, 48, 15]" in reason

@@ -16,7 +16,7 @@ from . import masks, torch_backend, triton_backend
 from .projection import Projection, ProjectionGrad
 
 TORCH = "torch"
-KERNELS = "kernels"  # the other way of an MLP's middle
+KERNELS = "kernels"  # the other way of an MLP's middle, and of a mixture
 NOISE = 0.02  # the share of torch's time that another way must save to be preferred
 
 
@@ -24,7 +24,7 @@ def names(op: str, M: int) -> tuple[str, ...]:
     """The ways to run ``op`` of :data:`kernels.tuning.WHOLE` on M rows, torch first."""
     if op == "mixed":
         return TORCH, "mixed"
-    if op in ("mlp_forward", "mlp_backward"):
+    if op in ("mlp_forward", "mlp_backward", "experts", "experts_step"):
         return TORCH, KERNELS
     few = op == "infer" and M <= MAX_ROWS
     return (TORCH, *(triton_backend.INFER if few else triton_backend.PRODUCTS))

@@ -25,7 +25,7 @@ from .experts.dropout import adapter_of_rows, words_of_seed
 from .experts.loop_linear import low_rank
 from .experts.order import sort_pairs
 from .experts.parts import Call, ExpertLinear, Factors, Gate
-from .experts.ways import choose
+from .experts.ways import of_torch
 
 _library = torch.library.Library("peftkern", "FRAGMENT")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
@@ -69,7 +69,7 @@ def _linear(
 ) -> tuple[Tensor, Tensor]:
     """(Y [T·k, N], S [T·k, columns])."""
     call = _call_of(tensors, chosen, choice, settings, sentinels)
-    order = choose(call).way.ordered(call)
+    order = of_torch(call).way.ordered(call)
     adapter = adapter_of_rows(call, order.pairs)
     words = words_of_seed(call.up, len(order.pairs), adapter, seed)
     y, s = alone.forward(call, order, words, gather)
@@ -108,7 +108,7 @@ def _linear_backward(
 ) -> list[Tensor]:
     """The gradient of each of ``tensors``; empty where it is not wanted."""
     call = _call_of(tensors, chosen, choice, settings, sentinels)
-    order = choose(call).way.ordered(call)
+    order = of_torch(call).way.ordered(call)
     words = words_of_seed(call.up, len(order.pairs), adapter_of_rows(call, order.pairs), seed)
     of_bias, of_factors = bool(settings[0]) and needs[2], needs[2 + bool(settings[0]) :]
     wanted = list(zip(of_factors[0::2], of_factors[1::2], strict=True))

@@ -102,7 +102,7 @@ def _call(call: Call) -> Tensor:
         return y
     # selective checkpointing may keep outputs of torch's products, which are written to here
     with without_dispatch_modes() if outputs_are_kept() else contextlib.nullcontext():
-        way = choose(call).way
+        way = choose(call, keep=False).way
         order = way.ordered(call)
         y, _ = way.forward(call, order, words_of(call, order), keep=False)
         return y
@@ -116,7 +116,7 @@ class _LoraExperts(torch.autograd.Function):
         call = with_tensors(bare, tensors)._replace(chosen=chosen, choice=choice)
         wants = wants_of(call, ctx.needs_input_grad[3:])
         with without_dispatch_modes() if outputs_are_kept() else contextlib.nullcontext():
-            way = choose(call).way
+            way = choose(call, keep=True).way
             order = way.ordered(call)
             words = words_of(call, order)
             y, kept = way.forward(call, order, words, keep=True)
@@ -132,14 +132,14 @@ class _LoraExperts(torch.autograd.Function):
             *words,
             *tensors,
         )
-        ctx.call, ctx.way, ctx.spans = bare, way, order.spans
+        ctx.call, ctx.way, ctx.order = bare, way, (order.spans, order.own)
         return y
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
         chosen, choice, *own = ctx.saved_tensors
         pairs, bounds, gu, s_up, s_down, y, *own = own
-        kept = Kept(Order(pairs, bounds, ctx.spans), gu, s_up, s_down, y)
+        kept = Kept(Order(pairs, bounds, *ctx.order), gu, s_up, s_down, y)
         words, tensors = (own[0], own[1]), own[2:]
         call = with_tensors(ctx.call, tensors)._replace(chosen=chosen, choice=choice)
         needs = ctx.needs_input_grad[3:]

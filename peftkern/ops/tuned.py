@@ -42,7 +42,10 @@ CONFIG_STEPS = 2
 MOST_DECIDED = 4096  # facts of calls on one kind of device; when there are more, all are forgotten
 _OPS = Path(__file__).parent
 # the code that a timing holds for, besides the kernels: the files that call them
-_OWN = ("bits.py", "choices.py", "torch_backend.py", "triton_backend.py")
+_OWN = (
+    *("bits.py", "choices.py", "torch_backend.py", "triton_backend.py"),
+    *("experts/triton_way.py", "experts/grouped.py", "experts/grouped_linear.py"),
+)
 _NOT_MEASURED = ("reference.py", "registry.py", "tuning.py")
 
 

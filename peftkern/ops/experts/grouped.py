@@ -35,16 +35,21 @@ def why_not(call: Call) -> str | None:
 
 def ordered(call: Call) -> Order:
     """The call's pairs in order; an index or a choice out of range stops the device later."""
+    pairs, bounds = sort_pairs(call.chosen, call.experts, call.choice, call.adapters)
+    check_later(call, bounds)
+    return Order(pairs, bounds)
+
+
+def check_later(call: Call, bounds: Tensor) -> None:
+    """Have the device stop at an index or a choice that is out of range."""
     choice, n = call.choice, call.adapters
-    pairs, bounds = sort_pairs(call.chosen, call.experts, choice, n)
     if choice is not None and choice.numel():
         inside = (choice >= -1).all() & (choice < n).all()
         assert_later(inside, f"lora_experts: choice is out of range; allowed: {allowed_choices(n)}")
     inside = bounds[0] == 0
     if not call.sentinels:
-        inside = inside & (bounds[-1] == len(pairs))
+        inside = inside & (bounds[-1] == call.chosen.numel())
     assert_later(inside, f"lora_experts: index is out of range; allowed: {allowed_experts(call)}")
-    return Order(pairs, bounds)
 
 
 def groups_of(call: Call, order: Order) -> Groups:

@@ -136,7 +136,8 @@ def backward(
     wants: Wants,
 ) -> Grads:
     """The gradients that are wanted, for ``dout`` [T, N]."""
-    x, mixed, (pairs, _, spans) = call.x, call.choice is not None, kept.order
+    x, mixed = call.x, call.choice is not None
+    pairs, spans = kept.order.pairs, kept.order.spans
     assert spans is not None
     k = call.chosen.shape[1]
     up = LoopLinear(call.up, x, spans, words[0], mixed)

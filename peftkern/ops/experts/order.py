@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,6 +35,7 @@ class Order(NamedTuple):
     pairs: Tensor  # [P], the pair at each sorted row
     bounds: Tensor | None  # [groups + 1], the first row of each group, and past the last
     spans: list[Span] | None = None  # the same on the host, where a way asks for it
+    own: Any = None  # what else a way made of them
 
 
 def sort_pairs(

@@ -1,4 +1,4 @@
-"""Which way computes a mixture: a loop over experts on the host, or torch's grouped products."""
+"""Which way computes a mixture: the kernels, torch's grouped products, or a loop over experts."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
+from .. import backend, torch_backend
+from ..notes import note_once
 from . import grouped, loop
 from .order import Order
 from .parts import Call, Grads, Kept, Wants
@@ -14,7 +16,7 @@ Words = tuple[Tensor | None, Tensor | None]
 
 
 class Way(Protocol):
-    """What :mod:`.loop` and :mod:`.grouped` have."""
+    """What :mod:`.loop`, :mod:`.grouped` and :mod:`.triton_way` have."""
 
     def ordered(self, call: Call) -> Order: ...
 
@@ -33,11 +35,28 @@ class Choice(NamedTuple):
     reason: str
 
 
-def choose(call: Call) -> Choice:
-    """The way for a call, and the reason."""
+def of_torch(call: Call) -> Choice:
+    """The better of torch's own ways for a call, and the reason."""
     if call.x.is_cpu:
         return Choice(loop, "loop", "on a CPU the host knows how many tokens each expert got")
     reason = grouped.why_not(call)
     if reason is not None:
         return Choice(loop, "loop", reason)
     return Choice(grouped, "grouped", "the host does not wait for the device")
+
+
+def choose(call: Call, keep: bool) -> Choice:
+    """The way for a call, and the reason; ``keep``: a backward follows."""
+    if backend.active is torch_backend:
+        return of_torch(call)
+    from . import triton_way  # imports triton
+
+    reason = triton_way.why_not(call, keep)
+    if reason is not None:
+        note_once("a mixture runs on torch's products: %s", reason)
+        return of_torch(call)
+    if backend.requested() == "triton":
+        return Choice(triton_way, "triton", backend.describe()[1])
+    from . import auto
+
+    return auto.choose(call, keep)

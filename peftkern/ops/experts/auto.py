@@ -1,0 +1,75 @@
+"""The dispatcher for a mixture: torch's own way or the kernels, whichever was faster.
+
+Decisions are made as in :mod:`..auto_backend`. A call whose backward follows is raced with it, as
+the backward must take the way of its forward; a race draws no masks, so that torch's generators
+stay as they are, and both ways are timed without dropout.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...kernels.tuning import Key
+from .. import auto_backend, choices
+from ..auto_backend import _decide, _known, _now
+from ..tuned import key_of
+from . import sampled, triton_way
+from .parts import Call, ExpertLinear, Wants
+from .ways import Choice, of_torch
+
+
+def choose(call: Call, keep: bool) -> Choice:
+    """The way for a call that the kernels take."""
+    torchs = of_torch(call)
+    if auto_backend._foreign(call.x):
+        return torchs
+    key = _key(call, keep)
+    decision = _known(key, call.x)
+    if decision is None:
+        bare = call._replace(up=_undropped(call.up), down=_undropped(call.down))
+        wants = _all_wants(call)
+
+        def way(name: str) -> Any:
+            used: Any = torchs.way if name == choices.TORCH else triton_way
+            return lambda: _run(used, bare, wants, keep)
+
+        decision = _decide(key, call.x, way, sampled.output(bare))
+    name = choices.TORCH if decision.declined else _now(decision, call.x)
+    if name == choices.TORCH:
+        return torchs._replace(reason=decision.why)
+    return Choice(triton_way, "triton", decision.why)
+
+
+def _key(call: Call, keep: bool) -> Key:
+    factors = [f for part in (call.up, call.down) for f in part.factors]
+    r = max((f.rank(call.experts) for f in factors), default=0)
+    adapter = factors[0].A.dtype if factors else call.x.dtype
+    what = f"{call.experts} {call.chosen.shape[1]} {call.gate.name or 'own'} {call.gate.layout}"
+    what += "".join(f" {len(p.factors)}{'b' * (p.bias is not None)}" for p in (call.up, call.down))
+    (_, N1, K), op = call.up.weight.shape, "experts_step" if keep else "experts"
+    group = 1 if call.choice is None else 1 << call.adapters.bit_length()
+    mask = any(f.p > 0.0 for f in factors)
+    return key_of(op, call.x.dtype, adapter, call.chosen.numel(), N1, K, r, group, mask, what)
+
+
+def _undropped(part: ExpertLinear) -> ExpertLinear:
+    return part._replace(factors=tuple(f._replace(p=0.0) for f in part.factors))
+
+
+def _all_wants(call: Call) -> Wants:
+    up, down = (tuple((True, True) for _ in part.factors) for part in (call.up, call.down))
+    return Wants(True, call.weights.requires_grad, up, down, False, False)
+
+
+def _run(way: Any, call: Call, wants: Wants, keep: bool) -> list[Tensor]:
+    order = way.ordered(call)
+    y, kept = way.forward(call, order, (None, None), keep)
+    if not keep:
+        return [y]
+    grads = way.backward(call, kept, (None, None), torch.ones_like(y), wants)
+    found = [y, grads.x, grads.weights]
+    found += [t for part in (grads.up, grads.down) for pair in part.factors for t in pair]
+    return [t for t in found if t is not None]
