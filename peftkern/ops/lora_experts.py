@@ -30,12 +30,12 @@ from ..utils.private import (
 )
 from . import autocast
 from .experts.checks import check, check_functions
+from .experts.choosing import choose
 from .experts.double import differentiable, plain_call
 from .experts.dropout import words_of
 from .experts.order import Order
 from .experts.packing import flat_grads, tensors_of, wants_of, with_tensors, without_tensors
 from .experts.parts import Call, ExpertLinear, Gate, Kept
-from .experts.ways import choose
 from .experts_library import traced_experts
 from .tracing import is_compiling
 

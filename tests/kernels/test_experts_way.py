@@ -9,7 +9,7 @@ import torch
 
 import peftkern
 from peftkern.ops import notes
-from peftkern.ops.experts import loop, ways
+from peftkern.ops.experts import choosing, loop
 from peftkern.ops.experts.parts import Call
 from peftkern.ops.lora_experts import lora_experts
 from tests.closeness import assert_as_good_as_torch
@@ -30,7 +30,7 @@ def on_kernels(m: Mixture, **kwargs) -> torch.Tensor:
 
 def way_of(m: Mixture, keep: bool | None = None) -> str:
     keep = torch.is_grad_enabled() if keep is None else keep
-    return ways.choose(Call(*m, False), keep=keep).name
+    return choosing.choose(Call(*m, False), keep=keep).name
 
 
 def check(m: Mixture) -> None:
@@ -162,7 +162,7 @@ def test_auto_takes_what_was_faster(clock, grad, fastest, expected):
     clock.fastest = fastest
     state = torch.get_rng_state()
     with torch.set_grad_enabled(grad):
-        found = ways.choose(Call(*m, False), keep=grad)
+        found = choosing.choose(Call(*m, False), keep=grad)
         assert found.name == expected and "raced here" in found.reason
         assert torch.equal(torch.get_rng_state(), state)
         assert clock.races == 1

@@ -1,4 +1,4 @@
-"""Which way computes a mixture: the kernels, torch's grouped products, or a loop over experts."""
+"""The ways to compute a mixture, and the better of torch's own: grouped products, or a loop."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from .. import backend, torch_backend
-from ..notes import note_once
 from . import grouped, loop
 from .order import Order
 from .parts import Call, Grads, Kept, Wants
@@ -43,20 +41,3 @@ def of_torch(call: Call) -> Choice:
     if reason is not None:
         return Choice(loop, "loop", reason)
     return Choice(grouped, "grouped", "the host does not wait for the device")
-
-
-def choose(call: Call, keep: bool) -> Choice:
-    """The way for a call, and the reason; ``keep``: a backward follows."""
-    if backend.active is torch_backend:
-        return of_torch(call)
-    from . import triton_way  # imports triton
-
-    reason = triton_way.why_not(call, keep)
-    if reason is not None:
-        note_once("a mixture runs on torch's products: %s", reason)
-        return of_torch(call)
-    if backend.requested() == "triton":
-        return Choice(triton_way, "triton", backend.describe()[1])
-    from . import auto
-
-    return auto.choose(call, keep)
