@@ -122,6 +122,20 @@ def test_other_routings_and_lengths_do_not_compile_again():
     assert len(graphs) == 1
 
 
+def test_a_traced_call_routes_other_tokens():
+    m = mixture(bias=True)
+    for leaf in m.leaves:  # they become constants of the trace
+        leaf.requires_grad_(False)
+
+    def run(x: Tensor, index: Tensor) -> Tensor:
+        return call(m._replace(x=x, index=index))
+
+    with torch.no_grad():
+        traced = torch.jit.trace(run, (m.x, m.index), check_trace=False)
+        other = (m.index + 1) % E
+        assert_same_number(traced(m.x * 2, other), formula(m._replace(x=m.x * 2, index=other)))
+
+
 def test_an_index_out_of_range_is_an_error():
     m = mixture()
     compiled = torch.compile(call, backend="eager", fullgraph=True)

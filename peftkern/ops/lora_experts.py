@@ -37,7 +37,7 @@ from .experts.order import Order
 from .experts.packing import flat_grads, tensors_of, wants_of, with_tensors, without_tensors
 from .experts.parts import Call, ExpertLinear, Gate, Kept
 from .experts_library import traced_experts
-from .tracing import is_compiling
+from .tracing import is_recording, is_tracing
 
 
 def lora_experts(
@@ -72,7 +72,7 @@ def lora_experts(
     Masks of dropout are drawn for each pair by itself, by the generator of x's device, for up's
     input and then for down's. Differentiable in x, weights, factors and biases, and twice. Forward
     mode and torch.func's transforms run the formula of :mod:`.experts.plain`. Under
-    ``torch.compile`` the linears are operators (:mod:`.experts_library`).
+    ``torch.compile`` and ``torch.jit.trace`` the linears are operators (:mod:`.experts_library`).
 
     Raises:
         ValueError: shapes, devices, an index, a choice, a probability or a gate's name or layout
@@ -80,7 +80,8 @@ def lora_experts(
         TypeError: dtypes that differ, or of the wrong kind.
     """
     casts = autocast.is_on(x)
-    check(x, index, weights, up, down, gate, choice, casts)
+    if not is_tracing():  # there sizes are tensors, and comparing them would record the answers
+        check(x, index, weights, up, down, gate, choice, casts)
     given = x.dtype
     call = Call(x.to(up.weight.dtype), index, weights, up, down, gate, norm, choice, sentinels)
     kind = x.device.type
@@ -89,7 +90,7 @@ def lora_experts(
 
 
 def _call(call: Call) -> Tensor:
-    if is_compiling():
+    if is_recording():
         return traced_experts(call)
     if in_transform():
         return plain_call(call)
