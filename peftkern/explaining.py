@@ -14,7 +14,9 @@ from .fusing import hf_layers, hf_module
 from .ops.backend import describe
 from .ops.library import why_formula
 from .tuners.lora.base import LoraLayer
+from .tuners.lora.experts_call import describe_mixtures
 from .tuners.lora.mlp import describe_blocks
+from .tuners.lora.parameter_product import is_product
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,10 @@ def _compiled(layer: Any) -> str:
 
     The input is assumed to have the weight's dtype and device.
     """
-    A = layer.lora_A[layer.active_adapters[0]].weight
+    parameter = getattr(layer, "parameter_name", None)
+    if parameter is not None and not is_product(layer.base_layer, parameter):
+        return "W + scaling · B A"
+    A = layer.lora_A[next(n for n in layer.active_adapters if n in layer.lora_A)].weight
     why = why_formula(layer.base_layer.weight, A)
     return "one operator" if why is None else f"plain formula ({why})"
 
@@ -99,18 +104,22 @@ def explain(model: nn.Module) -> Explanation:
     """
     backend, why = describe()
     rows = Explanation()
-    theirs, blocks = hf_layers(model), describe_blocks(model)
+    theirs, blocks, mixtures = hf_layers(model), describe_blocks(model), describe_mixtures(model)
     for name, module in model.named_modules():
         if not isinstance(module, LoraLayer) and name not in theirs:
             continue
         layer: Any = module
         of_hf = name in theirs
         reason = _kept(layer) if of_hf else layer.decline_reason()
+        of_outermost, of_mixture = mixtures.get(id(layer), (None, ""))
+        reason = reason or of_outermost
         own = None if of_hf else layer.variant_fused_as()
         group = layer.__dict__.get("_group")
         whole, of_mlp = blocks.get(id(layer), (False, ""))
         together = "" if reason or group is None or whole else group.describe(layer)
-        decided = _decided(layer, group) if backend == "auto" and reason is None else why
+        decided = why
+        if backend == "auto" and reason is None and not of_mixture:
+            decided = _decided(layer, group)
         slow = "HF PEFT" if name in theirs else "base layer + update"
         rows.append(
             LayerReport(
@@ -120,7 +129,9 @@ def explain(model: nn.Module) -> Explanation:
                 ranks=dict(layer.r),
                 fused=reason is None or own is not None,
                 backend=slow if reason and own is None else f"{backend} fused",
-                reason=decided + together + of_mlp if reason is None else own or reason,
+                reason=decided + together + of_mlp + of_mixture
+                if reason is None
+                else own or reason,
                 compiled=_compiled(layer) if reason is None else "plain formula",
             )
         )
@@ -155,7 +166,7 @@ def _prefix_rows(model: nn.Module) -> list[LayerReport]:
 def _kept(layer: Any) -> str | None:
     """The reason that a LoRA layer of HF PEFT runs HF PEFT's forward; None when it is fused."""
     hf = hf_module()
-    if isinstance(layer, hf.FusedLinear):
+    if hf.is_fused(layer):
         return layer.decline_reason()
     return hf.why_not(layer) or "HF PEFT's layer; peftkern.fuse(model) fuses it"
 

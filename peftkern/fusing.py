@@ -22,10 +22,11 @@ def fuse(model: Model, liger: bool = False) -> Model:
     """Give the LoRA layers of an HF PEFT model the fused forward, in place, and return the model.
 
     This is for every ``peft.tuners.lora.Linear`` (on ``nn.Linear`` or transformers' ``Conv1D``);
-    q, k, v and gate, up train as one operation, and whole MLPs where their parts allow it. The
-    layers stay HF PEFT's objects with HF PEFT's state and API: parameters and state dict keys are
-    the same, optimizers keep working, and adapters are added, switched, disabled, merged, rescaled,
-    deleted, saved and loaded as before.
+    q, k, v and gate, up train as one operation, and whole MLPs where their parts allow it. With
+    ``target_parameters`` a mixture of experts is one operation too, and takes ``adapter_names``.
+    The layers stay HF PEFT's objects with HF PEFT's state and API: parameters and state dict keys
+    are the same, optimizers keep working, and adapters are added, switched, disabled, merged,
+    rescaled, deleted, saved and loaded as before.
     Layers that cannot be one operation (DoRA, several active adapters, quantised bases, embeddings,
     convolutions, ...) run HF PEFT's forward; ``explain(model)`` lists them with the reasons.
 
@@ -60,7 +61,7 @@ def fuse(model: Model, liger: bool = False) -> Model:
     hf = hf_module()
     reasons = {name: hf.why_not(layer) for name, layer in layers.items()}
     for name, layer in layers.items():
-        if reasons[name] is None and type(layer) is not hf.FusedLinear:
+        if reasons[name] is None:
             hf.take_over(layer)
     if None not in reasons.values():
         why = "; ".join(f"{n} times {reason}" for reason, n in Counter(reasons.values()).items())
@@ -90,9 +91,9 @@ def unfuse(model: Model) -> Model:
         beside.undo(model)
         return model
     hf = hf_module()
-    fused = {name: layer for name, layer in layers.items() if isinstance(layer, hf.FusedLinear)}
+    fused = {name: layer for name, layer in layers.items() if hf.is_fused(layer)}
     for name, layer in fused.items():
-        if type(layer) is not hf.FusedLinear or "forward" in layer.__dict__:
+        if type(layer) not in hf.FUSED.values() or "forward" in layer.__dict__:
             what = f"class {type(layer).__name__}" if "forward" not in layer.__dict__ else "forward"
             raise RuntimeError(
                 f"unfuse: the layer {name!r} was given another {what} after it was fused; "

@@ -187,8 +187,14 @@ SEQ2SEQ: dict[str, tuple[str, dict[str, Any]]] = {
 FAMILIES = {**DECODERS, **ENCODERS, **SEQ2SEQ}
 
 
-def config(
-    family: str,
+def config(family: str, **sizes_and_own: Any) -> Any:
+    """The configuration of a family of :data:`FAMILIES`, as :func:`config_of` makes it."""
+    name, settings = FAMILIES[family]
+    return config_of(name, **{**settings, **sizes_and_own})
+
+
+def config_of(
+    name: str,
     *,
     width: int = WIDTH,
     heads: int = HEADS,
@@ -200,12 +206,12 @@ def config(
     std: float = 0.2,
     **own: Any,
 ) -> Any:
-    """A family's configuration without dropout, of these sizes, whatever their names are there.
+    """A configuration without dropout, of these sizes, whatever their names are there.
 
-    ``own`` are further settings, by their names in the configuration. ``std`` is so large that
-    every layer has an effect on the output.
+    ``name`` is the start of its class's name, "Llama" for LlamaConfig. ``own`` are further
+    settings, by their names in the configuration. ``std`` is so large that every layer has an
+    effect on the output.
     """
-    name, settings = FAMILIES[family]
     cls = getattr(tf, f"{name}Config")
     has = inspect.signature(cls).parameters
     sizes = dict(width=width, heads=heads, kv=kv, layers=layers, inner=inner, vocab=vocab)
@@ -215,7 +221,7 @@ def config(
     drops = {n: 0.0 for n, p in has.items() if "drop" in n and not isinstance(p.default, bool)}
     found |= {**_OTHERS, **_TOKENS, **drops}
     found = {called: value for called, value in found.items() if called in has}
-    return cls(**{**found, "num_labels": LABELS, **settings, **own})
+    return cls(**{**found, "num_labels": LABELS, **own})
 
 
 CLASSES = {

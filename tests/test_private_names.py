@@ -110,6 +110,16 @@ def model_declares(attribute: str) -> bool:
     return bool(getattr(tf.LlamaForCausalLM, attribute))
 
 
+def experts() -> Any:
+    """A module of experts of a tiny model."""
+    return make("qwen3_moe").model.layers[0].mlp.experts
+
+
+def experts_flag() -> bool:
+    source = Path(at("transformers.integrations.moe").__file__).read_text()
+    return "_is_expert_parallel" in vars(experts()) or "_is_expert_parallel" not in source  # 5.17
+
+
 LAYER = "transformers.modeling_layers.GradientCheckpointingLayer"
 # {name: how to tell that it is there, where it is not an attribute to be found by its path}
 PROBES: dict[str, Callable[[], Any]] = {
@@ -151,6 +161,18 @@ PROBES: dict[str, Callable[[], Any]] = {
         formula_of(type(make("llama").model.layers[0].mlp)) is not None
         and formula_of(nn.Linear) is None
     ),
+    "use_experts_implementation.<locals>.wrapper.<locals>.forward": lambda: (
+        private.experts_form(type(experts())) is not None
+        and private.experts_form(nn.Linear) is None
+    ),
+    "experts._apply_gate": lambda: (
+        hasattr(experts(), private.EXPERTS_GATE)
+        and private.experts_form(type(experts())).default_gate  # type: ignore[union-attr]
+    ),
+    "experts.config._experts_implementation": lambda: (
+        private.experts_implementation(experts()) == "grouped_mm"
+    ),
+    "experts._is_expert_parallel": experts_flag,
     "module._hf_hook": lambda: accelerate_hook()[0],
     "module._old_forward": lambda: accelerate_hook()[1],
     "nn.MultiheadAttention._qkv_same_embed_dim": lambda: hasattr(
@@ -299,6 +321,24 @@ def test_without_ways_around_dispatch_modes(kind: str, monkeypatch: pytest.Monke
         with names.without_dispatch_modes():
             torch.zeros(1).add(1)
     assert before == len(seen) > 0
+
+
+@pytest.mark.parametrize("name", ["use_experts_implementation", "_default_apply_gate"])
+def test_without_the_experts_interface_no_class_is_in_it(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cls = type(experts())
+    assert private.experts_form(cls) is not None
+    monkeypatch.delattr(f"transformers.integrations.moe.{name}")
+    assert private.experts_form(cls) is None
+
+
+def test_without_the_flag_an_index_beyond_the_experts_counts_as_anothers() -> None:
+    module = experts()
+    module._is_expert_parallel = False
+    assert not private.experts_have_sentinels(module)
+    del module._is_expert_parallel
+    assert private.experts_have_sentinels(module)
 
 
 def test_without_the_question_for_batches_of_gradients_there_are_none() -> None:

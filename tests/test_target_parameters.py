@@ -124,7 +124,7 @@ def test_several_adapters_and_merging(tmp_path) -> None:
 
 
 def test_the_sum_is_computed_once_a_call_in_the_parameters_dtype(monkeypatch) -> None:
-    ours, _ = two("both_of_a_module", torch.float32)
+    ours, _ = two("transposed", torch.float32)
     sums = []
     add = _LoraFactorsProxy.updated
     monkeypatch.setattr(
@@ -152,9 +152,10 @@ def test_threads_do_not_see_each_others_parametrizations() -> None:
 
 
 def test_explain_names_the_parameter() -> None:
-    ours, _ = two("one_layer")
+    ours, _ = two("transposed")
     row = next(r for r in peftkern.explain(ours) if r.name.endswith("experts"))
-    assert not row.fused and "`down_proj` is a parameter of Qwen3MoeExperts" in row.reason
+    assert not row.fused and "`down_proj` is a parameter of Llama4TextExperts" in row.reason
+    assert "not a class of transformers' experts interface" in row.reason
     assert "parameter_name='down_proj'" in repr(ours)
 
 
@@ -165,6 +166,7 @@ class Odd(nn.Module):
         super().__init__()
         self.lin = nn.Linear(4, 6)
         self.conv = nn.Conv2d(2, 2, 3)
+        self.emb = nn.Embedding(6, 4)
         self.own = nn.Parameter(torch.ones(4, 4))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -174,7 +176,7 @@ class Odd(nn.Module):
 @pytest.mark.parametrize(
     "settings, says",
     [
-        ({"target_parameters": ["lin.weight"], "lora_dropout": 0.1}, "with lora_dropout != 0"),
+        ({"target_parameters": ["emb.weight"], "lora_dropout": 0.1}, "with lora_dropout != 0"),
         ({"target_parameters": ["lin.weight"], "fan_in_fan_out": True}, "with fan_in_fan_out"),
         ({"target_parameters": ["lin.weight"], "lora_bias": True}, "with lora_bias=True"),
         ({"target_parameters": ["lin.bias"]}, "1 dimensional Parameter, but only 2d and 3d"),
@@ -205,8 +207,9 @@ def test_other_refusals() -> None:
     with pytest.raises(ValueError, match="all adapters must target the same set of parameters"):
         ours.add_adapter("other", other)
     assert_same(ours, before)
+    outside, _ = two("transposed")
     with pytest.raises(ValueError, match="ParamWrapper does not support mixed adapter batches"):
-        ours.eval()(input_ids=moe.IDS, adapter_names=["default", "__base__"])
+        outside.eval()(input_ids=moe.IDS, adapter_names=["default", "__base__"])
     with pytest.warns(RuntimeWarning, match="were set but no parameter was matched"):
         config = peftkern.LoraConfig(target_modules=["q_proj"], target_parameters=["no.weight"])
         peftkern.get_peft_model(make("llama"), config)

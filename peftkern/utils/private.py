@@ -11,7 +11,7 @@ import inspect
 import sys
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -271,6 +271,63 @@ def source_of(function: Any) -> str | None:
         return inspect.getsource(function)
     except (OSError, TypeError):
         return None
+
+
+def _nested_code(function: Any, *names: str) -> Any:
+    """The code of the function that is defined by these names, one in the other; None without."""
+    code: Any = getattr(function, "__code__", None)
+    for name in names:
+        inner: Any = getattr(code, "co_consts", ())
+        code = next((c for c in inner if getattr(c, "co_name", None) == name), None)
+    return code
+
+
+class ExpertsForm(NamedTuple):
+    """What transformers' experts interface has made of a class of experts."""
+
+    eager: Callable[..., Any]  # the forward that the class itself defines
+    default_gate: bool  # act_fn(gate) * up, of two halves
+    # {name that a configuration may have: (the interface's table, the function known by it)}
+    known: dict[str, Any]
+    table: Any
+
+
+def experts_form(cls: Any) -> ExpertsForm | None:
+    """The form of a class in transformers' experts interface; None for any other class."""
+    moe: Any = sys.modules.get("transformers.integrations.moe")
+    decorator = getattr(moe, "use_experts_implementation", None)
+    code, forward = _nested_code(decorator, "wrapper", "forward"), cls.forward
+    own: Any = getattr(forward, "__code__", None)
+    if own is None or own is not code:
+        return None
+    cells = dict(zip(own.co_freevars, forward.__closure__, strict=True))
+    names = ("experts_interface", "original_forward")
+    default = getattr(moe, "_default_apply_gate", None)
+    if any(name not in cells for name in names) or default is None:
+        return None
+    table, eager = (cells[name].cell_contents for name in names)
+    if table is not getattr(moe, "ALL_EXPERTS_FUNCTIONS", None):
+        return None
+    known = {name: getattr(moe, f"{name}_experts_forward", None) for name in EXPERTS_FUNCTIONS}
+    gate = getattr(cls, EXPERTS_GATE, None)
+    return None if gate is None else ExpertsForm(eager, gate is default, known, table)
+
+
+EXPERTS_FUNCTIONS = ("grouped_mm", "batched_mm")
+EXPERTS_GATE = "_apply_gate"
+
+
+def experts_implementation(module: Any) -> Any:
+    """The name of the implementation that a module of experts asks the interface for."""
+    return getattr(module.config, "_experts_implementation", "unknown")
+
+
+def experts_have_sentinels(module: Any) -> bool:
+    """True when an index of E stands for an expert of another process.
+
+    transformers 5.17 has no flag for it and reckons with such indices always.
+    """
+    return bool(module.__dict__.get("_is_expert_parallel", True))
 
 
 # ------------------------------------------------------------------------------- accelerate

@@ -290,6 +290,26 @@ REGISTER = (
         "its linears and its activation are computed one by one",
     ),
     Private(
+        "transformers",
+        "use_experts_implementation.<locals>.wrapper.<locals>.forward",
+        "whether a class of experts is in the experts interface: its forward has this code",
+        "the experts get W + scaling · B A for all experts; `explain` says why",
+    ),
+    *(
+        Private("transformers", name, why, "as without the code of the interface's forward")
+        for name, why in (
+            ("integrations.moe._default_apply_gate", "whether a gate is one that kernels know"),
+            ("experts._apply_gate", "the gate of a class of experts"),
+            ("experts.config._experts_implementation", "the implementation that is replaced"),
+        )
+    ),
+    Private(
+        "transformers",
+        "experts._is_expert_parallel",
+        "whether an index beyond the experts stands for one of another process",
+        "as in 5.17, which lacks it: such an index adds nothing",
+    ),
+    Private(
         "accelerate",
         "module._hf_hook",
         "weights that it keeps elsewhere are brought in to be merged into",

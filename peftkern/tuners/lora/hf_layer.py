@@ -1,26 +1,31 @@
-"""``FusedLinear``: peftkern's fused forward inside HF PEFT's own LoRA layer.
+"""``FusedLinear``, ``FusedParamWrapper``: peftkern's forward inside HF PEFT's own LoRA layers.
 
 This is the only module that imports HF PEFT. It is imported only for a model that has HF PEFT's
 layers.
 
 A fused layer is HF PEFT's object with another class, a subclass of HF PEFT's. Its state and its API
 stay HF PEFT's. Only ``forward`` differs: a call that
-:class:`peftkern.tuners.lora.linear.Linear` runs as one operation runs so here too.
+:class:`peftkern.tuners.lora.linear.Linear` or :class:`peftkern.tuners.lora.parameter.ParamWrapper`
+runs as one operation runs so here too.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from peft.tuners.lora import Linear as HFLinear
+from peft.tuners.lora.layer import ParamWrapper as HFParamWrapper
 from torch import Tensor
 from torch.compiler import is_compiling
 
 from .base import LoraLayer
 from .linear import Linear
+from .parameter import ParamWrapper, operation_of
+from .plan import is_hooked
 from .row_adapters import AdapterNames, as_one, mixed_call
 
 # attributes that the fused forward keeps in a layer; `give_back` removes them
@@ -83,6 +88,41 @@ class FusedLinear(HFLinear):
         )
 
 
+class FusedParamWrapper(HFParamWrapper):
+    """HF PEFT's ``lora.ParamWrapper``, whose calls are one operation where ours are."""
+
+    layer_kind = ParamWrapper.layer_kind
+    decline_reason = ParamWrapper.decline_reason
+    _note_decline = LoraLayer._note_decline
+    _update = Linear._update
+    __getstate__ = ParamWrapper.__getstate__
+
+    def is_called_apart(self) -> bool:
+        """True when a call runs more than this class's forward and HF PEFT's hook for names."""
+        hooks = self._forward_pre_hooks
+        if not hooks:
+            return is_hooked(self)
+        names = [h for h in hooks.values() if isinstance(h, partial) and [*h.keywords] == _NAMES]
+        rest = (self._forward_hooks, self._backward_hooks, self._backward_pre_hooks)
+        return len(names) < len(hooks) or any(rest) or "forward" in self.__dict__
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.disable_adapters:
+            given = {**kwargs}
+            names = given.pop("adapter_names", None)
+            if names is not None and not is_compiling():
+                names = _names.of(names)
+            found = operation_of(self).run(self, args, given, names)
+            if isinstance(found, Tensor):
+                return found
+            if names is None and not self.merged and not is_compiling():
+                self._note_decline()
+        return HFParamWrapper.forward(self, *args, **kwargs)
+
+
+_NAMES = ["adapter_names"]
+
+
 class _Names(threading.local):
     """The names of this thread's last mixed batch.
 
@@ -105,10 +145,19 @@ class _Names(threading.local):
 _names = _Names()
 
 
+# {HF PEFT's class of layers: the class that a fused layer gets}
+FUSED: dict[type, type] = {HFLinear: FusedLinear, HFParamWrapper: FusedParamWrapper}
+
+
+def is_fused(layer: Any) -> bool:
+    """True for a layer of a fused class, or of a subclass that other code has made of one."""
+    return isinstance(layer, (*FUSED.values(),))
+
+
 def why_not(layer: Any) -> str | None:
     """The reason that an HF PEFT LoRA layer cannot be fused with any adapter; None when it can."""
     cls = type(layer)
-    if cls is not HFLinear and cls is not FusedLinear:
+    if cls not in FUSED and cls not in FUSED.values():
         return f"a {cls.__module__}.{cls.__qualname__} keeps its own forward"
     state = layer.__dict__
     if (
@@ -123,12 +172,13 @@ def why_not(layer: Any) -> str | None:
 
 def take_over(layer: Any) -> None:
     """Give a layer the fused forward; :func:`why_not` must be None for it."""
-    layer.__dict__.update(_plan=None, _group=None)
-    layer.__class__ = FusedLinear
+    if not is_fused(layer):
+        layer.__dict__.update(_plan=None, _group=None)
+        layer.__class__ = FUSED[type(layer)]
 
 
 def give_back(layer: Any) -> None:
     """Make a fused layer one of HF PEFT's class again."""
     for name in _OWN:
         layer.__dict__.pop(name, None)
-    layer.__class__ = HFLinear
+    layer.__class__ = next(theirs for theirs, ours in FUSED.items() if isinstance(layer, ours))

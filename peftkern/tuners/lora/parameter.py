@@ -14,14 +14,34 @@ from torch.nn.utils import parametrize
 from ...configs.lora import LoraConfig
 from ...ops.tracing import is_compiling, is_tracing
 from ...utils.handing import HERE, hand_over
+from . import experts_call, parameter_product
 from .base import NOTHING, LoraLayer
-from .linear import bare_linear
+from .linear import Linear, bare_linear
+from .plan import is_hooked
 from .variant import table_of, take_kwargs, variant_class
 
 COMPUTED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # For one thread at a time: a parametrization changes the module's class, and torch's cache of
 # parametrized values is shared by all threads.
 _ONE_AT_A_TIME = threading.RLock()
+
+
+def operation_of(wrapper: Any) -> Any:
+    """The file whose ``run`` may compute a wrapper's calls as one operation."""
+    is_product = parameter_product.is_product(wrapper.base_layer, wrapper.parameter_name)
+    return parameter_product if is_product else experts_call
+
+
+def separate_reason(wrapper: Any, active: list[str]) -> str | None:
+    """The reason that a wrapper's calls get W + scaling · B A; None when they are an operation."""
+    if operation_of(wrapper) is parameter_product:
+        reason = parameter_product.why_separate(wrapper, active)
+    else:
+        reason = experts_call.why_separate(wrapper)
+    if reason is None:
+        return None
+    of = f"`{wrapper.parameter_name}` is a parameter of {type(wrapper.get_base_layer()).__name__}"
+    return f"{of} and gets W + scaling · B A: {reason}"
 
 
 class _Proxy(nn.Module):
@@ -77,9 +97,11 @@ class ParamWrapper(nn.Module, LoraLayer):
     ``is_transposed``. ``lora_A[name].weight`` is [r·E, K] and ``lora_B[name].weight`` [N, r·E]:
     expert e has rows e·r … e·r+r-1 of A, and columns e, e+E, e+2E … of B.
 
-    During a call of the module the parameter is W + scaling · B A, computed for all experts, as
-    the module itself selects the experts. Several parameters of a module have nested wrappers, one
-    for each.
+    Several parameters of a module have nested wrappers, one for each. The experts of transformers'
+    experts interface run as one operation with all of them (:mod:`.experts_call`), and the weight
+    of a linear layer as a LoRA linear does (:mod:`.parameter_product`). In other modules the
+    parameter is W + scaling · B A during a call, computed for all experts, as the module itself
+    selects them; :meth:`decline_reason` says why.
 
     Args:
         base_layer: the module, or another wrapper around it.
@@ -94,6 +116,7 @@ class ParamWrapper(nn.Module, LoraLayer):
     lora_embedding_A = lora_embedding_B = NOTHING
     lora_A: nn.ModuleDict
     lora_B: nn.ModuleDict
+    _update = Linear._update
 
     def __init__(self, base_layer: nn.Module, parameter_name: str) -> None:
         super().__init__()
@@ -124,9 +147,8 @@ class ParamWrapper(nn.Module, LoraLayer):
 
     @staticmethod
     def check_config(config: LoraConfig) -> None:
-        """Raise a ValueError for a setting that has no meaning for a parameter."""
+        """Raise a ValueError for a setting that has no meaning for any parameter."""
         settings: dict[str, Any] = {
-            "lora_dropout != 0": config.lora_dropout,
             "fan_in_fan_out": config.fan_in_fan_out,
             "lora_bias=True": config.lora_bias,
         }
@@ -141,6 +163,15 @@ class ParamWrapper(nn.Module, LoraLayer):
         kind = ParamWrapper.layer_kind
         variant_class(table_of(kind), kind, config)
 
+    def check_dropout(self, config: LoraConfig) -> None:
+        """Raise a ValueError for dropout where W + scaling · B A is all that can be computed."""
+        reason = operation_of(self).why_never(self.get_base_layer(), self.parameter_name)
+        if config.lora_dropout and reason is not None:
+            raise ValueError(
+                "lora.ParamWrapper does not work with lora_dropout != 0 on "
+                f"`{self.parameter_name}`, whose input it does not see: {reason}."
+            )
+
     def _adapter_placement(self, autocast_dtype: bool, meta: bool) -> dict[str, Any]:
         parameter = self.get_param()
         dtype = parameter.dtype if parameter.is_floating_point() else torch.float32
@@ -152,6 +183,7 @@ class ParamWrapper(nn.Module, LoraLayer):
         self, name: str, r: int, config: LoraConfig, place: dict[str, Any], trainable: bool
     ) -> None:
         self.check_config(config)
+        self.check_dropout(config)
         rank = r * self.num_experts
         A = torch.empty((rank, self.in_features), **place)
         B = torch.zeros((self.out_features, rank), **place)
@@ -227,32 +259,65 @@ class ParamWrapper(nn.Module, LoraLayer):
         # other parametrizations must stay, and torch has no function to remove one of several
         del parametrizations[next(i for i, p in enumerate(parametrizations) if p is proxy)]
 
+    # ---------------------------------------------------------------- a call
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if HERE.blocks:
             kwargs = hand_over(self, kwargs)
             take_kwargs(kwargs)  # dropped: parameters have no variants
-        if kwargs.pop("adapter_names", None) is not None:
-            raise ValueError(
-                f"lora.{type(self).__name__} does not support mixed adapter batches yet."
-            )
+        names = kwargs.pop("adapter_names", None)
         if self._disable_adapters and self.merged:
             self.unmerge()
+        if self._disable_adapters and names is not None:
+            return self.base_layer(*args, **kwargs)
+        found = operation_of(self).run(self, args, kwargs, names)
+        if isinstance(found, Tensor):
+            return found
+        if names is not None:
+            raise ValueError(
+                f"lora.{type(self).__name__} does not support mixed adapter batches here: {found}"
+            )
         if self._disable_adapters or self.merged:
             return self.base_layer(*args, **kwargs)
+        self._check_dropout_rests(found)
+        if not is_compiling():
+            self._note_decline()
         with self._activate_lora(self.active_adapters):
             return self.base_layer(*args, **kwargs)
+
+    def _check_dropout_rests(self, reason: str) -> None:
+        """Raise a RuntimeError where W + scaling · B A would leave dropout out."""
+        for name in self.active_adapters:
+            drop = self.lora_dropout._modules.get(name)
+            if drop is not None and not isinstance(drop, nn.Identity) and drop.training:
+                raise RuntimeError(
+                    f"lora_dropout of adapter {name!r} on `{self.parameter_name}` needs the "
+                    f"parameter's product as one operation, which cannot run: {reason}. Set "
+                    "lora_dropout=0, or model.eval() for a call without dropout"
+                )
 
     def decline_reason(self) -> str | None:
         if self._disable_adapters:
             return "adapters are disabled"
         if self.merged:
             return f"merged: {', '.join(self.merged_adapters)}"
-        if not any(n in self.lora_A for n in self.active_adapters):
+        active = [n for n in self.active_adapters if n in self.lora_A]
+        if not active:
             return "no active adapter has weights here"
-        return (
-            f"`{self.parameter_name}` is a parameter of {type(self.get_base_layer()).__name__}, "
-            "whose own forward computes with it: it gets W + scaling · B A"
-        )
+        return separate_reason(self, active)
+
+    def is_called_apart(self) -> bool:
+        """True when a call runs more than this class's forward."""
+        return is_hooked(self)
+
+    def _note_decline(self) -> None:
+        base = self.get_base_layer()
+        of_wrappers = getattr(base, "parametrizations", {}).values()
+        if not any(isinstance(p, _Proxy) for held in of_wrappers for p in held):
+            super()._note_decline()  # the outer wrapper has said why, where there is one
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_plan": None}  # a copy has other modules
 
     def __repr__(self) -> str:
         head, _, rest = super().__repr__().partition("(")

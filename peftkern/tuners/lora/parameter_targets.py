@@ -62,7 +62,7 @@ def find_parameters(
     if found:
         ParamWrapper.check_config(config)
     for target in found:
-        _check(model, target, adapted)
+        _check(model, target, adapted, config)
     return found
 
 
@@ -116,7 +116,7 @@ def holders(module: Any, name: str = "", seen: set[int] | None = None) -> Iterat
             yield from holders(child, f"{name}.{child_name}" if name else child_name, seen)
 
 
-def _check(model: nn.Module, target: Target, adapted: Sequence[str]) -> None:
+def _check(model: nn.Module, target: Target, adapted: Sequence[str], config: LoraConfig) -> None:
     if not target.module:
         raise ValueError(
             "Targeting an nn.Parameter on the top-level module is not supported (parameter "
@@ -132,15 +132,17 @@ def _check(model: nn.Module, target: Target, adapted: Sequence[str]) -> None:
             "also targeted with `target_modules`. For some models, PEFT will do this "
             "automatically, try setting `target_modules=[]` to prevent it."
         )
-    if wrapper_of(module, target.name) is None:
+    wrapper = wrapper_of(module, target.name)
+    if wrapper is None:
         try:
-            ParamWrapper(module, target.name)  # raises for a parameter that it cannot adapt
+            wrapper = ParamWrapper(module, target.name)  # raises for one that it cannot adapt
         except ValueError as exc:
             holder: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
             shape = tuple(getattr(holder, target.name).shape)
             raise ValueError(
                 f"{exc} `target_parameters` names '{target.key}', of shape {shape}."
             ) from None
+    wrapper.check_dropout(config)
 
 
 def wrap_parameter(model: nn.Module, target: Target, active: list[str]) -> ParamWrapper:

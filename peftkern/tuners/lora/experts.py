@@ -1,0 +1,174 @@
+"""A module of transformers' experts interface as the arguments of ``ops.lora_experts``.
+
+``transformers.integrations.use_experts_implementation`` makes a class of experts compute, whichever
+implementation its configuration names,
+
+    y_t = Σ_j weights[t, j] · norm(down_e(gate(up_e(x_t))))        e = index[t, j]
+
+with weights in 3-D parameters and with flags that say how they lie. Nothing is kept between calls:
+everything is read from the module as it is then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.parameter import Parameter
+
+from ...ops.experts.parts import ExpertLinear, Gate
+from ...utils.private import (
+    EXPERTS_GATE,
+    GLOBAL_HOOKS,
+    ExpertsForm,
+    experts_form,
+    experts_have_sentinels,
+    experts_implementation,
+)
+from .mlp import activation_name
+from .plan import is_hooked
+
+_forms: dict[tuple[type, Any], ExpertsForm | None] = {}  # {(class, its forward): its form}
+_FUNCTIONS: dict[Any, str] = {F.silu: "silu", F.gelu: "gelu", F.relu: "relu"}
+
+
+class Mixture(NamedTuple):
+    """A mixture's own parts, without adapters."""
+
+    up: ExpertLinear
+    down: ExpertLinear
+    gate: Gate
+    norm: Callable[[Tensor], Tensor] | None
+    sentinels: bool
+
+
+def form_of(cls: Any) -> ExpertsForm | None:
+    """What the experts interface has made of a class; None for a class outside of it."""
+    try:
+        return _forms[cls, cls.forward]
+    except KeyError:
+        form = _forms[cls, cls.forward] = experts_form(cls)
+        return form
+
+
+def parameters_of(module: Any) -> tuple[str, str]:
+    """The names of the two parameters that hold the experts' linears."""
+    return ("gate_up_proj" if module.has_gate else "up_proj"), "down_proj"
+
+
+def why_never(module: Any, parameter: str) -> str | None:
+    """The reason that no call of the module computes with this parameter as one operation.
+
+    It depends on the class and the names alone; None when the operation may run.
+    """
+    if form_of(module.__class__) is None:
+        return f"{type(module).__name__} is not a class of transformers' experts interface"
+    if parameter not in parameters_of(module):
+        return f"`{parameter}` is not the weight of a linear of the experts"
+    return None
+
+
+def mixture_of(module: Any) -> Mixture | str:
+    """The parts of a module of experts; or the reason, in words, that it must run by itself."""
+    form = form_of(module.__class__)
+    if form is None:
+        return f"{type(module).__name__} is not a class of transformers' experts interface"
+    state = module.__dict__
+    if is_hooked(module):
+        return "the experts have hooks or an overridden forward"
+    if any(GLOBAL_HOOKS):
+        return "torch has global module hooks"
+    if (reason := _foreign(form, experts_implementation(module))) is not None:
+        return reason
+    own = state["_parameters"]
+    has_bias, first = module.has_bias, True
+    parts: list[ExpertLinear] = []
+    for name in parameters_of(module):
+        weight, bias = own.get(name), own.get(f"{name}_bias") if has_bias else None
+        if (reason := _unfit(module, name, weight, 3)) is not None:
+            return reason
+        if has_bias and (reason := _unfit(module, f"{name}_bias", bias, 2)) is not None:
+            return reason
+        if not first and weight.dtype is not parts[0].weight.dtype:
+            return f"dtypes: {parts[0].weight.dtype} and {weight.dtype}"
+        if bias is not None and bias.dtype is not weight.dtype:
+            return f"dtypes: weights {weight.dtype}, biases {bias.dtype}"
+        first = False
+        parts.append(ExpertLinear(weight.transpose(1, 2) if module.is_transposed else weight, bias))
+    for name, child in state["_modules"].items():
+        if child is not None and (reason := _alive(name, child)) is not None:
+            return reason
+    return Mixture(
+        parts[0],
+        parts[1],
+        _gate(module, form),
+        module.post_expert_norm if getattr(module, "has_post_expert_norm", False) else None,
+        experts_have_sentinels(module),
+    )
+
+
+def _foreign(form: ExpertsForm, name: Any) -> str | None:
+    """The reason that an implementation is left to itself; None for those that are replaced."""
+    if name is None or name == "eager":
+        return None
+    if name not in form.known:
+        return f"the experts implementation is {name!r}"
+    if form.table.get(name) is not form.known[name]:
+        return f"the experts implementation {name!r} is not transformers' own"
+    return None
+
+
+def _unfit(module: Any, name: str, tensor: Any, dim: int) -> str | None:
+    """The reason that an operation cannot read a parameter of the experts, or None."""
+    if tensor.__class__ is not Parameter:
+        if name in module.__dict__.get("_modules", {}).get("parametrizations", ()):
+            return f"{name} is parametrized"
+        return f"{name} is a {type(tensor).__name__}, not a plain Parameter"
+    if tensor.is_meta:
+        return f"{name} is on the meta device (offloaded or not loaded yet)"
+    if tensor.dim() != dim:
+        return f"{name} has {tensor.dim()} dimensions (its shape is {list(tensor.shape)})"
+    if tensor.requires_grad:
+        return f"{name} requires a gradient"
+    if not tensor.dtype.is_floating_point or tensor.dtype.itemsize == 1:
+        return f"{name} is {tensor.dtype}"
+    return None
+
+
+def _alive(name: str, child: Any) -> str | None:
+    """The reason that a submodule (activation, norm) must be called by its module, or None.
+
+    An operation makes the gate again in its backward, where a hook would act a second time, and
+    knows of no gradient but those of the adapters, the tokens and the routing weights.
+    """
+    if is_hooked(child) or (child._modules and any(map(is_hooked, child.modules()))):
+        return f"{name} has hooks or an overridden forward"
+    found = child.parameters() if child._modules else child._parameters.values()
+    for parameter in found:
+        if parameter is not None and (parameter.requires_grad or parameter.is_meta):
+            return f"a parameter of {name} requires a gradient or is on the meta device"
+    return None
+
+
+def _gate(module: Any, form: ExpertsForm) -> Gate:
+    act: Any = getattr(module, "act_fn", None)
+    if not module.has_gate:
+        return Gate(act, _name_of(act), "alone")
+    function = getattr(module, EXPERTS_GATE)
+    if form.default_gate and EXPERTS_GATE not in module.__dict__:
+        return Gate(function, _name_of(act))
+    return Gate(function)
+
+
+def _name_of(act: Any) -> str | None:
+    """The name of an activation, a module or a function, for kernels; None when it has none."""
+    if hasattr(act.__class__, "forward"):
+        return activation_name(act)
+    return _FUNCTIONS.get(act)
+
+
+def describe_implementation(module: Any) -> str:
+    """Words for the implementation that the operation stands in for."""
+    return f"in place of {experts_implementation(module) or 'eager'!r}"

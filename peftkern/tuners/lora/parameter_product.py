@@ -1,0 +1,105 @@
+"""A wrapper of a linear layer's weight as the operation of a LoRA linear.
+
+The weight W [N, K] of ``nn.Linear`` gets factors as a LoRA linear does. In a ``Conv1D`` the
+parameter is Wᵀ [K, N], so that the wrapper's ``lora_A`` [r, N] and ``lora_B`` [K, r] stand the
+other way round: X (Wᵀ + c B A) is X Wᵀ + c (X B) A.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ...ops.library import traced_lora_linear, why_formula
+from ...ops.lora import lora_linear
+from ...ops.projection import Projection
+from ...ops.tracing import is_compiling
+from ..base_layer import as_names
+from .base import LoraLayer
+from .linear import Linear
+from .plan import weight_layout
+from .row_adapters import AdapterNames, forward_mixed
+
+
+def is_product(module: Any, parameter: str) -> bool:
+    """True for the weight of a layer that computes a product with it and nothing else."""
+    return parameter == "weight" and weight_layout(module.__class__) is not None
+
+
+def why_never(module: Any, parameter: str) -> str | None:
+    return None if is_product(module, parameter) else "its module is no product with it alone"
+
+
+def why_separate(wrapper: Any, names: Sequence[str]) -> str | None:
+    """The reason that the updates of these adapters must be added to the weight, or None."""
+    layout = weight_layout(wrapper.base_layer.__class__)
+    if layout is None:
+        return f"a {type(wrapper.base_layer).__name__} computes with its weight itself"
+    if layout and len(names) > 1:
+        return "several adapters on the weight of a Conv1D"
+    for name in names:
+        if name in wrapper.lora_variant:
+            return f"{name}: {type(wrapper.lora_variant[name]).__name__}"
+        if (reason := Linear.product_reason(wrapper, name)) is not None:
+            return reason
+    return None
+
+
+def run(wrapper: Any, args: Any, kwargs: Any, names: Sequence[str] | None = None) -> Tensor | str:
+    """The output of a call of the linear layer; or the reason that W + scaling · B A is needed.
+
+    ``names``: the adapter of each sample of x [samples, ..., K].
+    """
+    if len(args) != 1 or kwargs:
+        return "the layer is called with other arguments"
+    x = args[0]
+    if names is not None:
+        LoraLayer._check_adapter_names(wrapper, x, names)
+        rows = AdapterNames.of(names)
+        here = [name for name in rows.order if name in wrapper.lora_A]
+        if here and weight_layout(wrapper.base_layer.__class__):
+            return "the weight is a Conv1D's"
+        if (reason := why_separate(wrapper, here)) is not None:
+            return reason
+        return forward_mixed(wrapper, x, rows, (), {}, {})
+    active = as_names(wrapper._active_adapter)
+    if is_compiling():
+        call = _traced(wrapper, x, active)
+        if call is None:
+            return "a compiler traces the plain formula"
+        return traced_lora_linear(x, call)
+    state = wrapper.__dict__
+    plan = state["_plan"]
+    if plan is not None and active != [plan.name]:  # a list that a caller may have changed
+        state["_plan"] = None
+    found = Linear.fused_call(wrapper, x)
+    if found is not None:
+        return lora_linear(x, *_turned(found))
+    here = [name for name in active if name in wrapper.lora_A]
+    if len(here) == 1:
+        return why_separate(wrapper, here) or "the dtypes of input, weight and adapter differ"
+    if (reason := why_separate(wrapper, here)) is not None:
+        return reason
+    y = wrapper.base_layer(x)
+    dtype = y.dtype
+    for name in here:
+        y = y + wrapper._update(name, x)
+    return y.to(dtype)
+
+
+def _turned(call: Any) -> Any:
+    weight, bias, A, B, scale, p, transposed = call
+    return (weight, bias, B.t(), A.t(), scale, p, transposed) if transposed else call
+
+
+def _traced(wrapper: Any, x: Tensor, active: Sequence[str]) -> Projection | None:
+    if len(active) != 1 or active[0] not in wrapper.lora_A:
+        return None
+    if why_separate(wrapper, active) is not None:
+        return None
+    call = Linear.product_call(wrapper, x, active[0])
+    if call is None or why_formula(x, call.A) is not None:
+        return None
+    return Projection(*_turned(call))

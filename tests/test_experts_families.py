@@ -1,0 +1,69 @@
+"""Adapters on the experts of whole models, against HF PEFT in float64."""
+
+from __future__ import annotations
+
+import copy
+
+import peft
+import pytest
+import torch
+
+import peftkern
+from tests import moe_models
+from tests.closeness import assert_as_good_as_torch, assert_same_number
+from tests.moe_models import FAMILIES, TOKENS, adapt, family, family_targets
+from tests.tiny import gradients, step
+
+FAST = (
+    "qwen3_moe mixtral gpt_oss olmoe granitemoe glm4_moe minimax flex_olmo hy_v3 aria "
+    "openai_privacy_filter muse_spark nemotron_h"
+).split()
+WHICH = ("both", "up", "down")
+
+
+def _compare(name: str, which: str) -> None:
+    base = family(name)
+    ups, downs = family_targets(base)
+    targets = {"both": ups + downs, "up": ups, "down": downs}[which]
+    assert targets
+    other = copy.deepcopy(base)
+    ours = adapt(peftkern, base, target_parameters=targets)
+    theirs = adapt(peft, other, target_parameters=targets)
+    assert all(moe_models.fused(ours)), str(peftkern.explain(ours))
+    batch = {"input_ids": TOKENS}
+    if FAMILIES[name][1]:
+        batch["labels"] = TOKENS % 3 if "Token" in FAMILIES[name][1] else TOKENS
+    # some models compute their logits in fp32 whatever their weights are
+    got, want = ({k: v.double() for k, v in step(m, batch).items()} for m in (ours, theirs))
+    assert any("lora_B" in key and value.abs().max() > 0 for key, value in want.items())
+    assert_same_number(got, want)
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_a_family_computes_what_hf_peft_does(name: str) -> None:
+    _compare(name, WHICH[FAST.index(name) % 3])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", WHICH)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_each_family_with_each_parameter(name: str, which: str) -> None:
+    _compare(name, which)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_implementation_gives_way(implementation: str, dtype: torch.dtype) -> None:
+    """In the dtype itself no worse than HF PEFT with the same implementation."""
+    base = family("qwen3_moe")
+    targets = [name for names in family_targets(base) for name in names]
+    exact = adapt(peft, copy.deepcopy(base), target_parameters=targets)
+    base = base.to(dtype)
+    base.set_experts_implementation(implementation)
+    ours, theirs = (
+        adapt(lib, copy.deepcopy(base), target_parameters=targets) for lib in (peftkern, peft)
+    )
+    rows = peftkern.explain(ours)
+    assert all(row.fused and f"in place of '{implementation}'" in row.reason for row in rows)
+    batch = {"input_ids": TOKENS, "labels": TOKENS}
+    assert_as_good_as_torch(*(gradients(m, batch)[1] for m in (ours, theirs, exact)))
