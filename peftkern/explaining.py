@@ -90,7 +90,7 @@ def _compiled(layer: Any) -> str:
     """
     parameter = getattr(layer, "parameter_name", None)
     if parameter is not None and not is_product(layer.base_layer, parameter):
-        return "W + scaling · B A"
+        return "operators"
     A = layer.lora_A[next(n for n in layer.active_adapters if n in layer.lora_A)].weight
     why = why_formula(layer.base_layer.weight, A)
     return "one operator" if why is None else f"plain formula ({why})"

@@ -18,7 +18,7 @@ from torch.nn.parameter import Parameter
 from ...ops import autocast
 from ...ops.experts.parts import ExpertLinear, Factors
 from ...ops.lora_experts import lora_experts
-from ...ops.tracing import is_recording
+from ...ops.tracing import is_tracing
 from ..base_layer import as_names
 from .experts import (
     Mixture,
@@ -70,8 +70,8 @@ def read(chain: Chain, rows: AdapterNames | None) -> tuple[Mixture, list[ExpertL
     With ``rows`` the adapters of up and down are those of ``rows.order``, else the active ones.
     """
     outer, module = chain.wrappers[0], chain.module
-    if is_recording():
-        return "a compiler traces the plain formula"
+    if is_tracing():
+        return "torch.jit.trace records the plain formula"
     for inner in chain.wrappers[1:]:
         if inner.__class__.forward is not outer.__class__.forward or inner.is_called_apart():
             return f"the wrapper of `{inner.parameter_name}` has hooks or an overridden forward"
