@@ -29,6 +29,7 @@ from .common import (
     cdiv,
     dot,
     keep_tile,
+    next_pow2,
     padded,
     precision,
     row_stride,
@@ -89,7 +90,9 @@ def default_config(
         """Bytes of X in a step of so many rows, and of all else."""
         return rows * block_c * itemsize, rows * (held * itemsize + 8 + masked * block_c // 8)
 
-    block_m = 32 if exact and one_pass else 64
+    # a block of few rows has the last of them again and again; cp.async copies at least 4 bytes
+    rows = max(16 if one_pass else 32, next_pow2(cdiv(2 * P, experts)))
+    block_m = min(32 if exact and one_pass else 64, rows)
     while block_m > 32 and arch.shared // 2 < 3 * sum(step(block_m)):
         block_m //= 2
     programs = experts * cdiv(columns, block_c)

@@ -119,6 +119,10 @@ def _cases(arch: Arch) -> Iterator[Case]:
         found = LAYERS[layer]
         plan = grad_sb_launches(found, 2 * found.inner, 16, arch, gather=False)
         yield from named(f"experts_grad_sb {layer} rows r16", plan)
+    few = LAYERS["few"]
+    yield from named("experts_grad_sb few gather r16", grad_sb_launches(few, 2048, 16, arch))
+    few_rows = grad_a_launches(few, 768, 16, arch, gather=False, masked=True)
+    yield from named("experts_grad_a few rows r16 mask", few_rows)
     for name, K, r, options in (
         ("gather r16", 2048, 16, {}), ("gather r16 mask", 2048, 16, dict(masked=True)),
         ("rows r16 mask", 768, 16, dict(gather=False, masked=True)),
