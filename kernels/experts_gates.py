@@ -130,25 +130,30 @@ def pick(values, at):
 # ------------------------------------------------------------------------------------------ checks
 
 
-def check_gate(
-    gu: torch.Tensor, name: str, layout: str, clamp: tuple[float, float, float] | None
-) -> torch.Tensor:
-    """GU, checked to fit the gate, with unit strides along its rows."""
+def check_name(name: str, layout: str, clamp: tuple[float, float, float] | None) -> None:
+    """Check that there is such a gate."""
     if name not in ACTIVATIONS:
         raise ValueError(f"name is {name!r}; allowed: {', '.join(ACTIVATIONS)}")
     if layout not in LAYOUTS:
         raise ValueError(f"layout is {layout!r}; allowed: {', '.join(LAYOUTS)}")
-    gu = checks.rows("gu", gu)
-    if layout != "alone" and gu.shape[1] % 2:
-        raise ValueError(f"gu has {gu.shape[1]} columns; allowed: an even number, G and U")
     if clamp is None:
-        return gu
+        return
     if name != "silu" or layout == "alone":
         raise ValueError(
             f"clamp is given with {name!r} and layout {layout!r}; allowed: silu, G with U"
         )
     if len(clamp) != 3 or not clamp[0] > 0 or not clamp[1] >= 0:
         raise ValueError(f"clamp is {tuple(clamp)}; allowed: (alpha > 0, limit >= 0, plus)")
+
+
+def check_gate(
+    gu: torch.Tensor, name: str, layout: str, clamp: tuple[float, float, float] | None
+) -> torch.Tensor:
+    """GU, checked to fit the gate, with unit strides along its rows."""
+    check_name(name, layout, clamp)
+    gu = checks.rows("gu", gu)
+    if layout != "alone" and gu.shape[1] % 2:
+        raise ValueError(f"gu has {gu.shape[1]} columns; allowed: an even number, G and U")
     return gu
 
 

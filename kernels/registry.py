@@ -23,6 +23,7 @@ KERNELS: dict[str, dict[str, str]] = {
     "mlp_grad": {"mlp_grad": "MlpGradConfig"},
     "experts_gate": {},
     "experts_gate_grad": {},
+    "experts_decode": {},
     "mixed": {"mixed_rows": "MixedConfig"},
     "experts_route": {},
     "experts_shrink": {},

@@ -165,6 +165,22 @@ EXEMPTIONS: tuple[Exemption, ...] = (
         "sums of dw and dS", "waves", "experts_gate_grad._experts_gate_sum_kernel", "sm_100",
         "a program adds the parts of 1024 numbers and ends",
     ),
+    *(
+        Exemption(
+            f"{kernel} reads PEFT's B", "width", f"experts_decode_tile.{kernel}", "",
+            "of PEFT's lora_B an expert's numbers are E columns apart",
+        )
+        for kernel in ("_experts_few_up_kernel", "_experts_few_down_kernel")
+    ),
+    Exemption(
+        "H of few pairs", "waves", "experts_decode_tile._experts_few_up_kernel",
+        "sm_100 .* alone T1 ",
+        "696 programs for 592 places; with blocks of another size there are fewer than places",
+    ),
+    Exemption(
+        "S of few pairs", "waves", "experts_decode_tile._experts_few_shrink_kernel", "T16",
+        "its programs are short, and from sm_90 on those of the next launch run beside the last",
+    ),
     Exemption(
         "gemm on unaligned rows", "pipeline", "gemm._gemm_kernel", "gemm Y pointers",
         "rows of X that start anywhere are copied in 2 bytes, fewer than cp.async takes",
