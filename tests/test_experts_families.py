@@ -9,6 +9,8 @@ import pytest
 import torch
 
 import peftkern
+from peftkern.tuners.lora.experts import mixture_of
+from peftkern.tuners.lora.experts_gate import clamped
 from tests import moe_models
 from tests.closeness import assert_as_good_as_torch, assert_same_number
 from tests.moe_models import FAMILIES, TOKENS, adapt, family, family_targets
@@ -67,3 +69,37 @@ def test_every_implementation_gives_way(implementation: str, dtype: torch.dtype)
     assert all(row.fused and f"in place of '{implementation}'" in row.reason for row in rows)
     batch = {"input_ids": TOKENS, "labels": TOKENS}
     assert_as_good_as_torch(*(gradients(m, batch)[1] for m in (ours, theirs, exact)))
+
+
+CLAMPED = {  # the gates of these families, of which kernels know the formula
+    "gpt_oss": ("interleaved", 1.0),
+    "openai_privacy_filter": ("halves", 1.0),
+    "deepseek_v4": ("halves", 0.0),
+}
+
+
+@pytest.mark.parametrize("name", CLAMPED)
+def test_the_constants_of_a_clamped_gate(name: str) -> None:
+    model = family(name).requires_grad_(False)
+    experts = next(m for n, m in model.named_modules() if n.endswith(".experts"))
+    layout, plus = CLAMPED[name]
+    alpha = getattr(experts, "alpha", 1.0)
+    gate = mixture_of(experts).gate
+    assert gate[1:] == (None, layout, (alpha, experts.limit, plus))
+    experts.limit = 0.25  # another number is another gate
+    gu = torch.randn(5, 12, dtype=torch.float64)
+    gate = mixture_of(experts).gate
+    assert gate.clamp == (alpha, 0.25, plus)
+    assert_same_number(clamped(gu, layout, gate.clamp), gate.function(gu))
+
+    own = type(experts)
+
+    class Other(own):
+        def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
+            return 1.01 * super()._apply_gate(gate_up)
+
+    experts.__class__ = Other
+    assert mixture_of(experts).gate.clamp is None
+    experts.__class__ = own
+    experts._apply_gate = lambda h: h
+    assert mixture_of(experts).gate.clamp is None

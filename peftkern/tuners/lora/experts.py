@@ -15,23 +15,20 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torch import Tensor
-from torch.nn import functional as F
 from torch.nn.parameter import Parameter
 
 from ...ops.experts.parts import ExpertLinear, Gate
 from ...utils.private import (
-    EXPERTS_GATE,
     GLOBAL_HOOKS,
     ExpertsForm,
     experts_form,
     experts_have_sentinels,
     experts_implementation,
 )
-from .mlp import activation_name
+from .experts_gate import gate_of
 from .plan import is_hooked
 
 _forms: dict[tuple[type, Any], ExpertsForm | None] = {}  # {(class, its forward): its form}
-_FUNCTIONS: dict[Any, str] = {F.silu: "silu", F.gelu: "gelu", F.relu: "relu"}
 
 
 class Mixture(NamedTuple):
@@ -103,7 +100,7 @@ def mixture_of(module: Any) -> Mixture | str:
     return Mixture(
         parts[0],
         parts[1],
-        _gate(module, form),
+        gate_of(module, form),
         module.post_expert_norm if getattr(module, "has_post_expert_norm", False) else None,
         experts_have_sentinels(module),
     )
@@ -150,23 +147,6 @@ def _alive(name: str, child: Any) -> str | None:
         if parameter is not None and (parameter.requires_grad or parameter.is_meta):
             return f"a parameter of {name} requires a gradient or is on the meta device"
     return None
-
-
-def _gate(module: Any, form: ExpertsForm) -> Gate:
-    act: Any = getattr(module, "act_fn", None)
-    if not module.has_gate:
-        return Gate(act, _name_of(act), "alone")
-    function = getattr(module, EXPERTS_GATE)
-    if form.default_gate and EXPERTS_GATE not in module.__dict__:
-        return Gate(function, _name_of(act))
-    return Gate(function)
-
-
-def _name_of(act: Any) -> str | None:
-    """The name of an activation, a module or a function, for kernels; None when it has none."""
-    if hasattr(act.__class__, "forward"):
-        return activation_name(act)
-    return _FUNCTIONS.get(act)
 
 
 def describe_implementation(module: Any) -> str:
