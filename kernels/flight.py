@@ -30,12 +30,14 @@ def stages(
     resident: int = 1,
     least: int = 3,
     most: int = 6,
+    late: int = 0,
 ) -> int:
     """num_stages, ``least`` to ``most``, of a loop that loads ``tile`` bytes of X in each step.
 
     ``beside`` are the bytes of a step's other loads (adapters, S, mask words), and a multiprocessor
-    has ``resident`` programs at a time. Shared memory, which holds all stages, is the limit.
+    has ``resident`` programs at a time. ``late`` stages hold tiles that have arrived and are not
+    used yet. Shared memory, which holds all stages, is the limit.
     """
     share = needed(arch) / max(1, min(programs, arch.sms * resident))
     room = arch.shared // resident // (tile + beside)
-    return max(2, min(most, room, max(least, 1 + cdiv(int(share), tile))))
+    return max(2, min(most, room, max(least, 1 + late + cdiv(int(share), tile))))

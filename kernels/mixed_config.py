@@ -114,7 +114,9 @@ def _default(
     tiles = max(1, most_tiles(M, len(ranks), M // T, block_s)) * cdiv(rank, block_r)
     low_split = min(cdiv(row_bytes * K, LOW_BYTES), K // 512, 2 * arch.sms // tiles)
     lanes = max(16, next_pow2(lanes_of(ranks, min(M, block_m), T)))
-    most = 32 if exact or block_m == 128 else 64 if block_m == 64 else 128
+    most = 16 if exact else 32 if block_m == 128 else 64 if block_m == 64 else 128
+    if block_m == 128 and any(r * adapter_itemsize % 16 for r in ranks):
+        most = 16  # rows of B read one element at a time spill on sm_90 (Triton 3.9)
     if block_m == 128 and split == 1 and not arch.warpgroups:  # operands are in registers, too
         most = 16
     block_l = min(lanes, most)

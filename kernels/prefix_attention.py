@@ -49,16 +49,18 @@ class AttendConfig:
         checks.blocks(self, block_m=self.block_m, block_n=self.block_n)
 
 
-def default_config(D: int, arch: Arch, itemsize: int = 2) -> AttendConfig:
+def default_config(D: int, arch: Arch, itemsize: int = 2, hidden: bool = False) -> AttendConfig:
     """A config with the largest tiles that fit.
 
     The accumulator [block_m, D] must stay in registers, and keys and values in flight in shared
-    memory.
+    memory. ``hidden``: a window or masked keys hide more than causality does.
     """
     roomy = arch.shared > 160_000
     if itemsize == 4:  # exact fp32 products also keep their operands in registers
         return AttendConfig(32, 32 if D <= 128 else 16, 4 if D <= 64 else 8, 1)
     if D <= 64:
+        if hidden and arch.blackwell:  # 64 keys spill there (Triton 3.9)
+            return AttendConfig(128, 32, 8, 5)
         return AttendConfig(128, 64 if arch.warpgroups else 32, 8 if arch.blackwell else 4, 3)
     if D <= 128:
         return AttendConfig(128, 64 if roomy else 32, 8, 3)
@@ -289,7 +291,8 @@ def attend(
     )  # fmt: skip
     o, lse = problem.rows_like_q(), q.new_empty(q.shape[:3], dtype=torch.float32)
     if o.numel():
-        config = config or default_config(q.shape[3], arch_of(q.device), q.element_size())
+        hidden = keep is not None or window is not None
+        config = config or default_config(q.shape[3], arch_of(q.device), q.element_size(), hidden)
         for launch in plan_attend(problem, o, lse, config):
             launch.run()
     return o, lse

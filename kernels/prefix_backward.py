@@ -70,6 +70,7 @@ def default_config(
         tiles = (32, 16, 16, 16, 8, 1, 4, 1)
     elif D <= 64:
         tiles = (64, 64, 32, 128, 4, 2, 8, 3) if arch.warpgroups else (64, 64, 32, 64, 4, 2, 8, 1)
+        tiles = (64, 64, 32, 128, 4, 3, 8, 3) if arch.blackwell else tiles
     elif D <= 128:
         tiles = (64, 32, 64, 128, 4, 3, 8, 1) if arch.blackwell else (64, 64, 32, 128, 4, 2, 8, 3)
         tiles = tiles if arch.warpgroups else (64, 32, 32, 64, 4, 3, 8, 3)

@@ -90,11 +90,11 @@ def default_config(
     widest = 32 if D <= 128 and itemsize == 2 else 16  # most rows for which accumulators fit
     block_m = min(widest, max(16, next_pow2(rows)))
     packed = min(widest, max(16, next_pow2(rows * B))) if shared else block_m
-    num_warps = 4 if D <= 128 or itemsize == 4 else 8
+    num_warps = 4 if D <= 128 else 8 if itemsize == 2 else 16  # fp32 of fewer spill (Triton 3.9)
     programs = B * H_kv * cdiv(rows, block_m)
     prefix_splits = max(1, min(16, cdiv(P, LEAST_KEYS // 2)))
     prefixes = (cdiv(rows * B, packed) if shared else B * cdiv(rows, packed)) * H_kv * prefix_splits
-    # a multiprocessor has room for one program of eight warps, or for two of four
+    # a multiprocessor has room for one program of eight warps or more, or for two of four
     slots = arch.sms * (2 if num_warps == 4 else 1)
     splits = max(1, min((slots - prefixes) // max(programs, 1), S // LEAST_KEYS))
     return DecodeConfig(

@@ -57,7 +57,7 @@ class ShrinkConfig:
 
 
 def default_config(
-    M: int, K: int, ranks: Sequence[int], arch: Arch, itemsize: int = 2
+    M: int, K: int, ranks: Sequence[int], arch: Arch, itemsize: int = 2, masked: bool = False
 ) -> ShrinkConfig:
     """A config with enough programs to fill the device, and enough of X on the way.
 
@@ -66,6 +66,8 @@ def default_config(
     """
     held = min(LAUNCH_RANK, padded(*ranks))
     block_m = 64 if held <= 64 or arch.warpgroups else 32
+    if masked and len(ranks) > 1 and arch.capability == 80:
+        block_m = 32  # several draws of 64 rows spill there (Triton 3.9)
 
     def parts() -> int:
         return max(1, min(arch.sms // cdiv(M, block_m), K // 512))
@@ -75,7 +77,8 @@ def default_config(
     ):
         block_m //= 2
     split = parts()
-    block_k, num_stages = steps(block_m, held, cdiv(M, block_m) * split, arch, itemsize)
+    programs = cdiv(M, block_m) * split
+    block_k, num_stages = steps(block_m, held, programs, arch, itemsize, masked)
     return ShrinkConfig(
         block_m=block_m,
         block_k=block_k,
@@ -85,18 +88,25 @@ def default_config(
     )
 
 
-def steps(block_m: int, held: int, programs: int, arch: Arch, itemsize: int) -> tuple[int, int]:
+def steps(
+    block_m: int, held: int, programs: int, arch: Arch, itemsize: int, masked: bool
+) -> tuple[int, int]:
     """(block_k, num_stages) of a shrink whose programs have block_m rows and ``held`` ranks.
 
     Steps are wide where registers and shared memory allow, so that fewer stages cover the latency.
+    A masked X passes through registers before its product, which takes the place of one stage.
     """
     wide = itemsize == 2 and held <= (64 if arch.warpgroups else 32)
     wide = wide and (arch.shared > 160_000 or block_m * held <= 1024)
-    if arch.capability == 90 and block_m < 64 and held > 32:
+    most = 6
+    if held > 32 and (arch.capability == 90 and block_m < 64 or arch.blackwell and block_m == 32):
         wide = False  # several adapters spill there (Triton 3.9)
+        most = 12 if block_m == 32 else most  # of smaller tiles more are needed
     block_k = (256 if block_m * held <= 256 else 128) if wide else 64
     beside = block_k * held * 4 + block_m * block_k // 8  # A in fp32, and mask words
-    return block_k, stages(arch, programs, block_m * block_k * itemsize, beside)
+    late = int(masked and arch.shared > 160_000)
+    tile = block_m * block_k * itemsize
+    return block_k, stages(arch, programs, tile, beside, most=most, late=late)
 
 
 @device_function
@@ -320,7 +330,9 @@ def shrink(
     if K == 0:
         return out.zero_()
     ranks = [a.shape[0] for a in As]
-    config = config or default_config(M, K, ranks, arch_of(x.device), x.element_size())
+    if config is None:
+        masked = any(w is not None for w in words)
+        config = default_config(M, K, ranks, arch_of(x.device), x.element_size(), masked)
     for launch in plan_shrink(x, As, words, factors, out, config, draw):
         launch.run()
     return out

@@ -47,7 +47,7 @@ def fits(M: int, ranks: Sequence[int], arch: Arch) -> bool:
 
 
 def default_config(
-    M: int, ranks: Sequence[int], arch: Arch, itemsize: int = 2
+    M: int, ranks: Sequence[int], arch: Arch, itemsize: int = 2, masked: bool = False
 ) -> ShrinkExpandConfig:
     """A config with as many rows for a program as still give every multiprocessor a program.
 
@@ -59,11 +59,12 @@ def default_config(
     if not arch.warpgroups and held > 64:
         block_m = 32
     narrow = 32 if block_m == 32 and arch.capability == 90 else 64  # 64 spill there with a draw
-    block_k, num_stages = steps(block_m, held, cdiv(M, block_m), arch, itemsize)
+    exact = itemsize == 4 and not arch.warpgroups  # 128 of fp32 spill there (Triton 3.9)
+    block_k, num_stages = steps(block_m, held, cdiv(M, block_m), arch, itemsize, masked)
     return ShrinkExpandConfig(
         block_m=block_m,
         block_k=block_k,
-        block_n=128 if held <= 64 else narrow,
+        block_n=128 if held <= 64 and not exact else narrow,
         num_warps=8 if block_m == 64 or held > (64 if arch.capability == 90 else 32) else 4,
         num_stages=num_stages,
     )
@@ -198,7 +199,8 @@ def shrink_expand(
     s = x.new_empty((M, sum(ranks)))
     ys = [x.new_empty((M, b.shape[0])) for b in Bs]
     if M:
-        config = config or default_config(M, ranks, arch_of(x.device), x.element_size())
+        masked = any(w is not None for w in words)
+        config = config or default_config(M, ranks, arch_of(x.device), x.element_size(), masked)
         factors = checks.per_adapter("scales", scales, len(As))
         for launch in plan_shrink_expand(x, As, Bs, words, biases, factors, s, ys, config, draw):
             launch.run()

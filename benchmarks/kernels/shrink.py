@@ -53,7 +53,7 @@ def _cases(arch: Arch) -> Iterator[Case]:
     for g in ADAPTERS:
         for m in (M, 128) if g.r == 16 and g.dtype == BF16 else (M,):
             x, s = meta(m, K, dtype=g.dtype), meta(m, g.r * g.group, dtype=g.dtype)
-            config = shrink.default_config(m, K, [g.r] * g.group, arch, g.dtype.itemsize)
+            config = shrink.default_config(m, K, [g.r] * g.group, arch, g.dtype.itemsize, g.masked)
             scales = [1.0] * g.group
             drawn = g.masked and shrink.draws([g.r] * g.group)
             for how, draw in (("", None), (" drawn", DRAW))[: 1 + drawn]:

@@ -57,7 +57,9 @@ def _cases(arch: Arch) -> Iterator[Case]:
         biases = [meta(N, dtype=g.dtype), *[None] * g.group][: g.group]
         scales = [1.0] * g.group
         for m in (M, 4096):  # with the smaller M a program has fewer rows
-            config = shrink_expand.default_config(m, [g.r] * g.group, arch, g.dtype.itemsize)
+            config = shrink_expand.default_config(
+                m, [g.r] * g.group, arch, g.dtype.itemsize, g.masked
+            )
             for how, draw in (("", None), (" drawn", DRAW))[: 1 + g.masked]:
                 launches = shrink_expand.plan_shrink_expand(
                     x, g.low(g.r, K), g.low(N, g.r), g.words(), biases, scales, s, ys, config, draw

@@ -26,10 +26,11 @@ def resident(arch, launch):
     return min(programs, a_sm * arch.sms)
 
 
-def assert_enough(name, launch, tile):
+def assert_enough(name, launch, tile, late=0):
+    """``late``: stages that hold tiles which have arrived, as benchmarks.static counts them."""
     gpu = GPUS[name]
     arch = Arch(*gpu.arch)
-    on_the_way = resident(arch, launch) * (launch.meta["num_stages"] - 1) * tile
+    on_the_way = resident(arch, launch) * (launch.meta["num_stages"] - 1 - late) * tile
     wanted = SHARE * gpu.bandwidth * 1e12 * flight.LATENCY
     assert on_the_way >= wanted, (launch.kernel.__name__, launch.grid, launch.meta)
     # one wave of nearly as many programs as multiprocessors, or more programs
@@ -38,7 +39,7 @@ def assert_enough(name, launch, tile):
 
 def shrinks(M, K, g, arch):
     x, s = meta(M, K, dtype=g.dtype), meta(M, g.r * g.group, dtype=g.dtype)
-    config = shrink.default_config(M, K, [g.r] * g.group, arch, g.dtype.itemsize)
+    config = shrink.default_config(M, K, [g.r] * g.group, arch, g.dtype.itemsize, g.masked)
     scales = [1.0] * g.group
     launches = shrink.plan_shrink(x, g.low(g.r, K), g.words(M, K), scales, s, config)
     return launches[0], config.block_m * config.block_k * g.dtype.itemsize
@@ -46,7 +47,7 @@ def shrinks(M, K, g, arch):
 
 def updates(M, K, g, arch):
     x, s = meta(M, K, dtype=g.dtype), meta(M, g.r * g.group, dtype=g.dtype)
-    config = shrink_expand.default_config(M, [g.r] * g.group, arch, g.dtype.itemsize)
+    config = shrink_expand.default_config(M, [g.r] * g.group, arch, g.dtype.itemsize, g.masked)
     ys, none = [meta(M, 4096, dtype=g.dtype)] * g.group, [None] * g.group
     (launch,) = shrink_expand.plan_shrink_expand(
         x, g.low(g.r, K), g.low(4096, g.r), g.words(M, K), none, [1.0] * g.group, s, ys, config
@@ -90,7 +91,8 @@ def test_bytes_on_the_way_and_programs_at_the_shapes_of_the_goals(plan, M, K, g,
         pytest.skip("shrink and expand run")
     if g.r == 128 and name not in ("H100", "H200"):
         pytest.skip("adapters of this rank fill registers and shared memory")
-    assert_enough(name, *plan(M, K, g, arch))
+    # a masked X passes through registers before its product
+    assert_enough(name, *plan(M, K, g, arch), late=int(g.masked and plan in (shrinks, updates)))
 
 
 def test_fp32_has_half_the_elements_on_the_way():
