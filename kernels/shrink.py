@@ -89,7 +89,7 @@ def default_config(
 
 
 def steps(
-    block_m: int, held: int, programs: int, arch: Arch, itemsize: int, masked: bool
+    block_m: int, held: int, programs: int, arch: Arch, itemsize: int, masked: bool = False
 ) -> tuple[int, int]:
     """(block_k, num_stages) of a shrink whose programs have block_m rows and ``held`` ranks.
 
