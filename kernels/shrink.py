@@ -79,11 +79,14 @@ def default_config(
     split = parts()
     programs = cdiv(M, block_m) * split
     block_k, num_stages = steps(block_m, held, programs, arch, itemsize, masked)
+    large = held > 64 or block_m * block_k * itemsize >= 16384
+    if arch.capability == 120 and len(ranks) > 1 and block_m == 64:
+        large = True  # four warps spill there (Triton 3.9)
     return ShrinkConfig(
         block_m=block_m,
         block_k=block_k,
         split_k=split,
-        num_warps=8 if held > 64 or block_m * block_k * itemsize >= 16384 else 4,
+        num_warps=8 if large else 4,
         num_stages=num_stages,
     )
 
@@ -102,6 +105,8 @@ def steps(
     if held > 32 and (arch.capability == 90 and block_m < 64 or arch.blackwell and block_m == 32):
         wide = False  # several adapters spill there (Triton 3.9)
         most = 12 if block_m == 32 else most  # of smaller tiles more are needed
+    elif wide and held > 32 and arch.blackwell and block_m == 64:
+        most = 4  # five spill there
     block_k = (256 if block_m * held <= 256 else 128) if wide else 64
     beside = block_k * held * 4 + block_m * block_k // 8  # A in fp32, and mask words
     late = int(masked and arch.shared > 160_000)
