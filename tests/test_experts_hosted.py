@@ -101,11 +101,12 @@ def test_a_weight_of_two_dimensions_is_fused_too() -> None:
     assert_same_number(numbers(fused), want)
 
 
-def test_a_compiled_model_is_one_graph() -> None:
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
+def test_a_compiled_model_is_one_graph(backend: str) -> None:
     model = adapt(peftkern, tiny(), target_parameters=both("plain"))
     want = numbers(model)
     assert {row.compiled for row in peftkern.explain(model)} == {"operators"}
-    got = numbers(torch.compile(model, fullgraph=True, backend="aot_eager"))
+    got = numbers(torch.compile(model, fullgraph=True, backend=backend))
     assert_same_number({k.removeprefix("_orig_mod."): v for k, v in got.items()}, want)
     model.base_model.set_adapter([])
     with torch.no_grad():
