@@ -103,10 +103,7 @@ def _call(call: Call) -> Tensor:
         return y
     # selective checkpointing may keep outputs of torch's products, which are written to here
     with without_dispatch_modes() if outputs_are_kept() else contextlib.nullcontext():
-        way = choose(call, keep=False).way
-        order = way.ordered(call)
-        y, _ = way.forward(call, order, words_of(call, order), keep=False)
-        return y
+        return choose(call, keep=False).infer(call)
 
 
 class _LoraExperts(torch.autograd.Function):

@@ -9,7 +9,7 @@ import torch
 
 import peftkern
 from peftkern.ops import notes
-from peftkern.ops.experts import choosing, loop
+from peftkern.ops.experts import choosing, loop, triton_way
 from peftkern.ops.experts.parts import Call
 from peftkern.ops.lora_experts import lora_experts
 from tests.closeness import assert_as_good_as_torch
@@ -88,12 +88,45 @@ def test_dropout_drops_the_same_elements_as_torchs_way():
     assert_as_good_as_torch(ours, expected, exact)
 
 
+MANY = (40, *SIZES[1:])  # more pairs than the kernels for few take
+
+
+@pytest.mark.parametrize("sizes", [SIZES, MANY], ids=["few", "many"])
 @pytest.mark.parametrize("ranks", [((3, 1), (2, 4)), ((0, 3), (2, 0))], ids=["two", "parts"])
-def test_each_token_has_its_own_adapter(ranks):
-    m = mixture(ranks=ranks, mixed=True, dtype=torch.float32, sizes=SIZES)
+def test_each_token_has_its_own_adapter(ranks, sizes):
+    m = mixture(ranks=ranks, mixed=True, dtype=torch.float32, sizes=sizes)
     with torch.no_grad():
         ours, torchs = on_kernels(m), call(m)
         assert_as_good_as_torch(ours, torchs, formula(m.to(torch.float64)))
+
+
+@pytest.mark.parametrize("sizes", [SIZES, MANY], ids=["few", "many"])
+@pytest.mark.parametrize("gate", ["halves", "alone", "function"])
+@pytest.mark.parametrize(
+    "ranks", [((3,), (2,)), ((), (2,)), ((), ())], ids="both down none".split()
+)
+def test_without_gradients(gate, ranks, sizes, monkeypatch):
+    m = mixture(gate, ranks=ranks, bias=True, dtype=torch.float32, sizes=sizes)
+    ran = []
+    real = triton_way.decode
+    monkeypatch.setattr(triton_way, "decode", lambda *a, **k: ran.append(1) or real(*a, **k))
+    with torch.no_grad():
+        ours, torchs = on_kernels(m), call(m)
+        assert_as_good_as_torch(ours, torchs, formula(m.to(torch.float64)))
+    assert bool(ran) == (sizes is SIZES and gate != "function")
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_an_expert_or_an_adapter_out_of_range_is_refused(grad):
+    m = mixture(dtype=torch.float32, sizes=SIZES)
+    for wrong in (SIZES[4], -1):
+        m.index[1, 1] = wrong
+        with torch.set_grad_enabled(grad), pytest.raises((RuntimeError, ValueError), match="index"):
+            on_kernels(m)
+    m = mixture(dtype=torch.float32, mixed=True, ranks=((3, 1), (2, 4)), sizes=SIZES)
+    m.choice[2] = 2
+    with torch.no_grad(), pytest.raises((RuntimeError, ValueError), match="choice"):
+        on_kernels(m)
 
 
 def test_experts_of_other_processes_add_nothing():
@@ -178,8 +211,6 @@ def loop_of(m: Mixture) -> torch.Tensor:
 
 
 def test_a_wrong_way_is_left_out(clock, monkeypatch, caplog):
-    from peftkern.ops.experts import triton_way
-
     real = triton_way.combine
     monkeypatch.setattr(triton_way, "combine", lambda *args, **kwargs: real(*args, **kwargs) * 1.1)
     clock.fastest = "kernels"

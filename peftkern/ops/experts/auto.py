@@ -18,7 +18,7 @@ from ..auto_backend import _decide, _known, _now
 from ..tuned import key_of
 from . import sampled, triton_way
 from .parts import Call, ExpertLinear, Wants
-from .ways import Choice, of_torch
+from .ways import Choice, Way, of_torch
 
 
 def choose(call: Call, keep: bool) -> Choice:
@@ -33,8 +33,8 @@ def choose(call: Call, keep: bool) -> Choice:
         wants = _all_wants(call)
 
         def way(name: str) -> Any:
-            used: Any = torchs.way if name == choices.TORCH else triton_way
-            return lambda: _run(used, bare, wants, keep)
+            used = torchs if name == choices.TORCH else Choice(triton_way, "triton", "")
+            return lambda: _step(used.way, bare, wants) if keep else [used.infer(bare)]
 
         decision = _decide(key, call.x, way, sampled.output(bare))
     name = choices.TORCH if decision.declined else _now(decision, call.x)
@@ -64,11 +64,9 @@ def _all_wants(call: Call) -> Wants:
     return Wants(True, call.weights.requires_grad, up, down, False, False)
 
 
-def _run(way: Any, call: Call, wants: Wants, keep: bool) -> list[Tensor]:
+def _step(way: Way, call: Call, wants: Wants) -> list[Tensor]:
     order = way.ordered(call)
-    y, kept = way.forward(call, order, (None, None), keep)
-    if not keep:
-        return [y]
+    y, kept = way.forward(call, order, (None, None), keep=True)
     grads = way.backward(call, kept, (None, None), torch.ones_like(y), wants)
     found = [y, grads.x, grads.weights]
     found += [t for part in (grads.up, grads.down) for pair in part.factors for t in pair]

@@ -42,13 +42,21 @@ def ordered(call: Call) -> Order:
 
 def check_later(call: Call, bounds: Tensor) -> None:
     """Have the device stop at an index or a choice that is out of range."""
+    check_choices(call)
+    inside = bounds[0] == 0
+    if not call.sentinels:
+        inside = inside & (bounds[-1] == call.chosen.numel())
+    check_experts(call, inside)
+
+
+def check_choices(call: Call) -> None:
     choice, n = call.choice, call.adapters
     if choice is not None and choice.numel():
         inside = (choice >= -1).all() & (choice < n).all()
         assert_later(inside, f"lora_experts: choice is out of range; allowed: {allowed_choices(n)}")
-    inside = bounds[0] == 0
-    if not call.sentinels:
-        inside = inside & (bounds[-1] == call.chosen.numel())
+
+
+def check_experts(call: Call, inside: Tensor) -> None:
     assert_later(inside, f"lora_experts: index is out of range; allowed: {allowed_experts(call)}")
 
 

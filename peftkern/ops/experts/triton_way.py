@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.experts_combine import combine
+from ...kernels.experts_decode import MAX_PAIRS, FewLinear, decode
 from ...kernels.experts_gate import gate as gate_kernel
 from ...kernels.experts_gate_grad import gate_grad
 from ...kernels.experts_gemm import gemm
@@ -21,11 +22,11 @@ from ...kernels.experts_grad import grad_a, grad_sb
 from ...kernels.experts_route import Route, route, rows_of_tile
 from ...kernels.experts_shrink import shrink
 from ...kernels.mixed import MAX_ADAPTERS
-from ..device import elsewhere
+from ..device import capturing, elsewhere
 from ..triton_backend import refusal
 from .gates import gate_grad as gate_grad_by_torch
 from .gates import hidden_again
-from .grouped import check_later
+from .grouped import check_choices, check_experts, check_later
 from .order import Order
 from .parts import Call, ExpertLinear, Gate, Grads, Kept, LinearGrads, Wants
 
@@ -154,6 +155,34 @@ def forward(call: Call, order: Order, words: Words, keep: bool) -> tuple[Tensor,
     y = gemm(h, rows, call.down.weight, s_down, B, gather=False, scatter=True, bias=call.down.bias)
     out: Tensor = combine(y, call.weights)
     return out, Kept(order, gu, s_up, s_down, None)
+
+
+def _few_linear(part: ExpertLinear, low: _Low | None) -> FewLinear:
+    if low is None:
+        return FewLinear(part.weight, part.bias)
+    return FewLinear(part.weight, part.bias, low.A, low.B, low.scales)
+
+
+def few(call: Call) -> Tensor | None:
+    """The output for few pairs, of which nothing is kept; None where they must be sorted."""
+    drops = any(f.p for part in (call.up, call.down) for f in part.factors)
+    if call.chosen.numel() > MAX_PAIRS or drops or not _known(call.gate):
+        return None
+    if not capturing(call.x):  # in a graph it would take as many launches as the output
+        check_choices(call)
+        here = (
+            call.chosen >= 0
+            if call.sentinels
+            else call.chosen.clamp(0, call.experts - 1) == call.chosen
+        )
+        check_experts(call, here.all())
+    up, down = (_few_linear(part, _low(part, call)) for part in (call.up, call.down))
+    gate = call.gate
+    y: Tensor = decode(
+        call.x, call.chosen, _weights(call), up, down, gate.name or "silu", gate.layout,
+        choice=call.choice, clamp=gate.clamp,
+    )  # fmt: skip
+    return y
 
 
 class _Behind(NamedTuple):

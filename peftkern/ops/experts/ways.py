@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
 from . import grouped, loop
+from .dropout import words_of
 from .order import Order
 from .parts import Call, Grads, Kept, Wants
 
@@ -31,6 +32,16 @@ class Choice(NamedTuple):
     way: Way
     name: str
     reason: str
+
+    def infer(self, call: Call) -> Tensor:
+        """The output, with nothing kept."""
+        few: Any = getattr(self.way, "few", None)  # what the kernels have for few pairs
+        y: Tensor | None = None if few is None else few(call)
+        if y is not None:
+            return y
+        order = self.way.ordered(call)
+        y, _ = self.way.forward(call, order, words_of(call, order), keep=False)
+        return y
 
 
 def of_torch(call: Call) -> Choice:
