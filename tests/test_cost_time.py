@@ -273,7 +273,8 @@ def test_every_shipped_launch_has_a_time(gpu: str, monkeypatch: pytest.MonkeyPat
         assert found.binds in timed.TERMS and found.programs and found.slots, case.name
         early = bool(case.launch.meta.get("launch_pdl"))  # then its launch is what it may save
         assert (found.terms["launch"] > 0) != early == bool(found.waits), case.name
-        assert found.us >= max(found.terms.values()), case.name
+        longest = max(found.terms.values())
+        assert found.us >= longest or math.isclose(found.us, longest), case.name
     assert set(timings()) <= set(rules())
 
 
