@@ -143,8 +143,8 @@ class _LoraExperts(torch.autograd.Function):
         needs = ctx.needs_input_grad[3:]
         if torch.is_grad_enabled() or is_grad_batch(dout):
             return (*(None,) * 3, *differentiable(call, tensors, kept, words, dout, needs))
-        off = torch.autocast(dout.device.type, enabled=False)
-        with off if autocast.is_on(dout) else contextlib.nullcontext():
+        casts, kind = autocast.is_on(dout), dout.device.type
+        with torch.autocast(kind, enabled=False) if casts else contextlib.nullcontext():
             grads = ctx.way.backward(call, kept, words, dout, wants_of(call, needs))
         found = [grads.x, grads.weights, *flat_grads(grads.up), *flat_grads(grads.down)]
         return (*(None,) * 3, *found)

@@ -51,6 +51,18 @@ def test_values_and_gradients(gate, ranks):
     check(mixture(gate, ranks=ranks, dtype=torch.float32, sizes=SIZES))
 
 
+@pytest.mark.parametrize("ranks", [((3,), (2,)), ((70,), (66,))], ids=["one pass", "two passes"])
+@pytest.mark.parametrize("trained", ["A and B", "A", "B"])
+def test_b_is_copied_or_read_as_peft_has_it_where_an_expert_has_many_rows(ranks, trained):
+    m = mixture(ranks=ranks, dtype=torch.float32, sizes=(16 * 2, 12, 10, 9, 2, 1))
+    assert m.index.numel() >= triton_way.COPIED_FROM * m.up.weight.shape[0]
+    for part in (m.up, m.down):
+        for f in part.factors:
+            f.A.requires_grad_("A" in trained.split())
+            f.B.requires_grad_("B" in trained.split())
+    check(m)
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 def test_half_precision_with_float32_adapters(transposed):
     m = mixture(dtype=torch.float16, low=torch.float32, transposed=transposed, sizes=SIZES)

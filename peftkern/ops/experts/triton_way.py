@@ -18,7 +18,7 @@ from ...kernels.experts_decode import MAX_PAIRS, FewLinear, decode
 from ...kernels.experts_gate import gate as gate_kernel
 from ...kernels.experts_gate_grad import gate_grad
 from ...kernels.experts_gemm import gemm
-from ...kernels.experts_grad import grad_a, grad_sb
+from ...kernels.experts_grad import ONE_PASS_RANK, grad_a, grad_sb
 from ...kernels.experts_route import Route, route, rows_of_tile
 from ...kernels.experts_shrink import shrink
 from ...kernels.mixed import MAX_ADAPTERS
@@ -31,8 +31,8 @@ from .order import Order
 from .parts import Call, ExpertLinear, Gate, Grads, Kept, LinearGrads, Wants
 
 Words = tuple[Tensor | None, Tensor | None]
-# From so many rows an expert on, B is copied: each tile of a kernel would gather its numbers,
-# which are E apart in PEFT's layout.
+# From so many rows an expert on, B is copied for kernels whose tiles of rows each load it, as its
+# numbers are E apart in PEFT's layout. A copy is one such pass over B, and as many bytes again.
 COPIED_FROM = 16
 
 
@@ -72,7 +72,7 @@ class _Low(NamedTuple):
     scales: Sequence[float]  # with 1 / (1 - p) in them
 
 
-def _low(part: ExpertLinear, call: Call) -> _Low | None:
+def _low(part: ExpertLinear, call: Call, tiles_load_b: bool = True) -> _Low | None:
     """None without an adapter that has weights."""
     width = 1 if call.choice is None else call.adapters + 1
     A, B, scales = [], [], []
@@ -81,7 +81,7 @@ def _low(part: ExpertLinear, call: Call) -> _Low | None:
         a = b = None
         if f is not None and f.A.shape[0]:
             a, b = f.of_experts(call.experts)
-            if call.chosen.numel() >= COPIED_FROM * call.experts:
+            if tiles_load_b and call.chosen.numel() >= COPIED_FROM * call.experts:
                 b = b.contiguous()
         A.append(a)
         B.append(b)
@@ -255,9 +255,10 @@ def _through(
 def backward(call: Call, kept: Kept, words: Words, dout: Tensor, wants: Wants) -> Grads:
     """The gradients that are wanted, for ``dout`` [T, N]."""
     rows, x, gu = _route(kept.order), call.x, kept.gu
-    up, down = _low(call.up, call), _low(call.down, call)
     bits_up, bits_down = _bits(words[0]), _bits(words[1])
     (a_up, b_up), (a_down, b_down) = _first(wants.up), _first(wants.down)
+    up = _low(call.up, call, not (b_up and _loads_b_once(call.up, call)))
+    down = _low(call.down, call, not (b_down and _loads_b_once(call.down, call)))
     through = wants.behind_gate or wants.weights
     s = kept.s_down if b_down else None
     ds0, db_down = _over_dout(call, rows, dout, s, down, a_down or through)
@@ -286,6 +287,11 @@ def backward(call: Call, kept: Kept, words: Words, dout: Tensor, wants: Wants) -
     return Grads(dx, dw, of_up, _linear_grads(call.down, da_down, db_down))
 
 
+def _loads_b_once(part: ExpertLinear, call: Call) -> bool:
+    """True if the kernels that make dB load each number of B once."""
+    return all(f.rank(call.experts) <= ONE_PASS_RANK for f in part.factors)
+
+
 def _first(wanted: Sequence[tuple[bool, bool]]) -> tuple[bool, bool]:
     return wanted[0] if wanted else (False, False)
 
@@ -296,7 +302,10 @@ def _linear_grads(part: ExpertLinear, dA: Tensor | None, dB: Tensor | None) -> L
         return LinearGrads(None, [])
     f = part.factors[0]
     a = None if dA is None else dA.flatten(0, 1).to(f.A.dtype)
-    b = None if dB is None else dB.permute(1, 2, 0).reshape(f.B.shape).to(f.B.dtype)
+    b = None
+    if dB is not None:
+        b = dB.permute(1, 2, 0).to(f.B.dtype, memory_format=torch.contiguous_format)
+        b = b.contiguous().view(f.B.shape)
     return LinearGrads(None, [(a, b)])
 
 
