@@ -7,15 +7,14 @@ of how many kernels it launches there and what they read and write. Autograd run
 FakeTensors on "cuda" would be the obvious stand-in, but torch built without CUDA cannot use them
 in autograd: the forward aborts in the device guard, the backward asks for an accelerator. Four
 decisions in the code depend on a CUDA device, and :func:`as_cuda` makes them as if there were one:
-``Tensor.is_cuda``, ``Tensor.is_meta``, whether autocast is on, and dropout's choice of the fused
-kernel. Without the last, HF PEFT would be counted with torch's dropout of three kernels: 8 launches
-forward, 1.04 GB.
+``Tensor.is_cuda``, ``Tensor.is_meta``, autocast, and dropout's choice of the fused kernel. Without
+the last, HF PEFT would be counted with torch's dropout of three kernels: 8 launches forward,
+1.04 GB.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 from unittest import mock
@@ -28,6 +27,8 @@ from peftkern.kernels.common import Launch
 
 from ..kernels.table import traffic
 from ..kernels.traffic import Traffic, unit_of
+from .routed import RULES
+from .routed import distinct as _bytes
 
 # The number of kernels that an operation launches on CUDA, by class. Views and allocation launch
 # none. `_product` adds the copy of an addmm that is not in place and adds onto a full matrix.
@@ -42,7 +43,11 @@ for _kind, _launches, _names in (
     (_FILL, 1, "bernoulli_ uniform_ normal_ new_zeros new_ones new_full"),
     # one pass over the inputs: copies and casts, reductions, gathers, row-wise kernels
     (_ONE, 1, "copy_ _to_copy clone cat stack sum mean amax amin var_mean constant_pad_nd flip"),
-    (_ONE, 1, "embedding index_select gather index index_put_ _softmax _softmax_backward_data"),
+    (_ONE, 1, "embedding index_select gather index _softmax _softmax_backward_data"),
+    (_ONE, 1, "index_copy_ masked_fill_ searchsorted floor_divide _embedding_bag_forward_only"),
+    (_ONE, 1, "_assert_async"),
+    # zeros, then the counts; a state, then the sums
+    (_ONE, 2, "histc cumsum"),
     (_ONE, 1, "native_dropout native_dropout_backward"),
     (_ONE, 1, "_scaled_dot_product_flash_attention"),
     # three kernels: the row sums of dO·O, the main kernel, the cast of dQ from its fp32 sum
@@ -67,12 +72,6 @@ def rule(func: Any) -> tuple[str, int]:
     if torch.Tag.pointwise in func.tags:
         return _ONE, 1
     raise NotImplementedError(f"{func} has no launch rule; add it to benchmarks.cost.count")
-
-
-def _bytes(t: Tensor) -> int:
-    """Bytes of the distinct elements; a broadcast dimension counts once."""
-    sizes = (n for n, stride in zip(t.shape, t.stride(), strict=True) if stride or n <= 1)
-    return math.prod(sizes) * t.element_size()
 
 
 def _place(t: Tensor) -> tuple[Any, ...]:
@@ -101,7 +100,8 @@ def _split(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[list
             reads += found
             continue
         writes += found
-        if torch.Tag.pointwise in func.tags and not a.kwarg_only:
+        pointwise = torch.Tag.pointwise in func.tags or func._schema.name == "aten::masked_fill_"
+        if pointwise and not a.kwarg_only:
             reads += found
     return reads, writes
 
@@ -141,20 +141,20 @@ def _attention_flops(func: Any, args: Sequence[Any]) -> int:
 
 def operation(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> list[Traffic]:
     """The launches of one aten call; none for views and allocations."""
+    name = func._schema.name.partition("::")[2]
+    if name in RULES:
+        return RULES[name](func, args, kwargs, out)
     kind, launches = rule(func)
     if kind == _FREE:
         return []
     if kind == _PRODUCT:
         return _product(func, args, kwargs, out)
-    name = func._schema.name.partition("::")[2]
     reads, writes = _split(func, args, kwargs)
     changed = writes or [t for t in _tensors(out) if t.numel()]
     if kind == _FILL:
         reads = []
     elif kind == _PLACE:
         changed = [*changed, *reads]
-    if name == "index_put_":
-        changed = reads[-1:]  # only the rows that get a value
     if name in ("embedding", "index_select", "gather", "index"):
         # a row that is picked again comes from the cache: at most the whole table is read
         table, *index = reads
@@ -226,16 +226,21 @@ def as_cuda() -> Iterator[None]:
     """Make meta tensors answer as CUDA tensors do, within the block."""
     here = torch._C.TensorBase.is_meta.__get__
     there = torch._C.TensorBase.is_cuda.__get__
-    autocast = torch.is_autocast_enabled  # it does not accept the meta device
+    # neither accepts the meta device
+    asked, autocast = torch.is_autocast_enabled, torch.autocast
 
     def is_autocast_enabled(*device: str) -> bool:
-        return autocast(*("cuda" if d == "meta" else d for d in device))
+        return asked(*("cuda" if d == "meta" else d for d in device))
+
+    def autocast_on(device_type: str, *args: Any, **kwargs: Any) -> torch.autocast:
+        return autocast("cuda" if device_type == "meta" else device_type, *args, **kwargs)
 
     with (
         mock.patch.object(torch.Tensor, "is_cuda", property(lambda t: here(t) or there(t))),
         mock.patch.object(torch.Tensor, "is_meta", property(lambda t: False)),
         mock.patch.object(torch.nn.functional, "dropout", _dropout),
         mock.patch.object(torch, "is_autocast_enabled", is_autocast_enabled),
+        mock.patch.object(torch, "autocast", autocast_on),
     ):
         yield
 

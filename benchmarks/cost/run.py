@@ -5,8 +5,9 @@
 
 There are three cases, forward and backward, with dropout 0 and 0.1 and bf16 activations: one LoRA
 linear, three projections of one X, and one Llama-8B layer with an adapter on every linear (in its
-own widths, for M tokens). A fourth, ``--case prefix``, is a prefix inside attention
-(``cost_prefix``).
+own widths, for M tokens). ``--case experts`` are the experts of two mixtures, in their own sizes
+and without dropout (:mod:`.experts`), and ``--case prefix`` is a prefix inside attention
+(:mod:`.prefix`).
 
 HF PEFT's and peftkern's real modules run on tensors without data (:mod:`.count`); Triton launches
 report their traffic from their grids (:mod:`benchmarks.kernels`). Times are rooflines: lower bounds
@@ -32,6 +33,7 @@ from peftkern.kernels.checks import MAX_RANK
 from peftkern.kernels.common import Arch
 
 from ..kernels.traffic import Traffic
+from . import experts as cost_experts
 from . import prefix as cost_prefix
 from . import timed, timed_cases
 from .cases import CASES, FP32, PROVIDERS, Provider, Shape, measure
@@ -44,6 +46,7 @@ TITLES = {
     "linear": "LoRA linear",
     "group": "q, k, v of one X",
     "layer": "Llama-8B layer, 7 adapters",
+    **cost_experts.TITLES,
 }
 JUDGED = ("torch", "hybrid", "joined", "fused")
 KEPT_AT = (8192, 4096)  # the M, K at which the limit on kept bytes holds
@@ -85,14 +88,39 @@ def table(
     cases: Sequence[str] = CASES,
     providers: Sequence[Provider] = PROVIDERS,
 ) -> list[Row]:
-    """A row for every case, dropout and provider."""
+    """A row for every case, dropout and provider; cases of experts have providers of their own."""
     arch = Arch(*gpu.arch)
-    return [
+    rows = [
         Row(case, p, who, measure(who, case, shape, p, arch))
         for case in cases
+        if case in CASES
         for p in DROPOUTS
         for who in providers
     ]
+    if "experts" in cases:
+        rows += [
+            Row(case, 0.0, who, cost_experts.measure(who, case, arch))
+            for case in cost_experts.CASES
+            for who in cost_experts.PROVIDERS
+        ]
+    return rows
+
+
+def expert_verdicts(rows: Sequence[Row]) -> list[Verdict]:
+    """The bytes of peftkern's way on a GPU over the floor's: forward, backward, and both."""
+    found = {(r.case, r.who.name): r.count for r in rows if r.case in cost_experts.CASES}
+    out = []
+    for case, name in found:
+        if name not in cost_experts.JUDGED:
+            continue
+        floor, own = found[case, cost_experts.JUDGED[name]], found[case, name]
+        parts = [(moved(own.forward), moved(floor.forward))]
+        parts.append((moved(own.backward), moved(floor.backward)))
+        parts.append((parts[0][0] + parts[1][0], parts[0][1] + parts[1][1]))
+        for what, (ours, least) in zip(("fwd", "bwd", "step"), parts, strict=True):
+            target = f"{what} bytes / floor"
+            out.append(Verdict(case, name, target, ours / least, cost_experts.LIMIT))
+    return out
 
 
 def verdicts(rows: Sequence[Row], shape: Shape) -> list[Verdict]:
@@ -156,7 +184,9 @@ def as_json(rows: Sequence[Row], shape: Shape, name: str, every: bool) -> dict[s
         "shape": shape._asdict(),
         "versions": {n: importlib.metadata.version(n) for n in ("torch", "triton", "peft")},
         "rows": out,
-        "targets": [v._asdict() | {"met": v.met} for v in verdicts(rows, shape)],
+        "targets": [
+            v._asdict() | {"met": v.met} for v in (*verdicts(rows, shape), *expert_verdicts(rows))
+        ],
     }
 
 
@@ -182,9 +212,9 @@ def _block(title: str, rows: Sequence[Row], gpu: Gpu) -> Table:
     return block
 
 
-def _targets(found: Sequence[Verdict]) -> Table:
+def _targets(title: str, found: Sequence[Verdict]) -> Table:
     heads = list(dict.fromkeys((v.target, v.limit) for v in found))
-    block = Table(title="Targets, per projection", title_justify="left", header_style="bold")
+    block = Table(title=title, title_justify="left", header_style="bold")
     block.add_column("")
     for name, limit in heads:
         block.add_column(f"{name}\n<= {limit:g}", justify="right")
@@ -204,15 +234,17 @@ def _show(rows: Sequence[Row], shape: Shape, name: str) -> None:
         f" us: roofline on {name} at {gpu.bandwidth:.3g} TB/s, {gpu.matrix:.0f} TFLOP/s ({how})."
         " kept: for backward, beyond X and weights."
     )
-    for case in dict.fromkeys(r.case for r in rows):
-        for p in DROPOUTS:
-            some = [r for r in rows if (r.case, r.p) == (case, p)]
-            console.print(_block(f"{TITLES[case]}, dropout {p:g}", some, gpu))
-    found = verdicts(rows, shape)
-    if found:
-        console.print(_targets(found))
-        missed = sum(not v.met for v in found)
-        console.print(f"{len(found) - missed} of {len(found)} met, {missed} NOT met.")
+    for case, p in dict.fromkeys((r.case, r.p) for r in rows):
+        some = [r for r in rows if (r.case, r.p) == (case, p)]
+        console.print(_block(f"{TITLES[case]}, dropout {p:g}", some, gpu))
+    for title, found in (
+        ("Targets, per projection", verdicts(rows, shape)),
+        ("Targets of a mixture", expert_verdicts(rows)),
+    ):
+        if found:
+            console.print(_targets(title, found))
+            missed = sum(not v.met for v in found)
+            console.print(f"{len(found) - missed} of {len(found)} met, {missed} NOT met.")
 
 
 def _positive(text: str) -> int:
@@ -254,7 +286,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--time", action="store_true", help="a model of time, at fixed shapes")
     for name, value in Shape()._asdict().items():
         parser.add_argument(f"--{name}", type=_positive, default=value, help=f"default {value}")
-    every, modelled = [*CASES, "prefix"], [name.replace(" ", "-") for name in timed_cases.kinds()]
+    every, modelled = (
+        [*CASES, "experts", "prefix"],
+        [name.replace(" ", "-") for name in timed_cases.kinds()],
+    )
     choices = list(dict.fromkeys([*every, *modelled]))
     parser.add_argument("--case", nargs="+", choices=choices, help="default: all")
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
@@ -274,7 +309,7 @@ def main(argv: list[str] | None = None) -> int:
     if len(names) > 1:
         parser.error(f"argument --gpu: {' '.join(names)}; allowed without --time: one")
     (name,) = names
-    rows = table(shape, GPUS[name], [c for c in chosen if c in CASES])
+    rows = table(shape, GPUS[name], chosen)
     wide = cost_prefix.PrefixShape()
     prefix = []
     if "prefix" in chosen:
