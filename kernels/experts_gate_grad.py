@@ -9,8 +9,9 @@ B [E, N, r] and S, dS [P, r] of the first linear.
 
 A program has a group and a strip of columns of H, and walks down the group's rows, so that dB is in
 its registers. dS and dw are sums over strips: each strip writes an fp32 part, and a second kernel
-adds the parts in fixed order (no atomics). For ranks above those of one program (BLOCK_R) dH and GU
-are read again for each further block of ranks.
+adds the parts in fixed order (no atomics). Above PART_RANK ranks the parts of dS would be more
+bytes than dGU, and :mod:`.experts_shrink` makes dS of that. For ranks above those of one program
+(BLOCK_R) dH and GU are read again for each further block of ranks, for dB.
 """
 
 from __future__ import annotations
@@ -45,9 +46,13 @@ from .experts_gates import (
     load_gate,
 )
 from .experts_route import Route, checked_weights, one_adapter
+from .experts_shrink import default_config as default_shrink_config
+from .experts_shrink import plan_shrink
 from .launching import planned
 from .mlp_grad import _once
 from .reduce import AHEAD, BLOCK
+
+PART_RANK = 32
 
 
 @dataclass(frozen=True)
@@ -112,7 +117,7 @@ def _experts_gate_grad_kernel(
     for i in tl.static_range(TILES):
         dbs = dbs + (zero,)
         b_tile = zero
-        if b is not None:
+        if ds_parts is not None:
             b_tile = tl.load(
                 b + group.to(tl.int64) * b_e_stride + (n64 + i * K)[None, :] * b_n_stride
                 + rank.to(tl.int64)[:, None] * b_r_stride,
@@ -169,14 +174,15 @@ def _experts_gate_grad_kernel(
         sums = ()
         for i in tl.static_range(TILES):
             total = zero
-            if b is not None:
+            if ds_parts is not None or s is not None:
                 grad = _once(dg, ONCE) if i == 0 else _once(du, ONCE)
-                low = dot(bs[i], tl.trans(grad), low, PRECISION)
+                if ds_parts is not None:
+                    low = dot(bs[i], tl.trans(grad), low, PRECISION)
                 if s is not None:
                     total = dot(s_tile, grad, dbs[i], PRECISION)
             sums = sums + (total,)
         dbs = sums
-        if b is not None:
+        if ds_parts is not None:
             tl.store(
                 ds_parts + (strip.to(tl.int64) * PART + row64[None, :]) * R + rank[:, None],
                 low * scale,
@@ -238,6 +244,7 @@ def plan_gate_grad(
     clamp: tuple[float, float, float] | None,
     out: ExpertsGateGrads,
     config: ExpertsGateGradConfig,
+    arch: Arch,
 ) -> list[Launch]:
     """Launches that fill ``out``, whose ``ds`` needs ``b`` and whose ``db`` needs both.
 
@@ -247,7 +254,9 @@ def plan_gate_grad(
     r, strips = 1 if b is None else b.shape[2], cdiv(K, config.block_k)
     part = cdiv(P, 16) * 16  # rows of a part, so that each starts on 16 bytes
     dw_parts = dh.new_empty((strips, part), dtype=torch.float32)
-    ds_parts = None if b is None else dh.new_empty((strips, part, r), dtype=torch.float32)
+    low = b is not None and r <= PART_RANK
+    ds_parts = dh.new_empty((strips, part, r), dtype=torch.float32) if low else None
+    r_all, r = r, r if low or s is not None else 1  # of the pass over dH and GU
     args = (
         dh, gu, out.dgu, out.h, weights, route.pairs, route.offsets, b, s, ds_parts, out.db,
         dw_parts, float(scale), r, *((0, 0, 0) if b is None else b.stride()),
@@ -264,12 +273,20 @@ def plan_gate_grad(
     grid = (strips, route.experts, cdiv(r, block_r))
     first = Launch(_experts_gate_grad_kernel, grid, args, meta)
     sums = (
-        dw_parts, out.dw, route.pairs, route.offsets[-1:], ds_parts, out.ds,
+        dw_parts, out.dw, route.pairs, route.offsets[-1:], ds_parts, out.ds if low else None,
         P, r, P * r, part, strips,
     )  # fmt: skip
-    blocks = cdiv(P * r, BLOCK), 1 if b is None else 2
+    blocks = (cdiv(P * r, BLOCK), 2) if low else (cdiv(P, BLOCK), 1)
     meta = dict(BLOCK=BLOCK, AHEAD=AHEAD, num_warps=4, num_stages=1)
-    return [first, Launch(_experts_gate_sum_kernel, blocks, sums, meta)]
+    launches = [first, Launch(_experts_gate_sum_kernel, blocks, sums, meta)]
+    if b is not None and out.ds is not None and not low:
+        shrink_config = default_shrink_config(
+            P, N, r_all, route.experts, route.block_m, arch, dh.element_size()
+        )
+        launches += plan_shrink(
+            out.dgu, route, [b.transpose(1, 2)], [scale], False, None, out.ds, shrink_config
+        )
+    return launches
 
 
 @planned("scale")
@@ -289,8 +306,7 @@ def gate_grad(
 ) -> ExpertsGateGrads:
     """dGU, H, dw, and dS and dB of the first linear's adapter where it has one.
 
-    Pairs that are in no group of the route get dw and dS of 0, and their rows of dGU and H are not
-    written.
+    Pairs that are in no group of the route get a dw of 0; their rows of the others are unspecified.
 
     Args:
         dh0: [P, I] fp16/bf16/fp32, the gradient of H without the routing weights, any row stride.
@@ -336,9 +352,10 @@ def gate_grad(
             if t is not None:
                 t.zero_()
         return out
-    config = config or default_config(r, layout, arch_of(gu.device), gu.element_size())
+    arch = arch_of(gu.device)
+    config = config or default_config(r, layout, arch, gu.element_size())
     for launch in plan_gate_grad(
-        dh0, gu, route, name, layout, weights, b, s, scale, clamp, out, config
+        dh0, gu, route, name, layout, weights, b, s, scale, clamp, out, config, arch
     ):
         launch.run()
     return out

@@ -21,6 +21,7 @@ def _traffic(f: Facts) -> Traffic:
     dh, b, s = f["dh"], f["b"], f["s"]
     streamed = chunks * (nbytes(dh) + nbytes(f["gu"]))
     rows = nbytes(f["weights"]) + nbytes(f["pairs"])  # each strip reads them, and S
+    b = b if f["ds_parts"] is not None else None  # else another launch makes dS
     products = (b is not None) + (s is not None)
     return Traffic(
         "experts_gate_grad", 1,
@@ -56,7 +57,7 @@ def launches(
     return experts_gate_grad.plan_gate_grad(
         meta(P, K, dtype=dtype), meta(P, N, dtype=dtype), shape.route(), name, shape.layout,
         meta(shape.T, shape.k, dtype=FP32), b, s, 1.0, shape.clamp, out,
-        experts_gate_grad.default_config(r, shape.layout, arch, dtype.itemsize),
+        experts_gate_grad.default_config(r, shape.layout, arch, dtype.itemsize), arch,
     )  # fmt: skip
 
 
@@ -85,8 +86,9 @@ def _sanitize(o: Operands) -> Iterator[tuple[str, list[Tensor]]]:
         found = experts_gate_grad.gate_grad(
             dh, gu, small, "silu", layout, weights, b, s, 2.0, config=config
         )
-        rows = [t[:last] for t in found[:2]]
-        yield f"experts_gate_grad {layout} r{r}", rows + [t for t in found[2:] if t is not None]
+        dgu, h, dw, ds, db = found
+        rows = [t[:last] for t in (dgu, h, ds) if t is not None]
+        yield f"experts_gate_grad {layout} r{r}", rows + [t for t in (dw, db) if t is not None]
 
 
 def _counted(o: Operands) -> Iterator[Callable[[], Any]]:
