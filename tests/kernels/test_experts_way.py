@@ -51,7 +51,7 @@ def test_values_and_gradients(gate, ranks):
     check(mixture(gate, ranks=ranks, dtype=torch.float32, sizes=SIZES))
 
 
-@pytest.mark.parametrize("ranks", [((3,), (2,)), ((70,), (66,))], ids=["one pass", "two passes"])
+@pytest.mark.parametrize("ranks", [((3,), (2,)), ((34,), (66,))], ids=["one pass", "two passes"])
 @pytest.mark.parametrize("trained", ["A and B", "A", "B"])
 def test_b_is_copied_or_read_as_peft_has_it_where_an_expert_has_many_rows(ranks, trained):
     m = mixture(ranks=ranks, dtype=torch.float32, sizes=(16 * 2, 12, 10, 9, 2, 1))

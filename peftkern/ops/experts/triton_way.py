@@ -16,7 +16,7 @@ from torch import Tensor
 from ...kernels.experts_combine import combine
 from ...kernels.experts_decode import MAX_PAIRS, FewLinear, decode
 from ...kernels.experts_gate import gate as gate_kernel
-from ...kernels.experts_gate_grad import gate_grad
+from ...kernels.experts_gate_grad import PART_RANK, gate_grad
 from ...kernels.experts_gemm import gemm
 from ...kernels.experts_grad import ONE_PASS_RANK, grad_a, grad_sb
 from ...kernels.experts_route import Route, route, rows_of_tile
@@ -257,8 +257,9 @@ def backward(call: Call, kept: Kept, words: Words, dout: Tensor, wants: Wants) -
     rows, x, gu = _route(kept.order), call.x, kept.gu
     bits_up, bits_down = _bits(words[0]), _bits(words[1])
     (a_up, b_up), (a_down, b_down) = _first(wants.up), _first(wants.down)
-    up = _low(call.up, call, not (b_up and _loads_b_once(call.up, call)))
-    down = _low(call.down, call, not (b_down and _loads_b_once(call.down, call)))
+    # up to these ranks the kernels that make dB load each number of B once
+    up = _low(call.up, call, not (b_up and _rank(call.up, call) <= PART_RANK))
+    down = _low(call.down, call, not (b_down and _rank(call.down, call) <= ONE_PASS_RANK))
     through = wants.behind_gate or wants.weights
     s = kept.s_down if b_down else None
     ds0, db_down = _over_dout(call, rows, dout, s, down, a_down or through)
@@ -287,9 +288,8 @@ def backward(call: Call, kept: Kept, words: Words, dout: Tensor, wants: Wants) -
     return Grads(dx, dw, of_up, _linear_grads(call.down, da_down, db_down))
 
 
-def _loads_b_once(part: ExpertLinear, call: Call) -> bool:
-    """True if the kernels that make dB load each number of B once."""
-    return all(f.rank(call.experts) <= ONE_PASS_RANK for f in part.factors)
+def _rank(part: ExpertLinear, call: Call) -> int:
+    return max((f.rank(call.experts) for f in part.factors), default=0)
 
 
 def _first(wanted: Sequence[tuple[bool, bool]]) -> tuple[bool, bool]:
