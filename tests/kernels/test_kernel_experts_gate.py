@@ -220,14 +220,20 @@ def test_ranks(r, dtype):
 @pytest.mark.parametrize(
     "route",
     [
-        routed(0, 2, 4), routed(1, 1, 1), routed(40, 2, 4, only=2), routed(5, 8, 512),
+        routed(0, 2, 4), routed(1, 1, 1), routed(40, 2, 4, only=2),
         routed(12, 3, 6, beyond=True), routed(6, 2, 3, block_m=64), routed(1, 1, 3, only=3),
     ],
-    ids=["no token", "one pair", "one expert", "512 experts", "beyond", "tall", "none"],
+    ids=["no token", "one pair", "one expert", "beyond", "tall", "none"],
 )  # fmt: skip
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_routes(route, layout):
     step = Step.draw(route, 40, 4, layout=layout, mask=True)
+    step.check_forward()
+    step.check_backward()
+
+
+def test_many_experts():
+    step = Step.draw(routed(5, 8, 512), 20, 4, mask=True)
     step.check_forward()
     step.check_backward()
 
@@ -251,10 +257,10 @@ def test_what_is_not_wanted(r, sums):
 
 @few
 @given(
-    T=st.integers(1, 40),
+    T=st.integers(1, 20),
     k=st.integers(1, 8),
-    experts=st.integers(8, 20),
-    width=st.integers(1, 140),
+    experts=st.integers(8, 12),
+    width=st.integers(1, 80),
     r=st.integers(0, 40),
     name=st.sampled_from(ACTIVATIONS),
     layout=st.sampled_from(LAYOUTS),
