@@ -23,6 +23,7 @@ from torch.nn.functional import linear
 from ..utils.private import is_grad_batch, unsafe_view
 from . import autocast, dora_torch, torch_backend
 from . import backend as _backend
+from .apart import apart
 from .bits import unpack_bits
 from .dora_norm import gain, row_norms
 from .lora import to_autocast
@@ -104,9 +105,10 @@ def _second_derivatives(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x = dy.new_zeros(ctx.x_like[0], dtype=ctx.x_like[1]).requires_grad_()
     with torch.enable_grad():
         mask = unpack_bits(bits, x.shape[-1], x.dtype).view(x.shape) if bits is not None else None
+        inputs = apart([x, weight, bias, A, B, magnitude])
+        x, weight, bias, A, B, magnitude = inputs
         member = Projection(weight, bias, A, B, *ctx.settings)
         y = plain(x, member, magnitude, norms, mask)
-        inputs = [x, weight, bias, A, B, magnitude]
         wanted = [i for i in range(6) if ctx.needs_input_grad[i]]
         grads = torch.autograd.grad(y, [inputs[i] for i in wanted], dy, create_graph=True)
     found = dict(zip(wanted, grads, strict=True))

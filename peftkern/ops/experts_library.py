@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .apart import apart
 from .experts import alone
 from .experts.double import plain_rows
 from .experts.dropout import adapter_of_rows, words_of_seed
@@ -155,6 +156,7 @@ def _backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Any, ...]:
 def _second(ctx: Any, dy: Tensor, needs: list[bool]) -> list[Tensor | None]:
     """The gradients by autograd of the formula, as a graph."""
     chosen, choice, seed, _, *tensors = ctx.saved_tensors
+    tensors = apart(tensors)
     call = _call_of(tensors, chosen, choice, ctx.settings, ctx.sentinels)
     pairs, _ = sort_pairs(chosen, call.experts, choice, call.adapters)
     words = words_of_seed(call.up, len(pairs), adapter_of_rows(call, pairs), seed)

@@ -18,6 +18,7 @@ from torch.nn.functional import linear
 from ..utils.private import forward_level, unsafe_view
 from . import autocast
 from . import backend as _backend
+from .apart import apart
 from .bits import unpack_bits
 from .projection import Projection, ProjectionGrad
 
@@ -105,10 +106,14 @@ def differentiable_backward(
     They are a graph. ``needs`` has True for each that is wanted, in this order; the others are
     None. A dY is None for an output that was not used.
     """
-    inputs = [x, *(t for m in members for t in m.tensors)]
     wanted = [i for i, need in enumerate(needs) if need]
     ys, used = [], []
     with torch.enable_grad():
+        inputs: list[Any] = apart([x, *(t for m in members for t in m.tensors)])
+        x, own = inputs[0], inputs[1:]
+        members = [
+            Projection._make((*own[4 * i : 4 * i + 4], *m.settings)) for i, m in enumerate(members)
+        ]
         for member, bits, dy in zip(members, words, dys, strict=True):
             if dy is None:
                 continue

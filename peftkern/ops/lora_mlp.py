@@ -18,6 +18,7 @@ from torch.nn.functional import linear
 from ..utils.private import is_grad_batch, unsafe_view
 from . import autocast
 from . import backend as _backend
+from .apart import apart
 from .bits import unpack_bits
 from .lora import lora_linear, plain, to_autocast
 from .mlp_parts import Member
@@ -201,9 +202,13 @@ def _differentiable(
     x: Tensor, parts: list[Part], words: list[Any], act: str, packed: bool, dy: Tensor, needs: Any
 ) -> tuple[Tensor | None, ...]:
     """The gradients by autograd of the plain formula, as a graph."""
-    inputs: list[Any] = [x, None, *(t for p in parts for t in p.tensors)]
     wanted = [i for i, need in enumerate(needs) if need]
     with torch.enable_grad():
+        own: list[Any] = apart([x, *(t for p in parts for t in p.tensors)])
+        x, *tensors = own
+        groups = [tensors[i : i + PER_PART] for i in range(0, len(tensors), PER_PART)]
+        parts = [_part(g, p.settings) for g, p in zip(groups, parts, strict=True)]
+        inputs = [x, None, *tensors]
         masks = []
         for part, bits in zip(parts, words, strict=True):
             K = part.w.shape[0]

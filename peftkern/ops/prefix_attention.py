@@ -28,6 +28,7 @@ from torch import Tensor
 from ..utils.private import in_transform
 from . import autocast, prefix_blocked, prefix_concat, prefix_merge, prefix_row, torch_backend
 from . import backend as _backend
+from .apart import apart
 from .notes import note_once
 from .prefix_rule import Rule, check
 from .tracing import is_tracing
@@ -203,15 +204,16 @@ def _differentiable_backward(
     do: Tensor, inputs: list[Tensor], rule: Rule, needs: tuple[bool, ...]
 ) -> list[Tensor | None]:
     """The gradients by autograd of the plain formula, as a graph, for second derivatives."""
-    q, k, v, kp, vp = inputs
-    B, S, P = q.shape[0], k.shape[2], kp.shape[-2]
-    given = [*inputs, rule.sinks]
     with torch.enable_grad():
+        q, k, v, kp, vp = apart(inputs)  # keys may be values too
+        (sinks,) = apart([rule.sinks])
+        given = [q, k, v, kp, vp, sinks]
+        B, S, P = q.shape[0], k.shape[2], kp.shape[-2]
         mask = prefix_concat.mask_of(B, q.shape[2], S, P, rule, q.device)
         keys = torch.cat([kp.expand(B, -1, -1, -1), k], 2)
         values = torch.cat([vp.expand(B, -1, -1, -1), v], 2)
         o, _ = prefix_concat.formula(
-            q, keys, values, rule.scale, mask, softcap=rule.softcap, sinks=rule.sinks
+            q, keys, values, rule.scale, mask, softcap=rule.softcap, sinks=sinks
         )
         wanted = [i for i in range(6) if needs[i]]
         leaves: list[Any] = [given[i] for i in wanted]

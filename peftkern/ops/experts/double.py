@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..apart import apart
 from ..bits import unpack_bits
 from ..torch_products import low_rank_dtype
+from .packing import with_tensors
 from .parts import Call, ExpertLinear, Kept
 from .plain import plain_experts, plain_linear
 
@@ -75,11 +77,12 @@ def differentiable(
     """The gradient of each of ``tensors``, of ``call``; a graph where gradients are on."""
     wanted = [i for i, need in enumerate(needs) if need]
     parts = zip((call.up, call.down), words, strict=True)
-    up, down = (masks_of_pairs(part, own, kept.order.pairs) for part, own in parts)
+    up, down = (masks_of_pairs(part, bits, kept.order.pairs) for part, bits in parts)
     graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        y = plain_call(call, (up, down))
-        sources: Any = [tensors[i] for i in wanted]
+        own = apart(tensors)  # the routing weights are a function of the tokens
+        y = plain_call(with_tensors(call, own), (up, down))
+        sources: Any = [own[i] for i in wanted]
         found = torch.autograd.grad(y, sources, dout, create_graph=graph, allow_unused=True)
     grads = dict(zip(wanted, found, strict=True))
     return [grads.get(i) for i in range(len(tensors))]
