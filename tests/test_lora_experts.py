@@ -260,3 +260,12 @@ def test_operands_of_other_strides():
     A, B = (t.detach().t().contiguous().t().requires_grad_() for t in (f.A, f.B))
     odd = m._replace(x=x, up=ExpertLinear(m.up.weight, None, (f._replace(A=A, B=B),)))
     assert_same_number(numbers(call, odd), numbers(formula, m))
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_an_index_of_bytes_names_any_of_many_experts(mixed: bool) -> None:
+    ranks = ((1, 1), (1, 1)) if mixed else ((1,), (1,))
+    m = mixture(sizes=(9, 6, 10, 5, 300, 2), ranks=ranks, mixed=mixed)
+    m = m._replace(index=m.index.clamp(max=255))
+    narrow = m._replace(index=m.index.to(torch.uint8))
+    assert_same_number(call(narrow), call(m))

@@ -26,6 +26,11 @@ CASES = {
     "x of three dimensions": (m._replace(x=m.x[None]), ValueError, "x has shape [1, 7, 6]"),
     "index of other tokens": (m._replace(index=m.index[:3]), ValueError, "index has shape [3, 2]"),
     "index of numbers": (m._replace(index=m.index.float()), TypeError, "index is torch.float32"),
+    "index of signed bytes": (
+        m._replace(index=m.index.to(torch.int8)),
+        TypeError,
+        "index is torch.int8; allowed: int64, int32, int16 or uint8",
+    ),
     "weights": (m._replace(weights=m.weights[:, :1]), ValueError, "weights has shape [7, 1]"),
     "integer weights": (m._replace(weights=m.index), TypeError, "weights is torch.int64"),
     "up for another K": (m._replace(x=m.x[:, :5]), ValueError, "up.weight has shape [4, 20, 6]"),

@@ -56,7 +56,7 @@ def lora_experts(
 
     Args:
         x: tokens [T, K], floating point.
-        index: integers [T, k], the experts of each token.
+        index: int64, int32, int16 or uint8 [T, k], the experts of each token.
         weights: [T, k], the routing weights; they may require a gradient.
         up, down: the experts' linears, [E, N1, K] and [E, N, I], in x's dtype (under autocast x is
             cast to theirs). Weights are frozen; biases may train. Factors have that dtype or
@@ -64,8 +64,8 @@ def lora_experts(
         gate: makes H [P, I] of up's output [P, N1]; N1 is 2·I, or I with the layout "alone". Its
             function may not write to its argument, and has no trained parameters of its own.
         norm: applied to down's output before the routing weights, row by row; as the function.
-        choice: integers [T], the adapter of each token, the same number in ``up`` and ``down``, or
-            -1 for none. None: all adapters are added.
+        choice: [T] of such a dtype, the adapter of each token, the same number in ``up`` and
+            ``down``, or -1 for none. None: all adapters are added.
         sentinels: an index of E or more means that another process has the expert, and adds
             nothing.
 

@@ -1,21 +1,11 @@
-"""The experts of a mixture: which modules hold them, and adapters of single experts in one."""
+"""``fuse_experts``: joins the adapters of experts into one."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
-
-# the parameters that transformers' functions for experts read, beside biases and norms
-EXPERT_PARAMETERS = ("gate_up_proj", "up_proj", "down_proj")
-# what `transformers.integrations.use_experts_implementation` sets on every module of its classes
-_FLAGS = ("has_gate", "has_bias", "is_transposed")
-
-
-def has_experts(module: nn.Module) -> bool:
-    """True for a module of a class that transformers' interface for experts may run."""
-    return all(name in module.__dict__ for name in _FLAGS)
+from torch import Tensor
 
 
 def fuse_experts(layers: Sequence[Sequence[Tensor]], side: str) -> Tensor:

@@ -293,7 +293,8 @@ REGISTER = (
         "transformers",
         "use_experts_implementation.<locals>.wrapper.<locals>.forward",
         "whether a class of experts is in the experts interface: its forward has this code",
-        "the experts get W + scaling · B A for all experts; `explain` says why",
+        "the experts get W + scaling · B A for all experts; `explain` says why; for "
+        "`target_parameters` 'all-experts' is an error that lists their names",
     ),
     *(
         Private("transformers", name, why, "as without the code of the interface's forward")

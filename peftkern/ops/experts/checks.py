@@ -11,6 +11,8 @@ from ..mlp_torch import ACTIVATIONS
 from .gates import LAYOUTS
 from .parts import Call, ExpertLinear, Gate
 
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8)  # that kernels.experts_route takes
+
 
 def check(
     x: Tensor,
@@ -154,8 +156,8 @@ def _check_dtypes(x: Tensor, up: ExpertLinear, down: ExpertLinear, autocast: boo
 
 
 def _check_integer(name: str, t: Tensor) -> None:
-    if t.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
-        raise TypeError(f"lora_experts: {name} is {t.dtype}; allowed: integers")
+    if t.dtype not in _INTEGERS:
+        raise TypeError(f"lora_experts: {name} is {t.dtype}; allowed: int64, int32, int16 or uint8")
 
 
 def _check_device(name: str, t: Tensor | None, x: Tensor) -> None:

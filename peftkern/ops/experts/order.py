@@ -50,6 +50,8 @@ def sort_pairs(
         groups = experts * (adapters + 1)
         own = choice.to(torch.int64)
         key = index.to(torch.int64) * (adapters + 1) + own.where(own >= 0, adapters)[:, None]
+    elif index.dtype.itemsize < 4:  # a number of groups may not be one of its dtype
+        key = index.to(torch.int64)
     key, pairs = key.reshape(-1).sort(stable=True)
     edges = torch.arange(groups + 1, dtype=key.dtype, device=key.device)
     return pairs, torch.searchsorted(key, edges)

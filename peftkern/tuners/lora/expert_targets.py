@@ -10,7 +10,7 @@ from torch import nn
 
 from ...configs.lora import LoraConfig
 from ...utils.constants import ALL_EXPERTS_SHORTHAND
-from ...utils.experts import EXPERT_PARAMETERS, has_experts
+from .experts import form_of, parameters_of
 from .parameter_targets import Target, holders, matches
 
 logger = logging.getLogger("peftkern")
@@ -33,7 +33,7 @@ def find_experts(model: nn.Module) -> Experts:
     """The parameters of a mixture's experts, in the model's order."""
     inside, outside, keys = [], [], []
     for name, module in holders(model):
-        ours = has_experts(module)
+        ours = form_of(type(module)) is not None
         named = ours or "expert" in f"{name}.{type(module).__name__}".lower()
         named &= not type(module).__module__.startswith("torch.nn")  # a convolution, for example
         for parameter, value in module._parameters.items():
@@ -42,7 +42,7 @@ def find_experts(model: nn.Module) -> Experts:
             if not named or value is None or len(getattr(value, "ds_shape", value.shape)) != 3:
                 continue
             target = Target(name, parameter, key)
-            if ours and parameter in EXPERT_PARAMETERS:
+            if ours and parameter in parameters_of(module):
                 inside.append(target)
             else:
                 outside.append(target)

@@ -19,6 +19,7 @@ from torch.nn.parameter import Parameter
 
 from ...ops.experts.parts import ExpertLinear, Gate
 from ...utils.private import (
+    EXPERTS_GATE,
     GLOBAL_HOOKS,
     ExpertsForm,
     experts_form,
@@ -28,7 +29,8 @@ from ...utils.private import (
 from .experts_gate import gate_of
 from .plan import is_hooked
 
-_forms: dict[tuple[type, Any], ExpertsForm | None] = {}  # {(class, its forward): its form}
+# {(forward, gate) of a class: its form}; by these, as each parametrization makes another class
+_forms: dict[tuple[Any, Any], ExpertsForm | None] = {}
 
 
 class Mixture(NamedTuple):
@@ -43,10 +45,11 @@ class Mixture(NamedTuple):
 
 def form_of(cls: Any) -> ExpertsForm | None:
     """What the experts interface has made of a class; None for a class outside of it."""
+    key = cls.forward, getattr(cls, EXPERTS_GATE, None)
     try:
-        return _forms[cls, cls.forward]
+        return _forms[key]
     except KeyError:
-        form = _forms[cls, cls.forward] = experts_form(cls)
+        form = _forms[key] = experts_form(cls)
         return form
 
 

@@ -303,7 +303,7 @@ class ParamWrapper(nn.Module, LoraLayer):
             return f"merged: {', '.join(self.merged_adapters)}"
         active = [n for n in self.active_adapters if n in self.lora_A]
         if not active:
-            return "no active adapter has weights here"
+            return experts_call.NOTHING_ACTIVE
         return separate_reason(self, active)
 
     def is_called_apart(self) -> bool:

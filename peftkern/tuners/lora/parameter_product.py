@@ -28,15 +28,13 @@ def is_product(module: Any, parameter: str) -> bool:
     return parameter == "weight" and weight_layout(module.__class__) is not None
 
 
-def why_never(module: Any, parameter: str) -> str | None:
-    return None if is_product(module, parameter) else "its module is no product with it alone"
+def why_never(module: Any, parameter: str) -> None:
+    """None: of a layer for which :func:`is_product` is true, every call may be one operation."""
 
 
 def why_separate(wrapper: Any, names: Sequence[str]) -> str | None:
     """The reason that the updates of these adapters must be added to the weight, or None."""
     layout = weight_layout(wrapper.base_layer.__class__)
-    if layout is None:
-        return f"a {type(wrapper.base_layer).__name__} computes with its weight itself"
     if layout and len(names) > 1:
         return "several adapters on the weight of a Conv1D"
     for name in names:
