@@ -9,6 +9,8 @@ from peftkern.ops.experts.parts import ExpertLinear, Factors, Gate
 from peftkern.ops.lora_experts import lora_experts
 from tests.mixtures import GATES, E, Mixture, mixture
 
+pytestmark = pytest.mark.numeric  # of `make test-versions`
+
 m = mixture(bias=True)
 mixed = mixture(mixed=True, ranks=((3, 3), (2, 2)))
 

@@ -21,6 +21,8 @@ from peftkern.utils import module_tree, private, tied
 from peftkern.utils.private_names import IN_PLACE, OVERRIDDEN, REGISTER, Private, PrivateNameError
 from tests.tiny import make
 
+pytestmark = pytest.mark.numeric  # of `make test-versions`
+
 ROOT = Path(__file__).resolve().parents[1]
 HERE = ("private.py", "private_names.py")
 SOURCES = [

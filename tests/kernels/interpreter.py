@@ -99,10 +99,29 @@ def _check_with_numpy(self: Any, lhs: Any, rhs: Any, operation: Any) -> None:
             )
 
 
+def _with_a_mask_of_bools(whole: Any, place: int) -> Any:
+    """``whole``, a masked load or store whose argument at ``place`` is the mask.
+
+    Kernels that Triton compiles have masks of one bit. In the interpreter an integer argument is
+    Python's, so that ``mask & (count > 0)`` has 32 bits, which Triton 3.9 refuses.
+    """
+
+    def masked(self: Any, *args: Any) -> Any:
+        mask = args[place]
+        if mask.data.dtype != bool:
+            bits = interpreter.TensorHandle(mask.data.astype(bool), core.int1)
+            args = (*args[:place], bits, *args[place + 1 :])
+        return whole(self, *args)
+
+    return masked
+
+
 _ABSENT = object()
 
 
 def _changes() -> list[tuple[Any, str, Any]]:
+    builder = interpreter.InterpreterBuilder
+    load, store = builder.create_masked_load, builder.create_masked_store
     executor, check = interpreter.GridExecutor, "binary_op_sanitize_overflow_impl"
     launch, patch = _patch_once(executor.__call__, interpreter._patch_lang)
     start, kind = _type_when_asked()
@@ -113,6 +132,8 @@ def _changes() -> list[tuple[Any, str, Any]]:
         (core.tuple, "type", kind),
         (interpreter, "_get_np_dtype", _dtype_by_name(interpreter._get_np_dtype)),
         (TritonSemantic, check, _check_with_numpy),
+        (builder, "create_masked_load", _with_a_mask_of_bools(load, 1)),
+        (builder, "create_masked_store", _with_a_mask_of_bools(store, 2)),
     ]
 
 

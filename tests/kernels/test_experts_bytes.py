@@ -14,6 +14,8 @@ from peftkern.kernels.experts_grad import ExpertsGradConfig
 from peftkern.kernels.experts_shrink import ExpertsShrinkConfig
 from tests.kernels.counting import loads
 
+pytestmark = pytest.mark.numeric  # of `make test-versions`
+
 BF16, FP32, INT32 = torch.bfloat16, torch.float32, torch.int32
 E, T, K, R = 4, 34, 96, 5  # 17 rows of each expert
 

@@ -18,6 +18,8 @@ from tests.kernels.oracle import (
     matrix,
 )
 
+pytestmark = pytest.mark.numeric  # of `make test-versions`
+
 PRODUCTS = (torch.matmul, by_tiles)
 
 

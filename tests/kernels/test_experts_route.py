@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 from peftkern.kernels.experts_route import by_sorting, most_tiles, route
 from tests.kernels.oracle import few
 
+pytestmark = pytest.mark.numeric  # of `make test-versions`
+
 
 def check(index, experts, block_m, choice=None, adapters=1):
     T, k = index.shape

@@ -18,6 +18,8 @@ from tests.kernels.oracle import (
     matrix,
 )
 
+pytestmark = pytest.mark.numeric  # of `make test-versions`
+
 
 def plain(product, x, route, a, scale, gather, keep):
     """The formula in x's own dtype, group by group."""

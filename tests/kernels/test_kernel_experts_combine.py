@@ -9,6 +9,8 @@ from peftkern.kernels import experts_reference
 from peftkern.kernels.experts_combine import ExpertsCombineConfig, combine
 from tests.kernels.oracle import DTYPES, assert_as_good_as_torch, far_rows, few, matrix
 
+pytestmark = pytest.mark.numeric  # of `make test-versions`
+
 
 def plain(y, weights, k, dtype):
     each = y.float().view(-1, k, y.shape[1])

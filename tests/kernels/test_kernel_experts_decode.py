@@ -18,6 +18,8 @@ from tests.kernels.compiler import python
 from tests.kernels.experts import factors, index_of
 from tests.kernels.oracle import DTYPES, assert_as_good_as_torch, few, matrix
 
+pytestmark = pytest.mark.numeric  # of `make test-versions`
+
 GPT_OSS = Clamp(1.702, 1.5, 1.0)
 
 

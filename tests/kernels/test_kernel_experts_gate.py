@@ -28,6 +28,8 @@ from tests.kernels.oracle import (
     matrix,
 )
 
+pytestmark = pytest.mark.numeric  # of `make test-versions`
+
 GPT_OSS, DEEPSEEK = Clamp(1.702, 1.5, 1.0), Clamp(1.0, 1.0, 0.0)  # limits that values reach
 
 

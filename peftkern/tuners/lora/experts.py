@@ -122,7 +122,7 @@ def _foreign(form: ExpertsForm, name: Any) -> str | None:
 
 def _unfit(module: Any, name: str, tensor: Any, dim: int) -> str | None:
     """The reason that an operation cannot read a parameter of the experts, or None."""
-    if tensor.__class__ is not Parameter:
+    if type(tensor) is not Parameter:  # `__class__` is another in graphs of torch 2.11
         if name in module.__dict__.get("_modules", {}).get("parametrizations", ()):
             return f"{name} is parametrized"
         return f"{name} is a {type(tensor).__name__}, not a plain Parameter"

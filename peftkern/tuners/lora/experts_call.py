@@ -132,7 +132,7 @@ def _factors(wrapper: Any, name: str, dtype: torch.dtype) -> Factors | str:
     for what, module, weight in (("lora_A", a, A), ("lora_B", b, B)):
         if module.__class__ is not nn.Linear:
             return f"{what} is a {type(module).__name__}, not an nn.Linear"
-        if weight.__class__ is not Parameter:
+        if type(weight) is not Parameter:
             return f"the weight of {what} is a {type(weight).__name__}, not a plain Parameter"
         if is_hooked(module):
             return f"{what} has hooks or an overridden forward"

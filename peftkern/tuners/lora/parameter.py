@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -237,7 +237,8 @@ class ParamWrapper(nn.Module, LoraLayer):
             yield
             return
         with ExitStack() as stack:
-            stack.enter_context(nullcontext() if is_compiling() else _ONE_AT_A_TIME)
+            if not is_compiling():
+                stack.enter_context(_ONE_AT_A_TIME)
             module, attribute = self._merge_target()
             trains = self.get_param().requires_grad
             proxy = self._proxy(names)
