@@ -7,6 +7,7 @@ A gate without a name is differentiated by autograd, from GU again.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -80,11 +81,11 @@ def gate_grad(gate: Gate, gu: Tensor, again: Again, dh: Tensor) -> Tensor:
     return dgu
 
 
-def norm_grad(norm: object, y: Tensor, dn: Tensor) -> tuple[Tensor, Tensor]:
+def norm_grad(norm: Callable[[Tensor], Tensor], y: Tensor, dn: Tensor) -> tuple[Tensor, Tensor]:
     """(norm(Y), dY) for the gradient dn of norm(Y), row by row [M, N]."""
     with torch.enable_grad():
         leaf = y.detach().requires_grad_()
-        n = norm(leaf)  # type: ignore[operator]
+        n = norm(leaf)
     if not n.requires_grad:
         return n, torch.zeros_like(y)
     (dy,) = torch.autograd.grad(n, leaf, dn)
