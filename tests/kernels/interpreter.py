@@ -106,12 +106,12 @@ def _with_a_mask_of_bools(whole: Any, place: int) -> Any:
     Python's, so that ``mask & (count > 0)`` has 32 bits, which Triton 3.9 refuses.
     """
 
-    def masked(self: Any, *args: Any) -> Any:
+    def masked(self: Any, *args: Any, **how: Any) -> Any:
         mask = args[place]
         if mask.data.dtype != bool:
             bits = interpreter.TensorHandle(mask.data.astype(bool), core.int1)
             args = (*args[:place], bits, *args[place + 1 :])
-        return whole(self, *args)
+        return whole(self, *args, **how)
 
     return masked
 
