@@ -11,11 +11,13 @@ import time
 import pytest
 
 from benchmarks.gpu import cases as gpu_cases
+from benchmarks.gpu import experts as gpu_experts
 from benchmarks.gpu import extra as gpu_extra
 from benchmarks.gpu import model as gpu_model
 from benchmarks.gpu import prefix as gpu_prefix
 from benchmarks.gpu import report as gpu_report
 from benchmarks.gpu import store as gpu_store
+from benchmarks.gpu.device import Dry
 from benchmarks.gpu.store import Store
 from tests import children
 
@@ -83,6 +85,49 @@ def test_a_dry_run_of_the_prefix_checks_all_ways_against_float64(tmp_path):
             assert entry["ok"] and entry["checked"] == "float64" and entry["us"]["p50"] > 0
             wanted = {"y", "dq", "dk", "dv", "dpk", "dpv"} if what == "train" else {"y"}
             assert set(entry["errors"]) == wanted and min(entry["errors"].values()) > 0
+
+
+@pytest.mark.long
+def test_a_dry_run_of_experts_checks_all_ways_against_float64(tmp_path):
+    out = gpu("--part", "experts", "--dry-run", "--budget", "900", "--out", str(tmp_path))
+    assert "experts qwen3 T=8192 r=16 train" in out and "wrong, failed or hung" not in out
+    (path,) = tmp_path.glob("*-experts.json")
+    data = json.loads(path.read_text())
+    assert data["finished"] and not data["not_run"]
+    rows = {(r["case"]["layer"], r["case"]["what"]): r for r in data["rows"]}
+    assert set(rows) == {(n, w) for n in ("qwen3", "gpt-oss") for w in ("train", "decode")}
+    for (_, what), row in rows.items():
+        assert row["floor"]["us"] > 0 and not row["missing"]
+        ours = {"peftkern torch", "peftkern triton", "peftkern auto"}
+        assert set(row["providers"]) == ours | {"plain frozen", "PEFT bf16", "PEFT default (fp32)"}
+        for name, entry in row["providers"].items():
+            kinds = {"y"} if what == "decode" else {"y", "dx", "dw", "da", "db"}
+            kinds -= {"da", "db"} if name == "plain frozen" else set()
+            assert set(entry["errors"]) == kinds
+            assert entry["ok"] and 0 < max(entry["errors"].values()) < entry["limit"], (name, entry)
+            assert entry["us"]["p20"] <= entry["us"]["p50"] <= entry["us"]["p80"]
+
+
+def test_a_wrong_mixture_is_seen():
+    """An error in any result of any token or expert that is looked at is past the limit."""
+    case = gpu_experts.ExpertsCase("gpt-oss", 8192).tiny()
+    device = Dry()
+    frozen = gpu_experts.base(case, device)
+    provider = gpu_experts.makers(case, frozen)["peftkern torch"]()
+    (on,) = gpu_experts.routings(case, device, 1)
+    exact = gpu_experts.Exact(
+        provider.model.experts, provider.adapters, case.of, on.x, on.index, on.weights
+    )
+    with provider.mode():
+        found = provider.step(on)
+    right = exact.errors(*found, dout=on.dout)
+    assert set(right) == {"y", "dx", "dw", "da", "db"}
+    assert max(right.values()) < gpu_experts.LIMIT
+    for i, name in enumerate(("y", "dx", "dw", "da", "db", "da", "db")):
+        wrong = [t * 1.05 if i == j else t for j, t in enumerate(found)]
+        errors = exact.errors(*wrong, dout=on.dout)
+        assert errors[name] > gpu_experts.LIMIT, name
+        assert all(errors[n] == right[n] for n in right if n != name)
 
 
 def test_the_prefix_goal_is_judged_on_its_card():

@@ -9,8 +9,6 @@ weights want a gradient.
 from __future__ import annotations
 
 import contextlib
-import importlib
-import warnings
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -22,10 +20,13 @@ from torch.nn.functional import grouped_mm
 from peftkern.kernels import checks
 from peftkern.kernels.common import Arch
 
+from ..gpu import mixtures
+from ..gpu.mixtures import PARAMETERS, Sizes
 from ..kernels.experts import LAYERS
+from ..kernels.traffic import Traffic
 from . import experts_floor
 from .cases import BF16, FP32, Provider, backend
-from .count import Count, count
+from .count import Count, Counter, as_cuda, count
 from .experts_floor import Mixture
 
 RANK = 16
@@ -49,7 +50,6 @@ TITLES = {
 }
 # a training step's bytes over the floor's may be this much, for these providers and their floors
 LIMIT, JUDGED = 1.15, {"triton": "floor", "triton fp32": "floor fp32"}
-PARAMETERS = ("gate_up_proj", "down_proj")
 
 
 def mixture(case: str, adapter: torch.dtype, T: int | None = None) -> Mixture:
@@ -62,34 +62,13 @@ def mixture(case: str, adapter: torch.dtype, T: int | None = None) -> Mixture:
     )  # fmt: skip
 
 
-def experts(m: Mixture, device: torch.device | str) -> nn.Module:
-    """transformers' experts of these sizes, frozen; their weights have not been written to."""
-    from transformers import GptOssConfig, Qwen3MoeConfig
-    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
-    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
-
-    config: Any
-    kind: type[nn.Module] = Qwen3MoeExperts
-    if m.bias:
-        kind = GptOssExperts
-        config = GptOssConfig(
-            hidden_size=m.D, intermediate_size=m.I, num_local_experts=m.E, num_experts_per_tok=m.k
-        )
-    else:
-        config = Qwen3MoeConfig(
-            hidden_size=m.D, moe_intermediate_size=m.I, num_experts=m.E, num_experts_per_tok=m.k
-        )
-    config._experts_implementation = "grouped_mm"
-    with torch.device(device):
-        return kind(config).to(m.dtype).requires_grad_(False)
-
-
 class Layer(nn.Module):
     """Experts with a given routing, whose weights want a gradient."""
 
     def __init__(self, m: Mixture, device: torch.device | str = "meta") -> None:
         super().__init__()
-        self.experts = experts(m, device)
+        sizes = Sizes(m.k, m.E, m.D, m.I, m.bias)
+        self.experts = mixtures.experts(sizes, m.dtype, device)
         index = torch.empty((m.T, m.k), dtype=torch.int64, device=device)
         self.register_buffer("index", index)
         self.routing = nn.Parameter(torch.empty((m.T, m.k), dtype=m.dtype, device=device))
@@ -144,16 +123,9 @@ class SplitLayer(Layer):
         return y[back].view(T, k, -1).sum(1)
 
 
-def adapted(library: str, model: nn.Module, adapter: torch.dtype, r: int = RANK) -> Any:
-    """A layer's experts with the library's adapters on both parameters, in the layer."""
-    lib = importlib.import_module(library)
-    config = lib.LoraConfig(
-        r=r, lora_alpha=2 * r, target_modules=[],
-        target_parameters=[f"experts.{name}" for name in PARAMETERS],
-    )  # fmt: skip
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        lib.get_peft_model(model, config, autocast_adapter_dtype=adapter == FP32)
+def adapted(library: str, m: Mixture) -> nn.Module:
+    """A layer whose experts have the library's adapters on both parameters."""
+    model = mixtures.adapted(library, Layer(m), m.r, m.adapter == FP32)
     model.get_parameter("routing").requires_grad_()
     return model
 
@@ -171,6 +143,22 @@ def as_a_gpu(kind: str, arch: Arch) -> Iterator[None]:
         yield
 
 
+def inferred(who: Provider, case: str, T: int, arch: Arch) -> list[Traffic]:
+    """The launches of T tokens without gradients."""
+    m = mixture(case, who.adapter, T)
+    model = Layer(m)
+    if who.kind != "plain":
+        model = adapted("peft" if who.kind == "peft" else "peftkern", m)
+    x, counter = torch.empty((m.T, m.D), dtype=BF16, device="meta"), Counter()
+    ours = who.kind not in ("plain", "peft")
+    with as_a_gpu(who.kind, arch) if ours else contextlib.nullcontext():
+        model.eval()
+        for _ in range(2):  # some tensors are made at their first use
+            with as_cuda(), torch.no_grad(), (counter := Counter()):
+                model(x)
+    return counter.launches
+
+
 def measure(who: Provider, case: str, arch: Arch) -> Count:
     """Count one provider on one case.
 
@@ -185,8 +173,8 @@ def measure(who: Provider, case: str, arch: Arch) -> Count:
     if who.kind in ("plain", "split"):
         return count(SplitLayer(m) if who.kind == "split" else Layer(m), x)
     if who.kind == "peft":
-        return count(adapted("peft", Layer(m), who.adapter), x)
-    model = adapted("peftkern", Layer(m), who.adapter)
+        return count(adapted("peft", m), x)
+    model = adapted("peftkern", m)
     with as_a_gpu(who.kind, arch):
         result = count(model, x)
     ours = any(t.name == "experts gemm" for t in result.forward)

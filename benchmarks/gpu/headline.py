@@ -8,13 +8,19 @@ from __future__ import annotations
 
 from typing import Any
 
+from . import experts as gpu_experts
 from . import extra as gpu_extra
 from . import model as gpu_model
 from . import prefix as gpu_prefix
 from .cases import Case
 
 HeadlineCase = (
-    Case | gpu_extra.HostCase | gpu_extra.MixedCase | gpu_prefix.PrefixCase | gpu_model.ModelCase
+    Case
+    | gpu_extra.HostCase
+    | gpu_extra.MixedCase
+    | gpu_prefix.PrefixCase
+    | gpu_experts.ExpertsCase
+    | gpu_model.ModelCase
 )
 
 
@@ -43,6 +49,7 @@ def cases() -> list[HeadlineCase]:
         host,
         decode(16),
         prefixes[1],
+        *gpu_experts.cases()[:2],
         gpu_model.cases()[0],
     ]
 
@@ -51,4 +58,6 @@ def least_s(case: HeadlineCase) -> int:
     """The seconds that must be left to start a case."""
     if isinstance(case, gpu_model.ModelCase):
         return 45
+    if isinstance(case, gpu_experts.ExpertsCase):
+        return 10
     return 12 if isinstance(case, Case) and case.block == "layer" else 5

@@ -102,12 +102,15 @@ def _headline_cases() -> Sequence[Any]:
 
 def _headline(case: Any, device: Device, store: Store, left: float, watch: Watch) -> dict[str, Any]:
     """The row of a case of another part, measured as that part does."""
+    from . import experts as gpu_experts
     from . import model as gpu_model
     from . import prefix as gpu_prefix
 
     way = _block
     if isinstance(case, gpu_prefix.PrefixCase):
         way = _prefix
+    elif isinstance(case, gpu_experts.ExpertsCase):
+        way = _experts
     elif isinstance(case, gpu_model.ModelCase):
         way = _model
     return {**way(case, device, store, left, watch), "part": "headline"}
@@ -131,6 +134,24 @@ def _prefix(case: Any, device: Device, store: Store, left: float, watch: Watch) 
     return gpu_prefix.measure(case, device, store.data["ceilings"], seconds=0.3, watch=watch)
 
 
+def _experts_cases() -> Sequence[Any]:
+    from . import experts as gpu_experts
+
+    return gpu_experts.cases()
+
+
+def _experts(case: Any, device: Device, store: Store, left: float, watch: Watch) -> dict[str, Any]:
+    from . import experts as gpu_experts
+
+    return gpu_experts.measure(case, device, store.data["ceilings"], seconds=0.6, watch=watch)
+
+
+def _warm_experts(case: Any, device: Device) -> None:
+    from . import experts as gpu_experts
+
+    gpu_experts.warm(case, device)
+
+
 PARTS = {
     part.name: part
     for part in (
@@ -142,6 +163,7 @@ PARTS = {
         Part("e2e", 180, 150, 25, _model_cases, _model),
         Part("decode", 70, 60, 4, _decode_cases, _block, _warm_block),
         Part("prefix", 60, 60, 4, _prefix_cases, _prefix),
+        Part("experts", 120, 120, 10, _experts_cases, _experts, _warm_experts),
         Part("headline", 290, 150, 5, _headline_cases, _headline, _warm_block, _headline_least),
     )
 }  # fmt: skip
@@ -172,6 +194,8 @@ def kinds(part: Part) -> list[Any]:
             return case.op, case.mask, case.group > 1, case.graph
         if part.name == "prefix":
             return case.what
+        if part.name == "experts":
+            return case.layer, case.what
         return getattr(case, "checkpointing", type(case).__name__)
 
     return gpu_cases.first_of_each(part.cases(), kind)

@@ -19,7 +19,8 @@ NOISE = 1.02  # a ratio up to this is not counted as a loss
 MIXED = "peftkern mixed"
 PREFIX, JOINED = "peftkern prefix", "prefix in a static cache"
 LOOP = "loop over adapters"
-OWN = (*OURS.values(), AUTO, MIXED, PREFIX)
+TRITON = "peftkern triton"  # of a mixture's experts
+OWN = (*OURS.values(), AUTO, MIXED, PREFIX, TRITON)
 RIVALS = (PEFT_BF16, PEFT_FP32, LOOP, PEFT_COMPILED, JOINED, *PEERS)
 LEGEND = (
     "us of one call, medians; floor: roofline from the measured ceilings; peftkern: the best of",
