@@ -194,6 +194,21 @@ def test_a_provider_that_takes_another_path_is_an_error(monkeypatch: pytest.Monk
         experts.measure(who, "experts qwen3", Arch(*H200.arch))
 
 
+def test_one_token_reads_the_weights_of_its_experts_alone() -> None:
+    """Three kernels, and four small launches that check the index."""
+    arch, case = Arch(*H200.arch), "experts qwen3"
+    by_name = {w.name: w for w in experts.PROVIDERS}
+    ours = experts.inferred(by_name["triton fp32"], case, 1, arch)
+    plain = experts.inferred(by_name["plain frozen"], case, 1, arch)
+    peft = experts.inferred(by_name["HF PEFT default"], case, 1, arch)
+    names = ["experts_few_shrink", "experts_few_up", "experts_few_down"]
+    assert [t.name for t in ours if t.name.startswith("experts")] == names and len(ours) == 7
+    floor = cost.moved(experts_floor.forward(experts.mixture(case, FP32, 1)))
+    assert cost.moved(ours) == pytest.approx(floor, rel=0.05)  # GU is not written
+    assert floor < 1.1 * cost.moved(plain) and cost.launches(plain) > 3 * len(ours)
+    assert cost.moved(peft) > 80 * floor
+
+
 def test_command_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     few = [w for w in experts.PROVIDERS if w.name in ("floor", "HF PEFT bf16", "triton")]
     monkeypatch.setattr(experts, "PROVIDERS", tuple(few))

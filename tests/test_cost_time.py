@@ -388,10 +388,12 @@ def test_cases_hold_the_launches_of_every_way() -> None:
 def test_rows_name_rows_of_the_harness() -> None:
     """Measured rows are found under the very keys that ``benchmarks.gpu`` writes."""
     from benchmarks.gpu import cases as gpu_cases
-    from benchmarks.gpu import extra, prefix
+    from benchmarks.gpu import experts, extra, prefix
 
     keys = {c.key for make in gpu_cases.CASES.values() for c in make()}
-    keys |= {c.key for c in (*extra.cases(), *prefix.cases())}
+    keys |= {c.key for c in (*extra.cases(), *prefix.cases(), *experts.cases())}
+    for name in ("experts qwen3", "experts gpt-oss", "experts decode"):
+        assert timed_cases.CASES[name](GPUS["H200"]).row in keys, name
     for name in ("linear p=0.1", "group p=0.1", "mlp p=0.1", "decode", "mixed", "prefix decode"):
         assert timed_cases.CASES[name](GPUS["H200"]).row in keys, name
 

@@ -44,7 +44,7 @@ for _kind, _launches, _names in (
     # one pass over the inputs: copies and casts, reductions, gathers, row-wise kernels
     (_ONE, 1, "copy_ _to_copy clone cat stack sum mean amax amin var_mean constant_pad_nd flip"),
     (_ONE, 1, "embedding index_select gather index _softmax _softmax_backward_data"),
-    (_ONE, 1, "index_copy_ masked_fill_ searchsorted floor_divide _embedding_bag_forward_only"),
+    (_ONE, 1, "all index_copy_ masked_fill_ searchsorted floor_divide _embedding_bag_forward_only"),
     (_ONE, 1, "_assert_async"),
     # zeros, then the counts; a state, then the sums
     (_ONE, 2, "histc cumsum"),

@@ -14,12 +14,15 @@ from torch import Tensor
 from peftkern.kernels import prefix_decode
 from peftkern.kernels.common import Arch
 
+from ..gpu import experts as gpu_experts
 from ..gpu import report as gpu_report
 from ..gpu.providers import OURS, PEFT_BF16, PEFT_FP32, PLAIN
 from ..gpu.report import LOOP
 from ..kernels.entry import meta
 from ..kernels.traffic import Traffic
 from . import cases as cost_cases
+from . import experts as cost_experts
+from . import experts_floor
 from . import floor as cost_floor
 from .cases import BF16, FP32, PROVIDERS, Shape
 from .count import Counter, as_cuda
@@ -167,6 +170,42 @@ def _prefix_decode(gpu: Gpu) -> Case:
     return Case(title, found, "plain frozen", row, measured, graph=True)
 
 
+_MIXED_MEASURED = {
+    "plain frozen": PLAIN, "HF PEFT bf16": PEFT_BF16, "HF PEFT default": PEFT_FP32,
+    "torch grouped fp32": OURS["torch"], "triton fp32": gpu_report.TRITON,
+}  # fmt: skip
+
+
+def _experts(case: str) -> Callable[[Gpu], Case]:
+    """A step of a mixture's experts as ``benchmarks.cost`` counts it."""
+
+    def make(gpu: Gpu) -> Case:
+        found: dict[str, Phases] = {}
+        for who in cost_experts.PROVIDERS:
+            if who.name != "floor fp32":
+                count = cost_experts.measure(who, case, Arch(*gpu.arch))
+                found[who.name] = {"fwd": count.forward, "bwd": count.backward}
+        row = gpu_experts.ExpertsCase(cost_experts.CASES[case], 8192).key
+        title = f"{cost_experts.TITLES[case]}, forward and backward"
+        return Case(title, found, "plain frozen", row, _MIXED_MEASURED)
+
+    return make
+
+
+def _experts_decode(gpu: Gpu) -> Case:
+    """One token through a Qwen3-30B-A3B layer's experts, without gradients."""
+    case, arch = "experts qwen3", Arch(*gpu.arch)
+    found: dict[str, Phases] = {
+        FLOOR: {"fwd": experts_floor.forward(cost_experts.mixture(case, BF16, T=1))}
+    }
+    for who in cost_experts.PROVIDERS:
+        if who.kind not in ("floor", "split", "torch"):
+            found[who.name] = {"fwd": cost_experts.inferred(who, case, 1, arch)}
+    row = gpu_experts.ExpertsCase("qwen3", 1, "decode").key
+    title = "One token through the experts of a Qwen3-30B-A3B layer, r=16"
+    return Case(title, found, "plain frozen", row, _MIXED_MEASURED, graph=True)
+
+
 CASES: dict[str, Callable[[Gpu], Case]] = {
     "linear": _trained("linear", 0.0, "q_proj"),
     "linear p=0.1": _trained("linear", 0.1, "q_proj"),
@@ -179,6 +218,9 @@ CASES: dict[str, Callable[[Gpu], Case]] = {
     "mlp p=0.1": _trained("mlp", 0.1, "mlp"),
     "layer": _trained("layer", 0.0, "layer"),
     "layer p=0.1": _trained("layer", 0.1, "layer"),
+    "experts qwen3": _experts("experts qwen3"),
+    "experts gpt-oss": _experts("experts gpt-oss"),
+    "experts decode": _experts_decode,
 }
 
 
