@@ -180,6 +180,22 @@ def test_a_transform_of_torch_func_is_no_reason() -> None:
     assert_same_number(torch.func.grad(loss)(x[0]), want)
 
 
+def test_gradients_of_factors_by_torch_func() -> None:
+    """`functional_call` puts plain tensors in the place of the factors."""
+    ours, _ = tiny_pair()
+    factors = {n: p.detach() for n, p in ours.named_parameters() if p.requires_grad}
+
+    def loss(factors: Any) -> torch.Tensor:
+        return torch.func.functional_call(ours, factors, (moe_models.ids(),)).cos().mean()
+
+    ours(moe_models.ids()).cos().mean().backward()
+    want = {n: p.grad for n, p in ours.named_parameters() if p.requires_grad}
+    assert_same_number(torch.func.grad(loss)(factors), want)
+    direction = {n: torch.ones_like(p) for n, p in factors.items()}
+    _, along = torch.func.jvp(loss, (factors,), (direction,))
+    assert_same_number(along, sum(grad.sum() for grad in want.values()))
+
+
 # ------------------------------------------------------------------------------------ dropout
 
 

@@ -313,8 +313,9 @@ REGISTER = (
     Private(
         "accelerate",
         "module._hf_hook",
-        "weights that it keeps elsewhere are brought in to be merged into",
-        "merging into an offloaded layer raises ValueError: its weight is on the meta device",
+        "weights kept elsewhere are brought in, to be merged into or adapted as parameters",
+        "merging into an offloaded layer raises ValueError, as its weight is on the meta device; "
+        "calls of adapted parameters fail in torch",
     ),
     Private(
         "accelerate",

@@ -25,8 +25,10 @@ from ...utils.private import (
     experts_form,
     experts_have_sentinels,
     experts_implementation,
+    in_transform,
 )
 from .experts_gate import gate_of
+from .offload import loads
 from .plan import is_hooked
 
 # {(forward, gate) of a class: its form}; by these, as each parametrization makes another class
@@ -70,13 +72,17 @@ def why_never(module: Any, parameter: str) -> str | None:
     return None
 
 
-def mixture_of(module: Any) -> Mixture | str:
-    """The parts of a module of experts; or the reason, in words, that it must run by itself."""
+def mixture_of(module: Any, away: bool = False) -> Mixture | str:
+    """The parts of a module of experts; or the reason, in words, that it must run by itself.
+
+    ``away``: weights that accelerate loads for each call are taken as loaded.
+    """
     form = form_of(module.__class__)
     if form is None:
         return f"{type(module).__name__} is not a class of transformers' experts interface"
     state = module.__dict__
-    if is_hooked(module):
+    away = away and loads(module)
+    if is_hooked(module) and not away:
         return "the experts have hooks or an overridden forward"
     if any(GLOBAL_HOOKS):
         return "torch has global module hooks"
@@ -87,9 +93,10 @@ def mixture_of(module: Any) -> Mixture | str:
     parts: list[ExpertLinear] = []
     for name in parameters_of(module):
         weight, bias = own.get(name), own.get(f"{name}_bias") if has_bias else None
-        if (reason := _unfit(module, name, weight, 3)) is not None:
+        if (reason := _unfit(module, name, weight, 3, away)) is not None:
             return reason
-        if has_bias and (reason := _unfit(module, f"{name}_bias", bias, 2)) is not None:
+        of = f"{name}_bias"
+        if has_bias and (reason := _unfit(module, of, bias, 2, away)) is not None:
             return reason
         if not first and weight.dtype is not parts[0].weight.dtype:
             return f"dtypes: {parts[0].weight.dtype} and {weight.dtype}"
@@ -120,13 +127,14 @@ def _foreign(form: ExpertsForm, name: Any) -> str | None:
     return None
 
 
-def _unfit(module: Any, name: str, tensor: Any, dim: int) -> str | None:
+def _unfit(module: Any, name: str, tensor: Any, dim: int, away: bool) -> str | None:
     """The reason that an operation cannot read a parameter of the experts, or None."""
-    if type(tensor) is not Parameter:  # `__class__` is another in graphs of torch 2.11
+    # `__class__` is another in graphs of torch 2.11
+    if type(tensor) is not Parameter and not is_traced_value(tensor):
         if name in module.__dict__.get("_modules", {}).get("parametrizations", ()):
             return f"{name} is parametrized"
         return f"{name} is a {type(tensor).__name__}, not a plain Parameter"
-    if tensor.is_meta:
+    if tensor.is_meta and not away:
         return f"{name} is on the meta device (offloaded or not loaded yet)"
     if tensor.dim() != dim:
         return f"{name} has {tensor.dim()} dimensions (its shape is {list(tensor.shape)})"
@@ -150,6 +158,11 @@ def _alive(name: str, child: Any) -> str | None:
         if parameter is not None and (parameter.requires_grad or parameter.is_meta):
             return f"a parameter of {name} requires a gradient or is on the meta device"
     return None
+
+
+def is_traced_value(tensor: Any) -> bool:
+    """True for what a transform of torch.func has put in a parameter's place."""
+    return type(tensor) is Tensor and in_transform()
 
 
 def describe_implementation(module: Any) -> str:

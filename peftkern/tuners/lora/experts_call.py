@@ -24,10 +24,12 @@ from .experts import (
     Mixture,
     describe_implementation,
     form_of,
+    is_traced_value,
     mixture_of,
     parameters_of,
     why_never,
 )
+from .offload import loads
 from .plan import is_hooked
 from .row_adapters import AdapterNames
 
@@ -64,10 +66,13 @@ def active_names(wrapper: Any) -> list[str]:
     return [name for name in as_names(state["_active_adapter"]) if name in held]
 
 
-def read(chain: Chain, rows: AdapterNames | None) -> tuple[Mixture, list[ExpertLinear]] | str:
+def read(
+    chain: Chain, rows: AdapterNames | None, away: bool = False
+) -> tuple[Mixture, list[ExpertLinear]] | str:
     """(the mixture, [up, down] with their adapters); or the reason for separate calls.
 
     With ``rows`` the adapters of up and down are those of ``rows.order``, else the active ones.
+    ``away``: as in :func:`.experts.mixture_of`.
     """
     outer, module = chain.wrappers[0], chain.module
     if is_tracing():
@@ -75,7 +80,7 @@ def read(chain: Chain, rows: AdapterNames | None) -> tuple[Mixture, list[ExpertL
     for inner in chain.wrappers[1:]:
         if inner.__class__.forward is not outer.__class__.forward or inner.is_called_apart():
             return f"the wrapper of `{inner.parameter_name}` has hooks or an overridden forward"
-    mixture = mixture_of(module)
+    mixture = mixture_of(module, away)
     if isinstance(mixture, str):
         return mixture
     names = parameters_of(module)
@@ -88,7 +93,7 @@ def read(chain: Chain, rows: AdapterNames | None) -> tuple[Mixture, list[ExpertL
         if rows is not None:
             found = _of_rows(parts[i], wrapper, rows)
         elif wrapper is not None:
-            found = _of_active(wrapper, parts[i].weight.dtype)
+            found = _of_active(wrapper, parts[i].weight.dtype, away)
         else:
             continue
         if isinstance(found, str):
@@ -98,10 +103,10 @@ def read(chain: Chain, rows: AdapterNames | None) -> tuple[Mixture, list[ExpertL
     return mixture, parts
 
 
-def _of_active(wrapper: Any, dtype: torch.dtype) -> tuple[Factors, ...] | str:
+def _of_active(wrapper: Any, dtype: torch.dtype, away: bool) -> tuple[Factors, ...] | str:
     found = []
     for name in active_names(wrapper):
-        factors = _factors(wrapper, name, dtype)
+        factors = _factors(wrapper, name, dtype, away)
         if isinstance(factors, str):
             return factors
         found.append(factors)
@@ -124,7 +129,7 @@ def _of_rows(part: ExpertLinear, wrapper: Any, rows: AdapterNames) -> tuple[Fact
     return tuple(found)
 
 
-def _factors(wrapper: Any, name: str, dtype: torch.dtype) -> Factors | str:
+def _factors(wrapper: Any, name: str, dtype: torch.dtype, away: bool = False) -> Factors | str:
     """One adapter's factors for weights of ``dtype``, or why an operation cannot read them."""
     modules = wrapper.__dict__["_modules"]
     a, b = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
@@ -132,11 +137,12 @@ def _factors(wrapper: Any, name: str, dtype: torch.dtype) -> Factors | str:
     for what, module, weight in (("lora_A", a, A), ("lora_B", b, B)):
         if module.__class__ is not nn.Linear:
             return f"{what} is a {type(module).__name__}, not an nn.Linear"
-        if type(weight) is not Parameter:
+        if type(weight) is not Parameter and not is_traced_value(weight):
             return f"the weight of {what} is a {type(weight).__name__}, not a plain Parameter"
-        if is_hooked(module):
+        loaded = away and loads(module)
+        if is_hooked(module) and not loaded:
             return f"{what} has hooks or an overridden forward"
-        if weight.is_meta:
+        if weight.is_meta and not loaded:
             return f"the weight of {what} is on the meta device (offloaded or not loaded yet)"
         if weight.dtype is not dtype and weight.dtype is not torch.float32:
             return f"dtypes: experts {dtype}, {what} {weight.dtype}"
@@ -249,7 +255,7 @@ def _choice(chain: Chain, rows: AdapterNames, x: Tensor) -> Tensor:
 
 def why_separate(outer: Any) -> str | None:
     """The reason that calls of the outermost wrapper are not one operation; None when they are."""
-    found = read(chain_of(outer), None)
+    found = read(chain_of(outer), None, away=True)
     return found if isinstance(found, str) else None
 
 

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
-from ...utils.private import hook_of
+from ...utils.private import forward_of, hook_of
 
 
-def _offloads(module: Any) -> bool:
-    """True when accelerate keeps the weights of this module in host memory or on disk."""
-    return bool(getattr(hook_of(module), "offload", False))
+def _offloading(module: Any) -> list[Any]:
+    """The hooks by which accelerate keeps the module's weights in host memory or on disk."""
+    hook = hook_of(module)  # one, or several in one
+    return [one for one in getattr(hook, "hooks", (hook,)) if getattr(one, "offload", False)]
 
 
 @contextmanager
@@ -23,7 +24,7 @@ def onloaded(layer: Any) -> Iterator[None]:
     Values written to the base layer are kept in host memory afterwards, even when they came from
     disk: the files of a checkpoint are not rewritten.
     """
-    held: list[Any] = [m for m in layer.modules() if m is not layer and _offloads(m)]
+    held: list[Any] = [m for m in layer.modules() if m is not layer and _offloading(m)]
     for module in held:
         hook_of(module).pre_forward(module)
     try:
@@ -31,10 +32,48 @@ def onloaded(layer: Any) -> Iterator[None]:
     finally:
         base: Any = layer.get_base_layer() if hasattr(layer, "get_base_layer") else None
         for module in held:
-            hook = hook_of(module)
-            if module is base:
+            for hook in _offloading(module) if module is base else ():
                 tensors = dict(module.named_parameters(recurse=False))
                 if hook.offload_buffers:
                     tensors.update(module.named_buffers(recurse=False))
                 hook.weights_map = {name: tensor.data.cpu() for name, tensor in tensors.items()}
-            hook.post_forward(module, torch.empty(0))
+            hook_of(module).post_forward(module, torch.empty(0))
+
+
+def is_away(layer: Any) -> bool:
+    """True when accelerate would load weights within ``layer`` in its modules' own calls."""
+    return any(loads(module) for module in layer.modules())
+
+
+def loads(module: Any) -> bool:
+    """True when accelerate loads the module's own weights in its calls."""
+    return "forward" in module.__dict__ and bool(_offloading(module))
+
+
+@contextmanager
+def in_place(layer: Any, args: Any, kwargs: Any) -> Iterator[tuple[Any, Any]]:
+    """A context for one call that reads the weights within ``layer`` without its modules' calls.
+
+    The weights are on their execution device, and the modules have their own forwards, which load
+    nothing. Yields the arguments on the device of the innermost base layer.
+    """
+    base = layer.get_base_layer()
+    held = [(m, m.__dict__["forward"]) for m in layer.modules() if loads(m)]
+    loaded = []
+    try:
+        for module, _ in held:
+            given = (args, kwargs) if module is base else ((), {})
+            moved = hook_of(module).pre_forward(module, *given[0], **given[1])
+            loaded.append(module)
+            if module is base:
+                args, kwargs = moved
+            own = forward_of(module)
+            del module.forward
+            if getattr(own, "__func__", None) is not type(module).forward:
+                module.forward = own  # somebody else's, which accelerate's stood before
+        yield args, kwargs
+    finally:
+        for module, forward in held:
+            module.forward = forward
+        for module in loaded:
+            hook_of(module).post_forward(module, torch.empty(0))

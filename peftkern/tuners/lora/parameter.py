@@ -17,6 +17,7 @@ from ...utils.handing import HERE, hand_over
 from . import experts_call, parameter_product
 from .base import NOTHING, LoraLayer
 from .linear import Linear, bare_linear
+from .offload import in_place, is_away
 from .plan import is_hooked
 from .variant import table_of, take_kwargs, variant_class
 
@@ -271,14 +272,21 @@ class ParamWrapper(nn.Module, LoraLayer):
             self.unmerge()
         if self._disable_adapters and names is not None:
             return self.base_layer(*args, **kwargs)
+        return self._call(args, kwargs, names)
+
+    def _call(self, args: Any, kwargs: Any, names: Any) -> Any:
         found = operation_of(self).run(self, args, kwargs, names)
         if isinstance(found, Tensor):
             return found
+        idle = names is None and (self._disable_adapters or self.merged)
+        if not idle and not is_compiling() and is_away(self):
+            with in_place(self, args, kwargs) as (args, kwargs):
+                return self._call(args, kwargs, names)
         if names is not None:
             raise ValueError(
                 f"lora.{type(self).__name__} does not support mixed adapter batches here: {found}"
             )
-        if self._disable_adapters or self.merged:
+        if idle:
             return self.base_layer(*args, **kwargs)
         self._check_dropout_rests(found)
         if not is_compiling():
