@@ -108,7 +108,8 @@ def _with_a_mask_of_bools(whole: Any, place: int) -> Any:
 
     def masked(self: Any, *args: Any, **how: Any) -> Any:
         mask = args[place]
-        if mask.data.dtype != bool:
+        # of a load through a descriptor it may be a bare array, of bools
+        if isinstance(mask, interpreter.TensorHandle) and mask.data.dtype != bool:
             bits = interpreter.TensorHandle(mask.data.astype(bool), core.int1)
             args = (*args[:place], bits, *args[place + 1 :])
         return whole(self, *args, **how)
