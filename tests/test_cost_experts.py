@@ -109,6 +109,10 @@ def test_the_floor_by_hand() -> None:
     assert cost.moved(experts_floor.forward(one)) < cost.moved(experts_floor.forward(m)) / 2
 
 
+# of the index: fewer where transformers lets an index name an expert of another process
+CHECKS = {"eq", "ge", "clamp", "all", "bitwise_and", "_assert_async"}
+
+
 @pytest.fixture(scope="module")
 def rows() -> list[cost.Row]:
     return cost.table(cost.Shape(), H200, ["experts"])
@@ -142,11 +146,10 @@ def test_nobody_moves_less_than_the_floor(rows: list[cost.Row]) -> None:
 
 
 def test_the_kernels_launches_and_bytes(rows: list[cost.Row]) -> None:
-    """13 launches forward, and for a step at most 1.15 of the floor's bytes."""
+    """At most 13 launches forward, and for a step at most 1.15 of the floor's bytes."""
     forward = [
-        "experts_route_count", "experts_route_place", "eq", "eq", "bitwise_and", "_assert_async",
-        "clone", "clone", "experts_shrink", "experts gemm", "experts_gate", "experts gemm",
-        "experts combine",
+        "experts_route_count", "experts_route_place", "clone", "clone", "experts_shrink",
+        "experts gemm", "experts_gate", "experts gemm", "experts combine",
     ]  # fmt: skip
     backward = [
         "experts_grad_sb", "sum", "experts gemm", "experts_gate_grad", "experts_gate_sum",
@@ -156,10 +159,10 @@ def test_the_kernels_launches_and_bytes(rows: list[cost.Row]) -> None:
     for case in CASES:
         found = {r.who.name: r.count for r in rows if r.case == case}
         ours = found["triton fp32"]
-        assert [t.name for t in ours.forward] == forward
+        assert [t.name for t in ours.forward if t.name not in CHECKS] == forward
         want = backward[:8] + (of_bias if case == "experts gpt-oss" else []) + backward[8:]
         assert [t.name for t in ours.backward] == want
-        assert cost.launches(ours.forward) == len(forward)
+        assert len(forward) + 2 <= cost.launches(ours.forward) <= 13
         floor = found["floor fp32"]
         # the bounds of the groups on top of what the floor keeps
         assert ours.kept == floor.kept + 4 * (experts.mixture(case, FP32).E + 1)
@@ -195,17 +198,17 @@ def test_a_provider_that_takes_another_path_is_an_error(monkeypatch: pytest.Monk
 
 
 def test_one_token_reads_the_weights_of_its_experts_alone() -> None:
-    """Three kernels, and four small launches that check the index."""
+    """Three kernels, and at most four small launches that check the index."""
     arch, case = Arch(*H200.arch), "experts qwen3"
     by_name = {w.name: w for w in experts.PROVIDERS}
     ours = experts.inferred(by_name["triton fp32"], case, 1, arch)
     plain = experts.inferred(by_name["plain frozen"], case, 1, arch)
     peft = experts.inferred(by_name["HF PEFT default"], case, 1, arch)
     names = ["experts_few_shrink", "experts_few_up", "experts_few_down"]
-    assert [t.name for t in ours if t.name.startswith("experts")] == names and len(ours) == 7
+    assert [t.name for t in ours if t.name not in CHECKS] == names and len(ours) <= 7
     floor = cost.moved(experts_floor.forward(experts.mixture(case, FP32, 1)))
     assert cost.moved(ours) == pytest.approx(floor, rel=0.05)  # GU is not written
-    assert floor < 1.1 * cost.moved(plain) and cost.launches(plain) > 3 * len(ours)
+    assert floor < 1.1 * cost.moved(plain) and cost.launches(plain) > 2 * len(ours)
     assert cost.moved(peft) > 80 * floor
 
 
