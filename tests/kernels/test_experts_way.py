@@ -135,6 +135,8 @@ def test_an_expert_or_an_adapter_out_of_range_is_refused(grad):
         m.index[1, 1] = wrong
         with torch.set_grad_enabled(grad), pytest.raises((RuntimeError, ValueError), match="index"):
             on_kernels(m)
+    with torch.set_grad_enabled(grad), pytest.raises((RuntimeError, ValueError), match="index"):
+        on_kernels(m, sentinels=True)
     m = mixture(dtype=torch.float32, mixed=True, ranks=((3, 1), (2, 4)), sizes=SIZES)
     m.choice[2] = 2
     with torch.no_grad(), pytest.raises((RuntimeError, ValueError), match="choice"):

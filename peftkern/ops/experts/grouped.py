@@ -43,9 +43,10 @@ def ordered(call: Call) -> Order:
 def check_later(call: Call, bounds: Tensor) -> None:
     """Have the device stop at an index or a choice that is out of range."""
     check_choices(call)
-    inside = bounds[0] == 0
-    if not call.sentinels:
-        inside = inside & (bounds[-1] == call.chosen.numel())
+    if call.sentinels:
+        inside = (call.chosen >= 0).all()
+    else:
+        inside = bounds[-1] - bounds[0] == call.chosen.numel()
     check_experts(call, inside)
 
 
