@@ -1,4 +1,4 @@
-"""Adapters of parameters whose weights accelerate keeps elsewhere and loads for each call."""
+"""Adapters of parameters in models on which accelerate put hooks: offloaded, or over devices."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 import accelerate
 import pytest
 import torch
+from accelerate.hooks import attach_execution_device_hook
 from torch import Tensor, nn
 
 import peftkern
@@ -71,6 +72,44 @@ def test_calls_gradients_and_merging(kind: str, adapters_too: bool) -> None:
         assert_same_number(away(ids()), here(ids()))
     experts = experts_of(away)
     assert experts.down_proj.is_meta and "forward" in experts.__dict__
+
+
+@pytest.mark.parametrize("kind", ["plain", "outside", "post_norm"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_model_over_several_devices(kind: str, when: str) -> None:
+    """As `device_map="auto"` has it: a hook on every module moves its inputs, and nothing else."""
+    if kind not in (*moe_models.FLAGS, "outside"):
+        pytest.skip("transformers 5.17 has no such flag")
+    base, other = models(kind)
+    here = adapted(other, kind)
+    if when == "before":
+        attach_execution_device_hook(base, CPU)
+    there = adapted(base, kind)
+    if when == "after":
+        attach_execution_device_hook(there, CPU)
+    assert "forward" in experts_of(there).__dict__
+    assert fused(there) == fused(here) == [kind != "outside"] * 2
+    assert_same_number(numbers(there), numbers(here))
+    if kind != "outside":
+        names = ["other", "__base__", "default"]
+        assert_same_number(there(ids(), adapter_names=names), here(ids(), adapter_names=names))
+    assert "forward" in experts_of(there).__dict__
+    experts_of(there).register_forward_hook(lambda module, args, out: 2 * out)
+    experts_of(here).register_forward_hook(lambda module, args, out: 2 * out)
+    assert fused(there) == fused(here) == [False] * 2
+    assert_same_number(numbers(there), numbers(here))
+
+
+def test_dropout_over_several_devices() -> None:
+    base, _ = models("plain")
+    attach_execution_device_hook(base, CPU)
+    model = moe_models.adapt(
+        peftkern, base, target_parameters=moe_models.both("plain"), lora_dropout=0.5
+    )
+    model.train()
+    torch.manual_seed(0)
+    first = model(ids())
+    assert not torch.equal(first, model(ids()))
 
 
 def test_an_error_in_a_call_leaves_weights_where_they_were() -> None:

@@ -28,7 +28,7 @@ from ...utils.private import (
     in_transform,
 )
 from .experts_gate import gate_of
-from .offload import loads
+from .offload import is_only_placed
 from .plan import is_hooked
 
 # {(forward, gate) of a class: its form}; by these, as each parametrization makes another class
@@ -75,14 +75,14 @@ def why_never(module: Any, parameter: str) -> str | None:
 def mixture_of(module: Any, away: bool = False) -> Mixture | str:
     """The parts of a module of experts; or the reason, in words, that it must run by itself.
 
-    ``away``: weights that accelerate loads for each call are taken as loaded.
+    ``away``: what accelerate's hooks do in each call is taken as done.
     """
     form = form_of(module.__class__)
     if form is None:
         return f"{type(module).__name__} is not a class of transformers' experts interface"
     state = module.__dict__
-    away = away and loads(module)
-    if is_hooked(module) and not away:
+    placed = away and is_only_placed(module)
+    if is_hooked(module) and not placed:
         return "the experts have hooks or an overridden forward"
     if any(GLOBAL_HOOKS):
         return "torch has global module hooks"
@@ -93,10 +93,10 @@ def mixture_of(module: Any, away: bool = False) -> Mixture | str:
     parts: list[ExpertLinear] = []
     for name in parameters_of(module):
         weight, bias = own.get(name), own.get(f"{name}_bias") if has_bias else None
-        if (reason := _unfit(module, name, weight, 3, away)) is not None:
+        if (reason := _unfit(module, name, weight, 3, placed)) is not None:
             return reason
         of = f"{name}_bias"
-        if has_bias and (reason := _unfit(module, of, bias, 2, away)) is not None:
+        if has_bias and (reason := _unfit(module, of, bias, 2, placed)) is not None:
             return reason
         if not first and weight.dtype is not parts[0].weight.dtype:
             return f"dtypes: {parts[0].weight.dtype} and {weight.dtype}"
@@ -105,7 +105,7 @@ def mixture_of(module: Any, away: bool = False) -> Mixture | str:
         first = False
         parts.append(ExpertLinear(weight.transpose(1, 2) if module.is_transposed else weight, bias))
     for name, child in state["_modules"].items():
-        if child is not None and (reason := _alive(name, child)) is not None:
+        if child is not None and (reason := _alive(name, child, away)) is not None:
             return reason
     return Mixture(
         parts[0],
@@ -127,14 +127,14 @@ def _foreign(form: ExpertsForm, name: Any) -> str | None:
     return None
 
 
-def _unfit(module: Any, name: str, tensor: Any, dim: int, away: bool) -> str | None:
+def _unfit(module: Any, name: str, tensor: Any, dim: int, placed: bool) -> str | None:
     """The reason that an operation cannot read a parameter of the experts, or None."""
     # `__class__` is another in graphs of torch 2.11
     if type(tensor) is not Parameter and not is_traced_value(tensor):
         if name in module.__dict__.get("_modules", {}).get("parametrizations", ()):
             return f"{name} is parametrized"
         return f"{name} is a {type(tensor).__name__}, not a plain Parameter"
-    if tensor.is_meta and not away:
+    if tensor.is_meta and not placed:
         return f"{name} is on the meta device (offloaded or not loaded yet)"
     if tensor.dim() != dim:
         return f"{name} has {tensor.dim()} dimensions (its shape is {list(tensor.shape)})"
@@ -145,17 +145,21 @@ def _unfit(module: Any, name: str, tensor: Any, dim: int, away: bool) -> str | N
     return None
 
 
-def _alive(name: str, child: Any) -> str | None:
+def _alive(name: str, child: Any, away: bool) -> str | None:
     """The reason that a submodule (activation, norm) must be called by its module, or None.
 
     An operation makes the gate again in its backward, where a hook would act a second time, and
     knows of no gradient but those of the adapters, the tokens and the routing weights.
     """
-    if is_hooked(child) or (child._modules and any(map(is_hooked, child.modules()))):
+    placed = away and is_only_placed(child)
+    called_apart = is_hooked(child) and not placed
+    if called_apart or (child._modules and any(map(is_hooked, child.modules()))):
         return f"{name} has hooks or an overridden forward"
     found = child.parameters() if child._modules else child._parameters.values()
     for parameter in found:
-        if parameter is not None and (parameter.requires_grad or parameter.is_meta):
+        if parameter is not None and (
+            parameter.requires_grad or (parameter.is_meta and not placed)
+        ):
             return f"a parameter of {name} requires a gradient or is on the meta device"
     return None
 

@@ -29,7 +29,7 @@ from .experts import (
     parameters_of,
     why_never,
 )
-from .offload import loads
+from .offload import is_only_placed
 from .plan import is_hooked
 from .row_adapters import AdapterNames
 
@@ -78,7 +78,8 @@ def read(
     if is_tracing():
         return "torch.jit.trace records the plain formula"
     for inner in chain.wrappers[1:]:
-        if inner.__class__.forward is not outer.__class__.forward or inner.is_called_apart():
+        apart = inner.is_called_apart() and not (away and is_only_placed(inner))
+        if apart or inner.__class__.forward is not outer.__class__.forward:
             return f"the wrapper of `{inner.parameter_name}` has hooks or an overridden forward"
     mixture = mixture_of(module, away)
     if isinstance(mixture, str):
@@ -139,10 +140,10 @@ def _factors(wrapper: Any, name: str, dtype: torch.dtype, away: bool = False) ->
             return f"{what} is a {type(module).__name__}, not an nn.Linear"
         if type(weight) is not Parameter and not is_traced_value(weight):
             return f"the weight of {what} is a {type(weight).__name__}, not a plain Parameter"
-        loaded = away and loads(module)
-        if is_hooked(module) and not loaded:
+        placed = away and is_only_placed(module)
+        if is_hooked(module) and not placed:
             return f"{what} has hooks or an overridden forward"
-        if weight.is_meta and not loaded:
+        if weight.is_meta and not placed:
             return f"the weight of {what} is on the meta device (offloaded or not loaded yet)"
         if weight.dtype is not dtype and weight.dtype is not torch.float32:
             return f"dtypes: experts {dtype}, {what} {weight.dtype}"

@@ -1,4 +1,7 @@
-"""Loading of weights that accelerate offloaded, while they are read and written here."""
+"""What accelerate's hooks do in a module's call, done where its weights are read or written here.
+
+They load offloaded weights, and in a model over several devices they move the inputs.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,12 @@ from ...utils.private import forward_of, hook_of
 
 def _offloading(module: Any) -> list[Any]:
     """The hooks by which accelerate keeps the module's weights in host memory or on disk."""
+    return [one for one in _hooks(module) if getattr(one, "offload", False)]
+
+
+def _hooks(module: Any) -> Any:
     hook = hook_of(module)  # one, or several in one
-    return [one for one in getattr(hook, "hooks", (hook,)) if getattr(one, "offload", False)]
+    return getattr(hook, "hooks", (hook,))
 
 
 @contextmanager
@@ -41,24 +48,45 @@ def onloaded(layer: Any) -> Iterator[None]:
 
 
 def is_away(layer: Any) -> bool:
-    """True when accelerate would load weights within ``layer`` in its modules' own calls."""
-    return any(loads(module) for module in layer.modules())
+    """True when accelerate places weights or inputs in the calls of modules within ``layer``."""
+    return any(module is not layer and _places(module) for module in layer.modules())
 
 
-def loads(module: Any) -> bool:
-    """True when accelerate loads the module's own weights in its calls."""
-    return "forward" in module.__dict__ and bool(_offloading(module))
+def _places(module: Any) -> bool:
+    return "forward" in module.__dict__ and all(
+        hasattr(one, "execution_device") for one in _hooks(module)
+    )
+
+
+def is_only_placed(module: Any) -> bool:
+    """True when a call of the module is its class's forward and accelerate's placing."""
+    return (
+        _places(module)
+        and _own_forward(module) is None
+        and not (
+            module._forward_hooks
+            or module._forward_pre_hooks
+            or module._backward_hooks
+            or module._backward_pre_hooks
+        )
+    )
+
+
+def _own_forward(module: Any) -> Any:
+    """The forward that somebody gave the module before accelerate's, or None."""
+    own = forward_of(module)
+    return None if getattr(own, "__func__", None) is type(module).forward else own
 
 
 @contextmanager
 def in_place(layer: Any, args: Any, kwargs: Any) -> Iterator[tuple[Any, Any]]:
     """A context for one call that reads the weights within ``layer`` without its modules' calls.
 
-    The weights are on their execution device, and the modules have their own forwards, which load
+    The weights are on their execution device, and the modules have their own forwards, which place
     nothing. Yields the arguments on the device of the innermost base layer.
     """
     base = layer.get_base_layer()
-    held = [(m, m.__dict__["forward"]) for m in layer.modules() if loads(m)]
+    held = [(m, m.__dict__["forward"]) for m in layer.modules() if m is not layer and _places(m)]
     loaded = []
     try:
         for module, _ in held:
@@ -67,10 +95,10 @@ def in_place(layer: Any, args: Any, kwargs: Any) -> Iterator[tuple[Any, Any]]:
             loaded.append(module)
             if module is base:
                 args, kwargs = moved
-            own = forward_of(module)
+            own = _own_forward(module)
             del module.forward
-            if getattr(own, "__func__", None) is not type(module).forward:
-                module.forward = own  # somebody else's, which accelerate's stood before
+            if own is not None:
+                module.forward = own
         yield args, kwargs
     finally:
         for module, forward in held:
