@@ -126,6 +126,7 @@ class LoraLayer(Merging, Frozen, BaseTunerLayer):
             _active_adapter=[],
             _plan=None,
             _group=None,
+            _unhooked=None,
         )
         self.in_features, self.out_features = self._in_out_features()
 

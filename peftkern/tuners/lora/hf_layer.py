@@ -29,7 +29,7 @@ from .plan import is_hooked
 from .row_adapters import AdapterNames, as_one, mixed_call
 
 # attributes that the fused forward keeps in a layer; `give_back` removes them
-_OWN = ("_plan", "_group", "_noted_reason", "_noted_mixed")
+_OWN = ("_plan", "_group", "_unhooked", "_noted_reason", "_noted_mixed")
 # attributes of HF PEFT's layer that a call reads directly, not through its properties
 _READ = ("_active_adapter", "_disable_adapters", "merged_adapters", "scaling", "lora_variant")
 
@@ -65,6 +65,10 @@ class FusedLinear(HFLinear):
             if name in self.lora_variant:
                 return f"{type(self.lora_variant[name]).__name__} runs HF PEFT's forward"
         return None
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        self._unhooked = None  # it holds the adapter's modules
+        HFLinear.delete_adapter(self, adapter_name)
 
     def _forward_general(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not is_compiling():
@@ -173,7 +177,7 @@ def why_not(layer: Any) -> str | None:
 def take_over(layer: Any) -> None:
     """Give a layer the fused forward; :func:`why_not` must be None for it."""
     if not is_fused(layer):
-        layer.__dict__.update(_plan=None, _group=None)
+        layer.__dict__.update(_plan=None, _group=None, _unhooked=None)
         layer.__class__ = FUSED[type(layer)]
 
 

@@ -30,7 +30,7 @@ from .base import NOTHING, LoraLayer
 from .group import Group
 from .inits.random import of_linear, placed
 from .plan import Plan, is_hooked, weight_layout
-from .row_adapters import IN_TRANSFORM, AdapterNames, forward_mixed
+from .row_adapters import IN_TRANSFORM, AdapterNames, Unhooked, forward_mixed
 from .variant import make_ready, take_kwargs
 
 # not a reason under a compiler: a traced call is one operation with such a scaling too
@@ -62,6 +62,7 @@ class Linear(nn.Module, LoraLayer):
     lora_B: nn.ModuleDict
     _plan: Plan | None
     _group: Group | None
+    _unhooked: Unhooked | None
 
     def __init__(
         self,
@@ -208,7 +209,11 @@ class Linear(nn.Module, LoraLayer):
         return Projection(base.weight, base.bias, a.weight, B, scale, p, layout)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_plan": None}  # a copy has other modules
+        return {**self.__dict__, "_plan": None, "_unhooked": None}  # a copy has other modules
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        self._unhooked = None  # it holds the adapter's modules
+        super().delete_adapter(adapter_name)
 
     def _forward_general(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The output for any base layer and adapters: the base's own call, then each update."""

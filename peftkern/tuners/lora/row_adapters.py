@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from ...ops import autocast
 from ...ops.lora_mixed import Adapter, SampleIndex, lora_mixed
 from ...ops.notes import note_new
 from ...ops.tracing import is_recording
-from ...utils.private import GLOBAL_HOOKS, in_transform
+from ...utils.private import GLOBAL_HOOKS, HookCounter, in_transform
 from .plan import is_hooked, weight_layout
 from .variant import rows_of
 
@@ -122,43 +123,72 @@ def mixed_call(layer: Linear, x: Tensor, names: AdapterNames) -> list[Adapter | 
         x.dtype != dtype and not (autocast.is_on(x) and x.dtype != torch.float64)
     ):
         return None
+    # One condition for all adapters after the other: such loops run in C.
     a_modules, b_modules = layer.lora_A._modules, layer.lora_B._modules
-    drops, scaling, variants = layer.lora_dropout._modules, layer.scaling, layer.lora_variant
-    found: list[Adapter | None] = []
-    for name in names.order:
-        a: Any = a_modules.get(name)
-        if a is None:
-            found.append(None)
-            continue
-        b: Any = b_modules[name]
-        drop: Any = drops[name]
-        A, B = a._parameters.get("weight"), b._parameters.get("weight")
-        scale: Any = scaling[name]
-        if (
-            a.__class__ is not nn.Linear
-            or b.__class__ is not nn.Linear
-            or A.__class__ is not Parameter
-            or B.__class__ is not Parameter
-            or name in variants
-            or isinstance(scale, Tensor)
-            or b._parameters["bias"] is not None
-            or (drop.__class__ is not nn.Identity and not _rests(drop))
-            or is_hooked(a)
-            or is_hooked(b)
-            or is_hooked(drop)
-            or A.is_meta
-            or B.is_meta
-        ):
-            return None
-        low = A.dtype
-        if low is not B.dtype or (low is not dtype and low is not torch.float32):
-            return None
-        found.append(Adapter(A, B, scale))
-    return found
+    drop_modules, scaling, variants = layer.lora_dropout._modules, layer.scaling, layer.lora_variant
+    held = [name for name in names.order if name in a_modules]
+    a: list[Any] = [a_modules[name] for name in held]
+    b: list[Any] = [b_modules[name] for name in held]
+    drops: list[Any] = [drop_modules[name] for name in held]
+    scales = [scaling[name] for name in held]
+    if (
+        (variants and not variants.keys().isdisjoint(held))
+        or not {*map(type, a), *map(type, b)} <= _LINEAR
+        or not ({*map(type, drops)} <= _NO_DROPOUT or all(map(_rests, drops)))
+        or any(issubclass(kind, Tensor) for kind in {*map(type, scales)})
+        or _any_hooked(layer, [*a, *b, *drops])
+    ):
+        return None
+    As: list[Any] = [m._parameters.get("weight") for m in a]
+    Bs: list[Any] = [m._parameters.get("weight") for m in b]
+    if (
+        not {*map(type, As), *map(type, Bs)} <= _PARAMETER
+        or any([m._parameters["bias"] is not None for m in b])
+        or any(map(_is_meta, As))
+        or any(map(_is_meta, Bs))
+    ):
+        return None
+    lows = [*map(_dtype, As)]
+    if lows != [*map(_dtype, Bs)] or not {*lows} <= {dtype, torch.float32}:
+        return None
+    adapters = [tuple.__new__(Adapter, parts) for parts in zip(As, Bs, scales, strict=True)]
+    if len(held) == len(names.order):
+        return list(adapters)
+    of = dict(zip(held, adapters, strict=True))
+    return [of.get(name) for name in names.order]
+
+
+_LINEAR, _NO_DROPOUT, _PARAMETER = {nn.Linear}, {nn.Identity}, {Parameter}
+_is_meta, _dtype = attrgetter("is_meta"), attrgetter("dtype")
+
+
+class Unhooked(NamedTuple):
+    """Modules of a layer that had no hook when torch's counter of hooks had this number."""
+
+    modules: list[nn.Module]
+    own: list[dict[str, Any]]  # their __dict__; a "forward" in one replaces its class's
+    number: int
+
+
+def _any_hooked(layer: Linear, modules: list[Any]) -> bool:
+    """:func:`.plan.is_hooked` of any of a layer's modules.
+
+    A hook's registration takes a new number. Without one since the last call no module's hooks are
+    read: they lie apart in memory, and reading them costs more than all other conditions together.
+    """
+    number = HookCounter.next_id
+    seen = layer._unhooked
+    if seen is not None and seen.number == number and seen.modules == modules:
+        return any(["forward" in own for own in seen.own])
+    if any(map(is_hooked, modules)):
+        return True
+    layer._unhooked = Unhooked(modules, [module.__dict__ for module in modules], number)
+    return False
 
 
 def _rests(drop: nn.Module) -> bool:
-    return drop.__class__ is nn.Dropout and not drop.training
+    """True for a module that passes x on: no dropout, or one in evaluation mode."""
+    return drop.__class__ is nn.Identity or (drop.__class__ is nn.Dropout and not drop.training)
 
 
 def mixed_reason(layer: Linear, x: Tensor, names: AdapterNames) -> str | None:
@@ -188,7 +218,7 @@ def mixed_reason(layer: Linear, x: Tensor, names: AdapterNames) -> str | None:
             return f"lora_A or lora_B of {name} is not an nn.Linear"
         if B._parameters["bias"] is not None:
             return f"lora_bias of {name}"
-        if type(drop) is not nn.Identity and not _rests(drop):
+        if not _rests(drop):
             return f"dropout of {name} is active, or a {type(drop).__name__}"
         if is_hooked(drop):
             return f"lora_dropout of {name} has hooks"
