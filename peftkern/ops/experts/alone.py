@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .blocks import blocks_of
 from .grouped import groups_of
 from .grouped_linear import GroupedLinear
 from .loop import room_for_s, sum_of_choices, without_rest
@@ -31,10 +32,10 @@ def forward(
     linear = LoopLinear(call.up, x, spans, words, call.choice is not None)
     y = x.new_empty((P, call.up.weight.shape[1]))
     s = room_for_s(call.up, x, P, call.choice is not None)
-    for span in spans:
-        own = slice(span.start, span.end)
+    for block in blocks_of(spans):
+        own = block.rows
         rows = _input(call, order, own, gather)
-        linear.forward(span, rows, y[own], None if s is None else s[own])
+        linear.forward(block, rows, y[own], None if s is None else s[own])
     return without_rest(y, spans), s if s is None else without_rest(s, spans)
 
 
@@ -69,11 +70,11 @@ def backward(
         loop.want(wanted, wants_bias)
         if wants_x:
             dx = x.new_empty((len(order.pairs), x.shape[1]))
-        for span in spans:
-            own = slice(span.start, span.end)
+        for block in blocks_of(spans):
+            own = block.rows
             rows = _input(call, order, own, gather)
             of_s, of_dx = (None if t is None else t[own] for t in (s, dx))
-            loop.backward(span, dy[own], None, rows, of_s, of_dx)
+            loop.backward(block, dy[own], None, rows, of_s, of_dx)
         dx, grads = dx if dx is None else without_rest(dx, spans), loop.grads()
     if dx is not None and gather:
         dx = sum_of_choices(dx, order.pairs, call.chosen.shape[1])

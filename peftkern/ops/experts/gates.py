@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..mlp_torch import ACTIVATIONS, _derivative
+from .blocks import Scratch
 from .parts import Gate
 
 LAYOUTS = ("halves", "interleaved", "alone")
@@ -29,12 +30,19 @@ def parted(gu: Tensor, layout: str) -> tuple[Tensor, Tensor | None]:
     return g, u
 
 
-def hidden(gate: Gate, gu: Tensor) -> Tensor:
-    """H [M, I]."""
+def _activated(name: str, g: Tensor, scratch: Scratch | None) -> Tensor:
+    """act(G), a new tensor or one of the scratch."""
+    if scratch is None or name != "silu":
+        return ACTIVATIONS[name](g)
+    return torch.ops.aten.silu.out(g, out=scratch.take("act", *g.shape))  # type: ignore[no-any-return]
+
+
+def hidden(gate: Gate, gu: Tensor, scratch: Scratch | None = None) -> Tensor:
+    """H [M, I]; with ``scratch`` it may be its "act"."""
     if gate.name is None:
         return gate.function(gu)
     g, u = parted(gu, gate.layout)
-    h = ACTIVATIONS[gate.name](g)
+    h = _activated(gate.name, g, scratch)
     return h if u is None else h.mul_(u)
 
 
@@ -46,19 +54,25 @@ class Again(NamedTuple):
     graph: tuple[Tensor, Tensor] | None  # (GU, H) of a gate without a name
 
 
-def hidden_again(gate: Gate, gu: Tensor) -> Again:
+def hidden_again(gate: Gate, gu: Tensor, scratch: Scratch | None = None) -> Again:
+    """With ``scratch`` H may be its "h", and act(G) its "act"."""
     if gate.name is None:
         with torch.enable_grad():
             leaf = gu.detach().requires_grad_()
             h = gate.function(leaf)
         return Again(h.detach(), None, (leaf, h))
     g, u = parted(gu, gate.layout)
-    act = ACTIVATIONS[gate.name](g)
-    return Again(act, None, None) if u is None else Again(act * u, act, None)
+    act = _activated(gate.name, g, scratch)
+    if u is None:
+        return Again(act, None, None)
+    room = None if scratch is None else scratch.take("h", *act.shape)
+    return Again(torch.mul(act, u, out=room), act, None)
 
 
-def gate_grad(gate: Gate, gu: Tensor, again: Again, dh: Tensor) -> Tensor:
-    """dGU [M, N1] for dH [M, I], which is written over."""
+def gate_grad(
+    gate: Gate, gu: Tensor, again: Again, dh: Tensor, scratch: Scratch | None = None
+) -> Tensor:
+    """dGU [M, N1] for dH [M, I], which is written over; with ``scratch`` it may be its "dgu"."""
     if again.graph is not None:
         leaf, h = again.graph
         if not h.requires_grad:  # a function without a gradient, such as a constant
@@ -69,7 +83,7 @@ def gate_grad(gate: Gate, gu: Tensor, again: Again, dh: Tensor) -> Tensor:
     g, u = parted(gu, gate.layout)
     if u is None:
         return _derivative(gate.name, g, dh)
-    dgu = torch.empty_like(gu)
+    dgu = torch.empty_like(gu) if scratch is None else scratch.take("dgu", *gu.shape)
     dg, du = parted(dgu, gate.layout)
     assert again.act is not None and du is not None
     torch.mul(dh, again.act, out=du)

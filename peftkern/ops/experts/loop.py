@@ -1,8 +1,8 @@
 """A mixture as a loop over the experts that got tokens, on torch's matrix products.
 
 The host must know how many tokens each expert got, which costs nothing on a CPU. Beside what the
-backward needs, memory holds a row for each pair and tensors of the rows of one expert at a time.
-Sums over a token's experts are made in the order of its choices, in fp32 or wider.
+backward needs, memory holds a row for each pair and tensors of the rows of one block of experts at
+a time. Sums over a token's experts are made in the order of its choices, in fp32 or wider.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from ..torch_products import in_dtype
+from .blocks import Scratch, blocks_of, most_rows
 from .gates import gate_grad, hidden, hidden_again, norm_grad
 from .loop_linear import LoopLinear, low_rank
 from .order import Order, Span, sort_pairs, spans_of
@@ -69,7 +70,7 @@ def sum_of_choices(rows: Tensor, order: Tensor, k: int) -> Tensor:
     if not P:
         return rows.new_zeros((0, rows.shape[1]))
     place = torch.empty_like(order)
-    place[order] = torch.arange(P, dtype=order.dtype, device=order.device)
+    place.scatter_(0, order, torch.arange(P, dtype=order.dtype, device=order.device))
     return embedding_bag(place.view(-1, k), rows, mode="sum")
 
 
@@ -104,22 +105,24 @@ def forward(
     k, N1, N = call.chosen.shape[1], call.up.weight.shape[1], call.down.weight.shape[1]
     up = LoopLinear(call.up, x, spans, words[0], mixed)
     down = LoopLinear(call.down, x, spans, words[1], mixed)
-    most = max((s.end - s.start for s in spans), default=0)
+    blocks = blocks_of(spans)
+    most = most_rows(blocks)
+    scratch = Scratch(most, x)
     gu_all = x.new_empty((P if keep else most, N1))
     s_up, s_down = (room_for_s(p, x, P if keep else most, mixed) for p in (call.up, call.down))
     y_all = x.new_empty((P, N))  # times the routing weights
     keep_y = x.new_empty((P, N)) if keep and call.norm is not None else None
     tokens = order.pairs // k
     w = weights_of_rows(call, order.pairs)
-    for span in spans:
-        rows = slice(span.start, span.end)
-        room = rows if keep else slice(0, span.end - span.start)
-        of = tokens[rows]
+    for block in blocks:
+        rows = block.rows
+        room = rows if keep else slice(0, rows.stop - rows.start)
         gu = gu_all[room]
-        up.forward(span, x.index_select(0, of), gu, None if s_up is None else s_up[room])
-        h = hidden(call.gate, gu)
+        own = scratch.gather("tokens", x, tokens[rows])
+        up.forward(block, own, gu, None if s_up is None else s_up[room])
+        h = hidden(call.gate, gu, scratch)
         y = y_all[rows] if keep_y is None else keep_y[rows]
-        down.forward(span, h, y, None if s_down is None else s_down[room])
+        down.forward(block, h, y, None if s_down is None else s_down[room])
         if call.norm is None:
             y.mul_(w[rows])
         else:
@@ -150,10 +153,12 @@ def backward(
     dx_all = x.new_empty((len(w), x.shape[1])) if wants.x else None
     dw = w.new_zeros(len(w)) if wants.weights else None
     through = wants.behind_gate or wants.weights
-    for span in spans:
-        rows = slice(span.start, span.end)
+    blocks = blocks_of(spans)
+    scratch = Scratch(most_rows(blocks), x)
+    for block in blocks:
+        rows = block.rows
         of, w_rows = tokens[rows], w[rows]
-        dy = dout.index_select(0, of)
+        dy = scratch.gather("tokens", dout, of)
         if call.norm is not None:
             assert kept.y is not None
             n, dn = norm_grad(call.norm, kept.y[rows], dy)
@@ -164,29 +169,31 @@ def backward(
         if wants.hidden:
             assert kept.gu is not None
             gu = kept.gu[rows]
-            again = hidden_again(call.gate, gu)
+            again = hidden_again(call.gate, gu, scratch)
         s = None if kept.s_down is None else kept.s_down[rows]
-        dh = dy.new_empty((len(dy), call.down.weight.shape[2])) if through else None
-        down.backward(span, dy, w_rows, None if again is None else again.h, s, dh)
+        dh = scratch.take("dh", len(dy), call.down.weight.shape[2]) if through else None
+        down.backward(block, dy, w_rows, None if again is None else again.h, s, dh)
         if dh is None or again is None or gu is None:
             continue
         if dw is not None and call.norm is None:
             own = (dh * again.h).sum(1, dtype=wide)
             if call.down.bias is not None:
-                own += torch.mv(dy, call.down.bias[span.expert])
+                each = zip(own.split(block.sizes), dy.split(block.sizes), block.spans, strict=True)
+                for to, dy_rows, span in each:
+                    to += torch.mv(dy_rows, call.down.bias[span.expert])
             dw[rows] = own
         if not wants.behind_gate:
             continue
-        dgu = gate_grad(call.gate, gu, again, dh.mul_(w_rows))
+        dgu = gate_grad(call.gate, gu, again, dh.mul_(w_rows), scratch)
         del again, dh, dy
-        x_rows = x.index_select(0, of) if any(a for a, _ in wants.up) else None
+        x_rows = scratch.gather("tokens", x, of) if any(a for a, _ in wants.up) else None
         s = None if kept.s_up is None else kept.s_up[rows]
-        up.backward(span, dgu, None, x_rows, s, None if dx_all is None else dx_all[rows])
+        up.backward(block, dgu, None, x_rows, s, None if dx_all is None else dx_all[rows])
     dx = None
     if dx_all is not None:
         dx = sum_of_choices(without_rest(dx_all, spans), pairs, k)
     if dw is not None:
         placed = torch.empty_like(dw)
-        placed[pairs] = dw
+        placed.scatter_(0, pairs, dw)
         dw = placed.view_as(call.weights).to(call.weights.dtype)
     return Grads(dx, dw, up.grads(), down.grads())
