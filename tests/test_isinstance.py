@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
 import textwrap
 
 import peft
@@ -136,3 +137,27 @@ def test_base_model_of_a_peftkern_model_is_the_callers_own():
     ours, _ = pair("bert", "SEQ_CLS", base=base)
     assert ours.get_base_model() is base and ours.base_model.model is base
     assert ours.config is base.config and ours.device == base.device and ours.dtype == base.dtype
+
+
+@pytest.mark.parametrize("hf_peft", [True, False])
+def test_a_model_sharded_by_fsdp2(hf_peft, tmp_path, monkeypatch):
+    """fully_shard derives a class from ``model.__class__`` and sets it."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
+    ours, theirs = (model.double() for model in pair("llama"))
+    batch = inputs("llama")
+    expected = theirs(**batch).logits
+    if not hf_peft:
+        monkeypatch.delitem(sys.modules, "peft")
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        fully_shard(ours, mesh=init_device_mesh("cpu", (1,)))
+        assert_same_number(ours(**batch).logits, expected)
+    finally:
+        dist.destroy_process_group()
+    assert isinstance(ours, FSDPModule) and isinstance(ours, peftkern.PeftModelForCausalLM)
+    assert isinstance(ours, peft.PeftModelForCausalLM) == hf_peft
+    assert not any(base.__module__.startswith("peft.") for base in type(ours).__mro__)
+    assert isinstance(ours.base_model, torch.nn.Module) and ours.active_adapter == "default"

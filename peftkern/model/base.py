@@ -23,7 +23,7 @@ from ..utils.module_tree import checkpoints_activations
 from ..utils.peft_types import PeftType, TaskType
 from .prompt_names import PromptNames
 from .status import AdapterStatus
-from .two_libraries import joined
+from .two_libraries import apart, joined
 
 
 def _new(cls: Any) -> Any:
@@ -105,9 +105,13 @@ class PeftModel(Wrapped, PromptNames, AdapterFiles, AdapterStatus, PushToHubMixi
             config.pretraining_tp = 1  # split products only reproduce the numbers of TP training
 
     # isinstance() reads this when type(model) does not match
-    @property  # type: ignore[misc]
+    @property
     def __class__(self) -> type:
         return joined(type(self))
+
+    @__class__.setter
+    def __class__(self, cls: type) -> None:
+        vars(object)["__class__"].__set__(self, apart(cls, type(self)))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _new, (type(self),), self.__dict__

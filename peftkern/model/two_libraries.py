@@ -24,7 +24,9 @@ def joined(cls: type) -> type:
     into ``sys.modules`` is enough, and nothing is imported here.
     """
     peft = sys.modules.get("peft")
-    theirs = getattr(peft, cls.__name__, None) or getattr(peft, "PeftModel", None)
+    # torch's fully_shard puts a class of another name before ours
+    found = (getattr(peft, base.__name__, None) for base in cls.__mro__)
+    theirs = next((base for base in found if base is not None), None)
     if not isinstance(theirs, type) or not issubclass(theirs, nn.Module) or issubclass(cls, theirs):
         return cls
     if (cls, theirs) not in _claimed:
@@ -37,3 +39,17 @@ def joined(cls: type) -> type:
         if register is not None:
             register(BaseTunerLayer)
     return _claimed[cls, theirs]
+
+
+def apart(cls: type, own: type) -> type:
+    """The class that an object of type ``own`` gets when ``__class__`` is set to ``cls``.
+
+    torch's fully_shard derives a class from the one that it reads there, which may be
+    :func:`joined`; it is derived from ``own`` then, so that no method of HF PEFT's is found.
+    """
+    read = joined(own)
+    if read is own or read not in cls.__bases__:
+        return own if cls is read else cls
+    bases = tuple(own if base is read else base for base in cls.__bases__)
+    members = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
+    return type(cls)(cls.__name__, bases, members)
