@@ -135,3 +135,28 @@ def test_a_weight_of_two_dimensions() -> None:
     x = torch.randn(5, 4, dtype=torch.float64)
     with torch.no_grad():
         assert_same_number(away(x), here(x))
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_sharded_by_fsdp2(whole: bool, tmp_path: Any) -> None:
+    """The adapted module brings W and factors together; the experts alone do not."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    base, other = models("plain")
+    here, there = adapted(other, "plain"), adapted(base, "plain")
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        outer = there.base_model.model.experts
+        mesh = init_device_mesh("cpu", (1,))
+        fully_shard(outer if whole else experts_of(there), mesh=mesh)
+        if whole:
+            got, want = numbers(there), numbers(here)
+            full = {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in got.items()}
+            assert_same_number(full, want)
+        else:
+            with pytest.raises(RuntimeError, match="sharded .* give fully_shard the adapted"):
+                there(ids())
+    finally:
+        dist.destroy_process_group()

@@ -289,6 +289,7 @@ class ParamWrapper(nn.Module, LoraLayer):
         if idle:
             return self.base_layer(*args, **kwargs)
         self._check_dropout_rests(found)
+        self._check_sharding()
         if not is_compiling():
             self._note_decline()
         with self._activate_lora(self.active_adapters):
@@ -304,6 +305,18 @@ class ParamWrapper(nn.Module, LoraLayer):
                     f"parameter's product as one operation, which cannot run: {reason}. Set "
                     "lora_dropout=0, or model.eval() for a call without dropout"
                 )
+
+    def _check_sharding(self) -> None:
+        """Raise a RuntimeError where W is sharded and an adapter's factors are not."""
+        name = next((n for n in self.active_adapters if n in self.lora_A), None)
+        if name is None or not hasattr(self.get_param(), "full_tensor"):
+            return
+        if not hasattr(self.lora_A[name].weight, "full_tensor"):
+            of = f"`{self.parameter_name}` of {type(self.get_base_layer()).__name__}"
+            raise RuntimeError(
+                f"{of} is sharded (a DTensor) in the call of adapter {name!r}, whose factors are "
+                "not: give fully_shard the adapted module or a block around it, not the experts"
+            )
 
     def decline_reason(self) -> str | None:
         if self._disable_adapters:
