@@ -15,14 +15,19 @@ from .mlp_reference import apply
 def hidden(
     gu: Tensor, name: str, layout: str, clamp: tuple[float, float, float] | None = None
 ) -> Tensor:
-    """H [P, I] of GU [P, 2·I] (or [P, I] alone) by torch's operations in GU's dtype."""
+    """H [P, I] of GU [P, 2·I] (or [P, I] alone) by torch's operations in GU's dtype.
+
+    Of a clamped gate a number at a limit has the gradient of one within it, as in the kernels.
+    """
     if layout == "alone":
         return apply(gu, name)
     g, u = gu.chunk(2, 1) if layout == "halves" else (gu[:, ::2], gu[:, 1::2])
     if clamp is None:
         return apply(g, name) * u
     alpha, limit, plus = clamp
-    g, u = g.clamp(max=limit), u.clamp(-limit, limit)
+    # not clamp, whose gradient at its limits is 1 up to torch 2.13 and 0 from 2.14 on
+    g = torch.where(g > limit, limit, g)
+    u = torch.where(u > limit, limit, torch.where(u < -limit, -limit, u))
     return g * torch.sigmoid(alpha * g) * (u + plus)
 
 

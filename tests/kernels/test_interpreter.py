@@ -65,3 +65,17 @@ def test_types_are_made_when_asked():
         want = interpreter.core.tuple([1, 2]).type
     assert made.type == want and made.type is made.type
     assert interpreter.core.tuple([1], want).type is want
+
+
+@triton.jit
+def masked(at, out, count, BLOCK: tl.constexpr):
+    where = tl.arange(0, BLOCK)
+    ok = (where < 3) & (count > 0)  # in the interpreter an integer argument is Python's
+    tl.store(out + where, tl.load(at + where, mask=ok, other=7), mask=(where > 0) & (count < 2))
+
+
+@pytest.mark.parametrize("count, expected", [(0, [7, 7, 7]), (1, [1, 2, 7]), (2, [-1, -1, -1])])
+def test_masks_with_conditions_on_integers(count, expected):
+    out = torch.full((4,), -1)
+    masked[(1,)](torch.arange(4), out, count, 4)
+    assert out.tolist() == [-1, *expected]

@@ -156,6 +156,7 @@ def test_rows_without_an_expert_are_zero_whatever_was_there(scatter, gone, monke
     check(index, 3, 40, 32, scatter=scatter, bias=True)
 
 
+@few
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=6), st.integers(0, 70), st.data())
 def test_there_are_tiles_for_the_rows_without_an_expert(counts, gone, data):
     """Tiles that are not used, and one more, hold them for any routing."""
