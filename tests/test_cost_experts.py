@@ -110,7 +110,7 @@ def test_the_floor_by_hand() -> None:
 
 
 # of the index: fewer where transformers lets an index name an expert of another process
-CHECKS = {"eq", "ge", "clamp", "all", "bitwise_and", "_assert_async"}
+CHECKS = {"sub", "eq", "ge", "clamp", "all", "bitwise_and", "_assert_async"}
 
 
 @pytest.fixture(scope="module")

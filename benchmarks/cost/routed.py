@@ -77,10 +77,17 @@ def _index_put(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any)
     ]
 
 
+def _scatter(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> list[Traffic]:
+    """One pass over the values and their places, which are all different here."""
+    _, _, index, values = args[:4]
+    return [Traffic("scatter_", 1, distinct(index) + distinct(values), distinct(values))]
+
+
 RULES: dict[str, Callable[[Any, Sequence[Any], dict[str, Any], Any], list[Traffic]]] = {
     "sort": _sort,
     "_grouped_mm": _grouped_mm,
     "index_put": _index_put,
     "index_put_": _index_put,
     "_index_put_impl_": _index_put,
+    "scatter_": _scatter,
 }
