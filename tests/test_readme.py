@@ -38,6 +38,10 @@ QUOTED = {
     "one DoRA linear": [LINEAR.format("DoRA linear 512x1024x1024", p) for p in (0.0, 0.1)],
     "an HF PEFT model before": ["training step fused HF PEFT small 256x4, dropout 0.1",
                                 "decode 24 tokens fused HF PEFT small 256x4, all-linear"],
+    "a mixture of 64": ["training step, mixture of 64 experts, 512 tokens"],
+    "the same: kept for backward / peak": ["bytes kept, mixture of 64 experts, 512 tokens",
+                                           "peak of a step, mixture of 64 experts, 512 tokens"],
+    "the same: one token": ["one token, no grad, mixture of 64 experts"],
     "prefix, 512 x 8": [f"training step with a prefix, {PREFIX}".format(n) for n in (8, 2)],
     "the same: peak": [f"peak with gradient checkpointing, {PREFIX}".format(8)],
     "prefix: decoding": [f"decode 64 tokens with a prefix, medium 512x8 batch 8, P=64, {n} kv heads"
@@ -128,6 +132,7 @@ def test_the_short_table_is_the_long_ones() -> None:
         [long["`add_adapter`"][0].replace(" /", ","), ""],
         long["kept for backward"],
         long["the same: peak"],
+        [long["a mixture of 64"][i] + " / " + long["the same: one token"][i] for i in (0, 1)],
     ]
 
 
