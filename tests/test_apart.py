@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import peftkern
 from peftkern.ops.dora import dora_linear
@@ -77,7 +78,8 @@ def test_gradients_of_both_orders(case: Callable[[], tuple[Callable[[Tensor], Te
     (plain,) = torch.autograd.grad(run(leaf).square().sum(), leaf)
     (graph,) = torch.autograd.grad(run(leaf).square().sum(), leaf, create_graph=True)
     assert_same_number(graph.detach(), plain)
-    assert torch.autograd.gradgradcheck(run, leaf)
+    with sdpa_kernel(SDPBackend.MATH):  # torch 2.11 differentiates its other one once
+        assert torch.autograd.gradgradcheck(run, leaf)
 
 
 def test_a_penalty_on_the_gradients_of_a_mixture() -> None:
