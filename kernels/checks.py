@@ -12,6 +12,7 @@ import torch
 
 from .common import INTERPRET, cdiv
 
+MAX_ADAPTERS = 64  # of a batch; each is a few arguments of a launch
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_RANK = 256
 

@@ -34,13 +34,13 @@ from .experts_decode_tile import (
     _experts_few_shrink_kernel,
     _experts_few_up_kernel,
 )
-from .experts_gates import Clamp, check_factors, check_name, constants
+from .experts_gates import Clamp, check_name, constants
+from .experts_low_rank import check_factors
 from .experts_route import INDICES
 from .launching import planned
 from .reduce import plan_sum
 
 MAX_PAIRS = 64
-MAX_ADAPTERS = 64
 HELD_RANK = 64  # ranks that a program adds at a time
 SHRINK_RANKS, SHRINK_COLUMNS = 4, 1024  # of a program that makes S of up
 MOST_PARTS = 16  # of S of up
@@ -223,10 +223,10 @@ def _check_linear(name: str, part: FewLinear, columns: int, dtype: torch.dtype) 
     if bias is not None:
         checks.shape(f"{name}.bias", bias, (E, N), "[experts, outputs] of weight")
         bias = bias if bias.stride(1) == 1 else bias.contiguous()
-    if not len(a) == len(b) == len(scales) <= MAX_ADAPTERS:
+    if not len(a) == len(b) == len(scales) <= checks.MAX_ADAPTERS:
         raise ValueError(
             f"{name}.a, .b and .scales have {len(a)}, {len(b)} and {len(scales)} entries; "
-            f"allowed: equal counts, at most {MAX_ADAPTERS}"
+            f"allowed: equal counts, at most {checks.MAX_ADAPTERS}"
         )
     for i, (one, other) in enumerate(zip(a, b, strict=True)):
         if (one is None) != (other is None):

@@ -36,7 +36,6 @@ from .common import (
 )  # fmt: skip
 from .experts_gates import (
     Clamp,
-    check_factors,
     check_gate,
     check_rows,
     constants,
@@ -45,6 +44,7 @@ from .experts_gates import (
     load_gate,
     pick,
 )
+from .experts_low_rank import check_factors
 from .experts_route import Route
 from .launching import planned
 from .reduce import plan_sum

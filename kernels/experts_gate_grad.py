@@ -37,7 +37,6 @@ from .common import (
 )  # fmt: skip
 from .experts_gates import (
     Clamp,
-    check_factors,
     check_gate,
     check_rows,
     constants,
@@ -45,6 +44,7 @@ from .experts_gates import (
     inner_width,
     load_gate,
 )
+from .experts_low_rank import check_factors
 from .experts_route import Route, checked_weights, one_adapter
 from .experts_shrink import default_config as default_shrink_config
 from .experts_shrink import plan_shrink

@@ -12,7 +12,6 @@ The second with c = 1 is that of gpt-oss, min(G, l)·σ(α·min(G, l)) ∘ (clip
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -161,37 +160,3 @@ def check_rows(name: str, t: torch.Tensor, route: Route) -> None:
     """Check that ``t`` has a row for each pair of the route."""
     if t.shape[0] != route.P:
         raise ValueError(f"{name} has {t.shape[0]} rows; allowed: {route.P}, the route's pairs")
-
-
-def check_factors(
-    name: str,
-    ts: Sequence[torch.Tensor | None],
-    count: int,
-    experts: int,
-    axis: int,
-    size: int,
-    dtype: torch.dtype,
-) -> list[torch.Tensor | None]:
-    """A [E, r_i, K] or B [E, N, r_i] of each of ``count`` adapters, checked; None without weights.
-
-    The ranks are on ``axis``, and ``size`` is K or N. Each is fp32 or ``dtype``; if these are
-    mixed, all are returned as fp32, because a launch has one signature.
-    """
-    given = list(ts)
-    if len(given) != count:
-        raise ValueError(f"{name} has {len(given)} entries; allowed: {count}, one for each adapter")
-    if all(t is None for t in given):
-        raise ValueError(f"{name} has no tensor; allowed: a tensor for one adapter at least")
-    for i, t in enumerate(given):
-        if t is None:
-            continue
-        if t.dim() != 3:
-            raise ValueError(f"{name}[{i}] has {t.dim()} dimensions; allowed: 3")
-        r = t.shape[axis]
-        checks.rank(f"{name}[{i}]", r)
-        want = (experts, r, size) if axis == 1 else (experts, size, r)
-        checks.shape(f"{name}[{i}]", t, want, "[experts, rank, K] of A, [experts, N, rank] of B")
-        checks.adapter_dtype(f"{name}[{i}]", t, dtype)
-    if len({t.dtype for t in given if t is not None}) > 1:
-        return [None if t is None else t.float() for t in given]
-    return given

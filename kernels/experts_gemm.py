@@ -40,11 +40,10 @@ from .common import (
     rank_end,
     row_stride,
 )  # fmt: skip
-from .experts_low_rank import add_update, aligned, integers
+from .experts_low_rank import add_update, aligned, check_factors, integers
 from .experts_route import Route, checked_rows, source_rows
 from .launching import planned
 
-MAX_ADAPTERS = 64  # of a batch; each is a few arguments of the launch
 BLOCKS_M = (16, 32, 64, 128)  # rows of a tile, which the route decides
 
 
@@ -247,41 +246,6 @@ def plan_gemm(
     return [Launch(_experts_gemm_kernel, grid, args, meta)]
 
 
-def _checked_low(
-    s: torch.Tensor | None,
-    b: Sequence[torch.Tensor | None] | None,
-    route: Route,
-    N: int,
-    dtype: torch.dtype,
-) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
-    if (s is None) != (b is None):
-        raise ValueError("s and b: allowed: both, or neither")
-    if s is None or b is None:
-        return None, []
-    bs = list(b)
-    if len(bs) > MAX_ADAPTERS:
-        raise ValueError(f"b has {len(bs)} entries; allowed: at most {MAX_ADAPTERS}")
-    if len(bs) != route.adapters:
-        raise ValueError(
-            f"b has {len(bs)} entries; allowed: {route.adapters}, one for each adapter of the route"
-        )
-    s = checks.rows("s", s, (dtype,))
-    for i, each in enumerate(bs):
-        if each is None:
-            continue
-        if each.dim() != 3:
-            raise ValueError(f"b[{i}] has shape {tuple(each.shape)}; allowed: [E, N, r]")
-        checks.rank(f"b[{i}]", each.shape[2])
-        want = (route.experts, N, each.shape[2])
-        checks.shape(f"b[{i}]", each, want, "[experts of the route, N as w, r]")
-        checks.adapter_dtype(f"b[{i}]", each, dtype)
-    largest = max((each.shape[2] for each in bs if each is not None), default=s.shape[1])
-    checks.shape("s", s, (route.P, largest), "[pairs of the route, largest rank of b]")
-    if len({each.dtype for each in bs if each is not None}) > 1:  # a launch has one signature
-        bs = [None if each is None else each.float() for each in bs]
-    return s, bs
-
-
 @planned()
 def gemm(
     x: torch.Tensor,
@@ -324,7 +288,14 @@ def gemm(
         raise TypeError(f"w has dtype {w.dtype}; allowed: {x.dtype}, that of x")
     if route.block_m not in BLOCKS_M:
         raise ValueError(f"route has block_m {route.block_m}; allowed: 16, 32, 64, 128")
-    s, bs = _checked_low(s, b, route, N, x.dtype)
+    if (s is None) != (b is None):
+        raise ValueError("s and b: allowed: both, or neither")
+    bs: list[torch.Tensor | None] = []
+    if s is not None and b is not None:
+        s = checks.rows("s", s, (x.dtype,))
+        bs = check_factors("b", b, route.adapters, E, 2, N, x.dtype, may_be_none=True)
+        largest = max((t.shape[2] for t in bs if t is not None), default=s.shape[1])
+        checks.shape("s", s, (P, largest), "[pairs of the route, largest rank of b]")
     if bias is not None:
         checks.shape("bias", bias, (E, N), "[E, N] of w")
         bias = checks.rows("bias", bias)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import triton.language as tl
 
+from . import checks
 from .common import cast, device_function, dot, keep_tile
 
 
@@ -40,12 +41,14 @@ def aligned(bs: Sequence[torch.Tensor], ranks: Sequence[int]) -> bool:
 
 @device_function
 def factor_of(
-    adapter, bs, ranks, e_strides, n_strides, r_strides, ALIGNED: tl.constexpr
+    adapter, bs, ranks, e_strides, n_strides, r_strides,
+    ALIGNED: tl.constexpr, WHOLE_RANKS: tl.constexpr,
 ):  # fmt: skip
     """(B of one adapter, its rank, its strides), with strides as int64 or known.
 
     With several adapters the integers of tuples come multiplied by 16, so that their values never
-    specialise the kernel, and strides that are all 1 come as None.
+    specialise the kernel, and strides that are all 1 come as None. What is known of the values is
+    said here: of what a function returns, a hint is lost. WHOLE_RANKS: ranks are multiples of 8.
     """
     if len(bs) == 1:
         b, rank = bs[0], ranks[0]
@@ -65,7 +68,9 @@ def factor_of(
         b = at.to(bs[0].dtype)
         if ALIGNED:  # then 16 bytes are read at a time
             whole: tl.constexpr = 128 // bs[0].dtype.element_ty.primitive_bitwidth
-            b, rank = tl.multiple_of(b, 16), tl.multiple_of(rank, 8)
+            b = tl.multiple_of(b, 16)
+            if WHOLE_RANKS:
+                rank = tl.multiple_of(rank, 8)
             e_step = tl.multiple_of(e_step, whole)
             if n_strides is not None:
                 n_step = tl.multiple_of(n_step, whole)
@@ -87,7 +92,7 @@ def add_update(
 ):  # fmt: skip
     """acc [BLOCK_M, BLOCK_N] + mask * (S Bᵀ), with B of one expert and one adapter."""
     b, rank, e_step, n_step, r_step = factor_of(
-        adapter, bs, ranks, e_strides, n_strides, r_strides, ALIGNED
+        adapter, bs, ranks, e_strides, n_strides, r_strides, ALIGNED, True
     )
     end = RANK_END if len(bs) == 1 else rank
     s_row = s + row.to(tl.int64)[:, None] * s_stride  # [BLOCK_M, 1]
@@ -109,3 +114,45 @@ def add_update(
         keep = keep_tile(words, row, row_ok, n0, WORDS, BLOCK_M, BLOCK_N)
         part = acc + tl.where(keep, part, 0.0)
     return part
+
+
+# ------------------------------------------------------------------------------------------ checks
+
+
+def check_factors(
+    name: str,
+    ts: Sequence[torch.Tensor | None],
+    count: int,
+    experts: int,
+    axis: int,
+    size: int,
+    dtype: torch.dtype,
+    *,
+    may_be_none: bool = False,
+) -> list[torch.Tensor | None]:
+    """A [E, r_i, K] or B [E, N, r_i] of each of ``count`` adapters, checked; None without weights.
+
+    The ranks are on ``axis``, and ``size`` is K or N. Each is fp32 or ``dtype``; if these are
+    mixed, all are returned as fp32, because a launch has one signature. ``may_be_none``: no adapter
+    needs to have weights.
+    """
+    given, of = list(ts), "[E, r, K]" if axis == 1 else "[E, N, r]"
+    if len(given) != count:
+        raise ValueError(f"{name} has {len(given)} entries; allowed: {count}, one for each adapter")
+    if count > checks.MAX_ADAPTERS:
+        raise ValueError(f"{name} has {count} entries; allowed: at most {checks.MAX_ADAPTERS}")
+    if not may_be_none and all(t is None for t in given):
+        raise ValueError(f"{name} has no tensor; allowed: {of} for one adapter or more")
+    for i, t in enumerate(given):
+        if t is None:
+            continue
+        if t.dim() != 3:
+            raise ValueError(f"{name}[{i}] has shape {tuple(t.shape)}; allowed: {of}")
+        r = t.shape[axis]
+        checks.rank(f"{name}[{i}]", r)
+        want = (experts, r, size) if axis == 1 else (experts, size, r)
+        checks.shape(f"{name}[{i}]", t, want, f"{of} for these experts")
+        checks.adapter_dtype(f"{name}[{i}]", t, dtype)
+    if len({t.dtype for t in given if t is not None}) > 1:
+        return [None if t is None else t.float() for t in given]
+    return given

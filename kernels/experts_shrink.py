@@ -27,12 +27,12 @@ from .common import (
     precision,
     row_stride,
 )  # fmt: skip
+from .experts_gates import pick
+from .experts_low_rank import check_factors, factor_of, integers
 from .experts_route import Route, checked_rows, source_rows
 from .launching import planned
 from .reduce import plan_sum
 from .shrink import LAUNCH_RANK, accumulate, steps
-
-MAX_ADAPTERS = 64  # of a batch; each is a few arguments of the launch
 
 
 @dataclass(frozen=True)
@@ -85,11 +85,7 @@ def _experts_shrink_kernel(
     ADAPTERS: tl.constexpr, GATHER: tl.constexpr, PIECES: tl.constexpr, ALIGNED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A block of rows of a tile of the route, in PIECES blocks, a part of K, a chunk of ranks.
-
-    With several adapters, integers in tuples come multiplied by 16, so that their values never
-    specialise the kernel.
-    """
+    """A block of rows of a tile of the route, in PIECES blocks, a part of K, a chunk of ranks."""
     tile = tl.program_id(0) // PIECES
     part = tl.program_id(1)
     r0 = tl.program_id(2) * BLOCK_R
@@ -101,30 +97,12 @@ def _experts_shrink_kernel(
     start += tl.program_id(0) % PIECES * BLOCK_M
     if start < end:
         expert = (group // ADAPTERS).to(tl.int64)
-        if ADAPTERS == 1:
-            rank, scale = ranks[0], scales[0]
-            a_r, a_k = r_strides[0], k_strides[0]
-            a = As[0] + expert * e_strides[0] + r0.to(tl.int64) * a_r
-        else:
-            adapter = group % ADAPTERS
-            zero = expert * 0
-            base, a_e, a_r, a_k, rank = zero, zero, zero, zero, zero
-            scale = adapter.to(tl.float32) * 0.0
-            for i in tl.static_range(ADAPTERS):
-                here = adapter == i
-                base = tl.where(here, As[i].to(tl.int64), base)
-                a_e = tl.where(here, zero + (e_strides[i] >> 4), a_e)
-                a_r = tl.where(here, zero + (r_strides[i] >> 4), a_r)
-                if k_strides is not None:
-                    a_k = tl.where(here, zero + (k_strides[i] >> 4), a_k)
-                rank = tl.where(here, zero + (ranks[i] >> 4), rank)
-                scale = tl.where(here, scales[i], scale)
-            if k_strides is None:
-                a_k = 1
-            a = base.to(As[0].dtype) + expert * a_e + r0 * a_r
-            if ALIGNED:  # then 16 bytes are read at a time
-                a = tl.multiple_of(a, 16)
-                a_r = tl.multiple_of(a_r, 128 // As[0].dtype.element_ty.primitive_bitwidth)
+        adapter = group % ADAPTERS
+        a, rank, a_e, a_r, a_k = factor_of(
+            adapter, As, ranks, e_strides, r_strides, k_strides, ALIGNED, False
+        )
+        scale = pick(scales, adapter)
+        a += expert * a_e + r0.to(tl.int64) * a_r
         row = start + tl.arange(0, BLOCK_M)  # [BLOCK_M]
         row_ok = row < end  # [BLOCK_M]
         source = source_rows(pairs, tl.minimum(row, end - 1), k, GATHER)  # [BLOCK_M]
@@ -167,12 +145,11 @@ def plan_shrink(
     some = next(t for t in a if t is not None)
     there = [some if t is None else t for t in a]
     ranks = [0 if t is None else t.shape[1] for t in a]
-    unit = len(a) > 1 and all(t.stride(2) == 1 for t in there)
-    times = 1 if len(a) == 1 else 16
+    ranks_of, *strides = integers(there, ranks)
+    unit = len(a) > 1 and strides[2] is None
     args = (
         x, tuple(there), words, target, route.pairs, route.offsets, route.tile_group,
-        route.tile_start, tuple(times * r for r in ranks), tuple(map(float, scales)),
-        *(None if unit and i == 2 else tuple(times * t.stride(i) for t in there) for i in range(3)),
+        route.tile_start, ranks_of, tuple(map(float, scales)), *strides,
         P, route.k, K, k_part, row_stride(x), width, cdiv(K, 32),
     )  # fmt: skip
     meta = dict(
@@ -192,30 +169,6 @@ def aligned(factors: Sequence[torch.Tensor]) -> bool:
         and all(step * t.element_size() % 16 == 0 for step in t.stride()[:2])
         for t in factors
     )
-
-
-def _factors(
-    a: Sequence[torch.Tensor | None], route: Route, K: int, dtype: torch.dtype
-) -> list[torch.Tensor | None]:
-    """``a``, checked; all in fp32 if dtypes are mixed, as a launch has one signature."""
-    if len(a) != route.adapters or len(a) > MAX_ADAPTERS:
-        raise ValueError(
-            f"a has {len(a)} entries; allowed: {route.adapters}, the route's adapters, "
-            f"at most {MAX_ADAPTERS}"
-        )
-    if all(t is None for t in a):
-        raise ValueError("a has no tensor; allowed: [E, r, K] for one adapter or more")
-    for i, t in enumerate(a):
-        if t is None:
-            continue
-        if t.dim() != 3:
-            raise ValueError(f"a[{i}] has shape {tuple(t.shape)}; allowed: [E, r, K]")
-        checks.rank(f"a[{i}]", t.shape[1])
-        want = (route.experts, t.shape[1], K)
-        checks.shape(f"a[{i}]", t, want, "[E, r, K], E as the route, K as x")
-        checks.adapter_dtype(f"a[{i}]", t, dtype)
-    mixed = len({t.dtype for t in a if t is not None}) > 1
-    return [t if t is None or not mixed else t.float() for t in a]
 
 
 @planned("scale")
@@ -240,7 +193,7 @@ def shrink(
     """
     x = checked_rows("x", x, route, gather)
     K = x.shape[1]
-    factors = _factors(list(a), route, K, x.dtype)
+    factors = check_factors("a", a, route.adapters, route.experts, 1, K, x.dtype)
     scales = checks.per_adapter("scale", scale, route.adapters)
     words = checks.words("bits", bits, route.P, K)
     checks.device(x=x, a=factors, bits=words, pairs=route.pairs)

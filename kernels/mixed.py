@@ -51,7 +51,7 @@ from .mixed_segments import (
     shrink_tile,
 )  # fmt: skip
 
-MAX_ADAPTERS = 64
+MAX_ADAPTERS = checks.MAX_ADAPTERS
 
 
 def rows_aligned(*ts: torch.Tensor) -> bool:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from peftkern.ops.experts import loop
-from peftkern.ops.experts.blocks import Scratch, blocks_of, groups_of, most_rows
+from peftkern.ops.experts.blocks import SharedRows, blocks_of, groups_of, most_rows
 from peftkern.ops.experts.order import Span, spans_of
 from peftkern.ops.experts.parts import Call
 from peftkern.ops.lora_experts import lora_experts
@@ -106,7 +106,7 @@ def test_groups_have_each_row_with_its_adapter():
 
 
 def test_scratch_keeps_its_memory_and_grows():
-    scratch = Scratch(4, torch.zeros(1, dtype=torch.float64))
+    scratch = SharedRows(4, torch.zeros(1, dtype=torch.float64))
     first = scratch.take("a", 2, 3)
     assert first.shape == (2, 3) and first.dtype == torch.float64
     assert scratch.take("a", 4, 3).data_ptr() == first.data_ptr()

@@ -36,7 +36,7 @@ def no_fused_operation(monkeypatch):
 
     with monkeypatch.context() as patch:
         for module, name in (
-            (linear, "lora_linear"), (mlp, "lora_mlp"), (row_adapters, "lora_mixed"),
+            (linear, "fused_linear"), (mlp, "lora_mlp"), (row_adapters, "lora_mixed"),
         ):  # fmt: skip
             patch.setattr(module, name, refuse)
         yield patch

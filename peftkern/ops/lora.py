@@ -181,13 +181,29 @@ def lora_linear(
     Raises:
         RuntimeError: torch's matrix product refuses the shapes, devices or dtypes.
     """
+    if forward_level() >= 0:  # a fused operation has no tangent, and a kernel would lose one
+        if autocast.is_on(x):
+            x, weight, bias, A, B = to_autocast(x.device.type, x, weight, bias, A, B)
+        mask = torch.empty_like(x).bernoulli_(1.0 - p) if p > 0.0 else None
+        return plain(x, Projection(weight, bias, A, B, scale, p, transposed), mask)
+    return fused_linear(x, weight, bias, A, B, scale, p, transposed)
+
+
+def fused_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scale: float,
+    p: float,
+    transposed: bool,
+) -> Tensor:
+    """:func:`lora_linear` for a caller that knows that no forward-mode AD is on."""
     # x.device.type costs as much as a small product; the flags do not
     device = "cpu" if x.is_cpu else "cuda" if x.is_cuda else autocast.elsewhere(x)
     if device and torch.is_autocast_enabled(device):
         x, weight, bias, A, B = to_autocast(device, x, weight, bias, A, B)
-    if forward_level() >= 0:  # a fused operation has no tangent, and a kernel would lose one
-        mask = torch.empty_like(x).bernoulli_(1.0 - p) if p > 0.0 else None
-        return plain(x, Projection(weight, bias, A, B, scale, p, transposed), mask)
     if torch.is_grad_enabled() and (
         x.requires_grad
         or A.requires_grad

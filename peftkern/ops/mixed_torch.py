@@ -53,9 +53,8 @@ class Plan(NamedTuple):
     order: Tensor | None  # int64 [samples]; None when the samples stand in this order already
     back: Tensor | None  # its inverse
     parts: tuple[Part, ...]
-    sorts: (
-        bool  # putting all samples in order costs less than a call for each part to fetch its own
-    )
+    # True: putting all samples in order costs less than a call for each part to fetch its own
+    sorts: bool
 
 
 Fact = tuple[int, float, torch.dtype]  # rank, scale and dtype of an adapter

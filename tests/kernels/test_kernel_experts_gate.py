@@ -350,7 +350,7 @@ def test_bad_arguments_are_named():
         gate(gu, route, a=[a, a])
     with pytest.raises(ValueError, match="a has no tensor"):
         gate(gu, route, a=[None])
-    with pytest.raises(ValueError, match=r"a\[0\] has 2 dimensions; allowed: 3"):
+    with pytest.raises(ValueError, match=r"a\[0\] has shape \(3, 4\); allowed: \[E, r, K\]"):
         gate(gu, route, a=[a[0]])
     with pytest.raises(ValueError, match=r"a\[0\] has shape \(4, 3, 3\); allowed: \(4, 3, 4\)"):
         gate(gu, route, a=[a[:, :, :3]])

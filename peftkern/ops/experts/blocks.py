@@ -58,7 +58,7 @@ def most_rows(blocks: Sequence[Block]) -> int:
     return max((b.end - b.start for b in blocks), default=0)
 
 
-class Scratch:
+class SharedRows:
     """Memory that one block after another writes to.
 
     The allocator gives memory of this size back to the system, which costs more to take anew than

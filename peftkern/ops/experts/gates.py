@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..mlp_torch import ACTIVATIONS, _derivative
-from .blocks import Scratch
+from .blocks import SharedRows
 from .parts import Gate
 
 LAYOUTS = ("halves", "interleaved", "alone")
@@ -30,14 +30,14 @@ def parted(gu: Tensor, layout: str) -> tuple[Tensor, Tensor | None]:
     return g, u
 
 
-def _activated(name: str, g: Tensor, scratch: Scratch | None) -> Tensor:
+def _activated(name: str, g: Tensor, scratch: SharedRows | None) -> Tensor:
     """act(G), a new tensor or one of the scratch."""
     if scratch is None or name != "silu":
         return ACTIVATIONS[name](g)
     return torch.ops.aten.silu.out(g, out=scratch.take("act", *g.shape))  # type: ignore[no-any-return]
 
 
-def hidden(gate: Gate, gu: Tensor, scratch: Scratch | None = None) -> Tensor:
+def hidden(gate: Gate, gu: Tensor, scratch: SharedRows | None = None) -> Tensor:
     """H [M, I]; with ``scratch`` it may be its "act"."""
     if gate.name is None:
         return gate.function(gu)
@@ -54,7 +54,7 @@ class Again(NamedTuple):
     graph: tuple[Tensor, Tensor] | None  # (GU, H) of a gate without a name
 
 
-def hidden_again(gate: Gate, gu: Tensor, scratch: Scratch | None = None) -> Again:
+def hidden_again(gate: Gate, gu: Tensor, scratch: SharedRows | None = None) -> Again:
     """With ``scratch`` H may be its "h", and act(G) its "act"."""
     if gate.name is None:
         with torch.enable_grad():
@@ -70,7 +70,7 @@ def hidden_again(gate: Gate, gu: Tensor, scratch: Scratch | None = None) -> Agai
 
 
 def gate_grad(
-    gate: Gate, gu: Tensor, again: Again, dh: Tensor, scratch: Scratch | None = None
+    gate: Gate, gu: Tensor, again: Again, dh: Tensor, scratch: SharedRows | None = None
 ) -> Tensor:
     """dGU [M, N1] for dH [M, I], which is written over; with ``scratch`` it may be its "dgu"."""
     if again.graph is not None:

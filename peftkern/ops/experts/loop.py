@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from ..torch_products import in_dtype
-from .blocks import Scratch, blocks_of, most_rows
+from .blocks import SharedRows, blocks_of, most_rows
 from .gates import gate_grad, hidden, hidden_again, norm_grad
 from .loop_linear import LoopLinear, low_rank
 from .order import Order, Span, sort_pairs, spans_of
@@ -107,7 +107,7 @@ def forward(
     down = LoopLinear(call.down, x, spans, words[1], mixed)
     blocks = blocks_of(spans)
     most = most_rows(blocks)
-    scratch = Scratch(most, x)
+    scratch = SharedRows(most, x)
     gu_all = x.new_empty((P if keep else most, N1))
     s_up, s_down = (room_for_s(p, x, P if keep else most, mixed) for p in (call.up, call.down))
     y_all = x.new_empty((P, N))  # times the routing weights
@@ -154,7 +154,7 @@ def backward(
     dw = w.new_zeros(len(w)) if wants.weights else None
     through = wants.behind_gate or wants.weights
     blocks = blocks_of(spans)
-    scratch = Scratch(most_rows(blocks), x)
+    scratch = SharedRows(most_rows(blocks), x)
     for block in blocks:
         rows = block.rows
         of, w_rows = tokens[rows], w[rows]

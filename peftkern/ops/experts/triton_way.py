@@ -29,8 +29,8 @@ from .gates import hidden_again
 from .grouped import check_choices, check_experts, check_later
 from .order import Order
 from .parts import Call, ExpertLinear, Gate, Grads, Kept, LinearGrads, Wants
+from .ways import Words
 
-Words = tuple[Tensor | None, Tensor | None]
 # From so many rows an expert on, B is copied for kernels whose tiles of rows each load it, as its
 # numbers are E apart in PEFT's layout. A copy is one such pass over B, and as many bytes again.
 COPIED_FROM = 16

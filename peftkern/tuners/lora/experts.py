@@ -66,10 +66,14 @@ def why_never(module: Any, parameter: str) -> str | None:
     It depends on the class and the names alone; None when the operation may run.
     """
     if form_of(module.__class__) is None:
-        return f"{type(module).__name__} is not a class of transformers' experts interface"
+        return _outside(module)
     if parameter not in parameters_of(module):
         return f"`{parameter}` is not the weight of a linear of the experts"
     return None
+
+
+def _outside(module: Any) -> str:
+    return f"{type(module).__name__} is not a class of transformers' experts interface"
 
 
 def mixture_of(module: Any, away: bool = False) -> Mixture | str:
@@ -79,7 +83,7 @@ def mixture_of(module: Any, away: bool = False) -> Mixture | str:
     """
     form = form_of(module.__class__)
     if form is None:
-        return f"{type(module).__name__} is not a class of transformers' experts interface"
+        return _outside(module)
     state = module.__dict__
     placed = away and is_only_placed(module)
     if is_hooked(module) and not placed:
@@ -89,7 +93,7 @@ def mixture_of(module: Any, away: bool = False) -> Mixture | str:
     if (reason := _foreign(form, experts_implementation(module))) is not None:
         return reason
     own = state["_parameters"]
-    has_bias, first = module.has_bias, True
+    has_bias = module.has_bias
     parts: list[ExpertLinear] = []
     for name in parameters_of(module):
         weight, bias = own.get(name), own.get(f"{name}_bias") if has_bias else None
@@ -98,11 +102,10 @@ def mixture_of(module: Any, away: bool = False) -> Mixture | str:
         of = f"{name}_bias"
         if has_bias and (reason := _unfit(module, of, bias, 2, placed)) is not None:
             return reason
-        if not first and weight.dtype is not parts[0].weight.dtype:
+        if parts and weight.dtype is not parts[0].weight.dtype:
             return f"dtypes: {parts[0].weight.dtype} and {weight.dtype}"
         if bias is not None and bias.dtype is not weight.dtype:
             return f"dtypes: weights {weight.dtype}, biases {bias.dtype}"
-        first = False
         parts.append(ExpertLinear(weight.transpose(1, 2) if module.is_transposed else weight, bias))
     for name, child in state["_modules"].items():
         if child is not None and (reason := _alive(name, child, away)) is not None:

@@ -13,7 +13,7 @@ from ...configs.lora import LoraConfig
 from ...ops import autocast
 from ...ops import backend as _backend
 from ...ops.library import traced_lora_linear, why_formula
-from ...ops.lora import lora_linear
+from ...ops.lora import fused_linear
 from ...ops.projection import Projection
 from ...ops.tracing import is_compiling, is_tracing
 from ...utils.handing import HERE, hand_over
@@ -120,7 +120,7 @@ class Linear(nn.Module, LoraLayer):
                 y = group.few_output(self, x, Projection(*call))
             if y is not None:
                 return y
-        return lora_linear(x, weight, bias, A, B, scale, p, transposed)
+        return fused_linear(x, weight, bias, A, B, scale, p, transposed)
 
     def fused_call(self, x: Tensor) -> tuple[Any, ...] | None:
         """The fields of a :class:`Projection` of x [..., K]; None when it cannot be fused.
