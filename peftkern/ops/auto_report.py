@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,24 +28,42 @@ def describe(
         alone: the numbers of the layer.
         together: the numbers of the group as which it trains and decodes, or None.
     """
+    dtypes = (tuned.products_in(like.dtype), tuned.NAMES[adapter])
+
+    def own(key: Key) -> bool:
+        # without gradients only few rows are computed together
+        wanted = {alone} if together is None else {together}
+        wanted |= {alone} if key.op == "infer" else set()
+        return (key.dtype, key.adapter_dtype) == dtypes and _numbers(key) in wanted
+
     book = tuned.book(like.get_device())
-    found, dtypes = [], (tuned.products_in(like.dtype), tuned.NAMES[adapter])
-    for memos in (book.decisions, book.provisional):
-        for key, decision in list(memos.items()):
-            # without gradients only few rows are computed together
-            wanted = {alone} if together is None else {together}
-            wanted |= {alone} if key.op == "infer" else set()
-            if (key.dtype, key.adapter_dtype) == dtypes and _numbers(key) in wanted:
-                found.append((key.op, key.m, key.mask, key.group, decision))
-    if found:
-        found.sort(key=lambda item: item[:3])
-        told = dict.fromkeys(_line(*item) for item in found)
-        reasons = dict.fromkeys(item[-1].why for item in found)
-        return f"auto: {', '.join(told)}: {', '.join(reasons)}"
+    told = decisions(book, own)
+    if told is not None:
+        return f"auto: {told}"
     reason = triton_backend.refusal(like, adapter, alone[2])
     if reason is not None:
         return f"auto: torch, {reason}"
-    return f"auto: not called yet: {_not_called(book, dtypes, {alone, together})}"
+
+    def tabled(key: Key) -> bool:
+        return (key.dtype, key.adapter_dtype) == dtypes and _numbers(key) in {alone, together}
+
+    return f"auto: {not_called(book, tabled)}"
+
+
+def decisions(book: tuned.Book, own: Callable[[Key], bool]) -> str | None:
+    """The decisions for calls whose keys are ``own`` and their reasons; None without one."""
+    found = [
+        (key.op, key.m, key.mask, key.group, decision)
+        for memos in (book.decisions, book.provisional)
+        for key, decision in list(memos.items())
+        if own(key)
+    ]
+    if not found:
+        return None
+    found.sort(key=lambda item: item[:3])
+    told = dict.fromkeys(_line(*item) for item in found)
+    reasons = dict.fromkeys(item[-1].why for item in found)
+    return f"{', '.join(told)}: {', '.join(reasons)}"
 
 
 def _numbers(key: Key) -> Numbers:
@@ -61,18 +80,20 @@ def _line(op: str, m: int, mask: bool, group: int, decision: Any) -> str:
     return f"{op}{together} M<={m}{with_mask} {how}{gain}"
 
 
-def _not_called(book: Any, dtypes: tuple[str, str], wanted: set[Any]) -> str:
-    known: dict[int, None] = {}
-    for table in (book.cached, book.shipped):
-        for key in table.entries if table is not None else ():
-            if (key.dtype, key.adapter_dtype) == dtypes and _numbers(key) in wanted:
-                known[key.m] = None
+def not_called(book: tuned.Book, own: Callable[[Key], bool]) -> str:
+    """What will decide the first call whose key is ``own``."""
+    known = {
+        key.m: None
+        for table in (book.cached, book.shipped)
+        for key in (table.entries if table is not None else ())
+        if own(key)
+    }
     off = auto_backend.races_off()
     then = f"torch, for {off}" if off else "raced at its first call"
     if known:
         rows = ", ".join(map(str, sorted(known)))
         then = f"M<={rows} known from earlier, else {then}"
-    return f"{then}; {book.shipped_note}"
+    return f"not called yet: {then}; {book.shipped_note}"
 
 
 def undecided(book: Any, key: Key) -> str:

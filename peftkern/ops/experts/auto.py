@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 from ...kernels.tuning import Key
-from .. import auto_backend, choices
+from .. import auto_backend, auto_report, choices, tuned
 from ..auto_backend import _decide, _known, _now
 from ..tuned import key_of
 from . import sampled, triton_way
 from .parts import Call, ExpertLinear, Wants
 from .ways import Choice, Way, of_torch
+
+OPS = ("experts", "experts_step")  # without gradients, and with them
 
 
 def choose(call: Call, keep: bool) -> Choice:
@@ -49,10 +51,27 @@ def _key(call: Call, keep: bool) -> Key:
     adapter = factors[0].A.dtype if factors else call.x.dtype
     what = f"{call.experts} {call.chosen.shape[1]} {call.gate.name or 'own'} {call.gate.layout}"
     what += "".join(f" {len(p.factors)}{'b' * (p.bias is not None)}" for p in (call.up, call.down))
-    (_, N1, K), op = call.up.weight.shape, "experts_step" if keep else "experts"
+    (_, N1, K), op = call.up.weight.shape, OPS[keep]
     group = 1 if call.choice is None else 1 << call.adapters.bit_length()
     mask = any(f.p > 0.0 for f in factors)
     return key_of(op, call.x.dtype, adapter, call.chosen.numel(), N1, K, r, group, mask, what)
+
+
+def describe(call: Call) -> str:
+    """The decisions for mixtures like the call's, whatever their tokens and choices, in words."""
+    wanted = _apart_from_rows(_key(call, True))
+
+    def own(key: Key) -> bool:
+        return key.op in OPS and _apart_from_rows(key) == wanted
+
+    book = tuned.book(call.x.get_device())
+    return auto_report.decisions(book, own) or auto_report.not_called(book, own)
+
+
+def _apart_from_rows(key: Key) -> Key:
+    """The key without what a model's mixture does not tell: tokens, choices, gradients, dropout."""
+    experts, _, *rest = key.grads.split()
+    return key._replace(op="", m=0, mask=False, grads=" ".join([experts, *rest]))
 
 
 def _undropped(part: ExpertLinear) -> ExpertLinear:

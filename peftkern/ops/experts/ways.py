@@ -32,6 +32,7 @@ class Choice(NamedTuple):
     way: Way
     name: str
     reason: str
+    declined: str | None = None  # the reason that the kernels do not take the call
 
     def infer(self, call: Call) -> Tensor:
         """The output, with nothing kept."""

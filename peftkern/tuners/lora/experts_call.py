@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 
 from ...ops import autocast
-from ...ops.experts.parts import ExpertLinear, Factors
+from ...ops.experts.choosing import describe
+from ...ops.experts.parts import Call, ExpertLinear, Factors
 from ...ops.lora_experts import lora_experts
 from ...ops.tracing import is_tracing
 from ..base_layer import as_names
@@ -272,8 +273,24 @@ def describe_mixtures(model: nn.Module) -> dict[int, tuple[str | None, str]]:
         chain = chain_of(outer)
         if form_of(chain.module.__class__) is None:
             continue
-        reason = why_separate(outer)
+        read_ = read(chain, None, away=True)
+        if isinstance(read_, str):
+            found.update({id(w): (read_, "") for w in chain.wrappers})
+            continue
         names = ", ".join(w.parameter_name for w in chain.wrappers if active_names(w))
         words = f"; one operation for the mixture ({names}) {describe_implementation(chain.module)}"
-        found.update({id(w): (reason, "" if reason else words) for w in chain.wrappers})
+        words += f": {_way(*read_)}"
+        found.update({id(w): (None, words) for w in chain.wrappers})
     return found
+
+
+def _way(mixture: Mixture, parts: list[ExpertLinear]) -> str:
+    """What computes the mixture, and why, in words."""
+    up, down = parts
+    weight = up.weight
+    if weight.is_meta:
+        return "what computes it is chosen where accelerate places its weights"
+    x = weight.new_empty((0, weight.shape[2]))  # no token: a way depends on the rest alone
+    index, weights = x.new_empty((0, 0), dtype=torch.int64), x.new_empty((0, 0))
+    norm, sentinels = mixture.norm, mixture.sentinels
+    return describe(Call(x, index, weights, up, down, mixture.gate, norm, None, sentinels))
