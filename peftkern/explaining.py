@@ -7,11 +7,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from . import liger
 from .fusing import hf_layers, hf_module
 from .ops.backend import describe
+from .ops.bases.formats import as_weight, read, reader_of
 from .ops.library import why_formula
 from .tuners.lora.base import LoraLayer
 from .tuners.lora.experts_call import describe_mixtures
@@ -91,6 +92,8 @@ def _compiled(layer: Any) -> str:
     parameter = getattr(layer, "parameter_name", None)
     if parameter is not None and not is_product(layer.base_layer, parameter):
         return "operators"
+    if reader_of(layer.base_layer) is not None:
+        return "plain formula (the base weight is quantised)"
     A = layer.lora_A[next(n for n in layer.active_adapters if n in layer.lora_A)].weight
     why = why_formula(layer.base_layer.weight, A)
     return "one operator" if why is None else f"plain formula ({why})"
@@ -129,7 +132,7 @@ def explain(model: nn.Module) -> Explanation:
                 ranks=dict(layer.r),
                 fused=reason is None or own is not None,
                 backend=slow if reason and own is None else f"{backend} fused",
-                reason=decided + together + of_mlp + of_mixture
+                reason=decided + _format(layer) + together + of_mlp + of_mixture
                 if reason is None
                 else own or reason,
                 compiled=_compiled(layer) if reason is None else "plain formula",
@@ -171,6 +174,14 @@ def _kept(layer: Any) -> str | None:
     return hf.why_not(layer) or "HF PEFT's layer; peftkern.fuse(model) fuses it"
 
 
+def _format(layer: Any) -> str:
+    """The words for a base weight that is read in its format; none for a dense one."""
+    if reader_of(layer.get_base_layer()) is None:
+        return ""
+    found = read(layer.get_base_layer())
+    return "" if isinstance(found, str) else f"; base weight: {found.packed.format}"
+
+
 def _decided(layer: Any, group: Any) -> str:
     """The dispatcher's decisions for a fused layer, alone and in its group, in words."""
     from .ops.auto_report import describe as in_words
@@ -180,7 +191,18 @@ def _decided(layer: Any, group: Any) -> str:
         members = [m for m in group.layers if m.decline_reason() is None]
         together = _numbers(members) if len(members) > 1 else None
     adapter = layer.lora_A[next(n for n in layer.active_adapters if n in layer.lora_A)]
-    return in_words(layer.weight, adapter.weight.dtype, _numbers([layer]), together)
+    return in_words(_like(layer, adapter.weight), adapter.weight.dtype, _numbers([layer]), together)
+
+
+def _like(layer: Any, adapter: Tensor) -> Tensor:
+    """A tensor of the dtype and device that the layer's activations are expected to have."""
+    base = layer.get_base_layer()
+    found = None if reader_of(base) is None else read(base)
+    if found is None or isinstance(found, str):
+        weight: Tensor = layer.weight
+        return weight
+    dtype = found.packed.compute_dtype(adapter.dtype)
+    return as_weight(found.packed, adapter.new_empty(0, dtype=dtype))
 
 
 def _numbers(layers: list[Any]) -> tuple[int, int, int, int]:

@@ -279,6 +279,23 @@ def test_without_assertions_on_the_device_nothing_is_asked() -> None:
     without("_assert_async").assert_later(false, "out of range")
 
 
+def test_without_tensors_that_have_no_data_quantised_weights_are_not_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from peftkern.ops.bases import formats
+
+    # "Tensor._make_wrapper_subclass" cannot be taken from its class, so what was found is replaced
+    assert private.make_wrapper == torch.Tensor._make_wrapper_subclass
+    monkeypatch.setattr(formats, "make_wrapper", None)
+    said = formats.checked(lambda module: pytest.fail("it was read"), torch.nn.Linear(2, 2))
+    assert isinstance(said, str) and "_make_wrapper_subclass" in said
+
+
+def test_without_the_disabled_function_torch_takes_its_detour() -> None:
+    taken = without("_C._disabled_torch_function_impl").DisabledTorchFunction
+    assert taken == torch.Tensor.__torch_function__
+
+
 def test_without_unsafe_view_outputs_are_copied() -> None:
     made = without("ops.aten._unsafe_view").unsafe_view
     x = torch.randn(6, 2)

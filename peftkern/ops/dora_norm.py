@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import autocast, torch_backend
 from . import backend as _backend
+from .bases.weight import dense
 from .tracing import is_recording
 
 # elements of W in a block: on a CPU the block and its sum fit in a core's cache; larger elsewhere,
@@ -38,6 +39,7 @@ def row_norms(
     if autocast.is_on(weight):  # its products would be rounded to a narrow dtype
         with torch.autocast(weight.device.type, enabled=False):
             return row_norms(weight, A, B, scale, transposed)
+    weight = dense(weight)
     with torch.no_grad():
         if not is_recording() and _backend.active is not torch_backend:
             from . import dora_triton

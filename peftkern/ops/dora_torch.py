@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ..utils.private import is_grad_batch, outputs_are_kept
 from . import backend as _backend
+from .bases.weight import dense, with_dense
 from .bits import pack_bits, unpack_bits
 from .projection import Projection, ProjectionGrad
 from .torch_backend import _drop, _drop_fused
@@ -37,7 +38,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """(Y in x's dtype, S, V or None without ``keep_v``, the mask)."""
     _, bias, A, B, scale, p, _ = member
-    w, low = member.w, low_rank_dtype(x, A)
+    w, low = dense(member.w), low_rank_dtype(x, A)
     if p == 0.0 and low == x.dtype:
         [(v, s, _)] = _backend.active.forward(x, [member])
         return scale_columns(v, gain, bias, keep_v), s, v if keep_v else None, None
@@ -86,7 +87,7 @@ def backward(
     The sums [N] over rows of dY ∘ Z are None without ``v``. Z is the factor of the gain: V, at
     p = 0 without its bias. Without dA only the shape and dtype of x are used.
     """
-    dy, w, A, B, s, bits, scale, p, needs_a, needs_b = member
+    dy, w, A, B, s, bits, scale, p, needs_a, needs_b = with_dense(member)
     low = low_rank_dtype(x, A)
     dyl, K = dy.to(low), w.shape[0]
     db = dx = da = None

@@ -17,6 +17,7 @@ from ..kernels.gemm import fused_linear
 from ..kernels.shrink import shrink
 from . import backend as _backend
 from . import dora_torch, triton_backend, tuned
+from .bases.weight import dense
 from .device import on_its_device
 from .projection import Projection, ProjectionGrad
 from .triton_backend import refusal, why_not
@@ -51,7 +52,7 @@ def forward(
         s = shrink(x, [A], [member.scale], config=tuned.config("shrink", x, A.dtype, 0, K, r))
         v = x.new_empty((x.shape[0], N)) if keep_v else None
         # no config from a tuning table: its tile is for products without gain, with fewer registers
-        y = fused_linear(x, w.t(), s, B, bias, gain=gain.float(), v=v)
+        y = fused_linear(x, dense(w).t(), s, B, bias, gain=gain.float(), v=v)
         return y, s, v, None
     [(v, s, _)] = _backend.active.forward(x, [member])
     return dora_torch.scale_columns(v, gain, bias, keep_v), s, v if keep_v else None, None

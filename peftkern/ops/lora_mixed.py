@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import autocast, torch_backend
 from . import backend as _backend
+from .bases.weight import dense
 from .mixed_torch import Facts, Plan, make_plan
 from .notes import note_once
 from .tracing import is_recording
@@ -162,6 +163,7 @@ def lora_mixed(
             if backend is not torch_backend:
                 note_once("a mixed batch runs on torch's products: gradients are wanted")
             backend = torch_backend
+    weight = dense(weight)
     y = backend.mixed(
         x.reshape(-1, x.shape[-1]), weight.t() if transposed else weight, bias, found, index
     )

@@ -19,11 +19,13 @@ from ..utils.private import is_grad_batch, unsafe_view
 from . import autocast
 from . import backend as _backend
 from .apart import apart
+from .bases.weight import dense
 from .bits import unpack_bits
 from .lora import lora_linear, plain, to_autocast
 from .mlp_parts import Member
 from .mlp_torch import ACTIVATIONS, hidden, product
 from .projection import Plain, PlainGrad, Projection, ProjectionGrad
+from .torch_products import base_product
 
 Part = Projection | Plain
 PER_PART = 4  # tensors of a part: weight, bias, A, B
@@ -156,17 +158,23 @@ def _of_packed(
     One low-rank product stands for both: dS is the sum of the halves'.
     """
     [part], [bits], width = inner, masks, made.dgate.shape[1]
+    whole = _whole(made.dgate, made.dup)
+    if whole is None:  # the halves of a weight are views, which only a dense one has
+        part = part._replace(weight=dense(part.weight))
     if needs[3]:
         grads[3] = torch.cat([made.dgate.sum(0), made.dup.sum(0)])
-    rest = [(made.dup, part.w[:, width:])]
     if isinstance(part, Plain):
-        rest.append((made.dgate, part.w[:, :width]))
+        if whole is not None:
+            rest = [(whole, part.w)]
+        else:
+            rest = [(made.dup, part.w[:, width:]), (made.dgate, part.w[:, :width])]
         return _grad_x(x, [], [], [], rest, needs[0], grads)
     if made.dbs[0] is not None:
         grads[5] = torch.cat(made.dbs)
-    dy, w = made.dgate, part.w[:, :width]
-    if (whole := _whole(made.dgate, made.dup)) is not None:
+    if whole is not None:
         dy, w, rest = whole, part.w, []
+    else:
+        dy, w, rest = made.dgate, part.w[:, :width], [(made.dup, part.w[:, width:])]
     behind = _grad(part, dy, w, bits, needs[2:6])
     return _grad_x(x, [behind], [made.ds[0] + made.ds[1]], [2], rest, needs[0], grads)
 
@@ -194,7 +202,7 @@ def _grad_x(
             grads[at + 2] = da
     if needs_x:
         for dy, w in rest:
-            dx = torch.mm(dy, w.t()) if dx is None else dx.addmm_(dy, w.t())
+            dx = base_product(dy, w.t(), dx)
     return dx
 
 
@@ -279,7 +287,7 @@ def lora_mlp(
             h = _hidden(x, inner, act, packed)
         if isinstance(last, Projection):
             return lora_linear(h, *last)
-        return linear(h, last.w.t(), last.bias)
+        return linear(h, dense(last.w).t(), last.bias)
     _, y = _run(x.reshape(-1, x.shape[-1]), parts, act, packed)
     return y.view(*x.shape[:-1], y.shape[-1])
 

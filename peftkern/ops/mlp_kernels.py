@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..kernels.expand import expand, low_rank_grad_input
@@ -17,6 +16,7 @@ from .device import on_its_device
 from .mlp_parts import Grads, Member, Shrink, ShrinkGrad
 from .notes import note_once
 from .projection import Plain, PlainGrad, Projection, ProjectionGrad
+from .torch_products import base_product
 
 
 def _taken(gate: Tensor, act: str, adapters: list[Tensor]) -> bool:
@@ -46,7 +46,7 @@ def forward(
     assert s is not None
     N, r = down.B.shape
     config = tuned.config("expand", gate, down.A.dtype, N, 0, r)
-    y: Tensor = expand(s, down.B, down.bias, config=config).addmm_(h, down.w)
+    y: Tensor = base_product(h, down.w, expand(s, down.B, down.bias, config=config))
     return y, s, bits
 
 
@@ -65,7 +65,7 @@ def backward(
     if not _taken(gate, act, behind):
         return mlp_torch.backward(gate, up, act, down, members)
     if isinstance(down, PlainGrad):
-        dh = torch.mm(down.dy, down.w.t())
+        dh = base_product(down.dy, down.w.t())
         return mlp_triton.activate_grad(dh, gate, up, act, None, members), None
     [ds], [db] = triton_backend.over_dy([down], [triton_backend.config_over_dy(down)])
     masked, r = down.bits is not None, down.A.shape[0]
@@ -73,6 +73,6 @@ def backward(
         "low_rank_grad_input", down.dy, down.A.dtype, 0, gate.shape[1], r, 1, masked
     )
     dh = low_rank_grad_input([ds], [down.A], [down.bits], config=config)
-    dh.addmm_(down.dy, down.w.t())
+    base_product(down.dy, down.w.t(), dh)
     inner = ShrinkGrad(ds, down.bits, down.A.dtype) if down.needs_a else None
     return mlp_triton.activate_grad(dh, gate, up, act, inner, members), db

@@ -21,11 +21,12 @@ from torch.nn import functional as F
 
 from ..utils.private import is_grad_batch, outputs_are_kept
 from . import torch_backend
+from .bases.weight import BaseWeight
 from .bits import unpack_bits
 from .mlp_parts import Grads, Member, Shrink, ShrinkGrad
 from .projection import Plain, PlainGrad, Projection, ProjectionGrad
 from .torch_backend import _add_low_rank, _over_dy
-from .torch_products import in_dtype, low_rank_dtype, mm_to, scaled_mm
+from .torch_products import base_product, in_dtype, low_rank_dtype, mm_to, scaled_mm
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -148,6 +149,9 @@ def forward(
 
 def product(x: Tensor, part: Plain) -> Tensor:
     """Y [M, N] of a linear without an adapter."""
+    if part.weight.__class__ is BaseWeight:
+        y = base_product(x, part.w)
+        return y if part.bias is None else y.add_(part.bias)
     return torch.mm(x, part.w) if part.bias is None else torch.addmm(part.bias, x, part.w)
 
 
@@ -160,15 +164,15 @@ def backward(
 ) -> tuple[Grads, Tensor | None]:
     """(gradients of G, U and the adapters' parts that need them; dB [N, r] of down)."""
     if isinstance(down, PlainGrad):
-        dh = torch.mm(down.dy, down.w.t())
+        dh = base_product(down.dy, down.w.t())
         return _activate_grad(dh, gate, up, act, None, members), None
     low = low_rank_dtype(gate, down.A)
     ds, db = _over_dy(down, low)
     mask = unpack_bits(down.bits, gate.shape[1], low) if down.bits is not None else None
     dh = _add_low_rank(None, ds, in_dtype(low, down.A), mask)
     if low == down.dy.dtype:
-        dh.addmm_(down.dy, down.w.t())
+        base_product(down.dy, down.w.t(), dh)
     else:
-        dh = dh.add_(torch.mm(down.dy, down.w.t())).to(down.dy.dtype)
+        dh = dh.add_(base_product(down.dy, down.w.t())).to(down.dy.dtype)
     inner = (ds, mask, down.A.dtype) if down.needs_a else None
     return _activate_grad(dh, gate, up, act, inner, members), db

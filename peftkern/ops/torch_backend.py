@@ -19,10 +19,11 @@ from torch.nn.functional import linear
 
 from ..kernels.reference import reference_bits
 from ..utils.private import outputs_are_kept
+from .bases.weight import BaseWeight
 from .bits import pack_bits, unpack_bits
 from .mixed_torch import mixed as mixed
 from .projection import Projection, ProjectionGrad
-from .torch_products import in_dtype, mm_to, scaled_mm
+from .torch_products import base_product, in_dtype, mm_to, scaled_mm
 from .torch_products import low_rank_dtype as low_rank_dtype
 
 # Projections of one x without gradients are computed together up to this many rows. Here each is as
@@ -92,10 +93,13 @@ def _forward(
     bt = in_dtype(low, B).t()
     if low == x.dtype and not outputs_are_kept():
         y = torch.mm(s, bt) if bias is None else torch.addmm(bias, s, bt)
-        return y.addmm_(x, w), s, bits
+        return base_product(x, w, y), s, bits
     # The low-rank part has a wider dtype: rounding it to x's before the base product would lose its
     # precision. Or the base product, the most work, is what a selective checkpoint keeps.
-    y = torch.mm(x, w) if bias is None else torch.addmm(bias, x, w)
+    if w.__class__ is BaseWeight:
+        y = base_product(x, w) if bias is None else base_product(x, w).add_(bias)
+    else:
+        y = torch.mm(x, w) if bias is None else torch.addmm(bias, x, w)
     return torch.addmm(y.to(low), s, bt).to(x.dtype), s, bits
 
 
@@ -118,9 +122,9 @@ def backward(
         if needs_x:
             dx = _add_low_rank(dx, ds, in_dtype(low, m.A), mask)
             if low == m.dy.dtype:
-                dx.addmm_(m.dy, m.w.t())
+                base_product(m.dy, m.w.t(), dx)
             else:
-                dx.add_(torch.mm(m.dy, m.w.t()))
+                dx.add_(base_product(m.dy, m.w.t()))
         if m.needs_a:
             da = mm_to(ds.t(), xl if mask is None else mask.mul_(xl), m.A.dtype)
         pairs.append((da, db))
@@ -149,6 +153,8 @@ def infer(
 ) -> Tensor:
     """Y for x [..., K] without gradients or dropout; ``w`` is [K, N] when ``transposed``."""
     K, count, dtype = x.size(-1), x.numel(), x.dtype
+    if w.__class__ is BaseWeight:
+        return _infer_quantised(x, w if transposed else w.t(), bias, A, B, scale)
     if A.dtype is dtype and count <= _FEW_ROWS * K and not outputs_are_kept():
         stored = w.t() if transposed else w
         if count == K and dtype is torch.float32 and x.is_cpu:
@@ -165,6 +171,19 @@ def infer(
     x2 = x.reshape(-1, K)
     y, _, _ = _forward(x2, Projection(w, bias, A, B, scale, 0.0, transposed), None)
     return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _infer_quantised(
+    x: Tensor, w: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float
+) -> Tensor:
+    """Y for x [..., K] and a quantised weight w [K, N]."""
+    x2, low = x.reshape(-1, x.size(-1)), low_rank_dtype(x, A)
+    y = base_product(x2, w)
+    if bias is not None:
+        y.add_(bias)
+    update = linear(linear(in_dtype(low, x2), in_dtype(low, A)), in_dtype(low, B))
+    y = y.add_(update, alpha=scale) if low == y.dtype else y.to(low).add_(update, alpha=scale)
+    return in_dtype(x.dtype, y).view(*x.shape[:-1], y.shape[-1])
 
 
 def infer_group(x: Tensor, members: list[Projection]) -> list[Tensor]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .bases.weight import BaseWeight
+
 
 def low_rank_dtype(x: Tensor, A: Tensor) -> torch.dtype:
     """The dtype of the low-rank products.
@@ -13,6 +15,13 @@ def low_rank_dtype(x: Tensor, A: Tensor) -> torch.dtype:
     units. Elsewhere it is the adapter's, as in HF PEFT, which costs nothing without matrix units.
     """
     return x.dtype if x.is_cuda else A.dtype
+
+
+def base_product(x: Tensor, w: Tensor, y: Tensor | None = None) -> Tensor:
+    """x w for a base weight [K, N], dense or quantised; added to ``y`` in its memory if given."""
+    if isinstance(w, BaseWeight):
+        return w.product(x, y)
+    return torch.mm(x, w) if y is None else y.addmm_(x, w)
 
 
 def in_dtype(dtype: torch.dtype, t: Tensor) -> Tensor:

@@ -29,11 +29,13 @@ from ..kernels.shrink import shrink
 from ..kernels.shrink_expand import fits as shrink_expand_fits
 from ..kernels.shrink_expand import shrink_expand
 from . import torch_backend, tuned
+from .bases.weight import dense
 from .device import on_its_device
 from .masks import draw as draw
 from .masks import to_draw
 from .notes import note_once
 from .projection import Projection, ProjectionGrad
+from .torch_products import base_product
 
 # The ways to add the update to the base product:
 #   hybrid   the low-rank part is written, the vendor's product accumulates onto it
@@ -140,15 +142,15 @@ def forward(
     if way.order == "joined":
         Bs, biases = [m.B for m in members], [m.bias for m in members]
         s, ys = shrink_expand(x, As, Bs, scales, words, biases, draw=drawn, config=way.first)
-        ys = [y.addmm_(x, m.w) for y, m in zip(ys, members, strict=True)]
+        ys = [base_product(x, m.w, y) for y, m in zip(ys, members, strict=True)]
         return list(zip(ys, _columns(s, As), words, strict=True))
     done = []
     parts = _columns(shrink(x, As, scales, words, draw=drawn, config=way.first), As)
     for m, s, bits, config in zip(members, parts, words, way.each, strict=True):
         if way.order == "fused":
-            y = fused_linear(x, m.w.t(), s, m.B, m.bias, config=config)
+            y = fused_linear(x, dense(m.w).t(), s, m.B, m.bias, config=config)
         else:
-            y = expand(s, m.B, m.bias, config=config).addmm_(x, m.w)
+            y = base_product(x, m.w, expand(s, m.B, m.bias, config=config))
         done.append((y, s, bits))
     return done
 
@@ -231,13 +233,13 @@ def backward(
         for i, da in zip(wanted, found, strict=True):
             das[i] = da
     if needs_x and way.order == "fused":
-        dys, ws = [m.dy for m in members], [m.w.t() for m in members]
+        dys, ws = [m.dy for m in members], [dense(m.w).t() for m in members]
         dx = fused_grad_input(dys, ws, ds, As, bits, config=way.last)
     elif needs_x:
         if dx is None:
             dx = low_rank_grad_input(ds, As, bits, config=way.last)
         for m in members:
-            dx.addmm_(m.dy, m.w.t())
+            base_product(m.dy, m.w.t(), dx)
     return dx, list(zip(das, dbs, strict=True))
 
 
@@ -347,7 +349,7 @@ def infer_group(x: Tensor, members: list[Projection], how: str | None = None) ->
     if few and how == "decode":
         config = tuned.config("decode", x2, low, N, K, r, count)
         ys = decode_group(
-            x2, [m.w.t() for m in members], [m.A for m in members], [m.B for m in members],
+            x2, [dense(m.w).t() for m in members], [m.A for m in members], [m.B for m in members],
             [m.scale for m in members], [m.bias for m in members], config=config,
         )  # fmt: skip
     else:
@@ -382,5 +384,5 @@ def mixed(x: Tensor, w: Tensor, bias: Tensor | None, adapters: Any, samples: Any
     if weights:
         r, count = max(a.shape[0] for a in weights), next_pow2(len(weights))
         config = tuned.config("mixed_rows", x, weights[0].dtype, w.shape[0], x.shape[1], r, count)
-    y: Tensor = _mixed(x, w, As, Bs, scales, samples.on(x.device), bias, config=config)
+    y: Tensor = _mixed(x, dense(w), As, Bs, scales, samples.on(x.device), bias, config=config)
     return y

@@ -61,6 +61,12 @@ jit_is_tracing: Callable[[], bool] = getattr(torch._C, "_is_tracing", is_tracing
 # the number of dispatch modes; without the name there may be one
 dispatch_depth: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 
+# (class, shape, dtype=, device=) -> a tensor of that class without data; None without the name
+make_wrapper: Callable[..., Any] | None = getattr(Tensor, "_make_wrapper_subclass", None)
+DisabledTorchFunction: Any = getattr(
+    torch._C, "_disabled_torch_function_impl", Tensor.__torch_function__
+)
+
 
 def _aten(name: str) -> Any:
     packet = getattr(torch.ops.aten, name, None)

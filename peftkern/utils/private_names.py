@@ -141,6 +141,18 @@ REGISTER = (
     ),
     Private(
         "torch",
+        "Tensor._make_wrapper_subclass",
+        "a quantised weight passes through operations and autograd as a tensor without data",
+        "layers with quantised weights run as base layer + update; `explain` says why",
+    ),
+    Private(
+        "torch",
+        "_C._disabled_torch_function_impl",
+        "spares a quantised weight, as a tensor's subclass, a detour in each of torch's calls",
+        "each call with a quantised weight takes some microseconds more",
+    ),
+    Private(
+        "torch",
         "ops.aten._unsafe_view",
         "an output that is a view of what a Function made may not be written to by callers",
         "outputs of more than two dimensions are copied",

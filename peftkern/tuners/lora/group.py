@@ -26,6 +26,7 @@ from torch.compiler import is_compiling
 
 from ...ops import autocast
 from ...ops import backend as _backend
+from ...ops.bases.weight import BaseWeight
 from ...ops.lora_group import lora_group, lora_group_infer
 from ...ops.projection import Projection
 from ..base_layer import walk
@@ -76,9 +77,10 @@ def _mode(x: Tensor) -> tuple[bool, bool]:
 
 def _fingerprint(call: Projection) -> tuple[Any, ...]:
     """The identity and version of a call's tensors, and its numbers."""
-    tensors = tuple(
-        (id(t), None if t.is_inference() else t._version) for t in call.tensors if t is not None
-    )
+    held: list[Tensor] = [t for t in call.tensors if t is not None]
+    if isinstance(call.weight, BaseWeight):  # made anew for each call, of the owner's tensors
+        held[0:1] = call.weight.packed.tensors
+    tensors = tuple((id(t), None if t.is_inference() else t._version) for t in held)
     return tensors + call.settings
 
 

@@ -12,6 +12,7 @@ from torch.nn.parameter import Parameter
 from ...configs.lora import LoraConfig
 from ...ops import autocast
 from ...ops import backend as _backend
+from ...ops.bases.formats import reader_of
 from ...ops.library import traced_lora_linear, why_formula
 from ...ops.lora import fused_linear
 from ...ops.projection import Projection
@@ -29,7 +30,7 @@ from . import inits
 from .base import NOTHING, LoraLayer
 from .group import Group
 from .inits.random import of_linear, placed
-from .plan import Plan, is_hooked, weight_layout
+from .plan import Plan, base_reason, base_weight, is_hooked, weight_layout
 from .row_adapters import IN_TRANSFORM, AdapterNames, Unhooked, forward_mixed
 from .variant import make_ready, take_kwargs
 
@@ -144,6 +145,8 @@ class Linear(nn.Module, LoraLayer):
             or jit_is_tracing()  # takes a third of the time of torch.jit.is_tracing
         ):
             return None
+        if plan.quantised:
+            return self._quantised_call(plan, x)
         params = plan.base_params
         weight = params.get("weight")
         A, B = plan.a_params.get("weight"), plan.b_params.get("weight")
@@ -167,6 +170,20 @@ class Linear(nn.Module, LoraLayer):
             return None
         return weight, params["bias"], A, B, scale, p, plan.transposed
 
+    def _quantised_call(self, plan: Plan, x: Tensor) -> tuple[Any, ...] | None:
+        """The rest of :meth:`fused_call` for a base layer with a quantised weight."""
+        A, B = plan.a_params.get("weight"), plan.b_params.get("weight")
+        if A.__class__ is not Parameter or B.__class__ is not Parameter or A.is_meta:
+            return None
+        p = plan.drop.p if plan.drops and plan.drop.training else 0.0
+        scale = self.__dict__["scaling"][plan.name]
+        if p >= 1.0 or scale.__class__ is Tensor or not _dtypes_fit(x, x.dtype, A.dtype, B.dtype):
+            return None
+        found = base_weight(plan.base, x)
+        if found is None:
+            return None
+        return *found, A, B, scale, p, False
+
     def traced_call(self, x: Tensor) -> Projection | None:
         """:meth:`fused_call` for a compiler; None when the compiler gets the plain formula.
 
@@ -174,6 +191,8 @@ class Linear(nn.Module, LoraLayer):
         the result depends on.
         """
         if self.decline_reason() not in (None, SCALING_IS_A_TENSOR):
+            return None
+        if reader_of(self.base_layer) is not None:  # compilers get the base layer and the update
             return None
         name = self.active_adapters[0]
         call = self.product_call(x, name)
@@ -195,18 +214,27 @@ class Linear(nn.Module, LoraLayer):
         p = drop.p if drop.training and isinstance(drop, nn.Dropout) else 0.0
         if (
             p >= 1.0
+            or not x.is_floating_point()
             # product_reason tests for replaced forwards too, but compilers set no guard for its
             # test; with this one they notice a forward that is replaced later
             or not all(isinstance(m.forward, MethodType) for m in (base, a, b, drop))
-            or not _dtypes_fit(x, base.weight.dtype, a.weight.dtype, b.weight.dtype)
         ):
+            return None
+        if reader_of(base) is not None:
+            found, layout = base_weight(base, x), False
+            if found is None:
+                return None
+            weight, bias = found
+        else:
+            weight, bias = base.weight, base.bias
+            layout = bool(weight_layout(base.__class__))  # known, or there is a product_reason
+        if not _dtypes_fit(x, weight.dtype, a.weight.dtype, b.weight.dtype):
             return None
         scale: Any = self.scaling[name]
         B = b.weight
         if isinstance(scale, Tensor):  # the operation takes a number
             B, scale = B * scale, 1.0
-        layout: Any = weight_layout(base.__class__)  # known, or there is a product_reason
-        return Projection(base.weight, base.bias, a.weight, B, scale, p, layout)
+        return Projection(weight, bias, a.weight, B, scale, p, layout)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_plan": None, "_unhooked": None}  # a copy has other modules
@@ -291,12 +319,14 @@ class Linear(nn.Module, LoraLayer):
             return "torch.jit.trace records the plain formula"
         if in_transform():
             return IN_TRANSFORM
-        if weight_layout(base.__class__) is None:
-            return f"base layer {type(base).__name__} computes its product itself"
+        if (of_base := base_reason(base)) is not None:
+            return of_base
+        quantised = reader_of(base) is not None
         A: Any = self.lora_A[name]
         B: Any = self.lora_B[name]
         for what, module in (("base layer", base), ("lora_A", A), ("lora_B", B)):
-            if type(module.__dict__["_parameters"].get("weight")) is not Parameter:
+            plain = quantised and module is base
+            if not plain and type(module.__dict__["_parameters"].get("weight")) is not Parameter:
                 found = type(getattr(module, "weight", None)).__name__
                 return f"the weight of {what} is a {found}, not a plain Parameter"
             if is_hooked(module):
@@ -308,12 +338,13 @@ class Linear(nn.Module, LoraLayer):
             return "torch has global module hooks"
         if B._parameters.get("bias") is not None:
             return "lora_bias"
-        if weight.is_meta or A.weight.is_meta:
+        if A.weight.is_meta or (not quantised and weight.is_meta):
             return "a weight is on the meta device (offloaded or not loaded yet)"
-        dtype = weight.dtype
         low = A.weight.dtype
-        if not weight.is_floating_point() or low not in (dtype, torch.float32):
-            return f"dtypes: base {dtype}, adapter {low}"
+        if not quantised and (
+            not weight.is_floating_point() or low not in (weight.dtype, torch.float32)
+        ):
+            return f"dtypes: base {weight.dtype}, adapter {low}"
         if B.weight.dtype != low:
             return f"dtypes: lora_A {low}, lora_B {B.weight.dtype}"
         if type(self.lora_dropout[name]) not in (nn.Dropout, nn.Identity):

@@ -20,6 +20,7 @@ from torch.compiler import is_compiling
 from torch.nn.parameter import Parameter
 
 from ...ops import autocast
+from ...ops.bases.formats import reader_of
 from ...ops.lora_mlp import Part, lora_mlp
 from ...ops.notes import logger, note_once
 from ...ops.projection import Plain, Projection
@@ -27,7 +28,7 @@ from ...utils.handing import HERE
 from ..base_layer import walk
 from .linear import Linear
 from .mlp_formula import Formula, formula_of
-from .plan import is_hooked, weight_layout
+from .plan import base_reason, base_weight, is_hooked, weight_layout
 
 _TRANSFORMERS = {
     "SiLUActivation": "silu",
@@ -220,6 +221,9 @@ def _parts(module: Any, x: Tensor, formula: Formula) -> tuple[Any, ...] | None:
 
 
 def _plain(layer: Any, x: Tensor) -> Plain | None:
+    if reader_of(layer) is not None:
+        found = None if is_hooked(layer) else base_weight(layer, x)
+        return None if found is None else Plain(*found, False)
     transposed = weight_layout(layer.__class__)
     weight = layer._parameters.get("weight")
     if transposed is None or weight.__class__ is not Parameter or weight.requires_grad:
@@ -277,12 +281,16 @@ def _own(module: Any) -> Any:
 
 def _lora_reason(layer: Any) -> str | None:
     reason: str | None = layer.decline_reason()
+    if reader_of(layer.base_layer) is not None:
+        return reason
     if reason is None and layer.base_layer.weight.requires_grad:
         return "its weight requires a gradient"
     return reason
 
 
 def _plain_reason(layer: Any) -> str | None:
+    if reader_of(layer) is not None:
+        return base_reason(layer)
     if weight_layout(layer.__class__) is None:
         return f"a {type(layer).__name__} computes its product itself"
     weight = layer._parameters.get("weight")

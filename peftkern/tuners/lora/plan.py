@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from ...ops.bases.formats import as_weight, checked, reader_of
 from ...utils.private import GLOBAL_HOOKS, HookCounter
 
 if TYPE_CHECKING:
@@ -42,6 +43,28 @@ def is_hooked(module: nn.Module) -> bool:
     )
 
 
+def base_weight(base: Any, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
+    """(weight, bias) of a base layer of a known format, as an operation on x takes them, or None.
+
+    :func:`base_reason` gives the reason in words.
+    """
+    reader = reader_of(base)
+    found = None if reader is None else checked(reader, base)
+    if found is None or isinstance(found, str) or not x.is_floating_point():
+        return None
+    return as_weight(found.packed, x), found.bias
+
+
+def base_reason(base: Any) -> str | None:
+    """The reason that a base layer's product cannot be a part of an operation, or None."""
+    if (reader := reader_of(base)) is not None:
+        found = checked(reader, base)
+        return found if isinstance(found, str) else None
+    if weight_layout(base.__class__) is None:
+        return f"base layer {type(base).__name__} computes its product itself"
+    return None
+
+
 class Plan:
     """The dicts in which a layer with one active adapter finds its weights, scaling and hooks.
 
@@ -66,6 +89,7 @@ class Plan:
     hooks: tuple[Any, ...]
     hooks_seen: int
     transposed: bool
+    quantised: bool  # True: the weight is read by its format
 
     @classmethod
     def of(cls, layer: Linear) -> Plan | None:
@@ -74,12 +98,16 @@ class Plan:
         names = layer.active_adapters
         base: Any = layer.base_layer
         transposed = weight_layout(base.__class__)
+        quantised = reader_of(base) is not None
+        if quantised:
+            transposed = False
         if len(names) != 1 or names[0] not in layer.lora_A or transposed is None:
             return None
         if names[0] in layer.lora_variant:
             return None
         plan = cls()
         plan.name, plan.base, plan.transposed = names[0], base, transposed
+        plan.quantised = quantised
         plan.a_store, plan.b_store = layer.lora_A._modules, layer.lora_B._modules
         plan.a, plan.b = layer.lora_A[plan.name], layer.lora_B[plan.name]
         plan.drop_store = layer.lora_dropout._modules
@@ -89,7 +117,9 @@ class Plan:
             return None
         if not plan.drops and type(plan.drop) is not nn.Identity:
             return None
-        if plan.b._parameters.get("bias") is not None or "bias" not in base._parameters:
+        if plan.b._parameters.get("bias") is not None:
+            return None
+        if "bias" not in base._parameters and not quantised:
             return None
         plan.base_params, plan.a_params, plan.b_params = (
             base._parameters,

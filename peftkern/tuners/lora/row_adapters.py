@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 
 from ...ops import autocast
+from ...ops.bases.formats import reader_of
 from ...ops.lora_mixed import Adapter, SampleIndex, lora_mixed
 from ...ops.notes import note_new
 from ...ops.tracing import is_recording
 from ...utils.private import GLOBAL_HOOKS, HookCounter, in_transform
-from .plan import is_hooked, weight_layout
+from .plan import base_reason, base_weight, is_hooked, weight_layout
 from .variant import rows_of
 
 if TYPE_CHECKING:
@@ -94,6 +95,9 @@ def forward_mixed(
 def as_one(layer: Linear, x: Tensor, names: AdapterNames, adapters: list[Adapter | None]) -> Tensor:
     """:func:`forward_mixed` as one operation, with the adapters of :func:`mixed_call`."""
     base: Any = layer.base_layer
+    if reader_of(base) is not None:
+        weight, bias = cast(Any, base_weight(base, x))  # mixed_call has found it readable
+        return lora_mixed(x, weight, bias, adapters, names.samples)
     params = base._parameters
     transposed = bool(weight_layout(base.__class__))
     return lora_mixed(x, params["weight"], params["bias"], adapters, names.samples, transposed)
@@ -106,19 +110,22 @@ def mixed_call(layer: Linear, x: Tensor, names: AdapterNames) -> list[Adapter | 
     """
     # This runs in hundreds of layers, and for each adapter of a batch.
     base: Any = layer.base_layer
-    weight = base._parameters.get("weight")
-    if (
-        is_recording()
-        or in_transform()
-        or weight_layout(base.__class__) is None
-        or "bias" not in base._parameters
-        or any(GLOBAL_HOOKS)
-        or weight.__class__ is not Parameter
-        or is_hooked(base)
-        or weight.is_meta
-    ):
+    if is_recording() or in_transform() or any(GLOBAL_HOOKS) or is_hooked(base):
         return None
-    dtype = weight.dtype
+    if reader_of(base) is not None:
+        if base_reason(base) is not None:
+            return None
+        dtype = x.dtype
+    else:
+        weight = base._parameters.get("weight")
+        if (
+            weight_layout(base.__class__) is None
+            or "bias" not in base._parameters
+            or weight.__class__ is not Parameter
+            or weight.is_meta
+        ):
+            return None
+        dtype = weight.dtype
     if not dtype.is_floating_point or (
         x.dtype != dtype and not (autocast.is_on(x) and x.dtype != torch.float64)
     ):
@@ -198,12 +205,18 @@ def mixed_reason(layer: Linear, x: Tensor, names: AdapterNames) -> str | None:
         return "a tracer records the plain formula"
     if in_transform():
         return IN_TRANSFORM
-    if weight_layout(base.__class__) is None or "bias" not in base._parameters:
+    quantised = reader_of(base) is not None
+    if (of_base := base_reason(base)) is not None:
+        return of_base
+    if not quantised and "bias" not in base._parameters:
         return f"base layer {type(base).__name__} computes its product itself"
     if any(GLOBAL_HOOKS):
         return "torch has global module hooks"
+    if quantised and is_hooked(base):
+        return "base layer has hooks or an overridden forward"
     weight = base._parameters.get("weight")
-    parts: list[tuple[str, Any, Any]] = [("base layer", base, weight)]
+    dtype = x.dtype if quantised else weight.dtype
+    parts: list[tuple[str, Any, Any]] = [] if quantised else [("base layer", base, weight)]
     for name in names.order:
         A: Any = layer.lora_A._modules.get(name)
         if A is None:
@@ -233,10 +246,10 @@ def mixed_reason(layer: Linear, x: Tensor, names: AdapterNames) -> str | None:
             return f"{what} has hooks or an overridden forward"
         if w.is_meta:
             return f"the weight of {what} is on the meta device (offloaded or not loaded yet)"
-        if w.dtype != weight.dtype and w.dtype != torch.float32:
-            return f"dtypes: base {weight.dtype}, {what} {w.dtype}"
-    if not weight.dtype.is_floating_point:
-        return f"dtypes: base {weight.dtype}"
-    if x.dtype != weight.dtype and not (autocast.is_on(x) and x.dtype != torch.float64):
-        return f"dtypes: input {x.dtype}, base {weight.dtype}"
+        if w.dtype != dtype and w.dtype != torch.float32:
+            return f"dtypes: base {dtype}, {what} {w.dtype}"
+    if not dtype.is_floating_point:
+        return f"dtypes: base {dtype}"
+    if x.dtype != dtype and not (autocast.is_on(x) and x.dtype != torch.float64):
+        return f"dtypes: input {x.dtype}, base {dtype}"
     return None

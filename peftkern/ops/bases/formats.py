@@ -1,0 +1,79 @@
+"""The format of a base layer's weight, and the weight as an operation takes it.
+
+A format is a file of this package with a function ``read(module) -> Found | str``: what the layer
+holds now, or the reason that it cannot be read. :data:`BY_LAYER` finds it by the layer's class,
+:data:`BY_WEIGHT` by the class of its weight, both by name, so that no owner is imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from torch.nn.parameter import Parameter
+
+from ...utils.private import make_wrapper
+from .weight import BaseWeight, Packed
+
+
+class Found(NamedTuple):
+    """What a layer holds: its packed weight, and its bias [N] or None."""
+
+    packed: Packed
+    bias: Tensor | None
+
+
+Read = Callable[[nn.Module], Found | str]
+
+# (first part of the class's module, class) -> the file of the format; subclasses count
+BY_LAYER: dict[tuple[str, str], str] = {
+    ("bitsandbytes", "Linear4bit"): "bnb4",
+}
+BY_WEIGHT: dict[tuple[str, str], str] = {}
+
+_readers: dict[tuple[type, type], Read | None] = {}
+_DENSE = (Parameter, Tensor, type(None))
+
+
+def reader_of(module: nn.Module) -> Read | None:
+    """The function that reads the layer's weight; None for a layer of no known format."""
+    kinds: Any = (module.__class__, module._parameters.get("weight").__class__)
+    try:
+        return _readers[kinds]
+    except KeyError:
+        found = _readers[kinds] = _look_up(*kinds)
+        return found
+
+
+def _look_up(layer: type, weight: type) -> Read | None:
+    for kind, table in ((layer, BY_LAYER), (weight, BY_WEIGHT)):
+        if kind is nn.Linear or kind in _DENSE:
+            continue
+        for cls in kind.__mro__:
+            name = table.get((cls.__module__.partition(".")[0], cls.__name__))
+            if name is not None:
+                read: Read = import_module(f"{__package__}.{name}").read
+                return read
+    return None
+
+
+def read(module: nn.Module) -> Found | str:
+    """What a layer of a known format holds now, or the reason that it cannot be read."""
+    reader = reader_of(module)
+    if reader is None:
+        return f"the weight of a {type(module).__name__} is of no known format"
+    return checked(reader, module)
+
+
+def checked(reader: Read, module: nn.Module) -> Found | str:
+    """:func:`read` with the layer's reader."""
+    if make_wrapper is None:
+        return "this torch has no tensors without data (Tensor._make_wrapper_subclass)"
+    return reader(module)
+
+
+def as_weight(packed: Packed, x: Tensor) -> BaseWeight:
+    """The weight as an operation on x [..., K] takes it."""
+    return BaseWeight(packed, x.dtype)

@@ -1,0 +1,151 @@
+"""A frozen weight that is not dense: :class:`Packed`, and as a tensor :class:`BaseWeight`.
+
+The operations of this package take a ``BaseWeight`` wherever they take a frozen weight [N, K]. They
+multiply through :func:`.torch_products.base_product`, which accumulates onto the low-rank part.
+What is dense lives for one product: the backward dequantises again, and nothing dense is kept.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from ...utils.private import DisabledTorchFunction, make_wrapper
+from ..projection import Plain, PlainGrad, Projection, ProjectionGrad
+
+
+class Packed(ABC):
+    """A weight [N, K] in one format: the tensors that its owner keeps, and how they are read.
+
+    An object is made for a call, from what the layer holds then, and is cheap to make.
+
+    Attributes:
+        format: the format's name, for ``explain``.
+        shape: (N, K).
+        device: where the packed tensors are.
+        tensors: the packed tensors, as the layer holds them: the same objects in every call.
+    """
+
+    __slots__ = ()
+
+    format: str
+    shape: tuple[int, int]
+    device: torch.device
+    tensors: tuple[Tensor, ...]
+
+    @abstractmethod
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """W [N, K] in ``dtype``, contiguous, as its owner dequantises it."""
+
+    def compute_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype in which the base product of an x of ``dtype`` runs, by its owner's rule."""
+        return dtype
+
+    def product(self, x: Tensor, y: Tensor | None) -> Tensor:
+        """x Wᵀ [M, N] for x [M, K], added to ``y`` in its memory if that is given."""
+        return _multiplied(x, self.dense(self.compute_dtype(x.dtype)).t(), y)
+
+    def grad_input(self, dy: Tensor, dx: Tensor | None) -> Tensor:
+        """dY W [M, K] for dY [M, N], added to ``dx`` in its memory if that is given."""
+        return _multiplied(dy, self.dense(self.compute_dtype(dy.dtype)), dx)
+
+
+def _multiplied(x: Tensor, w: Tensor, y: Tensor | None) -> Tensor:
+    """x w, or y + x w in y's memory; computed in w's dtype, the result in x's."""
+    if w.dtype == x.dtype:
+        return torch.mm(x, w) if y is None else y.addmm_(x, w)
+    part = torch.mm(x.to(w.dtype), w)
+    return part.to(x.dtype) if y is None else y.add_(part)
+
+
+class BaseWeight(Tensor):
+    """A :class:`Packed` weight as a tensor without data: [N, K], or [K, N] when turned.
+
+    It has a shape, a device and the dtype of the activations, so that operations keep it for their
+    backward as they keep a dense one. A torch operation that knows nothing of it gets the dense
+    weight, made for that operation: right, but slow. One that would write to it is refused.
+    """
+
+    packed: Packed
+    turned: bool
+
+    __torch_function__ = DisabledTorchFunction
+
+    @staticmethod
+    def __new__(cls, packed: Packed, dtype: torch.dtype, turned: bool = False) -> BaseWeight:
+        N, K = packed.shape
+        assert make_wrapper is not None, "no layer is read without it (formats.read)"
+        shape = (K, N) if turned else (N, K)
+        made = make_wrapper(cls, shape, dtype=dtype, device=packed.device)
+        made.packed, made.turned = packed, turned
+        found: BaseWeight = made
+        return found
+
+    def t(self) -> BaseWeight:
+        """The same weight, turned."""
+        return BaseWeight(self.packed, self.dtype, not self.turned)
+
+    def to(self, dtype: Any) -> Any:  # type: ignore[override]  # a dtype is all that callers pass
+        """The same weight for activations of another dtype; nothing is computed."""
+        if not isinstance(dtype, torch.dtype):
+            raise TypeError(f"a quantised weight takes a torch.dtype alone, given {dtype!r}")
+        return self if dtype == self.dtype else BaseWeight(self.packed, dtype, self.turned)
+
+    def dense(self) -> Tensor:
+        """The numbers: a tensor [N, K] in this dtype, or its view [K, N] when turned."""
+        w = self.packed.dense(self.dtype)
+        return w.t() if self.turned else w
+
+    def product(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """x [M, ·] times this matrix, added to ``y`` in its memory if that is given."""
+        multiply = self.packed.product if self.turned else self.packed.grad_input
+        return multiply(x, y)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]  # torch declares no class method
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.ops.aten.detach.default:
+            w = args[0]
+            return BaseWeight(w.packed, w.dtype, w.turned)
+        if func is torch.ops.aten.t.default:
+            return args[0].t()
+        name = func.name().partition("::")[2].partition(".")[0]
+        written = [args[0]] if name.endswith("_") and args else []
+        written += [v for k, v in (kwargs or {}).items() if k == "out"]
+        for given in written:
+            if isinstance(given, BaseWeight):
+                raise TypeError(f"{func} would write to a frozen {given.packed.format} weight")
+        values = [dense_of(a) for a in args]
+        return func(*values, **{k: dense_of(v) for k, v in (kwargs or {}).items()})
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"BaseWeight({self.packed.format}, {list(self.shape)}, {self.dtype})"
+
+
+def dense(w: Tensor) -> Tensor:
+    """``w`` itself, or the numbers of a :class:`BaseWeight`, made now."""
+    return w.dense() if isinstance(w, BaseWeight) else w
+
+
+def dense_of(given: Any) -> Any:
+    """:func:`dense` of an argument of any kind; of tensors in a list as well."""
+    if isinstance(given, list | tuple):
+        return type(given)(map(dense_of, given))
+    return dense(given) if isinstance(given, BaseWeight) else given
+
+
+Member = TypeVar("Member", Projection, Plain, ProjectionGrad, PlainGrad)
+
+
+def with_dense(member: Member) -> Member:
+    """The record with its weight as numbers, for code that reads memory."""
+    if isinstance(member, Projection | Plain):
+        if member.weight.__class__ is BaseWeight:
+            return member._replace(weight=dense(member.weight))
+    elif member.w.__class__ is BaseWeight:
+        return member._replace(w=dense(member.w))
+    return member
