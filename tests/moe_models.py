@@ -133,9 +133,13 @@ class Tiny(nn.Module):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         x = self.embed(input_ids)
-        flat = x.reshape(-1, WIDTH)
-        weights, index = self.router(flat).softmax(-1).topk(CHOICES)
-        return self.head(x + self.experts(flat, index, weights).view_as(x))
+        weights, index = self.choose(x)
+        return self.head(x + self.experts(x.reshape(-1, WIDTH), index, weights).view_as(x))
+
+    def choose(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(weights, index) of the experts of each token."""
+        weights, index = self.router(x.reshape(-1, WIDTH)).softmax(-1).topk(CHOICES)
+        return weights, index
 
 
 def both(kind: str) -> list[str]:
