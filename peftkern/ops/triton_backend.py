@@ -353,8 +353,8 @@ def infer_group(x: Tensor, members: list[Projection], how: str | None = None) ->
             [m.scale for m in members], [m.bias for m in members], config=config,
         )  # fmt: skip
     else:
-        dense = [m._replace(p=0.0) for m in members]
-        ys = [y for y, _, _ in forward(x2, dense, how=how if how in PRODUCTS else None)]
+        undropped = [m._replace(p=0.0) for m in members]
+        ys = [y for y, _, _ in forward(x2, undropped, how=how if how in PRODUCTS else None)]
     return [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]
 
 
