@@ -21,7 +21,7 @@ def quantised(linear: nn.Linear, **how: Any) -> Any:
     """A ``Linear4bit`` of a linear layer's weight, on the CPU."""
     N, K = linear.weight.shape
     made = bitsandbytes.nn.Linear4bit(K, N, bias=linear.bias is not None, **how)
-    kept = {k: how[k] for k in ("quant_type", "compress_statistics") if k in how}
+    kept = {k: v for k, v in how.items() if k != "compute_dtype"}
     weight = linear.weight.detach().clone()
     made.weight = bitsandbytes.nn.Params4bit(weight, requires_grad=False, module=made, **kept)
     made.bias = linear.bias

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .formats import Found
+from .repack import State
 from .weight import Packed
 
 
@@ -74,3 +75,22 @@ def _fixed(module: Any) -> torch.dtype | None:
     """The dtype that the layer computes in; None for x's, as its first forward would decide."""
     given: torch.dtype | None = module.compute_dtype
     return given if module.compute_type_is_set else None
+
+
+def repacked(module: Any, weight: Tensor) -> State:
+    """What a ``Linear4bit`` holds for another weight [N, K], with the settings of the present one.
+
+    The owner's ``Params4bit`` quantises when it is moved to its device.
+    """
+    old = module.weight
+    state = getattr(old, "quant_state", None) or module.quant_state
+    made = type(old)(
+        weight.to(state.dtype),
+        requires_grad=False,
+        blocksize=state.blocksize,
+        compress_statistics=state.nested,
+        quant_type=state.quant_type,
+        quant_storage=old.quant_storage,
+    ).to(old.device)
+    made.module = old.module  # not before: it would be given the new statistics at once
+    return State({"weight": made, "quant_state": made.quant_state})

@@ -13,6 +13,7 @@ from ...configs.lora import LoraConfig
 from ...ops import autocast
 from ...ops import backend as _backend
 from ...ops.bases.formats import reader_of
+from ...ops.bases.linear import frozen_linear
 from ...ops.library import traced_lora_linear, why_formula
 from ...ops.lora import fused_linear
 from ...ops.projection import Projection
@@ -261,7 +262,7 @@ class Linear(nn.Module, LoraLayer):
             self._note_decline()
         if self._disable_adapters and self.merged:
             self.unmerge()
-        y = self.base_layer(x, *args, **kwargs)
+        y = self._base_output(x, *args, **kwargs)
         if self._disable_adapters or self.merged:
             return y
         dtype = y.dtype
@@ -274,6 +275,19 @@ class Linear(nn.Module, LoraLayer):
             else:
                 y = variant.update(self, name, x, y, **variant_kwargs)
         return y.to(dtype)
+
+    def _base_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer's output; of a quantised one that can be read without its own forward."""
+        base: Any = self.base_layer
+        if reader_of(base) is not None and not (
+            args or kwargs or is_compiling() or is_tracing() or in_transform() or is_hooked(base)
+            or any(GLOBAL_HOOKS)
+        ):  # fmt: skip
+            found = base_weight(base, x)
+            if found is not None:
+                return frozen_linear(x, *found)
+        y: Tensor = base(x, *args, **kwargs)
+        return y
 
     def _update(self, name: str, x: Tensor) -> Tensor:
         A: Any = self.lora_A[name]

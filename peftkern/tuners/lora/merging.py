@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 from transformers.pytorch_utils import Conv1D
 
+from ...ops.bases import repack
+from ...ops.bases.formats import reader_of
 from ...utils.private import CONV_FORWARD
 from ...utils.warning import PeftWarning
 from ..adapter_calls import BROKEN, check_adapters_to_merge
@@ -32,6 +34,8 @@ def own_forward(base: Any) -> str | None:
 
     For such a subclass it is not known that adding to its weight adds to its output.
     """
+    if _is_packed(base):  # a known format's weight is what the layer multiplies with
+        return None
     for kind, methods in _FORWARDS.items():
         if not isinstance(base, kind):
             continue
@@ -44,19 +48,35 @@ def own_forward(base: Any) -> str | None:
     return None
 
 
+def _is_packed(module: Any) -> bool:
+    return isinstance(module, nn.Module) and reader_of(module) is not None
+
+
+class KeptPacked(NamedTuple):
+    """What a quantised layer held before a merge: references to its packed tensors, no copies."""
+
+    state: repack.State
+    bias: Tensor | None
+    error: float
+
+
 class Merging:
     """The part of :class:`LoraLayer` that merges, the same for all kinds of layers.
 
     W' = round(W + Σ delta). The sum is in at least float32, is rounded once for each call of
-    :meth:`merge`, and is written into the base weight's own storage. A kind of layer defines where
-    the weight is (:meth:`_merge_target`) and the factors of an adapter's update (:meth:`_factors`).
+    :meth:`merge`, and is written into the base weight's own storage. A quantised weight is
+    dequantised, and the sum quantised again by the owner's own code (:mod:`...ops.bases.repack`);
+    the packed tensors of before are kept beside. A kind of layer defines where the weight is
+    (:meth:`_merge_target`) and the factors of an adapter's update (:meth:`_factors`).
     """
 
     merged_adapters: list[str]
     lora_variant: dict[str, Any]
     # (adapters, record to restore the weight) of each merge() that is not undone yet; a record of
     # None means to subtract
-    _kept: list[tuple[list[str], Kept | None]]
+    _kept: list[tuple[list[str], Kept | KeptPacked | None]]
+    # the relative error of quantising the merged weight again; 0 for a dense weight
+    merge_error: float = 0.0
 
     # ---------------------------------------------------------------- what a kind of layer answers
 
@@ -93,10 +113,12 @@ class Merging:
         """
         left, right = (at_least_float32(factor) for factor in self._factors(adapter))
         module, attribute = self._merge_target()
-        weight = getattr(module, attribute)
+        weight: Any = getattr(module, attribute, None)
+        scaling = self.scaling[adapter]  # type: ignore[attr-defined]
+        if _is_packed(module):
+            return (left @ right).mul_(scaling)
         if weight.dtype == torch.float64:
             left, right = left.double(), right.double()
-        scaling = self.scaling[adapter]  # type: ignore[attr-defined]
         return (left @ right).mul_(scaling).reshape(weight.shape)
 
     def _merged_weight(self, adapter: str, weight: Tensor, base: Tensor | None = None) -> Tensor:
@@ -144,6 +166,9 @@ class Merging:
         if not names:
             return names
         module, attribute = self._merge_target()
+        if _is_packed(module):
+            self._check_packed(module, names)
+            return names
         weight = getattr(module, attribute, None)
         kind = type(module).__name__
         if not isinstance(weight, Tensor) or weight.is_meta:
@@ -166,6 +191,17 @@ class Merging:
                 f"Cannot merge adapters: the {attribute} of a {kind} is parametrized, so that what "
                 "is written to it is lost."
             )
+        self._check_adapters(module, names)
+        if (said := own_forward(module)) is not None:
+            warnings.warn(
+                f"Merging into {said}: outputs change unless both compute the same.",
+                PeftWarning,
+                stacklevel=4,
+            )
+        return names
+
+    def _check_adapters(self, module: Any, names: list[str]) -> None:
+        layer: Any = self
         for name in names:
             if reason := self._cannot_merge(name):
                 raise NotImplementedError(reason)
@@ -178,13 +214,15 @@ class Merging:
                     "Impossible to merge LoRA with `lora_bias=True` because the base layer has no "
                     "bias."
                 )
-        if (said := own_forward(module)) is not None:
-            warnings.warn(
-                f"Merging into {said}: outputs change unless both compute the same.",
-                PeftWarning,
-                stacklevel=4,
+
+    def _check_packed(self, module: Any, names: list[str]) -> None:
+        """:meth:`_check_mergeable` for a quantised base weight."""
+        if (reason := repack.why_not(module)) is not None:
+            raise ValueError(
+                f"Cannot merge adapters into a {type(module).__name__}: {reason}. "
+                "`merge_and_unload(dequantize=True)` merges into dense weights."
             )
-        return names
+        self._check_adapters(module, names)
 
     @torch.no_grad()
     def _merged(self, names: list[str], safe_merge: bool) -> tuple[Tensor, Tensor | None]:
@@ -195,7 +233,8 @@ class Merging:
         """
         layer: Any = self
         module, attribute = self._merge_target()
-        before = getattr(module, attribute).data
+        packed = _is_packed(module)
+        before = repack.dense_value(module) if packed else getattr(module, attribute).data
         variants = self.lora_variant
         base = None
         if any(name in variants for name in names) and (self._kept or len(names) > 1):
@@ -219,6 +258,9 @@ class Merging:
             return
         weight, bias = self._merged(names, safe_merge)
         module, attribute = self._merge_target()
+        if _is_packed(module):
+            self._merge_packed(module, names, weight, bias)
+            return
         target = getattr(module, attribute)
         kept = None
         if keep:
@@ -230,6 +272,20 @@ class Merging:
         target.data.copy_(weight)
         if bias is not None:
             module.bias.data.copy_(bias)
+        self._kept.append((names, kept))
+        self.merged_adapters.extend(names)
+
+    def _merge_packed(
+        self, module: Any, names: list[str], weight: Tensor, bias: Tensor | None
+    ) -> None:
+        try:
+            before, error = repack.write(module, weight)
+        except ValueError as e:
+            raise ValueError(f"Cannot merge adapters {names}: {e}") from e
+        kept = KeptPacked(before, None if bias is None else module.bias.data.clone(), error)
+        if bias is not None:
+            module.bias.data.copy_(bias)
+        self.merge_error = error
         self._kept.append((names, kept))
         self.merged_adapters.extend(names)
 
@@ -245,10 +301,22 @@ class Merging:
     def _unmerged_weight(self) -> Tensor:
         """The base weight without any adapter, in its own dtype; nothing is unmerged."""
         module, attribute = self._merge_target()
+        if _is_packed(module):
+            return self._unmerged_packed(module)
         weight = getattr(module, attribute).data
         for names, kept in reversed(self._kept):
             weight = self._without_last(weight, names, kept)
         return weight
+
+    def _unmerged_packed(self, module: Any) -> Tensor:
+        if not self._kept:
+            return repack.dense_value(module)
+        first: Any = self._kept[0][1]
+        now = first.state.put(module)
+        try:
+            return repack.dense_value(module)
+        finally:
+            now.put(module)
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -269,9 +337,18 @@ class Merging:
         # without a record (other code filled the list of names) all names count as one call
         names, kept = self._kept[-1] if self._kept else (self.merged_adapters[:], None)
         module, attribute = self._merge_target()
-        target: Any = getattr(module, attribute)
         bias: Any = getattr(module, "bias", None)
-        target.data.copy_(self._without_last(target.data, names, kept))
+        if isinstance(kept, KeptPacked):
+            kept.state.put(module)
+            self.merge_error = 0.0 if len(self._kept) < 2 else self._kept[-2][1].error  # type: ignore
+        elif _is_packed(module):
+            raise ValueError(
+                f"Cannot unmerge {names}: no record of a {type(module).__name__}'s packed weight "
+                "from before is here"
+            )
+        else:
+            target: Any = getattr(module, attribute)
+            target.data.copy_(self._without_last(target.data, names, kept))
         if kept is not None and kept.bias is not None:
             bias.data.copy_(kept.bias)
         elif kept is None:

@@ -14,7 +14,7 @@ import torch
 from ...utils.private import forward_of, hook_of
 
 
-def _offloading(module: Any) -> list[Any]:
+def offloading(module: Any) -> list[Any]:
     """The hooks by which accelerate keeps the module's weights in host memory or on disk."""
     return [one for one in _hooks(module) if getattr(one, "offload", False)]
 
@@ -31,7 +31,7 @@ def onloaded(layer: Any) -> Iterator[None]:
     Values written to the base layer are kept in host memory afterwards, even when they came from
     disk: the files of a checkpoint are not rewritten.
     """
-    held: list[Any] = [m for m in layer.modules() if m is not layer and _offloading(m)]
+    held: list[Any] = [m for m in layer.modules() if m is not layer and offloading(m)]
     for module in held:
         hook_of(module).pre_forward(module)
     try:
@@ -39,7 +39,7 @@ def onloaded(layer: Any) -> Iterator[None]:
     finally:
         base: Any = layer.get_base_layer() if hasattr(layer, "get_base_layer") else None
         for module in held:
-            for hook in _offloading(module) if module is base else ():
+            for hook in offloading(module) if module is base else ():
                 tensors = dict(module.named_parameters(recurse=False))
                 if hook.offload_buffers:
                     tensors.update(module.named_buffers(recurse=False))

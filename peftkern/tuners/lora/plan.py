@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from ...ops.bases.formats import as_weight, checked, reader_of
+from ...ops.bases.weight import BaseWeight
 from ...utils.private import GLOBAL_HOOKS, HookCounter
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def is_hooked(module: nn.Module) -> bool:
     )
 
 
-def base_weight(base: Any, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
+def base_weight(base: Any, x: Tensor) -> tuple[BaseWeight, Tensor | None] | None:
     """(weight, bias) of a base layer of a known format, as an operation on x takes them, or None.
 
     :func:`base_reason` gives the reason in words.

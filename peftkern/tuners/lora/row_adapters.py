@@ -75,7 +75,7 @@ def forward_mixed(
         more = "the call has more arguments"
         reason = more if args or kwargs else mixed_reason(layer, x, names)
         note_new(layer, "_noted_mixed", reason, _BY_ADAPTER)
-    y = layer.base_layer(x, *args, **kwargs)
+    y = layer._base_output(x, *args, **kwargs)
     if disabled:
         return y
     dtype = y.dtype

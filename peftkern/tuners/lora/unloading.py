@@ -6,13 +6,16 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from ...utils.warning import PeftWarning
 from ..adapter_calls import BROKEN, check_adapters_to_merge
 from ..base_layer import BaseTunerLayer
 from ..modules_to_save import ModulesToSaveWrapper
-from .merging import Merging
+from .dequantising import forget_quantization, made_dense
+from .merging import KeptPacked, Merging
 from .mlp import release_blocks
 from .offload import onloaded
 from .parting import Parting
@@ -31,7 +34,7 @@ class ModelMerging:
     peft_config: dict[str, Any]
     targeted_module_names: list[str]
 
-    def _check_merge_allowed(self, in_place: bool = True) -> None:
+    def _check_merge_allowed(self, in_place: bool = True, dense: bool = False) -> None:
         """Raise a ValueError when adapters cannot be merged.
 
         With ``in_place``, warn when tied weights are adapted, as they stay tied.
@@ -39,7 +42,7 @@ class ModelMerging:
         adapted = Parting(self.model).adapted(self._tuner_layers()) if in_place else []
         if adapted:
             warnings.warn(TIED.format(adapted), stacklevel=4)
-        if getattr(self.model, "quantization_method", None) == "gptq":
+        if getattr(self.model, "quantization_method", None) == "gptq" and not dense:
             raise ValueError("Cannot merge LORA layers when the model is gptq quantized")
         if any(getattr(c, "layer_replication", None) for c in self.peft_config.values()):
             raise ValueError("Cannot merge LORA layers when base model layers are replicated")
@@ -62,7 +65,9 @@ class ModelMerging:
         """Add adapters to the base weights, in place; :meth:`unmerge_adapter` restores their bits.
 
         Memory for that is kept meanwhile: for bf16 about 0.1 to 0.6 bytes for each element (updates
-        of 0.1% to 10% of the weight), for float32 about 1 byte, never more than a copy.
+        of 0.1% to 10% of the weight), for float32 about 1 byte, never more than a copy. Of a
+        quantised weight the packed tensors of before are kept; one warning tells how far quantising
+        the sums again has changed them.
 
         Args:
             adapter_names: the adapters, in this order; None: the active ones. Modules that they
@@ -98,6 +103,7 @@ class ModelMerging:
                     if own:
                         break
             raise
+        _tell_rounding(layers)
         for wrapper, names in copies:
             wrapper.note_merged(names)
 
@@ -138,6 +144,7 @@ class ModelMerging:
         progressbar: bool = False,
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
+        dequantize: bool | torch.dtype = False,
     ) -> nn.Module:
         """The base model with adapters merged into it and all adapter layers removed.
 
@@ -151,13 +158,28 @@ class ModelMerging:
             safe_merge: refuse results with NaN or infinity in them; computes every layer twice.
             adapter_names: the adapters, in this order; None: the active ones. Modules that they
                 train in full are used too (if several have one, the active adapter's).
+            dequantize: make every quantised linear layer of the model a dense ``nn.Linear`` and
+                merge into those. The dtype, or True for the model's own. The model then is one
+                without quantisation, for export.
 
         Raises:
-            ValueError, RuntimeError: as :meth:`merge_adapter`, before any weight is changed.
+            ValueError, RuntimeError: as :meth:`merge_adapter`, before any weight is changed. With
+                ``dequantize`` also: a dtype that is not floating point; a quantised layer that
+                cannot be read; adapters that are merged already.
         """
-        self._check_merge_allowed(in_place=False)
+        self._check_merge_allowed(in_place=False, dense=bool(dequantize))
         self._check_names(adapter_names)
         self._choose_copies(adapter_names, safe_merge)
+        if dequantize is False:
+            return self._merge_and_unload(progressbar, safe_merge, adapter_names)
+        with made_dense(self.model, None if dequantize is True else dequantize):
+            model = self._merge_and_unload(progressbar, safe_merge, adapter_names)
+        forget_quantization(model)
+        return model
+
+    def _merge_and_unload(
+        self, progressbar: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
         to_merge: dict[Any, list[str]] = {}
         for layer in self._tuner_layers():
             if not _by_factors(layer):  # it is merged when it is removed
@@ -181,11 +203,12 @@ class ModelMerging:
                     layer._merge(names, False, keep=False)
         except BaseException:
             for layer in reversed(done):
-                if to_merge[layer] and layer._kept and layer._kept[-1] == (to_merge[layer], None):
+                if to_merge[layer] and layer._kept and _undone(layer._kept[-1], to_merge[layer]):
                     with onloaded(layer):
                         layer._unmerge_last()
             parting.put_back()
             raise
+        _tell_rounding(done)
         parting.join(to_merge, self.peft_config)
         self._strip(True, safe_merge, adapter_names)
         parting.declare_untied()
@@ -230,6 +253,26 @@ class ModelMerging:
         release_blocks(self.model)
         if hasattr(self.model, "peft_config"):
             del self.model.peft_config
+
+
+def _undone(record: tuple[list[str], Any], names: list[str]) -> bool:
+    """True when the record is of a merge that :meth:`ModelMerging.merge_and_unload` has made."""
+    return record[0] == names and (record[1] is None or isinstance(record[1], KeptPacked))
+
+
+def _tell_rounding(layers: list[Any]) -> None:
+    """Warn of what quantising merged weights again has changed, if any were."""
+    errors = [getattr(layer, "merge_error", 0.0) for layer in layers]
+    packed = [e for e in errors if e > 0.0]
+    if packed:
+        warnings.warn(
+            f"Adapters were merged into {len(packed)} quantised weights, which were quantised "
+            "again: generations may differ due to rounding errors, at most "
+            f"{max(packed):.2g} of a weight (‖W' - W‖ / ‖W‖), {sum(packed) / len(packed):.2g} on "
+            "average.",
+            PeftWarning,
+            stacklevel=3,
+        )
 
 
 def _by_factors(layer: Any) -> bool:

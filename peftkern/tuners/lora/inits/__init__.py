@@ -12,12 +12,14 @@ from typing import Any
 import torch
 
 from ....configs.lora import LoraConfig
+from ....ops.bases import repack
+from ....ops.bases.formats import read, reader_of
 from ..corda import check_eigens, corda
 from ..loraga import GRADIENT, lora_ga
 from ..variant import register, variants_asked
 from .decomposed import mica, olora, orthogonal, pissa
 from .loftq import check_settings, loftq
-from .residual import HALF_OR_SINGLE, Start, collect, note, stored
+from .residual import HALF_OR_SINGLE, PackedWeight, Start, collect, note, stored, weight_of
 
 __all__ = ["check", "collect", "drawn_as", "start"]
 
@@ -102,6 +104,9 @@ def check(key: str, base: Any, r: int, config: LoraConfig) -> None:
                 f"Orthogonal initialization requires the LoRA rank to be even, got {r} instead."
             )
         return
+    if reader_of(base) is not None:
+        _check_quantised(key, base, str(name))
+        return
     weight = base.weight
     if name in WRONG_DTYPE and weight.dtype not in HALF_OR_SINGLE:
         raise TypeError(WRONG_DTYPE[name].format(dtype=weight.dtype))
@@ -143,6 +148,26 @@ def check(key: str, base: Any, r: int, config: LoraConfig) -> None:
         check_settings(config)
 
 
+def _check_quantised(key: str, base: Any, name: str) -> None:
+    """:func:`check` for a base layer with a quantised weight.
+
+    Raises:
+        TypeError: the method needs a floating-point weight, or changes one that its owner cannot
+            quantise again.
+    """
+    found = read(base)
+    kind = f"a {type(base).__name__}" if isinstance(found, str) else found.packed.format
+    if name == "loftq":
+        raise TypeError(
+            f"LoftQ quantises the weight of `{key}` itself, and that is {kind} already; "
+            "for a model in 4 bits see `replace_lora_weights_loftq`"
+        )
+    if name in WRONG_DTYPE and name != "olora":
+        raise TypeError(WRONG_DTYPE[name].format(dtype=kind) + f" `{key}` is {kind}.")
+    if name == "olora" and (reason := repack.why_not(base)) is not None:
+        raise TypeError(f"{WRONG_DTYPE[name].format(dtype=kind)} `{key}`: {reason}")
+
+
 @torch.no_grad()
 def start(layer: Any, adapter: str, config: LoraConfig) -> None:
     """Give ``lora_A`` [r, K] and ``lora_B`` [N, r] of a linear layer their first values.
@@ -159,10 +184,12 @@ def start(layer: Any, adapter: str, config: LoraConfig) -> None:
     found = METHODS[name](layer, adapter, config)
     if found is None:
         return
+    place = weight_of(base)
+    dtype = torch.float32 if isinstance(place, PackedWeight) else stored(place.dtype)
     if isinstance(base, torch.nn.Embedding):
         stores = (layer.lora_embedding_A, layer.lora_embedding_B)
         for parameters, value in zip(stores, (found.A, found.B), strict=True):
-            parameters[adapter].copy_(value.to(stored(base.weight.dtype)))
+            parameters[adapter].copy_(value.to(dtype))
         return
     for store, value in ((layer.lora_A, found.A), (layer.lora_B, found.B)):
         linear: Any = store[adapter]
@@ -171,7 +198,7 @@ def start(layer: Any, adapter: str, config: LoraConfig) -> None:
             linear.weight = torch.nn.Parameter(new, requires_grad=linear.weight.requires_grad)
             linear.out_features, linear.in_features = value.shape
         if not linear.weight.is_meta:  # on the meta device a checkpoint brings the values
-            linear.weight.copy_(value.to(stored(base.weight.dtype)))
+            linear.weight.copy_(value.to(dtype))
     # at once if a variant reads the base weight after this
     measured = any(variant.measures_weight for variant in variants_asked(config))
-    note(base.weight, found, at_once=measured)
+    note(place, found, at_once=measured)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ....configs.lora import LoraConfig
-from .residual import Start, current, minus_product
+from .residual import Start, current, minus_product, weight_of
 
 
 def pissa(layer: Any, adapter: str, config: LoraConfig) -> Start:
@@ -38,7 +38,7 @@ def olora(layer: Any, adapter: str, config: LoraConfig) -> Start:
     A is the first r rows of R, B the first r columns of Q.
     """
     r = layer.r[adapter]
-    Q, R = torch.linalg.qr(current(layer.get_base_layer().weight).to(torch.float32))
+    Q, R = torch.linalg.qr(current(weight_of(layer.get_base_layer())).to(torch.float32))
     return minus_product(R[:r].contiguous(), Q[:, :r].contiguous(), layer.scaling[adapter])
 
 

@@ -6,9 +6,13 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from ....ops.bases import repack
+from ....ops.bases.formats import reader_of
 
 HALF_OR_SINGLE = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -16,6 +20,33 @@ HALF_OR_SINGLE = (torch.float32, torch.float16, torch.bfloat16)
 def stored(dtype: torch.dtype) -> torch.dtype:
     """The dtype to which an adapter's weights are rounded when the base weight has ``dtype``."""
     return dtype if dtype.is_floating_point else torch.float32
+
+
+class PackedWeight:
+    """A quantised base weight [N, K] where changes of base weights are noted, as float32 numbers.
+
+    A change is quantised again by the owner's code. Two objects of one layer are equal.
+    """
+
+    def __init__(self, base: nn.Module) -> None:
+        self.base = base
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, PackedWeight) and other.base is self.base
+
+    def __hash__(self) -> int:
+        return id(self.base)
+
+    def detach(self) -> Tensor:
+        return repack.dense_value(self.base)
+
+
+def weight_of(base: Any) -> Tensor | PackedWeight:
+    """The place of a base layer's weight, for :func:`current` and :func:`note`."""
+    if reader_of(base) is not None:
+        return PackedWeight(base)
+    weight: Tensor = base.weight
+    return weight
 
 
 @dataclass
@@ -50,36 +81,47 @@ class _Injection(threading.local):
     made, with the old weight if it cannot be computed again.
     """
 
-    waiting: list[tuple[Tensor, Start]] | None = None
-    made: list[tuple[Tensor, Start, Tensor | None]] = []
+    waiting: list[tuple[Tensor | PackedWeight, Start]] | None = None
+    made: list[tuple[Tensor | PackedWeight, Start, Tensor | repack.State | None]] = []
 
 
 _HERE = _Injection()
 
 
-def current(weight: Tensor) -> Tensor:
+def _same(a: Tensor | PackedWeight, b: Tensor | PackedWeight) -> bool:
+    return a is b or (isinstance(a, PackedWeight) and a == b)
+
+
+def current(weight: Tensor | PackedWeight) -> Tensor:
     """The value of a base weight after the waiting changes; two layers may share the weight."""
     value = weight.detach()
     for changed, start in _HERE.waiting or ():
-        if changed is weight and start.new_base is not None:
+        if _same(changed, weight) and start.new_base is not None:
             value = start.new_base(value)
     return value
 
 
-def note(weight: Tensor, start: Start, at_once: bool = False) -> None:
+def note(weight: Tensor | PackedWeight, start: Start, at_once: bool = False) -> None:
     """Change ``weight`` at the end of the running injection; now if none runs or ``at_once``."""
     if start.new_base is None:
         return
     if _HERE.waiting is None:
-        weight.data = start.new_base(weight.data)
+        if isinstance(weight, PackedWeight):
+            repack.write(weight.base, start.new_base(weight.detach()))
+        else:
+            weight.data = start.new_base(weight.data)
     elif at_once:
         _change(weight, start)
     else:
         _HERE.waiting.append((weight, start))
 
 
-def _change(weight: Tensor, start: Start) -> None:
+def _change(weight: Tensor | PackedWeight, start: Start) -> None:
     assert start.new_base is not None
+    if isinstance(weight, PackedWeight):
+        before, _ = repack.write(weight.base, start.new_base(weight.detach()))
+        _HERE.made.append((weight, start, before))
+        return
     new = start.new_base(weight.data)
     _HERE.made.append((weight, start, weight.data if start.undo is None else None))
     weight.data = new
@@ -107,7 +149,10 @@ def collect() -> Iterator[Callable[[], None]]:
         yield apply
     except BaseException:
         for weight, start, old in reversed(_HERE.made):
-            weight.data = old if start.undo is None else start.undo(weight.data)  # type: ignore
+            if isinstance(weight, PackedWeight):
+                old.put(weight.base)
+                continue
+            weight.data = old if start.undo is None else start.undo(weight.data)
         raise
     else:
         if outer is not None:  # an error in the outer block must undo these too

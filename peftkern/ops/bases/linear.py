@@ -1,0 +1,58 @@
+"""The product with a quantised weight alone: Y = X Wᵀ + bias, for calls without an update.
+
+It takes the place of the layer's own forward where adapters are disabled, merged, or several: some
+owners change their weights in it (bitsandbytes packs them anew for some processors).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...utils.private import unsafe_view
+from .. import autocast
+from .weight import BaseWeight
+
+
+class _FrozenLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: BaseWeight, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.shape = x.shape
+        y = _product(x, weight, bias)
+        return y if x.dim() == 2 else unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        [weight] = ctx.saved_tensors
+        dy2 = dy.reshape(-1, dy.shape[-1])
+        # with create_graph=True torch records this product, as of any dense matrix
+        if torch.is_grad_enabled():
+            dx = dy2 @ weight.dense()
+        else:
+            dx = weight.product(dy2) if ctx.needs_input_grad[0] else None
+        dbias = dy2.sum(0) if ctx.needs_input_grad[2] else None
+        return (None if dx is None else dx.view(ctx.shape)), None, dbias
+
+
+def _product(x: Tensor, weight: BaseWeight, bias: Tensor | None) -> Tensor:
+    y = weight.t().product(x.reshape(-1, x.shape[-1]))
+    return y if bias is None else y.add_(bias)
+
+
+def frozen_linear(x: Tensor, weight: BaseWeight, bias: Tensor | None) -> Tensor:
+    """Y [..., N] in x's dtype (autocast's when that is on) for x [..., K].
+
+    Differentiable in x and bias, and twice.
+    """
+    if autocast.is_on(x) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        y: Tensor = _FrozenLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+        return y
+    y = _product(x, weight, bias)
+    return y.view(*x.shape[:-1], y.shape[-1])

@@ -1,0 +1,95 @@
+"""Dense linear layers in place of quantised ones, for a merge that is to be exported."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...ops.bases.formats import checked, reader_of
+from ...utils.private import hook_of
+from ..base_layer import BaseTunerLayer
+from .linear import bare_linear
+from .offload import offloading
+
+
+@contextmanager
+def made_dense(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
+    """Replace every quantised linear layer of ``model`` by a dense one; back if the block fails.
+
+    Args:
+        model: the base model, with adapters.
+        dtype: the dtype of the dense weights; None: the model's (``model.dtype``), or float32.
+
+    Raises:
+        ValueError: ``dtype`` is not floating point, a layer cannot be read, or adapters are merged
+            into one. Nothing is changed then.
+    """
+    if dtype is None:
+        own = getattr(model, "dtype", None)
+        dtype = own if isinstance(own, torch.dtype) and own.is_floating_point else torch.float32
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1):
+        raise ValueError(
+            f"dequantize is {dtype!r}; allowed: True, or a floating-point dtype of at least 16 bits"
+        )
+    every = list(model.named_modules(remove_duplicate=False))
+    found = [(name, m) for name, m in every if reader_of(m) is not None]
+    adapted = {
+        id(m.get_base_layer()): name
+        for name, m in every
+        if isinstance(m, BaseTunerLayer) and m.merged_adapters
+    }
+    for name, module in found:
+        reader: Any = reader_of(module)
+        held = checked(reader, module)
+        if offloading(module):
+            held = "accelerate keeps its weight in host memory or on disk"
+        if isinstance(held, str):
+            raise ValueError(f"`{name}` cannot be made dense: {held}")
+        if id(module) in adapted:
+            raise ValueError(
+                f"`{adapted[id(module)]}` has merged adapters, of which the quantised weight holds "
+                "a rounded sum; call unmerge_adapter() first"
+            )
+    replaced: list[tuple[str, nn.Module]] = []
+    made: dict[nn.Module, nn.Linear] = {}  # a module may stand in several places
+    try:
+        for name, module in found:
+            if module not in made:
+                made[module] = _dense(module, dtype)
+            model.set_submodule(name, made[module])
+            replaced.append((name, module))
+        yield
+    except BaseException:
+        for name, module in replaced:
+            model.set_submodule(name, module)
+        raise
+
+
+def _dense(module: Any, dtype: torch.dtype) -> nn.Linear:
+    reader: Any = reader_of(module)
+    held: Any = checked(reader, module)
+    bias = None if held.bias is None else held.bias.detach().to(dtype)
+    dense = bare_linear(held.packed.dense(dtype), bias, trainable=False).train(module.training)
+    if (hook := hook_of(module)) is not None:
+        from accelerate.hooks import add_hook_to_module  # it has given the layer its hook
+
+        add_hook_to_module(dense, copy.copy(hook))
+    return dense
+
+
+def forget_quantization(model: Any) -> None:
+    """Take the marks of quantisation from a transformers model, which is dense now."""
+    for name in ("hf_quantizer", "quantization_method"):
+        if name in model.__dict__:
+            delattr(model, name)
+    config = getattr(model, "config", None)
+    if config is not None and hasattr(config, "quantization_config"):
+        del config.quantization_config
+    for name in ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit"):
+        if hasattr(model, name):
+            setattr(model, name, False)
