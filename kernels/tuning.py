@@ -15,8 +15,10 @@ schema.)
                   "m": int,     # bucket of M, see bucket()
                   "n": int, "k": int, "r": int, "group": int, "mask": bool,
                   "grads": str,                  # backward: which of x, a, b, e.g. "xab", and "s"
-                                                 # for given dS; mlp: the activation, and more
+                                                 # for given dS; mlp: the activation, and more;
+                                                 # experts: the gate, the tiles' rows, and more
                   "graph": bool,                 # infer, few rows: replayed in a CUDA graph
+                  "experts": int, "top": int,    # of a mixture: E, and those of a token; else 0
                   "choice": str | null,          # for ops of WHOLE, and for "grad_sb"
                   "config": {field: value} | null,  # of the op's *Config; null: its default
                   "us": {"p20": float, "p50": float, "p80": float},
@@ -27,7 +29,8 @@ schema.)
                   "date": str}]}                 # of this entry, ISO 8601, UTC
 
 A dimension that an op does not have is 0 (shrink has no n). For a group, n is the sum of n and r
-the largest r of its projections. Readers ignore unknown fields.
+the largest r of its projections; of a mixture m is its tokens, and group its adapters. Readers
+ignore unknown fields.
 """
 
 from __future__ import annotations
@@ -57,7 +60,7 @@ WHOLE = (
     "mixed",  # infer for samples that name different adapters: r the largest, group their number
     "mlp_forward",  # an MLP's G and U (k: their columns) to down's Y and S (r: 0 without adapter)
     "mlp_backward",  # down's dY to dG and dU, and what is made beside them for the adapters
-    "experts",  # a mixture without gradients: m its pairs, n the columns of up's output, k of X
+    "experts",  # a mixture without gradients: n the columns of up's output, k of X
     "experts_step",  # its forward and backward together
 )
 OPS = KERNELS + WHOLE
@@ -83,6 +86,11 @@ class Key(NamedTuple):
     mask: bool = False
     grads: str = ""
     graph: bool = False
+    experts: int = 0
+    top: int = 0
+
+
+_FIELDS = Key._fields[:-2]  # those that every table has
 
 
 @dataclass(frozen=True)
@@ -221,7 +229,8 @@ def from_json(data: Any, source: str = "table") -> Table:
     try:
         table = Table(data["gpu"], data["versions"], data["sources"], data["date"])
         for row in data["entries"]:
-            key = Key(*(row[name] for name in Key._fields))
+            more = {name: row.get(name, 0) for name in ("experts", "top")}
+            key = Key(*(row[name] for name in _FIELDS), **more)
             us = {k: float(v) for k, v in row["us"].items()}
             times = {k: float(v) for k, v in row.get("times", {}).items()}
             table.add([

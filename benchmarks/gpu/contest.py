@@ -32,6 +32,14 @@ class RaceCase:
         int, ...
     ] = ()  # outputs of each projection in whole operations and shrink_expand; n is their sum
     graph: bool = False  # True: a whole operation in a CUDA graph, where kernels always run
+    experts: int = 0  # of a mixture, whose tokens are m
+    top: int = 0  # experts of a token
+    what: str = ""  # of a mixture's kernel: peftkern.ops.experts.configs.told
+
+    @property
+    def rows(self) -> int:
+        """Rows of a mask: tokens, or of a mixture pairs."""
+        return self.m * max(1, self.top)
 
     @property
     def whole(self) -> bool:
@@ -39,16 +47,17 @@ class RaceCase:
 
     @property
     def table_key(self) -> tuning.Key:
-        grads = "xab" if self.op == "backward" else ""
+        grads = "xab" if self.op == "backward" else self.what
         return tuning.Key(
             self.op, self.dtype, self.adapter_dtype, tuning.bucket(self.m), self.n, self.k, self.r,
-            self.group, self.mask, grads, self.graph,
+            self.group, self.mask, grads, self.graph, self.experts, self.top,
         )  # fmt: skip
 
     @property
     def key(self) -> str:
         tail = f"{' mask' if self.mask else ''}{f' x{self.group}' if self.group > 1 else ''}"
         tail += " graph" if self.graph else ""
+        tail += f" of {self.top} in {self.experts} experts, {self.what}" if self.experts else ""
         return f"{self.op} m={self.m} n={self.n} k={self.k} r={self.r}{tail}"
 
     def tiny(self) -> RaceCase:
@@ -56,6 +65,7 @@ class RaceCase:
         n, k = (TINY.hidden if v else 0 for v in (self.n, self.k))
         ns = (TINY.hidden,) * len(self.ns)
         case = asdict(self) | {"m": min(self.m, 8), "n": sum(ns) or n, "k": k, "ns": ns}
+        case |= {"experts": min(self.experts, 3), "top": min(self.top, 2)}
         return RaceCase(**case | {"r": min(self.r, 4)})
 
 

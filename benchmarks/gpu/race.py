@@ -32,7 +32,7 @@ MOST_COPIES = 16
 def copies_for(case: RaceCase, device: Device) -> int:
     if device.dry:
         return 1
-    size = 2 * (case.m * (case.n + case.k) + case.n * case.k)
+    size = 2 * (case.rows * (case.n + case.k) + max(1, case.experts) * case.n * case.k)
     return max(1, min(MOST_COPIES, -(-3 * device.l2 // max(size, 1))))
 
 
@@ -86,7 +86,7 @@ def _measure(case: RaceCase, device: Device, seconds: float, watch: Watch | None
             continue
         watch.at(label)
         try:
-            device.poison(2 * case.m * max(case.n, case.k))
+            device.poison(2 * case.rows * max(case.n, case.k))
             outs = held.run(config, 0)
             error = max(relative(o, e) for o, e in zip(outs, exact, strict=True))
             entry["error"] = error if error == error else None

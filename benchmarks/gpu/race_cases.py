@@ -48,6 +48,13 @@ def _mlp(M: int, r: int, mask: bool, wide: int) -> Bucket:
     return Bucket("mlp", M, r, wide, (), mask)
 
 
+def _experts(
+    T: int, r: int, mask: bool, width: int, inner: int, experts: int, top: int,
+    layout: str = "halves",
+) -> Bucket:  # fmt: skip
+    return Bucket("experts", T, r, width, (inner,), mask, experts, top, layout)
+
+
 def _train(M: int, r: int, k: int, *ns: int) -> Iterator[RaceCase]:
     for mask in (True, False):
         for op in ("forward", "backward"):
@@ -114,6 +121,14 @@ def _order() -> Iterator[Bucket | RaceCase]:
         for r in (64, 128, 8):
             yield Bucket("few", M, r, h, (h,))
             yield from _infer(M, r, h, h)
+    for T in (8192, 1024):  # Qwen3-30B-A3B
+        for mask in (True, False):
+            yield _experts(T, 16, mask, 2048, 768, 128, 8)
+    for T in (1, 8):
+        yield _experts(T, 16, False, 2048, 768, 128, 8)
+    for mask in (True, False):  # Mixtral-8x7B, gpt-oss-20b
+        yield _experts(2048, 16, mask, 4096, 14336, 8, 2)
+        yield _experts(8192, 16, mask, 2880, 2880, 32, 4, "interleaved")
 
 
 def contest(case: RaceCase, device: Device, copies: int) -> Contest:

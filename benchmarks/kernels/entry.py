@@ -37,7 +37,8 @@ class Bucket(NamedTuple):
     """Shapes of one race: M rows, rank r, K inputs, and the outputs N of each projection.
 
     ``kind`` is "low_rank" (kernels over X or dY alone), "joined" (kernels that make S and Y, or dX
-    and dA), "product" (with W), "few" (with W, at most 16 rows), or "mlp" (K is the inner width).
+    and dA), "product" (with W), "few" (with W, at most 16 rows), "mlp" (K is the inner width), or
+    "experts" (M tokens of K columns, each with ``top`` of the experts, of inner width Ns[0]).
     """
 
     kind: str
@@ -46,6 +47,9 @@ class Bucket(NamedTuple):
     K: int
     Ns: tuple[int, ...]
     mask: bool = False
+    experts: int = 0
+    top: int = 0
+    layout: str = ""  # of the gate of experts
 
 
 Run = Callable[[Any, int], Sequence[Tensor]]  # (config or choice, copy) -> outputs
@@ -211,7 +215,7 @@ class Drawn:
         self.keeps: list[Tensor | None] = [None] * case.group
         if case.mask:
             drawn = bits.dropout_bits(
-                case.m, case.k, 0.1, 11, groups=case.group, device=device.torch
+                case.rows, case.k, 0.1, 11, groups=case.group, device=device.torch
             )
             self.words = list(drawn)
             self.keeps = [bits.unpack_bits(w, case.k) for w in drawn]

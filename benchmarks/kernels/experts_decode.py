@@ -14,6 +14,7 @@ from peftkern.kernels.experts_decode import FewLinear
 
 from .entry import BF16, FP32, Case, KernelEntry, Operands, meta, named, tag
 from .experts_gate import ALONE, GPT_OSS, QWEN3, Experts
+from .experts_races import DECODE
 from .traffic import Facts, Traffic, nbytes
 
 
@@ -154,6 +155,7 @@ ENTRY = KernelEntry(
         "_experts_few_down_kernel": _down,
     },
     cases=_cases,
+    ops=DECODE,
     sanitize=_sanitize,
     counted=_counted,
 )

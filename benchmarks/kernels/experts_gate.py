@@ -14,6 +14,7 @@ from peftkern.kernels.experts_gates import Clamp
 from peftkern.kernels.experts_route import Route, most_tiles, route
 
 from .entry import BF16, FP32, INT32, Case, KernelEntry, Operands, meta, named, tag
+from .experts_races import GATES
 from .traffic import Facts, Traffic, cdiv, nbytes, unit_of
 
 
@@ -131,6 +132,7 @@ def _counted(o: Operands) -> Iterator[Callable[[], Any]]:
 ENTRY = KernelEntry(
     traffic={"_experts_gate_kernel": _traffic},
     cases=_cases,
+    ops=GATES,
     sanitize=_sanitize,
     counted=_counted,
 )

@@ -13,6 +13,7 @@ from peftkern.kernels.common import Arch, Launch
 
 from .entry import BF16, FP32, Case, KernelEntry, Operands, Timing, meta, named, tag
 from .experts_gate import ALONE, GPT_OSS, QWEN3, Experts, small_route
+from .experts_races import GATE_GRAD
 from .traffic import Facts, Traffic, nbytes, unit_of
 
 
@@ -102,6 +103,7 @@ ENTRY = KernelEntry(
     traffic={"_experts_gate_grad_kernel": _traffic, "_experts_gate_sum_kernel": _sum},
     timing={"_experts_gate_sum_kernel": Timing(near=True)},
     cases=_cases,
+    ops=GATE_GRAD,
     sanitize=_sanitize,
     counted=_counted,
 )

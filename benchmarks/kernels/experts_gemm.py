@@ -14,6 +14,7 @@ from peftkern.kernels.experts_route import route
 
 from .entry import BF16, FP16, FP32, INT32, Case, KernelEntry, Operands, Timing, meta, named
 from .experts import LAYERS, Layer, meta_route
+from .experts_races import GEMM
 from .traffic import Facts, Traffic, cdiv, nbytes, unit_of
 
 
@@ -173,6 +174,7 @@ ENTRY = KernelEntry(
     traffic={"_experts_gemm_kernel": _traffic},
     timing={"_experts_gemm_kernel": Timing(pieces=_pieces)},
     cases=_cases,
+    ops=GEMM,
     sanitize=_sanitize,
     counted=_counted,
 )

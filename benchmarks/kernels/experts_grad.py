@@ -16,6 +16,7 @@ from peftkern.kernels.reference import pack_bits
 
 from .entry import BF16, FP32, INT32, Case, KernelEntry, Operands, Timing, meta, named
 from .experts import LAYERS, Layer, meta_route
+from .experts_races import GRAD
 from .traffic import Facts, Traffic, cdiv, nbytes, unit_of
 
 
@@ -168,6 +169,7 @@ ENTRY = KernelEntry(
         "_experts_grad_a_kernel": Timing(integers=_integers),
     },
     cases=_cases,
+    ops=GRAD,
     sanitize=_sanitize,
     counted=_counted,
 )

@@ -15,6 +15,7 @@ from peftkern.kernels.reference import pack_bits
 
 from .entry import BF16, FP32, INT32, Case, KernelEntry, Operands, Timing, meta, named
 from .experts import LAYERS, Layer, meta_route
+from .experts_races import SHRINK
 from .traffic import Facts, Traffic, cdiv, nbytes, once, total, unit_of
 
 
@@ -114,6 +115,7 @@ ENTRY = KernelEntry(
     traffic={"_experts_shrink_kernel": _traffic},
     timing={"_experts_shrink_kernel": Timing(integers=_integers)},
     cases=_cases,
+    ops=SHRINK,
     sanitize=_sanitize,
     counted=_counted,
 )

@@ -44,7 +44,8 @@ _OPS = Path(__file__).parent
 # the code that a timing holds for, besides the kernels: the files that call them
 _OWN = (
     *("bits.py", "choices.py", "torch_backend.py", "triton_backend.py"),
-    *("experts/triton_way.py", "experts/grouped.py", "experts/grouped_linear.py"),
+    *("experts/configs.py", "experts/triton_way.py"),
+    *("experts/grouped.py", "experts/grouped_linear.py"),
 )
 _NOT_MEASURED = ("reference.py", "registry.py", "tuning.py")
 
@@ -325,6 +326,8 @@ def key_of(
     group: int = 1,
     mask: bool = False,
     grads: str = "",
+    experts: int = 0,
+    top: int = 0,
 ) -> Key:
     """The key of a call.
 
@@ -337,10 +340,12 @@ def key_of(
         r: a group's largest rank.
         group: the number of projections.
         mask: True if one of them drops.
-        grads: the gradients that a backward makes, as letters of "xab".
+        grads: the gradients that a backward makes, as letters of "xab"; or what else decides.
+        experts, top: of a mixture, all and those of a token.
     """
     name = products_in(dtype) if dtype is torch.float32 and op in WHOLE else NAMES[dtype]
-    return _tuple(Key, (op, name, NAMES[adapter], bucket(M), n, k, r, group, mask, grads, False))
+    low, m = NAMES[adapter], bucket(M)
+    return _tuple(Key, (op, name, low, m, n, k, r, group, mask, grads, False, experts, top))
 
 
 def _opened(like: Tensor) -> Book | None:
@@ -357,12 +362,16 @@ def config(
     r: int,
     group: int = 1,
     mask: bool = False,
+    grads: str = "",
+    experts: int = 0,
+    top: int = 0,
 ) -> Any:
     """The config that a table has for a kernel on ``like`` [M, ...], for ``config=``, or None.
 
     The other arguments are those of :func:`key_of`. After the first call it is one dict lookup.
     """
-    key = key_of(op, like.dtype, adapter, like.shape[0], n, k, r, group, mask)
+    M = like.shape[0]
+    key = key_of(op, like.dtype, adapter, M, n, k, r, group, mask, grads, experts, top)
     of = open_books.get(like.get_device()) or _opened(like)
     if of is None:
         return None

@@ -5,7 +5,9 @@ import torch
 import peftkern
 from peftkern.kernels import common
 from peftkern.ops import triton_backend, tuned
+from peftkern.ops.lora_experts import lora_experts
 from tests.kernels.racing import FakeClock, dispatcher, drawn, entry, ship, step
+from tests.mixtures import mixture, numbers
 
 
 def launches(monkeypatch):
@@ -134,3 +136,57 @@ def test_the_facts_of_decisions_are_bounded(monkeypatch, tmp_path):
         x = torch.zeros(2, 2)
         made = [tuned.decided(x, (i,), lambda i=i: i) for i in range(20)]
         assert made == list(range(20)) and len(tuned.book(-1).decided) <= 5
+
+
+def test_kernels_of_mixtures_run_with_the_configs_of_a_table(monkeypatch, tmp_path):
+    T, K, inner, N, E, top = 12, 24, 20, 18, 5, 2
+    made = mixture(p=0.3, dtype=torch.float32, sizes=(T, K, inner, N, E, top))
+
+    def of(op, fields, n, k, what, r=4, mask=True):
+        sizes = dict(N=n, K=k, r=r, experts=E, top=top)
+        rows = "" if op == "experts_decode" else "16 "  # 24 pairs of 5 experts
+        return config(op, fields, mask=mask, grads=rows + what, **sizes)
+
+    with dispatcher(monkeypatch, tmp_path, FakeClock()):
+        step = {"num_stages": 2}
+        ship(tmp_path, [
+            of("experts_shrink", {"block_m": 16, **step}, 0, K, "gather", 3),
+            of("experts_gemm", {"block_n": 32, **step}, 2 * inner, K, "gather", 3, False),
+            of("experts_gate", {"block_k": 32, **step}, 0, inner, "halves", 2),
+            of("experts_gemm", {"block_n": 64, **step}, N, inner, "rows", 2, False),
+            of("experts_grad_sb", {"block_c": 32, **step}, N, 0, "gather", 2, False),
+            of("experts_gemm_grad_input", {"block_n": 32, **step}, N, inner, "gather", 2),
+            of("experts_gate_grad", {"block_k": 16, **step}, 0, inner, "halves", 3, False),
+            of("experts_grad_a", {"block_c": 32, **step}, 0, K, "gather", 3),
+            of("experts_gemm_grad_input", {"block_n": 64, **step}, 2 * inner, K, "rows", 3),
+            of("experts_grad_a", {"block_c": 64, **step}, 0, inner, "rows", 2),
+            of("experts_decode", {"up_n": 8, **step}, 2 * inner, K, "halves", 3, False),
+        ])  # fmt: skip
+        seen = launches(monkeypatch)
+        with peftkern.use_backend("triton"):
+            found = numbers(call, made)
+            few = made._replace(**{
+                part: getattr(made, part)._replace(factors=tuple(
+                    f._replace(p=0.0) for f in getattr(made, part).factors
+                )) for part in ("up", "down")
+            })  # fmt: skip
+            with torch.no_grad():
+                call(few)
+    assert all(t.isfinite().all() for t in found.values())
+    tuned_ones = {
+        "_experts_shrink_kernel": [{"BLOCK_M": 16}],
+        "_experts_gemm_kernel": [{"BLOCK_N": n} for n in (32, 64, 32, 64)],
+        "_experts_gate_kernel": [{"BLOCK_K": 32}],
+        "_experts_grad_sb_kernel": [{"BLOCK_N": 32}],
+        "_experts_gate_grad_kernel": [{"BLOCK_K": 16}],
+        "_experts_grad_a_kernel": [{"BLOCK_K": 32}, {"BLOCK_K": 64}],
+        "_experts_few_up_kernel": [{"BLOCK_N": 8}],
+    }
+    for kernel, wanted in tuned_ones.items():
+        metas = [{**own, "num_stages": 2} for own in wanted]
+        held = [{name: m[name] for name in own} for m, own in zip(seen[kernel], metas, strict=True)]
+        assert held == metas, kernel
+
+
+def call(m):
+    return lora_experts(*m[:6])

@@ -122,11 +122,11 @@ def test_races_are_told(clock, fastest):
     with torch.no_grad():
         made(moe_models.ids())
     gain = " 2.00x torch" if fastest == "kernels" else ""
-    one = f": experts M<=32 {fastest}{gain}"
+    one = f": experts M<=16 {fastest}{gain}"
     assert f"{one}: raced here on" in said(made)
     assert clock.races == 1
     made(moe_models.ids()).sum().backward()
-    assert f"{one}, experts_step M<=32 {fastest}{gain}: raced here on" in said(made)
+    assert f"{one}, experts_step M<=16 {fastest}{gain}: raced here on" in said(made)
     assert clock.races == 2
     other = model("interleaved")  # of the same sizes
     assert "not called yet" in said(other)
@@ -137,5 +137,5 @@ def test_no_race_may_run(clock, monkeypatch):
     made = model()
     assert ": not called yet: torch, for PEFTKERN_RACE=0" in said(made)
     made(moe_models.ids())
-    assert "experts_step M<=32 torch: PEFTKERN_RACE=0: torch" in said(made)
+    assert "experts_step M<=16 torch: PEFTKERN_RACE=0: torch" in said(made)
     assert clock.races == 0

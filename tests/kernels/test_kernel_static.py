@@ -295,6 +295,9 @@ for op in tuning.KERNELS:
     config = vars(registry.config_class(op)())
     group = 1 if op in ("expand", "grad_sb", "gemm", "decode") else 2
     key = tuning.Key(op, "bfloat16", "float32", 16, 512, 512, 16, group, group > 1)
+    if op.startswith("experts"):
+        key = key._replace(experts=8, top=2, grads="16 halves")
+        key = key._replace(group=1, mask=False) if "grad" in op else key
     table.add([tuning.Entry(key, chosen.get(op), config, us)])
 odd = {"block_m": 64, "block_n": 64, "block_k": 128, "tma": True, "num_warps": 4}
 key = tuning.Key("gemm", "bfloat16", "float32", 2048, 512, 512, 16)

@@ -43,6 +43,8 @@ def note(launch, case=""):
 for op, raced in ops().items():
     for m in (1, 2, 5, 16, 33, 100, 4096):
         key = tuning.Key(op, "bfloat16", "bfloat16", m, 256, 512, 16)
+        if op.startswith("experts"):
+            key = key._replace(experts=8, top=2, grads="64 halves")
         for launch in raced.plan(TableTensors(key), registry.config_class(op)(), arch):
             note(launch, op)
 for m in (1, 2, 5, 16, 33, 100, 4096):
@@ -96,5 +98,7 @@ def test_rows_and_keys_make_no_other_form() -> None:
     assert len(forms) > 10
     # The registers of these are full: a form that knows nothing of its sizes spills some. They run
     # over many rows, where a form more is a few seconds once in a training run.
-    full = {"_shrink_expand_kernel", "_attend_kernel", "_grad_rows_kernel", "_grad_keys_kernel"}
-    assert {kernel: n for kernel, n in forms.items() if n > (4 if kernel in full else 1)} == {}
+    full = ("_shrink_expand_kernel", "_attend_kernel", "_grad_rows_kernel", "_grad_keys_kernel")
+    # a small kernel, which reads parts in whole vectors: one form for 16 pairs and their multiples
+    allowed = {**dict.fromkeys(full, 4), "_experts_gate_sum_kernel": 2}
+    assert {kernel: n for kernel, n in forms.items() if n > allowed.get(kernel, 1)} == {}

@@ -49,12 +49,13 @@ def _key(call: Call, keep: bool) -> Key:
     factors = [f for part in (call.up, call.down) for f in part.factors]
     r = max((f.rank(call.experts) for f in factors), default=0)
     adapter = factors[0].A.dtype if factors else call.x.dtype
-    what = f"{call.experts} {call.chosen.shape[1]} {call.gate.name or 'own'} {call.gate.layout}"
+    what = f"{call.gate.name or 'own'} {call.gate.layout}"
     what += "".join(f" {len(p.factors)}{'b' * (p.bias is not None)}" for p in (call.up, call.down))
-    (_, N1, K), op = call.up.weight.shape, OPS[keep]
+    (E, N1, K), op = call.up.weight.shape, OPS[keep]
     group = 1 if call.choice is None else 1 << call.adapters.bit_length()
     mask = any(f.p > 0.0 for f in factors)
-    return key_of(op, call.x.dtype, adapter, call.chosen.numel(), N1, K, r, group, mask, what)
+    T, top = call.chosen.shape
+    return key_of(op, call.x.dtype, adapter, T, N1, K, r, group, mask, what, E, top)
 
 
 def describe(call: Call) -> str:
@@ -70,8 +71,7 @@ def describe(call: Call) -> str:
 
 def _apart_from_rows(key: Key) -> Key:
     """The key without what a model's mixture does not tell: tokens, choices, gradients, dropout."""
-    experts, _, *rest = key.grads.split()
-    return key._replace(op="", m=0, mask=False, grads=" ".join([experts, *rest]))
+    return key._replace(op="", m=0, mask=False, top=0)
 
 
 def _undropped(part: ExpertLinear) -> ExpertLinear:

@@ -24,6 +24,7 @@ from ...kernels.experts_shrink import shrink
 from ...kernels.mixed import MAX_ADAPTERS
 from ..device import capturing, elsewhere
 from ..triton_backend import refusal
+from .configs import Configs
 from .gates import gate_grad as gate_grad_by_torch
 from .gates import hidden_again
 from .grouped import check_choices, check_experts, check_later
@@ -128,31 +129,45 @@ def _hidden(
     call: Call, rows: Route, gu: Tensor, low: _Low | None, bits: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """H [P, I], and S of down's adapter."""
-    gate = call.gate
+    gate, inner, configs = call.gate, call.down.weight.shape[2], Configs(call, rows.block_m)
+    part = call.down if low is not None else call.down._replace(factors=())
+    masked = bits is not None
     if _known(gate):
         A, scales = (None, 1.0) if low is None else (low.A, low.scales)
         found: tuple[Tensor, Tensor | None] = gate_kernel(
-            gu, rows, gate.name or "silu", gate.layout, A, scales, bits, clamp=gate.clamp
-        )
+            gu, rows, gate.name or "silu", gate.layout, A, scales, bits, clamp=gate.clamp,
+            config=configs.of("experts_gate", part, 0, inner, masked=masked),
+        )  # fmt: skip
         return found
     h = gate.function(gu)
     if low is None:
         return h, None
-    return h, shrink(h, rows, low.A, low.scales, gather=False, bits=bits)
+    config = configs.of("experts_shrink", part, 0, inner, masked=masked)
+    return h, shrink(h, rows, low.A, low.scales, gather=False, bits=bits, config=config)
 
 
 def forward(call: Call, order: Order, words: Words, keep: bool) -> tuple[Tensor, Kept]:
     """(the mixture's output [T, N], what the backward needs if ``keep``)."""
     rows, x = _route(order), call.x
     up, down = _low(call.up, call), _low(call.down, call)
+    (_, N1, K), (_, N, inner) = call.up.weight.shape, call.down.weight.shape
+    configs, bits_up = Configs(call, rows.block_m), _bits(words[0])
     s_up = None
     if up is not None:
-        s_up = shrink(x, rows, up.A, up.scales, gather=True, bits=_bits(words[0]))
+        masked = bits_up is not None
+        config = configs.of("experts_shrink", call.up, 0, K, gather=True, masked=masked)
+        s_up = shrink(x, rows, up.A, up.scales, gather=True, bits=bits_up, config=config)
     B = None if up is None else up.B
-    gu = gemm(x, rows, call.up.weight, s_up, B, gather=True, scatter=False, bias=call.up.bias)
+    gu = gemm(
+        x, rows, call.up.weight, s_up, B, gather=True, scatter=False, bias=call.up.bias,
+        config=configs.of("experts_gemm", call.up, N1, K, gather=True),
+    )  # fmt: skip
     h, s_down = _hidden(call, rows, gu, down, _bits(words[1]))
     B = None if down is None else down.B
-    y = gemm(h, rows, call.down.weight, s_down, B, gather=False, scatter=True, bias=call.down.bias)
+    y = gemm(
+        h, rows, call.down.weight, s_down, B, gather=False, scatter=True, bias=call.down.bias,
+        config=configs.of("experts_gemm", call.down, N, inner),
+    )  # fmt: skip
     out: Tensor = combine(y, call.weights)
     return out, Kept(order, gu, s_up, s_down, None)
 
@@ -177,10 +192,12 @@ def few(call: Call) -> Tensor | None:
         )
         check_experts(call, here.all())
     up, down = (_few_linear(part, _low(part, call)) for part in (call.up, call.down))
-    gate = call.gate
+    gate, (_, N1, K) = call.gate, call.up.weight.shape
+    both = call.up._replace(factors=call.up.factors + call.down.factors)
     y: Tensor = decode(
         call.x, call.chosen, _weights(call), up, down, gate.name or "silu", gate.layout,
         choice=call.choice, clamp=gate.clamp,
+        config=Configs(call, 0).of("experts_decode", both, N1, K),
     )  # fmt: skip
     return y
 
@@ -201,12 +218,14 @@ def _behind_gate(
     """``s``: that of up's adapter if its dB is wanted."""
     gate, w = call.gate, _weights(call)
     _, B, scale = _one(low)
+    configs, N1 = Configs(call, rows.block_m), gu.shape[1]
     if _known(gate):
         return _Behind(
             *gate_grad(
-                dh0, gu, rows, gate.name or "silu", gate.layout, w, B, s, scale, clamp=gate.clamp
+                dh0, gu, rows, gate.name or "silu", gate.layout, w, B, s, scale, clamp=gate.clamp,
+                config=configs.of("experts_gate_grad", call.up, 0, dh0.shape[1]),
             )
-        )
+        )  # fmt: skip
     again = hidden_again(gate, gu)
     own = w.reshape(-1).index_select(0, rows.pairs)[:, None]
     dw = torch.zeros(rows.P, dtype=torch.float32, device=gu.device)
@@ -214,9 +233,11 @@ def _behind_gate(
     dgu = gate_grad_by_torch(gate, gu, again, (dh0 * own).to(dh0.dtype))
     ds = db = None
     if B is not None and s is not None:
-        ds, db = grad_sb(dgu, rows, B, s, scale, gather=False)
+        config = configs.of("experts_grad_sb", call.up, N1, 0)
+        ds, db = grad_sb(dgu, rows, B, s, scale, gather=False, config=config)
     elif B is not None:
-        ds = shrink(dgu, rows, [B.transpose(1, 2)], scale, gather=False)
+        config = configs.of("experts_shrink", call.up, 0, N1)
+        ds = shrink(dgu, rows, [B.transpose(1, 2)], scale, gather=False, config=config)
     return _Behind(dgu, again.h, dw, ds, db)
 
 
@@ -230,25 +251,33 @@ def _over_dout(
     _, B, scale = _one(low)
     if B is None:
         return None, None
+    configs, N = Configs(call, rows.block_m), dout.shape[1]
     if s is not None:
+        config = configs.of("experts_grad_sb", call.down, N, 0, gather=True)
         found: tuple[Tensor, Tensor] = grad_sb(
-            dout, rows, B, s, scale, gather=True, row_weight=_weights(call)
+            dout, rows, B, s, scale, gather=True, row_weight=_weights(call), config=config
         )
         return found
     if not needs_ds:
         return None, None
-    return shrink(dout, rows, [B.transpose(1, 2)], scale, gather=True), None
+    config = configs.of("experts_shrink", call.down, 0, N, gather=True)
+    return shrink(dout, rows, [B.transpose(1, 2)], scale, gather=True, config=config), None
 
 
 def _through(
-    x: Tensor, rows: Route, part: ExpertLinear, ds: Tensor | None, low: _Low | None,
+    call: Call, x: Tensor, rows: Route, part: ExpertLinear, ds: Tensor | None, low: _Low | None,
     bits: Tensor | None, *, gather: bool, scatter: bool,
 ) -> Tensor:  # fmt: skip
     """dY W_e + mask ∘ (dS A_e), for dY in ``x``."""
     A, _, _ = _one(low)
     At = None if A is None else [A.transpose(1, 2)]
-    W = part.weight.transpose(1, 2)
-    dx: Tensor = gemm(x, rows, W, ds, At, gather=gather, scatter=scatter, bits=bits)
+    W, (_, N, K), masked = part.weight.transpose(1, 2), part.weight.shape, bits is not None
+    config = Configs(call, rows.block_m).of(
+        "experts_gemm_grad_input", part, N, K, gather=gather, masked=masked
+    )
+    dx: Tensor = gemm(
+        x, rows, W, ds, At, gather=gather, scatter=scatter, bits=bits, config=config
+    )  # fmt: skip
     return dx
 
 
@@ -261,20 +290,27 @@ def backward(call: Call, kept: Kept, words: Words, dout: Tensor, wants: Wants) -
     up = _low(call.up, call, not (b_up and _rank(call.up, call) <= PART_RANK))
     down = _low(call.down, call, not (b_down and _rank(call.down, call) <= ONE_PASS_RANK))
     through = wants.behind_gate or wants.weights
+    configs = Configs(call, rows.block_m)
     s = kept.s_down if b_down else None
     ds0, db_down = _over_dout(call, rows, dout, s, down, a_down or through)
     dx = dw = h = da_up = db_up = da_down = None
     if through:
         assert gu is not None
-        dh0 = _through(dout, rows, call.down, ds0, down, bits_down, gather=True, scatter=False)
+        dh0 = _through(
+            call, dout, rows, call.down, ds0, down, bits_down, gather=True, scatter=False
+        )
         behind = _behind_gate(call, rows, gu, dh0, up, kept.s_up if b_up else None)
         del dh0
         h, db_up = behind.h, behind.db
         if a_up and behind.ds is not None:
-            da_up = grad_a(behind.ds, x, rows, gather=True, bits=bits_up)
+            config = configs.of("experts_grad_a", call.up, 0, x.shape[1], gather=True,
+                                masked=bits_up is not None)  # fmt: skip
+            da_up = grad_a(behind.ds, x, rows, gather=True, bits=bits_up, config=config)
         if wants.x:
             ds = behind.ds
-            pairs = _through(behind.dgu, rows, call.up, ds, up, bits_up, gather=False, scatter=True)
+            pairs = _through(
+                call, behind.dgu, rows, call.up, ds, up, bits_up, gather=False, scatter=True
+            )
             dx = combine(pairs, None, k=rows.k)
         if wants.weights:
             dw = _grad_weights(call, behind.dw, dout)
@@ -282,8 +318,9 @@ def backward(call: Call, kept: Kept, words: Words, dout: Tensor, wants: Wants) -
         if h is None:
             assert gu is not None
             h, _ = _hidden(call, rows, gu, None, None)
-        w = _weights(call)
-        da_down = grad_a(ds0, h, rows, gather=False, row_weight=w, bits=bits_down)
+        w, masked = _weights(call), bits_down is not None
+        config = configs.of("experts_grad_a", call.down, 0, h.shape[1], masked=masked)
+        da_down = grad_a(ds0, h, rows, gather=False, row_weight=w, bits=bits_down, config=config)
     of_up = _linear_grads(call.up, da_up, db_up)
     return Grads(dx, dw, of_up, _linear_grads(call.down, da_down, db_down))
 
