@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
+from torch.autograd import forward_ad
 
+from peftkern.ops.experts import double, grouped
 from peftkern.ops.experts.parts import ExpertLinear, Factors, Gate
 from peftkern.ops.lora_experts import lora_experts
+from tests.closeness import assert_same_number
 from tests.mixtures import GATES, E, Mixture, mixture
 
 pytestmark = pytest.mark.numeric  # of `make test-versions`
@@ -153,3 +158,77 @@ def test_a_device_for_all():
     meta = Factors(*(t.detach().to("meta") for t in m.up.factors[0][:2]), 1.0)
     with pytest.raises(ValueError, match=r"up.factors\[0\].A is on meta; allowed: cpu"):
         call(m._replace(up=part(m.up, factors=(meta,))))
+
+
+def _call(m: Mixture, x: torch.Tensor, weights: torch.Tensor, **more) -> torch.Tensor:
+    index = m.index + 0 * x[0, 0].detach().long()  # a value of the transform too
+    return lora_experts(x, index, weights, *m[3:6], choice=m.choice, **more).sum()
+
+
+def _dual(m: Mixture, **more) -> torch.Tensor:
+    with forward_ad.dual_level():
+        y = _call(m, forward_ad.make_dual(m.x.detach(), m.x.detach()), m.weights, **more)
+        return forward_ad.unpack_dual(y).primal.detach()
+
+
+def _vmapped(m: Mixture, **more) -> torch.Tensor:
+    """Over routing weights, with one index for all."""
+    weights, x = m.weights.detach(), m.x.detach()
+
+    def one(w: torch.Tensor) -> torch.Tensor:
+        return lora_experts(x, m.index, w, *m[3:6], choice=m.choice, **more).sum()
+
+    return torch.func.vmap(one)(weights[None])[0]
+
+
+TRANSFORMS = {
+    "grad": lambda m, **more: torch.func.grad_and_value(
+        lambda x: _call(m, x, m.weights.detach(), **more)
+    )(m.x.detach())[1],
+    "jvp": lambda m, **more: torch.func.jvp(
+        lambda x: _call(m, x, m.weights.detach(), **more), (m.x.detach(),), (m.x.detach(),)
+    )[0],
+    "vmap": _vmapped,
+    "dual numbers": _dual,
+}
+
+
+@pytest.mark.parametrize("way", TRANSFORMS)
+@pytest.mark.parametrize("wrong", [E, E + 70, -1, "choice 2", "choice -2"])
+def test_values_out_of_range_are_refused_in_transforms_as_outside_of_them(way, wrong):
+    bad = mixture(mixed=True, ranks=((3, 3), (2, 2)))
+    if isinstance(wrong, int):
+        bad.index[2, 1] = wrong
+        says = f"lora_experts: index has {wrong}; allowed: 0 to {E - 1}, for {E} experts"
+    else:
+        bad.choice[3] = int(wrong.split()[1])
+        says = f"lora_experts: {wrong.replace(' ', ' has ')}; allowed: -1 (no adapter) to 1"
+    for call in (lambda m: _call(m, m.x, m.weights), TRANSFORMS[way]):
+        with pytest.raises(ValueError, match=re.escape(says)):
+            call(bad)
+
+
+@pytest.mark.parametrize("way", TRANSFORMS)
+def test_experts_of_other_processes_add_nothing_in_transforms(way):
+    own = mixture()
+    own.index[0, 0] = own.index[3] = E + 7
+    want = _call(own, own.x, own.weights, sentinels=True)
+    assert_same_number(TRANSFORMS[way](own, sentinels=True), want.detach())
+    own.index[1, 1] = -1
+    with pytest.raises(ValueError, match="index has -1"):
+        TRANSFORMS[way](own, sentinels=True)
+
+
+@pytest.mark.parametrize("way", TRANSFORMS)
+def test_the_check_of_a_device_runs_in_transforms(way, monkeypatch):
+    """On a CPU torch's assertion does not wait, so the check of other devices can be run there."""
+    monkeypatch.setattr(double.loop, "check_values", grouped.check_values)
+    good = mixture(mixed=True, ranks=((3, 3), (2, 2)))
+    want = _call(good, good.x, good.weights)
+    assert_same_number(TRANSFORMS[way](good), want.detach())
+    good.index[2, 1] = E
+    with pytest.raises(RuntimeError, match="index is out of range"):
+        TRANSFORMS[way](good)
+    good.index[2, 1], good.choice[0] = 0, 5
+    with pytest.raises(RuntimeError, match="choice is out of range"):
+        TRANSFORMS[way](good)

@@ -31,7 +31,7 @@ from ..utils.private import (
 from . import autocast
 from .experts.checks import check, check_functions
 from .experts.choosing import choose
-from .experts.double import differentiable, plain_call
+from .experts.double import differentiable, in_a_transform
 from .experts.dropout import words_of
 from .experts.order import Order
 from .experts.packing import flat_grads, tensors_of, wants_of, with_tensors, without_tensors
@@ -93,7 +93,7 @@ def _call(call: Call) -> Tensor:
     if is_recording():
         return traced_experts(call)
     if in_transform():
-        return plain_call(call)
+        return in_a_transform(call)
     tensors = tensors_of(call)
     y: Tensor
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):

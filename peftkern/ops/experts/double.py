@@ -11,6 +11,7 @@ from torch import Tensor
 from ..apart import apart
 from ..bits import unpack_bits
 from ..torch_products import low_rank_dtype
+from . import grouped, loop
 from .packing import with_tensors
 from .parts import Call, ExpertLinear, Kept
 from .plain import plain_experts, plain_linear
@@ -31,6 +32,12 @@ def masks_of_pairs(part: ExpertLinear, words: Tensor | None, order: Tensor) -> M
         mask = unpack_bits(words[i if len(words) > 1 else 0], columns, dtype)
         found.append(torch.empty_like(mask).index_copy_(0, order, mask))
     return found
+
+
+def in_a_transform(call: Call) -> Tensor:
+    """The output by the formula, with the errors of the operation's ways."""
+    (loop if call.x.is_cpu else grouped).check_values(call)
+    return plain_call(call)
 
 
 def plain_call(call: Call, masks: tuple[Masks, Masks] | None = None) -> Tensor:

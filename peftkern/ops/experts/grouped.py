@@ -50,6 +50,15 @@ def check_later(call: Call, bounds: Tensor) -> None:
     check_experts(call, inside)
 
 
+def check_values(call: Call) -> None:
+    """Have the device stop as :func:`ordered` does, without an order."""
+    check_choices(call)
+    inside = call.chosen >= 0
+    if not call.sentinels:
+        inside &= call.chosen < call.experts
+    check_experts(call, inside.all())
+
+
 def check_choices(call: Call) -> None:
     choice, n = call.choice, call.adapters
     if choice is not None and choice.numel():

@@ -28,6 +28,22 @@ def ordered(call: Call) -> Order:
         ValueError: an index or a choice out of range.
     """
     choice, n = call.choice, call.adapters
+    _check_choices(call)
+    pairs, edges = sort_pairs(call.chosen, call.experts, choice, n)
+    bounds: list[int] = edges.tolist()
+    if bounds[0] or (bounds[-1] < len(pairs) and not call.sentinels):
+        _check_experts(call)
+    return Order(pairs, None, spans_of(bounds, choice is not None, n))
+
+
+def check_values(call: Call) -> None:
+    """Raise the ValueError of :func:`ordered` for an index or a choice out of range."""
+    _check_choices(call)
+    _check_experts(call)
+
+
+def _check_choices(call: Call) -> None:
+    choice, n = call.choice, call.adapters
     if choice is not None and choice.numel():
         low, high = (int(v) for v in choice.aminmax())
         if low < -1 or high >= n:
@@ -35,14 +51,16 @@ def ordered(call: Call) -> Order:
                 f"lora_experts: choice has {low if low < -1 else high}; "
                 f"allowed: {allowed_choices(n)}"
             )
-    pairs, edges = sort_pairs(call.chosen, call.experts, choice, n)
-    bounds: list[int] = edges.tolist()
-    if bounds[0] or (bounds[-1] < len(pairs) and not call.sentinels):
-        low, high = (int(v) for v in call.chosen.aminmax())
+
+
+def _check_experts(call: Call) -> None:
+    if not call.chosen.numel():
+        return
+    low, high = (int(v) for v in call.chosen.aminmax())
+    if low < 0 or (high >= call.experts and not call.sentinels):
         raise ValueError(
             f"lora_experts: index has {low if low < 0 else high}; allowed: {allowed_experts(call)}"
         )
-    return Order(pairs, None, spans_of(bounds, choice is not None, n))
 
 
 def allowed_choices(adapters: int) -> str:
