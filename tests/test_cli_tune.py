@@ -37,6 +37,7 @@ BAD = {
     "--targets is ,": ["--shapes", "8x8", "--targets", ","],
     "--model and --shapes are both given": ["--shapes", "8x8", "--model", "."],
     "--model or --shapes is missing": [],
+    "--experts is given without --model": ["--shapes", "8x8", "--experts"],
     "--show races nothing": ["--show", "--shapes", "8x8"],
     "--export is no/such/folder/t.json": ["--export", "no/such/folder/t.json"],
     "needs a CUDA device, and there is none": ["--shapes", "8x8"],
@@ -91,7 +92,9 @@ MLPS = {
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_the_shapes_of_a_model_come_from_its_config_alone(kind, tmp_path):
     CONFIGS[kind].save_pretrained(tmp_path)
-    alone, together, mlps = tune.shapes_of(str(tmp_path), TuneSettings(model=str(tmp_path), r=4))
+    settings = TuneSettings(model=str(tmp_path), r=4)
+    alone, together, mlps, mixtures = tune.shapes_of(str(tmp_path), settings)
+    assert not mixtures
     assert {(ns[0], k) for ns, k in alone} == SHAPES[kind][0]
     assert set(together) == SHAPES[kind][1]
     assert [(m.K, m.ns, m.act) for m in mlps] == MLPS[kind]

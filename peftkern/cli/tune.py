@@ -26,13 +26,15 @@ from .tune_settings import TuneSettings
 
 if TYPE_CHECKING:
     from ..tuners.lora.mlp import MlpShape
+    from .tune_experts import MixtureShape
 
 
 @dataclass(frozen=True)
 class Job:
     """One operation to race: projections [N_i, K] for M rows; p is None for "infer".
 
-    For "mlp" it is an MLP's forward and backward, with its numbers in ``mlp``.
+    For "mlp" it is an MLP's forward and backward, with its numbers in ``mlp``, and for "experts" a
+    mixture for M tokens, with its numbers in ``mixture``; with its backward unless p is None.
     """
 
     op: str
@@ -41,6 +43,7 @@ class Job:
     K: int
     p: float | None = None
     mlp: MlpShape | None = None
+    mixture: MixtureShape | None = None
 
 
 def tune(settings: TuneSettings) -> None:
@@ -89,8 +92,9 @@ def jobs_of(settings: TuneSettings) -> Iterator[Job]:
     alone: dict[tuple[tuple[int, ...], int], None] = {}
     together: dict[tuple[tuple[int, ...], int], None] = {}
     mlps: dict[MlpShape, None] = {}
+    mixtures: dict[MixtureShape, None] = {}
     if settings.model is not None:
-        alone, together, mlps = shapes_of(settings.model, settings)
+        alone, together, mlps, mixtures = shapes_of(settings.model, settings)
     for N, K in settings.shape_list():
         alone[((N,), K)] = None
     for M in sorted(settings.row_list()):
@@ -105,15 +109,18 @@ def jobs_of(settings: TuneSettings) -> Iterator[Job]:
         for mlp in mlps:
             for p in settings.dropout_list():
                 yield Job("mlp", M, mlp.ns, mlp.K, p, mlp)
+        for shape in mixtures:
+            for way in (None, *settings.dropout_list()):
+                yield Job("experts", M, (shape.N1,), shape.K, way, mixture=shape)
 
 
 def shapes_of(
     path: str, settings: TuneSettings
-) -> tuple[dict[Any, None], dict[Any, None], dict[MlpShape, None]]:
+) -> tuple[dict[Any, None], dict[Any, None], dict[MlpShape, None], dict[MixtureShape, None]]:
     """((N,), K) of a model's layers named by ``targets``, (N of each, K) of its groups, its MLPs.
 
-    They are the keys of three dicts. Only the model's configuration is read; the model is built on
-    the meta device.
+    They are the keys of dicts, and with ``experts`` the model's mixtures are those of a fourth.
+    Only the model's configuration is read; the model is built on the meta device.
     """
     import transformers
 
@@ -149,7 +156,12 @@ def shapes_of(
             together[(ns, layer.in_features)] = None
     if not alone:
         raise UserError(f"--targets is {settings.targets}; no linear layer of the model has it")
-    return alone, together, shapes_of_blocks(adapted)
+    mixtures: dict[MixtureShape, None] = {}
+    if settings.experts:
+        from .tune_experts import mixtures_of
+
+        mixtures = mixtures_of(adapted, config)
+    return alone, together, shapes_of_blocks(adapted), mixtures
 
 
 def _on_meta(config: Any, path: str) -> Any:
@@ -194,9 +206,14 @@ def _race(jobs: list[Job], settings: TuneSettings, device: torch.device, console
 def run(job: Job, settings: TuneSettings, device: torch.device) -> tuple[Key, ...]:
     """Call the dispatcher once for a job, which races it inside :func:`.auto_backend.anew`.
 
-    Returns the keys of its results outside and inside of a CUDA graph, of an MLP those that no
-    earlier job has raced.
+    Returns the keys of its results outside and inside of a CUDA graph, of an MLP or a mixture those
+    that no earlier job has raced.
     """
+    if job.mixture is not None:
+        from .tune_experts import run_mixture
+
+        dtypes = getattr(torch, settings.dtype), getattr(torch, settings.adapter_dtype)
+        return run_mixture(job.mixture, job.M, job.p, settings.r, *dtypes, device)
     if job.mlp is not None:
         return _run_mlp(job.mlp, job, settings, device)
     from ..ops import auto_backend as auto
@@ -293,6 +310,8 @@ def _what(key: Key) -> list[str]:
     mask = ", dropout" if key.mask else ""
     graph = ", in a graph" if key.graph else ""
     group = f" (sum of {key.group})" if key.group > 1 else ""
+    if key.experts:
+        group += f", {key.top} of {key.experts} experts"
     return [f"{key.op}{mask}{graph}", str(key.m), f"{key.n} x {key.k}, r {key.r}{group}"]
 
 

@@ -28,6 +28,9 @@ class TuneSettings:
     adapter_dtype: str = setting("float32", "float32, or that of --dtype.")
     dropout: str = setting("0,0.1", "Dropout of A's input; only 0 or not 0 matters.")
     targets: str = setting("all-linear", "all-linear, or names with commas.")
+    experts: bool = setting(
+        False, "Race the mixtures of experts of --model as well.", flag="--experts"
+    )
     show: bool = setting(
         False, "Print what is known for this GPU, and race nothing.", flag="--show"
     )
@@ -45,6 +48,8 @@ class TuneSettings:
         self.dropout_list()
         self.shape_list()
         self._require("targets", bool(self.target_list()), "all-linear, or names with commas")
+        if self.experts and self.model is None:
+            raise UserError("--experts is given without --model, which has the experts")
         if self.model is not None and self.shapes is not None:
             raise UserError("--model and --shapes are both given; allowed: one of them")
         if self.show and not self.races and self.export is None:

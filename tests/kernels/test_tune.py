@@ -7,10 +7,12 @@ import torch
 from transformers import LlamaForCausalLM
 
 import peftkern
-from peftkern.cli import tune
+from peftkern.cli import tune, tune_experts
 from peftkern.cli.app import run
+from peftkern.cli.errors import UserError
 from peftkern.kernels import tuning
 from peftkern.ops import device, tuned
+from tests import moe_models
 from tests.kernels.racing import FakeClock, decided, dispatcher, drawn, entry, ship, step
 from tests.models import config as config_of
 
@@ -60,6 +62,38 @@ def test_a_models_projections_are_raced_alone_and_in_their_groups(clock, tmp_pat
     # the input of the first projections needs no gradient: without dX it is another operation
     assert clock.races - races <= 1
     assert {k.group for k in tuned.book(-1).cached.entries} == {1, 2, 3}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_a_models_mixtures_are_raced_as_their_calls_would_be(clock, tmp_path, capsys, family):
+    base = moe_models.family(family, torch.float32)
+    base.config.save_pretrained(tmp_path)
+    args = ["--dtype", "float32", "--rows", "12", "--r", "3", "--dropout", "0"]
+    assert run(["tune", "--model", str(tmp_path), "--experts", *args]) == 0
+    raced = {k: e for k, e in tuned.book(-1).cached.entries.items() if k.experts}
+    assert {key.op for key in raced} == {"experts", "experts_step"} and len(raced) == 2
+    top, E = base.config.num_experts_per_tok, base.config.num_local_experts
+    assert f"{top} of {E} experts" in capsys.readouterr().out
+    assert {(key.top, key.experts, key.m) for key in raced} == {(top, E, 16)}
+    tuned.forget()
+    clock.races = 0
+    model = moe_models.adapt(peftkern, base, target_parameters="all-experts")
+    ids = moe_models.TOKENS
+    with torch.no_grad():
+        model(ids)
+    model.train()(ids).logits.sum().backward()
+    assert clock.races == 0
+    assert {"experts", "experts_step"} <= {key.op for key in tuned.book(-1).decisions}
+
+
+def test_a_model_without_experts_or_their_number(clock, tmp_path, capsys):
+    CONFIG.save_pretrained(tmp_path)
+    asked = ["tune", "--model", str(tmp_path), "--experts", "--dtype", "float32"]
+    assert run(asked) == 2
+    assert "no experts of the model run on kernels" in capsys.readouterr().err
+    with pytest.raises(UserError, match="none of num_experts_per_tok, top_k_experts"):
+        tune_experts.mixtures_of(moe_models.tiny(), CONFIG)
 
 
 def test_show_and_export(clock, tmp_path, capsys):
