@@ -12,91 +12,120 @@ import torch
 import transformers as tf
 from safetensors.torch import save_file
 
-D, INNER, E, HEADS = 16, 24, 4, 2
-IDS = torch.arange(3, 23).view(2, 10)
-_SIZES = {
-    "vocab_size": 64,
-    "hidden_size": D,
-    "intermediate_size": INNER,
-    "moe_intermediate_size": INNER,
-    "shared_expert_intermediate_size": INNER,
-    "num_hidden_layers": 2,
-    "num_attention_heads": HEADS,
-    "num_key_value_heads": HEADS,
-    "head_dim": D // HEADS,
-    "num_experts": E,
-    "num_local_experts": E,
-    "n_routed_experts": E,
-    "moe_num_experts": E,
-    "num_experts_per_tok": 2,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "moe_k": 2,
-    "n_shared_experts": 1,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-}
+from tests.models import INNER, WIDTH, config_of
+
+E = 4
+IDS = torch.arange(3, 15).view(2, 6)
 _MLA = {
     "q_lora_rank": 8,
     "kv_lora_rank": 8,
     "qk_nope_head_dim": 8,
     "qk_rope_head_dim": 8,
     "v_head_dim": 8,
+    "head_dim": 8,
+}
+_FULL = {"layer_types": ["full_attention"] * 2}
+_JAMBA = {
+    "attn_layer_period": 1,
+    "attn_layer_offset": 0,
+    "expert_layer_period": 1,
+    "expert_layer_offset": 0,
+    "use_mamba_kernels": False,
+}
+# the first layer is dense
+_SPARSE = {
+    "first_k_dense_replace": 1,
     "n_group": 1,
     "topk_group": 1,
-    "first_k_dense_replace": 1,
+    "n_routed_experts": E,
+    "n_shared_experts": 1,
 }
-# {family: (name of its classes, what is special in its configuration)}
-FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "deepseek_v2": ("DeepseekV2", _MLA),
-    "deepseek_v3": ("DeepseekV3", _MLA),
-    "ernie4_5_moe": ("Ernie4_5_Moe", {"moe_layer_start_index": 1}),
-    "flex_olmo": ("FlexOlmo", {}),
-    "glm4_moe": ("Glm4Moe", {"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}),
-    "gpt_oss": ("GptOss", {"sliding_window": 8}),
-    "granitemoe": ("GraniteMoe", {}),
-    "minimax_m2": ("MiniMaxM2", {}),
-    "mixtral": ("Mixtral", {"sliding_window": None}),
-    "nemotron_h": ("NemotronH", {"layers_block_type": ["attention", "moe"]}),
-    "olmoe": ("Olmoe", {}),
-    "qwen2_moe": ("Qwen2Moe", {}),
-    "qwen3_moe": ("Qwen3Moe", {}),
+_NEMOTRON = {
+    "layers_block_type": ["attention", "moe"],
+    "n_routed_experts": E,
+    "moe_shared_expert_intermediate_size": INNER,
+    "mlp_hidden_act": "relu2",
 }
+_ERNIE = {"moe_layer_start_index": 1, "moe_num_experts": E, "moe_k": 2}
+_V4 = {"n_routed_experts": E, "q_lora_rank": 8, "o_lora_rank": 8, "o_groups": 2, "head_dim": 16}
+# {family: (class, head, settings)}
+FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "qwen3_moe": ("Qwen3Moe", "CausalLM", {}),
+    "mixtral": ("Mixtral", "CausalLM", {"sliding_window": None}),
+    "gpt_oss": ("GptOss", "CausalLM", {"sliding_window": 8}),
+    "olmoe": ("Olmoe", "CausalLM", {}),
+    "granitemoe": ("GraniteMoe", "CausalLM", {}),
+    "phimoe": ("Phimoe", "CausalLM", {}),
+    "glm4_moe": ("Glm4Moe", "CausalLM", _SPARSE),
+    "ernie4_5_moe": ("Ernie4_5_Moe", "CausalLM", _ERNIE),
+    "minimax": ("MiniMax", "CausalLM", {}),
+    "flex_olmo": ("FlexOlmo", "CausalLM", {}),
+    "hy_v3": ("HYV3", "CausalLM", {}),
+    "openai_privacy_filter": ("OpenAIPrivacyFilter", "TokenClassification", {}),
+    "aria": ("AriaText", "CausalLM", {}),
+    "muse_spark": ("MuseSparkText", "", {"moe_hidden_size": 8, "mlp_layer_types": ["sparse"] * 2}),
+    "nemotron_h": ("NemotronH", "CausalLM", _NEMOTRON),
+    "deepseek_v4": ("DeepseekV4", "CausalLM", _V4),
+    "jamba": ("Jamba", "CausalLM", _JAMBA),
+    "lfm2_moe": ("Lfm2Moe", "CausalLM", {**_FULL, "num_dense_layers": 0}),
+    "zaya": ("Zaya", "CausalLM", {"num_experts_per_tok": 1}),
+    "dots1": ("Dots1", "CausalLM", {**_SPARSE, **_FULL}),
+    "gemma4": ("Gemma4Text", "CausalLM", {**_FULL, "enable_moe_block": True, "top_k_experts": 2}),
+    "deepseek_v2": ("DeepseekV2", "CausalLM", {**_SPARSE, **_MLA, "kv": 2}),
+    "deepseek_v3": ("DeepseekV3", "CausalLM", {**_SPARSE, **_MLA, "kv": 2}),
+    "qwen3_next": ("Qwen3Next", "CausalLM", _FULL),
+    "minimax_m2": ("MiniMaxM2", "CausalLM", {}),
+    "qwen2_moe": ("Qwen2Moe", "CausalLM", {}),
+}
+
+HEADS = {
+    "CausalLM": tf.AutoModelForCausalLM,
+    "TokenClassification": tf.AutoModelForTokenClassification,
+    "": tf.AutoModel,
+}
+# compared with HF PEFT's names, numbers and files
+COMPARED = (
+    "deepseek_v2 deepseek_v3 ernie4_5_moe flex_olmo glm4_moe gpt_oss granitemoe minimax_m2 mixtral "
+    "nemotron_h olmoe qwen2_moe qwen3_moe"
+).split()
 # {family: the names that a single expert's layers had: those of gate, up and down}
 _QWEN, _MIXTRAL = ("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2")
 SINGLE = {
     family: _MIXTRAL if family in ("mixtral", "minimax_m2") else _QWEN
-    for family in FAMILIES
+    for family in COMPARED
     # they had no such layers, or HF PEFT does not convert adapters of them
     if family not in ("gpt_oss", "granitemoe", "nemotron_h", "qwen2_moe")
 }
 
 
-def config(family: str, **own: Any) -> Any:
+def config(family: str) -> Any:
     """The configuration of a tiny model of the family."""
-    name, special = FAMILIES[family]
-    cls = getattr(tf, f"{name}Config")
-    names = set(cls().to_dict()) | set(getattr(cls, "attribute_map", ()))
-    settings = {k: v for k, v in _SIZES.items() if k in names}
-    return cls(**settings | special | own)
+    cls, _, settings = FAMILIES[family]
+    return config_of(cls, **settings)
 
 
 @functools.cache
 def _original(family: str) -> Any:
     torch.manual_seed(0)
-    model = tf.AutoModelForCausalLM.from_config(config(family)).double().eval()
+    model = HEADS[FAMILIES[family][1]].from_config(config(family))
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.dim() > 1 or name.endswith(("bias", "sinks")):
                 weight.normal_(std=0.2)
     model.set_experts_implementation("eager")  # torch's grouped product has no float64
-    return model
+    return model.eval()
 
 
-def make(family: str) -> Any:
-    """A fresh float64 model; the same weights each time."""
-    return copy.deepcopy(_original(family))
+def make(family: str, dtype: torch.dtype = torch.float64) -> Any:
+    """A fresh model, its experts one after the other; the same weights each time."""
+    return copy.deepcopy(_original(family)).to(dtype)
+
+
+def targets_of(model: Any) -> tuple[list[str], list[str]]:
+    """The names of the parameters of up and of down, for ``target_parameters``."""
+    names = [n for n, _ in model.named_parameters() if ".experts." in n]
+    ups = [n for n in names if n.endswith((".gate_up_proj", ".up_proj"))]
+    return ups, [n for n in names if n.endswith(".down_proj")]
 
 
 def outputs(model: Any) -> torch.Tensor:
@@ -136,9 +165,9 @@ def save_single(folder: Path, family: str, r: int = 3, attention: str = "o_proj"
         if gate == "w1":
             name = name.replace("mlp.experts", "block_sparse_moe.experts")
         for e in range(E):
-            add(f"{name}.{e}.{gate}", D, INNER)
-            add(f"{name}.{e}.{up}", D, INNER)
-            add(f"{name}.{e}.{down}", INNER, D)
+            add(f"{name}.{e}.{gate}", WIDTH, INNER)
+            add(f"{name}.{e}.{up}", WIDTH, INNER)
+            add(f"{name}.{e}.{down}", INNER, WIDTH)
     for name, module in model.named_modules():
         if name.endswith(f".{attention}"):
             add(name, module.in_features, module.out_features)

@@ -20,7 +20,6 @@ from transformers.integrations import use_experts_implementation
 
 import peftkern
 from peftkern.tuners.lora.parameter import ParamWrapper
-from tests.models import config_of
 from tests.tiny import fill
 
 EXPERTS, WIDTH, INNER, CHOICES, VOCAB = 5, 8, 16, 2, 16
@@ -209,86 +208,3 @@ def experts_of(model: Any) -> Any:
 
 def fused(model: Any) -> list[bool]:
     return [row.fused for row in peftkern.explain(model)]
-
-
-# ------------------------------------------------------------------------------- whole models
-
-_MLA = {
-    "q_lora_rank": 8,
-    "kv_lora_rank": 8,
-    "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 8,
-    "head_dim": 8,
-}
-_FULL = {"layer_types": ["full_attention"] * 2}
-_JAMBA = {
-    "attn_layer_period": 1,
-    "attn_layer_offset": 0,
-    "expert_layer_period": 1,
-    "expert_layer_offset": 0,
-    "use_mamba_kernels": False,
-}
-_SPARSE = {"first_k_dense_replace": 0, "n_group": 1, "topk_group": 1, "n_routed_experts": 4}
-_NEMOTRON = {
-    "layers_block_type": ["attention", "moe"],
-    "n_routed_experts": 4,
-    "moe_shared_expert_intermediate_size": INNER,
-    "mlp_hidden_act": "relu2",
-}
-_V4 = {"n_routed_experts": 4, "q_lora_rank": 8, "o_lora_rank": 8, "o_groups": 2, "head_dim": 16}
-# {family: (class, head, settings)}
-FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "qwen3_moe": ("Qwen3Moe", "CausalLM", {}),
-    "mixtral": ("Mixtral", "CausalLM", {}),
-    "gpt_oss": ("GptOss", "CausalLM", {}),
-    "olmoe": ("Olmoe", "CausalLM", {}),
-    "granitemoe": ("GraniteMoe", "CausalLM", {}),
-    "phimoe": ("Phimoe", "CausalLM", {}),
-    "glm4_moe": ("Glm4Moe", "CausalLM", _SPARSE),
-    "ernie4_5_moe": ("Ernie4_5_Moe", "CausalLM", {}),
-    "minimax": ("MiniMax", "CausalLM", {}),
-    "flex_olmo": ("FlexOlmo", "CausalLM", {}),
-    "hy_v3": ("HYV3", "CausalLM", {}),
-    "openai_privacy_filter": ("OpenAIPrivacyFilter", "TokenClassification", {}),
-    "aria": ("AriaText", "CausalLM", {}),
-    "muse_spark": ("MuseSparkText", "", {"moe_hidden_size": 8, "mlp_layer_types": ["sparse"] * 2}),
-    "nemotron_h": ("NemotronH", "CausalLM", _NEMOTRON),
-    "deepseek_v4": ("DeepseekV4", "CausalLM", _V4),
-    "jamba": ("Jamba", "CausalLM", _JAMBA),
-    "lfm2_moe": ("Lfm2Moe", "CausalLM", {**_FULL, "num_dense_layers": 0}),
-    "zaya": ("Zaya", "CausalLM", {"num_experts_per_tok": 1}),
-    "dots1": ("Dots1", "CausalLM", {**_SPARSE, **_FULL, "n_shared_experts": 1}),
-    "gemma4": ("Gemma4Text", "CausalLM", {**_FULL, "enable_moe_block": True, "top_k_experts": 2}),
-    "deepseek_v3": ("DeepseekV3", "CausalLM", {**_SPARSE, **_MLA, "kv": 2}),
-    "qwen3_next": ("Qwen3Next", "CausalLM", _FULL),
-    "minimax_m2": ("MiniMaxM2", "CausalLM", {}),
-    "qwen2_moe": ("Qwen2Moe", "CausalLM", {}),
-}
-
-HEADS = {
-    "CausalLM": tf.AutoModelForCausalLM,
-    "TokenClassification": tf.AutoModelForTokenClassification,
-    "": tf.AutoModel,
-}
-TOKENS = torch.arange(3, 15).view(2, 6)
-
-
-def family(name: str, dtype: torch.dtype = torch.float64) -> Any:
-    """A tiny model of a family, its experts one after the other, all weights drawn."""
-    cls, head, own = FAMILIES[name]
-    torch.manual_seed(0)
-    model = HEADS[head].from_config(config_of(cls, **own))
-    with torch.no_grad():
-        for key, weight in model.named_parameters():
-            if weight.dim() > 1 or key.endswith("bias"):
-                weight.normal_(std=0.2)
-    model.set_experts_implementation("eager")
-    return model.to(dtype).eval()
-
-
-def family_targets(model: Any) -> tuple[list[str], list[str]]:
-    """The names of the parameters of up and of down, for ``target_parameters``."""
-    names = [n for n, _ in model.named_parameters() if ".experts." in n]
-    ups = [n for n in names if n.endswith((".gate_up_proj", ".up_proj"))]
-    return ups, [n for n in names if n.endswith(".down_proj")]

@@ -18,8 +18,8 @@ from peftkern.ops.prefix_attention import prefix_attention
 from peftkern.ops.projection import Projection
 from tests import moe_models
 from tests.closeness import assert_same_number
+from tests.expert_families import IDS, make, targets_of
 from tests.mixtures import E, K, mixture
-from tests.moe_models import TOKENS
 
 
 def draw(*shape: int) -> Tensor:
@@ -86,11 +86,11 @@ def test_a_penalty_on_the_gradients_of_a_mixture() -> None:
     """Beside HF PEFT's model, whose mixture is torch's own operations."""
     found = []
     for library in moe_models.peft, peftkern:
-        base = moe_models.family("gpt_oss")
-        ups, downs = moe_models.family_targets(base)
+        base = make("gpt_oss")
+        ups, downs = targets_of(base)
         model = moe_models.adapt(library, base, target_parameters=ups + downs)
         factors = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        loss = model(input_ids=TOKENS).logits.square().mean()
+        loss = model(input_ids=IDS).logits.square().mean()
         grads = torch.autograd.grad(loss, list(factors.values()), create_graph=True)
         sum(grad.square().sum() for grad in grads).backward()  # type: ignore[union-attr]
         found.append({n: p.grad for n, p in factors.items()})

@@ -19,7 +19,7 @@ from peftkern.tuners.lora.parameter import ParamWrapper
 from peftkern.tuners.lora.parameter_targets import Target
 from tests import expert_families, moe
 from tests.closeness import assert_same_number
-from tests.expert_families import FAMILIES, E, experts_of, gradients, outputs
+from tests.expert_families import COMPARED, E, experts_of, gradients, outputs
 from tests.tiny import assert_same, fill, snapshot
 from tests.tiny import make as make_tiny
 
@@ -41,7 +41,7 @@ def adapted(family: str, **settings: Any) -> Any:
     return model
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", COMPARED)
 def test_all_experts_of_a_family_are_hf_pefts_list(family: str, tmp_path: Path) -> None:
     ours = adapted(family, target_parameters=ALL)
     wrappers = [m for m in ours.modules() if isinstance(m, ParamWrapper)]
@@ -202,7 +202,7 @@ def test_one_line_says_how_to_adapt_experts_that_are_left_out(
 
 
 def test_all_linear_adapts_what_hf_peft_adapts() -> None:
-    for family in FAMILIES:
+    for family in COMPARED:
         keys = []
         for library in (peftkern, peft):
             config = library.LoraConfig(target_modules="all-linear")

@@ -14,7 +14,8 @@ from peftkern.tuners.lora.experts import mixture_of
 from peftkern.tuners.lora.experts_gate import clamped
 from tests import moe_models
 from tests.closeness import assert_as_good_as_torch, assert_same_number
-from tests.moe_models import FAMILIES, TOKENS, adapt, family, family_targets
+from tests.expert_families import FAMILIES, IDS, make, targets_of
+from tests.moe_models import adapt
 from tests.tiny import gradients, step
 
 FAST = (
@@ -27,8 +28,8 @@ WHICH = ("both", "up", "down")
 def _compare(name: str, which: str) -> None:
     if not hasattr(transformers, f"{FAMILIES[name][0]}Config"):
         pytest.skip(f"transformers has no {FAMILIES[name][0]}")
-    base = family(name)
-    ups, downs = family_targets(base)
+    base = make(name)
+    ups, downs = targets_of(base)
     targets = {"both": ups + downs, "up": ups, "down": downs}[which]
     if not targets:
         pytest.skip("the experts have other parameters than those of transformers' interface")
@@ -36,9 +37,9 @@ def _compare(name: str, which: str) -> None:
     ours = adapt(peftkern, base, target_parameters=targets)
     theirs = adapt(peft, other, target_parameters=targets)
     assert all(moe_models.fused(ours)), str(peftkern.explain(ours))
-    batch = {"input_ids": TOKENS}
+    batch = {"input_ids": IDS}
     if FAMILIES[name][1]:
-        batch["labels"] = TOKENS % 3 if "Token" in FAMILIES[name][1] else TOKENS
+        batch["labels"] = IDS % 3 if "Token" in FAMILIES[name][1] else IDS
     # some models compute their logits in fp32 whatever their weights are
     got, want = ({k: v.double() for k, v in step(m, batch).items()} for m in (ours, theirs))
     assert any("lora_B" in key and value.abs().max() > 0 for key, value in want.items())
@@ -61,8 +62,8 @@ def test_each_family_with_each_parameter(name: str, which: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_every_implementation_gives_way(implementation: str, dtype: torch.dtype) -> None:
     """In the dtype itself no worse than HF PEFT with the same implementation."""
-    base = family("qwen3_moe")
-    targets = [name for names in family_targets(base) for name in names]
+    base = make("qwen3_moe")
+    targets = [name for names in targets_of(base) for name in names]
     exact = adapt(peft, copy.deepcopy(base), target_parameters=targets)
     base = base.to(dtype)
     base.set_experts_implementation(implementation)
@@ -71,7 +72,7 @@ def test_every_implementation_gives_way(implementation: str, dtype: torch.dtype)
     )
     rows = peftkern.explain(ours)
     assert all(row.fused and f"in place of '{implementation}'" in row.reason for row in rows)
-    batch = {"input_ids": TOKENS, "labels": TOKENS}
+    batch = {"input_ids": IDS, "labels": IDS}
     assert_as_good_as_torch(*(gradients(m, batch)[1] for m in (ours, theirs, exact)))
 
 
@@ -84,7 +85,7 @@ CLAMPED = {  # the gates of these families, of which kernels know the formula
 
 @pytest.mark.parametrize("name", CLAMPED)
 def test_the_constants_of_a_clamped_gate(name: str) -> None:
-    model = family(name).requires_grad_(False)
+    model = make(name).requires_grad_(False)
     experts = next(m for n, m in model.named_modules() if n.endswith(".experts"))
     layout, plus = CLAMPED[name]
     alpha = getattr(experts, "alpha", 1.0)

@@ -12,7 +12,7 @@ from peftkern.cli.app import run
 from peftkern.cli.errors import UserError
 from peftkern.kernels import tuning
 from peftkern.ops import device, tuned
-from tests import moe_models
+from tests import expert_families, moe_models
 from tests.kernels.racing import FakeClock, decided, dispatcher, drawn, entry, ship, step
 from tests.models import config as config_of
 
@@ -67,7 +67,7 @@ def test_a_models_projections_are_raced_alone_and_in_their_groups(clock, tmp_pat
 @pytest.mark.long
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
 def test_a_models_mixtures_are_raced_as_their_calls_would_be(clock, tmp_path, capsys, family):
-    base = moe_models.family(family, torch.float32)
+    base = expert_families.make(family, torch.float32)
     base.config.save_pretrained(tmp_path)
     args = ["--dtype", "float32", "--rows", "12", "--r", "3", "--dropout", "0"]
     assert run(["tune", "--model", str(tmp_path), "--experts", *args]) == 0
@@ -79,7 +79,7 @@ def test_a_models_mixtures_are_raced_as_their_calls_would_be(clock, tmp_path, ca
     tuned.forget()
     clock.races = 0
     model = moe_models.adapt(peftkern, base, target_parameters="all-experts")
-    ids = moe_models.TOKENS
+    ids = expert_families.IDS
     with torch.no_grad():
         model(ids)
     model.train()(ids).logits.sum().backward()
