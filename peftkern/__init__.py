@@ -53,6 +53,8 @@ if TYPE_CHECKING:
     from .model.status import get_model_status as get_model_status
     from .ops.backend import use_backend as use_backend
     from .ops.lora import lora_linear as lora_linear
+    from .quantising import quantize_base as quantize_base
+    from .quantising import set_base_compute as set_base_compute
     from .tuners.lora import AdapterNames as AdapterNames
     from .tuners.lora import BdLoraConfig as BdLoraConfig
     from .tuners.lora import CordaConfig as CordaConfig
@@ -138,6 +140,7 @@ _WHERE = {
     ".tuners.prefix_tuning": "PrefixEncoder PrefixTuningConfig",
     ".tuners.trainable_tokens": "TrainableTokensLayer TrainableTokensWrapper",
     ".tuners.prompt_tuning": "PromptEmbedding PromptTuningConfig PromptTuningInit",
+    ".quantising": "quantize_base set_base_compute",
     ".model.status": "get_layer_status get_model_status",
     ".utils.constants": (
         "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING "

@@ -27,7 +27,7 @@ def fuse(model: Model, liger: bool = False) -> Model:
     The layers stay HF PEFT's objects with HF PEFT's state and API: parameters and state dict keys
     are the same, optimizers keep working, and adapters are added, switched, disabled, merged,
     rescaled, deleted, saved and loaded as before.
-    Layers that cannot be one operation (DoRA, several active adapters, quantised bases, embeddings,
+    Layers that cannot be one operation (DoRA, several active adapters, bitsandbytes, embeddings,
     convolutions, ...) run HF PEFT's forward; ``explain(model)`` lists them with the reasons.
 
     Layers that HF PEFT makes later (``add_adapter`` with other targets) run HF PEFT's forward until

@@ -30,8 +30,12 @@ Read = Callable[[nn.Module], Found | str]
 # (first part of the class's module, class) -> the file of the format; subclasses count
 BY_LAYER: dict[tuple[str, str], str] = {
     ("bitsandbytes", "Linear4bit"): "bnb4",
+    ("peftkern", "Fp8Linear"): "fp8_linear",
+    ("transformers", "FP8Linear"): "finegrained_fp8",
 }
-BY_WEIGHT: dict[tuple[str, str], str] = {}
+BY_WEIGHT: dict[tuple[str, str], str] = {
+    ("torchao", "Float8Tensor"): "torchao_fp8",
+}
 
 _readers: dict[tuple[type, type], Read | None] = {}
 _DENSE = (Parameter, Tensor, type(None))

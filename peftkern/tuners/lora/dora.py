@@ -19,6 +19,7 @@ from torch.nn.functional import linear
 
 from ...ops import autocast
 from ...ops.backend import describe
+from ...ops.bases.formats import checked, reader_of
 from ...ops.dora import dora_linear
 from ...ops.dora_norm import gain, row_norms
 from ...ops.tracing import is_tracing
@@ -324,6 +325,9 @@ def dense_weight(base: Any) -> Tensor:
     Raises:
         TypeError: the weight is quantised in a way that cannot be read here.
     """
+    reader = reader_of(base)
+    if reader is not None and not isinstance(found := checked(reader, base), str):
+        return found.packed.dense(torch.float32)
     if hasattr(base, "W_q"):  # HQQ keeps its weight in buffers of its own
         return base.dequantize()
     weight = base.weight
@@ -336,9 +340,9 @@ def dense_weight(base: Any) -> Tensor:
     if type(weight).__module__.startswith("torchao."):
         return weight.dequantize()
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
-        found = f"{kind} of {weight.dtype}" if isinstance(weight, Tensor) else kind
+        what = f"{kind} of {weight.dtype}" if isinstance(weight, Tensor) else kind
         raise TypeError(
-            f"DoRA needs the weight of a {type(base).__name__} as numbers, and that is a {found}; "
+            f"DoRA needs the weight of a {type(base).__name__} as numbers, and that is a {what}; "
             "allowed: floating point, or quantised by bitsandbytes in 4 bit, HQQ or torchao"
         )
     return weight

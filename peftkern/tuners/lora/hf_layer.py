@@ -43,6 +43,7 @@ class FusedLinear(HFLinear):
 
     # these functions read only attributes that both kinds of layers have
     forward = Linear.forward
+    _quantised_call = Linear._quantised_call
     traced_call = Linear.traced_call
     product_call = Linear.product_call
     product_reason = Linear.product_reason

@@ -1,0 +1,37 @@
+"""transformers' ``FP8Linear``: float8 blocks as DeepSeek-V3 has them, or one scale for a weight.
+
+    W = weight ∘ weight_scale_inv, a scale for block_size[0] x block_size[1] elements
+
+transformers itself quantises X too, in its GPU kernels; its backward dequantises W and does not.
+Here X is quantised with ``set_base_compute(model, "fp8")`` alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .formats import Found
+from .fp8 import Fp8, chosen, shape_error
+
+
+def read(module: Any) -> Found | str:
+    """The weight of an ``FP8Linear``, or the reason that it cannot be read."""
+    owner: Any = next(c for c in type(module).__mro__ if c.__name__ == "FP8Linear")
+    if type(module).forward is not owner.forward:
+        return f"a {type(module).__name__} computes its product in its own way"
+    q = module._parameters.get("weight")
+    scale = module._parameters.get("weight_scale_inv")
+    if q is None or q.is_meta or scale is None or scale.is_meta:
+        return "its weight is on the meta device (offloaded or not loaded yet)"
+    if q.dtype == torch.int8:
+        return "its weight is packed in 4 bits (FP4)"
+    if q.dtype.itemsize != 1 or not q.is_floating_point():
+        return f"its weight is {q.dtype}: it has been dequantised"
+    block = None if module.block_size is None else (module.block_size[0], module.block_size[1])
+    if (wrong := shape_error(q, scale, block)) is not None:
+        return wrong
+    name = "fp8, one scale" if block is None else f"fp8 in blocks of {block[0]} x {block[1]}"
+    packed = Fp8(q, scale, block, f"{name} (transformers)", True, chosen(module))
+    return Found(packed, module._parameters.get("bias"))

@@ -1,0 +1,128 @@
+"""Products in fp8: X and dY quantised to e4m3, and multiplied with the packed weight by torch.
+
+Forward, X [M, K] and W = q ∘ s [N, K]:
+
+    one scale, or one a row    X_m ≈ x8_m · a_m                 Y_mn = a_m s_n Σ_k x8_mk q_nk
+    blocks of 128 x 128        X_mj ≈ x8_mj · a_m(j // 128)     the same, block by block of K
+
+Backward, with the same packed weight:
+
+    one scale, or one a row    dY_mn s_n ≈ y8_mn · b_m          dX_mk = b_m Σ_n y8_mn q_nk
+    blocks of 128 x 128        as forward, with blocks of N
+
+e4m3 keeps three bits of mantissa: each element of X and dY is off by at most 2^-4 of itself, or by
+2^-10 of its scale. The sums are float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+E4M3 = torch.float8_e4m3fn
+LARGEST = 448.0  # of e4m3
+BLOCK = 128  # of torch's product with block scales
+_RESULT = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def why_not(w: Any) -> str | None:
+    """The reason that products with an :class:`.fp8.Fp8` weight do not run in fp8, or None."""
+    if not hasattr(torch.nn.functional, "scaled_mm"):
+        return "this torch has no torch.nn.functional.scaled_mm"
+    if w.q.dtype != E4M3:
+        return f"its weight is {w.q.dtype}, not {E4M3}"
+    if w.block is not None and w.block != (BLOCK, BLOCK):
+        return f"its blocks are {w.block[0]} x {w.block[1]}, not {BLOCK} x {BLOCK}"
+    step = 16 if w.block is None else BLOCK
+    if any(size % step for size in w.shape):
+        return f"a side of its {w.shape[0]} x {w.shape[1]} weight is no multiple of {step}"
+    return _device_why_not(w.device, w.block is not None)
+
+
+def _device_why_not(device: torch.device, blocks: bool) -> str | None:
+    if device.type == "cpu":
+        return "torch's fp8 product on a CPU takes thousands of times as long as a dense one"
+    if device.type != "cuda" or torch.version.cuda is None:
+        return f"fp8 products on {device.type} are not known here"
+    found = torch.cuda.get_device_capability(device)
+    if found < (8, 9):
+        return f"compute capability {found[0]}.{found[1]}, and fp8 needs 8.9"
+    if blocks:
+        if found[0] != 9:
+            return f"compute capability {found[0]}.{found[1]}, and torch takes block scales on 9.0"
+        version = tuple(int(part) for part in torch.version.cuda.split(".")[:2])
+        if version < (12, 9):
+            return f"CUDA {torch.version.cuda}, and torch takes block scales from 12.9 on"
+    return None
+
+
+def product(x: Tensor, w: Any) -> Tensor:
+    """x Wᵀ [M, N] for x [M, K], computed in fp8."""
+    if w.block is None:
+        q, a = quantised_rows(x)
+        return _by_rows(q, a, w.q, _row_scales(w), x.dtype)
+    q, a = quantised_blocks(x)
+    return _by_blocks(q, a, w.q, w.scale, x.dtype)
+
+
+def grad_input(dy: Tensor, w: Any) -> Tensor:
+    """dY W [M, K] for dY [M, N], computed in fp8."""
+    # torch takes the second matrix [N, K] with contiguous columns: one copy of the packed weight
+    turned = w.q.t().contiguous()
+    if w.block is None:
+        scales = _row_scales(w)
+        q, a = quantised_rows(dy.float() * scales.reshape(1, -1))
+        return _by_rows(q, a, turned, a.new_ones(turned.shape[0], 1), dy.dtype)
+    q, a = quantised_blocks(dy)
+    return _by_blocks(q, a, turned, w.scale.t(), dy.dtype)
+
+
+def _row_scales(w: Any) -> Tensor:
+    scale: Tensor = w.scale.float().reshape(-1, 1)
+    return scale if scale.shape[0] == w.shape[0] else scale.expand(w.shape[0], 1)
+
+
+def quantised_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(x8 [M, K] in e4m3, scales [M, 1] in float32): one scale a row."""
+    return _quantised(x, x.shape[1])
+
+
+def quantised_blocks(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(x8 [M, K] in e4m3, scales [M, K / 128] in float32): one scale for 128 of a row."""
+    return _quantised(x, BLOCK)
+
+
+def _quantised(x: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    wide = x.float().unflatten(1, (-1, width))
+    scale = wide.abs().amax(2, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny * LARGEST)
+    scale = scale.div_(LARGEST)
+    q = (wide / scale).clamp_(-LARGEST, LARGEST).to(E4M3)
+    return q.flatten(1), scale.squeeze(2)
+
+
+def _by_rows(q: Tensor, a: Tensor, w: Tensor, s: Tensor, dtype: torch.dtype) -> Tensor:
+    """(q ∘ a) (w ∘ s)ᵀ for q [M, K], a [M, 1], w [N, K], s [N, 1]."""
+    kind: Any = torch.nn.functional.ScalingType.RowWise
+    return _multiplied(q, w, a, kind, s.t().contiguous(), kind, dtype)
+
+
+def _by_blocks(q: Tensor, a: Tensor, w: Tensor, s: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same for a [M, K / 128], s [N / 128, K / 128]."""
+    kinds: Any = torch.nn.functional.ScalingType
+    # torch reads the scales of both sides down their columns, W's from columns of a length that
+    # four divides
+    left, right = a.t().contiguous().t(), pad(s.float(), (0, -s.shape[1] % 4)).contiguous().t()
+    return _multiplied(q, w, left, kinds.BlockWise1x128, right, kinds.BlockWise128x128, dtype)
+
+
+def _multiplied(
+    q: Tensor, w: Tensor, a: Tensor, kind_a: Any, s: Tensor, kind_s: Any, dtype: torch.dtype
+) -> Tensor:
+    multiply: Any = torch.nn.functional.scaled_mm
+    # a GPU multiplies into bfloat16 with scales of every kind; callers restore x's dtype
+    out = torch.bfloat16 if q.is_cuda or dtype not in _RESULT else dtype
+    found: Tensor = multiply(q, w.t(), a, kind_a, s, kind_s, output_dtype=out)
+    return found
