@@ -37,6 +37,7 @@ class _ConvNd(nn.Module, LoraLayer):
 
     # calls the base, then adds each update, as in a linear layer that cannot be fused
     _forward_general: Any = Linear._forward_general
+    _base_output: Any = Linear._base_output
     _update: Any = Linear._update
 
     def __init__(
