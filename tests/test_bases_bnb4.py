@@ -5,52 +5,54 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import peft
 import pytest
 import torch
-from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch import Tensor, nn
 
 import peftkern
+from peftkern.ops.bases import bnb4_cpu
 from peftkern.ops.bases.formats import as_weight, read
+from tests.closeness import assert_as_good_as_torch
+from tests.quantised_models import adapted, bnb4, llama, step
 
 bitsandbytes: Any = pytest.importorskip("bitsandbytes")
+functional: Any = pytest.importorskip("bitsandbytes.functional")
 
 
-def quantised(linear: nn.Linear, **how: Any) -> Any:
-    """A ``Linear4bit`` of a linear layer's weight, on the CPU."""
-    N, K = linear.weight.shape
-    made = bitsandbytes.nn.Linear4bit(K, N, bias=linear.bias is not None, **how)
-    kept = {k: v for k, v in how.items() if k != "compute_dtype"}
-    weight = linear.weight.detach().clone()
-    made.weight = bitsandbytes.nn.Params4bit(weight, requires_grad=False, module=made, **kept)
-    made.bias = linear.bias
-    return made.to("cpu")
+def owners(layer: Any) -> Tensor:
+    """The weight as bitsandbytes dequantises it, float32, without compiling."""
+    from bitsandbytes.backends.default.ops import _dequantize_4bit_compute as compute
 
-
-def llama(**how: Any) -> Any:
-    torch.manual_seed(0)
-    sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, vocab_size=64)
-    model = LlamaForCausalLM(
-        LlamaConfig(num_attention_heads=4, num_key_value_heads=2, **sizes)  # type: ignore[arg-type]
-    )
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and name != "lm_head":
-            model.set_submodule(name, quantised(module, **how))
-    return model
+    weight, state = layer.weight.data, layer.weight.quant_state
+    absmax = state.absmax
+    if state.nested:
+        absmax = functional.dequantize_blockwise(absmax, state.state2) + state.offset
+    bits = weight.view(torch.uint8).reshape(-1)
+    formula = compute.__wrapped__
+    made: Tensor = formula(bits, absmax, state.code, state.blocksize, state.shape, torch.float32)
+    return made
 
 
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
-def test_a_weight_is_read_as_its_owner_reads_it(kind: str, nested: bool) -> None:
-    layer = quantised(nn.Linear(64, 48), quant_type=kind, compress_statistics=nested)
+@pytest.mark.parametrize(
+    ("N", "K", "blocksize"),
+    [(48, 64, None), (256, 128, 64), (40, 72, 128), (48, 128, 2048), (9, 37, 64), (32, 64, 32)],
+)
+def test_a_weight_is_read_as_its_owner_reads_it(
+    kind: str, nested: bool, N: int, K: int, blocksize: int | None
+) -> None:
+    how = dict(quant_type=kind, compress_statistics=nested)
+    layer = bnb4(nn.Linear(K, N), blocksize, **how)
     found = read(layer)
     assert not isinstance(found, str) and found.bias is layer.bias
-    owner = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-    assert torch.equal(found.packed.dense(torch.float32), owner)
-    x = torch.randn(5, 64)
+    owner = owners(layer)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert torch.equal(found.packed.dense(dtype), owner.to(dtype))
+    assert torch.equal(found.packed.dense(torch.float64), owner.double())
+    x = torch.randn(5, K)
     w = as_weight(found.packed, x)
-    assert w.shape == (48, 64) and w.t().shape == (64, 48)
+    assert w.shape == (N, K) and w.t().shape == (K, N)
     assert torch.equal(w.t().product(x), x @ owner.t())
     assert torch.equal(w.product(x @ owner.t()), x @ owner.t() @ owner)
     assert torch.equal(x @ w.t(), x @ owner.t())  # an operation that knows nothing of it
@@ -58,25 +60,198 @@ def test_a_weight_is_read_as_its_owner_reads_it(kind: str, nested: bool) -> None
         w.zero_()
 
 
+@pytest.mark.parametrize("storage", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("compute", [torch.bfloat16, torch.float16, torch.float32, None])
+def test_storage_and_compute_dtypes(storage: torch.dtype, compute: torch.dtype | None) -> None:
+    linear = nn.Linear(64, 48)
+    layer = bnb4(linear, quant_type="nf4", quant_storage=storage, compute_dtype=compute)
+    assert layer.weight.dtype == storage
+    x = torch.randn(3, 5, 64)
+    given: Any = {"r": 2, "target_modules": ["0"], "init_lora_weights": True}
+    model = peftkern.get_peft_model(nn.Sequential(layer), peftkern.LoraConfig(**given))
+    assert all(row.fused for row in peftkern.explain(model))
+    ours = model(x)  # B is zero, so that this is the layer's own output
+    weight = owners(layer).double()
+    exact = x.double() @ weight.t() + layer.bias.double()
+    theirs = layer.train()(x.requires_grad_())  # casts its bias for good
+    assert ours.dtype == theirs.dtype == torch.float32
+    if compute in (torch.float32, None):
+        assert_as_good_as_torch(ours, theirs, exact)
+    else:
+        narrow = (x.to(compute) @ weight.to(compute).t()).float() + linear.bias.float()
+        assert_as_good_as_torch(ours, [theirs, narrow], exact)
+
+
+def test_a_bias_of_another_dtype_is_not_changed() -> None:
+    layer = bnb4(nn.Linear(64, 48), quant_type="nf4", compute_dtype=torch.bfloat16)
+    layer.bias = nn.Parameter(layer.bias.bfloat16(), requires_grad=False)
+    model = peftkern.get_peft_model(
+        nn.Sequential(layer), peftkern.LoraConfig(r=2, target_modules=["0"])
+    )
+    x = torch.randn(5, 64)
+    for mode in (True, False):
+        y = model.train(mode)(x)
+        exact = x.double() @ owners(layer).double().t() + layer.bias.double()
+        narrow = (x.bfloat16() @ owners(layer).bfloat16().t()).float() + layer.bias
+        assert_as_good_as_torch(y, narrow, exact)
+    assert layer.bias.dtype == torch.bfloat16
+
+
+def test_statistics_are_found_in_the_layer_after_fsdp_took_the_weights_class() -> None:
+    layer = bnb4(nn.Linear(64, 48), quant_type="nf4")
+    before = read(layer)
+    layer.weight = nn.Parameter(layer.weight.data, requires_grad=False)
+    found = read(layer)
+    assert not isinstance(found, str) and not isinstance(before, str)
+    assert torch.equal(found.packed.dense(torch.float32), before.packed.dense(torch.float32))
+    gathered = layer.weight.data
+    del layer._parameters["weight"]
+    layer.__dict__["weight"] = gathered
+    found = read(layer)
+    assert not isinstance(found, str)
+    assert torch.equal(found.packed.dense(torch.float32), before.packed.dense(torch.float32))
+
+
+def test_a_weight_that_was_quantised_from_its_transpose() -> None:
+    linear = nn.Linear(64, 48)
+    other = bnb4(nn.Linear(48, 64), quant_type="nf4")  # its packed weight is [64, 48] = [K, N]
+    layer = bnb4(linear, quant_type="nf4")
+    layer.weight, layer.quant_state = other.weight, other.weight.quant_state
+    found = read(layer)
+    assert not isinstance(found, str) and found.packed.shape == (48, 64)
+    x = torch.randn(5, 64)
+    with pytest.warns(DeprecationWarning, match=r"quantized from a \[K, N\] tensor"):
+        theirs = layer.train()(x)
+    y = as_weight(found.packed, x).t().product(x) + layer.bias
+    assert_as_good_as_torch(y, theirs, x.double() @ owners(other).double() + layer.bias.double())
+
+
 @pytest.mark.parametrize("settings", [{}, {"lora_dropout": 0.3}, {"use_dora": True}], ids=str)
 def test_logits_and_gradients_equal_hf_pefts(settings: dict[str, Any]) -> None:
-    base = llama(quant_type="nf4")
-    more = dict(r=4, target_modules="all-linear", init_lora_weights=False, **settings)
-    ours = peftkern.get_peft_model(copy.deepcopy(base), peftkern.LoraConfig(**more))
-    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**more))
-    theirs.load_state_dict(ours.state_dict(), strict=False)
-    rows = peftkern.explain(ours)
+    models = adapted(llama(quant_type="nf4"), **settings)
+    rows = peftkern.explain(models[0])
     assert all(row.fused for row in rows), rows
     x = torch.randint(0, 64, (2, 9))
-    grads, logits = [], []
-    for model in (ours, theirs):
-        model.train()
-        torch.manual_seed(3)
-        out = model(input_ids=x, labels=x)
-        out.loss.backward()
-        logits.append(out.logits.detach())
-        grads.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
-    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-5)
-    assert grads[0].keys() == grads[1].keys() != set()
-    for name, grad in grads[0].items():
-        torch.testing.assert_close(grad, grads[1][name], rtol=1e-3, atol=1e-5)
+    found = [step(model, x) for model in models]
+    if "lora_dropout" in settings:  # float64 draws other masks
+        torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-5)
+    else:
+        assert_as_good_as_torch(*found)
+
+
+def conversion(layer: Any) -> Any:
+    """The layer as an eval forward of its owner leaves it on CPUs with AVX512-BF16."""
+    layer = copy.deepcopy(layer)
+    weight, state = layer.weight, layer.weight.quant_state
+    data, layer.weight.quant_state = functional._convert_weight_packed_for_cpu(weight.data, state)
+    weight.data = data
+    layer.quant_state = state
+    return layer
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])
+def test_a_repacked_weight_is_read(nested: bool, storage: torch.dtype) -> None:
+    layer = bnb4(
+        nn.Linear(128, 96), quant_type="nf4", compress_statistics=nested, quant_storage=storage
+    )
+    usual = read(layer)
+    assert not isinstance(usual, str)
+    theirs = conversion(layer)
+    bits = bnb4_cpu.repack(layer.weight.data, 96, 128)
+    assert torch.equal(bits, theirs.weight.data)
+    assert torch.equal(
+        bnb4_cpu.repacked_bits(bits).view(-1), layer.weight.data.view(torch.uint8).view(-1)
+    )
+    found = read(theirs)
+    assert not isinstance(found, str) and "repacked" in found.packed.format
+    # the same numbers but for scales in bfloat16
+    scales = usual.packed.absmax()  # type: ignore[attr-defined]
+    units = owners(layer) / scales.repeat_interleave(64).view(96, 128)
+    exact = units * scales.bfloat16().float().repeat_interleave(64).view(96, 128)
+    torch.testing.assert_close(found.packed.dense(torch.float32), exact)
+    model = peftkern.get_peft_model(
+        nn.Sequential(theirs), peftkern.LoraConfig(r=2, target_modules=["0"])
+    )
+    x = torch.randn(3, 128, requires_grad=True)
+    model(x).sum().backward()  # HF PEFT gets no gradient for x here
+    assert_as_good_as_torch(
+        x.grad, torch.ones(3, 96) @ exact, torch.ones(3, 96).double() @ exact.double()
+    )
+
+
+@pytest.fixture
+def never_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        raise AssertionError("bitsandbytes' own forward was called, which may repack the weight")
+
+    monkeypatch.setattr(bitsandbytes.nn.Linear4bit, "forward", forward)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_no_call_repacks_a_weight(never_called: None, nested: bool) -> None:
+    base = llama(quant_type="nf4", compress_statistics=nested)
+    before = {k: v.clone() for k, v in base.state_dict().items()}
+    config = peftkern.LoraConfig(
+        r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM"
+    )
+    model = peftkern.get_peft_model(base, config).eval()
+    x = torch.randint(3, 64, (2, 6))
+    mask = torch.ones_like(x)
+    logits = model(x).logits
+    model.generate(input_ids=x, attention_mask=mask, max_new_tokens=3, do_sample=False)
+    with model.disable_adapter(), torch.no_grad():
+        assert not torch.equal(model(x).logits, logits)
+    model.add_adapter("second", config)
+    model(x, adapter_names=["default", "second"])
+    model.base_model.set_adapter(["default", "second"])
+    model(x)
+    after = model.unload().state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[k], v) for k, v in before.items())
+
+
+def spoilt(how: str) -> Any:
+    layer = bnb4(nn.Linear(64, 48), quant_type="nf4", compress_statistics=False)
+    state = layer.weight.quant_state
+    if how == "no statistics":
+        return bitsandbytes.nn.Linear4bit(64, 48)
+    if how == "on meta":
+        packed = layer.weight.data.to("meta")
+        layer.weight = bitsandbytes.nn.Params4bit(packed, quant_state=state, bnb_quantized=True)
+    elif how == "meta statistics":
+        state.absmax = state.absmax.to("meta")
+    elif how == "another blocksize":
+        state.blocksize = 128
+    elif how == "another shape":
+        state.shape = torch.Size((48, 32))
+    elif how == "a part":
+        layer.weight.data = layer.weight.data[:100]
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    {
+        "no statistics": "no statistics: it is quantised when",
+        "on meta": "on the meta device",
+        "meta statistics": "statistics of its 4-bit weight are on the meta device",
+        "another blocksize": "48 scales; for blocks of 128 it needs 24: it was packed for another",
+        "another shape": r"of shape \(48, 32\), and the layer of \(48, 64\)",
+        "a part": "is 100 bytes; 1536 belong to it",
+    }.items(),
+)
+def test_bad_weights_are_an_error_that_says_why(how: str, said: str) -> None:
+    config = peftkern.LoraConfig(r=2, target_modules=["0"])
+    model = peftkern.get_peft_model(nn.Sequential(spoilt(how)), config)
+    [row] = peftkern.explain(model)
+    assert not row.fused
+    for mode in (True, False):
+        with pytest.raises(ValueError, match=f"a Linear4bit cannot be called: .*{said}"):
+            model.train(mode)(torch.randn(2, 64))
+
+
+def test_an_unknown_format_is_left_to_its_owner() -> None:
+    layer = bnb4(nn.Linear(64, 48), quant_type="nf4")
+    layer.weight.quant_state.quant_type = "nf5"
+    assert read(layer) == "its 4-bit format is 'nf5'; known: nf4, fp4"

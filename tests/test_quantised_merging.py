@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import peftkern
 from peftkern.ops.bases import repack
-from tests.test_bases_bnb4 import llama
+from tests.quantised_models import llama
 
 bitsandbytes: Any = pytest.importorskip("bitsandbytes")
 SETTINGS = dict(r=4, target_modules=["q_proj", "k_proj", "down_proj"], init_lora_weights=False)

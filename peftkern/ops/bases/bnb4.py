@@ -3,7 +3,8 @@
     w_i = code[q_i] · absmax[i // blocksize]     two 4-bit q in a byte, the first in its high half
 
 With nested statistics absmax is itself quantised, in blocks of 256: absmax = code2[q2] · absmax2 +
-offset. A ``Linear4bit`` keeps all this in its weight's ``quant_state``.
+offset. A ``Linear4bit`` keeps all this in its weight's ``quant_state``, and in its own, which is
+left when FSDP has replaced the weight.
 """
 
 from __future__ import annotations
@@ -13,20 +14,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .formats import Found
+from .bnb4_cpu import repacked_bits
+from .formats import Found, Unusable
 from .repack import State
 from .weight import Packed
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_KINDS = ("nf4", "fp4")
 
 
 class Bnb4(Packed):
     """A weight of ``bitsandbytes.nn.Linear4bit``."""
 
-    __slots__ = ("bits", "state", "fixed", "shape", "device", "format")
+    __slots__ = ("bits", "state", "module", "turned", "shape", "device")
 
-    def __init__(self, bits: Tensor, state: Any, fixed: torch.dtype | None) -> None:
-        self.bits, self.state, self.fixed = bits, state, fixed
-        self.shape, self.device = tuple(state.shape), bits.device
-        self.format = f"{state.quant_type.upper()} (bitsandbytes)"
+    def __init__(self, bits: Tensor, state: Any, module: Any, turned: bool) -> None:
+        self.bits, self.state, self.module, self.turned = bits, state, module, turned
+        self.shape, self.device = (module.out_features, module.in_features), bits.device
+
+    @property
+    def format(self) -> str:  # type: ignore[override]
+        return f"{self.state.quant_type.upper()} (bitsandbytes)"
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:  # type: ignore[override]
@@ -35,46 +43,135 @@ class Bnb4(Packed):
         return held + ((state.state2.absmax, state.offset) if state.nested else ())
 
     def compute_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        return dtype if self.fixed is None else self.fixed
+        module = self.module
+        # without a given one the layer's first forward would decide for x's
+        given = module.compute_dtype if module.compute_type_is_set else None
+        return dtype if given is None else given
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        state, ops = self.state, torch.ops.bitsandbytes
-        absmax = state.absmax
+        state = self.state
+        narrow = dtype if dtype in _DTYPES else torch.float32
+        w = _dequantised(self.bits, self.absmax(), state, narrow)
+        w = w if narrow == dtype else w.to(dtype)
+        return w.t().contiguous() if self.turned else w
+
+    def absmax(self) -> Tensor:
+        """The scale of each block, float32."""
+        state = self.state
+        absmax: Tensor = state.absmax
         if state.nested:
             inner = state.state2
-            absmax = ops.dequantize_blockwise.default(
-                absmax, inner.absmax, inner.code, inner.blocksize, inner.dtype
-            )
+            if inner.dtype == torch.float32 and absmax.numel() % inner.blocksize == 0:
+                # what the owner's operator computes, in less time for so few numbers
+                blocks = inner.code[absmax.int()].view(-1, inner.blocksize)
+                absmax = blocks.mul_(inner.absmax.view(-1, 1)).view(absmax.shape)
+            else:
+                absmax = torch.ops.bitsandbytes.dequantize_blockwise.default(
+                    absmax, inner.absmax, inner.code, inner.blocksize, inner.dtype
+                )
             absmax = absmax + state.offset
+        return absmax if absmax.dtype == torch.float32 else absmax.float()
+
+
+class Repacked4(Bnb4):
+    """One whose bytes bitsandbytes has put into another order, for a processor with AVX512-BF16.
+
+    It does so in place, in an eval forward of its layer, and rounds the scales to bfloat16. Its own
+    way back leaves statistics that are not nested in the wrong order, so the bytes are sorted here.
+    """
+
+    __slots__ = ()
+
+    @property
+    def format(self) -> str:  # type: ignore[override]
+        return f"{self.state.quant_type.upper()} (bitsandbytes, repacked for this processor)"
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return self.bits, self.state.absmax
+
+    def absmax(self) -> Tensor:
+        absmax: Tensor = self.state.absmax
+        return absmax.t().float().reshape(-1)
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
         narrow = dtype if dtype in _DTYPES else torch.float32
-        w: Tensor = ops.dequantize_4bit.default(
-            self.bits, absmax.float(), state.blocksize, state.quant_type, state.shape, narrow
-        )
+        w = _dequantised(repacked_bits(self.bits), self.absmax(), self.state, narrow)
         return w if narrow == dtype else w.to(dtype)
 
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+def _dequantised(bits: Tensor, absmax: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
+    shape, blocksize = state.shape, state.blocksize
+    if bits.is_cpu and (shape[-1] % 2 or blocksize >= 2048):
+        # the owner compiles a formula for these, for each shape anew
+        return _by_formula(bits, absmax, state.code, blocksize, shape, dtype)
+    w: Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(
+        bits, absmax, blocksize, state.quant_type, shape, dtype
+    )
+    return w
+
+
+def _by_formula(
+    bits: Tensor, absmax: Tensor, code: Tensor, blocksize: int, shape: Any, dtype: torch.dtype
+) -> Tensor:
+    packed, count = bits.view(torch.uint8).view(-1), shape.numel()
+    halves = torch.stack((packed >> 4, packed & 15), dim=1).view(-1)[:count]
+    scales = absmax.repeat_interleave(blocksize)[:count]
+    return code.float()[halves.int()].mul_(scales).to(dtype).view(shape)
 
 
 def read(module: Any) -> Found | str:
     """The weight of a ``Linear4bit``, or the reason that it cannot be read."""
     weight = module._parameters.get("weight")
-    state = getattr(weight, "quant_state", None) or getattr(module, "quant_state", None)
+    if weight is None:  # FSDP keeps a gathered weight as an attribute
+        weight = module.__dict__.get("weight")
     if weight is None or weight.is_meta:
-        return "its weight is on the meta device (offloaded or not loaded yet)"
+        return Unusable("its weight is on the meta device (offloaded or not loaded yet)")
+    state = weight.__dict__.get("quant_state")
     if state is None:
-        return "its 4-bit weight has no statistics: it is quantised when it is moved to a device"
-    if getattr(state, "packing_format_for_cpu", False):
-        return "bitsandbytes has packed its weight anew for this processor, in an eval forward"
-    if len(state.shape) != 2:
-        return f"its 4-bit weight is of shape {tuple(state.shape)}"
-    return Found(Bnb4(weight, state, _fixed(module)), module._parameters.get("bias"))
+        state = module.__dict__.get("quant_state")
+    if state is None:
+        return Unusable(
+            "its 4-bit weight has no statistics: it is quantised when it is moved to a device"
+        )
+    repacked = getattr(state, "packing_format_for_cpu", False)
+    why = _mismatch(module, weight, state, repacked)
+    if why is not None:
+        return why
+    # True: a weight [K, N] was quantised, which the owner warns of
+    turned = state.shape[0] != module.out_features
+    if turned and repacked:
+        return "bitsandbytes has repacked a weight [K, N] for this processor"
+    bits = weight if weight.is_contiguous() else weight.contiguous()
+    kind = Repacked4 if repacked else Bnb4
+    return Found(kind(bits, state, module, turned), module._parameters.get("bias"))
 
 
-def _fixed(module: Any) -> torch.dtype | None:
-    """The dtype that the layer computes in; None for x's, as its first forward would decide."""
-    given: torch.dtype | None = module.compute_dtype
-    return given if module.compute_type_is_set else None
+def _mismatch(module: Any, weight: Tensor, state: Any, repacked: bool) -> str | None:
+    """The reason that weight, statistics and layer do not belong together; None when they do."""
+    kind, blocksize, shape, absmax = state.quant_type, state.blocksize, state.shape, state.absmax
+    if kind not in _KINDS:
+        return f"its 4-bit format is {kind!r}; known: {', '.join(_KINDS)}"
+    if absmax.is_meta:
+        return Unusable("the statistics of its 4-bit weight are on the meta device")
+    N, K = module.out_features, module.in_features
+    if shape != (N, K) and shape != (K, N):
+        return Unusable(
+            f"its 4-bit weight is of shape {tuple(shape)}, and the layer of {(N, K)} (out, in)"
+        )
+    count = N * K
+    held = weight.numel() * weight.element_size()
+    if held != (count + 1) // 2:
+        return Unusable(
+            f"its 4-bit weight of shape {tuple(shape)} is {held} bytes; {(count + 1) // 2} belong "
+            "to it (is it a part, or not quantised yet?)"
+        )
+    if absmax.numel() != -(-count // blocksize):
+        return Unusable(
+            f"its 4-bit weight of shape {tuple(shape)} has {absmax.numel()} scales; for blocks of "
+            f"{blocksize} it needs {-(-count // blocksize)}: it was packed for another blocksize"
+        )
+    return None
 
 
 def repacked(module: Any, weight: Tensor) -> State:
@@ -83,12 +180,16 @@ def repacked(module: Any, weight: Tensor) -> State:
     The owner's ``Params4bit`` quantises when it is moved to its device.
     """
     old = module.weight
-    state = getattr(old, "quant_state", None) or module.quant_state
+    state = old.__dict__.get("quant_state") or module.quant_state
+    sorted_anew = getattr(state, "packing_format_for_cpu", False)
+    dtype, nested = state.dtype, state.nested
+    if sorted_anew:
+        dtype, nested = state.original_dtype, state.original_nested
     made = type(old)(
-        weight.to(state.dtype),
+        (weight if state.shape == weight.shape else weight.t()).to(dtype),
         requires_grad=False,
         blocksize=state.blocksize,
-        compress_statistics=state.nested,
+        compress_statistics=nested,
         quant_type=state.quant_type,
         quant_storage=old.quant_storage,
     ).to(old.device)

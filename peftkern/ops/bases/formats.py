@@ -25,11 +25,18 @@ class Found(NamedTuple):
     bias: Tensor | None
 
 
+class Unusable(str):
+    """A reason for which the layer itself could not be called either: a call raises it."""
+
+    __slots__ = ()
+
+
 Read = Callable[[nn.Module], Found | str]
 
 # (first part of the class's module, class) -> the file of the format; subclasses count
 BY_LAYER: dict[tuple[str, str], str] = {
     ("bitsandbytes", "Linear4bit"): "bnb4",
+    ("bitsandbytes", "Linear8bitLt"): "bnb8",
     ("peftkern", "Fp8Linear"): "fp8_linear",
     ("transformers", "FP8Linear"): "finegrained_fp8",
 }

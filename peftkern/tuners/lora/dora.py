@@ -9,7 +9,6 @@ gradient (section 4.3).
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +18,8 @@ from torch.nn.functional import linear
 
 from ...ops import autocast
 from ...ops.backend import describe
-from ...ops.bases.formats import checked, reader_of
+from ...ops.bases.formats import read, reader_of
+from ...ops.bases.weight import BaseWeight, dense
 from ...ops.dora import dora_linear
 from ...ops.dora_norm import gain, row_norms
 from ...ops.tracing import is_tracing
@@ -102,6 +102,8 @@ class DoraLayer(nn.Module):
 def _state(source: Any) -> Any:
     if not isinstance(source, Tensor):
         return source
+    if isinstance(source, BaseWeight):  # made for each call, of its owner's tensors
+        return (*map(_state, source.packed.tensors),)
     version = None if source.is_inference() else source._version
     return source.data_ptr(), version, source.dtype, source.device
 
@@ -131,7 +133,7 @@ class DoraVariant(LoraVariant):
         """(base weight as it is stored, A, B)."""
         base = layer.get_base_layer()
         A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-        return dense_weight(base), A, B
+        return known_weight(base), A, B
 
     def outputs_dim(self, layer: Any) -> int:
         """The dimension of the stored base weight that counts the outputs."""
@@ -206,7 +208,7 @@ class DoraVariant(LoraVariant):
 
     def product(self, layer: Any, base: Any, x: Tensor) -> Tensor:
         """The base layer's product with ``x``, without its bias."""
-        weight = dense_weight(base).to(x.dtype)
+        weight = dense(known_weight(base).to(x.dtype))
         return linear(x, weight.t() if layer.fan_in_fan_out else weight)
 
     def refuses_mixed(self) -> str | None:
@@ -227,7 +229,7 @@ class DoraLinearVariant(DoraVariant, setting="use_dora", layers=("linear",)):
         ):
             return super().norms(layer, adapter)
         # A or B is sharded, wrapped or hooked: only a call shows what it computes
-        weight = dense_weight(layer.get_base_layer())
+        weight = dense(known_weight(layer.get_base_layer()))
         weight = weight.t() if layer.fan_in_fan_out else weight
         with torch.no_grad():
             wide = torch.promote_types(weight.dtype, torch.float32)
@@ -266,7 +268,7 @@ class DoraEmbeddingVariant(DoraVariant, setting="use_dora", layers=("embedding",
 
     def weights(self, layer: Any, adapter: str) -> tuple[Tensor, Tensor, Tensor]:
         A, B = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
-        return dense_weight(layer.get_base_layer()), A, B
+        return known_weight(layer.get_base_layer()), A, B
 
     def outputs_dim(self, layer: Any) -> int:
         return 1
@@ -319,30 +321,30 @@ class DoraConv3dVariant(DoraConvVariant, setting="use_dora", layers=("conv3d",))
     """DoRA on ``nn.Conv3d``."""
 
 
-def dense_weight(base: Any) -> Tensor:
-    """A layer's weight as floating-point numbers, dequantised where needed.
+def known_weight(base: Any) -> Tensor:
+    """A layer's weight as floating-point numbers: its own tensor, or one read in its format.
 
     Raises:
         TypeError: the weight is quantised in a way that cannot be read here.
     """
-    reader = reader_of(base)
-    if reader is not None and not isinstance(found := checked(reader, base), str):
-        return found.packed.dense(torch.float32)
+    why = ""
+    if reader_of(base) is not None:
+        found = read(base)
+        if not isinstance(found, str):
+            return BaseWeight(found.packed, torch.float32)  # norms are computed in that at least
+        why = f" ({found})"
     if hasattr(base, "W_q"):  # HQQ keeps its weight in buffers of its own
         return base.dequantize()
     weight = base.weight
     if type(weight) in (nn.Parameter, Tensor) and weight.is_floating_point():
         return weight
-    kind = type(weight).__name__
-    if kind == "Params4bit":
-        bitsandbytes = importlib.import_module("bitsandbytes.functional")
-        return bitsandbytes.dequantize_4bit(weight.data, weight.quant_state)
     if type(weight).__module__.startswith("torchao."):
         return weight.dequantize()
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        kind = type(weight).__name__
         what = f"{kind} of {weight.dtype}" if isinstance(weight, Tensor) else kind
         raise TypeError(
-            f"DoRA needs the weight of a {type(base).__name__} as numbers, and that is a {what}; "
-            "allowed: floating point, or quantised by bitsandbytes in 4 bit, HQQ or torchao"
+            f"DoRA needs the weight of a {type(base).__name__} as numbers, and that is a "
+            f"{what}{why}; allowed: floating point, or a quantised format that is read"
         )
     return weight

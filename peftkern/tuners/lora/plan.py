@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from ...ops.bases.formats import as_weight, checked, reader_of
+from ...ops.bases.formats import Unusable, as_weight, checked, reader_of
 from ...ops.bases.weight import BaseWeight
 from ...utils.private import GLOBAL_HOOKS, HookCounter
 
@@ -48,12 +48,20 @@ def base_weight(base: Any, x: Tensor) -> tuple[BaseWeight, Tensor | None] | None
     """(weight, bias) of a base layer of a known format, as an operation on x takes them, or None.
 
     :func:`base_reason` gives the reason in words.
+
+    Raises:
+        ValueError: the base layer itself cannot be called with x either.
     """
     reader = reader_of(base)
     found = None if reader is None else checked(reader, base)
     if found is None or isinstance(found, str) or not x.is_floating_point():
+        if isinstance(found, Unusable) and not x.is_meta:
+            raise ValueError(f"a {type(base).__name__} cannot be called: {found}")
         return None
-    return as_weight(found.packed, x), found.bias
+    packed, bias = found
+    if bias is not None and bias.dtype != x.dtype:
+        bias = bias.to(x.dtype)  # some owners cast theirs for good
+    return as_weight(packed, x), bias
 
 
 def base_reason(base: Any) -> str | None:
