@@ -11,9 +11,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from torch.nn.parameter import Parameter
 
 from .formats import Found
 from .fp8 import Fp8, chosen, shape_error
+from .fp8_linear import LARGEST
+from .repack import State
 
 
 def read(module: Any) -> Found | str:
@@ -35,3 +40,33 @@ def read(module: Any) -> Found | str:
     name = "fp8, one scale" if block is None else f"fp8 in blocks of {block[0]} x {block[1]}"
     packed = Fp8(q, scale, block, f"{name} (transformers)", True, chosen(module))
     return Found(packed, module._parameters.get("bias"))
+
+
+def repacked(module: Any, weight: Tensor) -> State:
+    """What an ``FP8Linear`` holds for another weight [N, K], by the rule of transformers' loader.
+
+    Each block's scale is max |W| / 448, in E8M0 the next power of two.
+    """
+    q, scale = module.weight, module.weight_scale_inv
+    block = q.shape if module.block_size is None else module.block_size
+    new, inverse = quantised(weight.to(q.device), (block[0], block[1]), scale.dtype)
+    held = {
+        "weight": Parameter(new.to(q.dtype), requires_grad=False),
+        "weight_scale_inv": Parameter(inverse.reshape(scale.shape), requires_grad=False),
+    }
+    return State(held)
+
+
+def quantised(weight: Tensor, block: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(W / s within ±448, in float32; s in ``dtype``, one for each block) of W [N, K]."""
+    N, K = weight.shape
+    rows, columns = block
+    wide = pad(weight.float(), (0, -K % columns, 0, -N % rows))
+    tiles = wide.view(wide.shape[0] // rows, rows, wide.shape[1] // columns, columns)
+    largest = tiles.abs().amax((1, 3))
+    scale = torch.where(largest > 0, largest / LARGEST, 1.0)
+    if dtype != torch.float32:
+        scale = torch.exp2(scale.clamp(min=torch.finfo(torch.float32).tiny).log2().ceil())
+    scale = scale.to(dtype)
+    scaled = (tiles / scale.float()[:, None, :, None]).clamp_(-LARGEST, LARGEST)
+    return scaled.view_as(wide)[:N, :K], scale

@@ -7,12 +7,15 @@ products that only a GPU has, and which torchao does not differentiate. Here X i
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parameter import Parameter
 
 from .formats import Found
 from .fp8 import Fp8, chosen, shape_error
+from .repack import State
 
 
 def read(module: Any) -> Found | str:
@@ -36,3 +39,27 @@ def read(module: Any) -> Found | str:
         return wrong
     packed = Fp8(q, scale, block, f"{kind} (torchao)", compute=chosen(module))
     return Found(packed, module._parameters.get("bias"))
+
+
+def repacked(module: Any, weight: Tensor) -> State:
+    """What the layer holds for another weight [N, K], by torchao's ``Float8Tensor.from_hp``."""
+    held = module.weight
+    owner: Any = sys.modules[type(held).__module__]
+    asked = held.act_quant_kwargs
+    if asked is not None:
+        granularity = asked.granularity
+    elif held.scale.numel() == 1:
+        granularity = owner.PerTensor()
+    elif tuple(held.block_size) == (1, held.shape[1]):
+        granularity = owner.PerRow()
+    else:
+        raise ValueError(f"torchao makes no weights with blocks of {tuple(held.block_size)} again")
+    made = type(held).from_hp(
+        weight.to(held.device, held.dtype),
+        float8_dtype=held.qdata.dtype,
+        granularity=granularity,
+        mm_config=held.mm_config,
+        kernel_preference=held.kernel_preference,
+        act_quant_kwargs=asked,
+    )
+    return State({"weight": Parameter(made, requires_grad=False)})
