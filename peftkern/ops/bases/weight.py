@@ -108,22 +108,33 @@ class BaseWeight(Tensor):
     def __torch_dispatch__(  # type: ignore[override]  # torch declares no class method
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        if func is torch.ops.aten.detach.default:
-            w = args[0]
-            return BaseWeight(w.packed, w.dtype, w.turned)
         if func is torch.ops.aten.t.default:
             return args[0].t()
-        name = func.name().partition("::")[2].partition(".")[0]
-        written = [args[0]] if name.endswith("_") and args else []
-        written += [v for k, v in (kwargs or {}).items() if k == "out"]
-        for given in written:
-            if isinstance(given, BaseWeight):
-                raise TypeError(f"{func} would write to a frozen {given.packed.format} weight")
-        values = [dense_of(a) for a in args]
-        return func(*values, **{k: dense_of(v) for k, v in (kwargs or {}).items()})
+        return dispatched(func, args, kwargs)
+
+    def again(self) -> BaseWeight:
+        return BaseWeight(self.packed, self.dtype, self.turned)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"BaseWeight({self.packed.format}, {list(self.shape)}, {self.dtype})"
+
+
+def dispatched(func: Any, args: Any, kwargs: Any) -> Any:
+    """The result of a torch operation that knows nothing of weights without data.
+
+    Raises:
+        TypeError: it would write to one.
+    """
+    if func is torch.ops.aten.detach.default:
+        return args[0].again()
+    name = func.name().partition("::")[2].partition(".")[0]
+    written = [args[0]] if name.endswith("_") and args else []
+    written += [v for k, v in (kwargs or {}).items() if k == "out"]
+    for given in written:
+        if hasattr(given, "packed"):
+            raise TypeError(f"{func} would write to a frozen {given.packed.format} weight")
+    values = [dense_of(a) for a in args]
+    return func(*values, **{k: dense_of(v) for k, v in (kwargs or {}).items()})
 
 
 def dense(w: Tensor) -> Tensor:
@@ -135,7 +146,7 @@ def dense_of(given: Any) -> Any:
     """:func:`dense` of an argument of any kind; of tensors in a list as well."""
     if isinstance(given, list | tuple):
         return type(given)(map(dense_of, given))
-    return dense(given) if isinstance(given, BaseWeight) else given
+    return given.dense() if hasattr(given, "packed") else given
 
 
 Member = TypeVar("Member", Projection, Plain, ProjectionGrad, PlainGrad)

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..bases.experts import BaseExperts, EachExpert
 from ..bits import unpack_bits
 from ..torch_products import in_dtype, low_rank_dtype, mm_to
 from .blocks import Block, Group, groups_of
@@ -31,7 +32,7 @@ _MOST = 0.3
 class _Lists(NamedTuple):
     """An entry for each span, of the weight and of each adapter."""
 
-    W: list[Tensor]
+    W: Sequence[Tensor]
     A: list[list[Tensor]]
     B: list[list[Tensor]]
 
@@ -91,14 +92,21 @@ class LoopLinear:
         """W_e [N, K], A_e [r, K] and B_e [N, r], which the backward multiplies by."""
         A = [self._each(in_dtype(self.low, a)) for a in self.stacked_A]
         B = [self._each(b, self.places) for b in self.stacked_B]
-        return _Lists(self._each(self.part.weight), A, B)
+        return _Lists(self._weights(False), A, B)
 
     @cached_property
     def _turned(self) -> _Lists:
         """Their transposes, which the forward multiplies by."""
         A = [self._each(in_dtype(self.low, a).transpose(1, 2)) for a in self.stacked_A]
         B = [self._each(b.transpose(1, 2), self.places) for b in self.stacked_B]
-        return _Lists(self._each(self.part.weight.transpose(1, 2)), A, B)
+        return _Lists(self._weights(True), A, B)
+
+    def _weights(self, turned: bool) -> Sequence[Tensor]:
+        """W_e of the touched experts, or its transpose; a quantised one is made when it is used."""
+        weight = self.part.weight
+        if isinstance(weight, BaseExperts):
+            return EachExpert(weight, self.experts, turned)
+        return self._each(weight.transpose(1, 2) if turned else weight)
 
     def _groups(self, block: Block) -> list[Group]:
         return groups_of(block, len(self.ranks))

@@ -22,6 +22,7 @@ from ...kernels.experts_grad import ONE_PASS_RANK, grad_a, grad_sb
 from ...kernels.experts_route import Route, route, rows_of_tile
 from ...kernels.experts_shrink import shrink
 from ...kernels.mixed import MAX_ADAPTERS
+from ..bases.experts import BaseExperts
 from ..device import capturing, elsewhere
 from ..triton_backend import refusal
 from .configs import Configs
@@ -42,6 +43,8 @@ def why_not(call: Call, keep: bool) -> str | None:
 
     ``keep``: a backward follows.
     """
+    if isinstance(call.up.weight, BaseExperts):
+        return f"experts in {call.up.weight.packed.format} are dequantised one by one"
     if elsewhere(call.x):
         return "the tensors are on another device than the current one"
     factors = [f for part in (call.up, call.down) for f in part.factors if f.A.shape[0]]

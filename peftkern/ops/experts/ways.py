@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
+from ..bases.experts import BaseExperts
 from . import grouped, loop
 from .dropout import words_of
 from .order import Order
@@ -45,8 +46,16 @@ class Choice(NamedTuple):
         return y
 
 
+def _format(call: Call) -> str:
+    weight = call.up.weight
+    assert isinstance(weight, BaseExperts)
+    return weight.packed.format
+
+
 def of_torch(call: Call) -> Choice:
     """The better of torch's own ways for a call, and the reason."""
+    if isinstance(call.up.weight, BaseExperts):
+        return Choice(loop, "loop", f"only chosen experts are dequantised, {_format(call)}")
     if call.x.is_cpu:
         return Choice(loop, "loop", "on a CPU the host knows how many tokens each expert got")
     reason = grouped.why_not(call)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from ...configs.lora import LoraConfig
+from ...ops.bases.experts import reader_of
 from ...utils.constants import ALL_EXPERTS_SHORTHAND
 from .experts import form_of, parameters_of
 from .parameter_targets import Target, holders, matches
@@ -33,7 +34,7 @@ def find_experts(model: nn.Module) -> Experts:
     """The parameters of a mixture's experts, in the model's order."""
     inside, outside, keys = [], [], []
     for name, module in holders(model):
-        ours = form_of(type(module)) is not None
+        ours = form_of(type(module)) is not None or reader_of(module) is not None
         named = ours or "expert" in f"{name}.{type(module).__name__}".lower()
         named &= not type(module).__module__.startswith("torch.nn")  # a convolution, for example
         for parameter, value in module._parameters.items():

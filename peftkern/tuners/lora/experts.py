@@ -14,9 +14,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.nn.parameter import Parameter
 
+from ...ops.bases.experts import BaseExperts, reader_of
 from ...ops.experts.parts import ExpertLinear, Gate
 from ...utils.private import (
     EXPERTS_GATE,
@@ -57,7 +59,15 @@ def form_of(cls: Any) -> ExpertsForm | None:
 
 def parameters_of(module: Any) -> tuple[str, str]:
     """The names of the two parameters that hold the experts' linears."""
-    return ("gate_up_proj" if module.has_gate else "up_proj"), "down_proj"
+    return ("gate_up_proj" if getattr(module, "has_gate", True) else "up_proj"), "down_proj"
+
+
+def shape_of(module: Any, parameter: str) -> Any:
+    """The shape [E, N, K] of a parameter of quantised experts as numbers; None for any other."""
+    reader = reader_of(module)
+    if reader is None or parameter not in parameters_of(module):
+        return None
+    return reader.shape_of(module, parameter)
 
 
 def why_never(module: Any, parameter: str) -> str | None:
@@ -65,7 +75,7 @@ def why_never(module: Any, parameter: str) -> str | None:
 
     It depends on the class and the names alone; None when the operation may run.
     """
-    if form_of(module.__class__) is None:
+    if form_of(module.__class__) is None and reader_of(module) is None:
         return _outside(module)
     if parameter not in parameters_of(module):
         return f"`{parameter}` is not the weight of a linear of the experts"
@@ -76,11 +86,16 @@ def _outside(module: Any) -> str:
     return f"{type(module).__name__} is not a class of transformers' experts interface"
 
 
-def mixture_of(module: Any, away: bool = False) -> Mixture | str:
+def mixture_of(
+    module: Any, away: bool = False, dtype: torch.dtype = torch.float32
+) -> Mixture | str:
     """The parts of a module of experts; or the reason, in words, that it must run by itself.
 
-    ``away``: what accelerate's hooks do in each call is taken as done.
+    ``away``: what accelerate's hooks do in each call is taken as done. ``dtype``: the activations',
+    in which quantised experts compute.
     """
+    if (reader := reader_of(module)) is not None:
+        return _packed_mixture(module, reader, dtype)
     form = form_of(module.__class__)
     if form is None:
         return _outside(module)
@@ -117,6 +132,23 @@ def mixture_of(module: Any, away: bool = False) -> Mixture | str:
         module.post_expert_norm if getattr(module, "has_post_expert_norm", False) else None,
         experts_have_sentinels(module),
     )
+
+
+def _packed_mixture(module: Any, reader: Any, dtype: torch.dtype) -> Mixture | str:
+    """:func:`mixture_of` for a module of quantised experts."""
+    if is_hooked(module):
+        return "the experts have hooks or an overridden forward"
+    if any(GLOBAL_HOOKS):
+        return "torch has global module hooks"
+    found = reader.read(module)
+    if isinstance(found, str):
+        return found
+    biases = [None if b is None else b.to(dtype) for b in (found.up_bias, found.down_bias)]
+    up, down = (
+        ExpertLinear(BaseExperts(packed, dtype), bias)
+        for packed, bias in zip((found.up, found.down), biases, strict=True)
+    )
+    return Mixture(up, down, Gate(*found.gate), None, experts_have_sentinels(module))
 
 
 def _foreign(form: ExpertsForm, name: Any) -> str | None:
@@ -174,4 +206,6 @@ def is_traced_value(tensor: Any) -> bool:
 
 def describe_implementation(module: Any) -> str:
     """Words for the implementation that the operation stands in for."""
+    if reader_of(module) is not None:
+        return f"in place of {type(module).__name__}'s own"
     return f"in place of {experts_implementation(module) or 'eager'!r}"

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 
 from ...ops import autocast
+from ...ops.bases.experts import reader_of
 from ...ops.experts.choosing import describe
 from ...ops.experts.parts import Call, ExpertLinear, Factors
 from ...ops.lora_experts import lora_experts
@@ -68,12 +69,15 @@ def active_names(wrapper: Any) -> list[str]:
 
 
 def read(
-    chain: Chain, rows: AdapterNames | None, away: bool = False
+    chain: Chain,
+    rows: AdapterNames | None,
+    away: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Mixture, list[ExpertLinear]] | str:
     """(the mixture, [up, down] with their adapters); or the reason for separate calls.
 
     With ``rows`` the adapters of up and down are those of ``rows.order``, else the active ones.
-    ``away``: as in :func:`.experts.mixture_of`.
+    ``away``, ``dtype``: as in :func:`.experts.mixture_of`.
     """
     outer, module = chain.wrappers[0], chain.module
     if is_tracing():
@@ -82,7 +86,7 @@ def read(
         apart = inner.is_called_apart() and not (away and is_only_placed(inner))
         if apart or inner.__class__.forward is not outer.__class__.forward:
             return f"the wrapper of `{inner.parameter_name}` has hooks or an overridden forward"
-    mixture = mixture_of(module, away)
+    mixture = mixture_of(module, away, dtype)
     if isinstance(mixture, str):
         return mixture
     names = parameters_of(module)
@@ -186,16 +190,22 @@ def run(outer: Any, args: Any, kwargs: Any, names: Sequence[str] | None = None) 
             ``names`` are given.
     """
     chain = chain_of(outer)
+    if torch.compiler.is_compiling() and reader_of(chain.module) is not None:
+        # the loop over chosen experts reads the routing on the host: a break in the graph
+        found_: Tensor | str = torch.compiler.disable(run)(outer, args, kwargs, names)
+        return found_
     rows = None if names is None else AdapterNames.of(names)
-    if rows is None and not any(map(active_names, chain.wrappers)):
+    packed = reader_of(chain.module) is not None
+    if rows is None and not packed and not any(map(active_names, chain.wrappers)):
         return NOTHING_ACTIVE
-    found = read(chain, rows)
+    given = args if len(args) == 3 and not kwargs else _bound(chain.module, args, kwargs)
+    tokens = given is not None and _are_tokens(*given)
+    found = read(chain, rows, dtype=given[0].dtype if given and tokens else torch.float32)
     if isinstance(found, str):
         return found
-    mixture, parts = found
-    given = args if len(args) == 3 and not kwargs else _bound(chain.module, args, kwargs)
-    if given is None or not _are_tokens(*given):
+    if given is None or not tokens:
         return "the experts are called with other arguments"
+    mixture, parts = found
     x, index, weights = given
     dtype = mixture.up.weight.dtype
     if x.dtype is not dtype and not autocast.is_on(x):
@@ -203,7 +213,7 @@ def run(outer: Any, args: Any, kwargs: Any, names: Sequence[str] | None = None) 
     choice = None
     if rows is not None:
         choice = _choice(chain, rows, x)
-        if not any(f.A.shape[0] for part in parts for f in part.factors):
+        if not packed and not any(f.A.shape[0] for part in parts for f in part.factors):
             return chain.module(*args, **kwargs)
     up, down = parts
     norm, sentinels = mixture.norm, mixture.sentinels
@@ -228,8 +238,9 @@ def _are_tokens(x: Any, index: Any, weights: Any) -> bool:
 def _bound(module: Any, args: Any, kwargs: Any) -> tuple[Any, ...] | None:
     """(tokens, index, weights) of a call with keywords; None for other arguments."""
     form = form_of(module.__class__)
+    eager = type(module).forward if form is None else form.eager
     try:
-        bound = inspect.signature(form.eager).bind(module, *args, **kwargs)  # type: ignore[union-attr]
+        bound = inspect.signature(eager).bind(module, *args, **kwargs)
     except TypeError:
         return None
     given = tuple(bound.arguments.values())[1:]
@@ -257,8 +268,18 @@ def _choice(chain: Chain, rows: AdapterNames, x: Tensor) -> Tensor:
 
 def why_separate(outer: Any) -> str | None:
     """The reason that calls of the outermost wrapper are not one operation; None when they are."""
-    found = read(chain_of(outer), None, away=True)
+    chain = chain_of(outer)
+    found = read(chain, None, away=True, dtype=_expected_dtype(chain))
     return found if isinstance(found, str) else None
+
+
+def _expected_dtype(chain: Chain) -> torch.dtype:
+    """The dtype that the activations of quantised experts are expected to have: an adapter's."""
+    for wrapper in chain.wrappers:
+        for name in active_names(wrapper):
+            found: torch.dtype = wrapper.lora_A[name].weight.dtype
+            return found
+    return torch.float32
 
 
 def describe_mixtures(model: nn.Module) -> dict[int, tuple[str | None, str]]:
@@ -271,9 +292,9 @@ def describe_mixtures(model: nn.Module) -> dict[int, tuple[str | None, str]]:
         if getattr(outer.__class__, "layer_kind", None) != "parameter" or id(outer) in found:
             continue
         chain = chain_of(outer)
-        if form_of(chain.module.__class__) is None:
+        if form_of(chain.module.__class__) is None and reader_of(chain.module) is None:
             continue
-        read_ = read(chain, None, away=True)
+        read_ = read(chain, None, away=True, dtype=_expected_dtype(chain))
         if isinstance(read_, str):
             found.update({id(w): (read_, "") for w in chain.wrappers})
             continue

@@ -16,6 +16,7 @@ from ...ops.tracing import is_compiling, is_tracing
 from ...utils.handing import HERE, hand_over
 from . import experts_call, parameter_product
 from .base import NOTHING, LoraLayer
+from .experts import shape_of
 from .linear import Linear, bare_linear
 from .offload import in_place, is_away
 from .plan import is_hooked
@@ -128,6 +129,7 @@ class ParamWrapper(nn.Module, LoraLayer):
     def _in_out_features(self) -> tuple[int, int]:
         parameter = self.get_param()
         shape = getattr(parameter, "ds_shape", parameter.shape)  # DeepSpeed's shards are empty
+        shape = self._packed_shape() or shape
         self.in_first = len(shape) == 3 and getattr(self.get_base_layer(), "is_transposed", False)
         if len(shape) == 2:
             self.num_experts = 1
@@ -139,6 +141,10 @@ class ParamWrapper(nn.Module, LoraLayer):
             )
         self.num_experts = shape[0]
         return (shape[1], shape[2]) if self.in_first else (shape[2], shape[1])
+
+    def _packed_shape(self) -> Any:
+        """The shape [E, N, K] of quantised experts as numbers, or None."""
+        return shape_of(self.get_base_layer(), self.parameter_name)
 
     def get_param(self) -> Any:
         """The module's present parameter."""
@@ -271,7 +277,9 @@ class ParamWrapper(nn.Module, LoraLayer):
         if self._disable_adapters and self.merged:
             self.unmerge()
         if self._disable_adapters and names is not None:
-            return self.base_layer(*args, **kwargs)
+            if self._packed_shape() is None:
+                return self.base_layer(*args, **kwargs)
+            names = None
         return self._call(args, kwargs, names)
 
     def _call(self, args: Any, kwargs: Any, names: Any) -> Any:
@@ -289,6 +297,11 @@ class ParamWrapper(nn.Module, LoraLayer):
         if idle:
             return self.base_layer(*args, **kwargs)
         self._check_dropout_rests(found)
+        if self._packed_shape() is not None:
+            raise RuntimeError(
+                f"`{self.parameter_name}` of {type(self.get_base_layer()).__name__} is quantised, "
+                f"and its adapters cannot be applied: {found}"
+            )
         self._check_sharding()
         if not is_compiling():
             self._note_decline()

@@ -1,0 +1,78 @@
+"""The experts of fp8 checkpoints, as transformers' ``FP8Experts`` holds them.
+
+Weights are float8 [E, N, K] with a scale for each block (or one for each expert), or MXFP4 bytes
+where the checkpoint says ``expert_dtype="fp4"``. The owner's forward rounds activations to fp8 as
+well; here the dequantised weights multiply activations that are not rounded.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from .experts import FoundExperts, PackedExperts
+from .fp8 import Fp8
+from .fp8 import shape_error as fp8_error
+from .mx import Mx4
+from .mx import shape_error as mx_error
+
+
+def _names(module: Any) -> tuple[str, str]:
+    return ("gate_up_proj" if module.has_gate else "up_proj"), "down_proj"
+
+
+def shape_of(module: Any, name: str) -> tuple[int, int, int]:
+    """[E, N, K] of the weights called ``name``, as numbers."""
+    E, D, inner = module.num_experts, module.hidden_dim, module.intermediate_dim
+    if name == "down_proj":
+        return E, D, inner
+    return E, (2 * inner if module.has_gate else inner), D
+
+
+def read(module: Any) -> FoundExperts | str:
+    """What the experts hold, or the reason that it cannot be read."""
+    parts = []
+    for name in _names(module):
+        found = _part(module, name)
+        if isinstance(found, str):
+            return f"{name}: {found}"
+        parts.append(found)
+    own, (first, _) = module._parameters, _names(module)
+    gate = (module._apply_gate, None, "halves", None)
+    if not module.has_gate:
+        gate = (module.act_fn, None, "alone", None)
+    up_bias, down_bias = own.get(f"{first}_bias"), own.get("down_proj_bias")
+    return FoundExperts(parts[0], parts[1], up_bias, down_bias, gate)
+
+
+def _part(module: Any, name: str) -> PackedExperts | str:
+    own = module._parameters
+    q, scale = own.get(name), own.get(f"{name}_scale_inv")
+    if q is None or scale is None:
+        return "it has no weights or no scales"
+    if q.is_meta or scale.is_meta:
+        return "its weights are on the meta device (offloaded or not loaded yet)"
+    if q.dtype.itemsize != 1:
+        return f"its weights are {q.dtype}"
+    E, N, K = shape_of(module, name)
+    fp4 = not q.dtype.is_floating_point
+    if tuple(q.shape) != (E, N, K // 2 if fp4 else K):
+        return f"its weights are of shape {tuple(q.shape)}, for {E} experts of {N} x {K}"
+    held: tuple[Tensor, Tensor] = (q, scale)
+    if fp4:
+        if (reason := mx_error(q, scale)) is not None:
+            return reason
+        return PackedExperts(Mx4.format, (E, N, K), q.device, held, lambda e: Mx4(q[e], scale[e]))
+    block = None if module.block_size is None else (module.block_size[0], module.block_size[1])
+    if len(scale) != E:
+        return f"its scales are of shape {tuple(scale.shape)}, for {E} experts"
+    kind = "one scale" if block is None else f"in blocks of {block[0]} x {block[1]}"
+    label = f"fp8 {kind} (transformers)"
+
+    def of(expert: int) -> Fp8:
+        return Fp8(q[expert], scale[expert], block, label, True)
+
+    if (reason := fp8_error(q[0], scale[0], block)) is not None:
+        return reason
+    return PackedExperts(label, (E, N, K), q.device, held, of)

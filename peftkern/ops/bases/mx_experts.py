@@ -1,0 +1,77 @@
+"""gpt-oss' experts in MXFP4, as transformers' ``Mxfp4GptOssExperts`` holds them.
+
+Read are the packed bytes of the checkpoint, uint8 [E, N, K / 2], with their scales. On a GPU
+transformers gives them to its kernels in another layout, which is not read.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .experts import FoundExperts, PackedExperts
+from .mx import Mx4, shape_error
+
+
+def shape_of(module: Any, name: str) -> tuple[int, int, int]:
+    """[E, N, K] of the weights called ``name``, as numbers."""
+    E, D, inner = module.num_experts, module.hidden_size, module.intermediate_size
+    return (E, 2 * inner, D) if name == "gate_up_proj" else (E, D, inner)
+
+
+def read(module: Any) -> FoundExperts | str:
+    """What the experts hold, or the reason that it cannot be read."""
+    parts = []
+    for name in ("gate_up_proj", "down_proj"):
+        found = _part(module, name)
+        if isinstance(found, str):
+            return f"{name}: {found}"
+        parts.append(found)
+    own, alpha, limit = module._parameters, float(module.alpha), float(module.limit)
+    return FoundExperts(
+        up=parts[0],
+        down=parts[1],
+        up_bias=own.get("gate_up_proj_bias"),
+        down_bias=own.get("down_proj_bias"),
+        gate=(_Clamped(alpha, limit), None, "interleaved", (alpha, limit, 1.0)),
+    )
+
+
+def _part(module: Any, name: str) -> PackedExperts | str:
+    own = module._parameters
+    bits, scale = own.get(name), _scale(module, name)
+    if bits is None or bits.dtype != torch.uint8:
+        return "its weights are in a layout of other kernels, not the checkpoint's bytes"
+    if scale is None:
+        return "it has no scales"
+    if bits.is_meta or scale.is_meta:
+        return "its weights are on the meta device (offloaded or not loaded yet)"
+    E, N, K = shape_of(module, name)
+    if tuple(bits.shape) != (E, N, K // 2):
+        return f"its packed weights are of shape {tuple(bits.shape)}, allowed: {(E, N, K // 2)}"
+    if (reason := shape_error(bits, scale)) is not None:
+        return reason
+    held: tuple[Tensor, Tensor] = (bits, scale)
+    return PackedExperts(Mx4.format, (E, N, K), bits.device, held, lambda e: Mx4(bits[e], scale[e]))
+
+
+def _scale(module: Any, name: str) -> Tensor | None:
+    """The scales, a parameter or in the configuration of the kernels."""
+    found = module._parameters.get(f"{name}_scales")
+    if found is None:
+        found = getattr(getattr(module, f"{name}_precision_config", None), "weight_scale", None)
+    return found if isinstance(found, Tensor) else None
+
+
+class _Clamped:
+    """gpt-oss' gate: min(G, l)·σ(α·min(G, l)) ∘ (clip(U, ±l) + 1), G and U interleaved."""
+
+    def __init__(self, alpha: float, limit: float) -> None:
+        self.alpha, self.limit = alpha, limit
+
+    def __call__(self, gu: Tensor) -> Tensor:
+        gate = gu[..., ::2].clamp(max=self.limit)
+        up = gu[..., 1::2].clamp(min=-self.limit, max=self.limit)
+        return (up + 1) * gate * torch.sigmoid(gate * self.alpha)
