@@ -6,9 +6,16 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from peftkern.ops import lora_mixed as lora_mixed_module
-from peftkern.ops import mixed_torch
+from peftkern.ops import mixed_direct, mixed_torch
 from peftkern.ops.lora_mixed import Adapter, SampleIndex, lora_mixed
 from tests.closeness import assert_as_good_as_torch, assert_same_number
+
+
+@pytest.fixture(params=["direct", "copies"], autouse=True)
+def way(request, monkeypatch):
+    """Products that read factors where they lie, where torch has them, and those on copies."""
+    if request.param == "copies":
+        monkeypatch.setattr(mixed_direct, "_why_not", lambda *call: "the test asks for copies")
 
 
 class Products(TorchDispatchMode):

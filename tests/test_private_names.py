@@ -125,6 +125,10 @@ def experts_flag() -> bool:
 LAYER = "transformers.modeling_layers.GradientCheckpointingLayer"
 # {name: how to tell that it is there, where it is not an attribute to be found by its path}
 PROBES: dict[str, Callable[[], Any]] = {
+    "sgemm_batch_64 and dgemm_batch_64 in the libraries of torch._C": lambda: (
+        set(private.mkl_batches()) == {torch.float32, torch.float64}
+        or not torch.backends.mkl.is_available()
+    ),
     "compile(...)._orig_mod": compiled,
     "nn.Module._compiled_call_impl": compiled,
     "FSDP(...)._fsdp_wrapped_module": fsdp,

@@ -4,31 +4,26 @@
 
 If the backend has kernels for it (``kernels/mixed.py``), it is two launches. Otherwise, and when
 gradients are wanted, torch's products run: the base product, then all adapters side by side
-(:mod:`.mixed_torch`).
+(:mod:`.mixed_torch`); on a CPU without gradients, products that read each adapter's factors where
+they lie (:mod:`.mixed_direct`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import autocast, torch_backend
+from . import autocast, mixed_direct, torch_backend
 from . import backend as _backend
 from .bases.weight import dense
+from .mixed_direct import Adapter, Batches, Factors
 from .mixed_torch import Facts, Plan, make_plan
 from .notes import note_once
 from .tracing import is_recording
 
-
-class Adapter(NamedTuple):
-    """The weights and the scaling of an adapter in one layer."""
-
-    A: Tensor  # [r, K]
-    B: Tensor  # [N, r]
-    scale: float
+__all__ = ["Adapter", "Factors", "SampleIndex", "lora_mixed"]
 
 
 def _tensors_for_later() -> torch.inference_mode:
@@ -55,6 +50,7 @@ class SampleIndex:
                     f"for {adapters} adapters"
                 )
         self.choice, self.adapters = tuple(choice), adapters
+        self.batches = Batches(self.choice)
         self._index: dict[torch.device, Tensor] = {}
         self._rows: dict[torch.device, list[Tensor | None]] = {}
         self._plans: dict[tuple[Facts, int, int, torch.device], Plan] = {}
@@ -118,7 +114,7 @@ def lora_mixed(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    adapters: Sequence[Adapter | tuple[Tensor, Tensor, float] | None],
+    adapters: Sequence[Adapter | tuple[Tensor, Tensor, float] | None] | Factors,
     index: SampleIndex,
     transposed: bool = False,
 ) -> Tensor:
@@ -129,7 +125,7 @@ def lora_mixed(
         weight: [N, K], or [K, N] when ``transposed``; x's dtype.
         bias: [N] or None.
         adapters: (A [r_i, K], B [N, r_i], scale_i), each of its own rank, in x's dtype or float32;
-            None for one without weights in this layer.
+            None for one without weights in this layer. Or the same as ``Factors``.
         index: the adapter of each sample.
         transposed: layout of ``weight``.
 
@@ -145,16 +141,24 @@ def lora_mixed(
         raise ValueError(
             f"index has {len(index)} entries; allowed: one for each sample of x, {tuple(x.shape)}"
         )
-    if len(adapters) != index.adapters:
+    factors = adapters if isinstance(adapters, Factors) else Factors.of(adapters)
+    if len(factors.place) != index.adapters:
         raise ValueError(
-            f"adapters has {len(adapters)} entries; allowed: {index.adapters}, as index has"
+            f"adapters has {len(factors.place)} entries; allowed: {index.adapters}, as index has"
         )
+    backend: _backend.Backend = _backend.active
+    if backend is torch_backend and not torch.is_grad_enabled():
+        if not autocast.is_on(x):
+            weight = dense(weight)
+        w = weight.t() if transposed else weight
+        direct = mixed_direct.mixed(x, w, bias, factors, index.batches)
+        if direct is not None:
+            return direct.view(*x.shape[:-1], direct.shape[-1])
     if autocast.is_on(x) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
         bias = bias.to(dtype) if bias is not None else None
-    found = [a if a is None or type(a) is Adapter else Adapter(*a) for a in adapters]
-    backend: _backend.Backend = _backend.active
+    found = factors.adapters()
     if not any(found):
         backend = torch_backend  # the base product alone
     if torch.is_grad_enabled():

@@ -7,10 +7,11 @@ of peftkern but that one, so that :mod:`peftkern.ops` may import it too.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import inspect
 import sys
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -71,6 +72,55 @@ DisabledTorchFunction: Any = getattr(
 def _aten(name: str) -> Any:
     packet = getattr(torch.ops.aten, name, None)
     return None if packet is None else packet.default
+
+
+@cache
+def mkl_batches() -> dict[torch.dtype, Callable[..., None]]:
+    """{float32, float64: MKL's ?gemm_batch_64}; empty where torch's libraries do not export them.
+
+    Fifteen addresses, as in Fortran, of 64-bit integers: ``void (transa, transb, m, n, k, alpha,
+    A, lda, B, ldb, beta, C, ldc, groups, products of each group)``.
+    """
+    found: dict[torch.dtype, Callable[..., None]] = {}
+    if not torch.backends.mkl.is_available():
+        return found
+    try:
+        library = ctypes.CDLL(torch._C.__file__)  # with all that it is linked with
+        for dtype, name in (
+            (torch.float32, "sgemm_batch_64"),
+            (torch.float64, "dgemm_batch_64"),
+        ):
+            call = getattr(library, name)
+            call.restype, call.argtypes = None, [ctypes.c_void_p] * 15
+            found[dtype] = call
+    except (OSError, AttributeError):
+        return {}
+    return found
+
+
+def _facts(t: Tensor) -> tuple[Any, ...]:
+    kind = t.__class__, t.dtype, t.device, t.layout, t.requires_grad
+    return *kind, t.is_neg(), t.shape, t.stride() if t.layout is torch.strided else None
+
+
+def like(tensors: Sequence[Tensor]) -> Callable[..., bool]:
+    """A check whether as many tensors are like these, one by one, in all but their values.
+
+    It compares class, dtype, device, layout, negation, shape, strides and ``requires_grad``. It may
+    say no in another mode of torch (inference mode, a transform), but yes only when they are alike.
+    """
+    guards = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
+    kind: Any = getattr(guards, "TensorGuards", None)
+    if kind is not None and all(t.layout is torch.strided for t in tensors):
+        check: Callable[..., bool] = kind(
+            *tensors,
+            dynamic_dims_sizes=[[*t.shape] for t in tensors],
+            dynamic_dims_strides=[[*t.stride()] for t in tensors],
+        ).check
+        if check(*tensors):  # it says no where one tensor stands twice
+            return check
+    facts = [*map(_facts, tensors)]
+    return lambda *others: [*map(_facts, others)] == facts
 
 
 flash = _aten("_scaled_dot_product_flash_attention")

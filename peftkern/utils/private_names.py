@@ -114,6 +114,18 @@ REGISTER = (
         "whether any dispatch mode is on, before the import that hides a race from them",
         "the modes are switched off whether there are some or not",
     ),
+    Private(
+        "torch",
+        "sgemm_batch_64 and dgemm_batch_64 in the libraries of torch._C",
+        "MKL's products of a mixed batch read each adapter's factors where they lie, on a CPU",
+        "the factors are copied side by side for torch's batched products; the log says so once",
+    ),
+    Private(
+        "torch",
+        "_C._dynamo.guards.TensorGuards",
+        "whether a hundred tensors are as those of the call before, in one call",
+        "each tensor is asked in Python, which takes longer",
+    ),
     *(
         Private(
             "torch",

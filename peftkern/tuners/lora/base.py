@@ -126,7 +126,7 @@ class LoraLayer(Merging, Frozen, BaseTunerLayer):
             _active_adapter=[],
             _plan=None,
             _group=None,
-            _unhooked=None,
+            _held=None,
         )
         self.in_features, self.out_features = self._in_out_features()
 

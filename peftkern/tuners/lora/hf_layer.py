@@ -29,7 +29,7 @@ from .plan import is_hooked
 from .row_adapters import AdapterNames, as_one, mixed_call
 
 # attributes that the fused forward keeps in a layer; `give_back` removes them
-_OWN = ("_plan", "_group", "_unhooked", "_noted_reason", "_noted_mixed")
+_OWN = ("_plan", "_group", "_held", "_noted_reason", "_noted_mixed")
 # attributes of HF PEFT's layer that a call reads directly, not through its properties
 _READ = ("_active_adapter", "_disable_adapters", "merged_adapters", "scaling", "lora_variant")
 
@@ -68,7 +68,7 @@ class FusedLinear(HFLinear):
         return None
 
     def delete_adapter(self, adapter_name: str) -> None:
-        self._unhooked = None  # it holds the adapter's modules
+        self._held = None  # it holds the adapter's modules
         HFLinear.delete_adapter(self, adapter_name)
 
     def _forward_general(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -78,9 +78,9 @@ class FusedLinear(HFLinear):
                 self._note_decline()
             elif len(kwargs) == 1 and not args and self._mixes(x, given):
                 names = _names.of(given)
-                adapters = mixed_call(self, x, names)
-                if adapters is not None:
-                    return as_one(self, x, names, adapters)
+                factors = mixed_call(self, x, names)
+                if factors is not None:
+                    return as_one(self, x, names, factors)
         return HFLinear.forward(self, x, *args, **kwargs)
 
     def _mixes(self, x: Tensor, names: Sequence[str]) -> bool:
@@ -178,7 +178,7 @@ def why_not(layer: Any) -> str | None:
 def take_over(layer: Any) -> None:
     """Give a layer the fused forward; :func:`why_not` must be None for it."""
     if not is_fused(layer):
-        layer.__dict__.update(_plan=None, _group=None, _unhooked=None)
+        layer.__dict__.update(_plan=None, _group=None, _held=None)
         layer.__class__ = FUSED[type(layer)]
 
 

@@ -32,7 +32,7 @@ from .base import NOTHING, LoraLayer
 from .group import Group
 from .inits.random import of_linear, placed
 from .plan import Plan, base_reason, base_weight, is_hooked, weight_layout
-from .row_adapters import IN_TRANSFORM, AdapterNames, Unhooked, forward_mixed
+from .row_adapters import IN_TRANSFORM, AdapterNames, Held, forward_mixed
 from .variant import make_ready, take_kwargs
 
 # not a reason under a compiler: a traced call is one operation with such a scaling too
@@ -64,7 +64,7 @@ class Linear(nn.Module, LoraLayer):
     lora_B: nn.ModuleDict
     _plan: Plan | None
     _group: Group | None
-    _unhooked: Unhooked | None
+    _held: Held | None
 
     def __init__(
         self,
@@ -238,10 +238,10 @@ class Linear(nn.Module, LoraLayer):
         return Projection(weight, bias, a.weight, B, scale, p, layout)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_plan": None, "_unhooked": None}  # a copy has other modules
+        return {**self.__dict__, "_plan": None, "_held": None}  # a copy has other modules
 
     def delete_adapter(self, adapter_name: str) -> None:
-        self._unhooked = None  # it holds the adapter's modules
+        self._held = None  # it holds the adapter's modules
         super().delete_adapter(adapter_name)
 
     def _forward_general(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

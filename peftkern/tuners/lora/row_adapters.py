@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from operator import attrgetter
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from collections.abc import Callable, Iterable
+from itertools import repeat
+from operator import attrgetter, contains, itemgetter
+from types import NoneType
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +14,7 @@ from torch.nn.parameter import Parameter
 
 from ...ops import autocast
 from ...ops.bases.formats import reader_of
-from ...ops.lora_mixed import Adapter, SampleIndex, lora_mixed
+from ...ops.lora_mixed import Factors, SampleIndex, lora_mixed
 from ...ops.notes import note_new
 from ...ops.tracing import is_recording
 from ...utils.private import GLOBAL_HOOKS, HookCounter, in_transform
@@ -68,9 +70,9 @@ def forward_mixed(
     """The output [B, ..., N] of a LoRA linear layer for x [B, ..., K]; row b uses ``names[b]``."""
     disabled = layer._disable_adapters
     if not (disabled or args or kwargs):
-        adapters = mixed_call(layer, x, names)
-        if adapters is not None:
-            return as_one(layer, x, names, adapters)
+        factors = mixed_call(layer, x, names)
+        if factors is not None:
+            return as_one(layer, x, names, factors)
     if not disabled and not is_recording():
         more = "the call has more arguments"
         reason = more if args or kwargs else mixed_reason(layer, x, names)
@@ -92,24 +94,25 @@ def forward_mixed(
     return y.to(dtype)
 
 
-def as_one(layer: Linear, x: Tensor, names: AdapterNames, adapters: list[Adapter | None]) -> Tensor:
-    """:func:`forward_mixed` as one operation, with the adapters of :func:`mixed_call`."""
-    base: Any = layer.base_layer
+def as_one(layer: Linear, x: Tensor, names: AdapterNames, factors: Factors) -> Tensor:
+    """:func:`forward_mixed` as one operation, with the factors of :func:`mixed_call`."""
+    base: Any = layer._modules["base_layer"]
     if reader_of(base) is not None:
         weight, bias = cast(Any, base_weight(base, x))  # mixed_call has found it readable
-        return lora_mixed(x, weight, bias, adapters, names.samples)
+        return lora_mixed(x, weight, bias, factors, names.samples)
     params = base._parameters
     transposed = bool(weight_layout(base.__class__))
-    return lora_mixed(x, params["weight"], params["bias"], adapters, names.samples, transposed)
+    return lora_mixed(x, params["weight"], params["bias"], factors, names.samples, transposed)
 
 
-def mixed_call(layer: Linear, x: Tensor, names: AdapterNames) -> list[Adapter | None] | None:
+def mixed_call(layer: Linear, x: Tensor, names: AdapterNames) -> Factors | None:
     """The weights that each of ``names.order`` has in this layer; None when they are not one call.
 
     :func:`mixed_reason` gives the reason in words and tests the same conditions.
     """
-    # This runs in hundreds of layers, and for each adapter of a batch.
-    base: Any = layer.base_layer
+    # This runs in hundreds of layers, and for each adapter of a batch: loops over adapters run in
+    # C, and read no attribute of a tensor where the batch can tell that none has changed.
+    base: Any = layer._modules["base_layer"]
     if is_recording() or in_transform() or any(GLOBAL_HOOKS) or is_hooked(base):
         return None
     if reader_of(base) is not None:
@@ -130,67 +133,116 @@ def mixed_call(layer: Linear, x: Tensor, names: AdapterNames) -> list[Adapter | 
         x.dtype != dtype and not (autocast.is_on(x) and x.dtype != torch.float64)
     ):
         return None
-    # One condition for all adapters after the other: such loops run in C.
-    a_modules, b_modules = layer.lora_A._modules, layer.lora_B._modules
-    drop_modules, scaling, variants = layer.lora_dropout._modules, layer.scaling, layer.lora_variant
-    held = [name for name in names.order if name in a_modules]
-    a: list[Any] = [a_modules[name] for name in held]
-    b: list[Any] = [b_modules[name] for name in held]
-    drops: list[Any] = [drop_modules[name] for name in held]
-    scales = [scaling[name] for name in held]
-    if (
-        (variants and not variants.keys().isdisjoint(held))
-        or not {*map(type, a), *map(type, b)} <= _LINEAR
-        or not ({*map(type, drops)} <= _NO_DROPOUT or all(map(_rests, drops)))
-        or any(issubclass(kind, Tensor) for kind in {*map(type, scales)})
-        or _any_hooked(layer, [*a, *b, *drops])
+    held = layer._held
+    if held is None or not held.holds(layer, names.order):
+        held = layer._held = Held(layer, names.order)
+    if held.is_hooked() or not held.is_plain():
+        return None
+    variants, scales = layer.lora_variant, held.of(layer.scaling)
+    if (variants and not variants.keys().isdisjoint(held.names)) or any(
+        issubclass(kind, Tensor) for kind in {*map(type, scales)}
     ):
         return None
-    As: list[Any] = [m._parameters.get("weight") for m in a]
-    Bs: list[Any] = [m._parameters.get("weight") for m in b]
-    if (
-        not {*map(type, As), *map(type, Bs)} <= _PARAMETER
-        or any([m._parameters["bias"] is not None for m in b])
-        or any(map(_is_meta, As))
-        or any(map(_is_meta, Bs))
-    ):
+    try:
+        As, Bs = [*map(_weight, held.a_params)], [*map(_weight, held.b_params)]
+    except KeyError:  # a parametrization computes it
         return None
+    if not {*map(type, As), *map(type, Bs)} <= _PARAMETER:
+        return None
+    factors = Factors(As, Bs, scales, held.place)
+    if x.dtype is dtype and names.samples.batches.recognise(x, layer.out_features, factors):
+        return factors
     lows = [*map(_dtype, As)]
-    if lows != [*map(_dtype, Bs)] or not {*lows} <= {dtype, torch.float32}:
+    if (
+        any(map(_is_meta, As))
+        or any(map(_is_meta, Bs))
+        or lows != [*map(_dtype, Bs)]
+        or not {*lows} <= {dtype, torch.float32}
+    ):
         return None
-    adapters = [tuple.__new__(Adapter, parts) for parts in zip(As, Bs, scales, strict=True)]
-    if len(held) == len(names.order):
-        return list(adapters)
-    of = dict(zip(held, adapters, strict=True))
-    return [of.get(name) for name in names.order]
+    return factors
 
 
 _LINEAR, _NO_DROPOUT, _PARAMETER = {nn.Linear}, {nn.Identity}, {Parameter}
+_NO_BIAS = {NoneType}
 _is_meta, _dtype = attrgetter("is_meta"), attrgetter("dtype")
+_weight, _bias = itemgetter("weight"), itemgetter("bias")
 
 
-class Unhooked(NamedTuple):
-    """Modules of a layer that had no hook when torch's counter of hooks had this number."""
+class Held:
+    """Where a layer has the weights of some adapters, for its next call with the same ones.
 
-    modules: list[nn.Module]
-    own: list[dict[str, Any]]  # their __dict__; a "forward" in one replaces its class's
-    number: int
+    The dicts live as long as their modules. A new one is made when a module was replaced.
 
-
-def _any_hooked(layer: Linear, modules: list[Any]) -> bool:
-    """:func:`.plan.is_hooked` of any of a layer's modules.
-
-    A hook's registration takes a new number. Without one since the last call no module's hooks are
-    read: they lie apart in memory, and reading them costs more than all other conditions together.
+    Attributes:
+        names: those of ``order`` that have weights in the layer.
+        place: for each of ``order`` its place in ``names``, or None.
+        of: from a dict the values of ``names``, as a tuple.
     """
-    number = HookCounter.next_id
-    seen = layer._unhooked
-    if seen is not None and seen.number == number and seen.modules == modules:
-        return any(["forward" in own for own in seen.own])
-    if any(map(is_hooked, modules)):
-        return True
-    layer._unhooked = Unhooked(modules, [module.__dict__ for module in modules], number)
-    return False
+
+    def __init__(self, layer: Linear, order: tuple[str, ...]) -> None:
+        self.order = order
+        a_modules = layer.lora_A._modules
+        self.names = tuple(name for name in order if name in a_modules)
+        self.missing = {*order} - {*self.names}
+        places = {name: i for i, name in enumerate(self.names)}
+        self.place = tuple(map(places.get, order))
+        self.of = _values(self.names)
+        self.a: tuple[Any, ...] = self.of(a_modules)
+        self.b: tuple[Any, ...] = self.of(layer.lora_B._modules)
+        self.drops: tuple[Any, ...] = self.of(layer.lora_dropout._modules)
+        self.a_params = [m._parameters for m in self.a]
+        self.b_params = [m._parameters for m in self.b]
+        modules = (*self.a, *self.b, *self.drops)
+        self._own = [m.__dict__ for m in modules]  # a "forward" in one replaces its class's
+        self._hooks_seen: int | None = None
+
+    def holds(self, layer: Linear, order: tuple[str, ...]) -> bool:
+        """True when these adapters have the same modules in the layer as before."""
+        if self.order is not order and self.order != order:
+            return False
+        stores: Any = layer._modules  # an attribute that is looked up there costs more
+        a_modules = stores["lora_A"]._modules
+        try:
+            return (
+                self.of(a_modules) == self.a
+                and self.of(stores["lora_B"]._modules) == self.b
+                and self.of(stores["lora_dropout"]._modules) == self.drops
+                and self.missing.isdisjoint(a_modules)
+            )
+        except KeyError:
+            return False
+
+    def is_hooked(self) -> bool:
+        """:func:`.plan.is_hooked` of any of the modules.
+
+        A hook's registration takes a new number of torch's counter. Without one since the last call
+        no module's hooks are read: they lie apart in memory, and reading them costs more than all
+        other conditions together.
+        """
+        number = HookCounter.next_id
+        if self._hooks_seen == number:
+            return any(map(contains, self._own, repeat("forward")))
+        if any(map(is_hooked, (*self.a, *self.b, *self.drops))):
+            return True
+        self._hooks_seen = number
+        return False
+
+    def is_plain(self) -> bool:
+        """True for linears without a bias of their own and no dropout at work."""
+        drops = self.drops
+        return (
+            {*map(type, self.a), *map(type, self.b)} <= _LINEAR
+            and ({*map(type, drops)} <= _NO_DROPOUT or all(map(_rests, drops)))
+            and {*map(type, map(_bias, self.b_params))} <= _NO_BIAS
+        )
+
+
+def _values(names: tuple[str, ...]) -> Callable[[Any], tuple[Any, ...]]:
+    """A function that takes these keys' values from a dict, in C where there are several."""
+    if len(names) > 1:
+        return itemgetter(*names)
+    return lambda found: tuple(found[name] for name in names)
 
 
 def _rests(drop: nn.Module) -> bool:
