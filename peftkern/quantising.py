@@ -131,7 +131,9 @@ def _is_fp8(module: nn.Module) -> bool:
     if reader_of(module) is None:
         return False
     found = read(module)
-    return not isinstance(found, str) and isinstance(found.packed, Fp8)
+    if isinstance(found, str):
+        return False
+    return isinstance(getattr(found.packed, "inner", found.packed), Fp8)
 
 
 def _adapted(model: nn.Module) -> dict[str, Any]:

@@ -43,14 +43,24 @@ BY_LAYER: dict[tuple[str, str], str] = {
 BY_WEIGHT: dict[tuple[str, str], str] = {
     ("torchao", "Float8Tensor"): "torchao_fp8",
 }
+# the class of a linear layer's attribute `quantization_scheme` -> the file
+BY_SCHEME: dict[tuple[str, str], str] = {
+    ("compressed_tensors", "QuantizationScheme"): "compressed",
+}
+# the package of a function that an owner puts in the place of a module's forward -> the file
+BY_FORWARD: dict[str, str] = {"compressed_tensors": "compressed"}
 
-_readers: dict[tuple[type, type], Read | None] = {}
+_readers: dict[tuple[type, type, type], Read | None] = {}
 _DENSE = (Parameter, Tensor, type(None))
 
 
 def reader_of(module: nn.Module) -> Read | None:
     """The function that reads the layer's weight; None for a layer of no known format."""
-    kinds: Any = (module.__class__, module._parameters.get("weight").__class__)
+    kinds: Any = (
+        module.__class__,
+        module._parameters.get("weight").__class__,
+        module.__dict__.get("quantization_scheme").__class__,
+    )
     try:
         return _readers[kinds]
     except KeyError:
@@ -58,8 +68,11 @@ def reader_of(module: nn.Module) -> Read | None:
         return found
 
 
-def _look_up(layer: type, weight: type) -> Read | None:
-    for kind, table in ((layer, BY_LAYER), (weight, BY_WEIGHT)):
+def _look_up(layer: type, weight: type, scheme: type) -> Read | None:
+    tables = [(layer, BY_LAYER), (weight, BY_WEIGHT)]
+    if issubclass(layer, nn.Linear):
+        tables.append((scheme, BY_SCHEME))
+    for kind, table in tables:
         if kind is nn.Linear or kind in _DENSE:
             continue
         for cls in kind.__mro__:
@@ -83,6 +96,25 @@ def checked(reader: Read, module: nn.Module) -> Found | str:
     if make_wrapper is None:
         return "this torch has no tensors without data (Tensor._make_wrapper_subclass)"
     return reader(module)
+
+
+def is_owners_forward(module: nn.Module) -> bool:
+    """True when a module's ``forward`` of its own is an owner's, and reading stands in for it."""
+    function: Any = getattr(module.__dict__.get("forward"), "__func__", None)
+    home = str(getattr(function, "__globals__", {}).get("__name__", ""))
+    name = BY_FORWARD.get(home.partition(".")[0])
+    return name is not None and bool(
+        import_module(f"{__package__}.{name}").is_owners_forward(module)
+    )
+
+
+def is_packed(module: nn.Module) -> bool:
+    """True for a layer of a known format whose weight is no dense parameter."""
+    reader = reader_of(module)
+    if reader is None:
+        return False
+    found = checked(reader, module)
+    return isinstance(found, str) or not found.packed.holds_dense
 
 
 def as_weight(packed: Packed, x: Tensor) -> BaseWeight:

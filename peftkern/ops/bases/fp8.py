@@ -34,9 +34,12 @@ class Fp8(Packed):
         rounds_scale: the owner multiplies in the dtype of the result, the scale rounded to it
             before; False: it multiplies in float32 and rounds the product.
         compute: "fp8" to multiply in fp8 where the device can.
+        kept: the dtype in which the owner keeps the dense weight, if not that of X.
     """
 
-    __slots__ = ("q", "scale", "block", "rounds_scale", "compute", "name", "shape", "device")
+    __slots__ = (
+        "q", "scale", "block", "rounds_scale", "compute", "kept", "name", "shape", "device"
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -46,9 +49,10 @@ class Fp8(Packed):
         name: str,
         rounds_scale: bool = False,
         compute: str = DEQUANTISE,
+        kept: torch.dtype | None = None,
     ) -> None:
         self.q, self.scale, self.block, self.name = q, scale, block, name
-        self.rounds_scale, self.compute = rounds_scale, compute
+        self.rounds_scale, self.compute, self.kept = rounds_scale, compute, kept
         self.shape, self.device = (q.shape[0], q.shape[1]), q.device
 
     @property
@@ -66,7 +70,8 @@ class Fp8(Packed):
         wide = torch.promote_types(dtype, torch.float32) if self.rounds_scale else torch.float32
         scale = self.scale.to(dtype) if self.rounds_scale else self.scale
         w = scale_(numbers(self.q, wide), scale.to(wide), self.block)
-        return w if wide == dtype else w.to(dtype)
+        w = w if self.kept is None else w.to(self.kept)
+        return w if w.dtype == dtype else w.to(dtype)
 
     def product(self, x: Tensor, y: Tensor | None) -> Tensor:
         if self.compute == IN_FP8 and fp8_products.why_not(self) is None:

@@ -35,6 +35,14 @@ class Packed(ABC):
     shape: tuple[int, int]
     device: torch.device
     tensors: tuple[Tensor, ...]
+    # True: products are of a quantised X, so that `dense` alone does not give the layer's output
+    quantises_input: bool = False
+    # True: the layer's `weight` is a dense parameter, which merging writes to
+    holds_dense: bool = False
+
+    def why_not_takes(self, x: Tensor) -> str | None:
+        """The reason that products of x [..., K] are not the owner's, or None."""
+        return None
 
     @abstractmethod
     def dense(self, dtype: torch.dtype) -> Tensor:

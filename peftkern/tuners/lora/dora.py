@@ -241,7 +241,7 @@ class DoraLinearVariant(DoraVariant, setting="use_dora", layers=("linear",)):
 
     def fused(self, layer: Any, adapter: str, x: Tensor) -> Tensor | None:
         call = layer.product_call(x, adapter)
-        if call is None:
+        if call is None or _quantises_input(layer.base_layer):
             return None
         p = call.p if layer.training else 0.0
         magnitude = layer.lora_magnitude_vector[adapter].weight
@@ -250,7 +250,7 @@ class DoraLinearVariant(DoraVariant, setting="use_dora", layers=("linear",)):
         return dora_linear(x, weight, bias, A, B, magnitude, call.scale, p, call.transposed, norms)
 
     def fused_as(self, layer: Any, adapter: str) -> str | None:
-        if layer.product_reason(adapter) is not None:
+        if layer.product_reason(adapter) is not None or _quantises_input(layer.base_layer):
             return None
         drop = layer.lora_dropout[adapter]
         drops = isinstance(drop, nn.Dropout) and layer.training and drop.training
@@ -260,6 +260,8 @@ class DoraLinearVariant(DoraVariant, setting="use_dora", layers=("linear",)):
 
     def decline(self, layer: Any, adapter: str) -> str:
         reason = layer.product_reason(adapter)
+        if reason is None and _quantises_input(layer.base_layer):
+            reason = "its base layer quantises X, and what DoRA scales is a product of X itself"
         return "DoRA has an operation of its own" if reason is None else f"DoRA; {reason}"
 
 
@@ -321,6 +323,11 @@ class DoraConv3dVariant(DoraConvVariant, setting="use_dora", layers=("conv3d",))
     """DoRA on ``nn.Conv3d``."""
 
 
+def _quantises_input(base: Any) -> bool:
+    found = None if reader_of(base) is None else read(base)
+    return found is not None and not isinstance(found, str) and found.packed.quantises_input
+
+
 def known_weight(base: Any) -> Tensor:
     """A layer's weight as floating-point numbers: its own tensor, or one read in its format.
 
@@ -331,16 +338,19 @@ def known_weight(base: Any) -> Tensor:
     if reader_of(base) is not None:
         found = read(base)
         if not isinstance(found, str):
-            return BaseWeight(found.packed, torch.float32)  # norms are computed in that at least
+            double = any(t.dtype == torch.float64 for t in found.packed.tensors)
+            # norms are computed in float32 at least
+            return BaseWeight(found.packed, torch.float64 if double else torch.float32)
         why = f" ({found})"
     if hasattr(base, "W_q"):  # HQQ keeps its weight in buffers of its own
         return base.dequantize()
-    weight = base.weight
-    if type(weight) in (nn.Parameter, Tensor) and weight.is_floating_point():
+    weight: Any = getattr(base, "weight", None)
+    plain = isinstance(weight, Tensor) and weight.is_floating_point() and weight.dtype.itemsize > 1
+    if plain and type(weight) in (nn.Parameter, Tensor):
         return weight
     if type(weight).__module__.startswith("torchao."):
         return weight.dequantize()
-    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+    if not plain:
         kind = type(weight).__name__
         what = f"{kind} of {weight.dtype}" if isinstance(weight, Tensor) else kind
         raise TypeError(

@@ -11,7 +11,7 @@ from torch.nn.parameter import Parameter
 from transformers.pytorch_utils import Conv1D
 
 from ...ops.bases import repack
-from ...ops.bases.formats import reader_of
+from ...ops.bases.formats import is_packed
 from ...utils.private import CONV_FORWARD
 from ...utils.warning import PeftWarning
 from ..adapter_calls import BROKEN, check_adapters_to_merge
@@ -49,7 +49,7 @@ def own_forward(base: Any) -> str | None:
 
 
 def _is_packed(module: Any) -> bool:
-    return isinstance(module, nn.Module) and reader_of(module) is not None
+    return isinstance(module, nn.Module) and is_packed(module)
 
 
 class KeptPacked(NamedTuple):

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from ...ops.bases.formats import Unusable, as_weight, checked, reader_of
+from ...ops.bases.formats import Unusable, as_weight, checked, is_owners_forward, reader_of
 from ...ops.bases.weight import BaseWeight
 from ...utils.private import GLOBAL_HOOKS, HookCounter
 
@@ -40,7 +40,7 @@ def is_hooked(module: nn.Module) -> bool:
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or "forward" in module.__dict__
+        or ("forward" in module.__dict__ and not is_owners_forward(module))
     )
 
 
@@ -59,6 +59,8 @@ def base_weight(base: Any, x: Tensor) -> tuple[BaseWeight, Tensor | None] | None
             raise ValueError(f"a {type(base).__name__} cannot be called: {found}")
         return None
     packed, bias = found
+    if packed.why_not_takes(x) is not None:
+        return None
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)  # some owners cast theirs for good
     return as_weight(packed, x), bias
@@ -72,6 +74,23 @@ def base_reason(base: Any) -> str | None:
     if weight_layout(base.__class__) is None:
         return f"base layer {type(base).__name__} computes its product itself"
     return None
+
+
+class _Known:
+    """Stands for the ``__dict__`` of a module whose ``forward`` in it is an owner's.
+
+    ``"forward" in`` it is False while that is the same.
+    """
+
+    def __init__(self, state: dict[str, Any]) -> None:
+        self.state, self.forward = state, state["forward"]
+
+    def __contains__(self, name: str) -> bool:
+        return self.state.get(name) is not self.forward
+
+
+def _own(module: nn.Module) -> Any:
+    return _Known(module.__dict__) if is_owners_forward(module) else module.__dict__
 
 
 class Plan:
@@ -137,6 +156,8 @@ class Plan:
         )
         modules = (base, plan.a, plan.b, plan.drop)
         plan.own = (base.__dict__, plan.a.__dict__, plan.b.__dict__, plan.drop.__dict__)
+        if any("forward" in own for own in plan.own):
+            plan.own = (_own(base), _own(plan.a), _own(plan.b), _own(plan.drop))
         if any("forward" in own for own in plan.own):
             return None
         stores = (layer.lora_A, layer.lora_B, layer.lora_dropout)
