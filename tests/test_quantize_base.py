@@ -244,3 +244,22 @@ def test_fp8_products_that_this_device_lacks_are_said_and_dequantised() -> None:
     assert torch.equal(logits(model), expected)
     peftkern.set_base_compute(model, "dequantise")
     assert not any("; dequantised: " in row.reason for row in peftkern.explain(model))
+
+
+def test_transformers_trainer_trains_adapters_on_it(tmp_path: Path) -> None:
+    from transformers import Trainer, TrainingArguments
+
+    model = peftkern.quantize_base(adapted(lora_dropout=0.1))
+    bits = {n: m.weight.view(torch.uint8).clone() for n, m in fp8_layers(model).items()}
+    before = peftkern.get_peft_model_state_dict(model)
+    before = {name: value.clone() for name, value in before.items()}
+    rows = [{"input_ids": list(range(6)), "labels": list(range(6))}] * 4
+    settings: dict[str, Any] = dict(per_device_train_batch_size=2, max_steps=2, report_to=[])
+    arguments = TrainingArguments(
+        str(tmp_path), use_cpu=True, save_strategy="no", disable_tqdm=True, **settings
+    )
+    Trainer(model, arguments, train_dataset=rows).train()  # type: ignore[arg-type]
+    after = peftkern.get_peft_model_state_dict(model)
+    assert all(not torch.equal(value, before[name]) for name, value in after.items())
+    for name, layer in fp8_layers(model).items():
+        assert torch.equal(layer.weight.view(torch.uint8), bits[name])
