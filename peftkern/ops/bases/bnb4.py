@@ -122,9 +122,10 @@ def _by_formula(
 
 def read(module: Any) -> Found | str:
     """The weight of a ``Linear4bit``, or the reason that it cannot be read."""
-    weight = module._parameters.get("weight")
-    if weight is None:  # FSDP keeps a gathered weight as an attribute
-        weight = module.__dict__.get("weight")
+    held = module._parameters
+    if "weight" not in held:  # FSDP1 keeps what it has gathered as attributes
+        held = module.__dict__
+    weight = held.get("weight")
     if weight is None or weight.is_meta:
         return Unusable("its weight is on the meta device (offloaded or not loaded yet)")
     state = weight.__dict__.get("quant_state")
@@ -144,7 +145,7 @@ def read(module: Any) -> Found | str:
         return "bitsandbytes has repacked a weight [K, N] for this processor"
     bits = weight if weight.is_contiguous() else weight.contiguous()
     kind = Repacked4 if repacked else Bnb4
-    return Found(kind(bits, state, module, turned), module._parameters.get("bias"))
+    return Found(kind(bits, state, module, turned), held.get("bias"))
 
 
 def _mismatch(module: Any, weight: Tensor, state: Any, repacked: bool) -> str | None:

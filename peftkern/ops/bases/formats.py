@@ -79,8 +79,16 @@ def _look_up(layer: type, weight: type, scheme: type) -> Read | None:
             name = table.get((cls.__module__.partition(".")[0], cls.__name__))
             if name is not None:
                 read: Read = import_module(f"{__package__}.{name}").read
-                return read
+                return _shard if weight.__name__ == "DTensor" else read
     return None
+
+
+def _shard(module: nn.Module) -> str:
+    """The reason that no format reads a weight of which this process has a part."""
+    shard = "its weight is a shard here (a DTensor), which FSDP gathers in the forward of"
+    if module._forward_pre_hooks:
+        return f"{shard} the layer itself"
+    return Unusable(f"{shard} the module that fully_shard was given")
 
 
 def read(module: nn.Module) -> Found | str:

@@ -1,0 +1,104 @@
+"""FSDP shards the packed bytes of a 4-bit base, and each forward and backward reads them whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+
+import peftkern
+from peftkern.ops.bases.formats import read
+from tests import quantised_models
+from tests.children import python
+from tests.closeness import assert_as_good_as_torch, assert_same_number
+
+pytest.importorskip("bitsandbytes")
+fsdp: Any = pytest.importorskip("tests.fsdp")
+
+pytestmark = [
+    pytest.mark.skipif(
+        not (dist.is_available() and dist.is_gloo_available()), reason="torch has no gloo here"
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """{case: numbers} of each process."""
+    folder: Path = tmp_path_factory.mktemp("fsdp")
+    done = python("-m", "tests.fsdp", str(folder))
+    assert done.returncode == 0, done.stderr
+    return [torch.load(folder / f"rank{rank}.pt") for rank in range(fsdp.RANKS)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", fsdp.CASES)
+def test_two_processes_are_as_one_with_dense_weights(name: str, found: Any) -> None:
+    first, second = (of_rank[name] for of_rank in found)
+    assert_same_number(first, fsdp.alone(fsdp.CASES[name]))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", fsdp.BESIDE)
+def test_float32_is_as_good_as_hf_pefts(name: str, found: Any) -> None:
+    exact = fsdp.alone(fsdp.BESIDE[name])
+    for of_rank in found:
+        assert_as_good_as_torch(of_rank[f"{name} peftkern"], of_rank[f"{name} peft"], exact)
+
+
+@pytest.fixture
+def one_process(tmp_path: Path) -> Iterator[None]:
+    store = f"file://{tmp_path}/store"
+    dist.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_shard_is_no_weight(one_process: None) -> None:
+    mesh = init_device_mesh("cpu", (1,))
+    base = quantised_models.bnb4(nn.Linear(64, 48), quant_storage=torch.bfloat16)
+    settings = peftkern.LoraConfig(target_modules=["0"], init_lora_weights=False)
+    model = peftkern.get_peft_model(nn.Sequential(base), settings)
+    want = model(x := torch.randn(3, 64))
+    layer: Any = model.base_model.model[0]
+
+    fully_shard(model, mesh=mesh)
+    assert "a shard here (a DTensor)" in peftkern.explain(model)[0].reason
+    for call in (lambda: layer(x), layer.merge):
+        with pytest.raises(ValueError, match="a Linear4bit.* that fully_shard was given"):
+            call()
+    assert torch.equal(model(x), want)  # the gathered weight, also when a call was refused
+
+
+def test_a_base_layer_that_is_sharded_by_itself(one_process: None) -> None:
+    base = quantised_models.bnb4(nn.Linear(64, 48), quant_storage=torch.bfloat16)
+    want = base(x := torch.randn(3, 64, requires_grad=True))
+    settings = peftkern.LoraConfig(target_modules=["0"])
+    model = peftkern.get_peft_model(nn.Sequential(base), settings)
+    fully_shard(base, mesh=init_device_mesh("cpu", (1,)))
+    assert peftkern.explain(model)[0].reason.endswith("in the forward of the layer itself")
+    assert torch.equal(model(x), want)
+
+
+def test_a_weight_and_bias_that_fsdp1_keeps_as_attributes(one_process: None) -> None:
+    base = quantised_models.bnb4(nn.Linear(64, 48), quant_storage=torch.float32)
+    want, bias = base.weight.detach().clone(), base.bias.detach().clone()
+    base.requires_grad_(False)
+    with pytest.warns(UserWarning, match="NO_SHARD"):  # one process has no shards
+        whole = FullyShardedDataParallel(base, use_orig_params=False, device_id=torch.device("cpu"))
+    held: list[Any] = []
+    base.register_forward_pre_hook(lambda m, _: held.append(("weight" in m._parameters, read(m))))
+    whole(torch.randn(3, 64, requires_grad=True))
+    [(registered, found)] = held
+    assert not registered  # its own forward then makes the attribute a parameter
+    assert torch.equal(found.packed.bits, want) and torch.equal(found.bias, bias)
