@@ -35,6 +35,7 @@ def quantize_base(
     itself, or 2^-10 of its block's scale (max |W| / 448) where that is more; for a normally
     distributed weight that is 2.6% in the Frobenius norm. Adapters and their names in checkpoints
     stay as they are, and optimizers go on. ``explain`` names the format.
+    DistributedDataParallel over gloo, on CPUs, refuses the model: gloo does not send float8.
 
     Args:
         model: with adapters of peftkern's or HF PEFT's, or before they are added.
