@@ -163,9 +163,9 @@ def _experts_gate_sum_kernel(
                 ok = (at < whole) & (p0 + j < COUNT)  # [BLOCK]
                 parts = parts + (tl.load(source, mask=ok, other=0.0),)
             for j in tl.static_range(AHEAD):
-                total += parts[j]
+                total += tl.where(at < rows, parts[j], 0.0)  # padding rows were not written
         pair = tl.load(pairs + at, mask=at < P, other=0)  # [BLOCK]
-        tl.store(dw + pair, tl.where(at < rows, total, 0.0), mask=at < P)
+        tl.store(dw + pair, total, mask=at < P)
     elif ds is not None:
         for p0 in range(0, COUNT, AHEAD):
             parts = ()
@@ -174,6 +174,5 @@ def _experts_gate_sum_kernel(
                 ok = (at < whole * R) & (p0 + j < COUNT)  # [BLOCK]
                 parts = parts + (tl.load(source, mask=ok, other=0.0),)
             for j in tl.static_range(AHEAD):
-                total += parts[j]
-        total = tl.where(at < rows * R, total, 0.0)
+                total += tl.where(at < rows * R, parts[j], 0.0)
         tl.store(ds + at, cast(total, ds.dtype.element_ty), mask=at < SIZE)
