@@ -62,13 +62,15 @@ def run(wrapper: Any, args: Any, kwargs: Any, names: Sequence[str] | None = None
         if (reason := why_separate(wrapper, here)) is not None:
             return reason
         return forward_mixed(wrapper, x, rows, (), {}, {})
-    active = as_names(wrapper._active_adapter)
+    state = wrapper.__dict__
+    if state["_disable_adapters"] or state["merged_adapters"]:
+        return "adapters are disabled or merged"
+    active = as_names(state["_active_adapter"])
     if is_compiling():
         call = _traced(wrapper, x, active)
         if call is None:
             return "a compiler traces the plain formula"
         return traced_lora_linear(x, call)
-    state = wrapper.__dict__
     plan = state["_plan"]
     if plan is not None and active != [plan.name]:  # a list that a caller may have changed
         state["_plan"] = None
