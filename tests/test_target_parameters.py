@@ -14,7 +14,8 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import peftkern
-from peftkern.tuners.lora.parameter import ParamWrapper, _LoraFactorsProxy
+from peftkern.tuners.lora.parameter import ParamWrapper
+from peftkern.tuners.lora.parameter_proxies import _LoraFactorsProxy
 from tests import moe
 from tests.closeness import assert_as_good_as_torch, assert_same_number
 from tests.tiny import assert_same, fill, gradients, make, pair, snapshot
