@@ -73,7 +73,7 @@ def dense(model: Any) -> Any:
 
 def adapted(base: Any, **settings: Any) -> tuple[Any, Any, Any]:
     """(ours, HF PEFT's, HF PEFT's on dense weights in float64), with the same adapters."""
-    more: Any = dict(r=4, target_modules="all-linear", init_lora_weights=False, **settings)
+    more: Any = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False, **settings}
     ours = peftkern.get_peft_model(copy.deepcopy(base), peftkern.LoraConfig(**more))
     theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**more))
     exact = peft.get_peft_model(dense(base), peft.LoraConfig(**more)).double()

@@ -35,8 +35,19 @@ Read = Callable[[nn.Module], Found | str]
 
 # (first part of the class's module, class) -> the file of the format; subclasses count
 BY_LAYER: dict[tuple[str, str], str] = {
+    ("auto_gptq", "QuantLinear"): "gptq",
+    ("awq", "WQLinear_Exllama"): "awq",
+    ("awq", "WQLinear_ExllamaV2"): "awq",
+    ("awq", "WQLinear_GEMM"): "awq",
+    ("awq", "WQLinear_GEMV"): "awq",
+    ("awq", "WQLinear_GEMVFast"): "awq",
+    ("awq", "WQLinear_IPEX"): "awq",
+    ("awq", "WQLinear_Marlin"): "awq",
     ("bitsandbytes", "Linear4bit"): "bnb4",
     ("bitsandbytes", "Linear8bitLt"): "bnb8",
+    ("gptqmodel", "AWQuantLinear"): "awq",
+    ("gptqmodel", "BaseQuantLinear"): "gptq",
+    ("hqq", "HQQLinear"): "hqq",
     ("peftkern", "Fp8Linear"): "fp8_linear",
     ("transformers", "FP8Linear"): "finegrained_fp8",
 }

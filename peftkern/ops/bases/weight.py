@@ -54,14 +54,14 @@ class Packed(ABC):
 
     def product(self, x: Tensor, y: Tensor | None) -> Tensor:
         """x Wᵀ [M, N] for x [M, K], added to ``y`` in its memory if that is given."""
-        return _multiplied(x, self.dense(self.compute_dtype(x.dtype)).t(), y)
+        return multiplied(x, self.dense(self.compute_dtype(x.dtype)).t(), y)
 
     def grad_input(self, dy: Tensor, dx: Tensor | None) -> Tensor:
         """dY W [M, K] for dY [M, N], added to ``dx`` in its memory if that is given."""
-        return _multiplied(dy, self.dense(self.compute_dtype(dy.dtype)), dx)
+        return multiplied(dy, self.dense(self.compute_dtype(dy.dtype)), dx)
 
 
-def _multiplied(x: Tensor, w: Tensor, y: Tensor | None) -> Tensor:
+def multiplied(x: Tensor, w: Tensor, y: Tensor | None) -> Tensor:
     """x w, or y + x w in y's memory; computed in w's dtype, the result in x's."""
     if w.dtype == x.dtype:
         return torch.mm(x, w) if y is None else y.addmm_(x, w)

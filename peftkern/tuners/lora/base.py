@@ -15,6 +15,7 @@ from ...configs.lora import LoraConfig
 from ...ops.notes import logger, note_new
 from ..base_layer import BaseTunerLayer
 from .frozen import Frozen
+from .linear_kinds import features, is_linear_kind
 from .merging import Merging
 from .ranks import scaling_of
 from .variant import LoraVariant, active_variant, put_variant, select, table_of
@@ -39,6 +40,8 @@ def in_out_features(base: Any) -> tuple[int, int] | tuple[None, None]:
     if hasattr(base, "nf"):  # Conv1D: weight is [K, N]
         k, n = base.weight.shape
         return k, n
+    if is_linear_kind(base):
+        return features(base)
     warnings.warn(
         f"Unsupported layer type '{type(base)}' encountered, proceed at your own risk.",
         UserWarning,
@@ -183,8 +186,18 @@ class LoraLayer(Merging, Frozen, BaseTunerLayer):
     def _some_weight(self) -> Tensor:
         """The base layer's weight, else its first parameter, else an empty tensor."""
         base = self.get_base_layer()
-        weight = getattr(base, "weight", None)
-        return weight if isinstance(weight, Tensor) else next(base.parameters(), torch.empty(0))
+        weight: Any = getattr(base, "weight", None)
+        if isinstance(weight, Tensor):
+            return weight
+        if is_linear_kind(base):
+            if isinstance(dtype := getattr(weight, "dtype", None), torch.dtype):
+                # gptqmodel's stand-in for a weight; HF PEFT reads all these dtypes too
+                return torch.empty(0, dtype=dtype, device=weight.device)
+            for name in ("qweight", "W_q", "codes"):  # integers, whatever they are viewed as
+                if isinstance(held := getattr(base, name, None), Tensor):
+                    dtype = getattr(base, "compute_dtype", None) if name == "qweight" else None
+                    return torch.empty(0, dtype=dtype or torch.uint8, device=held.device)
+        return next(base.parameters(), torch.empty(0))
 
     def _base_dtype(self) -> torch.dtype:
         return self._some_weight().dtype

@@ -24,6 +24,7 @@ from .base import LoraLayer
 from .conv import Conv1d, Conv2d, Conv3d
 from .embedding import Embedding
 from .linear import Linear
+from .linear_kinds import is_linear_kind
 from .merging import own_forward
 from .variant import table_of, variant_class
 
@@ -62,7 +63,7 @@ def _layer_class(base: nn.Module) -> type[LoraLayer] | None:
     for kind, cls in LAYERS.items():
         if isinstance(base, kind):
             return cls
-    return None
+    return Linear if is_linear_kind(base) else None
 
 
 def base_of(module: Any) -> nn.Module:
@@ -214,7 +215,8 @@ def check_patterns(config: LoraConfig, keys: list[str]) -> None:
 def match_fan_in_fan_out(config: LoraConfig, modules: list[nn.Module]) -> None:
     """Set ``fan_in_fan_out`` to fit the layers' classes, with HF PEFT's warning when it changes."""
     for module in modules:
-        if isinstance(module, nn.Linear) and config.fan_in_fan_out:
+        linear = isinstance(module, nn.Linear) or is_linear_kind(module)
+        if linear and config.fan_in_fan_out:
             warnings.warn(
                 "fan_in_fan_out is set to True but the target module is `torch.nn.Linear`. "
                 "Setting fan_in_fan_out to False.",

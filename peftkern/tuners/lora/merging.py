@@ -15,6 +15,7 @@ from ...ops.bases.formats import is_packed
 from ...utils.private import CONV_FORWARD
 from ...utils.warning import PeftWarning
 from ..adapter_calls import BROKEN, check_adapters_to_merge
+from .linear_kinds import is_linear_kind
 from .restore import Kept, at_least_float32
 from .variant import make_ready
 
@@ -115,7 +116,7 @@ class Merging:
         module, attribute = self._merge_target()
         weight: Any = getattr(module, attribute, None)
         scaling = self.scaling[adapter]  # type: ignore[attr-defined]
-        if _is_packed(module):
+        if _is_packed(module) or is_linear_kind(module):
             return (left @ right).mul_(scaling)
         if weight.dtype == torch.float64:
             left, right = left.double(), right.double()

@@ -18,7 +18,6 @@ from .dora import (
     DoraEmbeddingVariant,
     DoraLinearVariant,
 )
-from .dora_parameter import DoraParameterVariant
 from .kasa import KasaLinearVariant
 from .monteclora import MontecloraLinearVariant
 from .variant import LoraVariant
@@ -33,7 +32,6 @@ __all__ = [
     "DoraConv3dVariant",
     "DoraEmbeddingVariant",
     "DoraLinearVariant",
-    "DoraParameterVariant",
     "KasaLinearVariant",
     "LoraVariant",
     "MontecloraLinearVariant",

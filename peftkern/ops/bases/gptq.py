@@ -1,0 +1,78 @@
+"""GPTQ (Frantar et al., 2022, arXiv 2210.17323) as gptqmodel and auto-gptq pack it.
+
+    W[n, k] = scales[g, n] · (codes[k, n] - zeros[g, n]),  g = g_idx[k]
+
+``qweight`` [K · bits / 32, N] packs codes along K, ``qzeros`` [groups, N · bits / 32] along N.
+``g_idx`` [K] is the group of each input, in any order when the inputs were quantised in the order
+of their activations (act-order). Version 1 of the format stores zeros less 1. Layers for one kernel
+(Marlin, ExLlama, ...) pack the weight anew, each in its own way, and are not read.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .columns import Columns, unpacked
+from .formats import Found
+
+# the layers that keep the format's own layout
+_MODEL = ("TorchLinear", "TritonV2Linear")
+_AUTO = ("cuda", "cuda-old", "triton", "tritonv2")
+_BITS = (2, 3, 4, 8)
+
+
+class Gptq(Columns):
+    """A weight in GPTQ's layout."""
+
+    __slots__ = ("tensors", "bits", "first", "shape", "device", "format")
+
+    def __init__(self, tensors: tuple[Tensor, ...], bits: int, K: int, N: int, first: bool) -> None:
+        self.tensors, self.bits, self.shape = tensors, bits, (N, K)
+        self.first = first  # version 1
+        self.device, self.format = tensors[0].device, f"{bits} bit (GPTQ)"
+
+    def columns(self, dtype: torch.dtype) -> Tensor:
+        qweight, qzeros, scales, groups = self.tensors
+        N, K = self.shape
+        zeros = unpacked(qzeros, self.bits, 1)[:, :N]
+        if self.first:
+            zeros = (zeros + 1) & 2**self.bits - 1
+        codes = unpacked(qweight, self.bits, 0)[:K]
+        return (scales[groups] * (codes - zeros[groups])).to(dtype)
+
+
+def read(module: Any) -> Found | str:
+    """The weight of a GPTQ layer, or the reason that it cannot be read."""
+    names = {c.__name__ for c in type(module).__mro__}
+    kind, way = type(module).__name__, getattr(module, "QUANT_TYPE", None)
+    if "BaseQuantLinear" in names:
+        if kind not in _MODEL:
+            return f"a {kind} packs its weight anew, or computes in its own way"
+        first = module.qzero_format() == 1
+    else:
+        if way not in _AUTO:
+            return f"a {kind} of kind {way!r} packs its weight anew"
+        first = True
+    for name in ("adapter", "online_full_had", "online_partial_had"):
+        if getattr(module, name, None):
+            return f"a {kind} with `{name}` computes more than a product"
+    if module.bits not in _BITS or getattr(module, "planar", False):
+        return f"its {module.bits} bit weight is packed in planes, which are not read"
+    held: tuple[Any, ...] = tuple(
+        getattr(module, n, None) for n in ("qweight", "qzeros", "scales", "g_idx")
+    )
+    if any(t is None for t in held):
+        return "its weight or its statistics are missing"
+    if any(t.is_meta for t in held):
+        return "its weight is on the meta device (offloaded or not loaded yet)"
+    qweight, qzeros, scales, groups = held
+    K, N = groups.numel(), scales.shape[1]
+    width = 8 * qweight.element_size()
+    wrong = qweight.shape[0] * width < K * module.bits or qzeros.shape[1] * width < N * module.bits
+    if wrong or qweight.shape[1] != N or qzeros.shape[0] != scales.shape[0]:
+        shapes = ", ".join(str(tuple(t.shape)) for t in held)
+        return f"its weight does not fit its statistics: {shapes} at {module.bits} bit"
+    return Found(Gptq(held, module.bits, K, N, first), module.bias)
