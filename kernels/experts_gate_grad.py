@@ -2,16 +2,18 @@
 
 Rows are in the order of a :class:`.experts_route.Route`; row p has the routing weight w_p and an
 expert e. GU, dGU [P, N] with N = 2·I, or I where G is alone; H, dH0 [P, I], dH0 without w_p;
-B [E, N, r] and S, dS [P, r] of the first linear.
+B [E, N, r] and S, dS [P, r] of the first linear; dS' [P, r'] of the second, without w_p.
 
     H = gate(GU)        dw_p = dH0[p] · H[p]        dGU = backward of the gate for w_p dH0[p]
     dS = scale * dGU B_e        dB_e = Σ over rows of e of dGUᵀ S
+    dA'_e = Σ over rows of e of w_p dS'[p]ᵀ (mask H)[p]        of the second linear, which reads H
 
-A program has a group and a strip of columns of H, and walks down the group's rows, so that dB is in
-its registers. dS and dw are sums over strips: each strip writes an fp32 part, and a second kernel
-adds the parts in fixed order (no atomics). Above PART_RANK ranks the parts of dS would be more
-bytes than dGU, and :mod:`.experts_shrink` makes dS of that. For ranks above those of one program
-(BLOCK_R) dH and GU are read again for each further block of ranks, for dB.
+A program has a group and a strip of columns of H, and walks down the group's rows, so that dB and
+dA' are in its registers. dS and dw are sums over strips: each strip writes an fp32 part, and a
+second kernel adds the parts in fixed order (no atomics). Above PART_RANK ranks the parts of dS
+would be more bytes than dGU, and :mod:`.experts_shrink` makes dS of that. For ranks above those of
+one program dH and GU are read again for each further block of ranks, for dB. dA' takes no further
+blocks (:func:`fits`): where it would, H is written, and :func:`.experts_grad.grad_a` makes dA'.
 """
 
 from __future__ import annotations
@@ -20,36 +22,18 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 
 from . import checks
-from .common import (
-    Arch,
-    Launch,
-    arch_of,
-    cast,
-    cdiv,
-    dot,
-    padded,
-    precision,
-    row_stride,
-)  # fmt: skip
-from .experts_gates import (
-    Clamp,
-    check_gate,
-    check_rows,
-    constants,
-    gated_grad,
-    inner_width,
-    load_gate,
-)
+from .common import Arch, Launch, arch_of, cdiv, padded, precision, row_stride
+from .experts_gate_grad_tile import _experts_gate_grad_kernel, _experts_gate_sum_kernel
+from .experts_gates import Clamp, check_gate, check_rows, constants, inner_width
+from .experts_grad import default_config as default_grad_a_config
+from .experts_grad import plan_grad_a
 from .experts_low_rank import check_factors
 from .experts_route import Route, checked_weights, one_adapter
 from .experts_shrink import default_config as default_shrink_config
 from .experts_shrink import plan_shrink
 from .launching import planned
-from .mlp_grad import _once
 from .reduce import AHEAD, BLOCK
 
 PART_RANK = 32
@@ -57,178 +41,66 @@ PART_RANK = 32
 
 @dataclass(frozen=True)
 class ExpertsGateGradConfig:
-    """Tiles of H [block_m, block_k], and ranks of a program."""
+    """Tiles of H [block_m, block_k], and ranks of a program: of dB and dS, and of dA'."""
 
     block_m: int = 32
     block_k: int = 128
     block_r: int = 16
+    block_a: int = 16
     num_warps: int = 8
     num_stages: int = 3
 
     def __post_init__(self) -> None:
-        checks.blocks(self, block_m=self.block_m, block_k=self.block_k, block_r=self.block_r)
+        checks.blocks(self, block_m=self.block_m, block_r=self.block_r, block_a=self.block_a)
+        checks.blocks(self, low=32, block_k=self.block_k)  # whole mask words
 
 
 class ExpertsGateGrads(NamedTuple):
-    """The gradients and H, in the route's order of rows but for dw; None for what is not wanted."""
+    """The gradients, in the route's order of rows but for dw; None for what is not wanted."""
 
     dgu: torch.Tensor  # [P, N]
-    h: torch.Tensor  # [P, I]
     dw: torch.Tensor  # fp32 [P], of pair t·k + j
     ds: torch.Tensor | None  # [P, r]
     db: torch.Tensor | None  # fp32 [E, N, r]
+    da: torch.Tensor | None  # fp32 [E, r', I], of the second linear
 
 
-def default_config(r: int, layout: str, arch: Arch, itemsize: int = 2) -> ExpertsGateGradConfig:
-    """The widest strips, for few parts of dS, whose accumulators of dB fit the registers."""
-    if itemsize == 4:  # exact products have their operands in registers too
-        warps = 8 if layout == "interleaved" else 4
-        return ExpertsGateGradConfig(block_m=16, block_k=32, num_warps=warps)
-    if padded(max(r, 1)) > 16:
-        return ExpertsGateGradConfig(block_k=64, block_r=64 if arch.warpgroups else 32)
-    return ExpertsGateGradConfig(block_k=64 if layout == "interleaved" else 128)
+def _most_ranks(arch: Arch, itemsize: int) -> int:
+    """The ranks whose sums a program holds; exact products have their operands there too."""
+    return 16 if itemsize == 4 else 64 if arch.warpgroups else 32
 
 
-@triton.jit
-def _experts_gate_grad_kernel(
-    dh, gu, dgu, h, weights, pairs, offsets, b, s, ds_parts, db, dw_parts,
-    scale, R, b_e_stride, b_n_stride, b_r_stride, s_stride, alpha, limit, plus,
-    PART, K, N, dh_stride, gu_stride, dgu_stride, h_stride,
-    ACT: tl.constexpr, CLAMPED: tl.constexpr, LAYOUT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr, ONCE: tl.constexpr,
-):  # fmt: skip
-    strip, group = tl.program_id(0), tl.program_id(1)
-    # dGU of a strip is one tile of interleaved columns, or one in each half
-    TILES: tl.constexpr = 2 if LAYOUT == "halves" else 1
-    WIDTH: tl.constexpr = 2 * BLOCK_K if LAYOUT == "interleaved" else BLOCK_K
-    k0 = strip * BLOCK_K
-    k = k0 + tl.arange(0, BLOCK_K)  # [BLOCK_K]
-    k_ok = k < K  # [BLOCK_K]
-    n = strip * WIDTH + tl.arange(0, WIDTH)  # [WIDTH]
-    n_ok = n < N // TILES  # [WIDTH]
-    n64 = n.to(tl.int64)  # [WIDTH]
-    rank = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)  # [BLOCK_R]
-    rank_ok = rank < R  # [BLOCK_R]
-    # Products have the ranks as their rows: so tiles of dGU are right operands.
-    zero = tl.zeros((BLOCK_R, WIDTH), tl.float32)
-    bs = ()  # each [BLOCK_R, WIDTH]
-    dbs = ()  # each [BLOCK_R, WIDTH]
-    for i in tl.static_range(TILES):
-        dbs = dbs + (zero,)
-        b_tile = zero
-        if ds_parts is not None:
-            b_tile = tl.load(
-                b + group.to(tl.int64) * b_e_stride + (n64 + i * K)[None, :] * b_n_stride
-                + rank.to(tl.int64)[:, None] * b_r_stride,
-                mask=rank_ok[:, None] & n_ok[None, :],
-                other=0.0,
-            )  # fmt: skip
-        bs = bs + (cast(b_tile, gu.dtype.element_ty),)
-    first, last = tl.load(offsets + group), tl.load(offsets + group + 1)
-    # Weights and their places are read one and two steps ahead, as the compiler would not have the
-    # large copies in flight in a loop with a load whose address is loaded.
-    ahead = first + tl.arange(0, BLOCK_M)  # [BLOCK_M]
-    pair = tl.load(pairs + ahead, mask=ahead < last, other=0)  # [BLOCK_M]
-    weight = tl.load(weights + pair, mask=ahead < last, other=0.0)  # [BLOCK_M]
-    pair = tl.load(pairs + BLOCK_M + ahead, mask=BLOCK_M + ahead < last, other=0)
-    # the number of stages stands here because a loop without products is not pipelined otherwise
-    for m0 in tl.range(first, last, BLOCK_M, num_stages=STAGES):
-        row = m0 + tl.arange(0, BLOCK_M)  # [BLOCK_M]
-        row_ok = row < last  # [BLOCK_M]
-        row64 = row.to(tl.int64)  # [BLOCK_M]
-        own_ok = row_ok & (tl.program_id(2) == 0)  # what does not depend on ranks is written once
-        g, u = load_gate(
-            gu + row64[:, None] * gu_stride, k0, row_ok, K, LAYOUT, BLOCK_M, BLOCK_K
-        )  # each [BLOCK_M, BLOCK_K]
-        d = tl.load(
-            dh + row64[:, None] * dh_stride + k[None, :],
-            mask=row_ok[:, None] & k_ok[None, :],
-            other=0.0,
-        ).to(tl.float32)  # [BLOCK_M, BLOCK_K]
-        w = weight.to(tl.float32)[:, None]  # [BLOCK_M, 1]
-        weight = tl.load(weights + pair, mask=row + BLOCK_M < last, other=0.0)
-        pair = tl.load(pairs + row + 2 * BLOCK_M, mask=row + 2 * BLOCK_M < last, other=0)
-        value, dg, du = gated_grad(d * w, g, u, alpha, limit, plus, ACT, CLAMPED, LAYOUT == "alone")
-        tl.store(
-            h + row64[:, None] * h_stride + k[None, :], value,
-            mask=own_ok[:, None] & k_ok[None, :],
-        )  # fmt: skip
-        tl.store(
-            dw_parts + strip.to(tl.int64) * PART + row, tl.sum(d * value.to(tl.float32), 1),
-            mask=own_ok,
-        )  # fmt: skip
-        if LAYOUT == "interleaved":
-            dg = tl.reshape(tl.join(dg, du), (BLOCK_M, WIDTH))
-        out = dgu + row64[:, None] * dgu_stride + n[None, :]  # [BLOCK_M, WIDTH]
-        out_ok = own_ok[:, None] & n_ok[None, :]  # [BLOCK_M, WIDTH]
-        tl.store(out, dg, mask=out_ok)
-        if LAYOUT == "halves":
-            tl.store(out + K, du, mask=out_ok)
-        rm_ok = rank_ok[:, None] & row_ok[None, :]  # [BLOCK_R, BLOCK_M]
-        if s is not None:
-            s_tile = tl.load(
-                s + row64[None, :] * s_stride + rank[:, None], mask=rm_ok, other=0.0
-            )  # [BLOCK_R, BLOCK_M]
-        low = tl.zeros((BLOCK_R, BLOCK_M), tl.float32)
-        sums = ()
-        for i in tl.static_range(TILES):
-            total = zero
-            if ds_parts is not None or s is not None:
-                grad = _once(dg, ONCE) if i == 0 else _once(du, ONCE)
-                if ds_parts is not None:
-                    low = dot(bs[i], tl.trans(grad), low, PRECISION)
-                if s is not None:
-                    total = dot(s_tile, grad, dbs[i], PRECISION)
-            sums = sums + (total,)
-        dbs = sums
-        if ds_parts is not None:
-            tl.store(
-                ds_parts + (strip.to(tl.int64) * PART + row64[None, :]) * R + rank[:, None],
-                low * scale,
-                mask=rm_ok,
-            )
-    if db is not None:
-        for i in tl.static_range(TILES):
-            tl.store(
-                db + (group.to(tl.int64) * N + n64[None, :] + i * K) * R + rank[:, None],
-                dbs[i],
-                mask=rank_ok[:, None] & n_ok[None, :],
-            )
+def fits(r: int, sums: bool, r_down: int, arch: Arch, itemsize: int = 2) -> bool:
+    """True where the pass makes dA' of rank ``r_down``, so that nobody writes H.
+
+    That is where the blocks of ranks that dB and dS take are enough for it: another reads 3·I
+    numbers a row again, and H is 2·I to write and to read. ``r`` is the first linear's rank, 0
+    without an adapter, and ``sums`` says whether its dB is wanted.
+    """
+    most = _most_ranks(arch, itemsize)
+    own = r if sums or r <= PART_RANK else 0
+    return cdiv(r_down, most) <= cdiv(max(own, 1), most)
 
 
-@triton.jit
-def _experts_gate_sum_kernel(
-    dw_parts, dw, pairs, end, ds_parts, ds, P, R, SIZE, PART, COUNT,
-    BLOCK: tl.constexpr, AHEAD: tl.constexpr,
-):  # fmt: skip
-    """dw at its pair and dS, of COUNT parts of PART rows; 0 for rows of no group."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
-    rows = tl.load(end).to(tl.int64)
-    whole = (rows + 15) // 16 * 16  # for masks of whole vectors; PART is a multiple of 16 too
-    total = tl.zeros((BLOCK,), tl.float32)
-    if tl.program_id(1) == 0:
-        for p0 in range(0, COUNT, AHEAD):
-            parts = ()
-            for j in tl.static_range(AHEAD):
-                source = dw_parts + (p0 + j) * PART + at  # [BLOCK]
-                ok = (at < whole) & (p0 + j < COUNT)  # [BLOCK]
-                parts = parts + (tl.load(source, mask=ok, other=0.0),)
-            for j in tl.static_range(AHEAD):
-                total += parts[j]
-        pair = tl.load(pairs + at, mask=at < P, other=0)  # [BLOCK]
-        tl.store(dw + pair, tl.where(at < rows, total, 0.0), mask=at < P)
-    elif ds is not None:
-        for p0 in range(0, COUNT, AHEAD):
-            parts = ()
-            for j in tl.static_range(AHEAD):
-                source = ds_parts + (p0 + j) * (rows * 0 + PART) * R + at  # [BLOCK]
-                ok = (at < whole * R) & (p0 + j < COUNT)  # [BLOCK]
-                parts = parts + (tl.load(source, mask=ok, other=0.0),)
-            for j in tl.static_range(AHEAD):
-                total += parts[j]
-        total = tl.where(at < rows * R, total, 0.0)
-        tl.store(ds + at, cast(total, ds.dtype.element_ty), mask=at < SIZE)
+def default_config(
+    r: int, layout: str, arch: Arch, itemsize: int = 2, r_down: int = 0
+) -> ExpertsGateGradConfig:
+    """The widest strips, for few parts of dS, whose accumulators of dB and dA' fit the registers.
+
+    ``r_down`` is 0 unless the pass makes dA'.
+    """
+    most = _most_ranks(arch, itemsize)
+    if itemsize == 4:
+        warps = 4 if layout == "halves" else 8
+        return ExpertsGateGradConfig(16, 32, most, most, num_warps=warps)
+    if max(r, r_down) > 16:
+        # with 8 the assembler keeps to 128 registers on sm_90, and spills
+        few = 0 < r <= 16 and r_down <= 32 and arch.warpgroups
+        warps = 4 if few and layout == "halves" else 8
+        return ExpertsGateGradConfig(block_k=64, block_r=most, block_a=most, num_warps=warps)
+    # without dS a strip may be narrow, and in a wide one a mask beside dA' alone spills
+    narrow = layout == "interleaved" or (r_down and not r)
+    return ExpertsGateGradConfig(block_k=64 if narrow else 128)
 
 
 def plan_gate_grad(
@@ -242,13 +114,16 @@ def plan_gate_grad(
     s: torch.Tensor | None,
     scale: float,
     clamp: tuple[float, float, float] | None,
+    ds_down: torch.Tensor | None,
+    words: torch.Tensor | None,
     out: ExpertsGateGrads,
     config: ExpertsGateGradConfig,
     arch: Arch,
 ) -> list[Launch]:
-    """Launches that fill ``out``, whose ``ds`` needs ``b`` and whose ``db`` needs both.
+    """Launches that fill ``out``.
 
-    The arguments are checked already, and ``weights`` is contiguous.
+    Its ``ds`` needs ``b``, ``db`` needs ``s`` too, and ``da`` needs ``ds_down``. The arguments are
+    checked already, and ``weights`` is contiguous.
     """
     (P, K), N = dh.shape, gu.shape[1]
     r, strips = 1 if b is None else b.shape[2], cdiv(K, config.block_k)
@@ -257,20 +132,27 @@ def plan_gate_grad(
     low = b is not None and r <= PART_RANK
     ds_parts = dh.new_empty((strips, part, r), dtype=torch.float32) if low else None
     r_all, r = r, r if low or s is not None else 1  # of the pass over dH and GU
+    block_r = min(config.block_r, padded(r))
+    chunks = cdiv(r, block_r)
+    r_down = 0 if ds_down is None else ds_down.shape[1]
+    h = dh.new_empty((P, K)) if cdiv(r_down, config.block_a) > chunks else None
+    inside = r_down if h is None else 0  # ranks of dA' in this pass
+    block_a = min(config.block_a, padded(max(inside, 1)))
     args = (
-        dh, gu, out.dgu, out.h, weights, route.pairs, route.offsets, b, s, ds_parts, out.db,
+        dh, gu, out.dgu, h, weights, route.pairs, route.offsets, b, s, ds_parts, out.db,
         dw_parts, float(scale), r, *((0, 0, 0) if b is None else b.stride()),
         0 if s is None else row_stride(s), *constants(clamp), part, K, N,
-        row_stride(dh), row_stride(gu), row_stride(out.dgu), row_stride(out.h),
+        row_stride(dh), row_stride(gu), row_stride(out.dgu), 0 if h is None else row_stride(h),
+        *((ds_down, words, out.da) if inside else (None, None, None)), inside,
+        0 if ds_down is None else row_stride(ds_down), cdiv(K, 32),
     )  # fmt: skip
-    block_r = min(config.block_r, padded(r))
     meta = dict(
         ACT=name, CLAMPED=clamp is not None, LAYOUT=layout, BLOCK_M=config.block_m,
-        BLOCK_K=config.block_k, BLOCK_R=block_r, PRECISION=precision(dh.dtype),
-        STAGES=config.num_stages, ONCE=block_r < 64,
+        BLOCK_K=config.block_k, BLOCK_R=block_r, BLOCK_A=block_a, PRECISION=precision(dh.dtype),
+        STAGES=config.num_stages, ONCE=max(block_r, block_a) < 64,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
-    grid = (strips, route.experts, cdiv(r, block_r))
+    grid = (strips, route.experts, chunks)
     first = Launch(_experts_gate_grad_kernel, grid, args, meta)
     sums = (
         dw_parts, out.dw, route.pairs, route.offsets[-1:], ds_parts, out.ds if low else None,
@@ -286,6 +168,12 @@ def plan_gate_grad(
         launches += plan_shrink(
             out.dgu, route, [b.transpose(1, 2)], [scale], False, None, out.ds, shrink_config
         )
+    if h is not None and ds_down is not None and out.da is not None:
+        grad_a_config = default_grad_a_config(
+            P, K, r_down, route.experts, arch, dh.element_size(),
+            masked=words is not None, indirect=True,
+        )  # fmt: skip
+        launches += plan_grad_a(ds_down, h, route, False, weights, words, out.da, grad_a_config)
     return launches
 
 
@@ -301,10 +189,12 @@ def gate_grad(
     s: torch.Tensor | None = None,
     scale: float = 1.0,
     *,
+    ds_down: torch.Tensor | None = None,
+    bits: torch.Tensor | None = None,
     clamp: Clamp | tuple[float, float, float] | None = None,
     config: ExpertsGateGradConfig | None = None,
 ) -> ExpertsGateGrads:
-    """dGU, H, dw, and dS and dB of the first linear's adapter where it has one.
+    """dGU, dw, dS and dB of the first linear's adapter where it has one, and dA' of the second's.
 
     Pairs that are in no group of the route get a dw of 0; their rows of the others are unspecified.
 
@@ -317,6 +207,9 @@ def gate_grad(
         b: [E, N, r] fp32 or gu's dtype, any strides, r from 1 to 256; without it no dS and dB.
         s: [P, r] in gu's dtype, any row stride; without it no dB.
         scale: of dS; it must include 1 / (1 - p).
+        ds_down: dS' [P, r'] in gu's dtype, without the routing weights, any row stride, r' from 1
+            to 256; without it no dA'.
+        bits: the packed keep mask of H in dA', int32 [P, ceil(I / 32)], in the route's order.
 
     Raises:
         TypeError, ValueError: naming the argument, before any launch.
@@ -328,8 +221,9 @@ def gate_grad(
     dh0 = checks.rows("dh0", dh0, (dtype,))
     checks.shape("dh0", dh0, (P, K), "[the route's pairs, inner width of gu]")
     one_adapter(route, "gradients")
-    weights = checked_weights("weights", weights, route, dtype)
-    assert weights is not None
+    checked = checked_weights("weights", weights, route, dtype)
+    assert checked is not None
+    weights = checked
     if b is not None:
         [b] = check_factors("b", [b], 1, route.experts, 2, N, dtype)
     if s is not None:
@@ -337,25 +231,38 @@ def gate_grad(
             raise ValueError("s is given without b; allowed: both, b alone, or neither")
         [s] = checks.low_rank("s", [s], P, dtype, "gu has P rows")
         checks.shape("s", s, (P, b.shape[2]), "[rows of gu, rank of b]")
-    checks.device(dh0=dh0, gu=gu, pairs=route.pairs, weights=weights, b=b, s=s)
+    if ds_down is not None:
+        ds_down = checks.rows("ds_down", ds_down, (dtype,))
+        checks.rank("ds_down", ds_down.shape[1])
+        checks.shape("ds_down", ds_down, (P, ds_down.shape[1]), "a row for each row of gu")
+    elif bits is not None:
+        raise ValueError("bits is given without ds_down; allowed: a mask for dA of what reads H")
+    words = checks.words("bits", bits, P, K)
+    checks.device(
+        dh0=dh0, gu=gu, pairs=route.pairs, weights=weights, b=b, s=s, ds_down=ds_down, bits=words
+    )
     fp32 = torch.float32
     r = 0 if b is None else b.shape[2]
+    r_down = 0 if ds_down is None else ds_down.shape[1]
     out = ExpertsGateGrads(
         gu.new_empty((P, N)),
-        gu.new_empty((P, K)),
         gu.new_empty(P, dtype=fp32),
         None if b is None else gu.new_empty((P, r)),
         None if s is None else gu.new_empty((route.experts, N, r), dtype=fp32),
+        None if ds_down is None else gu.new_empty((route.experts, r_down, K), dtype=fp32),
     )
     if P == 0 or K == 0:
-        for t in (out.dw, out.ds, out.db):
+        for t in (out.dw, out.ds, out.db, out.da):
             if t is not None:
                 t.zero_()
         return out
     arch = arch_of(gu.device)
-    config = config or default_config(r, layout, arch, gu.element_size())
+    if config is None:
+        itemsize = gu.element_size()
+        of_pass = r_down if fits(r, s is not None, r_down, arch, itemsize) else 0
+        config = default_config(r, layout, arch, itemsize, of_pass)
     for launch in plan_gate_grad(
-        dh0, gu, route, name, layout, weights, b, s, scale, clamp, out, config, arch
+        dh0, gu, route, name, layout, weights, b, s, scale, clamp, ds_down, words, out, config, arch
     ):
         launch.run()
     return out

@@ -59,10 +59,12 @@ def gate_grad(
     s: Tensor | None = None,
     scale: float = 1.0,
     clamp: tuple[float, float, float] | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """(dGU, H, dw [P] of pairs, dS, dB [E, N, r]); None for those not wanted.
+    ds_down: Tensor | None = None,
+    keep: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """(dGU, dw [P] of pairs, dS, dB [E, N, r], dA' [E, r', I]); None for those not wanted.
 
-    dw and dS are 0 for pairs that are in no group.
+    dw and dS are 0 for pairs that are in no group. ``keep`` is the mask of H in dA', bool [P, I].
     """
     last = int(route.offsets[-1])  # rows after it are in no group
     with torch.enable_grad():
@@ -73,9 +75,11 @@ def gate_grad(
     h = h.detach()
     dw = h.new_zeros(route.P)
     dw[route.pairs[:last].long()] = (dh0.double() * h)[:last].sum(1)
-    if b is None:
-        return dgu, h, dw, None, None
-    ds = experts_reference.grad_s(dgu, route, b, scale, False)
-    if s is None:
-        return dgu, h, dw, ds, None
-    return dgu, h, dw, ds, experts_reference.grad_b(dgu, route, s, False)
+    ds = db = da = None
+    if b is not None:
+        ds = experts_reference.grad_s(dgu, route, b, scale, False)
+    if s is not None:
+        db = experts_reference.grad_b(dgu, route, s, False)
+    if ds_down is not None:
+        da = experts_reference.grad_a(ds_down, h, route, False, weights, keep)
+    return dgu, dw, ds, db, da

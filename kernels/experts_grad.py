@@ -80,7 +80,7 @@ def default_config(
     roomy = arch.shared > 160_000
     if one_pass:
         # mma.sync keeps B in the registers of every warp, and exact products keep all of it there
-        wide = (256 if held <= 32 else 128) if arch.warpgroups else 64
+        wide = (128 if arch.warpgroups else 64) * (2 if held <= 32 else 1)
         block_c = 32 if exact else _width(columns, experts, wide, 64, arch)
     else:
         wide = 128 if held <= 64 and not exact and roomy else 64

@@ -146,14 +146,14 @@ def test_nobody_moves_less_than_the_floor(rows: list[cost.Row]) -> None:
 
 
 def test_the_kernels_launches_and_bytes(rows: list[cost.Row]) -> None:
-    """At most 13 launches forward, and for a step at most 1.15 of the floor's bytes."""
+    """At most 13 launches forward, and in either pass at most 1.15 of the floor's bytes."""
     forward = [
         "experts_route_count", "experts_route_place", "clone", "clone", "experts_shrink",
         "experts gemm", "experts_gate", "experts gemm", "experts combine",
     ]  # fmt: skip
     backward = [
         "experts_grad_sb", "sum", "experts gemm", "experts_gate_grad", "experts_gate_sum",
-        "experts_grad_a", "experts gemm", "experts combine", "_to_copy", "experts_grad_a", "clone",
+        "experts_grad_a", "experts gemm", "experts combine", "_to_copy", "clone",
     ]  # fmt: skip
     of_bias = ["mm", "_to_copy", "clamp", "gather", "ge", "masked_fill_", "add"]
     for case in CASES:
@@ -172,10 +172,13 @@ def test_the_kernels_launches_and_bytes(rows: list[cost.Row]) -> None:
             assert cost.moved(getattr(peft, phase)) > 3.5 * own
             assert cost.moved(getattr(split, phase)) > 2.5 * own
         assert peft.kept > 8 * ours.kept
+        # dA of down is made where H is in registers, and nobody writes H
+        [through] = [t for t in ours.backward if t.name == "experts_gate_grad"]
+        [own] = [t for t in floor.backward if t.name == "floor, gate"]
+        m = experts.mixture(case, FP32)
+        assert own.written < through.written < own.written + m.P * m.I * 2
     for v in cost.expert_verdicts(rows):
-        assert v.limit == 1.15
-        if not v.target.startswith("bwd"):
-            assert v.met, v
+        assert v.limit == 1.15 and v.met, v
 
 
 def test_the_goals_page_says_what_is_counted_of_experts(rows: list[cost.Row]) -> None:

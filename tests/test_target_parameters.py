@@ -14,7 +14,8 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import peftkern
-from peftkern.tuners.lora.parameter import ParamWrapper, _LoraFactorsProxy
+from peftkern.tuners.lora.parameter import ParamWrapper
+from peftkern.tuners.lora.parameter_proxies import _LoraFactorsProxy
 from tests import moe
 from tests.closeness import assert_as_good_as_torch, assert_same_number
 from tests.tiny import assert_same, fill, gradients, make, pair, snapshot
@@ -85,6 +86,24 @@ def test_a_parameter_of_two_dimensions_is_a_linear_layers_weight() -> None:
     # and nothing is grouped with a wrapper
     ours, theirs = pair("llama", target_modules=["up_proj"], **settings)
     assert_same_number(gradients(ours, batch), gradients(theirs, batch))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("names", ["default", ["default", "other"]], ids=str)
+def test_a_linear_layers_weight_disabled_and_merged(names) -> None:
+    base = nn.Sequential(nn.Linear(4, 6)).double()
+    x = torch.linspace(-1, 1, 12, dtype=torch.float64).view(3, 4)
+    plain = base(x)
+    config = peftkern.LoraConfig(target_parameters=["0.weight"], init_lora_weights=False, r=2)
+    ours = peftkern.get_peft_model(base, config)
+    ours.add_adapter("other", config)
+    ours.base_model.set_adapter(names)
+    want = ours(x)
+    with ours.disable_adapter():
+        assert_same_number(ours(x), plain)
+        assert_same_number(torch.compile(ours, backend="eager")(x), plain)
+    ours.merge_adapter()
+    assert_same_number(ours(x), want)
 
 
 def test_several_adapters_and_merging(tmp_path) -> None:

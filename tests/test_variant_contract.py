@@ -223,6 +223,8 @@ def test_refused_as_hf_peft_refuses(case, what):
 
 @each
 def test_refused_for_parameters(case):
+    if case.name == "DoRA":
+        pytest.skip("works on parameters here: test_parameter_dora.py")
     said, model = [], make("llama")
     before = snapshot(model)
     for library, base in ((peftkern, model), (peft, make("llama"))):

@@ -223,9 +223,9 @@ def _plan_gate(t: TableTensors, config: Any, arch: Arch) -> list[Launch]:
 
 
 def _gate_grad_candidates(case: RaceCase) -> list[Any]:
-    r = padded(max(1, case.r))
+    r = min(64, padded(max(1, case.r)))
     return [
-        experts_gate_grad.ExpertsGateGradConfig(block_m, block_k, min(64, r), warps, stages)
+        experts_gate_grad.ExpertsGateGradConfig(block_m, block_k, r, r, warps, stages)
         for block_m, block_k, warps, stages in product((16, 32), (64, 128), (4, 8), (3,))
     ]
 
@@ -235,18 +235,23 @@ def _gate_grad(case: RaceCase, t: Drawn) -> tuple[Run, Exact]:
     dh, gu = t.some(P, k), t.some(P, 2 * k)
     where, _ = _routed(case, gu[0])
     weights, s = t.some(case.m, case.top, dtype=FP32), t.some(P, case.r, scale=0.1)
-    b = t.adapters(case.experts, 2 * k, case.r)
+    b, down = t.adapters(case.experts, 2 * k, case.r), t.some(P, case.r, scale=0.1)
+    words = None if t.words is None else t.words[0]
 
     def arguments(i: int) -> tuple[Any, ...]:
         return dh[i], gu[i], where, GATE, layout, weights[i], b[i], s[i], SCALE
 
     def run(config: Any, i: int) -> list[Tensor]:
-        found = experts_gate_grad.gate_grad(*arguments(i), config=config)
+        given: Any = dict(ds_down=down[i], bits=words, config=config)
+        found = experts_gate_grad.gate_grad(*arguments(i), **given)
         return [u for u in found if u is not None]
 
-    return run, lambda: [
-        u for u in experts_gate_reference.gate_grad(*arguments(0)) if u is not None
-    ]
+    def exact() -> list[Tensor]:
+        given: Any = dict(ds_down=down[0], keep=t.keeps[0])
+        found = experts_gate_reference.gate_grad(*arguments(0), **given)
+        return [u for u in found if u is not None]
+
+    return run, exact
 
 
 def _plan_gate_grad(t: TableTensors, config: Any, arch: Arch) -> list[Launch]:
@@ -256,12 +261,13 @@ def _plan_gate_grad(t: TableTensors, config: Any, arch: Arch) -> list[Launch]:
     b = meta(E, N, r, dtype=t.adapter) if r else None
     s = meta(P, r, dtype=t.dtype) if r else None
     out = experts_gate_grad.ExpertsGateGrads(
-        meta(P, N, dtype=t.dtype), meta(P, key.k, dtype=t.dtype), meta(P, dtype=FP32),
-        meta(P, r, dtype=t.dtype) if r else None, meta(E, N, r, dtype=FP32) if r else None,
+        meta(P, N, dtype=t.dtype), meta(P, dtype=FP32), meta(P, r, dtype=t.dtype) if r else None,
+        meta(E, N, r, dtype=FP32) if r else None, meta(E, r, key.k, dtype=FP32) if r else None,
     )  # fmt: skip
+    words = _words(t, where) if r else None
     return experts_gate_grad.plan_gate_grad(
         meta(P, key.k, dtype=t.dtype), meta(P, N, dtype=t.dtype), where, GATE, layout,
-        meta(key.m, key.top, dtype=FP32), b, s, 1.0, None, out, config, arch,
+        meta(key.m, key.top, dtype=FP32), b, s, 1.0, None, s, words, out, config, arch,
     )  # fmt: skip
 
 
@@ -414,7 +420,7 @@ GATES = _raced(
     _gate_candidates, _gate, _plan_gate,
 )  # fmt: skip
 GATE_GRAD = _raced(
-    "experts_gate_grad", lambda D, inner, mask: [(0, inner, False, False)],
+    "experts_gate_grad", lambda D, inner, mask: [(0, inner, False, mask)],
     _gate_grad_candidates, _gate_grad, _plan_gate_grad,
 )  # fmt: skip
 GRAD = _raced(

@@ -149,7 +149,8 @@ EXEMPTIONS: tuple[Exemption, ...] = (
         "at once",
     ),
     Exemption(
-        "experts_gate_grad reads PEFT's B", "width", "experts_gate_grad._experts_gate_grad_kernel",
+        "experts_gate_grad reads PEFT's B", "width",
+        "experts_gate_grad_tile._experts_gate_grad_kernel",
         "experts_gate_grad .* r(16|32|64|256) ",
         "of PEFT's lora_B an expert's numbers are E columns apart; a program reads its own once",
     ),
@@ -164,7 +165,7 @@ EXEMPTIONS: tuple[Exemption, ...] = (
         _ONE_PLACE + "its config keeps to two where 128 ranks are held in 100 KB",
     ),
     Exemption(
-        "dw goes to its pair", "width", "experts_gate_grad._experts_gate_sum_kernel", "",
+        "dw goes to its pair", "width", "experts_gate_grad_tile._experts_gate_sum_kernel", "",
         "rows of dw are written where their pairs are, one number each",
     ),
     Exemption(
@@ -172,7 +173,7 @@ EXEMPTIONS: tuple[Exemption, ...] = (
         "the grid has the tiles of the worst routing; those past the last leave at once",
     ),
     Exemption(
-        "sums of dw and dS", "waves", "experts_gate_grad._experts_gate_sum_kernel", "sm_100",
+        "sums of dw and dS", "waves", "experts_gate_grad_tile._experts_gate_sum_kernel", "sm_100",
         "a program adds the parts of 1024 numbers and ends",
     ),
     *(

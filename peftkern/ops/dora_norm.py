@@ -71,6 +71,34 @@ def row_norms(
         return total.sqrt_()
 
 
+def expert_norms(
+    weight: Tensor, A: Tensor, B: Tensor, scale: float, transposed: bool = False
+) -> Tensor:
+    """Norms [E, N] of the rows of W_e + scale · B_e A_e of E experts, as :func:`row_norms`.
+
+    Args:
+        weight: [E, N, K], or [E, K, N] when ``transposed``; floating point.
+        A: [E, r, K].
+        B: [E, N, r].
+        scale: factor of the updates.
+        transposed: layout of ``weight``.
+    """
+    with torch.no_grad():
+        if not is_recording():
+            experts = zip(weight, A, B, strict=True)
+            return torch.stack([row_norms(w, a, b, scale, transposed) for w, a, b in experts])
+        if autocast.is_on(weight):
+            with torch.autocast(weight.device.type, enabled=False):
+                return expert_norms(weight, A, B, scale, transposed)
+        # a graph has one product, however many experts
+        wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        A, B = A.to(wide), B.to(wide)
+        update = A.mT @ B.mT if transposed else B @ A
+        dim = 1 if transposed else 2
+        norms: Tensor = torch.linalg.vector_norm(weight.to(wide) + scale * update, dim=dim)
+        return norms.detach()
+
+
 def gain(magnitude: Tensor, norms: Tensor) -> Tensor:
     """m / n [N], in the wider dtype of both, with a graph to ``magnitude``.
 

@@ -156,10 +156,9 @@ def test_kernels_of_mixtures_run_with_the_configs_of_a_table(monkeypatch, tmp_pa
             of("experts_gemm", {"block_n": 64, **step}, N, inner, "rows", 2, False),
             of("experts_grad_sb", {"block_c": 32, **step}, N, 0, "gather", 2, False),
             of("experts_gemm_grad_input", {"block_n": 32, **step}, N, inner, "gather", 2),
-            of("experts_gate_grad", {"block_k": 16, **step}, 0, inner, "halves", 3, False),
+            of("experts_gate_grad", {"block_k": 64, **step}, 0, inner, "halves", 3),
             of("experts_grad_a", {"block_c": 32, **step}, 0, K, "gather", 3),
             of("experts_gemm_grad_input", {"block_n": 64, **step}, 2 * inner, K, "rows", 3),
-            of("experts_grad_a", {"block_c": 64, **step}, 0, inner, "rows", 2),
             of("experts_decode", {"up_n": 8, **step}, 2 * inner, K, "halves", 3, False),
         ])  # fmt: skip
         seen = launches(monkeypatch)
@@ -178,8 +177,8 @@ def test_kernels_of_mixtures_run_with_the_configs_of_a_table(monkeypatch, tmp_pa
         "_experts_gemm_kernel": [{"BLOCK_N": n} for n in (32, 64, 32, 64)],
         "_experts_gate_kernel": [{"BLOCK_K": 32}],
         "_experts_grad_sb_kernel": [{"BLOCK_N": 32}],
-        "_experts_gate_grad_kernel": [{"BLOCK_K": 16}],
-        "_experts_grad_a_kernel": [{"BLOCK_K": 32}, {"BLOCK_K": 64}],
+        "_experts_gate_grad_kernel": [{"BLOCK_K": 64}],
+        "_experts_grad_a_kernel": [{"BLOCK_K": 32}],
         "_experts_few_up_kernel": [{"BLOCK_N": 8}],
     }
     for kernel, wanted in tuned_ones.items():

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from benchmarks.kernels.table import traffic
-from peftkern.kernels import experts_grad, experts_route, experts_shrink
+from peftkern.kernels import experts_gate_grad, experts_grad, experts_route, experts_shrink
+from peftkern.kernels.common import Arch
+from peftkern.kernels.experts_gate_grad import ExpertsGateGradConfig
 from peftkern.kernels.experts_grad import ExpertsGradConfig
 from peftkern.kernels.experts_shrink import ExpertsShrinkConfig
 from tests.kernels.counting import loads
@@ -18,6 +20,7 @@ pytestmark = pytest.mark.numeric  # of `make test-versions`
 
 BF16, FP32, INT32 = torch.bfloat16, torch.float32, torch.int32
 E, T, K, R = 4, 34, 96, 5  # 17 rows of each expert
+ARCH = Arch(132, 90, 232448)
 
 
 def routed():
@@ -76,6 +79,30 @@ def test_gradients(gather, weighted):
     found = compare(launches, {"x": x, "ds": s, "words": words})
     assert found["x"] == rows * K * 2 and found["words"] == words.numel() * 4
     assert found["ds"] == 3 * s.numel() * 2
+
+
+@pytest.mark.parametrize("layout", ["halves", "interleaved"])
+@pytest.mark.parametrize("r, down", [(R, R), (R, 20), (2 * R, 7)])
+def test_gradients_through_the_gate(layout, r, down):
+    """With blocks of 16 ranks; H is written for 20, where two of them would be needed."""
+    route, (dh, _, words, weights) = routed(), tensors(False, K)
+    gu, b = torch.zeros(2 * T, 2 * K, dtype=BF16), torch.zeros(E, 2 * K, r)
+    s, ds, ds_down = (torch.zeros(2 * T, n, dtype=BF16) for n in (r, r, down))
+    out = experts_gate_grad.ExpertsGateGrads(
+        torch.empty_like(gu), weights.new_empty(2 * T), ds, torch.empty(b.shape),
+        torch.empty(E, down, K),
+    )  # fmt: skip
+    launches = experts_gate_grad.plan_gate_grad(
+        dh, gu, route, "silu", layout, weights, b, s, 1.0, None, ds_down, words, out,
+        ExpertsGateGradConfig(16, 32, num_stages=2), ARCH,
+    )  # fmt: skip
+    named = {"dh": dh, "gu": gu, "ds_down": ds_down, "words": words, "s": s, "b": b}
+    found = compare(launches, named)
+    inside = down <= 16
+    assert found["dh"] == dh.numel() * 2 and found["gu"] == gu.numel() * 2
+    assert found["ds_down"] == 3 * ds_down.numel() * 2 * inside  # each strip
+    assert found["words"] == words.numel() * 4 * inside
+    assert found["s"] == 3 * s.numel() * 2 and found["b"] == b.numel() * 4
 
 
 def test_route():

@@ -63,6 +63,16 @@ def test_b_is_copied_or_read_as_peft_has_it_where_an_expert_has_many_rows(ranks,
     check(m)
 
 
+@pytest.mark.parametrize("down, written", [(16, False), (17, True)])
+def test_an_h_that_is_written_for_a_wide_rank_is_said(down, written, caplog, monkeypatch):
+    """Exact products leave registers for 16 ranks of dA of down."""
+    monkeypatch.setattr(notes, "_said", set())
+    with caplog.at_level(logging.INFO, "peftkern"):
+        check(mixture(ranks=((3,), (down,)), dtype=torch.float32, sizes=SIZES))
+    said = "a mixture's backward writes H: dA of down has rank 17, too large beside up's 3"
+    assert (said in caplog.text) == written and ("writes H" in caplog.text) == written
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 def test_half_precision_with_float32_adapters(transposed):
     m = mixture(dtype=torch.float16, low=torch.float32, transposed=transposed, sizes=SIZES)

@@ -11,10 +11,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.kernels.experts_gate import QWEN3
+from benchmarks.kernels.experts_gate_grad import launches
 from peftkern.kernels import experts_gate_reference as exact
 from peftkern.kernels.bits import pack_bits
+from peftkern.kernels.common import Arch, arch_of
 from peftkern.kernels.experts_gate import ExpertsGateConfig, gate
-from peftkern.kernels.experts_gate_grad import ExpertsGateGradConfig, gate_grad
+from peftkern.kernels.experts_gate_grad import ExpertsGateGradConfig, fits, gate_grad
 from peftkern.kernels.experts_gates import LAYOUTS, Clamp
 from peftkern.kernels.experts_route import route as make_route
 from peftkern.kernels.mlp_arguments import ACTIVATIONS
@@ -75,11 +78,13 @@ class Step(NamedTuple):
     s: torch.Tensor | None
     keep: torch.Tensor | None
     clamp: Clamp | None
+    ds_down: torch.Tensor | None
 
     @classmethod
     def draw(cls, route, width, r, name="silu", layout="halves", dtype=torch.float32,
-             adapter=torch.float32, mask=False, clamp=None, sums=True):  # fmt: skip
-        P, E = route.P, route.experts
+             adapter=torch.float32, mask=False, clamp=None, sums=True, down=None):  # fmt: skip
+        """``down``: the rank of dS', None for r."""
+        P, E, down = route.P, route.experts, r if down is None else down
         N = width if layout == "alone" else 2 * width
         return cls(
             matrix(P, width, dtype, seed=0, offset=2),
@@ -89,13 +94,15 @@ class Step(NamedTuple):
             cube(E, r, width, adapter, 3) if r else None,
             cube(E, N, r, adapter, 4, peft=True) if r else None,
             matrix(P, r, dtype, seed=5, offset=1) if r and sums else None,
-            keep_mask(P, width, 6) if mask and r else None,
+            keep_mask(P, width, 6) if mask and (r or down) else None,
             clamp,
+            matrix(P, down, dtype, seed=7, offset=1) if down else None,
         )  # fmt: skip
 
     def check_forward(self, config=None):
         a = None if self.a is None else [self.a]
-        words = None if self.keep is None else pack_bits(self.keep)
+        keep = self.keep if a is not None else None
+        words = None if keep is None else pack_bits(keep)
         gate_of = self.gu, self.route, self.name, self.layout
 
         def run():
@@ -120,26 +127,30 @@ class Step(NamedTuple):
     def check_backward(self, config=None):
         gate_of = self.dh, self.gu, self.route, self.name, self.layout, self.weights
         adapter = self.b, self.s, 2.0
+        down, keep = self.ds_down, self.keep if self.ds_down is not None else None
+        words = None if keep is None else pack_bits(keep)
 
         def run():
-            return gate_grad(*gate_of, *adapter, clamp=self.clamp, config=config)
+            return gate_grad(
+                *gate_of, *adapter, ds_down=down, bits=words, clamp=self.clamp, config=config
+            )
 
         ours, again = run(), run()
-        wanted = exact.gate_grad(*gate_of, *adapter, self.clamp)
+        wanted = exact.gate_grad(*gate_of, *adapter, self.clamp, down, keep)
         torchs = self.by_torch()
         assert [t is None for t in ours] == [t is None for t in wanted]
-        names = ("dgu", "h", "dw", "ds", "db")
+        names = ("dgu", "dw", "ds", "db", "da")
         for name, o, t, e, o2 in zip(names, ours, torchs, wanted, again, strict=True):
             if o is None:
                 continue
-            assert o.dtype == (torch.float32 if name in ("dw", "db") else self.gu.dtype)
-            if name in ("dgu", "h"):
+            assert o.dtype == (torch.float32 if name in ("dw", "db", "da") else self.gu.dtype)
+            if name == "dgu":
                 o, e, o2, t = known(self.route, o, e, o2, t)
             if name == "ds":
                 o, e, o2, *t = known(self.route, o, e, o2, *t)
             assert torch.equal(o, o2), f"two runs differ in {name}"
             # in a sum of so few numbers the order alone can double the largest error
-            assert_as_good_as_torch(o, t, e, average=name not in ("dgu", "h"))
+            assert_as_good_as_torch(o, t, e, average=name != "dgu")
 
     def by_torch(self):
         """The separate operations of torch in the operands' dtype, sums in two orders."""
@@ -151,16 +162,20 @@ class Step(NamedTuple):
         h, last = h.detach(), int(self.route.offsets[-1])
         dw = torch.zeros(self.route.P)
         dw[self.route.pairs.long()[:last]] = (self.dh * h)[:last].sum(1).float()
-        if self.b is None:
-            return dgu, h, dw, None, None
         dgu = torch.cat([dgu[:last], torch.zeros_like(dgu[last:])])
-        ds = by_group(dgu, self.route, self.b, 2.0)
-        if self.s is None:
-            return dgu, h, dw, ds, None
-        db = torch.zeros(self.b.shape)
+        ds = None if self.b is None else by_group(dgu, self.route, self.b, 2.0)
+        db = None if self.s is None else torch.zeros(self.b.shape)
+        da = None
+        if self.ds_down is not None:
+            da = torch.zeros(self.route.experts, self.ds_down.shape[1], h.shape[1])
+            down = (self.ds_down * w[:, None]).to(h.dtype)
+            kept = h if self.keep is None else h * self.keep
         for e, rows in enumerate(segments(self.route)):
-            db[e] = (dgu[rows].T @ self.s[rows]).float()
-        return dgu, h, dw, ds, db
+            if db is not None:
+                db[e] = (dgu[rows].T @ self.s[rows]).float()
+            if da is not None:
+                da[e] = (down[rows].T @ kept[rows]).float()
+        return dgu, dw, ds, db, da
 
 
 def segments(route):
@@ -220,6 +235,43 @@ def test_ranks(r, dtype):
 
 
 @pytest.mark.parametrize(
+    "r, sums, down, inside, layout, mask",
+    [
+        (5, True, 33, True, "halves", True), (5, True, 65, False, "interleaved", True),
+        (70, True, 3, True, "alone", False), (70, True, 100, True, "interleaved", True),
+        (0, False, 17, True, "interleaved", True), (0, False, 256, False, "halves", False),
+        (20, False, 40, True, "alone", True), (70, False, 70, False, "halves", True),
+    ],
+)  # fmt: skip
+def test_the_ranks_of_both_linears(r, sums, down, inside, layout, mask):
+    """``inside``: dA' takes no more blocks of ranks than dB and dS do; else H is written."""
+    assert fits(r, sums, down, arch_of(torch.device("cpu"))) == inside
+    step = Step.draw(
+        routed(10, 2, 3), 70, r, "silu", layout, torch.float16, mask=mask, sums=sums, down=down
+    )
+    step.check_backward()
+
+
+@pytest.mark.parametrize("down", [16, 17, 64, 128, 129, 256])
+@pytest.mark.parametrize("r", [0, 16, 64, 256])
+@pytest.mark.parametrize("capability", [80, 90, 120])
+def test_nobody_writes_h_where_it_fits(r, down, capability):
+    arch = Arch(132, capability, 101376)
+    for dtype in (torch.float32, torch.bfloat16):
+        first, *rest = launches(QWEN3, r, "silu", arch, down=down, dtype=dtype)
+        given = dict(zip(first.kernel.arg_names, first.args, strict=False))
+        inside = fits(r, r > 0, down, arch, dtype.itemsize)
+        assert (given["h"] is None) == (given["da"] is not None) == inside
+        assert [each.kernel.__name__ for each in rest][-1:] == (
+            ["_experts_grad_a_kernel"] if not inside
+            else ["_experts_shrink_kernel"] if r > 32 else ["_experts_gate_sum_kernel"]
+        )  # fmt: skip
+        # another block of ranks would be another pass over dH and GU
+        alone, *_ = launches(QWEN3, r, "silu", arch, down=0, dtype=dtype)
+        assert first.grid[2] == alone.grid[2]
+
+
+@pytest.mark.parametrize(
     "route",
     [
         routed(0, 2, 4), routed(1, 1, 1), routed(40, 2, 4, only=2),
@@ -240,6 +292,17 @@ def test_many_experts():
     step.check_backward()
 
 
+@pytest.mark.parametrize("down", [4, 70])
+def test_experts_without_a_token_get_zeros(down):
+    route = routed(30, 2, 6, only=4)
+    step = Step.draw(route, 40, 4, down=down)
+    found = gate_grad(*step[:6], step.b, step.s, ds_down=step.ds_down)
+    for gradient in (found.db, found.da):
+        assert gradient[4].any()
+        gradient[4] = 0.0
+        assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
 def test_what_no_group_has_gets_no_gradient():
     route = routed(12, 3, 6, beyond=True)
     last = int(route.offsets[-1])
@@ -252,7 +315,7 @@ def test_what_no_group_has_gets_no_gradient():
 
 @pytest.mark.parametrize("r, sums", [(0, False), (4, False), (40, False)])
 def test_what_is_not_wanted(r, sums):
-    step = Step.draw(routed(10, 2, 3), 70, r, dtype=torch.float16, sums=sums)
+    step = Step.draw(routed(10, 2, 3), 70, r, dtype=torch.float16, sums=sums, down=0)
     step.check_forward()
     step.check_backward()
 
@@ -270,10 +333,11 @@ def test_what_is_not_wanted(r, sums):
     same=st.booleans(),
     mask=st.booleans(),
     split=st.integers(1, 3),
+    down=st.integers(0, 40),
 )
-def test_any_shape(T, k, experts, width, r, name, layout, dtype, same, mask, split):
+def test_any_shape(T, k, experts, width, r, name, layout, dtype, same, mask, split, down):
     adapter = dtype if same else torch.float32
-    step = Step.draw(routed(T, k, experts), width, r, name, layout, dtype, adapter, mask)
+    step = Step.draw(routed(T, k, experts), width, r, name, layout, dtype, adapter, mask, down=down)
     step.check_forward(ExpertsGateConfig(block_m=16, block_k=32, split_k=split))
     step.check_backward(ExpertsGateGradConfig(block_m=16, block_k=32))
 
@@ -308,7 +372,7 @@ def test_a_batch_of_several_adapters(dtype):
 def test_offsets_past_int32():
     step = Step.draw(routed(3, 1, 2), 40, 4)
     far = step._replace(dh=far_rows(3, 40, seed=0), gu=far_rows(3, 80, seed=1),
-                        s=far_rows(3, 4, seed=2))  # fmt: skip
+                        s=far_rows(3, 4, seed=2), ds_down=far_rows(3, 4, seed=3))  # fmt: skip
     far.check_forward()
     far.check_backward()
 
@@ -375,5 +439,19 @@ def test_bad_arguments_are_named():
         gate_grad(dh, gu, routed(3, 2, 4, adapters=2), *of[1:], w)
     with pytest.raises(ValueError, match="ExpertsGateConfig.block_k is 16"):
         ExpertsGateConfig(block_k=16)
+    with pytest.raises(ValueError, match=r"ds_down has shape \(5, 3\); allowed: \(6, 3\)"):
+        gate_grad(dh, gu, *of, w, ds_down=s[:5])
+    with pytest.raises(ValueError, match="ds_down has rank 257"):
+        gate_grad(dh, gu, *of, w, ds_down=torch.ones(6, 257))
+    with pytest.raises(TypeError, match="ds_down has dtype torch.float16"):
+        gate_grad(dh, gu, *of, w, ds_down=s.half())
+    with pytest.raises(ValueError, match="bits is given without ds_down"):
+        gate_grad(dh, gu, *of, w, bits=torch.zeros(6, 1, dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"bits has shape \(6, 2\)"):
+        gate_grad(dh, gu, *of, w, ds_down=s, bits=torch.zeros(6, 2, dtype=torch.int32))
     with pytest.raises(ValueError, match="ExpertsGateGradConfig.block_r is 8"):
         ExpertsGateGradConfig(block_r=8)
+    with pytest.raises(ValueError, match="ExpertsGateGradConfig.block_k is 16"):
+        ExpertsGateGradConfig(block_k=16)
+    with pytest.raises(ValueError, match="ExpertsGateGradConfig.block_a is 8"):
+        ExpertsGateGradConfig(block_a=8)

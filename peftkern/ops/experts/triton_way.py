@@ -13,10 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...kernels.common import arch_of, padded
 from ...kernels.experts_combine import combine
 from ...kernels.experts_decode import MAX_PAIRS, FewLinear, decode
 from ...kernels.experts_gate import gate as gate_kernel
-from ...kernels.experts_gate_grad import PART_RANK, gate_grad
+from ...kernels.experts_gate_grad import PART_RANK, fits, gate_grad
 from ...kernels.experts_gemm import gemm
 from ...kernels.experts_grad import ONE_PASS_RANK, grad_a, grad_sb
 from ...kernels.experts_route import Route, route, rows_of_tile
@@ -24,6 +25,7 @@ from ...kernels.experts_shrink import shrink
 from ...kernels.mixed import MAX_ADAPTERS
 from ..bases.experts import BaseExperts
 from ..device import capturing, elsewhere
+from ..notes import note_once
 from ..triton_backend import refusal
 from .configs import Configs
 from .gates import gate_grad as gate_grad_by_torch
@@ -206,27 +208,40 @@ def few(call: Call) -> Tensor | None:
 
 
 class _Behind(NamedTuple):
-    """What the step over H gives: [P, ...] of sorted rows, dw by pair."""
+    """What the step over H gives: [P, ...] of sorted rows, dw by pair; dA is that of down."""
 
     dgu: Tensor
-    h: Tensor
     dw: Tensor
     ds: Tensor | None
     db: Tensor | None
+    da: Tensor | None
 
 
 def _behind_gate(
-    call: Call, rows: Route, gu: Tensor, dh0: Tensor, low: _Low | None, s: Tensor | None
-) -> _Behind:
-    """``s``: that of up's adapter if its dB is wanted."""
+    call: Call, rows: Route, gu: Tensor, dh0: Tensor, low: _Low | None, s: Tensor | None,
+    ds_down: Tensor | None, bits: Tensor | None,
+) -> _Behind:  # fmt: skip
+    """``s``: that of up's adapter if its dB is wanted; ``ds_down``: that of down's if its dA is.
+
+    ``bits``: the keep mask of H.
+    """
     gate, w = call.gate, _weights(call)
     _, B, scale = _one(low)
     configs, N1 = Configs(call, rows.block_m), gu.shape[1]
+    if ds_down is None:
+        bits = None
     if _known(gate):
+        config, r = None, 0 if B is None else B.shape[2]
+        if ds_down is not None:
+            _note_h(gu, r, s is not None, ds_down.shape[1])
+        if ds_down is None or (r and padded(ds_down.shape[1]) == padded(r)):  # as it was raced
+            config = configs.of(
+                "experts_gate_grad", call.up, 0, dh0.shape[1], masked=bits is not None
+            )
         return _Behind(
             *gate_grad(
-                dh0, gu, rows, gate.name or "silu", gate.layout, w, B, s, scale, clamp=gate.clamp,
-                config=configs.of("experts_gate_grad", call.up, 0, dh0.shape[1]),
+                dh0, gu, rows, gate.name or "silu", gate.layout, w, B, s, scale,
+                ds_down=ds_down, bits=bits, clamp=gate.clamp, config=config,
             )
         )  # fmt: skip
     again = hidden_again(gate, gu)
@@ -241,7 +256,18 @@ def _behind_gate(
     elif B is not None:
         config = configs.of("experts_shrink", call.up, 0, N1)
         ds = shrink(dgu, rows, [B.transpose(1, 2)], scale, gather=False, config=config)
-    return _Behind(dgu, again.h, dw, ds, db)
+    da = None
+    if ds_down is not None:
+        config = configs.of("experts_grad_a", call.down, 0, dh0.shape[1], masked=bits is not None)
+        da = grad_a(ds_down, again.h, rows, gather=False, row_weight=w, bits=bits, config=config)
+    return _Behind(dgu, dw, ds, db, da)
+
+
+def _note_h(gu: Tensor, r: int, sums: bool, r_down: int) -> None:
+    """Say once that H is written for dA of down, where it is."""
+    if not fits(r, sums, r_down, arch_of(gu.device), gu.element_size()):
+        words = "a mixture's backward writes H: dA of down has rank %d, too large beside up's %d"
+        note_once(words, r_down, r)
 
 
 def _over_dout(
@@ -296,15 +322,18 @@ def backward(call: Call, kept: Kept, words: Words, dout: Tensor, wants: Wants) -
     configs = Configs(call, rows.block_m)
     s = kept.s_down if b_down else None
     ds0, db_down = _over_dout(call, rows, dout, s, down, a_down or through)
-    dx = dw = h = da_up = db_up = da_down = None
+    dx = dw = da_up = db_up = da_down = None
     if through:
         assert gu is not None
         dh0 = _through(
             call, dout, rows, call.down, ds0, down, bits_down, gather=True, scatter=False
         )
-        behind = _behind_gate(call, rows, gu, dh0, up, kept.s_up if b_up else None)
+        behind = _behind_gate(
+            call, rows, gu, dh0, up, kept.s_up if b_up else None,
+            ds0 if a_down else None, bits_down,
+        )  # fmt: skip
         del dh0
-        h, db_up = behind.h, behind.db
+        db_up, da_down = behind.db, behind.da
         if a_up and behind.ds is not None:
             config = configs.of("experts_grad_a", call.up, 0, x.shape[1], gather=True,
                                 masked=bits_up is not None)  # fmt: skip
@@ -317,10 +346,9 @@ def backward(call: Call, kept: Kept, words: Words, dout: Tensor, wants: Wants) -
             dx = combine(pairs, None, k=rows.k)
         if wants.weights:
             dw = _grad_weights(call, behind.dw, dout)
-    if a_down and ds0 is not None:
-        if h is None:
-            assert gu is not None
-            h, _ = _hidden(call, rows, gu, None, None)
+    elif a_down and ds0 is not None:
+        assert gu is not None
+        h, _ = _hidden(call, rows, gu, None, None)
         w, masked = _weights(call), bits_down is not None
         config = configs.of("experts_grad_a", call.down, 0, h.shape[1], masked=masked)
         da_down = grad_a(ds0, h, rows, gather=False, row_weight=w, bits=bits_down, config=config)

@@ -4,7 +4,7 @@
 
 ``lora_magnitude_vector[name].weight`` holds m. It starts as the norm, so that the output does not
 change at first, and trains with A and B. The norm follows A and B but counts as a constant in the
-gradient (section 4.3).
+gradient (section 4.3). :mod:`.dora_parameter` has DoRA on parameters.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class DoraCaching:
     In eval mode a layer then computes ‖W + s B A‖ once and not in every call. It computes the norm
     again after ``train()``, in calls outside of the block, and when the scale or torch's version
     number of a weight has changed. A write through ``.data`` does not change that number and is not
-    noticed.
+    noticed. DoRA on parameters keeps the norms of linear layers' weights only.
 
     Args:
         enabled: False switches caching off within the block.
@@ -65,7 +65,8 @@ class DoraCaching:
 class DoraLayer(nn.Module):
     """The magnitude m of one adapter in one layer.
 
-    ``weight`` is [N]; for a convolution with d spatial dimensions [1, N, 1, …], d + 2 dimensions.
+    ``weight`` is [N]; for a convolution with d spatial dimensions [1, N, 1, …], d + 2 dimensions;
+    for a parameter of E experts [E, N].
     """
 
     def __init__(self, magnitude: Tensor, trainable: bool) -> None:
@@ -115,13 +116,12 @@ class DoraVariant(LoraVariant):
     measures_weight = True
     refusals = {
         "attention": "MultiheadAttention does not support DoRA (yet), please set use_dora to False",
-        "parameter": "lora.ParamWrapper does not work with use_dora=True.",
     }
 
     def init(self, layer: Any, adapter: str, config: Any, trainable: bool) -> None:
         weight, A, B = self.weights(layer, adapter)
         if A.is_meta or weight.is_meta:
-            norms = torch.empty(weight.shape[self.outputs_dim(layer)], device="meta")
+            norms = torch.empty(self.norms_shape(layer, weight), device="meta")
         else:
             norms = self.computed_norms(weight, A, B, layer.scaling[adapter], layer)
         magnitude = norms.to(A.dtype).view(self.magnitude_shape(layer))
@@ -139,13 +139,17 @@ class DoraVariant(LoraVariant):
         """The dimension of the stored base weight that counts the outputs."""
         return 1 if layer.fan_in_fan_out else 0
 
+    def norms_shape(self, layer: Any, weight: Tensor) -> tuple[int, ...]:
+        """The shape of what :meth:`computed_norms` gives: [N], of several experts [E, N]."""
+        return (weight.shape[self.outputs_dim(layer)],)
+
     def magnitude_shape(self, layer: Any) -> tuple[int, ...]:
         return (-1,)
 
     def computed_norms(
         self, weight: Tensor, A: Tensor, B: Tensor, scale: float, layer: Any
     ) -> Tensor:
-        """The norms [N] of weight + scale · B A, at least float32, detached."""
+        """The norms of weight + scale · B A, at least float32, detached."""
         return row_norms(weight, A, B, scale, transposed=self.outputs_dim(layer) == 1)
 
     def updated(self, weight: Tensor, A: Tensor, B: Tensor, scale: float, layer: Any) -> Tensor:
@@ -155,8 +159,14 @@ class DoraVariant(LoraVariant):
             return torch.addmm(weight, A.t(), B.t(), alpha=scale)
         return torch.addmm(weight, B, A, alpha=scale)
 
+    def over(self, layer: Any, factor: Tensor, weight: Tensor) -> Tensor:
+        """A factor for each output, in a shape that multiplies the stored weight."""
+        shape = [1] * weight.dim()
+        shape[self.outputs_dim(layer)] = -1
+        return factor.view(shape)
+
     def norms(self, layer: Any, adapter: str) -> Tensor:
-        """The norms [N] of the layer, from its present weights or from the cache."""
+        """The norms of the layer, from its present weights or from the cache."""
         scale = layer.scaling[adapter]
         weight, A, B = self.weights(layer, adapter)
         if weight.is_meta and not A.is_meta:
@@ -170,25 +180,23 @@ class DoraVariant(LoraVariant):
         )
 
     def gain(self, layer: Any, adapter: str) -> Tensor:
-        """m / norm, [N], with a gradient to m alone."""
-        magnitude = layer.lora_magnitude_vector[adapter].weight.view(-1)
-        return gain(magnitude, self.norms(layer, adapter))
+        """m / norm, in the norms' shape, with a gradient to m alone."""
+        norms = self.norms(layer, adapter)
+        return gain(layer.lora_magnitude_vector[adapter].weight.view(norms.shape), norms)
 
     def merged_weight(self, layer: Any, adapter: str, weight: Tensor, base: Tensor) -> Tensor:
         _, A, B = self.weights(layer, adapter)
         A, B = A.to(weight.device), B.to(weight.device)
         norms = self.computed_norms(base, A, B, layer.scaling[adapter], layer)
-        magnitude = layer.lora_magnitude_vector[adapter].weight.view(-1)
-        factor = gain(magnitude.to(norms), norms)
-        shape = [1] * weight.dim()
-        shape[self.outputs_dim(layer)] = -1
-        return factor.view(shape) * self.updated(weight, A, B, layer.scaling[adapter], layer)
+        magnitude = layer.lora_magnitude_vector[adapter].weight.view(norms.shape)
+        factor = self.over(layer, gain(magnitude.to(norms), norms), weight)
+        return factor * self.updated(weight, A, B, layer.scaling[adapter], layer)
 
     def update(self, layer: Any, adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
-        A, B = layer.lora_A[adapter], layer.lora_B[adapter]
+        low = layer.lora_A[adapter].weight.dtype
         base, drop = layer.get_base_layer(), layer.lora_dropout[adapter]
         if not autocast.is_on(x):
-            x = x.to(A.weight.dtype)
+            x = x.to(low)
         view = (-1,) + (1,) * (self.spatial_dims(layer))
         g = self.gain(layer, adapter)
         if isinstance(drop, nn.Identity) or not layer.training:
@@ -197,14 +205,19 @@ class DoraVariant(LoraVariant):
         else:
             x = drop(x)
             product = self.product(layer, base, x)
-        low = torch.promote_types(result.dtype, A.weight.dtype)
+        low = torch.promote_types(result.dtype, low)
         # 1 is subtracted before rounding to a narrow dtype: afterwards few digits would be left
         more, factor = ((f.view(view).to(low)) for f in (g - 1, g * layer.scaling[adapter]))
-        return result + more * product + factor * B(A(x))
+        return result + more * product + factor * self.low_rank(layer, adapter, x)
 
     def spatial_dims(self, layer: Any) -> int:
         """The number of an output's dimensions after the one that counts the outputs."""
         return 0
+
+    def low_rank(self, layer: Any, adapter: str, x: Tensor) -> Tensor:
+        """B A x, without the scaling."""
+        update: Tensor = layer.lora_B[adapter](layer.lora_A[adapter](x))
+        return update
 
     def product(self, layer: Any, base: Any, x: Tensor) -> Tensor:
         """The base layer's product with ``x``, without its bias."""
@@ -252,17 +265,22 @@ class DoraLinearVariant(DoraVariant, setting="use_dora", layers=("linear",)):
     def fused_as(self, layer: Any, adapter: str) -> str | None:
         if layer.product_reason(adapter) is not None or _quantises_input(layer.base_layer):
             return None
-        drop = layer.lora_dropout[adapter]
-        drops = isinstance(drop, nn.Dropout) and layer.training and drop.training
-        if drops and describe()[0] != "torch":
-            return "DoRA: one operation; with dropout, its products are torch's"
-        return "DoRA: one operation"
+        return operation(layer, adapter)
 
     def decline(self, layer: Any, adapter: str) -> str:
         reason = layer.product_reason(adapter)
         if reason is None and _quantises_input(layer.base_layer):
             reason = "its base layer quantises X, and what DoRA scales is a product of X itself"
         return "DoRA has an operation of its own" if reason is None else f"DoRA; {reason}"
+
+
+def operation(layer: Any, adapter: str) -> str:
+    """What ``explain`` calls the one operation of DoRA on a linear layer."""
+    drop = layer.lora_dropout[adapter]
+    drops = isinstance(drop, nn.Dropout) and layer.training and drop.training
+    if drops and describe()[0] != "torch":
+        return "DoRA: one operation; with dropout, its products are torch's"
+    return "DoRA: one operation"
 
 
 class DoraEmbeddingVariant(DoraVariant, setting="use_dora", layers=("embedding",)):

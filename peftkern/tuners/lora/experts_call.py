@@ -157,7 +157,9 @@ def _factors(wrapper: Any, name: str, dtype: torch.dtype, away: bool = False) ->
     if b._parameters.get("bias") is not None:
         return "lora_bias"
     if name in wrapper.lora_variant:
-        return f"{name}: {type(wrapper.lora_variant[name]).__name__}"
+        return (
+            f"adapter {name!r} has {wrapper.lora_variant[name].name}, which changes whole rows of W"
+        )
     drop = modules["lora_dropout"]._modules[name]
     p = 0.0
     if drop.__class__ is nn.Dropout:

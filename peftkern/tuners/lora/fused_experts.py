@@ -166,8 +166,9 @@ def _renamed(key: str, rules: list[Any]) -> str:
 
 
 def _expert(name: str, names: dict[str, str]) -> tuple[str, int, str, str, str] | None:
-    """(experts module, number, old name, new name, "lora_A" or "lora_B") of an expert's weight."""
-    match = re.fullmatch(r"(.*\.experts)\.(\d+)\.(\w+)\.(lora_[AB])\.weight", name)
+    """(experts module, number, old name, new name, side) of an expert's weight; None for others."""
+    sides = r"(lora_[AB](?=\.weight)|lora_magnitude_vector)(?:\.weight)?"
+    match = re.fullmatch(rf"(.*\.experts)\.(\d+)\.(\w+)\.{sides}", name)
     if match is None or match[3] not in names:
         return None
     return match[1], int(match[2]), match[3], names[match[3]], match[4]
@@ -182,7 +183,7 @@ def _fuse(
     parts: dict[str, dict[int, str]],
     why: list[str] | None,
 ) -> tuple[str, Tensor] | None:
-    """(name, weight) of lora_A or lora_B for a parameter, fused from those of its experts.
+    """(name, weight) of one side for a parameter, fused from those of its experts.
 
     ``parts`` has {expert: name in ``weights``} for each layer that the parameter replaces. None
     when some are missing or do not fit; ``why`` gets the reason.
@@ -198,7 +199,8 @@ def _fuse(
             why += [_lacking(f"{holder}.*.{old}.{side}", E, e) for old, e in wrong.items() if e]
         return None
     layers = [[weights[part[e]] for e in range(E)] for part in parts.values()]
-    return f"{name}.{side}.weight", fuse_experts(layers, side)
+    end = "" if side == "lora_magnitude_vector" else ".weight"  # as in files
+    return f"{name}.{side}{end}", fuse_experts(layers, side)
 
 
 def _lacking(what: str, E: int, wrong: set[int]) -> str:

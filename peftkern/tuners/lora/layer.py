@@ -13,7 +13,8 @@ from .base import LoraLayer
 from .conv import Conv1d, Conv2d, Conv3d, _ConvNd
 from .embedding import Embedding
 from .linear import Linear
-from .parameter import ParamWrapper, _LoraFactorsProxy, _LoraParameterProxy
+from .parameter import ParamWrapper
+from .parameter_proxies import _LoraFactorsProxy, _LoraParameterProxy
 from .variant import LoraVariant
 
 __all__ = [

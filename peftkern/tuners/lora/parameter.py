@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ...configs.lora import LoraConfig
+from ...ops.bases.formats import reader_of
 from ...ops.tracing import is_compiling, is_tracing
 from ...utils.handing import HERE, hand_over
 from . import experts_call, parameter_product
@@ -19,6 +20,12 @@ from .base import NOTHING, LoraLayer
 from .experts import shape_of
 from .linear import Linear, bare_linear
 from .offload import in_place, is_away
+from .parameter_proxies import (
+    _LoraFactorsProxy,
+    _LoraParameterProxy,
+    _Proxy,
+    _StepsProxy,
+)
 from .plan import is_hooked
 from .variant import table_of, take_kwargs, variant_class
 
@@ -43,53 +50,21 @@ def separate_reason(wrapper: Any, active: list[str]) -> str | None:
     if reason is None:
         return None
     of = f"`{wrapper.parameter_name}` is a parameter of {type(wrapper.get_base_layer()).__name__}"
-    return f"{of} and gets W + scaling · B A: {reason}"
+    formula = "W + scaling · B A"
+    if any(name in wrapper.lora_variant for name in active):
+        formula = "m / ‖W + scaling · B A‖ · (W + scaling · B A)"
+    return f"{of} and gets {formula}: {reason}"
 
 
-class _Proxy(nn.Module):
-    """A parametrization W -> W + update, set on a parameter for the time of one call."""
-
-    # True: torch's registration calls the parametrization once, to check dtype and shape. W is
-    # returned then, without computing the sum over all experts.
-    registering = True
-
-    def updated(self, W: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def forward(self, W: Tensor) -> Tensor:
-        return W.view_as(W) if self.registering else self.updated(W)
-
-
-class _LoraFactorsProxy(_Proxy):
-    """W + scaling · left @ right for one adapter.
-
-    One product for each expert adds to W directly, so that the update is never a separate tensor.
-    """
-
-    def __init__(self, left: Tensor, right: Tensor, scaling: float) -> None:
-        super().__init__()
-        self.left, self.right, self.scaling = left, right, scaling
-
-    def updated(self, W: Tensor) -> Tensor:
-        # without autocast, so that the result keeps W's dtype
-        with torch.autocast(device_type=W.device.type, enabled=False):
-            product = torch.addmm if W.dim() == 2 else torch.baddbmm
-            return product(W, self.left, self.right, alpha=self.scaling)
-
-
-class _LoraParameterProxy(_Proxy):
-    """W + delta for several adapters or an 8-bit weight, summed in the delta's dtype."""
-
-    def __init__(self, delta_weight: Tensor) -> None:
-        super().__init__()
-        self.delta_weight = delta_weight
-
-    def updated(self, W: Tensor) -> Tensor:
-        delta = self.delta_weight
-        if W.dtype.itemsize > 1:
-            return W + delta
-        info = torch.finfo(W.dtype)  # casting larger values to 8 bits gives NaN
-        return (W.to(delta.dtype) + delta).clamp(info.min, info.max).to(W.dtype)
+def variant_reason(wrapper: Any, active: list[str]) -> str | None:
+    """The reason that a wrapper's operation is not plain LoRA's; None when it is."""
+    of_variants = [name for name in active if name in wrapper.lora_variant]
+    if not of_variants:
+        return None
+    if len(active) > 1:
+        return f"several adapters are active: {', '.join(active)}"
+    reason: str = wrapper.lora_variant[active[0]].decline(wrapper, active[0])
+    return reason
 
 
 class ParamWrapper(nn.Module, LoraLayer):
@@ -170,9 +145,30 @@ class ParamWrapper(nn.Module, LoraLayer):
         kind = ParamWrapper.layer_kind
         variant_class(table_of(kind), kind, config)
 
-    def check_dropout(self, config: LoraConfig) -> None:
-        """Raise a ValueError for dropout where W + scaling · B A is all that can be computed."""
-        reason = operation_of(self).why_never(self.get_base_layer(), self.parameter_name)
+    def check_here(self, config: LoraConfig) -> None:
+        """Raise a ValueError for a setting that has no meaning for this parameter.
+
+        That is dropout where W + scaling · B A is all that can be computed, and DoRA on a packed
+        weight, whose sum with B A cannot stand in its place.
+        """
+        operation = operation_of(self)
+        reason = operation.why_never(self.get_base_layer(), self.parameter_name)
+        packed = reader_of(self.get_base_layer()) is not None or self._packed_shape() is not None
+        if config.use_dora and (packed or not self.get_param().is_floating_point()):
+            of = f"`{self.parameter_name}` of {type(self.get_base_layer()).__name__}"
+            raise ValueError(
+                f"lora.ParamWrapper does not work with use_dora=True on {of}, which is quantised "
+                f"({self.get_param().dtype}): DoRA needs the parameter as floating-point numbers. "
+                "Allowed: use_dora=False, parameters that are not quantised, or target_modules "
+                "for a quantised linear layer"
+            )
+        if config.lora_dropout and config.use_dora and operation is not parameter_product:
+            raise ValueError(
+                f"lora.ParamWrapper does not work with lora_dropout={config.lora_dropout} and "
+                f"use_dora=True together on `{self.parameter_name}`: DoRA multiplies the whole "
+                "parameter, and dropout needs the inputs of its products. Allowed: lora_dropout=0, "
+                "use_dora=False, or only weights of linear layers in target_parameters"
+            )
         if config.lora_dropout and reason is not None:
             raise ValueError(
                 "lora.ParamWrapper does not work with lora_dropout != 0 on "
@@ -190,7 +186,7 @@ class ParamWrapper(nn.Module, LoraLayer):
         self, name: str, r: int, config: LoraConfig, place: dict[str, Any], trainable: bool
     ) -> None:
         self.check_config(config)
-        self.check_dropout(config)
+        self.check_here(config)
         rank = r * self.num_experts
         A = torch.empty((rank, self.in_features), **place)
         B = torch.zeros((self.out_features, rank), **place)
@@ -210,13 +206,21 @@ class ParamWrapper(nn.Module, LoraLayer):
 
     def _factors(self, adapter: str) -> tuple[Tensor, Tensor]:
         """(left [..., r], right [r, ...]) in the adapter's dtype, batched over experts."""
-        A: Tensor = self.lora_A[adapter].weight  # type: ignore[assignment]
-        B: Tensor = self.lora_B[adapter].weight  # type: ignore[assignment]
+        A: Any = self.lora_A[adapter].weight
+        B: Any = self.lora_B[adapter].weight
+        return self.apart(A, B)
+
+    def apart(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """(left [..., r], right [r, ...]) of factors as they are stored, batched over experts."""
         if self.get_param().dim() == 2:
             return B, A
-        A = A.reshape(self.num_experts, -1, A.shape[1])  # [E, r, K]
-        B = B.reshape(B.shape[0], -1, self.num_experts).permute(2, 0, 1)  # [E, N, r]
+        A, B = self.of_experts(A, B)
         return (A.transpose(1, 2), B.transpose(1, 2)) if self.in_first else (B, A)
+
+    def of_experts(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """(A [E, r, K], B [E, N, r]) of factors as they are stored."""
+        A = A.reshape(self.num_experts, -1, A.shape[1])
+        return A, B.reshape(B.shape[0], -1, self.num_experts).permute(2, 0, 1)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The adapter's update, in the parameter's shape and dtype (for 8 bits, the adapter's)."""
@@ -227,6 +231,8 @@ class ParamWrapper(nn.Module, LoraLayer):
 
     def _proxy(self, names: Sequence[str]) -> _Proxy:
         parameter = self.get_param()
+        if any(name in self.lora_variant for name in names):
+            return _StepsProxy([self._step(name) for name in names])
         if len(names) == 1 and parameter.dtype.itemsize > 1:
             left, right = self._factors(names[0])
             scaling = self.scaling[names[0]]
@@ -235,6 +241,11 @@ class ParamWrapper(nn.Module, LoraLayer):
         for name in names[1:]:
             delta = delta + self.get_delta_weight(name)
         return _LoraParameterProxy(delta)
+
+    def _step(self, name: str) -> tuple[Tensor, Tensor, float, Tensor | None]:
+        variant: Any = self.lora_variant.get(name)
+        gain = None if variant is None else variant.weight_gain(self, name)
+        return *self._factors(name), self.scaling[name], gain
 
     @contextmanager
     def _activate_lora(self, active_adapters: Sequence[str]) -> Iterator[None]:
@@ -339,7 +350,7 @@ class ParamWrapper(nn.Module, LoraLayer):
         active = [n for n in self.active_adapters if n in self.lora_A]
         if not active:
             return experts_call.NOTHING_ACTIVE
-        return separate_reason(self, active)
+        return separate_reason(self, active) or variant_reason(self, active)
 
     def is_called_apart(self) -> bool:
         """True when a call runs more than this class's forward."""

@@ -16,11 +16,12 @@ from ...ops.library import traced_lora_linear, why_formula
 from ...ops.lora import lora_linear
 from ...ops.projection import Projection
 from ...ops.tracing import is_compiling
+from ...utils.private import in_transform
 from ..base_layer import as_names
 from .base import LoraLayer
 from .linear import Linear
 from .plan import weight_layout
-from .row_adapters import AdapterNames, forward_mixed
+from .row_adapters import IN_TRANSFORM, AdapterNames, forward_mixed
 
 
 def is_product(module: Any, parameter: str) -> bool:
@@ -38,9 +39,10 @@ def why_separate(wrapper: Any, names: Sequence[str]) -> str | None:
     if layout and len(names) > 1:
         return "several adapters on the weight of a Conv1D"
     for name in names:
-        if name in wrapper.lora_variant:
-            return f"{name}: {type(wrapper.lora_variant[name]).__name__}"
-        if (reason := Linear.product_reason(wrapper, name)) is not None:
+        reason = Linear.product_reason(wrapper, name)
+        if reason == IN_TRANSFORM and (not layout or name in wrapper.lora_variant):
+            continue  # the layer's output and the update, by torch's operations
+        if reason is not None:
             return reason
     return None
 
@@ -62,32 +64,54 @@ def run(wrapper: Any, args: Any, kwargs: Any, names: Sequence[str] | None = None
         if (reason := why_separate(wrapper, here)) is not None:
             return reason
         return forward_mixed(wrapper, x, rows, (), {}, {})
-    active = as_names(wrapper._active_adapter)
+    state = wrapper.__dict__
+    if state["_disable_adapters"] or state["merged_adapters"]:
+        return "adapters are disabled or merged"
+    active = as_names(state["_active_adapter"])
+    here = [name for name in active if name in wrapper.lora_A]
+    if wrapper.lora_variant and any(name in wrapper.lora_variant for name in here):
+        return _with_variants(wrapper, x, here)
     if is_compiling():
         call = _traced(wrapper, x, active)
         if call is None:
             return "a compiler traces the plain formula"
         return traced_lora_linear(x, call)
-    state = wrapper.__dict__
     plan = state["_plan"]
     if plan is not None and active != [plan.name]:  # a list that a caller may have changed
         state["_plan"] = None
     found = Linear.fused_call(wrapper, x)
     if found is not None:
-        return lora_linear(x, *_turned(found))
-    here = [name for name in active if name in wrapper.lora_A]
-    if len(here) == 1:
-        return why_separate(wrapper, here) or "the dtypes of input, weight and adapter differ"
+        return lora_linear(x, *turned(found))
     if (reason := why_separate(wrapper, here)) is not None:
         return reason
+    if len(here) == 1 and not in_transform():
+        return "the dtypes of input, weight and adapter differ"
+    return _summed(wrapper, x, here)
+
+
+def _with_variants(wrapper: Any, x: Tensor, names: Sequence[str]) -> Tensor | str:
+    """:func:`run` for active adapters of which at least one is no plain LoRA."""
+    if (reason := why_separate(wrapper, names)) is not None:
+        return reason
+    y = None if is_compiling() else wrapper._variant_operation(x)
+    return _summed(wrapper, x, names) if y is None else y
+
+
+def _summed(wrapper: Any, x: Tensor, names: Sequence[str]) -> Tensor:
+    """The linear layer's output, then one adapter after the other, as in a LoRA linear."""
     y = wrapper.base_layer(x)
     dtype = y.dtype
-    for name in here:
-        y = y + wrapper._update(name, x)
+    for name in names:
+        variant = wrapper.lora_variant.get(name)
+        if variant is None:
+            y = y + wrapper._update(name, x)
+        else:
+            y = variant.update(wrapper, name, x, y)
     return y.to(dtype)
 
 
-def _turned(call: Any) -> Any:
+def turned(call: Any) -> Any:
+    """The call of a wrapper's parameter as one of its linear layer, whose W may be [K, N]."""
     weight, bias, A, B, scale, p, transposed = call
     return (weight, bias, B.t(), A.t(), scale, p, transposed) if transposed else call
 
@@ -100,4 +124,4 @@ def _traced(wrapper: Any, x: Tensor, active: Sequence[str]) -> Projection | None
     call = Linear.product_call(wrapper, x, active[0])
     if call is None or why_formula(x, call.A) is not None:
         return None
-    return Projection(*_turned(call))
+    return Projection(*turned(call))

@@ -142,7 +142,7 @@ def _check(model: nn.Module, target: Target, adapted: Sequence[str], config: Lor
             raise ValueError(
                 f"{exc} `target_parameters` names '{target.key}', of shape {shape}."
             ) from None
-    wrapper.check_dropout(config)
+    wrapper.check_here(config)
 
 
 def wrap_parameter(model: nn.Module, target: Target, active: list[str]) -> ParamWrapper:

@@ -18,6 +18,7 @@ from .dora import (
     DoraEmbeddingVariant,
     DoraLinearVariant,
 )
+from .dora_parameter import DoraParameterVariant
 from .kasa import KasaLinearVariant
 from .monteclora import MontecloraLinearVariant
 from .variant import LoraVariant
@@ -32,6 +33,7 @@ __all__ = [
     "DoraConv3dVariant",
     "DoraEmbeddingVariant",
     "DoraLinearVariant",
+    "DoraParameterVariant",
     "KasaLinearVariant",
     "LoraVariant",
     "MontecloraLinearVariant",
