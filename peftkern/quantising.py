@@ -179,6 +179,9 @@ def _check(model: nn.Module, found: dict[str, Any], frozen: bool) -> None:
         for m in model.modules()
         if getattr(m, "merged_adapters", None) and hasattr(m, "base_layer")
     }
+    of_parameters = {
+        id(m.base_layer) for m in model.modules() if getattr(m, "layer_kind", "") == "parameter"
+    }
     shared = Counter(
         id(p)
         for m in model.modules()
@@ -190,6 +193,9 @@ def _check(model: nn.Module, found: dict[str, Any], frozen: bool) -> None:
         for name, module in found.items()
         if (why := _why_not(module, frozen, id(module) in merged, shared)) is not None
     }
+    for name, module in found.items():
+        if id(module) in of_parameters:
+            wrong[name] = "an adapter is on its parameter (`target_parameters`)"
     if wrong:
         some = "; ".join(f"{name}: {why}" for name, why in list(wrong.items())[:3])
         more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""

@@ -113,3 +113,12 @@ def test_what_a_format_cannot_hold_is_refused(build: Build) -> None:
         model.merge_adapter()
     assert same(held(model), packed)
     assert model.base_model.model.first.merged_adapters == []
+
+
+@pytest.mark.parametrize("build", BUILD.values(), ids=BUILD.keys())
+def test_a_packed_weight_is_no_target_parameter(build: Build) -> None:
+    model = Model(build)
+    config = peftkern.LoraConfig(target_modules=[], target_parameters=["first.weight"])
+    with pytest.raises(ValueError, match="first.weight.*quantised.*target_modules"):
+        peftkern.get_peft_model(model, config)
+    assert not hasattr(model.first, "base_layer")

@@ -263,3 +263,13 @@ def test_transformers_trainer_trains_adapters_on_it(tmp_path: Path) -> None:
     assert all(not torch.equal(value, before[name]) for name, value in after.items())
     for name, layer in fp8_layers(model).items():
         assert torch.equal(layer.weight.view(torch.uint8), bits[name])
+
+
+def test_a_weight_with_an_adapter_as_a_parameter_is_refused() -> None:
+    config = peftkern.LoraConfig(
+        r=2, target_modules=["q_proj"], target_parameters=["o_proj.weight"]
+    )
+    model = peftkern.get_peft_model(dense(), config)
+    with pytest.raises(ValueError, match=r"o_proj.*target_parameters"):
+        peftkern.quantize_base(model)
+    assert not fp8_layers(model)

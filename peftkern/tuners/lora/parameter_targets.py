@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from ...configs.lora import LoraConfig
+from ...ops.bases.formats import reader_of
 from ...utils.module_tree import get_submodules
 from ...utils.places import further_names, replace
 from ...utils.tied import plain_name
@@ -132,12 +133,18 @@ def _check(model: nn.Module, target: Target, adapted: Sequence[str], config: Lor
             "also targeted with `target_modules`. For some models, PEFT will do this "
             "automatically, try setting `target_modules=[]` to prevent it."
         )
+    holder: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    if reader_of(holder) is not None and target.name == "weight":
+        raise ValueError(
+            f"`target_parameters` names '{target.key}', the quantised weight of a "
+            f"{type(holder).__name__}, to which nothing can be added; name the layer in "
+            "`target_modules` instead"
+        )
     wrapper = wrapper_of(module, target.name)
     if wrapper is None:
         try:
             wrapper = ParamWrapper(module, target.name)  # raises for one that it cannot adapt
         except ValueError as exc:
-            holder: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
             shape = tuple(getattr(holder, target.name).shape)
             raise ValueError(
                 f"{exc} `target_parameters` names '{target.key}', of shape {shape}."
