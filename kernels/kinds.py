@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from itertools import repeat
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +16,7 @@ class Unplanned(Exception):
 
 # and the classes of configs; in a key a class stands before its value, as 1 equals True
 _CONSTANTS = {int, bool, str, float, torch.dtype, torch.device}
+_SEQUENCES: set[type] = {list, tuple}  # and the classes of NamedTuples
 
 
 def halves(seed: int) -> tuple[int, int]:
@@ -57,36 +57,37 @@ def read(
     # This runs in every launch, and each statement for each of its tensors.
     for value, changes in zip(values, changing):  # noqa: B905  # checking costs time
         kind = type(value)
-        if kind is list or kind is tuple:
-            key.append(len(value))
+        if kind is Tensor or kind is Parameter:
+            tensors.append(value)
+            pointers.append(pointer := value.data_ptr())
+            key += value.shape, value.stride(), value.dtype, value.device, pointer & 15
+        elif value is None:
+            key.append(None)
+        elif kind in _SEQUENCES:
+            key.append(len(value) if kind is list or kind is tuple else kind)
             for one in value:
                 kind = type(one)
                 if kind is Tensor or kind is Parameter:
                     tensors.append(one)
                     pointers.append(pointer := one.data_ptr())
                     key += one.shape, one.stride(), one.dtype, one.device, pointer & 15
-                elif kind is float and changes is float:
-                    numbers.append(one)
-                    key.append(float)
+                elif one is None:
+                    key.append(None)
+                elif kind is changes:
+                    numbers += (one,) if kind is float else halves(one)
+                    key.append(kind)
+                elif kind in _CONSTANTS:
+                    key += (kind, one)
                 else:
                     read((one,), (changes,), key, tensors, pointers, numbers)
-        elif kind is Tensor or kind is Parameter:
-            tensors.append(value)
-            pointers.append(pointer := value.data_ptr())
-            key += value.shape, value.stride(), value.dtype, value.device, pointer & 15
-        elif value is None:
-            key.append(None)
-        elif kind is float and changes is float:
-            numbers.append(value)
-            key.append(float)
-        elif kind is int and changes is int:
-            numbers += halves(value)
-            key.append(int)
+        elif kind is changes:
+            numbers += (value,) if kind is float else halves(value)
+            key.append(kind)
         elif kind in _CONSTANTS or _frozen(kind):
             key += (kind, value)
         elif issubclass(kind, tuple):  # a NamedTuple
-            key.append(kind)
-            read(value, repeat(changes), key, tensors, pointers, numbers)
+            _SEQUENCES.add(kind)
+            read((value,), (changes,), key, tensors, pointers, numbers)
         else:
             raise Unplanned(f"an argument is a {kind.__name__}")
 

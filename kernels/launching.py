@@ -142,10 +142,10 @@ def planned(*scales: str, seeds: Sequence[str] = ()) -> Callable[[F], F]:
                 pointers: list[int] = []
                 numbers: list[float] = []
                 read(args, classes, parts, tensors, pointers, numbers)
-                for name, value in kwargs.items():
-                    parts.append(name)
-                    of = (changing.get(name),)
-                    read((value,), of, parts, tensors, pointers, numbers)
+                if kwargs:
+                    parts += kwargs
+                    of = map(changing.get, kwargs)
+                    read(kwargs.values(), of, parts, tensors, pointers, numbers)
                 key: Any = kind_of(parts, pointers)
                 plan = plans.get(key)
             except (Unplanned, RuntimeError, TypeError) as e:

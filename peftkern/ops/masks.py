@@ -7,6 +7,7 @@ dropout, not its elements.
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
@@ -15,16 +16,29 @@ from torch import Tensor
 from ..kernels.bits import Draw, dropout_bits
 from ..kernels.common import INTERPRET
 from ..kernels.reference import reference_bits
-from ..kernels.shrink import draws
+from ..utils.private import dispatch_depth
 from . import torch_backend
 from .device import capturing
+
+# the number of each thread's last seed: a new tensor for each would take twice the time
+_last = threading.local()
 
 
 def _seed(x: Tensor) -> int | Tensor:
     if capturing(x):
         # replays of a graph get new numbers only from the device's own generator
         return torch.randint(2**62, (1,), device=x.device)
-    return int(torch.randint(2**62, (1,)).item())
+    seed: int
+    if dispatch_depth():  # a selective checkpoint may keep the tensor: it must not be written again
+        seed = torch.randint(2**62, (1,), device="cpu").item()  # type: ignore[assignment]
+        return seed
+    try:
+        number = _last.number
+    except AttributeError:
+        with torch.inference_mode(False):  # a tensor made there cannot be written elsewhere
+            number = _last.number = torch.empty(1, dtype=torch.int64, device="cpu")
+    seed = number.random_(0, 2**62).item()  # randint's own numbers
+    return seed
 
 
 # (device, K, p) of masks for which this process has run, and so loaded, the kernel
@@ -59,31 +73,35 @@ def words_of(x: Tensor, ps: list[float]) -> list[Tensor | None]:
     return words
 
 
+_draw = tuple.__new__  # a NamedTuple's constructor calls it, at twice the cost
 # facts of calls in which this process has loaded a shrink that draws its masks
 _drew: set[tuple[Any, ...]] = set()
 
 
 def to_draw(
-    x: Tensor, ps: list[float], ranks: list[int], facts: tuple[Any, ...]
+    x: Tensor, ps: list[float], drawn: bool, facts: tuple[Any, ...]
 ) -> tuple[list[Tensor | None], Draw | None]:
     """(words, None), or (words that the shrink is to fill, what it draws them from).
 
-    The shrink draws them where one launch makes all of S, and all have the same probability. Their
-    elements are those of :func:`words_of`. A kernel that draws is another one than a kernel that
-    reads; where it has not run yet for a call with these ``facts``, a capture does without.
+    The shrink draws them where one launch makes all of S (``drawn``), and all have the same
+    probability. Their elements are those of :func:`words_of`. A kernel that draws is another one
+    than a kernel that reads; where it has not run yet for a call with these ``facts``, a capture
+    does without.
     """
-    (M, K), p = x.shape, ps[0]
-    if p == 0.0 or len(set(ps)) > 1 or not draws(ranks) or not x.numel():
+    p, count, (M, K) = ps[0], len(ps), x.shape
+    if not (drawn and p and M and K) or (count > 1 and ps.count(p) < count):
         return words_of(x, ps), None
-    call = (x.get_device(), K, p, *facts)
-    if capturing(x) and call not in _drew:
+    call = (x.get_device(), K, p, facts)
+    if call not in _drew and capturing(x):
         return words_of(x, ps), None
     _drew.add(call)
-    # torch's operations are those of words_of: selective checkpointing counts them
-    draw, shape = Draw(p, _seed(x)), (M, (K + 31) // 32)
-    if len(ps) == 1:
-        return [torch.empty(shape, dtype=torch.int32, device=x.device)], draw
-    return list(torch.empty((len(ps), *shape), dtype=torch.int32, device=x.device)), draw
+    width, draw = (K + 31) // 32, _draw(Draw, (p, _seed(x)))
+    # torch's operations are those of a plan of words_of: selective checkpointing counts them
+    if count == 1:
+        words = torch.empty_strided((M, width), (width, 1), dtype=torch.int32, device=x.device)
+        return [words], draw
+    shape, stride = (count, M, width), (M * width, width, 1)
+    return list(torch.empty_strided(shape, stride, dtype=torch.int32, device=x.device)), draw
 
 
 def draw(M: int, K: int, p: float, seed: Tensor) -> Tensor:

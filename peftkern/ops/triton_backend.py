@@ -25,7 +25,7 @@ from ..kernels.grad_xa import fits as grad_xa_fits
 from ..kernels.grad_xa import grad_xa
 from ..kernels.mixed import MAX_ADAPTERS
 from ..kernels.mixed import mixed as _mixed
-from ..kernels.shrink import shrink
+from ..kernels.shrink import draws, shrink
 from ..kernels.shrink_expand import fits as shrink_expand_fits
 from ..kernels.shrink_expand import shrink_expand
 from . import torch_backend, tuned
@@ -126,22 +126,33 @@ def forward(
     The masks are ``words`` if given, else drawn, where possible by the kernel that makes S; ``how``
     is one of ``PRODUCTS``.
     """
-    if any([_declines(x, m.A) for m in members]):
-        return torch_backend.forward(x, members, words)
-    ps, masked = [m.p for m in members], any([m.p > 0.0 for m in members])
+    As, Bs, ps, scales, biases, masked = [], [], [], [], [], False
+    for _, bias, A, B, scale, p, _ in members:  # one loop: a list of each would cost more
+        if _declines(x, A):
+            return torch_backend.forward(x, members, words)
+        As.append(A)
+        Bs.append(B)
+        ps.append(p)
+        scales.append(scale / (1.0 - p))
+        biases.append(bias)
+        if p > 0.0:
+            masked = True
     if words is not None:
         masked = any([bits is not None for bits in words])
-    facts = _facts("forward", how, x, masked, [(m.A, m.B) for m in members])
+    facts = _facts("forward", how, x, masked, As, Bs)
     way: _Way = tuned.decided(x, facts, _forward_way, x, members, masked, how)
     drawn = None
-    if words is None:
-        plain = [m.bias is None for m in members]
-        ranks = [m.A.shape[0] for m in members]
-        words, drawn = to_draw(x, ps, ranks, (way.order, *facts, *plain))
-    As, scales = [m.A for m in members], [m.scale / (1.0 - m.p) for m in members]
+    if words is None and masked:
+        plain: Any = biases[0] is None
+        if len(biases) > 1:
+            plain = tuple([bias is None for bias in biases])
+        words, drawn = to_draw(x, ps, way.draws, (way.order, facts, plain))
+    elif words is None:
+        words = [None] * len(members)
     if way.order == "joined":
-        Bs, biases = [m.B for m in members], [m.bias for m in members]
         s, ys = shrink_expand(x, As, Bs, scales, words, biases, draw=drawn, config=way.first)
+        if len(members) == 1:
+            return [(base_product(x, members[0].w, ys[0]), s, words[0])]
         ys = [base_product(x, m.w, y) for y, m in zip(ys, members, strict=True)]
         return list(zip(ys, _columns(s, As), words, strict=True))
     done = []
@@ -166,19 +177,18 @@ class _Way(NamedTuple):
     order: str
     first: Any  # of the kernel that reads X for all; backward: of the one that makes dA
     each: list[Any]  # of the kernel of each projection
+    draws: bool = False  # forward: one launch makes all of S, and can draw the masks
     last: Any = None  # backward: of the one that makes dX apart from dA
 
 
-def _facts(op: str, how: str | None, like: Tensor, *more: Any) -> tuple[Any, ...]:
-    """All that a decision depends on, besides the tables of the device; lists hold (A, B)."""
+def _facts(
+    op: str, how: str | None, like: Tensor, more: Any, As: list[Tensor], Bs: list[Tensor]
+) -> tuple[Any, ...]:
+    """All that a decision depends on, besides the tables of the device."""
     dtype = like.dtype
-    facts = [op, how or product, dtype, dtype is torch.float32 and tf32(), like.shape[0]]
-    for value in more:
-        if type(value) is list:
-            for a, b in value:
-                facts += (a.dtype, a.shape, b.dtype, b.shape[0])
-        else:
-            facts.append(value)
+    facts = [op, how or product, dtype, dtype is torch.float32 and tf32(), like.shape[0], more]
+    for a, b in zip(As, Bs):  # noqa: B905  # checking costs time
+        facts += a.dtype, a.shape, b.dtype, b.shape[0]
     return tuple(facts)
 
 
@@ -187,10 +197,10 @@ def _forward_way(x: Tensor, members: list[Projection], masked: bool, how: str | 
     group = _Group(x, low, [m.A.shape[0] for m in members], masked)
     order = group.order(how, n, K)
     if order == "joined":
-        return _Way(order, group.config("shrink_expand", n, K), [])
+        return _Way(order, group.config("shrink_expand", n, K), [], draws(group.ranks))
     op, k = ("gemm", K) if order == "fused" else ("expand", 0)
     each = [tuned.config(op, x, low, m.B.shape[0], k, m.B.shape[1]) for m in members]
-    return _Way(order, group.config("shrink", 0, K), each)
+    return _Way(order, group.config("shrink", 0, K), each, draws(group.ranks))
 
 
 @on_its_device
@@ -208,10 +218,10 @@ def backward(
     """
     if any([_declines(x, m.A) for m in members]):
         return torch_backend.backward(x, members, needs_x, given)
-    As, bits = [m.A for m in members], [m.bits for m in members]
+    As, Bs, bits = [m.A for m in members], [m.B for m in members], [m.bits for m in members]
     like, wants = members[0].dy, [(m.bits is not None, m.needs_a, _both(m)) for m in members]
     grads = grads_of(members, needs_x, given)
-    facts = _facts("backward", how, like, needs_x, grads, *wants, [(m.A, m.B) for m in members])
+    facts = _facts("backward", how, like, (needs_x, grads, *wants), As, Bs)
     way: _Way = tuned.decided(like, facts, _backward_way, x, members, needs_x, how, grads)
     if given is None:
         ds, dbs = over_dy(members, way.each)
@@ -278,7 +288,7 @@ def _backward_way(
         last = group.config("gemm_grad_input", n, K)
     elif needs_x:
         last = group.config("low_rank_grad_input", 0, K)
-    return _Way(order, first, each, last)
+    return _Way(order, first, each, last=last)
 
 
 def grads_of(
