@@ -56,9 +56,15 @@ def llama(make: Callable[..., Any] = bnb4, **how: Any) -> Any:
     return model.requires_grad_(False)
 
 
+def copied(model: Any) -> Any:
+    """A copy; weights of quanto, which torch cannot copy, are shared (they are frozen)."""
+    shared = [p for p in model.parameters() if type(p).__module__.startswith("optimum.")]
+    return copy.deepcopy(model, {id(p): p for p in shared})
+
+
 def dense(model: Any) -> Any:
     """A float64 copy of a quantised model with the same numbers in plain linear layers."""
-    model = copy.deepcopy(model)
+    model = copied(model)
     for name, module in list(model.named_modules()):
         if reader_of(module) is not None:
             found = read(module)
@@ -74,8 +80,8 @@ def dense(model: Any) -> Any:
 def adapted(base: Any, **settings: Any) -> tuple[Any, Any, Any]:
     """(ours, HF PEFT's, HF PEFT's on dense weights in float64), with the same adapters."""
     more: Any = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False, **settings}
-    ours = peftkern.get_peft_model(copy.deepcopy(base), peftkern.LoraConfig(**more))
-    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**more))
+    ours = peftkern.get_peft_model(copied(base), peftkern.LoraConfig(**more))
+    theirs = peft.get_peft_model(copied(base), peft.LoraConfig(**more))
     exact = peft.get_peft_model(dense(base), peft.LoraConfig(**more)).double()
     held = {k: v for k, v in ours.state_dict().items() if "lora_" in k}
     for model in (theirs, exact):

@@ -74,6 +74,10 @@ def _aten(name: str) -> Any:
     return None if packet is None else packet.default
 
 
+# (x [M, K] bf16, q [N, K] int8, scales [N] bf16) -> x qᵀ · scales on a CPU; None without the name
+int8_product: Callable[..., Tensor] | None = _aten("_weight_int8pack_mm")
+
+
 @cache
 def mkl_batches() -> dict[torch.dtype, Callable[..., None]]:
     """{float32, float64: MKL's ?gemm_batch_64}; empty where torch's libraries do not export them.

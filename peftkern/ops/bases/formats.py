@@ -48,11 +48,13 @@ BY_LAYER: dict[tuple[str, str], str] = {
     ("gptqmodel", "AWQuantLinear"): "awq",
     ("gptqmodel", "BaseQuantLinear"): "gptq",
     ("hqq", "HQQLinear"): "hqq",
+    ("optimum", "QLinear"): "quanto",
     ("peftkern", "Fp8Linear"): "fp8_linear",
     ("transformers", "FP8Linear"): "finegrained_fp8",
 }
 BY_WEIGHT: dict[tuple[str, str], str] = {
     ("torchao", "Float8Tensor"): "torchao_fp8",
+    ("torchao", "TorchAOBaseTensor"): "torchao_int",
 }
 # the class of a linear layer's attribute `quantization_scheme` -> the file
 BY_SCHEME: dict[tuple[str, str], str] = {

@@ -1,0 +1,101 @@
+"""torchao's integer tensors as the weight of a linear layer: ``Int8Tensor`` and its relatives.
+
+Weight-only ones are read: ``Int8Tensor``, ``IntxUnpackedToInt8Tensor`` (1 to 8 bit in groups) and
+``Int4Tensor`` (two codes in a byte, W = q · scale + zero, products in bf16). Those that quantise
+the activations have no gradients in torchao and stay their owner's work, as do layouts for one
+device's kernels.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import Parameter
+
+from .formats import Found
+from .int8 import Int8
+from .owned import Owned
+from .repack import State
+from .weight import Packed
+
+
+class Int4(Packed):
+    """An ``Int4Tensor``: q [N, K / 2] of two signed codes a byte, statistics [K / group, N]."""
+
+    __slots__ = ("tensors", "shape", "device")
+
+    format = "int4 (torchao)"
+
+    def __init__(self, q: Tensor, scale: Tensor, zero: Tensor) -> None:
+        self.tensors = (q, scale, zero)
+        self.shape, self.device = (q.shape[0], 2 * q.shape[1]), q.device
+
+    def compute_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return torch.bfloat16
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        q, scale, zero = self.tensors
+        q = q.view(torch.int8)
+        pairs = torch.stack([q << 4 >> 4, q >> 4], -1)  # signed: shifts keep the sign
+        codes = pairs.flatten(1).float()
+        groups: Tensor = codes.unflatten(1, (scale.shape[0], -1))
+        groups.mul_(scale.t().float().unsqueeze(2)).add_(zero.t().float().unsqueeze(2))
+        return groups.flatten(1).to(dtype)
+
+
+def read(module: Any) -> Found | str:
+    """The weight of a linear layer of torchao, or the reason that it cannot be read."""
+    if type(module).forward is not nn.Linear.forward:
+        return f"a {type(module).__name__} computes its product in its own way"
+    held = module._parameters["weight"]
+    kind = type(held).__name__
+    if kind not in ("Int8Tensor", "IntxUnpackedToInt8Tensor", "Int4Tensor"):
+        return f"the weight is a {kind}, packed for the kernels of one kind of device"
+    q, scale, zero = held.qdata, held.scale, held.zero_point
+    if q.is_meta or scale.is_meta:
+        return "its weight is on the meta device (offloaded or not loaded yet)"
+    if q.dim() != 2:
+        return f"its weight is of shape {tuple(held.shape)}"
+    if getattr(held, "act_quant_kwargs", None) or getattr(held, "activation_quantization", None):
+        return f"its {kind} asks for quantised activations"
+    if getattr(held, "act_pre_scale", None) is not None:
+        return f"its {kind} scales the activations first"
+    bias = module._parameters.get("bias")
+    if kind == "Int4Tensor":
+        if held.activation_dtype != torch.bfloat16:
+            return f"its Int4Tensor asks for activations in {held.activation_dtype}"
+        return Found(Int4(q, scale, zero), bias)
+    if kind == "Int8Tensor" and scale.numel() in (1, q.shape[0]) and scale.shape[-1] == 1:
+        return Found(Int8(q, scale, "torchao"), bias)
+    bits = "int8" if kind == "Int8Tensor" else str(held.target_dtype).removeprefix("torch.")
+    names = ("qdata", "scale", "zero_point")
+    form = f"{bits} in groups of {held.block_size[-1]} (torchao)"
+    return Found(Owned(held, names, form), bias)
+
+
+def repacked(module: Any, weight: Tensor) -> State:
+    """What the layer holds for another weight [N, K], by its tensor's own ``from_hp``."""
+    held = module.weight
+    kind, block = type(held), list(held.block_size)
+    owner: Any = sys.modules[kind.__module__]
+    weight = weight.to(held.device, held.dtype)
+    zero = held.zero_point
+    way = owner.MappingType.SYMMETRIC
+    if zero is not None and bool(zero.any()):
+        way = owner.MappingType.ASYMMETRIC
+    made: Tensor
+    if kind.__name__ == "Int4Tensor":
+        made = kind.from_hp(weight, block)
+    elif kind.__name__ == "Int8Tensor":
+        granularity = owner.PerGroup(block[1])
+        if block == list(held.shape):
+            granularity = owner.PerTensor()
+        elif block[1] == held.shape[1]:
+            granularity = owner.PerRow()
+        made = kind.from_hp(weight, granularity, way, reduce_range=held.reduce_range)
+    else:
+        made = kind.from_hp(weight, tuple(block), held.target_dtype, mapping_type=way)
+    return State({"weight": Parameter(made, requires_grad=False)})
