@@ -1,4 +1,4 @@
-"""Two processes that train a 4-bit Llama with LoRA under FSDP, and one that trains it alone.
+"""Two processes that train a quantised Llama with LoRA under FSDP, and one that trains it alone.
 
 ``python -m tests.fsdp FOLDER`` forks two processes, which run every case and save their numbers.
 """
@@ -26,6 +26,9 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 import peftkern
 from peftkern.ops.bases.bnb4 import Bnb4
+from peftkern.ops.bases.formats import reader_of
+from peftkern.ops.bases.fp8 import Fp8
+from peftkern.ops.bases.weight import Packed
 from peftkern.tuners.lora.linear import Linear
 from peftkern.utils.other import fsdp_auto_wrap_policy as our_policy
 from tests import quantised_models
@@ -44,6 +47,7 @@ CASES: dict[str, dict[str, Any]] = {
     "gathered until the backward": {"storage": BF16, "reshard": False},
     "in one group": {"storage": BF16, "whole": True},
     "checkpoints": {"storage": BF16, "reshard": True, "checkpoints": True},
+    "fp8": {"reshard": True},
 }
 # in float32, beside HF PEFT: bitsandbytes' own products leave float64 results unwritten on a CPU,
 # and FSDP1 flattens parameters of one dtype only, the packed ones among them
@@ -54,7 +58,11 @@ BESIDE: dict[str, dict[str, Any]] = {
 
 
 def llama(case: dict[str, Any]) -> Any:
-    """A Llama whose linear layers are NF4, but for the head."""
+    """A Llama whose linear layers are NF4, or e4m3, but for the head."""
+    if "storage" not in case:
+        model = quantised_models.llama(lambda linear: linear)
+        peftkern.quantize_base(model, "fp8")
+        return model
     how = dict(quant_storage=case["storage"], compress_statistics=case.get("nested", True))
     return quantised_models.llama(quant_type="nf4", **how)
 
@@ -65,8 +73,10 @@ def adapted(library: str, base: Any, dtype: torch.dtype) -> Any:
     settings: Any = dict(r=4, target_modules="all-linear", init_lora_weights=False)
     model = of.get_peft_model(base, of.LoraConfig(**settings)).train()
     drawn = torch.Generator().manual_seed(3)
+    layers = [module for module in model.modules() if reader_of(module) is not None]
+    packed = {id(p) for layer in layers for p in layer.parameters()}
     for name, p in model.named_parameters():
-        if not isinstance(p, bitsandbytes.nn.Params4bit):
+        if id(p) not in packed:
             p.data = p.data.to(dtype)
         if "lora_" in name:
             p.data = torch.randn(p.shape, generator=drawn).mul_(0.1).to(dtype)
@@ -92,18 +102,24 @@ def sharded(model: Any, library: str, case: dict[str, Any]) -> Any:
 def watched() -> Iterator[list[Tensor]]:
     """The packed bits that were multiplied with; no call is handed to a layer of bitsandbytes."""
     used: list[Tensor] = []
-    read = Bnb4.dense
 
-    def seen(packed: Bnb4, dtype: torch.dtype) -> Tensor:
-        assert packed.bits.untyped_storage().size(), "the bits have been freed"
-        used.append(packed.bits)
-        return read(packed, dtype)
+    def watch(kind: type[Packed]) -> Any:
+        read = kind.dense
+
+        def seen(packed: Packed, dtype: torch.dtype) -> Tensor:
+            bits = packed.tensors[0]
+            assert bits.untyped_storage().size(), "the bits have been freed"
+            used.append(bits)
+            return read(packed, dtype)
+
+        return mock.patch.object(kind, "dense", seen)
 
     def general(*_: Any, **__: Any) -> Any:
         raise AssertionError("not one operation")
 
     with (
-        mock.patch.object(Bnb4, "dense", seen),
+        watch(Bnb4),
+        watch(Fp8),
         mock.patch.object(Linear, "_forward_general", general),
         mock.patch.object(bitsandbytes.nn.Linear4bit, "forward", general),
     ):

@@ -1,4 +1,4 @@
-"""FSDP shards the packed bytes of a 4-bit base, and each forward and backward reads them whole."""
+"""FSDP shards the packed bytes of a quantised base; every forward and backward reads them whole."""
 
 from __future__ import annotations
 
