@@ -393,6 +393,11 @@ def experts_have_sentinels(module: Any) -> bool:
 # ------------------------------------------------------------------------------- accelerate
 
 
+def compressed_forward(module: Any) -> Any:
+    """The function that compressed-tensors' wrapper of a module's forward calls, or None."""
+    return module.__dict__.get("_original_forward_func")
+
+
 def hook_of(module: Any) -> Any:
     """The hook that accelerate put on a module, or None."""
     return getattr(module, "_hf_hook", None)

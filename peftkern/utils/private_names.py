@@ -348,6 +348,12 @@ REGISTER = (
         "calls of adapted parameters fail in torch",
     ),
     Private(
+        "compressed_tensors",
+        "module._original_forward_func",
+        "the forward that the owner's wrapper around every module of a compressed model calls",
+        "wrapped layers count as hooked and run as base layer + update",
+    ),
+    Private(
         "accelerate",
         "module._old_forward",
         "whose forward a hook of accelerate's stands before",

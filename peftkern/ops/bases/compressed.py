@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...utils.private import compressed_forward
 from . import fp8_products
 from .compressed_numbers import PackedFloat4, PackedInt, unpacked
 from .formats import Found
@@ -100,9 +101,10 @@ def is_owners_forward(module: nn.Module) -> bool:
     """
     function: Any = getattr(module.__dict__.get("forward"), "__func__", None)
     if _home(function) == "compressed_tensors.offload.module":
-        if "_original_forward_func" not in module.__dict__ or _moves(module):
+        own = compressed_forward(module)
+        if own is None or _moves(module):
             return False
-        function = module.__dict__["_original_forward_func"]
+        function = own
         if function is type(module).forward:
             return True
     return (

@@ -11,11 +11,18 @@ from typing import Any
 
 from torch import Tensor
 
+from ...utils.private import EXPERTS_GATE
 from .experts import FoundExperts, PackedExperts
 from .fp8 import Fp8
 from .fp8 import shape_error as fp8_error
 from .mx import Mx4
 from .mx import shape_error as mx_error
+
+SCALES = {
+    "gate_up_proj": "gate_up_proj_scale_inv",
+    "up_proj": "up_proj_scale_inv",
+    "down_proj": "down_proj_scale_inv",
+}
 
 
 def _names(module: Any) -> tuple[str, str]:
@@ -39,7 +46,7 @@ def read(module: Any) -> FoundExperts | str:
             return f"{name}: {found}"
         parts.append(found)
     own, (first, _) = module._parameters, _names(module)
-    gate = (module._apply_gate, None, "halves", None)
+    gate = (getattr(module, EXPERTS_GATE), None, "halves", None)
     if not module.has_gate:
         gate = (module.act_fn, None, "alone", None)
     up_bias, down_bias = own.get(f"{first}_bias"), own.get("down_proj_bias")
@@ -48,7 +55,7 @@ def read(module: Any) -> FoundExperts | str:
 
 def _part(module: Any, name: str) -> PackedExperts | str:
     own = module._parameters
-    q, scale = own.get(name), own.get(f"{name}_scale_inv")
+    q, scale = own.get(name), own.get(SCALES[name])
     if q is None or scale is None:
         return "it has no weights or no scales"
     if q.is_meta or scale.is_meta:

@@ -14,6 +14,12 @@ from torch import Tensor
 from .experts import FoundExperts, PackedExperts
 from .mx import Mx4, shape_error
 
+# where a parameter's scales are: a parameter, or in the configuration of transformers' kernels
+SCALES = {
+    "gate_up_proj": ("gate_up_proj_scales", "gate_up_proj_precision_config"),
+    "down_proj": ("down_proj_scales", "down_proj_precision_config"),
+}
+
 
 def shape_of(module: Any, name: str) -> tuple[int, int, int]:
     """[E, N, K] of the weights called ``name``, as numbers."""
@@ -59,9 +65,9 @@ def _part(module: Any, name: str) -> PackedExperts | str:
 
 def _scale(module: Any, name: str) -> Tensor | None:
     """The scales, a parameter or in the configuration of the kernels."""
-    found = module._parameters.get(f"{name}_scales")
+    found = module._parameters.get(SCALES[name][0])
     if found is None:
-        found = getattr(getattr(module, f"{name}_precision_config", None), "weight_scale", None)
+        found = getattr(getattr(module, SCALES[name][1], None), "weight_scale", None)
     return found if isinstance(found, Tensor) else None
 
 
