@@ -99,6 +99,15 @@ def _compiled(layer: Any) -> str:
     return "one operator" if why is None else f"plain formula ({why})"
 
 
+def _compiled_formula(layer: Any) -> str:
+    """The result of ``torch.compile`` for a layer that is not fused, in words."""
+    variants = [layer.lora_variant.get(name) for name in layer.active_adapters]
+    measured = any(getattr(variant, "measures_weight", False) for variant in variants)
+    if measured and reader_of(layer.get_base_layer()) is not None:
+        return "plain formula, in parts: the quantised weight is read between graphs"
+    return "plain formula"
+
+
 def explain(model: nn.Module) -> Explanation:
     """A table of the adapted layers of ``model``: how each runs at present, and why.
 
@@ -135,7 +144,7 @@ def explain(model: nn.Module) -> Explanation:
                 reason=decided + _format(layer) + together + of_mlp + of_mixture
                 if reason is None
                 else own or reason,
-                compiled=_compiled(layer) if reason is None else "plain formula",
+                compiled=_compiled(layer) if reason is None else _compiled_formula(layer),
             )
         )
     rows.extend(_prefix_rows(model))

@@ -53,6 +53,14 @@ def in_transform() -> bool:
     return transforms_active() or forward_level() >= 0
 
 
+def outside_transforms() -> Any:
+    """A context in which no transform of torch.func is active, for work on plain tensors."""
+    from torch._functorch import pyfunctorch
+
+    clear = getattr(pyfunctorch, "temporarily_clear_interpreter_stack", contextlib.nullcontext)
+    return clear()
+
+
 # torch's gradients of a batch of outputs (`is_grads_batched`) come in tensors without memory, while
 # no transform is active
 is_grad_batch: Callable[[Tensor], bool] = getattr(

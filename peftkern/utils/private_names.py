@@ -104,6 +104,12 @@ REGISTER = (
     ),
     Private(
         "torch",
+        "_functorch.pyfunctorch.temporarily_clear_interpreter_stack",
+        "owners dequantise with autograd functions, which no transform of torch.func takes",
+        "transforms of models with such weights (quanto's in 2 and 4 bits) raise torch's error",
+    ),
+    Private(
+        "torch",
         "_C._is_tracing",
         "torch.jit.is_tracing at a third of its cost, asked in every call of every layer",
         "torch.jit.is_tracing",

@@ -37,6 +37,10 @@ class Bnb8(Packed):
     def tensors(self) -> tuple[Tensor, ...]:  # type: ignore[override]
         return self.bits, self.scales
 
+    @property
+    def is_linear(self) -> bool:  # type: ignore[override]
+        return not self.integers
+
     def dense(self, dtype: torch.dtype) -> Tensor:
         return self.bits.to(dtype).mul_(self.scales.unsqueeze(1).mul(1.0 / 127.0))
 

@@ -48,6 +48,7 @@ class QuantisedInput(Packed):
 
     __slots__ = ("inner", "module", "arguments", "shape", "device")
     quantises_input = True
+    is_linear = False
 
     def __init__(self, inner: Packed, module: Any, arguments: Any) -> None:
         self.inner, self.module, self.arguments = inner, module, arguments

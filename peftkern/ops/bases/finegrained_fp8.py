@@ -33,7 +33,10 @@ def read(module: Any) -> Found | str:
     if q.dtype == torch.int8:
         return "its weight is packed in 4 bits (FP4)"
     if q.dtype.itemsize != 1 or not q.is_floating_point():
-        return f"its weight is {q.dtype}: it has been dequantised"
+        return (
+            f"its weight is {q.dtype}, which transformers multiplies with, and no scales: right if "
+            "it was dequantised, wrong numbers if `.to(dtype)` has cast it"
+        )
     block = None if module.block_size is None else (module.block_size[0], module.block_size[1])
     if (wrong := shape_error(q, scale, block)) is not None:
         return wrong

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 
 from ...utils.private import make_wrapper
+from ..tracing import is_compiling
 from .weight import BaseWeight, Packed
 
 
@@ -71,9 +72,11 @@ def reader_of(module: nn.Module) -> Read | None:
     """The function that reads the layer's weight; None for a layer of no known format."""
     kinds: Any = (
         module.__class__,
-        module._parameters.get("weight").__class__,
+        type(module._parameters.get("weight")),  # compilers trace no __class__ of some tensors
         module.__dict__.get("quantization_scheme").__class__,
     )
+    if is_compiling():  # it traces no imports, and would guard a write to the table
+        return None if _file_of(*kinds) is None else _in_a_compiler
     try:
         return _readers[kinds]
     except KeyError:
@@ -82,6 +85,14 @@ def reader_of(module: nn.Module) -> Read | None:
 
 
 def _look_up(layer: type, weight: type, scheme: type) -> Read | None:
+    name = _file_of(layer, weight, scheme)
+    if name is None:
+        return None
+    read: Read = import_module(f"{__package__}.{name}").read
+    return _shard if weight.__name__ == "DTensor" else read
+
+
+def _file_of(layer: type, weight: type, scheme: type) -> str | None:
     tables = [(layer, BY_LAYER), (weight, BY_WEIGHT)]
     if issubclass(layer, nn.Linear):
         tables.append((scheme, BY_SCHEME))
@@ -91,9 +102,13 @@ def _look_up(layer: type, weight: type, scheme: type) -> Read | None:
         for cls in kind.__mro__:
             name = table.get((cls.__module__.partition(".")[0], cls.__name__))
             if name is not None:
-                read: Read = import_module(f"{__package__}.{name}").read
-                return _shard if weight.__name__ == "DTensor" else read
+                return name
     return None
+
+
+def _in_a_compiler(module: nn.Module) -> str:
+    """The reason that no format reads a weight while torch.compile traces."""
+    return "torch.compile traces the base layer's own forward, and the plain update"
 
 
 def _shard(module: nn.Module) -> str:

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
-from ...utils.private import unsafe_view
+from ...utils.private import in_transform, unsafe_view
 from .. import autocast
 from .weight import BaseWeight
 
@@ -51,8 +52,13 @@ def frozen_linear(x: Tensor, weight: BaseWeight, bias: Tensor | None) -> Tensor:
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
+    y: Tensor
+    if in_transform():  # it sees torch's own operations alone
+        dtype = weight.packed.compute_dtype(x.dtype)
+        y = linear(x.to(dtype), weight.to(dtype).dense()).to(x.dtype)
+        return y if bias is None else y + bias
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-        y: Tensor = _FrozenLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+        y = _FrozenLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
         return y
     y = _product(x, weight, bias)
     return y.view(*x.shape[:-1], y.shape[-1])

@@ -13,7 +13,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ...utils.private import DisabledTorchFunction, make_wrapper
+from ...utils.private import (
+    DisabledTorchFunction,
+    make_wrapper,
+    outside_transforms,
+    transforms_active,
+)
 from ..projection import Plain, PlainGrad, Projection, ProjectionGrad
 
 
@@ -37,6 +42,8 @@ class Packed(ABC):
     tensors: tuple[Tensor, ...]
     # True: products are of a quantised X, so that `dense` alone does not give the layer's output
     quantises_input: bool = False
+    # True: all that products add to `dense` is rounding, so that torch.func may follow those
+    is_linear: bool = True
     # True: the layer's `weight` is a dense parameter, which merging writes to
     holds_dense: bool = False
 
@@ -104,7 +111,11 @@ class BaseWeight(Tensor):
 
     def dense(self) -> Tensor:
         """The numbers: a tensor [N, K] in this dtype, or its view [K, N] when turned."""
-        w = self.packed.dense(self.dtype)
+        if transforms_active():  # which take no autograd functions, as owners' code has
+            with outside_transforms():
+                w = self.packed.dense(self.dtype)
+        else:
+            w = self.packed.dense(self.dtype)
         return w.t() if self.turned else w
 
     def product(self, x: Tensor, y: Tensor | None = None) -> Tensor:

@@ -22,7 +22,7 @@ from ...ops.bases.formats import read, reader_of
 from ...ops.bases.weight import BaseWeight, dense
 from ...ops.dora import dora_linear
 from ...ops.dora_norm import gain, row_norms
-from ...ops.tracing import is_tracing
+from ...ops.tracing import is_compiling, is_tracing
 from ...utils.private import convolve
 from .plan import is_hooked
 from .variant import LoraVariant
@@ -346,6 +346,12 @@ def _quantises_input(base: Any) -> bool:
     return found is not None and not isinstance(found, str) and found.packed.quantises_input
 
 
+@torch.compiler.disable
+def _numbers(base: Any) -> Tensor:
+    """:func:`known_weight` outside the graph: compilers do not trace how owners keep weights."""
+    return dense(known_weight(base))
+
+
 def known_weight(base: Any) -> Tensor:
     """A layer's weight as floating-point numbers: its own tensor, or one read in its format.
 
@@ -354,6 +360,8 @@ def known_weight(base: Any) -> Tensor:
     """
     why = ""
     if reader_of(base) is not None:
+        if is_compiling():
+            return _numbers(base)
         found = read(base)
         if not isinstance(found, str):
             double = any(t.dtype == torch.float64 for t in found.packed.tensors)

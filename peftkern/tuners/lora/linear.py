@@ -280,11 +280,12 @@ class Linear(nn.Module, LoraLayer):
         """The base layer's output; of a quantised one that can be read without its own forward."""
         base: Any = self.base_layer
         if reader_of(base) is not None and not (
-            args or kwargs or is_compiling() or is_tracing() or in_transform() or is_hooked(base)
+            args or kwargs or is_compiling() or is_tracing() or is_hooked(base)
             or any(GLOBAL_HOOKS)
         ):  # fmt: skip
             found = base_weight(base, x)
-            if found is not None:
+            # transforms take no autograd function, which most owners' forwards are
+            if found is not None and (found[0].packed.is_linear or not in_transform()):
                 return frozen_linear(x, *found)
         y: Tensor = base(x, *args, **kwargs)
         return y
