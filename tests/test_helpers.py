@@ -271,7 +271,8 @@ def defined_here() -> set[str]:
 def is_own(name: str, value: Any, package: str) -> bool:
     if name.startswith("__") or name == "TYPE_CHECKING" or isinstance(value, ModuleType):
         return False
-    return name.isupper() or str(getattr(value, "__module__", "")).startswith(package)
+    constant = name.isupper() and not isinstance(value, type)  # ABC is a class
+    return constant or str(getattr(value, "__module__", "")).startswith(package)
 
 
 @pytest.mark.parametrize("face", sorted(FACES))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ...utils.private import DisabledTorchFunction, make_wrapper
+from ..tracing import is_compiling
 from .weight import Packed, dispatched
 
 # (first part of the class's module, class) -> the file with its ``read`` and ``shapes``
@@ -115,11 +116,18 @@ _readers: dict[type, Any] = {}
 def reader_of(module: nn.Module) -> Any:
     """The file that reads a module of quantised experts; None for any other module."""
     cls = module.__class__
-    if cls not in _readers:
-        _readers[cls] = None
-        for base in cls.__mro__:
-            name = BY_MODULE.get((base.__module__.partition(".")[0], base.__name__))
-            if name is not None and make_wrapper is not None:
-                _readers[cls] = import_module(f"{__package__}.{name}")
-                break
-    return _readers[cls]
+    try:
+        return _readers[cls]
+    except KeyError:
+        found = _look_up(cls)
+        if not is_compiling():  # a compiler may not write to what is outside of its graph
+            _readers[cls] = found
+        return found
+
+
+def _look_up(cls: type) -> Any:
+    for base in cls.__mro__:
+        name = BY_MODULE.get((base.__module__.partition(".")[0], base.__name__))
+        if name is not None and make_wrapper is not None:
+            return import_module(f"{__package__}.{name}")
+    return None

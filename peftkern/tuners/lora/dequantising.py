@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -76,9 +77,8 @@ def _dense(module: Any, dtype: torch.dtype) -> nn.Linear:
     bias = None if held.bias is None else held.bias.detach().to(dtype)
     dense = bare_linear(held.packed.dense(dtype), bias, trainable=False).train(module.training)
     if (hook := hook_of(module)) is not None:
-        from accelerate.hooks import add_hook_to_module  # it has given the layer its hook
-
-        add_hook_to_module(dense, copy.copy(hook))
+        accelerate: Any = sys.modules["accelerate.hooks"]  # it has given the layer its hook
+        accelerate.add_hook_to_module(dense, copy.copy(hook))
     return dense
 
 
