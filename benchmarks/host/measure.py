@@ -200,19 +200,31 @@ def check_equal(what: str, ours: Tensor, theirs: Tensor, tolerance: float = 1e-5
     assert difference <= allowed, f"{what}: differs by {difference:.2e}, allowed {allowed:.2e}"
 
 
+def _storages(t: Any) -> list[Any]:
+    """The storages behind a tensor; of a quantised weight, those of its parts."""
+    parts: list[Any]
+    if hasattr(t, "packed"):
+        parts = list(t.packed.tensors)
+    elif hasattr(t, "__tensor_flatten__"):
+        parts = [getattr(t, name) for name in t.__tensor_flatten__()[0]]
+    else:
+        return [t.untyped_storage()]
+    return [storage for part in parts for storage in _storages(part)]
+
+
 def kept_bytes(forward: Callable[[], Tensor], weights: list[Tensor]) -> int:
     """Bytes that autograd keeps for the backward of ``forward``.
 
     Each storage counts once, and those of ``weights`` not at all.
     """
-    known = {w.untyped_storage().data_ptr() for w in weights}
+    known = {s.data_ptr() for w in weights for s in _storages(w)}
     kept: dict[int, Any] = {}
 
     def pack(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in known:
-            # held, so that no other storage gets the same address
-            kept[storage.data_ptr()] = storage
+        for storage in _storages(t):
+            if storage.data_ptr() not in known:
+                # held, so that no other storage gets the same address
+                kept[storage.data_ptr()] = storage
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):

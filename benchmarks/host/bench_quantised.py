@@ -1,0 +1,152 @@
+"""A Llama on quantised weights: a training step, bytes kept for the backward, and decoding.
+
+HF PEFT runs on its own copy of the same layers, as bitsandbytes may pack weights anew in a call.
+The bare column is the quantised model without adapters. Limits are those of docs/goals.md.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import peftkern
+
+from .llama import LIBRARIES, MEDIUM, build, equalise, lora_config, tokens
+from .measure import BARE, OURS, PEFT, Work, check_equal, kept_bytes
+
+BATCH, LENGTH, PROMPT, NEW = 2, 128, 16, 12
+STEP, KEPT, DECODE = 0.95, 0.7, 0.9
+
+
+def nf4(linear: nn.Linear) -> Any:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    made = bitsandbytes.nn.Linear4bit(
+        linear.in_features, linear.out_features, bias=False, quant_type="nf4",
+        compute_dtype=torch.float32,
+    )  # fmt: skip
+    made.weight = bitsandbytes.nn.Params4bit(
+        linear.weight.detach().clone(), requires_grad=False, quant_type="nf4", module=made
+    )
+    return made.to("cpu")
+
+
+def int8(linear: nn.Linear) -> Any:
+    """torchao's weight-only int8."""
+    quantization = pytest.importorskip("torchao.quantization")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        quantization.quantize_(linear, quantization.Int8WeightOnlyConfig(version=2))
+    return linear
+
+
+def fp8(linear: nn.Linear) -> Any:
+    """torchao's weight-only fp8."""
+    quantization = pytest.importorskip("torchao.quantization")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        quantization.quantize_(linear, quantization.Float8WeightOnlyConfig())
+    return linear
+
+
+MAKERS: dict[str, Callable[[nn.Linear], Any]] = {
+    "NF4 (bitsandbytes)": nf4,
+    "int8 (torchao)": int8,
+    "fp8 (torchao)": fp8,
+}
+
+
+def models(kind: str, p: float) -> dict[str, Any]:
+    """{provider: model} on the same quantised numbers, with equal adapters."""
+    base: Any = build(MEDIUM)
+    for name, module in list(base.named_modules()):
+        if isinstance(module, nn.Linear) and name != "lm_head":
+            base.set_submodule(name, MAKERS[kind](module))
+    found: dict[str, Any] = {BARE: copy.deepcopy(base)}
+    for name, library in LIBRARIES.items():
+        torch.manual_seed(0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = library.get_peft_model(copy.deepcopy(base), lora_config(library, p=p))
+        found[name] = model
+    adapters = {k: v for k, v in found[PEFT].state_dict().items() if "lora_" in k}
+    theirs, ours = nn.Module(), nn.Module()
+    for holder, model in ((theirs, found[PEFT]), (ours, found[OURS])):
+        for key in adapters:
+            holder.register_parameter(key.replace(".", "/"), model.get_parameter(key))
+    equalise(theirs, ours)
+    assert all(row.fused for row in peftkern.explain(found[OURS]))
+    return found
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1], ids="p{}".format)
+@pytest.mark.parametrize("kind", MAKERS)
+def test_step(compare: Callable[..., Any], count: Callable[..., Any], kind: str, p: float) -> None:
+    found, ids = models(kind, p), tokens(MEDIUM, BATCH, LENGTH)
+    embedded = found[BARE].get_input_embeddings()(ids).detach().requires_grad_()
+    inputs = {name: {"input_ids": ids} for name in (PEFT, OURS)}
+    inputs[BARE] = {"inputs_embeds": embedded}
+
+    def loss(name: str) -> torch.Tensor:
+        made: torch.Tensor = found[name](**inputs[name], labels=ids, use_cache=False).loss
+        return made
+
+    def step(name: str) -> torch.Tensor:
+        made = loss(name)
+        made.backward()
+        return made
+
+    def forget(name: str) -> tuple[()]:
+        embedded.grad = None
+        found[name].train().zero_grad()
+        torch.manual_seed(3)
+        return ()
+
+    losses = {}
+    for name in (PEFT, OURS):
+        forget(name)
+        losses[name] = step(name)
+    check_equal("loss", losses[OURS], losses[PEFT], 1e-4)
+    row = f"{kind}, {MEDIUM}, dropout {p}"
+    note = f"batch {BATCH} x {LENGTH}, all-linear, r=8"
+    compare(
+        f"training step {row}",
+        {n: Work(partial(step, n), partial(forget, n)) for n in found},
+        target=STEP,
+        rounds=9,
+        note=note,
+    )
+    kept = {}
+    for name in found:
+        forget(name)
+        own = [
+            getattr(m.weight, "quant_state", None)
+            for m in found[name].modules()
+            if isinstance(m, nn.Linear)
+        ]
+        statistics = [
+            t for s in own if s for t in (s.absmax, s.offset, s.state2.absmax, s.state2.code)
+        ]
+        weights = [*found[name].parameters(), *statistics]
+        kept[name] = kept_bytes(partial(loss, name), weights)
+    count(f"bytes kept, {row}", kept, target=KEPT, note=note)
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_decode(compare: Callable[..., Any], kind: str) -> None:
+    found = {name: model.eval() for name, model in models(kind, 0.0).items()}
+    ids = tokens(MEDIUM, 1, PROMPT)
+    greedy = {"max_new_tokens": NEW, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    compare(
+        f"decode {NEW} tokens {kind}, {MEDIUM}",
+        {n: Work(partial(m.generate, input_ids=ids, **greedy)) for n, m in found.items()},
+        target=DECODE,
+        rounds=9,
+        note=f"batch 1, prompt of {PROMPT}, KV cache, all-linear, r=8",
+    )
