@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections import Counter
 from typing import Any, TypeVar
 
@@ -17,6 +18,7 @@ from .ops.bases.fp8_linear import Fp8Linear
 from .tuners.base_layer import BaseTunerLayer
 from .tuners.lora.plan import is_hooked
 from .tuners.modules_to_save import AuxiliaryTrainingWrapper
+from .utils.private import kept_wide
 
 Model = TypeVar("Model", bound=nn.Module)
 METHODS = ("fp8",)
@@ -44,7 +46,8 @@ def quantize_base(
         layers: "adapted": the base layers under adapters. "all-linear": those, and every other
             ``nn.Linear`` but output heads and modules that adapters train in full. None: "adapted"
             if the model has adapters, or else "all-linear". Then weights count as frozen whatever
-            their ``requires_grad``, as adapters freeze them.
+            their ``requires_grad``, as adapters freeze them. Layers that transformers leaves out
+            when it quantises a model (T5's ``wo``) stay dense in each case, which is logged.
 
     Raises:
         TypeError: ``model`` is no ``nn.Module``.
@@ -61,6 +64,7 @@ def quantize_base(
     found = dict(adapted)
     if layers == "all-linear" or (layers is None and not adapted):
         found.update(_other_linears(model, adapted))
+    found = _without_wide(model, found)
     if not found:
         what = "base layers under adapters" if layers == "adapted" else "linear layers"
         raise ValueError(f"quantize_base: the model has no {what}")
@@ -166,6 +170,20 @@ def _other_linears(model: nn.Module, adapted: dict[str, Any]) -> dict[str, Any]:
         for name, module in model.named_modules(remove_duplicate=False)
         if type(module) is nn.Linear and id(module) not in skipped and not _is_head(name)
     }
+
+
+def _without_wide(model: nn.Module, found: dict[str, Any]) -> dict[str, Any]:
+    """``found`` without the layers that the model's class keeps from quantisation, logged."""
+    kept = [re.compile(rf"(?:^|\.){name}(?:\.|$)") for name in kept_wide(model)]
+    wide = [name for name in found if any(pattern.search(name) for pattern in kept)]
+    if wide:
+        logging.getLogger("peftkern").info(
+            "quantize_base: %d layers stay dense, as in transformers' own quantisation: %s%s",
+            len(wide),
+            ", ".join(wide[:3]),
+            " ..." if len(wide) > 3 else "",
+        )
+    return {name: module for name, module in found.items() if name not in wide}
 
 
 def _is_head(name: str) -> bool:

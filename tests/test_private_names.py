@@ -120,6 +120,11 @@ def model_declares(attribute: str) -> bool:
     return bool(getattr(tf.LlamaForCausalLM, attribute))
 
 
+def kept_wide() -> list[str]:
+    sizes = dict(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, vocab_size=8)
+    return private.kept_wide(tf.T5Model(tf.T5Config(**sizes)))  # type: ignore[arg-type]
+
+
 def experts() -> Any:
     """A module of experts of a tiny model."""
     return make("qwen3_moe").model.layers[0].mlp.experts
@@ -157,6 +162,7 @@ PROBES: dict[str, Callable[[], Any]] = {
         at("transformers.RecurrentGemmaPreTrainedModel")
     ),
     "conversion_mapping._MODEL_TO_CONVERSION_PATTERN": private.conversion_families,
+    "PreTrainedModel._keep_in_fp32_modules": lambda: kept_wide() == ["wo"],
     "PreTrainedModel._no_split_modules": lambda: model_declares(private.NO_SPLIT),
     "PreTrainedModel._tied_weights_keys": lambda: model_declares(private.TIED),
     # transformers 5 has it no longer; HF PEFT reads it, for models with code of their own

@@ -1,4 +1,4 @@
-"""Quantised bases under torch.compile, torch.func and forward-mode AD, where no format is fused."""
+"""Quantised bases where none is fused: torch.compile, torch.func, forward-mode AD; bad input."""
 
 from __future__ import annotations
 
@@ -148,3 +148,21 @@ def test_dora_under_a_compiler_reads_the_weight_between_graphs(name: str) -> Non
     assert_as_good_as_torch(
         y.detach(), single(x).detach(), exact(x.double()).detach(), average=True
     )
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_an_x_of_integers_is_an_error_that_names_its_dtype(name: str) -> None:
+    ours, _, _ = models(FORMATS[name])
+    x = torch.arange(128).view(2, 64)
+    with pytest.raises(ValueError, match="floating-point dtype, given torch.int64"):
+        ours(x)
+    with ours.disable_adapter(), pytest.raises(ValueError, match=r"given torch\.int64"):
+        ours(x)
+
+
+def test_an_fp8_layer_without_its_scales_says_so() -> None:
+    ours, _, _ = models(Fp8Linear)
+    ours.base_model.model[0].base_layer.weight_scale_inv = None
+    assert "no scales" in peftkern.explain(ours)[0].reason
+    with pytest.raises(RuntimeError, match="no scales"):
+        ours(torch.randn(2, 64))

@@ -11,6 +11,7 @@ import peft
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import T5Config, T5ForConditionalGeneration
 
 import peftkern
 from peftkern.ops.bases.fp8_linear import Fp8Linear
@@ -273,3 +274,29 @@ def test_a_weight_with_an_adapter_as_a_parameter_is_refused() -> None:
     with pytest.raises(ValueError, match=r"o_proj.*target_parameters"):
         peftkern.quantize_base(model)
     assert not fp8_layers(model)
+
+
+@pytest.mark.parametrize("targets", [["q", "v"], ["q", "wo"]])
+def test_layers_that_transformers_does_not_quantise_stay_dense(
+    targets: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    sizes = dict(d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4, vocab_size=32)
+    base = T5ForConditionalGeneration(
+        T5Config(dropout_rate=0.0, decoder_start_token_id=0, **sizes)  # type: ignore[arg-type]
+    )
+    config = peftkern.LoraConfig(r=4, target_modules=targets, init_lora_weights=False)
+    model = peftkern.get_peft_model(base, config)
+    x = torch.arange(12).view(2, 6)
+    with torch.no_grad():
+        before = model.eval()(input_ids=x, labels=x).logits
+        with caplog.at_level("INFO", logger="peftkern"):
+            peftkern.quantize_base(model, layers="all-linear")
+        after = model(input_ids=x, labels=x).logits  # T5 casts X to the dtype of this weight
+    made = fp8_layers(model)
+    assert made and not any(".wo" in name for name in made)
+    assert "2 layers stay dense" in caplog.text and "DenseReluDense.wo" in caplog.text
+    assert not torch.equal(before, after)
+    torch.testing.assert_close(after, before, rtol=0.1, atol=0.1 * float(before.abs().max()))
+    if "wo" in targets:
+        with pytest.raises(ValueError, match="already"):  # of q
+            peftkern.quantize_base(model)

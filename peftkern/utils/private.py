@@ -251,6 +251,15 @@ def is_compiled(model: nn.Module) -> bool:
 
 # ----------------------------------------------------------------------------- transformers
 
+
+def kept_wide(model: nn.Module) -> list[str]:
+    """The names of layers that transformers leaves out when it quantises this model."""
+    names: set[str] = set()
+    for module in model.modules():
+        names.update(getattr(module, "_keep_in_fp32_modules", None) or ())
+    return sorted(names)
+
+
 CHECKPOINT_RUNNER = "_gradient_checkpointing_func"
 KEEPS_CACHE = "_can_checkpoint_with_cache"
 NO_SPLIT = "_no_split_modules"

@@ -243,6 +243,13 @@ REGISTER = (
     ),
     Private(
         "transformers",
+        "PreTrainedModel._keep_in_fp32_modules",
+        "names the layers that transformers leaves out when it quantises, as the model reads the "
+        "dtype of their weight (T5's `wo`)",
+        "`quantize_base` makes those fp8 too, and T5 fails in its forward",
+    ),
+    Private(
+        "transformers",
         "PreTrainedConfig._attn_implementation",
         "the attention that a model calls now; it has no public name",
         "injecting a prefix raises PrivateNameError",

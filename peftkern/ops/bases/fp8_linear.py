@@ -97,7 +97,9 @@ def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def read(module: Any) -> Found | str:
     """The weight of an :class:`Fp8Linear`, or the reason that it cannot be read."""
-    q, scale = module._parameters["weight"], module._buffers["weight_scale_inv"]
+    q, scale = module._parameters.get("weight"), module._buffers.get("weight_scale_inv")
+    if q is None or scale is None:
+        return "it has no weight, or no scales (`weight_scale_inv`)"
     if q.is_meta or scale.is_meta:
         return "its weight is on the meta device (offloaded or not loaded yet)"
     if q.dtype != E4M3 or scale.dtype != torch.float32:

@@ -50,14 +50,19 @@ def base_weight(base: Any, x: Tensor) -> tuple[BaseWeight, Tensor | None] | None
     :func:`base_reason` gives the reason in words.
 
     Raises:
-        ValueError: the base layer itself cannot be called with x either.
+        ValueError: the base layer itself cannot be called with x either, or x is of integers.
     """
     reader = reader_of(base)
     found = None if reader is None else checked(reader, base)
-    if found is None or isinstance(found, str) or not x.is_floating_point():
+    if found is None or isinstance(found, str):
         if isinstance(found, Unusable) and not x.is_meta:
             raise ValueError(f"a {type(base).__name__} cannot be called: {found}")
         return None
+    if not x.is_floating_point():  # bitsandbytes would return memory that nobody wrote
+        raise ValueError(
+            f"a {type(base).__name__} with a weight in {found.packed.format} takes x of a "
+            f"floating-point dtype, given {x.dtype}"
+        )
     packed, bias = found
     if packed.why_not_takes(x) is not None:
         return None
