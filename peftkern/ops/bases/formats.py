@@ -80,9 +80,7 @@ def reader_of(module: nn.Module) -> Read | None:
     try:
         return _readers[kinds]
     except KeyError:
-        found = _look_up(*kinds)
-        if not is_compiling():  # a compiler may not write to what is outside of its graph
-            _readers[kinds] = found
+        found = _readers[kinds] = _look_up(*kinds)
         return found
 
 
