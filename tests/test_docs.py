@@ -184,8 +184,12 @@ def test_the_goals_page_quotes_the_results() -> None:
             cpu = " / ".join(f"{r['cpu_ratio']:.2f}" for r in rows)
             assert verdict == f"unclear (CPU time {cpu})"
         else:
-            missed = {(False,): "missed", (False, True): "the first is missed",
-                      (True, False): "the second is missed", (False, False): "both are missed"}  # fmt: skip
+            missed = {
+                (False,): "missed",
+                (False, True): "the first is missed",
+                (True, False): "the second is missed",
+                (False, False): "both are missed",
+            }
             assert verdict == missed[tuple(met)]
 
 
