@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import peftkern
-from peftkern.ops.bases import bnb4_cpu
+from peftkern.ops.bases import bnb4 as bnb4_file
+from peftkern.ops.bases import bnb4_cpu, bnb4_decode
 from peftkern.ops.bases.formats import as_weight, read
 from tests.closeness import assert_as_good_as_torch
 from tests.quantised_models import adapted, bnb4, llama, step
@@ -255,3 +256,95 @@ def test_an_unknown_format_is_left_to_its_owner() -> None:
     layer = bnb4(nn.Linear(64, 48), quant_type="nf4")
     layer.weight.quant_state.quant_type = "nf5"
     assert read(layer) == "its 4-bit format is 'nf5'; known: nf4, fp4"
+
+
+@pytest.fixture
+def dense_kernel(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The formula in place of the kernel for AVX512-BF16; the list counts its calls."""
+    calls: list[int] = []
+
+    def kernel(x: Tensor, bits: Tensor, scales: Tensor, state: Any) -> Tensor:
+        calls.append(1)
+        usual = bnb4_cpu.repacked_bits(bits)
+        absmax = scales.t().float().reshape(-1)
+        w = bnb4_file._by_formula(usual, absmax, state.code, state.blocksize, state.shape, x.dtype)
+        return x @ w.t()
+
+    monkeypatch.setattr(bnb4_decode, "kernel", kernel)
+    monkeypatch.setattr(bnb4_decode, "_kernel_is_known", lambda kind: True)
+    monkeypatch.setattr(bnb4_decode, "_wanted", True)
+    return calls
+
+
+def decoded(layer: Any, x: Tensor) -> Tensor:
+    found = read(layer)
+    assert not isinstance(found, str)
+    return found.packed.infer(x)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_the_second_packing_never_goes_stale(dense_kernel: list[int], nested: bool) -> None:
+    made = [
+        bnb4(nn.Linear(128, 64, bias=False), quant_type="nf4", compress_statistics=nested)
+        for _ in range(2)
+    ]
+    layer, other = (m.eval() for m in made)
+    layer.support_avx512bf16_for_cpu = other.support_avx512bf16_for_cpu = True
+    x = torch.randn(2, 128)
+
+    def agrees() -> None:
+        fresh = copy.deepcopy(layer)
+        assert torch.equal(decoded(layer, x), decoded(fresh, x))
+
+    agrees()
+    before = bnb4_decode._copies[layer]
+    agrees()
+    assert bnb4_decode._copies[layer] is before and len(dense_kernel) == 4
+    assert "packed a second time for decoding (4096 bytes)" in read(layer).packed.format  # type: ignore[union-attr]
+    state, new = layer.weight.quant_state, other.weight.quant_state
+    layer.weight.data.copy_(other.weight.data)  # moves no version number
+    agrees()
+    layer.weight.data[700] ^= 16  # one number of all
+    agrees()
+    state.absmax.data[3] = new.absmax[5] + 1
+    agrees()
+    if nested:
+        state.offset.data.mul_(2)
+        agrees()
+        state.state2.absmax.data.mul_(2)
+        agrees()
+    layer.weight.data = other.weight.data.clone()
+    agrees()
+    layer.weight = other.weight
+    agrees()
+    assert bnb4_decode._copies[layer] is not before
+    y = decoded(layer.train(), x)  # in training nothing is kept, and all is float32
+    assert layer not in bnb4_decode._copies
+    assert torch.equal(y, x @ owners(layer).t())
+
+
+def test_what_the_kernel_is_not_asked_for(
+    dense_kernel: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = bnb4(nn.Linear(128, 64, bias=False), quant_type="nf4").eval()
+    layer.support_avx512bf16_for_cpu = True
+    odd = bnb4(nn.Linear(96, 64, bias=False), quant_type="nf4").eval()
+    odd.support_avx512bf16_for_cpu = True
+    decoded(layer, torch.randn(9, 128))  # rows
+    decoded(layer, torch.randn(1, 128, dtype=torch.float64))
+    decoded(odd, torch.randn(1, 96))  # blocks go over the end of a row
+    monkeypatch.setattr(bnb4_decode, "_wanted", False)
+    decoded(layer, torch.randn(1, 128))
+    layer.support_avx512bf16_for_cpu = False
+    decoded(conversion(layer), torch.randn(1, 128))
+    assert not dense_kernel and layer not in bnb4_decode._copies
+
+
+def test_few_rows_in_eval_mode_are_as_good_as_hf_pefts() -> None:
+    """On a CPU with AVX512-BF16 both run bitsandbytes' kernel for it."""
+    ours, theirs, exact = adapted(llama(quant_type="nf4", compress_statistics=False))
+    for rows in (1, 5, 20):
+        x = torch.randint(0, 64, (1, rows))
+        with torch.no_grad():
+            a, b, c = (m.eval()(input_ids=x).logits for m in (ours, theirs, exact))
+        assert_as_good_as_torch(a, b, c, average=True)

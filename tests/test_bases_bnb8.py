@@ -33,10 +33,11 @@ def weight_of(layer: Any) -> Any:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("threshold", [0.0, 3.0])
-def test_products_are_the_owners(threshold: float, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("rows", [7, 1])
+def test_products_are_the_owners(rows: int, threshold: float, dtype: torch.dtype) -> None:
     layer = bnb8(nn.Linear(64, 48, bias=False), threshold)
-    x = torch.randn(7, 64)
-    x[2, 5] = 9.0  # an outlier, so that its column stays a number
+    x = torch.randn(rows, 64)
+    x[-1, 5] = 9.0  # an outlier, so that its column stays a number
     x = x.to(dtype)
     for called in (False, True):  # its first forward moves the statistics
         for training in (True, False):
@@ -45,9 +46,11 @@ def test_products_are_the_owners(threshold: float, dtype: torch.dtype) -> None:
             assert torch.equal(as_weight(packed, x).t().product(x), layer(x)) or not called
             theirs = copy.deepcopy(layer)(x)
             assert torch.equal(as_weight(packed, x).t().product(x), theirs)
-    assert torch.equal(x[2, 5], torch.tensor(9.0, dtype=dtype))
+    assert torch.equal(x[-1, 5], torch.tensor(9.0, dtype=dtype))
+    for one in (x[:1] / 9, torch.zeros(1, 64, dtype=dtype)):  # no outlier, or nothing at all
+        assert torch.equal(as_weight(packed, one).t().product(one), layer(one))
     given = x.clone().requires_grad_()
-    dy = torch.randn(7, 48).to(dtype)
+    dy = torch.randn(rows, 48).to(dtype)
     layer(given).backward(dy)
     assert torch.equal(as_weight(packed, x).product(dy), given.grad)
     exact = layer.state.CB.double() * layer.state.SCB.double()[:, None] / 127

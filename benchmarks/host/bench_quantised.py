@@ -19,7 +19,7 @@ from torch import nn
 import peftkern
 
 from .llama import LIBRARIES, MEDIUM, build, equalise, lora_config, tokens
-from .measure import BARE, OURS, PEFT, Work, check_equal, kept_bytes
+from .measure import BARE, OURS, PEFT, Work, allocated, check_equal
 
 BATCH, LENGTH, PROMPT, NEW = 2, 128, 16, 12
 STEP, KEPT, DECODE = 0.95, 0.7, 0.9
@@ -33,6 +33,18 @@ def nf4(linear: nn.Linear) -> Any:
     )  # fmt: skip
     made.weight = bitsandbytes.nn.Params4bit(
         linear.weight.detach().clone(), requires_grad=False, quant_type="nf4", module=made
+    )
+    return made.to("cpu")
+
+
+def llm_int8(linear: nn.Linear) -> Any:
+    """bitsandbytes' LLM.int8 with the threshold that transformers gives it."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    made = bitsandbytes.nn.Linear8bitLt(
+        linear.in_features, linear.out_features, bias=False, has_fp16_weights=False, threshold=6.0
+    )
+    made.weight = bitsandbytes.nn.Int8Params(
+        linear.weight.detach().clone(), requires_grad=False, has_fp16_weights=False
     )
     return made.to("cpu")
 
@@ -57,8 +69,15 @@ def fp8(linear: nn.Linear) -> Any:
 
 MAKERS: dict[str, Callable[[nn.Linear], Any]] = {
     "NF4 (bitsandbytes)": nf4,
+    "LLM.int8 (bitsandbytes)": llm_int8,
     "int8 (torchao)": int8,
     "fp8 (torchao)": fp8,
+}
+
+# attributes that transformers sets, and by which HF PEFT chooses its layers
+FLAGS = {
+    "NF4 (bitsandbytes)": "is_loaded_in_4bit",
+    "LLM.int8 (bitsandbytes)": "is_loaded_in_8bit",
 }
 
 
@@ -68,6 +87,8 @@ def models(kind: str, p: float) -> dict[str, Any]:
     for name, module in list(base.named_modules()):
         if isinstance(module, nn.Linear) and name != "lm_head":
             base.set_submodule(name, MAKERS[kind](module))
+    if kind in FLAGS:
+        setattr(base, FLAGS[kind], True)
     found: dict[str, Any] = {BARE: copy.deepcopy(base)}
     for name, library in LIBRARIES.items():
         torch.manual_seed(0)
@@ -125,16 +146,8 @@ def test_step(compare: Callable[..., Any], count: Callable[..., Any], kind: str,
     kept = {}
     for name in found:
         forget(name)
-        own = [
-            getattr(m.weight, "quant_state", None)
-            for m in found[name].modules()
-            if isinstance(m, nn.Linear)
-        ]
-        statistics = [
-            t for s in own if s for t in (s.absmax, s.offset, s.state2.absmax, s.state2.code)
-        ]
-        weights = [*found[name].parameters(), *statistics]
-        kept[name] = kept_bytes(partial(loss, name), weights)
+        # not the saved tensors alone: bitsandbytes keeps an input as an attribute
+        kept[name] = allocated(partial(loss, name))[0]
     count(f"bytes kept, {row}", kept, target=KEPT, note=note)
 
 

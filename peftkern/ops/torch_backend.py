@@ -154,7 +154,7 @@ def infer(
     """Y for x [..., K] without gradients or dropout; ``w`` is [K, N] when ``transposed``."""
     K, count, dtype = x.size(-1), x.numel(), x.dtype
     if w.__class__ is BaseWeight:
-        return _infer_quantised(x, w if transposed else w.t(), bias, A, B, scale)
+        return _infer_quantised(x, w, bias, A, B, scale)
     if A.dtype is dtype and count <= _FEW_ROWS * K and not outputs_are_kept():
         stored = w.t() if transposed else w
         if count == K and dtype is torch.float32 and x.is_cpu:
@@ -174,13 +174,17 @@ def infer(
 
 
 def _infer_quantised(
-    x: Tensor, w: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float
+    x: Tensor, w: BaseWeight, bias: Tensor | None, A: Tensor, B: Tensor, scale: float
 ) -> Tensor:
-    """Y for x [..., K] and a quantised weight w [K, N]."""
+    """Y for x [..., K] and a quantised weight w [N, K]."""
     x2, low = x.reshape(-1, x.size(-1)), low_rank_dtype(x, A)
-    y = base_product(x2, w)
+    y = w.packed.infer(x2)
     if bias is not None:
         y.add_(bias)
+    if y.shape[0] == 1 and x.is_cpu and A.dtype is torch.float32 and y.dtype is torch.float32:
+        v, row = x2.view(-1), y.view(-1)  # as in infer; y is new, and its view is written to
+        row.addmv_(B, torch.mv(A, v), alpha=scale)
+        return y.view(*x.shape[:-1], -1)
     update = linear(linear(in_dtype(low, x2), in_dtype(low, A)), in_dtype(low, B))
     y = y.add_(update, alpha=scale) if low == y.dtype else y.to(low).add_(update, alpha=scale)
     return in_dtype(x.dtype, y).view(*x.shape[:-1], y.shape[-1])

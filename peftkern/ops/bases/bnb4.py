@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...utils.private import DisabledTorchFunction
+from . import bnb4_decode
 from .bnb4_cpu import repacked_bits
 from .formats import Found, Unusable
 from .repack import State
@@ -26,20 +28,22 @@ _KINDS = ("nf4", "fp4")
 class Bnb4(Packed):
     """A weight of ``bitsandbytes.nn.Linear4bit``."""
 
-    __slots__ = ("bits", "state", "module", "turned", "shape", "device")
+    __slots__ = ("weight", "bits", "state", "module", "turned", "shape", "device")
 
-    def __init__(self, bits: Tensor, state: Any, module: Any, turned: bool) -> None:
-        self.bits, self.state, self.module, self.turned = bits, state, module, turned
+    def __init__(self, weight: Tensor, bits: Tensor, state: Any, module: Any, turned: bool) -> None:
+        self.weight, self.bits = weight, bits  # the layer's own object, and it as a plain tensor
+        self.state, self.module, self.turned = state, module, turned
         self.shape, self.device = (module.out_features, module.in_features), bits.device
 
     @property
     def format(self) -> str:  # type: ignore[override]
-        return f"{self.state.quant_type.upper()} (bitsandbytes)"
+        kept = bnb4_decode.describe(self.module)
+        return f"{self.state.quant_type.upper()} (bitsandbytes{kept})"
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:  # type: ignore[override]
         state = self.state
-        held = (self.bits, state.absmax)
+        held = (self.weight, state.absmax)
         return held + ((state.state2.absmax, state.offset) if state.nested else ())
 
     def compute_dtype(self, dtype: torch.dtype) -> torch.dtype:
@@ -54,6 +58,15 @@ class Bnb4(Packed):
         w = _dequantised(self.bits, self.absmax(), state, narrow)
         w = w if narrow == dtype else w.to(dtype)
         return w.t().contiguous() if self.turned else w
+
+    def product(self, x: Tensor, y: Tensor | None) -> Tensor:
+        if self.module.training:
+            bnb4_decode.forget(self.module)
+        return super().product(x, y)
+
+    def infer(self, x: Tensor) -> Tensor:
+        y = bnb4_decode.product(self, x)
+        return self.product(x, None) if y is None else y
 
     def absmax(self) -> Tensor:
         """The scale of each block, float32."""
@@ -88,7 +101,12 @@ class Repacked4(Bnb4):
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:  # type: ignore[override]
-        return self.bits, self.state.absmax
+        return self.weight, self.state.absmax
+
+    def infer(self, x: Tensor) -> Tensor:
+        if bnb4_decode.applies(self, x):
+            return bnb4_decode.kernel(x, self.bits, self.state.absmax, self.state)
+        return self.product(x, None)
 
     def absmax(self) -> Tensor:
         absmax: Tensor = self.state.absmax
@@ -126,7 +144,9 @@ def read(module: Any) -> Found | str:
     if "weight" not in held:  # FSDP1 keeps what it has gathered as attributes
         held = module.__dict__
     weight = held.get("weight")
-    if weight is None or weight.is_meta:
+    # every method of a Params4bit goes through Python twice; this is the same tensor without that
+    bits = None if weight is None else _plain(weight)
+    if bits is None or bits.is_meta:
         return Unusable("its weight is on the meta device (offloaded or not loaded yet)")
     state = weight.__dict__.get("quant_state")
     if state is None:
@@ -136,19 +156,24 @@ def read(module: Any) -> Found | str:
             "its 4-bit weight has no statistics: it is quantised when it is moved to a device"
         )
     repacked = getattr(state, "packing_format_for_cpu", False)
-    why = _mismatch(module, weight, state, repacked)
+    why = _mismatch(module, bits, state)
     if why is not None:
         return why
     # True: a weight [K, N] was quantised, which the owner warns of
     turned = state.shape[0] != module.out_features
     if turned and repacked:
         return "bitsandbytes has repacked a weight [K, N] for this processor"
-    bits = weight if weight.is_contiguous() else weight.contiguous()
     kind = Repacked4 if repacked else Bnb4
-    return Found(kind(bits, state, module, turned), held.get("bias"))
+    found = kind(weight, bits.contiguous(), state, module, turned)
+    return Found(found, held.get("bias"))
 
 
-def _mismatch(module: Any, weight: Tensor, state: Any, repacked: bool) -> str | None:
+def _plain(weight: Any) -> Tensor:
+    detached: Tensor = DisabledTorchFunction(Tensor.detach, (Tensor,), (weight,), {})
+    return detached
+
+
+def _mismatch(module: Any, bits: Tensor, state: Any) -> str | None:
     """The reason that weight, statistics and layer do not belong together; None when they do."""
     kind, blocksize, shape, absmax = state.quant_type, state.blocksize, state.shape, state.absmax
     if kind not in _KINDS:
@@ -161,7 +186,7 @@ def _mismatch(module: Any, weight: Tensor, state: Any, repacked: bool) -> str | 
             f"its 4-bit weight is of shape {tuple(shape)}, and the layer of {(N, K)} (out, in)"
         )
     count = N * K
-    held = weight.numel() * weight.element_size()
+    held = bits.numel() * bits.element_size()
     if held != (count + 1) // 2:
         return Unusable(
             f"its 4-bit weight of shape {tuple(shape)} is {held} bytes; {(count + 1) // 2} belong "

@@ -60,5 +60,7 @@ def frozen_linear(x: Tensor, weight: BaseWeight, bias: Tensor | None) -> Tensor:
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         y = _FrozenLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
         return y
-    y = _product(x, weight, bias)
+    y = weight.packed.infer(x.reshape(-1, x.shape[-1]))
+    if bias is not None:
+        y.add_(bias)
     return y.view(*x.shape[:-1], y.shape[-1])

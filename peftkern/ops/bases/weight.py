@@ -63,6 +63,10 @@ class Packed(ABC):
         """x Wᵀ [M, N] for x [M, K], added to ``y`` in its memory if that is given."""
         return multiplied(x, self.dense(self.compute_dtype(x.dtype)).t(), y)
 
+    def infer(self, x: Tensor) -> Tensor:
+        """:meth:`product` in a call without gradients, where a format may have a faster way."""
+        return self.product(x, None)
+
     def grad_input(self, dy: Tensor, dx: Tensor | None) -> Tensor:
         """dY W [M, K] for dY [M, N], added to ``dx`` in its memory if that is given."""
         return multiplied(dy, self.dense(self.compute_dtype(dy.dtype)), dx)
