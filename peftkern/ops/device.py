@@ -34,7 +34,7 @@ def on_its_device(operation: F) -> F:
 
     @functools.wraps(operation)
     def there(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if x.is_cuda and elsewhere(x):
+        if elsewhere(x):
             with torch.cuda.device(x.device):
                 return operation(x, *args, **kwargs)
         return operation(x, *args, **kwargs)

@@ -96,12 +96,10 @@ def to_draw(
         return words_of(x, ps), None
     _drew.add(call)
     width, draw = (K + 31) // 32, _draw(Draw, (p, _seed(x)))
-    # torch's operations are those of a plan of words_of: selective checkpointing counts them
+    # torch's operations are those of words_of: selective checkpointing counts them
     if count == 1:
-        words = torch.empty_strided((M, width), (width, 1), dtype=torch.int32, device=x.device)
-        return [words], draw
-    shape, stride = (count, M, width), (M * width, width, 1)
-    return list(torch.empty_strided(shape, stride, dtype=torch.int32, device=x.device)), draw
+        return [torch.empty((M, width), dtype=torch.int32, device=x.device)], draw
+    return list(torch.empty((count, M, width), dtype=torch.int32, device=x.device)), draw
 
 
 def draw(M: int, K: int, p: float, seed: Tensor) -> Tensor:
