@@ -37,7 +37,6 @@ KERNELS: dict[str, dict[str, str]] = {
     },
     "experts_combine": {},
     "reduce": {},
-    "decode_quantised": {},
     "dequantise": {},
     "dora_norm": {},
     "dora_grad": {},
