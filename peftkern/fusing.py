@@ -21,14 +21,15 @@ Model = TypeVar("Model", bound=nn.Module)
 def fuse(model: Model, liger: bool = False) -> Model:
     """Give the LoRA layers of an HF PEFT model the fused forward, in place, and return the model.
 
-    This is for every ``peft.tuners.lora.Linear`` (on ``nn.Linear`` or transformers' ``Conv1D``);
+    This is for every ``peft.tuners.lora.Linear`` (on ``nn.Linear``, transformers' ``Conv1D``, or a
+    quantised layer that is read) and for HF PEFT's layers on bitsandbytes in 4 and 8 bit;
     q, k, v and gate, up train as one operation, and whole MLPs where their parts allow it. With
     ``target_parameters`` a mixture of experts is one operation too, and takes ``adapter_names``.
     The layers stay HF PEFT's objects with HF PEFT's state and API: parameters and state dict keys
     are the same, optimizers keep working, and adapters are added, switched, disabled, merged,
     rescaled, deleted, saved and loaded as before.
-    Layers that cannot be one operation (DoRA, several active adapters, bitsandbytes, embeddings,
-    convolutions, ...) run HF PEFT's forward; ``explain(model)`` lists them with the reasons.
+    Layers that cannot be one operation (DoRA, several active adapters, embeddings, convolutions,
+    ...) run HF PEFT's forward; ``explain(model)`` lists them with the reasons.
 
     Layers that HF PEFT makes later (``add_adapter`` with other targets) run HF PEFT's forward until
     ``fuse`` is called again, which does not change the others.
@@ -67,8 +68,8 @@ def fuse(model: Model, liger: bool = False) -> Model:
         why = "; ".join(f"{n} times {reason}" for reason, n in Counter(reasons.values()).items())
         warnings.warn(f"fuse: none of {len(layers)} LoRA layers is fused: {why}", stacklevel=2)
         return model
-    form_groups(model, hf.FusedLinear)
-    form_blocks(model, hf.FusedLinear)
+    form_groups(model, hf.Fused)
+    form_blocks(model, hf.Fused)
     if _ungroup_broken not in model._forward_pre_hooks.values():
         model.register_forward_pre_hook(_ungroup_broken)
     return model

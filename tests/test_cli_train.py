@@ -19,7 +19,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from peftkern.cli import modelio, resume
 from peftkern.cli.app import run
-from peftkern.cli.errors import RunError
+from peftkern.cli.errors import RunError, UserError
 from peftkern.cli.settings import TrainSettings
 from peftkern.cli.train import train
 from tests.closeness import assert_same_number, differ
@@ -421,3 +421,26 @@ def test_bad_models_and_targets(folder: Path, tmp_path: Path, capsys: Any) -> No
     assert run([*args, "--max-length", "2"]) == 2
     assert "keeps a target within --max-length 2" in capsys.readouterr().err
     assert not out.exists()
+
+
+@pytest.mark.parametrize("load_in", ["4bit", "8bit", "fp8"])
+def test_a_quantised_base(folder: Path, tmp_path: Path, load_in: str) -> None:
+    if load_in != "fp8":
+        pytest.importorskip("bitsandbytes")
+    out = tmp_path / "out"
+    record = train(settings(folder, out, load_in=load_in, steps=4))
+    losses = [loss for _, loss in record["losses"]]
+    assert len(losses) == 4 and losses[-1] < losses[0]
+    assert any("lora_B" in name for name in load_file(out / "adapter_model.safetensors"))
+    assert record["identity"]["load_in"] == load_in
+
+
+def test_quantised_bases_that_cannot_be_had(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match="--load-in is 2bit; it must be one of 4bit, 8bit, fp8"):
+        train(settings(folder, tmp_path / "out", load_in="2bit"))
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(UserError, match="--load-in 4bit needs the package 'bitsandbytes'"):
+        train(settings(folder, tmp_path / "out", load_in="4bit"))
+    assert not (tmp_path / "out").exists()

@@ -65,8 +65,13 @@ def load_model(
     gguf_file: str | None = None,
     label_names: list[str] | None = None,
     dtype: torch.dtype = torch.float32,
+    load_in: str | None = None,
+    device: str = "cpu",
 ) -> Any:
-    """The base model with the head of ``task``, on the CPU; UserError when it cannot be read."""
+    """The base model with the head of ``task``; UserError when it cannot be read.
+
+    It is on the CPU, or with ``load_in`` ("4bit" or "8bit") quantised on ``device``.
+    """
     import transformers
 
     options: dict[str, Any] = {"dtype": dtype, **_gguf(gguf_file)}
@@ -74,6 +79,8 @@ def load_model(
         # newer transformers may keep the weights packed, but such a model can neither train nor be
         # saved
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    if load_in is not None:
+        options |= {"quantization_config": _bits(load_in, dtype), "device_map": {"": device}}
     if label_names:
         # with the labels from_pretrained makes a head of the right width
         options["id2label"] = dict(enumerate(label_names))
@@ -81,6 +88,26 @@ def load_model(
         options["ignore_mismatched_sizes"] = True
     load = getattr(transformers, AUTO_CLASSES[task]).from_pretrained
     return _loading("model", folder, load, options)
+
+
+def _bits(load_in: str, dtype: torch.dtype) -> Any:
+    """transformers' config of bitsandbytes in "4bit" (NF4, nested statistics) or "8bit"."""
+    import transformers
+
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError:
+        raise UserError(
+            f"--load-in {load_in} needs the package 'bitsandbytes': pip install bitsandbytes"
+        ) from None
+    if load_in == "8bit":
+        return transformers.BitsAndBytesConfig(load_in_8bit=True)
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
 
 
 def hush_transformers() -> None:

@@ -15,6 +15,7 @@ from .errors import UserError
 from .options import option, setting
 
 TASKS = ("causal_lm", "seq_cls", "token_cls", "seq_2_seq_lm")
+LOAD_IN = ("4bit", "8bit", "fp8")
 SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup")
 
 # the boxes of --help
@@ -58,6 +59,9 @@ class TrainSettings:
     bf16: bool | None = setting(
         None, "Base in bfloat16 (default: on a GPU that has it).", _LOOP, "--bf16/--no-bf16"
     )
+    load_in: str | None = setting(
+        None, "Base in 4bit or 8bit (bitsandbytes), or its adapted layers in fp8.", _LOOP
+    )
     gradient_checkpointing: bool = setting(
         False, "Less memory, more time.", _LOOP, "--gradient-checkpointing"
     )
@@ -85,6 +89,7 @@ class TrainSettings:
             self._require(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
         self._require("task", self.task in TASKS, "one of " + ", ".join(TASKS))
         self._require("scheduler", self.scheduler in SCHEDULERS, "one of " + ", ".join(SCHEDULERS))
+        self._require("load_in", self.load_in in (None, *LOAD_IN), "one of " + ", ".join(LOAD_IN))
         self._require(
             "target_modules", bool(self.target_list()), "all-linear, or names with commas"
         )

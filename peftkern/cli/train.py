@@ -139,11 +139,15 @@ def _make_model(
 
     from ..fusing import fuse
     from ..mapping import get_peft_model
+    from ..quantising import quantize_base
     from ..tuners.lora import LoraConfig
 
     set_seed(settings.seed)  # for the random first values of classification head and A
     dtype = torch.bfloat16 if settings.bf16 else torch.float32
-    base = load_model(folder, settings.task, gguf_file, label_names, dtype)
+    bits = settings.load_in if settings.load_in != "fp8" else None
+    if bits is not None and gguf_file is not None:
+        raise UserError(f"--load-in {bits} does not go with a GGUF model")
+    base = load_model(folder, settings.task, gguf_file, label_names, dtype, bits, _device(settings))
     if base.config.pad_token_id is None:
         base.config.pad_token_id = pad  # with it classifiers on decoders find the last real token
     try:
@@ -156,6 +160,8 @@ def _make_model(
             use_rslora=settings.rslora,
         )
         model = get_peft_model(base, config)
+        if settings.load_in == "fp8":
+            quantize_base(model, "fp8")
     except ValueError as error:
         message = f"{option('target_modules')} {settings.target_modules}: {first_line(error)}"
         raise UserError(message) from error

@@ -73,8 +73,12 @@ def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
     """Cast frozen parameters to ``dtype`` and trained ones to float32, in place.
 
     Automatic mixed precision expects this of an adapted model. ``dtype`` is float16 or bfloat16.
+    Packed weights stay as they are, whose numbers HF PEFT loses.
     """
     for parameter in model.parameters():
+        packed = type(parameter).__name__ == "Params4bit" or not parameter.is_floating_point()
+        if packed and not parameter.requires_grad:
+            continue
         parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
 
 

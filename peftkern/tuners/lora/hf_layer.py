@@ -34,12 +34,19 @@ _OWN = ("_plan", "_group", "_held", "_noted_reason", "_noted_mixed")
 _READ = ("_active_adapter", "_disable_adapters", "merged_adapters", "scaling", "lora_variant")
 
 
-class FusedLinear(HFLinear):
-    """HF PEFT's ``lora.Linear`` with peftkern's fused forward; see :func:`take_over`.
+class Fused:
+    """What a linear LoRA layer of HF PEFT becomes, beside HF PEFT's class; see :func:`take_over`.
 
     Calls that cannot be one operation (several active adapters, variants such as DoRA, a merged
     layer, ...) run HF PEFT's forward, and :meth:`decline_reason` says why.
     """
+
+    _theirs: Any  # HF PEFT's class
+    # HF PEFT's attributes
+    active_adapters: Any
+    disable_adapters: Any
+    merged: Any
+    lora_variant: Any
 
     # these functions read only attributes that both kinds of layers have
     forward = Linear.forward
@@ -51,7 +58,7 @@ class FusedLinear(HFLinear):
     _note_decline = LoraLayer._note_decline
     __getstate__ = Linear.__getstate__
 
-    def fused_call(self, x: Tensor) -> tuple[Any, ...] | None:
+    def fused_call(self: Any, x: Tensor) -> tuple[Any, ...] | None:
         state = self.__dict__
         active = state["_active_adapter"]
         if active.__class__ is list:
@@ -69,9 +76,9 @@ class FusedLinear(HFLinear):
 
     def delete_adapter(self, adapter_name: str) -> None:
         self._held = None  # it holds the adapter's modules
-        HFLinear.delete_adapter(self, adapter_name)
+        self._theirs.delete_adapter(self, adapter_name)
 
-    def _forward_general(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def _forward_general(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not is_compiling():
             given = kwargs.get("adapter_names")
             if given is None:
@@ -81,7 +88,8 @@ class FusedLinear(HFLinear):
                 factors = mixed_call(self, x, names)
                 if factors is not None:
                     return as_one(self, x, names, factors)
-        return HFLinear.forward(self, x, *args, **kwargs)
+        y: Tensor = self._theirs.forward(self, x, *args, **kwargs)
+        return y
 
     def _mixes(self, x: Tensor, names: Sequence[str]) -> bool:
         """True when HF PEFT would run this mixed batch on plain LoRA, without an error."""
@@ -91,6 +99,12 @@ class FusedLinear(HFLinear):
             and not self.merged
             and not any(n in self.lora_variant for n in names)
         )
+
+
+class FusedLinear(Fused, HFLinear):
+    """HF PEFT's ``lora.Linear`` with peftkern's fused forward."""
+
+    _theirs = HFLinear
 
 
 class FusedParamWrapper(HFParamWrapper):
@@ -154,6 +168,29 @@ _names = _Names()
 FUSED: dict[type, type] = {HFLinear: FusedLinear, HFParamWrapper: FusedParamWrapper}
 
 
+def _fused_class(cls: type) -> type | None:
+    """The class that a layer of HF PEFT's class gets when it is fused; None for other classes.
+
+    HF PEFT's layers on bitsandbytes exist only where that is installed, and importing it takes
+    seconds, so they get their class when the first is met.
+    """
+    if cls not in FUSED and cls.__module__ == "peft.tuners.lora.bnb":
+        if cls.__name__ in ("Linear4bit", "Linear8bitLt"):
+            doc = f"HF PEFT's ``{cls.__name__}`` with peftkern's fused forward."
+            own = {"_theirs": cls, "__doc__": doc, "__module__": __name__}
+            FUSED[cls] = type(f"Fused{cls.__name__}", (Fused, cls), own)
+    return FUSED.get(cls)
+
+
+def __getattr__(name: str) -> Any:
+    """The classes for bitsandbytes by name, for ``pickle``."""
+    if name in ("FusedLinear4bit", "FusedLinear8bitLt"):
+        from peft.tuners.lora import bnb
+
+        return _fused_class(getattr(bnb, name.removeprefix("Fused")))
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 def is_fused(layer: Any) -> bool:
     """True for a layer of a fused class, or of a subclass that other code has made of one."""
     return isinstance(layer, (*FUSED.values(),))
@@ -162,7 +199,7 @@ def is_fused(layer: Any) -> bool:
 def why_not(layer: Any) -> str | None:
     """The reason that an HF PEFT LoRA layer cannot be fused with any adapter; None when it can."""
     cls = type(layer)
-    if cls not in FUSED and cls not in FUSED.values():
+    if _fused_class(cls) is None and cls not in FUSED.values():
         return f"a {cls.__module__}.{cls.__qualname__} keeps its own forward"
     state = layer.__dict__
     if (
