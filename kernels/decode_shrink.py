@@ -1,4 +1,4 @@
-"""S of at most 16 rows, for the kernels of :mod:`.decode`: scale_i * X A_iᵀ, in parts over K.
+"""S of few rows for :mod:`.decode`, :mod:`.decode_quantised`: scale_i * X A_iᵀ in parts over K.
 
 A program has some ranks of one adapter and a stretch of K, so that A is read once, by many programs
 at a time, and a group's adapters need one launch. The parts are fp32; the programs that read S add
@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import Launch, cast, cdiv, dot, precision, row_stride
+from .common import Launch, cast, cdiv, dot, next_pow2, precision, row_stride
 
 VECTOR_RANKS = 4  # ranks of a program for one row
 VECTOR_COLUMNS = 1024  # columns of A that such a program loads at a time
@@ -103,7 +103,8 @@ def plan_parts(
         M, K, k_part, row_stride(x), total, M * total,
     )  # fmt: skip
     meta = dict(
-        G=len(ranks), BLOCK_M=1 if one else 16, BLOCK_K=block_k, BLOCK_R=block_r,
+        G=len(ranks), BLOCK_M=1 if one else max(16, next_pow2(M)), BLOCK_K=block_k,
+        BLOCK_R=block_r,
         PRECISION=precision(x.dtype), EARLY=early, num_warps=4,
         num_stages=1 if one else 3,  # for one row, both steps of its loop are asked for at once
     )  # fmt: skip

@@ -17,7 +17,7 @@ from . import checks
 from .common import Arch, Launch, arch_of, cdiv, next_pow2
 from .launching import planned
 from .quantised import Quantised, checked
-from .quantised_tile import operands, quantised_tile
+from .quantised_tile import loadable, operands, quantised_tile
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def plan_dequantise(
     out: torch.Tensor, w: Quantised, config: DequantiseConfig, arch: Arch
 ) -> list[Launch]:
     """The launch that fills ``out`` [N, K] (contiguous); the arguments are checked already."""
-    N, K = w.shape
+    (N, K), w = w.shape, loadable(w)
     meta = dict(
         LAYOUT=w.layout, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
         num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=False,

@@ -45,6 +45,7 @@ class Layout(NamedTuple):
         factor: a constant factor, multiplied last.
         overall: how the scales take ``overall``: "times" or "over".
         inner: scales in a block of nested statistics.
+        word: the dtype of scales that are loaded as words of 32 bits; made by launches alone.
     """
 
     number: str
@@ -61,6 +62,7 @@ class Layout(NamedTuple):
     factor: float = 1.0
     overall: str = "times"
     inner: int = 256
+    word: str = ""
 
 
 class Quantised(NamedTuple):
@@ -212,8 +214,11 @@ def numbers(w: Quantised) -> Tensor:
         return table[q]
     zero: Any = f.zero
     if w.zeros is not None:
-        z = _unpacked(w.zeros, f.zero_per, f.order, 1) if f.zero_per > 1 else w.zeros
-        zero = (z.double() + f.zero).t()[:, _column_blocks(w)]
+        if f.zero_per > 1:  # the sum keeps 4 bits too
+            z = (_unpacked(w.zeros, f.zero_per, f.order, 1) + f.zero) & 15
+        else:
+            z = w.zeros + f.zero
+        zero = z.double().t()[:, _column_blocks(w)]
     values: Tensor = q.double() - zero
     return values
 
@@ -242,7 +247,8 @@ def scales(w: Quantised, dtype: torch.dtype = torch.float64) -> Tensor:
         s = w.inner_code.to(dtype)[s.long().flatten()] * w.inner_scales.to(dtype)[block]
         s = (s + w.offset.to(dtype).flatten()).view(w.scales.shape)
     elif f.scale == "e8m0":
-        s = torch.exp2(s.view(torch.uint8).to(dtype) - 127)
+        s = s.view(torch.uint8)
+        s = torch.exp2(s.to(dtype) - 127).masked_fill(s == 255, float("nan"))
     else:
         s = s.to(dtype)
     if w.overall is not None:

@@ -125,26 +125,66 @@ def number_tile(
                 i = each % ZERO_PER  # [BLOCK_N]
                 if LAYOUT.order == "awq":
                     i = (i & 1) * 4 + (i >> 1)
-                z = (z >> (4 * i)[:, None]) & 15
-            z = z.to(tl.float32) + LAYOUT.zero
+                # the sum keeps 4 bits too, as its owner's does
+                z = ((z >> (4 * i)[:, None]) + LAYOUT.zero) & 15
+                z = z.to(tl.float32)
+            else:
+                z = z.to(tl.float32) + LAYOUT.zero
             found = q.to(tl.float32) - spread(z, BLOCK_N, BLOCK_K)
     return found
 
 
 @device_function
-def scales_at(w, at, ok, LAYOUT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The fp32 scales [ROWS, COLUMNS] at the offsets ``at``."""
+def as_stored(pieces, LAYOUT: tl.constexpr):
+    """The low bits of int32 numbers as the narrow scales that they are."""
+    if LAYOUT.word == "uint8":
+        found = pieces & 0xFF
+    elif LAYOUT.word == "bfloat16":
+        found = (pieces & 0xFFFF).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        found = (pieces & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True)
+    return found
+
+
+@device_function
+def scales_in_words(
+    w, row, k0, n_ok, K, LAYOUT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """(scales as stored, their offsets), [BLOCK_N, C], of which a word of 32 bits holds several."""
+    PER: tl.constexpr = 4 if LAYOUT.word == "uint8" else 2
+    SIZE: tl.constexpr = LAYOUT.columns
+    if BLOCK_K % (SIZE * PER) == 0:
+        C: tl.constexpr = BLOCK_K // SIZE
+        word = k0 // (SIZE * PER) + tl.arange(0, C // PER)  # [C / PER]
+        at = row + word[None, :]
+        words = tl.load(w[1] + at, mask=n_ok & (word * (SIZE * PER) < K)[None, :], other=0)
+        pieces = words[:, :, None] >> (tl.arange(0, PER) * (32 // PER))[None, None, :]
+        pieces = tl.reshape(pieces, (BLOCK_N, C))
+        at = tl.reshape(tl.broadcast_to(at[:, :, None], (BLOCK_N, C // PER, PER)), (BLOCK_N, C))
+    else:
+        kb, kb_ok = column_blocks(w, k0, K, LAYOUT, BLOCK_K)  # [1, C]
+        at = row + kb // PER
+        words = tl.load(w[1] + at, mask=n_ok & kb_ok, other=0)
+        pieces = words >> (kb % PER) * (32 // PER)
+    return as_stored(pieces, LAYOUT), at * PER
+
+
+@device_function
+def scales_of(w, stored, at, ok, LAYOUT: tl.constexpr):
+    """The fp32 scales of what is stored at the offsets ``at``."""
     overall, inner_scales, inner_code, offset = w[5], w[6], w[7], w[8]
-    stored = tl.load(w[1] + at, mask=ok, other=0)
     if LAYOUT.scale == "nested":
         outer = tl.load(inner_scales + at // LAYOUT.inner, mask=ok, other=0.0)
-        index = stored.to(tl.int32)
-        s = look_up(inner_code, index, 256, ROWS, COLUMNS) * outer + tl.load(offset)
+        ROWS: tl.constexpr = stored.shape[0]
+        COLUMNS: tl.constexpr = stored.shape[1]
+        s = look_up(inner_code, stored.to(tl.int32), 256, ROWS, COLUMNS) * outer
+        s = s + tl.load(offset)
     elif LAYOUT.scale == "e4m3":
         s = e4m3(stored)
     elif LAYOUT.scale == "e8m0":
         e = stored.to(tl.int32)
         s = tl.where(e == 0, 0x400000, e << 23).to(tl.float32, bitcast=True)
+        s = tl.where(e == 255, float("nan"), s)
     else:
         s = stored.to(tl.float32)
     if overall is not None:
@@ -160,11 +200,11 @@ def scale_tile(w, n0, k0, N, K, LAYOUT: tl.constexpr, BLOCK_N: tl.constexpr, BLO
     """The scales, fp32 [BLOCK_N, BLOCK_K], or [BLOCK_N, 1] where the tile's columns share them."""
     n = n0 + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     k = k0 + tl.arange(0, BLOCK_K)  # [BLOCK_K]
-    n_ok, k_ok = (n < N)[:, None], (k < K)[None, :]
-    SIZE: tl.constexpr = LAYOUT.columns
+    n_ok = (n < N)[:, None]
     if LAYOUT.flat:
-        at = (n.to(tl.int64)[:, None] * K + k[None, :]) // SIZE
-        found = scales_at(w, at, n_ok & k_ok, LAYOUT, BLOCK_N, BLOCK_K)
+        at = (n.to(tl.int64)[:, None] * K + k[None, :]) // LAYOUT.columns
+        ok = n_ok & (k < K)[None, :]
+        found = scales_of(w, tl.load(w[1] + at, mask=ok, other=0), at, ok, LAYOUT)
     else:
         if LAYOUT.rows == 1:
             row = n.to(tl.int64)[:, None] * w[9][2]
@@ -173,10 +213,13 @@ def scale_tile(w, n0, k0, N, K, LAYOUT: tl.constexpr, BLOCK_N: tl.constexpr, BLO
         else:
             row = (n // LAYOUT.rows).to(tl.int64)[:, None] * w[9][2]
         kb, kb_ok = column_blocks(w, k0, K, LAYOUT, BLOCK_K)  # [1, C]
-        C: tl.constexpr = kb.shape[1]
-        at = row + kb.to(tl.int64) * w[9][3]
-        found = scales_at(w, at, n_ok & kb_ok, LAYOUT, BLOCK_N, C)
-        found = spread(found, BLOCK_N, BLOCK_K)
+        ok = n_ok & kb_ok
+        if LAYOUT.word == "":
+            at = row + kb.to(tl.int64) * w[9][3]
+            stored = tl.load(w[1] + at, mask=ok, other=0)
+        else:
+            stored, at = scales_in_words(w, row, k0, n_ok, K, LAYOUT, BLOCK_N, BLOCK_K)
+        found = spread(scales_of(w, stored, at, ok, LAYOUT), BLOCK_N, BLOCK_K)
     return found
 
 
@@ -201,16 +244,37 @@ def quantised_tile(
     return cast(tl.where((n < N)[:, None] & (k < K)[None, :], found, 0.0), DTYPE)
 
 
+def loadable(w: Quantised) -> Quantised:
+    """The same weight with narrow scales as words of 32 bits, where they are neighbours in a row.
+
+    Loads of fewer bits are not made ahead of a loop: their latency would be in every step.
+    """
+    scales, f = w.scales, w.layout
+    per = 4 // scales.element_size()
+    if f.scale in ("e4m3", "e8m0"):
+        scales = scales.view(torch.uint8)
+    kind = str(scales.dtype).removeprefix("torch.")
+    rows, columns = scales.shape
+    if (
+        kind in ("uint8", "bfloat16", "float16")
+        and not (f.flat or w.groups is not None or f.columns == 0)
+        and columns % per == 0
+        and (scales.stride(1) == 1 and (rows == 1 or scales.stride(0) % per == 0))
+        and scales.storage_offset() % per == 0
+        and f.inner % per == 0
+    ):
+        return w._replace(scales=scales.view(torch.int32), layout=f._replace(word=kind))
+    return w._replace(scales=scales)
+
+
 def operands(w: Quantised, arch: Arch) -> tuple[Any, ...]:
-    """The tensors and strides of a checked weight as the functions here take them.
+    """The tensors and strides of a :func:`loadable` weight as the functions here take them.
 
     e4m3 is converted by instructions from sm_89 on; before, kernels get its bytes.
     """
     bits, scales, zeros = w.bits, w.scales, w.zeros
     if bits.dtype == torch.float8_e4m3fn and arch.capability < 89:
         bits = bits.view(torch.uint8)
-    if w.layout.scale in ("e4m3", "e8m0"):
-        scales = scales.view(torch.uint8)
     z = (0, 0) if zeros is None else zeros.stride()
     return (
         bits, scales, w.code, zeros, w.groups, w.overall, w.inner_scales, w.inner_code, w.offset,

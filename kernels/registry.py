@@ -37,6 +37,7 @@ KERNELS: dict[str, dict[str, str]] = {
     },
     "experts_combine": {},
     "reduce": {},
+    "decode_quantised": {},
     "dequantise": {},
     "dora_norm": {},
     "dora_grad": {},

@@ -141,7 +141,7 @@ def explain(model: nn.Module) -> Explanation:
                 ranks=dict(layer.r),
                 fused=reason is None or own is not None,
                 backend=slow if reason and own is None else f"{backend} fused",
-                reason=decided + _format(layer) + together + of_mlp + of_mixture
+                reason=decided + _format(layer, backend) + together + of_mlp + of_mixture
                 if reason is None
                 else own or reason,
                 compiled=_compiled(layer) if reason is None else _compiled_formula(layer),
@@ -183,12 +183,23 @@ def _kept(layer: Any) -> str | None:
     return hf.why_not(layer) or "HF PEFT's layer; peftkern.fuse(model) fuses it"
 
 
-def _format(layer: Any) -> str:
+def _format(layer: Any, backend: str) -> str:
     """The words for a base weight that is read in its format; none for a dense one."""
     if reader_of(layer.get_base_layer()) is None:
         return ""
     found = read(layer.get_base_layer())
-    return "" if isinstance(found, str) else f"; base weight: {found.packed.format}"
+    if isinstance(found, str):
+        return ""
+    words = f"; base weight: {found.packed.format}"
+    if backend == "torch":
+        return words
+    from .ops.quantised_triton import describe as in_words
+
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    if not names:
+        return words
+    dtype = found.packed.compute_dtype(layer.lora_A[names[0]].weight.dtype)
+    return f"{words}, {in_words(found.packed, dtype)}"
 
 
 def _decided(layer: Any, group: Any) -> str:

@@ -37,14 +37,38 @@ EXEMPTIONS: tuple[Exemption, ...] = (
         "S of 16 rows is a few KB that are read once, in the layout of the product's operand",
     ),
     Exemption(
-        "S of few rows is small", "width", "decode_shrink._decode_shrink_kernel", "M16",
-        "a program stores one tile of 16 x 16, in the layout of the product that made it",
+        "S of few rows is small", "width", "decode_shrink._decode_shrink_kernel", "M16|M64",
+        "a program stores one tile of 16 ranks, in the layout of the product that made it",
     ),
     Exemption(
         "tables and scales of a quantised weight", "width", "dequantise._dequantise_kernel",
         r"nested|nvfp4|act-order",
         "a table of 256 numbers and the scales of a tile are a KB or less, from L2 for all but the "
         "first programs; in act-order each column has zeros of its own, which is a gather",
+    ),
+    Exemption(
+        "tables and S beside a quantised W", "width",
+        "decode_quantised._decode_quantised_kernel", r"nested|act-order|M16|M64",
+        "a table of 256 numbers is a KB; S of few rows is a few KB that are read once, in the "
+        "layout of the product's operand; in act-order each column has zeros of its own",
+    ),
+    Exemption(
+        "act-order is a gather", "pipeline", "decode_quantised._decode_quantised_kernel",
+        "act-order",
+        "the scale and the zero of a column lie where its group says, which is loaded first; tiles "
+        "are small, and many programs on a multiprocessor wait in turn",
+    ),
+    Exemption(
+        "a quantised W from registers", "products", "decode_quantised._decode_quantised_kernel",
+        r"sm_90 decode_quantised M16 .*gate,up",
+        "the numbers of a tile are made in registers, of which an asynchronous product would keep "
+        "those of the step before; bound by memory, its products are thin",
+    ),
+    Exemption(
+        "waves of a quantised W", "waves", "decode_quantised._decode_quantised_kernel",
+        r"sm_100 decode_quantised M1 (mxfp4|.*gate,up)|sm_90 decode_quantised M16 .*gate,up",
+        "registers hold two or three programs at a time; a tile of another height would read X "
+        "more often, or fill fewer multiprocessors",
     ),
     Exemption(
         "short programs that dequantise", "waves", "dequantise._dequantise_kernel", "",

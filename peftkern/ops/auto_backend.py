@@ -33,7 +33,17 @@ from torch import Tensor
 from ..kernels.common import INTERPRET
 from ..kernels.tuning import Entry, Key
 from ..utils.private import transforms_active, without_dispatch_modes
-from . import choices, device, race, sampled, torch_backend, triton_backend, tuned
+from . import (
+    choices,
+    device,
+    quantised_triton,
+    race,
+    sampled,
+    torch_backend,
+    triton_backend,
+    tuned,
+)
+from .bases.weight import BaseWeight
 from .choices import TORCH
 from .device import on_its_device
 from .projection import Projection, ProjectionGrad
@@ -315,6 +325,10 @@ def infer(
     """Y for x [..., K] without gradients or dropout; ``w`` is [K, N] when ``transposed``."""
     if _foreign(x):
         return torch_backend.infer(x, w, bias, A, B, scale, transposed)
+    if w.__class__ is BaseWeight and why_not(x, A) is None:  # no key knows its format
+        given = [Projection(w, bias, A, B, scale, 0.0, transposed)]
+        if (done := quantised_triton.infer(x, given)) is not None:
+            return done[0]
     r, K = A.shape
     key = key_of("infer", x.dtype, A.dtype, x.numel() // max(K, 1), B.shape[0], K, r)
     decision = _known(key, x) or _decide(
@@ -331,6 +345,9 @@ def infer_group(x: Tensor, members: list[Projection]) -> list[Tensor]:
     """Y_i [..., N_i] of projections of x [..., K], without gradients or dropout."""
     if _foreign(x):
         return torch_backend.infer_group(x, members)
+    if members[0].weight.__class__ is BaseWeight and not any(why_not(x, m.A) for m in members):
+        if (done := quantised_triton.infer(x, members)) is not None:
+            return done
     A, K = members[0].A, x.shape[-1]
     n, r = sum(m.B.shape[0] for m in members), max(m.A.shape[0] for m in members)
     key = key_of("infer", x.dtype, A.dtype, x.numel() // max(K, 1), n, K, r, len(members))

@@ -28,14 +28,13 @@ from ..kernels.mixed import mixed as _mixed
 from ..kernels.shrink import draws, shrink
 from ..kernels.shrink_expand import fits as shrink_expand_fits
 from ..kernels.shrink_expand import shrink_expand
-from . import torch_backend, tuned
-from .bases.weight import dense
+from . import quantised_triton, torch_backend, tuned
 from .device import on_its_device
 from .masks import draw as draw
 from .masks import to_draw
 from .notes import note_once
 from .projection import Projection, ProjectionGrad
-from .torch_products import base_product
+from .quantised_triton import base_product, dense
 
 # The ways to add the update to the base product:
 #   hybrid   the low-rank part is written, the vendor's product accumulates onto it
@@ -350,6 +349,10 @@ def infer_group(x: Tensor, members: list[Projection], how: str | None = None) ->
     """Y_i [..., N_i] of projections of x [..., K]; their dropout is left out, ``how`` as before."""
     if any(_declines(x, m.A) for m in members):
         return torch_backend.infer_group(x, members)
+    if how in (None, INFER[0]):
+        done = quantised_triton.infer(x, members)
+        if done is not None:
+            return done
     x2, low, count = x.reshape(-1, x.shape[-1]), members[0].A.dtype, len(members)
     (M, K), N, r = x2.shape, sum(m.B.shape[0] for m in members), max(m.A.shape[0] for m in members)
     few = M <= MAX_ROWS

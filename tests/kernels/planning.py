@@ -11,6 +11,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from benchmarks.host import standin
 from benchmarks.host.standin import Started
+from benchmarks.kernels import quantised
 from peftkern.kernels import (
     experts_grad,
     experts_route,
@@ -22,6 +23,8 @@ from peftkern.kernels import (
 )
 from peftkern.kernels.bits import Draw
 from peftkern.kernels.decode import decode, decode_group
+from peftkern.kernels.decode_quantised import decode_quantised
+from peftkern.kernels.dequantise import dequantise
 from peftkern.kernels.dora_grad import scale_grad
 from peftkern.kernels.dora_norm import row_norms
 from peftkern.kernels.expand import expand, low_rank_grad_input
@@ -65,6 +68,9 @@ def of_b(*shape: int) -> Tensor:
 def prefix_problem(T: int) -> tuple[Tensor, ...]:
     return (drawn(2, 4, T, 32), *(drawn(2, 2, 20, 32) for _ in range(2)),
             *(drawn(2, 8, 32) for _ in range(2)))  # fmt: skip
+
+
+_make = quantised.drawn("cpu")
 
 
 def routed(adapters: int = 1) -> Route:
@@ -140,6 +146,17 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[[], Any]]] = {
         decode_group,
         lambda: (drawn(1, K), [drawn(N, K), drawn(32, K)], [low(R, K), low(4, K)],
                  [low(N, R), low(32, 4)], [0.5, 2.0], [drawn(N), None]),
+    ),
+    "dequantise": (dequantise, lambda: (quantised.nf4(_make, N, K), BF16)),
+    "dequantise fp8": (dequantise, lambda: (quantised.fp8(_make, N, K), BF16)),
+    "decode quantised": (
+        decode_quantised,
+        lambda: (drawn(1, K), [quantised.nf4(_make, n, K) for n in (N, 32)],
+                 [low(R, K), low(4, K)], [low(N, R), low(32, 4)], [0.5, 2.0], [drawn(N), None]),
+    ),
+    "decode quantised rows": (
+        decode_quantised,
+        lambda: (drawn(5, K), [quantised.int4(_make, N, K)], [low(R, K)], [low(N, R)], 0.5),
     ),
     "mlp": (
         mlp,
@@ -263,7 +280,7 @@ def told(args: Any, result: Any, heard: list[Started]) -> list[Any]:
         if isinstance(value, TensorDescriptor):
             fields = {k: v for k, v in vars(value).items() if k != "base"}
             return "described", address(value.base.data_ptr()), fields
-        if isinstance(value, tuple):
+        if isinstance(value, tuple) and kind != "constexpr":
             return [plain(v, k) for v, k in zip(value, kind, strict=True)]
         if isinstance(kind, str) and kind.startswith("*") and value is not None:
             return address(value)

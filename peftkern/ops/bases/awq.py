@@ -9,13 +9,16 @@ ExLlama, ...) are not read.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .columns import Columns, unpacked
 from .formats import Found
+
+if TYPE_CHECKING:
+    from ...kernels.quantised import Quantised
 
 _LAYERS = ("WQLinear_GEMM", "AwqTorchLinear", "AwqGEMMLinear", "AwqGEMMTritonLinear")
 _PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # where the codes of a word stand
@@ -35,6 +38,16 @@ class Awq(Columns):
 
     def compute_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return dtype if dtype in _NARROW and not self.fixed else torch.float16
+
+    def for_kernels(self, dtype: torch.dtype) -> Quantised | str:
+        from ...kernels.quantised_formats import awq
+
+        qweight, qzeros, scales = self.tensors
+        N, K = self.shape
+        if self.bits != 4 or qweight.dtype != torch.int32 or qweight.shape[1] * 8 != N:
+            return f"{self.bits} bit in {qweight.dtype}; 4 in int32 and whole words are read"
+        scales = scales.to(self.compute_dtype(dtype))
+        return awq(qweight, qzeros, scales, K // scales.shape[0])
 
     def columns(self, dtype: torch.dtype) -> Tensor:
         qweight, qzeros, scales = self.tensors

@@ -9,7 +9,7 @@ left when FSDP has replaced the weight.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from .bnb4_cpu import repacked_bits
 from .formats import Found, Unusable
 from .repack import State
 from .weight import Packed
+
+if TYPE_CHECKING:
+    from ...kernels.quantised import Quantised
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _KINDS = ("nf4", "fp4")
@@ -68,6 +71,24 @@ class Bnb4(Packed):
         y = bnb4_decode.product(self, x)
         return self.product(x, None) if y is None else y
 
+    def for_kernels(self, dtype: torch.dtype) -> Quantised | str:
+        from ...kernels.quantised_formats import bnb4
+
+        state = self.state
+        if self.turned:
+            return "its weight [K, N] was quantised"
+        if self.shape[1] % 2:
+            return f"its {self.shape[1]} inputs are an odd number"
+        nested = None
+        if state.nested:
+            inner = state.state2
+            if inner.dtype != torch.float32:
+                return f"its statistics are computed in {inner.dtype}"
+            nested = inner.absmax, inner.code, state.offset, inner.blocksize
+        elif state.absmax.dtype != torch.float32:
+            return f"its statistics are {state.absmax.dtype}"
+        return bnb4(self.bits.data, state.code, state.absmax, self.shape, state.blocksize, nested)
+
     def absmax(self) -> Tensor:
         """The scale of each block, float32."""
         state = self.state
@@ -107,6 +128,9 @@ class Repacked4(Bnb4):
         if bnb4_decode.applies(self, x):
             return bnb4_decode.kernel(x, self.bits, self.state.absmax, self.state)
         return self.product(x, None)
+
+    def for_kernels(self, dtype: torch.dtype) -> Quantised | str:
+        return "its bytes are in an order for this processor"
 
     def absmax(self) -> Tensor:
         absmax: Tensor = self.state.absmax

@@ -7,11 +7,16 @@ MXFP4       W = e2m1(q) · 2^(s - 127)          s in a byte for 32 elements
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from .fp8 import scale_
 from .weight import Packed
+
+if TYPE_CHECKING:
+    from ...kernels.quantised import Quantised
 
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _VALUES = torch.tensor([*_E2M1, *(-v for v in _E2M1)])
@@ -50,6 +55,20 @@ class PackedInt(Packed):
     @property
     def tensors(self) -> tuple[Tensor, ...]:  # type: ignore[override]
         return self.q, self.scale
+
+    def for_kernels(self, dtype: torch.dtype) -> Quantised | str:
+        from ...kernels.quantised_formats import packed_rows, scaled
+
+        rows, columns = self.block or (1, 0)
+        scale = self.scale.reshape(1, 1) if self.scale.numel() == 1 else self.scale
+        if self.bits is None and self.zero is None:
+            rows, columns = (0, 0) if scale.numel() == 1 else (rows, columns)
+            return scaled(self.q.data, scale.data, (rows, columns), through=scale.dtype)
+        if self.bits != 4 or self.shape[1] % 8 or rows != 1 or scale.shape[0] != self.shape[0]:
+            return f"integers of {self.bits} bits with scales {tuple(scale.shape)}"
+        made = packed_rows(self.q.data, scale.data, columns)
+        # zero points are less 8, as the owner reads the numbers
+        return made if self.zero is None else made._replace(zeros=self.zero.t())
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         q = self.q if self.bits is None else unpacked(self.q, self.bits, self.shape[1])
@@ -100,6 +119,18 @@ class PackedFloat4(Packed):
     @property
     def tensors(self) -> tuple[Tensor, ...]:  # type: ignore[override]
         return (self.q, self.scale) if self.whole is None else (self.q, self.scale, self.whole)
+
+    def for_kernels(self, dtype: torch.dtype) -> Quantised | str:
+        from ...kernels.quantised_formats import mxfp4, nvfp4
+
+        q, scale, whole = self.q.data, self.scale.data, self.whole
+        if scale.dtype == torch.uint8 and whole is None and self.group == 32:
+            made = mxfp4(q, scale)
+        elif scale.dtype == torch.float8_e4m3fn and whole is not None and self.group == 16:
+            made = nvfp4(q, scale, whole.data.float())
+        else:
+            return f"scales in {scale.dtype} for {self.group} numbers"
+        return made._replace(layout=made.layout._replace(through="bfloat16"))
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         pairs = _PAIRS if self.q.is_cpu else _PAIRS.to(self.q.device)

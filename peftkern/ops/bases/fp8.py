@@ -8,7 +8,7 @@ package's own :class:`.fp8_linear.Fp8Linear`.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from torch import Tensor
 from ..tracing import is_compiling
 from . import fp8_products
 from .weight import Packed
+
+if TYPE_CHECKING:
+    from ...kernels.quantised import Quantised
 
 E4M3 = torch.float8_e4m3fn
 # a layer's attribute with the user's choice (:func:`peftkern.set_base_compute`)
@@ -72,6 +75,21 @@ class Fp8(Packed):
         w = scale_(numbers(self.q, wide), scale.to(wide), self.block)
         w = w if self.kept is None else w.to(self.kept)
         return w if w.dtype == dtype else w.to(dtype)
+
+    def for_kernels(self, dtype: torch.dtype) -> Quantised | str:
+        from ...kernels.quantised_formats import scaled
+
+        if self.compute == IN_FP8 and fp8_products.why_not(self) is None:
+            return "its products are computed in fp8"
+        if self.q.dtype != E4M3:
+            return f"its weight is {self.q.dtype}"
+        scale = self.scale.to(dtype) if self.rounds_scale else self.scale
+        if scale.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return f"its scales are {scale.dtype}"
+        block = self.block or (1, 0)
+        if scale.numel() == 1:
+            scale, block = scale.reshape(1, 1), (0, 0)
+        return scaled(self.q.data, scale.data, block, through=self.kept)
 
     def product(self, x: Tensor, y: Tensor | None) -> Tensor:
         if self.compute == IN_FP8 and fp8_products.why_not(self) is None:

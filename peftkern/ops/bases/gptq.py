@@ -10,13 +10,16 @@ of their activations (act-order). Version 1 of the format stores zeros less 1. L
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .columns import Columns, unpacked
 from .formats import Found
+
+if TYPE_CHECKING:
+    from ...kernels.quantised import Quantised
 
 # the layers that keep the format's own layout
 _MODEL = ("TorchLinear", "TritonV2Linear")
@@ -27,12 +30,27 @@ _BITS = (2, 3, 4, 8)
 class Gptq(Columns):
     """A weight in GPTQ's layout."""
 
-    __slots__ = ("tensors", "bits", "first", "shape", "device", "format")
+    __slots__ = ("tensors", "bits", "first", "group", "shape", "device", "format")
 
-    def __init__(self, tensors: tuple[Tensor, ...], bits: int, K: int, N: int, first: bool) -> None:
+    def __init__(
+        self, tensors: tuple[Tensor, ...], bits: int, K: int, N: int, first: bool, group: int = 0
+    ) -> None:
         self.tensors, self.bits, self.shape = tensors, bits, (N, K)
         self.first = first  # version 1
+        self.group = group  # the inputs of each group, if they are known to be in order
         self.device, self.format = tensors[0].device, f"{bits} bit (GPTQ)"
+
+    def for_kernels(self, dtype: torch.dtype) -> Quantised | str:
+        from ...kernels.quantised_formats import gptq
+
+        qweight, qzeros, scales, groups = self.tensors
+        N, K = self.shape
+        words = (qweight.dtype, qzeros.dtype, *qweight.shape, qzeros.shape[1])
+        if self.bits != 4 or words != (torch.int32, torch.int32, K // 8, N, N // 8):
+            return f"{self.bits} bit in {qweight.dtype}; 4 in int32 and whole words are read"
+        # without a word of the layer only the device's memory tells whether groups are in order
+        order = None if self.group else groups.int()
+        return gptq(qweight, qzeros, scales, self.group, order, int(self.first))
 
     def columns(self, dtype: torch.dtype) -> Tensor:
         qweight, qzeros, scales, groups = self.tensors
@@ -75,4 +93,8 @@ def read(module: Any) -> Found | str:
     if wrong or qweight.shape[1] != N or qzeros.shape[0] != scales.shape[0]:
         shapes = ", ".join(str(tuple(t.shape)) for t in held)
         return f"its weight does not fit its statistics: {shapes} at {module.bits} bit"
-    return Found(Gptq(held, module.bits, K, N, first), module.bias)
+    size = module.group_size if getattr(module, "desc_act", True) is False else 0
+    group = K if size == -1 else size
+    if group and -(-K // group) != scales.shape[0]:
+        group = 0
+    return Found(Gptq(held, module.bits, K, N, first, group), module.bias)

@@ -6,11 +6,16 @@ these is smallest. So do torchao and quanto in their own ways.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from ...utils.private import int8_product
 from .weight import Packed
+
+if TYPE_CHECKING:
+    from ...kernels.quantised import Quantised
 
 _FEW_ROWS = (
     8  # up to so many torch's product of bf16 with int8 is faster than one with W as numbers
@@ -40,6 +45,14 @@ class Int8(Packed):
         scale = self.scale.reshape(-1, 1)
         wide = torch.promote_types(scale.dtype, dtype)  # rounded once, as its owner does
         return self.q.to(wide).mul_(scale).to(dtype)
+
+    def for_kernels(self, dtype: torch.dtype) -> Quantised | str:
+        from ...kernels.quantised_formats import scaled
+
+        if self.q.dtype != torch.int8 or self.scale.dtype not in (dtype, torch.float32):
+            return f"its weight is {self.q.dtype} with scales in {self.scale.dtype}"
+        scale = self.scale.reshape(-1, 1)
+        return scaled(self.q, scale, (1 if scale.shape[0] > 1 else 0, 0))
 
     def product(self, x: Tensor, y: Tensor | None) -> Tensor:
         dtype, M = self.compute_dtype(x.dtype), x.shape[0]

@@ -8,10 +8,15 @@ kept so, and those of fp8 checkpoints with ``expert_dtype="fp4"``.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from .weight import Packed
+
+if TYPE_CHECKING:
+    from ...kernels.quantised import Quantised
 
 BLOCK = 32
 # of E2M1, by the code; bit 3 is the sign
@@ -36,6 +41,13 @@ class Mx4(Packed):
     @property
     def tensors(self) -> tuple[Tensor, ...]:  # type: ignore[override]
         return self.bits, self.scale
+
+    def for_kernels(self, dtype: torch.dtype) -> Quantised | str:
+        from ...kernels.quantised_formats import mxfp4
+
+        if self.scale.dtype not in (torch.uint8, torch.float8_e8m0fnu):
+            return f"its scales are {self.scale.dtype}"
+        return mxfp4(self.bits.data.view(torch.uint8), self.scale.data.view(torch.uint8))
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         N, K = self.shape

@@ -8,7 +8,7 @@ What is dense lives for one product: the backward dequantises again, and nothing
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from ...utils.private import (
     transforms_active,
 )
 from ..projection import Plain, PlainGrad, Projection, ProjectionGrad
+
+if TYPE_CHECKING:
+    from ...kernels.quantised import Quantised
 
 
 class Packed(ABC):
@@ -54,6 +57,14 @@ class Packed(ABC):
     @abstractmethod
     def dense(self, dtype: torch.dtype) -> Tensor:
         """W [N, K] in ``dtype``, contiguous, as its owner dequantises it."""
+
+    def for_kernels(self, dtype: torch.dtype) -> Quantised | str:
+        """The weight as Triton kernels read it, to multiply in ``dtype``; or why they do not.
+
+        What it gives equals :meth:`dense` bit for bit, and products are of these numbers alone.
+        Called with triton installed.
+        """
+        return "no kernel reads its format"
 
     def compute_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """The dtype in which the base product of an x of ``dtype`` runs, by its owner's rule."""

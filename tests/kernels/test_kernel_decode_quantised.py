@@ -1,0 +1,123 @@
+"""Few rows on a quantised W, against float64, against torch, and against the dense weight."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from peftkern.kernels import reference
+from peftkern.kernels.common import Arch
+from peftkern.kernels.decode_quantised import (
+    MAX_ROWS,
+    DecodeQuantisedConfig,
+    decode_quantised,
+    default_config,
+)
+from peftkern.kernels.quantised import dense
+from tests.kernels import quantised_cases as cases
+from tests.kernels.oracle import DTYPES, assert_as_good_as_torch, blas, few, matrix
+from tests.kernels.quantised_cases import CASES
+
+
+def check(
+    name: str,
+    M: int,
+    Ns: tuple[int, ...],
+    K: int,
+    r: int,
+    dtype: torch.dtype,
+    adapter: torch.dtype = torch.float32,
+    config: DecodeQuantisedConfig | None = None,
+    bias: bool = True,
+) -> None:
+    x = matrix(M, K, dtype, seed=0, offset=1)
+    ws = [CASES[name](n, K) for n in Ns]
+    As = [matrix(r + i, K, adapter, seed=1 + i, offset=2) for i in range(len(Ns))]
+    Bs = [matrix(n, r + i, adapter, seed=9 + i) for i, n in enumerate(Ns)]
+    biases = [matrix(1, n, dtype, seed=3)[0].contiguous() if bias else None for n in Ns]
+    scales = [0.5 + i for i in range(len(Ns))]
+    ys = decode_quantised(x, ws, As, Bs, scales, biases, config=config)
+    for y, w, a, b, c, scale in zip(ys, ws, As, Bs, biases, scales, strict=True):
+        assert y.dtype == dtype
+        numbers = dense(w, dtype)  # the products are of W in X's dtype, as its owner's are
+        exact = reference.linear(x, numbers, reference.shrink(x, a, scale), b)
+        s = (blas(x, a.to(dtype).T) * scale).to(dtype)
+        plain = blas(x, numbers.T) + blas(s, b.to(dtype).T)
+        if c is not None:
+            exact, plain = exact + c.double(), plain + c.float()
+        assert_as_good_as_torch(y, plain.to(dtype), exact)
+    again = decode_quantised(x, ws, As, Bs, scales, biases, config=config)
+    assert all(map(torch.equal, ys, again)), "two runs differ"
+
+
+@pytest.mark.parametrize("M", [1, 5])
+@pytest.mark.parametrize("name", CASES)
+def test_every_format(name: str, M: int) -> None:
+    check(name, M, (40,), 136, 5, torch.float16)
+
+
+@few
+@given(
+    name=st.sampled_from(sorted(CASES)),
+    M=st.integers(1, 20),
+    N=st.integers(1, 6),
+    K=st.integers(1, 20),
+    r=st.integers(1, 20),
+    dtype=st.sampled_from(DTYPES),
+    tile=st.sampled_from([(8, 32), (16, 64), (32, 16)]),
+)
+def test_any_shape(
+    name: str, M: int, N: int, K: int, r: int, dtype: torch.dtype, tile: tuple[int, int]
+) -> None:
+    config = DecodeQuantisedConfig(*tile, split_k=3)
+    check(name, M, (8 * N, 8), 8 * K, r, dtype, dtype, config)
+
+
+@pytest.mark.parametrize("M", [1, 3, MAX_ROWS])
+def test_groups_of_any_rank(M: int) -> None:
+    check("nf4, nested", M, (48, 16, 24), 128, 3, torch.float16)
+    check("fp8 by block", M, (8, 40), 72, 90, torch.float32, bias=False)
+
+
+def test_blocks_that_run_on_from_row_to_row() -> None:
+    for M in (1, 3):
+        x, w = matrix(M, 34, torch.float16, seed=0), cases.nf4(7, 34, 64, True)
+        a, b = torch.zeros(2, 34), torch.zeros(7, 2)
+        y = decode_quantised(x, [w], [a], [b])[0]
+        numbers = dense(w, torch.float16)
+        assert_as_good_as_torch(y, blas(x, numbers.T).half(), x.double() @ numbers.double().T)
+
+
+def test_configs_are_valid_on_every_architecture() -> None:
+    for capability, sms, shared in ((80, 108, 166912), (90, 132, 232448), (120, 170, 101376)):
+        arch = Arch(sms, capability, shared)
+        for name in CASES:
+            for M, K in ((1, 8), (1, 4096), (16, 4096), (64, 4096)):
+                w = CASES[name](8, K)
+                config = default_config(M, [4096], K, w, arch)
+                assert config.block_n % w.layout.per == 0 or w.layout.along == "k"
+
+
+def test_empty_and_refused() -> None:
+    x, w = torch.ones(2, 64), cases.nf4(8, 64)
+    a, b = torch.ones(3, 64), torch.ones(8, 3)
+    assert decode_quantised(x[:0], [w], [a], [b])[0].shape == (0, 8)
+    with pytest.raises(ValueError, match="x has 65 rows; allowed: at most 64"):
+        decode_quantised(torch.ones(65, 64), [w], [a], [b])
+    with pytest.raises(ValueError, match=r"ws\[0\] has 64 columns; allowed: 32"):
+        decode_quantised(torch.ones(2, 32), [w], [a], [b])
+    with pytest.raises(ValueError, match=r"ws\[1\] has another layout"):
+        decode_quantised(x, [w, cases.int8(8, 64)], [a, a], [b, b])
+    with pytest.raises(ValueError, match=r"Bs\[0\] has shape"):
+        decode_quantised(x, [w], [a], [b[:4]])
+    with pytest.raises(TypeError, match=r"As\[0\] has dtype torch.float16"):
+        decode_quantised(x, [w], [a.half()], [b])
+    with pytest.raises(TypeError, match=r"ws\[0\] is a Tensor"):
+        decode_quantised(x, [torch.ones(8, 64)], [a], [b])  # type: ignore[list-item]
+    bad: Any = dict(split_k=0)
+    with pytest.raises(ValueError, match="split_k is 0"):
+        DecodeQuantisedConfig(**bad)
