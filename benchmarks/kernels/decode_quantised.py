@@ -83,8 +83,8 @@ def _sanitize(o: Operands) -> Iterator[tuple[str, list[Tensor]]]:
 
 
 def _counted(o: Operands) -> Iterator[Callable[[], Any]]:
-    n, k = o.N // 128 * 128, o.K // 128 * 128
-    x, a, b = o.x[:16, :k].contiguous(), o.a[:, :k].contiguous(), o.b[:n]
+    n, k = o.N, o.K // 64 * 64
+    x, a, b = o.x[:16, :k].contiguous(), o.a[:, :k].contiguous(), o.b
     for name in ("nf4 nested", "fp8", "int4"):
         w = FORMATS[name](drawn(o.device), n, k)
         for rows in (1, 16):

@@ -38,7 +38,7 @@ def _sanitize(o: Operands) -> Iterator[tuple[str, list[Tensor]]]:
 
 
 def _counted(o: Operands) -> Iterator[Callable[[], Any]]:
-    n, k = o.w.shape[0] // 128 * 128, o.w.shape[1] // 128 * 128
+    n, k = o.N, o.K // 64 * 64
     for name in ("nf4 nested", "fp8", "int4"):
         w = FORMATS[name](drawn(o.device), n, k)
         yield lambda w=w: kernel.dequantise(w, BF16)

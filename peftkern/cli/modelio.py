@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -94,12 +95,10 @@ def _bits(load_in: str, dtype: torch.dtype) -> Any:
     """transformers' config of bitsandbytes in "4bit" (NF4, nested statistics) or "8bit"."""
     import transformers
 
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError:
+    if find_spec("bitsandbytes") is None:
         raise UserError(
             f"--load-in {load_in} needs the package 'bitsandbytes': pip install bitsandbytes"
-        ) from None
+        )
     if load_in == "8bit":
         return transformers.BitsAndBytesConfig(load_in_8bit=True)
     return transformers.BitsAndBytesConfig(

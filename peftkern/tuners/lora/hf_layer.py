@@ -58,7 +58,7 @@ class Fused:
     _note_decline = LoraLayer._note_decline
     __getstate__ = Linear.__getstate__
 
-    def fused_call(self: Any, x: Tensor) -> tuple[Any, ...] | None:
+    def fused_call(self, x: Tensor) -> tuple[Any, ...] | None:
         state = self.__dict__
         active = state["_active_adapter"]
         if active.__class__ is list:
@@ -66,7 +66,8 @@ class Fused:
             plan = state["_plan"]
             if plan is not None and active != [plan.name]:
                 state["_plan"] = None
-        return Linear.fused_call(self, x)
+        layer: Any = self  # Linear's function reads only attributes that both kinds have
+        return Linear.fused_call(layer, x)
 
     def _variant_reason(self) -> str | None:
         for name in self.active_adapters:
@@ -78,16 +79,17 @@ class Fused:
         self._held = None  # it holds the adapter's modules
         self._theirs.delete_adapter(self, adapter_name)
 
-    def _forward_general(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def _forward_general(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        layer: Any = self
         if not is_compiling():
             given = kwargs.get("adapter_names")
             if given is None:
-                self._note_decline()
+                layer._note_decline()
             elif len(kwargs) == 1 and not args and self._mixes(x, given):
                 names = _names.of(given)
-                factors = mixed_call(self, x, names)
+                factors = mixed_call(layer, x, names)
                 if factors is not None:
-                    return as_one(self, x, names, factors)
+                    return as_one(layer, x, names, factors)
         y: Tensor = self._theirs.forward(self, x, *args, **kwargs)
         return y
 
@@ -135,7 +137,7 @@ class FusedParamWrapper(HFParamWrapper):
             if isinstance(found, Tensor):
                 return found
             if names is None and not self.merged and not is_compiling():
-                self._note_decline()
+                layer._note_decline()
         return HFParamWrapper.forward(self, *args, **kwargs)
 
 
