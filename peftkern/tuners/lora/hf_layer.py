@@ -137,7 +137,7 @@ class FusedParamWrapper(HFParamWrapper):
             if isinstance(found, Tensor):
                 return found
             if names is None and not self.merged and not is_compiling():
-                layer._note_decline()
+                self._note_decline()
         return HFParamWrapper.forward(self, *args, **kwargs)
 
 
