@@ -23,6 +23,7 @@ from ...ops.bases.weight import BaseWeight, dense
 from ...ops.dora import dora_linear
 from ...ops.dora_norm import gain, row_norms
 from ...ops.tracing import is_compiling, is_tracing
+from ...utils.gathering import frozen, is_whole
 from ...utils.private import convolve
 from .plan import is_hooked
 from .variant import LoraVariant
@@ -74,6 +75,10 @@ class DoraLayer(nn.Module):
         self.weight = nn.Parameter(magnitude, requires_grad=trainable)
         self._dora_cache: dict[str, Any] = {}
 
+    def forward(self) -> Tensor:
+        """The magnitude, as a copy: what gathers the weight for a call frees it after."""
+        return self.weight.clone()
+
     def train(self, mode: bool = True) -> DoraLayer:
         if mode:
             self._dora_cache.clear()
@@ -98,6 +103,13 @@ class DoraLayer(nn.Module):
 
     def __repr__(self) -> str:
         return "lora.dora." + super().__repr__()
+
+
+def magnitude_of(layer: Any, adapter: str) -> Tensor:
+    """The magnitude of an adapter: its parameter, or what a call gives where that is a shard."""
+    dora: Any = layer.lora_magnitude_vector[adapter]
+    found: Tensor = dora.weight if is_whole(dora) else dora()
+    return found
 
 
 def _state(source: Any) -> Any:
@@ -182,13 +194,13 @@ class DoraVariant(LoraVariant):
     def gain(self, layer: Any, adapter: str) -> Tensor:
         """m / norm, in the norms' shape, with a gradient to m alone."""
         norms = self.norms(layer, adapter)
-        return gain(layer.lora_magnitude_vector[adapter].weight.view(norms.shape), norms)
+        return gain(magnitude_of(layer, adapter).view(norms.shape), norms)
 
     def merged_weight(self, layer: Any, adapter: str, weight: Tensor, base: Tensor) -> Tensor:
         _, A, B = self.weights(layer, adapter)
         A, B = A.to(weight.device), B.to(weight.device)
         norms = self.computed_norms(base, A, B, layer.scaling[adapter], layer)
-        magnitude = layer.lora_magnitude_vector[adapter].weight.view(norms.shape)
+        magnitude = magnitude_of(layer, adapter).view(norms.shape)
         factor = self.over(layer, gain(magnitude.to(norms), norms), weight)
         return factor * self.updated(weight, A, B, layer.scaling[adapter], layer)
 
@@ -201,7 +213,7 @@ class DoraVariant(LoraVariant):
         g = self.gain(layer, adapter)
         if isinstance(drop, nn.Identity) or not layer.training:
             bias = getattr(base, "bias", None)
-            product = result if bias is None else result - bias.view(view)
+            product = result if bias is None else result - frozen(bias).view(view)
         else:
             x = drop(x)
             product = self.product(layer, base, x)
@@ -257,7 +269,7 @@ class DoraLinearVariant(DoraVariant, setting="use_dora", layers=("linear",)):
         if call is None or _quantises_input(layer.base_layer):
             return None
         p = call.p if layer.training else 0.0
-        magnitude = layer.lora_magnitude_vector[adapter].weight
+        magnitude = magnitude_of(layer, adapter)
         norms = self.norms(layer, adapter)
         weight, bias, A, B = call.tensors
         return dora_linear(x, weight, bias, A, B, magnitude, call.scale, p, call.transposed, norms)
@@ -355,6 +367,8 @@ def _numbers(base: Any) -> Tensor:
 def known_weight(base: Any) -> Tensor:
     """A layer's weight as floating-point numbers: its own tensor, or one read in its format.
 
+    Of a DTensor, the whole without its gradient.
+
     Raises:
         TypeError: the weight is quantised in a way that cannot be read here.
     """
@@ -383,4 +397,4 @@ def known_weight(base: Any) -> Tensor:
             f"DoRA needs the weight of a {type(base).__name__} as numbers, and that is a "
             f"{what}{why}; allowed: floating point, or a quantised format that is read"
         )
-    return weight
+    return frozen(weight)

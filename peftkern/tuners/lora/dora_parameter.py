@@ -16,7 +16,7 @@ from torch.nn.functional import linear
 
 from ...ops.dora import dora_linear
 from ...ops.dora_norm import expert_norms, row_norms
-from .dora import DoraVariant, operation
+from .dora import DoraVariant, magnitude_of, operation
 from .linear import Linear
 from .parameter_product import is_product, turned
 from .plan import weight_layout
@@ -99,7 +99,7 @@ class DoraParameterVariant(DoraVariant, setting="use_dora", layers=("parameter",
         if call is None:
             return None
         weight, bias, A, B, scale, p, transposed = turned(call)
-        magnitude = layer.lora_magnitude_vector[adapter].weight
+        magnitude = magnitude_of(layer, adapter)
         norms = self.norms(layer, adapter)
         p = p if layer.training else 0.0
         return dora_linear(x, weight, bias, A, B, magnitude, scale, p, transposed, norms)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -45,27 +45,46 @@ def offset_behind(virtual: int, no_prefix: Tensor | None) -> int | Tensor:
     return virtual if no_prefix is None else (~no_prefix).long()[:, None] * virtual
 
 
-@dataclass(eq=False)
 class PrefixState:
-    """The state of one forward call: all that its attention layers need to know of the prefix."""
+    """The state of one forward call: all that its attention layers need to know of the prefix.
 
-    prefixes: tuple[Prefix | None, ...]
-    no_prefix: Tensor | None  # bool [B]
-    virtual: int  # P
-    past: int | Tensor  # number of own tokens that are in the cache already
-    positions_moved: bool = False  # True: the caller's position_ids count the prefix already
-    always_visible: bool = False  # True: no window hides the prefix
-    weights: bool = False  # True: attention weights are to be returned
-    positions: Tensor | None = None  # positions of a packed batch's tokens, with P added
-    bias_module: Any = None  # T5: the attention module with the relative bias of all layers
-    alibi: Tensor | None = None  # Falcon: [B * H, 1, P + S]
-    made: list[tuple[tuple[Any, ...], Tensor]] = field(default_factory=list)  # see once()
-    collected: tuple[list[Tensor], list[Tensor]] | None = None  # leaves, the prefixes behind them
-    hits: set[int] = field(default_factory=set)  # slots that have seen their prefix or have none
-    entered: set[int] = field(default_factory=set)  # slots of called layers, if layers are skipped
-    trains: bool = False  # True: gradients go to the prefixes directly, not through leaves
-    injection: int = 0  # number of the PrefixInjection
-    checkpointed: bool = False  # True: layers run within checkpoints
+    It is no dataclass: FSDP casts the tensors in the arguments of the modules that it gathers for,
+    and replaces each dataclass among them by a copy; layers would note their hits on that.
+
+    Args:
+        prefixes: for each layer (keys, values), or None.
+        no_prefix: bool [B], True for rows that see no prefix; or None.
+        virtual: P.
+        past: the number of own tokens that are in the cache already.
+        positions_moved: True when the caller's ``position_ids`` count the prefix already.
+    """
+
+    def __init__(
+        self,
+        prefixes: tuple[Prefix | None, ...],
+        no_prefix: Tensor | None,
+        virtual: int,
+        past: int | Tensor,
+        positions_moved: bool = False,
+    ) -> None:
+        self.prefixes = prefixes
+        self.no_prefix = no_prefix
+        self.virtual = virtual
+        self.past = past
+        self.positions_moved = positions_moved
+        self.always_visible = False  # True: no window hides the prefix
+        self.weights = False  # True: attention weights are to be returned
+        self.positions: Tensor | None = None  # positions of a packed batch's tokens, with P added
+        self.bias_module: Any = None  # T5: the attention module with all layers' relative bias
+        self.alibi: Tensor | None = None  # Falcon: [B * H, 1, P + S]
+        self.made: list[tuple[tuple[Any, ...], Tensor]] = []  # see once()
+        # leaves, and the prefixes behind them
+        self.collected: tuple[list[Tensor], list[Tensor]] | None = None
+        self.hits: set[int] = set()  # slots that have seen their prefix or have none
+        self.entered: set[int] = set()  # slots of called layers, if layers are skipped
+        self.trains = False  # True: gradients go to the prefixes directly, not through leaves
+        self.injection = 0  # number of the PrefixInjection
+        self.checkpointed = False  # True: layers run within checkpoints
 
     def hit(self, slot: int) -> None:
         """Note that the attention of this slot has seen its prefix.

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+
+from ...utils.gathering import gathered_device, has_hooks, is_whole
 
 
 class BasePromptEncoder(nn.Module):
@@ -32,10 +36,9 @@ class BasePromptEncoder(nn.Module):
     def prompt(self) -> Tensor:
         """All virtual tokens, [P, dim]; without a network the trained parameter, not a copy."""
         weight = self.embedding.weight
-        if not self.has_network and not hasattr(weight, "ds_id"):  # DeepSpeed's shards are empty
+        if not self.has_network and is_whole(self.embedding) and not has_hooks(self):
             return weight
-        indices = torch.arange(self.embedding.num_embeddings, device=weight.device)
-        return self(indices[None])[0]
+        return called(self)
 
     def load_prompt_embeddings(self, prompt_embeddings: Tensor) -> None:
         """Copy saved virtual tokens [P, dim] in.
@@ -66,3 +69,15 @@ class BasePromptEncoder(nn.Module):
         (accelerate passes models to that function.)
         """
         self.load_prompt_embeddings(state_dict["prompt_embeddings"])
+
+
+def virtual_tokens(encoder: Any) -> Tensor:
+    """All virtual tokens [P, dim] of an encoder, or of the module that FSDP has put around it."""
+    return encoder.prompt() if isinstance(encoder, BasePromptEncoder) else called(encoder)
+
+
+def called(encoder: Any) -> Tensor:
+    """All virtual tokens [P, dim] by a call, in which FSDP and DeepSpeed gather the weights."""
+    embedding = encoder.embedding
+    indices = torch.arange(embedding.num_embeddings, device=gathered_device(embedding.weight))
+    return encoder(indices[None])[0]

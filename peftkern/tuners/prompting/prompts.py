@@ -12,6 +12,7 @@ from torch import Tensor
 from ...configs.base import PeftConfig
 from ..prefix_tuning import PrefixTuningConfig
 from ..wrapped import innermost
+from .encoder import virtual_tokens
 from .sizes import attention_layers, key_lenders, layer_shapes
 
 BASE = "__base__"  # in place of an adapter's name: the base model alone
@@ -79,7 +80,7 @@ class Prompts:
                 "of the input, as its rows would be shorter; call the model apart for them"
             )
         P = self.virtual_tokens(host, rows)
-        prompts = [host.prompt_encoder[name].prompt()[:P] for name in unique]
+        prompts = [virtual_tokens(host.prompt_encoder[name])[:P] for name in unique]
         if len(prompts) == 1:
             return prompts[0].expand(batch_size, -1, -1)
         return torch.stack(prompts)[_index(names, unique, prompts[0].device)]
@@ -145,7 +146,7 @@ class Prompts:
     def _slices(self, host: Any, adapter_name: str) -> tuple[Tensor, ...]:
         """The prefix as 2 * num_layers tensors [H_kv, P, D], views of the parameter."""
         config = self.peft_config[adapter_name]
-        rows = host.prompt_encoder[adapter_name].prompt()  # [P, 2 * num_layers * token_dim]
+        rows = virtual_tokens(host.prompt_encoder[adapter_name])  # [P, 2 * num_layers * token_dim]
         dtype = host.base_model_torch_dtype
         heads = config.num_attention_heads
         rows = rows if dtype is None else rows.to(dtype)
@@ -162,7 +163,9 @@ class Prompts:
         """
         config: PeftConfig = host.active_peft_config
         if not isinstance(config, PrefixTuningConfig):
-            return host.prompt_encoder[host.active_adapter].prompt().expand(batch_size, -1, -1)
+            return virtual_tokens(host.prompt_encoder[host.active_adapter]).expand(
+                batch_size, -1, -1
+            )
         from ..prefix_tuning.cached import prefix_cache  # imports transformers' caches
 
         prefixes, _ = self.own_prefixes(host, batch_size)

@@ -1,0 +1,54 @@
+"""Weights of which a process has a part between calls: FSDP, DeepSpeed and accelerate keep them so.
+
+What shards the weights of a module gathers them in a call of that module, by hooks or by a module
+around it, and frees them after. So a weight is read only where :func:`is_whole` says that nothing
+gathers it; from any other module the numbers are had by a call.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """True when a call of the module runs more than its class's forward."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def is_whole(module: Any) -> bool:
+    """True when ``module.weight`` may be read: a plain Parameter that no call must gather first.
+
+    False for a module that FSDP1 has put around another.
+    """
+    weight = module._parameters.get("weight")
+    # DeepSpeed leaves an empty tensor in a Parameter that it has sharded, and marks it
+    return type(weight) is nn.Parameter and not has_hooks(module) and not hasattr(weight, "ds_id")
+
+
+def is_shard(weight: Any) -> bool:
+    """True for a DTensor, which FSDP2 and tensor parallelism put in a weight's place."""
+    return hasattr(weight, "full_tensor")
+
+
+def frozen(weight: Tensor) -> Tensor:
+    """A weight without its gradient, gathered if it is a DTensor: then all processes must call."""
+    if not is_shard(weight):
+        return weight
+    with torch.no_grad():
+        whole: Tensor = weight.detach().full_tensor()  # type: ignore[attr-defined]
+        return whole
+
+
+def gathered_device(weight: Tensor) -> torch.device:
+    """The device that a weight will be on while it is gathered; offloaded shards are on another."""
+    mesh = getattr(weight, "device_mesh", None)
+    return weight.device if mesh is None else torch.device(mesh.device_type)
