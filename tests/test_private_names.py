@@ -537,6 +537,7 @@ NOT_THEIRS = {
     "_bundled", "_pydatetime", "_pydecimal", "_pyio", "_strptime", "_threading_local",
     "_niter_", "_token_id", "_token_index", "_g", "_orig",
     "_replace", "_fields", "_asdict", "_make",  # of named tuples
+    "_exit",  # of os, and public
 }  # fmt: skip
 
 

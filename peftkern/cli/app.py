@@ -12,8 +12,9 @@ from typing import Annotated
 
 import typer
 
+from . import ranks
 from .demo.settings import DemoSettings
-from .errors import RunError, UserError
+from .errors import CommandError, UserError, first_line
 from .options import takes
 from .settings import PLACE, TrainSettings
 from .tune_settings import TuneSettings
@@ -57,7 +58,9 @@ def train_command(
 ) -> None:
     """Train a LoRA adapter on your own text.
 
-    The same command goes on where a killed run stopped. A line of a .jsonl file holds:
+    The same command goes on where a killed run stopped. torchrun and accelerate launch start it in
+    several processes: an optimizer step sees --batch-size x --grad-accumulation x processes
+    examples. A line of a .jsonl file holds:
 
     - causal_lm: {"text"} or {"prompt", "completion"}
 
@@ -81,6 +84,7 @@ def demo_command(settings: DemoSettings) -> None:
     lm is SmolLM2-135M-Instruct, seqcls is all-MiniLM-L6-v2; the text comes from the standard
     library of the running Python. Offline.
     """
+    _refuse_several_processes("demo")
     from .demo.run import demo
 
     demo(settings)
@@ -95,28 +99,45 @@ def tune_command(settings: TuneSettings) -> None:
     triton and version of the kernels.
     """
     settings.validate()  # before torch is loaded
+    _refuse_several_processes("tune")
     from .tune import tune
 
     tune(settings)
 
 
+def _refuse_several_processes(command: str) -> None:
+    if ranks.started().count > 1:
+        raise UserError(
+            f"{command} runs in one process; start it without torchrun or accelerate launch"
+        )
+
+
 def main(args: list[str] | None = None) -> None:
     """Run the command and exit: 0 done, 1 the run failed, 2 bad input, 130 interrupted."""
-    sys.exit(run(args))
+    code = run(args)
+    if code and ranks.in_group():
+        # the group's other processes may be gone: nothing waits for them
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def run(args: list[str] | None = None) -> int:
-    """Run the command and return its exit code; every error becomes one line on stderr."""
+    """Run the command and return its exit code; every error becomes one line on stderr.
+
+    Of several processes, the first one prints an error that all of them have.
+    """
     # tqdm reads it when it is imported; without it, other libraries' bars would disturb ours
     os.environ.setdefault("TQDM_DISABLE", "1")
     try:
         # in its standalone mode typer calls sys.exit itself and prints errors of several lines
         code = app(args=args, prog_name="peftkern", standalone_mode=False)
         return code if isinstance(code, int) else 0
-    except UserError as error:
-        return _fail(str(error), 2)
-    except RunError as error:
-        return _fail(str(error), 1)
+    except CommandError as error:
+        # before a group is made, all processes know the same
+        code, everywhere = (2 if isinstance(error, UserError) else 1), error.everywhere
+        return _fail(str(error), code, everywhere or not ranks.in_group(), in_step=everywhere)
     except OSError as error:
         if isinstance(error, BrokenPipeError):
             # the reader of our output has ended (`peftkern ... | head`)
@@ -124,17 +145,32 @@ def run(args: list[str] | None = None) -> int:
             return 141
         return _fail(f"cannot read or write: {error}", 1)
     except KeyboardInterrupt:
-        return _fail("interrupted; the same command goes on from the last checkpoint", 130)
+        return _fail("interrupted; the same command goes on from the last checkpoint", 130, True)
     except Exception as error:
         # typer's own errors (unknown option, missing value), from any version of click
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):
             message = error.format_message()
-            return _fail(message, error.exit_code) if message else error.exit_code
+            return _fail(message, error.exit_code, True) if message else error.exit_code
         if type(error).__name__ == "Abort":
-            return _fail("interrupted; the same command goes on from the last checkpoint", 130)
+            return _fail(
+                "interrupted; the same command goes on from the last checkpoint", 130, True
+            )
+        if ranks.lost(error):
+            reason = first_line(error).split(". ")[0]
+            message = f"another process has ended, or does not answer ({reason}); the same command"
+            return _fail(f"{message} goes on from the last checkpoint", 1, True)
         raise
 
 
-def _fail(message: str, code: int) -> int:
-    print(f"peftkern: {' '.join(message.split())}", file=sys.stderr)
+def _fail(message: str, code: int, everywhere: bool = False, in_step: bool = False) -> int:
+    """Print the message, unless the first process prints it for all of them; return ``code``.
+
+    ``in_step`` says that the processes of a group all call this, one as the other.
+    """
+    if not everywhere or ranks.prints():
+        which = "" if everywhere or not ranks.in_group() else f" (process {ranks.number()})"
+        print(f"peftkern: {' '.join(message.split())}{which}", file=sys.stderr, flush=True)
+        ranks.has_printed(in_step)
+    else:
+        ranks.wait_for_the_first(in_step)
     return code

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_callback import PrinterCallback
 
@@ -21,13 +23,16 @@ from ..utils.undo import in_mode
 from . import resume
 from .encode import target_count
 from .errors import RunError, UserError
+from .ranks import ALONE, Ranks
+from .shares import IDLE, Examples, Shares, marking
 
 
 class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers is not read
     """Trains the adapters of a peftkern ``PeftModel``; its checkpoints hold no base weights.
 
     ``identity`` and ``notes`` (JSON values) go into the manifest of each checkpoint. The newest
-    ``keep`` complete checkpoints stay on disk.
+    ``keep`` complete checkpoints stay on disk. Of several processes (``ranks``) the first one
+    writes.
     """
 
     def __init__(
@@ -37,21 +42,61 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers is not read
         identity: dict[str, Any],
         notes: dict[str, Any],
         keep: int,
+        ranks: Ranks,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.remove_callback(PrinterCallback)
         self._task, self._identity, self._notes, self._keep = task, identity, notes, keep
+        self._ranks = ranks
         self._run_dir: str | None = None
         self.model_accepts_loss_kwargs = True  # read by older versions of Trainer, see compute_loss
         self.loss_is_scaled_for_ga = True  # read by newer versions
 
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """This process's share of the examples, in an order that seed and epoch determine."""
+        examples, ranks = self.train_dataset, self._ranks
+        size, seed = self.args.per_device_train_batch_size, self.args.seed
+        shares = Shares(len(examples), size, ranks.index, ranks.count, seed)
+        updates = -(-len(shares) // self.args.gradient_accumulation_steps)
+        self.add_callback(_NextEpoch(shares, updates))
+        return DataLoader(
+            Examples(examples),
+            batch_sampler=shares,
+            collate_fn=marking(self.data_collator),
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+
+    def watch_for_unused(self) -> None:
+        """Tell DistributedDataParallel whether some trained parameters get no gradient.
+
+        It waits for all gradients else, and where a model has linear layers that no text reaches
+        (a vision tower's), in vain. One example shows it. Draws random numbers.
+        """
+        batch = self.data_collator([self.train_dataset[0]])
+        batch = {name: value.to(self.args.device) for name, value in batch.items()}
+        with self.accelerator.autocast():
+            self.model.train()(**batch).loss.backward()
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        unused = any(p.grad is None for p in trained)
+        for p in trained:
+            p.grad = None
+        handler: Any = self.accelerator.ddp_handler
+        handler.find_unused_parameters = unused
+
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: Any
     ) -> tuple[list[dict[str, torch.Tensor]], int]:
-        """(the micro-batches of one optimizer step, the number of targets in all of them)."""
+        """(this process's micro-batches of one optimizer step, the number of targets in it).
+
+        The targets of all processes are counted.
+        """
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        return batches, sum(target_count(batch["labels"], self._task) for batch in batches)
+        (targets,) = self._ranks.sum(sum(self._targets(batch) for batch in batches))
+        return batches, int(targets)
+
+    def _targets(self, batch: dict[str, Any]) -> int:
+        return 0 if IDLE in batch else target_count(batch["labels"], self._task)
 
     def compute_loss(
         self,
@@ -64,12 +109,14 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers is not read
 
         Trainer leaves the scaling to models whose forward takes keywords. Several of them (BERT's
         classifiers, T5) take the number and ignore it. That would multiply loss and gradients by
-        the number of micro-batches.
+        the number of micro-batches. Of several processes, losses and gradients are averaged, so
+        each part is multiplied by their number.
         """
-        outputs = model(**inputs)
+        targets = self._targets(inputs)
+        outputs = model(**{name: value for name, value in inputs.items() if name != IDLE})
         loss = outputs.loss
         if num_items_in_batch is not None:
-            loss = loss * (target_count(inputs["labels"], self._task) / num_items_in_batch)
+            loss = loss * (targets * self._ranks.count / num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -78,20 +125,36 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers is not read
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         out = Path(self.args.output_dir)
         partial = out / resume.PARTIAL
-        shutil.rmtree(partial, ignore_errors=True)
+        if self._ranks.first:
+            shutil.rmtree(partial, ignore_errors=True)
         self._run_dir = str(partial)
         try:
             super()._save_checkpoint(model, trial)
         finally:
             self._run_dir = None
+        if not self._ranks.first:
+            return
         written = partial / f"checkpoint-{self.state.global_step}"
-        resume.seal(written, self._identity, self._notes)
+        resume.seal(written, self._identity, self._notes, self._ranks.count)
         resume.publish(written, out)
         partial.rmdir()
         resume.rotate(out, self._keep)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        save_adapter(self.model, output_dir or self.args.output_dir)
+        if self._ranks.first:
+            save_adapter(self.model, output_dir or self.args.output_dir)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        if self._ranks.count == 1:
+            super()._save_rng_state(output_dir)
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            super()._save_rng_state(folder)
+            own = {file.name: file.read_bytes() for file in Path(folder).iterdir()}
+        for files in self._ranks.gather(own):
+            if self._ranks.first:
+                for name, content in files.items():
+                    Path(output_dir, name).write_bytes(content)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         from ..checkpoint.loading import set_peft_model_state_dict
@@ -122,13 +185,27 @@ def save_adapter(model: Any, folder: str | Path) -> None:
     model.save_pretrained(str(folder), save_embedding_layers=False)
 
 
-class Watch(TrainerCallback):  # type: ignore[misc]  # transformers is not read
-    """A callback that moves the progress bar and stops a run whose loss is not a number."""
+class _NextEpoch(TrainerCallback):  # type: ignore[misc]  # transformers is not read
+    """A callback that gives each epoch its order of the examples."""
 
-    def __init__(self, progress: Any, task_id: Any) -> None:
-        self.progress, self.task_id = progress, task_id
+    def __init__(self, shares: Shares, updates: int) -> None:
+        self.shares, self.updates = shares, updates
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.shares.epoch = state.global_step // self.updates
+
+
+class Watch(TrainerCallback):  # type: ignore[misc]  # transformers is not read
+    """A callback that moves the progress bar and stops a run whose loss is not a number.
+
+    ``begins`` is called before the first step, when the model is as it is trained.
+    """
+
+    def __init__(self, progress: Any, task_id: Any, begins: Callable[[], None]) -> None:
+        self.progress, self.task_id, self.begins = progress, task_id, begins
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.begins()
         self.progress.update(self.task_id, total=state.max_steps, completed=state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
@@ -139,28 +216,38 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers is not read
         if not torch.isfinite(torch.tensor(loss)):
             raise RunError(
                 f"the loss became {loss} at step {state.global_step}: try a smaller --lr. "
-                "Nothing was saved since the last checkpoint"
+                "Nothing was saved since the last checkpoint",
+                everywhere=True,  # it is the mean of all processes
             )
         self.progress.update(self.task_id, completed=state.global_step, loss=f"loss {loss:.4f}")
 
 
 @torch.no_grad()
-def held_out(model: Any, batches: Sequence[dict[str, Any]], task: str) -> dict[str, float]:
+def held_out(
+    model: Any, batches: Sequence[dict[str, Any]], task: str, ranks: Ranks = ALONE
+) -> dict[str, float]:
     """The mean loss over all targets of ``batches``; for classification also the accuracy.
 
-    The model's mode (train or eval) is the same afterwards; no random numbers are drawn.
+    Each process computes its share of the batches, and all get the result. The model's mode (train
+    or eval) is the same afterwards; no random numbers are drawn.
     """
     loss_sum = right = targets = 0.0
     with in_mode(model, training=False):
-        for batch in batches:
+        # all processes do the same number of passes
+        for start in range(0, len(batches), ranks.count):
+            idle = start + ranks.index >= len(batches)
+            batch = batches[start if idle else start + ranks.index]
             batch = {name: value.to(model.device) for name, value in batch.items()}
             output = model(**batch)
+            if idle:
+                continue
             count = target_count(batch["labels"], task)
             loss_sum += float(output.loss) * count
             targets += count
             if task in ("seq_cls", "token_cls"):
                 # a padded place has the label -100, which no prediction equals
                 right += float((output.logits.argmax(-1) == batch["labels"]).sum())
+    loss_sum, right, targets = ranks.sum(loss_sum, right, targets)
     result = {"loss": loss_sum / targets}
     if task in ("seq_cls", "token_cls"):
         result["accuracy"] = right / targets

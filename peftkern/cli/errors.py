@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 
-class UserError(Exception):
+class CommandError(Exception):
+    """An error with a message for the user.
+
+    ``everywhere`` says that all processes of the run have it, so that one of them prints it.
+    """
+
+    def __init__(self, message: str, everywhere: bool = False) -> None:
+        super().__init__(message)
+        self.everywhere = everywhere
+
+
+class UserError(CommandError):
     """The input is wrong (an option, a file, a line of a file); exit code 2."""
 
 
-class RunError(Exception):
+class RunError(CommandError):
     """The run failed with right input (for example, a loss is not finite); exit code 1."""
 
 

@@ -23,8 +23,9 @@ MANIFEST = "peftkern_checkpoint.json"
 PARTIAL = ".partial"
 FINISHED = "training.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
-# the files that Trainer needs besides the adapter to continue exactly
-_STATE_FILES = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth")
+# the files that Trainer needs besides the adapter to continue exactly, and one or more of
+# `rng_files`
+_STATE_FILES = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
 
 
 @dataclass
@@ -38,14 +39,22 @@ class Checkpoint:
     notes: dict[str, Any]
 
 
-def seal(folder: Path, identity: dict[str, Any], notes: dict[str, Any]) -> None:
+def rng_files(processes: int) -> list[str]:
+    """The files with the random state of each process."""
+    if processes == 1:
+        return ["rng_state.pth"]
+    return [f"rng_state_{i}.pth" for i in range(processes)]
+
+
+def seal(folder: Path, identity: dict[str, Any], notes: dict[str, Any], processes: int = 1) -> None:
     """Flush every file of a written checkpoint to disk and add its manifest."""
     sizes = {}
     for file in sorted(p for p in folder.rglob("*") if p.is_file()):
         with open(file, "rb+") as f:
             os.fsync(f.fileno())
             sizes[file.relative_to(folder).as_posix()] = os.fstat(f.fileno()).st_size
-    absent = [name for name in _STATE_FILES if name not in sizes]
+    wanted = [*_STATE_FILES, *rng_files(processes)]
+    absent = [name for name in wanted if name not in sizes]
     if absent:
         raise RuntimeError(
             f"Trainer wrote no {', '.join(absent)} into {folder}: it could not be resumed"

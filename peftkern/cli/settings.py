@@ -51,8 +51,8 @@ class TrainSettings:
     max_grad_norm: float = setting(1.0, "Gradient clipping; 0: none.", _LOOP)
     steps: int | None = setting(None, "Optimizer steps; instead of --epochs.", _LOOP)
     epochs: float = setting(3.0, "Passes over the data.", _LOOP)
-    batch_size: int = setting(4, "Examples per forward pass.", _LOOP)
-    grad_accumulation: int = setting(1, "Forward passes per optimizer step.", _LOOP)
+    batch_size: int = setting(4, "Examples per forward pass of each process.", _LOOP)
+    grad_accumulation: int = setting(1, "Forward passes of each process per optimizer step.", _LOOP)
     max_length: int = setting(512, "Longest example, in tokens.", _LOOP)
     eval_split: float = setting(0.1, "Share of the examples held out.", _LOOP)
     seed: int = setting(0, panel=_LOOP)
@@ -104,10 +104,11 @@ class TrainSettings:
             return "all-linear"
         return [name.strip() for name in self.target_modules.split(",") if name.strip()]
 
-    def identity(self, data_sha256: str) -> dict[str, Any]:
+    def identity(self, data_sha256: str, processes: int = 1) -> dict[str, Any]:
         """The settings that determine the resulting weights, as JSON values.
 
         The data is identified by its content, not by its path; a local model by its resolved path.
+        The number of processes is there when it is not 1.
         """
         record = {k: v for k, v in asdict(self).items() if k not in _FREE_TO_CHANGE}
         if Path(self.model).exists():
@@ -115,19 +116,28 @@ class TrainSettings:
         if self.steps is not None:
             del record["epochs"]  # not used when the number of steps is given
         record["data"] = data_sha256
+        if processes != 1:
+            record["processes"] = processes
         return record
 
 
 def first_difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
     """A phrase about the first setting that differs between two identities, or None."""
-    for name in [*new, *(k for k in old if k not in new)]:
-        before, now = old.get(name), new.get(name)
-        if before == now:
-            continue
-        if name == "data":
-            return "the content of --data has changed since"
-        return f"{option(name)} was {_said(before)} there and is {_said(now)} now"
-    return None
+    name = differing(old, new)
+    if name is None:
+        return None
+    if name == "data":
+        return "the content of --data has changed since"
+    before, now = old.get(name), new.get(name)
+    if name == "processes":
+        return f"it had {before or 1} processes and there are {now or 1} now"
+    return f"{option(name)} was {_said(before)} there and is {_said(now)} now"
+
+
+def differing(old: dict[str, Any], new: dict[str, Any]) -> str | None:
+    """The name of the first setting that differs between two identities, or None."""
+    names = [*new, *(k for k in old if k not in new)]
+    return next((name for name in names if old.get(name) != new.get(name)), None)
 
 
 def _said(value: Any) -> str:

@@ -1,10 +1,13 @@
-"""``peftkern train``: trains and saves an adapter; the run can be killed at any moment."""
+"""``peftkern train``: trains and saves an adapter; the run can be killed at any moment.
+
+Several processes train one adapter together (:mod:`.ranks`).
+"""
 
 from __future__ import annotations
 
 import json
-import os
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,8 @@ from .encode import Example, collator, encode, pad_id
 from .errors import UserError, first_line
 from .modelio import hush_transformers, load_model, load_tokenizer, locate_model
 from .options import option
-from .settings import TrainSettings
+from .ranks import Ranks, join, on_cpu, refuse_other_precision
+from .settings import TrainSettings, differing
 
 
 def train(
@@ -30,12 +34,57 @@ def train(
     """Run or continue the training that ``settings`` describe; return the finished run's record.
 
     All errors of the input are found before the first byte is written. Raises UserError for wrong
-    input and RunError when the training fails.
+    input and RunError when the training fails. Of several processes, which torchrun or
+    ``accelerate launch`` start, the first one prints and writes.
     """
-    console = console or Console()
     settings.validate()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("train runs in one process; start it without torchrun or accelerate launch")
+    hush_transformers()
+    ranks = join(on_cpu(settings.cpu))
+    if console is None or not ranks.first:
+        console = Console(quiet=not ranks.first)
+    record = _train(settings, ranks, fresh, console)
+    ranks.leave()
+    return record
+
+
+def _train(settings: TrainSettings, ranks: Ranks, fresh: bool, console: Console) -> dict[str, Any]:
+    out = Path(settings.out)
+    found = ranks.together(lambda: _look(settings, fresh, ranks))
+    _refuse_unlike(ranks, found, settings.out)
+    if found.done is not None:
+        console.print(f"Already trained: {out} holds the adapter. --fresh trains it again.")
+        return found.done
+    for message in found.messages:
+        console.print(f"[yellow]{message}[/yellow]")
+    tokenizer, training, held, model = ranks.together(lambda: _prepare(settings, found, console))
+
+    # from here on the input is known to be right
+    def make_out() -> None:
+        if fresh:
+            resume.clear(out)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out {out}: cannot be made: {error.strerror}") from None
+
+    ranks.writes(make_out)
+    return _run(settings, ranks, found, model, tokenizer, training, held, console)
+
+
+@dataclass
+class _Found:
+    """What a run has to go on from, and its data."""
+
+    folder: str
+    data: Dataset
+    identity: dict[str, Any]
+    done: dict[str, Any] | None = None  # the record of the finished run
+    checkpoint: resume.Checkpoint | None = None
+    messages: list[str] = field(default_factory=list)
+
+
+def _look(settings: TrainSettings, fresh: bool, ranks: Ranks) -> _Found:
+    """Read the data and find the last checkpoint."""
     _refuse_liger(settings)
     out = Path(settings.out)
     if out.exists() and not out.is_dir():
@@ -44,40 +93,58 @@ def train(
     folder, gguf_file = locate_model(settings.model, settings.gguf_file)
     data = read_data(settings.data, settings.task)
     settings.bf16 = _resolve_bf16(settings)
+    refuse_other_precision(settings.bf16)
     settings.gguf_file = gguf_file
-    identity = settings.identity(data.sha256)
-
-    checkpoint = None
-    if not fresh:
-        done = resume.finished(out)
-        if done is not None:
-            resume.refuse_other_settings(done["identity"], identity, f"the finished run in {out}")
-            console.print(f"Already trained: {out} holds the adapter. --fresh trains it again.")
-            return done
-        checkpoint, messages = resume.find(out)
-        for message in messages:
-            console.print(f"[yellow]{message}[/yellow]")
-        if checkpoint is not None:
-            resume.refuse_other_settings(checkpoint.identity, identity, str(checkpoint.path))
-
-    hush_transformers()
-    tokenizer = load_tokenizer(folder, gguf_file)
-    training, held = _prepare_data(settings, data, tokenizer, console)
-    model = _make_model(settings, folder, gguf_file, data.label_names, pad_id(tokenizer))
-
-    # from here on the input is known to be right
+    found = _Found(folder, data, settings.identity(data.sha256, ranks.count))
     if fresh:
-        resume.clear(out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be made: {error.strerror}") from None
-    return _run(settings, identity, checkpoint, model, tokenizer, training, held, console)
+        return found
+    found.done = resume.finished(out)
+    if found.done is not None:
+        where = f"the finished run in {out}"
+        resume.refuse_other_settings(found.done["identity"], found.identity, where)
+        return found
+    found.checkpoint, found.messages = resume.find(out)
+    if found.checkpoint is not None:
+        where = str(found.checkpoint.path)
+        resume.refuse_other_settings(found.checkpoint.identity, found.identity, where)
+    return found
+
+
+def _refuse_unlike(ranks: Ranks, found: _Found, out: str) -> None:
+    """Raise a UserError when processes were started with unlike settings, or see unlike files."""
+    step = found.checkpoint.step if found.checkpoint else None
+    seen = ranks.gather((found.identity, found.done is not None, step))
+    for number, (identity, *state) in enumerate(seen):
+        name = differing(seen[0][0], identity)
+        if name is not None:
+            values = [str(seen[i][0].get(name)) for i in (0, number)]
+            raise UserError(
+                f"{option(name)} is {values[0]} in process 0 and {values[1]} in process {number}; "
+                "all processes must have the same settings and data",
+                everywhere=True,
+            )
+        if state != list(seen[0][1:]):
+            raise UserError(
+                f"--out {out} holds other checkpoints for process {number} than for process 0; it "
+                "must be one folder that all processes see",
+                everywhere=True,
+            )
+
+
+def _prepare(
+    settings: TrainSettings, found: _Found, console: Console
+) -> tuple[Any, list[Example], list[Example], Any]:
+    """(tokenizer, training examples, held-out examples, model with adapters)."""
+    tokenizer = load_tokenizer(found.folder, settings.gguf_file)
+    training, held = _prepare_data(settings, found.data, tokenizer, console)
+    pad = pad_id(tokenizer)
+    model = _make_model(settings, found.folder, settings.gguf_file, found.data.label_names, pad)
+    return tokenizer, training, held, model
 
 
 def _resolve_bf16(settings: TrainSettings) -> bool:
     """True to compute in bf16: the default on GPUs that have it (a CPU is slower than in fp32)."""
-    gpu = torch.cuda.is_available() and not settings.cpu
+    gpu = _device(settings) == "cuda"
     if settings.bf16 is None:
         return gpu and torch.cuda.is_bf16_supported()
     if settings.bf16 and gpu and not torch.cuda.is_bf16_supported():
@@ -98,7 +165,8 @@ def _refuse_liger(settings: TrainSettings) -> None:
 
 
 def _device(settings: TrainSettings) -> str:
-    return "cuda" if torch.cuda.is_available() and not settings.cpu else "cpu"
+    # of several GPUs, `join` has chosen one for this process
+    return "cuda" if torch.cuda.is_available() and not on_cpu(settings.cpu) else "cpu"
 
 
 def _prepare_data(
@@ -175,38 +243,53 @@ def _make_model(
 
 def _run(
     settings: TrainSettings,
-    identity: dict[str, Any],
-    checkpoint: resume.Checkpoint | None,
+    ranks: Ranks,
+    found: _Found,
     model: Any,
     tokenizer: Any,
     training: list[Example],
     held: list[Example],
     console: Console,
 ) -> dict[str, Any]:
+    from transformers import set_seed
+
     from .engine import AdapterTrainer, Watch, held_out, save_adapter
 
     collate = collator(pad_id(tokenizer))
+    checkpoint = found.checkpoint
     notes: dict[str, Any] = checkpoint.notes if checkpoint else {}
     trainer = AdapterTrainer(
         model=model,
-        args=_training_arguments(settings),
+        args=_training_arguments(settings, ranks),
         data_collator=collate,
         train_dataset=training,
         task=settings.task,
-        identity=identity,
+        identity=found.identity,
         notes=notes,
         keep=settings.keep,
+        ranks=ranks,
     )
     size = settings.batch_size
     batches = [collate(held[i : i + size]) for i in range(0, len(held), size)]
 
     def measure() -> dict[str, float]:
         with trainer.accelerator.autocast():
-            return held_out(model, batches, settings.task)
+            return held_out(model, batches, settings.task, ranks)
 
-    if batches and "before" not in notes:
-        notes["before"] = measure()
-        console.print(f"held out, before: {_said(notes['before'])}")
+    def begins() -> None:
+        if batches and "before" not in notes:
+            notes["before"] = measure()
+            console.print(f"held out, before: {_said(notes['before'])}")
+
+    per_step = size * settings.grad_accumulation * ranks.count
+    if ranks.count > 1:
+        console.print(
+            f"{ranks.count} processes x {size} examples x {settings.grad_accumulation} passes: "
+            f"{per_step} examples an optimizer step"
+        )
+        trainer.watch_for_unused()
+        # other dropout masks in each process; when a run goes on, its random state is read
+        set_seed((settings.seed + ranks.index) % 2**32)
     if checkpoint:
         console.print(f"going on from {checkpoint.path.name}")
     started = time.perf_counter()
@@ -216,12 +299,14 @@ def _run(
     else:
         with _progress(console) as progress:
             task = progress.add_task("training", total=None, loss="")
-            trainer.add_callback(Watch(progress, task))
+            trainer.add_callback(Watch(progress, task, begins))
             trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
     seconds = time.perf_counter() - started
     first_step = checkpoint.step if checkpoint else 0
     record = {
-        "identity": identity,
+        "identity": found.identity,
+        "examples_per_step": per_step,
+        "processes": ranks.count,
         "steps": trainer.state.global_step,
         "losses": [[e["step"], e["loss"]] for e in trainer.state.log_history if "loss" in e],
         "before": notes.get("before"),
@@ -232,17 +317,20 @@ def _run(
     if batches:
         console.print(f"held out, after:  {_said(record['after'])}")
     out = Path(settings.out)
-    save_adapter(model, out)
-    tokenizer.save_pretrained(out)
-    # written last: if it exists, all other files do
-    write_text_atomically(
-        out / resume.FINISHED, json.dumps(record, indent=1, sort_keys=True) + "\n"
-    )
+
+    def save() -> None:
+        save_adapter(model, out)
+        tokenizer.save_pretrained(out)
+        # written last: if it exists, all other files do
+        text = json.dumps(record, indent=1, sort_keys=True) + "\n"
+        write_text_atomically(out / resume.FINISHED, text)
+
+    ranks.writes(save)
     console.print(f"adapter saved in {out}")
     return record
 
 
-def _training_arguments(settings: TrainSettings) -> Any:
+def _training_arguments(settings: TrainSettings, ranks: Ranks) -> Any:
     from transformers import TrainingArguments
 
     options: dict[str, Any] = {}
@@ -266,14 +354,18 @@ def _training_arguments(settings: TrainSettings) -> Any:
         logging_nan_inf_filter=False,  # the filter would hide a loss that is not finite
         seed=settings.seed,
         bf16=bool(settings.bf16),
-        use_cpu=settings.cpu,
+        use_cpu=on_cpu(settings.cpu) or (ranks.count > 1 and _device(settings) == "cpu"),
+        ddp_find_unused_parameters=False,  # but see `AdapterTrainer.watch_for_unused`
+        ddp_broadcast_buffers=False,  # no step changes them
+        average_tokens_across_devices=False,  # AdapterTrainer does
         # Trainer would remove columns that are not in the signature of the PeftModel
         remove_unused_columns=False,
         label_names=["labels"],
         report_to="none",
         disable_tqdm=True,
         log_level="error",
-        dataloader_pin_memory=torch.cuda.is_available() and not settings.cpu,
+        log_level_replica="error",
+        dataloader_pin_memory=_device(settings) == "cuda",
         **options,
     )
     if args.n_gpu > 1:

@@ -65,6 +65,12 @@ OVERRIDDEN = (
     ),
     Private(
         "transformers",
+        "Trainer._save_rng_state",
+        "of several processes of `peftkern train` the first one writes the random states of all",
+        "each process writes its own, into a checkpoint that may be complete already",
+    ),
+    Private(
+        "transformers",
         "Trainer._load_from_checkpoint",
         "Trainer loads adapters alone only for HF PEFT's class",
         "`peftkern train` cannot go on from a checkpoint",
