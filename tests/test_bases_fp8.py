@@ -14,9 +14,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.integrations.finegrained_fp8 import FP8Linear, _dequantize_fp8_weight
 
 import peftkern
-from peftkern.ops.bases import fp8, fp8_products
+from peftkern.ops.bases import fp8_numbers, fp8_products
 from peftkern.ops.bases.formats import as_weight, read
-from peftkern.ops.bases.fp8_linear import Fp8Linear, quantised
+from peftkern.ops.bases.fp8_linear import Fp8Linear
 from tests.closeness import assert_as_good_as_torch, assert_same_number
 
 E4M3 = torch.float8_e4m3fn
@@ -80,14 +80,16 @@ def test_every_number_of_e4m3_is_converted_as_torch_does() -> None:
     q = every_number()
     finite = q.float().isfinite()
     for dtype in (torch.float32, torch.float64):
-        assert torch.equal(fp8.numbers(q, dtype)[finite], q.to(dtype)[finite])  # a NaN is in it
+        assert torch.equal(
+            fp8_numbers.numbers(q, dtype)[finite], q.to(dtype)[finite]
+        )  # a NaN is in it
         clean = torch.where(finite, q.float(), 0.0).to(E4M3)
-        assert torch.equal(fp8.numbers(clean, dtype), clean.to(dtype))
-        assert torch.equal(fp8.numbers(clean, dtype).signbit(), clean.to(dtype).signbit())
-    assert torch.equal(fp8.numbers(q, torch.float32).isnan(), ~finite)
-    assert fp8.numbers(q[:0], torch.float32).shape == (0, 16)
+        assert torch.equal(fp8_numbers.numbers(clean, dtype), clean.to(dtype))
+        assert torch.equal(fp8_numbers.numbers(clean, dtype).signbit(), clean.to(dtype).signbit())
+    assert torch.equal(fp8_numbers.numbers(q, torch.float32).isnan(), ~finite)
+    assert fp8_numbers.numbers(q[:0], torch.float32).shape == (0, 16)
     other = q.float().nan_to_num().to(torch.float8_e5m2)
-    assert torch.equal(fp8.numbers(other, torch.float32), other.float())
+    assert torch.equal(fp8_numbers.numbers(other, torch.float32), other.float())
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -330,7 +332,7 @@ def test_shapes_that_fp8_products_do_not_take_are_dequantised_and_said() -> None
 def test_the_bound_of_our_blocks_holds() -> None:
     w = torch.randn(200, 300) * torch.logspace(-30, 10, 200)[:, None]
     w[:128, :128] = 0.0
-    q, scale = quantised(w)
+    q, scale = fp8_numbers.quantised(w, (128, 128))
     assert scale.shape == (2, 3) and scale.dtype == torch.float32
     spread = scale.repeat_interleave(128, 0)[:200].repeat_interleave(128, 1)[:, :300]
     error = (q.float() * spread - w).abs()
@@ -338,6 +340,6 @@ def test_the_bound_of_our_blocks_holds() -> None:
     assert bool((error <= bound).all())
     assert torch.equal(q.float()[:128, :128], w[:128, :128])
     normal = torch.randn(256, 256)
-    q, scale = quantised(normal)
-    back = fp8.scale_(q.float(), scale, (128, 128))
+    q, scale = fp8_numbers.quantised(normal, (128, 128))
+    back = fp8_numbers.scale_(q.float(), scale, (128, 128))
     assert 0.02 < float((back - normal).norm() / normal.norm()) < 0.03  # the docstring's 2.6%

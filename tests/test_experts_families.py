@@ -10,8 +10,8 @@ import torch
 import transformers
 
 import peftkern
+from peftkern.ops.experts.gates import clamped
 from peftkern.tuners.lora.experts import mixture_of
-from peftkern.tuners.lora.experts_gate import clamped
 from tests import moe_models
 from tests.closeness import assert_as_good_as_torch, assert_same_number
 from tests.expert_families import FAMILIES, IDS, make, targets_of

@@ -24,11 +24,11 @@ from torch import Tensor
 
 from ..utils.private import is_grad_batch, outputs_are_kept
 from . import backend as _backend
-from .bases.weight import dense, with_dense
+from .bases.weight import dense
 from .bits import pack_bits, unpack_bits
 from .projection import Projection, ProjectionGrad
 from .torch_backend import _drop, _drop_fused
-from .torch_products import low_rank_dtype, mm_to, scaled_mm
+from .torch_products import base_linear, low_rank_dtype, mm_to, scaled_mm
 
 _BLOCK = 1 << 18  # elements in float32 of a block of rows
 
@@ -43,7 +43,7 @@ def forward(
         [(v, s, _)] = _backend.active.forward(x, [member])
         return scale_columns(v, gain, bias, keep_v), s, v if keep_v else None, None
     bt, g = B.to(low).t(), gain.to(low)
-    y = torch.mm(x, w) if bias is None else torch.addmm(bias, x, w)
+    y = base_linear(x, w, bias)
     if p == 0.0:
         s = scaled_mm(x.to(low), A.to(low).t(), scale)
         wide = y.to(low)
@@ -87,8 +87,8 @@ def backward(
     The sums [N] over rows of dY ∘ Z are None without ``v``. Z is the factor of the gain: V, at
     p = 0 without its bias. Without dA only the shape and dtype of x are used.
     """
-    dy, w, A, B, s, bits, scale, p, needs_a, needs_b = with_dense(member)
-    low = low_rank_dtype(x, A)
+    dy, w, A, B, s, bits, scale, p, needs_a, needs_b = member
+    w, low = dense(w), low_rank_dtype(x, A)
     dyl, K = dy.to(low), w.shape[0]
     db = dx = da = None
     if p == 0.0:

@@ -23,9 +23,9 @@ from .bases.weight import dense
 from .bits import unpack_bits
 from .lora import lora_linear, plain, to_autocast
 from .mlp_parts import Member
-from .mlp_torch import ACTIVATIONS, hidden, product
+from .mlp_torch import ACTIVATIONS, hidden
 from .projection import Plain, PlainGrad, Projection, ProjectionGrad
-from .torch_products import base_product
+from .torch_products import base_linear, base_product
 
 Part = Projection | Plain
 PER_PART = 4  # tensors of a part: weight, bias, A, B
@@ -42,7 +42,10 @@ def _outputs(x: Tensor, parts: list[Part]) -> list[tuple[Tensor, Tensor | None, 
     """(Y, S, mask) of each part of x [M, K]; masks are drawn in this order."""
     adapted = [p for p in parts if isinstance(p, Projection)]
     done = iter(_backend.active.forward(x, adapted) if adapted else ())
-    return [(product(x, p), None, None) if isinstance(p, Plain) else next(done) for p in parts]
+    return [
+        (base_linear(x, p.w, p.bias), None, None) if isinstance(p, Plain) else next(done)
+        for p in parts
+    ]
 
 
 def _run(x: Tensor, parts: list[Part], act: str, packed: bool) -> tuple[list[Any], Tensor]:
@@ -287,7 +290,8 @@ def lora_mlp(
             h = _hidden(x, inner, act, packed)
         if isinstance(last, Projection):
             return lora_linear(h, *last)
-        return linear(h, dense(last.w).t(), last.bias)
+        y = base_linear(h.reshape(-1, h.shape[-1]), last.w, last.bias)
+        return y.view(*h.shape[:-1], y.shape[-1])
     _, y = _run(x.reshape(-1, x.shape[-1]), parts, act, packed)
     return y.view(*x.shape[:-1], y.shape[-1])
 

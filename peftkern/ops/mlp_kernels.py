@@ -16,7 +16,7 @@ from .device import on_its_device
 from .mlp_parts import Grads, Member, Shrink, ShrinkGrad
 from .notes import note_once
 from .projection import Plain, PlainGrad, Projection, ProjectionGrad
-from .torch_products import base_product
+from .torch_products import base_linear, base_product
 
 
 def _taken(gate: Tensor, act: str, adapters: list[Tensor]) -> bool:
@@ -39,7 +39,7 @@ def forward(
         return mlp_torch.forward(gate, up, act, down, words)
     if isinstance(down, Plain):
         h, _ = mlp_triton.activate(gate, up, act, None)
-        return mlp_torch.product(h, down), None, None
+        return base_linear(h, down.w, down.bias), None, None
     [bits] = masks.words_of(gate, [down.p]) if words is None else words
     shrink = Shrink(down.A, down.scale / (1.0 - down.p), bits)
     h, s = mlp_triton.activate(gate, up, act, shrink)

@@ -21,12 +21,11 @@ from torch.nn import functional as F
 
 from ..utils.private import is_grad_batch, outputs_are_kept
 from . import torch_backend
-from .bases.weight import BaseWeight
 from .bits import unpack_bits
 from .mlp_parts import Grads, Member, Shrink, ShrinkGrad
 from .projection import Plain, PlainGrad, Projection, ProjectionGrad
 from .torch_backend import _add_low_rank, _over_dy
-from .torch_products import base_product, in_dtype, low_rank_dtype, mm_to, scaled_mm
+from .torch_products import base_linear, base_product, in_dtype, low_rank_dtype, mm_to, scaled_mm
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -142,17 +141,9 @@ def forward(
     """(Y [M, N], S [M, r], packed mask) of down; ``words`` has its mask if it is drawn already."""
     h = hidden(gate, up, act)
     if isinstance(down, Plain):
-        return product(h, down), None, None
+        return base_linear(h, down.w, down.bias), None, None
     [done] = torch_backend.forward(h, [down], words)
     return done
-
-
-def product(x: Tensor, part: Plain) -> Tensor:
-    """Y [M, N] of a linear without an adapter."""
-    if part.weight.__class__ is BaseWeight:
-        y = base_product(x, part.w)
-        return y if part.bias is None else y.add_(part.bias)
-    return torch.mm(x, part.w) if part.bias is None else torch.addmm(part.bias, x, part.w)
 
 
 def backward(

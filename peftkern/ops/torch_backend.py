@@ -23,7 +23,7 @@ from .bases.weight import BaseWeight
 from .bits import pack_bits, unpack_bits
 from .mixed_torch import mixed as mixed
 from .projection import Projection, ProjectionGrad
-from .torch_products import base_product, in_dtype, mm_to, scaled_mm
+from .torch_products import base_linear, base_product, in_dtype, mm_to, scaled_mm
 from .torch_products import low_rank_dtype as low_rank_dtype
 
 # Projections of one x without gradients are computed together up to this many rows. Here each is as
@@ -96,10 +96,7 @@ def _forward(
         return base_product(x, w, y), s, bits
     # The low-rank part has a wider dtype: rounding it to x's before the base product would lose its
     # precision. Or the base product, the most work, is what a selective checkpoint keeps.
-    if w.__class__ is BaseWeight:
-        y = base_product(x, w) if bias is None else base_product(x, w).add_(bias)
-    else:
-        y = torch.mm(x, w) if bias is None else torch.addmm(bias, x, w)
+    y = base_linear(x, w, bias)
     return torch.addmm(y.to(low), s, bt).to(x.dtype), s, bits
 
 

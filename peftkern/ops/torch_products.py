@@ -25,6 +25,14 @@ def base_product(x: Tensor, w: Tensor, y: Tensor | None = None) -> Tensor:
     return torch.mm(x, w) if y is None else y.addmm_(x, w)
 
 
+def base_linear(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+    """x w + bias [M, N], a new tensor, for a base weight [K, N], dense or quantised."""
+    if w.__class__ is BaseWeight:
+        y = w.product(x)
+        return y if bias is None else y.add_(bias)
+    return torch.mm(x, w) if bias is None else torch.addmm(bias, x, w)
+
+
 def in_dtype(dtype: torch.dtype, t: Tensor) -> Tensor:
     """``t`` in ``dtype``; skips a call of ``to`` without effect, which costs half a microsecond."""
     return t if t.dtype is dtype else t.to(dtype)

@@ -28,16 +28,16 @@ _NARROW = (torch.float16, torch.bfloat16)
 class Awq(Columns):
     """A weight in AWQ's GEMM layout."""
 
-    __slots__ = ("tensors", "bits", "fixed", "shape", "device", "format")
+    __slots__ = ("tensors", "bits", "in_half", "shape", "device", "format")
 
-    def __init__(self, tensors: tuple[Tensor, ...], bits: int, fixed: bool) -> None:
+    def __init__(self, tensors: tuple[Tensor, ...], bits: int, in_half: bool) -> None:
         self.tensors, self.bits = tensors, bits
-        self.fixed = fixed  # products in float16, whatever x is
+        self.in_half = in_half  # products in float16, whatever x is
         self.shape = (tensors[2].shape[1], tensors[0].shape[0])
         self.device, self.format = tensors[0].device, f"{bits} bit (AWQ)"
 
     def compute_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        return dtype if dtype in _NARROW and not self.fixed else torch.float16
+        return dtype if dtype in _NARROW and not self.in_half else torch.float16
 
     def for_kernels(self, dtype: torch.dtype) -> Quantised | str:
         from ...kernels.quantised_formats import awq

@@ -21,7 +21,8 @@ from ...utils.private import compressed_forward
 from . import fp8_products
 from .compressed_numbers import PackedFloat4, PackedInt, unpacked
 from .formats import Found
-from .fp8 import IN_FP8, Fp8, chosen, shape_error
+from .fp8 import IN_FP8, Fp8, chosen
+from .fp8_numbers import shape_error
 from .weight import Packed
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .fp8 import scale_
+from .fp8_numbers import scale_
 from .weight import Packed
 
 if TYPE_CHECKING:

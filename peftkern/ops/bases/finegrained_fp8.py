@@ -12,12 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 from torch.nn.parameter import Parameter
 
 from .formats import Found
-from .fp8 import Fp8, chosen, shape_error
-from .fp8_linear import LARGEST
+from .fp8 import Fp8, chosen
+from .fp8_numbers import quantised, shape_error
 from .repack import State
 
 
@@ -54,22 +53,7 @@ def repacked(module: Any, weight: Tensor) -> State:
     block = q.shape if module.block_size is None else module.block_size
     new, inverse = quantised(weight.to(q.device), (block[0], block[1]), scale.dtype)
     held = {
-        "weight": Parameter(new.to(q.dtype), requires_grad=False),
+        "weight": Parameter(new, requires_grad=False),
         "weight_scale_inv": Parameter(inverse.reshape(scale.shape), requires_grad=False),
     }
     return State(held)
-
-
-def quantised(weight: Tensor, block: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(W / s within ±448, in float32; s in ``dtype``, one for each block) of W [N, K]."""
-    N, K = weight.shape
-    rows, columns = block
-    wide = pad(weight.float(), (0, -K % columns, 0, -N % rows))
-    tiles = wide.view(wide.shape[0] // rows, rows, wide.shape[1] // columns, columns)
-    largest = tiles.abs().amax((1, 3))
-    scale = torch.where(largest > 0, largest / LARGEST, 1.0)
-    if dtype != torch.float32:
-        scale = torch.exp2(scale.clamp(min=torch.finfo(torch.float32).tiny).log2().ceil())
-    scale = scale.to(dtype)
-    scaled = (tiles / scale.float()[:, None, :, None]).clamp_(-LARGEST, LARGEST)
-    return scaled.view_as(wide)[:N, :K], scale

@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..tracing import is_compiling
 from . import fp8_products
+from .fp8_numbers import E4M3, numbers, scale_
 from .weight import Packed
 
 if TYPE_CHECKING:
     from ...kernels.quantised import Quantised
 
-E4M3 = torch.float8_e4m3fn
 # a layer's attribute with the user's choice (:func:`peftkern.set_base_compute`)
 CHOICE = "peftkern_base_compute"
 DEQUANTISE, IN_FP8 = "dequantise", "fp8"
@@ -110,49 +109,3 @@ def chosen(module: Any) -> str:
     """What the user has chosen for a layer: "dequantise" or "fp8"."""
     found: str = module.__dict__.get(CHOICE, DEQUANTISE)
     return found
-
-
-def numbers(q: Tensor, dtype: torch.dtype) -> Tensor:
-    """The float8 numbers of ``q`` [N, K], unscaled, in float32 or float64: a new tensor.
-
-    On a CPU torch converts float8 one element at a time. An e4m3 number is a float16 one with four
-    bits of exponent and three of mantissa, times 2^8 for the bias, and that conversion is a vector
-    instruction: 50 times as fast (512 x 512: 0.12 ms and 6.0 ms).
-    """
-    if q.dtype != E4M3 or not q.is_cpu or is_compiling():
-        return q.to(dtype)
-    signed = q.view(torch.int8)
-    if q.numel() == 0 or (signed & 127).amax() == 127:  # a NaN, which float16 would take for 480
-        return q.to(dtype)
-    half = signed.to(torch.int16).bitwise_left_shift_(7).bitwise_and_(-16385)  # all but bit 14
-    return half.view(torch.float16).to(dtype).mul_(256.0)
-
-
-def scale_(w: Tensor, scale: Tensor, block: tuple[int, int] | None) -> Tensor:
-    """``w`` [N, K] times its scales, in place; the shapes are those of :class:`Fp8`."""
-    if block is None:
-        return w.mul_(scale if scale.numel() > 1 else scale.reshape(()))
-    rows, columns = block
-    N, K = w.shape
-    if scale.numel() == 1:
-        return w.mul_(scale.reshape(()))
-    whole, rest = divmod(K, columns)
-    if rest == 0 and N % rows == 0:
-        w.view(N // rows, rows, whole, columns).mul_(scale[:, None, :, None])
-        return w
-    spread = scale.repeat_interleave(rows, 0)[:N]  # [N, ceil(K / columns)]
-    w[:, : whole * columns].unflatten(1, (whole, columns)).mul_(spread[:, :whole, None])
-    if rest:
-        w[:, whole * columns :].mul_(spread[:, whole:])
-    return w
-
-
-def shape_error(q: Tensor, scale: Tensor, block: tuple[int, int] | None) -> str | None:
-    """The reason that scales do not fit a weight, or None."""
-    N, K = q.shape
-    if scale.numel() == 1:
-        return None
-    wanted = (N, 1) if block is None else (-(-N // block[0]), -(-K // block[1]))
-    if tuple(scale.shape) != wanted:
-        return f"its scales are of shape {tuple(scale.shape)}, and {wanted} would fit its weight"
-    return None

@@ -14,7 +14,7 @@ from torch import Tensor
 from ...utils.private import EXPERTS_GATE
 from .experts import FoundExperts, PackedExperts
 from .fp8 import Fp8
-from .fp8 import shape_error as fp8_error
+from .fp8_numbers import shape_error as fp8_error
 from .mx import Mx4
 from .mx import shape_error as mx_error
 

@@ -1,9 +1,8 @@
 """``Fp8Linear``: a frozen linear layer in e4m3, with a float32 scale for blocks of 128 x 128.
 
-    s_b = max |W_b| / 448       q = round(W / s)       |W' - W| <= max(2^-4 |W|, 2^-10 s)
-
-The blocks are square, so that one copy serves X Wᵀ and dY W. Names and shapes in its state dict are
-those of DeepSeek-V3's and transformers' FineGrainedFP8 checkpoints.
+W is quantised by the rule of :mod:`.fp8_numbers`. The blocks are square, so that one copy serves
+X Wᵀ and dY W. Names and shapes in its state dict are those of DeepSeek-V3's and transformers'
+FineGrainedFP8 checkpoints.
 """
 
 from __future__ import annotations
@@ -12,18 +11,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, pad
+from torch.nn.functional import linear
 from torch.nn.parameter import Parameter
 
 from ...utils.private import make_wrapper
 from ..tracing import is_compiling
 from .formats import Found, as_weight
-from .fp8 import E4M3, Fp8, chosen, shape_error
+from .fp8 import Fp8, chosen
+from .fp8_numbers import E4M3, quantised, shape_error
 from .linear import frozen_linear
 from .repack import State
 
 BLOCK = (128, 128)
-LARGEST = 448.0  # of e4m3
 
 
 class Fp8Linear(nn.Linear):
@@ -46,7 +45,7 @@ class Fp8Linear(nn.Linear):
         nn.Module.__init__(self)
         self.out_features, self.in_features = dense.weight.shape
         self.compute_dtype = dense.weight.dtype
-        q, scale = quantised(dense.weight.detach())
+        q, scale = quantised(dense.weight.detach(), BLOCK)
         self.weight = Parameter(q, requires_grad=False)
         self.register_buffer("weight_scale_inv", scale)
         self.register_parameter("bias", dense.bias)
@@ -82,19 +81,6 @@ class Fp8Linear(nn.Linear):
         return f"{super().extra_repr()}, e4m3 in blocks of {BLOCK[0]} x {BLOCK[1]}"
 
 
-def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """(q [N, K] in e4m3, scales [ceil(N / 128), ceil(K / 128)] in float32) of a weight [N, K]."""
-    N, K = weight.shape
-    rows, columns = BLOCK
-    wide = pad(weight.float(), (0, -K % columns, 0, -N % rows))
-    blocks = wide.view(wide.shape[0] // rows, rows, wide.shape[1] // columns, columns)
-    scale = blocks.abs().amax((1, 3)) / LARGEST
-    # a block of zeros has no scale; 2^-126 keeps the quotients of the smallest blocks finite
-    scale.clamp_(min=torch.finfo(torch.float32).tiny)
-    q = (blocks / scale[:, None, :, None]).clamp_(-LARGEST, LARGEST).view_as(wide)
-    return q[:N, :K].to(E4M3).contiguous(), scale
-
-
 def read(module: Any) -> Found | str:
     """The weight of an :class:`Fp8Linear`, or the reason that it cannot be read."""
     q, scale = module._parameters.get("weight"), module._buffers.get("weight_scale_inv")
@@ -112,5 +98,5 @@ def read(module: Any) -> Found | str:
 
 def repacked(module: Any, weight: Tensor) -> State:
     """What an :class:`Fp8Linear` holds for another weight [N, K]."""
-    q, scale = quantised(weight.to(module.weight.device))
+    q, scale = quantised(weight.to(module.weight.device), BLOCK)
     return State({"weight": Parameter(q, requires_grad=False), "weight_scale_inv": scale})

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-E4M3 = torch.float8_e4m3fn
-LARGEST = 448.0  # of e4m3
+from .fp8_numbers import E4M3, quantised
+
 BLOCK = 128  # of torch's product with block scales
 _RESULT = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -87,20 +87,12 @@ def _row_scales(w: Any) -> Tensor:
 
 def quantised_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """(x8 [M, K] in e4m3, scales [M, 1] in float32): one scale a row."""
-    return _quantised(x, x.shape[1])
+    return quantised(x, (1, x.shape[1]))
 
 
 def quantised_blocks(x: Tensor) -> tuple[Tensor, Tensor]:
     """(x8 [M, K] in e4m3, scales [M, K / 128] in float32): one scale for 128 of a row."""
-    return _quantised(x, BLOCK)
-
-
-def _quantised(x: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    wide = x.float().unflatten(1, (-1, width))
-    scale = wide.abs().amax(2, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny * LARGEST)
-    scale = scale.div_(LARGEST)
-    q = (wide / scale).clamp_(-LARGEST, LARGEST).to(E4M3)
-    return q.flatten(1), scale.squeeze(2)
+    return quantised(x, (1, BLOCK))
 
 
 def _by_rows(q: Tensor, a: Tensor, w: Tensor, s: Tensor, dtype: torch.dtype) -> Tensor:

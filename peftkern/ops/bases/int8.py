@@ -38,9 +38,6 @@ class Int8(Packed):
     def tensors(self) -> tuple[Tensor, ...]:  # type: ignore[override]
         return self.q, self.scale
 
-    def compute_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        return dtype if self.fixed is None else self.fixed
-
     def dense(self, dtype: torch.dtype) -> Tensor:
         scale = self.scale.reshape(-1, 1)
         wide = torch.promote_types(scale.dtype, dtype)  # rounded once, as its owner does

@@ -14,6 +14,7 @@ from torch.nn.functional import linear
 
 from ...utils.private import in_transform, unsafe_view
 from .. import autocast
+from ..torch_products import base_linear
 from .weight import BaseWeight
 
 
@@ -22,7 +23,7 @@ class _FrozenLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: BaseWeight, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(weight)
         ctx.shape = x.shape
-        y = _product(x, weight, bias)
+        y = base_linear(x.reshape(-1, x.shape[-1]), weight.t(), bias)
         return y if x.dim() == 2 else unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
 
     @staticmethod
@@ -36,11 +37,6 @@ class _FrozenLinear(torch.autograd.Function):
             dx = weight.product(dy2) if ctx.needs_input_grad[0] else None
         dbias = dy2.sum(0) if ctx.needs_input_grad[2] else None
         return (None if dx is None else dx.view(ctx.shape)), None, dbias
-
-
-def _product(x: Tensor, weight: BaseWeight, bias: Tensor | None) -> Tensor:
-    y = weight.t().product(x.reshape(-1, x.shape[-1]))
-    return y if bias is None else y.add_(bias)
 
 
 def frozen_linear(x: Tensor, weight: BaseWeight, bias: Tensor | None) -> Tensor:

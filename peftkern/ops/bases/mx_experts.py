@@ -6,11 +6,13 @@ transformers gives them to its kernels in another layout, which is not read.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..experts.gates import clamped
 from .experts import FoundExperts, PackedExperts
 from .mx import Mx4, shape_error
 
@@ -35,13 +37,14 @@ def read(module: Any) -> FoundExperts | str:
         if isinstance(found, str):
             return f"{name}: {found}"
         parts.append(found)
-    own, alpha, limit = module._parameters, float(module.alpha), float(module.limit)
+    own = module._parameters
+    layout, clamp = "interleaved", (float(module.alpha), float(module.limit), 1.0)
     return FoundExperts(
         up=parts[0],
         down=parts[1],
         up_bias=own.get("gate_up_proj_bias"),
         down_bias=own.get("down_proj_bias"),
-        gate=(_Clamped(alpha, limit), None, "interleaved", (alpha, limit, 1.0)),
+        gate=(partial(clamped, layout=layout, clamp=clamp), None, layout, clamp),
     )
 
 
@@ -69,15 +72,3 @@ def _scale(module: Any, name: str) -> Tensor | None:
     if found is None:
         found = getattr(getattr(module, SCALES[name][1], None), "weight_scale", None)
     return found if isinstance(found, Tensor) else None
-
-
-class _Clamped:
-    """gpt-oss' gate: min(G, l)·σ(α·min(G, l)) ∘ (clip(U, ±l) + 1), G and U interleaved."""
-
-    def __init__(self, alpha: float, limit: float) -> None:
-        self.alpha, self.limit = alpha, limit
-
-    def __call__(self, gu: Tensor) -> Tensor:
-        gate = gu[..., ::2].clamp(max=self.limit)
-        up = gu[..., 1::2].clamp(min=-self.limit, max=self.limit)
-        return (up + 1) * gate * torch.sigmoid(gate * self.alpha)

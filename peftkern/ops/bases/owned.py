@@ -26,9 +26,6 @@ class Owned(Packed):
     def tensors(self) -> tuple[Tensor, ...]:  # type: ignore[override]
         return tuple(getattr(self.weight, name) for name in self.names)
 
-    def compute_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        return dtype if self.fixed is None else self.fixed
-
     def dense(self, dtype: torch.dtype) -> Tensor:
         with torch.no_grad():
             w: Tensor = self.weight.dequantize()

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 
 from .formats import Found
-from .fp8 import Fp8, chosen, shape_error
+from .fp8 import Fp8, chosen
+from .fp8_numbers import shape_error
 from .repack import State
 
 

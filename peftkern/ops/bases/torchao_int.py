@@ -28,13 +28,11 @@ class Int4(Packed):
     __slots__ = ("tensors", "shape", "device")
 
     format = "int4 (torchao)"
+    fixed = torch.bfloat16
 
     def __init__(self, q: Tensor, scale: Tensor, zero: Tensor) -> None:
         self.tensors = (q, scale, zero)
         self.shape, self.device = (q.shape[0], 2 * q.shape[1]), q.device
-
-    def compute_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        return torch.bfloat16
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         q, scale, zero = self.tensors

@@ -8,7 +8,7 @@ What is dense lives for one product: the backward dequantises again, and nothing
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,7 +19,6 @@ from ...utils.private import (
     outside_transforms,
     transforms_active,
 )
-from ..projection import Plain, PlainGrad, Projection, ProjectionGrad
 
 if TYPE_CHECKING:
     from ...kernels.quantised import Quantised
@@ -47,6 +46,8 @@ class Packed(ABC):
     quantises_input: bool = False
     # True: all that products add to `dense` is rounding, so that torch.func may follow those
     is_linear: bool = True
+    # the dtype of base products where it does not follow x's; None: x's
+    fixed: torch.dtype | None = None
     # True: the layer's `weight` is a dense parameter, which merging writes to
     holds_dense: bool = False
 
@@ -68,7 +69,7 @@ class Packed(ABC):
 
     def compute_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """The dtype in which the base product of an x of ``dtype`` runs, by its owner's rule."""
-        return dtype
+        return dtype if self.fixed is None else self.fixed
 
     def product(self, x: Tensor, y: Tensor | None) -> Tensor:
         """x Wᵀ [M, N] for x [M, K], added to ``y`` in its memory if that is given."""
@@ -181,16 +182,3 @@ def dense_of(given: Any) -> Any:
     if isinstance(given, list | tuple):
         return type(given)(map(dense_of, given))
     return given.dense() if hasattr(given, "packed") else given
-
-
-Member = TypeVar("Member", Projection, Plain, ProjectionGrad, PlainGrad)
-
-
-def with_dense(member: Member) -> Member:
-    """The record with its weight as numbers, for code that reads memory."""
-    if isinstance(member, Projection | Plain):
-        if member.weight.__class__ is BaseWeight:
-            return member._replace(weight=dense(member.weight))
-    elif member.w.__class__ is BaseWeight:
-        return member._replace(w=dense(member.w))
-    return member

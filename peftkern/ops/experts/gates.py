@@ -2,7 +2,8 @@
 
     H = act(G) ∘ U        dU = dH ∘ act(G)        dG = dH ∘ U ∘ act'(G)
 
-A gate without a name is differentiated by autograd, from GU again.
+The clamped gates of gpt-oss and its like are min(G, l)·σ(α·min(G, l)) ∘ (clip(U, -l, l) + c). A
+gate without a name is differentiated by autograd, from GU again.
 """
 
 from __future__ import annotations
@@ -28,6 +29,15 @@ def parted(gu: Tensor, layout: str) -> tuple[Tensor, Tensor | None]:
         return gu[:, 0::2], gu[:, 1::2]
     g, u = gu.chunk(2, 1)
     return g, u
+
+
+def clamped(gu: Tensor, layout: str, clamp: tuple[float, float, float]) -> Tensor:
+    """H [M, I] of GU [M, 2·I] by the clamped formula, with its constants (α, l, c)."""
+    alpha, limit, plus = clamp
+    g, u = parted(gu, layout)
+    assert u is not None, layout
+    g = g.clamp(max=limit)
+    return g * torch.sigmoid(alpha * g) * (u.clamp(-limit, limit) + plus)
 
 
 def _activated(name: str, g: Tensor, scratch: SharedRows | None) -> Tensor:

@@ -1,11 +1,9 @@
 """The gate of a module of experts as the operation takes it: by a name, by constants, or called.
 
-Kernels know act(G) ∘ U for some activations, and the clamped gates of gpt-oss and its like,
-
-    min(G, l)·σ(α·min(G, l)) ∘ (clip(U, -l, l) + c)
-
-A clamped gate is a method of its class. It is known by what it returns for numbers within and
-beyond the limit, compared in float64 with the formula, so that no family's text is relied on.
+Kernels know act(G) ∘ U for some activations, and the clamped gates of gpt-oss and its like
+(:func:`...ops.experts.gates.clamped`). A clamped gate is a method of its class. It is known by what
+it returns for numbers within and beyond the limit, compared in float64 with the formula, so that no
+family's text is relied on.
 """
 
 from __future__ import annotations
@@ -17,7 +15,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from torch.nn import functional as F
 
-from ...ops.experts.gates import parted
+from ...ops.experts.gates import clamped
 from ...ops.experts.parts import Gate
 from ...utils.private import EXPERTS_GATE, ExpertsForm, transforms_active
 from .mlp import activation_name
@@ -84,12 +82,3 @@ def _found(function: Any, alpha: float, limit: float) -> Known | None:
                 if torch.allclose(got, want, 1e-12, 1e-12):
                     return layout, (alpha, limit, plus)
     return None
-
-
-def clamped(gu: Tensor, layout: str, clamp: tuple[float, float, float]) -> Tensor:
-    """H [P, I] of GU [P, 2·I] by the formula of this file."""
-    alpha, limit, plus = clamp
-    g, u = parted(gu, layout)
-    assert u is not None
-    g = g.clamp(max=limit)
-    return g * torch.sigmoid(alpha * g) * (u.clamp(-limit, limit) + plus)
