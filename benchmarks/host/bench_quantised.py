@@ -18,10 +18,11 @@ from torch import nn
 
 import peftkern
 
+from .bench_train import BATCH, LENGTH, measure
 from .llama import LIBRARIES, MEDIUM, build, equalise, lora_config, tokens
-from .measure import BARE, OURS, PEFT, Work, allocated, check_equal
+from .measure import BARE, OURS, PEFT, Work, allocated
 
-BATCH, LENGTH, PROMPT, NEW = 2, 128, 16, 12
+PROMPT, NEW = 16, 12
 STEP, KEPT, DECODE = 0.95, 0.7, 0.9
 
 
@@ -96,12 +97,7 @@ def models(kind: str, p: float) -> dict[str, Any]:
             warnings.simplefilter("ignore")
             model = library.get_peft_model(copy.deepcopy(base), lora_config(library, p=p))
         found[name] = model
-    adapters = {k: v for k, v in found[PEFT].state_dict().items() if "lora_" in k}
-    theirs, ours = nn.Module(), nn.Module()
-    for holder, model in ((theirs, found[PEFT]), (ours, found[OURS])):
-        for key in adapters:
-            holder.register_parameter(key.replace(".", "/"), model.get_parameter(key))
-    equalise(theirs, ours)
+    equalise(found[PEFT], found[OURS])
     assert all(row.fused for row in peftkern.explain(found[OURS]))
     return found
 
@@ -109,45 +105,15 @@ def models(kind: str, p: float) -> dict[str, Any]:
 @pytest.mark.parametrize("p", [0.0, 0.1], ids="p{}".format)
 @pytest.mark.parametrize("kind", MAKERS)
 def test_step(compare: Callable[..., Any], count: Callable[..., Any], kind: str, p: float) -> None:
-    found, ids = models(kind, p), tokens(MEDIUM, BATCH, LENGTH)
-    embedded = found[BARE].get_input_embeddings()(ids).detach().requires_grad_()
-    inputs = {name: {"input_ids": ids} for name in (PEFT, OURS)}
-    inputs[BARE] = {"inputs_embeds": embedded}
-
-    def loss(name: str) -> torch.Tensor:
-        made: torch.Tensor = found[name](**inputs[name], labels=ids, use_cache=False).loss
-        return made
-
-    def step(name: str) -> torch.Tensor:
-        made = loss(name)
-        made.backward()
-        return made
-
-    def forget(name: str) -> tuple[()]:
-        embedded.grad = None
-        found[name].train().zero_grad()
-        torch.manual_seed(3)
-        return ()
-
-    losses = {}
-    for name in (PEFT, OURS):
-        forget(name)
-        losses[name] = step(name)
-    check_equal("loss", losses[OURS], losses[PEFT], 1e-4)
+    found = models(kind, p)
     row = f"{kind}, {MEDIUM}, dropout {p}"
-    note = f"batch {BATCH} x {LENGTH}, all-linear, r=8"
-    compare(
-        f"training step {row}",
-        {n: Work(partial(step, n), partial(forget, n)) for n in found},
-        target=STEP,
-        rounds=9,
-        note=note,
-    )
+    steps = measure(compare, found, MEDIUM, row, STEP, rounds=9)
     kept = {}
     for name in found:
-        forget(name)
+        steps.forget(name)
         # not the saved tensors alone: bitsandbytes keeps an input as an attribute
-        kept[name] = allocated(partial(loss, name))[0]
+        kept[name] = allocated(partial(steps.loss, name))[0]
+    note = f"batch {BATCH} x {LENGTH}, all-linear, r=8"
     count(f"bytes kept, {row}", kept, target=KEPT, note=note)
 
 

@@ -21,30 +21,47 @@ def test_step(compare: Callable[..., Any], shape: Shape, p: float) -> None:
     measure(compare, trio(build(shape), "all-linear", p), shape, f"{shape}, dropout {p}")
 
 
-def measure(compare: Callable[..., Any], models: dict[str, Any], shape: Shape, row: str) -> None:
-    """Check the losses and gradients of adapted models against each other, then time a step."""
-    ids = tokens(shape, BATCH, LENGTH)
-    # the bare model has nothing to train, so its floor is the gradient of its embeddings, which
-    # passes through every layer
-    embedded = models[BARE].get_input_embeddings()(ids).requires_grad_()
-    inputs = {name: {"input_ids": ids} for name in (PEFT, OURS)}
-    inputs[BARE] = {"inputs_embeds": embedded}
+class Steps:
+    """Training steps of a bare model and adapted ones on equal tokens, by provider."""
 
-    def step(name: str) -> torch.Tensor:
-        loss = models[name](**inputs[name], labels=ids, use_cache=False).loss
+    def __init__(self, models: dict[str, Any], shape: Shape) -> None:
+        self.models, self.ids = models, tokens(shape, BATCH, LENGTH)
+        # the bare model has nothing to train, so its floor is the gradient of its embeddings, which
+        # passes through every layer
+        embedded = models[BARE].get_input_embeddings()(self.ids).detach()
+        self.embedded = embedded.requires_grad_()
+
+    def loss(self, name: str) -> torch.Tensor:
+        given = {"inputs_embeds": self.embedded} if name == BARE else {"input_ids": self.ids}
+        loss: torch.Tensor = self.models[name](**given, labels=self.ids, use_cache=False).loss
+        return loss
+
+    def step(self, name: str) -> torch.Tensor:
+        loss = self.loss(name)
         loss.backward()
         return loss
 
-    def forget(name: str) -> tuple[()]:
-        embedded.grad = None
-        models[name].train().zero_grad()
+    def forget(self, name: str) -> tuple[()]:
+        self.embedded.grad = None
+        self.models[name].train().zero_grad()
         torch.manual_seed(3)
         return ()
 
+
+def measure(
+    compare: Callable[..., Any],
+    models: dict[str, Any],
+    shape: Shape,
+    row: str,
+    target: float = 1.0,
+    rounds: int | None = None,
+) -> Steps:
+    """Check the losses and gradients of adapted models against each other, then time a step."""
+    steps = Steps(models, shape)
     losses = {}
     for name in (PEFT, OURS):
-        forget(name)
-        losses[name] = step(name)
+        steps.forget(name)
+        losses[name] = steps.step(name)
     check_equal("loss", losses[OURS], losses[PEFT])
     theirs = dict(models[PEFT].named_parameters())
     trained = [n for n, q in models[OURS].named_parameters() if q.requires_grad]
@@ -57,8 +74,9 @@ def measure(compare: Callable[..., Any], models: dict[str, Any], shape: Shape, r
 
     compare(
         f"training step {row}",
-        {name: Work(partial(step, name), partial(forget, name)) for name in models},
-        target=1.0,
-        rounds=21 if shape is SMALL else 15,
+        {name: Work(partial(steps.step, name), partial(steps.forget, name)) for name in models},
+        target=target,
+        rounds=rounds or (21 if shape is SMALL else 15),
         note=f"batch {BATCH} x {LENGTH}, all-linear, r=8; bare: gradient of the embeddings",
     )
+    return steps
