@@ -6,21 +6,18 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
-import os
 import sys
-import traceback
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import peftkern
 from tests import moe_models
+from tests.ranks import fork
 
 RANKS, STEPS, RATE = 2, 3, 0.5
 # experts of no token: of the first process, of the second, and of both
@@ -128,34 +125,9 @@ def numbers(case: str, rank: int | None = None) -> dict[str, Any]:
     return found | {n: p.detach() for n, p in trained.items()}
 
 
-def _train(rank: int, folder: Path) -> None:
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    store = dist.FileStore(str(folder / "store"), RANKS)
-    limit = datetime.timedelta(seconds=60)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS, timeout=limit)
-    torch.save({case: numbers(case, rank) for case in CASES}, folder / f"rank{rank}.pt")
-    dist.destroy_process_group()
-
-
 def main(folder: Path) -> None:
-    torch.set_num_threads(1)
     assert peftkern.explain(Rank("default"))[0].fused
-    children = []
-    for rank in range(RANKS):
-        child = os.fork()
-        if child == 0:
-            status = 1
-            try:
-                _train(rank, folder)
-                status = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stderr.flush()
-                os._exit(status)
-        children.append(child)
-    failed = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    sys.exit(max(map(abs, failed)))
+    fork(folder, RANKS, lambda rank: {case: numbers(case, rank) for case in CASES})
 
 
 if __name__ == "__main__":

@@ -6,10 +6,7 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
-import os
 import sys
-import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,6 +29,7 @@ from peftkern.ops.bases.weight import Packed
 from peftkern.tuners.lora.linear import Linear
 from peftkern.utils.other import fsdp_auto_wrap_policy as our_policy
 from tests import quantised_models
+from tests.ranks import fork
 
 RANKS, STEPS, RATE = 2, 2, 0.5
 LIBRARIES: dict[str, Any] = {"peftkern": peftkern, "peft": peft}
@@ -194,11 +192,7 @@ def alone(case: dict[str, Any]) -> dict[str, Tensor]:
     return numbers(adapted("peft", quantised_models.dense(llama(case)), FP64), {})
 
 
-def _train(rank: int, folder: Path) -> None:
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    store = dist.FileStore(str(folder / "store"), RANKS)
-    limit = datetime.timedelta(seconds=60)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS, timeout=limit)
+def _train(rank: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, case in CASES.items():
         model = sharded(adapted("peftkern", llama(case), FP64), "peftkern", case)
@@ -208,29 +202,8 @@ def _train(rank: int, folder: Path) -> None:
         for library in LIBRARIES:
             model = sharded(adapted(library, llama(case), FP32), library, case)
             found[f"{name} {library}"] = numbers(model, case, rank)
-    torch.save(found, folder / f"rank{rank}.pt")
-    dist.destroy_process_group()
-
-
-def main(folder: Path) -> None:
-    torch.set_num_threads(1)
-    children = []
-    for rank in range(RANKS):
-        child = os.fork()
-        if child == 0:
-            status = 1
-            try:
-                _train(rank, folder)
-                status = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stderr.flush()
-                os._exit(status)
-        children.append(child)
-    failed = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    sys.exit(max(map(abs, failed)))
+    return found
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    fork(Path(sys.argv[1]), RANKS, _train)

@@ -14,7 +14,7 @@ from peftkern.ops.bases.formats import as_weight, read
 from peftkern.tuners.lora.layer_classes import layer_class
 from tests.closeness import assert_as_good_as_torch
 from tests.packed_layers import Awq, AwqLayer, Gptq, GptqLayer, GptqModel, packed, under
-from tests.quantised_models import dense, llama, step
+from tests.quantised_models import assert_steps_are_equal, dense, llama
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -38,10 +38,11 @@ def test_every_gptq_layout_is_read_bit_for_bit(bits: int, order: bool) -> None:
         assert weight.shape == (64, 96) and weight.format == f"{bits} bit (GPTQ)"
         assert torch.equal(weight.dense(torch.float16), layer.dense)
         assert weight.dense(torch.float32).is_contiguous()
-    x = torch.randn(5, 96)
-    wide = layer.dense.float()
-    assert torch.equal(as_weight(weight, x).t().product(x), x @ wide.T)
-    dy, dx = torch.randn(5, 64), torch.randn(5, 96)
+    # in float64: a product with a turned view need not round as one with its copy does
+    x = torch.randn(5, 96, dtype=torch.float64)
+    wide = layer.dense.double()
+    torch.testing.assert_close(as_weight(weight, x).t().product(x), x @ wide.T)
+    dy, dx = torch.randn(5, 64).double(), torch.randn(5, 96).double()
     torch.testing.assert_close(as_weight(weight, x).product(dy, dx.clone()), dx + dy @ wide)
 
 
@@ -52,7 +53,8 @@ def test_the_awq_layout_is_read_bit_for_bit() -> None:
     assert torch.equal(weight.dense(torch.float16), layer.dense)
     x = torch.randn(5, 96)
     bare = Awq(nn.Linear(96, 64, bias=False))
-    assert torch.equal(as_weight(weight_of(bare), x).t().product(x), bare(x))
+    product = as_weight(weight_of(bare), x).t().product(x)  # in float16, as the owner's
+    torch.testing.assert_close(product, bare(x), rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize("settings", [{}, {"lora_dropout": 0.3}, {"use_dora": True}], ids=str)
@@ -75,13 +77,8 @@ def test_a_training_step_is_that_of_the_base_layer_and_an_update(
         if isinstance(module, GptqLayer | AwqLayer):
             module.register_forward_hook(lambda *_: None)
     assert settings.get("use_dora") or not any(row.fused for row in peftkern.explain(theirs))
-    x = torch.randint(0, 64, (2, 9))
-    found = [step(model, x) for model in (ours, theirs, exact)]
-    if "lora_dropout" in settings:  # float64 draws other masks
-        close = dict(rtol=1e-3, atol=1e-5) if kind is not Awq else dict(rtol=0.1, atol=2e-3)
-        torch.testing.assert_close(found[0], found[1], **close)
-    else:
-        assert_as_good_as_torch(*found)
+    close = dict(rtol=0.1, atol=2e-3) if kind is Awq else {}
+    assert_steps_are_equal(ours, theirs, exact, settings, **close)
     assert all(p.dtype == torch.float32 for p in ours.parameters() if p.requires_grad)
 
 

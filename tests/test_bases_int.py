@@ -12,7 +12,7 @@ import peftkern
 from peftkern.ops.bases import int8, repack
 from peftkern.ops.bases.formats import as_weight, read
 from tests.closeness import assert_as_good_as_torch
-from tests.quantised_models import adapted, llama, step
+from tests.quantised_models import adapted, assert_steps_are_equal, llama
 
 torchao: Any = pytest.importorskip("torchao.quantization")
 quanto: Any = pytest.importorskip("optimum.quanto")
@@ -116,14 +116,10 @@ def test_a_training_step_equals_hf_pefts(way: str, settings: dict[str, Any]) -> 
     assert len(rows) == 14 and all(row.fused for row in rows), rows
     owner = "torchao" if way.startswith("ao") else "quanto"
     assert f"({owner})" in rows[0].reason or settings.get("use_dora")
-    x = torch.randint(0, 64, (2, 9))
-    found = [step(model, x) for model in models]
-    if "lora_dropout" in settings:  # float64 draws other masks
-        torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-5)
-    else:
-        assert_as_good_as_torch(*found)
+    assert_steps_are_equal(*models, settings)
+    x = torch.randint(0, 64, (1, 1))
     with torch.no_grad():  # a token
-        found = [m.eval()(input_ids=x[:1, :1]).logits for m in models]
+        found = [m.eval()(input_ids=x).logits for m in models]
     assert_as_good_as_torch(*found)
 
 

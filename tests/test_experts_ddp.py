@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,8 +9,8 @@ import torch
 import torch.distributed as dist
 
 from tests import ddp, moe_models
-from tests.children import python
 from tests.closeness import assert_same_number
+from tests.ranks import results
 
 pytestmark = [
     pytest.mark.long,
@@ -24,10 +23,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """{case: numbers} of each process."""
-    folder: Path = tmp_path_factory.mktemp("ddp")
-    done = python("-m", "tests.ddp", str(folder))
-    assert done.returncode == 0, done.stderr
-    return [torch.load(folder / f"rank{rank}.pt") for rank in range(ddp.RANKS)]
+    return results("tests.ddp", tmp_path_factory.mktemp("ddp"), ddp.RANKS)
 
 
 @pytest.mark.parametrize("case", ddp.CASES)

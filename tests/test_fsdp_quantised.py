@@ -16,8 +16,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 import peftkern
 from peftkern.ops.bases.formats import read
 from tests import quantised_models
-from tests.children import python
 from tests.closeness import assert_as_good_as_torch, assert_same_number
+from tests.ranks import results
 
 pytest.importorskip("bitsandbytes")
 fsdp: Any = pytest.importorskip("tests.fsdp")
@@ -32,10 +32,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """{case: numbers} of each process."""
-    folder: Path = tmp_path_factory.mktemp("fsdp")
-    done = python("-m", "tests.fsdp", str(folder))
-    assert done.returncode == 0, done.stderr
-    return [torch.load(folder / f"rank{rank}.pt") for rank in range(fsdp.RANKS)]
+    return results("tests.fsdp", tmp_path_factory.mktemp("fsdp"), fsdp.RANKS)
 
 
 @pytest.mark.slow

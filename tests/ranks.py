@@ -1,0 +1,63 @@
+"""Processes that train together: forked by a module of this folder, read by its tests.
+
+``python -m tests.NAME FOLDER`` calls :func:`fork`; :func:`results` starts it.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+
+from tests.children import python
+
+
+def fork(folder: Path, ranks: int, run: Callable[[int], Any]) -> NoReturn:
+    """Run ``run(rank)`` in ``ranks`` processes of one gloo group, and end this one.
+
+    What it returns is saved in the folder. The status is that of the process that failed worst.
+    """
+    torch.set_num_threads(1)
+    children = []
+    for rank in range(ranks):
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                _join(folder, ranks, rank)
+                torch.save(run(rank), _file(folder, rank))
+                dist.destroy_process_group()
+                status = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stderr.flush()
+                os._exit(status)
+        children.append(child)
+    failed = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    sys.exit(max(map(abs, failed)))
+
+
+def _join(folder: Path, ranks: int, rank: int) -> None:
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    store = dist.FileStore(str(folder / "store"), ranks)
+    limit = datetime.timedelta(seconds=60)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=limit)
+
+
+def _file(folder: Path, rank: int) -> Path:
+    return folder / f"rank{rank}.pt"
+
+
+def results(module: str, folder: Path, ranks: int) -> list[Any]:
+    """What the processes of ``python -m module folder`` returned, in the order of their ranks."""
+    done = python("-m", module, str(folder))
+    assert done.returncode == 0, done.stderr
+    return [torch.load(_file(folder, rank)) for rank in range(ranks)]
