@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import peftkern
 from peftkern.ops.bases.formats import as_weight, read
 from peftkern.ops.bases.linear import frozen_linear
+from peftkern.tuners.lora.row_adapters import AdapterNames, mixed_reason
 from tests.closeness import assert_same_number
 
 pytest.importorskip("compressed_tensors")
@@ -332,3 +333,22 @@ def test_fp8_products_are_chosen_for_compressed_layers_as_well() -> None:
     )
     peftkern.set_base_compute(model, "fp8")
     assert all("; dequantised: " in row.reason for row in peftkern.explain(model))
+
+
+@torch.no_grad()
+def test_mixed_batches_quantise_x_as_their_owner() -> None:
+    base = llama("W8A8", torch.float32).model.layers[0].self_attn.q_proj
+    config = peftkern.LoraConfig(r=4, target_modules=["0"], init_lora_weights=False)
+    model: Any = peftkern.get_peft_model(nn.Sequential(base), config).eval()
+    layer, names = model.base_model.model[0], ["default", "__base__", "default"]
+    x = torch.randn(3, 2, 128)
+    adapted = layer(x)
+    layer.enable_adapters(False)
+    plain = layer(x)
+    layer.enable_adapters(True)
+    want = torch.stack([adapted[0], plain[1], adapted[2]])
+    torch.testing.assert_close(layer(x, adapter_names=names), want, rtol=1e-5, atol=1e-5)
+    numbers: Any = read(base)
+    rounded = plain - x @ numbers.packed.dense(torch.float32).t()
+    assert rounded.abs().max() > 1e-3
+    assert "quantises X" in str(mixed_reason(layer, x, AdapterNames(names)))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import autocast, mixed_direct, torch_backend
 from . import backend as _backend
-from .bases.weight import dense
+from .bases.weight import BaseWeight, dense
 from .mixed_direct import Adapter, Batches, Factors
 from .mixed_torch import Facts, Plan, make_plan
 from .notes import note_once
@@ -148,8 +148,6 @@ def lora_mixed(
         )
     backend: _backend.Backend = _backend.active
     if backend is torch_backend and not torch.is_grad_enabled():
-        if not autocast.is_on(x):
-            weight = dense(weight)
         w = weight.t() if transposed else weight
         direct = mixed_direct.mixed(x, w, bias, factors, index.batches)
         if direct is not None:
@@ -167,7 +165,13 @@ def lora_mixed(
             if backend is not torch_backend:
                 note_once("a mixed batch runs on torch's products: gradients are wanted")
             backend = torch_backend
-    weight = dense(weight)
+    if weight.__class__ is BaseWeight and backend is not torch_backend:
+        compute = weight.packed.compute_dtype(x.dtype)
+        if compute == x.dtype:
+            weight = dense(weight)
+        else:
+            note_once(f"a mixed batch runs on torch's products: a base multiplies in {compute}")
+            backend = torch_backend
     y = backend.mixed(
         x.reshape(-1, x.shape[-1]), weight.t() if transposed else weight, bias, found, index
     )

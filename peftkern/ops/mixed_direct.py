@@ -19,16 +19,18 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 from torch.nn.parameter import Parameter
 
 from ..utils.private import dispatch_depth, in_transform, like, mkl_batches
 from . import autocast
+from .bases.linear import base_output
+from .bases.weight import BaseWeight
 from .notes import note_once
 from .scratch import Scratch
 from .tracing import is_recording
 
 _PLAIN = (Tensor, Parameter)
+_BASES = (*_PLAIN, BaseWeight)
 _COPIES = "a mixed batch copies its adapters' factors side by side: %s"
 
 
@@ -285,7 +287,7 @@ def _why_not(x: Tensor, w: Tensor, bias: Tensor | None) -> str | None:
         return ""
     if is_recording() or in_transform() or dispatch_depth():
         return ""
-    if x.__class__ not in _PLAIN or w.__class__ not in _PLAIN or w.dtype is not x.dtype:
+    if x.__class__ not in _PLAIN or w.__class__ not in _BASES or w.dtype is not x.dtype:
         return "activations and weight are not plain tensors of one dtype"
     if bias is not None and (bias.__class__ not in _PLAIN or bias.dtype is not x.dtype):
         return "the bias is not a plain tensor of the activations' dtype"
@@ -299,13 +301,16 @@ def _why_not(x: Tensor, w: Tensor, bias: Tensor | None) -> str | None:
 def mixed(
     x: Tensor, w: Tensor, bias: Tensor | None, factors: Factors, batches: Batches
 ) -> Tensor | None:
-    """Y [M, N] for x [samples, ..., K], w [N, K], without gradients; None when it cannot be."""
+    """Y [M, N] for x [samples, ..., K], w [N, K], dense or quantised, without gradients.
+
+    None when it cannot be.
+    """
     reason = _why_not(x, w, bias)
     if reason is None:
         runs = batches.runs(x, w.shape[0], factors)
         if not isinstance(runs, str):
             x = x.reshape(-1, x.shape[-1]).contiguous().resolve_neg()
-            y = linear(x, w, bias).contiguous()
+            y = base_output(x, w, bias).contiguous()
             if runs.add(y, x, factors):
                 return y
             runs = "a factor has no memory"

@@ -20,10 +20,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from ..utils.private import in_transform
 from . import autocast
+from .bases.linear import base_output
 from .scratch import Scratch
 from .torch_products import in_dtype, low_rank_dtype
 
@@ -294,7 +294,7 @@ def _add_in_place(y: Tensor, x: Tensor, part: Part, adapters: Any) -> None:
 
 
 def mixed(x: Tensor, w: Tensor, bias: Tensor | None, adapters: Any, samples: Any) -> Tensor:
-    """Y [M, N] for x [M, K], w [N, K]; see :mod:`.lora_mixed`."""
+    """Y [M, N] for x [M, K], w [N, K], dense or quantised; see :mod:`.lora_mixed`."""
     count = len(samples)
     M, K, N = x.shape[0], x.shape[1], w.shape[0]
     T = M // max(count, 1)
@@ -302,7 +302,7 @@ def mixed(x: Tensor, w: Tensor, bias: Tensor | None, adapters: Any, samples: Any
     plan: Plan = samples.plan(facts, T * (K + N) * x.element_size(), K + N, x.device)
     in_place = not (torch.is_grad_enabled() or in_transform())
     if in_place and not plan.sorts:
-        y = linear(x, w, bias)
+        y = base_output(x, w, bias)
         if plan.parts:
             y3, x3 = y.view(count, T, N), x.view(count, T, K)
             for part in plan.parts:
@@ -310,7 +310,7 @@ def mixed(x: Tensor, w: Tensor, bias: Tensor | None, adapters: Any, samples: Any
         return y
     if plan.order is not None:
         x = x.view(count, T, K).index_select(0, plan.order).view(M, K)
-    y = linear(x, w, bias)
+    y = base_output(x, w, bias)
     done, end = [], 0
     for part in plan.parts:
         first, end = part.start * T, part.stop * T

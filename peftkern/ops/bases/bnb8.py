@@ -41,6 +41,10 @@ class Bnb8(Packed):
         return self.bits, self.scales
 
     @property
+    def quantises_input(self) -> bool:  # type: ignore[override]
+        return self.integers
+
+    @property
     def is_linear(self) -> bool:  # type: ignore[override]
         return not self.integers
 

@@ -18,10 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from ...utils.private import compressed_forward
-from . import fp8_products
 from .compressed_numbers import PackedFloat4, PackedInt, unpacked
 from .formats import Found
-from .fp8 import IN_FP8, Fp8, chosen
+from .fp8 import Fp8, chosen
 from .fp8_numbers import shape_error
 from .weight import Packed
 
@@ -66,13 +65,9 @@ class QuantisedInput(Packed):
     @property
     def format(self) -> str:  # type: ignore[override]
         a = self.arguments
-        if self._in_fp8():
+        if self.inner.quantises_input:
             return self.inner.format
         return f"{self.inner.format}, X in {a.type} {a.num_bits} bits a {a.strategy}"
-
-    def _in_fp8(self) -> bool:
-        w = self.inner
-        return isinstance(w, Fp8) and w.compute == IN_FP8 and fp8_products.why_not(w) is None
 
     def why_not_takes(self, x: Tensor) -> str | None:
         if self.arguments.strategy == "token" and x.dim() != 3:
@@ -83,7 +78,7 @@ class QuantisedInput(Packed):
         return self.inner.dense(dtype)
 
     def product(self, x: Tensor, y: Tensor | None) -> Tensor:
-        if self._in_fp8():  # which quantises X itself
+        if self.inner.quantises_input:  # which quantises X itself
             return self.inner.product(x, y)
         owner: Any = importlib.import_module("compressed_tensors.quantization.lifecycle.forward")
         # its scales of tokens are those of the first two of three dimensions

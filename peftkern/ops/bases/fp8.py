@@ -78,7 +78,7 @@ class Fp8(Packed):
     def for_kernels(self, dtype: torch.dtype) -> Quantised | str:
         from ...kernels.quantised_formats import scaled
 
-        if self.compute == IN_FP8 and fp8_products.why_not(self) is None:
+        if self.quantises_input:
             return "its products are computed in fp8"
         if self.q.dtype != E4M3:
             return f"its weight is {self.q.dtype}"
@@ -90,13 +90,17 @@ class Fp8(Packed):
             scale, block = scale.reshape(1, 1), (0, 0)
         return scaled(self.q.data, scale.data, block, through=self.kept)
 
+    @property
+    def quantises_input(self) -> bool:  # type: ignore[override]
+        return self.compute == IN_FP8 and fp8_products.why_not(self) is None
+
     def product(self, x: Tensor, y: Tensor | None) -> Tensor:
-        if self.compute == IN_FP8 and fp8_products.why_not(self) is None:
+        if self.quantises_input:
             return _added(fp8_products.product(x, self), y, x.dtype)
         return super().product(x, y)
 
     def grad_input(self, dy: Tensor, dx: Tensor | None) -> Tensor:
-        if self.compute == IN_FP8 and fp8_products.why_not(self) is None:
+        if self.quantises_input:
             return _added(fp8_products.grad_input(dy, self), dx, dy.dtype)
         return super().grad_input(dy, dx)
 

@@ -60,3 +60,10 @@ def frozen_linear(x: Tensor, weight: BaseWeight, bias: Tensor | None) -> Tensor:
     if bias is not None:
         y.add_(bias)
     return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def base_output(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Y [..., N] of a base layer alone, for its weight [N, K], dense or quantised."""
+    if weight.__class__ is BaseWeight:
+        return frozen_linear(x, weight, bias)
+    return linear(x, weight, bias)

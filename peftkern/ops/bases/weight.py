@@ -42,7 +42,7 @@ class Packed(ABC):
     shape: tuple[int, int]
     device: torch.device
     tensors: tuple[Tensor, ...]
-    # True: products are of a quantised X, so that `dense` alone does not give the layer's output
+    # True: products are of an X of few bits, so that `dense` alone does not give the layer's output
     quantises_input: bool = False
     # True: all that products add to `dense` is rounding, so that torch.func may follow those
     is_linear: bool = True

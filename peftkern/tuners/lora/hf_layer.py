@@ -22,11 +22,12 @@ from peft.tuners.lora.layer import ParamWrapper as HFParamWrapper
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from ...ops.lora_mixed import lora_mixed
 from .base import LoraLayer
 from .linear import Linear
 from .parameter import ParamWrapper, operation_of
 from .plan import is_hooked
-from .row_adapters import AdapterNames, as_one, mixed_call
+from .row_adapters import AdapterNames, mixed_call
 
 # attributes that the fused forward keeps in a layer; `give_back` removes them
 _OWN = ("_plan", "_group", "_held", "_noted_reason", "_noted_mixed")
@@ -87,9 +88,9 @@ class Fused:
                 layer._note_decline()
             elif len(kwargs) == 1 and not args and self._mixes(x, given):
                 names = _names.of(given)
-                factors = mixed_call(layer, x, names)
-                if factors is not None:
-                    return as_one(layer, x, names, factors)
+                call = mixed_call(layer, x, names)
+                if call is not None:
+                    return lora_mixed(x, *call)
         y: Tensor = self._theirs.forward(self, x, *args, **kwargs)
         return y
 

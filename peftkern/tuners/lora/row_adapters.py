@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterable
 from itertools import repeat
 from operator import attrgetter, contains, itemgetter
 from types import NoneType
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 
 from ...ops import autocast
-from ...ops.bases.formats import reader_of
+from ...ops.bases.formats import read, reader_of
 from ...ops.lora_mixed import Factors, SampleIndex, lora_mixed
 from ...ops.notes import note_new
 from ...ops.tracing import is_recording
@@ -70,9 +70,9 @@ def forward_mixed(
     """The output [B, ..., N] of a LoRA linear layer for x [B, ..., K]; row b uses ``names[b]``."""
     disabled = layer._disable_adapters
     if not (disabled or args or kwargs):
-        factors = mixed_call(layer, x, names)
-        if factors is not None:
-            return as_one(layer, x, names, factors)
+        call = mixed_call(layer, x, names)
+        if call is not None:
+            return lora_mixed(x, *call)
     if not disabled and not is_recording():
         more = "the call has more arguments"
         reason = more if args or kwargs else mixed_reason(layer, x, names)
@@ -94,19 +94,8 @@ def forward_mixed(
     return y.to(dtype)
 
 
-def as_one(layer: Linear, x: Tensor, names: AdapterNames, factors: Factors) -> Tensor:
-    """:func:`forward_mixed` as one operation, with the factors of :func:`mixed_call`."""
-    base: Any = layer._modules["base_layer"]
-    if reader_of(base) is not None:
-        weight, bias = cast(Any, base_weight(base, x))  # mixed_call has found it readable
-        return lora_mixed(x, weight, bias, factors, names.samples)
-    params = base._parameters
-    transposed = bool(weight_layout(base.__class__))
-    return lora_mixed(x, params["weight"], params["bias"], factors, names.samples, transposed)
-
-
-def mixed_call(layer: Linear, x: Tensor, names: AdapterNames) -> Factors | None:
-    """The weights that each of ``names.order`` has in this layer; None when they are not one call.
+def mixed_call(layer: Linear, x: Tensor, names: AdapterNames) -> tuple[Any, ...] | None:
+    """The arguments of :func:`lora_mixed` after x; None when the batch is not one operation.
 
     :func:`mixed_reason` gives the reason in words and tests the same conditions.
     """
@@ -115,20 +104,24 @@ def mixed_call(layer: Linear, x: Tensor, names: AdapterNames) -> Factors | None:
     base: Any = layer._modules["base_layer"]
     if is_recording() or in_transform() or any(GLOBAL_HOOKS) or is_hooked(base):
         return None
+    weight: Any
+    layout: bool | None
     if reader_of(base) is not None:
-        if base_reason(base) is not None:
+        found = base_weight(base, x)
+        if found is None or found[0].packed.quantises_input:
             return None
-        dtype = x.dtype
+        (weight, bias), layout, dtype = found, False, x.dtype
     else:
-        weight = base._parameters.get("weight")
+        params, layout = base._parameters, weight_layout(base.__class__)
+        weight = params.get("weight")
         if (
-            weight_layout(base.__class__) is None
-            or "bias" not in base._parameters
+            layout is None
+            or "bias" not in params
             or weight.__class__ is not Parameter
             or weight.is_meta
         ):
             return None
-        dtype = weight.dtype
+        bias, dtype = params["bias"], weight.dtype
     if not dtype.is_floating_point or (
         x.dtype != dtype and not (autocast.is_on(x) and x.dtype != torch.float64)
     ):
@@ -150,8 +143,9 @@ def mixed_call(layer: Linear, x: Tensor, names: AdapterNames) -> Factors | None:
     if not {*map(type, As), *map(type, Bs)} <= _PARAMETER:
         return None
     factors = Factors(As, Bs, scales, held.place)
+    call = weight, bias, factors, names.samples, layout
     if x.dtype is dtype and names.samples.batches.recognise(x, layer.out_features, factors):
-        return factors
+        return call
     lows = [*map(_dtype, As)]
     if (
         any(map(_is_meta, As))
@@ -160,7 +154,7 @@ def mixed_call(layer: Linear, x: Tensor, names: AdapterNames) -> Factors | None:
         or not {*lows} <= {dtype, torch.float32}
     ):
         return None
-    return factors
+    return call
 
 
 _LINEAR, _NO_DROPOUT, _PARAMETER = {nn.Linear}, {nn.Identity}, {Parameter}
@@ -250,6 +244,16 @@ def _rests(drop: nn.Module) -> bool:
     return drop.__class__ is nn.Identity or (drop.__class__ is nn.Dropout and not drop.training)
 
 
+def _packed_reason(base: Any, x: Tensor) -> str | None:
+    """:func:`base_reason` of a quantised layer, for products of x."""
+    found = read(base)
+    if isinstance(found, str):
+        return found
+    if found.packed.quantises_input:
+        return "its base layer quantises X, all rows of the batch together"
+    return found.packed.why_not_takes(x)
+
+
 def mixed_reason(layer: Linear, x: Tensor, names: AdapterNames) -> str | None:
     """The reason that a mixed batch is not one operation in this layer; None when it is."""
     base: Any = layer.base_layer
@@ -258,7 +262,8 @@ def mixed_reason(layer: Linear, x: Tensor, names: AdapterNames) -> str | None:
     if in_transform():
         return IN_TRANSFORM
     quantised = reader_of(base) is not None
-    if (of_base := base_reason(base)) is not None:
+    of_base = _packed_reason(base, x) if quantised else base_reason(base)
+    if of_base is not None:
         return of_base
     if not quantised and "bias" not in base._parameters:
         return f"base layer {type(base).__name__} computes its product itself"
