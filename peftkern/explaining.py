@@ -18,6 +18,8 @@ from .tuners.lora.base import LoraLayer
 from .tuners.lora.experts_call import describe_mixtures
 from .tuners.lora.mlp import describe_blocks
 from .tuners.lora.parameter_product import is_product
+from .utils.collectives import local
+from .utils.gathering import is_shard
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,8 @@ def _compiled(layer: Any) -> str:
         return "operators"
     if reader_of(layer.base_layer) is not None:
         return "plain formula (the base weight is quantised)"
+    if is_shard(layer.base_layer.weight):
+        return "plain formula (ranks share the weight out)"
     A = layer.lora_A[next(n for n in layer.active_adapters if n in layer.lora_A)].weight
     why = why_formula(layer.base_layer.weight, A)
     return "one operator" if why is None else f"plain formula ({why})"
@@ -132,6 +136,7 @@ def explain(model: nn.Module) -> Explanation:
         decided = why
         if backend == "auto" and reason is None and not of_mixture:
             decided = _decided(layer, group)
+        shared = "" if of_hf else layer.describe_sharing()
         slow = "HF PEFT" if name in theirs else "base layer + update"
         rows.append(
             LayerReport(
@@ -141,9 +146,9 @@ def explain(model: nn.Module) -> Explanation:
                 ranks=dict(layer.r),
                 fused=reason is None or own is not None,
                 backend=slow if reason and own is None else f"{backend} fused",
-                reason=decided + _format(layer, backend) + together + of_mlp + of_mixture
+                reason=decided + _format(layer, backend) + together + of_mlp + of_mixture + shared
                 if reason is None
-                else own or reason,
+                else (own or reason) + shared,
                 compiled=_compiled(layer) if reason is None else _compiled_formula(layer),
             )
         )
@@ -219,8 +224,7 @@ def _like(layer: Any, adapter: Tensor) -> Tensor:
     base = layer.get_base_layer()
     found = None if reader_of(base) is None else read(base)
     if found is None or isinstance(found, str):
-        weight: Tensor = layer.weight
-        return weight
+        return local(layer.weight)
     dtype = found.packed.compute_dtype(adapter.dtype)
     return as_weight(found.packed, adapter.new_empty(0, dtype=dtype))
 
@@ -228,5 +232,14 @@ def _like(layer: Any, adapter: Tensor) -> Tensor:
 def _numbers(layers: list[Any]) -> tuple[int, int, int, int]:
     """(sum of N, K, largest active rank, number of layers)."""
     ranks = [layer.r[name] for layer in layers for name in layer.active_adapters if name in layer.r]
-    n = sum(layer.out_features for layer in layers)
-    return n, layers[0].in_features, max(ranks, default=0), len(layers)
+    sizes = [_sizes(layer) for layer in layers]
+    return sum(N for _, N in sizes), sizes[0][0], max(ranks, default=0), len(layers)
+
+
+def _sizes(layer: Any) -> tuple[int, int]:
+    """(K, N) of the product that this process computes."""
+    weight = layer.get_base_layer()._parameters.get("weight")
+    if is_shard(weight):
+        N, K = local(weight).shape
+        return K, N
+    return layer.in_features, layer.out_features

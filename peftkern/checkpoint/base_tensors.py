@@ -66,9 +66,8 @@ def unmerged(model: nn.Module, slots: Iterable[Slot]) -> dict[str, Tensor]:
     for layer in adapter_modules(model):
         if not getattr(layer, "merged", False) or not isinstance(layer, Merging):
             continue
-        module, attribute = layer._merge_target()
-        if keys := names.get(id(getattr(module, attribute))):
-            found.update(dict.fromkeys(keys, layer._unmerged_weight()))
+        if keys := names.get(id(layer._base_parameter())):
+            found.update(dict.fromkeys(keys, layer._unmerged_parameter()))
     return found
 
 

@@ -22,9 +22,11 @@ from ..tuners.lora.linear import Linear
 from ..tuners.lora.parameter import ParamWrapper
 from ..tuners.lora.ranks import rank_and_alpha, scaling_of
 from ..utils.device import infer_device
+from ..utils.gathering import is_shard
 from ..utils.peft_types import PeftType
 from ..utils.places import further_names
 from ..utils.private import COMPILED, is_compiled, uncompiled
+from ..utils.shards import part_like
 from .base_tensors import find_beside
 from .loading import check_shared, insert_adapter_name
 from .slots import PREFIX, Slot, adapter_slots
@@ -58,8 +60,8 @@ def prepare_model_for_compiled_hotswap(
             compiled again).
 
     Raises:
-        ValueError: the model is compiled, has no LoRA layers, or has an adapter of a larger rank.
-            It is not changed then.
+        ValueError: the model is compiled, has no LoRA layers, or has an adapter of a larger rank;
+            or ranks share it out and it would be padded. It is not changed then.
     """
     if is_compiled(model):
         if check_compiled == "error":
@@ -84,6 +86,12 @@ def prepare_model_for_compiled_hotswap(
             "loading the second adapter."
         )
     padded = []
+    shared = any(is_shard(p) for layer in layers for p in layer.parameters())
+    if shared and target_rank is not None:
+        raise ValueError(
+            "prepare_model_for_compiled_hotswap cannot pad to `target_rank` in a model that ranks "
+            "share out (tensor parallelism): load the first adapter with the largest rank"
+        )
     if target_rank is not None:
         padded = [room for layer in layers for room in _padded(layer, target_rank)]
     for owner, weight in padded:
@@ -278,6 +286,11 @@ def hotswap_adapter_from_state_dict(
         if (slot := known[key]) is not None:
             check_shared(bare, adapter_name, slot, key, value)
         here, new = tuple(places[key].shape), tuple(value.shape)
+        if here != new and is_shard(places[key]):
+            raise ValueError(
+                f"Incompatible shapes found for LoRA weights {key}: {here} vs {new}. Ranks share "
+                "it out (tensor parallelism), and then both adapters need the same rank."
+            )
         larger = any(n > h for h, n in zip(here, new, strict=False))
         smaller = any(n < h for h, n in zip(here, new, strict=False))
         at, found, _ = key.rpartition("." + parameter_prefix)
@@ -354,6 +367,7 @@ def _set_scaling(layer: Any, adapter_name: str, scaling: float) -> None:
 
 def _swap(place: nn.Parameter, value: Tensor, groups: int) -> None:
     value = value.to(place.device, place.dtype)
+    value = part_like(place, value)
     # written through the parameter, which counts the write, so that DoraCaching makes norms again
     if place.shape == value.shape:
         place.copy_(value)

@@ -12,7 +12,9 @@ from torch import Tensor
 from ..tuners.base_layer import BaseTunerLayer, adapter_modules
 from ..tuners.lora.fused_experts import convert_weights, numbers_of_experts
 from ..tuners.lora.tying import tie_again
+from ..utils.shards import part_like, whole
 from .base_tensors import Beside, find_beside
+from .shards import copy_whole
 from .slots import PREFIX, Slot, clean, slots_to_save, tensors_of
 
 
@@ -95,7 +97,7 @@ def check_shared(model: Any, adapter_name: str, slot: Slot, key: str, value: Ten
     here = slot.tensor
     if not others or here.is_meta or here.shape != value.shape:
         return
-    if not torch.equal(here.detach(), value.to(here)):
+    if not torch.equal(now := whole(here), value.to(now)):
         raise ValueError(
             f"The embedding {key!r} differs from the base model's, which the "
             f"adapters {others} use as well. Load {adapter_name!r} into a model of its own."
@@ -236,9 +238,9 @@ def fill(
             target = slot.tensor
             # a base weight is always copied into, as another module may share it
             if target.is_meta or (low_cpu_mem_usage and not slot.in_base):
-                slot.assign(value.to(target.dtype))
+                slot.assign(part_like(target, value.to(target.dtype)))
             else:
-                target.copy_(value)
+                copy_whole(target, value)
     if low_cpu_mem_usage:
         for module in adapter_modules(model):
             if isinstance(module, BaseTunerLayer):

@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, Literal, Self, cast
 
-import torch
 from torch import Tensor, nn
 
 from ..configs.base import PeftConfig
 from ..configs.checks import checked
-from ..files.atomic import replaced_together, write_atomically
 from ..files.hub import split_hub_kwargs
 from ..tuners.base_tuner import BaseTuner
 from ..tuners.checks import check_adapter_name, check_model
 from ..tuners.lora.inits import collect
-from ..tuners.lora.plain import as_plain_lora
-from ..tuners.wrapped import Adapted, innermost
-from ..utils.constants import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from ..tuners.tensor_parallel import tensor_parallel
+from ..tuners.wrapped import Adapted
 from ..utils.module_tree import checkpoints_activations, training_modules
 from ..utils.private import RENAMED
 from ..utils.undo import remember_requires_grad, unchanged_on_error
 from .card import create_or_update_model_card
 from .loading import LoadResult, check_keys, check_shapes, fill, match_weights
+from .shards import by_one, sharing
+from .slots import adapter_slots
 from .state_dicts import (
     check_named,
     check_whole,
@@ -33,34 +31,7 @@ from .state_dicts import (
     load_peft_weights,
     state_dict_of,
 )
-
-
-def _without_aliases(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous tensors, each with a storage of its own, as the safetensors format needs them."""
-    seen: set[tuple[Any, ...]] = set()
-    out = {}
-    for key, value in tensors.items():
-        value = value.detach().contiguous()
-        place = (value.device, value.untyped_storage().data_ptr())
-        if value.numel() and place in seen:
-            value = value.clone()
-        seen.add((value.device, value.untyped_storage().data_ptr()))
-        out[key] = value
-    return out
-
-
-def _write_weights(path: str, tensors: dict[str, Tensor]) -> None:
-    """Write safetensors, or a torch pickle of tensors when ``path`` has another extension."""
-
-    def write(tmp: str) -> None:
-        if path.endswith(".safetensors"):
-            from safetensors.torch import save_file
-
-            save_file(tensors, tmp, metadata={"format": "pt"})
-        else:
-            torch.save(tensors, tmp)
-
-    write_atomically(path, write)
+from .writing import write_adapters
 
 
 def evaluate(model: nn.Module) -> None:
@@ -72,21 +43,6 @@ def evaluate(model: nn.Module) -> None:
             module.training = False
     else:
         model.eval()
-
-
-def _save_config(model: Adapted, config: PeftConfig, folder: str) -> None:
-    base = innermost(model)
-    if config.base_model_name_or_path is None:
-        config.base_model_name_or_path = base.__dict__.get("name_or_path") or None
-    mapping = None
-    if config.task_type is None:
-        mapping = {
-            "base_model_class": type(base).__name__,
-            "parent_library": type(base).__module__,
-        }
-    saved = copy.copy(config)  # another thread may use or save the model's own
-    saved.inference_mode = True
-    saved.save_pretrained(folder, auto_mapping_dict=mapping)
 
 
 def _fill(
@@ -144,7 +100,9 @@ class AdapterFiles:
                 plain tensors, ``adapter_model.bin``. The other file is removed if it exists.
             selected_adapters: names; None saves all.
             save_embedding_layers: see :func:`get_peft_model_state_dict`.
-            is_main_process: with False nothing is written.
+            is_main_process: with False nothing is written. Of a model that processes share out
+                (tensor parallelism) every process must call: all gather, the first with True
+                writes, and the others return when it is done.
             path_initial_model_for_weight_conversion: folder of the adapter as saved before
                 training, if its start changed the base weights (PiSSA, OLoRA, …). Then a plain
                 LoRA adapter of twice the rank for the unchanged base model is saved, see
@@ -170,13 +128,16 @@ class AdapterFiles:
             check_adapter_name(name)  # it becomes a folder's name; users may edit `peft_config`
         given = kwargs.get("state_dict")
         tensors: dict[str, dict[str, Tensor]] = {}
-        if not is_main_process:
+        slots = [slot for name in names for slot in adapter_slots(self, name)]
+        shared = sharing(given.values() if given is not None else (slot.tensor for slot in slots))
+        shared = shared or tensor_parallel(self) is not None
+        if not (is_main_process or shared):
             # this process may have only parts of tensors; with FSDP all processes must gather
             for _ in names if given is None else ():
                 state_dict_of(self)
         elif given is not None and len(names) > 1:
             check_named(self, given, names)
-        for name in names if is_main_process else ():
+        for name in names if is_main_process or shared else ():  # all gather what they share
             tensors[name] = get_peft_model_state_dict(
                 self, given, name, save_embedding_layers=save_embedding_layers
             )
@@ -194,34 +155,15 @@ class AdapterFiles:
             below.save_pretrained(
                 save_directory, safe_serialization, None, save_embedding_layers, **inner
             )
-        if not is_main_process:
-            return
-        configs = {name: self.peft_config[name] for name in names}
-        if path_initial_model_for_weight_conversion is not None:
-            if self.active_peft_config.is_prompt_learning:
-                raise ValueError(
-                    "Passing `path_initial_model_for_weight_conversion` to `save_pretrained` is "
-                    f"not supported for {self.peft_type.value}."
-                )
-            start = load_peft_weights(path_initial_model_for_weight_conversion)
-            for name in names:
-                configs[name], tensors[name] = as_plain_lora(configs[name], tensors[name], start)
-        written, other = SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-        if not safe_serialization:
-            written, other = other, written
-        os.makedirs(save_directory, exist_ok=True)
-        for name, found in tensors.items():
-            folder = (
-                os.fspath(save_directory)
-                if name == "default"
-                else os.path.join(save_directory, name)
-            )
-            os.makedirs(folder, exist_ok=True)
-            # weights and configuration are replaced together, as they belong together
-            with replaced_together(folder, without=[other]) as staged:
-                _write_weights(os.path.join(staged, written), _without_aliases(found))
-                _save_config(self, configs[name], staged)
-        self.create_or_update_model_card(save_directory)
+
+        def write() -> None:
+            write_adapters(self, save_directory, names, tensors, safe_serialization, start_folder)
+
+        start_folder = path_initial_model_for_weight_conversion
+        if shared:
+            by_one(write, is_main_process)
+        elif is_main_process:
+            write()
 
     @classmethod
     def from_pretrained(

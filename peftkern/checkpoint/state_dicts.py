@@ -17,9 +17,11 @@ from ..tuners.targets import targets_embedding
 from ..utils.constants import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from ..utils.device import infer_device
 from ..utils.private import uncompiled
+from ..utils.shards import whole
 from ..utils.warning import PeftWarning
 from .base_tensors import bias_slots, embedding_slots, unmerged
 from .loading import few
+from .shards import sharing
 from .slots import PREFIX, Slot, adapter_slots, clean, slots_to_save, tensors_of
 
 
@@ -55,6 +57,8 @@ def get_peft_model_state_dict(
         unwrap_compiled: take the model out of the wrapper of ``torch.compile``.
         save_embedding_layers: add the embeddings' own weights; "auto" does so when they are adapted
             or when the vocabulary was resized.
+
+    Tensors that processes share out (DTensors) are gathered: every process must call.
 
     Raises:
         ValueError: an unknown adapter, or the model holds no tensors of it (it was merged or
@@ -117,11 +121,11 @@ def get_peft_model_state_dict(
             value = full.get(clean(slot.key))
             # saved with merged adapters, these would count twice after loading
             if slot.key in plain and value is not None:
-                now = slot.tensor
-                value = plain[slot.key] if torch.equal(value.to(now), now) else value
+                now, value = whole(slot.tensor), whole(value)
+                value = whole(plain[slot.key]) if torch.equal(value.to(now), now) else value
             if value is not None:
                 found[clean(slot.key)] = value
-    return found
+    return {key: whole(value) for key, value in found.items()} if sharing(found.values()) else found
 
 
 def _tensors_for_file(

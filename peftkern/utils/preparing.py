@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .shards import put_data
+
 # quantisations with packed weights, which cannot be cast
 _QUANTISED = ("gptq", "aqlm", "eetq", "hqq", "torchao")
 
@@ -39,7 +41,7 @@ def prepare_model_for_kbit_training(
         for parameter in model.parameters():
             half = parameter.dtype in (torch.float16, torch.bfloat16)
             if half and type(parameter).__name__ != "Params4bit":
-                parameter.data = parameter.data.to(torch.float32)
+                put_data(parameter, parameter.detach().to(torch.float32))
         if auto_clear_cache:
             for accelerator in (torch.cuda, torch.xpu):
                 if accelerator.is_available():
@@ -79,7 +81,8 @@ def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
         packed = type(parameter).__name__ == "Params4bit" or not parameter.is_floating_point()
         if packed and not parameter.requires_grad:
             continue
-        parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
+        kind = torch.float32 if parameter.requires_grad else dtype
+        put_data(parameter, parameter.detach().to(kind))
 
 
 def shift_tokens_right(

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from .private import TIED
+from .shards import memory_of
 
 # the parts that wrappers and adapter layers add to the name of a weight
 _INFIX = re.compile(r"\.(?:token_adapter\.base_layer|original_module|base_layer)(?=\.|$)")
@@ -127,10 +128,7 @@ def _base_of(module: Any) -> Any:
 def _same_storage(one: Any, other: Any) -> bool:
     if one.shape != other.shape or one.device != other.device or one.is_meta:
         return False
-    try:
-        return bool(one.data_ptr() == other.data_ptr() != 0)
-    except RuntimeError:  # a tensor without memory, such as a fake one
-        return False
+    return memory_of(one) == memory_of(other) != 0
 
 
 def _tied_to_embedding(model: Any) -> list[str]:

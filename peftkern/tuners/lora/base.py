@@ -349,6 +349,10 @@ class LoraLayer(Merging, Frozen, BaseTunerLayer):
         """
         return f"{type(self).__name__} has a forward of its own"
 
+    def describe_sharing(self) -> str:
+        """The words that ``explain`` adds for a layer that ranks share out; none for others."""
+        return ""
+
     def _note_decline(self) -> None:
         """Log the reason of a slow call, once for each new reason of this layer."""
         if not logger.isEnabledFor(logging.INFO):  # making the words costs more than a product

@@ -96,20 +96,25 @@ class Embedding(nn.Module, LoraLayer):
 
     def _update(self, name: str, x: Tensor, y: Tensor) -> Tensor:
         base: Any = self.get_base_layer()
+        A, B = self._weights(name)
         rows = F.embedding(
             x,
-            self.lora_embedding_A[name].T,
+            A.T,
             padding_idx=base.padding_idx,
             max_norm=base.max_norm,
             norm_type=base.norm_type,
             scale_grad_by_freq=base.scale_grad_by_freq,
             sparse=base.sparse,
         )
-        update = (rows @ self.lora_embedding_B[name].T) * self.scaling[name]
+        update = (rows @ B.T) * self.scaling[name]
         scale = getattr(base, "embed_scale", None)  # Gemma's embedding scales in its forward
         if scale is None:
             return update
         return update * (scale.to(update.dtype) if isinstance(scale, Tensor) else scale)
+
+    def _weights(self, name: str) -> tuple[Tensor, Tensor]:
+        """(A [r, V], B [D, r]) as a call computes with them."""
+        return self.lora_embedding_A[name], self.lora_embedding_B[name]
 
     def _factors(self, adapter: str) -> tuple[Tensor, Tensor]:
         return self.lora_embedding_A[adapter].T, self.lora_embedding_B[adapter].T

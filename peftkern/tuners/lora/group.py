@@ -253,7 +253,11 @@ def form_groups(model: nn.Module, layer_cls: type) -> None:
         for names in SETS:
             if names[0] not in children and names[-1] not in children:
                 continue
-            present = [n for n in names if isinstance(children.get(n), layer_cls)]
+            present = [
+                n
+                for n in names
+                if isinstance(c := children.get(n), layer_cls) and getattr(c, "groups", True)
+            ]
             layers: list[Any] = [children[n] for n in present]
             if len(layers) < 2 or len({layer.in_features for layer in layers}) > 1:
                 continue

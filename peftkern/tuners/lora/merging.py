@@ -97,6 +97,16 @@ class Merging:
         """The reason that this adapter cannot be merged into this kind of layer, or None."""
         return None
 
+    def _bias_update(self, adapter: str) -> Tensor:
+        """The bias of ``lora_B``, which ``lora_bias`` adds to the base layer's."""
+        layer: Any = self
+        bias: Tensor = layer.lora_B[adapter].bias
+        return bias
+
+    def _agreed(self, ok: bool) -> bool:
+        """``ok``, or with a layer that ranks share out whether it is true on all of them."""
+        return ok
+
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """True when the adapter's update can be written as plain LoRA's on a linear layer."""
         return False
@@ -245,10 +255,10 @@ class Merging:
             weight = self._merged_weight(name, weight, base)
             ok = not safe_merge or bool(weight.to(before.dtype).isfinite().all())
             if layer.lora_bias.get(name):
-                extra = at_least_float32(layer.lora_B[name].bias) * layer.scaling[name]
+                extra = at_least_float32(self._bias_update(name)) * layer.scaling[name]
                 bias = (at_least_float32(module.bias.data) if bias is None else bias) + extra
                 ok = ok and (not safe_merge or bool(bias.to(module.bias.dtype).isfinite().all()))
-            if not ok:
+            if safe_merge and not self._agreed(ok):
                 raise ValueError(BROKEN.format(name))
         return weight.to(before.dtype), None if bias is None else bias.to(module.bias.dtype)
 
@@ -309,6 +319,16 @@ class Merging:
             weight = self._without_last(weight, names, kept)
         return weight
 
+    def _base_parameter(self) -> Tensor:
+        """The tensor that adapters are merged into, as a state dict has it."""
+        module, attribute = self._merge_target()
+        found: Tensor = getattr(module, attribute)
+        return found
+
+    def _unmerged_parameter(self) -> Tensor:
+        """:meth:`_base_parameter` as it is without any adapter."""
+        return self._unmerged_weight()
+
     def _unmerged_packed(self, module: Any) -> Tensor:
         if not self._kept:
             return repack.dense_value(module)
@@ -355,6 +375,6 @@ class Merging:
         elif kept is None:
             for name in names:
                 if layer.lora_bias.get(name):
-                    bias.data -= layer.lora_B[name].bias * layer.scaling[name]
+                    bias.data -= self._bias_update(name) * layer.scaling[name]
         del self._kept[-1:]
         del self.merged_adapters[-len(names) :]

@@ -27,6 +27,7 @@ from ..modules_to_save import (
     wrap_modules_to_save,
 )
 from ..targets import check_compatible
+from ..tensor_parallel import tensor_parallel
 from .base import LoraLayer
 from .expert_families import fused_names
 from .expert_targets import note_experts_left_out, resolve_experts
@@ -48,6 +49,7 @@ from .layer_classes import (
 )
 from .linear import Linear
 from .mlp import form_blocks, release_blocks
+from .parallel_targets import ParallelTargets
 from .plain import Starts
 from .ranks import rank_and_alpha
 from .replication import stacked
@@ -128,9 +130,13 @@ class LoraModel(ModelMerging, Weighted, Starts, VariantMethods, BaseTuner):
         sites = []
         aliases = further_names(model) if config.rank_pattern or config.alpha_pattern else {}
         names = [name for key, m in matches for name in aliases.get(id(m), (key,))]
+        shared = ParallelTargets(tensor_parallel(model), model, config)
         for key, module in matches:
             custom = custom_class(module, config)
-            make = None if isinstance(module, LoraLayer) else custom or layer_class(module)
+            parallel = shared.layer_class(key, module, custom)
+            make: Any = None
+            if not isinstance(module, LoraLayer):
+                make = parallel or custom or layer_class(module)
             r, alpha = rank_and_alpha(config, *aliases.get(id(module), (key,)))
             if custom is None:
                 check(key, module, r, config)
@@ -140,6 +146,7 @@ class LoraModel(ModelMerging, Weighted, Starts, VariantMethods, BaseTuner):
         match_fan_in_fan_out(config, [m for _, m, make, *_ in sites if make is not None])
         saved = find_modules_to_save(model, config.modules_to_save)
         check_saved(model, config, name, sites, saved)
+        shared.check_others(saved, extra)
         for _, module, *_ in sites:
             warn(module, config)
         warn_of_changed_base([config, *(c for _, c in others)])

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...utils.gathering import is_shard
+from ...utils.shards import memory_of
 from ...utils.tied import embedding_group
 from ..base_layer import get_model_config, walk
 from .tying import shares_embedding
@@ -56,9 +58,9 @@ class Parting:
         for _, module in self.group if len(self.group) > 1 else ():
             weight = module._parameters["weight"]
             others = [m for _, m in self.group if m is not module]
-            if id(module) not in bases or type(weight) is not nn.Parameter or weight.is_meta:
+            if id(module) not in bases or not _can_be_copied(weight) or weight.is_meta:
                 continue
-            if any(m._parameters["weight"].data_ptr() == weight.data_ptr() for m in others):
+            if any(memory_of(m._parameters["weight"]) == memory_of(weight) for m in others):
                 own = weight.detach().clone()
                 module.weight = nn.Parameter(own, requires_grad=weight.requires_grad)
 
@@ -106,19 +108,19 @@ class Parting:
         weights: list[Any] = [getattr(end, "weight", None) for end in ends]
         now: list[Any] = [model.get_submodule(name) for name, _ in self.group]
         known = all(weight is not None for weight in weights)
-        if known and weights[0].data_ptr() == weights[1].data_ptr():
-            apart = {m.weight.data_ptr() for m in now} != {weights[0].data_ptr()}
+        if known and memory_of(weights[0]) == memory_of(weights[1]):
+            apart = {memory_of(m.weight) for m in now} != {memory_of(weights[0])}
         else:
             apart = known
         if not apart:
             return
-        seen = {weights[0].data_ptr()}
+        seen = {memory_of(weights[0])}
         for module in now[1:]:
             weight: Any = module.weight
-            if weight.data_ptr() in seen and type(weight) is nn.Parameter:
+            if memory_of(weight) in seen and _can_be_copied(weight):
                 own = torch.clone(weight.detach())
                 module.weight = nn.Parameter(own, requires_grad=weight.requires_grad)
-            seen.add(module.weight.data_ptr())
+            seen.add(memory_of(module.weight))
         config = model.config
         if getattr(config, "model_type", None) in _SCALED_BY_TYING or _always_ties(config):
             names = [name for name, _ in self.group]
@@ -126,6 +128,10 @@ class Parting:
             return
         config.tie_word_embeddings = False
         warnings.warn(NO_LONGER, stacklevel=4)
+
+
+def _can_be_copied(weight: Any) -> bool:
+    return type(weight) is nn.Parameter or is_shard(weight)
 
 
 def _always_ties(config: Any) -> bool:

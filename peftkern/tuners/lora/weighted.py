@@ -11,6 +11,9 @@ import torch
 from torch import nn
 
 from ...configs.lora import LoraConfig
+from ...utils.collectives import from_first_rank
+from ...utils.gathering import is_shard
+from ...utils.shards import part_like, put_data, whole
 from ..modules_to_save import ModulesToSaveWrapper
 from .base import LoraLayer
 from .combination import BY_FACTOR, BY_PRODUCT, AdapterFactors, Combination, CombinationType
@@ -175,7 +178,7 @@ class Weighted:
             found = _tensors(layer, name)
             if found is None:
                 continue
-            A, B = (at_least_float32(t.detach()).flatten(1) for t in found)
+            A, B = (at_least_float32(whole(t)).flatten(1) for t in found)
             variant = layer.lora_variant.get(name)
             rules = None if variant is None else variant.combined_by(layer, name)
             if rules is not None:
@@ -232,9 +235,11 @@ class Weighted:
                 transposed = isinstance(layer, Embedding) or getattr(layer, "fan_in_fan_out", False)
                 factors = rule.factors(parts, transposed)
                 for tensor, value, axis in zip(target, factors, (0, 1), strict=True):
-                    flat = value.new_zeros(tensor.flatten(1).shape)
+                    flat = value.new_zeros((len(tensor), tensor[:1].numel()))
                     flat.narrow(axis, 0, value.shape[axis]).copy_(value)
-                    tensor.data = flat.to(dtype).view_as(tensor)
+                    if is_shard(tensor):  # rules that draw may draw otherwise on another rank
+                        flat = from_first_rank(flat, tensor.device_mesh.get_group())
+                    put_data(tensor, part_like(tensor, flat.to(dtype).view(tensor.shape)))
                 self._fill_bias(layer, adapter_name, adapters, weights)
             share_again(tuner)
             self._fill_saved(adapter_name, adapters)
@@ -269,14 +274,14 @@ class Weighted:
         """Set lora_bias to the weighted sum of the adapters' biases, for every rule."""
         if not layer.lora_bias.get(adapter_name):
             return
-        bias = layer.lora_B[adapter_name].bias
+        bias = layer.lora_B[adapter_name].bias  # where ranks share it out, so do they the sum
         total = torch.zeros_like(at_least_float32(bias))
         dtype = layer.lora_B[adapter_name].weight.dtype
         for name, weight in zip(adapters, weights, strict=True):
             if layer.lora_bias.get(name):
                 found = at_least_float32(layer.lora_B[name].bias)
                 total += found * (weight * layer.scaling[name])
-        bias.data = total.to(dtype)
+        put_data(bias, total.to(dtype))
 
 
 def _union(targets: list[Any]) -> Any:

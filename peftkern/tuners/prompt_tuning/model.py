@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ...configs.prompt_tuning import PromptTuningConfig, PromptTuningInit
+from ...utils.collectives import from_first_rank
+from ...utils.gathering import is_shard
 from ..prompting.encoder import BasePromptEncoder
 
 
@@ -50,6 +52,9 @@ def _vectors(word_embeddings: nn.Module, ids: Tensor) -> Tensor:
     device = next(word_embeddings.parameters()).device
     if device.type != "meta":  # on meta a hook of accelerate loads them, for ids on any device
         ids = ids.to(device)
+    if is_shard(weight := getattr(word_embeddings, "weight", None)):
+        # every rank looks the same tokens up, of which each has a part
+        ids = from_first_rank(ids, weight.device_mesh.get_group())  # type: ignore[union-attr]
     with torch.no_grad():
         return word_embeddings(ids).clone().float()  # on meta if the vectors are not loaded yet
 

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from ...configs.base import PeftConfig
+from ...utils.collectives import span, with_summed_grad
 from ..prefix_tuning import PrefixTuningConfig
+from ..tensor_parallel import key_mesh
 from ..wrapped import innermost
 from .encoder import virtual_tokens
 from .sizes import attention_layers, key_lenders, layer_shapes
@@ -144,9 +146,15 @@ class Prompts:
         return _fitted(pairs, innermost(host)), no_prefix if BASE in names else None
 
     def _slices(self, host: Any, adapter_name: str) -> tuple[Tensor, ...]:
-        """The prefix as 2 * num_layers tensors [H_kv, P, D], views of the parameter."""
+        """The prefix as 2 * num_layers tensors [H_kv, P, D], views of the parameter.
+
+        Under tensor parallelism H_kv are this rank's heads.
+        """
         config = self.peft_config[adapter_name]
         rows = virtual_tokens(host.prompt_encoder[adapter_name])  # [P, 2 * num_layers * token_dim]
+        mesh = key_mesh(innermost(host))
+        if mesh is not None:  # each rank has the gradient of its own heads
+            rows = with_summed_grad(rows, mesh.get_group())
         dtype = host.base_model_torch_dtype
         heads = config.num_attention_heads
         rows = rows if dtype is None else rows.to(dtype)
@@ -154,7 +162,11 @@ class Prompts:
             config.num_virtual_tokens, 2 * config.num_layers, heads, config.token_dim // heads
         )
         # unbind and not indexing: its backward fills one tensor, indexing's one for each slice
-        return parts.permute(1, 2, 0, 3).unbind(0)
+        parts = parts.permute(1, 2, 0, 3)
+        if mesh is not None:
+            start, stop = span(heads, mesh)
+            parts = parts[:, start:stop]
+        return parts.unbind(0)
 
     def in_hf_form(self, host: Any, batch_size: int) -> Any:
         """The active adapter's prompt as HF PEFT's ``get_prompt`` returns it.

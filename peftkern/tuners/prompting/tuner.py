@@ -31,6 +31,7 @@ from ..modules_to_save import (
 from ..p_tuning import PromptEncoder, PromptEncoderConfig
 from ..prefix_tuning import PrefixEncoder, PrefixTuningConfig
 from ..prompt_tuning import PromptEmbedding, PromptTuningConfig
+from ..tensor_parallel import check_copied, own_heads, same_on_all_ranks, tensor_parallel
 from ..wrapped import Wrapped, innermost
 from .calls import prepare_step, prompted_forward, prompted_generate
 from .encoder import BasePromptEncoder
@@ -145,6 +146,7 @@ class PromptTuner(Prompts):
         place = next((base if words is None else words).parameters()).device
         if place.type != "meta":  # on the embeddings' device, as the prompt is joined to them
             encoder.to(place)
+        same_on_all_ranks(encoder, base)
         active = adapter_name in self.active(host)
         put_flags_back = remember_requires_grad(model)
         try:
@@ -172,6 +174,7 @@ class PromptTuner(Prompts):
     def _heads_of(self, host: Any, config: PromptLearningConfig) -> list[str]:
         """Names of the modules that ``modules_to_save`` matches; an error when one cannot train."""
         keys = find_modules_to_save(host.base_model, config.modules_to_save)
+        check_copied(host.base_model, tensor_parallel(host.base_model), keys)
         for key in keys:
             _, module, _ = get_submodules(host.base_model, key)
             if isinstance(module, CONTAINERS):
@@ -197,6 +200,7 @@ class PromptTuner(Prompts):
         assert P is not None and config.token_dim is not None and heads is not None
         always_visible = getattr(config, "prefix_always_visible", False)
         base = innermost(host)
+        head_dim, heads = config.token_dim // heads, own_heads(heads, base)
         # read once: another thread may choose again meanwhile
         found = self.injection
         # not replaced without need: another thread may be in a forward with its hooks
@@ -215,7 +219,7 @@ class PromptTuner(Prompts):
                 base,
                 num_layers=attention_layers(config, base),
                 kv_heads=heads,
-                head_dim=config.token_dim // heads,
+                head_dim=head_dim,
                 num_virtual_tokens=P,
                 always_visible=always_visible,
                 divide=functools.partial(divide, model=base),

@@ -1,0 +1,172 @@
+"""Models that transformers has sharded by tensor parallelism: which layers, and how.
+
+``from_pretrained(..., tp_plan="auto")`` makes a layer's weight a DTensor, replaces its ``forward``
+by one that sums or gathers over the ranks, and keeps {name of a layer: plan} in ``model.tp_plan``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import distributed as dist
+from torch import nn
+
+from ..utils.collectives import from_first_rank
+from ..utils.gathering import is_shard
+
+_HOME = "transformers.distributed.tensor_parallel"
+# projections whose output holds keys: of keys alone, and with others'
+SPLIT_KEYS = {"k_proj", "key", "k"}
+KEYS = SPLIT_KEYS | {"qkv_proj", "query_key_value", "c_attn", "kv_b_proj", "kv_proj", "Wqkv"}
+
+
+class Style(NamedTuple):
+    """What a plan's layer is sharded in, and what it takes and gives."""
+
+    dim: int  # the dimension of the weight [N, K] that is sharded: 0 or 1
+    whole_input: bool  # True: every rank has all of X
+    whole_output: bool  # True: every rank gets all of Y
+
+
+# the names of transformers' plans for linear layers that adapters can follow
+STYLES = {
+    "colwise": Style(0, True, False),
+    "colwise_gather_output": Style(0, True, True),
+    "colwise_rep": Style(0, True, True),
+    "rowwise": Style(1, False, True),
+    "rowwise_split_input": Style(1, True, True),
+    "rowwise_rep": Style(1, True, True),
+}
+_ALL = Style(0, True, True)
+# and for embeddings: the dimension of the weight [V, D] that is sharded
+EMBEDDINGS = {"embedding_rowwise": 0, "embedding_colwise": 1}
+
+
+class TensorParallel(NamedTuple):
+    """The plan of a model, by the names of its layers with ``*`` for numbers."""
+
+    at: str  # the name of the transformers model within the adapted model, with a dot, or ""
+    plan: dict[str, str]
+
+    def of(self, key: str) -> str | None:
+        """The name of the plan of the layer ``key``, or of the module that it is in; or None."""
+        if not key.startswith(self.at):
+            return None
+        name = re.sub(r"\.\d+(?=\.|$)", ".*", key[len(self.at) :])
+        while name:
+            if name in self.plan:
+                return self.plan[name]
+            name = name.rpartition(".")[0]
+        return None
+
+
+def tensor_parallel(model: nn.Module) -> TensorParallel | None:
+    """The plan by which transformers has sharded ``model`` or a part of it; None without one."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    for name, module in model.named_modules():
+        plan: Any = getattr(module, "tp_plan", None)
+        if isinstance(plan, dict) and (getattr(module, "tp_size", None) or 1) > 1:
+            return TensorParallel(f"{name}." if name else "", plan)
+    return None
+
+
+def shared_part(module: nn.Module) -> str | None:
+    """The name of the first module in ``module`` ("" for itself) that ranks share out.
+
+    It has a DTensor, or a forward by transformers, which is bound to it: a copy would call it.
+    None when there is none.
+    """
+    for name, part in module.named_modules():
+        if any(map(is_shard, part._parameters.values())) or of_transformers(part):
+            return name
+    return None
+
+
+def of_transformers(module: nn.Module) -> bool:
+    """True for a module whose ``forward`` is one that transformers puts into sharded models."""
+    return getattr(module.__dict__.get("forward"), "__module__", "") == _HOME
+
+
+def refusal(key: str, plan: str | None, reason: str) -> ValueError:
+    """The error about a layer that adapters cannot follow; nothing was changed."""
+    has = "is sharded, by no plan of the model" if plan is None else f"has the plan {plan!r}"
+    return ValueError(f"Tensor parallelism: `{key}` {has}, and {reason}. Nothing was changed.")
+
+
+def check_copied(model: nn.Module, plan: TensorParallel | None, keys: Iterable[str]) -> None:
+    """Refuse modules to train in full that ranks share out.
+
+    Raises:
+        ValueError: one of the modules named ``keys`` is or holds such a one.
+    """
+    for key in () if plan is None else keys:
+        inside = shared_part(model.get_submodule(key))
+        if inside is not None:
+            at = f"{key}.{inside}" if inside else key
+            assert plan is not None
+            reason = "a module that trains in full cannot be a copy of one that ranks share out"
+            raise refusal(at, plan.of(at), reason)
+
+
+def key_mesh(model: Any) -> Any:
+    """The mesh over which ranks share out the heads of the keys; None when each has all heads.
+
+    ``model`` is a transformers model.
+
+    Raises:
+        ValueError: the plan shares out keys in another way than by whole heads.
+    """
+    plan: Any = getattr(model, "tp_plan", None)
+    size = getattr(model, "tp_size", None) or 1
+    if not isinstance(plan, dict) or size == 1:
+        return None
+    own = {key: style for key, style in plan.items() if key.rpartition(".")[2] in KEYS}
+    by_head = {key for key, style in own.items() if style == "colwise"}
+    for key, style in own.items():
+        packed = key.rpartition(".")[2] not in SPLIT_KEYS and not STYLES.get(style, _ALL)[2]
+        if packed or style not in ("colwise", "colwise_rep", "colwise_gather_output"):
+            reason = "a prefix follows keys that are shared out by whole heads alone"
+            raise refusal(key, style, reason)
+    if not by_head:
+        return None
+    for name, p in model.named_parameters():
+        if is_shard(p) and set(name.split(".")) & SPLIT_KEYS:
+            shard: Any = p
+            return shard.device_mesh
+    return None
+
+
+def own_heads(heads: int, model: Any) -> int:
+    """How many of the ``heads`` of the keys this rank has.
+
+    Raises:
+        ValueError: the ranks cannot share them out evenly; and as :func:`key_mesh`.
+    """
+    mesh = key_mesh(model)
+    if mesh is None:
+        return heads
+    if heads % mesh.size():
+        raise ValueError(
+            f"Tensor parallelism: {mesh.size()} ranks cannot share out {heads} heads of keys. "
+            "Nothing was changed."
+        )
+    return heads // mesh.size()
+
+
+@torch.no_grad()
+def same_on_all_ranks(module: nn.Module, model: nn.Module) -> None:
+    """Give each rank the first rank's values of a module's plain tensors.
+
+    For a module that a model shared out by tensor parallelism gets; nothing happens for others.
+    """
+    if tensor_parallel(model) is None:
+        return
+    mesh: Any = next(p.device_mesh for p in model.parameters() if is_shard(p))  # type: ignore
+    group = mesh.get_group() if mesh.ndim == 1 else mesh.get_group("tp")
+    for tensor in (*module.parameters(), *module.buffers()):
+        if not (is_shard(tensor) or tensor.is_meta):
+            tensor.data.copy_(from_first_rank(tensor.data, group))

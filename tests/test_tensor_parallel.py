@@ -1,0 +1,141 @@
+"""Adapters under transformers' tensor parallelism: two processes compute and save as one does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+from tests import tp
+from tests.children import python
+from tests.closeness import assert_same_number
+
+try:
+    from transformers.distributed.tensor_parallel import apply_tensor_parallelism  # noqa: F401
+
+    HAS_DTENSORS = True
+except ImportError:
+    HAS_DTENSORS = False
+
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(
+        not (HAS_DTENSORS and dist.is_available() and dist.is_gloo_available()),
+        reason="torch has no gloo here, or this transformers shards no weights as DTensors",
+    ),
+    # of tied embeddings, of biases that train, and of embeddings in files
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+]
+
+
+class Ran(NamedTuple):
+    """What the two processes have left: a folder, and {case: numbers} of each."""
+
+    folder: Path
+    found: list[dict[str, Any]]
+
+    def of(self, case: str) -> list[Any]:
+        return [of_rank[case] for of_rank in self.found]
+
+
+def ran(folder: Path, *names: str) -> Ran:
+    done = python("-m", "tests.tp", str(folder), *names)
+    assert done.returncode == 0, done.stderr
+    return Ran(folder, [torch.load(folder / f"rank{rank}.pt") for rank in range(tp.RANKS)])
+
+
+@pytest.fixture(scope="module")
+def headline(tmp_path_factory: pytest.TempPathFactory) -> Ran:
+    return ran(tmp_path_factory.mktemp("headline"), *tp.HEADLINE)
+
+
+@pytest.fixture(scope="module")
+def rest(tmp_path_factory: pytest.TempPathFactory) -> Ran:
+    names = [n for n in (*tp.CASES, *tp.PROMPTS, *tp.REST) if n not in tp.HEADLINE]
+    return ran(tmp_path_factory.mktemp("rest"), *names)
+
+
+def of_both(names: Iterable[str]) -> Any:
+    """Each name with the fixture that has run it."""
+    return pytest.mark.parametrize(
+        ("name", "fixture"),
+        [
+            pytest.param(name, "headline")
+            if name in tp.HEADLINE
+            else pytest.param(name, "rest", marks=pytest.mark.slow)
+            for name in names
+        ],
+    )
+
+
+def assert_as_alone(want: dict[str, Any], ranks: list[dict[str, Any]], alone: Path) -> None:
+    """Every rank has the numbers of one process, and their files hold the same tensors."""
+    want = {name: value for name, value in want.items() if name != "runs as"}
+    for of_rank in ranks:
+        assert_same_number({n: v for n, v in of_rank.items() if n != "runs as"}, want)
+    shared = alone.with_name(alone.name.replace("alone", "shared"))
+    files = sorted(p.relative_to(alone) for p in alone.rglob("*.safetensors"))
+    assert files == sorted(p.relative_to(shared) for p in shared.rglob("*.safetensors"))
+    for file in files:
+        assert_same_number(load_file(shared / file), load_file(alone / file))
+    configs = [
+        p.read_text() for p in (alone / "adapter_config.json", shared / "adapter_config.json")
+    ]
+    assert configs[0] == configs[1]
+
+
+@of_both(tp.CASES)
+def test_training_merging_and_files_are_those_of_one_process(
+    name: str, fixture: str, request: pytest.FixtureRequest
+) -> None:
+    two: Ran = request.getfixturevalue(fixture)
+    alone = two.folder / f"{name} alone"
+    want = tp.numbers(tp.CASES[name], two.folder, None, alone)
+    assert_as_alone(want, two.of(name), alone)
+
+
+@of_both(tp.PROMPTS)
+def test_prompts(name: str, fixture: str, request: pytest.FixtureRequest) -> None:
+    two: Ran = request.getfixturevalue(fixture)
+    alone = two.folder / f"{name} alone"
+    assert_as_alone(tp.prompted(name, two.folder, None, alone), two.of(name), alone)
+
+
+@pytest.mark.slow
+def test_combined_swapped_and_mixed_adapters(rest: Ran) -> None:
+    alone = rest.folder / "life alone"
+    assert_as_alone(tp.life(rest.folder, None, alone), rest.of("life"), alone)
+
+
+def test_explain_says_how_a_layer_is_shared_out(headline: Ran) -> None:
+    said = headline.of("dropout")[0]["runs as"]
+    for plan in ("colwise", "rowwise"):
+        assert any(s.endswith(f"tensor parallel over 2 ranks: {plan}") for s in said), said
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("DoRA", "`model.layers.0.self_attn.o_proj` has the plan 'rowwise', and use_dora"),
+        ("PiSSA", "`model.layers.0.self_attn.o_proj` has the plan 'rowwise', and init_lora"),
+        ("modules_to_save", "`lm_head` has the plan 'colwise_gather_output', and a module"),
+        ("tokens", "`model.embed_tokens` has the plan 'embedding_rowwise', and `trainable_tok"),
+        ("replication", "`layer_replication` cannot copy"),
+        ("experts", "`model.layers.0.mlp.experts.down_proj` has the plan 'rowwise', and `target_p"),
+        ("prefix", "`model.layers.*.self_attn.k_proj` has the plan 'rowwise_split_input', and a"),
+    ],
+)
+def test_what_cannot_be_followed_is_refused_by_name(what: str, words: str, headline: Ran) -> None:
+    for refused in headline.of("refused"):
+        assert words in refused[what]
+
+
+def test_a_save_that_fails_in_one_process_is_an_error_in_all(headline: Ran) -> None:
+    first, second = headline.of("failed save")
+    assert first == "OSError: no space left"
+    assert second.startswith("RuntimeError: process 0") and second.endswith(first)
