@@ -52,6 +52,33 @@ def test_numbers(alone, T, transposed):
         assert_same_number(lora_mixed(x, w, bias, adapters, index, transposed), want)
 
 
+@pytest.mark.parametrize(
+    "rule", [lambda *sides: True, lambda *sides: False, lambda rows, r: rows > 5]
+)
+@torch.no_grad()
+def test_numbers_in_both_orders_of_s(alone, monkeypatch, rule):
+    monkeypatch.setattr(mixed_direct, "_by_rows", rule)
+    x, weight, bias, adapters = many(CHOICE, RANKS, 3)
+    want = formula(x, weight, bias, adapters, CHOICE)
+    index = SampleIndex(CHOICE, len(RANKS))
+    assert_same_number(lora_mixed(x, weight, bias, adapters, index), want)
+
+
+def test_the_side_that_fills_vectors_is_stored_side_by_side():
+    by_rows = {(rows, r) for rows in (1, 8, 15, 16, 24, 31) for r in (4, 8, 16)
+               if mixed_direct._by_rows(rows, r)}  # fmt: skip
+    assert by_rows == {(8, 4), (16, 4), (16, 8), (24, 4), (24, 8)}
+
+
+@torch.no_grad()
+def test_with_another_default_device():
+    layer, x = layer_of(), torch.randn(4, 3, 12, dtype=torch.float64)
+    names, want = AdapterNames(NAMES), one_by_one(layer, x, NAMES)
+    with torch.device("meta"):
+        for _ in range(2):
+            assert_same_number(layer(x, adapter_names=names), want)
+
+
 @torch.no_grad()
 def test_float32(alone):
     x, weight, bias, adapters = many(CHOICE, RANKS, 5, 96, 80, torch.float32)
@@ -113,10 +140,9 @@ def test_a_factor_without_memory_is_torchs_error():
     for _ in range(3):
         lora_mixed(x, weight, bias, adapters, index)
     adapters[1].A.untyped_storage().resize_(0)
-    runs = index.batches.runs(x, 20, mixed_direct.Factors.of(adapters))
-    y, before = torch.zeros(9 * 4, 20, dtype=x.dtype), torch.zeros(9 * 4, 20, dtype=x.dtype)
-    assert not runs.add(y, x.view(-1, 24), mixed_direct.Factors.of(adapters))
-    assert torch.equal(y, before)
+    factors = mixed_direct.Factors.of(adapters)
+    runs = index.batches.runs(x, 20, factors)
+    assert runs.output(x.view(-1, 24), weight, bias, factors) is None
 
 
 class Special(torch.Tensor):

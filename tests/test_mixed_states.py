@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import peftkern
+from peftkern.checkpoint.hotswap import hotswap_adapter_from_state_dict
 from peftkern.ops import mixed_direct, scratch
 from peftkern.ops.lora_mixed import Adapter, SampleIndex, lora_mixed
 from peftkern.ops.scratch import Scratch
@@ -251,6 +252,66 @@ def test_new_weights_after_a_mixed_batch_are_taken():
     assert same(layer, x)
     layer.scaling["b"] = torch.tensor(7.0, dtype=torch.float64)
     assert not same(layer, x)
+
+
+@pytest.mark.parametrize("batch", [NAMES, ("b", "b", "b", "b")], ids=["all", "few of many"])
+@torch.no_grad()
+def test_modules_that_come_and_go_after_a_mixed_batch(batch):
+    layer, x = layer_of(), torch.randn(4, 3, 12, dtype=torch.float64)
+    config = peftkern.LoraConfig(r=3, target_modules=["x"], init_lora_weights=False)
+    for name in ("c", "d"):
+        layer.update_layer(name, 3, 3, config)
+    layer.eval()
+    names = AdapterNames(batch)
+
+    def changed():
+        """True when the output is another one than at the last call, and the right one."""
+        nonlocal last
+        before, last = last, layer(x, adapter_names=names)
+        assert_same_number(last, one_by_one(layer, x, batch))
+        return not torch.equal(before, last)
+
+    last = layer(x, adapter_names=names)
+    assert not changed() and layer._held is not None
+    for part, shape in (("lora_A", (12, 9)), ("lora_B", (9, 10))):
+        store = getattr(layer, part)
+        store["b"] = nn.Linear(*shape, bias=False, dtype=torch.float64)
+        assert changed() and not changed()
+    layer.lora_dropout["b"] = nn.Dropout(0.5).eval()
+    assert not changed()
+    layer.lora_dropout["b"] = nn.Hardtanh()
+    assert mixed_call(layer, x, names) is None
+    layer.lora_dropout["b"] = nn.Identity()
+    layer.update_layer("e", 3, 3, config)
+    layer.eval()
+    assert not changed()
+    layer.delete_adapter("b")
+    last = layer(x, adapter_names=names)
+    assert torch.equal(last[0], layer.base_layer(x)[0])
+
+
+@torch.no_grad()
+def test_an_adapter_swapped_between_two_mixed_batches():
+    config = peftkern.LoraConfig(r=4, lora_alpha=8, target_modules=["0"], init_lora_weights=False)
+    small = peftkern.LoraConfig(r=2, lora_alpha=6, target_modules=["0"], init_lora_weights=False)
+    base = nn.Sequential(nn.Linear(12, 10)).double()
+    model = peftkern.get_peft_model(base, config, adapter_name="a")
+    model.add_adapter("b", config)
+    model.add_adapter("other", small)
+    model.eval()
+    layer, x = model.base_model.model[0], torch.randn(4, 3, 12, dtype=torch.float64)
+    names = AdapterNames(NAMES)
+    for _ in range(3):
+        before = layer(x, adapter_names=names)
+    state = {
+        f"base_model.model.0.{part}.b.weight": getattr(layer, part)["other"].weight.clone()
+        for part in ("lora_A", "lora_B")
+    }
+    hotswap_adapter_from_state_dict(model, state, "b", small)
+    want = layer(x, adapter_names=["other" if n == "b" else n for n in NAMES])
+    after = layer(x, adapter_names=names)
+    assert_same_number(after, want)
+    assert not torch.equal(after[0], before[0]) and torch.equal(after[2], before[2])
 
 
 @torch.no_grad()

@@ -1,8 +1,9 @@
 """A mixed batch on products that read each adapter's A and B where they lie.
 
 torch's batched products want factors side by side in one tensor, and copying them costs as much as
-the products. MKL, which torch has on x86, takes an address for each product: one call makes
+the products. MKL, which torch has on x86, takes an address for each product: one call or two make
 S = X_b A_iᵀ of all samples, another adds scale_i · S B_iᵀ to their rows of Y, each of its own rank.
+S comes before the base product, which then finds X in the cache.
 
 Kept for equal batches are shapes and places within X, Y and S. Addresses are read in each call, and
 each call asks every factor whether it still has the shape that was planned for.
@@ -13,7 +14,7 @@ from __future__ import annotations
 import ctypes
 from array import array
 from collections.abc import Callable, Sequence
-from itertools import groupby
+from itertools import accumulate, groupby
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -82,15 +83,21 @@ class _Products:
     """C_p = alpha_g · op(A_p) op(B_p) + beta · C_p for the products p of groups g.
 
     Matrices are MKL's: stored column by column, so that rows and columns change their names.
+
+    Args:
+        dtype: float32 or float64.
+        count: products of each group.
+        of_group: MKL's arguments by name: a list with a value for each group, or one for all.
     """
 
-    def __init__(self, dtype: torch.dtype, count: list[int], **of_group: list[Any]) -> None:
+    def __init__(self, dtype: torch.dtype, count: list[int], **of_group: Any) -> None:
         self.run = mkl_batches()[dtype]
         number = ctypes.c_float if dtype is torch.float32 else ctypes.c_double
         kinds: dict[str, Any] = {"transa": ctypes.c_char, "transb": ctypes.c_char}
         kinds |= dict.fromkeys(("alpha", "beta"), number)
 
-        def address(kind: Any, values: list[Any]) -> int:
+        def address(kind: Any, value: Any) -> int:
+            values = value if isinstance(value, list) else [value] * len(count)
             self.kept.append(made := (kind * len(values))(*values))
             return ctypes.addressof(made)
 
@@ -103,6 +110,42 @@ class _Products:
     def __call__(self, a: int, b: int, c: int) -> None:
         """a, b, c: the addresses of each product's addresses."""
         self.run(*self.head, a, self.lda, b, self.ldb, self.beta, c, self.ldc, *self.tail)
+
+
+class _Places:
+    """Where the parts of a tensor are, for parts at these offsets in bytes."""
+
+    def __init__(self, offsets: list[int]) -> None:
+        self.offsets = torch.tensor(offsets, dtype=torch.int64, device="cpu")
+        # (the tensor's address, those of its parts) of the last call; read by the next one only
+        # where the first is its own: layers often get the same memory again
+        self._last: tuple[int, Tensor] = 0, self.offsets
+
+    def of(self, t: Tensor) -> Tensor:
+        """int64 addresses in the tensor; to be held as long as they are read."""
+        start, last = t.data_ptr(), self._last
+        if last[0] != start:
+            last = self._last = start, self.offsets + start
+        return last[1]
+
+
+class _Group(NamedTuple):
+    """What the products of a group share. One of S is [r, rows] with ``by_rows``, or [rows, r]."""
+
+    by_rows: bool
+    r: int
+    rows: int  # of X and Y
+    scale: float
+
+
+def _by_rows(rows: int, r: int) -> bool:
+    """True when X Aᵀ of [rows, r] is faster with the rows side by side than with the ranks.
+
+    MKL computes what lies side by side in vectors, and a part of a vector takes longer than a whole
+    one: 16 rows of rank 8 take 0.65 of the time in this order, and 15 rows 1.7 of it.
+    """
+    of_rows, of_r = (min(n & -n, 16) for n in (rows, r))  # the largest power of 2 that divides it
+    return of_rows > of_r or (of_rows == of_r >= 8 and rows > r)
 
 
 class Runs:
@@ -118,87 +161,85 @@ class Runs:
         dtype: torch.dtype,
     ) -> None:
         T, K, N = sizes
-        runs: list[tuple[int, int, int]] = []  # place of the adapter, first sample, samples
+        runs: list[tuple[_Group, int, int]] = []  # and the place of its adapter, its first sample
         sample = 0
         for i, own in groupby(choice):
             samples = len(list(own))
             if i >= 0 and (at := place[i]) is not None:
-                runs.append((at, sample, samples))
+                r, rows = ranks[at], samples * T
+                runs.append((_Group(_by_rows(rows, r), r, rows, scales[at]), at, sample))
             sample += samples
-
-        def group(run: tuple[int, int, int]) -> tuple[int, float, int]:
-            return ranks[run[0]], scales[run[0]], run[2] * T
-
-        runs.sort(key=group)
-        groups = [(kind, len(list(own))) for kind, own in groupby(runs, group)]
-        ranked, scaled, rows = ([kind[i] for kind, _ in groups] for i in range(3))
-        count = [number for _, number in groups]
-        self.N, self.taken = N, [run[0] for run in runs]
+        runs.sort()
+        groups = [(g, len(list(own))) for g, own in groupby(runs, itemgetter(0))]
+        self.N, self.products = N, len(runs)
+        self.by_rank = sum(not g.by_rows for g, _, _ in runs)
+        self.shrink_by_rank = _shrink(dtype, K, [held for held in groups if not held[0].by_rows])
+        self.shrink_by_rows = _shrink(dtype, K, [held for held in groups if held[0].by_rows])
+        self.expand = _expand(dtype, N, groups)
+        # from all addresses of A and B, one behind the other, those of the products
+        taken = [at for _, at, _ in runs]
         self.take: Callable[[Any], Any] | None = None
-        if self.taken != list(range(len(ranks))) and len(runs) > 1:
-            self.take = itemgetter(*self.taken)
+        if taken and taken != list(range(len(ranks))):
+            self.take = itemgetter(*taken, *(len(ranks) + at for at in taken))
+        size = dtype.itemsize
+        self.x_places = _Places([first * T * K * size for _, _, first in runs])
+        self.y_places = _Places([first * T * N * size for _, _, first in runs])
+        *starts, self.room = accumulate((g.r * g.rows for g, _, _ in runs), initial=0)
+        self.s_places = _Places([start * size for start in starts])
 
-        def each(value: Any) -> list[Any]:
-            return [value] * len(groups)
+    def output(self, x: Tensor, w: Tensor, bias: Tensor | None, factors: Factors) -> Tensor | None:
+        """Y [M, N] for x [M, K], contiguous, and w [N, K], dense or quantised.
 
-        self.shrink = _Products(
-            dtype, count, transa=each(b"T"), transb=each(b"N"), m=ranked, n=rows, k=each(K),
-            alpha=each(1.0), lda=each(K), ldb=each(K), beta=each(0.0), ldc=ranked,
-        )  # fmt: skip
-        self.expand = _Products(
-            dtype, count, transa=each(b"T"), transb=each(b"N"), m=each(N), n=rows, k=ranked,
-            alpha=scaled, lda=ranked, ldb=ranked, beta=each(1.0), ldc=each(N),
-        )  # fmt: skip
-        x_at, y_at, s_at, self.count = [], [], [], 0
-        for at, first, samples in runs:
-            x_at.append(first * T * K * dtype.itemsize)
-            y_at.append(first * T * N * dtype.itemsize)
-            s_at.append(self.count * dtype.itemsize)
-            self.count += samples * T * ranks[at]
-        with torch.inference_mode(False):
-            self.places = torch.tensor([x_at, y_at, s_at])
-        # (addresses of X, Y and S, those of each product's parts of them), of the last call; read
-        # by the next one only where the first are its own
-        self._last: tuple[tuple[int, ...], Tensor] = (), self.places
-
-    def _within(self, *starts: int) -> Tensor:
-        """int64 [3, runs]: where each product's X, Y and S are, for X, Y and S that start there.
-
-        Layers often get the same memory again, and need no new numbers then.
+        The factors are as those that the runs were made for. None: one of them has no memory.
         """
-        last = self._last
-        if last[0] != starts:
-            with torch.inference_mode(False):
-                moved = self.places + torch.tensor(starts).unsqueeze(1)
-            last = self._last = starts, moved
-        return last[1]
-
-    def add(self, y: Tensor, x: Tensor, factors: Factors) -> bool:
-        """Add the updates of x [M, K] to y [M, N], both contiguous; False: a factor has no memory.
-
-        The factors are as those that the runs were made for.
-        """
-        if not self.taken:
-            return True
-        addresses = [[*map(Tensor.data_ptr, ts)] for ts in (factors.A, factors.B)]
-        if self.take is not None:
-            addresses = [self.take(of) for of in addresses]
-        elif len(self.taken) == 1:
-            addresses = [[of[self.taken[0]]] for of in addresses]
-        if not (all(addresses[0]) and all(addresses[1])):
-            return False
-        a, b = array("Q", addresses[0]), array("Q", addresses[1])
-        room = Scratch(x, self.count)
-        s = room.take(1, 1, self.count)
+        if not self.products:
+            return base_output(x, w, bias)
+        addresses: Any = [*map(Tensor.data_ptr, factors.A), *map(Tensor.data_ptr, factors.B)]
+        if not all(addresses):
+            return None
+        held = array("Q", addresses if self.take is None else self.take(addresses))
+        a = held.buffer_info()[0]
+        b = a + 8 * self.products
+        room = Scratch(x, self.room)
+        s = room.take(1, 1, self.room)
         if s is None:
-            s = x.new_empty(self.count)
-        within = self._within(x.data_ptr(), y.data_ptr(), s.data_ptr())
-        xs = within.data_ptr()
-        ys, ss = xs + 8 * len(self.taken), xs + 16 * len(self.taken)
-        self.shrink(a.buffer_info()[0], xs, ss)
-        self.expand(b.buffer_info()[0], ss, ys)
+            s = x.new_empty(self.room)
+        x_places, s_places = self.x_places.of(x), self.s_places.of(s)
+        xs, ss, first = x_places.data_ptr(), s_places.data_ptr(), 8 * self.by_rank
+        if first:
+            self.shrink_by_rank(a, xs, ss)
+        if self.by_rank < self.products:
+            self.shrink_by_rows(xs + first, a + first, ss + first)
+        y = base_output(x, w, bias).contiguous()
+        assert y.dtype is x.dtype  # MKL asks nothing
+        y_places = self.y_places.of(y)
+        self.expand(b, ss, y_places.data_ptr())
         room.give_back()
-        return True
+        return y
+
+
+_Held = list[tuple[_Group, int]]  # groups, and how many products each has
+
+
+def _shrink(dtype: torch.dtype, K: int, held: _Held) -> _Products:
+    """S = X Aᵀ, all by rows, for the addresses of X, A and S, or all not, for those of A, X, S."""
+    sides = [(g.rows, g.r) if g.by_rows else (g.r, g.rows) for g, _ in held]
+    m, n = [side[0] for side in sides], [side[1] for side in sides]
+    return _Products(
+        dtype, [number for _, number in held], transa=b"T", transb=b"N", m=m, n=n, k=K,
+        alpha=1.0, lda=K, ldb=K, beta=0.0, ldc=m,
+    )  # fmt: skip
+
+
+def _expand(dtype: torch.dtype, N: int, held: _Held) -> _Products:
+    """Y += scale · S Bᵀ, for the addresses of B, S and Y."""
+    groups = [g for g, _ in held]
+    r, rows, scale = [g.r for g in groups], [g.rows for g in groups], [g.scale for g in groups]
+    return _Products(
+        dtype, [number for _, number in held], transa=b"T", m=N, n=rows, k=r, alpha=scale, lda=r,
+        transb=[b"T" if g.by_rows else b"N" for g in groups],
+        ldb=[g.rows if g.by_rows else g.r for g in groups], beta=1.0, ldc=N,
+    )  # fmt: skip
 
 
 class _Seen:
@@ -310,8 +351,8 @@ def mixed(
         runs = batches.runs(x, w.shape[0], factors)
         if not isinstance(runs, str):
             x = x.reshape(-1, x.shape[-1]).contiguous().resolve_neg()
-            y = base_output(x, w, bias).contiguous()
-            if runs.add(y, x, factors):
+            y = runs.output(x, w, bias, factors)
+            if y is not None:
                 return y
             runs = "a factor has no memory"
         reason = runs
