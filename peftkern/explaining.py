@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from . import liger
@@ -18,8 +19,9 @@ from .tuners.lora.base import LoraLayer
 from .tuners.lora.experts_call import describe_mixtures
 from .tuners.lora.mlp import describe_blocks
 from .tuners.lora.parameter_product import is_product
+from .tuners.lora.ran import FUSED, in_parts, last_of, reason_of
 from .utils.collectives import local
-from .utils.gathering import is_shard
+from .utils.gathering import gathered_device, is_shard
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,8 @@ def _compiled(layer: Any) -> str:
         return "operators"
     if reader_of(layer.base_layer) is not None:
         return "plain formula (the base weight is quantised)"
+    if in_parts(layer):
+        return "as its weights are while it is traced"
     if is_shard(layer.base_layer.weight):
         return "plain formula (ranks share the weight out)"
     A = layer.lora_A[next(n for n in layer.active_adapters if n in layer.lora_A)].weight
@@ -128,15 +132,25 @@ def explain(model: nn.Module) -> Explanation:
         of_hf = name in theirs
         reason = _kept(layer) if of_hf else layer.decline_reason()
         of_outermost, of_mixture = mixtures.get(id(layer), (None, ""))
-        reason = reason or of_outermost
         own = None if of_hf else layer.variant_fused_as()
+        ran = last_of(layer)
+        if ran is None and of_mixture and in_parts(layer):
+            ran = FUSED  # the outermost wrapper ran for all
+        if ran is not None:
+            reason = ran.words or None
+            own = reason if ran.fused else None
+        reason = reason or of_outermost
         group = layer.__dict__.get("_group")
         whole, of_mlp = blocks.get(id(layer), (False, ""))
         together = "" if reason or group is None or whole else group.describe(layer)
+        if ran is not None and ran.fused:
+            of_mixture += "; its weights are shards between forwards, and were whole in the last"
         decided = why
         if backend == "auto" and reason is None and not of_mixture:
             decided = _decided(layer, group)
         shared = "" if of_hf else layer.describe_sharing()
+        if ran is not None and own is None and reason is not None:
+            shared = ", in the last forward"
         slow = "HF PEFT" if name in theirs else "base layer + update"
         rows.append(
             LayerReport(
@@ -213,7 +227,7 @@ def _decided(layer: Any, group: Any) -> str:
 
     together = None
     if group is not None and not group.off:
-        members = [m for m in group.layers if m.decline_reason() is None]
+        members = [m for m in group.layers if reason_of(m) is None]
         together = _numbers(members) if len(members) > 1 else None
     adapter = layer.lora_A[next(n for n in layer.active_adapters if n in layer.lora_A)]
     return in_words(_like(layer, adapter.weight), adapter.weight.dtype, _numbers([layer]), together)
@@ -224,7 +238,10 @@ def _like(layer: Any, adapter: Tensor) -> Tensor:
     base = layer.get_base_layer()
     found = None if reader_of(base) is None else read(base)
     if found is None or isinstance(found, str):
-        return local(layer.weight)
+        weight: Tensor = getattr(layer, "weight", adapter)
+        if not in_parts(layer):
+            return local(weight)
+        return torch.empty(0, dtype=weight.dtype, device=gathered_device(weight))
     dtype = found.packed.compute_dtype(adapter.dtype)
     return as_weight(found.packed, adapter.new_empty(0, dtype=dtype))
 
@@ -239,7 +256,7 @@ def _numbers(layers: list[Any]) -> tuple[int, int, int, int]:
 def _sizes(layer: Any) -> tuple[int, int]:
     """(K, N) of the product that this process computes."""
     weight = layer.get_base_layer()._parameters.get("weight")
-    if is_shard(weight):
+    if is_shard(weight) and not in_parts(layer):
         N, K = local(weight).shape
         return K, N
     return layer.in_features, layer.out_features

@@ -56,8 +56,11 @@ def _file(folder: Path, rank: int) -> Path:
     return folder / f"rank{rank}.pt"
 
 
-def results(module: str, folder: Path, ranks: int) -> list[Any]:
-    """What the processes of ``python -m module folder`` returned, in the order of their ranks."""
-    done = python("-m", module, str(folder))
+def results(module: str, folder: Path, ranks: int, *more: str) -> list[Any]:
+    """What the processes of ``python -m module folder`` returned, in the order of their ranks.
+
+    ``more`` are further arguments.
+    """
+    done = python("-m", module, str(folder), *more)
     assert done.returncode == 0, done.stderr
     return [torch.load(_file(folder, rank)) for rank in range(ranks)]

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from tests import sharded
-from tests.children import python
+from tests import ranks, sharded
 from tests.closeness import assert_as_good_as_torch, assert_same_number
 from tests.sharded import Case
 
@@ -22,20 +20,15 @@ pytestmark = pytest.mark.skipif(
 Found = list[dict[tuple[str, str], Any]]  # {case: what was found} of each process
 
 
-def run(folder: Path, part: str) -> Found:
-    done = python("-m", "tests.sharded", str(folder), part)
-    assert done.returncode == 0, done.stderr
-    return [torch.load(folder / f"rank{rank}.pt") for rank in range(sharded.RANKS)]
-
-
 @pytest.fixture(scope="module")
 def headline(tmp_path_factory: pytest.TempPathFactory) -> Found:
-    return run(tmp_path_factory.mktemp("sharded"), "headline")
+    return ranks.results("tests.sharded", tmp_path_factory.mktemp("sharded"), sharded.RANKS)
 
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory: pytest.TempPathFactory) -> Found:
-    return run(tmp_path_factory.mktemp("sharded"), "all")
+    folder = tmp_path_factory.mktemp("sharded")
+    return ranks.results("tests.sharded", folder, sharded.RANKS, "all")
 
 
 alone = functools.cache(sharded.alone)
@@ -57,13 +50,53 @@ def check(case: Case, found: Found) -> None:
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
+# ways in which each linear layer with an adapter runs as one operation, and in which none does
+FUSED = ("fsdp2, layers", "fsdp2, wrapped", "fsdp1, layers")
+GENERAL = {
+    "fsdp2, leaves": "lora_A is a FSDPLinear, not an nn.Linear, in the last forward",
+    "fsdp1, our policy": "lora_A is a FullyShardedDataParallel, not an nn.Linear, in the last",
+}
+
+
+def check_explained(case: Case, here: dict[str, Any]) -> None:
+    rows = here["explained"]
+    assert len(rows) == 14
+    if case.way in FUSED:
+        assert all(fused for fused, _ in rows), rows
+        if case.method == "lora":
+            assert all("its weights are shards between forwards" in why for _, why in rows), rows
+    else:
+        reason = GENERAL[case.way]
+        assert all(not fused and reason in why for fused, why in rows), rows
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("case", sharded.HEADLINE, ids=", ".join)
 def test_two_processes_are_as_one(case: Case, headline: Found) -> None:
     check(case, headline)
+    if case.method in ("lora", "dora") and case.way in (*FUSED, *GENERAL):
+        for of_rank in headline:
+            check_explained(case, of_rank[tuple(case)])
+
+
+@pytest.mark.parametrize("case", sharded.HEADLINE_REFUSED, ids=", ".join)
+def test_parameters_apart_from_their_factors_are_refused(case: Case, headline: Found) -> None:
+    check_refused(case, headline)
+
+
+def check_refused(case: Case, found: Found) -> None:
+    words = "by FSDP2 (fully_shard" if "fsdp1" in case.way else "give fully_shard the adapted"
+    for of_rank in found:
+        assert words in of_rank[tuple(case)].replace("\n", " "), of_rank[tuple(case)]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", sharded.ALL, ids=", ".join)
 def test_the_table(case: Case, table: Found) -> None:
     check(case, table)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", sharded.REFUSED, ids=", ".join)
+def test_the_table_of_what_is_refused(case: Case, table: Found) -> None:
+    check_refused(case, table)

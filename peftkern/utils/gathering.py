@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .private import FSDP
+
 
 def has_hooks(module: nn.Module) -> bool:
     """True when a call of the module runs more than its class's forward."""
@@ -32,6 +34,38 @@ def is_whole(module: Any) -> bool:
     weight = module._parameters.get("weight")
     # DeepSpeed leaves an empty tensor in a Parameter that it has sharded, and marks it
     return type(weight) is nn.Parameter and not has_hooks(module) and not hasattr(weight, "ds_id")
+
+
+def is_part(module: Any, name: str, dims: int) -> bool:
+    """True when ``module`` has only a part of a parameter of ``dims`` dimensions now, or none.
+
+    FSDP1 puts a module of its own around the module, or leaves flat parts of weights behind.
+    """
+    if FSDP.removesuffix(".") in module._modules:
+        return True
+    weight = held_in(module, name)
+    return weight is not None and (is_shard(weight) or weight.dim() != dims)
+
+
+def held_in(module: Any, name: str = "weight") -> Any:
+    """A module's parameter, or what FSDP1 keeps in its place: in backwards, an attribute."""
+    found = module._parameters.get(name)
+    return module.__dict__.get(name) if found is None else found
+
+
+def is_gathered(weight: Any, shape: tuple[int, ...]) -> bool:
+    """True for a Parameter, and for a whole weight that FSDP1 has put in its place.
+
+    During a forward that is a view of the flat parameter, of which it is a part.
+    """
+    if type(weight) is nn.Parameter:
+        return True
+    return type(weight) is Tensor and weight.shape == shape and shares_weights()
+
+
+def shares_weights() -> bool:
+    """True when this process works together with others."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def is_shard(weight: Any) -> bool:

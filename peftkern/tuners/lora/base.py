@@ -13,10 +13,12 @@ from torch import Tensor, nn
 
 from ...configs.lora import LoraConfig
 from ...ops.notes import logger, note_new
+from ...utils.gathering import shares_weights
 from ..base_layer import BaseTunerLayer
 from .frozen import Frozen
 from .linear_kinds import features, is_linear_kind
 from .merging import Merging
+from .ran import UNTOLD, Ran
 from .ranks import scaling_of
 from .variant import LoraVariant, active_variant, put_variant, select, table_of
 
@@ -89,6 +91,7 @@ class LoraLayer(Merging, Frozen, BaseTunerLayer):
     use_rslora: dict[str, bool]
     lora_bias: dict[str, bool]
     lora_variant: dict[str, LoraVariant]
+    _ran: Ran | None  # its last forward; see `ran`
     training: bool
     in_features: Any
     out_features: Any
@@ -128,6 +131,7 @@ class LoraLayer(Merging, Frozen, BaseTunerLayer):
             _disable_adapters=False,
             _active_adapter=[],
             _plan=None,
+            _ran=None,
             _group=None,
             _held=None,
         )
@@ -327,7 +331,10 @@ class LoraLayer(Merging, Frozen, BaseTunerLayer):
         variant = self.lora_variant.get(name)
         if variant is None or variant.fused_as(self, name) is None:
             return None
-        return variant.fused(self, name, x)
+        y = variant.fused(self, name, x)
+        if y is not None and shares_weights():
+            self.__dict__["_ran"] = Ran(True, variant.fused_as(self, name) or "")
+        return y
 
     def variant_fused_as(self) -> str | None:
         """The name of the active variant's own operation; None when it has none or is not used."""
@@ -354,7 +361,13 @@ class LoraLayer(Merging, Frozen, BaseTunerLayer):
         return ""
 
     def _note_decline(self) -> None:
-        """Log the reason of a slow call, once for each new reason of this layer."""
+        """Log the reason of a slow call, once for each new reason of this layer.
+
+        It is kept for ``explain`` where other processes may have parts of the weights.
+        """
+        self.__dict__["_ran"] = None
+        if shares_weights():
+            self.__dict__["_ran"] = Ran(False, self.decline_reason() or UNTOLD)
         if not logger.isEnabledFor(logging.INFO):  # making the words costs more than a product
             return
         note_new(self, "_noted_reason", self.decline_reason(), "a %s layer is not fused: %s")

@@ -33,6 +33,7 @@ from .experts import (
 )
 from .offload import is_only_placed
 from .plan import is_hooked
+from .ran import last_of
 from .row_adapters import AdapterNames
 
 __all__ = ["chain_of", "describe_mixtures", "run", "why_never", "why_separate"]
@@ -297,12 +298,16 @@ def describe_mixtures(model: nn.Module) -> dict[int, tuple[str | None, str]]:
         if form_of(chain.module.__class__) is None and reader_of(chain.module) is None:
             continue
         read_ = read(chain, None, away=True, dtype=_expected_dtype(chain))
-        if isinstance(read_, str):
+        ran = last_of(outer)
+        if ran is not None and not ran.fused:
+            read_ = ran.words
+        if isinstance(read_, str) and (ran is None or not ran.fused):
             found.update({id(w): (read_, "") for w in chain.wrappers})
             continue
         names = ", ".join(w.parameter_name for w in chain.wrappers if active_names(w))
         words = f"; one operation for the mixture ({names}) {describe_implementation(chain.module)}"
-        words += f": {_way(*read_)}"
+        if not isinstance(read_, str):
+            words += f": {_way(*read_)}"
         found.update({id(w): (None, words) for w in chain.wrappers})
     return found
 

@@ -30,6 +30,7 @@ from ...ops.bases.weight import BaseWeight
 from ...ops.lora_group import lora_group, lora_group_infer
 from ...ops.projection import Projection
 from ..base_layer import walk
+from .ran import reason_of
 
 # names of children that usually read the same input, in the order in which models call them
 SETS = (
@@ -114,7 +115,7 @@ class Group:
         others = [
             n
             for n, other in zip(self.names, self.layers, strict=True)
-            if other is not layer and other.decline_reason() is None
+            if other is not layer and reason_of(other) is None
         ]
         if not others:
             return ""

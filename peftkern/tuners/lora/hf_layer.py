@@ -27,10 +27,11 @@ from .base import LoraLayer
 from .linear import Linear
 from .parameter import ParamWrapper, operation_of
 from .plan import is_hooked
+from .ran import FUSED as RAN_FUSED
 from .row_adapters import AdapterNames, mixed_call
 
 # attributes that the fused forward keeps in a layer; `give_back` removes them
-_OWN = ("_plan", "_group", "_held", "_noted_reason", "_noted_mixed")
+_OWN = ("_plan", "_ran", "_group", "_held", "_noted_reason", "_noted_mixed")
 # attributes of HF PEFT's layer that a call reads directly, not through its properties
 _READ = ("_active_adapter", "_disable_adapters", "merged_adapters", "scaling", "lora_variant")
 
@@ -136,6 +137,7 @@ class FusedParamWrapper(HFParamWrapper):
                 names = _names.of(names)
             found = operation_of(self).run(self, args, given, names)
             if isinstance(found, Tensor):
+                self.__dict__["_ran"] = RAN_FUSED
                 return found
             if names is None and not self.merged and not is_compiling():
                 self._note_decline()
@@ -218,7 +220,7 @@ def why_not(layer: Any) -> str | None:
 def take_over(layer: Any) -> None:
     """Give a layer the fused forward; :func:`why_not` must be None for it."""
     if not is_fused(layer):
-        layer.__dict__.update(_plan=None, _group=None, _held=None)
+        layer.__dict__.update(_plan=None, _ran=None, _group=None, _held=None)
         layer.__class__ = FUSED[type(layer)]
 
 

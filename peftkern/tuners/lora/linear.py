@@ -18,6 +18,7 @@ from ...ops.library import traced_lora_linear, why_formula
 from ...ops.lora import fused_linear
 from ...ops.projection import Projection
 from ...ops.tracing import is_compiling, is_tracing
+from ...utils.gathering import held_in, is_gathered
 from ...utils.handing import HERE, hand_over
 from ...utils.private import (
     GLOBAL_HOOKS,
@@ -31,7 +32,8 @@ from . import inits
 from .base import NOTHING, LoraLayer
 from .group import Group
 from .inits.random import of_linear, placed
-from .plan import Plan, base_reason, base_weight, is_hooked, weight_layout
+from .plan import Plan, base_reason, base_weight, is_hooked, shape_of, weight_layout
+from .ran import FUSED
 from .row_adapters import IN_TRANSFORM, AdapterNames, Held, forward_mixed
 from .variant import make_ready, take_kwargs
 
@@ -150,15 +152,18 @@ class Linear(nn.Module, LoraLayer):
         if plan.quantised:
             return self._quantised_call(plan, x)
         params = plan.base_params
-        weight = params.get("weight")
+        weight, bias = params.get("weight"), params.get("bias")
         A, B = plan.a_params.get("weight"), plan.b_params.get("weight")
         if (
             weight.__class__ is not Parameter
             or A.__class__ is not Parameter
             or B.__class__ is not Parameter
-            or weight.is_meta
-            or A.is_meta
         ):
+            found = plan.gathered()
+            if found is None:
+                return None
+            weight, bias, A, B = found
+        if weight.is_meta or A.is_meta:
             return None
         dtype, low = weight.dtype, A.dtype
         if x.dtype is not dtype or low is not dtype or B.dtype is not dtype:
@@ -170,21 +175,28 @@ class Linear(nn.Module, LoraLayer):
         scale = state["scaling"][plan.name]
         if scale.__class__ is Tensor:
             return None
-        return weight, params["bias"], A, B, scale, p, plan.transposed
+        state["_ran"] = FUSED
+        return weight, bias, A, B, scale, p, plan.transposed
 
     def _quantised_call(self, plan: Plan, x: Tensor) -> tuple[Any, ...] | None:
         """The rest of :meth:`fused_call` for a base layer with a quantised weight."""
         A, B = plan.a_params.get("weight"), plan.b_params.get("weight")
-        if A.__class__ is not Parameter or B.__class__ is not Parameter or A.is_meta:
+        if A.__class__ is not Parameter or B.__class__ is not Parameter:
+            found = plan.gathered()
+            if found is None:
+                return None
+            _, _, A, B = found
+        if A.is_meta:
             return None
         p = plan.drop.p if plan.drops and plan.drop.training else 0.0
         scale = self.__dict__["scaling"][plan.name]
         if p >= 1.0 or scale.__class__ is Tensor or not _dtypes_fit(x, x.dtype, A.dtype, B.dtype):
             return None
-        found = base_weight(plan.base, x)
-        if found is None:
+        base = base_weight(plan.base, x)
+        if base is None:
             return None
-        return *found, A, B, scale, p, False
+        self.__dict__["_ran"] = FUSED
+        return *base, A, B, scale, p, False
 
     def traced_call(self, x: Tensor) -> Projection | None:
         """:meth:`fused_call` for a compiler; None when the compiler gets the plain formula.
@@ -239,7 +251,12 @@ class Linear(nn.Module, LoraLayer):
         return Projection(weight, bias, a.weight, B, scale, p, layout)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_plan": None, "_held": None}  # a copy has other modules
+        return {
+            **self.__dict__,
+            "_plan": None,
+            "_ran": None,
+            "_held": None,
+        }  # a copy has other modules
 
     def delete_adapter(self, adapter_name: str) -> None:
         self._held = None  # it holds the adapter's modules
@@ -330,7 +347,7 @@ class Linear(nn.Module, LoraLayer):
     def product_reason(self, name: str) -> str | None:
         """The reason that base layer and adapter cannot be one operation; None when they can."""
         base: Any = self.base_layer
-        weight = base._parameters.get("weight")
+        weight = held_in(base)
         if is_tracing():
             return "torch.jit.trace records the plain formula"
         if in_transform():
@@ -340,19 +357,19 @@ class Linear(nn.Module, LoraLayer):
         quantised = reader_of(base) is not None
         A: Any = self.lora_A[name]
         B: Any = self.lora_B[name]
+        for what, module in (("lora_A", A), ("lora_B", B)):
+            if type(module) is not nn.Linear:
+                return f"{what} is a {type(module).__name__}, not an nn.Linear"
         for what, module in (("base layer", base), ("lora_A", A), ("lora_B", B)):
             plain = quantised and module is base
-            if not plain and type(module.__dict__["_parameters"].get("weight")) is not Parameter:
+            if not plain and not is_gathered(held_in(module), shape_of(module)):
                 found = type(getattr(module, "weight", None)).__name__
                 return f"the weight of {what} is a {found}, not a plain Parameter"
             if is_hooked(module):
                 return f"{what} has hooks or an overridden forward"
-        for what, module in (("lora_A", A), ("lora_B", B)):
-            if type(module) is not nn.Linear:
-                return f"{what} is a {type(module).__name__}, not an nn.Linear"
         if any(GLOBAL_HOOKS):
             return "torch has global module hooks"
-        if B._parameters.get("bias") is not None:
+        if held_in(B, "bias") is not None:
             return "lora_bias"
         if A.weight.is_meta or (not quantised and weight.is_meta):
             return "a weight is on the meta device (offloaded or not loaded yet)"

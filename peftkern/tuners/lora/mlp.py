@@ -24,11 +24,13 @@ from ...ops.bases.formats import reader_of
 from ...ops.lora_mlp import Part, lora_mlp
 from ...ops.notes import logger, note_once
 from ...ops.projection import Plain, Projection
+from ...utils.gathering import shares_weights
 from ...utils.handing import HERE
 from ..base_layer import walk
 from .linear import Linear
 from .mlp_formula import Formula, formula_of
 from .plan import base_reason, base_weight, is_hooked, weight_layout
+from .ran import BLOCK, UNTOLD, in_parts
 
 _TRANSFORMERS = {
     "SiLUActivation": "silu",
@@ -96,6 +98,7 @@ def _class_of(base: Any) -> Any:
             _note(self)
             return base.forward(self, *args)
         y = lora_mlp(args[0], *parts)
+        self.__dict__[BLOCK] = ""
         return y if formula.then is None else getattr(self, formula.then)(y)
 
     def reduce(self: nn.Module, protocol: Any) -> Any:
@@ -167,6 +170,7 @@ def release_blocks(model: nn.Module, everywhere: bool = False) -> None:
         formula = _formula(module)
         if everywhere or formula is None or not _adapted(module, formula):
             module.__class__ = cls.__dict__["peftkern_mlp_of"]
+            module.__dict__.pop(BLOCK, None)
 
 
 def _adapted(module: nn.Module, formula: Formula) -> bool:
@@ -246,6 +250,9 @@ def _note(module: Any) -> None:
         if "peftkern_mlp_of" in cls.__dict__:
             module.__class__ = cls.__dict__["peftkern_mlp_of"]
         return
+    module.__dict__.pop(BLOCK, None)
+    if shares_weights():
+        module.__dict__[BLOCK] = why_separate(module) or UNTOLD
     if logger.isEnabledFor(logging.INFO):
         reason = why_separate(module)
         if reason is not None:
@@ -305,6 +312,12 @@ def _plain_reason(layer: Any) -> str | None:
     return None
 
 
+def _in_parts(module: Any, formula: Formula) -> bool:
+    """True when this process has only parts of the weights of an MLP's adapted linears."""
+    layers = (module._modules.get(name) for name in formula.linears)
+    return any(_is_lora(layer) and in_parts(layer) for layer in layers)
+
+
 class MlpShape(NamedTuple):
     """The numbers of an MLP, by which ``peftkern tune`` makes one."""
 
@@ -338,8 +351,10 @@ def describe_blocks(model: nn.Module) -> dict[int, tuple[bool, str]]:
         formula = _formula(module)
         if formula is None:
             continue
-        reason, names = why_separate(module), [*formula.linears]
+        names = [*formula.linears]
         names.insert(-1, formula.act)
+        reason = module.__dict__.get(BLOCK) if _in_parts(module, formula) else None
+        reason = why_separate(module) if reason is None else reason or None
         words = f"; not one operation with its MLP: {reason}"
         if reason is None:
             words = f"; trains as one operation with its MLP ({', '.join(names)})"

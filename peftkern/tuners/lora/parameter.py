@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 from ...configs.lora import LoraConfig
 from ...ops.bases.formats import reader_of
 from ...ops.tracing import is_compiling, is_tracing
+from ...utils.gathering import held_in, is_shard, shares_weights
 from ...utils.handing import HERE, hand_over
 from . import experts_call, parameter_product
 from .base import NOTHING, LoraLayer
@@ -27,6 +28,7 @@ from .parameter_proxies import (
     _StepsProxy,
 )
 from .plan import is_hooked
+from .ran import FUSED
 from .variant import table_of, take_kwargs, variant_class
 
 COMPUTED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -296,6 +298,9 @@ class ParamWrapper(nn.Module, LoraLayer):
     def _call(self, args: Any, kwargs: Any, names: Any) -> Any:
         found = operation_of(self).run(self, args, kwargs, names)
         if isinstance(found, Tensor):
+            ran = self.__dict__["_ran"]
+            if ran is None or not ran.fused:  # else the product has noted it
+                self.__dict__["_ran"] = FUSED
             return found
         idle = names is None and (self._disable_adapters or self.merged)
         if not idle and not is_compiling() and is_away(self):
@@ -331,15 +336,28 @@ class ParamWrapper(nn.Module, LoraLayer):
                 )
 
     def _check_sharding(self) -> None:
-        """Raise a RuntimeError where W is sharded and an adapter's factors are not."""
+        """Raise a RuntimeError where W or an adapter's factors are sharded apart from each other.
+
+        FSDP1 does so in every case: W may not be written to where it is a view.
+        """
         name = next((n for n in self.active_adapters if n in self.lora_A), None)
-        if name is None or not hasattr(self.get_param(), "full_tensor"):
+        if name is None or not shares_weights():
             return
-        if not hasattr(self.lora_A[name].weight, "full_tensor"):
-            of = f"`{self.parameter_name}` of {type(self.get_base_layer()).__name__}"
+        W = self.get_param()
+        factors = [held_in(store[name]) for store in (self.lora_A, self.lora_B)]
+        of = f"`{self.parameter_name}` of {type(self.get_base_layer()).__name__}"
+        if type(W) is Tensor or any(type(t) is Tensor or t is None for t in factors):
             raise RuntimeError(
-                f"{of} is sharded (a DTensor) in the call of adapter {name!r}, whose factors are "
-                "not: give fully_shard the adapted module or a block around it, not the experts"
+                f"{of} is a view of FSDP1's in the call of adapter {name!r}, which cannot be added "
+                "to it: shard by FSDP2 (fully_shard; fsdp_version=2 of accelerate)"
+            )
+        if len({is_shard(t) for t in (W, *factors)}) > 1:
+            what, rest = ("", "are not") if is_shard(W) else (" not", "are")
+            raise RuntimeError(
+                f"{of} is{what} sharded (a DTensor) in the call of adapter {name!r}, whose "
+                f"factors {rest}: "
+                "give fully_shard the adapted module or a block around it, and neither the "
+                "experts nor the factors alone"
             )
 
     def decline_reason(self) -> str | None:
@@ -363,7 +381,7 @@ class ParamWrapper(nn.Module, LoraLayer):
             super()._note_decline()  # the outer wrapper has said why, where there is one
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_plan": None}  # a copy has other modules
+        return {**self.__dict__, "_plan": None, "_ran": None}  # a copy has other modules
 
     def __repr__(self) -> str:
         head, _, rest = super().__repr__().partition("(")

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ...ops.bases.formats import Unusable, as_weight, checked, is_owners_forward, reader_of
 from ...ops.bases.weight import BaseWeight
+from ...utils.gathering import held_in, is_gathered
 from ...utils.private import GLOBAL_HOOKS, HookCounter
 
 if TYPE_CHECKING:
@@ -22,6 +23,13 @@ def weight_layout(base_cls: Any) -> bool | None:
     if base_cls.__name__ == "Conv1D" and base_cls.__module__ == "transformers.pytorch_utils":
         return True
     return None
+
+
+def shape_of(module: Any) -> tuple[int, ...]:
+    """The shape of a linear module's weight by its own numbers, not those of the weight."""
+    if hasattr(module, "nf"):  # transformers' Conv1D
+        return module.nx, module.nf
+    return module.out_features, module.in_features
 
 
 def hook_dicts(module: nn.Module) -> tuple[Any, ...]:
@@ -150,9 +158,9 @@ class Plan:
             return None
         if not plan.drops and type(plan.drop) is not nn.Identity:
             return None
-        if plan.b._parameters.get("bias") is not None:
+        if held_in(plan.b, "bias") is not None:
             return None
-        if "bias" not in base._parameters and not quantised:
+        if not quantised and "bias" not in base._parameters and "bias" not in base.__dict__:
             return None
         plan.base_params, plan.a_params, plan.b_params = (
             base._parameters,
@@ -171,6 +179,18 @@ class Plan:
         plan.hooks_seen = -1
         plan.hooks = GLOBAL_HOOKS + tuple(hooks for m in modules for hooks in hook_dicts(m))
         return plan
+
+    def gathered(self) -> tuple[Any, Any, Any, Any] | None:
+        """(weight, bias, A, B) where FSDP1 has put views in their place; None if one is no whole.
+
+        Weight and bias are None for a weight that is read by its format.
+        """
+        modules = (self.a, self.b) if self.quantised else (self.base, self.a, self.b)
+        held = [held_in(module) for module in modules]
+        if not all(map(is_gathered, held, map(shape_of, modules))):
+            return None
+        bias = None if self.quantised else held_in(self.base, "bias")
+        return (None, bias, *held) if self.quantised else (held[0], bias, *held[1:])
 
     def is_hooked(self) -> bool:
         """True when one of the modules has a hook, or torch has global hooks.
