@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import transformers
 
-from peftkern.cli import app, engine, modelio, resume, train
+from peftkern.cli import app, engine, modelio, prepare, resume
 from tests.children import python
 
 # imported when it is first read: here, and not once in each process
@@ -78,7 +78,7 @@ def _become(rank: int, launch: dict[str, Any], port: int, files: tuple[Path, Pat
         "GLOO_SOCKET_IFNAME": "lo", **launch.get("env", {}),
     }  # fmt: skip
     if launch.get("double"):
-        train.load_model = _double
+        prepare.load_model = _double
     if "kill" in launch and launch["kill"][0] == rank:
         _die_at(*launch["kill"][1:])
     try:

@@ -1,4 +1,7 @@
-"""``peftkern train`` in two processes: the losses of one, one writer, and kills of any of them."""
+"""``peftkern train`` in two processes: the losses of one, one writer, and kills of any of them.
+
+One process runs all launches (:mod:`tests.launched`), as starting Python takes the most time.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ import torch.distributed as dist
 from peftkern.cli import resume
 from peftkern.cli.train import train
 from tests.closeness import assert_same_number, differ
-from tests.command import assert_equal_runs, command, losses, make_folder, settings
+from tests.command import assert_equal_runs, command, losses, make_folder, settings, weights
 from tests.launched import launch
 
 pytestmark = [
@@ -26,10 +29,12 @@ pytestmark = [
 # none
 EQUAL = {"steps": 4, "save_every": 8, "eval_split": 0.17, "lora_dropout": 0.0, "batch_size": 2}
 CLASSES = {"task": "seq_cls", "eval_split": 0.3}
+CHECKPOINTED = {**EQUAL, "gradient_checkpointing": True}
 KILLS = {
     "the other one in a pass": [1, "pass", 7],
     "the other one in a save": [1, "save", 2],
     "the writer in a save": [0, "seal", 2],
+    "fsdp": [1, "pass", 7],
 }
 
 
@@ -51,8 +56,10 @@ def ran(folder: Path) -> dict[str, Any]:
 
     launches = {
         "lm": {**of("lm", **EQUAL), "double": True},
+        "sharded": {**of("sharded", fsdp=True, **CHECKPOINTED), "double": True},
         "classes": {**of("classes", **classes(folder)), "double": True},
         "whole": of("whole"),
+        "whole, fsdp": of("whole, fsdp", fsdp=True),
         "again": of("whole"),
         "other settings": of("whole", lr=0.5),
         "no data": of("none", data="nowhere.jsonl"),
@@ -67,9 +74,10 @@ def ran(folder: Path) -> dict[str, Any]:
         },
     }
     for name, kill in KILLS.items():
+        changes = {"fsdp": True} if name == "fsdp" else {}
         # the first process ends by itself; the other one waits for it to say why
-        launches[name] = {**of(name), "kill": kill, "patience": 60 * kill[0]}
-        launches[f"{name}, again"] = of(name)
+        launches[name] = {**of(name, **changes), "kill": kill, "patience": 60 * kill[0]}
+        launches[f"{name}, again"] = of(name, **changes)
     return launch(folder, **launches)
 
 
@@ -81,21 +89,22 @@ def record(folder: Path, name: str) -> dict[str, Any]:
 def double(monkeypatch: pytest.MonkeyPatch) -> None:
     from tests.launched import _double
 
-    monkeypatch.setattr("peftkern.cli.train.load_model", _double)
+    monkeypatch.setattr("peftkern.cli.prepare.load_model", _double)
 
 
-@pytest.mark.parametrize("batch", [(4, 2), (2, 4)])
+@pytest.mark.parametrize("batch, name", [((4, 2), "lm"), ((2, 4), "lm"), ((4, 2), "sharded")])
 def test_the_losses_of_one_process_with_as_large_a_batch(
-    batch: tuple[int, int], folder: Path, ran: Any, tmp_path: Path, double: None
+    batch: tuple[int, int], name: str, folder: Path, ran: Any, tmp_path: Path, double: None
 ) -> None:
-    assert [process["code"] for process in ran["lm"]] == [0, 0]
+    assert [process["code"] for process in ran[name]] == [0, 0], ran[name]
     changes = {**EQUAL, "batch_size": batch[0], "grad_accumulation": batch[1]}
     alone = train(settings(folder, tmp_path / "out", **changes))
-    both = record(folder, "lm")
+    both = record(folder, name)
     assert_same_number(losses(both), losses(alone))
     for when in ("before", "after"):
         assert_same_number(both[when]["loss"], alone[when]["loss"])
     assert differ(losses(both)[0], losses(both)[-1])
+    assert_same_number(weights(folder / name), weights(tmp_path / "out"))
 
 
 def test_a_classifier_of_two_processes_is_measured_as_in_one(
@@ -139,7 +148,8 @@ def test_a_killed_run_ends_and_goes_on_to_the_same_weights(
     again = ran[f"{name}, again"]
     assert [process["code"] for process in again] == [0, 0] and again[1]["out"] == ""
     assert "going on from checkpoint-2" in again[0]["out"]
-    whole = folder / "whole", record(folder, "whole")
+    uninterrupted = "whole, fsdp" if name == "fsdp" else "whole"
+    whole = folder / uninterrupted, record(folder, uninterrupted)
     assert_equal_runs(folder / name, record(folder, name), whole)
     assert not (folder / name / resume.PARTIAL).exists()
 
@@ -161,6 +171,16 @@ def test_bad_input_is_said_once_and_ends_every_process(
     assert first["code"] == code and second["code"] in (code, -15)
     assert first["err"].count("\n") == 1 and said in first["err"]
     assert second["err"] == first["out"] == second["out"] == ""
+    assert not (folder / "none").exists()
+
+
+def test_fsdp_in_one_process_is_refused(folder: Path, capsys: Any) -> None:
+    from peftkern.cli.app import run
+
+    assert run([*command(folder, folder / "none"), "--fsdp"]) == 2
+    assert "--fsdp divides the model among several processes, and this is one" in (
+        capsys.readouterr().err
+    )
     assert not (folder / "none").exists()
 
 

@@ -39,7 +39,7 @@ def double(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*args: Any) -> Any:
         return modelio.load_model(*args).double()
 
-    monkeypatch.setattr("peftkern.cli.train.load_model", load)
+    monkeypatch.setattr("peftkern.cli.prepare.load_model", load)
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ alone.
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import tempfile
@@ -20,7 +21,7 @@ from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_callback import PrinterCallback
 
 from ..utils.undo import in_mode
-from . import resume
+from . import resume, shards
 from .encode import target_count
 from .errors import RunError, UserError
 from .ranks import ALONE, Ranks
@@ -32,7 +33,8 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers is not read
 
     ``identity`` and ``notes`` (JSON values) go into the manifest of each checkpoint. The newest
     ``keep`` complete checkpoints stay on disk. Of several processes (``ranks``) the first one
-    writes.
+    writes. A model whose parameters :func:`.shards.shard` has divided is ``sharded``; the adapter
+    of the checkpoint that it goes on from is in it already.
     """
 
     def __init__(
@@ -43,9 +45,15 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers is not read
         notes: dict[str, Any],
         keep: int,
         ranks: Ranks,
+        sharded: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        self._sharded = sharded
+        if sharded:
+            # without DistributedDataParallel: the model has FSDP's hooks
+            alone = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
+            self.accelerator.prepare_model = alone
         self.remove_callback(PrinterCallback)
         self._task, self._identity, self._notes, self._keep = task, identity, notes, keep
         self._ranks = ranks
@@ -141,8 +149,23 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers is not read
         resume.rotate(out, self._keep)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        state = shards.trained(self.model) if self._sharded else None
         if self._ranks.first:
-            save_adapter(self.model, output_dir or self.args.output_dir)
+            save_adapter(self.model, output_dir or self.args.output_dir, state)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self._sharded:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        state = shards.whole(self.optimizer.state_dict())
+        if self._ranks.first:
+            torch.save(state, Path(output_dir, "optimizer.pt"))
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir, "scheduler.pt"))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self._sharded and checkpoint is not None:
+            shards.share_out(self.optimizer)
 
     def _save_rng_state(self, output_dir: str) -> None:
         if self._ranks.count == 1:
@@ -157,18 +180,8 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers is not read
                     Path(output_dir, name).write_bytes(content)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        from ..checkpoint.loading import set_peft_model_state_dict
-        from ..checkpoint.state_dicts import load_peft_weights
-
-        state = load_peft_weights(resume_from_checkpoint, device="cpu")
-        model = self.model if model is None else model
-        wanted = {n for n, p in model.named_parameters() if p.requires_grad}
-        if len(state) != len(wanted):
-            raise UserError(
-                f"{resume_from_checkpoint} holds {len(state)} tensors, this adapter has "
-                f"{len(wanted)}"
-            )
-        set_peft_model_state_dict(model, state)
+        if not self._sharded:
+            load_adapter(self.model if model is None else model, resume_from_checkpoint)
 
     def restore(self, checkpoint: str) -> None:
         """Load the adapter and the log of a checkpoint after which no step is left."""
@@ -176,13 +189,27 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers is not read
         self.state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
 
 
-def save_adapter(model: Any, folder: str | Path) -> None:
+def load_adapter(model: Any, checkpoint: str) -> None:
+    """Copy the adapter of a checkpoint into the model, whose parameters are whole."""
+    from ..checkpoint.loading import set_peft_model_state_dict
+    from ..checkpoint.state_dicts import load_peft_weights
+
+    state = load_peft_weights(checkpoint, device="cpu")
+    wanted = {n for n, p in model.named_parameters() if p.requires_grad}
+    if len(state) != len(wanted):
+        raise UserError(f"{checkpoint} holds {len(state)} tensors, this adapter has {len(wanted)}")
+    set_peft_model_state_dict(model, state)
+
+
+def save_adapter(
+    model: Any, folder: str | Path, state: dict[str, torch.Tensor] | None = None
+) -> None:
     """Write the adapter (weights, configuration, card), but no base weights, into ``folder``.
 
-    The embedding is left out too: the command never resizes it, and a check whether it was resized
-    would use the network.
+    ``state`` holds its whole tensors if the model's are not whole. The embedding is left out too:
+    the command never resizes it, and a check whether it was resized would use the network.
     """
-    model.save_pretrained(str(folder), save_embedding_layers=False)
+    model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=state)
 
 
 class _NextEpoch(TrainerCallback):  # type: ignore[misc]  # transformers is not read

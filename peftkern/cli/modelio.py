@@ -68,10 +68,12 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     load_in: str | None = None,
     device: str = "cpu",
+    sharded: bool = False,
 ) -> Any:
     """The base model with the head of ``task``; UserError when it cannot be read.
 
-    It is on the CPU, or with ``load_in`` ("4bit" or "8bit") quantised on ``device``.
+    It is on the CPU, or with ``load_in`` ("4bit" or "8bit") quantised on ``device``. Packed weights
+    that are to be ``sharded`` are stored in ``dtype``.
     """
     import transformers
 
@@ -81,7 +83,10 @@ def load_model(
         # saved
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     if load_in is not None:
-        options |= {"quantization_config": _bits(load_in, dtype), "device_map": {"": device}}
+        options |= {
+            "quantization_config": _bits(load_in, dtype, sharded),
+            "device_map": {"": device},
+        }
     if label_names:
         # with the labels from_pretrained makes a head of the right width
         options["id2label"] = dict(enumerate(label_names))
@@ -91,7 +96,7 @@ def load_model(
     return _loading("model", folder, load, options)
 
 
-def _bits(load_in: str, dtype: torch.dtype) -> Any:
+def _bits(load_in: str, dtype: torch.dtype, sharded: bool) -> Any:
     """transformers' config of bitsandbytes in "4bit" (NF4, nested statistics) or "8bit"."""
     import transformers
 
@@ -106,6 +111,8 @@ def _bits(load_in: str, dtype: torch.dtype) -> Any:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
+        # FSDP makes each shard a parameter, which bytes cannot be in every version of torch
+        bnb_4bit_quant_storage=dtype if sharded else None,
     )
 
 

@@ -65,6 +65,9 @@ class TrainSettings:
     gradient_checkpointing: bool = setting(
         False, "Less memory, more time.", _LOOP, "--gradient-checkpointing"
     )
+    fsdp: bool = setting(
+        False, "Divide weights and optimizer among the processes (FSDP2).", _LOOP, "--fsdp"
+    )
     liger: bool = setting(False, "liger-kernel's norms, rope and loss, on a GPU.", _LOOP, "--liger")
     cpu: bool = setting(False, "Leave the GPU alone.", _LOOP, "--cpu")
     save_every: int = setting(100, "Steps between checkpoints.", PLACE)
@@ -118,6 +121,8 @@ class TrainSettings:
         record["data"] = data_sha256
         if processes != 1:
             record["processes"] = processes
+        if not self.fsdp:
+            del record["fsdp"]
         return record
 
 

@@ -19,11 +19,12 @@ from .. import liger
 from ..files.atomic import write_text_atomically
 from ..utils.private import use_one_gpu
 from . import resume
-from .data import Dataset, read_data, split_records
-from .encode import Example, collator, encode, pad_id
+from .data import Dataset, read_data
+from .encode import Example, collator, pad_id
 from .errors import UserError, first_line
-from .modelio import hush_transformers, load_model, load_tokenizer, locate_model
+from .modelio import hush_transformers, load_tokenizer, locate_model
 from .options import option
+from .prepare import device_of, make_model, prepare_data
 from .ranks import Ranks, join, on_cpu, refuse_other_precision
 from .settings import TrainSettings, differing
 
@@ -86,6 +87,7 @@ class _Found:
 def _look(settings: TrainSettings, fresh: bool, ranks: Ranks) -> _Found:
     """Read the data and find the last checkpoint."""
     _refuse_liger(settings)
+    _refuse_fsdp(settings, ranks)
     out = Path(settings.out)
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: exists and is not a folder")
@@ -136,20 +138,31 @@ def _prepare(
 ) -> tuple[Any, list[Example], list[Example], Any]:
     """(tokenizer, training examples, held-out examples, model with adapters)."""
     tokenizer = load_tokenizer(found.folder, settings.gguf_file)
-    training, held = _prepare_data(settings, found.data, tokenizer, console)
+    training, held = prepare_data(settings, found.data, tokenizer, console)
     pad = pad_id(tokenizer)
-    model = _make_model(settings, found.folder, settings.gguf_file, found.data.label_names, pad)
+    model = make_model(settings, found.folder, settings.gguf_file, found.data.label_names, pad)
     return tokenizer, training, held, model
 
 
 def _resolve_bf16(settings: TrainSettings) -> bool:
     """True to compute in bf16: the default on GPUs that have it (a CPU is slower than in fp32)."""
-    gpu = _device(settings) == "cuda"
+    gpu = device_of(settings) == "cuda"
     if settings.bf16 is None:
         return gpu and torch.cuda.is_bf16_supported()
     if settings.bf16 and gpu and not torch.cuda.is_bf16_supported():
         raise UserError("--bf16: this GPU has no bfloat16; leave the option out")
     return settings.bf16
+
+
+def _refuse_fsdp(settings: TrainSettings, ranks: Ranks) -> None:
+    """Raise a UserError when --fsdp is given and cannot be had."""
+    if settings.fsdp and ranks.count == 1:
+        raise UserError(
+            "--fsdp divides the model among several processes, and this is one; start it with "
+            "torchrun or accelerate launch"
+        )
+    if settings.fsdp and settings.load_in == "8bit":
+        raise UserError("--fsdp does not go with --load-in 8bit: FSDP cannot divide int8 weights")
 
 
 def _refuse_liger(settings: TrainSettings) -> None:
@@ -160,85 +173,8 @@ def _refuse_liger(settings: TrainSettings) -> None:
         liger.patches()
     except ImportError as error:
         raise UserError(f"--{first_line(error)}") from error
-    if not liger.runs_on(_device(settings)):
+    if not liger.runs_on(device_of(settings)):
         raise UserError("--liger: liger-kernel needs a GPU, and the training is on the CPU")
-
-
-def _device(settings: TrainSettings) -> str:
-    # of several GPUs, `join` has chosen one for this process
-    return "cuda" if torch.cuda.is_available() and not on_cpu(settings.cpu) else "cpu"
-
-
-def _prepare_data(
-    settings: TrainSettings, data: Dataset, tokenizer: Any, console: Console
-) -> tuple[list[Example], list[Example]]:
-    training, held = split_records(data.records, settings.eval_split, settings.seed)
-    parts = [
-        encode(part, tokenizer, settings.task, settings.max_length, data.label_names)
-        for part in (training, held)
-    ]
-    if not parts[0].examples:
-        raise UserError(
-            f"--data {settings.data}: none of the {len(training)} training examples keeps a target "
-            f"within --max-length {settings.max_length}"
-        )
-    console.print(
-        f"{len(parts[0].examples)} training and {len(parts[1].examples)} held-out examples"
-        + (f", {len(data.label_names)} labels" if data.label_names else "")
-    )
-    for count, what in (
-        (data.empty, "left out: no text"),
-        (
-            sum(p.unusable for p in parts),
-            f"left out: no target within {settings.max_length} tokens",
-        ),
-        (sum(p.cut for p in parts), f"cut to {settings.max_length} tokens (--max-length)"),
-    ):
-        if count:
-            console.print(f"[yellow]{count} examples {what}[/yellow]")
-    return parts[0].examples, parts[1].examples
-
-
-def _make_model(
-    settings: TrainSettings, folder: str, gguf_file: str | None, label_names: list[str], pad: int
-) -> Any:
-    """The base model with new adapters; the same seed gives the same adapters."""
-    from transformers import set_seed
-
-    from ..fusing import fuse
-    from ..mapping import get_peft_model
-    from ..quantising import quantize_base
-    from ..tuners.lora import LoraConfig
-
-    set_seed(settings.seed)  # for the random first values of classification head and A
-    dtype = torch.bfloat16 if settings.bf16 else torch.float32
-    bits = settings.load_in if settings.load_in != "fp8" else None
-    if bits is not None and gguf_file is not None:
-        raise UserError(f"--load-in {bits} does not go with a GGUF model")
-    base = load_model(folder, settings.task, gguf_file, label_names, dtype, bits, _device(settings))
-    if base.config.pad_token_id is None:
-        base.config.pad_token_id = pad  # with it classifiers on decoders find the last real token
-    try:
-        config = LoraConfig(
-            task_type=settings.task.upper(),
-            r=settings.lora_r,
-            lora_alpha=settings.lora_alpha,
-            lora_dropout=settings.lora_dropout,
-            target_modules=settings.target_list(),
-            use_rslora=settings.rslora,
-        )
-        model = get_peft_model(base, config)
-        if settings.load_in == "fp8":
-            quantize_base(model, "fp8")
-    except ValueError as error:
-        message = f"{option('target_modules')} {settings.target_modules}: {first_line(error)}"
-        raise UserError(message) from error
-    if settings.liger:
-        try:
-            fuse(model.to(_device(settings)), liger=True)
-        except (ValueError, ImportError) as error:
-            raise UserError(f"--{first_line(error)}") from error
-    return model
 
 
 def _run(
@@ -253,10 +189,15 @@ def _run(
 ) -> dict[str, Any]:
     from transformers import set_seed
 
-    from .engine import AdapterTrainer, Watch, held_out, save_adapter
+    from . import shards
+    from .engine import AdapterTrainer, Watch, held_out, load_adapter, save_adapter
 
     collate = collator(pad_id(tokenizer))
     checkpoint = found.checkpoint
+    if settings.fsdp:
+        if checkpoint:
+            load_adapter(model, str(checkpoint.path))
+        shards.shard(model, device_of(settings))
     notes: dict[str, Any] = checkpoint.notes if checkpoint else {}
     trainer = AdapterTrainer(
         model=model,
@@ -268,6 +209,7 @@ def _run(
         notes=notes,
         keep=settings.keep,
         ranks=ranks,
+        sharded=settings.fsdp,
     )
     size = settings.batch_size
     batches = [collate(held[i : i + size]) for i in range(0, len(held), size)]
@@ -287,7 +229,8 @@ def _run(
             f"{ranks.count} processes x {size} examples x {settings.grad_accumulation} passes: "
             f"{per_step} examples an optimizer step"
         )
-        trainer.watch_for_unused()
+        if not settings.fsdp:
+            trainer.watch_for_unused()
         # other dropout masks in each process; when a run goes on, its random state is read
         set_seed((settings.seed + ranks.index) % 2**32)
     if checkpoint:
@@ -318,8 +261,10 @@ def _run(
         console.print(f"held out, after:  {_said(record['after'])}")
     out = Path(settings.out)
 
+    state = shards.trained(model) if settings.fsdp else None
+
     def save() -> None:
-        save_adapter(model, out)
+        save_adapter(model, out, state)
         tokenizer.save_pretrained(out)
         # written last: if it exists, all other files do
         text = json.dumps(record, indent=1, sort_keys=True) + "\n"
@@ -354,7 +299,7 @@ def _training_arguments(settings: TrainSettings, ranks: Ranks) -> Any:
         logging_nan_inf_filter=False,  # the filter would hide a loss that is not finite
         seed=settings.seed,
         bf16=bool(settings.bf16),
-        use_cpu=on_cpu(settings.cpu) or (ranks.count > 1 and _device(settings) == "cpu"),
+        use_cpu=on_cpu(settings.cpu) or (ranks.count > 1 and device_of(settings) == "cpu"),
         ddp_find_unused_parameters=False,  # but see `AdapterTrainer.watch_for_unused`
         ddp_broadcast_buffers=False,  # no step changes them
         average_tokens_across_devices=False,  # AdapterTrainer does
@@ -365,7 +310,7 @@ def _training_arguments(settings: TrainSettings, ranks: Ranks) -> Any:
         disable_tqdm=True,
         log_level="error",
         log_level_replica="error",
-        dataloader_pin_memory=_device(settings) == "cuda",
+        dataloader_pin_memory=device_of(settings) == "cuda",
         **options,
     )
     if args.n_gpu > 1:

@@ -382,7 +382,7 @@ def test_peftkern_train(command, tmp_path, monkeypatch):
     def load(*args):
         return modelio.load_model(*args).to(seen[-1])
 
-    monkeypatch.setattr("peftkern.cli.train.load_model", load)
+    monkeypatch.setattr("peftkern.cli.prepare.load_model", load)
     said, weights = [], []
     real = peftkern.fuse
     monkeypatch.setattr(

@@ -1,0 +1,104 @@
+"""What ``peftkern train`` trains: the encoded examples, and the base model with new adapters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from .data import Dataset, split_records
+from .encode import Example, encode
+from .errors import UserError, first_line
+from .modelio import load_model
+from .options import option
+from .ranks import on_cpu
+from .settings import TrainSettings
+
+
+def device_of(settings: TrainSettings) -> str:
+    """The kind of device that the run is on: "cuda" or "cpu"."""
+    # of several GPUs, `join` has chosen one for this process
+    return "cuda" if torch.cuda.is_available() and not on_cpu(settings.cpu) else "cpu"
+
+
+def prepare_data(
+    settings: TrainSettings, data: Dataset, tokenizer: Any, console: Console
+) -> tuple[list[Example], list[Example]]:
+    """(training, held-out) examples; says what was left out. UserError when none is usable."""
+    training, held = split_records(data.records, settings.eval_split, settings.seed)
+    parts = [
+        encode(part, tokenizer, settings.task, settings.max_length, data.label_names)
+        for part in (training, held)
+    ]
+    if not parts[0].examples:
+        raise UserError(
+            f"--data {settings.data}: none of the {len(training)} training examples keeps a target "
+            f"within --max-length {settings.max_length}"
+        )
+    console.print(
+        f"{len(parts[0].examples)} training and {len(parts[1].examples)} held-out examples"
+        + (f", {len(data.label_names)} labels" if data.label_names else "")
+    )
+    for count, what in (
+        (data.empty, "left out: no text"),
+        (
+            sum(p.unusable for p in parts),
+            f"left out: no target within {settings.max_length} tokens",
+        ),
+        (sum(p.cut for p in parts), f"cut to {settings.max_length} tokens (--max-length)"),
+    ):
+        if count:
+            console.print(f"[yellow]{count} examples {what}[/yellow]")
+    return parts[0].examples, parts[1].examples
+
+
+def make_model(
+    settings: TrainSettings, folder: str, gguf_file: str | None, label_names: list[str], pad: int
+) -> Any:
+    """The base model with new adapters; the same seed gives the same adapters."""
+    from transformers import set_seed
+
+    from ..fusing import fuse
+    from ..mapping import get_peft_model
+    from ..quantising import quantize_base
+    from ..tuners.lora import LoraConfig
+
+    set_seed(settings.seed)  # for the random first values of classification head and A
+    dtype = torch.bfloat16 if settings.bf16 else torch.float32
+    bits = settings.load_in if settings.load_in != "fp8" else None
+    if bits is not None and gguf_file is not None:
+        raise UserError(f"--load-in {bits} does not go with a GGUF model")
+    base = load_model(
+        folder,
+        settings.task,
+        gguf_file,
+        label_names,
+        dtype,
+        bits,
+        device_of(settings),
+        settings.fsdp,
+    )
+    if base.config.pad_token_id is None:
+        base.config.pad_token_id = pad  # with it classifiers on decoders find the last real token
+    try:
+        config = LoraConfig(
+            task_type=settings.task.upper(),
+            r=settings.lora_r,
+            lora_alpha=settings.lora_alpha,
+            lora_dropout=settings.lora_dropout,
+            target_modules=settings.target_list(),
+            use_rslora=settings.rslora,
+        )
+        model = get_peft_model(base, config)
+        if settings.load_in == "fp8":
+            quantize_base(model, "fp8")
+    except ValueError as error:
+        message = f"{option('target_modules')} {settings.target_modules}: {first_line(error)}"
+        raise UserError(message) from error
+    if settings.liger:
+        try:
+            fuse(model.to(device_of(settings)), liger=True)
+        except (ValueError, ImportError) as error:
+            raise UserError(f"--{first_line(error)}") from error
+    return model

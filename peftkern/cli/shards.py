@@ -1,0 +1,58 @@
+"""``--fsdp``: the weights, gradients and optimizer states divided among the processes (FSDP2).
+
+What is written and read is whole, so that a checkpoint does not depend on the division.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..utils.module_tree import no_split_modules
+
+
+def shard(model: nn.Module, device: str) -> None:
+    """Divide the parameters of ``model`` among all processes, layer by layer, in place.
+
+    Each module that the base model keeps on one device is gathered by itself before its forward and
+    its backward, the rest with the whole model. ``device`` is the kind of device, "cuda" or "cpu".
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device, (torch.distributed.get_world_size(),))
+    layers = no_split_modules(model)
+    for module in list(model.modules()):
+        if type(module).__name__ in layers:
+            fully_shard(module, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def whole(value: Any) -> Any:
+    """``value`` with every DTensor in its dicts and lists gathered on the CPU; all must call it."""
+    if isinstance(value, dict):
+        return {key: whole(of) for key, of in value.items()}
+    if isinstance(value, list):
+        return [whole(of) for of in value]
+    if hasattr(value, "full_tensor"):
+        return value.full_tensor().cpu()
+    return value
+
+
+def trained(model: nn.Module) -> dict[str, Tensor]:
+    """The whole trained parameters by name; all processes must call it."""
+    return {n: whole(p.detach()) for n, p in model.named_parameters() if p.requires_grad}
+
+
+def share_out(optimizer: Any) -> None:
+    """Divide the states of an optimizer, which are whole, as their parameters are divided."""
+    from torch.distributed.tensor import distribute_tensor
+
+    for parameter, states in optimizer.state.items():
+        for name, value in states.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                states[name] = distribute_tensor(
+                    value.to(parameter.device), parameter.device_mesh, parameter.placements
+                )
