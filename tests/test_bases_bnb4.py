@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import copy
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import peftkern
 from peftkern.ops.bases import bnb4 as bnb4_file
 from peftkern.ops.bases import bnb4_cpu, bnb4_decode
 from peftkern.ops.bases.formats import as_weight, read
+from peftkern.utils.private import bnb4_gemv
 from tests.closeness import assert_as_good_as_torch
 from tests.quantised_models import adapted, assert_steps_are_equal, bnb4, llama
 
@@ -318,6 +321,57 @@ def test_the_second_packing_never_goes_stale(dense_kernel: list[int], nested: bo
     assert torch.equal(y, x @ owners(layer).t())
 
 
+def test_one_row_compares_some_words_and_now_and_then_all(
+    dense_kernel: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bnb4_decode, "EVERY", 4)
+    layer, other = (bnb4(nn.Linear(128, 64, bias=False), quant_type="nf4").eval() for _ in "ab")
+    layer.support_avx512bf16_for_cpu = True
+    x = torch.randn(1, 128)
+
+    def is_right(x: Tensor = x) -> bool:
+        return torch.equal(decoded(layer, x), decoded(copy.deepcopy(layer), x))
+
+    assert is_right()
+    layer.weight.data.copy_(other.weight.data)  # moves no version number
+    assert is_right()
+    with torch.no_grad():
+        layer.weight[9] ^= 16  # moves it
+    assert is_right()
+    layer.weight.data[9] ^= 16  # words 0, 8, 16, ... are looked at, and this is in word 1
+    assert [is_right() for _ in range(4)] == [False, False, False, True]
+    layer.weight.data[9] ^= 16
+    assert is_right(torch.randn(2, 128)) and is_right()
+    layer.weight.quant_state.absmax.data[3] ^= 255
+    assert [is_right() for _ in range(3)] == [False, False, True]
+
+
+class _Watching(TorchDispatchMode):
+    """A mode that is told of every operator."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(not bnb4_gemv(), reason="bitsandbytes has no such function here")
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_function_behind_the_operator_gives_its_numbers(kind: str, dtype: torch.dtype) -> None:
+    layer = bnb4(nn.Linear(192, 96, bias=False), quant_type=kind).eval()
+    operator = mock.Mock(wraps=bnb4_decode._operator)
+    for rows in (1, 3, 40):
+        x = torch.randn(192, rows, dtype=dtype).t()  # not contiguous
+        with mock.patch.object(bnb4_decode, "_operator", operator):
+            decoded(layer, x)  # asks once whether the numbers are the operator's
+            operator.reset_mock()
+            found = decoded(layer, x)
+            assert not operator.called
+            with _Watching():  # whoever looks on sees an operator
+                assert torch.equal(decoded(layer, x), found)
+            assert operator.call_count == 1
+        assert found.dtype == dtype and found.shape == (rows, 96)
+
+
 def test_what_the_kernel_is_not_asked_for(
     dense_kernel: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -325,7 +379,6 @@ def test_what_the_kernel_is_not_asked_for(
     layer.support_avx512bf16_for_cpu = True
     odd = bnb4(nn.Linear(96, 64, bias=False), quant_type="nf4").eval()
     odd.support_avx512bf16_for_cpu = True
-    decoded(layer, torch.randn(9, 128))  # rows
     decoded(layer, torch.randn(1, 128, dtype=torch.float64))
     decoded(odd, torch.randn(1, 96))  # blocks go over the end of a row
     monkeypatch.setattr(bnb4_decode, "_wanted", False)

@@ -98,6 +98,11 @@ def one_gpu(monkeypatch: pytest.MonkeyPatch) -> bool:
     return args.n_gpu == 1
 
 
+def bnb4_gemv() -> bool:
+    functional: Any = importlib.import_module("bitsandbytes.functional")
+    return set(private.bnb4_gemv()) == {"nf4", "fp4"} or not functional.has_avx512bf16()
+
+
 def compressed_wrapper() -> bool:
     from compressed_tensors.offload.module import offload_module
 
@@ -142,6 +147,8 @@ PROBES: dict[str, Callable[[], Any]] = {
         set(private.mkl_batches()) == {torch.float32, torch.float64}
         or not torch.backends.mkl.is_available()
     ),
+    "gemv_4bit_inference_cpu_nf4_bf16 and ..._fp4_bf16 in its library": bnb4_gemv,
+    "backends.cpu.ops.gemm_4bit_forward_kernel": bnb4_gemv,
     "compile(...)._orig_mod": compiled,
     "nn.Module._compiled_call_impl": compiled,
     "FSDP(...)._fsdp_wrapped_module": fsdp,

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib
 import inspect
 import sys
 from collections.abc import Callable, Sequence
 from functools import cache, partial
+from importlib import metadata
 from typing import Any, NamedTuple
 
 import torch
@@ -108,6 +110,31 @@ def mkl_batches() -> dict[torch.dtype, Callable[..., None]]:
     except (OSError, AttributeError):
         return {}
     return found
+
+
+@cache
+def bnb4_gemv() -> dict[str, Callable[..., None]]:
+    """{"nf4", "fp4": the function behind bitsandbytes' operator gemv_4bit on CPUs}; {} without it.
+
+    ``void (M, N, K, x, w, scales, y, blocksize, stride of x, stride of y)``, 64-bit integers and
+    addresses, x [M, K] and y [M, N] in bfloat16. It cannot be asked for its arguments; those of
+    version 0.50 count.
+    """
+    kind = ctypes.CFUNCTYPE(
+        None, *[ctypes.c_int64] * 3, *[ctypes.c_void_p] * 4, *[ctypes.c_int64] * 3
+    )
+    try:
+        if not metadata.version("bitsandbytes").startswith("0.50."):
+            return {}
+        owner: Any = importlib.import_module("bitsandbytes.backends.cpu.ops")
+        if owner.gemm_4bit_forward_kernel is not None:  # from the hub, which the operator prefers
+            return {}
+        names = {name: f"gemv_4bit_inference_cpu_{name}_bf16" for name in ("nf4", "fp4")}
+        found = {kind_: getattr(owner.lib, name) for kind_, name in names.items()}
+        at = {name: ctypes.cast(call, ctypes.c_void_p).value for name, call in found.items()}
+    except (ImportError, AttributeError, ctypes.ArgumentError):
+        return {}
+    return {name: kind(address) for name, address in at.items() if address}
 
 
 def _facts(t: Tensor) -> tuple[Any, ...]:

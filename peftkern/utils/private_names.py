@@ -367,6 +367,18 @@ REGISTER = (
         "calls of adapted parameters fail in torch",
     ),
     Private(
+        "bitsandbytes",
+        "gemv_4bit_inference_cpu_nf4_bf16 and ..._fp4_bf16 in its library",
+        "the product behind its operator, whose Python takes longer than the product of a row",
+        "the operator is called: the same numbers, in more time",
+    ),
+    Private(
+        "bitsandbytes",
+        "backends.cpu.ops.gemm_4bit_forward_kernel",
+        "whether the operator runs another kernel than that of the library",
+        "the operator is called: the same numbers, in more time",
+    ),
+    Private(
         "compressed_tensors",
         "module._original_forward_func",
         "the forward that the owner's wrapper around every module of a compressed model calls",
