@@ -84,8 +84,6 @@ def default_config(
     block_n = next((n for n in heights if programs(n) >= wanted * arch.sms), heights[-1])
     size = 8192 if one and f.per > 1 else 4096
     size = size // 4 if w.groups is not None else size
-    if one and f.scale == "e8m0":
-        size //= 2  # registers
     if not one and (f.scale == "nested" or itemsize == 4):
         size //= 2  # registers
     block_k = max(32, min(64 if many else size, size // block_n, next_pow2(K)))

@@ -19,7 +19,8 @@ from .checks import is_power_of_two
 from .common import cdiv
 
 _AWQ = (0, 4, 1, 5, 2, 6, 3, 7)  # where the i-th of eight columns is, in a word's 4-bit fields
-VALUES = ("code", "int", "int8", "e4m3")
+VALUES = ("code", "e2m1", "int", "int8", "e4m3")
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # FP4 of the OCP microscaling formats
 ORDERS = ("low", "high", "awq")
 SCALES = ("float", "e4m3", "e8m0", "nested")
 _WORDS = {torch.uint8: 2, torch.int32: 8}  # 4-bit numbers in a word
@@ -29,8 +30,8 @@ class Layout(NamedTuple):
     """How the words of a quantised weight become numbers; constants of a compiled kernel.
 
     Attributes:
-        number: what a number is: "code" (an index into a table of 16), "int" (4 bits less a zero
-            point), "int8" or "e4m3" (a byte each).
+        number: what a number is: "code" (an index into a table of 16), "e2m1" (FP4 of 4 bits),
+            "int" (4 bits less a zero point), "int8" or "e4m3" (a byte each).
         per: 4-bit numbers in a word (2 or 8), or 1 for bytes.
         along: the axis on which they are neighbours, "k" or "n".
         order: which 4 bits of a word the first of them has: "low", "high", or "awq" for AWQ's order
@@ -40,6 +41,7 @@ class Layout(NamedTuple):
         scale: what a scale is: "float", "e4m3", "e8m0" (a byte, 2 ** (byte - 127)), or "nested"
             (statistics that are quantised themselves, as bitsandbytes does).
         zero: a constant zero point; what is added to those of ``zeros`` if these are given.
+        wraps: packed zero points keep 4 bits after that sum, so that 15 and 1 are 0; False: 16.
         zero_per: zero points in a word of ``zeros``, neighbours along n in ``order``; 1 for none.
         through: the dtype in which the owner computes W, when that is not the wanted one.
         factor: a constant factor, multiplied last.
@@ -57,6 +59,7 @@ class Layout(NamedTuple):
     flat: bool = False
     scale: str = "float"
     zero: int = 0
+    wraps: bool = True
     zero_per: int = 1
     through: str = ""
     factor: float = 1.0
@@ -144,7 +147,7 @@ def checked(name: str, w: Any) -> Quantised:
         if given not in words_allowed:
             allowed = ", ".join(words_allowed)
             raise ValueError(f"{name}.layout.{field} is {given!r}; allowed: {allowed}")
-    four = f.number in ("code", "int")
+    four = f.number in ("code", "e2m1", "int")
     dtypes = _WORDS if four else [torch.int8 if f.number == "int8" else torch.float8_e4m3fn]
     if w.bits.dtype not in dtypes and w.bits.dtype != torch.float8_e4m3fnuz:
         allowed = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
@@ -208,19 +211,29 @@ def numbers(w: Quantised) -> Tensor:
     if f.per == 1:
         return bits.double()
     q = _unpacked(bits, f.per, f.order, 1 if f.along == "k" else 0)
+    if f.number == "e2m1":
+        return e2m1_table(bits.device).double()[q]
     if f.number == "code":
         assert w.code is not None
         table: Tensor = w.code.double()
         return table[q]
     zero: Any = f.zero
     if w.zeros is not None:
-        if f.zero_per > 1:  # the sum keeps 4 bits too
-            z = (_unpacked(w.zeros, f.zero_per, f.order, 1) + f.zero) & 15
-        else:
-            z = w.zeros + f.zero
+        z = w.zeros
+        if f.zero_per > 1:
+            z = _unpacked(z, f.zero_per, f.order, 1)
+        z = z + f.zero
+        if f.zero_per > 1 and f.wraps:
+            z = z & 15
         zero = z.double().t()[:, _column_blocks(w)]
     values: Tensor = q.double() - zero
     return values
+
+
+def e2m1_table(device: torch.device) -> Tensor:
+    """The 16 numbers of FP4 e2m1, fp32: positive ones first."""
+    positive = torch.tensor(_E2M1, dtype=torch.float32, device=device)
+    return torch.cat([positive, -positive])
 
 
 def _unpacked(words: Tensor, per: int, order: str, axis: int) -> Tensor:

@@ -12,8 +12,6 @@ from torch import Tensor
 from .common import cdiv
 from .quantised import Layout, Quantised
 
-_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # FP4 of the OCP microscaling formats
-
 
 def bnb4(
     bits: Tensor,
@@ -69,14 +67,18 @@ def gptq(
     group: int,
     groups: Tensor | None = None,
     zero: int = 1,
+    wraps: bool = True,
 ) -> Quantised:
     """int4 as GPTQ packs it: qweight int32 [K / 8, N], qzeros int32 [G, N / 8], scales [G, N].
 
     ``group`` columns share a scale, or ``groups`` [K] says which is whose (act-order). ``zero`` is
-    added to the stored zero points: 1 in the first format, 0 in the second.
+    added to the stored zero points: 1 in the first format, 0 in the second. ``wraps`` says what 15
+    and 1 are: 0, or 16.
     """
     K, N = qweight.shape[0] * 8, qweight.shape[1]
-    layout = Layout("int", 8, columns=group, zero=zero, zero_per=8, through=_name(scales.dtype))
+    layout = Layout(
+        "int", 8, columns=group, zero=zero, wraps=wraps, zero_per=8, through=_name(scales.dtype)
+    )
     return Quantised((N, K), layout, qweight.t(), scales.t(), zeros=qzeros, groups=groups)
 
 
@@ -103,24 +105,14 @@ def packed_rows(
 
 def mxfp4(bits: Tensor, exponents: Tensor) -> Quantised:
     """FP4 with a power of two for 32 numbers: uint8 [N, K / 2] and [N, K / 32]."""
-    layout = Layout("code", 2, columns=32, scale="e8m0")
-    table = e2m1_table(bits.device)
-    return Quantised((bits.shape[0], bits.shape[1] * 2), layout, bits, exponents, table)
+    layout = Layout("e2m1", 2, columns=32, scale="e8m0")
+    return Quantised((bits.shape[0], bits.shape[1] * 2), layout, bits, exponents)
 
 
 def nvfp4(bits: Tensor, scales: Tensor, overall: Tensor, how: str = "over") -> Quantised:
     """FP4 with an e4m3 scale for 16 numbers, ``how`` ("over", "times") one fp32 number for all."""
-    layout = Layout("code", 2, columns=16, scale="e4m3", overall=how)
-    return Quantised(
-        (bits.shape[0], bits.shape[1] * 2), layout, bits, scales, e2m1_table(bits.device),
-        overall=overall,
-    )  # fmt: skip
-
-
-def e2m1_table(device: torch.device) -> Tensor:
-    """The 16 numbers of FP4 e2m1, fp32: positive ones first."""
-    positive = torch.tensor(_E2M1, dtype=torch.float32, device=device)
-    return torch.cat([positive, -positive])
+    layout = Layout("e2m1", 2, columns=16, scale="e4m3", overall=how)
+    return Quantised((bits.shape[0], bits.shape[1] * 2), layout, bits, scales, overall=overall)
 
 
 def _shape(bits: Tensor) -> tuple[int, int]:

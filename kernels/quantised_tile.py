@@ -28,6 +28,15 @@ def e4m3(byte):
 
 
 @device_function
+def e2m1(q):
+    """The fp32 numbers of 4 bits in e2m1."""
+    b = q.to(tl.uint32)
+    bits = ((b & 8) << 28) | ((b & 7) << 22)
+    # an exponent of 2 bits in the place of one of 8, whose bias is 126 more
+    return bits.to(tl.float32, bitcast=True) * 8.507059173023462e37  # 2 ** 126
+
+
+@device_function
 def look_up(table, index, SIZE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """table[index] for an int32 index [ROWS, COLUMNS]."""
     held = tl.load(table + tl.arange(0, SIZE))  # [SIZE]
@@ -111,7 +120,9 @@ def number_tile(
         else:
             q = (words.to(tl.int32)[:, :, None] >> place[None, None, :]) & 15
         q = tl.reshape(q, (BLOCK_N, BLOCK_K))
-        if LAYOUT.number == "code":
+        if LAYOUT.number == "e2m1":
+            found = e2m1(q)
+        elif LAYOUT.number == "code":
             found = look_up(code, q, 16, BLOCK_N, BLOCK_K)
         elif zeros is None:
             found = (q - LAYOUT.zero).to(tl.float32)
@@ -125,8 +136,9 @@ def number_tile(
                 i = each % ZERO_PER  # [BLOCK_N]
                 if LAYOUT.order == "awq":
                     i = (i & 1) * 4 + (i >> 1)
-                # the sum keeps 4 bits too, as its owner's does
-                z = ((z >> (4 * i)[:, None]) + LAYOUT.zero) & 15
+                z = ((z >> (4 * i)[:, None]) & 15) + LAYOUT.zero
+                if LAYOUT.wraps:
+                    z = z & 15
                 z = z.to(tl.float32)
             else:
                 z = z.to(tl.float32) + LAYOUT.zero

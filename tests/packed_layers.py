@@ -29,6 +29,7 @@ class GptqLayer(nn.Module):
     """GPTQ's layout with random codes; ``dense`` [N, K] is the weight, float16 as its scales."""
 
     QUANT_TYPE = "cuda"
+    GROWS = False  # True: in version 1 the largest code plus 1 is one more than it, not 0
 
     def __init__(
         self, linear: nn.Linear, bits: int = 4, size: int = 32, order: bool = False, first: int = 1
@@ -44,6 +45,8 @@ class GptqLayer(nn.Module):
         zeros = torch.randint(0, top + 1, (count, N))
         scales = (torch.rand(count, N) * 0.1 / top).half()
         stored = (zeros - 1) % (top + 1) if first else zeros
+        if first and self.GROWS:
+            zeros = stored + 1
         self.register_buffer("qweight", packed(codes.T, bits).T.contiguous())
         self.register_buffer("qzeros", packed(stored, bits))
         self.register_buffer("scales", scales)
@@ -91,5 +94,8 @@ def under(kind: type, name: str, *parents: str, library: str) -> Any:
 
 
 Gptq = under(GptqLayer, "QuantLinear", library="auto_gptq")
+Gptq.GROWS = True
+GptqOld = under(GptqLayer, "QuantLinear", library="auto_gptq")
+GptqOld.QUANT_TYPE = "cuda-old"
 GptqModel = under(GptqLayer, "TorchLinear", "BaseQuantLinear", library="gptqmodel")
 Awq = under(AwqLayer, "WQLinear_GEMM", library="awq")

@@ -64,20 +64,15 @@ def awq(make: Make, N: int, K: int) -> Quantised:
 
 def mxfp4(make: Make, N: int, K: int) -> Quantised:
     bits, exponents = make(N, K // 2, dtype=torch.uint8), make(N, -(-K // 32), dtype=torch.uint8)
-    return _with_table(formats.mxfp4, make, bits, exponents)
+    return formats.mxfp4(bits, exponents)
 
 
 def nvfp4(make: Make, N: int, K: int) -> Quantised:
     bits, scales = (make(N, K // n, dtype=d) for n, d in ((2, torch.uint8), (16, _E4M3)))
-    return _with_table(formats.nvfp4, make, bits, scales, make(1, dtype=torch.float32))
+    return formats.nvfp4(bits, scales, make(1, dtype=torch.float32))
 
 
 _E4M3 = torch.float8_e4m3fn
-
-
-def _with_table(build: Any, make: Make, *tensors: Tensor) -> Quantised:
-    made: Quantised = build(*tensors)
-    return made._replace(code=make(16, dtype=torch.float32)) if made.bits.is_meta else made
 
 
 FORMATS: dict[str, Callable[..., Quantised]] = {

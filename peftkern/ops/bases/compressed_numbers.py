@@ -137,6 +137,7 @@ class PackedFloat4(Packed):
         w = pairs.index_select(0, self.q.flatten().int()).view(self.shape)
         if self.scale.dtype == torch.uint8:
             scale = torch.exp2(self.scale.float() - 127)
+            scale.masked_fill_(self.scale == 255, float("nan"))  # in E8M0
         else:
             scale = self.scale.float()
         if self.whole is not None:

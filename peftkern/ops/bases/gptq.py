@@ -4,8 +4,9 @@
 
 ``qweight`` [K · bits / 32, N] packs codes along K, ``qzeros`` [groups, N · bits / 32] along N.
 ``g_idx`` [K] is the group of each input, in any order when the inputs were quantised in the order
-of their activations (act-order). Version 1 of the format stores zeros less 1. Layers for one kernel
-(Marlin, ExLlama, ...) pack the weight anew, each in its own way, and are not read.
+of their activations (act-order). Version 1 of the format stores zeros less 1. The largest code plus
+1 is 2^bits (16) where auto-gptq dequantises, and 0 in its layer "cuda-old" and in gptqmodel. Layers
+for one kernel (Marlin, ExLlama, ...) pack the weight anew, each in its own way, and are not read.
 """
 
 from __future__ import annotations
@@ -30,13 +31,20 @@ _BITS = (2, 3, 4, 8)
 class Gptq(Columns):
     """A weight in GPTQ's layout."""
 
-    __slots__ = ("tensors", "bits", "first", "group", "shape", "device", "format")
+    __slots__ = ("tensors", "bits", "first", "wraps", "group", "shape", "device", "format")
 
     def __init__(
-        self, tensors: tuple[Tensor, ...], bits: int, K: int, N: int, first: bool, group: int = 0
+        self,
+        tensors: tuple[Tensor, ...],
+        bits: int,
+        K: int,
+        N: int,
+        first: bool,
+        group: int = 0,
+        wraps: bool = True,
     ) -> None:
         self.tensors, self.bits, self.shape = tensors, bits, (N, K)
-        self.first = first  # version 1
+        self.first, self.wraps = first, wraps  # version 1, and whether its zeros keep their bits
         self.group = group  # the inputs of each group, if they are known to be in order
         self.device, self.format = tensors[0].device, f"{bits} bit (GPTQ)"
 
@@ -50,14 +58,15 @@ class Gptq(Columns):
             return f"{self.bits} bit in {qweight.dtype}; 4 in int32 and whole words are read"
         # without a word of the layer only the device's memory tells whether groups are in order
         order = None if self.group else groups.int()
-        return gptq(qweight, qzeros, scales, self.group, order, int(self.first))
+        return gptq(qweight, qzeros, scales, self.group, order, int(self.first), self.wraps)
 
     def columns(self, dtype: torch.dtype) -> Tensor:
         qweight, qzeros, scales, groups = self.tensors
         N, K = self.shape
         zeros = unpacked(qzeros, self.bits, 1)[:, :N]
         if self.first:
-            zeros = (zeros + 1) & 2**self.bits - 1
+            zeros = zeros + 1
+            zeros = zeros & 2**self.bits - 1 if self.wraps else zeros
         codes = unpacked(qweight, self.bits, 0)[:K]
         return (scales[groups] * (codes - zeros[groups])).to(dtype)
 
@@ -69,11 +78,11 @@ def read(module: Any) -> Found | str:
     if "BaseQuantLinear" in names:
         if kind not in _MODEL:
             return f"a {kind} packs its weight anew, or computes in its own way"
-        first = module.qzero_format() == 1
+        first, wraps = module.qzero_format() == 1, True
     else:
         if way not in _AUTO:
             return f"a {kind} of kind {way!r} packs its weight anew"
-        first = True
+        first, wraps = True, way == "cuda-old" and module.bits != 3
     for name in ("adapter", "online_full_had", "online_partial_had"):
         if getattr(module, name, None):
             return f"a {kind} with `{name}` computes more than a product"
@@ -97,4 +106,4 @@ def read(module: Any) -> Found | str:
     group = K if size == -1 else size
     if group and -(-K // group) != scales.shape[0]:
         group = 0
-    return Found(Gptq(held, module.bits, K, N, first, group), module.bias)
+    return Found(Gptq(held, module.bits, K, N, first, group, wraps), module.bias)
