@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import peftkern
 from peftkern.ops.bases import bnb4 as bnb4_file
-from peftkern.ops.bases import bnb4_cpu, bnb4_decode
+from peftkern.ops.bases import bnb4_cpu, bnb4_kernel
 from peftkern.ops.bases.formats import as_weight, read
 from peftkern.utils.private import bnb4_gemv
 from tests.closeness import assert_as_good_as_torch
@@ -268,9 +268,9 @@ def dense_kernel(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         w = bnb4_file._by_formula(usual, absmax, state.code, state.blocksize, state.shape, x.dtype)
         return x @ w.t()
 
-    monkeypatch.setattr(bnb4_decode, "kernel", kernel)
-    monkeypatch.setattr(bnb4_decode, "_kernel_is_known", lambda kind: True)
-    monkeypatch.setattr(bnb4_decode, "_wanted", True)
+    monkeypatch.setattr(bnb4_kernel, "kernel", kernel)
+    monkeypatch.setattr(bnb4_kernel, "_kernel_is_known", lambda kind: True)
+    monkeypatch.setattr(bnb4_kernel, "_wanted", True)
     return calls
 
 
@@ -295,10 +295,10 @@ def test_the_second_packing_never_goes_stale(dense_kernel: list[int], nested: bo
         assert torch.equal(decoded(layer, x), decoded(fresh, x))
 
     agrees()
-    before = bnb4_decode._copies[layer]
+    before = bnb4_kernel._copies[layer]
     agrees()
-    assert bnb4_decode._copies[layer] is before and len(dense_kernel) == 4
-    assert "packed a second time for decoding (4096 bytes)" in read(layer).packed.format  # type: ignore[union-attr]
+    assert bnb4_kernel._copies[layer] is before and len(dense_kernel) == 4
+    assert "packed a second time for eval mode (4096 bytes)" in read(layer).packed.format  # type: ignore[union-attr]
     state, new = layer.weight.quant_state, other.weight.quant_state
     layer.weight.data.copy_(other.weight.data)  # moves no version number
     agrees()
@@ -315,16 +315,16 @@ def test_the_second_packing_never_goes_stale(dense_kernel: list[int], nested: bo
     agrees()
     layer.weight = other.weight
     agrees()
-    assert bnb4_decode._copies[layer] is not before
+    assert bnb4_kernel._copies[layer] is not before
     y = decoded(layer.train(), x)  # in training nothing is kept, and all is float32
-    assert layer not in bnb4_decode._copies
+    assert layer not in bnb4_kernel._copies
     assert torch.equal(y, x @ owners(layer).t())
 
 
 def test_one_row_compares_some_words_and_now_and_then_all(
     dense_kernel: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bnb4_decode, "EVERY", 4)
+    monkeypatch.setattr(bnb4_kernel, "EVERY", 4)
     layer, other = (bnb4(nn.Linear(128, 64, bias=False), quant_type="nf4").eval() for _ in "ab")
     layer.support_avx512bf16_for_cpu = True
     x = torch.randn(1, 128)
@@ -358,10 +358,10 @@ class _Watching(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_function_behind_the_operator_gives_its_numbers(kind: str, dtype: torch.dtype) -> None:
     layer = bnb4(nn.Linear(192, 96, bias=False), quant_type=kind).eval()
-    operator = mock.Mock(wraps=bnb4_decode._operator)
+    operator = mock.Mock(wraps=bnb4_kernel._operator)
     for rows in (1, 3, 40):
         x = torch.randn(192, rows, dtype=dtype).t()  # not contiguous
-        with mock.patch.object(bnb4_decode, "_operator", operator):
+        with mock.patch.object(bnb4_kernel, "_operator", operator):
             decoded(layer, x)  # asks once whether the numbers are the operator's
             operator.reset_mock()
             found = decoded(layer, x)
@@ -381,11 +381,11 @@ def test_what_the_kernel_is_not_asked_for(
     odd.support_avx512bf16_for_cpu = True
     decoded(layer, torch.randn(1, 128, dtype=torch.float64))
     decoded(odd, torch.randn(1, 96))  # blocks go over the end of a row
-    monkeypatch.setattr(bnb4_decode, "_wanted", False)
+    monkeypatch.setattr(bnb4_kernel, "_wanted", False)
     decoded(layer, torch.randn(1, 128))
     layer.support_avx512bf16_for_cpu = False
     decoded(conversion(layer), torch.randn(1, 128))
-    assert not dense_kernel and layer not in bnb4_decode._copies
+    assert not dense_kernel and layer not in bnb4_kernel._copies
 
 
 def test_few_rows_in_eval_mode_are_as_good_as_hf_pefts() -> None:

@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
 from tests import tp
-from tests.children import python
 from tests.closeness import assert_same_number
+from tests.ranks import results
 
 try:
     from transformers.distributed.tensor_parallel import apply_tensor_parallelism  # noqa: F401
@@ -44,9 +43,7 @@ class Ran(NamedTuple):
 
 
 def ran(folder: Path, *names: str) -> Ran:
-    done = python("-m", "tests.tp", str(folder), *names)
-    assert done.returncode == 0, done.stderr
-    return Ran(folder, [torch.load(folder / f"rank{rank}.pt") for rank in range(tp.RANKS)])
+    return Ran(folder, results("tests.tp", folder, tp.RANKS, *names))
 
 
 @pytest.fixture(scope="module")

@@ -6,21 +6,19 @@
 
 from __future__ import annotations
 
-import datetime
 import os
 import sys
-import traceback
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import peftkern
 from peftkern.checkpoint import saving
+from tests.ranks import fork
 
 RANKS, STEPS = 2, 2
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -314,12 +312,8 @@ REST: dict[str, Any] = {
 HEADLINE = ("all layers", "dropout", "head and embedding", "prefix", "refused", "failed save")
 
 
-def _run(rank: int, folder: Path, names: list[str]) -> None:
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+def _run(rank: int, folder: Path, names: list[str]) -> dict[str, Any]:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS)}
-    store = dist.FileStore(str(folder / "store"), RANKS)
-    limit = datetime.timedelta(seconds=60)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS, timeout=limit)
     found: dict[str, Any] = {}
     for name in names:
         files = folder / f"{name} shared"
@@ -329,31 +323,14 @@ def _run(rank: int, folder: Path, names: list[str]) -> None:
             found[name] = prompted(name, folder, rank, files)
         else:
             found[name] = REST[name](rank, folder)
-    torch.save(found, folder / f"rank{rank}.pt")
-    dist.destroy_process_group()
+    return found
 
 
 def main(folder: Path, names: list[str]) -> None:
-    torch.set_num_threads(1)
     save_llama(folder / "llama")
     save_llama(folder / "tied", tied=True)
     save_mixture(folder / "mixture")
-    children = []
-    for rank in range(RANKS):
-        child = os.fork()
-        if child == 0:
-            status = 1
-            try:
-                _run(rank, folder, names)
-                status = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stderr.flush()
-                os._exit(status)
-        children.append(child)
-    failed = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    sys.exit(max(map(abs, failed)))
+    fork(folder, RANKS, lambda rank: _run(rank, folder, names))
 
 
 if __name__ == "__main__":

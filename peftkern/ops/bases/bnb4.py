@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...utils.private import DisabledTorchFunction
-from . import bnb4_decode
+from . import bnb4_kernel
 from .bnb4_cpu import repacked_bits
 from .formats import Found, Unusable
 from .repack import State
@@ -40,7 +40,7 @@ class Bnb4(Packed):
 
     @property
     def format(self) -> str:  # type: ignore[override]
-        kept = bnb4_decode.describe(self.module)
+        kept = bnb4_kernel.describe(self.module)
         return f"{self.state.quant_type.upper()} (bitsandbytes{kept})"
 
     @property
@@ -64,11 +64,11 @@ class Bnb4(Packed):
 
     def product(self, x: Tensor, y: Tensor | None) -> Tensor:
         if self.module.training:
-            bnb4_decode.forget(self.module)
+            bnb4_kernel.forget(self.module)
         return super().product(x, y)
 
     def infer(self, x: Tensor) -> Tensor:
-        y = bnb4_decode.product(self, x)
+        y = bnb4_kernel.product(self, x)
         return self.product(x, None) if y is None else y
 
     def for_kernels(self, dtype: torch.dtype) -> Quantised | str:
@@ -125,8 +125,8 @@ class Repacked4(Bnb4):
         return self.weight, self.state.absmax
 
     def infer(self, x: Tensor) -> Tensor:
-        if bnb4_decode.applies(self, x):
-            return bnb4_decode.kernel(x, self.bits, self.state.absmax, self.state)
+        if bnb4_kernel.applies(self, x):
+            return bnb4_kernel.kernel(x, self.bits, self.state.absmax, self.state)
         return self.product(x, None)
 
     def for_kernels(self, dtype: torch.dtype) -> Quantised | str:

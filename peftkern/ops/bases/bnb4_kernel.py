@@ -74,7 +74,9 @@ def forget(module: nn.Module) -> None:
 def describe(module: nn.Module) -> str:
     """Words for ``explain`` on a layer's second packing; none without one."""
     copy = _copies.get(module)
-    return "" if copy is None else f", packed a second time for decoding ({copy.bits.nbytes} bytes)"
+    return (
+        "" if copy is None else f", packed a second time for eval mode ({copy.bits.nbytes} bytes)"
+    )
 
 
 def applies(weight: Any, x: Tensor) -> bool:
