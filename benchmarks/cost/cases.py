@@ -218,7 +218,7 @@ def _to_floor(model: nn.Module, shape: Shape) -> None:
             setattr(owner, name, _Member(floor, i))
 
 
-def _adapt(
+def adapt(
     library: Any, model: nn.Module, targets: list[str], who: Provider, r: int, p: float
 ) -> None:
     config = library.LoraConfig(r=r, lora_alpha=2 * r, lora_dropout=p, target_modules=targets)
@@ -257,7 +257,7 @@ def inferred(who: Provider, shape: Shape, arch: common.Arch) -> dict[str, list[T
     """{"fwd": launches} of one LoRA linear in eval mode without gradients."""
     model, x, targets = _build("linear", shape)
     if who.kind != "plain":
-        _adapt(importlib.import_module("peft" if who.kind == "peft" else "peftkern"),
+        adapt(importlib.import_module("peft" if who.kind == "peft" else "peftkern"),
                model, targets, who, shape.r, 0.0)  # fmt: skip
     ours = who.kind not in ("plain", "peft")
     with backend(who.kind, arch) if ours else contextlib.nullcontext():
@@ -278,12 +278,12 @@ def measure(who: Provider, case: str, shape: Shape, p: float, arch: common.Arch)
     if who.kind == "peft":
         import peft
 
-        _adapt(peft, model, targets, who, shape.r, p)
+        adapt(peft, model, targets, who, shape.r, p)
         return count(model.train(), x)
     if who.kind != "floor":
         import peftkern
 
-        _adapt(peftkern, model, targets, who, shape.r, p)
+        adapt(peftkern, model, targets, who, shape.r, p)
         with backend(who.kind, arch):
             result = count(model.train(), x)
         if (who.kind != "torch") != any(t.requested for t in result.forward):

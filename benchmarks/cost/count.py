@@ -267,7 +267,8 @@ def count(model: torch.nn.Module, x: Tensor) -> Count:
 
         def keep(t: Tensor, kept: dict[int, Any] = kept) -> Tensor:
             storage = t.untyped_storage()
-            if storage._cdata not in known:
+            # a packed weight as a tensor has no data but the layer's
+            if storage._cdata not in known and not hasattr(t, "packed"):
                 kept[storage._cdata] = storage  # held, so that its address is not reused
             return t
 

@@ -2,12 +2,14 @@
 
     python -m benchmarks.cost [--gpu H100] [--M 8192 --K 4096 --N 4096 --r 16] [--json]
     python -m benchmarks.cost --time [--gpu H200 ...] [--case linear decode ...] [--json]
+    python -m benchmarks.cost --base nf4 [fp8 ...] [--time] [--gpu H100 H200] [--json]
 
 There are three cases, forward and backward, with dropout 0 and 0.1 and bf16 activations: one LoRA
 linear, three projections of one X, and one Llama-8B layer with an adapter on every linear (in its
 own widths, for M tokens). ``--case experts`` are the experts of two mixtures, in their own sizes
 and without dropout (:mod:`.experts`), and ``--case prefix`` is a prefix inside attention
-(:mod:`.prefix`).
+(:mod:`.prefix`). ``--base`` counts the linears of a Llama-8B layer on a quantised base
+(:mod:`.quantised`).
 
 HF PEFT's and peftkern's real modules run on tensors without data (:mod:`.count`); Triton launches
 report their traffic from their grids (:mod:`benchmarks.kernels`). Times are rooflines: lower bounds
@@ -32,10 +34,11 @@ from rich.table import Table
 from peftkern.kernels.checks import MAX_RANK
 from peftkern.kernels.common import Arch
 
+from ..gpu.packed import BASES
 from ..kernels.traffic import Traffic
 from . import experts as cost_experts
 from . import prefix as cost_prefix
-from . import timed, timed_cases
+from . import quantised_tables, timed, timed_cases
 from .cases import CASES, FP32, PROVIDERS, Provider, Shape, measure
 from .count import Count
 from .gpus import GPUS, Gpu, microseconds
@@ -275,13 +278,41 @@ def _time(
     return 0
 
 
+def _bases(
+    parser: argparse.ArgumentParser, options: argparse.Namespace, shape: Shape, bases: list[str]
+) -> int:
+    """The command with ``--base``."""
+    if shape != Shape():
+        parser.error("argument --base: its shapes are fixed; allowed: none of --M --K --N --r")
+    if options.case or options.launches:
+        parser.error("argument --base: it has cases of its own; allowed: --time --gpu --json")
+    gpus = options.gpu or list(quantised_tables.DEFAULT)
+    if not options.time:
+        found = quantised_tables.counted(bases, gpus)
+        if options.json:
+            print(json.dumps(quantised_tables.as_json(found, gpus)))
+        else:
+            quantised_tables.show(found, gpus)
+        return 0
+    try:
+        times = quantised_tables.modelled(bases, gpus)
+    except RuntimeError as error:  # a kernel does not compile
+        parser.error(str(error))
+    if options.json:
+        print(json.dumps(timed.as_json(times)))
+    else:
+        timed.show(times, Console(width=None if sys.stdout.isatty() else 200))
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.cost", description=(__doc__ or "").splitlines()[0]
     )
     parser.add_argument(
         "--gpu", nargs="+", choices=sorted(GPUS),
-        help=f"default H100; several with --time, where the default is {' '.join(timed.SHOWN)}",
+        help=f"default H100; several with --time, where the default is {' '.join(timed.SHOWN)}, "
+        f"and with --base ({' '.join(quantised_tables.DEFAULT)})",
     )  # fmt: skip
     parser.add_argument("--time", action="store_true", help="a model of time, at fixed shapes")
     for name, value in Shape()._asdict().items():
@@ -292,12 +323,15 @@ def main(argv: list[str] | None = None) -> int:
     )
     choices = list(dict.fromkeys([*every, *modelled]))
     parser.add_argument("--case", nargs="+", choices=choices, help="default: all")
+    parser.add_argument("--base", nargs="+", choices=BASES, help="quantised bases instead")
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     parser.add_argument("--launches", action="store_true", help="with --json: list every launch")
     options = parser.parse_args(argv)
     if options.r > MAX_RANK:
         parser.error(f"argument --r: {options.r}; allowed: 1 to {MAX_RANK}, what the kernels take")
     shape = Shape(options.M, options.K, options.N, options.r)
+    if options.base:
+        return _bases(parser, options, shape, options.base)
     chosen = options.case or (modelled if options.time else every)
     if wrong := [c for c in chosen if c not in (modelled if options.time else every)]:
         allowed = ", ".join(modelled if options.time else every)

@@ -248,9 +248,10 @@ def show(found: Sequence[Timed], console: Console) -> None:
         console.print(_providers(some))
         console.print(f"Its launches on {some[0].gpu}, modelled us.", highlight=False)
         console.print(_launches(some[0]))
-    if JUDGED in gpus:
+    judged = verdicts(found) if JUDGED in gpus else []
+    if judged:
         console.print(f"Modelled figures against their limits, on {JUDGED}:")
-        for v in verdicts(found):
+        for v in judged:
             console.print(v.line, highlight=False, soft_wrap=True)
 
 

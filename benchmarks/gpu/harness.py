@@ -35,7 +35,7 @@ from .device import slug, versions
 from .store import Store
 
 ORDER = ("tests", "sanitizer", "counters", "linear", "race", "group", "decode", "prefix",
-         "experts", "layer", "e2e")  # fmt: skip
+         "experts", "quantised", "layer", "e2e")  # fmt: skip
 BUDGETS = {"tests": 200, "sanitizer": 90, "counters": 60} | {
     n: p.budget_s for n, p in gpu_parts.PARTS.items()
 }

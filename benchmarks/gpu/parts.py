@@ -152,6 +152,26 @@ def _warm_experts(case: Any, device: Device) -> None:
     gpu_experts.warm(case, device)
 
 
+def _quantised_cases() -> Sequence[Any]:
+    from . import quantised as gpu_quantised
+
+    return gpu_quantised.cases()
+
+
+def _quantised(
+    case: Any, device: Device, store: Store, left: float, watch: Watch
+) -> dict[str, Any]:
+    from . import quantised as gpu_quantised
+
+    return gpu_quantised.measure(case, device, store.data["ceilings"], seconds=0.3, watch=watch)
+
+
+def _warm_quantised(case: Any, device: Device) -> None:
+    from . import quantised as gpu_quantised
+
+    gpu_quantised.warm(case, device)
+
+
 PARTS = {
     part.name: part
     for part in (
@@ -164,6 +184,7 @@ PARTS = {
         Part("decode", 70, 60, 4, _decode_cases, _block, _warm_block),
         Part("prefix", 60, 60, 4, _prefix_cases, _prefix),
         Part("experts", 120, 120, 10, _experts_cases, _experts, _warm_experts),
+        Part("quantised", 90, 120, 4, _quantised_cases, _quantised, _warm_quantised),
         Part("headline", 290, 150, 5, _headline_cases, _headline, _warm_block, _headline_least),
     )
 }  # fmt: skip
@@ -196,6 +217,8 @@ def kinds(part: Part) -> list[Any]:
             return case.what
         if part.name == "experts":
             return case.layer, case.what
+        if part.name == "quantised":  # each base once, and each kind of row
+            return case.base if case.M == 1 else case.what
         return getattr(case, "checkpointing", type(case).__name__)
 
     return gpu_cases.first_of_each(part.cases(), kind)

@@ -19,9 +19,10 @@ NOISE = 1.02  # a ratio up to this is not counted as a loss
 MIXED = "peftkern mixed"
 PREFIX, JOINED = "peftkern prefix", "prefix in a static cache"
 LOOP = "loop over adapters"
-TRITON = "peftkern triton"  # of a mixture's experts
+TRITON = "peftkern triton"  # of a mixture's experts, and of quantised bases
+BNB, OWNER = "bitsandbytes", "owner in torch"  # who dequantise a base
 OWN = (*OURS.values(), AUTO, MIXED, PREFIX, TRITON)
-RIVALS = (PEFT_BF16, PEFT_FP32, LOOP, PEFT_COMPILED, JOINED, *PEERS)
+RIVALS = (PEFT_BF16, PEFT_FP32, LOOP, PEFT_COMPILED, JOINED, BNB, OWNER, *PEERS)
 LEGEND = (
     "us of one call, medians; floor: roofline from the measured ceilings; peftkern: the best of",
     "its backends, named under 'by'; '/ PEFT': against PEFT's faster form. A provider whose",
@@ -54,7 +55,7 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
             continue
         ours, plain = best(row, OWN), us(row, PLAIN)
         peft = [t for n in (PEFT_BF16, PEFT_FP32, LOOP) if (t := us(row, n)) is not None]
-        peer = best(row, (PEFT_COMPILED, JOINED, *PEERS))
+        peer = best(row, (PEFT_COMPILED, JOINED, BNB, OWNER, *PEERS))
         kept = row["providers"].get(ours[0], {}).get("kept_bytes") if ours else None
         cells.append(
             (
