@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from typing import Any
 from unittest import mock
 
@@ -344,6 +346,17 @@ def test_one_row_compares_some_words_and_now_and_then_all(
     assert is_right(torch.randn(2, 128)) and is_right()
     layer.weight.quant_state.absmax.data[3] ^= 255
     assert [is_right() for _ in range(3)] == [False, False, True]
+
+
+def test_a_second_packing_lives_no_longer_than_its_layer(dense_kernel: list[int]) -> None:
+    layer = bnb4(nn.Linear(128, 64, bias=False), quant_type="nf4").eval()
+    layer.support_avx512bf16_for_cpu = True
+    decoded(layer, torch.randn(1, 128))
+    assert layer in bnb4_kernel._copies and layer.weight.module is layer
+    gone = weakref.ref(layer)
+    del layer
+    gc.collect()
+    assert gone() is None
 
 
 class _Watching(TorchDispatchMode):

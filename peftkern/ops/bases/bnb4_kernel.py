@@ -20,7 +20,7 @@ from __future__ import annotations
 import os
 from functools import cache
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,9 @@ class _Copy:
 
     def __init__(self, weight: Any) -> None:
         N, K = weight.shape
-        self.held, self.facts = weight.tensors, _facts(weight)  # objects that live have one id each
+        # a weight knows its layer, by which copies are found: held, it would keep both for good
+        self.weight = ref(weight.weight)
+        self.held, self.facts = weight.tensors[1:], _facts(weight)  # held, they keep their ids
         self.sums = _sums(weight.bits)
         self.statistics = [_words(t).clone() for t in weight.tensors[1:]]
         words = weight.bits.view(-1).view(torch.int64)
@@ -50,7 +52,7 @@ class _Copy:
         self.bits = bnb4_cpu.repack(weight.bits, N, K)
 
     def is_of(self, weight: Any, rows: int) -> bool:
-        if _facts(weight) != self.facts:
+        if self.weight() is not weight.weight or _facts(weight) != self.facts:
             return False
         self.left -= 1
         if rows == 1 and self.left > 0:
@@ -137,7 +139,7 @@ def _facts(weight: Any) -> tuple[Any, ...]:
     """What changes with the weight, but for writes through ``.data`` and its like."""
     state, held = weight.state, (weight.bits, *weight.tensors[1:])
     versions = [None if t.is_inference() else t._version for t in held]
-    objects = [*map(id, weight.tensors)]
+    objects = [*map(id, held[1:])]
     return objects, versions, held[0].data_ptr(), state.blocksize, state.quant_type, state.shape
 
 
