@@ -61,6 +61,7 @@ def ran(folder: Path) -> dict[str, Any]:
         "whole": of("whole"),
         "whole, fsdp": of("whole, fsdp", fsdp=True),
         "again": of("whole"),
+        "fp8": of("fp8", load_in="fp8", steps=2),
         "other settings": of("whole", lr=0.5),
         "no data": of("none", data="nowhere.jsonl"),
         "no rank": of("none", lora_r=0),
@@ -172,6 +173,12 @@ def test_bad_input_is_said_once_and_ends_every_process(
     assert first["err"].count("\n") == 1 and said in first["err"]
     assert second["err"] == first["out"] == second["out"] == ""
     assert not (folder / "none").exists()
+
+
+def test_a_base_in_fp8_is_not_sent_around(folder: Path, ran: Any) -> None:
+    # gloo sends no fp8; DistributedDataParallel would send all that is frozen
+    assert [process["code"] for process in ran["fp8"]] == [0, 0], ran["fp8"]
+    assert len(losses(record(folder, "fp8"))) == 2
 
 
 def test_fsdp_in_one_process_is_refused(folder: Path, capsys: Any) -> None:

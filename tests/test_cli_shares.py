@@ -5,13 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from peftkern.cli import ranks
 from peftkern.cli.encode import collator
 from peftkern.cli.errors import RunError, UserError
+from peftkern.cli.prepare import fingerprint
 from peftkern.cli.shares import IDLE, Examples, Shares, marking
+from peftkern.cli.train import _refuse_unlike_weights
 
 LAUNCHED = {
     "WORLD_SIZE": "4",
@@ -133,4 +137,19 @@ def test_an_error_of_one_process_is_an_error_of_all() -> None:
     Seen.other = (UserError, "bad file")
     with pytest.raises(UserError, match="^in process 1 of 2: bad file$"):
         both.together(lambda: 3)
+    Seen.other = None
+
+
+def test_weights_that_differ_are_refused() -> None:
+    models = [nn.Linear(3, 2).double() for _ in range(2)]
+    prints = [fingerprint(model) for model in models]
+    assert prints[0] != prints[1] and fingerprint(models[0]) == prints[0]
+    for values in (torch.zeros(2, 2, dtype=torch.uint8), torch.ones(()), torch.empty(0)):
+        holder = nn.ParameterList([nn.Parameter(values, requires_grad=False)])
+        assert fingerprint(holder)
+    both = Seen(0, 2)
+    Seen.other = prints[0]
+    _refuse_unlike_weights(both, models[0], "there")
+    with pytest.raises(UserError, match="--model there: process 1 has read other weights than"):
+        _refuse_unlike_weights(both, models[1], "there")
     Seen.other = None

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_callback import PrinterCallback
 
+from ..utils.private import leave_out_of_ddp
 from ..utils.undo import in_mode
 from . import resume, shards
 from .encode import target_count
@@ -75,12 +76,14 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers is not read
             pin_memory=self.args.dataloader_pin_memory,
         )
 
-    def watch_for_unused(self) -> None:
-        """Tell DistributedDataParallel whether some trained parameters get no gradient.
+    def get_ready_for_ddp(self) -> None:
+        """Tell DistributedDataParallel what is trained, and whether some of it gets no gradient.
 
         It waits for all gradients else, and where a model has linear layers that no text reaches
         (a vision tower's), in vain. One example shows it. Draws random numbers.
         """
+        tensors = [*self.model.named_parameters(), *self.model.named_buffers()]
+        leave_out_of_ddp(self.model, [name for name, t in tensors if not t.requires_grad])
         batch = self.data_collator([self.train_dataset[0]])
         batch = {name: value.to(self.args.device) for name, value in batch.items()}
         with self.accelerator.autocast():

@@ -24,7 +24,7 @@ from .encode import Example, collator, pad_id
 from .errors import UserError, first_line
 from .modelio import hush_transformers, load_tokenizer, locate_model
 from .options import option
-from .prepare import device_of, make_model, prepare_data
+from .prepare import device_of, fingerprint, make_model, prepare_data
 from .ranks import Ranks, join, on_cpu, refuse_other_precision
 from .settings import TrainSettings, differing
 
@@ -58,6 +58,8 @@ def _train(settings: TrainSettings, ranks: Ranks, fresh: bool, console: Console)
     for message in found.messages:
         console.print(f"[yellow]{message}[/yellow]")
     tokenizer, training, held, model = ranks.together(lambda: _prepare(settings, found, console))
+
+    _refuse_unlike_weights(ranks, model, settings.model)
 
     # from here on the input is known to be right
     def make_out() -> None:
@@ -131,6 +133,19 @@ def _refuse_unlike(ranks: Ranks, found: _Found, out: str) -> None:
                 "must be one folder that all processes see",
                 everywhere=True,
             )
+
+
+def _refuse_unlike_weights(ranks: Ranks, model: Any, path: str) -> None:
+    """Raise a UserError when processes have read unlike weights: nothing makes them alike later."""
+    if ranks.count == 1:
+        return
+    seen = ranks.gather(fingerprint(model))
+    other = next((number for number, value in enumerate(seen) if value != seen[0]), None)
+    if other is not None:
+        raise UserError(
+            f"--model {path}: process {other} has read other weights than process 0",
+            everywhere=True,
+        )
 
 
 def _prepare(
@@ -230,7 +245,7 @@ def _run(
             f"{per_step} examples an optimizer step"
         )
         if not settings.fsdp:
-            trainer.watch_for_unused()
+            trainer.get_ready_for_ddp()
         # other dropout masks in each process; when a run goes on, its random state is read
         set_seed((settings.seed + ranks.index) % 2**32)
     if checkpoint:
@@ -300,7 +315,7 @@ def _training_arguments(settings: TrainSettings, ranks: Ranks) -> Any:
         seed=settings.seed,
         bf16=bool(settings.bf16),
         use_cpu=on_cpu(settings.cpu) or (ranks.count > 1 and device_of(settings) == "cpu"),
-        ddp_find_unused_parameters=False,  # but see `AdapterTrainer.watch_for_unused`
+        ddp_find_unused_parameters=False,  # but see `AdapterTrainer.get_ready_for_ddp`
         ddp_broadcast_buffers=False,  # no step changes them
         average_tokens_across_devices=False,  # AdapterTrainer does
         # Trainer would remove columns that are not in the signature of the PeftModel

@@ -357,6 +357,16 @@ def conversion_families() -> dict[str, str]:
     return getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {})
 
 
+def leave_out_of_ddp(model: nn.Module, names: Sequence[str]) -> None:
+    """Keep DistributedDataParallel from broadcasting these parameters and buffers of a model."""
+    name = "_set_params_and_buffers_to_ignore_for_model"
+    ignore = getattr(nn.parallel.DistributedDataParallel, name, None)
+    if ignore is None:
+        warn_without(f"nn.parallel.DistributedDataParallel.{name}")
+    else:
+        ignore(model, names)
+
+
 def use_one_gpu(args: Any) -> None:
     """Keep a Trainer with these arguments from splitting batches with ``nn.DataParallel``."""
     args._n_gpu = 1

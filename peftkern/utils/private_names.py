@@ -321,6 +321,12 @@ REGISTER = (
         "a new card names no base model",
     ),
     Private(
+        "torch",
+        "nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model",
+        "it broadcasts the frozen weights too, gigabytes that each process has read from its files",
+        "they are broadcast, which fails for weights in fp8",
+    ),
+    Private(
         "transformers",
         "TrainingArguments._n_gpu",
         "Trainer splits batches with nn.DataParallel where there are several GPUs",
