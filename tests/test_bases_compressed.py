@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from importlib.util import find_spec, module_from_spec
 from typing import Any
 
 import peft
@@ -352,3 +353,12 @@ def test_mixed_batches_quantise_x_as_their_owner() -> None:
     rounded = plain - x @ numbers.packed.dense(torch.float32).t()
     assert rounded.abs().max() > 1e-3
     assert "quantises X" in str(mixed_reason(layer, x, AdapterNames(names)))
+
+
+def test_tables_of_a_file_that_is_imported_under_a_default_device() -> None:
+    spec = find_spec("peftkern.ops.bases.compressed_numbers")
+    assert spec is not None and spec.loader is not None
+    again = module_from_spec(spec)
+    with torch.device("meta"):  # as in a model's construction: formats are imported when needed
+        spec.loader.exec_module(again)
+    assert again._PAIRS.device.type == "cpu"

@@ -212,6 +212,20 @@ def test_rows_without_a_prefix_are_plain_attention(monkeypatch, implementation):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_with_another_default_device(monkeypatch, implementation):
+    force(monkeypatch, implementation)
+    tensors = inputs(2, 4, 2, 9, 9, 5, 8)
+    keep = torch.tensor([[True] * 9, [True, False] * 4 + [True]])
+    options = {"keep": keep, "window": 6}
+    want = truth(tensors, options)
+    expected = [want, *torch.autograd.grad(want, tensors, want)]
+    with torch.device("meta"):
+        out = prefix_attention(*tensors, scale=SCALE, causal=True, **options)
+        found = [out, *torch.autograd.grad(out, tensors, out)]
+    assert_same_number(found, expected)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_any_layout(monkeypatch, implementation):
     """Contiguous queries, sliced rows, a stride along D, a gradient that is an expanded scalar."""
     force(monkeypatch, implementation)

@@ -161,8 +161,8 @@ class _Backward:
         self.dq = q.new_empty(B, T, call.H, D).transpose(1, 2) if self.needs_q else None
         self.dk = torch.empty_like(k) if self.needs_k else None
         self.dv = torch.empty_like(v) if self.needs_v else None
-        self.dkp = torch.zeros(kp.shape, dtype=dtype) if self.needs_kp else None
-        self.dvp = torch.zeros(vp.shape, dtype=dtype) if self.needs_vp else None
+        self.dkp = kp.new_zeros(kp.shape, dtype=dtype) if self.needs_kp else None
+        self.dvp = vp.new_zeros(vp.shape, dtype=dtype) if self.needs_vp else None
         self.step = call.heads_at_once(T)
         width = min(BLOCK, call.S)
         size = self.step * T * G * max(width, call.P)

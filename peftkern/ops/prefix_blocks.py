@@ -51,7 +51,7 @@ def spans_of(keep: Tensor | None, B: int, S: int, dtype: torch.dtype) -> list[Sp
         elif count == last - first:
             spans.append(Span(first, last, None))
         else:
-            holes = torch.zeros(S, dtype=dtype).masked_fill_(~keep[b], -math.inf)
+            holes = keep.new_zeros(S, dtype=dtype).masked_fill_(~keep[b], -math.inf)
             spans.append(Span(first, last, holes))
     return spans
 
@@ -77,9 +77,10 @@ class _Hide:
         key = (below, base, j - i, d - c)
         mask = self.made.get(key)
         if mask is None:
-            distance = base + torch.arange(j - i)[:, None] - torch.arange(d - c)
+            rows, columns = (torch.arange(n, device=s.device) for n in (j - i, d - c))
+            distance = base + rows[:, None] - columns
             hidden = (distance < 0) if below else (distance >= 0)
-            mask = torch.zeros(hidden.shape, dtype=self.dtype).masked_fill_(hidden, -math.inf)
+            mask = s.new_zeros(hidden.shape, dtype=self.dtype).masked_fill_(hidden, -math.inf)
             mask = self.made[key] = mask.repeat_interleave(self.G, 0)
         s[:, i * self.G : j * self.G, c:d].add_(mask)
 
@@ -88,7 +89,7 @@ class Scratch:
     """The memory of blocks, allocated once a call, with a view for each shape of a block."""
 
     def __init__(self, size: int, dtype: torch.dtype) -> None:
-        self.memory = torch.empty(size, dtype=dtype)
+        self.memory = torch.empty(size, dtype=dtype, device="cpu")
         self.views: dict[tuple[int, int, int], Tensor] = {}
 
     def __call__(self, n: int, m: int, c: int) -> Tensor:
@@ -103,7 +104,7 @@ def rows_of(x: Tensor, G: int, dtype: torch.dtype) -> Tensor:
     if G == 1:
         return x.to(dtype)
     grouped = split(x, G)
-    return torch.empty(grouped.shape, dtype=dtype).copy_(grouped).flatten(1, 2)
+    return x.new_empty(grouped.shape, dtype=dtype).copy_(grouped).flatten(1, 2)
 
 
 def split(x: Tensor, G: int) -> Tensor:

@@ -73,7 +73,7 @@ def of_other_shapes(found: Sequence[Tensor | None], shapes: Sequence[Any]) -> li
     """A sample with an infinite error when the outputs have other shapes; none when they fit."""
     if [None if t is None else tuple(t.shape) for t in found] == [tuple(s) for s in shapes]:
         return []
-    nothing = torch.zeros(1, dtype=torch.float64)
+    nothing = torch.zeros(1, dtype=torch.float64, device="cpu")
     return [Sample("shape", nothing.add(float("inf")), nothing)]
 
 

@@ -168,14 +168,16 @@ class _Question(NamedTuple):
 
     @classmethod
     def of(cls, kind: str) -> _Question:
-        bits = torch.arange(bnb4_cpu.ROWS * 32).mul_(37).to(torch.uint8)
-        N, K = shape = (bnb4_cpu.ROWS, 64)
-        dequantise = torch.ops.bitsandbytes.dequantize_4bit.default
-        w = dequantise(bits, torch.ones(N), K, kind, shape, torch.float32)
-        code = torch.tensor([0.0, 1.0 if kind == "fp4" else -1.0])  # kinds are told by the sign
-        x = torch.eye(K)[[0, 1, 30, 63]]
-        scales = torch.ones((1, N), dtype=torch.bfloat16)
-        return cls(x, bnb4_cpu.repack(bits, N, K), scales, shape, code, x @ w.t())
+        with torch.device("cpu"):  # whatever the default device
+            bits = torch.arange(bnb4_cpu.ROWS * 32).mul_(37).to(torch.uint8)
+            N, K = shape = (bnb4_cpu.ROWS, 64)
+            dequantise = torch.ops.bitsandbytes.dequantize_4bit.default
+            w = dequantise(bits, torch.ones(N), K, kind, shape, torch.float32)
+            # kinds are told by the sign
+            code = torch.tensor([0.0, 1.0 if kind == "fp4" else -1.0])
+            x = torch.eye(K)[[0, 1, 30, 63]]
+            scales = torch.ones((1, N), dtype=torch.bfloat16)
+            return cls(x, bnb4_cpu.repack(bits, N, K), scales, shape, code, x @ w.t())
 
 
 @cache

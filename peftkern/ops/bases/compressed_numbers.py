@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ...kernels.quantised import Quantised
 
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-_VALUES = torch.tensor([*_E2M1, *(-v for v in _E2M1)])
+_VALUES = torch.tensor([*_E2M1, *(-v for v in _E2M1)], device="cpu")
 # the two numbers of each byte, the first in its low half: [256, 2]
 _PAIRS = torch.stack((_VALUES.repeat(16), _VALUES.repeat_interleave(16)), 1)
 

@@ -67,9 +67,9 @@ def _clamped(module: Any, function: Any) -> Known | None:
 
 def _found(function: Any, alpha: float, limit: float) -> Known | None:
     """The constants for which the formula gives what ``function`` does; None for no such."""
-    gu = torch.linspace(-3.0, 3.0, 8 * 64, dtype=torch.float64).mul_(limit)
-    gu = gu[torch.arange(gu.numel()) * 229 % gu.numel()].view(8, 64)  # 229 is prime: all of them
-    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+    with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.device("cpu"):
+        gu = torch.linspace(-3.0, 3.0, 8 * 64, dtype=torch.float64).mul_(limit)
+        gu = gu[torch.arange(gu.numel()) * 229 % gu.numel()].view(8, 64)  # 229 is prime: all
         try:
             got = function(gu.clone())
         except Exception:  # it needs its module's device, dtype or width
