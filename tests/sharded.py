@@ -25,6 +25,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     apply_activation_checkpointing,
     checkpoint_wrapper,
 )
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FullyShardedDataParallel,
@@ -229,6 +230,14 @@ HEADLINE = [
     Case("prompt", "fsdp1, our policy, flat"),
     Case("p-tuning", "fsdp2, layers"),
 ]
+# saved without a state dict: FSDP2's shards are gathered
+SAVED = [
+    Case("lora", "fsdp2, wrapped"),
+    Case("dora", "fsdp2, leaves"),
+    Case("prefix", "fsdp2, layers"),
+    Case("prefix network", "fsdp2, layers"),
+    Case("p-tuning", "fsdp2, leaves"),
+]
 HEADLINE_REFUSED = [Case("experts", "fsdp2, leaves"), Case("experts", "fsdp1, layers")]
 
 
@@ -315,6 +324,24 @@ def found_by(case: Case, rank: int) -> dict[str, Any]:
     return found
 
 
+def save(case: Case, rank: int, folder: Path) -> str:
+    """Save a sharded model in two ways, below ``folder``; returns the error of a third, FSDP1's."""
+    model = WAYS[case.way](adapted(case.method))
+    model.save_pretrained(folder / f"{case} gathered", is_main_process=rank == 1)
+    options = StateDictOptions(full_state_dict=True)
+    given = get_model_state_dict(model, options=options)
+    if rank == 0:
+        model.save_pretrained(folder / f"{case} given", state_dict=given)
+    if case.method != "prefix":
+        return ""
+    WAYS["fsdp1, layers"](model := adapted(case.method))
+    try:
+        model.save_pretrained(folder / "never")
+    except ValueError as error:
+        return str(error)
+    return "none"
+
+
 def train(rank: int, cases: list[Case]) -> dict[tuple[str, str], Any]:
     """What each case found, or its error in words."""
     found: dict[tuple[str, str], Any] = {}
@@ -328,4 +355,10 @@ def train(rank: int, cases: list[Case]) -> dict[tuple[str, str], Any]:
 
 if __name__ == "__main__":
     asked = ALL + REFUSED if sys.argv[2:] == ["all"] else HEADLINE + HEADLINE_REFUSED
-    ranks.fork(Path(sys.argv[1]), RANKS, lambda rank: train(rank, asked))
+    folder = Path(sys.argv[1])
+
+    def run(rank: int) -> Any:
+        said = [] if sys.argv[2:] else [save(case, rank, folder) for case in SAVED]
+        return {**train(rank, asked), "said": said}
+
+    ranks.fork(folder, RANKS, run)

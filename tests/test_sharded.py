@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import peftkern
 from tests import ranks, sharded
 from tests.closeness import assert_as_good_as_torch, assert_same_number
 from tests.sharded import Case
@@ -17,12 +18,14 @@ pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="torch has no gloo here"
 )
 
-Found = list[dict[tuple[str, str], Any]]  # {case: what was found} of each process
+Found = list[dict[Any, Any]]  # {case: what was found} of each process
 
 
 @pytest.fixture(scope="module")
 def headline(tmp_path_factory: pytest.TempPathFactory) -> Found:
-    return ranks.results("tests.sharded", tmp_path_factory.mktemp("sharded"), sharded.RANKS)
+    folder = tmp_path_factory.mktemp("sharded")
+    found = ranks.results("tests.sharded", folder, sharded.RANKS)
+    return [{**of_rank, "folder": folder} for of_rank in found]
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +85,22 @@ def test_two_processes_are_as_one(case: Case, headline: Found) -> None:
 @pytest.mark.parametrize("case", sharded.HEADLINE_REFUSED, ids=", ".join)
 def test_parameters_apart_from_their_factors_are_refused(case: Case, headline: Found) -> None:
     check_refused(case, headline)
+
+
+@pytest.mark.parametrize("case", sharded.SAVED, ids=", ".join)
+@pytest.mark.parametrize("how", ["gathered", "given"])
+def test_files_are_those_of_one_process(case: Case, how: str, headline: Found) -> None:
+    folder = headline[0]["folder"] / f"{case} {how}"
+    found = peftkern.utils.save_and_load.load_peft_weights(folder, device="cpu")
+    want = peftkern.get_peft_model_state_dict(sharded.adapted(case.method))
+    assert_same_number(found, {key: value.contiguous() for key, value in want.items()})
+
+
+def test_parts_of_fsdp1_are_not_saved(headline: Found) -> None:
+    for of_rank in headline:
+        [said] = filter(None, of_rank["said"])
+        assert "only a part of `prompt_encoder.default`" in said and "summon_full_params" in said
+        assert not (of_rank["folder"] / "never").exists()
 
 
 def check_refused(case: Case, found: Found) -> None:

@@ -101,7 +101,7 @@ class AdapterFiles:
             selected_adapters: names; None saves all.
             save_embedding_layers: see :func:`get_peft_model_state_dict`.
             is_main_process: with False nothing is written. Of a model that processes share out
-                (tensor parallelism) every process must call: all gather, the first with True
+                (FSDP2, tensor parallelism) every process must call: all gather, the first with True
                 writes, and the others return when it is done.
             path_initial_model_for_weight_conversion: folder of the adapter as saved before
                 training, if its start changed the base weights (PiSSA, OLoRA, …). Then a plain

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -10,12 +11,20 @@ from torch import Tensor, nn
 
 from ..tuners.base_layer import BaseTunerLayer, walk
 from ..tuners.modules_to_save import ModulesToSaveWrapper
+from ..tuners.p_tuning import PromptEncoder
+from ..tuners.prefix_tuning import PrefixEncoder
 from ..tuners.prompting.encoder import BasePromptEncoder
 from ..tuners.trainable_tokens import TrainableTokensLayer
+from ..utils.gathering import has_hooks, held_in, is_whole, unwrapped
 from ..utils.private import WRAPPERS
+from ..utils.shards import whole
 
 PROMPT_KEY = "prompt_embeddings"
 PREFIX = "base_model.model."
+HOW_TO_GATHER = (
+    "Gather the parameters (deepspeed.zero.GatheredParameters, summon_full_params of FSDP, or "
+    "accelerator.get_state_dict) around the call that saves"
+)
 
 
 class _Fields(NamedTuple):
@@ -41,7 +50,7 @@ class Slot(_Fields):
     @property
     def tensor(self) -> Tensor:
         owner: Any = self.owner
-        found: Tensor | None = owner._parameters.get(self.attribute)
+        found: Tensor | None = held_in(owner, self.attribute)
         if found is None:
             found = owner._buffers[self.attribute]
         return found
@@ -70,12 +79,13 @@ class PromptSlot(Slot):
     ``model_key`` is the encoder's name, ``owner`` its embedding, ``attribute`` the weight of that.
     """
 
-    encoder: BasePromptEncoder
+    encoder: BasePromptEncoder  # or the module that FSDP1 has put around it
+    config: Any
 
     @property
     def model_keys(self) -> list[str]:
         at = clean(self.model_key)
-        return [f"{at}.{name}" for name, _ in self.encoder.named_parameters()]
+        return [f"{at}.{name}" for name in self._weights()]
 
     @property
     def refuses(self) -> str | None:
@@ -86,31 +96,45 @@ class PromptSlot(Slot):
             "a network: the file holds the prompt, from which the network cannot be told"
         )
 
+    def _weights(self) -> dict[str, Tensor]:
+        return {clean(name): weight for name, weight in self.encoder.named_parameters()}
+
     def saved(self, state_dict: dict[str, Tensor] | None) -> Tensor:
         if state_dict is None:
-            return self.encoder.prompt().detach()
-        names = [name for name, _ in self.encoder.named_parameters()]
-        at = clean(self.model_key)
-        weights = {f"encoder.{n}": state_dict[f"{at}.{n}"] for n in names}
-        prompt: Tensor = torch.func.functional_call(_Prompt(self.encoder), weights, ())
-        return prompt.detach()
+            encoder, embedding = self.encoder, self.encoder.embedding
+            if not has_hooks(encoder) and is_whole(embedding):
+                return encoder.prompt().detach()
+            weights = self._weights()
+        else:
+            at = clean(self.model_key)
+            weights = {name: state_dict[f"{at}.{name}"] for name in self._weights()}
+        # all processes gather; then none calls the encoder, in which FSDP would gather
+        weights = {name: whole(weight) for name, weight in weights.items()}
+        rows = weights["embedding.weight"]
+        if rows.dim() != 2:
+            raise ValueError(
+                f"the model holds only a part of `{self.model_key}` "
+                f"{tuple(rows.shape)}: {HOW_TO_GATHER}. Nothing was written."
+            )
+        return rows if len(weights) == 1 else _through_network(self.encoder, self.config, weights)
 
 
-class _Prompt(nn.Module):
-    """A module whose call gives an encoder's prompt."""
+def _through_network(encoder: Any, config: Any, weights: dict[str, Tensor]) -> Tensor:
+    """The prompt that an encoder with a network makes of these weights, in a plain copy of it."""
+    kind = next(c for c in type(unwrapped(encoder)).__mro__ if c in (PrefixEncoder, PromptEncoder))
+    settings = copy.copy(config)
+    settings.inference_mode = False
+    with torch.device("meta"):
+        made = kind(settings)
+    made.load_state_dict(weights, assign=True)
+    prompt: Tensor = made.train(encoder.training).prompt()
+    return prompt.detach()
 
-    def __init__(self, encoder: BasePromptEncoder) -> None:
-        super().__init__()
-        self.encoder = encoder
 
-    def forward(self) -> Tensor:
-        return self.encoder.prompt()
-
-
-def prompt_slot(name: str, encoder: BasePromptEncoder) -> PromptSlot:
+def prompt_slot(name: str, encoder: Any, config: Any) -> PromptSlot:
     """The slot of the encoder that has the name ``name`` in the model."""
-    slot = PromptSlot(name, PROMPT_KEY, encoder.embedding, "weight")
-    slot.encoder = encoder
+    slot = PromptSlot(name, PROMPT_KEY, unwrapped(encoder.embedding), "weight")
+    slot.encoder, slot.config = encoder, config
     return slot
 
 
@@ -145,7 +169,11 @@ def adapter_slots(model: nn.Module, adapter_name: str) -> Iterator[Slot]:
     """Every tensor of the adapter, found by the kinds of modules and never by names."""
     encoders: Any = model._modules.get("prompt_encoder") or {}
     if adapter_name in encoders:
-        yield prompt_slot(f"prompt_encoder.{adapter_name}", encoders[adapter_name])
+        yield prompt_slot(
+            f"prompt_encoder.{adapter_name}",
+            encoders[adapter_name],
+            model.peft_config[adapter_name],  # type: ignore[index]
+        )
     for name, module in walk(model):
         if isinstance(module, TrainableTokensLayer) and module.tied_adapter is not None:
             continue  # its tensors belong to another module

@@ -22,7 +22,7 @@ from ..utils.warning import PeftWarning
 from .base_tensors import bias_slots, embedding_slots, unmerged
 from .loading import few
 from .shards import sharing
-from .slots import PREFIX, Slot, adapter_slots, clean, slots_to_save, tensors_of
+from .slots import HOW_TO_GATHER, PREFIX, Slot, adapter_slots, clean, slots_to_save, tensors_of
 
 
 def _vocabulary_was_resized(model: Any, config: Any) -> bool:
@@ -218,9 +218,8 @@ def check_whole(tensors: dict[str, Tensor], adapter_name: str, given: bool) -> N
     if bad:
         raise ValueError(
             f"{'`state_dict` holds' if given else 'the model holds'} only parts of "
-            f"{adapter_name!r}: {few([f'{k} {tuple(tensors[k].shape)}' for k in bad])}. Gather the "
-            "parameters (deepspeed.zero.GatheredParameters, summon_full_params of FSDP, or "
-            "accelerator.get_state_dict) around the call that saves. Nothing was written."
+            f"{adapter_name!r}: {few([f'{k} {tuple(tensors[k].shape)}' for k in bad])}. "
+            f"{HOW_TO_GATHER}. Nothing was written."
         )
 
 

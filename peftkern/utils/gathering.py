@@ -47,6 +47,11 @@ def is_part(module: Any, name: str, dims: int) -> bool:
     return weight is not None and (is_shard(weight) or weight.dim() != dims)
 
 
+def unwrapped(module: Any) -> Any:
+    """The module within the one that FSDP1 has put around it; any other module itself."""
+    return module._modules.get(FSDP.removesuffix("."), module)
+
+
 def held_in(module: Any, name: str = "weight") -> Any:
     """A module's parameter, or what FSDP1 keeps in its place: in backwards, an attribute."""
     found = module._parameters.get(name)
