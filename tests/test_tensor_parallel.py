@@ -72,9 +72,10 @@ def of_both(names: Iterable[str]) -> Any:
 
 def assert_as_alone(want: dict[str, Any], ranks: list[dict[str, Any]], alone: Path) -> None:
     """Every rank has the numbers of one process, and their files hold the same tensors."""
-    want = {name: value for name, value in want.items() if name != "runs as"}
+    own = ("runs as", "sums")
+    want = {name: value for name, value in want.items() if name not in own}
     for of_rank in ranks:
-        assert_same_number({n: v for n, v in of_rank.items() if n != "runs as"}, want)
+        assert_same_number({n: v for n, v in of_rank.items() if n not in own}, want)
     shared = alone.with_name(alone.name.replace("alone", "shared"))
     files = sorted(p.relative_to(alone) for p in alone.rglob("*.safetensors"))
     assert files == sorted(p.relative_to(shared) for p in shared.rglob("*.safetensors"))
@@ -113,6 +114,15 @@ def test_explain_says_how_a_layer_is_shared_out(headline: Ran) -> None:
     said = headline.of("dropout")[0]["runs as"]
     for plan in ("colwise", "rowwise"):
         assert any(s.endswith(f"tensor parallel over 2 ranks: {plan}") for s in said), said
+    assert any("trains as one operation with k_proj, v_proj;" in s for s in said), said
+    assert any("with its MLP: gate_proj: ranks share it out" in s for s in said), said
+
+
+def test_a_backward_sums_what_siblings_read_once(headline: Ran) -> None:
+    # a layer: X of q, k, v and of gate, up; A of these five; B of o and down. Nothing needs the
+    # gradient of the first layer's X.
+    for of_rank in headline.of("all layers"):
+        assert of_rank["sums"] == 2 * (2 + 5 + 2) - 1
 
 
 @pytest.mark.parametrize(

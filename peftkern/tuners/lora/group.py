@@ -78,7 +78,8 @@ def _mode(x: Tensor) -> tuple[bool, bool]:
 
 def _fingerprint(call: Projection) -> tuple[Any, ...]:
     """The identity and version of a call's tensors, and its numbers."""
-    held: list[Tensor] = [t for t in call.tensors if t is not None]
+    # of a layer that ranks share out, the parts in `tensors` are made anew for each call
+    held: list[Tensor] = [t for t in getattr(call, "held", call.tensors) if t is not None]
     if isinstance(call.weight, BaseWeight):  # made anew for each call, of the owner's tensors
         held[0:1] = call.weight.packed.tensors
     tensors = tuple((id(t), None if t.is_inference() else t._version) for t in held)
@@ -156,9 +157,13 @@ class Group:
         token = _Open()
         if torch.is_grad_enabled():
             self._open.add(token)
-        first, *rest = lora_group(x, list(calls.values()), token)
+        first, *rest = self._run(x, list(calls.values()), token)
         local["stash"] = _Stash.of(x, calls, rest)
         return first
+
+    def _run(self, x: Tensor, calls: list[Projection], token: Any) -> Any:
+        """The outputs of these calls for x, in a forward that may have a backward."""
+        return lora_group(x, calls, token)
 
     def few_output(self, layer: Any, x: Tensor, call: Projection) -> Tensor | None:
         """:meth:`output` in eval mode without gradients and dropout, for few rows.
@@ -254,17 +259,16 @@ def form_groups(model: nn.Module, layer_cls: type) -> None:
         for names in SETS:
             if names[0] not in children and names[-1] not in children:
                 continue
-            present = [
-                n
-                for n in names
-                if isinstance(c := children.get(n), layer_cls) and getattr(c, "groups", True)
-            ]
+            present = [n for n in names if isinstance(children.get(n), layer_cls)]
             layers: list[Any] = [children[n] for n in present]
             if len(layers) < 2 or len({layer.in_features for layer in layers}) > 1:
+                continue
+            kinds = {getattr(layer, "group_class", Group) for layer in layers}
+            if len(kinds) > 1 or None in kinds:
                 continue
             known = layers[0].__dict__.get("_group")
             if known is not None and known.layers == layers:
                 continue
-            group = Group(present, layers)
+            group = kinds.pop()(present, layers)
             for layer in layers:
                 layer.__dict__["_group"] = group

@@ -60,7 +60,6 @@ class Linear(nn.Module, LoraLayer):
     """
 
     layer_kind = "linear"
-    groups = True  # False: its calls are never parts of one operation with other layers'
     # attributes of PEFT's layers that are always empty here
     lora_embedding_A = lora_embedding_B = NOTHING
     lora_A: nn.ModuleDict

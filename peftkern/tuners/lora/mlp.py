@@ -29,6 +29,7 @@ from ...utils.handing import HERE
 from ..base_layer import walk
 from .linear import Linear
 from .mlp_formula import Formula, formula_of
+from .parallel import ParallelLinear
 from .plan import base_reason, base_weight, is_hooked, weight_layout
 from .ran import BLOCK, UNTOLD, in_parts
 
@@ -175,7 +176,8 @@ def release_blocks(model: nn.Module, everywhere: bool = False) -> None:
 
 def _adapted(module: nn.Module, formula: Formula) -> bool:
     children = module._modules
-    return any(_is_lora(children.get(name)) for name in formula.linears)
+    layers = (children.get(name) for name in formula.linears)
+    return any(_is_lora(layer) or isinstance(layer, ParallelLinear) for layer in layers)
 
 
 def _is_lora(layer: Any) -> bool:
@@ -296,6 +298,8 @@ def _lora_reason(layer: Any) -> str | None:
 
 
 def _plain_reason(layer: Any) -> str | None:
+    if isinstance(layer, ParallelLinear):
+        return "ranks share it out (tensor parallelism)"
     if reader_of(layer) is not None:
         return base_reason(layer)
     if weight_layout(layer.__class__) is None:
@@ -360,6 +364,6 @@ def describe_blocks(model: nn.Module) -> dict[int, tuple[bool, str]]:
             words = f"; trains as one operation with its MLP ({', '.join(names)})"
         for name in formula.linears:
             layer = module._modules.get(name)
-            if _is_lora(layer):
+            if _is_lora(layer) or isinstance(layer, ParallelLinear):
                 found[id(layer)] = reason is None, words
     return found

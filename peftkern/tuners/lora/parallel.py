@@ -26,6 +26,7 @@ from torch.func import functional_call
 from ...configs.lora import LoraConfig
 from ...ops import autocast
 from ...ops.lora import fused_linear
+from ...ops.lora_group import lora_group
 from ...ops.projection import Projection
 from ...ops.tracing import is_tracing
 from ...utils.collectives import (
@@ -42,6 +43,7 @@ from ...utils.handing import HERE, hand_over
 from ...utils.private import GLOBAL_HOOKS, in_transform
 from ..tensor_parallel import EMBEDDINGS, STYLES, Style, of_transformers
 from .embedding import Embedding
+from .group import Group
 from .linear import SCALING_IS_A_TENSOR, Linear, _dtypes_fit
 from .plan import hook_dicts, is_hooked
 
@@ -55,6 +57,35 @@ class LocalWeight:
             self.weight = local(base.weight)
             self.bias = None if bias is None else local(bias)
         self._parameters: dict[str, Any] = {}
+
+
+class Part(Projection):
+    """The projection that this rank computes, and the parameters that it is a part of."""
+
+    held: list[Any]
+
+
+class ParallelGroup(Group):
+    """Column-parallel layers with the same X, whose gradient is summed over the ranks once.
+
+    Few rows without gradients are computed apart, as nothing is summed for them.
+    """
+
+    def __init__(self, names: list[str], layers: list[Any]) -> None:
+        super().__init__(names, layers)
+        self.apart = True
+
+    def _calls(self, index: int, x: Tensor, call: Projection) -> dict[int, Projection]:
+        calls = {index: call}
+        for i, other in enumerate(self.layers):
+            if i != index and other.decline_reason() is None:
+                part = other.local_projection(x)
+                if part is not None:
+                    calls[i] = part
+        return calls
+
+    def _run(self, x: Tensor, calls: list[Projection], token: Any) -> Any:
+        return lora_group(self.layers[0].enter(x), calls, token)
 
 
 class Parallel:
@@ -106,11 +137,14 @@ class ParallelLinear(Parallel, Linear):
     plain tensors, whole or this rank's columns of them, as the plan has it.
     """
 
-    groups = False
-
     def __init__(self, base_layer: nn.Module, plan_name: str, **kwargs: Any) -> None:
         self.__dict__["plan_name"] = plan_name  # _make_weights reads it
         super().__init__(base_layer, **kwargs)
+
+    @property
+    def group_class(self) -> type[ParallelGroup] | None:
+        """What makes layers of this kind one operation; None: nothing does."""
+        return ParallelGroup if self.style.dim == 0 else None
 
     @property
     def style(self) -> Style:
@@ -135,7 +169,12 @@ class ParallelLinear(Parallel, Linear):
         if not (args or kwargs or is_compiling()) and self.decline_reason() is None:
             member = self.local_projection(x)
             if member is not None:
-                return self.leave(fused_linear(self.enter(x), *member))
+                y, group = None, self.__dict__["_group"]
+                # without gradients only with dropout, as in Linear.forward
+                if group is not None and not group.off:
+                    if member.p > 0.0 or torch.is_grad_enabled():
+                        y = group.output(self, x, member)
+                return self.leave(fused_linear(self.enter(x), *member) if y is None else y)
         return self._forward_general(x, *args, **kwargs)
 
     def fused_call(self, x: Tensor) -> None:
@@ -144,7 +183,7 @@ class ParallelLinear(Parallel, Linear):
     def traced_call(self, x: Tensor) -> None:
         """None: a compiler gets the base layer's forward and the update."""
 
-    def local_projection(self, x: Tensor) -> Projection | None:
+    def local_projection(self, x: Tensor) -> Part | None:
         """This rank's part of a call with x; :meth:`decline_reason` must be None.
 
         None for an x whose dtype the operation does not take. The bias of a row-parallel layer is
@@ -162,7 +201,9 @@ class ParallelLinear(Parallel, Linear):
         bias = local(base.bias) if columns and base.bias is not None else None
         low = local(A.weight, sums=columns), local(B.weight, sums=not columns)
         scale: Any = self.scaling[name]
-        return Projection(weight, bias, *low, scale, p, False)
+        part = Part(weight, bias, *low, scale, p, False)
+        part.held = [base.weight, base.bias, A.weight, B.weight]
+        return part
 
     def enter(self, x: Tensor) -> Tensor:
         """The input of this rank's part of a call."""
