@@ -110,6 +110,12 @@ def test_combined_swapped_and_mixed_adapters(rest: Ran) -> None:
     assert_as_alone(tp.life(rest.folder, None, alone), rest.of("life"), alone)
 
 
+@pytest.mark.slow
+def test_compiled_layers_are_one_graph(rest: Ran) -> None:
+    for far in rest.of("compiled"):
+        assert len(far) == 8 and max(far.values()) < 1e-13, far
+
+
 def test_explain_says_how_a_layer_is_shared_out(headline: Ran) -> None:
     said = headline.of("dropout")[0]["runs as"]
     for plan in ("colwise", "rowwise"):

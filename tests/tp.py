@@ -13,6 +13,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
@@ -305,7 +306,27 @@ def _failed_save(rank: int, folder: Path) -> str:
     return ""
 
 
+def _compiled(rank: int, folder: Path) -> dict[str, float]:
+    """How far a compiled layer's output and gradients are from the same layer's."""
+    model = peftkern.get_peft_model(llama(folder / "llama", True), config_of(ALL))
+    layers = model.base_model.model.model.layers[0].self_attn
+    far = {}
+    for name, K in (("q_proj", 32), ("o_proj", 16)):
+        layer = layers.get_submodule(name)
+        x = torch.randn(3, K, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        x.requires_grad_()
+        inputs = [x, *(p for p in layer.parameters() if p.requires_grad)]
+        found = []
+        for call in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
+            y = call(x)
+            found.append([y, *torch.autograd.grad(y.sin().sum(), inputs)])
+        for i, (a, b) in enumerate(zip(*found, strict=True)):
+            far[f"{name} {i}"] = float((whole(a) - whole(b)).abs().max())
+    return far
+
+
 REST: dict[str, Any] = {
+    "compiled": _compiled,
     "life": lambda rank, folder: life(folder, rank, folder / "life shared"),
     "refused": _refused,
     "failed save": _failed_save,

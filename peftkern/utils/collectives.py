@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from .gathering import is_shard
 
@@ -111,6 +112,11 @@ def local(shard: Any, sums: bool = False) -> Tensor:
         sums: True for one that is replicated and whose gradient on each rank is a part: the parts
             are summed.
     """
+    if is_compiling() and not sums:  # compilers know the class and its method alone
+        from torch.distributed.tensor import DTensor
+
+        traced: Tensor = shard.to_local() if isinstance(shard, DTensor) else shard
+        return traced
     if not is_shard(shard):
         plain: Tensor = shard
         return plain

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.func import functional_call
+from torch.nn.functional import linear
 
 from ...configs.lora import LoraConfig
 from ...ops import autocast
@@ -227,9 +228,9 @@ class ParallelLinear(Parallel, Linear):
         x = self._dropped(name, x)
         if not columns and self.style.whole_input:
             x = own_columns(x, self.mesh)
-        s = functional_call(A, _local_parameters(A), (x,))
+        s = _called(A, x)
         s = with_summed_grad(s, group) if columns else summed(s, group)
-        update: Tensor = functional_call(B, _local_parameters(B), (s,)) * self.scaling[name]
+        update = _called(B, s) * self.scaling[name]
         if columns and self.style.whole_output:
             update = all_columns(update, self.out_features, self.mesh)
         return update
@@ -296,8 +297,15 @@ class ParallelLinear(Parallel, Linear):
         return None
 
 
-def _local_parameters(module: nn.Module) -> dict[str, Tensor]:
-    return {name: local(p) for name, p in module.named_parameters(recurse=False)}
+def _called(module: Any, x: Tensor) -> Tensor:
+    """The output of lora_A or lora_B with this rank's parts of its parameters."""
+    own = {name: local(p) for name, p in module.named_parameters(recurse=False)}
+    y: Tensor
+    if type(module) is nn.Linear and not is_hooked(module):  # compilers trace no functional_call
+        y = linear(x, own["weight"], own.get("bias"))
+    else:
+        y = functional_call(module, own, (x,))
+    return y
 
 
 class ParallelEmbedding(Parallel, Embedding):
