@@ -111,6 +111,14 @@ def test_combined_swapped_and_mixed_adapters(rest: Ran) -> None:
 
 
 @pytest.mark.slow
+def test_adapters_of_layers_that_are_not_shared_out(rest: Ran) -> None:
+    want = tp.routed(None, rest.folder)
+    assert any(".gate." in name for name in want)
+    for of_rank in rest.of("routed"):
+        assert_same_number(of_rank, want)
+
+
+@pytest.mark.slow
 def test_compiled_layers_are_one_graph(rest: Ran) -> None:
     for far in rest.of("compiled"):
         assert len(far) == 8 and max(far.values()) < 1e-13, far

@@ -252,7 +252,7 @@ def _refused(rank: int, folder: Path) -> dict[str, str]:
         except (ValueError, NotImplementedError) as error:
             found[name] = str(error)
         assert {n: id(m) for n, m in model.named_modules()} == before, name
-    mixture = _mixture(folder)
+    mixture = mixture_of(folder, True)
     settings = {"target_modules": [], "target_parameters": ["experts.down_proj"]}
     try:
         peftkern.get_peft_model(mixture, peftkern.LoraConfig(**settings))
@@ -266,14 +266,27 @@ def _refused(rank: int, folder: Path) -> dict[str, str]:
     return found
 
 
-def _mixture(folder: Path) -> Any:
-    from transformers import AutoModelForCausalLM
-    from transformers.distributed import DistributedConfig
+def mixture_of(folder: Path, shared: bool) -> Any:
+    """The saved Mixtral, in this process alone or shared out over all."""
+    how: dict[str, Any] = {"experts_implementation": "eager"}  # the only one for float64
+    if shared:
+        from transformers.distributed import DistributedConfig
 
-    how = DistributedConfig(tp_plan="auto", tp_size=RANKS)
-    return AutoModelForCausalLM.from_pretrained(
-        folder / "mixture", dtype=torch.float64, distributed_config=how
-    )
+        how["distributed_config"] = DistributedConfig(tp_plan="auto", tp_size=RANKS)
+    return MixtralForCausalLM.from_pretrained(folder / "mixture", dtype=torch.float64, **how)
+
+
+def routed(rank: int | None, folder: Path) -> dict[str, Tensor]:
+    """What adapters of a mixture's attention and of its router, which no rank shares out, get."""
+    settings = {"r": 2, "target_modules": ["q_proj", "o_proj", "gate"], "init_lora_weights": False}
+    model = mixture_of(folder, rank is not None)
+    torch.manual_seed(1 + (rank or 0))
+    model = peftkern.get_peft_model(model, peftkern.LoraConfig(**settings))
+    ids = torch.randint(61, (3, 6), generator=torch.Generator().manual_seed(2))
+    loss = loss_of(model, ids)
+    loss.backward()
+    grads = {n: whole(p.grad) for n, p in model.named_parameters() if p.requires_grad}
+    return {"loss": loss.detach(), **grads}
 
 
 def save_mixture(folder: Path) -> None:
@@ -327,6 +340,7 @@ def _compiled(rank: int, folder: Path) -> dict[str, float]:
 
 REST: dict[str, Any] = {
     "compiled": _compiled,
+    "routed": routed,
     "life": lambda rank, folder: life(folder, rank, folder / "life shared"),
     "refused": _refused,
     "failed save": _failed_save,

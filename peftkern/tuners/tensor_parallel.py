@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor, nn
 from torch import distributed as dist
-from torch import nn
 
 from ..utils.collectives import from_first_rank
 from ..utils.gathering import is_shard
@@ -158,15 +158,17 @@ def own_heads(heads: int, model: Any) -> int:
 
 
 @torch.no_grad()
-def same_on_all_ranks(module: nn.Module, model: nn.Module) -> None:
-    """Give each rank the first rank's values of a module's plain tensors.
+def same_on_all_ranks(tensors: Iterable[Tensor], model: nn.Module) -> None:
+    """Give each rank the first rank's values of plain tensors that a sharded model gets.
 
-    For a module that a model shared out by tensor parallelism gets; nothing happens for others.
+    Nothing happens for other models than those that tensor parallelism has sharded.
     """
     if tensor_parallel(model) is None:
         return
-    mesh: Any = next(p.device_mesh for p in model.parameters() if is_shard(p))  # type: ignore
+    mesh: Any = next((p.device_mesh for p in model.parameters() if is_shard(p)), None)  # type: ignore
+    if mesh is None:
+        return
     group = mesh.get_group() if mesh.ndim == 1 else mesh.get_group("tp")
-    for tensor in (*module.parameters(), *module.buffers()):
+    for tensor in tensors:
         if not (is_shard(tensor) or tensor.is_meta):
             tensor.data.copy_(from_first_rank(tensor.data, group))

@@ -27,7 +27,7 @@ from ..modules_to_save import (
     wrap_modules_to_save,
 )
 from ..targets import check_compatible
-from ..tensor_parallel import tensor_parallel
+from ..tensor_parallel import same_on_all_ranks, tensor_parallel
 from .base import LoraLayer
 from .expert_families import fused_names
 from .expert_targets import note_experts_left_out, resolve_experts
@@ -249,10 +249,21 @@ class LoraModel(ModelMerging, Weighted, Starts, VariantMethods, BaseTuner):
             self._train_biases(model, config)
         wrap_modules_to_save(model, adapter_name, saved, config.inference_mode, activate=active)
         extra.put_modules(model, adapter_name, active, self._autocast_dtype)
+        same_on_all_ranks(self._drawn(adapter_name), model)
         form_groups(model, Linear)
         form_blocks(model, Linear)
         if active and not first:  # layers of earlier adapters must switch to the active ones too
             self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _drawn(self, adapter_name: str) -> Iterator[Tensor]:
+        """The adapter's tensors."""
+        for layer in self.adapter_layers():
+            for store in layer._stores() if isinstance(layer, BaseTunerLayer) else ():
+                held = store[adapter_name] if adapter_name in store else None
+                if isinstance(held, nn.Module):
+                    yield from held.parameters()
+                elif held is not None:
+                    yield held
 
     def _train_biases(self, model: nn.Module, config: LoraConfig) -> None:
         if config.bias == "all":

@@ -146,7 +146,7 @@ class PromptTuner(Prompts):
         place = next((base if words is None else words).parameters()).device
         if place.type != "meta":  # on the embeddings' device, as the prompt is joined to them
             encoder.to(place)
-        same_on_all_ranks(encoder, base)
+        same_on_all_ranks((*encoder.parameters(), *encoder.buffers()), base)
         active = adapter_name in self.active(host)
         put_flags_back = remember_requires_grad(model)
         try:
