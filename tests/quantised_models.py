@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import copy
+import runpy
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import peft
+import pytest
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -42,6 +47,25 @@ def bnb8(linear: nn.Linear, threshold: float = 0.0) -> Any:
     made.weight = bitsandbytes.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
     made.bias = linear.bias
     return made.to("cpu")
+
+
+def quanto() -> Any:
+    """optimum-quanto, unpacking by its Python function: its C++ takes most of a minute to build.
+
+    Skips the test where quanto is not installed.
+    """
+    owner = pytest.importorskip("optimum.quanto")
+    from optimum.quanto import library
+    from optimum.quanto.library.extensions import cpp
+
+    # the function is registered with torch and kept nowhere
+    with (
+        mock.patch.object(torch.library, "define"),
+        mock.patch.object(torch.library, "impl", lambda *_: lambda function: function),
+    ):
+        own = runpy.run_path(str(Path(library.__file__).with_name("unpack.py")))
+    cpp.ext._lib = SimpleNamespace(unpack=own["unpack"])
+    return owner
 
 
 def llama(make: Callable[..., Any] = bnb4, **how: Any) -> Any:

@@ -13,9 +13,10 @@ from peftkern.ops.bases import int8, repack
 from peftkern.ops.bases.formats import as_weight, read
 from tests.closeness import assert_as_good_as_torch
 from tests.quantised_models import adapted, assert_steps_are_equal, llama
+from tests.quantised_models import quanto as quanto_of
 
 torchao: Any = pytest.importorskip("torchao.quantization")
-quanto: Any = pytest.importorskip("optimum.quanto")
+quanto = quanto_of()
 
 WAYS = ["ao int8", "ao int8 in groups", "ao int4 in groups", "int8", "int4", "int2", "float8"]
 

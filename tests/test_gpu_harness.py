@@ -87,7 +87,7 @@ def test_a_dry_run_of_the_prefix_checks_all_ways_against_float64(tmp_path):
             assert set(entry["errors"]) == wanted and min(entry["errors"].values()) > 0
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_dry_run_of_experts_checks_all_ways_against_float64(tmp_path):
     out = gpu("--part", "experts", "--dry-run", "--budget", "900", "--out", str(tmp_path))
     assert "experts qwen3 T=8192 r=16 train" in out and "wrong, failed or hung" not in out

@@ -109,7 +109,7 @@ def test_a_row_that_was_cut_off_is_kept_and_measured_again(tmp_path):
     assert row["error"] == "ended with status -9" and row["providers"] and again.done() == {"case"}
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_model_is_told_provider_by_provider():
     seen = []
 

@@ -95,6 +95,7 @@ def test_sentinels_and_choices(mixed):
     assert_same_number(numbers(compiled, m), numbers(formula, m))
 
 
+@pytest.mark.slow
 def test_by_inductor():
     m = mixture("function", dtype=torch.float32, sizes=(40, 24, 40, 24, 6, 3))
     compiled = torch.compile(call, fullgraph=True)

@@ -16,6 +16,7 @@ import peftkern
 from peftkern.ops.bases.fp8_linear import Fp8Linear
 from tests.closeness import assert_as_good_as_torch
 from tests.quantised_models import bnb4, bnb8, copied, dense
+from tests.quantised_models import quanto as quanto_of
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 
@@ -29,7 +30,7 @@ def torchao8(linear: nn.Linear) -> Any:
 
 def quanto(bits: str) -> Callable[[nn.Linear], Any]:
     def quantised(linear: nn.Linear) -> Any:
-        owner = pytest.importorskip("optimum.quanto")
+        owner = quanto_of()
         holder = nn.Sequential(linear)
         owner.quantize(holder, weights=getattr(owner, f"q{bits}"))
         owner.freeze(holder)

@@ -187,7 +187,8 @@ def test_second_derivatives():
 
     torchs, exact = second(m), second(m.to(torch.float64))
     with peftkern.use_backend("triton"):
-        assert_as_good_as_torch(second(m), torchs, exact)
+        # several products deep, as a whole model
+        assert_as_good_as_torch(second(m), torchs, exact, average=True)
 
 
 REFUSED = {
