@@ -9,7 +9,11 @@ from typing import Any, NamedTuple
 import pytest
 import torch.distributed as dist
 from safetensors.torch import load_file
+from torch import nn
 
+import peftkern
+from peftkern.tuners.lora.parallel_targets import ParallelTargets
+from peftkern.tuners.tensor_parallel import TensorParallel
 from tests import tp
 from tests.closeness import assert_same_number
 from tests.ranks import results
@@ -154,6 +158,14 @@ def test_a_backward_sums_what_siblings_read_once(headline: Ran) -> None:
 def test_what_cannot_be_followed_is_refused_by_name(what: str, words: str, headline: Ran) -> None:
     for refused in headline.of("refused"):
         assert words in refused[what]
+
+
+def test_weights_that_are_sharded_without_dtensors_are_refused() -> None:
+    plan = TensorParallel("", {"layers.*.q": "colwise"})
+    targets = ParallelTargets(plan, nn.Module(), peftkern.LoraConfig())
+    with pytest.raises(ValueError, match="`layers.1.q` has the plan 'colwise', and its weight is"):
+        targets.layer_class("layers.1.q", nn.Linear(2, 2), None)
+    assert targets.layer_class("layers.1.norm", nn.Linear(2, 2), None) is None
 
 
 def test_a_save_that_fails_in_one_process_is_an_error_in_all(headline: Ran) -> None:

@@ -52,11 +52,19 @@ class ParallelTargets:
                 that no adapter layer follows. The error names the layer and its plan.
         """
         base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-        if self.plan is None or not _in_parts(base):
+        if self.plan is None:
             return None
         name = self.plan.of(key)
-        if (reason := self._refuses(base, name, custom)) is not None:
-            raise refusal(key, name, reason)
+        if not _in_parts(base):
+            if name in (EMBEDDINGS if isinstance(base, nn.Embedding) else STYLES):
+                reason = (
+                    "its weight is no DTensor: adapters need a transformers that shards weights as "
+                    "DTensors (5.17 and later), and weights that are not quantised"
+                )
+                raise refusal(key, name, reason)
+            return None
+        if (refused := self._refuses(base, name, custom)) is not None:
+            raise refusal(key, name, refused)
         assert name is not None
         cls: Any = ParallelEmbedding if isinstance(base, nn.Embedding) else ParallelLinear
         return partial(cls, plan_name=name)
