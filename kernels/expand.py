@@ -166,14 +166,16 @@ def low_rank_grad_input(
     As: Sequence[torch.Tensor],
     bits: torch.Tensor | Sequence[torch.Tensor | None] | None = None,
     *,
+    add: torch.Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     config: ExpandConfig | None = None,
 ) -> torch.Tensor:
-    """The sum over adapters of mask_i * (dS_i A_i), a new tensor [M, K].
+    """The sum over adapters of mask_i * (dS_i A_i) (+ add), a new tensor [M, K].
 
     It is in ``out_dtype`` (default dS's). The base part, the sum of dY_i W_i, can then be added to
-    it. ds[i] [M, r_i] fp16/bf16/fp32, any row stride; As[i] [r_i, K] fp32 or that dtype; bits as in
-    :func:`shrink.shrink`. Errors: TypeError, ValueError.
+    it, or is ``add`` [M, K], of any float dtype. ds[i] [M, r_i] fp16/bf16/fp32, any row stride;
+    As[i] [r_i, K] fp32 or that dtype; bits as in :func:`shrink.shrink`. Errors: TypeError,
+    ValueError.
     """
     ds, As = list(ds), list(As)
     checks.counts(ds=ds, As=As)
@@ -184,10 +186,13 @@ def low_rank_grad_input(
     K, shapes = As[0].shape[1], [(d.shape[1], As[0].shape[1]) for d in ds]
     As = checks.adapters("As", As, shapes, "[columns of ds[{i}], K]", dtype)
     words = checks.masks(bits, len(As), M, K)
-    checks.device(ds=ds, As=As, bits=words)
+    if add is not None:
+        checks.shape("add", add, (M, K), "[rows of ds, columns of As]")
+        add = checks.rows("add", add)
+    checks.device(ds=ds, As=As, bits=words, add=add)
     out = ds[0].new_empty((M, K), dtype=out_dtype or ds[0].dtype)
     if out.numel():
         config = config or default_config(M, [d.shape[1] for d in ds])
-        for launch in plan_expand(out, ds, As, words, None, None, config):
+        for launch in plan_expand(out, ds, As, words, None, add, config):
             launch.run()
     return out

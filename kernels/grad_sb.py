@@ -3,7 +3,7 @@
 dY [M, N], B [N, r], S and dS [M, r]. The sums over N (for dS) and over M (for dB) are split over
 programs, which write fp32 partials; a second kernel adds them in fixed order. There are no atomics,
 so two runs agree bit for bit. dS has the activation's dtype. ``scale`` includes the 1 / (1 - p) of
-dropout, as S does.
+dropout, as S does. The same pass can write dY in fp8 (:mod:`.fp8_rows`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import checks
+from . import checks, fp8_rows
 from .common import (
     Arch,
     Launch,
@@ -28,6 +28,8 @@ from .common import (
     precision,
     row_stride,
 )  # fmt: skip
+from .fp8_rows import Fp8Rows
+from .fp8_rows import write as write_fp8
 from .grad_a import default_config as default_grad_a_config
 from .grad_a import plan_grad_a
 from .launching import planned
@@ -54,17 +56,20 @@ class GradSBConfig:
         checks.one_or_more(self, split_n=self.split_n)
 
 
-def default_config(M: int, N: int, r: int, arch: Arch, itemsize: int = 2) -> GradSBConfig | None:
+def default_config(
+    M: int, N: int, r: int, arch: Arch, itemsize: int = 2, copied: bool = False
+) -> GradSBConfig | None:
     """A config with tall tiles, and so few partials of dB; N is split until the device is full.
 
     None if two passes over dY are better. That is so for large M from about r > 32, where two
     passes move fewer bytes than one pass with its partials. And always for r > 64, where the two
-    wide accumulators of one pass spill registers.
+    wide accumulators of one pass spill registers. With an fp8 copy (``copied``) tiles are as wide
+    as what shares a scale, and no taller than registers allow.
     """
     if r > 64:
         return None
     stages = 3 if arch.shared > 160_000 else 2
-    tall = 256 if r <= 32 else 128
+    tall = 256 if r <= 32 and not copied else 128
     if not arch.warpgroups and r > 32:
         tall = 64  # mma.sync keeps operands in registers, and taller tiles spill
     block_m = min(tall, max(16, next_pow2(M)))
@@ -73,6 +78,10 @@ def default_config(M: int, N: int, r: int, arch: Arch, itemsize: int = 2) -> Gra
     partials = (8 * r * N * blocks if blocks > 1 else 0) + (8 * r * M * split if split > 1 else 0)
     if partials > itemsize * M * N and M > 256:
         return None
+    if copied:
+        stages = 3 if itemsize == 2 else 2
+        warps = 8 if block_m >= 64 else 4
+        return GradSBConfig(block_m, fp8_rows.WIDTH, split, warps, stages)
     return GradSBConfig(
         block_m=block_m,
         block_n=64 if stages > 2 or block_m * itemsize < 512 else 32,
@@ -86,6 +95,7 @@ def default_config(M: int, N: int, r: int, arch: Arch, itemsize: int = 2) -> Gra
 def _grad_sb_kernel(
     dy, b, s, ds_out, db_out, scale, M, N, R, N_PART,
     dy_stride, b_n_stride, b_r_stride, s_stride, ds_part_stride, db_part_stride,
+    q, q_scales, q_stride, q_scales_stride,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     block, part = tl.program_id(0), tl.program_id(1)
@@ -110,6 +120,8 @@ def _grad_sb_kernel(
         g = tl.load(
             dy_row + n[None, :], mask=row_ok[:, None] & n_ok[None, :], other=0.0
         )  # [BLOCK_M, BLOCK_N]
+        if q is not None:
+            write_fp8(g, q, q_scales, q_stride, q_scales_stride, row, row_ok, n0)
         nr_ok = n_ok[:, None] & rank_ok[None, :]  # [BLOCK_N, BLOCK_R]
         b_tile = tl.load(
             b + n64[:, None] * b_n_stride + rank[None, :] * b_r_stride, mask=nr_ok, other=0.0
@@ -139,8 +151,12 @@ def plan_grad_sb(
     ds: torch.Tensor,
     db: torch.Tensor,
     config: GradSBConfig,
+    copy: Fp8Rows | None = None,
 ) -> list[Launch]:
-    """Launches that fill ds [M, r] and db [N, r], both contiguous; the arguments are checked."""
+    """Launches that fill ds [M, r] and db [N, r], both contiguous, and ``copy``, dY in fp8.
+
+    The arguments are checked.
+    """
     (M, N), r = dy.shape, b.shape[1]
     n_part = cdiv(cdiv(N, config.split_n), config.block_n) * config.block_n
     split, blocks = cdiv(N, n_part), cdiv(M, config.block_m)
@@ -150,6 +166,7 @@ def plan_grad_sb(
     args = (
         dy, b, s, ds_parts, db_parts, float(scale), M, N, r, n_part,
         row_stride(dy), b.stride(0), b.stride(1), row_stride(s), M * r, N * r,
+        *fp8_rows.arguments(copy),
     )  # fmt: skip
     meta = dict(
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_R=block_r,
@@ -171,12 +188,12 @@ def plan_two_pass(
     ds: torch.Tensor,
     db: torch.Tensor,
     arch: Arch,
+    copy: Fp8Rows | None = None,
 ) -> list[Launch]:
     """Launches with the same outputs that read dY twice, for large r; there are fewer partials."""
     (M, N), r = dy.shape, b.shape[1]
-    down = plan_shrink(
-        dy, [b.T], [None], [scale], ds, default_shrink_config(M, N, [r], arch, dy.element_size())
-    )
+    config = default_shrink_config(M, N, [r], arch, dy.element_size(), copied=copy is not None)
+    down = plan_shrink(dy, [b.T], [None], [scale], ds, config, copy=copy)
     return down + plan_grad_a(
         dy, [s], [None], [db.T], default_grad_a_config(M, N, arch, [r], dy.element_size())
     )
@@ -189,6 +206,7 @@ def _plan_checked(
     scale: float,
     out_dtype: torch.dtype,
     config: GradSBConfig | str | None,
+    copy: Fp8Rows | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, list[Launch]]:
     """Check the arguments; returns (dS [M, r], dB [N, r], the launches that fill them)."""
     dy, s = checks.rows("dy", dy), checks.rows("s", s, (dy.dtype,))
@@ -197,15 +215,19 @@ def _plan_checked(
     checks.shape("s", s, (M, r), "dy has M rows")
     checks.shape("b", b, (N, r), "[columns of dy, columns of s]")
     checks.adapter_dtype("b", b, dy.dtype)
-    checks.device(dy=dy, b=b, s=s)
+    checks.device(dy=dy, b=b, s=s, copy=copy)
+    arch = arch_of(dy.device)
+    fp8_rows.check("copy", copy, (M, N), arch)
     ds, db = dy.new_empty((M, r)), dy.new_empty((N, r), dtype=out_dtype)
     if M == 0 or N == 0:
         return ds.zero_(), db.zero_(), []
-    arch = arch_of(dy.device)
-    config = config or default_config(M, N, r, arch, dy.element_size())
+    config = config or default_config(M, N, r, arch, dy.element_size(), copy is not None)
     if isinstance(config, GradSBConfig):
-        return ds, db, plan_grad_sb(dy, b, s, scale, ds, db, config)
-    return ds, db, plan_two_pass(dy, b, s, scale, ds, db, arch)
+        # programs of other ranks would write the copy again
+        if copy is None or r <= BLOCK_R_MAX:
+            fp8_rows.check_width("config.block_n", config.block_n, copy)
+            return ds, db, plan_grad_sb(dy, b, s, scale, ds, db, config, copy)
+    return ds, db, plan_two_pass(dy, b, s, scale, ds, db, arch, copy)
 
 
 @planned("scale")
@@ -215,6 +237,7 @@ def grad_sb(
     s: torch.Tensor,
     scale: float = 1.0,
     *,
+    copy: Fp8Rows | None = None,
     out_dtype: torch.dtype = torch.float32,
     config: GradSBConfig | str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -222,9 +245,11 @@ def grad_sb(
 
     dY is read once, or twice for large r and with ``config=TWO_PASS``. dy [M, N] fp16/bf16/fp32,
     any row stride; b [N, r] fp32 or dy's dtype, any strides; s [M, r] dy's dtype, any row stride,
-    with its scale in it; r from 1 to 256. Errors: TypeError, ValueError, before any launch.
+    with its scale in it; r from 1 to 256. ``copy``: room for dY in fp8, which is written
+    (:func:`.fp8_rows.empty`); N is a multiple of 128 then, and block_n of a config 128. Errors:
+    TypeError, ValueError, before any launch.
     """
-    ds, db, launches = _plan_checked(dy, b, s, scale, out_dtype, config)
+    ds, db, launches = _plan_checked(dy, b, s, scale, out_dtype, config, copy)
     for launch in sums_last(launches):
         launch.run()
     return ds, db
@@ -235,13 +260,14 @@ def grad_sb_group(
     parts: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]],
     out_dtypes: Sequence[torch.dtype],
     configs: Sequence[GradSBConfig | str | None] | None = None,
+    copies: Sequence[Fp8Rows | None] | None = None,
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """The results of :func:`grad_sb` for every (dY, B, S, scale), with one second stage for all."""
+    configs = checks.per_adapter("configs", configs, len(parts))
+    copies = checks.per_adapter("copies", copies, len(parts))
     plans = [
-        _plan_checked(*part, dtype, config)
-        for part, dtype, config in zip(
-            parts, out_dtypes, checks.per_adapter("configs", configs, len(parts)), strict=True
-        )
+        _plan_checked(*part, dtype, config, copy)
+        for part, dtype, config, copy in zip(parts, out_dtypes, configs, copies, strict=True)
     ]
     for launch in sums_last([launch for *_, launches in plans for launch in launches]):
         launch.run()

@@ -3,10 +3,11 @@
     dA_i [r_i, K] = dS_iᵀ (mask_i X)                  for each adapter of a group
     D    [M, K]   = sum over i of mask_i * (dS_i A_i)   the low-rank part of dX
 
-The vendor's products dY_i W_i are then added to D. The mask is used nowhere else in the backward. A
-program reads a strip of columns of X, block by block of rows: the mask and dS are read once for
-both results. :func:`.grad_a.grad_a` with :func:`.expand.low_rank_grad_input` would be one launch
-more. M is not split if the strips fill the device, so that dA needs no second stage.
+The vendor's products dY_i W_i are then added to D; one that adds to nothing is what D is added to.
+The mask is used nowhere else in the backward. A program reads a strip of columns of X, block by
+block of rows: the mask and dS are read once for both results. :func:`.grad_a.grad_a` with
+:func:`.expand.low_rank_grad_input` would be one launch more. M is not split if the strips fill the
+device, so that dA needs no second stage.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def fits(ranks: Sequence[int]) -> bool:
 
 
 def default_config(
-    M: int, K: int, ranks: Sequence[int], arch: Arch, itemsize: int = 2
+    M: int, K: int, ranks: Sequence[int], arch: Arch, itemsize: int = 2, added: int = 0
 ) -> GradXAConfig:
     """A config with strips as for ``grad_a``, but narrow for several adapters or fp32 products.
 
@@ -56,7 +57,8 @@ def default_config(
     tensor memory). Narrow strips that have a multiprocessor each are walked in tall tiles by eight
     warps; two on one have half the registers. Large ranks too want tall tiles, as each tile reads
     A's strip again. Exact fp32 products keep operands in registers: on sm_80 (Triton 3.9) and
-    sm_100 (with six stages) these spill on 4 warps, elsewhere on 8.
+    sm_100 (with six stages) these spill on 4 warps, elsewhere on 8. ``added``: bytes of an element
+    of what D is added to, which each step reads as well.
     """
     held = padded(*ranks)
     block_k, split = strips(M, K, arch)
@@ -77,7 +79,10 @@ def default_config(
     full = held > 64 or (itemsize == 4 and exact)
     num_warps = 8 if alone or own or full else 4
     resident = 2 if many and (num_warps == 4 or not arch.warpgroups) else 1
-    tile, most = block_m * block_k * itemsize, 3 if own and held <= 32 else 6  # 4 spill with a mask
+    tile, most = (
+        block_m * block_k * (itemsize + added),
+        3 if own and held <= 32 else 6,
+    )  # 4 spill with a mask
     beside = (block_m * itemsize + block_k * 4) * held + len(ranks) * block_m * block_k // 8
     return GradXAConfig(
         block_m=block_m,
@@ -91,7 +96,7 @@ def default_config(
 @triton.jit(do_not_specialize=["M", "M_PART"])
 def _grad_xa_kernel(
     x, ds, As, words, d_out, outs, ranks, ds_strides, a_r_strides, a_k_strides,
-    part_strides, r_strides, k_strides, M, K, M_PART, x_stride, d_stride, WORDS,
+    part_strides, r_strides, k_strides, M, K, M_PART, x_stride, d_stride, WORDS, add, add_stride,
     G: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -116,6 +121,10 @@ def _grad_xa_kernel(
             x + row64[:, None] * x_stride + k[None, :], mask=ok, other=0.0
         )  # [BLOCK_M, BLOCK_K]
         total = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+        if add is not None:
+            base = tl.load(
+                add + row64[:, None] * add_stride + k[None, :], mask=ok, other=0.0
+            )  # [BLOCK_M, BLOCK_K]
         new = ()
         for i in tl.static_range(G):
             rank_ok = rank < ranks[i]  # [BLOCK_R]
@@ -142,6 +151,8 @@ def _grad_xa_kernel(
                 total = dot(d, cast(a, d.dtype), total, PRECISION)
             new = new + (dot(tl.trans(kept.to(xs.dtype)), d, acc[i], PRECISION),)
         acc = new
+        if add is not None:
+            total += base.to(tl.float32)
         tl.store(
             d_out + row64[:, None] * d_stride + k[None, :],
             cast(total, d_out.dtype.element_ty),
@@ -164,8 +175,9 @@ def plan_grad_xa(
     d_out: torch.Tensor,
     das: Sequence[torch.Tensor],
     config: GradXAConfig,
+    add: torch.Tensor | None = None,
 ) -> list[Launch]:
-    """Launches that fill ``d_out`` [M, K] and das[i] [r_i, K] (contiguous).
+    """Launches that fill ``d_out`` [M, K], with ``add`` in it, and das[i] [r_i, K] (contiguous).
 
     The arguments are checked already, and one launch can hold the ranks.
     """
@@ -183,6 +195,7 @@ def plan_grad_xa(
         tuple(o.numel() for o in das),
         tuple(p.stride(-2) for p in partials), tuple(p.stride(-1) for p in partials),
         M, K, m_part, row_stride(x), row_stride(d_out), cdiv(K, 32),
+        add, 0 if add is None else row_stride(add),
     )  # fmt: skip
     meta = dict(
         G=len(ds), BLOCK_M=config.block_m, BLOCK_K=config.block_k,
@@ -202,12 +215,14 @@ def grad_xa(
     As: Sequence[torch.Tensor],
     bits: torch.Tensor | Sequence[torch.Tensor | None] | None = None,
     *,
+    add: torch.Tensor | None = None,
     out_dtypes: Sequence[torch.dtype] | None = None,
     config: GradXAConfig | None = None,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """(D [M, K] in x's dtype, [dA_i [r_i, K]]); X, dS and the masks are read once.
 
-    D = sum over i of mask_i * (dS_i A_i); dA_i = dS_iᵀ (mask_i X), in out_dtypes[i] (default fp32).
+    D = sum over i of mask_i * (dS_i A_i), and ``add`` [M, K] of any float dtype, if it is given;
+    dA_i = dS_iᵀ (mask_i X), in out_dtypes[i] (default fp32).
     x [M, K] fp16/bf16/fp32, any row stride; ds[i] [M, r_i] x's dtype, any row stride; As[i]
     [r_i, K] fp32 or x's dtype, any strides; ranks as for :func:`.shrink_expand.shrink_expand`; bits
     as in :func:`.shrink.shrink`. Errors: TypeError, ValueError naming the argument, before any
@@ -227,13 +242,18 @@ def grad_xa(
     why = "[columns of ds[{i}], columns of x]"
     As = checks.adapters("As", As, [(r, K) for r in ranks], why, x.dtype)
     words = checks.masks(bits, len(ds), M, K)
-    checks.device(x=x, ds=ds, As=As, bits=words)
+    if add is not None:
+        checks.shape("add", add, (M, K), "as x")
+        add = checks.rows("add", add)
+    checks.device(x=x, ds=ds, As=As, bits=words, add=add)
     dtypes = list(out_dtypes) if out_dtypes is not None else [torch.float32] * len(ds)
     das = [x.new_empty((r, K), dtype=t) for r, t in zip(ranks, dtypes, strict=True)]
     d_out = x.new_empty((M, K))
     if M == 0 or K == 0:
         return d_out, [o.zero_() for o in das]
-    config = config or default_config(M, K, ranks, arch_of(x.device), x.element_size())
-    for launch in plan_grad_xa(x, ds, As, words, d_out, das, config):
+    if config is None:
+        added = 0 if add is None else add.element_size()
+        config = default_config(M, K, ranks, arch_of(x.device), x.element_size(), added)
+    for launch in plan_grad_xa(x, ds, As, words, d_out, das, config, add):
         launch.run()
     return d_out, das

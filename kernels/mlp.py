@@ -3,7 +3,8 @@
 G (gate's output), U (up's output) and H [M, K], where K is the number of inputs of down; A [r, K];
 S [M, r] = scale * (mask H) Aᵀ. Without U, H = act(G). H is rounded before S is made of it, so the
 numbers are those of the separate operations, but H is not read again. The sum over K is split over
-programs; a second kernel adds their fp32 partials in fixed order (no atomics).
+programs; a second kernel adds their fp32 partials in fixed order (no atomics). Where down's base
+product takes H in fp8, the pass writes that (:mod:`.fp8_rows`) and not H.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import checks
+from . import checks, fp8_rows
 from .common import (
     Arch,
     Launch,
@@ -29,6 +30,8 @@ from .common import (
     precision,
     row_stride,
 )  # fmt: skip
+from .fp8_rows import Fp8Rows
+from .fp8_rows import write as write_fp8
 from .launching import planned
 from .mlp_arguments import check
 from .reduce import plan_sum
@@ -57,21 +60,25 @@ def fits(r: int) -> bool:
     return r <= LAUNCH_RANK
 
 
-def default_config(M: int, K: int, r: int, arch: Arch, itemsize: int = 2) -> MlpConfig:
+def default_config(
+    M: int, K: int, r: int, arch: Arch, itemsize: int = 2, copied: bool = False
+) -> MlpConfig:
     """A config with as many programs as fit the device; r is 0 without an adapter.
 
     Exponentials and roundings take about as long as the copies, so there must be many warps. K is
-    split for them, into parts of at least 512, because partials of S are small.
+    split for them, into parts of at least 512, because partials of S are small. With an fp8 copy
+    (``copied``) tiles are as wide as what shares a scale.
     """
     # Fewer rows where 64 spill, or where on sm_100 they would make the product one of tcgen05,
     # whose operands pass through registers.
     small = arch.blackwell or arch.shared <= 160_000 or itemsize == 4
     tall = 32 if r == 0 or (r <= 32 and small) or (r > 64 and not arch.warpgroups) else 64
-    block_m = min(tall, max(16, next_pow2(M)))
-    warps = 8 if r > 32 else 4
+    block_m = min(32 if copied else tall, max(16, next_pow2(M)))
+    warps = 8 if r > 32 or copied else 4
     slots = arch.sms * (16 // warps)
     return MlpConfig(
         block_m=block_m,
+        block_k=fp8_rows.WIDTH if copied else 64,
         split_k=max(1, min(slots // cdiv(M, block_m), K // 512)),
         num_warps=warps,
     )
@@ -137,6 +144,7 @@ def both(x, ACT: tl.constexpr):
 def _mlp_kernel(
     gate, up, h, a, words, s, scale, M, K, R, K_PART,
     gate_stride, up_stride, h_stride, a_r_stride, a_k_stride, s_part_stride, WORDS,
+    q, q_scales, q_stride, q_scales_stride,
     ACT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -162,7 +170,10 @@ def _mlp_kernel(
                 up + row64[:, None] * up_stride + k[None, :], mask=ok, other=0.0
             )  # [BLOCK_M, BLOCK_K]
             value = cast(value.to(tl.float32) * u.to(tl.float32), g.dtype)
-        tl.store(h + row64[:, None] * h_stride + k[None, :], value, mask=ok)
+        if h is not None:
+            tl.store(h + row64[:, None] * h_stride + k[None, :], value, mask=ok)
+        if q is not None:
+            write_fp8(value, q, q_scales, q_stride, q_scales_stride, row, row_ok, k0)
         if a is not None:
             a_tile = tl.load(
                 a + rank.to(tl.int64)[None, :] * a_r_stride + k.to(tl.int64)[:, None] * a_k_stride,
@@ -186,14 +197,17 @@ def plan_mlp(
     gate: torch.Tensor,
     up: torch.Tensor | None,
     act: str,
-    h: torch.Tensor,
+    h: torch.Tensor | None,
     a: torch.Tensor | None,
     words: torch.Tensor | None,
     scale: float,
     s: torch.Tensor | None,
     config: MlpConfig,
+    copy: Fp8Rows | None = None,
 ) -> list[Launch]:
-    """Launches that fill h [M, K] and, with ``a`` [r, K], s [M, r] (both contiguous).
+    """Launches that fill h [M, K], ``copy`` with it in fp8, and with ``a`` [r, K] s [M, r].
+
+    h and s are contiguous.
 
     The arguments are checked already, and the rank fits.
     """
@@ -204,8 +218,9 @@ def plan_mlp(
     parts = s if s is None or split == 1 else s.new_empty((split, M, r), dtype=torch.float32)
     args = (
         gate, up, h, a, words, parts, float(scale), M, K, r, k_part,
-        row_stride(gate), 0 if up is None else row_stride(up), row_stride(h),
+        row_stride(gate), 0 if up is None else row_stride(up), 0 if h is None else row_stride(h),
         0 if a is None else a.stride(0), 0 if a is None else a.stride(1), M * r, cdiv(K, 32),
+        *fp8_rows.arguments(copy),
     )  # fmt: skip
     meta = dict(
         ACT=act, BLOCK_M=config.block_m, BLOCK_K=config.block_k, BLOCK_R=padded(r),
@@ -227,14 +242,17 @@ def mlp(
     scale: float = 1.0,
     bits: torch.Tensor | None = None,
     *,
+    copy: Fp8Rows | None = None,
     config: MlpConfig | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """(H [M, K], S [M, r] or None without ``a``), both in gate's dtype.
 
     gate, up [M, K] fp16/bf16/fp32, any row stride, up of gate's dtype or None; act: one of
     :data:`.mlp_arguments.ACTIVATIONS`; a [r, K] fp32 or gate's dtype, any strides, r from 1 to 256
     (above 128 H is read again for S); bits: packed keep mask int32 [M, ceil(K / 32)]; scale must
-    include 1 / (1 - p). Errors: TypeError or ValueError naming the argument, before any launch.
+    include 1 / (1 - p). ``copy``: room for H in fp8, which is written in place of H, for which None
+    is returned then; K is a multiple of 128, and block_k of a config 128. Errors: TypeError or
+    ValueError naming the argument, before any launch.
     """
     gate, up = check(gate, up, act)
     M, K = gate.shape
@@ -244,23 +262,26 @@ def mlp(
         checks.ranks("a", [a])
         [a] = checks.adapters("a", [a], [(None, K)], "gate has K columns", gate.dtype)
     [words] = checks.masks(bits, 1, M, K)
-    checks.device(gate=gate, up=up, a=a, bits=words)
-    h = gate.new_empty((M, K))
+    checks.device(gate=gate, up=up, a=a, bits=words, copy=copy)
+    arch = arch_of(gate.device)
+    fp8_rows.check("copy", copy, (M, K), arch)
+    fused = a is None or fits(a.shape[0])
+    h = None if copy is not None and fused else gate.new_empty((M, K))
     s = None if a is None else gate.new_empty((M, a.shape[0]))
     if M == 0 or K == 0:
         return h, None if s is None else s.zero_()
-    arch = arch_of(gate.device)
-    if a is None or s is None or fits(a.shape[0]):
-        config = config or default_config(
-            M, K, 0 if a is None else a.shape[0], arch, gate.element_size()
-        )
-        launches = plan_mlp(gate, up, act, h, a, words, scale, s, config)
+    if config is None:
+        r = a.shape[0] if a is not None and fused else 0
+        copied = copy is not None and fused
+        config = default_config(M, K, r, arch, gate.element_size(), copied)
+    if h is None or a is None or s is None or fused:
+        fp8_rows.check_width("config.block_k", config.block_k, copy)
+        launches = plan_mlp(gate, up, act, h, a, words, scale, s, config, copy)
     else:
-        launches = plan_mlp(
-            gate, up, act, h, None, None, 1.0, None, config or default_config(M, K, 0, arch)
-        )
-        shrink_config = default_shrink_config(M, K, [a.shape[0]], arch, h.element_size())
-        launches += plan_shrink(h, [a], [words], [scale], s, shrink_config)
+        launches = plan_mlp(gate, up, act, h, None, None, 1.0, None, config)
+        ranks, size, copied = [a.shape[0]], h.element_size(), copy is not None
+        shrink_config = default_shrink_config(M, K, ranks, arch, size, copied=copied)
+        launches += plan_shrink(h, [a], [words], [scale], s, shrink_config, copy=copy)
     for launch in launches:
         launch.run()
-    return h, s
+    return None if copy is not None else h, s

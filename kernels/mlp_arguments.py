@@ -27,7 +27,7 @@ class MlpMember(NamedTuple):
 class MlpGrads(NamedTuple):
     """The gradients, None for what is not wanted; pairs are those of gate and of up."""
 
-    dgate: torch.Tensor  # [M, K]
+    dgate: torch.Tensor | None  # [M, K]
     dup: torch.Tensor | None  # [M, K]
     ds: list[torch.Tensor | None]  # [M, r] each, contiguous
     db: list[torch.Tensor | None]  # [K, r] each, contiguous

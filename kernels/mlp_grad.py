@@ -10,7 +10,8 @@ S, dS [M, r]; for down dS [M, r] and A [r, K].
 A program owns a strip of columns and walks down the rows, so the sums over rows, dB and dA, are in
 its registers. dS is a sum over strips: each writes an fp32 part of it, and a second kernel adds the
 parts in fixed order (no atomics). Where that would cost more than other passes over dG, dU and H,
-:func:`ways` says so, and :func:`.shrink.shrink` or :func:`.grad_a.grad_a` makes the rest.
+:func:`ways` says so, and :func:`.shrink.shrink` or :func:`.grad_a.grad_a` makes the rest. Where the
+base product takes dG and dU in fp8, the pass writes these (:mod:`.fp8_rows`).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import checks
+from . import checks, fp8_rows
 from .common import (
     INTERPRET,
     Arch,
@@ -39,6 +40,8 @@ from .common import (
     precision,
     row_stride,
 )  # fmt: skip
+from .fp8_rows import Fp8Rows
+from .fp8_rows import write as write_fp8
 from .grad_a import default_config as default_grad_a_config
 from .grad_a import plan_grad_a
 from .launching import planned
@@ -85,16 +88,17 @@ class MlpGradConfig:
 
 
 def default_config(
-    M: int, K: int, r: int, arch: Arch, itemsize: int = 2, masked: bool = True
-) -> MlpGradConfig:
+    M: int, K: int, r: int, arch: Arch, itemsize: int = 2, masked: bool = True,
+    copied: bool = False,
+) -> MlpGradConfig:  # fmt: skip
     """A config with strips wide enough for few parts of dS, and as many warps as registers allow.
 
     r is the largest rank, 0 without adapters; masked: with down's mask. M is split, into parts of
     at least 256 rows, so that the last wave of programs is full, if that is worth the parts of dB
-    and dA.
+    and dA. With an fp8 copy (``copied``) strips are as wide as what shares a scale.
     """
     low, sums = ways(r, itemsize, arch)
-    block_k = 128 if low or not sums else 64
+    block_k = 128 if low or not sums or copied else 64
     warps = 8
     if low and r and arch.warpgroups and not masked:
         warps = 16  # with a mask, and on sm_80, they spill
@@ -134,6 +138,7 @@ def _mlp_grad_kernel(
     dh, gate, up, dgate, dup, h, Bs, Ss, ds_outs, db_outs, scales, ranks,
     b_k_strides, b_r_strides, s_strides, ds, da_out, words, R, ds_stride, WORDS,
     M, K, M_PART, dh_stride, gate_stride, up_stride, dgate_stride, dup_stride, h_stride,
+    qs, q_scales, q_strides, q_scales_strides,
     ACT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr, ONCE: tl.constexpr,
 ):  # fmt: skip
@@ -175,11 +180,19 @@ def _mlp_grad_kernel(
             u = tl.load(up + row64[:, None] * up_stride + k[None, :], mask=ok, other=0.0)
             u32, d32 = u.to(tl.float32), d.to(tl.float32)  # each [BLOCK_M, BLOCK_K]
             du = cast(d32 * value.to(tl.float32), g.dtype)
-            tl.store(dup + row64[:, None] * dup_stride + k[None, :], du, mask=ok)
+            if dup is not None:
+                tl.store(dup + row64[:, None] * dup_stride + k[None, :], du, mask=ok)
+            if qs[1] is not None:
+                write_fp8(
+                    du, qs[1], q_scales[1], q_strides[1], q_scales_strides[1], row, row_ok, k0
+                )
             d = cast(d32 * u32, g.dtype)
             value = cast(value.to(tl.float32) * u32, g.dtype)
         dg = cast(d.to(tl.float32) * slope, g.dtype)
-        tl.store(dgate + row64[:, None] * dgate_stride + k[None, :], dg, mask=ok)
+        if dgate is not None:
+            tl.store(dgate + row64[:, None] * dgate_stride + k[None, :], dg, mask=ok)
+        if qs[0] is not None:
+            write_fp8(dg, qs[0], q_scales[0], q_strides[0], q_scales_strides[0], row, row_ok, k0)
         if h is not None:
             tl.store(h + row64[:, None] * h_stride + k[None, :], value, mask=ok)
         new = ()
@@ -254,8 +267,11 @@ def plan_mlp_grad(
     out: MlpGrads,
     config: MlpGradConfig,
     arch: Arch,
+    copies: Sequence[Fp8Rows | None] = (None, None),
 ) -> list[Launch]:
     """Launches that fill ``out``, whose ``da`` needs ``ds`` [M, r] of down; arguments are checked.
+
+    ``copies`` have room for dG and dU in fp8; ``out`` may lack dG and dU then.
 
     What the one pass does not take is made by ``shrink`` (dS) and ``grad_a`` (dB, dA).
     """
@@ -282,8 +298,8 @@ def plan_mlp_grad(
         ds if sums and down else None, da_part, words if sums and down else None,
         down, 0 if ds is None else row_stride(ds), cdiv(K, 32), M, K, m_part,
         row_stride(dh), row_stride(gate), 0 if up is None else row_stride(up),
-        row_stride(out.dgate), 0 if out.dup is None else row_stride(out.dup),
-        0 if h is None else row_stride(h),
+        *(0 if t is None else row_stride(t) for t in (out.dgate, out.dup, h)),
+        *zip(*map(fp8_rows.arguments, copies), strict=True),
     )  # fmt: skip
     block_r = padded(max([1, *ranks, down]) if sums else 1)
     # 64 rows are what instructions that read operands from shared memory take, in fewer registers
@@ -347,6 +363,7 @@ def mlp_grad(
     bits: torch.Tensor | None = None,
     *,
     outs: tuple[torch.Tensor, torch.Tensor | None] | None = None,
+    copies: tuple[Fp8Rows, Fp8Rows | None] | None = None,
     da_dtype: torch.dtype = torch.float32,
     config: MlpGradConfig | None = None,
 ) -> MlpGrads:
@@ -358,6 +375,8 @@ def mlp_grad(
     down, None if dA is not wanted; bits: the packed mask of H, int32 [M, ceil(K / 32)]. Ranks are
     from 1 to 256. dS is in gate's dtype, dB in b's, dA in ``da_dtype``. ``outs``: where dG and dU
     go, [M, K] with unit strides along rows, such as two halves of one matrix; new ones by default.
+    ``copies``: room for dG and dU in fp8, which are written in place of dG and dU; these are None
+    then, but where dS or dB is made of them. K is a multiple of 128 and block_k of a config 128.
     Errors: TypeError or ValueError naming the argument, before any launch.
     """
     gate, up = check(gate, up, act)
@@ -370,9 +389,20 @@ def mlp_grad(
     if ds is not None:
         [ds] = checks.low_rank("ds", [ds], M, gate.dtype, "gate has M rows")
     [words] = checks.masks(bits, 1, M, K)
-    dgate, dup = check_outs(outs, gate, up)
+    arch = arch_of(dh.device)
+    rooms: tuple[Fp8Rows | None, Fp8Rows | None] = copies or (None, None)
+    if copies is not None and (rooms[1] is None) != (up is None):
+        raise ValueError("copies[1] is given without up, or up without it; allowed: both")
+    for i, copy in enumerate(rooms):
+        fp8_rows.check(f"copies[{i}]", copy, (M, K), arch)
+    held = [m.b for m in members if m is not None]
+    r = max((t.shape[1] for t in (*held, *([] if ds is None else [ds]))), default=0)
+    dgate, dup = None, None
+    if copies is None or (held and not all(ways(r, dh.element_size(), arch))):
+        dgate, dup = check_outs(outs, gate, up)
     checks.device(
         dh=dh, gate=gate, up=up, ds=ds, bits=words, outs=[dgate, dup],
+        copies=[t for copy in rooms if copy is not None for t in copy],
         b=[None if m is None else m.b for m in members],
         s=[None if m is None else m.s for m in members],
     )  # fmt: skip
@@ -391,11 +421,11 @@ def mlp_grad(
             if t is not None:
                 t.zero_()
         return out
-    arch = arch_of(dh.device)
     if config is None:
-        held = [m.b for m in members if m is not None] + ([] if ds is None else [ds])
-        r = max((t.shape[1] for t in held), default=0)
-        config = default_config(M, K, r, arch, dh.element_size(), words is not None)
-    for launch in plan_mlp_grad(dh, gate, up, act, members, ds, words, out, config, arch):
+        size, copied = dh.element_size(), copies is not None
+        config = default_config(M, K, r, arch, size, words is not None, copied)
+    for copy in rooms:
+        fp8_rows.check_width("config.block_k", config.block_k, copy)
+    for launch in plan_mlp_grad(dh, gate, up, act, members, ds, words, out, config, arch, rooms):
         launch.run()
     return out

@@ -3,7 +3,8 @@
 X [M, K]; A_i [r_i, K]; S [M, sum r_i], with the adapters side by side in columns. For small M, K is
 split: fp32 partials, then a sum in fixed order (no atomics). A may have its own dtype and is cast
 to X's in the kernel. The mask is read, or drawn tile by tile and written for the backward: the pass
-waits for X, so that the integer work of :mod:`.bits` takes no time of its own.
+waits for X, so that the integer work of :mod:`.bits` takes no time of its own. The same pass can
+write X in fp8 (:mod:`.fp8_rows`), undropped.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import checks
+from . import checks, fp8_rows
 from .bits import DRAWN, ROUNDS, Draw, draw_words, seed_of
 from .common import (
     Arch,
@@ -34,6 +35,8 @@ from .common import (
     spread,
 )  # fmt: skip
 from .flight import stages
+from .fp8_rows import Fp8Rows
+from .fp8_rows import write as write_fp8
 from .launching import planned
 from .reduce import plan_sum
 
@@ -57,12 +60,14 @@ class ShrinkConfig:
 
 
 def default_config(
-    M: int, K: int, ranks: Sequence[int], arch: Arch, itemsize: int = 2, masked: bool = False
-) -> ShrinkConfig:
+    M: int, K: int, ranks: Sequence[int], arch: Arch, itemsize: int = 2, masked: bool = False,
+    copied: bool = False,
+) -> ShrinkConfig:  # fmt: skip
     """A config with enough programs to fill the device, and enough of X on the way.
 
     First the blocks of rows become smaller, then K is split into parts of at least 512. Blocks with
-    fewer rows than ranks would read more of A than of X, so there K is split first.
+    fewer rows than ranks would read more of A than of X, so there K is split first. With an fp8
+    copy (``copied``) tiles are as wide as what shares a scale, and have eight warps for it.
     """
     held = min(LAUNCH_RANK, padded(*ranks))
     block_m = 64 if held <= 64 or arch.warpgroups else 32
@@ -78,7 +83,8 @@ def default_config(
         block_m //= 2
     split = parts()
     programs = cdiv(M, block_m) * split
-    block_k, num_stages = steps(block_m, held, programs, arch, itemsize, masked)
+    width = fp8_rows.WIDTH if copied else None
+    block_k, num_stages = steps(block_m, held, programs, arch, itemsize, masked, width)
     large = held > 64 or block_m * block_k * itemsize >= 16384
     if arch.capability == 120 and len(ranks) > 1 and block_m == 64:
         large = True  # four warps spill there (Triton 3.9)
@@ -92,12 +98,14 @@ def default_config(
 
 
 def steps(
-    block_m: int, held: int, programs: int, arch: Arch, itemsize: int, masked: bool = False
-) -> tuple[int, int]:
+    block_m: int, held: int, programs: int, arch: Arch, itemsize: int, masked: bool = False,
+    width: int | None = None,
+) -> tuple[int, int]:  # fmt: skip
     """(block_k, num_stages) of a shrink whose programs have block_m rows and ``held`` ranks.
 
     Steps are wide where registers and shared memory allow, so that fewer stages cover the latency.
     A masked X passes through registers before its product, which takes the place of one stage.
+    ``width``: block_k, where it is given, of tiles that pass through registers as well.
     """
     wide = itemsize == 2 and held <= (64 if arch.warpgroups else 32)
     wide = wide and (arch.shared > 160_000 or block_m * held <= 1024)
@@ -107,9 +115,9 @@ def steps(
         most = 12 if block_m == 32 else most  # of smaller tiles more are needed
     elif wide and held > 32 and arch.blackwell and block_m == 64:
         most = 4  # five spill there
-    block_k = (256 if block_m * held <= 256 else 128) if wide else 64
+    block_k = width or ((256 if block_m * held <= 256 else 128) if wide else 64)
     beside = block_k * held * 4 + block_m * block_k // 8  # A in fp32, and mask words
-    late = int(masked and arch.shared > 160_000)
+    late = int((masked or width is not None) and arch.shared > 160_000)
     tile = block_m * block_k * itemsize
     return block_k, stages(arch, programs, tile, beside, most=most, late=late)
 
@@ -120,11 +128,13 @@ def accumulate(
     G: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
     seed=0, K=0, threshold=0, fraction=0, DIGITS: tl.constexpr = 0, ROUNDS: tl.constexpr = 0,
+    q=None, q_scales=None, q_stride=0, q_scales_stride=0,
 ):  # fmt: skip
     """A tuple of G fp32 tiles [BLOCK_M, BLOCK_R]: (mask_i X) A_iᵀ for some rows.
 
     The sums are over the columns first to last of X, which are loaded once for all. With DIGITS the
-    masks' words are drawn, and written to ``words``; without they are read.
+    masks' words are drawn, and written to ``words``; without they are read. With ``q`` an fp8 copy
+    of X is written (:mod:`.fp8_rows`).
     """
     rank = tl.arange(0, BLOCK_R)  # [BLOCK_R]
     acc = ()
@@ -136,6 +146,8 @@ def accumulate(
         xs = tl.load(
             x_row + k[None, :], mask=row_ok[:, None] & k_ok[None, :], other=0.0
         )  # [BLOCK_M, BLOCK_K]
+        if q is not None:
+            write_fp8(xs, q, q_scales, q_stride, q_scales_stride, row, row_ok, k0)
         new = ()
         for i in tl.static_range(G):
             a = tl.load(
@@ -174,7 +186,7 @@ def accumulate(
 def _shrink_kernel(
     x, As, words, out, ranks, columns, scales, a_r_strides, a_k_strides,
     M, K, K_PART, x_stride, out_stride, part_stride, WORDS,
-    seed_ptr, seed_lo, seed_hi, threshold, fraction,
+    seed_ptr, seed_lo, seed_hi, threshold, fraction, q, q_scales, q_stride, q_scales_stride,
     G: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr, DIGITS: tl.constexpr, ROUNDS: tl.constexpr,
 ):  # fmt: skip
@@ -190,7 +202,7 @@ def _shrink_kernel(
         x + row.to(tl.int64)[:, None] * x_stride, As, words, ranks, a_r_strides, a_k_strides,
         row, row_ok, first, tl.minimum(first + K_PART, K), WORDS,
         G, BLOCK_M, BLOCK_K, BLOCK_R, PRECISION,
-        seed, K, threshold, fraction, DIGITS, ROUNDS,
+        seed, K, threshold, fraction, DIGITS, ROUNDS, q, q_scales, q_stride, q_scales_stride,
     )  # fmt: skip
     out_row = out + part.to(tl.int64) * part_stride + row.to(tl.int64)[:, None] * out_stride
     for i in tl.static_range(G):
@@ -237,10 +249,12 @@ def plan_shrink(
     out: torch.Tensor,
     config: ShrinkConfig,
     draw: Draw | None = None,
+    copy: Fp8Rows | None = None,
 ) -> list[Launch]:
     """Launches that fill ``out`` [M, sum r] (contiguous); the arguments are checked already.
 
-    With ``draw`` they also fill the words, for ranks of which one launch makes all of S.
+    With ``draw`` they also fill the words, for ranks of which one launch makes all of S; with
+    ``copy`` X in fp8.
     """
     (M, K), total = x.shape, out.shape[1]
     drawn, digits = drawn_in(draw, x.device)
@@ -248,7 +262,7 @@ def plan_shrink(
     k_part = cdiv(cdiv(K, config.split_k), config.block_k) * config.block_k
     split = cdiv(K, k_part)
     target = out if split == 1 else out.new_empty((split, M, total), dtype=torch.float32)
-    launches = []
+    launches: list[Launch] = []
     for parts in _parts(As, words, scales):
         ranks = tuple(p.a.shape[0] for p in parts)
         args = (
@@ -256,6 +270,7 @@ def plan_shrink(
             ranks, tuple(p.column for p in parts), tuple(float(p.scale) for p in parts),
             tuple(p.a.stride(0) for p in parts), tuple(p.a.stride(1) for p in parts),
             M, K, k_part, row_stride(x), total, M * total, cdiv(K, 32), *drawn,
+            *fp8_rows.arguments(None if launches else copy),
         )  # fmt: skip
         meta = dict(
             G=len(parts), BLOCK_M=config.block_m, BLOCK_K=config.block_k,
@@ -305,6 +320,7 @@ def shrink(
     bits: torch.Tensor | Sequence[torch.Tensor | None] | None = None,
     *,
     draw: Draw | None = None,
+    copy: Fp8Rows | None = None,
     out_dtype: torch.dtype | None = None,
     config: ShrinkConfig | None = None,
 ) -> torch.Tensor:
@@ -314,8 +330,9 @@ def shrink(
     A_i [r_i, K] fp32 or x's dtype, any strides, r_i from 1 to 256; bits: packed keep masks int32
     [M, ceil(K / 32)], one for all or one (or None) for each; scale_i must include 1 / (1 - p).
     With ``draw`` bits are a tensor for each adapter, into which the launch writes the masks that it
-    draws: the words of ``dropout_bits(M, K, p, seed, groups=len(As))``. Errors: TypeError or
-    ValueError naming the argument, before any launch.
+    draws: the words of ``dropout_bits(M, K, p, seed, groups=len(As))``. ``copy``: room for X in
+    fp8, which is written, undropped (:func:`.fp8_rows.empty`); K is a multiple of 128 then, and
+    block_k of a config 128. Errors: TypeError or ValueError naming the argument, before any launch.
     """
     x = checks.rows("x", x)
     As = list(As)
@@ -328,7 +345,9 @@ def shrink(
         masks_to_fill(bits, draw, [a.shape[0] for a in As])
     words = checks.masks(bits, len(As), M, K)
     factors = checks.per_adapter("scales", scales, len(As))
-    checks.device(x=x, As=As, bits=words)
+    checks.device(x=x, As=As, bits=words, copy=copy)
+    arch = arch_of(x.device)
+    fp8_rows.check("copy", copy, (M, K), arch)
     out = x.new_empty((M, sum(a.shape[0] for a in As)), dtype=out_dtype or x.dtype)
     if M == 0:
         return out
@@ -337,7 +356,9 @@ def shrink(
     ranks = [a.shape[0] for a in As]
     if config is None:
         masked = any(w is not None for w in words)
-        config = default_config(M, K, ranks, arch_of(x.device), x.element_size(), masked)
-    for launch in plan_shrink(x, As, words, factors, out, config, draw):
+        copied = copy is not None
+        config = default_config(M, K, ranks, arch, x.element_size(), masked, copied)
+    fp8_rows.check_width("config.block_k", config.block_k, copy)
+    for launch in plan_shrink(x, As, words, factors, out, config, draw, copy):
         launch.run()
     return out

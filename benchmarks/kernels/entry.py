@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from peftkern.kernels import bits, tuning
+from peftkern.kernels import bits, fp8_rows, tuning
 from peftkern.kernels.common import Arch, Launch
 
 from ..gpu.contest import RaceCase
@@ -114,6 +114,11 @@ def meta(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
+def room(m: int, k: int) -> fp8_rows.Fp8Rows:
+    """Room for an fp8 copy of X [m, k]."""
+    return fp8_rows.empty(m, k, torch.device("meta"))
+
+
 def named(name: str, launches: list[Launch], matrix_bound: bool = False) -> Iterator[Case]:
     """A case for each launch of one call."""
     for i, launch in enumerate(launches):
@@ -171,6 +176,9 @@ ADAPTERS = (
     Adapters(16, 3), Adapters(16, 3, True), Adapters(64, 2, True, BF16, BF16),
     Adapters(16, 1, True, FP32),
 )  # fmt: skip
+# the adapters of passes that also write an fp8 copy, compiled where a product takes such a copy
+COPIED = (Adapters(16), Adapters(16, 1, True), Adapters(64, 1, True), Adapters(16, 3, True))
+FP8_PRODUCTS = 90  # the compute capability
 # for kernels that hold a whole group, whose ranks may sum to at most 128
 JOINED = (
     Adapters(16), Adapters(16, 1, True), Adapters(16, 3, True), Adapters(64, 2, True, BF16, BF16),

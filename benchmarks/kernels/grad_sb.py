@@ -7,11 +7,12 @@ from typing import Any
 
 from torch import Tensor
 
-from peftkern.kernels import grad_sb, reference
+from peftkern.kernels import fp8_rows, grad_sb, reference
 from peftkern.kernels.common import Arch, Launch
 
 from ..gpu.contest import SCALE, RaceCase
 from .entry import (
+    FP8_PRODUCTS,
     FP32,
     Bucket,
     Case,
@@ -28,9 +29,10 @@ from .entry import (
     configs,
     meta,
     named,
+    room,
     tag,
 )  # fmt: skip
-from .traffic import Facts, Traffic, nbytes, unit_of
+from .traffic import Facts, Traffic, copied, copy_operations, nbytes, unit_of
 
 
 def _traffic(f: Facts) -> Traffic:
@@ -38,7 +40,7 @@ def _traffic(f: Facts) -> Traffic:
     return Traffic(
         "grad_sb", 1,
         read=nbytes(dy) * chunks + nbytes(b) + nbytes(s),
-        written=nbytes(f["ds_out"]) + nbytes(f["db_out"]),
+        written=nbytes(f["ds_out"]) + nbytes(f["db_out"]) + copied(f),
         flops=4 * f["M"] * f["N"] * f["R"],
         unit=unit_of(dy.dtype),
         requested=nbytes(dy) * chunks + nbytes(b) * blocks + nbytes(s) * split,
@@ -54,6 +56,15 @@ def _cases(arch: Arch) -> Iterator[Case]:
         else:
             launches = grad_sb.plan_grad_sb(y, b, s, 1.0, meta(m, r), db, config)
         yield from named(f"grad_sb M{m} {tag(r)}", launches)
+    for r in (16, 64) if arch.capability == FP8_PRODUCTS else ():
+        y, b, s = meta(M, N), meta(N, r, dtype=FP32), meta(M, r)
+        db, copy = meta(N, r, dtype=FP32), room(M, N)
+        config = grad_sb.default_config(M, N, r, arch, copied=True)
+        if config is None:
+            launches = grad_sb.plan_two_pass(y, b, s, 1.0, meta(M, r), db, arch, copy)
+        else:
+            launches = grad_sb.plan_grad_sb(y, b, s, 1.0, meta(M, r), db, config, copy)
+        yield from named(f"grad_sb with fp8 M{M} {tag(r)}", launches)
 
 
 def _race_cases(b: Bucket) -> Iterator[RaceCase]:
@@ -92,6 +103,10 @@ def _sanitize(o: Operands) -> Iterator[tuple[str, list[Tensor]]]:
         yield f"grad_sb split {split}", [*grad_sb.grad_sb(o.dy, o.b, o.s, 2.0, config=config)]
     wide, s = o(o.N, 100, dtype=FP32), o(o.M, 100)
     yield "grad_sb, two passes", [*grad_sb.grad_sb(o.dy, wide, s, 2.0)]
+    dy, b = o(o.M, 256), o(256, o.r, dtype=FP32)
+    copy = fp8_rows.empty(o.M, 256, dy.device)
+    found = grad_sb.grad_sb(dy, b, o.s, 2.0, copy=copy)
+    yield "grad_sb with fp8", [*found, copy.q.float(), copy.scales]
 
 
 def _counted(o: Operands) -> Iterator[Callable[[], Any]]:
@@ -100,7 +115,7 @@ def _counted(o: Operands) -> Iterator[Callable[[], Any]]:
 
 ENTRY = KernelEntry(
     traffic={"_grad_sb_kernel": _traffic},
-    timing={"_grad_sb_kernel": Timing(streams=True)},
+    timing={"_grad_sb_kernel": Timing(streams=True, integers=copy_operations)},
     cases=_cases,
     ops={
         "grad_sb": Raced(

@@ -12,6 +12,8 @@ from peftkern.kernels.common import Arch, Launch
 
 from ..gpu.contest import RaceCase
 from .entry import (
+    COPIED,
+    FP8_PRODUCTS,
     JOINED,
     Bucket,
     Case,
@@ -35,13 +37,14 @@ from .traffic import Facts, Traffic, cdiv, nbytes, once, total, unit_of
 def _traffic(f: Facts) -> Traffic:
     x, ds, As, words = f["x"], f["ds"], f["As"], f["words"]
     strips, blocks = f["grid"][0], cdiv(f["M"], f["BLOCK_M"])
+    read = nbytes(x) + nbytes(f["add"])
     return Traffic(
         "grad_xa", 1,
-        read=nbytes(x) + total(ds) + total(As) + once(words),
+        read=read + total(ds) + total(As) + once(words),
         written=nbytes(f["d_out"]) + total(f["outs"]),
         flops=4 * f["M"] * f["K"] * sum(f["ranks"]),
         unit=unit_of(x.dtype),
-        requested=nbytes(x) + strips * total(ds) + blocks * total(As) + total(words),
+        requested=read + strips * total(ds) + blocks * total(As) + total(words),
     )  # fmt: skip
 
 
@@ -54,6 +57,13 @@ def _cases(arch: Arch) -> Iterator[Case]:
                 x, g.ds(), g.low(g.r, k), g.words(M, k), meta(M, k, dtype=g.dtype), das, config
             )
             yield from named(f"grad_xa K{k} {g.tag}", launches)
+    for g in COPIED if arch.capability == FP8_PRODUCTS else ():
+        x, das = meta(M, K), g.grads(g.r, K)
+        config = grad_xa.default_config(M, K, [g.r] * g.group, arch, 2, added=2)
+        launches = grad_xa.plan_grad_xa(
+            x, g.ds(), g.low(g.r, K), g.words(M), meta(M, K), das, config, meta(M, K)
+        )
+        yield from named(f"grad_xa added K{K} {g.tag}", launches)
 
 
 def _race_cases(b: Bucket) -> Iterator[RaceCase]:
@@ -102,6 +112,8 @@ def _sanitize(o: Operands) -> Iterator[tuple[str, list[Tensor]]]:
         config = grad_xa.GradXAConfig(16, 32, split, 4, 2)
         d, das = grad_xa.grad_xa(o.x, [o.s, o.s], [o.a, o.a], o.words, config=config)
         yield f"grad_xa split {split}", [d, *das]
+    d, das = grad_xa.grad_xa(o.x, [o.s], [o.a], o.words, add=o.x)
+    yield "grad_xa added", [d, *das]
 
 
 def _counted(o: Operands) -> Iterator[Callable[[], Any]]:

@@ -7,12 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
-from peftkern.kernels import mlp, mlp_reference
+from peftkern.kernels import fp8_rows, mlp, mlp_reference
 from peftkern.kernels.common import Arch, Launch
 
 from ..gpu.contest import SCALE, RaceCase
 from .entry import (
     BF16,
+    FP8_PRODUCTS,
     FP32,
     INT32,
     Bucket,
@@ -25,12 +26,14 @@ from .entry import (
     Raced,
     Run,
     TableTensors,
+    Timing,
     configs,
     meta,
     named,
+    room,
     tag,
 )  # fmt: skip
-from .traffic import Facts, Traffic, nbytes, unit_of
+from .traffic import Facts, Traffic, copied, copy_operations, nbytes, unit_of
 
 WIDE = 14336  # inner width of Llama-8B's MLP
 
@@ -41,7 +44,7 @@ def _traffic(f: Facts) -> Traffic:
     return Traffic(
         "mlp", 1,
         read=read + nbytes(a),
-        written=nbytes(f["h"]) + nbytes(f["s"]),
+        written=nbytes(f["h"]) + nbytes(f["s"]) + copied(f),
         flops=0 if a is None else 2 * f["M"] * f["K"] * f["R"],
         unit=unit_of(gate.dtype),
         requested=read + nbytes(a) * blocks,
@@ -50,14 +53,15 @@ def _traffic(f: Facts) -> Traffic:
 
 def launches(
     m: int, k: int, r: int, act: str, masked: bool, config: mlp.MlpConfig, *,
-    up: bool = True, dtype: Any = BF16, adapter: Any = FP32,
+    up: bool = True, dtype: Any = BF16, adapter: Any = FP32, fp8: bool = False,
 ) -> list[Launch]:  # fmt: skip
-    """The launches of one call on meta tensors; r is 0 without an adapter."""
+    """The launches of one call on meta tensors; r is 0 without an adapter; H is fp8, or as G."""
     a = meta(r, k, dtype=adapter) if r else None
     words = meta(m, -(-k // 32), dtype=INT32) if masked else None
     gate, h, s = (meta(m, c, dtype=dtype) for c in (k, k, r))
     other = meta(m, k, dtype=dtype) if up else None
-    return mlp.plan_mlp(gate, other, act, h, a, words, 1.0, s if r else None, config)
+    copy, h = (room(m, k), None) if fp8 else (None, h)
+    return mlp.plan_mlp(gate, other, act, h, a, words, 1.0, s if r else None, config, copy)
 
 
 def _cases(arch: Arch) -> Iterator[Case]:
@@ -73,6 +77,12 @@ def _cases(arch: Arch) -> Iterator[Case]:
         what = f"{act}{'' if up else ' alone'} {tag(r, masked=masked, dtype=dtype)}"
         plan = launches(m, WIDE, r, act, masked, config, up=up, dtype=dtype)
         yield from named(f"mlp M{m} {what}", plan)
+    for r, masked in (
+        ((16, True), (16, False), (0, False)) if arch.capability == FP8_PRODUCTS else ()
+    ):
+        config = mlp.default_config(M, WIDE, r, arch, copied=True)
+        plan = launches(M, WIDE, r, "silu", masked, config, fp8=True)
+        yield from named(f"mlp with fp8 M{M} silu {tag(r, masked=masked)}", plan)
 
 
 def _race_cases(b: Bucket) -> Iterator[RaceCase]:
@@ -117,6 +127,9 @@ def _sanitize(o: Operands) -> Iterator[tuple[str, list[Tensor]]]:
         yield f"mlp split {split}", [t for t in found if t is not None]
     both = mlp.mlp(o.x, None, "gelu_tanh", wide, 2.0, o.words)
     yield "mlp, S of its own", [t for t in both if t is not None]
+    gate, copy = o(o.M, 256), fp8_rows.empty(o.M, 256, o.x.device)
+    mlp.mlp(gate, gate, "silu", copy=copy)
+    yield "mlp with fp8", [copy.q.float(), copy.scales]
 
 
 def _counted(o: Operands) -> Iterator[Callable[[], Any]]:
@@ -126,6 +139,7 @@ def _counted(o: Operands) -> Iterator[Callable[[], Any]]:
 
 ENTRY = KernelEntry(
     traffic={"_mlp_kernel": _traffic},
+    timing={"_mlp_kernel": Timing(integers=copy_operations)},
     cases=_cases,
     ops={"mlp": Raced("mlp", _race_cases, _candidates, _contest, _plan)},
     sanitize=_sanitize,

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftkern.kernels import mlp_grad, mlp_reference
+from peftkern.kernels import fp8_rows, mlp_grad, mlp_reference
 from peftkern.kernels.common import Arch, Launch
 from peftkern.kernels.mlp_arguments import MlpGrads, MlpMember
 
 from ..gpu.contest import SCALE, RaceCase
 from .entry import (
     BF16,
+    FP8_PRODUCTS,
     FP32,
     INT32,
     Bucket,
@@ -27,13 +28,15 @@ from .entry import (
     Raced,
     Run,
     TableTensors,
+    Timing,
     configs,
     meta,
     named,
+    room,
     tag,
 )  # fmt: skip
 from .mlp import WIDE
-from .traffic import Facts, Traffic, nbytes, total, unit_of
+from .traffic import Facts, Traffic, copied, copy_operations, nbytes, total, unit_of
 
 ALL = (True, True, True)  # adapters of gate, up and down
 
@@ -51,7 +54,7 @@ def _traffic(f: Facts) -> Traffic:
     return Traffic(
         "mlp_grad", 1,
         read=streamed + rows + columns,
-        written=total(outs),
+        written=total(outs) + copied(f),
         flops=2 * f["M"] * f["K"] * ranks,
         unit=unit_of(dh.dtype),
         requested=streamed + rows * strips + columns * split,
@@ -61,7 +64,7 @@ def _traffic(f: Facts) -> Traffic:
 def launches(
     m: int, k: int, r: int, act: str, masked: bool, config: mlp_grad.MlpGradConfig, arch: Arch, *,
     adapters: tuple[bool, bool, bool] = ALL, up: bool = True,
-    dtype: torch.dtype = BF16, adapter: torch.dtype = FP32,
+    dtype: torch.dtype = BF16, adapter: torch.dtype = FP32, fp8: bool = False,
 ) -> list[Launch]:  # fmt: skip
     """The launches of one call on meta tensors; ``adapters`` says which of the three have one."""
     dh, gate, dgate = (meta(m, k, dtype=dtype) for _ in range(3))
@@ -72,13 +75,21 @@ def launches(
     ]
     ds = meta(m, r, dtype=dtype) if adapters[2] else None
     words = meta(m, -(-k // 32), dtype=INT32) if masked and adapters[2] else None
+    copies: tuple[Any, Any] = (None, None)
+    if fp8:
+        whole = room(m, 2 * k)
+        copies = whole.columns(0, k), whole.columns(k, 2 * k)
+    if fp8 and all(mlp_grad.ways(r, dtype.itemsize, arch)):
+        dgate = dup = None  # type: ignore[assignment]
     out = MlpGrads(
         dgate, dup,
         [meta(m, r, dtype=dtype) if there else None for there in adapters[:2]],
         [meta(k, r, dtype=adapter) if there else None for there in adapters[:2]],
         meta(r, k, dtype=adapter) if adapters[2] else None,
     )  # fmt: skip
-    return mlp_grad.plan_mlp_grad(dh, gate, other, act, members, ds, words, out, config, arch)
+    return mlp_grad.plan_mlp_grad(
+        dh, gate, other, act, members, ds, words, out, config, arch, copies
+    )
 
 
 def _cases(arch: Arch) -> Iterator[Case]:
@@ -100,6 +111,12 @@ def _cases(arch: Arch) -> Iterator[Case]:
         )
         name = f"mlp_grad M{m} {act}{'' if up else ' alone'} {who}"
         yield from named(f"{name} {tag(r, masked=masked, dtype=dtype)}", plan)
+    for r, masked in (
+        ((16, True), (16, False), (64, True)) if arch.capability == FP8_PRODUCTS else ()
+    ):
+        config = mlp_grad.default_config(M, WIDE, r, arch, 2, masked, copied=True)
+        plan = launches(M, WIDE, r, "silu", masked, config, arch, fp8=True)
+        yield from named(f"mlp_grad with fp8 M{M} silu {tag(r, masked=masked)}", plan)
 
 
 def _race_cases(b: Bucket) -> Iterator[RaceCase]:
@@ -160,6 +177,10 @@ def _sanitize(o: Operands) -> Iterator[tuple[str, list[Tensor]]]:
         config = mlp_grad.MlpGradConfig(16, 32, split, 4, 2)
         found = mlp_grad.mlp_grad(dh, o.x, up, "silu", members, o(o.M, r), o.words, config=config)
         yield f"mlp_grad r{r} split {split}", _flat(found)
+    wide, whole = o(o.M, 256), fp8_rows.empty(o.M, 512, o.x.device)
+    copies = whole.columns(0, 256), whole.columns(256, 512)
+    mlp_grad.mlp_grad(wide, wide, wide, "silu", copies=copies)
+    yield "mlp_grad with fp8", [whole.q.float(), whole.scales]
 
 
 def _counted(o: Operands) -> Iterator[Callable[[], Any]]:
@@ -170,6 +191,7 @@ def _counted(o: Operands) -> Iterator[Callable[[], Any]]:
 
 ENTRY = KernelEntry(
     traffic={"_mlp_grad_kernel": _traffic},
+    timing={"_mlp_grad_kernel": Timing(integers=copy_operations)},
     cases=_cases,
     ops={"mlp_grad": Raced("mlp", _race_cases, _candidates, _contest, _plan)},
     sanitize=_sanitize,

@@ -8,14 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftkern.kernels import reference, shrink
+from peftkern.kernels import fp8_rows, reference, shrink
 from peftkern.kernels.common import Arch, Launch
 
 from ..gpu.contest import SCALE, RaceCase
 from .entry import (
     ADAPTERS,
     BF16,
+    COPIED,
     DRAW,
+    FP8_PRODUCTS,
     Bucket,
     Case,
     Drawn,
@@ -31,8 +33,20 @@ from .entry import (
     configs,
     meta,
     named,
+    room,
 )  # fmt: skip
-from .traffic import Facts, Traffic, mask_operations, masks, nbytes, once, total, unit_of
+from .traffic import (
+    Facts,
+    Traffic,
+    copied,
+    copy_operations,
+    mask_operations,
+    masks,
+    nbytes,
+    once,
+    total,
+    unit_of,
+)
 
 
 def _traffic(f: Facts) -> Traffic:
@@ -42,11 +56,15 @@ def _traffic(f: Facts) -> Traffic:
     return Traffic(
         "shrink", 1,
         read=nbytes(x) + total(As) + once(words) + seed,
-        written=split * f["M"] * rank * f["out"].element_size() + total(drawn),
+        written=split * f["M"] * rank * f["out"].element_size() + total(drawn) + copied(f),
         flops=2 * f["M"] * f["K"] * rank,
         unit=unit_of(x.dtype),
         requested=nbytes(x) + blocks * (total(As) + split * seed) + total(words),
     )  # fmt: skip
+
+
+def _operations(f: Facts) -> int:
+    return mask_operations(f) + copy_operations(f)
 
 
 def _cases(arch: Arch) -> Iterator[Case]:
@@ -59,6 +77,13 @@ def _cases(arch: Arch) -> Iterator[Case]:
             for how, draw in (("", None), (" drawn", DRAW))[: 1 + drawn]:
                 launches = shrink.plan_shrink(x, g.low(g.r, K), g.words(m), scales, s, config, draw)
                 yield from named(f"shrink M{m} {g.tag}{how}", launches)
+    for g in COPIED if arch.capability == FP8_PRODUCTS else ():
+        x, s, copy = meta(M, K), meta(M, g.r * g.group), room(M, K)
+        ranks, draw = [g.r] * g.group, DRAW if g.masked else None
+        config = shrink.default_config(M, K, ranks, arch, 2, g.masked, copied=True)
+        As, scales = g.low(g.r, K), [1.0] * g.group
+        launches = shrink.plan_shrink(x, As, g.words(M), scales, s, config, draw, copy)
+        yield from named(f"shrink with fp8 M{M} {g.tag}", launches)
 
 
 def _race_cases(b: Bucket) -> Iterator[RaceCase]:
@@ -104,6 +129,10 @@ def _sanitize(o: Operands) -> Iterator[tuple[str, list[Tensor]]]:
         words = [torch.empty_like(o.words) for _ in range(2)]
         s = shrink.shrink(o.x, [o.a, o.a], 2.0, words, draw=DRAW, config=config)
         yield f"shrink split {split}, masks drawn", [s, *(w.float() for w in words)]
+    x, a = o(o.M, 256), o(o.r, 256, dtype=torch.float32)
+    copy = fp8_rows.empty(o.M, 256, x.device)
+    s = shrink.shrink(x, [a], 2.0, copy=copy, config=shrink.ShrinkConfig(16, 128, 2, 4, 2))
+    yield "shrink with fp8", [s, copy.q.float(), copy.scales]
 
 
 def _counted(o: Operands) -> Iterator[Callable[[], Any]]:
@@ -114,7 +143,7 @@ def _counted(o: Operands) -> Iterator[Callable[[], Any]]:
 
 ENTRY = KernelEntry(
     traffic={"_shrink_kernel": _traffic},
-    timing={"_shrink_kernel": Timing(integers=mask_operations)},
+    timing={"_shrink_kernel": Timing(integers=_operations)},
     cases=_cases,
     ops={"shrink": Raced("low_rank", _race_cases, _candidates, _contest, _plan)},
     sanitize=_sanitize,

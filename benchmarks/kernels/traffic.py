@@ -95,6 +95,23 @@ def mask_operations(f: Facts) -> int:
     return 64 * count + (drawn_operations(count, f) if f["DIGITS"] else 0)
 
 
+def copied(f: Facts) -> int:
+    """Bytes of the fp8 copies that a launch writes, with their scales."""
+    if "qs" in f:
+        return total(f["qs"]) + total(f["q_scales"])
+    return nbytes(f["q"]) + nbytes(f["q_scales"])
+
+
+def copy_operations(f: Facts) -> int:
+    """Operations of the fp8 copies that a launch writes, in those of one integer lane.
+
+    A number takes eight: its size, its share in the maximum of 128, the conversions, and a division
+    rounded to nearest, whose nine run at twice the rate.
+    """
+    found = f["qs"] if "qs" in f else (f["q"],)
+    return 8 * sum(math.prod(t.shape) for t in found if t is not None)
+
+
 def low_rank(f: Facts) -> tuple[int, int, int]:
     """(read, requested, flops) of the operands of both expand and gemm: Ls, Rs, words, bias."""
     tiles_m, tiles_n = cdiv(f["M"], f["BLOCK_M"]), cdiv(f["N"], f["BLOCK_N"])
