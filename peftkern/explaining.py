@@ -14,6 +14,7 @@ from . import liger
 from .fusing import hf_layers, hf_module
 from .ops.backend import describe
 from .ops.bases.formats import as_weight, read, reader_of
+from .ops.fp8_copies import in_fp8
 from .ops.library import why_formula
 from .tuners.lora.base import LoraLayer
 from .tuners.lora.experts_call import describe_mixtures
@@ -211,7 +212,7 @@ def _format(layer: Any, backend: str) -> str:
         return ""
     words = f"; base weight: {found.packed.format}"
     if backend == "torch":
-        return words
+        return words if in_fp8(found.packed) is None else f"{words}, X and dY quantised by torch"
     from .ops.quantised_triton import describe as in_words
 
     names = [name for name in layer.active_adapters if name in layer.lora_A]
@@ -225,6 +226,10 @@ def _decided(layer: Any, group: Any) -> str:
     """The dispatcher's decisions for a fused layer, alone and in its group, in words."""
     from .ops.auto_report import describe as in_words
 
+    base = layer.get_base_layer()
+    found = None if reader_of(base) is None else read(base)
+    if not (found is None or isinstance(found, str) or in_fp8(found.packed) is None):
+        return "auto: the kernels, as no race decides products in fp8"
     together = None
     if group is not None and not group.off:
         members = [m for m in group.layers if reason_of(m) is None]

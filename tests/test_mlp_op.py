@@ -195,9 +195,9 @@ def test_only_wanted_gradients_are_computed(kind, monkeypatch):
     middle, backend = module._backend.middle(), module._backend.active
     inner, outer = middle.backward, backend.backward
 
-    def middle_backward(gate, up, act, down, members):
+    def middle_backward(gate, up, act, down, members, copied=False):
         asked.append((down.needs_a, down.needs_b, *(m.s is not None for m in members)))
-        made, db = inner(gate, up, act, down, members)
+        made, db = inner(gate, up, act, down, members, copied)
         assert (made.da is not None, db is not None) == asked[-1][:2]
         assert tuple(t is not None for t in made.dbs) == asked[-1][2:]
         return made, db

@@ -36,6 +36,7 @@ from ..utils.private import transforms_active, without_dispatch_modes
 from . import (
     choices,
     device,
+    fp8_copies,
     quantised_triton,
     race,
     sampled,
@@ -260,6 +261,27 @@ def _entry(key: Key, outcome: race.Outcome) -> Entry:
     )  # fmt: skip
 
 
+# kinds of calls in fp8 that have run, so that their kernels are loaded
+_loaded: set[Any] = set()
+
+
+def in_fp8(op: str, like: Tensor, ws: list[Tensor], As: list[Tensor]) -> bool:
+    """True for a call with base products in fp8 that goes to the kernels, without a race.
+
+    The key of a race knows no format, and the kernels quantise in passes that they make anyway.
+    While a CUDA graph is captured, a kind of call that has not run before goes the other way.
+    """
+    if fp8_copies.order(ws) is None or any(why_not(like, A) is not None for A in As):
+        return False
+    kind = (op, like.device, like.dtype, like.shape, *((A.dtype, A.shape) for A in As))
+    kind += tuple(w.shape for w in ws)
+    if kind not in _loaded:
+        if device.capturing(like):
+            return False
+        _loaded.add(kind)
+    return True
+
+
 # ------------------------------------------------------------------------------ the operations
 
 
@@ -270,6 +292,8 @@ def forward(
     """(Y_i, S_i, mask_i) of projections of one x [M, K]; the masks are ``words`` if given."""
     if _foreign(x):
         return torch_backend.forward(x, members, words)
+    if in_fp8("forward", x, [m.weight for m in members], [m.A for m in members]):
+        return triton_backend.forward(x, members, words)
     (M, K), first = x.shape, members[0]
     if len(members) == 1:
         (n, r), mask = first.B.shape, first.p > 0.0
@@ -301,6 +325,8 @@ def backward(
     """(dX [M, K], summed over all projections; (dA_i, dB_i) of each)."""
     if _foreign(x):
         return torch_backend.backward(x, members, needs_x, given)
+    if in_fp8("backward", members[0].dy, [m.w for m in members], [m.A for m in members]):
+        return triton_backend.backward(x, members, needs_x, given)
     first = members[0]
     n, r = sum(m.B.shape[0] for m in members), max(m.A.shape[0] for m in members)
     mask = any(m.bits is not None for m in members)
@@ -329,6 +355,8 @@ def infer(
         given = [Projection(w, bias, A, B, scale, 0.0, transposed)]
         if (done := quantised_triton.infer(x, given)) is not None:
             return done[0]
+        if in_fp8("infer", x, [w], [A]):
+            return triton_backend.infer_group(x, given)[0]
     r, K = A.shape
     key = key_of("infer", x.dtype, A.dtype, x.numel() // max(K, 1), B.shape[0], K, r)
     decision = _known(key, x) or _decide(
@@ -348,6 +376,8 @@ def infer_group(x: Tensor, members: list[Projection]) -> list[Tensor]:
     if members[0].weight.__class__ is BaseWeight and not any(why_not(x, m.A) for m in members):
         if (done := quantised_triton.infer(x, members)) is not None:
             return done
+        if in_fp8("infer", x, [m.weight for m in members], [m.A for m in members]):
+            return triton_backend.infer_group(x, members)
     A, K = members[0].A, x.shape[-1]
     n, r = sum(m.B.shape[0] for m in members), max(m.A.shape[0] for m in members)
     key = key_of("infer", x.dtype, A.dtype, x.numel() // max(K, 1), n, K, r, len(members))

@@ -86,6 +86,7 @@ class Middle(Protocol):
         act: str,
         down: ProjectionGrad | PlainGrad,
         members: tuple[Member | None, Member | None],
+        copied: bool = False,
         /,
     ) -> tuple[Grads, Tensor | None]: ...
 

@@ -87,7 +87,7 @@ def backward(
     The sums [N] over rows of dY ∘ Z are None without ``v``. Z is the factor of the gain: V, at
     p = 0 without its bias. Without dA only the shape and dtype of x are used.
     """
-    dy, w, A, B, s, bits, scale, p, needs_a, needs_b = member
+    dy, w, A, B, s, bits, scale, p, needs_a, needs_b, _ = member
     w, low = dense(w), low_rank_dtype(x, A)
     dyl, K = dy.to(low), w.shape[0]
     db = dx = da = None

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from ..utils.private import is_grad_batch, unsafe_view
-from . import autocast
+from . import autocast, fp8_copies
 from . import backend as _backend
 from .apart import apart
 from .bases.weight import dense
@@ -96,7 +96,8 @@ class _LoraMLP(torch.autograd.Function):
                 dy2, down.w, down.A, down.B, s, bits, down.scale, down.p, needs_a, needs_b
             )
         members = _members(inner, [row[5] for row in rows[:-1]], packed, gate.shape[1])
-        made, db_down = _backend.middle(dy).backward(gate, up, act, behind, members)
+        copied = needs[0] and _quantised_behind(inner, packed, needs)
+        made, db_down = _backend.middle(dy).backward(gate, up, act, behind, members, copied)
         grads: list[Tensor | None] = [None] * len(needs)
         grads[-2:] = made.da, db_down
         if needs[-3]:
@@ -129,6 +130,15 @@ def _members(
     return found[0], found[1] if len(found) > 1 else None
 
 
+def _quantised_behind(inner: list[Part], packed: bool, needs: Any) -> bool:
+    """True when dX takes dG and dU in fp8, and nothing but dS and dB takes them as numbers."""
+    biases = any(needs[2 + PER_PART * i + 1] for i in range(len(inner)))
+    adapted = all(isinstance(part, Projection) for part in inner)
+    if packed or biases or not adapted:
+        return False
+    return fp8_copies.order([part.w for part in inner]) == fp8_copies.ORDER
+
+
 def _grad(part: Projection, dy: Tensor, w: Tensor, bits: Tensor | None, wants: Any) -> Any:
     return ProjectionGrad(dy, w, part.A, part.B, None, bits, part.scale, part.p, wants[2], wants[3])
 
@@ -146,7 +156,8 @@ def _of_parts(
         if isinstance(part, Plain):
             rest.append((dy, part.w))
             continue
-        behind.append(_grad(part, dy, part.w, bits, needs[at : at + PER_PART]))
+        own = _grad(part, dy, part.w, bits, needs[at : at + PER_PART])
+        behind.append(own._replace(copy=made.copies[i]) if made.copies[i] is not None else own)
         given.append(made.ds[i])
         places.append(at)
         grads[at + 3] = made.dbs[i]

@@ -27,6 +27,9 @@ def forward(
     """(Y [M, N], S [M, r], packed mask) of down."""
     if _foreign(gate):
         return mlp_torch.forward(gate, up, act, down)
+    adapters = [down.A] if isinstance(down, Projection) else []
+    if auto_backend.in_fp8("mlp_forward", gate, [down.w], adapters):
+        return mlp_kernels.forward(gate, up, act, down)
     (K, n), p, adapter = down.w.shape, 0.0, gate.dtype
     r = 0
     if isinstance(down, Projection):
@@ -58,10 +61,14 @@ def backward(
     act: str,
     down: ProjectionGrad | PlainGrad,
     members: tuple[Member | None, Member | None],
+    copied: bool = False,
 ) -> tuple[Grads, Tensor | None]:
     """(gradients of G, U and the adapters' parts that need them; dB [N, r] of down)."""
     if _foreign(gate):
         return mlp_torch.backward(gate, up, act, down, members)
+    adapters = [down.A] if isinstance(down, ProjectionGrad) else []
+    if auto_backend.in_fp8("mlp_backward", gate, [down.w], adapters):
+        return mlp_kernels.backward(gate, up, act, down, members, copied)
     (K, n), adapter, r, mask, what = down.w.shape, gate.dtype, 0, False, _words(act, up)
     if isinstance(down, ProjectionGrad):
         adapter, r, mask = down.A.dtype, down.A.shape[0], down.bits is not None

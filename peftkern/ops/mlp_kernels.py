@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from ..kernels.expand import expand, low_rank_grad_input
-from . import masks, mlp_torch, mlp_triton, triton_backend, tuned
+from . import fp8_copies, fp8_triton, masks, mlp_torch, mlp_triton, triton_backend, tuned
 from .device import on_its_device
 from .mlp_parts import Grads, Member, Shrink, ShrinkGrad
 from .notes import note_once
@@ -42,6 +42,9 @@ def forward(
         return base_linear(h, down.w, down.bias), None, None
     [bits] = masks.words_of(gate, [down.p]) if words is None else words
     shrink = Shrink(down.A, down.scale / (1.0 - down.p), bits)
+    if fp8_copies.order([down.weight]) == fp8_copies.ORDER:
+        copy, low = mlp_triton.activate_fp8(gate, up, act, shrink)
+        return fp8_triton.product(copy, down, low), low, bits
     h, s = mlp_triton.activate(gate, up, act, shrink)
     assert s is not None
     N, r = down.B.shape
@@ -57,8 +60,12 @@ def backward(
     act: str,
     down: ProjectionGrad | PlainGrad,
     members: tuple[Member | None, Member | None],
+    copied: bool = False,
 ) -> tuple[Grads, Tensor | None]:
-    """(gradients of G, U and the adapters' parts that need them; dB [N, r] of down)."""
+    """(gradients of G, U and the adapters' parts that need them; dB [N, r] of down).
+
+    ``copied``: of dG and dU only what they are in fp8 is used.
+    """
     behind = [m.B.t() for m in members if m is not None]
     if isinstance(down, ProjectionGrad):
         behind.append(down.A)
@@ -66,13 +73,18 @@ def backward(
         return mlp_torch.backward(gate, up, act, down, members)
     if isinstance(down, PlainGrad):
         dh = base_product(down.dy, down.w.t())
-        return mlp_triton.activate_grad(dh, gate, up, act, None, members), None
-    [ds], [db] = triton_backend.over_dy([down], [triton_backend.config_over_dy(down)])
-    masked, r = down.bits is not None, down.A.shape[0]
-    config: Any = tuned.config(
-        "low_rank_grad_input", down.dy, down.A.dtype, 0, gate.shape[1], r, 1, masked
-    )
-    dh = low_rank_grad_input([ds], [down.A], [down.bits], config=config)
-    base_product(down.dy, down.w.t(), dh)
+        return mlp_triton.activate_grad(dh, gate, up, act, None, members, copied), None
+    if fp8_copies.order([down.w]) == fp8_copies.ORDER:
+        copies = fp8_triton.rooms([down])
+        [ds], [db] = triton_backend.over_dy([down], [None], copies)
+        dh = fp8_triton.grad_x([down], copies, [ds])
+    else:
+        [ds], [db] = triton_backend.over_dy([down], [triton_backend.config_over_dy(down)])
+        masked, r = down.bits is not None, down.A.shape[0]
+        config: Any = tuned.config(
+            "low_rank_grad_input", down.dy, down.A.dtype, 0, gate.shape[1], r, 1, masked
+        )
+        dh = low_rank_grad_input([ds], [down.A], [down.bits], config=config)
+        base_product(down.dy, down.w.t(), dh)
     inner = ShrinkGrad(ds, down.bits, down.A.dtype) if down.needs_a else None
-    return mlp_triton.activate_grad(dh, gate, up, act, inner, members), db
+    return mlp_triton.activate_grad(dh, gate, up, act, inner, members, copied), db

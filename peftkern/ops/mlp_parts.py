@@ -6,7 +6,7 @@ Shapes: G (gate's output), U (up's output), H and their gradients [M, I]; S and 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,3 +58,5 @@ class Grads(NamedTuple):
     da: Tensor | None
     ds: tuple[Tensor | None, Tensor | None]
     dbs: tuple[Tensor | None, Tensor | None]
+    # dG and dU in fp8 (kernels.fp8_rows.Fp8Rows), side by side; dG and dU may have no numbers then
+    copies: Any = (None, None)

@@ -152,8 +152,12 @@ def backward(
     act: str,
     down: ProjectionGrad | PlainGrad,
     members: tuple[Member | None, Member | None],
+    copied: bool = False,
 ) -> tuple[Grads, Tensor | None]:
-    """(gradients of G, U and the adapters' parts that need them; dB [N, r] of down)."""
+    """(gradients of G, U and the adapters' parts that need them; dB [N, r] of down).
+
+    ``copied``, that dG and dU in fp8 would do, changes nothing here.
+    """
     if isinstance(down, PlainGrad):
         dh = base_product(down.dy, down.w.t())
         return _activate_grad(dh, gate, up, act, None, members), None

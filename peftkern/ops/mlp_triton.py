@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels import fp8_rows
+from ..kernels.fp8_rows import Fp8Rows
 from ..kernels.mlp import mlp
 from ..kernels.mlp_arguments import ACTIVATIONS, MlpMember
 from ..kernels.mlp_grad import mlp_grad
@@ -40,12 +42,22 @@ def activate(
     """(H [M, I], S [M, r] of down's adapter or None)."""
     if down is None:
         h, _ = mlp(gate, up, act, config=_config("mlp", gate, gate.dtype, 0, False))
+        assert h is not None
         return h, None
     config = _config("mlp", gate, down.A.dtype, down.A.shape[0], down.bits is not None)
     found: tuple[Tensor, Tensor | None] = mlp(
         gate, up, act, down.A, down.factor, down.bits, config=config
     )
     return found
+
+
+@on_its_device
+def activate_fp8(gate: Tensor, up: Tensor | None, act: str, down: Shrink) -> tuple[Fp8Rows, Tensor]:
+    """(H [M, I] in fp8 alone, S [M, r] of down's adapter)."""
+    copy = fp8_rows.empty(*gate.shape, gate.device)
+    _, s = mlp(gate, up, act, down.A, down.factor, down.bits, copy=copy)
+    assert s is not None
+    return copy, s
 
 
 @on_its_device
@@ -56,25 +68,40 @@ def activate_grad(
     act: str,
     down: ShrinkGrad | None,
     members: tuple[Member | None, Member | None],
+    copied: bool = False,
 ) -> Grads:
     """The gradients of :func:`activate`, and dS and dB of gate's and up's adapters.
 
-    dG and dU are the halves of one matrix [M, 2 I] where G and U are.
+    dG and dU are the halves of one matrix [M, 2 I] where G and U are. ``copied``: they are written
+    in fp8, and as numbers only where those are read again.
     """
     found = [m for m in members if m is not None]
     ranks = [m.B.shape[1] for m in found] + ([] if down is None else [down.ds.shape[1]])
     adapter = found[0].B.dtype if found else (gate.dtype if down is None else down.dtype)
     masked = down is not None and down.bits is not None
+    rooms: Any = None
+    if copied:
+        Ks = [gate.shape[1]] * (1 if up is None else 2)
+        rooms = (*fp8_rows.side_by_side(gate.shape[0], Ks, gate.device), None)[:2]
     out = mlp_grad(
         dh, gate, up, act,
         [None if m is None else MlpMember(m.B, m.s, m.factor) for m in members],
         None if down is None else down.ds,
         None if down is None else down.bits,
-        outs=None if up is None else _halves(gate, up),
+        outs=None if up is None or copied else _halves(gate, up),
+        copies=rooms,
         da_dtype=torch.float32 if down is None else down.dtype,
-        config=_config("mlp_grad", gate, adapter, max(ranks, default=0), masked),
+        config=None if copied else _config(
+            "mlp_grad", gate, adapter, max(ranks, default=0), masked
+        ),
     )  # fmt: skip
-    return Grads(out.dgate, out.dup, out.da, (out.ds[0], out.ds[1]), (out.db[0], out.db[1]))
+    dgate, dup = out.dgate, out.dup
+    if dgate is None:
+        # a shape without numbers: whoever computes with it gets NaN
+        dgate = gate.new_full((1, 1), float("nan")).expand(gate.shape)
+        dup = None if up is None else dgate
+    low, sums = (out.ds[0], out.ds[1]), (out.db[0], out.db[1])
+    return Grads(dgate, dup, out.da, low, sums, rooms or (None, None))
 
 
 def _config(op: str, gate: Tensor, adapter: torch.dtype, r: int, masked: bool) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -67,6 +67,8 @@ class ProjectionGrad(NamedTuple):
     p: float
     needs_a: bool
     needs_b: bool
+    # dY in fp8 (kernels.fp8_rows.Fp8Rows), if it is made already: then dy is only its shape
+    copy: Any = None
 
 
 class PlainGrad(NamedTuple):

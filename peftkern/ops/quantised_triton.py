@@ -15,7 +15,7 @@ from ..kernels import checks
 from ..kernels.decode_quantised import MAX_ROWS, decode_quantised
 from ..kernels.dequantise import dequantise
 from ..kernels.quantised import Quantised, why_not
-from . import device
+from . import device, fp8_copies
 from .bases.weight import BaseWeight, Packed, multiplied
 from .notes import note_once
 from .projection import Projection
@@ -118,6 +118,8 @@ def describe(packed: Packed, dtype: torch.dtype) -> str:
     """How kernels read a weight in a layer of this dtype, in words, for ``explain``."""
     compute = packed.compute_dtype(dtype)
     found = readable(packed, compute)
+    if (words := fp8_copies.describe(packed)) is not None:
+        return words
     if isinstance(found, str):
         return f"dequantised by its owner ({found})"
     few = "" if compute == dtype else f", M<={MAX_ROWS} too, as its owner multiplies in {compute}"

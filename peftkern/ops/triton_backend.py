@@ -28,7 +28,7 @@ from ..kernels.mixed import mixed as _mixed
 from ..kernels.shrink import draws, shrink
 from ..kernels.shrink_expand import fits as shrink_expand_fits
 from ..kernels.shrink_expand import shrink_expand
-from . import quantised_triton, torch_backend, tuned
+from . import fp8_copies, fp8_triton, quantised_triton, torch_backend, tuned
 from .device import on_its_device
 from .masks import draw as draw
 from .masks import to_draw
@@ -138,6 +138,7 @@ def forward(
             masked = True
     if words is not None:
         masked = any([bits is not None for bits in words])
+    how = fp8_copies.order([m.weight for m in members], how)
     facts = _facts("forward", how, x, masked, As, Bs)
     way: _Way = tuned.decided(x, facts, _forward_way, x, members, masked, how)
     drawn = None
@@ -153,6 +154,9 @@ def forward(
         if len(members) == 1:
             return [(base_product(x, members[0].w, ys[0]), s, words[0])]
         ys = [base_product(x, m.w, y) for y, m in zip(ys, members, strict=True)]
+        return list(zip(ys, _columns(s, As), words, strict=True))
+    if way.order == fp8_copies.ORDER:
+        s, ys = fp8_triton.forward(x, members, scales, words, drawn)
         return list(zip(ys, _columns(s, As), words, strict=True))
     done = []
     parts = _columns(shrink(x, As, scales, words, draw=drawn, config=way.first), As)
@@ -197,6 +201,8 @@ def _forward_way(x: Tensor, members: list[Projection], masked: bool, how: str | 
     order = group.order(how, n, K)
     if order == "joined":
         return _Way(order, group.config("shrink_expand", n, K), [], draws(group.ranks))
+    if order == fp8_copies.ORDER:
+        return _Way(order, None, [], draws(group.ranks))
     op, k = ("gemm", K) if order == "fused" else ("expand", 0)
     each = [tuned.config(op, x, low, m.B.shape[0], k, m.B.shape[1]) for m in members]
     return _Way(order, group.config("shrink", 0, K), each, draws(group.ranks))
@@ -220,13 +226,18 @@ def backward(
     As, Bs, bits = [m.A for m in members], [m.B for m in members], [m.bits for m in members]
     like, wants = members[0].dy, [(m.bits is not None, m.needs_a, _both(m)) for m in members]
     grads = grads_of(members, needs_x, given)
+    how = fp8_triton.backward_order(members, needs_x, given, how)
     facts = _facts("backward", how, like, (needs_x, grads, *wants), As, Bs)
     way: _Way = tuned.decided(like, facts, _backward_way, x, members, needs_x, how, grads)
+    copies = fp8_triton.rooms(members) if way.order == fp8_copies.ORDER else None
     if given is None:
-        ds, dbs = over_dy(members, way.each)
+        ds, dbs = over_dy(members, way.each, copies)
     else:
         # torch's operations make a wider dS for wider adapters on a CPU
         ds, dbs = [d.to(x.dtype) for d in given], [None] * len(members)
+    if copies is not None:
+        total, own = fp8_triton.grads(x, members, copies, ds)
+        return total, list(zip(own, dbs, strict=True))
     das: list[Tensor | None] = [None] * len(members)
     dx = None
     wanted = [i for i, m in enumerate(members) if m.needs_a]
@@ -272,6 +283,8 @@ def _backward_way(
     masked = any(word is not None for word in bits)
     group = _Group(members[0].dy, As[0].dtype, [a.shape[0] for a in As], masked)
     order = group.order(how, n, K, grads)
+    if order == fp8_copies.ORDER:  # a table's tiles may be narrower than what shares a scale
+        return _Way(order, None, [None] * len(members))
     each = [config_over_dy(m) for m in members]
     wanted = [i for i, m in enumerate(members) if m.needs_a]
     first = last = None
@@ -307,19 +320,25 @@ def grads_of(
 
 
 def over_dy(
-    members: list[ProjectionGrad], configs: list[Any]
+    members: list[ProjectionGrad], configs: list[Any], copies: list[Any] | None = None
 ) -> tuple[list[Tensor], list[Tensor | None]]:
-    """(dS_i, dB_i if wanted or None) of every projection, which need only dY_i."""
+    """(dS_i, dB_i if wanted or None) of every projection, which need only dY_i.
+
+    ``copies`` have room for each dY_i in fp8.
+    """
+    copies = copies or [None] * len(members)
     ds: list[Any] = [None] * len(members)
     dbs: list[Tensor | None] = [None] * len(members)
     both = [i for i, m in enumerate(members) if _both(m)]
     for i, m in enumerate(members):
         if i not in both:
-            ds[i] = shrink(m.dy, [m.B.t()], m.scale / (1.0 - m.p), config=configs[i])
+            factor = m.scale / (1.0 - m.p)
+            ds[i] = shrink(m.dy, [m.B.t()], factor, copy=copies[i], config=configs[i])
     done = grad_sb_group(
         [(m.dy, m.B, m.s, m.scale / (1.0 - m.p)) for m in (members[i] for i in both)],
         [members[i].B.dtype for i in both],
         [configs[i] for i in both],
+        [copies[i] for i in both],
     )
     for i, (d, db) in zip(both, done, strict=True):
         ds[i], dbs[i] = d, db
@@ -356,6 +375,8 @@ def infer_group(x: Tensor, members: list[Projection], how: str | None = None) ->
     x2, low, count = x.reshape(-1, x.shape[-1]), members[0].A.dtype, len(members)
     (M, K), N, r = x2.shape, sum(m.B.shape[0] for m in members), max(m.A.shape[0] for m in members)
     few = M <= MAX_ROWS
+    if fp8_copies.order([m.weight for m in members]) is not None:
+        few = False  # those kernels would multiply with W dequantised
     if few and how is None:
         key = tuned.key_of("infer", x2.dtype, low, M, N, K, r, count)
         how = tuned.best_of(INFER, key, x2) or INFER[0]

@@ -16,6 +16,7 @@ e4m3 keeps three bits of mantissa: each element of X and dY is off by at most 2^
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -64,20 +65,36 @@ def product(x: Tensor, w: Any) -> Tensor:
     if w.block is None:
         q, a = quantised_rows(x)
         return _by_rows(q, a, w.q, _row_scales(w), x.dtype)
-    q, a = quantised_blocks(x)
-    return _by_blocks(q, a, w.q, w.scale, x.dtype)
+    return product_of(*quantised_blocks(x), w, x.dtype)
 
 
 def grad_input(dy: Tensor, w: Any) -> Tensor:
     """dY W [M, K] for dY [M, N], computed in fp8."""
-    # torch takes the second matrix [N, K] with contiguous columns: one copy of the packed weight
-    turned = w.q.t().contiguous()
-    if w.block is None:
-        scales = _row_scales(w)
-        q, a = quantised_rows(dy.float() * scales.reshape(1, -1))
-        return _by_rows(q, a, turned, a.new_ones(turned.shape[0], 1), dy.dtype)
-    q, a = quantised_blocks(dy)
-    return _by_blocks(q, a, turned, w.scale.t(), dy.dtype)
+    if w.block is not None:
+        return grad_input_of(*quantised_blocks(dy), [w], dy.dtype)
+    turned, scales = w.q.t().contiguous(), _row_scales(w)
+    q, a = quantised_rows(dy.float() * scales.reshape(1, -1))
+    return _by_rows(q, a, turned, a.new_ones(turned.shape[0], 1), dy.dtype)
+
+
+def product_of(q: Tensor, a: Tensor, w: Any, dtype: torch.dtype) -> Tensor:
+    """The product of :func:`product` for x that is quantised already, in blocks."""
+    return _by_blocks(q, a, w.q, w.scale, dtype)
+
+
+def grad_input_of(q: Tensor, a: Tensor, ws: Sequence[Any], dtype: torch.dtype) -> Tensor:
+    """Σ dY_i W_i [M, K] in one product, for dY of all weights side by side, quantised in blocks.
+
+    q [M, Σ N_i], a [M, Σ N_i / 128]; the sum is in float32, and rounded once.
+    """
+    # torch takes the second matrix [N, K] with contiguous columns: one copy of the packed weights
+    turned = ws[0].q.new_empty((ws[0].shape[1], q.shape[1]))
+    first = 0
+    for w in ws:
+        turned[:, first : first + w.shape[0]].copy_(w.q.t())
+        first += w.shape[0]
+    scale = ws[0].scale.t() if len(ws) == 1 else torch.cat([w.scale.t() for w in ws], 1)
+    return _by_blocks(q, a, turned, scale, dtype)
 
 
 def _row_scales(w: Any) -> Tensor:
@@ -106,7 +123,9 @@ def _by_blocks(q: Tensor, a: Tensor, w: Tensor, s: Tensor, dtype: torch.dtype) -
     kinds: Any = torch.nn.functional.ScalingType
     # torch reads the scales of both sides down their columns, W's from columns of a length that
     # four divides
-    left, right = a.t().contiguous().t(), pad(s.float(), (0, -s.shape[1] % 4)).contiguous().t()
+    s, missing = s.float(), -s.shape[1] % 4
+    right = (pad(s, (0, missing)) if missing else s).contiguous().t()
+    left = a.t().contiguous().t()
     return _multiplied(q, w, left, kinds.BlockWise1x128, right, kinds.BlockWise128x128, dtype)
 
 
