@@ -18,6 +18,7 @@ from peftkern.ops import bits as mask_bits
 
 from ..kernels.traffic import Traffic
 from . import floor as cost_floor
+from . import fp8 as cost_fp8
 from .count import Count, Counter, Launched, as_cuda, count, record
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -38,12 +39,14 @@ class Provider(NamedTuple):
     """An implementation whose launches are counted.
 
     ``kind`` is "peft", "plain" (no adapters), "floor" (``cost_floor``), or for peftkern's layers
-    their backend or product: "torch", "hybrid", "joined" or "fused".
+    their backend or product: "torch", "hybrid", "joined" or "fused". ``base`` is "" for bf16, or
+    one of :data:`.fp8.WAYS` of quantising X and dY for a base in fp8.
     """
 
     name: str
     kind: str
     adapter: torch.dtype = BF16
+    base: str = ""
 
 
 PROVIDERS = (
@@ -283,8 +286,10 @@ def measure(who: Provider, case: str, shape: Shape, p: float, arch: common.Arch)
     if who.kind != "floor":
         import peftkern
 
+        if who.base:
+            cost_fp8.quantise(model, targets)
         adapt(peftkern, model, targets, who, shape.r, p)
-        with backend(who.kind, arch):
+        with backend(who.kind, arch), cost_fp8.way(who.base):
             result = count(model.train(), x)
         if (who.kind != "torch") != any(t.requested for t in result.forward):
             raise RuntimeError(f"{who.name}: the layers did not take the {who.kind} path")

@@ -33,7 +33,8 @@ from .routed import distinct as _bytes
 # The number of kernels that an operation launches on CUDA, by class. Views and allocation launch
 # none. `_product` adds the copy of an addmm that is not in place and adds onto a full matrix.
 _FREE, _PRODUCT, _FILL, _ONE, _PLACE = "free", "product", "fill", "one", "place"
-_TABLE: dict[str, tuple[str, int]] = {}
+_SCALED = "_scaled_mm_v2"
+_TABLE: dict[str, tuple[str, int]] = {_SCALED: (_PRODUCT, 1)}
 for _kind, _launches, _names in (
     (_FREE, 0, "empty empty_like empty_strided new_empty new_empty_strided _unsafe_view detach"),
     (_FREE, 0, "lift_fresh resize_ set_ device"),
@@ -126,6 +127,14 @@ def _product(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Tensor
     return [*copies, Traffic(name, 1, read, written, 2 * batch * m * n * k, unit_of(a.dtype))]
 
 
+def _scaled_product(args: Sequence[Any], out: Tensor) -> list[Traffic]:
+    """A product of fp8 matrices with scales, which adds to nothing."""
+    a, b, scales_a, scales_b = args[0], args[1], args[2], args[5]
+    read = _bytes(a) + _bytes(b) + sum(map(_bytes, (*scales_a, *scales_b)))
+    flops = 2 * a.shape[0] * a.shape[1] * b.shape[1]
+    return [Traffic("scaled_mm", 1, read, _bytes(out), flops, "fp8")]
+
+
 def _attention_flops(func: Any, args: Sequence[Any]) -> int:
     """FLOPs of attention: two products forward, five backward, half of each if causal."""
     name = func._schema.name
@@ -147,6 +156,8 @@ def operation(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) 
     kind, launches = rule(func)
     if kind == _FREE:
         return []
+    if name == _SCALED:
+        return _scaled_product(args, out)
     if kind == _PRODUCT:
         return _product(func, args, kwargs, out)
     reads, writes = _split(func, args, kwargs)

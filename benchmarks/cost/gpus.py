@@ -13,8 +13,9 @@ class Gpu(NamedTuple):
 
     ``bandwidth`` of device memory and ``l2`` (reads from the L2 cache) are in TB/s, ``matrix``
     (bf16 matrix products) and ``fp32`` in TFLOP/s, ``integer`` in 10^12 operations/s; ``arch`` is
-    (multiprocessors, capability, shared bytes). ``mma`` is the share of ``matrix`` that the older
-    instruction mma.sync reaches where there is a newer one (wgmma, tcgen05). ``latency`` and
+    (multiprocessors, capability, shared bytes). ``fp8`` is the rate of fp8 products with block
+    scales over ``matrix``, on GPUs that have them. ``mma`` is the share of ``matrix`` that the
+    older instruction mma.sync reaches where there is a newer one (wgmma, tcgen05). ``latency`` and
     ``near`` are those of reads under load, from device memory and from L2, in us.
     """
 
@@ -27,6 +28,7 @@ class Gpu(NamedTuple):
     mma: float = 1.0
     latency: float = 0.75
     near: float = 0.3
+    fp8: float = 1.75
 
     @property
     def compiled(self) -> str:
@@ -59,6 +61,8 @@ def _sheet(bandwidth: float, matrix: float, fp32: float, l2: float, ghz: float, 
 # of kernels there; mma.sync reaches 63% of the peak (arXiv 2402.13499). The other GPUs are
 # their data sheets' bandwidth and dense bf16 rate times the shares above. Their L2 is assumed: two
 # of an H100's for the two dies of a B200; 5 TB/s for the RTX 4090 and the L40S, 4 for the A100.
+# Of large fp8 products with scales of rows or blocks NVIDIA reports 1.75 times the bf16 rate on
+# Hopper, in cuBLAS 12.9, and at least 1.25 times of most others; those of a layer here are large.
 # The latencies are assumed of all: with them 8 KB in flight a multiprocessor are 1.4 TB/s on an
 # H100, from device memory.
 _HOPPER = _sheet(3.35, 989.0, 67.0, 5.5, 1.98, 132, 90, 232448)
@@ -88,5 +92,6 @@ def memory(t: Traffic, gpu: Gpu) -> float:
 
 def products(t: Traffic, gpu: Gpu) -> float:
     """Microseconds of a launch's FLOPs at the rate of their unit."""
-    rate = {"matrix": gpu.matrix, "fp32": gpu.fp32, "none": float("inf")}[t.unit]
+    fp8 = gpu.matrix * gpu.fp8
+    rate = {"matrix": gpu.matrix, "fp8": fp8, "fp32": gpu.fp32, "none": float("inf")}[t.unit]
     return t.flops / (rate * 1e6)

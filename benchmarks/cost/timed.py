@@ -20,7 +20,7 @@ from .count import Launched
 from .gpus import GPUS, Gpu
 from .measured import microseconds, rows_of
 from .model import GAP, HOST, Modelled, eager, in_a_graph, time_of, vendor
-from .timed_cases import CASES, Case
+from .timed_cases import CASES, FP8, FP8_GPUS, Case
 
 SHOWN = ("H200", "H100", "B200", "RTX4090")
 JUDGED = "H200"  # the GPU of the limits below
@@ -89,6 +89,7 @@ class Limit(NamedTuple):
     provider: str
     limit: float
     unit: str = "x"
+    gpu: str = JUDGED
 
 
 LIMITS = (
@@ -97,6 +98,15 @@ LIMITS = (
         for case, tail in (("linear", "dropout 0"), ("linear p=0.1", "dropout 0.1"))
     ),
     Limit("MLP block over plain torch's MLP", "mlp", "triton joined fp32", 1.0),
+    *(
+        Limit(f"layer on an fp8 base over the bf16 frozen one, {tail}", case, FP8, 0.75, gpu=gpu)
+        for gpu, case, tail in (
+            ("H200", "layer fp8", "dropout 0"),
+            ("H200", "layer fp8 p=0.1", "dropout 0.1"),
+            ("H100", "layer fp8", "dropout 0, H100"),
+            ("H100", "layer fp8 p=0.1", "dropout 0.1, H100"),
+        )
+    ),
     Limit("decode M=1 over the bare product, fp32 adapters", "decode", "peftkern fp32", 1.2),
     Limit("mixed M=16 x 8 adapters over the bare product, fp32", "mixed", "peftkern fp32", 1.5),
     Limit("prefix decode B=8 P=128 S=512", "prefix decode", "peftkern", 7.0, "us"),
@@ -123,13 +133,13 @@ def timed(name: str, gpu: str, make: Callable[[Gpu], Case] | None = None) -> Tim
 
 
 def verdicts(found: Sequence[Timed]) -> list[Verdict]:
-    """The limits of the cases that are there on the judged GPU, and of those that nobody made."""
-    by_name = {t.name: t for t in found if t.gpu == JUDGED}
+    """The limits of the cases that are there on their GPUs, and of those that nobody made."""
+    by_name = {(t.name, t.gpu): t for t in found}
     out = []
     for limit in LIMITS:
         value = None
-        if limit.case in by_name:
-            of = by_name[limit.case]
+        if (limit.case, limit.gpu) in by_name:
+            of = by_name[limit.case, limit.gpu]
             value = of.us(limit.provider) / (of.us(of.case.base) if limit.unit == "x" else 1.0)
         elif limit.case in CASES:
             continue
@@ -223,10 +233,12 @@ def _rates(gpus: Sequence[str]) -> list[str]:
     out = ["Modelled, not measured. Rates of the model, none measured here:"]
     for name in gpus:
         g = GPUS[name]
+        fp8 = f", x {g.fp8:g} in fp8 with block scales" if name in FP8_GPUS else ""
         out.append(
             f"  {name}: memory {g.bandwidth:.3g} TB/s, L2 {g.l2:g} TB/s, {g.matrix:.0f} TFLOP/s"
-            f" bf16 (x {g.mma:g} by mma.sync), {g.fp32:.0f} fp32, {g.integer:.1f} integer Top/s,"
-            f" latency {g.latency:g} us (L2 {g.near:g}), {g.arch[0]} multiprocessors, {g.compiled}"
+            f" bf16 (x {g.mma:g} by mma.sync{fp8}), {g.fp32:.0f} fp32,"
+            f" {g.integer:.1f} integer Top/s, latency {g.latency:g} us (L2 {g.near:g}),"
+            f" {g.arch[0]} multiprocessors, {g.compiled}"
         )
     host = ", ".join(f"{us:g} us {who}" for who, us in HOST.items())
     out.append(
@@ -248,13 +260,19 @@ def show(found: Sequence[Timed], console: Console) -> None:
         console.print(_providers(some))
         console.print(f"Its launches on {some[0].gpu}, modelled us.", highlight=False)
         console.print(_launches(some[0]))
-    judged = verdicts(found) if JUDGED in gpus else []
+    judged = verdicts(found)
     if judged:
-        console.print(f"Modelled figures against their limits, on {JUDGED}:")
+        console.print(f"Modelled figures against their limits, on {JUDGED} where none is said:")
         for v in judged:
             console.print(v.line, highlight=False, soft_wrap=True)
 
 
 def tables(gpus: Sequence[str], cases: Sequence[str]) -> list[Timed]:
     """Every case whose kind is in ``cases`` (see :func:`.timed_cases.kinds`) on every GPU."""
-    return [timed(name, gpu) for name in CASES if name.split(" p=")[0] in cases for gpu in gpus]
+    return [
+        timed(name, gpu)
+        for name in CASES
+        if name.split(" p=")[0] in cases
+        for gpu in gpus
+        if gpu in FP8_GPUS or not name.startswith("layer fp8")
+    ]

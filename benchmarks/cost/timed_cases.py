@@ -24,9 +24,10 @@ from . import cases as cost_cases
 from . import experts as cost_experts
 from . import experts_floor
 from . import floor as cost_floor
-from .cases import BF16, FP32, PROVIDERS, Shape
+from . import fp8 as cost_fp8
+from .cases import BF16, FP32, PROVIDERS, Provider, Shape
 from .count import Counter, as_cuda
-from .gpus import Gpu
+from .gpus import GPUS, Gpu
 from .prefix import PrefixShape
 
 SHAPE = Shape(8192, 4096, 4096, 16)
@@ -77,6 +78,32 @@ def _trained(case: str, p: float, row: str) -> Callable[[Gpu], Case]:
                 found[who.name] = {"fwd": count.forward, "bwd": count.backward}
         title = f"{_TITLES[case]}, forward and backward, M={SHAPE.M}, dropout {p:g}"
         return Case(title, found, "plain frozen", f"{row} 8B M={SHAPE.M} r=16 p={p:g} train")
+
+    return make
+
+
+# GPUs on which torch multiplies with block scales, and the ways there to quantise X and dY
+FP8_GPUS = tuple(name for name, gpu in GPUS.items() if gpu.arch[1] == cost_fp8.CAPABILITY)
+FP8 = "fp8 base, quantised in the kernels' passes"
+_FP8 = (
+    Provider("plain frozen", "plain"),
+    Provider("bf16 base, triton joined fp32", "joined", FP32),
+    Provider(FP8, "joined", FP32, cost_fp8.FUSED),
+    Provider("fp8 base, quantised in a pass each", "joined", FP32, cost_fp8.PASS),
+    Provider("fp8 base, quantised by torch's operations", "joined", FP32, cost_fp8.TORCH),
+)  # fmt: skip
+
+
+def _fp8_layer(p: float) -> Callable[[Gpu], Case]:
+    """A Llama-8B layer on an fp8 base, beside the frozen bf16 one."""
+
+    def make(gpu: Gpu) -> Case:
+        found = {}
+        for who in _FP8:
+            count = cost_cases.measure(who, "layer", SHAPE, p, Arch(*gpu.arch))
+            found[who.name] = {"fwd": count.forward, "bwd": count.backward}
+        title = f"{_TITLES['layer']} on an fp8 base, M={SHAPE.M}, dropout {p:g}"
+        return Case(title, found, "plain frozen", f"layer fp8 8B M={SHAPE.M} r=16 p={p:g} train")
 
     return make
 
@@ -218,6 +245,8 @@ CASES: dict[str, Callable[[Gpu], Case]] = {
     "mlp p=0.1": _trained("mlp", 0.1, "mlp"),
     "layer": _trained("layer", 0.0, "layer"),
     "layer p=0.1": _trained("layer", 0.1, "layer"),
+    "layer fp8": _fp8_layer(0.0),
+    "layer fp8 p=0.1": _fp8_layer(0.1),
     "experts qwen3": _experts("experts qwen3"),
     "experts gpt-oss": _experts("experts gpt-oss"),
     "experts decode": _experts_decode,
