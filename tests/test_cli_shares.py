@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,8 +15,9 @@ from peftkern.cli import ranks
 from peftkern.cli.encode import collator
 from peftkern.cli.errors import RunError, UserError
 from peftkern.cli.prepare import fingerprint
+from peftkern.cli.settings import TrainSettings, first_difference
 from peftkern.cli.shares import IDLE, Examples, Shares, marking
-from peftkern.cli.train import _refuse_unlike_weights
+from peftkern.cli.train import _refuse_unlike_weights, train
 
 LAUNCHED = {
     "WORLD_SIZE": "4",
@@ -153,3 +155,46 @@ def test_weights_that_differ_are_refused() -> None:
     with pytest.raises(UserError, match="--model there: process 1 has read other weights than"):
         _refuse_unlike_weights(both, models[1], "there")
     Seen.other = None
+
+
+@pytest.mark.parametrize(
+    "content, more, said",
+    [
+        (None, {}, "none.json: no such file"),
+        ("{'a': 1}", {}, "not valid JSON: Expecting property name .* at line 1, column 2"),
+        ("[1]", {}, "must hold a JSON object"),
+        (b"\xff\xfe{", {}, "not valid JSON"),
+        ("{}", {"fsdp": True}, "--deepspeed does not go with --fsdp"),
+        ("{}", {"load_in": "4bit"}, "--deepspeed does not go with --load-in 4bit"),
+        ("{}", {"lacks": "deepspeed"}, "--deepspeed needs the package 'deepspeed': pip install"),
+        ("{}", {}, "--deepspeed divides the model among several processes, and this is one"),
+    ],
+)
+def test_configurations_of_deepspeed_that_are_refused(
+    content: Any, more: dict[str, Any], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "none.json"
+    if content is not None:
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    lacks, more = more.get("lacks"), {k: v for k, v in more.items() if k != "lacks"}
+    monkeypatch.setattr(
+        "peftkern.cli.train.find_spec", lambda name: None if name == lacks else name
+    )
+    settings = TrainSettings("model", "data", str(tmp_path / "out"), deepspeed=str(file), **more)
+    with pytest.raises(UserError, match=said):
+        train(settings)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_changed_configuration_of_deepspeed_is_seen(tmp_path: Path) -> None:
+    file = tmp_path / "zero.json"
+    settings = TrainSettings("model", "data", "out", deepspeed=str(file))
+    file.write_text('{"zero_optimization": {"stage": 2}}')
+    before = settings.identity("sha", 2)
+    file.write_text('{ "zero_optimization": {"stage": 2} }')
+    assert settings.identity("sha", 2) == before
+    file.write_text('{"zero_optimization": {"stage": 3}}')
+    said = first_difference(before, settings.identity("sha", 2))
+    assert said == "the content of --deepspeed has changed since"
+    settings.deepspeed = None
+    assert "--deepspeed was" in str(first_difference(before, settings.identity("sha", 2)))

@@ -138,6 +138,8 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers is not read
         partial = out / resume.PARTIAL
         if self._ranks.first:
             shutil.rmtree(partial, ignore_errors=True)
+        if self.is_deepspeed_enabled:
+            self._ranks.meet()  # every process writes its part of the optimizer
         self._run_dir = str(partial)
         try:
             super()._save_checkpoint(model, trial)
@@ -146,13 +148,16 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers is not read
         if not self._ranks.first:
             return
         written = partial / f"checkpoint-{self.state.global_step}"
-        resume.seal(written, self._identity, self._notes, self._ranks.count)
+        states = resume.DEEPSPEED_FILES if self.is_deepspeed_enabled else resume.STATE_FILES
+        wanted = [*states, *resume.rng_files(self._ranks.count)]
+        resume.seal(written, self._identity, self._notes, wanted)
         resume.publish(written, out)
         partial.rmdir()
         resume.rotate(out, self._keep)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        state = shards.trained(self.model) if self._sharded else None
+        sharded = self._sharded or self.is_deepspeed_enabled
+        state = shards.trained(self.model) if sharded else None
         if self._ranks.first:
             save_adapter(self.model, output_dir or self.args.output_dir, state)
 

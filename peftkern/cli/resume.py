@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,9 @@ MANIFEST = "peftkern_checkpoint.json"
 PARTIAL = ".partial"
 FINISHED = "training.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
-# the files that Trainer needs besides the adapter to continue exactly, and one or more of
-# `rng_files`
-_STATE_FILES = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
+# the files that Trainer needs besides the adapter and `rng_files` to continue exactly
+STATE_FILES = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
+DEEPSPEED_FILES = ("trainer_state.json", "latest")
 
 
 @dataclass
@@ -39,21 +40,28 @@ class Checkpoint:
     notes: dict[str, Any]
 
 
-def rng_files(processes: int) -> list[str]:
+def rng_files(processes: int) -> tuple[str, ...]:
     """The files with the random state of each process."""
     if processes == 1:
-        return ["rng_state.pth"]
-    return [f"rng_state_{i}.pth" for i in range(processes)]
+        return ("rng_state.pth",)
+    return tuple(f"rng_state_{i}.pth" for i in range(processes))
 
 
-def seal(folder: Path, identity: dict[str, Any], notes: dict[str, Any], processes: int = 1) -> None:
-    """Flush every file of a written checkpoint to disk and add its manifest."""
+def seal(
+    folder: Path,
+    identity: dict[str, Any],
+    notes: dict[str, Any],
+    wanted: Sequence[str] = (*STATE_FILES, "rng_state.pth"),
+) -> None:
+    """Flush every file of a written checkpoint to disk and add its manifest.
+
+    Raises RuntimeError when a ``wanted`` file is not there.
+    """
     sizes = {}
     for file in sorted(p for p in folder.rglob("*") if p.is_file()):
         with open(file, "rb+") as f:
             os.fsync(f.fileno())
             sizes[file.relative_to(folder).as_posix()] = os.fstat(f.fileno()).st_size
-    wanted = [*_STATE_FILES, *rng_files(processes)]
     absent = [name for name in wanted if name not in sizes]
     if absent:
         raise RuntimeError(

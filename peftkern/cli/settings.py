@@ -6,6 +6,7 @@ began.
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -68,6 +69,7 @@ class TrainSettings:
     fsdp: bool = setting(
         False, "Divide weights and optimizer among the processes (FSDP2).", _LOOP, "--fsdp"
     )
+    deepspeed: str | None = setting(None, "A configuration of DeepSpeed (a .json file).", _LOOP)
     liger: bool = setting(False, "liger-kernel's norms, rope and loss, on a GPU.", _LOOP, "--liger")
     cpu: bool = setting(False, "Leave the GPU alone.", _LOOP, "--cpu")
     save_every: int = setting(100, "Steps between checkpoints.", PLACE)
@@ -123,7 +125,28 @@ class TrainSettings:
             record["processes"] = processes
         if not self.fsdp:
             del record["fsdp"]
+        del record["deepspeed"]
+        if self.deepspeed is not None:
+            record["deepspeed"] = deepspeed_config(self.deepspeed)
         return record
+
+
+def deepspeed_config(path: str) -> dict[str, Any]:
+    """The content of a configuration of DeepSpeed; UserError when it cannot be read."""
+    try:
+        content = json.loads(Path(path).read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"--deepspeed {path}: no such file") from None
+    except OSError as error:
+        raise UserError(f"--deepspeed {path}: cannot be read: {error.strerror}") from None
+    except json.JSONDecodeError as error:
+        where = f"{error.msg} at line {error.lineno}, column {error.colno}"
+        raise UserError(f"--deepspeed {path}: not valid JSON: {where}") from None
+    except (UnicodeDecodeError, RecursionError) as error:
+        raise UserError(f"--deepspeed {path}: not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"--deepspeed {path}: must hold a JSON object")
+    return content
 
 
 def first_difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
@@ -131,8 +154,8 @@ def first_difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
     name = differing(old, new)
     if name is None:
         return None
-    if name == "data":
-        return "the content of --data has changed since"
+    if name in ("data", "deepspeed") and old.get(name) and new.get(name):
+        return f"the content of {option(name)} has changed since"
     before, now = old.get(name), new.get(name)
     if name == "processes":
         return f"it had {before or 1} processes and there are {now or 1} now"

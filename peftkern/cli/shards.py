@@ -1,6 +1,7 @@
 """``--fsdp``: the weights, gradients and optimizer states divided among the processes (FSDP2).
 
-What is written and read is whole, so that a checkpoint does not depend on the division.
+What is written and read is whole, so that a checkpoint does not depend on the division. With
+``--deepspeed``, DeepSpeed divides them and keeps its own parts in a checkpoint.
 """
 
 from __future__ import annotations
@@ -30,6 +31,13 @@ def shard(model: nn.Module, device: str) -> None:
     fully_shard(model, mesh=mesh)
 
 
+def start_deepspeed() -> None:
+    """Let DeepSpeed use the group of processes that is there; ZeRO-3 asks it for their number."""
+    import deepspeed  # type: ignore[import-not-found, unused-ignore]
+
+    deepspeed.init_distributed(auto_mpi_discovery=False)
+
+
 def whole(value: Any) -> Any:
     """``value`` with every DTensor in its dicts and lists gathered on the CPU; all must call it."""
     if isinstance(value, dict):
@@ -43,7 +51,13 @@ def whole(value: Any) -> Any:
 
 def trained(model: nn.Module) -> dict[str, Tensor]:
     """The whole trained parameters by name; all processes must call it."""
-    return {n: whole(p.detach()) for n, p in model.named_parameters() if p.requires_grad}
+    own = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    if any(hasattr(p, "ds_id") for p in own.values()):
+        import deepspeed  # type: ignore[import-not-found, unused-ignore]
+
+        with deepspeed.zero.GatheredParameters(list(own.values())):
+            return {n: p.detach().cpu().clone() for n, p in own.items()}
+    return {n: whole(p.detach()) for n, p in own.items()}
 
 
 def share_out(optimizer: Any) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from .. import liger
 from ..files.atomic import write_text_atomically
 from ..utils.private import use_one_gpu
-from . import resume
+from . import resume, shards
 from .data import Dataset, read_data
 from .encode import Example, collator, pad_id
 from .errors import UserError, first_line
@@ -26,7 +27,7 @@ from .modelio import hush_transformers, load_tokenizer, locate_model
 from .options import option
 from .prepare import device_of, fingerprint, make_model, prepare_data
 from .ranks import Ranks, join, on_cpu, refuse_other_precision
-from .settings import TrainSettings, differing
+from .settings import TrainSettings, deepspeed_config, differing
 
 
 def train(
@@ -57,6 +58,10 @@ def _train(settings: TrainSettings, ranks: Ranks, fresh: bool, console: Console)
         return found.done
     for message in found.messages:
         console.print(f"[yellow]{message}[/yellow]")
+    if settings.deepspeed is not None:
+        shards.start_deepspeed()
+    # before the model: with ZeRO-3 it is divided while it is read
+    arguments = ranks.together(lambda: _training_arguments(settings, ranks))
     tokenizer, training, held, model = ranks.together(lambda: _prepare(settings, found, console))
 
     _refuse_unlike_weights(ranks, model, settings.model)
@@ -71,7 +76,7 @@ def _train(settings: TrainSettings, ranks: Ranks, fresh: bool, console: Console)
             raise UserError(f"--out {out}: cannot be made: {error.strerror}") from None
 
     ranks.writes(make_out)
-    return _run(settings, ranks, found, model, tokenizer, training, held, console)
+    return _run(settings, arguments, ranks, found, model, tokenizer, training, held, console)
 
 
 @dataclass
@@ -89,7 +94,7 @@ class _Found:
 def _look(settings: TrainSettings, fresh: bool, ranks: Ranks) -> _Found:
     """Read the data and find the last checkpoint."""
     _refuse_liger(settings)
-    _refuse_fsdp(settings, ranks)
+    _refuse_sharding(settings, ranks)
     out = Path(settings.out)
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: exists and is not a folder")
@@ -169,13 +174,25 @@ def _resolve_bf16(settings: TrainSettings) -> bool:
     return settings.bf16
 
 
-def _refuse_fsdp(settings: TrainSettings, ranks: Ranks) -> None:
-    """Raise a UserError when --fsdp is given and cannot be had."""
-    if settings.fsdp and ranks.count == 1:
-        raise UserError(
-            "--fsdp divides the model among several processes, and this is one; start it with "
-            "torchrun or accelerate launch"
-        )
+def _refuse_sharding(settings: TrainSettings, ranks: Ranks) -> None:
+    """Raise a UserError when --fsdp or --deepspeed is given and cannot be had."""
+    if settings.deepspeed is not None:
+        deepspeed_config(settings.deepspeed)
+        if settings.fsdp:
+            raise UserError("--deepspeed does not go with --fsdp; give one of them")
+        if settings.load_in is not None:
+            raise UserError(f"--deepspeed does not go with --load-in {settings.load_in}")
+        for package in ("deepspeed", "peft"):  # Trainer saves adapters alone for HF PEFT's class
+            if find_spec(package) is None:
+                raise UserError(f"--deepspeed needs the package '{package}': pip install {package}")
+    for name in ("fsdp", "deepspeed"):
+        if getattr(settings, name) and ranks.count == 1:
+            raise UserError(
+                f"{option(name)} divides the model among several processes, and this is one; start "
+                "it with torchrun or accelerate launch"
+            )
+    if settings.deepspeed is not None and device_of(settings) == "cpu":
+        raise UserError("--deepspeed runs on GPUs alone; --fsdp divides a model on CPUs too")
     if settings.fsdp and settings.load_in == "8bit":
         raise UserError("--fsdp does not go with --load-in 8bit: FSDP cannot divide int8 weights")
 
@@ -194,6 +211,7 @@ def _refuse_liger(settings: TrainSettings) -> None:
 
 def _run(
     settings: TrainSettings,
+    arguments: Any,
     ranks: Ranks,
     found: _Found,
     model: Any,
@@ -204,7 +222,6 @@ def _run(
 ) -> dict[str, Any]:
     from transformers import set_seed
 
-    from . import shards
     from .engine import AdapterTrainer, Watch, held_out, load_adapter, save_adapter
 
     collate = collator(pad_id(tokenizer))
@@ -216,7 +233,7 @@ def _run(
     notes: dict[str, Any] = checkpoint.notes if checkpoint else {}
     trainer = AdapterTrainer(
         model=model,
-        args=_training_arguments(settings, ranks),
+        args=arguments,
         data_collator=collate,
         train_dataset=training,
         task=settings.task,
@@ -244,7 +261,7 @@ def _run(
             f"{ranks.count} processes x {size} examples x {settings.grad_accumulation} passes: "
             f"{per_step} examples an optimizer step"
         )
-        if not settings.fsdp:
+        if not (settings.fsdp or settings.deepspeed):
             trainer.get_ready_for_ddp()
         # other dropout masks in each process; when a run goes on, its random state is read
         set_seed((settings.seed + ranks.index) % 2**32)
@@ -258,7 +275,14 @@ def _run(
         with _progress(console) as progress:
             task = progress.add_task("training", total=None, loss="")
             trainer.add_callback(Watch(progress, task, begins))
-            trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
+            try:
+                trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
+            except (ValueError, AssertionError) as error:
+                if settings.deepspeed is None or trainer.state.global_step:
+                    raise
+                # the configuration is looked at when the training begins
+                message = f"--deepspeed {settings.deepspeed}: {error}"
+                raise UserError(message, everywhere=True) from error
     seconds = time.perf_counter() - started
     first_step = checkpoint.step if checkpoint else 0
     record = {
@@ -276,7 +300,7 @@ def _run(
         console.print(f"held out, after:  {_said(record['after'])}")
     out = Path(settings.out)
 
-    state = shards.trained(model) if settings.fsdp else None
+    state = shards.trained(model) if settings.fsdp or settings.deepspeed else None
 
     def save() -> None:
         save_adapter(model, out, state)
@@ -325,6 +349,7 @@ def _training_arguments(settings: TrainSettings, ranks: Ranks) -> Any:
         disable_tqdm=True,
         log_level="error",
         log_level_replica="error",
+        deepspeed=settings.deepspeed,
         dataloader_pin_memory=device_of(settings) == "cuda",
         **options,
     )
