@@ -268,7 +268,10 @@ def _run(
     if checkpoint:
         console.print(f"going on from {checkpoint.path.name}")
     started = time.perf_counter()
-    if checkpoint and checkpoint.last:
+    finished = checkpoint is not None and checkpoint.last
+    # DeepSpeed makes the model whole for a call only in training that has begun
+    measured = bool(batches) and not (finished and settings.deepspeed)
+    if checkpoint and finished:
         # only the final save is missing; Trainer would run one more step here
         trainer.restore(str(checkpoint.path))
     else:
@@ -292,11 +295,11 @@ def _run(
         "steps": trainer.state.global_step,
         "losses": [[e["step"], e["loss"]] for e in trainer.state.log_history if "loss" in e],
         "before": notes.get("before"),
-        "after": measure() if batches else None,
+        "after": measure() if measured else None,
         "seconds_of_this_call": seconds,
         "steps_of_this_call": trainer.state.global_step - first_step,
     }
-    if batches:
+    if measured:
         console.print(f"held out, after:  {_said(record['after'])}")
     out = Path(settings.out)
 
