@@ -200,6 +200,8 @@ WAYS: dict[str, Callable[[Any], Any]] = {
 }
 # a flat parameter holds trained or frozen weights, and these methods put both into one module
 _MIXED = {"embedding", "modules_to_save", "tokens"}
+# these have weights in a ParameterDict, of which nobody sums the gradients without a module around
+_LOOSE = {"embedding", "tokens"}
 # adapters of parameters need W and their factors together, and may not write to FSDP1's views
 REFUSED = [
     Case("experts", way) for way in WAYS if way.startswith("fsdp1") or way.startswith("fsdp2, leav")
@@ -208,7 +210,9 @@ ALL = [
     Case(method, way)
     for method in METHODS
     for way in WAYS
-    if not (way.endswith("flat") and method in _MIXED) and Case(method, way) not in REFUSED
+    if not (way.endswith("flat") and method in _MIXED)
+    and not (way.endswith("alone") and method in _LOOSE)
+    and Case(method, way) not in REFUSED
 ]
 HEADLINE = [
     Case("lora", "fsdp2, layers"),

@@ -23,7 +23,7 @@ from ..utils.undo import remember_requires_grad, unchanged_on_error
 from .card import create_or_update_model_card
 from .loading import LoadResult, check_keys, check_shapes, fill, match_weights
 from .shards import by_one, sharing
-from .slots import adapter_slots
+from .slots import adapter_slots, clean
 from .state_dicts import (
     check_named,
     check_whole,
@@ -129,7 +129,11 @@ class AdapterFiles:
         given = kwargs.get("state_dict")
         tensors: dict[str, dict[str, Tensor]] = {}
         slots = [slot for name in names for slot in adapter_slots(self, name)]
-        shared = sharing(given.values() if given is not None else (slot.tensor for slot in slots))
+        if given is None:
+            shared = sharing(slot.tensor for slot in slots)
+        else:  # accelerate gives one process alone the base model's shards beside whole adapters
+            own = {key for slot in slots for key in (*slot.model_keys, slot.key)}
+            shared = sharing(value for key, value in given.items() if clean(key) in own)
         shared = shared or tensor_parallel(self) is not None
         if not (is_main_process or shared):
             # this process may have only parts of tensors; with FSDP all processes must gather
