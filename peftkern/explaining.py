@@ -218,6 +218,8 @@ def _format(layer: Any, backend: str) -> str:
     names = [name for name in layer.active_adapters if name in layer.lora_A]
     if not names:
         return words
+    if in_fp8(found.packed) is not None and (why := _refused(layer)) is not None:
+        return f"{words}, X and dY quantised by torch ({why})"
     dtype = found.packed.compute_dtype(layer.lora_A[names[0]].weight.dtype)
     return f"{words}, {in_words(found.packed, dtype)}"
 
@@ -228,7 +230,8 @@ def _decided(layer: Any, group: Any) -> str:
 
     base = layer.get_base_layer()
     found = None if reader_of(base) is None else read(base)
-    if not (found is None or isinstance(found, str) or in_fp8(found.packed) is None):
+    products = None if found is None or isinstance(found, str) else in_fp8(found.packed)
+    if products is not None and _refused(layer) is None:
         return "auto: the kernels, as no race decides products in fp8"
     together = None
     if group is not None and not group.off:
@@ -236,6 +239,14 @@ def _decided(layer: Any, group: Any) -> str:
         together = _numbers(members) if len(members) > 1 else None
     adapter = layer.lora_A[next(n for n in layer.active_adapters if n in layer.lora_A)]
     return in_words(_like(layer, adapter.weight), adapter.weight.dtype, _numbers([layer]), together)
+
+
+def _refused(layer: Any) -> str | None:
+    """The reason that the Triton kernels do not take a fused layer; None when they do."""
+    from .ops.triton_backend import refusal
+
+    adapter = layer.lora_A[next(n for n in layer.active_adapters if n in layer.lora_A)].weight
+    return refusal(_like(layer, adapter), adapter.dtype, _numbers([layer])[2])
 
 
 def _like(layer: Any, adapter: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from peftkern.kernels import (
     experts_grad,
     experts_route,
     experts_shrink,
+    fp8_rows,
     launching,
     prefix_attention,
     prefix_backward,
@@ -42,7 +43,7 @@ from peftkern.kernels.mlp_grad import mlp_grad
 from peftkern.kernels.shrink import shrink
 from peftkern.kernels.shrink_expand import shrink_expand
 
-BF16, FP32 = torch.bfloat16, torch.float32
+BF16, FP32, CPU = torch.bfloat16, torch.float32, torch.device("cpu")
 M, K, N, R = 40, 64, 96, 16
 
 
@@ -119,6 +120,27 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[[], Any]]] = {
         shrink_expand, lambda: (drawn(M, K), [low(R, K)], [low(N, R)], 0.5,
                                 [torch.ones(M, K // 32, dtype=torch.int32)],
                                 dict(draw=Draw(0.3, torch.tensor([7])))),
+    ),
+    "shrink with fp8": (
+        shrink, lambda: (drawn(M, 128), [low(R, 128), low(8, 128)], 0.5,
+                         dict(copy=fp8_rows.empty(M, 128, CPU))),
+    ),
+    "grad sb group with fp8": (
+        grad_sb_group, lambda: ([(drawn(M, 128), low(128, R), drawn(M, R), 0.5)] * 2, [FP32, FP32],
+                                None, [fp8_rows.empty(M, 128, CPU) for _ in range(2)]),
+    ),
+    "grad xa added": (
+        grad_xa, lambda: (drawn(M, K), [drawn(M, R)], [low(R, K)], dict(add=drawn(M, K))),
+    ),
+    "mlp with fp8": (
+        mlp, lambda: (drawn(M, 128), drawn(M, 128), "silu", low(R, 128), 0.5,
+                      dict(copy=fp8_rows.empty(M, 128, CPU))),
+    ),
+    "mlp gradients with fp8": (
+        mlp_grad,
+        lambda: (drawn(M, 128), drawn(M, 128), drawn(M, 128), "silu",
+                 [MlpMember(low(128, R), drawn(M, R), 0.5), None],
+                 dict(copies=(fp8_rows.empty(M, 128, CPU), fp8_rows.empty(M, 128, CPU)))),
     ),
     "shrink, large ranks": (shrink, lambda: (drawn(M, K), [low(200, K), low(40, K)], 0.5)),
     "shrink expand": (

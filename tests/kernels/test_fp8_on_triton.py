@@ -231,3 +231,17 @@ def test_scales_of_rows_stay_with_torch_and_explain_says_why(
     assert fp8_copies.order([torch.ones(2, 2)], "fused") == "fused"
     layer.compute = "dequantise"
     assert fp8_copies.order([w], "fused") == "fused" and fp8_copies.describe(layer) is None
+
+
+@pytest.mark.parametrize("backend, r, words", [
+    ("triton", 4, "X and dY quantised in the passes that make S and dS"),
+    ("triton", 300, "X and dY quantised by torch (rank 300 is above 256)"),
+    ("torch", 4, "computes in fp8, X and dY quantised by torch"),
+])  # fmt: skip
+def test_explain_says_who_quantises(backend: str, r: int, words: str, products: Any) -> None:
+    model = nn.ModuleDict({"q": nn.Linear(128, 128)})
+    adapted = peftkern.get_peft_model(model, peftkern.LoraConfig(r=r, target_modules=["q"]))
+    peftkern.quantize_base(adapted, compute="fp8")
+    with ops_backend.use_backend(backend):
+        [row] = peftkern.explain(adapted)
+    assert row.reason.endswith(words)
