@@ -82,11 +82,13 @@ def test_two_processes_are_as_one(case: Case, headline: Found) -> None:
             check_explained(case, of_rank[tuple(case)])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", sharded.HEADLINE_REFUSED, ids=", ".join)
 def test_parameters_apart_from_their_factors_are_refused(case: Case, headline: Found) -> None:
     check_refused(case, headline)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", sharded.SAVED, ids=", ".join)
 @pytest.mark.parametrize("how", ["gathered", "given"])
 def test_files_are_those_of_one_process(case: Case, how: str, headline: Found) -> None:
@@ -96,6 +98,7 @@ def test_files_are_those_of_one_process(case: Case, how: str, headline: Found) -
     assert_same_number(found, {key: value.contiguous() for key, value in want.items()})
 
 
+@pytest.mark.long
 def test_parts_of_fsdp1_are_not_saved(headline: Found) -> None:
     for of_rank in headline:
         [said] = filter(None, of_rank["said"])

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..utils.module_tree import no_split_modules
+from ..utils.shards import part_like
 
 
 def shard(model: nn.Module, device: str) -> None:
@@ -62,11 +63,7 @@ def trained(model: nn.Module) -> dict[str, Tensor]:
 
 def share_out(optimizer: Any) -> None:
     """Divide the states of an optimizer, which are whole, as their parameters are divided."""
-    from torch.distributed.tensor import distribute_tensor
-
     for parameter, states in optimizer.state.items():
         for name, value in states.items():
             if isinstance(value, Tensor) and value.shape == parameter.shape:
-                states[name] = distribute_tensor(
-                    value.to(parameter.device), parameter.device_mesh, parameter.placements
-                )
+                states[name] = part_like(parameter, value)

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..utils.constants import DUMMY_MODEL_CONFIG
 from ..utils.module_tree import set_layer_requires_grad
+from ..utils.shards import part_like, put_data
 from ._buffer_dict import BufferDict
 from .modules_to_save import AuxiliaryTrainingWrapper
 
@@ -97,8 +98,13 @@ class BaseTunerLayer:
         return self.get_base_layer().weight.data  # type: ignore[return-value]
 
     def set_base_weight(self, weight_data: torch.Tensor) -> None:
-        """Put this tensor in place of the base layer's weight."""
-        self.get_base_layer().weight.data = weight_data
+        """Put this tensor in place of the base layer's weight.
+
+        Of a weight that processes share out (a DTensor), each has the same whole ``weight_data``,
+        or a DTensor with the weight's placements.
+        """
+        weight: Any = self.get_base_layer().weight
+        put_data(weight, part_like(weight, weight_data))
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise NotImplementedError

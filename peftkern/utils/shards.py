@@ -32,13 +32,20 @@ def part_like(target: Any, value: Tensor) -> Tensor:
     return distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
 
 
-def put_data(parameter: nn.Parameter, value: Tensor) -> None:
-    """Give a parameter another tensor of its shape; ``.data`` of a DTensor keeps its old part."""
-    if is_shard(parameter):
+def put_data(parameter: Tensor, value: Tensor) -> None:
+    """Give a parameter another tensor of its shape; ``.data`` of a DTensor keeps its old part.
+
+    A DTensor is written to where the dtype stays: after its first forward FSDP2 gathers from the
+    memory that it has found then.
+    """
+    if not is_shard(parameter):
+        parameter.data = value
+    elif (parameter.shape, parameter.dtype) == (value.shape, value.dtype):
+        with torch.no_grad():
+            parameter.copy_(value)
+    else:
         new = nn.Parameter(value, requires_grad=parameter.requires_grad)
         torch.utils.swap_tensors(parameter, new)
-    else:
-        parameter.data = value
 
 
 def memory_of(tensor: Any) -> int:

@@ -18,6 +18,7 @@ from torch.nn.parameter import Parameter
 
 from ...ops import autocast
 from ...ops.lora import lora_linear
+from ...utils.shards import put_data
 from .inits.residual import Start, note
 from .variant import LoraVariant
 
@@ -153,7 +154,7 @@ class KasaLinearVariant(LoraVariant, setting="kasa_config", layers=("linear",)):
             if layer._disable_adapters:
                 return
             raise RuntimeError(PENDING)
-        weight.data, _ = split(weight.data, layer.r[adapter])
+        put_data(weight, split(weight.data, layer.r[adapter])[0])
         layer._lora_kasa_truncation_deferred.discard(adapter)
 
     def update(self, layer: Any, adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:

@@ -39,7 +39,7 @@ def in_parts(layer: Any) -> bool:
     if parameter == "weight" and reader_of(base) is not None:
         weight = base._parameters.get("weight")
         return hasattr(weight, "full_tensor") or weight is None
-    if is_part(base, parameter, len(_shape(layer))):
+    if is_part(base, parameter, 2 if getattr(layer, "num_experts", 1) == 1 else 3):
         return True
     stores = (layer.lora_A, layer.lora_B)
     held = [store[name] for name in layer.active_adapters for store in stores if name in store]
@@ -49,11 +49,6 @@ def in_parts(layer: Any) -> bool:
 def _is_shared_out(layer: Any) -> bool:
     describe = getattr(layer, "describe_sharing", None)  # HF PEFT's layers have none
     return describe is not None and bool(describe())
-
-
-def _shape(layer: Any) -> tuple[int, ...]:
-    experts = getattr(layer, "num_experts", 1)
-    return (0, 0) if experts == 1 else (0, 0, 0)
 
 
 def last_of(layer: Any) -> Ran | None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ....ops.bases import repack
 from ....ops.bases.formats import reader_of
+from ....utils.shards import put_data
 
 HALF_OR_SINGLE = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -109,7 +110,7 @@ def note(weight: Tensor | PackedWeight, start: Start, at_once: bool = False) -> 
         if isinstance(weight, PackedWeight):
             repack.write(weight.base, start.new_base(weight.detach()))
         else:
-            weight.data = start.new_base(weight.data)
+            put_data(weight, start.new_base(weight.data))
     elif at_once:
         _change(weight, start)
     else:
@@ -124,7 +125,7 @@ def _change(weight: Tensor | PackedWeight, start: Start) -> None:
         return
     new = start.new_base(weight.data)
     _HERE.made.append((weight, start, weight.data if start.undo is None else None))
-    weight.data = new
+    put_data(weight, new)
 
 
 @contextmanager
@@ -152,7 +153,7 @@ def collect() -> Iterator[Callable[[], None]]:
             if isinstance(weight, PackedWeight):
                 old.put(weight.base)
                 continue
-            weight.data = old if start.undo is None else start.undo(weight.data)
+            put_data(weight, old if start.undo is None else start.undo(weight.data))
         raise
     else:
         if outer is not None:  # an error in the outer block must undo these too
