@@ -329,11 +329,12 @@ class LoraLayer(Merging, Frozen, BaseTunerLayer):
             return None
         name = self.active_adapters[0]
         variant = self.lora_variant.get(name)
-        if variant is None or variant.fused_as(self, name) is None:
+        words = None if variant is None else variant.fused_as(self, name)
+        if variant is None or words is None:
             return None
         y = variant.fused(self, name, x)
         if y is not None and shares_weights():
-            self.__dict__["_ran"] = Ran(True, variant.fused_as(self, name) or "")
+            self.__dict__["_ran"] = Ran(True, words)
         return y
 
     def variant_fused_as(self) -> str | None:

@@ -23,9 +23,9 @@ from ...ops.bases.weight import BaseWeight, dense
 from ...ops.dora import dora_linear
 from ...ops.dora_norm import gain, row_norms
 from ...ops.tracing import is_compiling, is_tracing
-from ...utils.gathering import frozen, held_in, is_gathered, is_whole
+from ...utils.gathering import frozen, held_in, is_whole
 from ...utils.private import convolve
-from .plan import is_hooked, shape_of
+from .plan import has_whole_weight, is_hooked
 from .variant import LoraVariant
 
 # True: layers in eval mode keep their norms from one call to the next; see DoraCaching
@@ -247,7 +247,7 @@ class DoraLinearVariant(DoraVariant, setting="use_dora", layers=("linear",)):
         A, B = layer.lora_A[adapter], layer.lora_B[adapter]
         if all(
             type(m) is nn.Linear
-            and is_gathered(held_in(m), shape_of(m))
+            and has_whole_weight(m)
             and held_in(m, "bias") is None
             and not is_hooked(m)
             for m in (A, B)

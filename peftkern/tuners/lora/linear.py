@@ -18,7 +18,7 @@ from ...ops.library import traced_lora_linear, why_formula
 from ...ops.lora import fused_linear
 from ...ops.projection import Projection
 from ...ops.tracing import is_compiling, is_tracing
-from ...utils.gathering import held_in, is_gathered
+from ...utils.gathering import held_in
 from ...utils.handing import HERE, hand_over
 from ...utils.private import (
     GLOBAL_HOOKS,
@@ -32,7 +32,7 @@ from . import inits
 from .base import NOTHING, LoraLayer
 from .group import Group
 from .inits.random import of_linear, placed
-from .plan import Plan, base_reason, base_weight, is_hooked, shape_of, weight_layout
+from .plan import Plan, base_reason, base_weight, has_whole_weight, is_hooked, weight_layout
 from .ran import FUSED
 from .row_adapters import IN_TRANSFORM, AdapterNames, Held, forward_mixed
 from .variant import make_ready, take_kwargs
@@ -361,7 +361,7 @@ class Linear(nn.Module, LoraLayer):
                 return f"{what} is a {type(module).__name__}, not an nn.Linear"
         for what, module in (("base layer", base), ("lora_A", A), ("lora_B", B)):
             plain = quantised and module is base
-            if not plain and not is_gathered(held_in(module), shape_of(module)):
+            if not plain and not has_whole_weight(module):
                 found = type(getattr(module, "weight", None)).__name__
                 return f"the weight of {what} is a {found}, not a plain Parameter"
             if is_hooked(module):

@@ -32,6 +32,13 @@ def shape_of(module: Any) -> tuple[int, ...]:
     return module.out_features, module.in_features
 
 
+def has_whole_weight(module: Any) -> bool:
+    """True where the weight is a Parameter, or a whole one that FSDP1 has put in its place."""
+    if type(module._parameters.get("weight")) is nn.Parameter:  # nearly always, in every call
+        return True
+    return is_gathered(held_in(module), shape_of(module))
+
+
 def hook_dicts(module: nn.Module) -> tuple[Any, ...]:
     return (
         module._forward_hooks,
