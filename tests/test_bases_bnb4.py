@@ -212,52 +212,6 @@ def test_no_call_repacks_a_weight(never_called: None, nested: bool) -> None:
     assert all(torch.equal(after[k], v) for k, v in before.items())
 
 
-def spoilt(how: str) -> Any:
-    layer = bnb4(nn.Linear(64, 48), quant_type="nf4", compress_statistics=False)
-    state = layer.weight.quant_state
-    if how == "no statistics":
-        return bitsandbytes.nn.Linear4bit(64, 48)
-    if how == "on meta":
-        packed = layer.weight.data.to("meta")
-        layer.weight = bitsandbytes.nn.Params4bit(packed, quant_state=state, bnb_quantized=True)
-    elif how == "meta statistics":
-        state.absmax = state.absmax.to("meta")
-    elif how == "another blocksize":
-        state.blocksize = 128
-    elif how == "another shape":
-        state.shape = torch.Size((48, 32))
-    elif how == "a part":
-        layer.weight.data = layer.weight.data[:100]
-    return layer
-
-
-@pytest.mark.parametrize(
-    ("how", "said"),
-    {
-        "no statistics": "no statistics: it is quantised when",
-        "on meta": "on the meta device",
-        "meta statistics": "statistics of its 4-bit weight are on the meta device",
-        "another blocksize": "48 scales; for blocks of 128 it needs 24: it was packed for another",
-        "another shape": r"of shape \(48, 32\), and the layer of \(48, 64\)",
-        "a part": "is 100 bytes; 1536 belong to it",
-    }.items(),
-)
-def test_bad_weights_are_an_error_that_says_why(how: str, said: str) -> None:
-    config = peftkern.LoraConfig(r=2, target_modules=["0"])
-    model = peftkern.get_peft_model(nn.Sequential(spoilt(how)), config)
-    [row] = peftkern.explain(model)
-    assert not row.fused
-    for mode in (True, False):
-        with pytest.raises(ValueError, match=f"a Linear4bit cannot be called: .*{said}"):
-            model.train(mode)(torch.randn(2, 64))
-
-
-def test_an_unknown_format_is_left_to_its_owner() -> None:
-    layer = bnb4(nn.Linear(64, 48), quant_type="nf4")
-    layer.weight.quant_state.quant_type = "nf5"
-    assert read(layer) == "its 4-bit format is 'nf5'; known: nf4, fp4"
-
-
 @pytest.fixture
 def dense_kernel(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The formula in place of the kernel for AVX512-BF16; the list counts its calls."""

@@ -129,6 +129,9 @@ def test_what_cannot_be_read_has_a_reason() -> None:
     layer = finegrained(nn.Linear(200, 136))
     layer.weight_scale_inv = nn.Parameter(torch.ones(2, 3))
     assert read(layer) == ("its scales are of shape (2, 3), and (2, 2) would fit its weight")
+    for shape in ((), (1,), (1, 1)):  # one scale is not that of four blocks
+        layer.weight_scale_inv = nn.Parameter(torch.ones(shape), requires_grad=False)
+        assert "(2, 2) would fit its weight" in str(read(layer))
     layer.weight = nn.Parameter(torch.zeros(136, 100, dtype=torch.int8), requires_grad=False)
     assert read(layer) == "its weight is packed in 4 bits (FP4)"
     layer.weight = nn.Parameter(torch.zeros(136, 200))

@@ -138,6 +138,10 @@ def test_layers_that_are_not_read_are_called_or_refused() -> None:
     layer = hqq(nn.Linear(64, 48))
     layer.W_q = nn.Parameter(layer.W_q.to("meta"), requires_grad=False)
     assert "on the meta device" in str(read(layer))
+    for name in ("scale", "zero"):
+        layer = hqq(nn.Linear(64, 48))
+        layer.meta[name] = layer.meta[name].to("meta")
+        assert "statistics are on the meta device" in str(read(layer))
     empty = quantize.HQQLinear(None, {"offload_meta": False}, device="cpu", initialize=False)
     assert "no weight yet" in str(read(empty))
     with pytest.raises(ValueError, match="HQQLinear has no `in_features` and no weight"):

@@ -202,6 +202,8 @@ def _mismatch(module: Any, bits: Tensor, state: Any) -> str | None:
     kind, blocksize, shape, absmax = state.quant_type, state.blocksize, state.shape, state.absmax
     if kind not in _KINDS:
         return f"its 4-bit format is {kind!r}; known: {', '.join(_KINDS)}"
+    if absmax is None:
+        return Unusable("its 4-bit weight has no scales")
     if absmax.is_meta:
         return Unusable("the statistics of its 4-bit weight are on the meta device")
     N, K = module.out_features, module.in_features
@@ -220,6 +222,27 @@ def _mismatch(module: Any, bits: Tensor, state: Any) -> str | None:
         return Unusable(
             f"its 4-bit weight of shape {tuple(shape)} has {absmax.numel()} scales; for blocks of "
             f"{blocksize} it needs {-(-count // blocksize)}: it was packed for another blocksize"
+        )
+    return _mismatch_of_nested(state, bits.device) if state.nested else None
+
+
+def _mismatch_of_nested(state: Any, device: torch.device) -> str | None:
+    """The same for nested statistics; the owner's operators read past those that are too short."""
+    inner, offset, count = state.state2, state.offset, state.absmax.numel()
+    held = None if inner is None else (inner.absmax, inner.code, offset)
+    if held is None or any(t is None for t in held):
+        return Unusable("its 4-bit weight has nested statistics, of which a part is missing")
+    if any(t.device != device for t in held):
+        devices = ", ".join(str(t.device) for t in held)
+        return Unusable(
+            f"its 4-bit weight is on {device}, and its nested statistics are on {devices}"
+        )
+    scales, needed = inner.absmax.numel(), -(-count // inner.blocksize)
+    if scales != needed or inner.code.numel() != 256:
+        return Unusable(
+            f"its 4-bit weight has {count} nested scales, for which {scales} scales in blocks of "
+            f"{inner.blocksize} and a table of {inner.code.numel()} numbers are here; {needed} and "
+            "256 belong to them"
         )
     return None
 

@@ -81,9 +81,9 @@ def scale_(w: Tensor, scale: Tensor, block: tuple[int, int] | None) -> Tensor:
 def shape_error(q: Tensor, scale: Tensor, block: tuple[int, int] | None) -> str | None:
     """The reason that scales do not fit a weight, or None."""
     N, K = q.shape
-    if scale.numel() == 1:
-        return None
     wanted = (N, 1) if block is None else (-(-N // block[0]), -(-K // block[1]))
+    if scale.numel() == 1 and (block is None or wanted == (1, 1)):
+        return None
     if tuple(scale.shape) != wanted:
         return f"its scales are of shape {tuple(scale.shape)}, and {wanted} would fit its weight"
     return None

@@ -117,6 +117,10 @@ def read(module: Any) -> Found | str:
         for name, quantised, *_ in _STATISTICS:
             if quantised not in meta and name not in meta:
                 return f"the weight has no {name}s: its statistics are missing"
+    # they may wait on the CPU (offload_meta), but not be absent
+    for part in (meta, meta.get("meta_zero") or {}, meta.get("meta_scale") or {}):
+        if any(isinstance(v, Tensor) and v.is_meta for v in part.values()):
+            return "its statistics are on the meta device (offloaded or not loaded yet)"
     return Found(Hqq(words, meta), module.bias)
 
 

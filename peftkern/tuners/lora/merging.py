@@ -11,7 +11,7 @@ from torch.nn.parameter import Parameter
 from transformers.pytorch_utils import Conv1D
 
 from ...ops.bases import repack
-from ...ops.bases.formats import is_packed
+from ...ops.bases.formats import is_packed, read
 from ...utils.private import CONV_FORWARD
 from ...utils.warning import PeftWarning
 from ..adapter_calls import BROKEN, check_adapters_to_merge
@@ -229,10 +229,10 @@ class Merging:
     def _check_packed(self, module: Any, names: list[str]) -> None:
         """:meth:`_check_mergeable` for a quantised base weight."""
         if (reason := repack.why_not(module)) is not None:
-            raise ValueError(
-                f"Cannot merge adapters into a {type(module).__name__}: {reason}. "
-                "`merge_and_unload(dequantize=True)` merges into dense weights."
-            )
+            said = f"Cannot merge adapters into a {type(module).__name__}: {reason}."
+            if not isinstance(read(module), str):
+                said += " `merge_and_unload(dequantize=True)` merges into dense weights."
+            raise ValueError(said)
         self._check_adapters(module, names)
 
     @torch.no_grad()
