@@ -88,3 +88,17 @@ def test_starts_that_change_a_sharded_base_weight(one_process: None) -> None:
     cut = (u[:, :-2] * s[:-2]) @ v[:-2]
     found = layer.base_layer.weight.full_tensor()
     assert float((found - cut).abs().max()) < 1e-6 < float((found - whole).abs().max())
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_an_adapter_loaded_after_a_forward(low_cpu_mem_usage: bool, one_process: None) -> None:
+    settings = peftkern.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+    model: Any = peftkern.get_peft_model(base(), settings)
+    layer: Any = model.base_model.model[0]
+    state = {name: 2 * w for name, w in peftkern.get_peft_model_state_dict(model).items()}
+    A, B = (state[f"base_model.model.0.lora_{of}.weight"] for of in "AB")
+    want = X @ (layer.weight.detach() + layer.scaling["default"] * B @ A).T
+    shard(model)
+    model(X)
+    peftkern.set_peft_model_state_dict(model, state, low_cpu_mem_usage=low_cpu_mem_usage)
+    assert_same_number(model(X), want)

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..tuners.base_layer import BaseTunerLayer, adapter_modules
 from ..tuners.lora.fused_experts import convert_weights, numbers_of_experts
 from ..tuners.lora.tying import tie_again
+from ..utils.gathering import is_shard
 from ..utils.shards import part_like, whole
 from .base_tensors import Beside, find_beside
 from .shards import copy_whole
@@ -236,8 +237,10 @@ def fill(
     with torch.no_grad():
         for slot, value in match.pairs:
             target = slot.tensor
-            # a base weight is always copied into, as another module may share it
-            if target.is_meta or (low_cpu_mem_usage and not slot.in_base):
+            # a base weight is always copied into, as another module may share it, and a DTensor, as
+            # FSDP2 gathers from the memory that it found in its first forward
+            copied = slot.in_base or is_shard(target)
+            if target.is_meta or (low_cpu_mem_usage and not copied):
                 slot.assign(part_like(target, value.to(target.dtype)))
             else:
                 copy_whole(target, value)
