@@ -37,7 +37,7 @@ from .decode_shrink import plan_parts
 from .decode_tile import given_s
 from .flight import stages
 from .launching import planned
-from .quantised import Quantised, checked
+from .quantised import Layout, Quantised, checked
 from .quantised_tile import loadable, operands, quantised_tile
 
 MAX_ROWS = 64
@@ -61,6 +61,24 @@ class DecodeQuantisedConfig:
             raise ValueError(
                 f"DecodeQuantisedConfig.split_k is {self.split_k}; allowed: 1 to {MOST_PARTS}"
             )
+
+
+def takes_all_registers(M: int, f: Layout, group: int, arch: Arch) -> bool:
+    """True where threads may have as many registers as a program of its warps can give them.
+
+    Left alone, NVIDIA's assembler spills a few of them where that lets one more program run on a
+    multiprocessor. It does so in groups, whose projections have code each, for layouts with zero
+    points or e4m3 scales: these take registers beside the numbers. None spills on sm_80, nor of
+    several rows where products are asynchronous (sm_90, sm_100): there programs stay smaller.
+    """
+    crowded = group > 1 and (f.zero_per > 1 or f.scale == "e4m3")
+    spills = arch.capability >= 86 and (M == 1 or arch.capability // 10 not in (9, 10))
+    return crowded and spills and torch.version.hip is None
+
+
+def registers(num_warps: int) -> int:
+    """The most that a thread can have: 65536 on a multiprocessor, and 255 each."""
+    return min(255, 65536 // (32 * num_warps))
 
 
 def default_config(
@@ -92,7 +110,8 @@ def default_config(
     if w.groups is not None:
         beside += block_n * block_k * 8
     count = programs(block_n)
-    resident = max(1, min(4, cdiv(count, arch.sms)))
+    most = 2 if one and takes_all_registers(M, f, len(Ns), arch) else 4
+    resident = max(1, min(most, cdiv(count, arch.sms)))
     return DecodeQuantisedConfig(
         block_n=block_n,
         block_k=block_k,
@@ -239,6 +258,8 @@ def plan_decode_quantised(
     )  # fmt: skip
     if early:  # an option that only NVIDIA's compiler knows
         meta |= dict(launch_pdl=True)
+    if takes_all_registers(M, ws[0].layout, G, arch):  # and here is another
+        meta |= dict(maxnreg=registers(config.num_warps))
     return [first, Launch(_decode_quantised_kernel, (sum(tiles),), args, meta)]
 
 

@@ -16,6 +16,15 @@ from .entry import BF16, FP32, Case, K, KernelEntry, N, Operands, meta, named, t
 from .quantised import FORMATS, drawn, packed_bytes
 from .traffic import Facts, Traffic, cdiv, nbytes, total, unit_of
 
+# the groups in which threads need all registers, or the assembler would spill for some architecture
+CROWDED = (
+    (1, "awq", "qkv"),
+    (1, "gptq", "gate,up"),
+    (1, "awq", "gate,up"),
+    (1, "nvfp4", "gate,up"),
+    (16, "gptq", "gate,up"),
+)
+
 
 def _traffic(f: Facts) -> Traffic:
     x, M, (programs,), K, ranks = f["x"], f["M"], f["grid"], f["K"], f["ranks"]
@@ -69,6 +78,10 @@ def _cases(arch: Arch) -> Iterator[Case]:
         found = launches(m, [N], K, [16], arch, "nf4 nested", FP32)
         name = tag(16, 1, False, FP32, FP32)
         yield from named(f"decode_quantised M{m} nf4 nested {name}", found)
+    for m, form, name in CROWDED:
+        ns = GROUPS[name]
+        found = launches(m, ns, K, [16] * len(ns), arch, form)
+        yield from named(f"decode_quantised M{m} {form} {name} {tag(16, len(ns))}", found)
 
 
 def _sanitize(o: Operands) -> Iterator[tuple[str, list[Tensor]]]:

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.kernels.decode_quantised import launches
 from peftkern.kernels import reference
 from peftkern.kernels.common import Arch
 from peftkern.kernels.decode_quantised import (
@@ -16,7 +17,9 @@ from peftkern.kernels.decode_quantised import (
     DecodeQuantisedConfig,
     decode_quantised,
     default_config,
+    registers,
 )
+from peftkern.kernels.flight import needed
 from peftkern.kernels.quantised import dense
 from tests.kernels import quantised_cases as cases
 from tests.kernels.oracle import DTYPES, assert_as_good_as_torch, blas, few, matrix
@@ -100,6 +103,33 @@ def test_configs_are_valid_on_every_architecture() -> None:
                 w = CASES[name](8, K)
                 config = default_config(M, [4096], K, w, arch)
                 assert config.block_n % w.layout.per == 0 or w.layout.along == "k"
+
+
+def test_groups_that_would_spill_have_all_registers() -> None:
+    def most(form: str, group: int, capability: int = 90, rows: int = 1) -> int | None:
+        found = launches(
+            rows, [512] * group, 512, [16] * group, Arch(132, capability, 101376), form
+        )
+        return found[-1].meta.get("maxnreg")
+
+    for form in ("gptq", "awq", "nvfp4"):
+        assert most(form, 2) == most(form, 3) == 255
+        assert most(form, 1) is None and most(form, 2, 80) is None
+        assert most(form, 3, 89, 16) == 255 and most(form, 3, 90, 16) is None
+    for form in ("nf4 nested", "int8", "fp8", "int4", "mxfp4"):
+        assert most(form, 3) is None, form
+    assert registers(4) == registers(8) == 255 and registers(16) == 128
+
+
+def test_programs_with_all_registers_keep_as_many_bytes_on_the_way() -> None:
+    """Two of them fit on a multiprocessor, not four: each loads further ahead."""
+    arch = Arch(148, 100, 232448)
+    one, two = ([28672], [14336, 14336])  # as many programs
+    w = CASES["gptq"](8, 4096)
+    alone, group = (default_config(1, ns, 4096, w, arch) for ns in (one, two))
+    tile = group.block_n * group.block_k // 2
+    assert alone.num_stages < group.num_stages
+    assert 2 * arch.sms * (group.num_stages - 1) * tile >= needed(arch)
 
 
 def test_empty_and_refused() -> None:
