@@ -67,9 +67,9 @@ def one_block(family, **lora):
 @pytest.mark.parametrize(
     ("family", "p", "compiler"),
     [
-        ("llama", 0.0, "eager"),
+        pytest.param("llama", 0.0, "eager", marks=pytest.mark.slow),
         ("llama", 0.3, "aot_eager"),
-        ("gpt2", 0.3, "eager"),
+        pytest.param("gpt2", 0.3, "eager", marks=pytest.mark.slow),
         ("gpt2", 0.0, "aot_eager"),
     ],
 )
@@ -102,7 +102,7 @@ def test_a_model_is_one_graph_with_one_operator_a_layer(family, p, compiler):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("reentrant", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_checkpointed_block_draws_the_same_mask_again(reentrant):
     """Checkpointing is within the compiled model, or around compiled blocks.
 

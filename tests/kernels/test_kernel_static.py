@@ -313,7 +313,7 @@ print(json.dumps({
 """
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_configs_of_tuning_tables_are_compiled_for_their_architecture(tmp_path):
     done = python("-c", TUNED, str(tmp_path), cache=tmp_path)
     assert done.returncode == 0, done.stderr
