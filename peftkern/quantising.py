@@ -16,6 +16,7 @@ from .ops.bases.formats import read, reader_of
 from .ops.bases.fp8 import CHOICE, DEQUANTISE, IN_FP8, Fp8
 from .ops.bases.fp8_linear import Fp8Linear
 from .tuners.base_layer import BaseTunerLayer
+from .tuners.lora.dequantising import name_quantization
 from .tuners.lora.plan import is_hooked
 from .tuners.modules_to_save import AuxiliaryTrainingWrapper
 from .utils.private import kept_wide
@@ -74,6 +75,7 @@ def quantize_base(
     for name, dense in found.items():
         places.setdefault(id(dense), []).append(name)
     waiting = list({id(m): m for m in found.values()}.values())
+    bare = not adapted
     del found, adapted, dense  # so that each dense weight is freed as soon as it is replaced
     while waiting:
         dense = waiting.pop()
@@ -83,6 +85,8 @@ def quantize_base(
             model.set_submodule(name, made)
         count, before = count + 1, before + dense.weight.nbytes
         after += made.weight.nbytes + made.weight_scale_inv.nbytes
+    if bare:
+        name_quantization(model)
     logging.getLogger("peftkern").info(
         "quantize_base: %d linear layers are fp8: %.1f MiB, and %.1f MiB before",
         count,

@@ -11,9 +11,16 @@ import peft
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import peftkern
+from peftkern.ops.bases.formats import read
 from peftkern.ops.bases.fp8_linear import Fp8Linear
 from tests.closeness import assert_as_good_as_torch
 from tests.quantised_models import dense as as_dense
@@ -304,3 +311,39 @@ def test_layers_that_transformers_does_not_quantise_stay_dense(
     if "wo" in targets:
         with pytest.raises(ValueError, match="already"):  # of q
             peftkern.quantize_base(model)
+
+
+@pytest.mark.filterwarnings("ignore:Adapters were merged into")
+@pytest.mark.parametrize("way", ["bare", "merged", "unloaded"])
+@pytest.mark.parametrize("width", [128, 160])
+def test_transformers_loads_what_it_saves_without_adapters(
+    way: str, width: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With scales: the e4m3 numbers alone are no weights. On a CPU it makes them dense."""
+    sizes: Any = dict(hidden_size=width, intermediate_size=256, num_hidden_layers=1, vocab_size=64)
+    llama = LlamaForCausalLM(LlamaConfig(num_attention_heads=4, num_key_value_heads=4, **sizes))
+    if way == "bare":
+        bare: Any = peftkern.quantize_base(llama)
+    else:
+        config = peftkern.LoraConfig(**{**SETTINGS, "target_modules": ["q_proj", "down_proj"]})
+        model = peftkern.quantize_base(peftkern.get_peft_model(llama, config))
+        assert getattr(model.config, "quantization_config", None) is None
+        bare = model.merge_and_unload() if way == "merged" else model.unload()
+    held = {n: m for n, m in bare.named_modules() if isinstance(m, Fp8Linear)}
+    assert held and bare.config.quantization_config.weight_block_size == (128, 128)
+    assert ("no multiple of 128" in caplog.text) == (width == 160)
+    if width == 160:
+        return
+    bare.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    for name, layer in held.items():
+        found: Any = read(layer)
+        assert torch.equal(loaded.get_submodule(name).weight, found.packed.dense(torch.float32)), (
+            name
+        )
+
+
+def test_a_dense_merge_names_no_quantisation() -> None:
+    model = peftkern.quantize_base(adapted())
+    merged = model.merge_and_unload(dequantize=True)
+    assert getattr(merged.config, "quantization_config", None) is None

@@ -1,8 +1,9 @@
-"""Dense linear layers in place of quantised ones, for a merge that is to be exported."""
+"""Dense linear layers in place of quantised ones; what a model's configuration says of either."""
 
 from __future__ import annotations
 
 import copy
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from ...ops.bases.formats import checked, reader_of
+from ...ops.bases.fp8_linear import BLOCK, Fp8Linear
 from ...utils.private import hook_of
 from ..base_layer import BaseTunerLayer
 from .linear import bare_linear
@@ -93,3 +95,39 @@ def forget_quantization(model: Any) -> None:
     for name in ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit"):
         if hasattr(model, name):
             setattr(model, name, False)
+
+
+def name_quantization(model: Any) -> None:
+    """Say in a transformers model's configuration that layers are :class:`.Fp8Linear`.
+
+    Their names and shapes in a checkpoint are those of transformers' FineGrainedFP8, so that
+    ``save_pretrained`` then writes what ``from_pretrained`` reads; without it the e4m3 numbers
+    would be taken for weights. Nothing is changed where there are no such layers, or where the
+    configuration names a quantisation already. Weights of which transformers would read the blocks
+    wrongly are told in a logged warning.
+    """
+    config: Any = getattr(model, "config", None)
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    packed = {n: m for n, m in linears.items() if isinstance(m, Fp8Linear)}
+    if not packed or not hasattr(model, "save_pretrained"):
+        return
+    if getattr(config, "quantization_config", None) is None:
+        from transformers import FineGrainedFP8Config
+
+        config.quantization_config = FineGrainedFP8Config(
+            weight_block_size=BLOCK, modules_to_not_convert=[n for n in linears if n not in packed]
+        )
+        # it divides a side by the number of its blocks, so the last one must be whole
+        ragged = [n for n, m in packed.items() if _ragged(m.weight)]
+        if ragged:
+            logging.getLogger("peftkern").warning(
+                "%d fp8 weights (`%s` is one) have a side that is no multiple of 128: transformers "
+                "dequantises those of a saved model wrongly, or refuses them. "
+                "`merge_and_unload(dequantize=True)` exports dense weights.",
+                len(ragged),
+                ragged[0],
+            )
+
+
+def _ragged(weight: torch.Tensor) -> bool:
+    return any(side % block for side, block in zip(weight.shape, BLOCK, strict=True))

@@ -14,7 +14,7 @@ from ...utils.warning import PeftWarning
 from ..adapter_calls import BROKEN, check_adapters_to_merge
 from ..base_layer import BaseTunerLayer
 from ..modules_to_save import ModulesToSaveWrapper
-from .dequantising import forget_quantization, made_dense
+from .dequantising import forget_quantization, made_dense, name_quantization
 from .merging import KeptPacked, Merging
 from .mlp import release_blocks
 from .offload import onloaded
@@ -251,6 +251,7 @@ class ModelMerging:
 
         visit(self.model)
         release_blocks(self.model)
+        name_quantization(self.model)
         if hasattr(self.model, "peft_config"):
             del self.model.peft_config
 
