@@ -12,11 +12,11 @@ RESULTS = ROOT / "benchmarks" / "results" / "static"
 
 
 def python(
-    *arguments: str, cache: Path | None, root: Path = ROOT
+    *arguments: str, cache: Path | None, root: Path = ROOT, **env: str
 ) -> subprocess.CompletedProcess[str]:
     """The result of Python run in the checkout ``root`` without TRITON_INTERPRET.
 
-    ``cache`` is the folder for the user's results; None is the user's own.
+    ``cache`` is the folder for the user's results; None is the user's own. ``env`` are variables.
     """
-    own = {} if cache is None else {"PEFTKERN_CACHE": str(cache)}
+    own = env if cache is None else {**env, "PEFTKERN_CACHE": str(cache)}
     return children.python(*arguments, root=root, without=("TRITON_INTERPRET",), **own)

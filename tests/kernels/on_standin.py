@@ -53,7 +53,8 @@ def check_a_plan_starts_what_triton_would() -> None:
         for call in range(5):
             args = make()
             wanted = as_written(function, args)
-            assert now(function, args) == wanted, f"{name}, call {call}"
+            found = now(function, args)
+            assert found == wanted, f"{name}, call {call}: {found}, expected {wanted}"
             assert len(wanted) > 1
         assert planned_kinds() == 1, (name, launching._said)
 

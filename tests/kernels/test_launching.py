@@ -20,10 +20,14 @@ CHECKS = re.findall(r"^def (check_\w+)", CODE, re.MULTILINE)
 
 
 @pytest.fixture(scope="module")
-def found() -> dict[str, str | None]:
-    """{check: its traceback, or None}, of a process that does not interpret kernels."""
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str | None]:
+    """{check: its traceback, or None}, of a process that does not interpret kernels.
+
+    It has caches of its own: what other tests write meanwhile must not come between two calls.
+    """
+    cache = tmp_path_factory.mktemp("caches")
     code = f"from tests.kernels.on_standin import run; run({CHECKS!r})"
-    done = python("-c", code, cache=None)
+    done = python("-c", code, cache=cache, TRITON_CACHE_DIR=str(cache / "triton"))
     assert done.returncode == 0, done.stderr
     results: dict[str, str | None] = json.loads(done.stdout.splitlines()[-1])
     return results
