@@ -69,6 +69,7 @@ def _double(*args: Any) -> Any:
 
 def _become(rank: int, launch: dict[str, Any], port: int, files: tuple[Path, Path]) -> None:
     """Run the command in this forked process and end it; does not return."""
+    torch.set_num_threads(1)  # torch 2.11's pool of threads does not outlive a fork
     for number, file in enumerate(files, 1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
     count = launch.get("processes", 2)
@@ -130,7 +131,6 @@ def _run(launch: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
 
 
 def main(file: Path) -> None:
-    torch.set_num_threads(1)
     done = {n: _run(launch, file.parent) for n, launch in json.loads(file.read_text()).items()}
     file.with_suffix(".out.json").write_text(json.dumps(done))
 

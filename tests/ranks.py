@@ -24,13 +24,13 @@ def fork(folder: Path, ranks: int, run: Callable[[int], Any]) -> NoReturn:
 
     What it returns is saved in the folder. The status is that of the process that failed worst.
     """
-    torch.set_num_threads(1)
     children = []
     for rank in range(ranks):
         child = os.fork()
         if child == 0:
             status = 1
             try:
+                torch.set_num_threads(1)  # torch 2.11's pool of threads does not outlive a fork
                 _join(folder, ranks, rank)
                 torch.save(run(rank), _file(folder, rank))
                 dist.destroy_process_group()

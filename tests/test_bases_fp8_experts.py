@@ -9,10 +9,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
-from transformers.integrations.finegrained_fp8 import FP8Experts, _dequantize_fp8_weight
+from transformers.integrations.finegrained_fp8 import FP8Experts
 
 import peftkern
 from tests.test_bases_mx import packed, step
+
+try:
+    from transformers.integrations.finegrained_fp8 import _dequantize_fp8_weight
+except ImportError:  # an older transformers
+    _dequantize_fp8_weight = None
 
 NAMES = ("gate_up_proj", "down_proj")
 BLOCK = (16, 16)
@@ -28,6 +33,8 @@ def fp8(w: Tensor, block: tuple[int, int]) -> tuple[Tensor, Tensor]:
 
 def models(kind: str) -> tuple[Any, Any]:
     """(a tiny Qwen3-MoE with quantised experts, the same with the dense numbers)."""
+    if _dequantize_fp8_weight is None:
+        pytest.skip("the experts of this transformers are made in another way")
     torch.manual_seed(0)
     config = Qwen3MoeConfig(
         hidden_size=64, moe_intermediate_size=32, intermediate_size=64, num_hidden_layers=2,

@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
+import transformers
+from packaging.version import Version
 
 from peftkern.cli import resume
 from peftkern.cli.train import train
@@ -25,6 +28,13 @@ pytestmark = [
     ),
 ]
 
+# FSDP2 over gloo ends in a mismatch of collectives on torch 2.11; Trainer of transformers 5.17
+# cannot load an optimizer in one of several processes on a CPU
+NEWER = pytest.mark.skipif(
+    Version(torch.__version__) < Version("2.13")
+    or Version(transformers.__version__) < Version("5.23"),
+    reason="an older torch or transformers cannot on a CPU",
+)
 # 25 training examples: the last batch of an epoch, in the fourth step, has one, and so a process
 # none
 EQUAL = {"steps": 4, "save_every": 8, "eval_split": 0.17, "lora_dropout": 0.0, "batch_size": 2}
@@ -93,7 +103,10 @@ def double(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("peftkern.cli.prepare.load_model", _double)
 
 
-@pytest.mark.parametrize("batch, name", [((4, 2), "lm"), ((2, 4), "lm"), ((4, 2), "sharded")])
+@pytest.mark.parametrize(
+    "batch, name",
+    [((4, 2), "lm"), ((2, 4), "lm"), pytest.param((4, 2), "sharded", marks=NEWER)],
+)
 def test_the_losses_of_one_process_with_as_large_a_batch(
     batch: tuple[int, int], name: str, folder: Path, ran: Any, tmp_path: Path, double: None
 ) -> None:
@@ -135,6 +148,7 @@ def test_the_first_process_alone_prints_and_the_record_tells_how_to_repeat(
     assert "Already trained" in ran["again"][0]["out"]
 
 
+@NEWER
 @pytest.mark.parametrize("name", KILLS)
 def test_a_killed_run_ends_and_goes_on_to_the_same_weights(
     name: str, folder: Path, ran: Any
