@@ -1,7 +1,7 @@
 """Ring 4: the compiled kernels on a CUDA device, run separately by ``make gpu PART=tests``.
 
 tests/kernels runs the same kernels in Triton's interpreter, and one process can only do one of the
-two. So with ``-m "not gpu"`` this folder is not even collected.
+two. So with ``-m "not gpu"`` or ``--quick`` this folder is not even collected.
 """
 
 import json
@@ -12,7 +12,8 @@ import pytest
 
 
 def pytest_ignore_collect(collection_path, config):
-    if "not gpu" in (config.option.markexpr or "") and collection_path.suffix == ".py":
+    without = "not gpu" in (config.option.markexpr or "") or config.getoption("--quick")
+    if without and collection_path.suffix == ".py":
         return True
     return None
 
