@@ -184,13 +184,26 @@ def _member(
     names: tuple[str, str, str, str],
 ) -> None:
     """Check one projection of x [M, K]; ``names`` are those of w, a, b and bias in errors."""
-    K = x.shape[1]
-    name_w, name_a, name_b, name_bias = names
+    name_w = names[0]
     checks.matrix(name_w, w)
     N = w.shape[0]
-    checks.shape(name_w, w, (N, K), "[N, K], K as x")
+    checks.shape(name_w, w, (N, x.shape[1]), "[N, K], K as x")
     if w.dtype != x.dtype:
         raise TypeError(f"{name_w} has dtype {w.dtype}; allowed: {x.dtype}, that of x")
+    check_beside(x, N, a, b, bias, names)
+
+
+def check_beside(
+    x: torch.Tensor,
+    N: int,
+    a: torch.Tensor | None,
+    b: torch.Tensor,
+    bias: torch.Tensor | None,
+    names: tuple[str, str, str, str],
+) -> None:
+    """Check what stands beside a weight of N rows in a projection of x [M, K]."""
+    K = x.shape[1]
+    name_w, name_a, name_b, name_bias = names
     checks.matrix(name_b, b)
     r = b.shape[1]
     checks.rank(name_b, r)
@@ -213,7 +226,7 @@ def _few(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def _dense(t: torch.Tensor) -> torch.Tensor:
+def dense_rows(t: torch.Tensor) -> torch.Tensor:
     """``t``, or a copy of it if its rows have no unit stride."""
     return t if t.stride(1) == 1 or t.shape[1] <= 1 else t.contiguous()
 
@@ -237,7 +250,10 @@ def _run(
         Ns, ranks = [w.shape[0] for w in ws], [b.shape[1] for b in Bs]
         sizes = x.element_size(), Bs[0].element_size()
         config = default_config(M, Ns, K, ranks, arch, *sizes)
-    As, biases = [_dense(a) for a in As], [None if c is None else c.contiguous() for c in biases]
+    As, biases = (
+        [dense_rows(a) for a in As],
+        [None if c is None else c.contiguous() for c in biases],
+    )
     for launch in plan_decode(ys, x, ws, As, Bs, s, biases, scales, config, arch):
         launch.run()
     return ys

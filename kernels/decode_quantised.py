@@ -32,7 +32,7 @@ from .common import (
     row_stride,
     starts_early,
 )
-from .decode import HELD_RANK, MOST_PARTS
+from .decode import HELD_RANK, MOST_PARTS, check_beside, dense_rows
 from .decode_shrink import plan_parts
 from .decode_tile import given_s
 from .flight import stages
@@ -241,7 +241,10 @@ def plan_decode_quantised(
     block_n = config.block_n if one else max(16, config.block_n)
     tiles = [cdiv(n, block_n) for n in Ns]
     block_r = min(HELD_RANK, padded(max(ranks)))
-    ws = [loadable(w) for w in ws]
+    made = [loadable(w) for w in ws]
+    # strides and offsets decide that, which may differ in a group; one layout is compiled for all
+    same = all(w.layout == made[0].layout for w in made)
+    ws = made if same else [loadable(w, words=False) for w in ws]
     each = zip(*(operands(w, arch) for w in ws), strict=True)
     args: tuple[Any, ...] = (
         tuple(ys), x, *each, tuple(Bs), parts, tuple(biases),
@@ -291,21 +294,12 @@ def decode_quantised(
     factors = checks.per_adapter("scales", scales, len(ws))
     for i, (w, a, b, bias) in enumerate(zip(ws, As, Bs, biases, strict=True)):
         checked(f"ws[{i}]", w)
-        N = w.shape[0]
         if w.shape[1] != K:
             raise ValueError(f"ws[{i}] has {w.shape[1]} columns; allowed: {K}, as x has")
         if w.layout != ws[0].layout:
             raise ValueError(f"ws[{i}] has another layout than ws[0]; allowed: one for all")
-        checks.matrix(f"Bs[{i}]", b)
-        r = b.shape[1]
-        checks.rank(f"Bs[{i}]", r)
-        checks.shape(f"Bs[{i}]", b, (N, r), f"N rows as ws[{i}]")
-        checks.matrix(f"As[{i}]", a)
-        checks.shape(f"As[{i}]", a, (r, K), f"rank as Bs[{i}], K as x")
-        for name, t in (("As", a), ("Bs", b)):
-            checks.adapter_dtype(f"{name}[{i}]", t, x.dtype)
-        if bias is not None:
-            checks.shape(f"biases[{i}]", bias, (N,), f"ws[{i}] has N rows")
+        names = f"ws[{i}]", f"As[{i}]", f"Bs[{i}]", f"biases[{i}]"
+        check_beside(x, w.shape[0], a, b, bias, names)
     packed = {f"ws[{i}]": [t for t in w.tensors if t is not None] for i, w in enumerate(ws)}
     checks.device(x=x, As=As, Bs=Bs, biases=biases, **packed)
     ys = [x.new_empty((M, w.shape[0])) for w in ws]
@@ -316,7 +310,7 @@ def decode_quantised(
     arch = arch_of(x.device)
     if config is None:
         config = default_config(M, [w.shape[0] for w in ws], K, ws[0], arch, x.element_size())
-    As = [a if a.stride(1) == 1 or K == 1 else a.contiguous() for a in As]
+    As = [dense_rows(a) for a in As]
     biases = [None if c is None else c.contiguous() for c in biases]
     for launch in plan_decode_quantised(ys, x, ws, As, Bs, biases, factors, config, arch):
         launch.run()

@@ -256,10 +256,11 @@ def quantised_tile(
     return cast(tl.where((n < N)[:, None] & (k < K)[None, :], found, 0.0), DTYPE)
 
 
-def loadable(w: Quantised) -> Quantised:
+def loadable(w: Quantised, words: bool = True) -> Quantised:
     """The same weight with narrow scales as words of 32 bits, where they are neighbours in a row.
 
-    Loads of fewer bits are not made ahead of a loop: their latency would be in every step.
+    Loads of fewer bits are not made ahead of a loop: their latency would be in every step. Without
+    ``words`` they stay narrow.
     """
     scales, f = w.scales, w.layout
     per = 4 // scales.element_size()
@@ -268,7 +269,8 @@ def loadable(w: Quantised) -> Quantised:
     kind = str(scales.dtype).removeprefix("torch.")
     rows, columns = scales.shape
     if (
-        kind in ("uint8", "bfloat16", "float16")
+        words
+        and kind in ("uint8", "bfloat16", "float16")
         and not (f.flat or w.groups is not None or f.columns == 0)
         and columns % per == 0
         and (scales.stride(1) == 1 and (rows == 1 or scales.stride(0) % per == 0))

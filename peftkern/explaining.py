@@ -14,6 +14,7 @@ from . import liger
 from .fusing import hf_layers, hf_module
 from .ops.backend import describe
 from .ops.bases.formats import as_weight, read, reader_of
+from .ops.bases.weight import Packed
 from .ops.fp8_copies import in_fp8
 from .ops.library import why_formula
 from .tuners.lora.base import LoraLayer
@@ -205,33 +206,36 @@ def _kept(layer: Any) -> str | None:
 
 def _format(layer: Any, backend: str) -> str:
     """The words for a base weight that is read in its format; none for a dense one."""
-    if reader_of(layer.get_base_layer()) is None:
+    packed = _packed(layer)
+    if packed is None:
         return ""
-    found = read(layer.get_base_layer())
-    if isinstance(found, str):
-        return ""
-    words = f"; base weight: {found.packed.format}"
+    words = f"; base weight: {packed.format}"
     if backend == "torch":
-        return words if in_fp8(found.packed) is None else f"{words}, X and dY quantised by torch"
+        return words if in_fp8(packed) is None else f"{words}, X and dY quantised by torch"
     from .ops.quantised_triton import describe as in_words
 
     names = [name for name in layer.active_adapters if name in layer.lora_A]
     if not names:
         return words
-    if in_fp8(found.packed) is not None and (why := _refused(layer)) is not None:
+    if in_fp8(packed) is not None and (why := _refused(layer)) is not None:
         return f"{words}, X and dY quantised by torch ({why})"
-    dtype = found.packed.compute_dtype(layer.lora_A[names[0]].weight.dtype)
-    return f"{words}, {in_words(found.packed, dtype)}"
+    dtype = packed.compute_dtype(layer.lora_A[names[0]].weight.dtype)
+    return f"{words}, {in_words(packed, dtype)}"
+
+
+def _packed(layer: Any) -> Packed | None:
+    """The base weight of a layer that is read in its format; None for a dense one."""
+    base = layer.get_base_layer()
+    found = None if reader_of(base) is None else read(base)
+    return None if found is None or isinstance(found, str) else found.packed
 
 
 def _decided(layer: Any, group: Any) -> str:
     """The dispatcher's decisions for a fused layer, alone and in its group, in words."""
     from .ops.auto_report import describe as in_words
 
-    base = layer.get_base_layer()
-    found = None if reader_of(base) is None else read(base)
-    products = None if found is None or isinstance(found, str) else in_fp8(found.packed)
-    if products is not None and _refused(layer) is None:
+    packed = _packed(layer)
+    if packed is not None and in_fp8(packed) is not None and _refused(layer) is None:
         return "auto: the kernels, as no race decides products in fp8"
     together = None
     if group is not None and not group.off:
@@ -251,15 +255,14 @@ def _refused(layer: Any) -> str | None:
 
 def _like(layer: Any, adapter: Tensor) -> Tensor:
     """A tensor of the dtype and device that the layer's activations are expected to have."""
-    base = layer.get_base_layer()
-    found = None if reader_of(base) is None else read(base)
-    if found is None or isinstance(found, str):
+    packed = _packed(layer)
+    if packed is None:
         weight: Tensor = getattr(layer, "weight", adapter)
         if not in_parts(layer):
             return local(weight)
         return torch.empty(0, dtype=weight.dtype, device=gathered_device(weight))
-    dtype = found.packed.compute_dtype(adapter.dtype)
-    return as_weight(found.packed, adapter.new_empty(0, dtype=dtype))
+    dtype = packed.compute_dtype(adapter.dtype)
+    return as_weight(packed, adapter.new_empty(0, dtype=dtype))
 
 
 def _numbers(layers: list[Any]) -> tuple[int, int, int, int]:

@@ -29,7 +29,7 @@ from peftkern.ops.bases.weight import Packed
 from peftkern.tuners.lora.linear import Linear
 from peftkern.utils.other import fsdp_auto_wrap_policy as our_policy
 from tests import quantised_models
-from tests.ranks import fork
+from tests.ranks import fork, whole
 
 RANKS, STEPS, RATE = 2, 2, 0.5
 LIBRARIES: dict[str, Any] = {"peftkern": peftkern, "peft": peft}
@@ -122,11 +122,6 @@ def watched() -> Iterator[list[Tensor]]:
         mock.patch.object(bitsandbytes.nn.Linear4bit, "forward", general),
     ):
         yield used
-
-
-def whole(t: Tensor) -> Tensor:
-    """A tensor of which this process may have a part."""
-    return (t.full_tensor() if hasattr(t, "full_tensor") else t).detach().clone()
 
 
 def numbers(

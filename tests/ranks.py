@@ -13,10 +13,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from tests.children import python
+
+NEEDS_GLOO = pytest.mark.skipif(
+    not (dist.is_available() and dist.is_gloo_available()), reason="torch has no gloo here"
+)
+
+
+def whole(t: Any) -> Tensor:
+    """A tensor of which this process may have a part."""
+    return (t.full_tensor() if hasattr(t, "full_tensor") else t).detach().clone()
 
 
 def fork(folder: Path, ranks: int, run: Callable[[int], Any]) -> NoReturn:

@@ -40,6 +40,7 @@ import peftkern
 from peftkern.checkpoint.slots import clean
 from peftkern.fsdp import fsdp_auto_wrap_policy as our_policy
 from tests import models, ranks
+from tests.ranks import whole
 
 RANKS, STEPS, RATE = 2, 2, 0.5
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
@@ -301,11 +302,6 @@ def trained(model: nn.Module) -> list[tuple[str, Any]]:
         for name, p in model.named_parameters()
         if p.requires_grad
     ]
-
-
-def whole(t: Any) -> Tensor:
-    """A tensor of which this process may have a part."""
-    return (t.full_tensor() if hasattr(t, "full_tensor") else t).detach().clone()
 
 
 def alone(method: str) -> dict[str, Tensor]:

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import transformers
 from packaging.version import Version
 
@@ -20,12 +19,11 @@ from peftkern.cli.train import train
 from tests.closeness import assert_same_number, differ
 from tests.command import assert_equal_runs, command, losses, make_folder, settings, weights
 from tests.launched import launch
+from tests.ranks import NEEDS_GLOO
 
 pytestmark = [
     pytest.mark.long,
-    pytest.mark.skipif(
-        not (dist.is_available() and dist.is_gloo_available()), reason="torch has no gloo here"
-    ),
+    NEEDS_GLOO,
 ]
 
 # FSDP2 over gloo ends in a mismatch of collectives on torch 2.11; Trainer of transformers 5.17

@@ -6,17 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from tests import ddp, moe_models
 from tests.closeness import assert_same_number
-from tests.ranks import results
+from tests.ranks import NEEDS_GLOO, results
 
 pytestmark = [
     pytest.mark.long,
-    pytest.mark.skipif(
-        not (dist.is_available() and dist.is_gloo_available()), reason="torch has no gloo here"
-    ),
+    NEEDS_GLOO,
 ]
 
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -17,15 +14,13 @@ import peftkern
 from peftkern.ops.bases.formats import read
 from tests import quantised_models
 from tests.closeness import assert_as_good_as_torch, assert_same_number
-from tests.ranks import results
+from tests.ranks import NEEDS_GLOO, results
 
 pytest.importorskip("bitsandbytes")
 fsdp: Any = pytest.importorskip("tests.fsdp")
 
 pytestmark = [
-    pytest.mark.skipif(
-        not (dist.is_available() and dist.is_gloo_available()), reason="torch has no gloo here"
-    ),
+    NEEDS_GLOO,
 ]
 
 
@@ -49,16 +44,6 @@ def test_float32_is_as_good_as_hf_pefts(name: str, found: Any) -> None:
     exact = fsdp.alone(fsdp.BESIDE[name])
     for of_rank in found:
         assert_as_good_as_torch(of_rank[f"{name} peftkern"], of_rank[f"{name} peft"], exact)
-
-
-@pytest.fixture
-def one_process(tmp_path: Path) -> Iterator[None]:
-    store = f"file://{tmp_path}/store"
-    dist.init_process_group("gloo", init_method=store, rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
 
 
 def test_a_shard_is_no_weight(one_process: None) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks.gpu import quantised as gpu_quantised
-from benchmarks.gpu.packed import BASES, base_linear
+from benchmarks.gpu.packed import BASES, base_linear, packed_bytes, without_data
 from benchmarks.gpu.providers import PEFT_FP32, PLAIN
 from benchmarks.gpu.quantised import ALONE, ON_BF16, Provider, QuantisedCase
 from benchmarks.gpu.report import BNB, TRITON
@@ -100,5 +100,6 @@ def test_a_base_holds_the_numbers_that_it_was_made_of(base: str) -> None:
     dense = torch.randn(64, 256).mul_(0.1).bfloat16()
     with gpu_quantised.owned_is_read():
         held = gpu_quantised.packed_of(base_linear(base, dense))
+    assert packed_bytes(held) == packed_bytes(without_data(base, 64, 256))
     error = (held.dense(torch.float32) - dense.float()).norm() / dense.float().norm()
     assert 0 < error < {"int8": 0.02, "fp8": 0.05}.get(base, 0.2)

@@ -7,16 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 import peftkern
 from tests import ranks, sharded
 from tests.closeness import assert_as_good_as_torch, assert_same_number
+from tests.ranks import NEEDS_GLOO
 from tests.sharded import Case
 
-pytestmark = pytest.mark.skipif(
-    not (dist.is_available() and dist.is_gloo_available()), reason="torch has no gloo here"
-)
+pytestmark = NEEDS_GLOO
 
 Found = list[dict[Any, Any]]  # {case: what was found} of each process
 

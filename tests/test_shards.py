@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -16,24 +13,13 @@ from torch.distributed.fsdp import fully_shard
 import peftkern
 from peftkern.utils.shards import part_like, put_data
 from tests.closeness import assert_same_number
+from tests.ranks import NEEDS_GLOO
 
-pytestmark = pytest.mark.skipif(
-    not (dist.is_available() and dist.is_gloo_available()), reason="torch has no gloo here"
-)
+pytestmark = NEEDS_GLOO
 
 N = 8
 X = torch.randn(3, N, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 NEW = torch.randn(N, N, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-
-
-@pytest.fixture
-def one_process(tmp_path: Path) -> Iterator[None]:
-    store = f"file://{tmp_path}/store"
-    dist.init_process_group("gloo", init_method=store, rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
 
 
 def base() -> nn.Sequential:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-import torch.distributed as dist
 import transformers
 from packaging.version import Version
 from safetensors.torch import load_file
@@ -18,17 +17,15 @@ from peftkern.tuners.lora.parallel_targets import ParallelTargets
 from peftkern.tuners.tensor_parallel import TensorParallel
 from tests import tp
 from tests.closeness import assert_same_number
-from tests.ranks import results
+from tests.ranks import NEEDS_GLOO, results
 
 # no older one was tried; 5.17 refuses the uneven head that is looked at here
 TRIED = Version(transformers.__version__) >= Version("5.23")
 
 pytestmark = [
     pytest.mark.long,
-    pytest.mark.skipif(
-        not (TRIED and dist.is_available() and dist.is_gloo_available()),
-        reason="torch has no gloo here, or this transformers was not tried",
-    ),
+    pytest.mark.skipif(not TRIED, reason="this transformers was not tried"),
+    NEEDS_GLOO,
     # of tied embeddings, of biases that train, and of embeddings in files
     pytest.mark.filterwarnings("ignore::UserWarning"),
 ]

@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 
 import peftkern
 from peftkern.checkpoint import saving
-from tests.ranks import fork
+from tests.ranks import fork, whole
 
 RANKS, STEPS = 2, 2
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -31,6 +31,7 @@ WHOLE = {
     "model.layers.*.mlp.down_proj": "rowwise_split_input",
 }
 # {name: settings of the adapter, and what is special}
+_OLDER = {"colwise_gather_output": "colwise_rep", "rowwise_split_input": "rowwise_rep"}
 CASES: dict[str, dict[str, Any]] = {
     "all layers": {"target_modules": ATTENTION + MLP},
     "whole inputs and outputs": {"target_modules": MLP, "plan": WHOLE},
@@ -43,6 +44,14 @@ CASES: dict[str, dict[str, Any]] = {
     "two adapters": {"target_modules": ATTENTION + MLP, "two": True},
     "checkpoints": {"target_modules": ATTENTION + MLP, "reentrant": False, "lora_dropout": 0.3},
     "reentrant checkpoints": {"target_modules": ATTENTION + MLP, "reentrant": True},
+    "embedding by columns": {
+        "target_modules": ["embed_tokens"],
+        "plan": {"model.embed_tokens": "embedding_colwise"},
+    },
+    "older names": {
+        "target_modules": MLP,
+        "plan": {name: _OLDER[style] for name, style in WHOLE.items()},
+    },
 }
 ALL = {"target_modules": [*ATTENTION, *MLP, "lm_head", "embed_tokens"]}
 _PROMPT = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 3}
@@ -96,10 +105,6 @@ def llama(folder: Path, shared: bool, plan: Any = None) -> Any:
 
         how["distributed_config"] = DistributedConfig(tp_plan=plan or "auto", tp_size=RANKS)
     return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float64, **how)
-
-
-def whole(t: Tensor) -> Tensor:
-    return (t.full_tensor() if hasattr(t, "full_tensor") else t).detach().clone()  # type: ignore
 
 
 def loss_of(model: Any, ids: Tensor) -> Tensor:

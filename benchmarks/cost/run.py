@@ -25,7 +25,7 @@ import argparse
 import importlib.metadata
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from rich.console import Console
@@ -266,16 +266,8 @@ def _time(
     """The command with ``--time``."""
     if shape != Shape():
         parser.error("argument --time: its shapes are fixed; allowed: none of --M --K --N --r")
-    try:
-        found = timed.tables(options.gpu or timed.SHOWN, [c.replace("-", " ") for c in cases])
-    except RuntimeError as error:  # a kernel does not compile
-        parser.error(str(error))
-    if options.json:
-        json.dump(timed.as_json(found), sys.stdout)
-        print()
-    else:
-        timed.show(found, Console(width=None if sys.stdout.isatty() else 200))
-    return 0
+    gpus, names = options.gpu or timed.SHOWN, [c.replace("-", " ") for c in cases]
+    return _modelled(parser, options, lambda: timed.tables(gpus, names))
 
 
 def _bases(
@@ -294,14 +286,21 @@ def _bases(
         else:
             quantised_tables.show(found, gpus)
         return 0
+    return _modelled(parser, options, lambda: quantised_tables.modelled(bases, gpus))
+
+
+def _modelled(
+    parser: argparse.ArgumentParser, options: argparse.Namespace, make: Callable[[], Any]
+) -> int:
+    """Print the tables of modelled times that ``make`` returns."""
     try:
-        times = quantised_tables.modelled(bases, gpus)
+        found = make()
     except RuntimeError as error:  # a kernel does not compile
         parser.error(str(error))
     if options.json:
-        print(json.dumps(timed.as_json(times)))
+        print(json.dumps(timed.as_json(found)))
     else:
-        timed.show(times, Console(width=None if sys.stdout.isatty() else 200))
+        timed.show(found, Console(width=None if sys.stdout.isatty() else 200))
     return 0
 
 

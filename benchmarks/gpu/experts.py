@@ -28,7 +28,7 @@ from .mixtures import Sizes, adapted, experts, factors
 from .numerics import BLOCK_FACTOR, LIMITS
 from .providers import AUTO, OURS, PEFT_BF16, PEFT_FP32, PLAIN, auto_is_its_own, peftkern_mode
 from .report import TRITON
-from .store import Broken, Watch
+from .store import Watch
 from .timing import Timed, interleave
 
 BF16 = torch.bfloat16
@@ -242,6 +242,18 @@ def _work(case: ExpertsCase, provider: Provider, sets: list[Routed], device: Dev
     return Timed(work, len(sets), provider.mode)
 
 
+def _attempt(
+    case: ExpertsCase, sets: Any, works: dict[str, Timed], device: Device, name: str,
+    make: Callable[[], Provider], entry: dict[str, Any],
+) -> None:  # fmt: skip
+    provider = make()
+    # HF PEFT rounds W + s B A to bf16, and the check is not about the rivals
+    limit = LIMIT if name in MODES else 5 * LIMIT
+    entry.update(_check(case, provider, sets[0], device, limit))
+    if entry["ok"]:
+        works[name] = _work(case, provider, sets, device)
+
+
 def measure(
     case: ExpertsCase, device: Device, ceilings: dict[str, float], *, seconds: float, watch: Watch
 ) -> dict[str, Any]:
@@ -260,27 +272,7 @@ def measure(
     }  # fmt: skip
     frozen, sets = base(case, device), routings(case, device, count)
     works: dict[str, Timed] = {}
-    for name, make in makers(case, frozen).items():
-        entry = row["providers"][name] = {}
-        if name in watch.banned:
-            entry["error"] = f"left out after: {watch.banned[name]}"
-            continue
-        watch.at(name)
-        try:
-            provider = make()
-            # HF PEFT rounds W + s B A to bf16, and the check is not about the rivals
-            limit = LIMIT if name in MODES else 5 * LIMIT
-            entry.update(_check(case, provider, sets[0], device, limit))
-            if entry["ok"]:
-                works[name] = _work(case, provider, sets, device)
-        except Exception as e:
-            if device.is_broken():
-                raise Broken(name, e) from e
-            entry["error"] = f"{type(e).__name__}: {str(e)[:300]}"
-        provider = None
-        gc.collect()
-        watch.keep(row)
-    watch.at(None)
+    watch.each(row, makers(case, frozen), device, partial(_attempt, case, sets, works, device))
     if works:
         for name, q in interleave(works, device, seconds).items():
             row["providers"][name]["us"] = q

@@ -15,6 +15,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from .numerics import LIMITS, relative
 from .providers import PEFT_BF16, PLAIN
 from .report import JOINED
 from .report import PREFIX as OURS
-from .store import Broken, Watch
+from .store import Watch
 from .timing import Timed, interleave
 
 Run = Callable[..., tuple[Tensor, ...]]
@@ -222,6 +223,17 @@ def _errors(got: tuple[Tensor, ...], want: list[Tensor]) -> dict[str, float]:
     return {n: relative(g, w) for n, g, w in zip(names, got, want, strict=False)}
 
 
+def _attempt(
+    case: PrefixCase, sample: list[Tensor], want: Any, runs: Any, sets: Any,
+    works: dict[str, Timed], device: Device, name: str, check: Run, entry: dict[str, Any],
+) -> None:  # fmt: skip
+    entry["errors"] = {} if name == PLAIN else _errors(check(*sample), want)
+    entry["checked"] = "by nothing: it has no prefix" if name == PLAIN else "float64"
+    entry["ok"] = all(e <= LIMITS["bfloat16"] for e in entry["errors"].values())
+    if entry["ok"]:
+        works[name] = _timed([r[name] for r in runs], sets, case, device)
+
+
 def measure(
     case: PrefixCase, device: Device, ceilings: dict[str, float], *, seconds: float, watch: Watch
 ) -> dict[str, Any]:
@@ -246,28 +258,13 @@ def measure(
     sets = [draw(case, device) for _ in range(copies)]
     runs = [providers(case, device, tensors) for tensors in sets]
     works: dict[str, Timed] = {}
-    for name, check in checks.items():
-        entry = row["providers"][name] = {}
-        if name in watch.banned:
-            entry["error"] = f"left out after: {watch.banned[name]}"
-            continue
-        watch.at(name)
-        try:
-            entry["errors"] = {} if name == PLAIN else _errors(check(*sample), want)
-            entry["checked"] = "by nothing: it has no prefix" if name == PLAIN else "float64"
-            entry["ok"] = all(e <= LIMITS["bfloat16"] for e in entry["errors"].values())
-            if entry["ok"]:
-                works[name] = _timed([r[name] for r in runs], sets, case, device)
-        except Exception as e:
-            if device.is_broken():
-                raise Broken(name, e) from e
-            entry["error"] = f"{type(e).__name__}: {str(e)[:300]}"
-    watch.at(None)
+    attempt = partial(_attempt, case, sample, want, runs, sets, works, device)
+    watch.each(row, checks, device, attempt)
     if works:
         for name, q in interleave(works, device, seconds).items():
             row["providers"][name]["us"] = q
     row["copies"], row["seconds"] = copies, round(time.monotonic() - began, 2)
-    del sets, runs, works
+    del sets, runs, works, attempt
     device.empty()
     return row
 

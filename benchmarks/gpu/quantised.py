@@ -28,10 +28,10 @@ from peftkern.ops.bases.weight import Packed
 from .cases import LLAMA_8B
 from .device import Device, randn
 from .numerics import LIMITS, relative
-from .packed import BASES, base_linear, owned_is_read, packed_bytes
+from .packed import BASES, base_linear, owned_is_read, packed_bytes, without_data
 from .providers import ALPHA, PEFT_FP32, PLAIN, peftkern_mode
 from .report import BNB, OWNER, TRITON
-from .store import Broken, Watch
+from .store import Watch
 from .timing import Timed, interleave
 
 BF16 = torch.bfloat16
@@ -295,8 +295,7 @@ def _measure(
     (K, N), train = case.of, case.what == "train"
     torch.manual_seed(5)
     dense = [randn(device, N, K, dtype=BF16, scale=K**-0.5)]
-    torch.manual_seed(3)
-    size = packed_bytes(packed_of(base_linear(case.base, dense[0])))
+    size = packed_bytes(without_data(case.base, N, K))
     row["floor"] = floor(case, size, ceilings)
     copies = 1 if device.dry else min(MOST_COPIES, math.ceil(3 * device.l2 / size))
     row["copies"] = copies
@@ -311,24 +310,15 @@ def _measure(
     else:
         make = makers(case, dense, numbers, device)
     works: dict[str, Timed] = {}
-    for name, maker in make.items():
-        entry = row["providers"][name] = {}
-        if name in watch.banned:
-            entry["error"] = f"left out after: {watch.banned[name]}"
-            continue
-        watch.at(name)
-        try:
-            provider = maker()
-            with provider.mode():
-                entry.update(_check(case, provider, numbers[0], x, dy))
-            if entry["ok"]:
-                works[name] = _work(case, provider, x, dy, copies, device)
-        except Exception as e:
-            if device.is_broken():
-                raise Broken(name, e) from e
-            entry["error"] = f"{type(e).__name__}: {str(e)[:300]}"
-        watch.keep(row)
-    watch.at(None)
+
+    def attempt(name: str, maker: Callable[[], Provider], entry: dict[str, Any]) -> None:
+        provider = maker()
+        with provider.mode():
+            entry.update(_check(case, provider, numbers[0], x, dy))
+        if entry["ok"]:
+            works[name] = _work(case, provider, x, dy, copies, device)
+
+    watch.each(row, make, device, attempt)
     if works:
         for name, q in interleave(works, device, seconds).items():
             row["providers"][name]["us"] = q
@@ -344,9 +334,10 @@ def warm(case: QuantisedCase, device: Device) -> None:
         x, dy = (randn(device, case.M, n, dtype=BF16) for n in (K, N))
         x.requires_grad_(train)
         if case.what == "dequantise":
-            dequantisers(case, held)[TRITON]().call(0, x)
-            return
-        provider = makers(case, dense, [held[0].dense(BF16)], device)[TRITON]()
+            make = dequantisers(case, held)
+        else:
+            make = makers(case, dense, [held[0].dense(BF16)], device)
+        provider = make[TRITON]()
         with provider.mode():
             if train:
                 _step(provider, 0, x, dy)

@@ -9,6 +9,7 @@ import gc
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from . import numerics as gpu_numerics
 from .cases import Case, floor
 from .device import Device, randn
 from .providers import PEFT_BF16, PEFT_COMPILED, PLAIN, Provider, providers
-from .store import Broken, Watch
+from .store import Watch
 from .timing import Timed, interleave
 
 MOST_COPIES = 24
@@ -81,6 +82,16 @@ def step(provider: Provider, xs: list[Any], dys: list[Any], case: Case) -> Calla
     return train
 
 
+def _attempt(
+    case: Case, row: dict[str, Any], plain: Any, xs: Any, dys: Any, works: dict[str, Timed],
+    device: Device, name: str, provider: Provider, entry: dict[str, Any],
+) -> None:  # fmt: skip
+    beside = row["providers"].get(PEFT_BF16, {}).get("errors")
+    entry.update(gpu_numerics.check(provider, plain[0], xs[0], dys[0], case, device, beside))
+    if entry["ok"]:
+        works[name] = _timed(provider, xs, dys, case, device)
+
+
 def measure(
     case: Case,
     device: Device,
@@ -123,33 +134,16 @@ def measure(
         row["missing"][PEFT_COMPILED] = "left out: too little of the budget is left"
     xs, dys = inputs(case, device, copies)
     works: dict[str, Timed] = {}
-    for name, provider in built.items():
-        entry = row["providers"][name] = {}
-        if provider.dropout_off and case.p > 0:
-            row["missing"][name] = "it has no dropout"
-            del row["providers"][name]
-            continue
-        if name in watch.banned:
-            entry["error"] = f"left out after: {watch.banned[name]}"
-            continue
-        watch.at(name)
-        try:
-            beside = row["providers"].get(PEFT_BF16, {}).get("errors")
-            entry.update(
-                gpu_numerics.check(provider, plain[0], xs[0], dys[0], case, device, beside)
-            )
-            if entry["ok"]:
-                works[name] = _timed(provider, xs, dys, case, device)
-        except Exception as e:
-            if device.is_broken():
-                raise Broken(name, e) from e
-            entry["error"] = f"{type(e).__name__}: {str(e)[:300]}"
-    watch.at(None)
+    for name in [n for n, provider in built.items() if provider.dropout_off and case.p > 0]:
+        row["missing"][name] = "it has no dropout"
+        del built[name]
+    attempt = partial(_attempt, case, row, plain, xs, dys, works, device)
+    watch.each(row, built, device, attempt)
     if works:
         for name, q in interleave(works, device, seconds).items():
             row["providers"][name]["us"] = q
     row["seconds"] = round(time.monotonic() - began, 2)
-    del built, plain, xs, dys, works
+    del built, plain, xs, dys, works, attempt
     gc.collect()
     device.empty()
     return row

@@ -8,15 +8,18 @@ supervisor sees that a case hangs, and the next run sees which case killed its p
 from __future__ import annotations
 
 import datetime
+import gc
 import hashlib
 import json
 import subprocess
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from peftkern.ops import tuned
+
+from .device import Device
 
 SCHEMA = 1
 ROOT = Path(__file__).resolve().parents[2]
@@ -81,6 +84,36 @@ class Watch:
         if self._store is not None and self._store.data["current"] is not None:
             self._store.data["current"]["culprit"] = culprit
             self._store.write()
+
+    def each(
+        self,
+        row: dict[str, Any],
+        makers: Mapping[str, Any],
+        device: Device,
+        attempt: Callable[[str, Any, dict[str, Any]], None],
+    ) -> None:
+        """Call ``attempt(name, maker, entry)`` for each provider of a row that is not left out.
+
+        An error is told in the provider's entry, and the row is kept after each.
+
+        Raises:
+            Broken: the device is unusable after a provider ran.
+        """
+        for name, maker in makers.items():
+            entry = row["providers"][name] = {}
+            if name in self.banned:
+                entry["error"] = f"left out after: {self.banned[name]}"
+                continue
+            self.at(name)
+            try:
+                attempt(name, maker, entry)
+            except Exception as e:
+                if device.is_broken():
+                    raise Broken(name, e) from e
+                entry["error"] = f"{type(e).__name__}: {str(e)[:300]}"
+            gc.collect()  # what a provider has made is not held while the next one runs
+            self.keep(row)
+        self.at(None)
 
 
 class Store:

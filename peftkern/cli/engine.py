@@ -165,7 +165,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers is not read
         if not self._sharded:
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        state = shards.whole(self.optimizer.state_dict())
+        state = shards.whole_in(self.optimizer.state_dict())
         if self._ranks.first:
             torch.save(state, Path(output_dir, "optimizer.pt"))
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir, "scheduler.pt"))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -194,12 +195,9 @@ def has_printed(in_step: bool) -> None:
 
 def lost(error: BaseException) -> bool:
     """True for an error of torch's communication: another process is gone, or does not answer."""
-    import sys
-
-    dist = sys.modules.get("torch.distributed")
-    if dist is None or not dist.is_available() or not dist.is_initialized():
+    if not in_group():
         return False
-    if isinstance(error, dist.DistError):
+    if isinstance(error, sys.modules["torch.distributed"].DistError):
         return True
     # gloo's errors have no class of their own
     words = ("gloo", "Connection closed by peer", "Connection reset by peer")
@@ -208,8 +206,6 @@ def lost(error: BaseException) -> bool:
 
 def in_group() -> bool:
     """True while this process belongs to a group of several."""
-    import sys
-
     dist = sys.modules.get("torch.distributed")
     return dist is not None and dist.is_available() and dist.is_initialized()
 

@@ -48,10 +48,7 @@ def rng_files(processes: int) -> tuple[str, ...]:
 
 
 def seal(
-    folder: Path,
-    identity: dict[str, Any],
-    notes: dict[str, Any],
-    wanted: Sequence[str] = (*STATE_FILES, "rng_state.pth"),
+    folder: Path, identity: dict[str, Any], notes: dict[str, Any], wanted: Sequence[str]
 ) -> None:
     """Flush every file of a written checkpoint to disk and add its manifest.
 

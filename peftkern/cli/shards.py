@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..utils.gathering import is_shard
 from ..utils.module_tree import no_split_modules
-from ..utils.shards import part_like
+from ..utils.shards import part_like, whole
 
 
 def shard(model: nn.Module, device: str) -> None:
@@ -39,15 +40,13 @@ def start_deepspeed() -> None:
     deepspeed.init_distributed(auto_mpi_discovery=False)
 
 
-def whole(value: Any) -> Any:
+def whole_in(value: Any) -> Any:
     """``value`` with every DTensor in its dicts and lists gathered on the CPU; all must call it."""
     if isinstance(value, dict):
-        return {key: whole(of) for key, of in value.items()}
+        return {key: whole_in(of) for key, of in value.items()}
     if isinstance(value, list):
-        return [whole(of) for of in value]
-    if hasattr(value, "full_tensor"):
-        return value.full_tensor().cpu()
-    return value
+        return [whole_in(of) for of in value]
+    return whole(value).cpu() if is_shard(value) else value
 
 
 def trained(model: nn.Module) -> dict[str, Tensor]:
@@ -58,7 +57,7 @@ def trained(model: nn.Module) -> dict[str, Tensor]:
 
         with deepspeed.zero.GatheredParameters(list(own.values())):
             return {n: p.detach().cpu().clone() for n, p in own.items()}
-    return {n: whole(p.detach()) for n, p in own.items()}
+    return {n: whole_in(p.detach()) for n, p in own.items()}
 
 
 def share_out(optimizer: Any) -> None:

@@ -275,11 +275,7 @@ def in_fp8(op: str, like: Tensor, ws: list[Tensor], As: list[Tensor]) -> bool:
         return False
     kind = (op, like.device, like.dtype, like.shape, *((A.dtype, A.shape) for A in As))
     kind += tuple(w.shape for w in ws)
-    if kind not in _loaded:
-        if device.capturing(like):
-            return False
-        _loaded.add(kind)
-    return True
+    return device.is_loaded(kind, like, _loaded)
 
 
 # ------------------------------------------------------------------------------ the operations
@@ -292,7 +288,8 @@ def forward(
     """(Y_i, S_i, mask_i) of projections of one x [M, K]; the masks are ``words`` if given."""
     if _foreign(x):
         return torch_backend.forward(x, members, words)
-    if in_fp8("forward", x, [m.weight for m in members], [m.A for m in members]):
+    quantised = members[0].weight.__class__ is BaseWeight
+    if quantised and in_fp8("forward", x, [m.weight for m in members], [m.A for m in members]):
         return triton_backend.forward(x, members, words)
     (M, K), first = x.shape, members[0]
     if len(members) == 1:
@@ -325,9 +322,10 @@ def backward(
     """(dX [M, K], summed over all projections; (dA_i, dB_i) of each)."""
     if _foreign(x):
         return torch_backend.backward(x, members, needs_x, given)
-    if in_fp8("backward", members[0].dy, [m.w for m in members], [m.A for m in members]):
-        return triton_backend.backward(x, members, needs_x, given)
     first = members[0]
+    quantised = first.w.__class__ is BaseWeight
+    if quantised and in_fp8("backward", first.dy, [m.w for m in members], [m.A for m in members]):
+        return triton_backend.backward(x, members, needs_x, given)
     n, r = sum(m.B.shape[0] for m in members), max(m.A.shape[0] for m in members)
     mask = any(m.bits is not None for m in members)
     grads = triton_backend.grads_of(members, needs_x, given)
@@ -396,6 +394,7 @@ def mixed(x: Tensor, w: Tensor, bias: Tensor | None, adapters: Any, samples: Any
     weights = [a for a in adapters if a is not None]
     if _foreign(x) or not weights or triton_backend.why_not_mixed(x, adapters) is not None:
         return torch_backend.mixed(x, w, bias, adapters, samples)
+    w = quantised_triton.dense(w)  # the key knows no format
     (M, K), r = x.shape, max(a.A.shape[0] for a in weights)
     count = 1 << (len(weights) - 1).bit_length()  # a power of two, as each count compiles a kernel
     key = key_of("mixed", x.dtype, weights[0].A.dtype, M, w.shape[0], K, r, count)

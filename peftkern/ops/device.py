@@ -18,6 +18,19 @@ def capturing(x: Tensor) -> bool:
     return x.is_cuda and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
+def is_loaded(kind: object, x: Tensor, loaded: set[Any]) -> bool:
+    """True for a kind of call whose kernels are loaded when it has run; it is noted in ``loaded``.
+
+    A CUDA graph's capture forbids to load a kernel, so there a new kind of call has to go another
+    way.
+    """
+    if kind not in loaded:
+        if capturing(x):
+            return False
+        loaded.add(kind)
+    return True
+
+
 def elsewhere(x: Tensor) -> bool:
     """True when ``x`` is on another CUDA device than the current one."""
     return (

@@ -17,9 +17,9 @@ from ..kernels.gemm import fused_linear
 from ..kernels.shrink import shrink
 from . import backend as _backend
 from . import dora_torch, triton_backend, tuned
-from .bases.weight import dense
 from .device import on_its_device
 from .projection import Projection, ProjectionGrad
+from .quantised_triton import dense
 from .triton_backend import refusal, why_not
 
 __all__ = ["backward", "forward", "norms", "why_no_norms", "why_not"]

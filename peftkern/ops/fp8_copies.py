@@ -11,8 +11,7 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from .bases import fp8_products
-from .bases.fp8 import IN_FP8, Fp8
+from .bases.fp8 import Fp8
 from .bases.weight import BaseWeight, Packed
 
 # the order of such calls, beside those of triton_backend.PRODUCTS: S and the copies, the products
@@ -23,9 +22,7 @@ ORDER = "fp8"
 def in_fp8(packed: Packed) -> Fp8 | None:
     """The weight of which products run in fp8; None where they do not."""
     inner = getattr(packed, "inner", packed)
-    if isinstance(inner, Fp8) and inner.compute == IN_FP8 and fp8_products.why_not(inner) is None:
-        return inner
-    return None
+    return inner if isinstance(inner, Fp8) and inner.quantises_input else None
 
 
 def weight(w: Tensor) -> Fp8:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import autocast, mixed_direct, torch_backend
 from . import backend as _backend
-from .bases.weight import BaseWeight, dense
+from .bases.weight import BaseWeight
 from .mixed_direct import Adapter, Batches, Factors
 from .mixed_torch import Facts, Plan, make_plan
 from .notes import note_once
@@ -167,9 +167,7 @@ def lora_mixed(
             backend = torch_backend
     if weight.__class__ is BaseWeight and backend is not torch_backend:
         compute = weight.packed.compute_dtype(x.dtype)
-        if compute == x.dtype:
-            weight = dense(weight)
-        else:
+        if compute != x.dtype:
             note_once(f"a mixed batch runs on torch's products: a base multiplies in {compute}")
             backend = torch_backend
     y = backend.mixed(

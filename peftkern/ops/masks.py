@@ -18,7 +18,7 @@ from ..kernels.common import INTERPRET
 from ..kernels.reference import reference_bits
 from ..utils.private import dispatch_depth
 from . import torch_backend
-from .device import capturing
+from .device import capturing, is_loaded
 
 # the number of each thread's last seed: a new tensor for each would take twice the time
 _last = threading.local()
@@ -92,9 +92,8 @@ def to_draw(
     if not (drawn and p and M and K) or (count > 1 and ps.count(p) < count):
         return words_of(x, ps), None
     call = (x.get_device(), K, p, facts)
-    if call not in _drew and capturing(x):
+    if not is_loaded(call, x, _drew):
         return words_of(x, ps), None
-    _drew.add(call)
     width, draw = (K + 31) // 32, _draw(Draw, (p, _seed(x)))
     # torch's operations are those of words_of: selective checkpointing counts them
     if count == 1:

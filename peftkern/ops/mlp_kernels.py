@@ -16,7 +16,7 @@ from .device import on_its_device
 from .mlp_parts import Grads, Member, Shrink, ShrinkGrad
 from .notes import note_once
 from .projection import Plain, PlainGrad, Projection, ProjectionGrad
-from .torch_products import base_linear, base_product
+from .quantised_triton import base_linear, base_product
 
 
 def _taken(gate: Tensor, act: str, adapters: list[Tensor]) -> bool:

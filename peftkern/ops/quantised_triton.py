@@ -15,7 +15,7 @@ from ..kernels import checks
 from ..kernels.decode_quantised import MAX_ROWS, decode_quantised
 from ..kernels.dequantise import dequantise
 from ..kernels.quantised import Quantised, why_not
-from . import device, fp8_copies
+from . import device, fp8_copies, torch_products
 from .bases.weight import BaseWeight, Packed, multiplied
 from .notes import note_once
 from .projection import Projection
@@ -77,13 +77,9 @@ def infer(x: Tensor, members: list[Projection]) -> list[Tensor] | None:
     sizes = [(w.shape, a.shape[0], a.dtype, b.dtype) for w, a, b in zip(ws, As, Bs, strict=True)]
     biases = [m.bias for m in members]
     kind = x2.device, x2.dtype, x2.shape, ws[0].layout, *sizes, *[c is None for c in biases]
-    if kind not in _loaded:
-        if device.capturing(x):
-            note_once(
-                "in a CUDA graph a quantised weight is dequantised: %s", "never called before"
-            )
-            return None
-        _loaded.add(kind)
+    if not device.is_loaded(kind, x, _loaded):
+        note_once("in a CUDA graph a quantised weight is dequantised: %s", "never called before")
+        return None
     ys = decode_quantised(x2, ws, As, Bs, [m.scale for m in members], biases)
     return [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]
 
@@ -109,20 +105,27 @@ def dense(w: Tensor) -> Tensor:
 def base_product(x: Tensor, w: Tensor, y: Tensor | None = None) -> Tensor:
     """x w for a base weight [K, N], dense or quantised; added to ``y`` in its memory if given."""
     if w.__class__ is not BaseWeight:
-        return torch.mm(x, w) if y is None else y.addmm_(x, w)
+        return torch_products.base_product(x, w, y)
     made = _numbers(w, w.packed.compute_dtype(x.dtype))
     return w.product(x, y) if made is None else multiplied(x, made, y)
 
 
+def base_linear(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+    """x w + bias [M, N], a new tensor, for a base weight [K, N], dense or quantised."""
+    if w.__class__ is not BaseWeight:
+        return torch_products.base_linear(x, w, bias)
+    y = base_product(x, w)
+    return y if bias is None else y.add_(bias)
+
+
 def describe(packed: Packed, dtype: torch.dtype) -> str:
     """How kernels read a weight in a layer of this dtype, in words, for ``explain``."""
-    compute = packed.compute_dtype(dtype)
-    found = readable(packed, compute)
     if (words := fp8_copies.describe(packed)) is not None:
         return words
+    compute = packed.compute_dtype(dtype)
+    found = readable(packed, compute)
     if isinstance(found, str):
         return f"dequantised by its owner ({found})"
-    few = "" if compute == dtype else f", M<={MAX_ROWS} too, as its owner multiplies in {compute}"
-    if few:
-        return f"dequantised by a kernel{few}"
+    if compute != dtype:
+        return f"dequantised by a kernel, M<={MAX_ROWS} too, as its owner multiplies in {compute}"
     return f"M<={MAX_ROWS} decode_quantised, else dequantised by a kernel"

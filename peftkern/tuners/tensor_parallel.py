@@ -12,10 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch import distributed as dist
 
 from ..utils.collectives import from_first_rank
-from ..utils.gathering import is_shard
+from ..utils.gathering import is_shard, shares_weights
 
 _HOME = "transformers.distributed.tensor_parallel"
 # projections whose output holds keys: of keys alone, and with others'
@@ -40,7 +39,8 @@ STYLES = {
     "rowwise_split_input": Style(1, True, True),
     "rowwise_rep": Style(1, True, True),
 }
-_ALL = Style(0, True, True)
+# of keys, the styles that give each rank all heads
+_WHOLE_KEYS = "colwise_rep", "colwise_gather_output"
 # and for embeddings: the dimension of the weight [V, D] that is sharded
 EMBEDDINGS = {"embedding_rowwise": 0, "embedding_colwise": 1}
 
@@ -65,13 +65,19 @@ class TensorParallel(NamedTuple):
 
 def tensor_parallel(model: nn.Module) -> TensorParallel | None:
     """The plan by which transformers has sharded ``model`` or a part of it; None without one."""
-    if not (dist.is_available() and dist.is_initialized()):
+    if not shares_weights():
         return None
     for name, module in model.named_modules():
-        plan: Any = getattr(module, "tp_plan", None)
-        if isinstance(plan, dict) and (getattr(module, "tp_size", None) or 1) > 1:
+        plan = _plan_of(module)
+        if plan is not None:
             return TensorParallel(f"{name}." if name else "", plan)
     return None
+
+
+def _plan_of(module: Any) -> dict[str, str] | None:
+    """The plan of a module that transformers has sharded, by the names of its layers."""
+    plan = getattr(module, "tp_plan", None)
+    return plan if isinstance(plan, dict) and (getattr(module, "tp_size", None) or 1) > 1 else None
 
 
 def shared_part(module: nn.Module) -> str | None:
@@ -120,15 +126,14 @@ def key_mesh(model: Any) -> Any:
     Raises:
         ValueError: the plan shares out keys in another way than by whole heads.
     """
-    plan: Any = getattr(model, "tp_plan", None)
-    size = getattr(model, "tp_size", None) or 1
-    if not isinstance(plan, dict) or size == 1:
+    plan = _plan_of(model)
+    if plan is None:
         return None
     own = {key: style for key, style in plan.items() if key.rpartition(".")[2] in KEYS}
     by_head = {key for key, style in own.items() if style == "colwise"}
     for key, style in own.items():
-        packed = key.rpartition(".")[2] not in SPLIT_KEYS and not STYLES.get(style, _ALL)[2]
-        if packed or style not in ("colwise", "colwise_rep", "colwise_gather_output"):
+        alone = key.rpartition(".")[2] in SPLIT_KEYS
+        if style not in _WHOLE_KEYS and not (alone and style == "colwise"):
             reason = "a prefix follows keys that are shared out by whole heads alone"
             raise refusal(key, style, reason)
     if not by_head:

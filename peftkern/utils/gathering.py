@@ -78,15 +78,6 @@ def is_shard(weight: Any) -> bool:
     return hasattr(weight, "full_tensor")
 
 
-def frozen(weight: Tensor) -> Tensor:
-    """A weight without its gradient, gathered if it is a DTensor: then all processes must call."""
-    if not is_shard(weight):
-        return weight
-    with torch.no_grad():
-        whole: Tensor = weight.detach().full_tensor()  # type: ignore[attr-defined]
-        return whole
-
-
 def gathered_device(weight: Tensor) -> torch.device:
     """The device that a weight will be on while it is gathered; offloaded shards are on another."""
     mesh = getattr(weight, "device_mesh", None)

@@ -19,6 +19,11 @@ def whole(tensor: Tensor) -> Tensor:
     return found
 
 
+def frozen(weight: Tensor) -> Tensor:
+    """A weight without its gradient, gathered if it is a DTensor: then all processes must call."""
+    return whole(weight) if is_shard(weight) else weight
+
+
 def part_like(target: Any, value: Tensor) -> Tensor:
     """``value``, or of a DTensor ``target`` a DTensor of it with the same placements.
 

@@ -5,7 +5,6 @@ torch's product with block scales needs a GPU, so its definition stands in for i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -36,7 +35,7 @@ M, K = 19, 256
 
 
 @pytest.fixture
-def products(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, ...]]]:
+def products(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """The shapes (M, K, N) of the products in fp8 that run."""
     seen: list[tuple[int, ...]] = []
 
@@ -54,7 +53,7 @@ def products(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, ...]]]
     monkeypatch.setattr(
         triton_backend, "_TO_TORCH", "unexpected: %s"
     )  # a note of it would say that kernels did not run
-    yield seen
+    return seen
 
 
 @pytest.fixture
@@ -217,9 +216,7 @@ def test_auto_takes_the_kernels_without_a_race(
     assert not tuned.book(-1).decisions
 
 
-def test_scales_of_rows_stay_with_torch_and_explain_says_why(
-    products: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_scales_of_rows_stay_with_torch_and_explain_says_why(products: Any) -> None:
     layer = fp8(128)
     assert fp8_copies.describe(layer) == "X and dY quantised in the passes that make S and dS"
     layer.block, layer.scale = None, layer.scale[:1, :1]

@@ -57,6 +57,18 @@ def check(
     assert all(map(torch.equal, ys, again)), "two runs differ"
 
 
+def test_a_group_whose_scales_lie_unlike() -> None:
+    """Scales are read as words of 32 bits where all members' can be."""
+    ws = [CASES["mxfp4"](n, 128) for n in (24, 40)]
+    apart = torch.empty(ws[1].scales.numel() + 1, dtype=ws[1].scales.dtype)[1:]
+    ws[1] = ws[1]._replace(scales=apart.view(ws[1].scales.shape).copy_(ws[1].scales))
+    x, a = matrix(1, 128, torch.float32, seed=0), matrix(4, 128, torch.float32, seed=1)
+    Bs = [matrix(w.shape[0], 4, torch.float32, seed=2) for w in ws]
+    ys = decode_quantised(x, ws, [a, a], Bs, 0.5)
+    alone = [decode_quantised(x, [w], [a], [b], 0.5)[0] for w, b in zip(ws, Bs, strict=True)]
+    assert all(map(torch.equal, ys, alone))
+
+
 @pytest.mark.parametrize("M", [1, 5])
 @pytest.mark.parametrize("name", CASES)
 def test_every_format(name: str, M: int) -> None:

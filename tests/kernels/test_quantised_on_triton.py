@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import peftkern
 from peftkern.kernels.dequantise import dequantise
-from peftkern.ops import quantised_triton, triton_backend
+from peftkern.ops import mlp_kernels, quantised_triton, triton_backend
 from peftkern.ops.bases.awq import Awq
 from peftkern.ops.bases.compressed_numbers import PackedFloat4, PackedInt
 from peftkern.ops.bases.formats import read
@@ -19,7 +19,8 @@ from peftkern.ops.bases.gptq import Gptq
 from peftkern.ops.bases.int8 import Int8
 from peftkern.ops.bases.mx import Mx4
 from peftkern.ops.bases.weight import BaseWeight, Packed
-from peftkern.ops.projection import Projection, ProjectionGrad
+from peftkern.ops.lora_mixed import Factors, SampleIndex, lora_mixed
+from peftkern.ops.projection import Plain, Projection, ProjectionGrad
 from tests.closeness import assert_as_good_as_torch
 from tests.kernels.oracle import DTYPES, matrix
 from tests.kernels.quantised_cases import bytes_of, e4m3_of, scales_of, words_of
@@ -100,7 +101,7 @@ def test_kernels_read_what_owners_dequantise(name: str) -> None:
         assert torch.equal(dequantise(found, dtype), packed.dense(dtype))
 
 
-def test_what_kernels_do_not_read_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_kernels_do_not_read_says_why() -> None:
     def why(packed: Packed, dtype: torch.dtype = torch.float32) -> Any:
         return quantised_triton.readable(packed, dtype)
 
@@ -160,6 +161,38 @@ def test_the_operations_on_kernels_alone(
         found.append({"y": y, "y2": y2, "dx": dx, "da": da, "db": db})
     assert_as_good_as_torch(*found)
     assert len(ran) == (rows <= 64)
+
+
+@pytest.mark.parametrize("way", ["mlp", "mlp, plain down", "mixed, triton", "mixed, auto"])
+def test_other_operations_on_kernels_alone(
+    way: str, monkeypatch: pytest.MonkeyPatch, clock: Any
+) -> None:
+    packed = FORMATS["fp8, blocks"]()
+    numbers = packed.dense(torch.float32)
+    x = matrix(6, K, torch.float32, seed=0)
+    a, b = matrix(3, K, torch.float32, seed=1), matrix(N, 3, torch.float32, seed=2)
+
+    def run(w: Tensor) -> Tensor:
+        t = x.to(w.dtype)
+        A, B = a.to(t.dtype), b.to(t.dtype)
+        if way.startswith("mixed"):
+            factors = Factors([A], [B], [0.5], (0,))
+            return lora_mixed(t.view(3, 2, K), w, None, factors, SampleIndex([0, -1, 0], 1), False)
+        down = Plain(w, None, False)
+        if way == "mlp":
+            down = Projection(w, None, A, B, 0.5, 0.0, False)
+        y, _, _ = mlp_kernels.forward(t, None, "silu", down)
+        return y
+
+    exact, torchs = run(numbers.double()), run(numbers)
+
+    def owners(self: Any, dtype: torch.dtype) -> Tensor:
+        raise AssertionError("its owner dequantises it")
+
+    monkeypatch.setattr(type(packed), "dense", owners)
+    backend = "auto" if way == "mixed, auto" else "triton"
+    with torch.no_grad(), peftkern.use_backend(backend):
+        assert_as_good_as_torch(run(BaseWeight(packed, torch.float32)), torchs, exact)
 
 
 @pytest.mark.long

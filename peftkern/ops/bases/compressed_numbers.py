@@ -13,15 +13,13 @@ import torch
 from torch import Tensor
 
 from .fp8_numbers import scale_
+from .mx import pairs_of_bytes, powers
 from .weight import Packed
 
 if TYPE_CHECKING:
     from ...kernels.quantised import Quantised
 
-_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-_VALUES = torch.tensor([*_E2M1, *(-v for v in _E2M1)], device="cpu")
-# the two numbers of each byte, the first in its low half: [256, 2]
-_PAIRS = torch.stack((_VALUES.repeat(16), _VALUES.repeat_interleave(16)), 1)
+_PAIRS = pairs_of_bytes(torch.float32, torch.device("cpu"))
 
 
 class PackedInt(Packed):
@@ -136,8 +134,7 @@ class PackedFloat4(Packed):
         pairs = _PAIRS if self.q.is_cpu else _PAIRS.to(self.q.device)
         w = pairs.index_select(0, self.q.flatten().int()).view(self.shape)
         if self.scale.dtype == torch.uint8:
-            scale = torch.exp2(self.scale.float() - 127)
-            scale.masked_fill_(self.scale == 255, float("nan"))  # in E8M0
+            scale = powers(self.scale, torch.float32)
         else:
             scale = self.scale.float()
         if self.whole is not None:

@@ -17,6 +17,7 @@ e4m3 keeps three bits of mantissa: each element of X and dY is off by at most 2^
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -43,6 +44,7 @@ def why_not(w: Any) -> str | None:
     return _device_why_not(w.device, w.block is not None)
 
 
+@cache
 def _device_why_not(device: torch.device, blocks: bool) -> str | None:
     if device.type == "cpu":
         return "torch's fp8 product is slow on a CPU"

@@ -53,19 +53,20 @@ class Mx4(Packed):
         N, K = self.shape
         # codes and powers of two are exact in bf16 and wider; float16 has too few exponents
         wide = torch.float32 if dtype == torch.float16 else dtype
-        pairs = _pairs(wide, self.device)
+        pairs = pairs_of_bytes(wide, self.device)
         w = pairs.index_select(0, self.bits.reshape(-1).view(torch.uint8).int())
-        w = w.view(N, -1, BLOCK).mul_(_powers(self.scale, wide)[:, :, None]).view(N, K)
+        w = w.view(N, -1, BLOCK).mul_(powers(self.scale, wide)[:, :, None]).view(N, K)
         return w if wide == dtype else w.to(dtype)
 
 
-def _pairs(dtype: torch.dtype, device: torch.device) -> Tensor:
+def pairs_of_bytes(dtype: torch.dtype, device: torch.device) -> Tensor:
     """[256, 2]: the two numbers in each byte."""
     values = torch.tensor(VALUES, dtype=dtype, device=device)
     return torch.stack([values.repeat(16), values.repeat_interleave(16)], 1)
 
 
-def _powers(scale: Tensor, dtype: torch.dtype) -> Tensor:
+def powers(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """What scales in E8M0 (or already powers of two) multiply with, in ``dtype``."""
     if scale.dtype == torch.uint8:  # 255 is NaN
         exponents = scale.to(torch.int32) - 127
         found = torch.ldexp(torch.ones_like(scale, dtype=dtype), exponents)

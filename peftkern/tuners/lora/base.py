@@ -366,12 +366,12 @@ class LoraLayer(Merging, Frozen, BaseTunerLayer):
 
         It is kept for ``explain`` where other processes may have parts of the weights.
         """
-        self.__dict__["_ran"] = None
-        if shares_weights():
-            self.__dict__["_ran"] = Ran(False, self.decline_reason() or UNTOLD)
-        if not logger.isEnabledFor(logging.INFO):  # making the words costs more than a product
-            return
-        note_new(self, "_noted_reason", self.decline_reason(), "a %s layer is not fused: %s")
+        shared, told = shares_weights(), logger.isEnabledFor(logging.INFO)
+        # making the words costs more than a product
+        reason = self.decline_reason() if shared or told else None
+        self.__dict__["_ran"] = Ran(False, reason or UNTOLD) if shared else None
+        if told:
+            note_new(self, "_noted_reason", reason, "a %s layer is not fused: %s")
 
     def _check_adapter_names(self, x: Tensor, adapter_names: Sequence[str]) -> None:
         if len(x) != len(adapter_names):

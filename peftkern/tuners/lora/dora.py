@@ -23,8 +23,9 @@ from ...ops.bases.weight import BaseWeight, dense
 from ...ops.dora import dora_linear
 from ...ops.dora_norm import gain, row_norms
 from ...ops.tracing import is_compiling, is_tracing
-from ...utils.gathering import frozen, held_in, is_whole
+from ...utils.gathering import held_in, is_whole
 from ...utils.private import convolve
+from ...utils.shards import frozen
 from .plan import has_whole_weight, is_hooked
 from .variant import LoraVariant
 

@@ -16,6 +16,7 @@ from torch.nn.functional import linear
 
 from ...ops.dora import dora_linear
 from ...ops.dora_norm import expert_norms, row_norms
+from ...utils.gathering import is_shard
 from .dora import DoraVariant, magnitude_of, operation
 from .linear import Linear
 from .parameter_product import is_product, turned
@@ -52,7 +53,7 @@ class DoraParameterVariant(DoraVariant, setting="use_dora", layers=("parameter",
         self, weight: Tensor, A: Tensor, B: Tensor, scale: float, layer: Any
     ) -> Tensor:
         outputs_dim = self.outputs_dim(layer)
-        if hasattr(weight, "full_tensor"):  # a DTensor cannot be read in blocks or by a kernel
+        if is_shard(weight):  # a DTensor cannot be read in blocks or by a kernel
             with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
                 wide = torch.promote_types(weight.dtype, torch.float32)
                 whole = self.updated(weight.to(wide), A, B, scale, layer)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from ...configs.lora import LoraConfig
+from ...utils.gathering import shares_weights
 from ...utils.incremental_pca import IncrementalPCA
 from .eva_inputs import gathered, layer_rows, move_inputs_to_device
 from .ranks import rank_and_alpha
@@ -235,7 +236,7 @@ def components_of(
             "prepare_layer_inputs_fn is a mapping but the following module names were not found in "
             f"the model: {unknown}"
         )
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    distributed = shares_weights()
     if distributed and gather:
         warnings.warn(
             "torch.distributed is initialized and `gather_distributed_inputs` is True, therefore "

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...configs.lora import LoraConfig
+from ...utils.gathering import shares_weights
 
 
 def forward_fn_dict(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
@@ -75,9 +76,9 @@ def move_inputs_to_device(inputs: Any, device: torch.device) -> Any:
 
 def gathered(rows: Tensor) -> Tensor:
     """The rows of all ranks, one after the other; without torch.distributed ``rows`` itself."""
-    dist = torch.distributed
-    if not (dist.is_available() and dist.is_initialized()):
+    if not shares_weights():
         return rows
+    dist = torch.distributed
     ranks = dist.get_world_size()
     count = torch.tensor([len(rows)], device=rows.device)
     counts = torch.empty(ranks, dtype=count.dtype, device=rows.device)

@@ -253,12 +253,12 @@ def _note(module: Any) -> None:
             module.__class__ = cls.__dict__["peftkern_mlp_of"]
         return
     module.__dict__.pop(BLOCK, None)
-    if shares_weights():
-        module.__dict__[BLOCK] = why_separate(module) or UNTOLD
-    if logger.isEnabledFor(logging.INFO):
-        reason = why_separate(module)
-        if reason is not None:
-            note_once("an MLP trains as separate operations: %s", reason)
+    shared, told = shares_weights(), logger.isEnabledFor(logging.INFO)
+    reason = why_separate(module) if shared or told else None
+    if shared:
+        module.__dict__[BLOCK] = reason or UNTOLD
+    if told and reason is not None:
+        note_once("an MLP trains as separate operations: %s", reason)
 
 
 def why_separate(module: Any) -> str | None:

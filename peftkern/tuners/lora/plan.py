@@ -196,8 +196,9 @@ class Plan:
         held = [held_in(module) for module in modules]
         if not all(map(is_gathered, held, map(shape_of, modules))):
             return None
-        bias = None if self.quantised else held_in(self.base, "bias")
-        return (None, bias, *held) if self.quantised else (held[0], bias, *held[1:])
+        if self.quantised:
+            return (None, None, *held)
+        return (held[0], held_in(self.base, "bias"), *held[1:])
 
     def is_hooked(self) -> bool:
         """True when one of the modules has a hook, or torch has global hooks.

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from ...ops.bases.formats import reader_of
-from ...utils.gathering import is_part, shares_weights
+from ...utils.gathering import is_part, is_shard, shares_weights
 
 # the attribute of an MLP: the reason that its last training forward was not one operation, or ""
 BLOCK = "peftkern_ran"
@@ -38,7 +38,7 @@ def in_parts(layer: Any) -> bool:
     parameter = getattr(layer, "parameter_name", "weight")
     if parameter == "weight" and reader_of(base) is not None:
         weight = base._parameters.get("weight")
-        return hasattr(weight, "full_tensor") or weight is None
+        return weight is None or is_shard(weight)
     if is_part(base, parameter, 2 if getattr(layer, "num_experts", 1) == 1 else 3):
         return True
     stores = (layer.lora_A, layer.lora_B)
