@@ -112,3 +112,14 @@ def test_what_cannot_be_read_is_named(change: Any, said: str) -> None:
     change(model.base_model.model.model.layers[0].mlp.experts.get_base_layer())
     with pytest.raises(RuntimeError, match=said):
         model(input_ids=torch.arange(4).view(1, 4))
+
+
+def test_a_cast_of_the_model_is_an_error_with_and_without_adapters() -> None:
+    small, _ = models("fp8")
+    config = peftkern.LoraConfig(r=2, target_modules=[], target_parameters="all-experts")
+    model = peftkern.get_peft_model(small, config).to(torch.bfloat16)
+    x = torch.arange(4).view(1, 4)
+    with pytest.raises(RuntimeError, match="fp8 numbers are torch.bfloat16 now"):
+        model(input_ids=x)
+    with model.disable_adapter(), pytest.raises(RuntimeError, match="fp8 numbers are"):
+        model(input_ids=x)

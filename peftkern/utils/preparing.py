@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ops.bases import experts
+from ..ops.bases.formats import is_packed
 from .shards import put_data
 
 # quantisations with packed weights, which cannot be cast
@@ -38,9 +40,10 @@ def prepare_model_for_kbit_training(
     for parameter in model.parameters():
         parameter.requires_grad = False
     if not packed:
+        kept = _packed_parameters(model)
         for parameter in model.parameters():
             half = parameter.dtype in (torch.float16, torch.bfloat16)
-            if half and type(parameter).__name__ != "Params4bit":
+            if half and id(parameter) not in kept:
                 put_data(parameter, parameter.detach().to(torch.float32))
         if auto_clear_cache:
             for accelerator in (torch.cuda, torch.xpu):
@@ -71,14 +74,30 @@ def prepare_model_for_kbit_training(
     return model
 
 
+def _packed_parameters(model: nn.Module) -> set[int]:
+    """The ids of weights and statistics of quantised layers and experts, which no cast may touch.
+
+    A layer that its owner has made dense again has none.
+    """
+    found: set[int] = set()
+    for module in model.modules():
+        own = module._parameters.items()
+        if is_packed(module) or experts.reader_of(module) is not None:
+            found.update(id(p) for name, p in own if p is not None and not name.endswith("bias"))
+        else:
+            found.update(id(p) for _, p in own if type(p).__name__ == "Params4bit")
+    return found
+
+
 def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
     """Cast frozen parameters to ``dtype`` and trained ones to float32, in place.
 
     Automatic mixed precision expects this of an adapted model. ``dtype`` is float16 or bfloat16.
-    Packed weights stay as they are, whose numbers HF PEFT loses.
+    Packed weights and their scales stay as they are, whose numbers HF PEFT loses.
     """
+    kept = _packed_parameters(model)
     for parameter in model.parameters():
-        packed = type(parameter).__name__ == "Params4bit" or not parameter.is_floating_point()
+        packed = id(parameter) in kept or not parameter.is_floating_point()
         if packed and not parameter.requires_grad:
             continue
         kind = torch.float32 if parameter.requires_grad else dtype

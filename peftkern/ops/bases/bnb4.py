@@ -181,6 +181,13 @@ def read(module: Any) -> Found | str:
         )
     repacked = getattr(state, "packing_format_for_cpu", False)
     why = _mismatch(module, bits, state)
+    stored = getattr(weight, "quant_storage", bits.dtype)
+    if why is None and bits.dtype != stored:
+        why = Unusable(
+            f"its 4-bit weight is packed in {stored}, and a cast of the model (`.to(dtype)`, "
+            f"`.half()`) has made it {bits.dtype}, so that its bits are lost: load it again, or "
+            "cast with `cast_mixed_precision_params`"
+        )
     if why is not None:
         return why
     # True: a weight [K, N] was quantised, which the owner warns of

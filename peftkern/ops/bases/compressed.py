@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from ...utils.private import compressed_forward
 from .compressed_numbers import PackedFloat4, PackedInt, unpacked
-from .formats import Found
+from .formats import Found, Unusable
 from .fp8 import Fp8, chosen
-from .fp8_numbers import shape_error
+from .fp8_numbers import cast_error, shape_error
 from .weight import Packed
 
 
@@ -186,6 +186,8 @@ def _packed(module: Any, held: dict[str, Any]) -> Packed | str:
             return PackedInt(
                 weight, None, (weight.shape[0], weight.shape[1]), scale, zero, block, kind
             )
+        if weight.is_floating_point() and weight.dtype.itemsize > 1:
+            return Unusable(cast_error(weight))
         return f"its weight is {weight.dtype}"
     bits = held.get("weight_packed")
     if bits is None:

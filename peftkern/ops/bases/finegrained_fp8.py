@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import Parameter
 
-from .formats import Found
+from .formats import Found, Unusable
 from .fp8 import Fp8, chosen
-from .fp8_numbers import quantised, shape_error
+from .fp8_numbers import cast_error, is_cast, quantised, shape_error
 from .repack import State
 
 
@@ -32,10 +32,9 @@ def read(module: Any) -> Found | str:
     if q.dtype == torch.int8:
         return "its weight is packed in 4 bits (FP4)"
     if q.dtype.itemsize != 1 or not q.is_floating_point():
-        return (
-            f"its weight is {q.dtype}, which transformers multiplies with, and no scales: right if "
-            "it was dequantised, wrong numbers if `.to(dtype)` has cast it"
-        )
+        if q.is_floating_point() and is_cast(q):
+            return Unusable(cast_error(q))
+        return f"its weight is {q.dtype}: it was dequantised, and transformers multiplies with it"
     block = None if module.block_size is None else (module.block_size[0], module.block_size[1])
     if (wrong := shape_error(q, scale, block)) is not None:
         return wrong

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from ...utils.private import EXPERTS_GATE
 from .experts import FoundExperts, PackedExperts
+from .formats import Unusable
 from .fp8 import Fp8
+from .fp8_numbers import cast_error, is_cast
 from .fp8_numbers import shape_error as fp8_error
 from .mx import Mx4
 from .mx import shape_error as mx_error
@@ -43,7 +45,7 @@ def read(module: Any) -> FoundExperts | str:
     for name in _names(module):
         found = _part(module, name)
         if isinstance(found, str):
-            return f"{name}: {found}"
+            return type(found)(f"{name}: {found}")
         parts.append(found)
     own, (first, _) = module._parameters, _names(module)
     gate = (getattr(module, EXPERTS_GATE), None, "halves", None)
@@ -61,7 +63,7 @@ def _part(module: Any, name: str) -> PackedExperts | str:
     if q.is_meta or scale.is_meta:
         return "its weights are on the meta device (offloaded or not loaded yet)"
     if q.dtype.itemsize != 1:
-        return f"its weights are {q.dtype}"
+        return Unusable(cast_error(q)) if is_cast(q) else f"its weights are {q.dtype}"
     E, N, K = shape_of(module, name)
     fp4 = not q.dtype.is_floating_point
     if tuple(q.shape) != (E, N, K // 2 if fp4 else K):

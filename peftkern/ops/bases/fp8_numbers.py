@@ -87,3 +87,25 @@ def shape_error(q: Tensor, scale: Tensor, block: tuple[int, int] | None) -> str 
     if tuple(scale.shape) != wanted:
         return f"its scales are of shape {tuple(scale.shape)}, and {wanted} would fit its weight"
     return None
+
+
+def is_cast(w: Tensor) -> bool:
+    """True when a dense weight [N, K] looks like e4m3 numbers that a model's cast has widened.
+
+    That is when each of up to 4096 of its elements, spread over it, is an e4m3 number and not all
+    are zero. Of bf16 numbers about one in 16 is one.
+    """
+    flat = w.detach().reshape(-1)
+    some = flat[:: max(1, flat.numel() // 4096)].float()
+    if not bool(some.any()):
+        return False
+    return bool((some.clamp(-LARGEST, LARGEST).to(E4M3).float() == some).all())
+
+
+def cast_error(w: Tensor) -> str:
+    """The words for :func:`is_cast`, and for any wide weight where fp8 and scales must be."""
+    return (
+        f"its fp8 numbers are {w.dtype} now: a cast of the model (`.to(dtype)`, `.half()`, "
+        "`.float()`) has made weights of them without their scales. Load the model again and do "
+        "not cast it, or cast with `cast_mixed_precision_params`"
+    )

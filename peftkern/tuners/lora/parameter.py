@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ...configs.lora import LoraConfig
-from ...ops.bases.formats import reader_of
+from ...ops.bases.formats import Unusable, reader_of
 from ...ops.tracing import is_compiling, is_tracing
 from ...utils.gathering import held_in, is_shard, shares_weights
 from ...utils.handing import HERE, hand_over
@@ -311,6 +311,9 @@ class ParamWrapper(nn.Module, LoraLayer):
                 f"lora.{type(self).__name__} does not support mixed adapter batches here: {found}"
             )
         if idle:
+            if isinstance(found, Unusable):
+                of = f"`{self.parameter_name}` of {type(self.get_base_layer()).__name__}"
+                raise RuntimeError(f"{of} cannot be computed with: {found}")
             return self.base_layer(*args, **kwargs)
         self._check_dropout_rests(found)
         if self._packed_shape() is not None:
