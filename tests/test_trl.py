@@ -57,8 +57,8 @@ def sft(model, out, steps=4, config=None, callbacks=(), **arguments):
     )
 
 
-def lora(**more):
-    return peft.LoraConfig(task_type="CAUSAL_LM", **{**LORA, **more})
+def lora(library=peft, **more):
+    return library.LoraConfig(task_type="CAUSAL_LM", **{**LORA, **more})
 
 
 def by(door, out, **arguments):
@@ -68,8 +68,9 @@ def by(door, out, **arguments):
         return sft(ours(dtype), out, **arguments)
     if door == "HF PEFT's model":
         return sft(theirs(dtype), out, **arguments)
-    callbacks = [peftkern.FuseCallback()] if door == "peft_config, fused" else []
-    config = lora(init_lora_weights="gaussian")
+    callbacks = [peftkern.FuseCallback()] if door.endswith("fused") else []
+    library = peftkern if door.startswith("our") else peft
+    config = lora(library, init_lora_weights="gaussian")
     return sft(make("llama", dtype=dtype), out, config=config, callbacks=callbacks, **arguments)
 
 
@@ -86,9 +87,10 @@ def run(name, out, fused, **arguments):
     [
         ("a peftkern model", "HF PEFT's model", {}),
         ("peft_config, fused", "peft_config", {}),
+        ("our peft_config, fused", "peft_config", {}),
         ("peft_config, fused", "peft_config", {CHECKPOINTING: True}),
     ],
-    ids=["door 1", "door 2", "checkpointing"],
+    ids=["door 1", "door 2", "door 3", "checkpointing"],
 )
 def test_sft_losses_are_hf_pefts(door, beside, arguments, tmp_path):
     ours, theirs = (run(name, tmp_path, name == door, **arguments) for name in (door, beside))
@@ -137,15 +139,10 @@ def test_sft_checkpoint_resume_best_model_and_save(door, tmp_path):
 
 
 def test_rules_of_trl(tmp_path):
-    """An adapter on lm_head is refused, as TRL's losses would ignore it.
-
-    A configuration of peftkern's is refused where TRL would give it to HF PEFT.
-    """
+    """An adapter on lm_head is refused, as TRL's losses would ignore it."""
     on_head = peftkern.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "lm_head"])
     with pytest.raises(ValueError, match="adapter to `lm_head` is not supported"):
         sft(peftkern.get_peft_model(make("llama"), on_head), tmp_path)
-    with pytest.raises(TypeError, match="must be a `peft.PeftConfig` instance"):
-        sft(make("llama"), tmp_path, config=peftkern.LoraConfig(task_type="CAUSAL_LM"))
     with pytest.raises(ValueError, match="together with a `peft_config`"):
         sft(ours(), tmp_path, config=lora())
 

@@ -20,6 +20,7 @@ from ..files.hub import locate_file, split_hub_kwargs
 from ..utils.constants import CONFIG_NAME
 from ..utils.error import MissingKeysError
 from ..utils.peft_types import PeftType, TaskType
+from ..utils.two_libraries import joined
 from .checks import check_types, one_of
 
 # {method: its configuration class}; filled when the classes are defined, see `PeftConfig`
@@ -59,6 +60,15 @@ def build_config(cls: type[PeftConfig], values: dict[str, Any], source: str) -> 
     return cls(**{k: v for k, v in values.items() if k in known})
 
 
+def _new(cls: Any) -> Any:
+    return cls.__new__(cls)
+
+
+def _make(cls: type, *args: Any, **kwargs: Any) -> Any:
+    """``__new__`` of a class of both libraries: the object is of peftkern's alone."""
+    return cls.__bases__[0](*args, **kwargs)
+
+
 @dataclass
 class PeftConfigMixin(PushToHubMixin):  # type: ignore[misc]  # transformers is not read
     """The part of all configurations that reads and writes ``adapter_config.json``.
@@ -80,6 +90,16 @@ class PeftConfigMixin(PushToHubMixin):  # type: ignore[misc]  # transformers is 
             one_of(TaskType, self.task_type, "task type")
         if self.peft_version is None:
             self.peft_version = format_version()
+
+    # isinstance() reads this when type(config) does not match. TRL, transformers, diffusers and HF
+    # PEFT itself take configurations that are instances of HF PEFT's class.
+    @property
+    def __class__(self) -> type:  # type: ignore[misc]  # nothing sets it
+        # dataclasses.replace() calls what it reads here
+        return joined(type(self), "PeftConfig", __new__=_make)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _new, (type(self),), self.__dict__
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain Python values."""

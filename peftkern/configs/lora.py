@@ -207,7 +207,7 @@ class LoraConfig(PeftConfig, method=PeftType.LORA):
     runtime_config: LoraRuntimeConfig = field(default_factory=LoraRuntimeConfig)
     target_parameters: list[str] | str | None = field(default=None)
     use_bdlora: BdLoraConfig | None = field(default=None, metadata=selects(BdLoraConfig))
-    arrow_config: Any | None = field(default=None)
+    arrow_config: Any | None = field(default=None, metadata=selects())
     kasa_config: KasaConfig | None = field(default=None, metadata=selects(KasaConfig))
     ensure_weight_tying: bool = field(default=False)
 

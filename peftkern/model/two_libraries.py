@@ -1,44 +1,32 @@
 """``joined``: makes peftkern's PeftModel an instance of HF PEFT's class too.
 
-Trainer, accelerate and TRL decide by ``isinstance(model, peft.PeftModel)``. When an object's type
-does not match, isinstance reads its ``__class__``. So ``PeftModel.__class__`` is a property that
-returns a class derived from both. A common base class would need an import of peft, which is not a
-dependency; a registration as a virtual subclass needs an ABC, which HF PEFT's class is not.
+Trainer, accelerate and TRL decide by ``isinstance(model, peft.PeftModel)``;
+:mod:`peftkern.utils.two_libraries` says how it becomes true.
 """
 
 from __future__ import annotations
 
 import sys
-
-from torch import nn
+from typing import Any
 
 from ..tuners.base_layer import BaseTunerLayer
-
-_claimed: dict[tuple[type, type], type] = {}
+from ..utils.two_libraries import joined as joined_with
 
 
 def joined(cls: type) -> type:
     """A class derived from ``cls`` and HF PEFT's class of the same name, if HF PEFT is loaded.
 
-    Otherwise ``cls`` itself. Code that tests for ``peft.PeftModel`` has imported peft, so a look
-    into ``sys.modules`` is enough, and nothing is imported here.
+    Otherwise ``cls`` itself.
     """
-    peft = sys.modules.get("peft")
-    # torch's fully_shard puts a class of another name before ours
-    found = (getattr(peft, base.__name__, None) for base in cls.__mro__)
-    theirs = next((base for base in found if base is not None), None)
-    if not isinstance(theirs, type) or not issubclass(theirs, nn.Module) or issubclass(cls, theirs):
-        return cls
-    if (cls, theirs) not in _claimed:
-        names = {"__module__": cls.__module__, "__doc__": cls.__doc__}
-        _claimed[cls, theirs] = type(cls.__name__, (cls, theirs), names)
+    both = joined_with(cls, "PeftModel")
+    if both is not cls:
         # TRL also tests isinstance(lm_head, BaseTunerLayer), as its losses would bypass an adapter
         # there
         layers = sys.modules.get("peft.tuners.tuners_utils")
-        register = getattr(getattr(layers, "BaseTunerLayer", None), "register", None)
-        if register is not None:
-            register(BaseTunerLayer)
-    return _claimed[cls, theirs]
+        theirs: Any = getattr(layers, "BaseTunerLayer", None)
+        if hasattr(theirs, "register") and not issubclass(BaseTunerLayer, theirs):
+            theirs.register(BaseTunerLayer)
+    return both
 
 
 def apart(cls: type, own: type) -> type:

@@ -1,0 +1,43 @@
+"""``joined``: a class that is peftkern's and HF PEFT's of the same name, for ``isinstance``.
+
+Other code decides by ``isinstance(model, peft.PeftModel)`` and ``isinstance(config,
+peft.PeftConfig)``. When an object's type does not match, isinstance reads its ``__class__``. So
+``__class__`` of models and configurations is a property that returns a class derived from both. A
+common base class would need an import of peft, which is not a dependency; a registration as a
+virtual subclass needs an ABC, which HF PEFT's classes are not.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+_joined: dict[tuple[type, type], type] = {}
+
+
+def joined(cls: type, root: str, **members: Any) -> type:
+    """A class derived from ``cls`` and HF PEFT's class of the same name, if HF PEFT is loaded.
+
+    Otherwise ``cls`` itself. Code that tests for a class of ``peft`` has imported it, so a look
+    into ``sys.modules`` is enough, and nothing is imported here.
+
+    Args:
+        cls: a class of peftkern, or one derived from it.
+        root: the name in ``peft`` of the class that the one found must be derived from.
+        **members: attributes of the class that is made.
+    """
+    peft = sys.modules.get("peft")
+    # torch's fully_shard, and users, put a class of another name before ours
+    found = (getattr(peft, base.__name__, None) for base in cls.__mro__)
+    theirs = next((base for base in found if base is not None), None)
+    kind = getattr(peft, root, None)
+    if not isinstance(theirs, type) or not isinstance(kind, type) or not issubclass(theirs, kind):
+        return cls
+    if issubclass(cls, theirs):
+        return cls
+    if (cls, theirs) not in _joined:
+        names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
+        _joined[cls, theirs] = type(
+            cls.__name__, (cls, theirs), {**names, "__doc__": cls.__doc__, **members}
+        )
+    return _joined[cls, theirs]
