@@ -10,7 +10,9 @@ from typing import Any
 
 import transformers
 
+from .checkpoint.base_file import gguf_file_in, note_gguf, options_for
 from .configs.base import PeftConfig
+from .files.base_names import is_place
 from .files.hub import locate_file, split_hub_kwargs
 from .model import (
     MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
@@ -59,6 +61,17 @@ def _class_of_base_model(mapping: Any, allowlist: Sequence[str]) -> Any:
             f"`import_allowlist=['{library}']` in `from_pretrained()`."
         )
     return getattr(importlib.import_module(library), name)
+
+
+def _base_model(name: str, source: str) -> str:
+    """``name``; ValueError when it can only be a folder, and there is none."""
+    if is_place(name) and not os.path.exists(name):
+        raise ValueError(
+            f"the configuration of {source} names the base model {name!r}, as seen from its folder,"
+            " and there is none. Load the base model, then the adapter: "
+            "`PeftModel.from_pretrained(base_model, adapter)`"
+        )
+    return name
 
 
 def _add_tokens_of(model: Any, source: str, hub: dict[str, Any], trust: bool) -> None:
@@ -118,7 +131,8 @@ class _BaseAutoPeftModel:
             revision: revision of the adapter; that of the base model is in the configuration.
             import_allowlist: packages of the base model's class that a configuration without a task
                 type may name; None: see :func:`get_default_import_allowlist`.
-            **kwargs: for the base model's ``from_pretrained`` (``dtype``, ``device_map``, …), for
+            **kwargs: for the base model's ``from_pretrained`` (``dtype``, ``device_map``, …; a
+                ``gguf_file`` that the configuration names need not be given), for
                 :meth:`PeftModel.from_pretrained`, and for the hub (``token``, ``cache_dir``, …).
                 ``subfolder`` is the adapter's folder inside the repository.
 
@@ -154,11 +168,14 @@ class _BaseAutoPeftModel:
             )
         if not adapter.base_model_name_or_path:
             raise ValueError(f"the configuration of {source} has no `base_model_name_or_path`")
+        gguf_file = kwargs.pop("gguf_file", None) or gguf_file_in(adapter.auto_mapping)
         base = target.from_pretrained(
-            adapter.base_model_name_or_path,
+            _base_model(adapter.base_model_name_or_path, source),
             revision=adapter.revision,
             **{k: v for k, v in kwargs.items() if k not in _ADAPTER_ALONE},
+            **options_for(gguf_file, kwargs),
         )
+        note_gguf(base, gguf_file)
         _add_tokens_of(base, source, hub, bool(kwargs.get("trust_remote_code")))
         return cls._target_peft_class.from_pretrained(
             base,

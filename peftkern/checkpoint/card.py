@@ -9,11 +9,13 @@ from typing import Any
 
 from .._version import PEFT_COMPAT_VERSION, __version__
 from ..files.atomic import write_text_atomically
+from ..files.base_names import is_place, name_for_file, public_name
 from ..tuners.base_layer import get_model_config
 from ..tuners.wrapped import innermost
 from ..utils.constants import DUMMY_MODEL_CONFIG
 from ..utils.peft_types import PeftType, TaskType
 from ..utils.private import NAME_KEY
+from .base_file import gguf_file_of
 
 _VERSIONS = "### Framework versions"
 _QUANTISED = "The base model was quantised with this configuration:"
@@ -29,8 +31,9 @@ def card_tags(model: Any) -> list[str]:
         tags.add("transformers")
     if any(config.peft_type == PeftType.LORA for config in model.peft_config.values()):
         tags.add("lora")
-    if getattr(base, "name_or_path", None):
-        tags.add(f"base_model:adapter:{base.name_or_path}")
+    name = getattr(base, "name_or_path", None)
+    if name and not is_place(name):
+        tags.add(f"base_model:adapter:{public_name(name)}")
     return sorted(tags)
 
 
@@ -52,25 +55,37 @@ def _settings(config: Any) -> Iterator[str]:
             yield f"- `{name}`: {shown}"
 
 
-def _new_text(model: Any) -> str:
-    """The text of a new card: known facts, code to load the adapter, and headings to fill in."""
+def _new_text(model: Any, folder: str | os.PathLike[str]) -> str:
+    """The text of a new card: known facts, code to load the adapter, and headings to fill in.
+
+    The code runs in ``folder``, where the card is.
+    """
     config = model.active_peft_config
-    base = getattr(innermost(model), "name_or_path", None) or "the base model"
+    base = innermost(model)
+    name = getattr(base, "name_or_path", None)
+    known = public_name(name) if name else "the base model"
     method = PeftType(config.peft_type).value.replace("_", " ").lower()
     auto = _auto_class(model)
     load = [f"from transformers import {auto}"] if auto else []
-    made = f'{auto}.from_pretrained("{base}")' if auto else f"...  # {base}"
+    given = f'"{name_for_file(name, folder) if name else known}"'
+    file = gguf_file_of(base, config.auto_mapping)
+    if file:
+        given += f', gguf_file="{file}"'
+    made = f"{auto}.from_pretrained({given})" if auto else f"...  # {given}"
+    if auto and name and is_place(name):
+        made += "  # as seen from this folder"
+    here = "." if "default" in model.peft_config else f"./{model.active_adapter}"
     lines = [
         *("# Adapter", ""),
-        f"An adapter ({method}) for `{base}`, trained and saved with peftkern. It has HF PEFT's",
-        "format: whatever loads adapters of HF PEFT loads it.",
+        f"An adapter ({method}) for `{known}`{f' ({file})' if file else ''}, trained and saved",
+        "with peftkern. It has HF PEFT's format: whatever loads adapters of HF PEFT loads it.",
         *("", "## Configuration", "", *_settings(config)),
         *("", "## How to load it", "", "```python"),
         *load,
         "from peftkern import PeftModel  # or: from peft import PeftModel",
         "",
         f"model = {made}",
-        'model = PeftModel.from_pretrained(model, "this folder or repository")',
+        f'model = PeftModel.from_pretrained(model, "{here}")  # this folder, or the repository',
         "```",
     ]
     for heading, what in _FOR_THE_AUTHOR:
@@ -100,20 +115,24 @@ def create_or_update_model_card(model: Any, output_dir: str | os.PathLike[str]) 
         card = ModelCard.load(path)
     else:
         header = ModelCardData().to_yaml()
-        card = ModelCard(f"---\n{header}\n---\n\n{_new_text(model)}")
+        card = ModelCard(f"---\n{header}\n---\n\n{_new_text(model, output_dir)}")
     card.data["library_name"] = "peft"
     card.data["tags"] = sorted({*(card.data.get("tags") or []), *card_tags(model)})
     tasks = [adapter.task_type for adapter in model.peft_config.values()]
     if TaskType.CAUSAL_LM in tasks and not card.data.get("pipeline_tag"):
         card.data["pipeline_tag"] = "text-generation"
     config = get_model_config(innermost(model))
-    if config != DUMMY_MODEL_CONFIG and config.get(NAME_KEY):
-        card.data["base_model"] = config[NAME_KEY]
+    name = config.get(NAME_KEY) if config != DUMMY_MODEL_CONFIG else None
+    if name and not is_place(name):
+        card.data["base_model"] = public_name(name)
     lines = card.text.splitlines()
     quantisation = config.get("quantization_config")
     if quantisation and _QUANTISED not in lines:
         lines += ["", "## Training procedure", "", _QUANTISED, ""]
-        lines += [f"- {name}: {value}" for name, value in quantisation.items()]
+        lines += [
+            f"- {name}: {public_name(value) if isinstance(value, str) else value}"
+            for name, value in quantisation.items()
+        ]
     versions = [f"- PEFT {PEFT_COMPAT_VERSION}", f"- peftkern {__version__}"]
     if _VERSIONS not in lines:
         lines += ["", _VERSIONS, ""]

@@ -14,6 +14,7 @@ from ..files.atomic import replaced_together, write_atomically
 from ..tuners.lora.plain import as_plain_lora
 from ..tuners.wrapped import Adapted, innermost
 from ..utils.constants import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from .base_file import KEY, gguf_file_of
 from .state_dicts import load_peft_weights
 
 
@@ -45,7 +46,8 @@ def _write_weights(path: str, tensors: dict[str, Tensor]) -> None:
     write_atomically(path, write)
 
 
-def _save_config(model: Adapted, config: PeftConfig, folder: str) -> None:
+def _save_config(model: Adapted, config: PeftConfig, staged: str, folder: str) -> None:
+    """Write the configuration into ``staged``; it will be in ``folder``."""
     base = innermost(model)
     if config.base_model_name_or_path is None:
         config.base_model_name_or_path = base.__dict__.get("name_or_path") or None
@@ -55,9 +57,11 @@ def _save_config(model: Adapted, config: PeftConfig, folder: str) -> None:
             "base_model_class": type(base).__name__,
             "parent_library": type(base).__module__,
         }
+    if gguf_file := gguf_file_of(base, config.auto_mapping):
+        mapping = {**(mapping or config.auto_mapping or {}), KEY: gguf_file}
     saved = copy.copy(config)  # another thread may use or save the model's own
     saved.inference_mode = True
-    saved.save_pretrained(folder, auto_mapping_dict=mapping)
+    saved.save_pretrained(staged, auto_mapping_dict=mapping, seen_from=folder)
 
 
 def write_adapters(
@@ -99,5 +103,5 @@ def write_adapters(
         # weights and configuration are replaced together, as they belong together
         with replaced_together(folder, without=[other]) as staged:
             _write_weights(os.path.join(staged, written), _without_aliases(found))
-            _save_config(model, configs[name], staged)
+            _save_config(model, configs[name], staged, folder)
     model.create_or_update_model_card(save_directory)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..checkpoint.base_file import note_gguf, options_for
 from .errors import UserError, first_line
 
 AUTO_CLASSES = {
@@ -78,10 +79,7 @@ def load_model(
     import transformers
 
     options: dict[str, Any] = {"dtype": dtype, **_gguf(gguf_file)}
-    if gguf_file is not None and hasattr(transformers, "GgufConfig"):
-        # newer transformers may keep the weights packed, but such a model can neither train nor be
-        # saved
-        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    options |= options_for(gguf_file, options)
     if load_in is not None:
         options |= {
             "quantization_config": _bits(load_in, dtype, sharded),
@@ -93,7 +91,7 @@ def load_model(
         options["label2id"] = {name: i for i, name in enumerate(label_names)}
         options["ignore_mismatched_sizes"] = True
     load = getattr(transformers, AUTO_CLASSES[task]).from_pretrained
-    return _loading("model", folder, load, options)
+    return note_gguf(_loading("model", folder, load, options), gguf_file)
 
 
 def _bits(load_in: str, dtype: torch.dtype, sharded: bool) -> Any:

@@ -16,6 +16,7 @@ from transformers.utils import PushToHubMixin
 
 from .._version import PEFT_COMPAT_VERSION
 from ..files.atomic import read_whole, write_text_atomically
+from ..files.base_names import name_for_file, name_from_file, renamed
 from ..files.hub import locate_file, split_hub_kwargs
 from ..utils.constants import CONFIG_NAME
 from ..utils.error import MissingKeysError
@@ -110,7 +111,11 @@ class PeftConfigMixin(PushToHubMixin):  # type: ignore[misc]  # transformers is 
 
         Args:
             save_directory: a folder, made when missing; AssertionError when it is a file.
-            **kwargs: ``auto_mapping_dict`` replaces ``auto_mapping``.
+            **kwargs: ``auto_mapping_dict`` replaces ``auto_mapping``; ``seen_from`` is the folder
+                in which the file will be, if that is another one.
+
+        A base model that is named by an absolute path is written as seen from the folder, see
+        :func:`peftkern.files.base_names.name_for_file`.
         """
         if os.path.isfile(save_directory):
             raise AssertionError(
@@ -120,6 +125,8 @@ class PeftConfigMixin(PushToHubMixin):  # type: ignore[misc]  # transformers is 
         values = {k: sorted(v) if isinstance(v, set) else v for k, v in self.to_dict().items()}
         if kwargs.get("auto_mapping_dict") is not None:
             values["auto_mapping"] = kwargs["auto_mapping_dict"]
+        seen_from = kwargs.get("seen_from") or save_directory
+        renamed(values, name_for_file, seen_from)
         text = json.dumps(values, indent=2, sort_keys=True)
         write_text_atomically(Path(save_directory) / CONFIG_NAME, text)
 
@@ -165,8 +172,9 @@ class PeftConfigMixin(PushToHubMixin):  # type: ignore[misc]  # transformers is 
         Raises:
             ValueError: no such file, bad JSON, or a ``peft_type`` that peftkern does not have.
 
-        As in HF PEFT the result has the class that the file names, not the one on which this is
-        called, unless that is a subclass of it.
+        A base model that is named as seen from the file's folder is named as seen from the present
+        one. As in HF PEFT the result has the class that the file names, not the one on which this
+        is called, unless that is a subclass of it.
         """
         hub, rest = split_hub_kwargs({**kwargs, "subfolder": subfolder})
         where = os.fspath(pretrained_model_name_or_path)
@@ -177,6 +185,7 @@ class PeftConfigMixin(PushToHubMixin):  # type: ignore[misc]  # transformers is 
         if found is None:
             raise ValueError(f"Can't find '{CONFIG_NAME}' at '{where}'")
         file, values = found
+        renamed(values, name_from_file, os.path.dirname(file))
         values = {**{k: v for k, v in rest.items() if k in _field_names(cls)}, **values}
         if not values.get("peft_type"):
             raise MissingKeysError(
