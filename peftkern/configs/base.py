@@ -94,8 +94,8 @@ class PeftConfigMixin(PushToHubMixin):  # type: ignore[misc]  # transformers is 
 
     # isinstance() reads this when type(config) does not match. TRL, transformers, diffusers and HF
     # PEFT itself take configurations that are instances of HF PEFT's class.
-    @property
-    def __class__(self) -> type:  # type: ignore[misc]  # nothing sets it
+    @property  # type: ignore[misc]  # nothing sets it
+    def __class__(self) -> type:
         # dataclasses.replace() calls what it reads here
         return joined(type(self), "PeftConfig", __new__=_make)
 
