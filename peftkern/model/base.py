@@ -21,6 +21,7 @@ from ..tuners.tuner import Tuner
 from ..tuners.wrapped import Adapted, Wrapped
 from ..utils.module_tree import checkpoints_activations
 from ..utils.peft_types import PeftType, TaskType
+from .batching import BatchedGeneration
 from .prompt_names import PromptNames
 from .status import AdapterStatus
 from .two_libraries import apart, joined
@@ -34,7 +35,9 @@ def _new(cls: Any) -> Any:
 MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[Any, type[PeftModel]] = {}
 
 
-class PeftModel(Wrapped, PromptNames, AdapterFiles, AdapterStatus, PushToHubMixin, nn.Module):
+class PeftModel(
+    Wrapped, PromptNames, AdapterFiles, AdapterStatus, BatchedGeneration, PushToHubMixin, nn.Module
+):
     """A base model with adapters in it or with prompts beside it.
 
     Args:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..utils.handing import HERE, hand_over
+from ..utils.handing import HERE, TokenNames, hand_over
 from ..utils.module_tree import get_submodules, set_layer_requires_grad
 from ..utils.places import ends_with_words, further_names, outside_of, replace
 
@@ -185,6 +185,8 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
 
     def _called(self, *args: Any, **kwargs: Any) -> Any:
         adapter_names = kwargs.pop("adapter_names", None)
+        if isinstance(adapter_names, TokenNames):
+            return adapter_names.over(self._called, *args, **kwargs)
         if adapter_names is not None and args and len(args[0]) != len(adapter_names):
             raise ValueError(
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
@@ -207,7 +209,10 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         parts = []
         for name, index in rows.items():
             module = self.original_module if name == "__base__" else self.modules_to_save[name]
-            part = module(x[index], *args, **kwargs)
+            given = kwargs
+            if any(module in block for block in HERE.blocks):  # an adapter on the copy
+                given = {**kwargs, "adapter_names": [adapter_names[i] for i in index]}
+            part = module(x[index], *args, **given)
             if not isinstance(part, torch.Tensor) or len(part) != len(index):
                 raise TypeError(
                     "Mixed batching is only supported for the following modules: "

@@ -71,6 +71,12 @@ class Tuner(Protocol):
     def generate(self, host: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The tokens that the adapted model generates."""
 
+    def check_requests(self, host: Any, names: Sequence[str] | None) -> None:
+        """Raise an error when requests of continuous batching cannot take these adapters.
+
+        ``names``: None for the active ones, which need not be told apart.
+        """
+
     def prepare_inputs(self, host: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The inputs of one step of generation."""
 

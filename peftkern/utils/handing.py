@@ -8,11 +8,11 @@ it is called. Without an open context a layer only reads an empty tuple.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
 class _Here(threading.local):
@@ -40,6 +40,42 @@ def handing(names: Mapping[nn.Module, Any]) -> Iterator[None]:
     finally:
         # removed by identity: contexts in generators need not end in reverse order
         HERE.blocks = tuple(b for b in HERE.blocks if b is not names)
+
+
+class TokenNames:
+    """The adapter of each token, for a batch whose samples lie one after the other in one row.
+
+    So they lie in transformers' continuous batching: a layer gets [1, T, ...], and a head that
+    computes only the logits of some tokens [1, n, ...].
+
+    Attributes:
+        each: the names of the T tokens.
+        kept: the names of the n tokens that have logits.
+    """
+
+    def __init__(self, each: Sequence[str], kept: Sequence[str]) -> None:
+        self.each, self.kept = each, kept
+
+    def of(self, count: int) -> Sequence[str]:
+        """The names of a layer's ``count`` tokens.
+
+        Raises:
+            ValueError: it is neither the number of all tokens nor of those with logits.
+        """
+        for names in (self.each, self.kept):
+            if len(names) == count:
+                return names
+        raise ValueError(
+            f"adapters were named for {len(self.each)} tokens ({len(self.kept)} with logits), and "
+            f"a layer got {count}; allowed: layers that compute each token by itself"
+        )
+
+    def over(self, call: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """``call`` of x's tokens, with ``adapter_names``: x [1, T, ...], [1, T] of ids, [T, K]."""
+        in_one_row = x.dim() == (3 if x.is_floating_point() else 2)
+        tokens = x[0] if in_one_row else x
+        y = call(tokens, *args, adapter_names=self.of(len(tokens)), **kwargs)
+        return y[None] if in_one_row else y
 
 
 def hand_over(layer: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -379,6 +379,10 @@ class LoraLayer(Merging, Frozen, BaseTunerLayer):
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
                 f"{len(adapter_names)} and {len(x)} respectively."
             )
+        self._check_named(adapter_names)
+
+    def _check_named(self, adapter_names: Sequence[str]) -> None:
+        """Raise a ValueError when rows of a batch cannot name these adapters in this layer."""
         if self.merged:
             raise ValueError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call "

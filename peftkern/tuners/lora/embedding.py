@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...configs.lora import LoraConfig
-from ...utils.handing import HERE, hand_over
+from ...utils.handing import HERE, TokenNames, hand_over
 from . import inits
 from .base import NOTHING, LoraLayer
 from .inits.random import placed
@@ -65,6 +65,8 @@ class Embedding(nn.Module, LoraLayer):
             kwargs = hand_over(self, kwargs)
         adapter_names = kwargs.pop("adapter_names", None)
         take_kwargs(kwargs)  # dropped: no variant of an embedding takes keywords
+        if adapter_names.__class__ is TokenNames:
+            return adapter_names.over(self.forward, x, *args, **kwargs)
         if adapter_names is not None:
             self._check_adapter_names(x, adapter_names)
         if self._disable_adapters and self.merged:

@@ -19,7 +19,7 @@ from ...ops.lora import fused_linear
 from ...ops.projection import Projection
 from ...ops.tracing import is_compiling, is_tracing
 from ...utils.gathering import held_in
-from ...utils.handing import HERE, hand_over
+from ...utils.handing import HERE, TokenNames, hand_over
 from ...utils.private import (
     GLOBAL_HOOKS,
     HookCounter,
@@ -267,6 +267,8 @@ class Linear(nn.Module, LoraLayer):
         variant_kwargs = take_kwargs(kwargs)
         if self.lora_variant:
             make_ready(self)
+        if adapter_names.__class__ is TokenNames:
+            return adapter_names.over(self._forward_general, x, *args, **kwargs, **variant_kwargs)
         if adapter_names is not None:
             self._check_adapter_names(x, adapter_names)
             names = AdapterNames.of(adapter_names)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
@@ -13,7 +13,7 @@ from ...configs.lora import LoraConfig
 from ...utils.constants import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
 )
-from ...utils.handing import handing
+from ...utils.handing import TokenNames, handing
 from ...utils.module_tree import parameters_of
 from ...utils.places import further_names, places_of
 from ...utils.private import COMPILED
@@ -348,12 +348,7 @@ class LoraModel(ModelMerging, Weighted, Starts, VariantMethods, BaseTuner):
         self, adapter_names: Sequence[str], times: int
     ) -> AbstractContextManager[None]:
         """A context in which row i uses ``adapter_names[i // times]``, for ``times`` copies."""
-        if self.training:
-            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-        have = set(self.peft_config) | {"__base__"}
-        unknown = sorted(set(adapter_names) - have)
-        if unknown:
-            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+        self.check_names(adapter_names)
         once = AdapterNames.of(adapter_names)
         names = AdapterNames(n for n in once for _ in range(times)) if times > 1 else once
         model: Any = self.model
@@ -363,6 +358,18 @@ class LoraModel(ModelMerging, Weighted, Starts, VariantMethods, BaseTuner):
 
         # generate() runs the encoder before it repeats the rows
         return handing({m: once if id(m) in in_encoder else names for m in self.adapter_layers()})
+
+    def check_names(self, adapter_names: Iterable[str]) -> None:
+        """Raise a ValueError when rows of a batch cannot name these adapters."""
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        unknown = sorted({*adapter_names} - {*self.peft_config, "__base__"})
+        if unknown:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+
+    def handing_tokens(self, names: TokenNames) -> AbstractContextManager[None]:
+        """A context in which each token of a batch in one row uses its own adapter."""
+        return handing(dict.fromkeys(self.adapter_layers(), names))
 
 
 def _has_adapters(modules: list[Any]) -> bool:

@@ -15,7 +15,7 @@ from ...configs.lora import LoraConfig
 from ...ops.bases.formats import Unusable, reader_of
 from ...ops.tracing import is_compiling, is_tracing
 from ...utils.gathering import held_in, is_shard, shares_weights
-from ...utils.handing import HERE, hand_over
+from ...utils.handing import HERE, TokenNames, hand_over
 from . import experts_call, parameter_product
 from .base import NOTHING, LoraLayer
 from .experts import shape_of
@@ -287,6 +287,8 @@ class ParamWrapper(nn.Module, LoraLayer):
             kwargs = hand_over(self, kwargs)
             take_kwargs(kwargs)  # dropped: parameters have no variants
         names = kwargs.pop("adapter_names", None)
+        if isinstance(names, TokenNames):
+            names = names.each
         if self._disable_adapters and self.merged:
             self.unmerge()
         if self._disable_adapters and names is not None:

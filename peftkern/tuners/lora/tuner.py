@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from ...utils.generation import generation_setting, row_repeats
+from .base import LoraLayer
 from .group import ungroup_broken
 from .model import LoraModel
 from .variant import with_call_kwargs, with_generate_kwargs
@@ -125,6 +126,29 @@ class LoraTuner:
         own = host.special_peft_forward_args
         with host._enable_peft_forward_hooks(*args, **{**kwargs, **how}):
             return model.generate(*args, **{k: v for k, v in kwargs.items() if k not in own})
+
+    def check_requests(self, host: Any, names: Sequence[str] | None) -> None:
+        told = self.active(host) if names is None else names
+        if names is not None:
+            host.base_model.check_names(names)
+        for name, layer in host.base_model.named_modules():
+            if not isinstance(layer, LoraLayer):
+                continue
+            for used in told:
+                variant = layer.lora_variant.get(used)
+                if variant is not None and variant.call_kwargs:
+                    raise NotImplementedError(
+                        f"continuous batching would run {variant.name} of {used!r} without its "
+                        f"{', '.join(variant.call_kwargs)}; generate() finds them"
+                    )
+            if names is None:
+                continue
+            if layer.layer_kind not in ("linear", "embedding", "parameter"):
+                raise NotImplementedError(
+                    f"requests with adapters of their own: {name} ({type(layer).__name__}) takes "
+                    "the tokens of a sample together, which lie in one row here with others' tokens"
+                )
+            layer._check_named(names)
 
     def prepare_inputs(self, host: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return host.base_model.prepare_inputs_for_generation(*args, **kwargs)

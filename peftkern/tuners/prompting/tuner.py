@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -243,6 +243,12 @@ class PromptTuner(Prompts):
         raise TypeError(
             "Setting `requires_grad` is not supported for prompt learning methods like "
             f"{host.peft_type.value}."
+        )
+
+    def check_requests(self, host: Any, names: Sequence[str] | None) -> None:
+        raise NotImplementedError(
+            f"continuous batching would ignore the prompt of {host.peft_type.value}; allowed: "
+            "LoRA. generate() uses the prompt"
         )
 
     def delete(self, host: Any, adapter_name: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...utils.handing import HERE, hand_over
+from ...utils.handing import HERE, TokenNames, hand_over
 from ...utils.module_tree import set_layer_requires_grad
 from ..base_layer import BaseTunerLayer
 from ..modules_to_save import CONTAINERS, AuxiliaryTrainingWrapper
@@ -80,6 +80,8 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
         adapter_names = kwargs.pop("adapter_names", None)
         if adapter_names is None or self._disable_adapters:
             return self.token_adapter(*args, **kwargs)
+        if isinstance(adapter_names, TokenNames):
+            return adapter_names.over(self._mixed_batch, *args, **kwargs)
         return self._mixed_batch(*args, adapter_names=adapter_names, **kwargs)
 
     def _mixed_batch(
