@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from . import ranks
+from .after_settings import InspectSettings
 from .demo.settings import DemoSettings
 from .errors import CommandError, UserError, first_line
 from .options import takes
@@ -103,6 +104,19 @@ def tune_command(settings: TuneSettings) -> None:
     from .tune import tune
 
     tune(settings)
+
+
+@app.command("inspect")
+@takes(InspectSettings)
+def inspect_command(
+    settings: InspectSettings,
+    path: Annotated[str, typer.Argument(help="Folder or file of an adapter.")],
+) -> None:
+    """Show a saved adapter: tensors, ranks, norms, and which programs load it."""
+    settings.validate()
+    from .inspect import inspect
+
+    inspect(path, settings)
 
 
 def _refuse_several_processes(command: str) -> None:
