@@ -14,7 +14,7 @@ import peftkern
 from peftkern.ops.bases import repack
 from peftkern.ops.bases.formats import as_weight, read
 from tests.closeness import assert_as_good_as_torch
-from tests.quantised_models import adapted, assert_steps_are_equal, bnb8, llama
+from tests.quantised_models import adapted, assert_steps_are_equal, bnb8, dense, llama
 
 bitsandbytes: Any = pytest.importorskip("bitsandbytes")
 
@@ -141,3 +141,24 @@ def test_dense_weights_in_the_layer_are_its_owners_work() -> None:
     x = torch.randn(3, 64)
     y: Tensor = model.eval()(x)
     assert torch.equal(y, layer.eval()(x))
+
+
+def test_replicated_layers_share_the_weight_and_its_statistics() -> None:
+    """The first forward of a layer takes them from the weight; in HF PEFT its copies have none."""
+    base = llama(bnb8)
+    more: Any = dict(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    more["layer_replication"] = [(0, 2), (0, 2)]
+    exact: Any = peftkern.get_peft_model(dense(base), peftkern.LoraConfig(**more)).double()
+    x = torch.randint(0, 64, (2, 9))
+    model: Any = peftkern.get_peft_model(base, peftkern.LoraConfig(**more)).train()
+    held = {k: v for k, v in exact.state_dict().items() if "lora_" in k}
+    assert not model.load_state_dict(held, strict=False).unexpected_keys
+    want = exact(input_ids=x).logits
+    assert (model(input_ids=x).logits - want).norm() < 1e-5 * want.norm()
+    layers = model.base_model.model.model.layers
+    for name in ("q_proj.base_layer", "v_proj"):  # with and without an adapter
+        twins = [layers[i].self_attn.get_submodule(name) for i in (0, 2)]
+        assert twins[0].weight is twins[1].weight
+        assert twins[0].state.CB.data_ptr() == twins[1].state.CB.data_ptr()
+    want = exact.unload()(input_ids=x).logits  # of the deeper model
+    assert (model.unload()(input_ids=x).logits - want).norm() < 1e-5 * want.norm()

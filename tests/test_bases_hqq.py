@@ -128,6 +128,22 @@ def test_merging_quantises_with_hqq_and_puts_the_bits_back() -> None:
     assert layer.W_q is held and layer.meta is meta and torch.equal(held.data, before)
 
 
+def test_a_backend_that_quantises_x_leaves_the_weight_readable() -> None:
+    class Int8(quantize.HQQLinear):  # what HQQ's set_backend makes of its own class
+        forward = quantize.HQQLinear.forward_aten_int8
+
+    layer = hqq(nn.Linear(64, 48))
+    layer.__class__ = Int8
+    W = layer.dequantize()
+    config: Any = dict(r=2, target_modules=["0"], init_lora_weights=False)
+    model: Any = peftkern.get_peft_model(nn.Sequential(layer), peftkern.LoraConfig(**config))
+    [row] = peftkern.explain(model)
+    assert not row.fused and "its backend quantises the activations too" in row.reason
+    want = W + model.base_model.model[0].get_delta_weight("default")
+    dense = model.merge_and_unload(dequantize=True)
+    torch.testing.assert_close(dense[0].weight, want)
+
+
 def test_layers_that_are_not_read_are_called_or_refused() -> None:
     layer = hqq(nn.Linear(64, 48))
     layer.meta["packing"] = "5bit_u8"
@@ -142,6 +158,13 @@ def test_layers_that_are_not_read_are_called_or_refused() -> None:
         layer = hqq(nn.Linear(64, 48))
         layer.meta[name] = layer.meta[name].to("meta")
         assert "statistics are on the meta device" in str(read(layer))
+    for axis in (0, 1):  # one row would broadcast over all groups
+        for name in ("scale", "zero"):
+            layer = hqq(nn.Linear(64, 48), axis=axis)
+            layer.meta[name] = layer.meta[name].reshape(-1)[:1]
+            assert f"48 x 64 weight in groups of 32 has 1 {name}s, and 96 belong" in str(
+                read(layer)
+            )
     empty = quantize.HQQLinear(None, {"offload_meta": False}, device="cpu", initialize=False)
     assert "no weight yet" in str(read(empty))
     with pytest.raises(ValueError, match="HQQLinear has no `in_features` and no weight"):

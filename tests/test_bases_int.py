@@ -137,6 +137,36 @@ def test_merging_quantises_with_the_owners_code_and_puts_the_bits_back(way: str)
     assert layer.weight is held and torch.equal(held.dequantize(), before)
 
 
+@pytest.mark.parametrize("way", ["ao dynamic", "ao dynamic int4", "int8"])
+def test_layers_whose_owner_quantises_x_are_merged_into_and_made_dense(way: str) -> None:
+    """Their products stay the owner's, and their weights are read all the same."""
+    more = {"activations": quanto.qint8} if way == "int8" else {}
+    layer = quantised(nn.Linear(64, 48), way, **more)
+    if more:
+        layer.input_scale.fill_(0.03)  # as its calibration would set them
+        layer.output_scale.fill_(0.03)
+    config: Any = dict(r=2, target_modules=["0"], init_lora_weights=False, lora_alpha=1)
+    model: Any = peftkern.get_peft_model(nn.Sequential(layer), peftkern.LoraConfig(**config))
+    x = torch.randn(5, 64)
+    model, before, held = model.eval(), model.eval()(x), layer.weight
+    inner = model.base_model.model[0]
+    want = layer.weight.dequantize() + inner.get_delta_weight("default")
+    with pytest.warns(peftkern.PeftWarning, match="into 1 quantised weights"):
+        model.merge_adapter(safe_merge=True)
+    assert type(layer.weight) is type(held) and layer.weight is not held
+    error = (layer.weight.dequantize() - want).norm() / want.norm()
+    assert 0 < error < 0.12 and inner.merge_error == pytest.approx(error.item(), rel=1e-3)
+    for name in ("act_quant_kwargs", "activation_quantization"):  # it still quantises X
+        assert getattr(layer.weight, name, None) == getattr(held, name, None)
+    assert (model(x) - before).norm() < 0.15 * before.norm()
+    model.unmerge_adapter()
+    assert layer.weight is held and torch.equal(model(x), before)
+    dense = model.merge_and_unload(dequantize=torch.float32)
+    assert type(dense[0]) is nn.Linear
+    torch.testing.assert_close(dense[0].weight, want)
+    assert (dense(x) - before).norm() < 0.05 * before.norm()
+
+
 def test_merging_into_quanto_keeps_the_adapter() -> None:
     """HF PEFT's merge writes to a dequantised copy, and the adapter is gone."""
     ours, _, _ = adapted(llama(quantised, way="int8"))

@@ -113,6 +113,17 @@ def read(module: Any) -> Found | str:
     return Found(found, module._parameters.get("bias"))
 
 
+def keep_in_state(module: Any) -> None:
+    """Put the statistics into the layer's own state, where its first forward would move them.
+
+    It takes them from the weight, so that a second layer with the same weight would find none.
+    """
+    own, state = module.weight.__dict__, module.state
+    for name in ("CB", "SCB"):
+        if own.get(name) is not None:
+            setattr(state, name, own[name])
+
+
 def repacked(module: Any, weight: Tensor) -> State:
     """What a ``Linear8bitLt`` holds for another weight [N, K]; its ``Int8Params`` quantise it."""
     old, state = module.weight, copy.copy(module.state)

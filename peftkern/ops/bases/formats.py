@@ -32,6 +32,23 @@ class Unusable(str):
     __slots__ = ()
 
 
+class OwnProduct(str):
+    """A reason to leave the product to the layer itself, whose weight can be read all the same.
+
+    Attributes:
+        found: what the layer holds, to merge into or to make dense.
+    """
+
+    __slots__ = ("found",)
+
+    found: Found
+
+    def __new__(cls, reason: str, found: Found) -> OwnProduct:
+        made = super().__new__(cls, reason)
+        made.found = found
+        return made
+
+
 Read = Callable[[nn.Module], Found | str]
 
 # (first part of the class's module, class) -> the file of the format; subclasses count
@@ -132,6 +149,12 @@ def checked(reader: Read, module: nn.Module) -> Found | str:
     if make_wrapper is None:
         return "this torch has no tensors without data (Tensor._make_wrapper_subclass)"
     return reader(module)
+
+
+def numbers(module: nn.Module) -> Found | str:
+    """:func:`read` for the weight alone: also where the product is left to the layer."""
+    found = read(module)
+    return found.found if isinstance(found, OwnProduct) else found
 
 
 def is_owners_forward(module: nn.Module) -> bool:

@@ -11,12 +11,13 @@ Scales and zeros may be quantised in the same way (older releases), or lie on th
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .formats import Found
+from .formats import Found, OwnProduct
 from .repack import State
 from .weight import Packed
 
@@ -108,8 +109,6 @@ def read(module: Any) -> Found | str:
         return "its weight is on the meta device (offloaded or not loaded yet)"
     if len(meta["shape"]) != 2:
         return f"its weight is of shape {tuple(meta['shape'])}"
-    if "int8" in getattr(type(module).forward, "__name__", ""):
-        return "its backend quantises the activations too"
     for part in (meta, meta.get("meta_zero", meta), meta.get("meta_scale", meta)):
         if part["packing"] is not None and part["packing"] not in _PACKINGS:
             return f"HQQ packed its weight as {part['packing']!r}, of unknown format"
@@ -121,7 +120,34 @@ def read(module: Any) -> Found | str:
     for part in (meta, meta.get("meta_zero") or {}, meta.get("meta_scale") or {}):
         if any(isinstance(v, Tensor) and v.is_meta for v in part.values()):
             return "its statistics are on the meta device (offloaded or not loaded yet)"
-    return Found(Hqq(words, meta), module.bias)
+    if (wrong := _shape_error(meta)) is not None:
+        return wrong
+    found = Found(Hqq(words, meta), module.bias)
+    if "int8" in getattr(type(module).forward, "__name__", ""):
+        return OwnProduct("its backend quantises the activations too", found)
+    return found
+
+
+def _shape_error(meta: dict[str, Any]) -> str | None:
+    """The reason that the statistics are not one for each group, or None.
+
+    One row of them would be spread over all groups without a word.
+    """
+    N, K = meta["shape"]
+    size = meta["group_size"] or (K if meta["axis"] == 1 else N)
+    wanted, both = N * K // size, meta.get("zero_scale")
+    for i, (name, quantised, flag, inner) in enumerate(_STATISTICS):
+        if meta.get(flag):
+            found = math.prod(meta[inner]["shape"])
+        else:
+            held: Any = meta.get(quantised, meta.get(name)) if both is None else both[i]
+            found = held.numel()
+        if found != wanted:
+            return (
+                f"its {N} x {K} weight in groups of {size} has {found} {name}s, and {wanted} "
+                "belong to it"
+            )
+    return None
 
 
 def repacked(module: Any, weight: Tensor) -> State:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import Parameter
 
-from .formats import Found
+from .formats import Found, OwnProduct
 from .int8 import Int8
 from .owned import Owned
 from .repack import State
@@ -22,8 +22,6 @@ _KINDS = ("WeightQBytesTensor", "WeightQBitsTensor")
 def read(module: Any) -> Found | str:
     """The weight of a ``QLinear``, or the reason that it cannot be read."""
     held = module._parameters["weight"]
-    if module.activation_qtype is not None:
-        return f"quanto quantises the activations too, to {module.activation_qtype.name}"
     if not module.frozen:
         return "quanto quantises its weight in every call: it is not frozen (optimum.quanto.freeze)"
     kind = type(held).__name__
@@ -36,9 +34,14 @@ def read(module: Any) -> Found | str:
     bias = module._parameters.get("bias")
     if kind == _KINDS[0] and parts[0].dtype == torch.int8 and held.axis == 0:
         q, scale = parts
-        return Found(Int8(q, scale, "quanto", scale.dtype), bias)
-    form = f"{held.qtype.name.removeprefix('q')} (quanto)"
-    return Found(Owned(held, tuple(names), form, held.dtype), bias)
+        found = Found(Int8(q, scale, "quanto", scale.dtype), bias)
+    else:
+        form = f"{held.qtype.name.removeprefix('q')} (quanto)"
+        found = Found(Owned(held, tuple(names), form, held.dtype), bias)
+    if module.activation_qtype is not None:
+        reason = f"quanto quantises the activations too, to {module.activation_qtype.name}"
+        return OwnProduct(reason, found)
+    return found
 
 
 def repacked(module: Any, weight: Tensor) -> State:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .formats import checked, reader_of
+from .formats import numbers, reader_of
 
 
 class State(NamedTuple):
@@ -41,7 +41,7 @@ def why_not(module: nn.Module) -> str | None:
     reader = reader_of(module)
     if reader is None:
         return f"the weight of a {type(module).__name__} is of no known format"
-    found = checked(reader, module)
+    found = numbers(module)
     if isinstance(found, str):
         return found
     if _function(module) is None:
@@ -60,8 +60,7 @@ def dense_value(module: nn.Module) -> Tensor:
     Raises:
         ValueError: the weight cannot be read.
     """
-    reader: Any = reader_of(module)
-    found = checked(reader, module)
+    found = numbers(module)
     if isinstance(found, str):
         raise ValueError(f"the weight of a {type(module).__name__} cannot be read: {found}")
     return found.packed.dense(torch.float32)

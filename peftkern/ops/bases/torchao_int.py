@@ -2,8 +2,8 @@
 
 Weight-only ones are read: ``Int8Tensor``, ``IntxUnpackedToInt8Tensor`` (1 to 8 bit in groups) and
 ``Int4Tensor`` (two codes in a byte, W = q · scale + zero, products in bf16). Those that quantise
-the activations have no gradients in torchao and stay their owner's work, as do layouts for one
-device's kernels.
+the activations have no gradients in torchao, so that their products stay their owner's work: their
+weights are read to merge into, and to make dense. Layouts for one device's kernels are not read.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 
-from .formats import Found
+from .formats import Found, OwnProduct
 from .int8 import Int8
 from .owned import Owned
 from .repack import State
@@ -57,21 +57,25 @@ def read(module: Any) -> Found | str:
         return "its weight is on the meta device (offloaded or not loaded yet)"
     if q.dim() != 2:
         return f"its weight is of shape {tuple(held.shape)}"
-    if getattr(held, "act_quant_kwargs", None) or getattr(held, "activation_quantization", None):
-        return f"its {kind} asks for quantised activations"
     if getattr(held, "act_pre_scale", None) is not None:
         return f"its {kind} scales the activations first"
     bias = module._parameters.get("bias")
+    if kind == "Int4Tensor" and held.activation_dtype != torch.bfloat16:
+        reason = f"its Int4Tensor asks for activations in {held.activation_dtype}"
+        return OwnProduct(reason, Found(Int4(q, scale, zero), bias))
+    packed: Packed
     if kind == "Int4Tensor":
-        if held.activation_dtype != torch.bfloat16:
-            return f"its Int4Tensor asks for activations in {held.activation_dtype}"
-        return Found(Int4(q, scale, zero), bias)
-    if kind == "Int8Tensor" and scale.numel() in (1, q.shape[0]) and scale.shape[-1] == 1:
-        return Found(Int8(q, scale, "torchao"), bias)
-    bits = "int8" if kind == "Int8Tensor" else str(held.target_dtype).removeprefix("torch.")
-    names = ("qdata", "scale", "zero_point")
-    form = f"{bits} in groups of {held.block_size[-1]} (torchao)"
-    return Found(Owned(held, names, form), bias)
+        packed = Int4(q, scale, zero)
+    elif kind == "Int8Tensor" and scale.numel() in (1, q.shape[0]) and scale.shape[-1] == 1:
+        packed = Int8(q, scale, "torchao")
+    else:
+        bits = "int8" if kind == "Int8Tensor" else str(held.target_dtype).removeprefix("torch.")
+        names = ("qdata", "scale", "zero_point")
+        packed = Owned(held, names, f"{bits} in groups of {held.block_size[-1]} (torchao)")
+    found = Found(packed, bias)
+    if getattr(held, "act_quant_kwargs", None) or getattr(held, "activation_quantization", None):
+        return OwnProduct(f"its {kind} asks for quantised activations", found)
+    return found
 
 
 def repacked(module: Any, weight: Tensor) -> State:
@@ -86,14 +90,28 @@ def repacked(module: Any, weight: Tensor) -> State:
         way = owner.MappingType.ASYMMETRIC
     made: Tensor
     if kind.__name__ == "Int4Tensor":
-        made = kind.from_hp(weight, block)
+        made = kind.from_hp(weight, block, held.activation_dtype)
     elif kind.__name__ == "Int8Tensor":
         granularity = owner.PerGroup(block[1])
         if block == list(held.shape):
             granularity = owner.PerTensor()
         elif block[1] == held.shape[1]:
             granularity = owner.PerRow()
-        made = kind.from_hp(weight, granularity, way, reduce_range=held.reduce_range)
+        made = kind.from_hp(
+            weight,
+            granularity,
+            way,
+            act_quant_kwargs=held.act_quant_kwargs,
+            act_quant_scale=held.act_quant_scale,
+            act_quant_zero_point=held.act_quant_zero_point,
+            reduce_range=held.reduce_range,
+        )
     else:
-        made = kind.from_hp(weight, tuple(block), held.target_dtype, mapping_type=way)
+        made = kind.from_hp(
+            weight,
+            tuple(block),
+            held.target_dtype,
+            mapping_type=way,
+            activation_quantization=held.activation_quantization,
+        )
     return State({"weight": Parameter(made, requires_grad=False)})

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from ...configs.lora import LoraConfig
+from ...ops.bases.formats import is_packed
 from ...utils.undo import in_mode, unchanged_on_error
 from .inits.calibration import has_content, linear_targets, load_tensors, model_device, save_tensors
 from .inits.residual import Start, minus_product
@@ -87,6 +88,7 @@ def preprocess_corda(
     The files of ``corda_config`` are safetensors. Memory: a covariance [K, K] for each layer.
 
     Raises:
+        TypeError: the weight of a layer is quantised.
         ValueError: no ``corda_config``, ``run_model`` is missing, an input is not finite or holds
             several sequences, ``corda_method`` is unknown, or a file was made for other layers.
 
@@ -99,6 +101,13 @@ def preprocess_corda(
             "`corda_config` is None"
         )
     targets = linear_targets(model, lora_config)
+    for name, layer in targets:
+        if is_packed(layer):
+            raise TypeError(
+                "Please initialize CorDA under float32, float16, or bfloat16. Subsequently, "
+                "re-quantize the residual model to help minimize quantization errors. The weight "
+                f"of `{name}`, a {type(layer).__name__}, is quantised."
+            )
     device = model_device(model)
     if has_content(settings.cache_file):
         names = {name: [f"{name}.eigens.{part}" for part in PARTS] for name, _ in targets}

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...ops.bases.formats import checked, reader_of
+from ...ops.bases.formats import numbers, reader_of
 from ...ops.bases.fp8_linear import BLOCK, Fp8Linear
 from ...utils.private import hook_of
 from ..base_layer import BaseTunerLayer
@@ -47,8 +47,7 @@ def made_dense(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
         if isinstance(m, BaseTunerLayer) and m.merged_adapters
     }
     for name, module in found:
-        reader: Any = reader_of(module)
-        held = checked(reader, module)
+        held = numbers(module)
         if offloading(module):
             held = "accelerate keeps its weight in host memory or on disk"
         if isinstance(held, str):
@@ -74,8 +73,7 @@ def made_dense(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
 
 
 def _dense(module: Any, dtype: torch.dtype) -> nn.Linear:
-    reader: Any = reader_of(module)
-    held: Any = checked(reader, module)
+    held: Any = numbers(module)
     bias = None if held.bias is None else held.bias.detach().to(dtype)
     dense = bare_linear(held.packed.dense(dtype), bias, trainable=False).train(module.training)
     if (hook := hook_of(module)) is not None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...configs.lora import LoraConfig
+from ...ops.bases.formats import is_packed
 from ...utils.undo import in_mode, remember_requires_grad
 from .inits.calibration import has_content, linear_targets, load_tensors, model_device, save_tensors
 from .inits.residual import Start, current, minus_product
@@ -98,7 +99,7 @@ def preprocess_loraga(
         )
     targets = linear_targets(model, lora_config)
     for name, layer in targets:
-        if hasattr(layer, "quant_state"):
+        if is_packed(layer):
             raise ValueError(
                 f"LoRA-GA does not support quantized models. Found quantized module: '{name}'. "
                 "LoRA-GA requires full-precision gradients during preprocessing."

@@ -11,7 +11,7 @@ from torch.nn.parameter import Parameter
 from transformers.pytorch_utils import Conv1D
 
 from ...ops.bases import repack
-from ...ops.bases.formats import is_packed, read
+from ...ops.bases.formats import is_packed, numbers
 from ...utils.private import CONV_FORWARD
 from ...utils.warning import PeftWarning
 from ..adapter_calls import BROKEN, check_adapters_to_merge
@@ -230,7 +230,7 @@ class Merging:
         """:meth:`_check_mergeable` for a quantised base weight."""
         if (reason := repack.why_not(module)) is not None:
             said = f"Cannot merge adapters into a {type(module).__name__}: {reason}."
-            if not isinstance(read(module), str):
+            if not isinstance(numbers(module), str):
                 said += " `merge_and_unload(dequantize=True)` merges into dense weights."
             raise ValueError(said)
         self._check_adapters(module, names)

@@ -10,6 +10,9 @@ from typing import Any
 
 from torch import nn
 
+from ...ops.bases import bnb8
+from ...ops.bases.formats import is_packed, numbers, reader_of
+
 
 def _find_layers(model: Any) -> tuple[Any, str, Any]:
     """(module that holds the layers, name of its attribute, the model with the configuration)."""
@@ -29,9 +32,18 @@ def _find_layers(model: Any) -> tuple[Any, str, Any]:
 
 
 def _copy_sharing(layer: nn.Module, index: int) -> nn.Module:
-    """A copy of a layer that shares its parameters and has the number ``index``."""
-    parameters = {id(p): p for p in layer.parameters()}
-    clone = copy.deepcopy(layer, parameters)
+    """A copy of a layer that shares its parameters and has the number ``index``.
+
+    The packed weights of quantised layers are shared too, wherever their owner keeps them.
+    """
+    shared: dict[int, Any] = {id(p): p for p in layer.parameters()}
+    for module in layer.modules():
+        if reader_of(module) is bnb8.read:
+            bnb8.keep_in_state(module)
+        found = numbers(module) if is_packed(module) else ""
+        if not isinstance(found, str):
+            shared.update((id(t), t) for t in found.packed.tensors)
+    clone = copy.deepcopy(layer, shared)
     for module in clone.modules():
         if hasattr(module, "layer_idx"):
             module.layer_idx = index  # type: ignore[assignment]
@@ -41,7 +53,7 @@ def _copy_sharing(layer: nn.Module, index: int) -> nn.Module:
 def replicate_layers(model: nn.Module, layer_map: Sequence[tuple[int, int]]) -> Callable[[], None]:
     """Stack ranges of a model's layers, in place: [[0, 4], [2, 5]] makes layers 0 1 2 3 2 3 4.
 
-    The copies share all parameters, not the buffers, so no weights are added.
+    The copies share all parameters and packed weights, not other buffers: no weights are added.
 
     Args:
         model: Llama- (``layers``), Bert- (``encoder.layer``) or Falcon-shaped (``h``).

@@ -6,14 +6,14 @@ model's outputs also subtracts scaling · B A from the base weight.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from ....configs.lora import LoraConfig
 from ....ops.bases import repack
-from ....ops.bases.formats import read, reader_of
+from ....ops.bases.formats import is_packed, numbers
 from ..corda import check_eigens, corda
 from ..loraga import GRADIENT, lora_ga
 from ..variant import register, variants_asked
@@ -93,7 +93,8 @@ def check(key: str, base: Any, r: int, config: LoraConfig) -> None:
         return  # in HF PEFT an embedding then gets the plain start
     if isinstance(base, (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)) and name == "lora_ga":
         return  # and so does a convolution
-    if not (isinstance(base, torch.nn.Linear) or hasattr(base, "nf") or name == "mica"):
+    packed = is_packed(base)
+    if not (isinstance(base, torch.nn.Linear) or hasattr(base, "nf") or packed or name == "mica"):
         raise ValueError(
             f"Unknown initialization init_lora_weights={config.init_lora_weights!r} for the "
             f"{type(base).__name__} `{key}`; it is for linear layers"
@@ -104,8 +105,8 @@ def check(key: str, base: Any, r: int, config: LoraConfig) -> None:
                 f"Orthogonal initialization requires the LoRA rank to be even, got {r} instead."
             )
         return
-    if reader_of(base) is not None:
-        _check_quantised(key, base, str(name))
+    if packed:
+        _check_quantised(key, base, r, str(name))
         return
     weight = base.weight
     if name in WRONG_DTYPE and weight.dtype not in HALF_OR_SINGLE:
@@ -122,16 +123,8 @@ def check(key: str, base: Any, r: int, config: LoraConfig) -> None:
             f"init_lora_weights={config.init_lora_weights!r} computes with the weight of `{key}`, "
             "which is on the meta device"
         )
-    if name == "mica" and r > min(weight.shape):
-        sizes = (
-            "num_embeddings, embedding_dim"
-            if isinstance(base, torch.nn.Embedding)
-            else "in_features, out_features"
-        )
-        raise ValueError(
-            f"MiCA requires `r` <= min({sizes}) but got r={r} for `{key}`, a layer with weight "
-            f"shape {tuple(weight.shape)} (max usable r is {min(weight.shape)})."
-        )
+    if name == "mica":
+        _check_rank_of_mica(key, base, r, weight.shape)
     if "_niter_" in str(config.init_name) and r > min(weight.shape):
         raise ValueError(
             f"init_lora_weights={config.init_lora_weights!r} finds at most {min(weight.shape)} "
@@ -148,14 +141,34 @@ def check(key: str, base: Any, r: int, config: LoraConfig) -> None:
         check_settings(config)
 
 
-def _check_quantised(key: str, base: Any, name: str) -> None:
+def _check_rank_of_mica(key: str, base: Any, r: int, shape: Sequence[int]) -> None:
+    if r > min(shape):
+        sizes = (
+            "num_embeddings, embedding_dim"
+            if isinstance(base, torch.nn.Embedding)
+            else "in_features, out_features"
+        )
+        raise ValueError(
+            f"MiCA requires `r` <= min({sizes}) but got r={r} for `{key}`, a layer with weight "
+            f"shape {tuple(shape)} (max usable r is {min(shape)})."
+        )
+
+
+def _check_quantised(key: str, base: Any, r: int, name: str) -> None:
     """:func:`check` for a base layer with a quantised weight.
+
+    MiCA reads the weight alone, and quanto's and torchao's count as floating point.
 
     Raises:
         TypeError: the method needs a floating-point weight, or changes one that its owner cannot
             quantise again.
+        ValueError: the rank of MiCA is too large.
     """
-    found = read(base)
+    found = numbers(base)
+    owner = type(base._parameters.get("weight")).__module__.partition(".")[0]
+    if name == "mica" and owner in ("optimum", "torchao") and not isinstance(found, str):
+        _check_rank_of_mica(key, base, r, found.packed.shape)
+        return
     kind = f"a {type(base).__name__}" if isinstance(found, str) else found.packed.format
     if name == "loftq":
         raise TypeError(

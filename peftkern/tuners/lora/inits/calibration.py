@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ....configs.lora import LoraConfig
 from ....files.atomic import write_atomically
+from ....ops.bases.formats import is_packed
 from ...targets import TargetMatcher, resolve_targets
 
 
@@ -24,12 +25,15 @@ def model_device(model: nn.Module) -> torch.device:
 
 
 def linear_targets(model: nn.Module, config: LoraConfig) -> list[tuple[str, Any]]:
-    """(name, layer) of the linear layers that ``config`` names, in the model's order."""
+    """(name, layer) of the linear layers that ``config`` names, in the model's order.
+
+    Quantised ones are among them, of any class, for the caller to refuse.
+    """
     matcher = TargetMatcher(config, resolve_targets(config, model))
     return [
         (name, module)
         for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and matcher(name)
+        if (isinstance(module, (nn.Linear, Conv1D)) or is_packed(module)) and matcher(name)
     ]
 
 

@@ -69,7 +69,7 @@ def mica(layer: Any, adapter: str, config: LoraConfig) -> Start | None:
     if (weight if embedding else weight.weight).is_meta:
         return None
     r = layer.r[adapter]
-    W = current(layer.get_base_layer().weight).to(torch.float32)
+    W = current(weight_of(layer.get_base_layer())).to(torch.float32)
     W = W.T if embedding or layer.fan_in_fan_out else W
     U = torch.linalg.svd(W, full_matrices=False)[0]
     return Start(W.new_zeros(r, W.shape[1]), U[:, -r:])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ....ops.bases import repack
-from ....ops.bases.formats import reader_of
+from ....ops.bases.formats import is_packed
 from ....utils.shards import put_data
 
 HALF_OR_SINGLE = (torch.float32, torch.float16, torch.bfloat16)
@@ -44,7 +44,7 @@ class PackedWeight:
 
 def weight_of(base: Any) -> Tensor | PackedWeight:
     """The place of a base layer's weight, for :func:`current` and :func:`note`."""
-    if reader_of(base) is not None:
+    if is_packed(base):
         return PackedWeight(base)
     weight: Tensor = base.weight
     return weight
