@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from .ops.lora import lora_linear as lora_linear
     from .quantising import quantize_base as quantize_base
     from .quantising import set_base_compute as set_base_compute
+    from .stand_in import as_peft as as_peft
     from .tuners.lora import AdapterNames as AdapterNames
     from .tuners.lora import BdLoraConfig as BdLoraConfig
     from .tuners.lora import CordaConfig as CordaConfig
@@ -129,6 +130,7 @@ _WHERE = {
         "PeftModelForSeq2SeqLM PeftModelForSequenceClassification PeftModelForTokenClassification "
         "MODEL_TYPE_TO_PEFT_MODEL_MAPPING"
     ),
+    ".stand_in": "as_peft",
     ".tuners.lora": (
         "BdLoraConfig KasaConfig "
         "AdapterNames CordaConfig EvaConfig LoftQConfig LoraConfig LoraGAConfig LoraModel "

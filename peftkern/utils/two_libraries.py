@@ -33,11 +33,23 @@ def joined(cls: type, root: str, **members: Any) -> type:
     kind = getattr(peft, root, None)
     if not isinstance(theirs, type) or not isinstance(kind, type) or not issubclass(theirs, kind):
         return cls
-    if issubclass(cls, theirs):
+    return both(cls, theirs, **members)
+
+
+def both(cls: type, other: type, **members: Any) -> type:
+    """A class derived from ``cls`` and ``other``, made once; ``cls`` itself if it is ``other``'s.
+
+    Args:
+        cls: the class that an object has, whose methods come first.
+        other: the class that it is to be an instance of as well.
+        **members: attributes of the class that is made.
+    """
+    if issubclass(cls, other):
         return cls
-    if (cls, theirs) not in _joined:
+    if (cls, other) not in _joined:
         names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
-        _joined[cls, theirs] = type(
-            cls.__name__, (cls, theirs), {**names, "__doc__": cls.__doc__, **members}
+        kind: Any = type(cls) if issubclass(type(cls), type(other)) else type(other)
+        _joined[cls, other] = kind(
+            cls.__name__, (cls, other), {**names, "__doc__": cls.__doc__, **members}
         )
-    return _joined[cls, theirs]
+    return _joined[cls, other]
