@@ -12,9 +12,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from peftkern.cli.app import run
-from peftkern.cli.data import Record, read_data, split_records
+from peftkern.cli.data import read_data, split_records
 from peftkern.cli.encode import collator, encode, pad_id, target_count
 from peftkern.cli.errors import UserError
+from peftkern.cli.forms import Record
 from peftkern.cli.modelio import locate_model
 from peftkern.cli.settings import TrainSettings, first_difference
 
@@ -38,12 +39,12 @@ def tokenizer() -> PreTrainedTokenizerFast:
 BAD_LINES = [
     ("causal_lm", "{", "not valid JSON"),
     ("causal_lm", "[1, 2]", "must be a JSON object, not a list"),
-    ("causal_lm", {"txt": "x"}, "missing field 'text' (or 'prompt' and 'completion')"),
+    ("causal_lm", {"txt": "x"}, "the fields are 'txt'; --task causal_lm takes text (text) | "),
     ("causal_lm", {"text": 3}, "field 'text' must be a string, not a number"),
     ("causal_lm", {"text": None}, "must be a string, not null"),
     ("causal_lm", {"prompt": "x"}, "missing field 'completion'"),
     ("causal_lm", {"prompt": "x", "completion": "y", "text": "z"}, "has both"),
-    ("seq_2_seq_lm", {"text": "x"}, "missing field 'prompt'"),
+    ("seq_2_seq_lm", {"prompt": "x"}, "missing field 'completion'"),
     ("seq_cls", {"text": "x"}, "missing field 'label'"),
     ("seq_cls", {"text": "x", "label": True}, "must be a non-empty string or an integer"),
     ("seq_cls", {"text": "x", "label": 1.5}, "must be a non-empty string or an integer"),
@@ -72,17 +73,19 @@ def test_bad_line_names_file_and_line(tmp_path: Path, task: str, line: Any, mess
 def test_whole_file_errors(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("\n\n")
     (tmp_path / "bytes.txt").write_bytes(b"one\ntwo \xff\n")
-    (tmp_path / "x.csv").write_text("a,b")
+    (tmp_path / "x.md").write_text("a,b")
+    (tmp_path / "fine.txt").write_text("fine")
     (tmp_path / "none").mkdir()
     blank = jsonl(tmp_path / "blank.jsonl", {"text": "  "}, {"text": ""})
     same = jsonl(tmp_path / "same.jsonl", *[{"text": "x", "label": "A"}] * 3)
     for path, task, message in (
         (tmp_path / "missing", "causal_lm", "no such file or folder"),
         (tmp_path / "empty.jsonl", "causal_lm", "is empty"),
-        (tmp_path / "none", "causal_lm", "holds no .jsonl or .txt file"),
-        (tmp_path / "x.csv", "causal_lm", "must end in .jsonl or .txt"),
+        (tmp_path / "none", "causal_lm", "holds no .jsonl, .json, .csv, .parquet or .txt file"),
+        (tmp_path / "x.md", "causal_lm", "must end in .jsonl, .json, .csv, .parquet or .txt"),
         (tmp_path / "bytes.txt", "causal_lm", "bytes.txt:2: not valid UTF-8 (byte 0xff)"),
-        (tmp_path / "bytes.txt", "seq_cls", "needs .jsonl"),
+        (tmp_path / "bytes.txt", "seq_cls", "not valid UTF-8"),
+        (tmp_path / "fine.txt", "seq_cls", "missing field 'label' of labelled (text, label)"),
         (blank, "causal_lm", "has 2 examples, and the text of each is empty"),
         (same, "seq_cls", "every example has the label 'A'"),
     ):
@@ -204,6 +207,12 @@ def test_identity_ignores_what_does_not_change_the_weights() -> None:
     assert first_difference(base.identity("s"), base.identity("t")) == (
         "the content of --data has changed since"
     )
+    # a checkpoint of a version that recorded neither the order nor settings that came later
+    old = {k: v for k, v in base.identity("s").items() if k not in ("order", "packing")}
+    assert first_difference(old, base.identity("s")) == (
+        "it saw the examples in the order of version 1, and peftkern's is version 2 now"
+    )
+    assert first_difference({**old, "order": 2}, base.identity("s")) is None
     other.lr = 1.0
     assert first_difference(base.identity("s"), other.identity("s")) == (
         "--lr was 0.0002 there and is 1.0 now"

@@ -204,7 +204,7 @@ def test_other_settings_are_refused_and_named(
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "--lr was 0.01 there and is 0.5 now" in error
     other = tmp_path / "other.jsonl"
-    other.write_text((folder / "lm.jsonl").read_text() + '{"text": "w1 w2"}\n')
+    other.write_text((folder / "lm.jsonl").read_text() + '{"prompt": "w1", "completion": "w2"}\n')
     assert run([*args, "--data", str(other)]) == 2
     assert "the content of --data has changed since" in capsys.readouterr().err
     assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == before

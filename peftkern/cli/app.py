@@ -61,15 +61,16 @@ def train_command(
 
     The same command goes on where a killed run stopped. torchrun and accelerate launch start it in
     several processes: an optimizer step sees --batch-size x --grad-accumulation x processes
-    examples. A line of a .jsonl file holds:
+    examples. An example in --data has the fields:
 
-    - causal_lm: {"text"} or {"prompt", "completion"}
+    - causal_lm: "text", or "prompt" and "completion" (texts or turns), or "messages" (turns of role
+    and content), or "conversations" (of from and value), or "instruction", "output" ("input")
 
-    - seq_cls: {"text", "label"}
+    - seq_cls: "text", "label"
 
-    - token_cls: {"tokens", "labels"}
+    - token_cls: "tokens", "labels"
 
-    - seq_2_seq_lm: {"prompt", "completion"}
+    - seq_2_seq_lm: "prompt", "completion"
     """
     settings.validate()  # before torch and transformers are loaded
     from .train import train

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from .data import Record
+from .chat import IGNORE, encode_turns, has_template
 from .errors import UserError
+from .forms import Record
 
 Example = dict[str, Any]
-IGNORE = -100
 
 
 @dataclass
@@ -42,7 +42,9 @@ def encode(
     ids = {name: i for i, name in enumerate(label_names)}
     out = Encoded([], 0, 0)
     for record in records:
-        if task == "causal_lm" and record.completion is None:
+        if task == "causal_lm" and record.turns and _as_chat(tokenizer, record):
+            examples, cut = _chat(tokenizer, record, max_length)
+        elif task == "causal_lm" and record.completion is None:
             examples, cut = _windows(tokenizer, record.text, max_length), False
         elif task == "causal_lm":
             examples, cut = _completion(tokenizer, record, max_length)
@@ -116,6 +118,18 @@ def _windows(tokenizer: Any, text: str, max_length: int) -> list[Example]:
     return [{"input_ids": p, "labels": list(p)} for p in pieces if len(p) > 1]
 
 
+def _as_chat(tokenizer: Any, record: Record) -> bool:
+    """True unless the record has another form, for a model without a chat template (alpaca)."""
+    return record.completion is None or has_template(tokenizer)
+
+
+def _chat(tokenizer: Any, record: Record, max_length: int) -> tuple[list[Example], bool]:
+    coded = encode_turns(tokenizer, record)
+    kept = {name: values[:max_length] for name, values in coded.items()}
+    usable = any(label != IGNORE for label in kept["labels"][1:])
+    return ([kept] if usable else []), len(coded["input_ids"]) > max_length
+
+
 def _completion(tokenizer: Any, record: Record, max_length: int) -> tuple[list[Example], bool]:
     prompt = tokenizer(record.prompt, verbose=False)["input_ids"]
     if prompt and prompt[-1] == tokenizer.eos_token_id:
@@ -130,6 +144,8 @@ def _completion(tokenizer: Any, record: Record, max_length: int) -> tuple[list[E
 
 
 def _seq2seq(tokenizer: Any, record: Record, max_length: int) -> tuple[list[Example], bool]:
+    if record.prompt is None:
+        raise UserError(f"{record.origin}: --task seq_2_seq_lm takes texts, not turns")
     source = tokenizer(record.prompt, verbose=False)["input_ids"]
     target = _with_end(
         tokenizer, tokenizer(text_target=record.completion, verbose=False)["input_ids"]

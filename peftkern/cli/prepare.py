@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from .chat import has_template, how_marked, read_template
 from .data import Dataset, split_records
 from .encode import Example, encode
 from .errors import UserError, first_line
 from .modelio import load_model
 from .options import option
+from .packing import pack, sees_across
 from .ranks import on_cpu
 from .settings import TrainSettings
 
@@ -27,6 +29,8 @@ def prepare_data(
     settings: TrainSettings, data: Dataset, tokenizer: Any, console: Console
 ) -> tuple[list[Example], list[Example]]:
     """(training, held-out) examples; says what was left out. UserError when none is usable."""
+    if settings.chat_template is not None:
+        tokenizer.chat_template = read_template(settings.chat_template)[0]
     training, held = split_records(data.records, settings.eval_split, settings.seed)
     parts = [
         encode(part, tokenizer, settings.task, settings.max_length, data.label_names)
@@ -41,6 +45,12 @@ def prepare_data(
         f"{len(parts[0].examples)} training and {len(parts[1].examples)} held-out examples"
         + (f", {len(data.label_names)} labels" if data.label_names else "")
     )
+    if any(record.turns for record in data.records) and settings.task == "causal_lm":
+        console.print(
+            how_marked(tokenizer)
+            if has_template(tokenizer)
+            else "no chat template: instructions are written in Alpaca's form"
+        )
     for count, what in (
         (data.empty, "left out: no text"),
         (
@@ -51,7 +61,25 @@ def prepare_data(
     ):
         if count:
             console.print(f"[yellow]{count} examples {what}[/yellow]")
-    return parts[0].examples, parts[1].examples
+    if not settings.packing:
+        return parts[0].examples, parts[1].examples
+    rows = pack(parts[0].examples, settings.max_length)
+    tokens = sum(len(row["input_ids"]) for row in rows)
+    console.print(
+        f"packed into {len(rows)} rows of up to {settings.max_length} tokens, "
+        f"{tokens / (len(rows) * settings.max_length):.0%} full"
+    )
+    return rows, parts[1].examples
+
+
+def look_across(model: Any, console: Console) -> None:
+    """Say it when examples of a packed row see each other."""
+    if sees_across(model):
+        how = getattr(model.config, "_attn_implementation", None)
+        console.print(
+            f"[yellow]--packing: the attention of this model ({how}) sees the earlier examples of "
+            "a row[/yellow]"
+        )
 
 
 def make_model(

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from .chat import read_template
 from .errors import UserError
+from .forms import FORM_NAMES
 from .options import option, setting
 
 TASKS = ("causal_lm", "seq_cls", "token_cls", "seq_2_seq_lm")
@@ -25,7 +27,10 @@ _LOOP = "The training"
 PLACE = "Saving and going on"
 
 # settings that do not change the resulting weights, only where and how often they are written
-_FREE_TO_CHANGE = frozenset({"out", "save_every", "keep", "data"})
+_FREE_TO_CHANGE = frozenset({"out", "save_every", "keep", "data", "data_format"})
+
+# which examples a step sees: a number that grows when the same settings give another order
+ORDER = 2
 
 
 @dataclass
@@ -36,9 +41,11 @@ class TrainSettings:
     """
 
     model: str = setting(help="Folder of the base model (or a .gguf file).")
-    data: str = setting(help="A .jsonl or .txt file, or a folder of such files.")
+    data: str = setting(help="A .jsonl, .json, .csv, .parquet or .txt file, or a folder of them.")
     out: str = setting(help="Folder for checkpoints and the adapter.")
     task: str = setting("causal_lm", "causal_lm, seq_cls, token_cls or seq_2_seq_lm.")
+    data_format: str = setting("auto", "What the examples are; auto tells it by their fields.")
+    chat_template: str | None = setting(None, "A file with a chat template (Jinja).")
     gguf_file: str | None = setting(None, "Which .gguf file, if the model folder holds several.")
     lora_r: int = setting(16, "Rank.", _LORA)
     lora_alpha: float = setting(32.0, "Scale: alpha / r.", _LORA)
@@ -55,6 +62,9 @@ class TrainSettings:
     batch_size: int = setting(4, "Examples per forward pass of each process.", _LOOP)
     grad_accumulation: int = setting(1, "Forward passes of each process per optimizer step.", _LOOP)
     max_length: int = setting(512, "Longest example, in tokens.", _LOOP)
+    packing: bool = setting(
+        False, "Several examples in a row of up to --max-length tokens.", _LOOP, "--packing"
+    )
     eval_split: float = setting(0.1, "Share of the examples held out.", _LOOP)
     seed: int = setting(0, panel=_LOOP)
     bf16: bool | None = setting(
@@ -93,6 +103,15 @@ class TrainSettings:
         for name in ("lora_dropout", "eval_split"):
             self._require(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
         self._require("task", self.task in TASKS, "one of " + ", ".join(TASKS))
+        self._require(
+            "data_format", self.data_format in FORM_NAMES, "one of " + ", ".join(FORM_NAMES)
+        )
+        if self.packing and self.task != "causal_lm":
+            raise UserError(f"--packing does not go with --task {self.task}: causal_lm alone")
+        if self.chat_template is not None:
+            if self.task != "causal_lm":
+                raise UserError(f"--chat-template does not go with --task {self.task}")
+            read_template(self.chat_template)
         self._require("scheduler", self.scheduler in SCHEDULERS, "one of " + ", ".join(SCHEDULERS))
         self._require("load_in", self.load_in in (None, *LOAD_IN), "one of " + ", ".join(LOAD_IN))
         self._require(
@@ -121,6 +140,9 @@ class TrainSettings:
         if self.steps is not None:
             del record["epochs"]  # not used when the number of steps is given
         record["data"] = data_sha256
+        record["order"] = ORDER
+        if self.chat_template is not None:
+            record["chat_template"] = read_template(self.chat_template)[1]
         if processes != 1:
             record["processes"] = processes
         if not self.fsdp:
@@ -154,7 +176,12 @@ def first_difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
     name = differing(old, new)
     if name is None:
         return None
-    if name in ("data", "deepspeed") and old.get(name) and new.get(name):
+    if name == "order":
+        return (
+            f"it saw the examples in the order of version {old.get(name) or 1}, and peftkern's is "
+            f"version {ORDER} now"
+        )
+    if name in ("data", "deepspeed", "chat_template") and old.get(name) and new.get(name):
         return f"the content of {option(name)} has changed since"
     before, now = old.get(name), new.get(name)
     if name == "processes":
@@ -163,9 +190,20 @@ def first_difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
 
 
 def differing(old: dict[str, Any], new: dict[str, Any]) -> str | None:
-    """The name of the first setting that differs between two identities, or None."""
-    names = [*new, *(k for k in old if k not in new)]
-    return next((name for name in names if old.get(name) != new.get(name)), None)
+    """The name of the first setting that differs between two identities, or None.
+
+    A setting that an older version did not have was then what is now its default.
+    """
+    names = ["order", *new, *(k for k in old if k not in new)]
+
+    def value(of: dict[str, Any], name: str) -> Any:
+        return of.get(name, _DEFAULTS.get(name))
+
+    return next((name for name in names if value(old, name) != value(new, name)), None)
+
+
+_DEFAULTS = {f.name: f.default for f in fields(TrainSettings) if f.default is not MISSING}
+del _DEFAULTS["epochs"]  # not there when the number of steps is given
 
 
 def _said(value: Any) -> str:

@@ -25,7 +25,8 @@ from .encode import Example, collator, pad_id
 from .errors import UserError, first_line
 from .modelio import hush_transformers, load_tokenizer, locate_model
 from .options import option
-from .prepare import device_of, fingerprint, make_model, prepare_data
+from .packing import packed_collator
+from .prepare import device_of, fingerprint, look_across, make_model, prepare_data
 from .ranks import Ranks, join, on_cpu, refuse_other_precision
 from .settings import TrainSettings, deepspeed_config, differing
 
@@ -100,7 +101,7 @@ def _look(settings: TrainSettings, fresh: bool, ranks: Ranks) -> _Found:
         raise UserError(f"--out {out}: exists and is not a folder")
     resume.refuse_foreign_adapter(out)
     folder, gguf_file = locate_model(settings.model, settings.gguf_file)
-    data = read_data(settings.data, settings.task)
+    data = read_data(settings.data, settings.task, settings.data_format)
     settings.bf16 = _resolve_bf16(settings)
     refuse_other_precision(settings.bf16)
     settings.gguf_file = gguf_file
@@ -110,6 +111,7 @@ def _look(settings: TrainSettings, fresh: bool, ranks: Ranks) -> _Found:
     found.done = resume.finished(out)
     if found.done is not None:
         where = f"the finished run in {out}"
+        found.done["identity"]["order"] = found.identity["order"]  # it sees no example any more
         resume.refuse_other_settings(found.done["identity"], found.identity, where)
         return found
     found.checkpoint, found.messages = resume.find(out)
@@ -161,6 +163,8 @@ def _prepare(
     training, held = prepare_data(settings, found.data, tokenizer, console)
     pad = pad_id(tokenizer)
     model = make_model(settings, found.folder, settings.gguf_file, found.data.label_names, pad)
+    if settings.packing:
+        look_across(model, console)
     return tokenizer, training, held, model
 
 
@@ -234,7 +238,7 @@ def _run(
     trainer = AdapterTrainer(
         model=model,
         args=arguments,
-        data_collator=collate,
+        data_collator=packed_collator(pad_id(tokenizer)) if settings.packing else collate,
         train_dataset=training,
         task=settings.task,
         identity=found.identity,

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..data import Record
 from ..encode import Example, encode, pad_id
 from ..errors import UserError
+from ..forms import Record
 from . import docstrings
 
 
