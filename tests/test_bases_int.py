@@ -94,6 +94,12 @@ def test_the_ways_of_the_int8_product_are_all_taken(monkeypatch: pytest.MonkeyPa
         calls.clear()
         packed.product(torch.randn(rows, 64, dtype=torch.bfloat16), None)
         assert calls == expected
+    calls.clear()  # torch's reads past the end of these rows: wrong numbers, or the process ends
+    odd = int8.Int8(torch.ones(6, 10, dtype=torch.int8), torch.ones(6, 1), "test")
+    assert torch.equal(
+        odd.product(torch.ones(1, 10).bfloat16(), None).float(), torch.ones(1, 6) * 10
+    )
+    assert not calls
     monkeypatch.setattr(int8, "int8_product", None)  # a torch without the name
     x = torch.randn(4, 64, dtype=torch.bfloat16)
     exact = x.double() @ packed.dense(torch.float64).T

@@ -323,9 +323,11 @@ def test_without_the_disabled_function_torch_takes_its_detour() -> None:
     assert taken == torch.Tensor.__torch_function__
 
 
-def test_without_torchs_product_with_int8_there_is_none() -> None:
+def test_without_torchs_products_with_int8_there_are_none() -> None:
     assert without("ops.aten._weight_int8pack_mm").int8_product is None
     assert private.int8_product is not None
+    assert without("ops.aten._int_mm").integer_product is None
+    assert private.integer_product is not None
 
 
 def test_without_unsafe_view_outputs_are_copied() -> None:

@@ -174,14 +174,18 @@ def _infer_quantised(
     x: Tensor, w: BaseWeight, bias: Tensor | None, A: Tensor, B: Tensor, scale: float
 ) -> Tensor:
     """Y for x [..., K] and a quantised weight w [N, K]."""
-    x2, low = x.reshape(-1, x.size(-1)), low_rank_dtype(x, A)
+    K = x.size(-1)
+    if x.numel() == K and x.is_cpu and A.dtype is torch.float32 and x.dtype is torch.float32:
+        v = x.reshape(-1)  # as in infer
+        row = w.packed.infer_row(v)
+        if bias is not None:
+            row.add_(bias)
+        row.addmv_(B, torch.mv(A, v), alpha=scale)
+        return row.view(1, 1, -1) if x.dim() == 3 else row.view(*x.shape[:-1], -1)
+    x2, low = x.reshape(-1, K), low_rank_dtype(x, A)
     y = w.packed.infer(x2)
     if bias is not None:
         y.add_(bias)
-    if y.shape[0] == 1 and x.is_cpu and A.dtype is torch.float32 and y.dtype is torch.float32:
-        v, row = x2.view(-1), y.view(-1)  # as in infer; y is new, and its view is written to
-        row.addmv_(B, torch.mv(A, v), alpha=scale)
-        return y.view(*x.shape[:-1], -1)
     update = linear(linear(in_dtype(low, x2), in_dtype(low, A)), in_dtype(low, B))
     y = y.add_(update, alpha=scale) if low == y.dtype else y.to(low).add_(update, alpha=scale)
     return in_dtype(x.dtype, y).view(*x.shape[:-1], y.shape[-1])

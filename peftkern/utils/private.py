@@ -86,6 +86,8 @@ def _aten(name: str) -> Any:
 
 # (x [M, K] bf16, q [N, K] int8, scales [N] bf16) -> x qᵀ · scales on a CPU; None without the name
 int8_product: Callable[..., Tensor] | None = _aten("_weight_int8pack_mm")
+# (a [M, R] int8, b [R, C] int8) -> a b in int32; None without the name
+integer_product: Callable[..., Tensor] | None = _aten("_int_mm")
 
 
 @cache

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .formats import Found, Unusable
+from .int8 import Int8
 from .repack import State
 from .weight import Packed
 
@@ -53,9 +54,20 @@ class Bnb8(Packed):
 
     def product(self, x: Tensor, y: Tensor | None) -> Tensor:
         if not self.integers or not x.numel():
+            if x.dtype is torch.float32:
+                return self.as_numbers().product(x, y)
             return super().product(x, y)
         part = self.product_of_integers(x)
         return part if y is None else y.add_(part)
+
+    def grad_input(self, dy: Tensor, dx: Tensor | None) -> Tensor:
+        if dy.dtype is torch.float32:
+            return self.as_numbers().grad_input(dy, dx)
+        return super().grad_input(dy, dx)
+
+    def as_numbers(self) -> Int8:
+        """The weight-only one of the same numbers, whose products scale what is smallest."""
+        return Int8(self.bits, self.scales.mul(1.0 / 127.0), "bitsandbytes")
 
     def product_of_integers(self, x: Tensor) -> Tensor:
         """x Wᵀ [M, N] with the rows of x [M, K] quantised to int8."""

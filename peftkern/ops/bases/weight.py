@@ -79,6 +79,10 @@ class Packed(ABC):
         """:meth:`product` in a call without gradients, where a format may have a faster way."""
         return self.product(x, None)
 
+    def infer_row(self, v: Tensor) -> Tensor:
+        """:meth:`infer` of one row: W v [N], a new tensor, for v [K]."""
+        return self.infer(v.unsqueeze(0)).view(-1)
+
     def grad_input(self, dy: Tensor, dx: Tensor | None) -> Tensor:
         """dY W [M, K] for dY [M, N], added to ``dx`` in its memory if that is given."""
         return multiplied(dy, self.dense(self.compute_dtype(dy.dtype)), dx)
