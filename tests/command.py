@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,10 @@ def settings(folder: Path, out: Path, **changes: Any) -> TrainSettings:
 def command(folder: Path, out: Path, **changes: Any) -> list[str]:
     """The command line that means ``settings(folder, out, **changes)``."""
     args = ["train"]
+    defaults = {f.name: f.default for f in fields(TrainSettings)}
     for name, value in vars(settings(folder, out, **changes)).items():
+        if value == defaults[name]:
+            continue
         if value is True:
             args.append("--" + name.replace("_", "-"))
         elif value is not None and value is not False:

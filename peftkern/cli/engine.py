@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_callback import PrinterCallback
@@ -27,6 +28,9 @@ from .encode import target_count
 from .errors import RunError, UserError
 from .ranks import ALONE, Ranks
 from .shares import IDLE, Examples, Shares, marking
+
+# in a checkpoint, all that is trained where the adapter's file holds what a network computes of it
+NETWORK = "trained.safetensors"
 
 
 class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers is not read
@@ -157,9 +161,13 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers is not read
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         sharded = self._sharded or self.is_deepspeed_enabled
-        state = shards.trained(self.model) if sharded else None
+        networks = _has_network(self.model)
+        trained = shards.trained(self.model) if sharded or networks else None
         if self._ranks.first:
-            save_adapter(self.model, output_dir or self.args.output_dir, state)
+            folder = output_dir or self.args.output_dir
+            save_adapter(self.model, folder, trained if sharded else None)
+            if networks and trained is not None:
+                save_file({n: t.contiguous() for n, t in trained.items()}, Path(folder, NETWORK))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self._sharded:
@@ -197,8 +205,23 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers is not read
         self.state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
 
 
+def _has_network(model: Any) -> bool:
+    """True when a network computes the prompt; the adapter's file has what it computed alone."""
+    config: Any = model.active_peft_config
+    return bool(getattr(config, "trains_network", False))
+
+
 def load_adapter(model: Any, checkpoint: str) -> None:
     """Copy the adapter of a checkpoint into the model, whose parameters are whole."""
+    if _has_network(model):
+        own = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        kept = load_file(Path(checkpoint, NETWORK))
+        if kept.keys() != own.keys():
+            raise UserError(f"{Path(checkpoint, NETWORK)} is of another adapter than this one")
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(kept[name])
+        return
     from ..checkpoint.loading import set_peft_model_state_dict
     from ..checkpoint.state_dicts import load_peft_weights
 
@@ -281,7 +304,10 @@ def held_out(
             targets += count
             if task in ("seq_cls", "token_cls"):
                 # a padded place has the label -100, which no prediction equals
-                right += float((output.logits.argmax(-1) == batch["labels"]).sum())
+                labels, logits = batch["labels"], output.logits
+                if task == "token_cls":  # virtual tokens stand before the others
+                    logits = logits[:, -labels.shape[1] :]
+                right += float((logits.argmax(-1) == labels).sum())
     loss_sum, right, targets = ranks.sum(loss_sum, right, targets)
     result = {"loss": loss_sum / targets}
     if task in ("seq_cls", "token_cls"):

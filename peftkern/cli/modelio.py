@@ -18,6 +18,7 @@ AUTO_CLASSES = {
     "token_cls": "AutoModelForTokenClassification",
     "seq_2_seq_lm": "AutoModelForSeq2SeqLM",
 }
+NOT_HERE = "no such folder here; asking the Hugging Face hub for this name"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -137,11 +138,13 @@ def _gguf(gguf_file: str | None) -> dict[str, Any]:
 
 
 def _loading(what: str, folder: str, load: Any, options: dict[str, Any]) -> Any:
+    # the hub's answer to the name of a folder that was mistyped does not say that there is none
+    absent = "" if Path(folder).exists() else "no such folder here, and from the hub "
     try:
         return load(folder, **options)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
         raise UserError(
-            f"--model {folder}: the {what} cannot be loaded: {first_line(error)}"
+            f"--model {folder}: {absent}the {what} cannot be loaded: {first_line(error)}"
         ) from error
     except Exception as error:
         # safetensors and tokenizers raise classes of their own, derived directly from Exception
@@ -152,5 +155,5 @@ def _loading(what: str, folder: str, load: Any, options: dict[str, Any]) -> Any:
         ):
             raise
         raise UserError(
-            f"--model {folder}: the {what} cannot be loaded: {first_line(error)}"
+            f"--model {folder}: {absent}the {what} cannot be loaded: {first_line(error)}"
         ) from error

@@ -27,6 +27,16 @@ def setting(
     return field(default=default, metadata={"help": help, "panel": panel, "flag": flag})
 
 
+def unlisted(default: Any) -> Any:
+    """A field of a dataclass of settings that is no option."""
+    return field(default=default, metadata={"unlisted": True}, repr=False, compare=False)
+
+
+def options_of(settings: Any) -> list[Field[Any]]:
+    """The fields of a dataclass of settings that are options."""
+    return [f for f in fields(settings) if not f.metadata.get("unlisted")]
+
+
 def option(name: str) -> str:
     """The option of a setting: ``--lora-r`` for ``lora_r``."""
     return "--" + name.replace("_", "-")
@@ -36,19 +46,27 @@ def takes(settings: type) -> Callable[[Callable[..., None]], Callable[..., None]
     """A decorator for ``command(settings, ...)`` that gives it one parameter for each setting.
 
     The decorated function has these parameters in place of the first one, in the form that typer
-    reads.
+    reads. Of settings with a field ``config``, what is not given on the command line is taken from
+    the file that it names, and their field ``given`` holds the names that were given in either.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        names = [f.name for f in fields(settings)]
+        listed = options_of(settings)
+        from_file = any(f.name == "config" for f in listed)
 
-        def run(**given: Any) -> None:
-            command(settings(**{name: given.pop(name) for name in names}), **given)
+        def run(context: typer.Context, **given: Any) -> None:
+            values = {f.name: given.pop(f.name) for f in listed}
+            if from_file:
+                values = _with_config(settings, context, values)
+            command(settings(**values), **given)
 
         hints = get_type_hints(settings)
         own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
-        parameters = [_parameter(f, hints[f.name]) for f in fields(settings)]
-        parameters += [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
+        parameters = [
+            inspect.Parameter("context", _KEYWORD, annotation=typer.Context),
+            *(_parameter(f, hints[f.name], from_file) for f in listed),
+            *(p.replace(kind=_KEYWORD) for p in own),
+        ]
         run.__name__, run.__doc__ = command.__name__, command.__doc__
         run.__annotations__ = {p.name: p.annotation for p in parameters}
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -57,13 +75,29 @@ def takes(settings: type) -> Callable[[Callable[..., None]], Callable[..., None]
     return decorate
 
 
-def _parameter(of: Field[Any], kind: Any) -> inspect.Parameter:
+_KEYWORD = inspect.Parameter.KEYWORD_ONLY
+
+
+def _with_config(settings: type, context: Any, values: dict[str, Any]) -> dict[str, Any]:
+    """The values of the command line and, for what is not given there, of its ``--config``."""
+    from .config_file import missing, read_config
+
+    written = [n for n in values if context.get_parameter_source(n).name != "DEFAULT"]
+    of_file = {} if values["config"] is None else read_config(values["config"], settings)
+    for name, other in getattr(settings, "INSTEAD", {}).items():
+        if name in written and other not in written:
+            of_file.pop(other, None)
+    values |= {name: value for name, value in of_file.items() if name not in written}
+    missing(settings, values)
+    values["given"] = frozenset((*written, *of_file))
+    return values
+
+
+def _parameter(of: Field[Any], kind: Any, from_file: bool) -> inspect.Parameter:
     said = of.metadata
     flags = () if said["flag"] is None else (said["flag"],)
     how = typer.Option(*flags, help=said["help"], rich_help_panel=said["panel"])
-    return inspect.Parameter(
-        of.name,
-        inspect.Parameter.KEYWORD_ONLY,
-        default=inspect.Parameter.empty if of.default is MISSING else of.default,
-        annotation=Annotated[kind, how],
-    )
+    default = inspect.Parameter.empty if of.default is MISSING else of.default
+    if from_file and of.default is MISSING:
+        default, kind = None, kind | None  # it may stand in the file
+    return inspect.Parameter(of.name, _KEYWORD, default=default, annotation=Annotated[kind, how])

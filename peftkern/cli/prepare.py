@@ -12,6 +12,7 @@ from .chat import has_template, how_marked, read_template
 from .data import Dataset, split_records
 from .encode import Example, encode
 from .errors import UserError, first_line
+from .methods import METHODS, make_config, refuse_unknown_targets
 from .modelio import load_model
 from .options import option
 from .packing import pack, sees_across
@@ -91,7 +92,6 @@ def make_model(
     from ..fusing import fuse
     from ..mapping import get_peft_model
     from ..quantising import quantize_base
-    from ..tuners.lora import LoraConfig
 
     set_seed(settings.seed)  # for the random first values of classification head and A
     dtype = torch.bfloat16 if settings.bf16 else torch.float32
@@ -110,21 +110,15 @@ def make_model(
     )
     if base.config.pad_token_id is None:
         base.config.pad_token_id = pad  # with it classifiers on decoders find the last real token
+    refuse_unknown_targets(settings, base)
     try:
-        config = LoraConfig(
-            task_type=settings.task.upper(),
-            r=settings.lora_r,
-            lora_alpha=settings.lora_alpha,
-            lora_dropout=settings.lora_dropout,
-            target_modules=settings.target_list(),
-            use_rslora=settings.rslora,
-        )
-        model = get_peft_model(base, config)
+        model = get_peft_model(base, make_config(settings))
         if settings.load_in == "fp8":
             quantize_base(model, "fp8")
     except ValueError as error:
-        message = f"{option('target_modules')} {settings.target_modules}: {first_line(error)}"
-        raise UserError(message) from error
+        on = f"{option('target_modules')} {settings.target_modules}"
+        of = on if METHODS[settings.method].on_layers else f"--method {settings.method}"
+        raise UserError(f"{of}: {first_line(error)}") from error
     if settings.liger:
         try:
             fuse(model.to(device_of(settings)), liger=True)

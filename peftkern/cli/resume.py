@@ -23,6 +23,7 @@ from .settings import first_difference
 MANIFEST = "peftkern_checkpoint.json"
 PARTIAL = ".partial"
 FINISHED = "training.json"
+CONFIG = "run.yaml"
 _NAME = re.compile(r"checkpoint-(\d+)")
 # the files that Trainer needs besides the adapter and `rng_files` to continue exactly
 STATE_FILES = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
@@ -143,7 +144,7 @@ def refuse_foreign_adapter(out: Path) -> None:
 
 def clear(out: Path) -> None:
     """Delete an earlier run's checkpoints, record and adapter in ``out`` (``--fresh``), no more."""
-    for name in (FINISHED, "adapter_config.json", "adapter_model.safetensors"):
+    for name in (FINISHED, CONFIG, "adapter_config.json", "adapter_model.safetensors"):
         (out / name).unlink(missing_ok=True)
     for _, path in _folders(out):
         (path / MANIFEST).unlink(missing_ok=True)

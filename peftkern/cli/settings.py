@@ -10,12 +10,13 @@ import json
 import math
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from .chat import read_template
 from .errors import UserError
 from .forms import FORM_NAMES
-from .options import option, setting
+from .methods import METHODS, applies, names_in, refuse_inapplicable
+from .options import option, options_of, setting, unlisted
 
 TASKS = ("causal_lm", "seq_cls", "token_cls", "seq_2_seq_lm")
 LOAD_IN = ("4bit", "8bit", "fp8")
@@ -27,7 +28,9 @@ _LOOP = "The training"
 PLACE = "Saving and going on"
 
 # settings that do not change the resulting weights, only where and how often they are written
-_FREE_TO_CHANGE = frozenset({"out", "save_every", "keep", "data", "data_format"})
+_FREE_TO_CHANGE = frozenset({"out", "save_every", "keep", "data", "data_format", "config", "given"})
+
+_COUNTS = ("batch_size", "grad_accumulation", "save_every", "keep")
 
 # which examples a step sees: a number that grows when the same settings give another order
 ORDER = 2
@@ -40,18 +43,32 @@ class TrainSettings:
     Lengths are in tokens, ``save_every`` and ``steps`` in optimizer steps.
     """
 
+    # of two, the one on the command line puts out the other's line in the file of --config
+    INSTEAD: ClassVar = {"steps": "epochs", "epochs": "steps"}
+
     model: str = setting(help="Folder of the base model (or a .gguf file).")
     data: str = setting(help="A .jsonl, .json, .csv, .parquet or .txt file, or a folder of them.")
     out: str = setting(help="Folder for checkpoints and the adapter.")
+    config: str | None = setting(None, "A file of options (run.yaml); the command line beats it.")
     task: str = setting("causal_lm", "causal_lm, seq_cls, token_cls or seq_2_seq_lm.")
     data_format: str = setting("auto", "What the examples are; auto tells it by their fields.")
     chat_template: str | None = setting(None, "A file with a chat template (Jinja).")
     gguf_file: str | None = setting(None, "Which .gguf file, if the model folder holds several.")
+    method: str = setting("lora", "lora, dora, prefix, prompt or p-tuning.", _LORA)
     lora_r: int = setting(16, "Rank.", _LORA)
     lora_alpha: float = setting(32.0, "Scale: alpha / r.", _LORA)
     lora_dropout: float = setting(0.0, "Dropout before A.", _LORA)
     target_modules: str = setting("all-linear", "all-linear, or names with commas.", _LORA)
+    target_parameters: str | None = setting(
+        None, "Names of parameters with commas, such as experts.down_proj.", _LORA
+    )
     rslora: bool = setting(False, "Scale: alpha / sqrt(r).", _LORA, "--rslora")
+    num_virtual_tokens: int = setting(20, "Length of a prefix or prompt.", _LORA)
+    prefix_projection: bool = setting(
+        False, "Compute the prefix by a network.", _LORA, "--prefix-projection"
+    )
+    encoder_hidden_size: int | None = setting(None, "Width of that network, or p-tuning's.", _LORA)
+    prompt_tuning_init_text: str | None = setting(None, "The text a prompt begins as.", _LORA)
     lr: float = setting(2e-4, "Learning rate.", _LOOP)
     scheduler: str = setting("linear", "linear, cosine, constant or constant_with_warmup.", _LOOP)
     warmup_steps: int = setting(0, panel=_LOOP)
@@ -84,10 +101,23 @@ class TrainSettings:
     cpu: bool = setting(False, "Leave the GPU alone.", _LOOP, "--cpu")
     save_every: int = setting(100, "Steps between checkpoints.", PLACE)
     keep: int = setting(2, "How many checkpoints stay on disk.", PLACE)
+    # the names of the options that were given; None: those that differ from their default
+    given: frozenset[str] | None = unlisted(None)
 
     def validate(self) -> None:
         """Raise a UserError for the first option with an impossible value."""
-        for name in ("lora_r", "batch_size", "grad_accumulation", "save_every", "keep"):
+        self._require("method", self.method in METHODS, "one of " + ", ".join(METHODS))
+        refuse_inapplicable(self)
+        if self.encoder_hidden_size is not None:
+            self._require("encoder_hidden_size", self.encoder_hidden_size >= 1, "at least 1")
+        for name in (
+            "num_virtual_tokens",
+            "lora_r",
+            "batch_size",
+            "grad_accumulation",
+            "save_every",
+            "keep",
+        ):
             self._require(name, getattr(self, name) >= 1, "at least 1")
         if self.steps is not None:
             self._require("steps", self.steps >= 1, "at least 1")
@@ -115,7 +145,9 @@ class TrainSettings:
         self._require("scheduler", self.scheduler in SCHEDULERS, "one of " + ", ".join(SCHEDULERS))
         self._require("load_in", self.load_in in (None, *LOAD_IN), "one of " + ", ".join(LOAD_IN))
         self._require(
-            "target_modules", bool(self.target_list()), "all-linear, or names with commas"
+            "target_modules",
+            bool(self.target_list() or self.target_parameters),
+            "all-linear, or names with commas (none with --target-parameters alone)",
         )
 
     def _require(self, name: str, ok: bool, allowed: str) -> None:
@@ -124,9 +156,21 @@ class TrainSettings:
 
     def target_list(self) -> str | list[str]:
         """``target_modules`` for LoraConfig: ``"all-linear"`` or a list of module names."""
-        if self.target_modules.strip() == "all-linear":
-            return "all-linear"
-        return [name.strip() for name in self.target_modules.split(",") if name.strip()]
+        listed = self.target_modules.strip()
+        return listed if listed == "all-linear" else names_in("" if listed == "none" else listed)
+
+    def was_given(self, name: str) -> bool:
+        """True for an option that the command line or the file of --config gives."""
+        if self.given is not None:
+            return name in self.given
+        return bool(getattr(self, name) != _DEFAULTS.get(name))
+
+    def options(self) -> dict[str, Any]:
+        """The options that repeat the run, by name, with the paths as they were given."""
+        names = [f.name for f in options_of(self) if f.name != "config" and applies(self, f.name)]
+        if self.steps is not None:
+            names.remove("epochs")
+        return {n: getattr(self, n) for n in names if getattr(self, n) is not None}
 
     def identity(self, data_sha256: str, processes: int = 1) -> dict[str, Any]:
         """The settings that determine the resulting weights, as JSON values.
@@ -197,13 +241,15 @@ def differing(old: dict[str, Any], new: dict[str, Any]) -> str | None:
     names = ["order", *new, *(k for k in old if k not in new)]
 
     def value(of: dict[str, Any], name: str) -> Any:
-        return of.get(name, _DEFAULTS.get(name))
+        # the number of epochs is not there when that of steps is given
+        return of.get(name, _DEFAULTS.get(name) if name != "epochs" else None)
 
     return next((name for name in names if value(old, name) != value(new, name)), None)
 
 
-_DEFAULTS = {f.name: f.default for f in fields(TrainSettings) if f.default is not MISSING}
-del _DEFAULTS["epochs"]  # not there when the number of steps is given
+_DEFAULTS: dict[str, Any] = {
+    f.name: f.default for f in fields(TrainSettings) if f.default is not MISSING
+}
 
 
 def _said(value: Any) -> str:

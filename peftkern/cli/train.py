@@ -17,13 +17,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from .. import liger
+from .._version import __version__
 from ..files.atomic import write_text_atomically
 from ..utils.private import use_one_gpu
 from . import resume, shards
+from .config_file import as_yaml
 from .data import Dataset, read_data
 from .encode import Example, collator, pad_id
 from .errors import UserError, first_line
-from .modelio import hush_transformers, load_tokenizer, locate_model
+from .modelio import NOT_HERE, hush_transformers, load_tokenizer, locate_model
 from .options import option
 from .packing import packed_collator
 from .prepare import device_of, fingerprint, look_across, make_model, prepare_data
@@ -69,12 +71,14 @@ def _train(settings: TrainSettings, ranks: Ranks, fresh: bool, console: Console)
 
     # from here on the input is known to be right
     def make_out() -> None:
+        told = as_yaml(settings.options(), __version__)
         if fresh:
             resume.clear(out)
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"--out {out}: cannot be made: {error.strerror}") from None
+        write_text_atomically(out / resume.CONFIG, told)
 
     ranks.writes(make_out)
     return _run(settings, arguments, ranks, found, model, tokenizer, training, held, console)
@@ -101,11 +105,13 @@ def _look(settings: TrainSettings, fresh: bool, ranks: Ranks) -> _Found:
         raise UserError(f"--out {out}: exists and is not a folder")
     resume.refuse_foreign_adapter(out)
     folder, gguf_file = locate_model(settings.model, settings.gguf_file)
+    messages = [] if Path(folder).exists() else [f"--model {folder}: {NOT_HERE}"]
     data = read_data(settings.data, settings.task, settings.data_format)
     settings.bf16 = _resolve_bf16(settings)
     refuse_other_precision(settings.bf16)
     settings.gguf_file = gguf_file
     found = _Found(folder, data, settings.identity(data.sha256, ranks.count))
+    found.messages = messages
     if fresh:
         return found
     found.done = resume.finished(out)
@@ -114,7 +120,8 @@ def _look(settings: TrainSettings, fresh: bool, ranks: Ranks) -> _Found:
         found.done["identity"]["order"] = found.identity["order"]  # it sees no example any more
         resume.refuse_other_settings(found.done["identity"], found.identity, where)
         return found
-    found.checkpoint, found.messages = resume.find(out)
+    found.checkpoint, skipped = resume.find(out)
+    found.messages += skipped
     if found.checkpoint is not None:
         where = str(found.checkpoint.path)
         resume.refuse_other_settings(found.checkpoint.identity, found.identity, where)

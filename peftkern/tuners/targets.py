@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 import warnings
 from collections.abc import Iterable
@@ -212,7 +213,7 @@ def match_targets(
     if given is not None:
         _warn_inconsistent(configured, {n.removeprefix(COMPILED) for n, _ in found})
     if not found:
-        _raise_unmatched(config, targets, any_excluded, any_other)
+        _raise_unmatched(config, model, targets, any_excluded, any_other)
     if getattr(config, "exclude_modules", None) and not any_excluded:
         warnings.warn(
             f"You have passed exclude_modules={config.exclude_modules} but no modules were "
@@ -244,8 +245,29 @@ def _warn_inconsistent(configured: set[str], found: set[str]) -> None:
         )
 
 
+def linear_names(model: nn.Module) -> list[str]:
+    """The last parts of the names of all linear layers, each once, in the model's order."""
+    names = (name for name, module in walk(model, into_layers=False) if _is_linear(module))
+    return list(dict.fromkeys(name.rpartition(".")[2] for name in names))
+
+
+def parameter_names(model: nn.Module) -> list[str]:
+    """The last two parts of the names of weights of three dimensions, else of all weights."""
+    named = list(model.named_parameters())
+    stacked = [name for name, value in named if value.ndim == 3]
+    names = stacked or [name for name, _ in named]
+    return list(dict.fromkeys(".".join(name.split(".")[-2:]) for name in names))
+
+
+def choice_of(given: Iterable[str], names: list[str]) -> str:
+    """A phrase with the ``names`` that exist, and the one nearest to what was ``given``, if any."""
+    near = [close for name in given for close in difflib.get_close_matches(name, names, n=1)]
+    meant = f"did you mean {near[0]}? " if near else ""
+    return f"{meant}It has {', '.join(names) or 'none'}"
+
+
 def _raise_unmatched(
-    config: Any, targets: set[str] | str, any_excluded: bool, any_other: bool
+    config: Any, model: nn.Module, targets: set[str] | str, any_excluded: bool, any_other: bool
 ) -> None:
     if any_excluded and not any_other:
         raise NoMatchingPeftModuleError(
@@ -269,6 +291,8 @@ def _raise_unmatched(
             f"Target modules {_shown(targets)} not found in the base model. Please check the "
             "target modules and try again."
         )
+        named = [targets] if isinstance(targets, str) else sorted(targets)
+        message += f" Names of linear layers: {choice_of(named, linear_names(model))}."
     if getattr(config, "layers_to_transform", None) is not None:
         message += f" Note: You specified 'layers_to_transform': {config.layers_to_transform}."
     if getattr(config, "layers_pattern", None) is not None:
