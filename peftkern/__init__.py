@@ -55,6 +55,8 @@ if TYPE_CHECKING:
     from .ops.lora import lora_linear as lora_linear
     from .quantising import quantize_base as quantize_base
     from .quantising import set_base_compute as set_base_compute
+    from .running import Runner as Runner
+    from .running import runner as runner
     from .stand_in import as_peft as as_peft
     from .tuners.lora import AdapterNames as AdapterNames
     from .tuners.lora import BdLoraConfig as BdLoraConfig
@@ -143,6 +145,7 @@ _WHERE = {
     ".tuners.trainable_tokens": "TrainableTokensLayer TrainableTokensWrapper",
     ".tuners.prompt_tuning": "PromptEmbedding PromptTuningConfig PromptTuningInit",
     ".quantising": "quantize_base set_base_compute",
+    ".running": "Runner runner",
     ".model.status": "get_layer_status get_model_status",
     ".utils.constants": (
         "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING "

@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import nn
+
+
+@dataclass
+class Decoding:
+    """How steps of the base model, called by themselves, get the adapters.
+
+    Attributes:
+        context: makes a context for one step.
+        first: the keywords of the first step, from those without adapters.
+        front: tokens that the first step puts into the cache before the input's.
+        why_no_graph: the reason that steps cannot be recorded; None when they can.
+    """
+
+    context: Callable[[], AbstractContextManager[Any]]
+    first: Callable[[dict[str, Any]], dict[str, Any]]
+    front: int = 0
+    why_no_graph: str | None = None
 
 
 class Tuner(Protocol):
@@ -14,7 +32,13 @@ class Tuner(Protocol):
 
     ``host`` is the PeftModel, or a copy of it on another device. Modules and parameters belong to
     the host (``base_model``, …); a tuner has none of its own.
+
+    Attributes:
+        why_no_graph: the reason that steps of decoding with its adapters are not recorded as CUDA
+            graphs; None where they can be.
     """
+
+    why_no_graph: str | None
 
     def start(
         self,
@@ -70,6 +94,12 @@ class Tuner(Protocol):
 
     def generate(self, host: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The tokens that the adapted model generates."""
+
+    def decoding(self, host: Any, ids: Any, names: Sequence[str] | None) -> Decoding:
+        """How single steps of the base model decode prompts ``ids`` [B, T] with the adapters.
+
+        ``names``: the adapter of each row; None: the active one.
+        """
 
     def check_requests(self, host: Any, names: Sequence[str] | None) -> None:
         """Raise an error when requests of continuous batching cannot take these adapters.

@@ -8,19 +8,25 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 from torch import nn
 
 from ...utils.generation import generation_setting, row_repeats
+from ...utils.handing import handing
+from ..tuner import Decoding
 from .base import LoraLayer
 from .group import ungroup_broken
 from .model import LoraModel
+from .row_adapters import AdapterNames
 from .variant import with_call_kwargs, with_generate_kwargs
 
 
 class LoraTuner:
     """The :class:`..tuner.Tuner` of LoRA adapters."""
+
+    why_no_graph: str | None = None
 
     # ---------------------------------------------------------------- adapters
 
@@ -126,6 +132,31 @@ class LoraTuner:
         own = host.special_peft_forward_args
         with host._enable_peft_forward_hooks(*args, **{**kwargs, **how}):
             return model.generate(*args, **{k: v for k, v in kwargs.items() if k not in own})
+
+    def decoding(self, host: Any, ids: Any, names: Sequence[str] | None) -> Decoding:
+        model = host.base_model
+        ungroup_broken(model.model)
+        kwargs = with_generate_kwargs(host, (), {"input_ids": ids, "adapter_names": names})
+        told = {n for n in host.special_peft_forward_args if kwargs.get(n) is not None}
+        if names is not None:
+            if len(names) != len(ids):
+                raise ValueError(
+                    f"adapter_names has {len(names)} entries for {len(ids)} rows; allowed: one "
+                    "for each"
+                )
+            model.check_names(names)
+        if not host.has_active_enabled_adapter:
+            told = set()
+        if told <= {"adapter_names"}:
+            context: Any = nullcontext
+            if told:
+                block = dict.fromkeys(
+                    model.adapter_layers(), AdapterNames.of(kwargs["adapter_names"])
+                )
+                context = partial(handing, block)
+            return Decoding(context, dict)
+        reason = f"a step takes {', '.join(sorted(told))}"
+        return Decoding(partial(host._enable_peft_forward_hooks, **kwargs), dict, 0, reason)
 
     def check_requests(self, host: Any, names: Sequence[str] | None) -> None:
         told = self.active(host) if names is None else names

@@ -6,7 +6,7 @@ import functools
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from ...utils.versions import cache_name, cache_of, cached_tokens
 from ..modules_to_save import ModulesToSaveWrapper
 from ..prefix_tuning import PrefixTuningConfig
 from ..prefix_tuning.state import offset_behind
+from ..tuner import Decoding
 from ..wrapped import innermost
 from .pooling import reading_last_tokens
 from .prompts import BASE
@@ -362,3 +363,29 @@ def prepare_step(
     if isinstance(made, Tensor) and made.dim() == 4 and made.shape[-1] < embeds.shape[1]:
         out["attention_mask"] = extended  # replaces a mask that was made without the prompt
     return out
+
+
+# -------------------------------------------------------------------- single steps
+
+
+def decoding(tuner: Any, model: Any, ids: Tensor, names: Any) -> Decoding:
+    """How single steps of the base model get the prompts of their rows."""
+    if not model.has_active_enabled_adapter:
+        return Decoding(nullcontext, dict)
+    rows = tuner.rows(names, len(ids))
+    heads = functools.partial(named_rows, model, rows)
+    if rows is not None and set(rows) == {BASE}:
+        return Decoding(heads, dict)
+    if isinstance(model.active_peft_config, PrefixTuningConfig):
+
+        @contextmanager
+        def step() -> Iterator[None]:
+            with heads(), prefixed(tuner, model, len(ids), rows):
+                yield
+
+        return Decoding(step, dict)
+
+    def first(kwargs: dict[str, Any]) -> dict[str, Any]:
+        return with_prompt(model, kwargs, tuner.prompts(model, len(ids), rows))
+
+    return Decoding(heads, first, tuner.virtual_tokens(model, rows))

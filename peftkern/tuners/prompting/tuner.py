@@ -32,8 +32,9 @@ from ..p_tuning import PromptEncoder, PromptEncoderConfig
 from ..prefix_tuning import PrefixEncoder, PrefixTuningConfig
 from ..prompt_tuning import PromptEmbedding, PromptTuningConfig
 from ..tensor_parallel import check_copied, own_heads, same_on_all_ranks, tensor_parallel
+from ..tuner import Decoding
 from ..wrapped import Wrapped, innermost
-from .calls import prepare_step, prompted_forward, prompted_generate
+from .calls import decoding, prepare_step, prompted_forward, prompted_generate
 from .encoder import BasePromptEncoder
 from .prompts import Prompts, divide
 from .room import Room
@@ -69,6 +70,7 @@ class PromptTuner(Prompts):
     """
 
     room: Room
+    why_no_graph: str | None = "steps with a prompt are not recorded"
 
     def __init__(self) -> None:
         self.peft_config: dict[str, Any] = {}
@@ -244,6 +246,9 @@ class PromptTuner(Prompts):
             "Setting `requires_grad` is not supported for prompt learning methods like "
             f"{host.peft_type.value}."
         )
+
+    def decoding(self, host: Any, ids: Any, names: Sequence[str] | None) -> Decoding:
+        return decoding(self, host, ids, names)
 
     def check_requests(self, host: Any, names: Sequence[str] | None) -> None:
         raise NotImplementedError(
