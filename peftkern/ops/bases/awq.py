@@ -16,6 +16,8 @@ from torch import Tensor
 
 from .columns import Columns, unpacked
 from .formats import Found
+from .gptqmodel_packing import cannot_pack, packed_anew
+from .repack import State
 
 if TYPE_CHECKING:
     from ...kernels.quantised import Quantised
@@ -50,14 +52,18 @@ class Awq(Columns):
         return awq(qweight, qzeros, scales, K // scales.shape[0])
 
     def columns(self, dtype: torch.dtype) -> Tensor:
-        qweight, qzeros, scales = self.tensors
+        qweight, _, scales = self.tensors
         N, K = self.shape
         size = K // scales.shape[0]
         codes = self._codes(qweight)[:, :N].unflatten(0, (-1, size))
-        zeros = self._codes(qzeros)[:, :N].unsqueeze(1)
+        zeros = self.zeros().unsqueeze(1)
         scales = scales.to(self.compute_dtype(dtype)).unsqueeze(1)
         dense: Tensor = (codes - zeros) * scales
         return dense.flatten(0, 1).to(dtype)
+
+    def zeros(self) -> Tensor:
+        """The zero points [groups, N], int32."""
+        return self._codes(self.tensors[1])[:, : self.shape[0]]
 
     def _codes(self, words: Tensor) -> Tensor:
         codes = unpacked(words, self.bits, 1)
@@ -86,3 +92,19 @@ def read(module: Any) -> Found | str:
         shapes = ", ".join(str(tuple(t.shape)) for t in held)
         return f"its weight does not fit its statistics: {shapes}, groups of {module.group_size}"
     return Found(Awq(held, bits, kind == "WQLinear_GEMM"), module.bias)
+
+
+def cannot_repack(module: Any) -> str | None:
+    """The reason that the layer's owner cannot pack another weight into it, or None."""
+    if type(module).__name__ != "AwqTorchLinear" and module.bits != 4:
+        return f"a {type(module).__name__} packs 4 bit alone, and has {module.bits}"
+    return cannot_pack(module)
+
+
+def repacked(module: Any, weight: Tensor) -> State:
+    """What a layer of gptqmodel holds for another weight [N, K]: see :mod:`.gptqmodel_packing`."""
+    held: Any = read(module)
+    packed: Awq = held.packed
+    K, scales = packed.shape[1], packed.tensors[2]
+    groups = torch.arange(K) // (K // scales.shape[0])
+    return State(dict(packed_anew(module, weight, groups, scales, packed.zeros())))

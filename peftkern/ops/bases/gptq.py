@@ -18,6 +18,8 @@ from torch import Tensor
 
 from .columns import Columns, unpacked
 from .formats import Found
+from .gptqmodel_packing import cannot_pack, packed_anew
+from .repack import State
 
 if TYPE_CHECKING:
     from ...kernels.quantised import Quantised
@@ -60,13 +62,18 @@ class Gptq(Columns):
         order = None if self.group else groups.int()
         return gptq(qweight, qzeros, scales, self.group, order, int(self.first), self.wraps)
 
-    def columns(self, dtype: torch.dtype) -> Tensor:
-        qweight, qzeros, scales, groups = self.tensors
-        N, K = self.shape
-        zeros = unpacked(qzeros, self.bits, 1)[:, :N]
+    def zeros(self) -> Tensor:
+        """The zero points [groups, N] that are subtracted from codes, int32."""
+        zeros = unpacked(self.tensors[1], self.bits, 1)[:, : self.shape[0]]
         if self.first:
             zeros = zeros + 1
             zeros = zeros & 2**self.bits - 1 if self.wraps else zeros
+        return zeros
+
+    def columns(self, dtype: torch.dtype) -> Tensor:
+        qweight, _, scales, groups = self.tensors
+        zeros = self.zeros()
+        K = self.shape[1]
         codes = unpacked(qweight, self.bits, 0)[:K]
         return (scales[groups] * (codes - zeros[groups])).to(dtype)
 
@@ -107,3 +114,15 @@ def read(module: Any) -> Found | str:
     if group and -(-K // group) != scales.shape[0]:
         group = 0
     return Found(Gptq(held, module.bits, K, N, first, group, wraps), module.bias)
+
+
+cannot_repack = cannot_pack
+
+
+def repacked(module: Any, weight: Tensor) -> State:
+    """What a layer of gptqmodel holds for another weight [N, K]: see :mod:`.gptqmodel_packing`."""
+    held: Any = read(module)
+    packed: Gptq = held.packed
+    scales, groups = packed.tensors[2], packed.tensors[3]
+    made = packed_anew(module, weight, groups.long(), scales, packed.zeros(), packed.first)
+    return State(dict(made))

@@ -3,7 +3,8 @@
 The file of a format whose owner can quantise has a function
 ``repacked(module, weight) -> State``: what the layer would hold for ``weight`` [N, K], made by the
 owner's own code. A :class:`State` names attributes of the layer and the objects in them, so that an
-old one is put back bit for bit; it refers to the packed tensors and copies none.
+old one is put back bit for bit; it refers to the packed tensors and copies none. Where that depends
+on the layer, the file has a function ``cannot_repack(module) -> str | None`` too, with the reason.
 """
 
 from __future__ import annotations
@@ -46,12 +47,14 @@ def why_not(module: nn.Module) -> str | None:
         return found
     if _function(module) is None:
         return f"{found.packed.format} is not made from a weight alone"
-    return None
+    asked = _function(module, "cannot_repack")
+    reason: str | None = None if asked is None else asked(module)
+    return reason
 
 
-def _function(module: nn.Module) -> Any:
+def _function(module: nn.Module, name: str = "repacked") -> Any:
     reader: Any = reader_of(module)
-    return getattr(sys.modules[reader.__module__], "repacked", None)
+    return getattr(sys.modules[reader.__module__], name, None)
 
 
 def dense_value(module: nn.Module) -> Tensor:

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from ...ops.bases import repack
+from ...ops.bases.formats import is_packed
 from ...utils.warning import PeftWarning
 from ..adapter_calls import BROKEN, check_adapters_to_merge
 from ..base_layer import BaseTunerLayer
@@ -43,9 +45,18 @@ class ModelMerging:
         if adapted:
             warnings.warn(TIED.format(adapted), stacklevel=4)
         if getattr(self.model, "quantization_method", None) == "gptq" and not dense:
-            raise ValueError("Cannot merge LORA layers when the model is gptq quantized")
+            self._check_gptq()
         if any(getattr(c, "layer_replication", None) for c in self.peft_config.values()):
             raise ValueError("Cannot merge LORA layers when base model layers are replicated")
+
+    def _check_gptq(self) -> None:
+        for layer in self._tuner_layers():
+            base = layer.get_base_layer()
+            if is_packed(base) and (reason := repack.why_not(base)) is not None:
+                raise ValueError(
+                    f"Cannot merge LORA layers when the model is gptq quantized: {reason}. "
+                    "`merge_and_unload(dequantize=True)` merges into dense weights."
+                )
 
     def _tuner_layers(self) -> list[Any]:
         return [m for m in self.model.modules() if isinstance(m, BaseTunerLayer)]
