@@ -74,7 +74,7 @@ def _base_model(name: str, source: str) -> str:
     return name
 
 
-def _add_tokens_of(model: Any, source: str, hub: dict[str, Any], trust: bool) -> None:
+def add_tokens_of(model: Any, source: str, hub: dict[str, Any], trust: bool) -> None:
     """Enlarge the embeddings of ``model`` to the tokenizer that was saved with the adapter."""
     if not hasattr(model, "get_input_embeddings"):
         return
@@ -176,7 +176,7 @@ class _BaseAutoPeftModel:
             **options_for(gguf_file, kwargs),
         )
         note_gguf(base, gguf_file)
-        _add_tokens_of(base, source, hub, bool(kwargs.get("trust_remote_code")))
+        add_tokens_of(base, source, hub, bool(kwargs.get("trust_remote_code")))
         return cls._target_peft_class.from_pretrained(
             base,
             source,

@@ -19,16 +19,20 @@ WORDS = 60
 VOCAB = {"<pad>": 0, "</s>": 1, "<unk>": 2, **{f"w{i}": i + 3 for i in range(WORDS)}}
 
 
-def make_folder(root: Path, names: tuple[str, ...] = ("llama", "bert", "t5")) -> Path:
-    """Folders with tiny models in ``root``; files lm.jsonl, cls.jsonl, tok.jsonl, s2s.jsonl."""
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of whole words: VOCAB."""
     inner = Tokenizer(models.WordLevel(VOCAB, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=inner, unk_token="<unk>", pad_token="<pad>", eos_token="</s>"
     )
+
+
+def make_folder(root: Path, names: tuple[str, ...] = ("llama", "bert", "t5")) -> Path:
+    """Folders with tiny models in ``root``; files lm.jsonl, cls.jsonl, tok.jsonl, s2s.jsonl."""
     for name in names:
         build(name, vocab=len(VOCAB), eos_token_id=1).save_pretrained(root / name)
-        tokenizer.save_pretrained(root / name)
+        tokenizer().save_pretrained(root / name)
     write = {"lm": [], "cls": [], "tok": [], "s2s": []}
     for i in range(30):
         words = [f"w{(i + k) % WORDS}" for k in range(3 + i % 4)]

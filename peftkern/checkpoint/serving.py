@@ -20,6 +20,8 @@ TARGETS = {
 MAX_RANK = 512  # the largest --max-lora-rank that vLLM takes
 
 FACTOR = re.compile(r"\.lora_(?:[AB]\.weight|embedding_[AB])$")
+# copies of the base model's embeddings, which the programs pass over
+BASE_COPY = re.compile(r"\.(?:embed_tokens|lm_head)\.(?:base_layer\.)?weight$")
 # starts that take s B A out of the base weights when the adapter is made
 CHANGES_BASE = ("pissa", "olora", "corda")
 # starts that draw A and B alone; vLLM takes these names and no other
@@ -136,7 +138,8 @@ def _other_tensors(adapter: Adapter) -> str | None:
     expected = ("modules_to_save", "lora_bias", "use_dora", "trainable_token_indices")
     if any(adapter.asks(name) for name in expected) or _bias(adapter):
         return None  # a rule of its own names them
-    found = [name for name in adapter.shapes if not FACTOR.search(name)]
+    known = (FACTOR, BASE_COPY)
+    found = [name for name in adapter.shapes if not any(p.search(name) for p in known)]
     more = f" and {len(found) - 1} more" if len(found) > 1 else ""
     return f"tensors besides A and B: {found[0]}{more}" if found else None
 

@@ -26,3 +26,57 @@ class InspectSettings:
         """Raise a UserError for the first option with an impossible value."""
         ok = self.max_rank is None or self.max_rank >= 1
         require(self, "max_rank", ok, "at least 1")
+
+
+_BASE = "The base model"
+_LOAD_IN = ("4bit", "8bit")
+
+
+@dataclass
+class MergeSettings:
+    """The options of ``peftkern merge``."""
+
+    adapter: list[str] = setting(help="Folder of an adapter, or name=folder; may be repeated.")
+    out: str = setting(help="Folder for the merged model.")
+    model: str | None = setting(None, "Folder or .gguf file; else as the adapter says.", _BASE)
+    gguf_file: str | None = setting(None, "Which .gguf file, if there are several.", _BASE)
+    load_in: str | None = setting(None, "Base in 4bit or 8bit, as it was trained on.", _BASE)
+    weights: str | None = setting(None, "A share for each adapter: 0.7,0.3.")
+    dtype: str | None = setting(None, "float32, bfloat16 or float16; else the base's.")
+    cpu: bool = setting(False, "Leave the GPU alone.", flag="--cpu")
+
+    def validate(self) -> None:
+        """Raise a UserError for the first option with an impossible value."""
+        _check_dtype(self)
+        require(self, "load_in", self.load_in in (None, *_LOAD_IN), "one of " + ", ".join(_LOAD_IN))
+
+
+@dataclass
+class ExportSettings:
+    """The options of ``peftkern export``."""
+
+    adapter: str = setting(help="Folder of the adapter.")
+    to: str = setting(help="vllm, sglang, gguf or merged.")
+    out: str = setting(help="A new folder; a .gguf file for gguf.")
+    model: str | None = setting(None, "Folder or .gguf file; else as the adapter says.", _BASE)
+    gguf_file: str | None = setting(None, "Which .gguf file, if there are several.", _BASE)
+    load_in: str | None = setting(None, "merged: base in 4bit or 8bit.", _BASE)
+    initial: str | None = setting(None, "The adapter before training (PiSSA and its kin).")
+    max_rank: int = setting(512, "The --max-lora-rank that vLLM is started with.")
+    dtype: str | None = setting(None, "float32, bfloat16 or float16.")
+    cpu: bool = setting(False, "Leave the GPU alone.", flag="--cpu")
+
+    def validate(self) -> None:
+        """Raise a UserError for the first option with an impossible value."""
+        targets = ("vllm", "sglang", "gguf", "merged")
+        require(self, "to", self.to in targets, "one of " + ", ".join(targets))
+        require(self, "max_rank", self.max_rank >= 1, "at least 1")
+        _check_dtype(self)
+        require(self, "load_in", self.load_in in (None, *_LOAD_IN), "one of " + ", ".join(_LOAD_IN))
+        if self.load_in is not None and self.to != "merged":
+            raise UserError("--load-in is for --to merged")
+
+
+def _check_dtype(settings: MergeSettings | ExportSettings) -> None:
+    dtypes = ("float32", "bfloat16", "float16")
+    require(settings, "dtype", settings.dtype in (None, *dtypes), "one of " + ", ".join(dtypes))

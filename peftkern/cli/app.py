@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from . import ranks
-from .after_settings import InspectSettings
+from .after_settings import ExportSettings, InspectSettings, MergeSettings
 from .demo.settings import DemoSettings
 from .errors import CommandError, UserError, first_line
 from .options import takes
@@ -118,6 +118,29 @@ def inspect_command(
     from .inspect import inspect
 
     inspect(path, settings)
+
+
+@app.command("merge")
+@takes(MergeSettings)
+def merge_command(settings: MergeSettings) -> None:
+    """Merge adapters into their base model, dense, with its tokenizer."""
+    settings.validate()
+    from .merge import merge
+
+    merge(settings)
+
+
+@app.command("export")
+@takes(ExportSettings)
+def export_command(settings: ExportSettings) -> None:
+    """Write an adapter in the form that vLLM, SGLang or llama.cpp reads, or merged.
+
+    What the target cannot read is refused by name; what it would read wrongly is written otherwise.
+    """
+    settings.validate()
+    from .export import export
+
+    export(settings)
 
 
 def _refuse_several_processes(command: str) -> None:

@@ -67,13 +67,14 @@ def load_model(
     task: str,
     gguf_file: str | None = None,
     label_names: list[str] | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
     load_in: str | None = None,
     device: str = "cpu",
     sharded: bool = False,
 ) -> Any:
     """The base model with the head of ``task``; UserError when it cannot be read.
 
+    With the dtype "auto" it has that of its files.
     It is on the CPU, or with ``load_in`` ("4bit" or "8bit") quantised on ``device``. Packed weights
     that are to be ``sharded`` are stored in ``dtype``.
     """
@@ -82,6 +83,8 @@ def load_model(
     options: dict[str, Any] = {"dtype": dtype, **_gguf(gguf_file)}
     options |= options_for(gguf_file, options)
     if load_in is not None:
+        if isinstance(dtype, str):
+            raise ValueError(f"with load_in, dtype must be one of torch's, got {dtype!r}")
         options |= {
             "quantization_config": _bits(load_in, dtype, sharded),
             "device_map": {"": device},
