@@ -171,7 +171,9 @@ def test_what_cannot_be_done_is_said_before_anything_changes() -> None:
     small, _ = models()
     model = adapted(small)
     for merge in (model.merge_adapter, model.merge_and_unload):
-        with pytest.raises(ValueError, match="of a Mxfp4GptOssExperts is torch.uint8"):
+        with pytest.raises(
+            ValueError, match="into a Mxfp4GptOssExperts: .*kernels for a GPU.*dequantize=True"
+        ):
             merge()
     experts = model.base_model.model.model.layers[1].mlp.experts.get_base_layer()
     scales = experts.down_proj_scales
@@ -183,3 +185,41 @@ def test_what_cannot_be_done_is_said_before_anything_changes() -> None:
         model(input_ids=torch.arange(4).view(1, 4))
     rows = peftkern.explain(model)
     assert [r.fused for r in rows] == [True, True, False, False]
+
+
+def test_a_dense_model_has_the_sum() -> None:
+    small, dense = pair()
+    for model in (small, dense):
+        model.base_model.model.config.use_cache = False
+    x = torch.arange(14).view(2, 7)
+    before, want = step(small, x)[0], dense.merge_and_unload()
+    with pytest.raises(ValueError, match="dequantize=True"):
+        small.merge_adapter()
+    made = small.merge_and_unload(dequantize=torch.float64)
+    experts = made.model.layers[0].mlp.experts
+    assert type(experts) is type(want.model.layers[0].mlp.experts)
+    assert experts.config is made.config or experts.config is made.config.get_text_config()
+    for name, p in want.named_parameters():
+        torch.testing.assert_close(made.get_parameter(name), p, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(made(input_ids=x).logits, before, rtol=1e-10, atol=1e-12)
+
+
+class Swizzled:
+    """Stands for triton_kernels' tensor, by which transformers replaces a parameter on a GPU."""
+
+
+@pytest.mark.parametrize("targets", ["all-experts", ["mlp.experts.down_proj"]], ids=str)
+def test_the_layout_of_gpu_kernels_is_declined_by_name(targets: Any) -> None:
+    small, _ = models()
+    for layer in small.model.layers:
+        for name in NAMES:  # as transformers' swizzle_mxfp4_convertops does
+            del layer.mlp.experts._parameters[name]
+            setattr(layer.mlp.experts, name, Swizzled())
+    with pytest.raises(ValueError, match=r"layers.0.mlp.experts`.*triton_kernels.*dequantize=True"):
+        adapted(small, target_parameters=targets)
+    # attention layers beside such experts take adapters
+    config = peftkern.LoraConfig(r=2, target_modules=["q_proj"])
+    model: Any = peftkern.get_peft_model(small, config)
+    assert len(peftkern.explain(model)) == 2
+    with pytest.raises(ValueError, match="experts` cannot be made dense: gate_up_proj: .*triton"):
+        model.merge_and_unload(dequantize=True)

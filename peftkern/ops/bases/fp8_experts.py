@@ -9,16 +9,19 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.nn.parameter import Parameter
 
 from ...utils.private import EXPERTS_GATE
 from .experts import FoundExperts, PackedExperts
 from .formats import Unusable
 from .fp8 import Fp8
-from .fp8_numbers import cast_error, is_cast
+from .fp8_numbers import cast_error, is_cast, quantised
 from .fp8_numbers import shape_error as fp8_error
 from .mx import Mx4
 from .mx import shape_error as mx_error
+from .repack import State
 
 SCALES = {
     "gate_up_proj": "gate_up_proj_scale_inv",
@@ -85,3 +88,29 @@ def _part(module: Any, name: str) -> PackedExperts | str:
     if (reason := fp8_error(q[0], scale[0], block)) is not None:
         return reason
     return PackedExperts(label, (E, N, K), q.device, held, of)
+
+
+def cannot_repack(module: Any) -> str | None:
+    """The reason that other weights cannot be quantised into the experts, or None."""
+    first, _ = _names(module)
+    if not module._parameters[first].dtype.is_floating_point:
+        return "transformers makes no weights in FP4: it reads those of checkpoints"
+    return None
+
+
+def repacked(module: Any, weight: Tensor, name: str) -> State:
+    """What the experts hold for other weights [E, N, K], by the rule of transformers' loader.
+
+    Each block's scale is max |W| / 448, in E8M0 the next power of two.
+    """
+    q, scale = module._parameters[name], module._parameters[SCALES[name]]
+    block = module.block_size or weight.shape[1:]
+    new, inverse = torch.empty_like(q), torch.empty_like(scale)
+    for expert, one in enumerate(weight):  # one at a time, as each is made float32 again
+        made, its = quantised(one.to(q.device), (block[0], block[1]), scale.dtype)
+        new[expert], inverse[expert] = made, its.reshape(scale[expert].shape)
+    held = {
+        name: Parameter(new, requires_grad=False),
+        SCALES[name]: Parameter(inverse, requires_grad=False),
+    }
+    return State(held)

@@ -48,11 +48,33 @@ def read(module: Any) -> FoundExperts | str:
     )
 
 
+OTHER_LAYOUT = (
+    "its weights are in the layout of transformers' GPU kernels (swizzled by the package "
+    "triton_kernels), which is not read; load the model with `Mxfp4Config(dequantize=True)`"
+)
+
+
+def other_layout(module: Any) -> str | None:
+    """The reason that the module has no parameters to adapt, or None.
+
+    transformers puts objects of triton_kernels, no tensors of torch, in the parameters' place.
+    """
+    swizzled = [n for n in SCALES if n not in module._parameters and n in module.__dict__]
+    return OTHER_LAYOUT if swizzled else None
+
+
+def cannot_repack(module: Any) -> str:
+    """The reason that other weights cannot be quantised into the experts."""
+    return "transformers makes MXFP4 weights with kernels for a GPU, in a layout that is not read"
+
+
 def _part(module: Any, name: str) -> PackedExperts | str:
     own = module._parameters
     bits, scale = own.get(name), _scale(module, name)
-    if bits is None or bits.dtype != torch.uint8:
-        return "its weights are in a layout of other kernels, not the checkpoint's bytes"
+    if bits is None:
+        return other_layout(module) or "it has no weights"
+    if bits.dtype != torch.uint8:
+        return f"its weights are {bits.dtype}, not the checkpoint's bytes"
     if scale is None:
         return "it has no scales"
     if bits.is_meta or scale.is_meta:

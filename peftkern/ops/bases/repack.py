@@ -2,9 +2,10 @@
 
 The file of a format whose owner can quantise has a function
 ``repacked(module, weight) -> State``: what the layer would hold for ``weight`` [N, K], made by the
-owner's own code. A :class:`State` names attributes of the layer and the objects in them, so that an
-old one is put back bit for bit; it refers to the packed tensors and copies none. Where that depends
-on the layer, the file has a function ``cannot_repack(module) -> str | None`` too, with the reason.
+owner's own code; for a mixture's experts ``repacked(module, weight, name)`` with [E, N, K]. Where
+that depends on the layer, it has ``cannot_repack(module) -> str | None`` too, with the reason. A
+:class:`State` names attributes of the layer and the objects in them, so that an old one is put back
+bit for bit; it refers to the packed tensors and copies none.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .experts import PackedExperts
+from .experts import reader_of as experts_reader
 from .formats import numbers, reader_of
+from .weight import Packed
 
 
 class State(NamedTuple):
@@ -37,52 +41,82 @@ class State(NamedTuple):
         return State(before)
 
 
-def why_not(module: nn.Module) -> str | None:
-    """The reason that a layer of a known format cannot be quantised again, or None."""
-    reader = reader_of(module)
-    if reader is None:
+def _held(module: nn.Module, name: str) -> Packed | PackedExperts | str:
+    """The quantised weight called ``name``: a layer's, or one of a mixture's; or why not."""
+    if (experts := experts_reader(module)) is None:
+        found = numbers(module)
+        return found if isinstance(found, str) else found.packed
+    of_mixture = experts.read(module)
+    if isinstance(of_mixture, str):
+        return str(of_mixture)
+    packed: PackedExperts = of_mixture.down if name == "down_proj" else of_mixture.up
+    return packed
+
+
+def why_not(module: nn.Module, name: str = "weight") -> str | None:
+    """The reason that a weight of a known format cannot be quantised again, or None.
+
+    Args:
+        module: a linear layer, or a mixture's experts.
+        name: the weight's attribute.
+    """
+    if reader_of(module) is None and experts_reader(module) is None:
         return f"the weight of a {type(module).__name__} is of no known format"
-    found = numbers(module)
+    found = _held(module, name)
     if isinstance(found, str):
         return found
-    if _function(module) is None:
-        return f"{found.packed.format} is not made from a weight alone"
     asked = _function(module, "cannot_repack")
     reason: str | None = None if asked is None else asked(module)
+    if reason is None and _function(module) is None:
+        return f"{found.format} is not made from a weight alone"
     return reason
 
 
 def _function(module: nn.Module, name: str = "repacked") -> Any:
     reader: Any = reader_of(module)
-    return getattr(sys.modules[reader.__module__], name, None)
+    file = experts_reader(module) if reader is None else sys.modules[reader.__module__]
+    return getattr(file, name, None)
 
 
-def dense_value(module: nn.Module) -> Tensor:
-    """The layer's weight [N, K] in float32.
+def dense_value(module: nn.Module, name: str = "weight") -> Tensor:
+    """The layer's weight [N, K] in float32; of experts [E, N, K].
 
     Raises:
         ValueError: the weight cannot be read.
     """
-    found = numbers(module)
+    found = _held(module, name)
     if isinstance(found, str):
-        raise ValueError(f"the weight of a {type(module).__name__} cannot be read: {found}")
-    return found.packed.dense(torch.float32)
+        raise ValueError(f"the {name} of a {type(module).__name__} cannot be read: {found}")
+    if isinstance(found, Packed):
+        return found.dense(torch.float32)
+    weight = torch.empty(found.shape, device=found.device)
+    for expert in range(found.shape[0]):
+        weight[expert].copy_(found.of(expert).dense(torch.float32))
+    return weight
 
 
 @torch.no_grad()
-def write(module: nn.Module, weight: Tensor) -> tuple[State, float]:
-    """Quantise ``weight`` [N, K] into the layer: (what it held before, the relative error).
+def write(module: nn.Module, weight: Tensor, name: str = "weight") -> tuple[State, float]:
+    """Quantise ``weight`` into the layer: (what it held before, the relative error).
 
     The error is ‖W' - W‖ / ‖W‖ in the Frobenius norm, W' what the layer then holds.
+
+    Args:
+        module: a linear layer, or a mixture's experts.
+        weight: [N, K]; of experts [E, N, K].
+        name: the weight's attribute.
 
     Raises:
         ValueError: the result is not finite, or the owner refuses the weight. The layer is as
             before.
     """
-    wide = weight.float()
-    before = _function(module)(module, wide).put(module)
+    wide, quantise = weight.float(), _function(module)
+    made = (
+        quantise(module, wide) if experts_reader(module) is None else quantise(module, wide, name)
+    )
+    before = made.put(module)
     try:
-        error = dense_value(module).sub_(wide).norm().item()
+        error = dense_value(module, name).sub_(wide).norm().item()
     except BaseException:
         before.put(module)
         raise

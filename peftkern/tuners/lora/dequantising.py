@@ -12,17 +12,21 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...ops.bases import experts
 from ...ops.bases.formats import numbers, reader_of
 from ...ops.bases.fp8_linear import BLOCK, Fp8Linear
 from ...utils.private import hook_of
 from ..base_layer import BaseTunerLayer
+from .dense_experts import Family, dense_experts, note_layout, why_not_dense
 from .linear import bare_linear
 from .offload import offloading
 
 
 @contextmanager
 def made_dense(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
-    """Replace every quantised linear layer of ``model`` by a dense one; back if the block fails.
+    """Replace what is quantised in ``model`` by dense modules; back if the block fails.
+
+    Linear layers become ``nn.Linear``, a mixture's experts the dense class of the model's family.
 
     Args:
         model: the base model, with adapters.
@@ -41,13 +45,19 @@ def made_dense(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
         )
     every = list(model.named_modules(remove_duplicate=False))
     found = [(name, m) for name, m in every if reader_of(m) is not None]
+    mixtures = [(name, m) for name, m in every if experts.reader_of(m) is not None]
+    family = Family(model)
     adapted = {
         id(m.get_base_layer()): name
         for name, m in every
         if isinstance(m, BaseTunerLayer) and m.merged_adapters
     }
-    for name, module in found:
-        held = numbers(module)
+    for name, module in found + mixtures:
+        held: Any = None
+        if reader_of(module) is None:
+            held = why_not_dense(name, module, family)
+        else:
+            held = numbers(module)
         if offloading(module):
             held = "accelerate keeps its weight in host memory or on disk"
         if isinstance(held, str):
@@ -58,17 +68,24 @@ def made_dense(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
                 "a rounded sum; call unmerge_adapter() first"
             )
     replaced: list[tuple[str, nn.Module]] = []
-    made: dict[nn.Module, nn.Linear] = {}  # a module may stand in several places
+    made: dict[nn.Module, nn.Module] = {}  # a module may stand in several places
     try:
-        for name, module in found:
+        for name, module in found + mixtures:
             if module not in made:
-                made[module] = _dense(module, dtype)
+                linear = reader_of(module) is not None
+                made[module] = (
+                    _dense(module, dtype) if linear else dense_experts(name, module, family, dtype)
+                )
             model.set_submodule(name, made[module])
             replaced.append((name, module))
+        if mixtures:
+            note_layout(model)
         yield
     except BaseException:
         for name, module in replaced:
             model.set_submodule(name, module)
+        if mixtures:
+            note_layout(model)
         raise
 
 

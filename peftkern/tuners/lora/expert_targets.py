@@ -12,7 +12,7 @@ from ...configs.lora import LoraConfig
 from ...ops.bases.experts import reader_of
 from ...utils.constants import ALL_EXPERTS_SHORTHAND
 from .experts import form_of, parameters_of
-from .parameter_targets import Target, holders, matches
+from .parameter_targets import Target, check_layout, holders, matches
 
 logger = logging.getLogger("peftkern")
 
@@ -81,10 +81,13 @@ def resolve_experts(
             adapts the same parameters are taken, as those of all adapters have to be equal.
 
     Raises:
-        ValueError: the model has no module of transformers' interface for experts.
+        ValueError: the model has no module of transformers' interface for experts, or one whose
+            weights are in a layout of other kernels.
     """
     if config.target_parameters != ALL_EXPERTS_SHORTHAND:
         return
+    for name, module in holders(model):
+        check_layout(name, module)
     inside, outside, keys = find_experts(model)
     left_out = f"{short_names(outside, keys)} of {_classes(model, outside)}" if outside else ""
     if not inside:

@@ -11,6 +11,7 @@ from torch.nn.parameter import Parameter
 from transformers.pytorch_utils import Conv1D
 
 from ...ops.bases import repack
+from ...ops.bases.experts import reader_of as experts_reader
 from ...ops.bases.formats import is_packed, numbers
 from ...utils.private import CONV_FORWARD
 from ...utils.warning import PeftWarning
@@ -50,7 +51,9 @@ def own_forward(base: Any) -> str | None:
 
 
 def _is_packed(module: Any) -> bool:
-    return isinstance(module, nn.Module) and is_packed(module)
+    if not isinstance(module, nn.Module):
+        return False
+    return is_packed(module) or experts_reader(module) is not None
 
 
 class KeptPacked(NamedTuple):
@@ -178,7 +181,7 @@ class Merging:
             return names
         module, attribute = self._merge_target()
         if _is_packed(module):
-            self._check_packed(module, names)
+            self._check_packed(module, attribute, names)
             return names
         weight = getattr(module, attribute, None)
         kind = type(module).__name__
@@ -226,11 +229,13 @@ class Merging:
                     "bias."
                 )
 
-    def _check_packed(self, module: Any, names: list[str]) -> None:
+    def _check_packed(self, module: Any, attribute: str, names: list[str]) -> None:
         """:meth:`_check_mergeable` for a quantised base weight."""
-        if (reason := repack.why_not(module)) is not None:
+        if (reason := repack.why_not(module, attribute)) is not None:
             said = f"Cannot merge adapters into a {type(module).__name__}: {reason}."
-            if not isinstance(numbers(module), str):
+            experts = experts_reader(module)
+            found = numbers(module) if experts is None else experts.read(module)
+            if not isinstance(found, str):
                 said += " `merge_and_unload(dequantize=True)` merges into dense weights."
             raise ValueError(said)
         self._check_adapters(module, names)
@@ -245,7 +250,9 @@ class Merging:
         layer: Any = self
         module, attribute = self._merge_target()
         packed = _is_packed(module)
-        before = repack.dense_value(module) if packed else getattr(module, attribute).data
+        before = (
+            repack.dense_value(module, attribute) if packed else getattr(module, attribute).data
+        )
         variants = self.lora_variant
         base = None
         if any(name in variants for name in names) and (self._kept or len(names) > 1):
@@ -290,7 +297,7 @@ class Merging:
         self, module: Any, names: list[str], weight: Tensor, bias: Tensor | None
     ) -> None:
         try:
-            before, error = repack.write(module, weight)
+            before, error = repack.write(module, weight, self._merge_target()[1])
         except ValueError as e:
             raise ValueError(f"Cannot merge adapters {names}: {e}") from e
         kept = KeptPacked(before, None if bias is None else module.bias.data.clone(), error)
@@ -331,11 +338,11 @@ class Merging:
 
     def _unmerged_packed(self, module: Any) -> Tensor:
         if not self._kept:
-            return repack.dense_value(module)
+            return repack.dense_value(module, self._merge_target()[1])
         first: Any = self._kept[0][1]
         now = first.state.put(module)
         try:
-            return repack.dense_value(module)
+            return repack.dense_value(module, self._merge_target()[1])
         finally:
             now.put(module)
 

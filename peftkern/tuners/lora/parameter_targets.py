@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from ...configs.lora import LoraConfig
+from ...ops.bases.experts import reader_of as experts_reader
 from ...ops.bases.formats import reader_of
 from ...utils.module_tree import get_submodules
 from ...utils.places import further_names, replace
@@ -93,11 +94,35 @@ def _matches(model: nn.Module, wanted: Sequence[str]) -> Iterator[Target]:
                 if owner == module_name and getattr(module, parameter, None) is not None:
                     yield Target(module_name, parameter, key)
             continue
+        check_layout(module_name, module, wanted)
         for parameter in module._parameters:
             key = f"{module_name}.{parameter}" if module_name else parameter
             names = [f"{plain_name(n)}.{parameter}" for n in aliases.get(id(module), ())]
             if any(name in wanted or name.endswith(ends) for name in (key, *names)):
                 yield Target(module_name, parameter, key)
+
+
+def check_layout(name: str, module: Any, wanted: Sequence[str] | None = None) -> None:
+    """Refuse experts whose weights their owner keeps in a form that cannot be adapted.
+
+    Args:
+        name, module: the experts, or any other module.
+        wanted: names of parameters that are asked for; None: all of the module's.
+
+    Raises:
+        ValueError: a wanted parameter is one of them.
+    """
+    reader = experts_reader(module)
+    reason = (
+        None
+        if reader is None or not hasattr(reader, "other_layout")
+        else reader.other_layout(module)
+    )
+    if reason is None:
+        return
+    keys = [f"{name}.{parameter}" for parameter in reader.SCALES]
+    if wanted is None or any(key == w or key.endswith(f".{w}") for key in keys for w in wanted):
+        raise ValueError(f"`target_parameters` names `{name}`, a {type(module).__name__}: {reason}")
 
 
 def holders(module: Any, name: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, Any]]:
