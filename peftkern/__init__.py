@@ -12,6 +12,7 @@ from ._version import __version__
 from .utils.lazy import lazily
 
 if TYPE_CHECKING:
+    from .arrow import create_arrow_model as create_arrow_model
     from .auto import AutoPeftModel as AutoPeftModel
     from .auto import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
     from .auto import AutoPeftModelForFeatureExtraction as AutoPeftModelForFeatureExtraction
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
     from .running import runner as runner
     from .stand_in import as_peft as as_peft
     from .tuners.lora import AdapterNames as AdapterNames
+    from .tuners.lora import ArrowConfig as ArrowConfig
     from .tuners.lora import BdLoraConfig as BdLoraConfig
     from .tuners.lora import CordaConfig as CordaConfig
     from .tuners.lora import EvaConfig as EvaConfig
@@ -75,6 +77,7 @@ if TYPE_CHECKING:
     from .tuners.lora import initialize_lora_eva_weights as initialize_lora_eva_weights
     from .tuners.lora import preprocess_corda as preprocess_corda
     from .tuners.lora import preprocess_loraga as preprocess_loraga
+    from .tuners.lora import reduce_intruder_dimension as reduce_intruder_dimension
     from .tuners.lora import save_as_lora as save_as_lora
     from .tuners.p_tuning import PromptEncoder as PromptEncoder
     from .tuners.p_tuning import PromptEncoderConfig as PromptEncoderConfig
@@ -109,6 +112,7 @@ if TYPE_CHECKING:
     from .utils.warning import PeftWarning as PeftWarning
 
 _WHERE = {
+    ".arrow": "create_arrow_model",
     ".auto": (
         "AutoPeftModel AutoPeftModelForCausalLM AutoPeftModelForFeatureExtraction "
         "AutoPeftModelForQuestionAnswering AutoPeftModelForSeq2SeqLM "
@@ -134,10 +138,10 @@ _WHERE = {
     ),
     ".stand_in": "as_peft",
     ".tuners.lora": (
-        "BdLoraConfig KasaConfig "
+        "ArrowConfig BdLoraConfig KasaConfig "
         "AdapterNames CordaConfig EvaConfig LoftQConfig LoraConfig LoraGAConfig LoraModel "
         "LoraRuntimeConfig convert_to_lora get_eva_state_dict initialize_lora_eva_weights "
-        "preprocess_corda preprocess_loraga save_as_lora VeloraConfig "
+        "preprocess_corda preprocess_loraga reduce_intruder_dimension save_as_lora VeloraConfig "
         "MontecloraConfig"
     ),
     ".tuners.p_tuning": "PromptEncoder PromptEncoderConfig PromptEncoderReparameterizationType",

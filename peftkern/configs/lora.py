@@ -132,6 +132,37 @@ class MontecloraConfig:
 
 
 @dataclass
+class ArrowConfig:
+    """Arrow (:mod:`peftkern.tuners.lora.arrow`); :func:`peftkern.create_arrow_model` makes a model.
+
+    Args:
+        top_k: number of adapters that a token is sent to, at least 1.
+        router_temperature: divisor of the similarities before their softmax, above 0.
+        use_gks: subtract the mean of general adapters from the others (GenKnowSub).
+        rng_seed: seed of the power iterations' start; None: torch's generator.
+
+    Attributes:
+        task_adapter_names: the adapters among which tokens are routed.
+        gks_adapter_names: the general ones. ``create_arrow_model`` sets both.
+    """
+
+    top_k: int = field(default=3)
+    router_temperature: float = field(default=1.0)
+    use_gks: bool = field(default=False)
+    task_adapter_names: list[str] | None = field(default=None, init=False)
+    gks_adapter_names: list[str] | None = field(default=None, init=False)
+    rng_seed: int | None = field(default=None)
+
+    def __post_init__(self) -> None:
+        if self.top_k <= 0:
+            raise ValueError(f"`top_k` must be at least 1, got {self.top_k}")
+        if self.router_temperature <= 0:
+            raise ValueError(
+                f"`router_temperature` must be greater than 0, got {self.router_temperature}"
+            )
+
+
+@dataclass
 class LoraConfig(PeftConfig, method=PeftType.LORA):
     """Low-rank adaptation (Hu et al., 2021): Y = X Wᵀ + s · drop(X) Aᵀ Bᵀ.
 
@@ -163,6 +194,7 @@ class LoraConfig(PeftConfig, method=PeftType.LORA):
         kasa_config: :class:`KasaConfig`, for singular values of the update (:mod:`.kasa`).
         velora_config: :class:`VeloraConfig`: keep A's inputs compressed for its gradient.
         monteclora_config: :class:`MontecloraConfig`: train with random perturbations of A.
+        arrow_config: :class:`ArrowConfig`: route each token among other adapters (:mod:`.arrow`).
         alora_invocation_tokens: let the adapter act from these tokens on (:mod:`.alora`).
         target_parameters: list of names, or ends of names, of parameters of 2 or 3 dimensions; or
             "all-experts" for all those of a mixture's experts, which is replaced by their names
@@ -207,7 +239,7 @@ class LoraConfig(PeftConfig, method=PeftType.LORA):
     runtime_config: LoraRuntimeConfig = field(default_factory=LoraRuntimeConfig)
     target_parameters: list[str] | str | None = field(default=None)
     use_bdlora: BdLoraConfig | None = field(default=None, metadata=selects(BdLoraConfig))
-    arrow_config: Any | None = field(default=None, metadata=selects())
+    arrow_config: ArrowConfig | None = field(default=None, metadata=selects(ArrowConfig))
     kasa_config: KasaConfig | None = field(default=None, metadata=selects(KasaConfig))
     ensure_weight_tying: bool = field(default=False)
 
@@ -265,7 +297,7 @@ class LoraConfig(PeftConfig, method=PeftType.LORA):
 
     def unsupported(self) -> list[str]:
         """The settings, each as ``name=value``, that peftkern does not support yet."""
-        names = ("megatron_config use_qalora arrow_config").split()
+        names = ("megatron_config use_qalora").split()
         found = [f"{name}={getattr(self, name)!r}" for name in names if getattr(self, name)]
         return found
 

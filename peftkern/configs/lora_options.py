@@ -47,15 +47,19 @@ def as_subconfig(value: Any, cls: type[T]) -> T | None:
     if value is None or isinstance(value, cls):
         return value
     if isinstance(value, dict):
-        known = {f.name for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
-        unknown = sorted(str(k) for k, v in value.items() if k not in known and v is not None)
+        fields = {f.name: f.init for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        known = {name for name, init in fields.items() if init}
+        unknown = sorted(str(k) for k, v in value.items() if k not in fields and v is not None)
         if unknown:
             warnings.warn(
                 f"Unexpected keyword arguments {unknown} for class {cls.__name__}, these are "
                 "ignored.",
                 stacklevel=5,
             )
-        return cls(**{k: v for k, v in value.items() if k in known})
+        made = cls(**{k: v for k, v in value.items() if k in known})
+        for name in fields.keys() & value.keys() - known:  # what other code sets later
+            setattr(made, name, value[name])
+        return made
     raise TypeError(f"`{cls.__name__}` must be a `{cls.__name__}`, a dict, or None.")
 
 

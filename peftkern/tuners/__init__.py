@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from ..utils.lazy import lazily
 
 if TYPE_CHECKING:
+    from .lora import ArrowConfig as ArrowConfig
     from .lora import BdLoraConfig as BdLoraConfig
     from .lora import EvaConfig as EvaConfig
     from .lora import KasaConfig as KasaConfig
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 _WHERE = {
     ".lora": (
-        "BdLoraConfig KasaConfig "
+        "ArrowConfig BdLoraConfig KasaConfig "
         "LoraConfig LoraModel LoraRuntimeConfig EvaConfig LoftQConfig LoraGAConfig convert_to_lora "
         "get_eva_state_dict initialize_lora_eva_weights preprocess_loraga save_as_lora "
         "VeloraConfig MontecloraConfig"

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from ...configs.lora import (
+    ArrowConfig,
     BdLoraConfig,
     KasaConfig,
     LoraConfig,
@@ -25,6 +26,7 @@ from .conversion import convert_to_lora, save_as_lora
 from .corda import preprocess_corda
 from .embedding import Embedding
 from .eva import get_eva_state_dict, initialize_lora_eva_weights
+from .intruders import reduce_intruder_dimension
 from .linear import Linear
 from .loraga import preprocess_loraga
 from .model import LoraModel
@@ -33,6 +35,7 @@ from .row_adapters import AdapterNames
 
 __all__ = [
     "AdapterNames",
+    "ArrowConfig",
     "BdLoraConfig",
     "Conv1d",
     "Conv2d",
@@ -55,6 +58,7 @@ __all__ = [
     "initialize_lora_eva_weights",
     "preprocess_corda",
     "preprocess_loraga",
+    "reduce_intruder_dimension",
     "ParamWrapper",
     "convert_to_lora",
     "save_as_lora",

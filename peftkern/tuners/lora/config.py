@@ -2,6 +2,7 @@
 
 from ...configs.base import PeftConfig
 from ...configs.lora import (
+    ArrowConfig,
     BdLoraConfig,
     KasaConfig,
     LoraConfig,
@@ -18,6 +19,7 @@ from ...configs.lora_options import (
 from ...utils.peft_types import PeftType
 
 __all__ = [
+    "ArrowConfig",
     "BdLoraConfig",
     "CordaConfig",
     "EvaConfig",

@@ -237,7 +237,8 @@ def _selecting(config_class: type) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 def settings_asked(config: Any) -> tuple[str, ...]:
     """The settings of a configuration that select a variant, sorted; empty for plain LoRA."""
-    by_truth, by_value = _selecting(config.__class__)
+    cls: Any = type(config)
+    by_truth, by_value = _selecting(cls)
     asked = []
     for name in by_truth:  # plain loops for speed: this runs for every new layer
         if getattr(config, name):
@@ -297,7 +298,8 @@ def select(known: Any, kind: str, config: Any) -> LoraVariant | None:
 
 
 def _check_table(known: Any, config: Any) -> None:
-    by_truth, by_value = _selecting(config.__class__)
+    cls: Any = type(config)
+    by_truth, by_value = _selecting(cls)
     if any(tuple(sorted(names)) != names for names in known):
         raise ValueError("Keys of lora_variants must be sorted tuples.")
     if unknown := {n for names in known for n in names}.difference(by_truth, by_value):

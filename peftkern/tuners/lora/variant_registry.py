@@ -10,6 +10,7 @@ from .alora import (
     get_alora_offsets_for_generate,
     is_alora_relevant_in_batch,
 )
+from .arrow import ArrowLinearVariant
 from .bdlora import BdLoraLinearVariant, BlockDiagonalLinear
 from .dora import (
     DoraConv1dVariant,
@@ -26,6 +27,7 @@ from .velora import VeloraLinearVariant
 
 __all__ = [
     "ALoraLinearVariant",
+    "ArrowLinearVariant",
     "BdLoraLinearVariant",
     "BlockDiagonalLinear",
     "DoraConv1dVariant",

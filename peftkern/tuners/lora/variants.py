@@ -4,6 +4,7 @@ from ...configs.base import PeftConfig
 from ...configs.lora import BdLoraConfig, LoraConfig, MontecloraConfig
 from ...tuners.lora.variant_registry import (
     ALoraLinearVariant,
+    ArrowLinearVariant,
     BdLoraLinearVariant,
     BlockDiagonalLinear,
     DoraConv1dVariant,
@@ -35,6 +36,7 @@ from .velora import (
 )
 
 __all__ = [
+    "ArrowLinearVariant",
     "ALoraLinearVariant",
     "BdLoraConfig",
     "BdLoraLinearVariant",
