@@ -121,14 +121,14 @@ def _counterpart(cls: type) -> type | None:
 
 
 @property  # type: ignore[misc]  # it becomes a member of HF PEFT's classes
-def _class(self: Any) -> type:
-    ours = _counterpart(type(self))
-    return type(self) if ours is None else both(type(self), ours, __new__=_make)
+def _class(theirs: Any) -> type:
+    ours = _counterpart(type(theirs))
+    return type(theirs) if ours is None else both(type(theirs), ours, __new__=_make)
 
 
 @_class.setter
-def _class(self: Any, cls: type) -> None:
-    vars(object)["__class__"].__set__(self, cls)
+def _class(theirs: Any, cls: type) -> None:
+    vars(object)["__class__"].__set__(theirs, cls)
 
 
 def _make(cls: Any, *args: Any, **kwargs: Any) -> Any:
@@ -140,5 +140,5 @@ def _new(cls: Any) -> Any:
     return cls.__new__(cls)
 
 
-def _reduce(self: Any, protocol: Any) -> Any:
-    return _new, (type(self),), self.__dict__
+def _reduce(theirs: Any, protocol: Any) -> Any:
+    return _new, (type(theirs),), theirs.__dict__
