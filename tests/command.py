@@ -65,6 +65,7 @@ def settings(folder: Path, out: Path, **changes: Any) -> TrainSettings:
         "eval_split": 0.2,
         "max_length": 32,
         "keep": 3,
+        "report": False,
         "cpu": True,
     }
     return TrainSettings(**{**values, **changes})
@@ -77,9 +78,9 @@ def command(folder: Path, out: Path, **changes: Any) -> list[str]:
     for name, value in vars(settings(folder, out, **changes)).items():
         if value == defaults[name]:
             continue
-        if value is True:
-            args.append("--" + name.replace("_", "-"))
-        elif value is not None and value is not False:
+        if isinstance(value, bool):
+            args.append(("--" if value else "--no-") + name.replace("_", "-"))
+        else:
             args += ["--" + name.replace("_", "-"), str(value)]
     return args
 

@@ -22,12 +22,12 @@ from peftkern.cli.demo import docstrings
 from peftkern.cli.demo import run as demo_module
 from peftkern.cli.demo.checks import disagreements
 from peftkern.cli.demo.data import KINDS, Kind, prepare
-from peftkern.cli.demo.memory import PeakMeter
 from peftkern.cli.demo.report import render
 from peftkern.cli.demo.run import demo
 from peftkern.cli.demo.settings import DemoSettings
 from peftkern.cli.demo.worker import Worker
 from peftkern.cli.errors import RunError, UserError
+from peftkern.cli.memory import PeakMeter
 from tests.closeness import assert_as_good_as_torch, assert_same_number
 from tests.models import build
 

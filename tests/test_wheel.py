@@ -238,11 +238,12 @@ def test_what_is_imported_is_declared_and_nothing_else() -> None:
     assert extras["liger"] == {"liger-kernel"}
     # Trainer imports accelerate; a model in GGUF, as the demo's is, needs what reads it
     # DeepSpeed too, which `--deepspeed` asks for by name, and datasets (with pyarrow), which a
-    # .parquet file does; Jinja comes with torch, YAML with transformers
-    by_name = {"deepspeed", "datasets", "pyarrow", "jinja2", "yaml"}
+    # .parquet file does, and matplotlib, without which there is no report.html; Jinja comes with
+    # torch, YAML with transformers
+    by_name = {"deepspeed", "datasets", "pyarrow", "matplotlib", "jinja2", "yaml"}
     needed = third_party({*of_command} - {*of_demo}) - library - by_name
     assert needed | {"accelerate"} == extras["cli"] | {"gguf"} == {*EXTRA, "gguf"}
     # what transformers' tokenizers import, and the demo's peer
     needed = third_party(of_demo) - library - extras["cli"]
-    unseen = {"gguf", "peft", "protobuf", "sentencepiece", "peftkern"}
+    unseen = {"gguf", "matplotlib", "peft", "protobuf", "sentencepiece", "peftkern"}
     assert needed | unseen == extras["demo"]

@@ -106,6 +106,16 @@ def target_count(labels: torch.Tensor, task: str) -> int:
     return int((labels != IGNORE).sum())
 
 
+def token_count(batch: dict[str, Any]) -> int:
+    """The number of tokens of a batch that are no padding."""
+    mask = batch.get("attention_mask")
+    if mask is not None:
+        return int(mask.sum())
+    # of a packed batch: padding is an example of its own without targets at the end of a row
+    last = [row.nonzero()[-1] if row.any() else 0 for row in batch["labels"] != IGNORE]
+    return int(sum(int(at) + 1 for at in last))
+
+
 def _with_end(tokenizer: Any, ids: list[int]) -> list[int]:
     end = tokenizer.eos_token_id
     return ids if end is None or (ids and ids[-1] == end) else [*ids, end]

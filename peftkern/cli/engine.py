@@ -24,8 +24,9 @@ from transformers.trainer_callback import PrinterCallback
 from ..utils.private import leave_out_of_ddp
 from ..utils.undo import in_mode
 from . import resume, shards
-from .encode import target_count
+from .encode import target_count, token_count
 from .errors import RunError, UserError
+from .pace import Pace
 from .ranks import ALONE, Ranks
 from .shares import IDLE, Examples, Shares, marking
 
@@ -60,6 +61,8 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers is not read
             alone = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
             self.accelerator.prepare_model = alone
         self.remove_callback(PrinterCallback)
+        self.pace = Pace(self.args.device.type == "cuda")
+        self.add_callback(self.pace)
         self._task, self._identity, self._notes, self._keep = task, identity, notes, keep
         self._ranks = ranks
         self._run_dir: str | None = None
@@ -106,9 +109,22 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers is not read
 
         The targets of all processes are counted.
         """
+        self.pace.begins()
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        (targets,) = self._ranks.sum(sum(self._targets(batch) for batch in batches))
+        counted = [batch for batch in batches if IDLE not in batch]
+        targets, tokens, examples = self._ranks.sum(
+            sum(self._targets(batch) for batch in batches),
+            sum(map(token_count, counted)),
+            sum(len(batch["input_ids"]) for batch in counted),
+        )
+        self.pace.holds(int(tokens), int(examples))
         return batches, int(targets)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As Trainer does, with the step's tokens (without padding) and examples a second."""
+        if "loss" in logs:
+            logs |= self.pace.of_last_step()
+        super().log(logs, *args, **kwargs)
 
     def _targets(self, batch: dict[str, Any]) -> int:
         return 0 if IDLE in batch else target_count(batch["labels"], self._task)
@@ -180,6 +196,8 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers is not read
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and not self.is_deepspeed_enabled:
+            _follow(self.lr_scheduler, self.optimizer)
         if self._sharded and checkpoint is not None:
             shards.share_out(self.optimizer)
 
@@ -203,6 +221,16 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers is not read
         """Load the adapter and the log of a checkpoint after which no step is left."""
         self._load_from_checkpoint(checkpoint)
         self.state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
+
+
+def _follow(scheduler: Any, optimizer: Any) -> None:
+    """Set the learning rate to that of the schedule, which is another one in a longer run."""
+    scheduler = getattr(scheduler, "scheduler", scheduler)  # accelerate's holds torch's
+    shares = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+    rates = [base * share(scheduler.last_epoch) for base, share in shares]
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    scheduler.load_state_dict({**scheduler.state_dict(), "_last_lr": rates})  # what is logged
 
 
 def _has_network(model: Any) -> bool:

@@ -18,12 +18,13 @@ from typing import Any
 
 from ..files.atomic import write_text_atomically
 from .errors import UserError
-from .settings import first_difference
+from .settings import differing, first_difference
 
 MANIFEST = "peftkern_checkpoint.json"
 PARTIAL = ".partial"
 FINISHED = "training.json"
 CONFIG = "run.yaml"
+REPORT = "report.html"
 _NAME = re.compile(r"checkpoint-(\d+)")
 # the files that Trainer needs besides the adapter and `rng_files` to continue exactly
 STATE_FILES = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
@@ -37,6 +38,7 @@ class Checkpoint:
     path: Path
     step: int
     last: bool  # True: no step is left
+    total: int  # the steps of the run that made it
     identity: dict[str, Any]
     notes: dict[str, Any]
 
@@ -103,8 +105,9 @@ def find(out: Path) -> tuple[Checkpoint | None, list[str]]:
             continue
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         state = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-        last = step >= state["max_steps"]
-        return Checkpoint(path, step, last, manifest["identity"], manifest["notes"]), messages
+        total = state["max_steps"]
+        made = manifest["identity"], manifest["notes"]
+        return Checkpoint(path, step, step >= total, total, *made), messages
     return None, messages
 
 
@@ -121,6 +124,17 @@ def finished(out: Path) -> dict[str, Any] | None:
     if not isinstance(record, dict) or not isinstance(record.get("identity"), dict):
         raise UserError(f"{out / FINISHED} was not written by peftkern train; choose another --out")
     return record
+
+
+def is_longer(now: dict[str, Any], was: dict[str, Any], steps: int) -> bool:
+    """True when a run has the settings of an earlier one of ``steps`` steps, but goes on longer."""
+    lengths = ("steps", "epochs")
+    if differing(*({k: v for k, v in of.items() if k not in lengths} for of in (was, now))):
+        return False
+    for name in lengths:
+        if was.get(name) and now.get(name):
+            return bool(now[name] > was[name])
+    return (now.get("steps") or 0) > steps
 
 
 def refuse_other_settings(was: dict[str, Any], now: dict[str, Any], where: str) -> None:
@@ -144,7 +158,7 @@ def refuse_foreign_adapter(out: Path) -> None:
 
 def clear(out: Path) -> None:
     """Delete an earlier run's checkpoints, record and adapter in ``out`` (``--fresh``), no more."""
-    for name in (FINISHED, CONFIG, "adapter_config.json", "adapter_model.safetensors"):
+    for name in (FINISHED, CONFIG, REPORT, "adapter_config.json", "adapter_model.safetensors"):
         (out / name).unlink(missing_ok=True)
     for _, path in _folders(out):
         (path / MANIFEST).unlink(missing_ok=True)

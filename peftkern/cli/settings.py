@@ -20,6 +20,13 @@ from .options import option, options_of, setting, unlisted
 
 TASKS = ("causal_lm", "seq_cls", "token_cls", "seq_2_seq_lm")
 LOAD_IN = ("4bit", "8bit", "fp8")
+# where --report-to sends the log, and the packages of which it needs one
+REPORT_TO: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "tensorboard": ("tensorboard", "tensorboardX"),
+    "wandb": ("wandb",),
+    "mlflow": ("mlflow",),
+}
 SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup")
 
 # the boxes of --help
@@ -28,7 +35,9 @@ _LOOP = "The training"
 PLACE = "Saving and going on"
 
 # settings that do not change the resulting weights, only where and how often they are written
-_FREE_TO_CHANGE = frozenset({"out", "save_every", "keep", "data", "data_format", "config", "given"})
+_FREE_TO_CHANGE = frozenset(
+    {"out", "save_every", "keep", "data", "data_format", "config", "given", "report_to", "report"}
+)
 
 _COUNTS = ("batch_size", "grad_accumulation", "save_every", "keep")
 
@@ -101,6 +110,8 @@ class TrainSettings:
     cpu: bool = setting(False, "Leave the GPU alone.", _LOOP, "--cpu")
     save_every: int = setting(100, "Steps between checkpoints.", PLACE)
     keep: int = setting(2, "How many checkpoints stay on disk.", PLACE)
+    report_to: str = setting("none", "none, tensorboard, wandb, mlflow, with commas.", PLACE)
+    report: bool = setting(True, "Write report.html with plots.", PLACE, "--report/--no-report")
     # the names of the options that were given; None: those that differ from their default
     given: frozenset[str] | None = unlisted(None)
 
@@ -143,6 +154,9 @@ class TrainSettings:
                 raise UserError(f"--chat-template does not go with --task {self.task}")
             read_template(self.chat_template)
         self._require("scheduler", self.scheduler in SCHEDULERS, "one of " + ", ".join(SCHEDULERS))
+        told = names_in(self.report_to)
+        known = bool(told) and all(name in REPORT_TO for name in told)
+        self._require("report_to", known, "one or several of " + ", ".join(REPORT_TO))
         self._require("load_in", self.load_in in (None, *LOAD_IN), "one of " + ", ".join(LOAD_IN))
         self._require(
             "target_modules",

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from typing import Any
 
+from ..figures import INK, encode, figure, whole_numbers
 from .peers import NAMES
 
 COLOURS = {"peftkern": "#0f766e", "peft": "#c2762b"}
-_INK, _GRID = "#334155", "#e2e8f0"
 
 
 def loss_curves(run: dict[str, Any], kind: str = "svg") -> str:
     """A plot of both libraries' training loss over the steps and, below, of their difference."""
     providers = run["providers"]
     both = "peft" in providers
-    figure, axes = _figure(7.2, 4.4 if both else 3.2, 2 if both else 1, [5, 2] if both else [1])
+    drawn, axes = figure(7.2, 4.4 if both else 3.2, 2 if both else 1, [5, 2] if both else [1])
     top = axes[0]
     steps = range(1, run["steps"] + 1)
     for name in reversed(list(providers)):  # peftkern last, as a thin line over the other
@@ -30,11 +28,11 @@ def loss_curves(run: dict[str, Any], kind: str = "svg") -> str:
         ("before", 0, "held out, before"),
         ("after", run["steps"] + 1, "held out, after"),
     ):
-        top.plot([x], [ours[key]["loss"]], "o", color=_INK, ms=6, zorder=5)
+        top.plot([x], [ours[key]["loss"]], "o", color=INK, ms=6, zorder=5)
         top.annotate(
             f"{text}\n{ours[key]['loss']:.3f}", (x, ours[key]["loss"]), textcoords="offset points",
             xytext=(9, 7) if key == "before" else (-6, 12),
-            ha="left" if key == "before" else "right", fontsize=8.5, color=_INK, zorder=6,
+            ha="left" if key == "before" else "right", fontsize=8.5, color=INK, zorder=6,
             bbox={"fc": "white", "ec": "none", "alpha": 0.85, "pad": 1.5},
         )  # fmt: skip
     top.set_ylabel("loss")
@@ -47,20 +45,20 @@ def loss_curves(run: dict[str, Any], kind: str = "svg") -> str:
         ]
         # a difference of 0 has no place on a logarithmic axis: it is drawn at the lower end
         floor = 1e-8
-        low.semilogy(steps, [max(x, floor) for x in apart], ".", color=_INK, ms=5)
+        low.semilogy(steps, [max(x, floor) for x in apart], ".", color=INK, ms=5)
         low.set_ylim(floor / 3, max(1e-4, max(apart) * 5))
         low.set_ylabel("difference")
-        figure.align_ylabels(axes)
+        drawn.align_ylabels(axes)
         low.sharex(top)
         top.tick_params(labelbottom=False)
     axes[-1].set_xlabel("step")
-    _whole_numbers(axes[-1])
-    return _encode(figure, kind)
+    whole_numbers(axes[-1])
+    return encode(drawn, kind)
 
 
 def bars(run: dict[str, Any], kind: str = "svg") -> str:
     """A plot of tokens per second and peak memory, with a bar for each library."""
-    figure, axes = _figure(7.2, 1.9 if len(run["providers"]) > 1 else 1.4, 2, [1, 1], columns=True)
+    drawn, axes = figure(7.2, 1.9 if len(run["providers"]) > 1 else 1.4, 2, [1, 1], columns=True)
     names = list(run["providers"])[::-1]
     for axis, key, title, unit in (
         (axes[0], "tokens_per_second", "tokens per second", ""),
@@ -69,18 +67,18 @@ def bars(run: dict[str, Any], kind: str = "svg") -> str:
         values = [max(0.0, run["providers"][n][key]) for n in names]
         axis.barh([NAMES[n] for n in names], values, color=[COLOURS[n] for n in names], height=0.6)
         for i, value in enumerate(values):
-            axis.text(value, i, f" {value:,.0f}{unit}", va="center", fontsize=9, color=_INK)
+            axis.text(value, i, f" {value:,.0f}{unit}", va="center", fontsize=9, color=INK)
         axis.set_xlim(0, max([*values, 1e-9]) * 1.3)
-        axis.set_title(title, fontsize=9.5, color=_INK, loc="left")
+        axis.set_title(title, fontsize=9.5, color=INK, loc="left")
         axis.grid(False)
         axis.set_xticks([])
         axis.spines["bottom"].set_visible(False)
-    return _encode(figure, kind)
+    return encode(drawn, kind)
 
 
 def step_times(run: dict[str, Any], kind: str = "svg") -> str:
     """A plot of the seconds of each step, which shows the noise behind the medians."""
-    figure, axes = _figure(7.2, 2.5, 1, [1])
+    drawn, axes = figure(7.2, 2.5, 1, [1])
     for name, trace in reversed(list(run["providers"].items())):
         steps = range(1, len(trace["seconds"]) + 1)
         axes[0].plot(
@@ -88,50 +86,8 @@ def step_times(run: dict[str, Any], kind: str = "svg") -> str:
         )
         axes[0].axhline(trace["step_seconds"], color=COLOURS[name], lw=1, ls=":")
     axes[0].set_ylim(bottom=0)
-    _whole_numbers(axes[0])
+    whole_numbers(axes[0])
     axes[0].set_xlabel("step (dotted: median, without the first)")
     axes[0].set_ylabel("seconds")
     axes[0].legend(frameon=False, ncols=2, loc="lower right")
-    return _encode(figure, kind)
-
-
-def _whole_numbers(axis: Any) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-
-
-def _figure(
-    width: float, height: float, count: int, ratios: list[int], columns: bool = False
-) -> tuple[Any, list[Any]]:
-    # not pyplot, which has global state and looks for a window system
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    if columns:
-        grid = figure.add_gridspec(1, count, width_ratios=ratios)
-    else:
-        grid = figure.add_gridspec(count, 1, height_ratios=ratios)
-    axes = [figure.add_subplot(grid[i]) for i in range(count)]
-    for axis in axes:
-        axis.grid(True, color=_GRID, lw=0.8)
-        axis.set_axisbelow(True)
-        axis.tick_params(colors=_INK, labelsize=9, length=0)
-        axis.xaxis.label.set_color(_INK)
-        axis.yaxis.label.set_color(_INK)
-        for side in ("top", "right", "left"):
-            axis.spines[side].set_visible(False)
-        axis.spines["bottom"].set_color(_GRID)
-    return figure, axes
-
-
-def _encode(figure: Any, kind: str) -> str:
-    import matplotlib
-
-    buffer = io.BytesIO()
-    # without a date and with fixed names of parts, so that the same run gives the same bytes
-    metadata = {"Date": None} if kind == "svg" else None
-    with matplotlib.rc_context({"svg.hashsalt": "peftkern"}):
-        figure.savefig(buffer, format=kind, dpi=150, metadata=metadata)
-    mime = {"svg": "image/svg+xml", "png": "image/png"}[kind]
-    return f"data:{mime};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return encode(drawn, kind)

@@ -7,39 +7,9 @@ from html import escape
 from typing import Any
 
 from ...files.atomic import write_text_atomically
+from ..pages import definitions, image, page, shown_as_cards
 from . import plots
 from .peers import NAMES
-
-_STYLE = """
-:root { color-scheme: light; --ink: #1e293b; --soft: #64748b; --line: #e2e8f0; --teal: #0f766e; }
-* { box-sizing: border-box; }
-body { margin: 0; background: #f8fafc; color: var(--ink);
-  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
-main { max-width: 860px; margin: 0 auto; padding: 40px 20px 64px; }
-h1 { font-size: 1.75rem; line-height: 1.2; margin: 0 0 6px; letter-spacing: -.01em; }
-h2 { font-size: 1.1rem; margin: 0 0 12px; }
-p { margin: 0 0 12px; } .soft { color: var(--soft); } small { color: var(--soft); }
-section { background: #fff; border: 1px solid var(--line); border-radius: 12px; padding: 22px 24px;
-  margin-top: 20px; }
-img { display: block; width: 100%; height: auto; }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(180px, 1fr)); gap: 14px;
-  margin-top: 24px; }
-.card { background: #fff; border: 1px solid var(--line); border-radius: 12px; padding: 14px 18px; }
-.card b { display: block; font-size: 1.55rem; letter-spacing: -.02em;
-  font-variant-numeric: tabular-nums; }
-.card span { color: var(--soft); font-size: .86rem; }
-.verdict { border-radius: 12px; padding: 12px 18px; margin-top: 20px; font-weight: 600; }
-.ok { background: #ecfdf5; color: #065f46; border: 1px solid #a7f3d0; }
-.bad { background: #fef2f2; color: #991b1b; border: 1px solid #fecaca; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: 7px 10px 7px 0; border-bottom: 1px solid var(--line); }
-td.number, th.number { text-align: right; } tr:last-child td { border-bottom: 0; }
-pre { background: #f1f5f9; border-radius: 8px; padding: 12px 14px; overflow-x: auto;
-  font-size: .84rem; line-height: 1.45; margin: 0 0 10px; }
-dl { display: grid; grid-template-columns: 9em 1fr; gap: 4px 12px; margin: 0 0 22px; }
-dt { color: var(--soft); } dd { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; }
-"""
 
 
 def write_report(path: str | os.PathLike[str], run: dict[str, Any]) -> None:
@@ -49,29 +19,24 @@ def write_report(path: str | os.PathLike[str], run: dict[str, Any]) -> None:
 
 def render(run: dict[str, Any]) -> str:
     """The page as HTML, with its plots inside."""
-    title = escape(run["title"])
     env = run["environment"]
     modules = escape(", ".join(run["lora"]["target_modules"]))
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title><style>{_STYLE}</style></head><body><main>
-<h1>{title}</h1>
-<p class="soft">LoRA, rank {run["lora"]["r"]}, on {modules}.
+    return page(
+        run["title"],
+        f"""<p class="soft">LoRA, rank {run["lora"]["r"]}, on {modules}.
 {run["steps"]} steps of {run["batch_size"]} examples, float32,
 {escape(env["device"])}, {escape(env["threads"])} threads.</p>
 {_verdict(run)}
 {_cards(run)}
-<section><h2>Loss</h2>{_image(plots.loss_curves(run), "training loss over the steps")}</section>
-<section><h2>Speed and memory</h2>{_image(plots.bars(run), "tokens per second and peak memory")}
-{_image(plots.step_times(run), "seconds of each step")}
+<section><h2>Loss</h2>{image(plots.loss_curves(run), "training loss over the steps")}</section>
+<section><h2>Speed and memory</h2>{image(plots.bars(run), "tokens per second and peak memory")}
+{image(plots.step_times(run), "seconds of each step")}
 <p><small>{_method(run)}</small></p></section>
 <section><h2>In numbers</h2><div class="scroll">{_table(run)}</div></section>
 {_samples(run)}
 <section><h2>The data</h2>{_data(run)}</section>
-<section><h2>The machine</h2>{_definitions(env)}</section>
-</main></body></html>
-"""
+<section><h2>The machine</h2>{definitions(env)}</section>""",
+    )
 
 
 def _verdict(run: dict[str, Any]) -> str:
@@ -113,10 +78,7 @@ def _cards(run: dict[str, Any]) -> str:
     else:
         cards.append((f"{ours['tokens_per_second']:,.0f}", "tokens per second"))
     cards.append((f"{ours['trainable']:,}", "trained parameters"))
-    inner = "".join(
-        f'<div class="card"><b>{value}</b><span>{label}</span></div>' for value, label in cards
-    )
-    return f'<div class="cards">{inner}</div>'
+    return shown_as_cards(cards)
 
 
 def _table(run: dict[str, Any]) -> str:
@@ -151,7 +113,7 @@ def _samples(run: dict[str, Any]) -> str:
         items = {"wanted": sample["wanted"], "before": sample["before"], "after": sample["after"]}
         parts.append(
             f"<p><code>{escape(sample['module'])}</code></p><pre>{escape(sample['prompt'].strip())}</pre>"
-            + _definitions(items)
+            + definitions(items)
         )
     note = (
         '<p class="soft">From files that no training example is from; always the most likely '
@@ -185,14 +147,3 @@ def _method(run: dict[str, Any]) -> str:
             "steps of ours to theirs on the same batch."
         )
     return text
-
-
-def _definitions(items: dict[str, str]) -> str:
-    inner = "".join(
-        f"<dt>{escape(k)}</dt><dd>{escape(v) or '(nothing)'}</dd>" for k, v in items.items()
-    )
-    return f"<dl>{inner}</dl>"
-
-
-def _image(uri: str, alt: str) -> str:
-    return f'<img alt="{alt}" src="{uri}">'

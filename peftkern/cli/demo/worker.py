@@ -18,7 +18,7 @@ import torch
 
 from ...utils.undo import in_mode
 from ..encode import collator
-from .memory import PeakMeter
+from ..memory import PeakMeter
 
 
 class Worker:
