@@ -14,6 +14,7 @@ from torch.nn.functional import pad
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import peftkern
+from peftkern.ops.bases import repack
 from peftkern.ops.bases.formats import as_weight, read
 from peftkern.ops.bases.linear import frozen_linear
 from peftkern.tuners.lora.row_adapters import AdapterNames, mixed_reason
@@ -310,22 +311,28 @@ def test_what_cannot_be_read_has_a_reason() -> None:
     assert "packed in 5 bits; 4 and 8 are read" in str(read(five))
 
 
-def test_merging_needs_decompressed_layers() -> None:
+@torch.no_grad()
+def test_a_merge_outlives_the_owners_decompression() -> None:
+    """A model is decompressed before its first forward, between merging and unmerging here."""
     base = llama("W8A16 a row", torch.float32)
     config = peftkern.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
-    model = peftkern.get_peft_model(base, config)
-    with pytest.raises(
-        ValueError, match="compressed-tensors.*not made from a weight alone.*dequantize=True"
-    ):
+    model = peftkern.get_peft_model(base, config).eval()
+    q_proj: Any = base.model.layers[0].self_attn.q_proj
+    W = repack.dense_value(q_proj.base_layer)
+    with pytest.warns(peftkern.PeftWarning, match="quantised again"):
         model.merge_adapter()
     x = torch.arange(18).view(2, 9)
-    with torch.no_grad():
-        before = model.eval()(input_ids=x).logits
-        model.merge_adapter()
-        merged = model(input_ids=x).logits
-        model.unmerge_adapter()
-        torch.testing.assert_close(merged, before, rtol=1e-3, atol=1e-4)
-        assert torch.equal(model(input_ids=x).logits, before)
+    again = model(input_ids=x).logits
+    assert q_proj.base_layer.weight.is_floating_point()
+    assert torch.equal(q_proj._unmerged_weight(), W)
+    model.unmerge_adapter()
+    assert torch.equal(q_proj.base_layer.weight, W)
+    before = model(input_ids=x).logits
+    torch.testing.assert_close(again, before, rtol=0.05, atol=0.05)
+    model.merge_adapter()  # into a dense weight now: nothing is quantised again
+    torch.testing.assert_close(model(input_ids=x).logits, before, rtol=1e-3, atol=1e-4)
+    model.unmerge_adapter()
+    assert torch.equal(model(input_ids=x).logits, before)
 
 
 def test_fp8_products_are_chosen_for_compressed_layers_as_well() -> None:
@@ -362,3 +369,43 @@ def test_tables_of_a_file_that_is_imported_under_a_default_device() -> None:
     with torch.device("meta"):  # as in a model's construction: formats are imported when needed
         spec.loader.exec_module(again)
     assert again._PAIRS.device.type == "cpu"
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_a_merged_weight_is_compressed_by_the_owner_and_restored(name: str) -> None:
+    module = layer(name, dtype_of(name))
+    W = repack.dense_value(module)
+    held = {n: t.detach().clone() for n, t in module.named_parameters()}
+
+    def same() -> bool:
+        return all(
+            torch.equal(t.flatten().view(torch.uint8), held[n].flatten().view(torch.uint8))
+            for n, t in module.named_parameters()
+            if t.dim()
+        )
+
+    before, error = repack.write(module, W)
+    assert error == 0.0  # a weight that did not change keeps its numbers
+    assert same() or name in FP4  # where 0 has two codes
+    before.put(module)
+    config: Any = dict(r=4, target_modules=["0"], init_lora_weights=False, lora_alpha=2)
+    model: Any = peftkern.get_peft_model(torch.nn.Sequential(module), peftkern.LoraConfig(**config))
+    inner, x = model.base_model.model[0], torch.randn(1, 5, 128, dtype=dtype_of(name))
+    want, y = W + inner.get_delta_weight("default").float(), model.eval()(x)
+    with pytest.warns(peftkern.PeftWarning, match="into 1 quantised weights"):
+        model.merge_adapter(safe_merge=True)
+    merged = repack.dense_value(module)
+    twin = copy.deepcopy(module)
+    decompress_module(twin)
+    assert torch.equal(merged, twin.weight.float())  # what the owner reads of it
+    fresh = layer(name, dtype_of(name), compressed=False)
+    fresh.weight.data.copy_(want)
+    calibrate(fresh)
+    compress_module(fresh)
+    anew = repack.dense_value(fresh)  # what the owner makes of the sum
+    assert (merged - want).norm() <= 1.02 * (anew - want).norm()
+    assert inner.merge_error == pytest.approx(((merged - want).norm() / want.norm()).item(), 1e-3)
+    model.unmerge_adapter()
+    assert same() and torch.equal(model(x), y)
+    out = model.merge_and_unload(dequantize=torch.float32)
+    torch.testing.assert_close(out[0].weight, want)

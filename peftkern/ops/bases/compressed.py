@@ -19,9 +19,11 @@ from torch import Tensor, nn
 
 from ...utils.private import compressed_forward
 from .compressed_numbers import PackedFloat4, PackedInt, unpacked
+from .compressed_packing import packed_anew
 from .formats import Found, Unusable
 from .fp8 import Fp8, chosen
 from .fp8_numbers import cast_error, shape_error
+from .repack import State
 from .weight import Packed
 
 
@@ -204,3 +206,9 @@ def _packed(module: Any, held: dict[str, Any]) -> Packed | str:
     if zero is not None:
         zero = unpacked(zero.t(), a.num_bits, N).t()
     return PackedInt(bits, a.num_bits, (N, K), scale, zero, block, kind)
+
+
+def repacked(module: Any, weight: Tensor) -> State:
+    """What a compressed layer holds for another weight [N, K]: see :mod:`.compressed_packing`."""
+    status = module.__dict__["quantization_status"]
+    return State({**packed_anew(module, weight), "quantization_status": status})

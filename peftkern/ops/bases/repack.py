@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import Parameter
 
 from .experts import PackedExperts
 from .experts import reader_of as experts_reader
@@ -93,6 +94,18 @@ def dense_value(module: nn.Module, name: str = "weight") -> Tensor:
     for expert in range(found.shape[0]):
         weight[expert].copy_(found.of(expert).dense(torch.float32))
     return weight
+
+
+def value_of(module: Any, state: State) -> Tensor:
+    """The weight [N, K], float32, that a layer held in ``state``.
+
+    Its owner may have made the layer dense since (compressed-tensors does before a first forward).
+    """
+    loose: Any = module.__class__.__new__(module.__class__)
+    parameters = {n: v for n, v in state.values.items() if isinstance(v, Parameter)}
+    rest = {n: v for n, v in state.values.items() if n not in parameters}
+    loose.__dict__ = {**module.__dict__, **rest, "_parameters": {**parameters, "bias": None}}
+    return dense_value(loose)
 
 
 @torch.no_grad()

@@ -322,6 +322,8 @@ class Merging:
         if _is_packed(module):
             return self._unmerged_packed(module)
         weight = getattr(module, attribute).data
+        if self._kept and isinstance(self._kept[0][1], KeptPacked):  # dense only since then
+            return repack.value_of(module, self._kept[0][1].state).to(weight.dtype)
         for names, kept in reversed(self._kept):
             weight = self._without_last(weight, names, kept)
         return weight
@@ -366,8 +368,13 @@ class Merging:
         names, kept = self._kept[-1] if self._kept else (self.merged_adapters[:], None)
         module, attribute = self._merge_target()
         bias: Any = getattr(module, "bias", None)
+        target: Any
         if isinstance(kept, KeptPacked):
-            kept.state.put(module)
+            if _is_packed(module):
+                kept.state.put(module)
+            else:
+                target = getattr(module, attribute)
+                target.data.copy_(repack.value_of(module, kept.state))
             self.merge_error = 0.0 if len(self._kept) < 2 else self._kept[-2][1].error  # type: ignore
         elif _is_packed(module):
             raise ValueError(
@@ -375,7 +382,7 @@ class Merging:
                 "from before is here"
             )
         else:
-            target: Any = getattr(module, attribute)
+            target = getattr(module, attribute)
             target.data.copy_(self._without_last(target.data, names, kept))
         if kept is not None and kept.bias is not None:
             bias.data.copy_(kept.bias)
