@@ -14,7 +14,7 @@ from .configs.base import (
     config_class_for,
 )
 from .configs.checks import checked
-from .mixed_model import INSTEAD
+from .mixed_model import PeftMixedModel
 from .model import PeftModel
 from .tuners.base_layer import BaseTunerLayer, adapter_modules
 from .tuners.checks import check_adapter_name, check_config, check_model, warn_of_prefix
@@ -104,7 +104,7 @@ def get_peft_model(
         model: a transformers model, or any module when the configuration has no task type.
         peft_config: the adapter's configuration.
         adapter_name: its name, without dots.
-        mixed: not supported, must be False.
+        mixed: make a :class:`PeftMixedModel`, whose adapters may be active together.
         autocast_adapter_dtype: keep adapter weights in float32 under a float16 or bfloat16 model.
         revision: the base model's revision, noted in the configuration.
         low_cpu_mem_usage: make the adapter's weights on the meta device, to be loaded afterwards.
@@ -116,8 +116,6 @@ def get_peft_model(
 
     After an error the model is as it was.
     """
-    if mixed:
-        raise NotImplementedError(f"mixed=True: {INSTEAD}")
     check_adapter_name(adapter_name)
     check_config(peft_config)
     check_model(model)
@@ -150,6 +148,8 @@ def get_peft_model(
                 )
             peft_config.revision = revision
         warn_of_prefix(adapter_name, peft_config.peft_type)
+        if mixed:  # as in HF PEFT the other arguments are not its
+            return PeftMixedModel(model, peft_config, adapter_name)
         cls = PeftModel.class_for(peft_config.task_type)
         return cls(
             model,

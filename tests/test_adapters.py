@@ -331,16 +331,6 @@ def test_several_copies_of_a_head_cannot_be_active_at_once():
             peftkern.NoMatchingPeftModuleError,
             "nothing",
         ),
-        (
-            lambda m: peftkern.get_peft_model(m, settings(peftkern), mixed=True),
-            NotImplementedError,
-            "mixed",
-        ),
-        (
-            lambda m: peftkern.PeftMixedModel(m, settings(peftkern)),
-            NotImplementedError,
-            "set_adapter",
-        ),
         (lambda m: peftkern.get_layer_status(nn.Linear(2, 2)), ValueError, "No adapter layers"),
     ],
     ids=lambda v: v if isinstance(v, str) else "",

@@ -291,8 +291,6 @@ def test_what_no_model_can_be_made_from_is_refused():
     before = snapshot(model)
     with pytest.raises(NotImplementedError, match="PeftConfig"):
         get_peft_model(model, PeftConfig())
-    with pytest.raises(NotImplementedError, match="mixed"):
-        get_peft_model(model, LoraConfig(), mixed=True)
     assert_same(model, before)
 
 

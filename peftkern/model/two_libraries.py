@@ -19,6 +19,8 @@ def joined(cls: type) -> type:
     Otherwise ``cls`` itself.
     """
     both = joined_with(cls, "PeftModel")
+    if both is cls:
+        both = joined_with(cls, "PeftMixedModel")
     if both is not cls:
         # TRL also tests isinstance(lm_head, BaseTunerLayer), as its losses would bypass an adapter
         # there
