@@ -14,6 +14,7 @@ import transformers as tf
 from safetensors.torch import load_file
 
 import peftkern
+from peftkern.checkpoint import writing
 from peftkern.checkpoint.serving import Adapter, refusals
 from peftkern.cli import merge as merging
 from peftkern.cli.app import run
@@ -223,6 +224,24 @@ def test_vllms_rules(settings: dict[str, Any], said: str | None) -> None:
     config = {"peft_type": "LORA", "r": 8, "lora_alpha": 8, "bias": "none", **settings}
     found = refusals("vllm", Adapter(config, {}))
     assert len(found) == (said is not None) and (said is None or said in found[0])
+
+
+def test_saving_tells_once_what_servers_do_not_read(
+    place: Path, tmp_path: Path, monkeypatch: Any, caplog: Any
+) -> None:
+    monkeypatch.setattr(writing, "_TOLD", set())
+    for settings, said in (({}, None), ({"use_dora": True}, "DoRA"), ({"use_rslora": True}, "rs")):
+        model, count = adapted(place / "base", **settings), len(caplog.messages)
+        for step in (1, 2):
+            model.save_pretrained(tmp_path / f"{said}{step}")
+        new = caplog.messages[count:]
+        assert len(new) == (said is not None) and all("\n" not in line for line in new)
+        assert said is None or said in new[0]
+    assert "vLLM 0.33 and SGLang" in caplog.messages[0] and "merged" in caplog.messages[0]
+    assert "vLLM" not in caplog.messages[1] and "peftkern export" in caplog.messages[1]
+    config = peftkern.LoraConfig(target_modules=["q_proj"], use_dora=True)  # no task that is served
+    peftkern.get_peft_model(base_model(place / "base"), config).save_pretrained(tmp_path / "none")
+    assert len(caplog.messages) == 2
 
 
 def test_rank_is_that_of_the_started_server(place: Path, tmp_path: Path, capsys: Any) -> None:

@@ -94,6 +94,9 @@ class AdapterFiles:
         Files are written under a temporary name and renamed. The adapter "default" goes to
         ``save_directory``, any other to a folder of its name inside it.
 
+        One line is logged ("peftkern", once) where vLLM or SGLang would refuse an adapter for text
+        generation or classification of sequences, or read it wrongly.
+
         Args:
             save_directory: folder, made when missing.
             safe_serialization: True writes ``adapter_model.safetensors``, False a torch pickle of

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 
 from ..configs.base import PeftConfig
@@ -14,8 +16,13 @@ from ..files.atomic import replaced_together, write_atomically
 from ..tuners.lora.plain import as_plain_lora
 from ..tuners.wrapped import Adapted, innermost
 from ..utils.constants import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from ..utils.peft_types import TaskType
 from .base_file import KEY, gguf_file_of
+from .serving import Adapter, refused_by_servers
 from .state_dicts import load_peft_weights
+
+log = logging.getLogger("peftkern")
+_TOLD: set[str] = set()  # lines that were logged
 
 
 def _without_aliases(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -105,3 +112,20 @@ def write_adapters(
             _write_weights(os.path.join(staged, written), _without_aliases(found))
             _save_config(model, configs[name], staged, folder)
     model.create_or_update_model_card(save_directory)
+    for name, found in tensors.items():
+        _tell_of_servers(model, configs[name], found)
+
+
+def _tell_of_servers(model: Any, config: PeftConfig, tensors: dict[str, Tensor]) -> None:
+    """Log one line, once, when vLLM or SGLang would refuse the adapter or read it wrongly.
+
+    It is for adapters of the tasks that they serve.
+    """
+    served = config.task_type in (TaskType.CAUSAL_LM, TaskType.SEQ_CLS)
+    if not served or not isinstance(innermost(model), transformers.PreTrainedModel):
+        return
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    line = refused_by_servers(Adapter(config.to_dict(), shapes))
+    if line is not None and line not in _TOLD:
+        _TOLD.add(line)
+        log.warning("The adapter as saved is %s", line)
