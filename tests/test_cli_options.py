@@ -72,7 +72,7 @@ def test_help_says_what_the_field_says(capsys: pytest.CaptureFixture[str]) -> No
         assert words in said
 
 
-@pytest.mark.parametrize("command", ["train", "tune", "demo", "inspect", "merge", "export"])
+@pytest.mark.parametrize("command", ["train", "tune", "demo", "inspect", "merge", "export", "chat"])
 def test_help_loads_nothing_heavy(command: str) -> None:
     code = (
         "import sys; from peftkern.cli.app import run\n"

@@ -13,7 +13,13 @@ from typing import Annotated
 import typer
 
 from . import ranks
-from .after_settings import ExportSettings, InspectSettings, MergeSettings
+from .after_settings import (
+    ChatSettings,
+    ExportSettings,
+    GenerateSettings,
+    InspectSettings,
+    MergeSettings,
+)
 from .demo.settings import DemoSettings
 from .errors import CommandError, UserError, first_line
 from .options import takes
@@ -118,6 +124,34 @@ def inspect_command(
     from .inspect import inspect
 
     inspect(path, settings)
+
+
+@app.command("generate")
+@takes(GenerateSettings)
+def generate_command(
+    settings: GenerateSettings,
+    prompt: Annotated[str | None, typer.Argument(help="The prompt; else from stdin.")] = None,
+) -> None:
+    """Write a text from a prompt, by one adapter or several, or by the base model too."""
+    settings.validate()
+    _refuse_several_processes("generate")
+    from .generate import generate
+
+    generate(prompt, settings)
+
+
+@app.command("chat")
+@takes(ChatSettings)
+def chat_command(settings: ChatSettings) -> None:
+    """Talk with a model; /adapter NAME and /base change who answers.
+
+    Lines from stdin are the user's turns, from a terminal or a pipe.
+    """
+    settings.validate()
+    _refuse_several_processes("chat")
+    from .talk import chat
+
+    chat(settings)
 
 
 @app.command("merge")
