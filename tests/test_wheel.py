@@ -233,15 +233,17 @@ def test_what_is_imported_is_declared_and_nothing_else() -> None:
     of_command = [p for p in PACKAGE_FILES if p.is_relative_to(command)]
     of_demo = [p for p in of_command if p.is_relative_to(command / "demo")]
     library = third_party({*PACKAGE_FILES, *KERNEL_FILES} - {*of_command})
-    # `fuse` works on HF PEFT's layers: whoever has some has HF PEFT
-    assert library - {"peft", "liger_kernel"} == named(project["dependencies"])
+    # `fuse` works on HF PEFT's layers: whoever has some has HF PEFT. GGUF files, and bitsandbytes'
+    # optimizers, are asked for by name
+    asked = {"peft", "liger_kernel", "gguf", "bitsandbytes"}
+    assert library - asked == named(project["dependencies"])
     assert extras["liger"] == {"liger-kernel"}
     # Trainer imports accelerate; a model in GGUF, as the demo's is, needs what reads it
     # DeepSpeed too, which `--deepspeed` asks for by name, and datasets (with pyarrow), which a
     # .parquet file does, and matplotlib, without which there is no report.html; Jinja comes with
     # torch, YAML with transformers
     by_name = {"deepspeed", "datasets", "pyarrow", "matplotlib", "jinja2", "yaml"}
-    needed = third_party({*of_command} - {*of_demo}) - library - by_name
+    needed = third_party({*of_command} - {*of_demo}) - (library - {"gguf"}) - by_name
     assert needed | {"accelerate"} == extras["cli"] | {"gguf"} == {*EXTRA, "gguf"}
     # what transformers' tokenizers import, and the demo's peer
     needed = third_party(of_demo) - library - extras["cli"]
