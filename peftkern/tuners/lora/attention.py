@@ -239,10 +239,15 @@ class MultiheadAttention(nn.Module, LoraLayer):
         B: Any = self.lora_B[adapter]
         return B.weight, A.weight
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+    def merge(
+        self,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        exact: bool = True,
+    ) -> None:
         """Add adapters to the weights of both projections; see :meth:`LoraLayer.merge`."""
-        super().merge(safe_merge, adapter_names)
-        self._out_proj.merge(safe_merge, adapter_names)
+        super().merge(safe_merge, adapter_names, exact)
+        self._out_proj.merge(safe_merge, adapter_names, exact)
 
     def unmerge(self) -> None:
         """Take the merged adapters out of both projections."""

@@ -25,7 +25,7 @@ from .conv import Conv1d, Conv2d, Conv3d
 from .embedding import Embedding
 from .linear import Linear
 from .linear_kinds import is_linear_kind
-from .merging import own_forward
+from .own_forward import own_forward
 from .variant import table_of, variant_class
 
 # names of heads that tasks put into modules_to_save whether a model has such a module or not

@@ -8,46 +8,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import Parameter
-from transformers.pytorch_utils import Conv1D
 
 from ...ops.bases import repack
 from ...ops.bases.experts import reader_of as experts_reader
 from ...ops.bases.formats import is_packed, numbers
-from ...utils.private import CONV_FORWARD
 from ...utils.warning import PeftWarning
 from ..adapter_calls import BROKEN, check_adapters_to_merge
+from .adding import Sum
 from .linear_kinds import is_linear_kind
-from .restore import Kept, at_least_float32
-from .variant import make_ready
-
-# {kind of layer: the methods with which it computes with its weight}
-_FORWARDS: dict[type[nn.Module], tuple[str, ...]] = {
-    nn.Linear: ("forward",),
-    Conv1D: ("forward",),
-    nn.Embedding: ("forward",),
-    nn.Conv1d: ("forward", CONV_FORWARD),
-    nn.Conv2d: ("forward", CONV_FORWARD),
-    nn.Conv3d: ("forward", CONV_FORWARD),
-}
-
-
-def own_forward(base: Any) -> str | None:
-    """Words for a subclass of a known layer that overrides its forward; None for known layers.
-
-    For such a subclass it is not known that adding to its weight adds to its output.
-    """
-    if _is_packed(base):  # a known format's weight is what the layer multiplies with
-        return None
-    for kind, methods in _FORWARDS.items():
-        if not isinstance(base, kind):
-            continue
-        cls: Any = type(base)
-        if all(getattr(cls, name, None) is getattr(kind, name, None) for name in methods):
-            return None
-        if kind is nn.Embedding and hasattr(base, "embed_scale"):  # the update is scaled too
-            return None
-        return f"a {cls.__name__}, which has another forward than {kind.__name__}"
-    return None
+from .own_forward import own_forward
+from .restore import Kept, KeptCopy, at_least_float32
+from .variant import is_added, make_ready
 
 
 def _is_packed(module: Any) -> bool:
@@ -150,15 +121,22 @@ class Merging:
 
     # ---------------------------------------------------------------- in and out
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+    def merge(
+        self,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        exact: bool = True,
+    ) -> None:
         """Add adapters to the base weight, in place; :meth:`unmerge` restores it bit for bit.
 
-        A record for that is kept meanwhile, see :class:`peftkern.tuners.lora.restore.Kept`.
+        A record for that is kept meanwhile, see :mod:`peftkern.tuners.lora.restore`.
 
         Args:
             safe_merge: refuse a result with NaN or infinity in it.
             adapter_names: the adapters, in this order; None: the active ones. Adapters that have no
                 weights here, or are merged already, are skipped.
+            exact: False keeps no record of a dense weight: :meth:`unmerge` subtracts, within
+                rounding.
 
         Raises:
             ValueError: with ``safe_merge`` a result that is not finite; a base weight that cannot
@@ -169,7 +147,7 @@ class Merging:
         After an error the weight is as it was.
         """
         names = check_adapters_to_merge(self, adapter_names)  # type: ignore[arg-type]
-        self._merge(names, safe_merge, keep=True)
+        self._merge(names, safe_merge, keep=exact)
 
     def _check_mergeable(self, names: list[str]) -> list[str]:
         """Make all checks that need no arithmetic; returns the ``names`` that have weights here."""
@@ -240,54 +218,85 @@ class Merging:
             raise ValueError(said)
         self._check_adapters(module, names)
 
-    @torch.no_grad()
-    def _merged(self, names: list[str], safe_merge: bool) -> tuple[Tensor, Tensor | None]:
-        """(weight, bias or None) with these adapters, in the base's dtype; writes nothing.
+    def _sum(self, names: list[str]) -> Sum | None:
+        """What merging these adapters writes; None: the result is not a sum of a dense weight."""
+        module, attribute = self._merge_target()
+        variants: Any = [self.lora_variant[name] for name in names if name in self.lora_variant]
+        if _is_packed(module) or any(not is_added(variant) for variant in variants):
+            return None
+        scaling: dict[str, float] = self.scaling  # type: ignore[attr-defined]
+        factors = [(*self._factors(name), scaling[name]) for name in names]
+        return Sum(getattr(module, attribute).data, factors)
 
-        Raises:
-            ValueError: with ``safe_merge``, when a result is not finite.
-        """
-        layer: Any = self
+    def _merged(self, names: list[str], safe_merge: bool) -> tuple[Tensor, list[bool]]:
+        """(the weight with these adapters, in the base's dtype; see :meth:`Sum.finite`)."""
         module, attribute = self._merge_target()
         packed = _is_packed(module)
         before = (
             repack.dense_value(module, attribute) if packed else getattr(module, attribute).data
         )
-        variants = self.lora_variant
         base = None
-        if any(name in variants for name in names) and (self._kept or len(names) > 1):
+        if any(name in self.lora_variant for name in names) and (self._kept or len(names) > 1):
             base = at_least_float32(self._unmerged_weight())
-        weight, bias = at_least_float32(before), None
+        weight, finite = at_least_float32(before), []
         for name in names:
             weight = self._merged_weight(name, weight, base)
-            ok = not safe_merge or bool(weight.to(before.dtype).isfinite().all())
+            finite.append(not safe_merge or bool(weight.to(before.dtype).isfinite().all()))
+        return weight.to(before.dtype), finite
+
+    def _merged_bias(self, names: list[str]) -> tuple[Tensor | None, list[bool]]:
+        """(bias with these adapters or None, whether it is finite with the first 1, 2, ...)."""
+        layer: Any = self
+        module: Any = self._merge_target()[0]
+        bias: Tensor | None = None
+        finite = []
+        for name in names:
             if layer.lora_bias.get(name):
                 extra = at_least_float32(self._bias_update(name)) * layer.scaling[name]
                 bias = (at_least_float32(module.bias.data) if bias is None else bias) + extra
-                ok = ok and (not safe_merge or bool(bias.to(module.bias.dtype).isfinite().all()))
-            if safe_merge and not self._agreed(ok):
+            finite.append(bias is None or bool(bias.to(module.bias.dtype).isfinite().all()))
+        return None if bias is None else bias.to(module.bias.dtype), finite
+
+    @torch.no_grad()
+    def _check_finite(self, names: list[str]) -> None:
+        """Raise a ValueError when the result of merging is not finite; nothing is written."""
+        plain = self._sum(names)
+        finite = self._merged(names, True)[1] if plain is None else plain.finite()
+        self._agree_on(names, finite, self._merged_bias(names)[1])
+
+    def _agree_on(self, names: list[str], *finite: list[bool]) -> None:
+        for name, *found in zip(names, *finite, strict=True):
+            if not self._agreed(all(found)):
                 raise ValueError(BROKEN.format(name))
-        return weight.to(before.dtype), None if bias is None else bias.to(module.bias.dtype)
 
     @torch.no_grad()
     def _merge(self, names: list[str], safe_merge: bool, keep: bool) -> None:
         names = self._check_mergeable(names)
         if not names:
             return
-        weight, bias = self._merged(names, safe_merge)
         module, attribute = self._merge_target()
+        plain = self._sum(names)
+        weight, finite = (None, []) if plain is not None else self._merged(names, safe_merge)
+        bias, bias_finite = self._merged_bias(names)
+        if safe_merge:
+            finite = finite if plain is None else plain.finite()
+            self._agree_on(names, finite, bias_finite)
         if _is_packed(module):
+            assert weight is not None
             self._merge_packed(module, names, weight, bias)
             return
-        target = getattr(module, attribute)
-        kept = None
-        if keep:
-            factors = None
-            if not any(name in self.lora_variant for name in names):
-                factors = [(*self._factors(n), self.scaling[n]) for n in names]  # type: ignore
-            kept = Kept(target.data, weight, factors)
-            kept.bias = None if bias is None else module.bias.data.clone()
-        target.data.copy_(weight)
+        old_bias = None if bias is None or not keep else module.bias.data.clone()
+        if plain is not None:
+            kept = plain.write(keep)
+        else:
+            assert weight is not None
+            target = getattr(module, attribute).data
+            kept = KeptCopy(target) if keep else None
+            target.copy_(weight)
+            if kept is not None:
+                kept.seal(target)
+        if kept is not None:
+            kept.bias = old_bias
         if bias is not None:
             module.bias.data.copy_(bias)
         self._kept.append((names, kept))

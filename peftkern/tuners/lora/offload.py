@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ...utils.private import forward_of, hook_of
+from ..base_layer import all_modules
 
 
 def offloading(module: Any) -> list[Any]:
@@ -31,7 +32,7 @@ def onloaded(layer: Any) -> Iterator[None]:
     Values written to the base layer are kept in host memory afterwards, even when they came from
     disk: the files of a checkpoint are not rewritten.
     """
-    held: list[Any] = [m for m in layer.modules() if m is not layer and offloading(m)]
+    held: list[Any] = [m for m in all_modules(layer) if m is not layer and offloading(m)]
     for module in held:
         hook_of(module).pre_forward(module)
     try:

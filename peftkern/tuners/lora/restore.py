@@ -1,29 +1,31 @@
 """``Kept``: restores a weight, bit for bit, to its value before adapters were merged into it.
 
-W' = round(W + B A) cannot be undone by subtraction alone: where W' has a larger exponent than W,
-low bits of W are lost. A copy of W would double the memory of the adapted weights. Instead two
-things are kept: what is needed to predict W from W' by subtraction, and the distance of each
-element of W from its prediction. Distances are counted in steps of the dtype, which is the
-difference of the bits as integers. In 16 bits most distances are 0, in 32 bits most fit in a byte.
+W' = round(W + P) with P = B A cannot be undone by subtraction alone: where W' has a larger exponent
+than W, low bits of W are lost. A copy of W would double the memory of the adapted weights. But
+round(W' - P) is W elsewhere, so that the elements of W are kept for which it is not.
 
-The prediction must give the same bits later, on another device, with another number of threads, and
-after the adapter was trained or deleted. So it uses copies of the factors, split into integers so
-small that their products and sums are exact in float32 in any order.
+That holds if P has the same bits both times, on another device, with another number of threads, and
+after the adapter was trained or deleted. So P is a product of copies, by :mod:`.exact_product`.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .exact_product import ExactProduct, Part
+
 logger = logging.getLogger("peftkern")
 
-BITS = 7  # of one piece: |piece| <= 64, so a product is <= 2^12
-BLOCK = 2**24  # number of elements that are processed together
-PIECES = {torch.float16: 2, torch.bfloat16: 2, torch.float32: 3}
+# Elements that are processed together: on a CPU so few that all intermediate results of a thread
+# stay in its cache, elsewhere so many that starting operations costs little.
+CPU_STEP, STEP = 2**17, 2**22
+SUBTRACTED = "its adapters are taken out by subtraction"
+Factors = tuple[Tensor, Tensor, float]  # left [..., M, r], right [..., r, N], scaling
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -44,173 +46,214 @@ def _check_sum(x: Tensor) -> int:
     whole = words.numel() // several * several
     if words.storage_offset() % several:
         words = words.clone()
-    rest = int(words[whole:].sum(dtype=torch.int64))
+    rest = int(words[whole:].sum(dtype=torch.int64)) if whole < words.numel() else 0
     return int(words[:whole].view(torch.int64).sum()) + rest
 
 
-def _rows(x: Tensor) -> list[slice]:
-    """Slices of the first dimension with about ``BLOCK`` elements each."""
-    step = max(1, BLOCK // max(1, x[:1].numel()))
-    return [slice(i, i + step) for i in range(0, len(x), step)]
+class Step(NamedTuple):
+    """The elements of a weight, seen as a product's matrices, that are processed together."""
+
+    part: Part
+    start: int  # the number of the first one
 
 
-class _Product:
-    """The product [..., M, N] of [..., M, r] and [..., r, N], with the same bits on every device.
+def steps(x: Tensor, end: int | None = None) -> Iterator[Step]:
+    """The steps in which ``x`` [M, N] or [E, M, N] is processed, in the order of its elements.
 
-    Its precision is about ``pieces`` * 7 bits.
+    With ``end``, those before the one that starts with that element.
     """
-
-    def __init__(self, left: Tensor, right: Tensor, pieces: int) -> None:
-        self.left, self.left_scale = self._cut(left, -1, pieces)
-        self.right, self.right_scale = self._cut(right, -2, pieces)
-
-    @staticmethod
-    def _cut(x: Tensor, over: int, pieces: int) -> tuple[list[Tensor], Tensor]:
-        """(int8 pieces, scale) with x ≈ scale · Σ piece_i · 2^(-7 i); the scale is a power of 2."""
-        largest = x.abs().amax(over, keepdim=True)
-        # limited, so that products of scaled pieces are normal numbers
-        exponent = torch.frexp(largest).exponent.clamp(-50, 50)
-        scale = torch.ldexp(torch.ones_like(largest), exponent - (BITS - 1))
-        rest, found = x / scale, []
-        for _ in range(pieces):
-            piece = rest.round().clamp(-64, 64)
-            found.append(piece.to(torch.int8))
-            rest = (rest - piece) * 2**BITS
-        return found, scale
-
-    def rows(self, rows: slice, device: torch.device) -> Tensor:
-        """The product's ``rows`` (of its first dimension), in float32."""
-        stacked = self.left[0].dim() > 2  # a batch: one product for each index of dimension 0
-        over = rows if stacked else slice(None)
-        total: Tensor | None = None
-        for order in range(len(self.left)):
-            a = torch.cat([piece[rows] for piece in self.left[: order + 1]], -1)
-            b = torch.cat([piece[over] for piece in self.right[: order + 1][::-1]], -2)
-            # scaling whole rows and columns by powers of 2 changes no rounding
-            a = a.to(device) * (self.left_scale[rows] * 2.0 ** (-BITS * order)).to(device)
-            part = a @ (b.to(device) * self.right_scale[over].to(device))
-            total = part if total is None else total.add_(part)
-        assert total is not None
-        return total
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        return [*self.left, *self.right, self.left_scale, self.right_scale]
-
-
-class _Block:
-    """The former values of a block of rows, relative to a guess that can be computed again."""
-
-    def __init__(self, before: Tensor, guess: Tensor | None) -> None:
-        self.copy: Tensor | None = None
-        self.index = self.value = self.near = None
-        count, item = before.numel(), before.dtype.itemsize
-        if guess is None:
-            self.copy = before.clone()
+    for step in _all_steps(x):
+        if step.start == end:
             return
-        distance = (as_integers(before) - as_integers(guess)).flatten()
-        near = distance.to(torch.int8)
-        far = near != distance
-        near_cost = count + int(far.count_nonzero()) * (4 + item)
-        few_cost = int(distance.count_nonzero()) * (4 + item)
-        if min(near_cost, few_cost) >= count * item:
-            self.copy = before.clone()
-            return
-        if near_cost < few_cost:
-            self.near = near
-            distance -= near  # a multiple of 256; 0 where the distance fits in a byte
-        index = distance.nonzero().squeeze(1)
-        self.index, self.value = index.to(torch.int32), distance[index]
+        yield step
 
-    def restored(self, guess: Tensor | None) -> Tensor:
-        if guess is None or self.index is None or self.value is None:
-            assert self.copy is not None
-            return self.copy
-        bits = as_integers(guess).flatten()
-        if self.near is not None:
-            bits += self.near.to(bits.device)
-        bits[self.index.to(bits.device).long()] += self.value.to(bits.device)
-        return bits.view(guess.dtype).reshape(guess.shape)
 
-    @property
-    def tensors(self) -> list[Tensor]:
-        return [t for t in (self.copy, self.index, self.value, self.near) if t is not None]
+def _all_steps(x: Tensor) -> Iterator[Step]:
+    size = CPU_STEP * torch.get_num_threads() if x.device.type == "cpu" else STEP
+    rows, columns = x.shape[-2:]
+    many = max(1, size // max(1, columns))
+    if x.dim() == 2:
+        for row in range(0, rows, many):
+            yield Step((slice(row, row + many),), row * columns)
+    elif rows < many:
+        several = many // max(1, rows)
+        for one in range(0, len(x), several):
+            yield Step((slice(one, one + several), slice(None)), one * rows * columns)
+    else:
+        for one in range(len(x)):
+            for row in range(0, rows, many):
+                yield Step((one, slice(row, row + many)), (one * rows + row) * columns)
 
 
 class Kept:
-    """A record that restores the weight ``before`` from the weight ``after``.
+    """A record that restores a weight from what merging has made of it.
 
-    Memory: for 16-bit weights about r (M + N) · 2 bytes, and 6 bytes for each element whose low
-    bits the merge has lost (their share is about that of the update in the weight). For float32 one
-    byte for each element. Never more than a copy and the factors. A copy is kept for float64
-    weights, for a variant whose result is not a sum, and for adapters that are not finite. Some
-    float32 copies of ``BLOCK`` elements are needed while the record is made and used.
-
-    Args:
-        before: the weight without the adapters.
-        after: the weight with them, same shape and dtype.
-        factors: (left [..., r], right [r, ...], scaling) of each adapter whose scaled product was
-            added; None when ``after`` is not such a sum.
+    :meth:`seal` completes it once the merged weight is there.
     """
 
     bias: Tensor | None = None
+    lost = "unmerging loses that change"
 
-    def __init__(
-        self,
-        before: Tensor,
-        after: Tensor,
-        factors: Sequence[tuple[Tensor, Tensor, float]] | None,
-    ) -> None:
+    def seal(self, after: Tensor) -> None:
+        """Note what the merged weight is, to tell later whether other code has changed it."""
         self.dtype, self.sum = after.dtype, _check_sum(after)
-        self.product = self._product(factors) if factors else None
-        self.blocks = [
-            (rows, _Block(before[rows], self._guess(after, rows))) for rows in _rows(after)
-        ]
-
-    def _product(self, factors: Sequence[tuple[Tensor, Tensor, float]]) -> _Product | None:
-        pieces = PIECES.get(self.dtype)
-        left = torch.cat([at_least_float32(a) * s for a, _, s in factors], -1).float()
-        right = torch.cat([at_least_float32(b) for _, b, _ in factors], -2).float()
-        if pieces is None or left.shape[-1] * pieces * 2 ** (2 * BITS - 2) >= 2**24:
-            return None
-        if not bool(left.isfinite().all() and right.isfinite().all()):
-            return None
-        return _Product(left, right, pieces)
-
-    def _guess(self, after: Tensor, rows: slice) -> Tensor | None:
-        """The prediction of ``before[rows]`` by subtraction; None without a product."""
-        if self.product is None:
-            return None
-        part = after[rows]
-        update = self.product.rows(rows, part.device).reshape(part.shape)
-        return torch.sub(part, update, out=update).to(part.dtype)
 
     @torch.no_grad()
     def restored(self, after: Tensor) -> Tensor:
-        """``before``, bit for bit, on the device of ``after``.
+        """The weight from before, bit for bit, on the device of ``after``.
 
         When other code wrote into ``after`` meanwhile, that change is kept and the adapters are
-        subtracted; without factors the change is lost. A warning is logged.
+        subtracted; of what is no sum of products the change is lost. A warning is logged.
         """
         changed = after.dtype != self.dtype or _check_sum(after) != self.sum
         if changed:
-            logger.warning(
-                "a merged weight was changed; %s",
-                "unmerging loses that change"
-                if self.product is None
-                else "its adapters are taken out by subtraction",
-            )
-        before = torch.empty_like(after)
-        for rows, block in self.blocks:
-            guess = self._guess(after, rows)
-            by_guess = changed and guess is not None
-            before[rows] = guess if by_guess else block.restored(guess)  # type: ignore[assignment]
-        return before
+            logger.warning("a merged weight was changed; %s", self.lost)
+        return self._restored(after, changed)
+
+    def _restored(self, after: Tensor, changed: bool) -> Tensor:
+        raise NotImplementedError
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What is held for the weight."""
+        raise NotImplementedError
 
     @property
     def nbytes(self) -> int:
         """The memory of this record in bytes."""
-        tensors = [t for _, block in self.blocks for t in block.tensors]
-        tensors += self.product.tensors if self.product is not None else []
-        tensors += [] if self.bias is None else [self.bias]
-        return sum(t.nbytes for t in tensors)
+        return sum(t.nbytes for t in (*self.tensors, *(() if self.bias is None else (self.bias,))))
+
+
+class KeptCopy(Kept):
+    """A copy of the weight ``before``; copies of factors (left, right, scaling) that were added."""
+
+    def __init__(self, before: Tensor, factors: Sequence[Factors] = ()) -> None:
+        self.copy = before.clone()
+        self.factors = [(left.clone(), right.clone(), scale) for left, right, scale in factors]
+        if factors:
+            self.lost = SUBTRACTED
+
+    def _restored(self, after: Tensor, changed: bool) -> Tensor:
+        if not (changed and self.factors):
+            return self.copy.to(after.device, after.dtype)
+        rest = at_least_float32(after).clone()
+        for left, right, scale in self.factors:
+            rest -= (left @ right).mul_(scale).to(rest).view(rest.shape)
+        return rest.to(after.dtype)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [self.copy, *(t for left, right, _ in self.factors for t in (left, right))]
+
+
+class KeptSum(Kept):
+    """Adds the product of two factors to a weight, and takes it out again.
+
+    Memory: 6 bytes for each element of a 16-bit weight whose low bits the merge has lost, 8 bytes
+    for float32 (their share is about that of the update in the weight), never more than a copy; and
+    4 r (M + N) bytes.
+
+    Args:
+        left, right: the finite factors [..., M, r] and [..., r, N].
+    """
+
+    lost = SUBTRACTED
+
+    def __init__(self, left: Tensor, right: Tensor) -> None:
+        self.product = ExactProduct(left, right)
+        # (numbers of elements, their bits) where the prediction is wrong, or all of the weight
+        self.listed: list[tuple[Tensor, Tensor]] = []
+        self.copy: Tensor | None = None
+
+    def add(self, weight: Tensor) -> None:
+        """Add the product to ``weight`` [..., M, N], contiguous and of 2 or 4 bytes an element.
+
+        After an error the weight is as it was.
+        """
+        product = self.product.on(weight.device)
+        count = 0  # of elements that are listed
+        last: tuple[Step, Tensor] | None = None  # the last step that may be written, its new value
+        try:
+            for step in steps(weight):
+                before = weight[step.part]
+                update = product(step.part)
+                after = torch.add(before, update).to(before.dtype)
+                if self.copy is None:
+                    guess = torch.sub(after, update, out=update).to(before.dtype)
+                    count += self._list(step.start, before, guess)
+                    end = step.start + before.numel()
+                    if count * (4 + before.element_size()) > end * before.element_size():
+                        self._copy(weight, step.start)
+                last = step, after
+                before.copy_(after)
+            if self.listed:
+                numbers, values = zip(*self.listed, strict=True)
+                self.listed = [(torch.cat(numbers), torch.cat(values))]
+        except BaseException:
+            if last is not None:
+                step, after = last
+                weight[step.part].copy_(after)
+                self._take_out(weight, weight, step.start + after.numel())
+            raise
+
+    def _list(self, start: int, before: Tensor, guess: Tensor) -> int:
+        """List the elements from number ``start`` on whose guess is wrong; returns how many."""
+        bits = as_integers(before).view(-1)
+        found = _differing(bits, as_integers(guess).view(-1))
+        if len(found):
+            values = bits.index_select(0, found)
+            self.listed.append(((found + start).to(_numbers(start + len(bits))), values))
+        return len(found)
+
+    def _copy(self, weight: Tensor, end: int) -> None:
+        """Keep a copy of the weight, in which the elements before number ``end`` are merged."""
+        copy = weight.clone()
+        self._take_out(copy, copy, end)
+        self.copy, self.listed = copy, []
+
+    def _restored(self, after: Tensor, changed: bool) -> Tensor:
+        merged = after.contiguous().view(self.product.shape)
+        if self.copy is not None and not changed:
+            return self.copy.to(after.device).view(after.shape)
+        before = torch.empty_like(merged)
+        self._take_out(merged, before, None, not changed)
+        return before.view(after.shape)
+
+    def _take_out(self, merged: Tensor, out: Tensor, end: int | None, exact: bool = True) -> None:
+        """Write into ``out`` what the elements of ``merged`` before number ``end`` were."""
+        if self.copy is not None and exact:
+            out.view(-1)[:end] = self.copy.view(-1)[:end]
+            return
+        product = self.product.on(merged.device)
+        for step in steps(merged, end):
+            update = product(step.part)
+            after = merged[step.part]
+            out[step.part] = torch.sub(after, update, out=update)
+        bits = as_integers(out).view(-1)
+        for numbers, values in self.listed if exact else ():
+            if end is not None:
+                numbers, values = numbers[numbers < end], values[numbers < end]
+            bits[numbers.to(bits.device).long()] = values.to(bits.device)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        whole = [] if self.copy is None else [self.copy]
+        listed = [t for pair in self.listed for t in pair]
+        return [*whole, *listed, *self.product.tensors]
+
+
+def _numbers(count: int) -> torch.dtype:
+    """The type of elements' numbers below ``count``."""
+    return torch.int32 if count < 2**31 else torch.int64
+
+
+def _differing(a: Tensor, b: Tensor) -> Tensor:
+    """The indices where the integers ``a`` and ``b`` [n] differ, in ascending order."""
+    x = torch.bitwise_xor(a, b)
+    several = 8 // x.element_size()
+    if len(x) % several == 0:  # where few differ, words of 8 bytes are searched faster
+        words = x.view(torch.int64).nonzero().squeeze(1)
+        if len(words) * several * 8 < len(x):
+            found = x.view(-1, several).index_select(0, words).nonzero()
+            return words.index_select(0, found[:, 0]).mul_(several).add_(found[:, 1])
+    return x.nonzero().squeeze(1)

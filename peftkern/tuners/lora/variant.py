@@ -352,6 +352,11 @@ def rows_of(kwargs: dict[str, Any], rows: Tensor) -> dict[str, Any]:
     return {k: v if v is None else [v[i] for i in indices] for k, v in kwargs.items()}
 
 
+def is_added(variant: LoraVariant) -> bool:
+    """True when merging the variant adds the product of its factors to the weight."""
+    return type(variant).merged_weight is LoraVariant.merged_weight
+
+
 def make_ready(layer: Any) -> None:
     """Call :meth:`LoraVariant.ready` for all variants of a layer."""
     for name, variant in layer.lora_variant.items():
