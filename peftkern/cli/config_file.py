@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from .errors import UserError
-from .options import option, options_of
 
 # how others call an option, for the hint at an unknown key
 _ELSEWHERE = {
@@ -68,7 +67,9 @@ def read_config(path: str, settings: type) -> dict[str, Any]:
         return {}
     if not isinstance(node, yaml.MappingNode):
         raise UserError(f"{where}:{node.start_mark.line + 1}: must hold keys with values")
-    known = {f.name: f for f in options_of(settings) if f.name != "config"}
+    # options.py asks this file, so what is no option is told by the field itself
+    options = [f for f in fields(settings) if not f.metadata.get("unlisted")]
+    known = {f.name: f for f in options if f.name != "config"}
     hints = get_type_hints(settings)
     found: dict[str, Any] = {}
     for key, value in node.value:
@@ -128,12 +129,3 @@ def _value(at: str, key: str, value: Any, of: Field[Any], hint: Any) -> Any:
             return str(value)
     allowed = {bool: "true or false", int: "an integer", float: "a number", str: "a text"}[kind]
     raise UserError(f"{at}: {key} is {value!r}; it must be {allowed}")
-
-
-def missing(settings: type, values: dict[str, Any]) -> None:
-    """Raise a UserError for the first option without default that is not in ``values``."""
-    from dataclasses import MISSING
-
-    for f in fields(settings):
-        if f.default is MISSING and values.get(f.name) is None:
-            raise UserError(f"missing option {option(f.name)}: give it, or in --config FILE")

@@ -9,6 +9,8 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from .errors import UserError
+
 
 def setting(
     default: Any = MISSING,
@@ -80,7 +82,7 @@ _KEYWORD = inspect.Parameter.KEYWORD_ONLY
 
 def _with_config(settings: type, context: Any, values: dict[str, Any]) -> dict[str, Any]:
     """The values of the command line and, for what is not given there, of its ``--config``."""
-    from .config_file import missing, read_config
+    from .config_file import read_config
 
     written = [n for n in values if context.get_parameter_source(n).name != "DEFAULT"]
     of_file = {} if values["config"] is None else read_config(values["config"], settings)
@@ -88,7 +90,9 @@ def _with_config(settings: type, context: Any, values: dict[str, Any]) -> dict[s
         if name in written and other not in written:
             of_file.pop(other, None)
     values |= {name: value for name, value in of_file.items() if name not in written}
-    missing(settings, values)
+    for f in fields(settings):
+        if f.default is MISSING and values.get(f.name) is None:
+            raise UserError(f"missing option {option(f.name)}: give it, or in --config FILE")
     values["given"] = frozenset((*written, *of_file))
     return values
 
