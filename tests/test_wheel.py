@@ -239,10 +239,10 @@ def test_what_is_imported_is_declared_and_nothing_else() -> None:
     assert library - asked == named(project["dependencies"])
     assert extras["liger"] == {"liger-kernel"}
     # Trainer imports accelerate; a model in GGUF, as the demo's is, needs what reads it
-    # DeepSpeed too, which `--deepspeed` asks for by name, and datasets (with pyarrow), which a
-    # .parquet file does, and matplotlib, without which there is no report.html; Jinja comes with
-    # torch, YAML with transformers
-    by_name = {"deepspeed", "datasets", "pyarrow", "matplotlib", "jinja2", "yaml"}
+    # What options ask for by name: DeepSpeed, TRL, datasets (with pyarrow; a .parquet file does),
+    # matplotlib, without which there is no report.html. Jinja comes with torch, YAML with
+    # transformers
+    by_name = {"deepspeed", "trl", "datasets", "pyarrow", "matplotlib", "jinja2", "yaml"}
     needed = third_party({*of_command} - {*of_demo}) - (library - {"gguf"}) - by_name
     assert needed | {"accelerate"} == extras["cli"] | {"gguf"} == {*EXTRA, "gguf"}
     # what transformers' tokenizers import, and the demo's peer

@@ -18,7 +18,13 @@ def training_arguments(settings: TrainSettings, ranks: Ranks) -> Any:
     if settings.gradient_checkpointing:
         options["gradient_checkpointing"] = True
         options["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
-    args = TrainingArguments(
+    kind: Any = TrainingArguments
+    if settings.trainer != "transformers":
+        from . import preferences
+
+        kind, more = preferences.arguments(settings)
+        options = {**more, **options}
+    args = kind(
         output_dir=settings.out,
         per_device_train_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.grad_accumulation,

@@ -73,16 +73,26 @@ def encode_turns(tokenizer: Any, record: Record) -> dict[str, list[int]]:
     UserError, with the record's origin, when there is no template, it refuses the turns, or what
     it writes of the assistant cannot be found.
     """
-    if not has_template(tokenizer):
-        raise UserError(
-            f"{record.origin}: turns need a chat template, and the model's tokenizer has none; "
-            "give one with --chat-template FILE"
-        )
+    _refuse_no_template(tokenizer, record)
     if not tokenizer.is_fast:
         raise UserError("chats need a fast tokenizer, which this model does not have")
     if record.from_turn == 0 and has_markers(tokenizer, record.tools):
         return _by_markers(tokenizer, record)
     return _by_prefixes(tokenizer, record)
+
+
+def as_text(tokenizer: Any, record: Record) -> str:
+    """The turns as the template writes them; UserError as in :func:`encode_turns`."""
+    _refuse_no_template(tokenizer, record)
+    return str(_render(tokenizer, record, len(record.turns), tokenize=False))
+
+
+def _refuse_no_template(tokenizer: Any, record: Record) -> None:
+    if not has_template(tokenizer):
+        raise UserError(
+            f"{record.origin}: turns need a chat template, and the model's tokenizer has none; "
+            "give one with --chat-template FILE"
+        )
 
 
 def _by_markers(tokenizer: Any, record: Record) -> dict[str, list[int]]:

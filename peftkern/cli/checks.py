@@ -69,3 +69,17 @@ def refuse_reports(settings: TrainSettings) -> None:
             raise UserError(
                 f"--report-to {name} needs the package '{needed}': pip install {needed}"
             )
+
+
+def refuse_trl(settings: TrainSettings, ranks: Ranks) -> None:
+    """Raise a UserError when --trainer asks for TRL and it cannot be had."""
+    if settings.trainer == "transformers":
+        return
+    for package in ("trl", "peft"):  # TRL takes a model with adapters for one where HF PEFT is
+        if find_spec(package) is None:
+            needs = f"the package '{package}': pip install {package}"
+            raise UserError(f"--trainer {settings.trainer} needs {needs}")
+    if ranks.count > 1:
+        raise UserError(
+            f"--trainer {settings.trainer} runs in one process; --trainer transformers in several"
+        )

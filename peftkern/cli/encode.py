@@ -14,7 +14,8 @@ import torch
 
 from .chat import IGNORE, encode_turns, has_template
 from .errors import UserError
-from .forms import Record
+from .forms import DPO, Record
+from .preferences import encode_pair
 
 Example = dict[str, Any]
 
@@ -44,6 +45,8 @@ def encode(
     for record in records:
         if task == "causal_lm" and record.turns and _as_chat(tokenizer, record):
             examples, cut = _chat(tokenizer, record, max_length)
+        elif task == DPO:
+            examples, cut = encode_pair(tokenizer, record, max_length)
         elif task == "causal_lm" and record.completion is None:
             examples, cut = _windows(tokenizer, record.text, max_length), False
         elif task == "causal_lm":

@@ -34,19 +34,22 @@ from .shares import IDLE, Examples, Shares, marking
 NETWORK = "trained.safetensors"
 
 
-class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers is not read
-    """Trains the adapters of a peftkern ``PeftModel``; its checkpoints hold no base weights.
+class AdapterFiles(Trainer):  # type: ignore[misc]  # transformers is not read
+    """What a Trainer (transformers' or TRL's) of a ``PeftModel`` does otherwise here.
 
+    Its checkpoints hold no base weights, and its examples are those of :class:`.Shares`.
     ``identity`` and ``notes`` (JSON values) go into the manifest of each checkpoint. The newest
     ``keep`` complete checkpoints stay on disk. Of several processes (``ranks``) the first one
     writes. A model whose parameters :func:`.shards.shard` has divided is ``sharded``; the adapter
     of the checkpoint that it goes on from is in it already.
     """
 
+    rows_per_example = 1  # of a batch
+    counts_targets = False  # True: the loss is scaled by their number; else Trainer does it
+
     def __init__(
         self,
         *args: Any,
-        task: str,
         identity: dict[str, Any],
         notes: dict[str, Any],
         keep: int,
@@ -63,11 +66,9 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers is not read
         self.remove_callback(PrinterCallback)
         self.pace = Pace(self.args.device.type == "cuda")
         self.add_callback(self.pace)
-        self._task, self._identity, self._notes, self._keep = task, identity, notes, keep
+        self._identity, self._notes, self._keep = identity, notes, keep
         self._ranks = ranks
         self._run_dir: str | None = None
-        self.model_accepts_loss_kwargs = True  # read by older versions of Trainer, see compute_loss
-        self.loss_is_scaled_for_ga = True  # read by newer versions
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """This process's share of the examples, in an order that seed and epoch determine."""
@@ -83,72 +84,32 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers is not read
             pin_memory=self.args.dataloader_pin_memory,
         )
 
-    def get_ready_for_ddp(self) -> None:
-        """Tell DistributedDataParallel what is trained, and whether some of it gets no gradient.
-
-        It waits for all gradients else, and where a model has linear layers that no text reaches
-        (a vision tower's), in vain. One example shows it. Draws random numbers.
-        """
-        tensors = [*self.model.named_parameters(), *self.model.named_buffers()]
-        leave_out_of_ddp(self.model, [name for name, t in tensors if not t.requires_grad])
-        batch = self.data_collator([self.train_dataset[0]])
-        batch = {name: value.to(self.args.device) for name, value in batch.items()}
-        with self.accelerator.autocast():
-            self.model.train()(**batch).loss.backward()
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        unused = any(p.grad is None for p in trained)
-        for p in trained:
-            p.grad = None
-        handler: Any = self.accelerator.ddp_handler
-        handler.find_unused_parameters = unused
-
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: Any
-    ) -> tuple[list[dict[str, torch.Tensor]], int]:
-        """(this process's micro-batches of one optimizer step, the number of targets in it).
-
-        The targets of all processes are counted.
-        """
+    ) -> tuple[list[dict[str, torch.Tensor]], Any]:
+        """As Trainer's; counts what the optimizer step is of."""
         self.pace.begins()
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        return batches, self.count(batches, items)
+
+    def count(self, batches: list[dict[str, Any]], items: Any) -> Any:
+        """Count the tokens and examples of this step; return the number of its targets."""
         counted = [batch for batch in batches if IDLE not in batch]
-        targets, tokens, examples = self._ranks.sum(
-            sum(self._targets(batch) for batch in batches),
-            sum(map(token_count, counted)),
-            sum(len(batch["input_ids"]) for batch in counted),
-        )
-        self.pace.holds(int(tokens), int(examples))
-        return batches, int(targets)
+        tokens = sum(map(token_count, counted))
+        examples = sum(len(batch["input_ids"]) for batch in counted) // self.rows_per_example
+        own = sum(self._targets(batch) for batch in batches)
+        targets, *held = self._ranks.sum(own, tokens, examples)
+        self.pace.holds(*map(int, held))
+        return int(targets) if self.counts_targets else items
+
+    def _targets(self, batch: dict[str, Any]) -> int:
+        return 0
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As Trainer does, with the step's tokens (without padding) and examples a second."""
         if "loss" in logs:
             logs |= self.pace.of_last_step()
         super().log(logs, *args, **kwargs)
-
-    def _targets(self, batch: dict[str, Any]) -> int:
-        return 0 if IDLE in batch else target_count(batch["labels"], self._task)
-
-    def compute_loss(
-        self,
-        model: Any,
-        inputs: dict[str, torch.Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: Any = None,
-    ) -> Any:
-        """The micro-batch's part of the mean loss over all targets of the optimizer step.
-
-        Trainer leaves the scaling to models whose forward takes keywords. Several of them (BERT's
-        classifiers, T5) take the number and ignore it. That would multiply loss and gradients by
-        the number of micro-batches. Of several processes, losses and gradients are averaged, so
-        each part is multiplied by their number.
-        """
-        targets = self._targets(inputs)
-        outputs = model(**{name: value for name, value in inputs.items() if name != IDLE})
-        loss = outputs.loss
-        if num_items_in_batch is not None:
-            loss = loss * (targets * self._ranks.count / num_items_in_batch)
-        return (loss, outputs) if return_outputs else loss
 
     def _get_output_dir(self, trial: Any) -> str:
         return self._run_dir or super()._get_output_dir(trial)
@@ -223,6 +184,61 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers is not read
         self.state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
 
 
+class AdapterTrainer(AdapterFiles):
+    """Trains the adapters of a peftkern ``PeftModel`` for a ``task`` of the command."""
+
+    counts_targets = True
+
+    def __init__(self, *args: Any, task: str, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._task = task
+        self.model_accepts_loss_kwargs = True  # read by older versions of Trainer, see compute_loss
+        self.loss_is_scaled_for_ga = True  # read by newer versions
+
+    def get_ready_for_ddp(self) -> None:
+        """Tell DistributedDataParallel what is trained, and whether some of it gets no gradient.
+
+        It waits for all gradients else, and where a model has linear layers that no text reaches
+        (a vision tower's), in vain. One example shows it. Draws random numbers.
+        """
+        tensors = [*self.model.named_parameters(), *self.model.named_buffers()]
+        leave_out_of_ddp(self.model, [name for name, t in tensors if not t.requires_grad])
+        batch = self.data_collator([self.train_dataset[0]])
+        batch = {name: value.to(self.args.device) for name, value in batch.items()}
+        with self.accelerator.autocast():
+            self.model.train()(**batch).loss.backward()
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        unused = any(p.grad is None for p in trained)
+        for p in trained:
+            p.grad = None
+        handler: Any = self.accelerator.ddp_handler
+        handler.find_unused_parameters = unused
+
+    def _targets(self, batch: dict[str, Any]) -> int:
+        return 0 if IDLE in batch else target_count(batch["labels"], self._task)
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The micro-batch's part of the mean loss over all targets of the optimizer step.
+
+        Trainer leaves the scaling to models whose forward takes keywords. Several of them (BERT's
+        classifiers, T5) take the number and ignore it. That would multiply loss and gradients by
+        the number of micro-batches. Of several processes, losses and gradients are averaged, so
+        each part is multiplied by their number.
+        """
+        targets = self._targets(inputs)
+        outputs = model(**{name: value for name, value in inputs.items() if name != IDLE})
+        loss = outputs.loss
+        if num_items_in_batch is not None:
+            loss = loss * (targets * self._ranks.count / num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
+
+
 def _follow(scheduler: Any, optimizer: Any) -> None:
     """Set the learning rate to that of the schedule, which is another one in a longer run."""
     scheduler = getattr(scheduler, "scheduler", scheduler)  # accelerate's holds torch's
@@ -268,7 +284,12 @@ def save_adapter(
     ``state`` holds its whole tensors if the model's are not whole. The embedding is left out too:
     the command never resizes it, and a check whether it was resized would use the network.
     """
-    model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=state)
+    model.save_pretrained(
+        str(folder),
+        save_embedding_layers=False,
+        state_dict=state,
+        selected_adapters=["default"],  # not DPO's reference
+    )
 
 
 class _NextEpoch(TrainerCallback):  # type: ignore[misc]  # transformers is not read

@@ -8,6 +8,7 @@ prompt-completion  prompt, completion (texts, or lists of turns)      on the com
 messages           messages: turns {role, content}                    on the assistant's turns
 sharegpt           conversations: turns {from, value}                 on the assistant's turns
 alpaca             instruction, output, and input or none             on the output
+preference         prompt, chosen, rejected (texts or turns)          (--trainer dpo)
 labelled           text, label                                        (seq_cls)
 tagged             tokens, labels: one label for each token           (token_cls)
 =================  =================================================  ==============================
@@ -57,9 +58,13 @@ class Record:
     turns: list[Turn] = field(default_factory=list)
     from_turn: int = 0
     tools: list[Any] | None = None
+    # what DPO compares: two texts after ``prompt``, or two lists of turns after ``turns``
+    answers: tuple[Any, Any] | None = None
 
     def has_content(self) -> bool:
         """False for an example of white space alone."""
+        if self.answers is not None:
+            return True
         if self.completion is not None:
             return bool(self.completion.strip())
         return bool(self.text.strip() or self.tokens or self.turns)
@@ -79,6 +84,11 @@ class Form:
         return f"{self.name} ({', '.join(self.needs)})"
 
 
+def taker(task: str) -> str:
+    """The option that decides which forms are taken: the task, or DPO, which has forms alone."""
+    return "--trainer dpo" if task == DPO else f"--task {task}"
+
+
 def form_of(where: str, fields: dict[str, Any], task: str, named: str) -> Form:
     """The form of a row, which ``named`` says if it is not "auto"; UserError when none fits."""
     able = [form for form in FORMS if task in form.tasks]
@@ -86,7 +96,7 @@ def form_of(where: str, fields: dict[str, Any], task: str, named: str) -> Form:
         able = [form for form in able if form.name == named]
         if not able:
             fit = ", ".join(form.name for form in FORMS if task in form.tasks)
-            raise UserError(f"--data-format {named}: --task {task} takes {fit}")
+            raise UserError(f"--data-format {named}: {taker(task)} takes {fit}")
     fitting = [form for form in able if all(name in fields for name in form.needs)]
     if len(fitting) == 1:
         return fitting[0]
@@ -100,7 +110,7 @@ def form_of(where: str, fields: dict[str, Any], task: str, named: str) -> Form:
         absent = next(name for name in form.needs if name not in fields)
         raise UserError(f"{where}: missing field {absent!r} of {form.said()}")
     given = ", ".join(map(repr, fields)) or "none"
-    raise UserError(f"{where}: the fields are {given}; --task {task} takes {allowed}")
+    raise UserError(f"{where}: the fields are {given}; {taker(task)} takes {allowed}")
 
 
 def _plain(where: str, fields: dict[str, Any]) -> Record:
@@ -131,10 +141,14 @@ def _chat(
 ) -> Record:
     if not any(turn["role"] == "assistant" for turn in turns[from_turn:]):
         raise UserError(f"{where}: no turn of {name!r} is the assistant's: it has nothing to learn")
+    return Record(where, turns=turns, from_turn=from_turn, tools=_tools(where, fields))
+
+
+def _tools(where: str, fields: dict[str, Any]) -> list[Any] | None:
     tools = fields.get("tools")
     if tools is not None and not isinstance(tools, list):
         raise UserError(f"{where}: field 'tools' must be a list, not {kind_of(tools)}")
-    return Record(where, turns=turns, from_turn=from_turn, tools=tools or None)
+    return tools or None
 
 
 def _turns(where: str, fields: dict[str, Any], name: str) -> list[Turn]:
@@ -185,6 +199,32 @@ def _alpaca(where: str, fields: dict[str, Any]) -> Record:
     return Record(where, prompt=prompt, completion=output, turns=turns)
 
 
+def _preference(where: str, fields: dict[str, Any]) -> Record:
+    pair = ("chosen", "rejected")
+    if all(isinstance(fields[name], str) for name in pair):
+        if "prompt" not in fields:
+            raise UserError(f"{where}: missing field 'prompt' before the texts chosen, rejected")
+        for name in pair:
+            if not fields[name].strip():
+                raise UserError(f"{where}: field {name!r} is empty")
+        answers = fields["chosen"], fields["rejected"]
+        return Record(where, prompt=_string(where, fields, "prompt"), answers=answers)
+    chosen, rejected = (_turns(where, fields, name) for name in pair)
+    asked = _turns(where, fields, "prompt") if "prompt" in fields else []
+    if not asked:  # both begin with it
+        same = zip(chosen, rejected, strict=False)
+        count = next(
+            (i for i, (a, b) in enumerate(same) if a != b), min(len(chosen), len(rejected))
+        )
+        asked, chosen, rejected = chosen[:count], chosen[count:], rejected[count:]
+    if not asked:
+        raise UserError(f"{where}: 'chosen' and 'rejected' begin unlike, and there is no 'prompt'")
+    for name, turns in zip(pair, (chosen, rejected), strict=True):
+        if not any(turn["role"] == "assistant" for turn in turns):
+            raise UserError(f"{where}: no turn of {name!r} after the prompt is the assistant's")
+    return Record(where, turns=asked, answers=(chosen, rejected), tools=_tools(where, fields))
+
+
 def _labelled(where: str, fields: dict[str, Any]) -> Record:
     text = _string(where, fields, "text")
     return Record(where, text=text, label=_label(where, fields["label"], "label"))
@@ -215,6 +255,7 @@ def _label(where: str, value: Any, name: str) -> str:
     return str(value)
 
 
+DPO = "dpo"  # in place of a task
 _LM, _PAIRED = ("causal_lm",), ("causal_lm", "seq_2_seq_lm")
 FORMS = (
     Form("text", ("text",), _LM, _plain),
@@ -222,6 +263,7 @@ FORMS = (
     Form("messages", ("messages",), _LM, _conversation("messages")),
     Form("sharegpt", ("conversations",), _LM, _conversation("conversations")),
     Form("alpaca", ("instruction", "output"), _PAIRED, _alpaca),
+    Form("preference", ("chosen", "rejected"), (DPO,), _preference),
     Form("labelled", ("text", "label"), ("seq_cls",), _labelled),
     Form("tagged", ("tokens", "labels"), ("token_cls",), _tagged),
 )

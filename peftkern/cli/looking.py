@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from . import resume
-from .checks import refuse_liger, refuse_reports, refuse_sharding, resolve_bf16
+from .checks import refuse_liger, refuse_reports, refuse_sharding, refuse_trl, resolve_bf16
 from .data import Dataset, read_data
 from .errors import UserError
 from .modelio import NOT_HERE, locate_model
@@ -35,13 +35,14 @@ def look(settings: TrainSettings, fresh: bool, ranks: Ranks) -> Found:
     refuse_liger(settings)
     refuse_sharding(settings, ranks)
     refuse_reports(settings)
+    refuse_trl(settings, ranks)
     out = Path(settings.out)
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: exists and is not a folder")
     resume.refuse_foreign_adapter(out)
     folder, gguf_file = locate_model(settings.model, settings.gguf_file)
     messages = [] if Path(folder).exists() else [f"--model {folder}: {NOT_HERE}"]
-    data = read_data(settings.data, settings.task, settings.data_format)
+    data = read_data(settings.data, settings.forms_of(), settings.data_format)
     settings.bf16 = resolve_bf16(settings)
     refuse_other_precision(settings.bf16)
     settings.gguf_file = gguf_file

@@ -73,8 +73,27 @@ def refuse_inapplicable(settings: TrainSettings) -> None:
             raise UserError("--encoder-hidden-size needs --prefix-projection with --method prefix")
 
 
+def refuse_with_trl(settings: TrainSettings) -> None:
+    """Raise a UserError for an option that does not go with the trainer."""
+    if settings.was_given("beta") and settings.trainer != "dpo":
+        raise UserError(f"--beta is for --trainer dpo, and the trainer is {settings.trainer}")
+    if settings.trainer == "transformers":
+        return
+    on = f"does not go with --trainer {settings.trainer}"
+    if settings.task != "causal_lm":
+        raise UserError(f"--task {settings.task} {on}: causal_lm alone")
+    for name in ("fsdp", "deepspeed", "liger", *(["packing"] if settings.trainer == "dpo" else [])):
+        if getattr(settings, name):
+            raise UserError(f"{option(name)} {on}")
+    if settings.trainer == "dpo" and not METHODS[settings.method].on_layers:
+        # TRL's reference is a copy of the adapter as it begins, and a prompt is never nothing
+        raise UserError(f"--method {settings.method} {on}: lora, dora")
+
+
 def applies(settings: TrainSettings, name: str) -> bool:
-    """False for an option of other methods than the chosen one."""
+    """False for an option of other methods, or of another trainer, than the chosen one."""
+    if name == "beta":
+        return settings.trainer == "dpo"
     return name not in OPTIONS or name in METHODS[settings.method].takes
 
 

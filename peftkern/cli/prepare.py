@@ -34,7 +34,7 @@ def prepare_data(
         tokenizer.chat_template = read_template(settings.chat_template)[0]
     training, held = split_records(data.records, settings.eval_split, settings.seed)
     parts = [
-        encode(part, tokenizer, settings.task, settings.max_length, data.label_names)
+        encode(part, tokenizer, settings.forms_of(), settings.max_length, data.label_names)
         for part in (training, held)
     ]
     if not parts[0].examples:
@@ -46,7 +46,7 @@ def prepare_data(
         f"{len(parts[0].examples)} training and {len(parts[1].examples)} held-out examples"
         + (f", {len(data.label_names)} labels" if data.label_names else "")
     )
-    if any(record.turns for record in data.records) and settings.task == "causal_lm":
+    if any(record.turns for record in data.records) and settings.forms_of() == "causal_lm":
         console.print(
             how_marked(tokenizer)
             if has_template(tokenizer)

@@ -30,7 +30,7 @@ from .errors import UserError, first_line
 
 Row = tuple[str, dict[str, Any]]  # ("file:line", fields)
 # fields that hold lists; a cell of a .csv file is text, so it holds them in JSON
-LISTS = ("messages", "conversations", "tokens", "labels")
+LISTS = ("messages", "conversations", "tokens", "labels", "tools")
 
 
 def rows(file: Path, raw: bytes) -> Iterator[Row]:

@@ -14,8 +14,8 @@ from typing import Any, ClassVar
 
 from .chat import read_template
 from .errors import UserError
-from .forms import FORM_NAMES
-from .methods import METHODS, applies, names_in, refuse_inapplicable
+from .forms import DPO, FORM_NAMES
+from .methods import METHODS, applies, names_in, refuse_inapplicable, refuse_with_trl
 from .options import option, options_of, setting, unlisted
 
 TASKS = ("causal_lm", "seq_cls", "token_cls", "seq_2_seq_lm")
@@ -27,6 +27,7 @@ REPORT_TO: dict[str, tuple[str, ...]] = {
     "wandb": ("wandb",),
     "mlflow": ("mlflow",),
 }
+TRAINERS = ("transformers", "sft", "dpo")
 SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup")
 
 # the boxes of --help
@@ -78,6 +79,8 @@ class TrainSettings:
     )
     encoder_hidden_size: int | None = setting(None, "Width of that network, or p-tuning's.", _LORA)
     prompt_tuning_init_text: str | None = setting(None, "The text a prompt begins as.", _LORA)
+    trainer: str = setting("transformers", "transformers, or TRL's: sft, dpo.", _LOOP)
+    beta: float = setting(0.1, "DPO's: how near to stay to the model as it was.", _LOOP)
     lr: float = setting(2e-4, "Learning rate.", _LOOP)
     scheduler: str = setting("linear", "linear, cosine, constant or constant_with_warmup.", _LOOP)
     warmup_steps: int = setting(0, panel=_LOOP)
@@ -118,7 +121,9 @@ class TrainSettings:
     def validate(self) -> None:
         """Raise a UserError for the first option with an impossible value."""
         self._require("method", self.method in METHODS, "one of " + ", ".join(METHODS))
+        self._require("trainer", self.trainer in TRAINERS, "one of " + ", ".join(TRAINERS))
         refuse_inapplicable(self)
+        refuse_with_trl(self)
         if self.encoder_hidden_size is not None:
             self._require("encoder_hidden_size", self.encoder_hidden_size >= 1, "at least 1")
         for name in (
@@ -133,7 +138,7 @@ class TrainSettings:
         if self.steps is not None:
             self._require("steps", self.steps >= 1, "at least 1")
         self._require("max_length", self.max_length >= 2, "at least 2")
-        for name in ("lr", "epochs", "lora_alpha"):
+        for name in ("lr", "epochs", "lora_alpha", "beta"):
             value = getattr(self, name)
             self._require(name, math.isfinite(value) and value > 0, "a number above 0")
         for name in ("weight_decay", "max_grad_norm"):
@@ -172,6 +177,10 @@ class TrainSettings:
         """``target_modules`` for LoraConfig: ``"all-linear"`` or a list of module names."""
         listed = self.target_modules.strip()
         return listed if listed == "all-linear" else names_in("" if listed == "none" else listed)
+
+    def forms_of(self) -> str:
+        """What decides which forms of data are taken: the task, or DPO."""
+        return DPO if self.trainer == DPO else self.task
 
     def was_given(self, name: str) -> bool:
         """True for an option that the command line or the file of --config gives."""

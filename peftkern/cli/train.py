@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from .._version import __version__
 from ..explaining import explain
 from ..files.atomic import write_text_atomically
-from . import resume, shards
+from . import preferences, resume, shards
 from .arguments import training_arguments
 from .config_file import as_yaml
 from .encode import Example, collator, pad_id
@@ -130,22 +130,32 @@ def _run(
             load_adapter(model, str(checkpoint.path))
         shards.shard(model, device_of(settings))
     notes: dict[str, Any] = checkpoint.notes if checkpoint else {}
-    trainer = AdapterTrainer(
-        model=model,
-        args=arguments,
-        data_collator=packed_collator(pad_id(tokenizer)) if settings.packing else collate,
-        train_dataset=training,
-        task=settings.task,
-        identity=found.identity,
-        notes=notes,
-        keep=settings.keep,
-        ranks=ranks,
-        sharded=settings.fsdp,
-    )
+    packed = packed_collator(pad_id(tokenizer)) if settings.packing else collate
+    ours: dict[str, Any] = {
+        "model": model,
+        "args": arguments,
+        "identity": found.identity,
+        "notes": notes,
+        "keep": settings.keep,
+        "ranks": ranks,
+    }
+    if settings.trainer == "transformers":
+        trainer = AdapterTrainer(
+            data_collator=packed,
+            train_dataset=training,
+            task=settings.task,
+            sharded=settings.fsdp,
+            **ours,
+        )
+    else:
+        trainer = preferences.make_trainer(settings, tokenizer, packed, training, held, **ours)
     size = settings.batch_size
-    batches = [collate(held[i : i + size]) for i in range(0, len(held), size)]
+    cuts = [held[i : i + size] for i in range(0, len(held), size)]
+    batches: list[Any] = cuts if settings.trainer == "dpo" else list(map(collate, cuts))
 
     def measure() -> dict[str, float]:
+        if settings.trainer == "dpo":
+            return preferences.measured(trainer)
         with trainer.accelerator.autocast():
             return held_out(model, batches, settings.task, ranks)
 
