@@ -73,6 +73,36 @@ def test_a_base_layer_that_is_sharded_by_itself(one_process: None) -> None:
     assert torch.equal(model(x), want)
 
 
+@pytest.mark.parametrize("name", ["prepare_model_for_kbit_training", "cast_mixed_precision_params"])
+def test_casts_for_training_come_before_the_first_forward(one_process: None, name: str) -> None:
+    """Later FSDP2 gathers from the memory that it has found, which a cast does not reach."""
+
+    def cast(model: nn.Module) -> None:
+        if name == "cast_mixed_precision_params":
+            peftkern.utils.other.cast_mixed_precision_params(model, half)
+        else:
+            peftkern.prepare_model_for_kbit_training(model)
+
+    half = torch.bfloat16
+    mesh = init_device_mesh("cpu", (1,))
+    dtype = torch.float32 if name == "cast_mixed_precision_params" else half
+    for late in (False, True):
+        base = quantised_models.bnb4(nn.Linear(64, 48, dtype=dtype), quant_storage=half)
+        model = fully_shard(nn.Sequential(base, nn.Linear(48, 48, dtype=dtype)), mesh=mesh)
+        x = torch.randn(3, 64, dtype=dtype)
+        model.requires_grad_(False)
+        if late:
+            model(x)
+            before = [(p, p.dtype, p.requires_grad) for p in model.parameters()]
+            with pytest.raises(ValueError, match=f"{name}: FSDP2 .* before the first forward"):
+                cast(model)
+            assert before == [(p, p.dtype, p.requires_grad) for p in model.parameters()]
+        else:
+            cast(model)
+            wanted = torch.float32 if dtype == half else half
+            assert model[1].weight.dtype == wanted == model(x.to(wanted)).dtype
+
+
 def test_a_weight_and_bias_that_fsdp1_keeps_as_attributes(one_process: None) -> None:
     base = quantised_models.bnb4(nn.Linear(64, 48), quant_storage=torch.float32)
     want, bias = base.weight.detach().clone(), base.bias.detach().clone()

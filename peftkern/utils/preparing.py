@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..ops.bases import experts
 from ..ops.bases.formats import is_packed
+from .private import fsdp_has_run
 from .shards import put_data
 
 # quantisations with packed weights, which cannot be cast
@@ -31,20 +32,26 @@ def prepare_model_for_kbit_training(
             inputs require a gradient.
         gradient_checkpointing_kwargs: arguments of ``model.gradient_checkpointing_enable``.
         auto_clear_cache: return memory that is free after the cast to the accelerator.
+
+    Raises:
+        ValueError: FSDP2 (``fully_shard``) has run a forward of the model, and weights are to be
+            cast. Nothing is changed.
     """
     method = getattr(model, "quantization_method", None)
     method = getattr(method, "value", method)
     packed = method in _QUANTISED or bool(getattr(model, "hqq_quantized", False))
     in_bits = any(getattr(model, f"is_loaded_in_{n}bit", False) for n in (4, 8))
     options = dict(gradient_checkpointing_kwargs or {})
+    kept = _packed_parameters(model)
+    halves = (torch.float16, torch.bfloat16)
+    to_cast = [p for p in model.parameters() if p.dtype in halves and id(p) not in kept]
+    if not packed:
+        _check_shards(model, "prepare_model_for_kbit_training", to_cast)
     for parameter in model.parameters():
         parameter.requires_grad = False
     if not packed:
-        kept = _packed_parameters(model)
-        for parameter in model.parameters():
-            half = parameter.dtype in (torch.float16, torch.bfloat16)
-            if half and id(parameter) not in kept:
-                put_data(parameter, parameter.detach().to(torch.float32))
+        for parameter in to_cast:
+            put_data(parameter, parameter.detach().to(torch.float32))
         if auto_clear_cache:
             for accelerator in (torch.cuda, torch.xpu):
                 if accelerator.is_available():
@@ -89,13 +96,33 @@ def _packed_parameters(model: nn.Module) -> set[int]:
     return found
 
 
+def _check_shards(model: nn.Module, function: str, to_cast: list[Any]) -> None:
+    """Refuse to cast parameters that FSDP2 gathers from memory which the cast would not reach."""
+    if to_cast and fsdp_has_run(model):  # after it the root's parameters may be whole ones
+        raise ValueError(
+            f"{function}: FSDP2 (`fully_shard`) has run a forward of `model`, and goes on with the "
+            "dtypes that it found then; call it before the first forward, or before `fully_shard`"
+        )
+
+
 def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
     """Cast frozen parameters to ``dtype`` and trained ones to float32, in place.
 
     Automatic mixed precision expects this of an adapted model. ``dtype`` is float16 or bfloat16.
     Packed weights and their scales stay as they are, whose numbers HF PEFT loses.
+
+    Raises:
+        ValueError: as for :func:`prepare_model_for_kbit_training`.
     """
     kept = _packed_parameters(model)
+    changed = [
+        p
+        for p in model.parameters()
+        if id(p) not in kept
+        and p.is_floating_point()
+        and p.dtype != (torch.float32 if p.requires_grad else dtype)
+    ]
+    _check_shards(model, "cast_mixed_precision_params", changed)
     for parameter in model.parameters():
         packed = id(parameter) in kept or not parameter.is_floating_point()
         if packed and not parameter.requires_grad:

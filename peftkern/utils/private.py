@@ -278,6 +278,15 @@ def is_compiled(model: nn.Module) -> bool:
     return uncompiled(model) is not model or bool(getattr(model, "_compiled_call_impl", None))
 
 
+def fsdp_has_run(model: nn.Module) -> bool:
+    """True when FSDP2 shards a module of the model, and a forward of it has run."""
+    for module in model.modules():
+        ask = getattr(module, "_get_fsdp_state", None)
+        if ask is not None and getattr(ask(), "_is_root", None) is not None:
+            return True
+    return False
+
+
 # ----------------------------------------------------------------------------- transformers
 
 

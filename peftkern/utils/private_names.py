@@ -249,6 +249,13 @@ REGISTER = (
     ),
     Private(
         "torch",
+        "distributed.fsdp.FSDPModule._get_fsdp_state",
+        "whether FSDP2 has run a module (its state's `_is_root`): from then on it gathers from "
+        "memory that a cast of the parameters does not reach",
+        "`prepare_model_for_kbit_training` after a forward has no effect on sharded weights",
+    ),
+    Private(
+        "torch",
         "checkpoint_wrapper(...)._checkpoint_wrapped_module",
         "names of weights within torch's checkpoint wrappers",
         "as with FSDP's",
