@@ -96,9 +96,10 @@ def read(module: Any) -> Found | str:
 
 def cannot_repack(module: Any) -> str | None:
     """The reason that the layer's owner cannot pack another weight into it, or None."""
-    if type(module).__name__ != "AwqTorchLinear" and module.bits != 4:
+    reason = cannot_pack(module)
+    if reason is None and type(module).__name__ != "AwqTorchLinear" and module.bits != 4:
         return f"a {type(module).__name__} packs 4 bit alone, and has {module.bits}"
-    return cannot_pack(module)
+    return reason
 
 
 def repacked(module: Any, weight: Tensor) -> State:

@@ -27,7 +27,9 @@ def read(module: Any) -> Found | str:
         return f"a {type(module).__name__} computes its product in its own way"
     q = module._parameters.get("weight")
     scale = module._parameters.get("weight_scale_inv")
-    if q is None or q.is_meta or scale is None or scale.is_meta:
+    if q is None or scale is None:
+        return "it has no weight, or no scales (`weight_scale_inv`)"
+    if q.is_meta or scale.is_meta:
         return "its weight is on the meta device (offloaded or not loaded yet)"
     if q.dtype == torch.int8:
         return "its weight is packed in 4 bits (FP4)"
