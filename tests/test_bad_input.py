@@ -178,7 +178,11 @@ DAMAGE = {
         ValueError,
         ["adapter"],
     ),
-    "unsupported_setting": (edit_config(use_qalora=True), NotImplementedError, ["use_qalora"]),
+    "unsupported_setting": (
+        edit_config(megatron_config={"a": 1}),
+        NotImplementedError,
+        ["megatron_config"],
+    ),
     "rank_zero": (edit_config(r=0), ValueError, [CONFIG, "`r`", "0"]),
     "rank_text": (edit_config(r="four"), ValueError, [CONFIG, "`r`", "four"]),
     "dropout_one": (edit_config(lora_dropout=1.0), ValueError, [CONFIG, "lora_dropout"]),

@@ -398,10 +398,13 @@ def test_a_configuration_is_checked_once(method, tmp_path, monkeypatch):
 @pytest.mark.parametrize("how", ["get_peft_model", "PeftModel", "add_adapter"])
 def test_a_refused_configuration_is_as_it_was(how):
     config = peftkern.LoraConfig(
-        task_type="SEQ_CLS", use_qalora=True, base_model_name_or_path="x", target_modules=["q_proj"]
+        task_type="SEQ_CLS",
+        megatron_config={"a": 1},
+        base_model_name_or_path="x",
+        target_modules=["q_proj"],
     )
     before = config.to_dict()
-    with pytest.raises(NotImplementedError, match="use_qalora"):
+    with pytest.raises(NotImplementedError, match="megatron_config"):
         if how == "get_peft_model":
             peftkern.get_peft_model(make("llama", "SEQ_CLS"), config, revision="r")
         elif how == "PeftModel":
@@ -413,11 +416,11 @@ def test_a_refused_configuration_is_as_it_was(how):
 
 
 def test_no_weights_are_read_of_what_is_refused(tmp_path):
-    config = peftkern.LoraConfig(task_type="CAUSAL_LM", use_qalora=True, target_modules=["q_proj"])
+    config = peftkern.LoraConfig(megatron_config={"a": 1}, target_modules=["q_proj"])
     config.save_pretrained(tmp_path)  # and no weights beside it
-    with pytest.raises(NotImplementedError, match="use_qalora"):
+    with pytest.raises(NotImplementedError, match="megatron_config"):
         peftkern.PeftModel.from_pretrained(make("llama"), tmp_path)
     model = peftkern.get_peft_model(make("llama"), peftkern.LoraConfig(target_modules=["q_proj"]))
-    with pytest.raises(NotImplementedError, match="use_qalora"):
+    with pytest.raises(NotImplementedError, match="megatron_config"):
         model.load_adapter(tmp_path, "b")
     assert list(model.peft_config) == ["default"]

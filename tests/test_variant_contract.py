@@ -36,7 +36,8 @@ def outputs(model, **call):
 
 
 def test_every_variant_of_the_package_has_a_case():
-    elsewhere = {"arrow_config"}  # it routes among other adapters: test_arrow.py
+    # one routes among other adapters, one is for GPTQ's layers: test_arrow.py, test_qalora.py
+    elsewhere = {"arrow_config", "use_qalora"}
     assert {case.setting for case in CASES.values()} | elsewhere == {
         name for name, cls in SETTINGS.items() if cls and cls.__module__.startswith("peftkern.")
     }

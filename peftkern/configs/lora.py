@@ -195,6 +195,7 @@ class LoraConfig(PeftConfig, method=PeftType.LORA):
         velora_config: :class:`VeloraConfig`: keep A's inputs compressed for its gradient.
         monteclora_config: :class:`MontecloraConfig`: train with random perturbations of A.
         arrow_config: :class:`ArrowConfig`: route each token among other adapters (:mod:`.arrow`).
+        use_qalora: on layers quantised by GPTQ, adapt the means of ``qalora_group_size`` inputs.
         alora_invocation_tokens: let the adapter act from these tokens on (:mod:`.alora`).
         target_parameters: list of names, or ends of names, of parameters of 2 or 3 dimensions; or
             "all-experts" for all those of a mixture's experts, which is replaced by their names
@@ -230,7 +231,7 @@ class LoraConfig(PeftConfig, method=PeftType.LORA):
     use_dora: bool = field(default=False, metadata=selects())
     velora_config: VeloraConfig | None = field(default=None, metadata=selects(VeloraConfig))
     alora_invocation_tokens: list[int] | None = field(default=None, metadata=selects())
-    use_qalora: bool = field(default=False)
+    use_qalora: bool = field(default=False, metadata=selects())
     qalora_group_size: int = field(default=16)
     monteclora_config: MontecloraConfig | None = field(
         default=None, metadata=selects(MontecloraConfig)
@@ -297,9 +298,8 @@ class LoraConfig(PeftConfig, method=PeftType.LORA):
 
     def unsupported(self) -> list[str]:
         """The settings, each as ``name=value``, that peftkern does not support yet."""
-        names = ("megatron_config use_qalora").split()
-        found = [f"{name}={getattr(self, name)!r}" for name in names if getattr(self, name)]
-        return found
+        config = self.megatron_config
+        return [f"megatron_config={config!r}"] if config else []
 
     def check_supported(self) -> None:
         found = self.unsupported()

@@ -22,6 +22,7 @@ from .dora import (
 from .dora_parameter import DoraParameterVariant
 from .kasa import KasaLinearVariant
 from .monteclora import MontecloraLinearVariant
+from .qalora import QALoraLinearVariant
 from .variant import LoraVariant
 from .velora import VeloraLinearVariant
 
@@ -39,6 +40,7 @@ __all__ = [
     "KasaLinearVariant",
     "LoraVariant",
     "MontecloraLinearVariant",
+    "QALoraLinearVariant",
     "VeloraLinearVariant",
     "calculate_alora_offsets",
     "get_alora_offsets_for_forward",
