@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from . import checks
-from .common import Launch, cdiv, device_function, next_pow2
+from .common import Launch, cdiv, device_function, next_pow2, once, spread
 from .kinds import halves
 from .launching import planned
 from .recording import keep
@@ -104,6 +104,25 @@ def draw_words(
     left = K - words * 32  # columns of this word; a shift by 32 or more is undefined
     tail = (1 << tl.minimum(tl.maximum(left, 0), 31).to(tl.uint32)) - 1
     return tl.where(left >= 32, keep, keep & tail.to(tl.uint32)).to(tl.int32, bitcast=True)
+
+
+@device_function
+def drawn_tile(
+    words, row, row_ok, k0, WORDS, seed, K, threshold, fraction,
+    DIGITS: tl.constexpr, ROUNDS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """A tile [BLOCK_M, BLOCK_K] of a mask, bool; its words are drawn, and written to ``words``."""
+    word = k0 // 32 + tl.arange(0, BLOCK_K // 32)  # [BLOCK_K / 32]
+    group = tl.full((1, 1), 0, tl.int32)
+    packed = draw_words(
+        seed, row, word, group, K, threshold, fraction, DIGITS, ROUNDS
+    )  # [BLOCK_M, BLOCK_K / 32]
+    tl.store(
+        words + row.to(tl.int64)[:, None] * WORDS + word[None, :],
+        packed,
+        mask=row_ok[:, None] & (word < WORDS)[None, :],
+    )
+    return spread(once(packed), BLOCK_M, BLOCK_K)
 
 
 @triton.jit(

@@ -4,18 +4,21 @@ G (gate's output), U (up's output) and H [M, K], where K is the number of inputs
 S [M, r] = scale * (mask H) Aᵀ. Without U, H = act(G). H is rounded before S is made of it, so the
 numbers are those of the separate operations, but H is not read again. The sum over K is split over
 programs; a second kernel adds their fp32 partials in fixed order (no atomics). Where down's base
-product takes H in fp8, the pass writes that (:mod:`.fp8_rows`) and not H.
+product takes H in fp8, the pass writes that (:mod:`.fp8_rows`) and not H; and where the products
+of G and U were in fp8, it adds their low-rank parts (:mod:`.mlp_low_rank`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
-from . import checks, fp8_rows
+from . import checks, fp8_rows, mlp_low_rank
+from .bits import DRAWN, ROUNDS, Draw, drawn_tile, seed_of
 from .common import (
     Arch,
     Launch,
@@ -34,9 +37,12 @@ from .fp8_rows import Fp8Rows
 from .fp8_rows import write as write_fp8
 from .launching import planned
 from .mlp_arguments import check
+from .mlp_low_rank import left_rows, plus, right_columns
 from .reduce import plan_sum
-from .shrink import LAUNCH_RANK, plan_shrink
+from .shrink import LAUNCH_RANK, drawn_in, masks_to_fill, plan_shrink
 from .shrink import default_config as default_shrink_config
+
+ADDED_RANK = 64  # of gate's and up's low-rank parts that the pass adds
 
 
 @dataclass(frozen=True)
@@ -140,13 +146,19 @@ def both(x, ACT: tl.constexpr):
 # ------------------------------------------------------------------------------------------ kernel
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(
+    do_not_specialize=["M", *DRAWN],
+    do_not_specialize_on_alignment=["seed_ptr"],
+)
 def _mlp_kernel(
     gate, up, h, a, words, s, scale, M, K, R, K_PART,
     gate_stride, up_stride, h_stride, a_r_stride, a_k_stride, s_part_stride, WORDS,
     q, q_scales, q_stride, q_scales_stride,
+    Ls, Rs, l_ranks, l_strides, l_k_strides, l_r_strides,
+    seed_ptr, seed_lo, seed_hi, threshold, fraction,
     ACT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_L: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    DIGITS: tl.constexpr, ROUNDS: tl.constexpr,
 ):  # fmt: skip
     part = tl.program_id(1)
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
@@ -156,6 +168,15 @@ def _mlp_kernel(
     first = part * K_PART
     last = tl.minimum(first + K_PART, K)
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    seed = 0
+    if DIGITS > 0:
+        seed = seed_of(seed_ptr, seed_lo, seed_hi)
+    lows = ()  # each [BLOCK_M, BLOCK_L]
+    for i in tl.static_range(len(l_ranks)):
+        low = acc
+        if Ls[i] is not None:
+            low = left_rows(Ls[i], l_strides[i], l_ranks[i], row64, row_ok, BLOCK_L)
+        lows = lows + (low,)  # type: ignore[assignment]
     # the number of stages stands here because a loop without products is not pipelined otherwise
     for k0 in tl.range(first, last, BLOCK_K, num_stages=STAGES):
         k = k0 + tl.arange(0, BLOCK_K)  # [BLOCK_K]
@@ -164,11 +185,23 @@ def _mlp_kernel(
         g = tl.load(
             gate + row64[:, None] * gate_stride + k[None, :], mask=ok, other=0.0
         )  # [BLOCK_M, BLOCK_K]
+        if Ls[0] is not None:
+            right = right_columns(
+                Rs[0], l_r_strides[0], l_k_strides[0], l_ranks[0], k.to(tl.int64), k_ok, g.dtype,
+                BLOCK_L,
+            )  # fmt: skip
+            g = plus(g, lows[0], right, PRECISION)  # type: ignore[misc]
         value = cast(activation(g.to(tl.float32), ACT), g.dtype)  # [BLOCK_M, BLOCK_K]
         if up is not None:
             u = tl.load(
                 up + row64[:, None] * up_stride + k[None, :], mask=ok, other=0.0
             )  # [BLOCK_M, BLOCK_K]
+            if Ls[1] is not None:
+                right = right_columns(
+                    Rs[1], l_r_strides[1], l_k_strides[1], l_ranks[1], k.to(tl.int64), k_ok,
+                    g.dtype, BLOCK_L,
+                )  # fmt: skip
+                u = plus(u, lows[1], right, PRECISION)  # type: ignore[misc]
             value = cast(value.to(tl.float32) * u.to(tl.float32), g.dtype)
         if h is not None:
             tl.store(h + row64[:, None] * h_stride + k[None, :], value, mask=ok)
@@ -182,7 +215,13 @@ def _mlp_kernel(
             )  # [BLOCK_K, BLOCK_R]
             kept = value
             if words is not None:
-                keep = keep_tile(words, row, row_ok, k0, WORDS, BLOCK_M, BLOCK_K)
+                if DIGITS > 0:
+                    keep = drawn_tile(
+                        words, row, row_ok, k0, WORDS, seed, K,
+                        threshold, fraction, DIGITS, ROUNDS, BLOCK_M, BLOCK_K,
+                    )  # fmt: skip
+                else:
+                    keep = keep_tile(words, row, row_ok, k0, WORDS, BLOCK_M, BLOCK_K)
                 kept = tl.where(keep, value, 0.0).to(g.dtype)  # [BLOCK_M, BLOCK_K]
             acc = dot(kept, cast(a_tile, g.dtype), acc, PRECISION)
     if a is not None:
@@ -204,14 +243,18 @@ def plan_mlp(
     s: torch.Tensor | None,
     config: MlpConfig,
     copy: Fp8Rows | None = None,
+    inner: Sequence[tuple[torch.Tensor, torch.Tensor] | None] = (None, None),
+    draw: Draw | None = None,
 ) -> list[Launch]:
     """Launches that fill h [M, K], ``copy`` with it in fp8, and with ``a`` [r, K] s [M, r].
 
-    h and s are contiguous.
+    h and s are contiguous. ``inner``: S and B of gate and up, of which G and U have no part yet.
+    With ``draw`` the words are filled too.
 
     The arguments are checked already, and the rank fits.
     """
     M, K = gate.shape
+    drawn, digits = drawn_in(draw, gate.device)
     # parts are whole tiles, so that no mask word is split
     k_part = cdiv(cdiv(K, config.split_k), config.block_k) * config.block_k
     split, r = cdiv(K, k_part), 1 if a is None else a.shape[0]
@@ -220,11 +263,12 @@ def plan_mlp(
         gate, up, h, a, words, parts, float(scale), M, K, r, k_part,
         row_stride(gate), 0 if up is None else row_stride(up), 0 if h is None else row_stride(h),
         0 if a is None else a.stride(0), 0 if a is None else a.stride(1), M * r, cdiv(K, 32),
-        *fp8_rows.arguments(copy),
+        *fp8_rows.arguments(copy), *mlp_low_rank.arguments(inner), *drawn,
     )  # fmt: skip
     meta = dict(
         ACT=act, BLOCK_M=config.block_m, BLOCK_K=config.block_k, BLOCK_R=padded(r),
-        PRECISION=precision(gate.dtype), STAGES=config.num_stages,
+        BLOCK_L=padded(*(1 if pair is None else pair[1].shape[1] for pair in inner)),
+        PRECISION=precision(gate.dtype), STAGES=config.num_stages, DIGITS=digits, ROUNDS=ROUNDS,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     launches = [Launch(_mlp_kernel, (cdiv(M, config.block_m), split), args, meta)]
@@ -233,7 +277,7 @@ def plan_mlp(
     return launches
 
 
-@planned("scale")
+@planned("scale", seeds=["draw"])
 def mlp(
     gate: torch.Tensor,
     up: torch.Tensor | None,
@@ -242,27 +286,42 @@ def mlp(
     scale: float = 1.0,
     bits: torch.Tensor | None = None,
     *,
+    draw: Draw | None = None,
     copy: Fp8Rows | None = None,
+    inner: Sequence[tuple[torch.Tensor, torch.Tensor] | None] = (None, None),
     config: MlpConfig | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """(H [M, K], S [M, r] or None without ``a``), both in gate's dtype.
 
     gate, up [M, K] fp16/bf16/fp32, any row stride, up of gate's dtype or None; act: one of
     :data:`.mlp_arguments.ACTIVATIONS`; a [r, K] fp32 or gate's dtype, any strides, r from 1 to 256
-    (above 128 H is read again for S); bits: packed keep mask int32 [M, ceil(K / 32)]; scale must
-    include 1 / (1 - p). ``copy``: room for H in fp8, which is written in place of H, for which None
-    is returned then; K is a multiple of 128, and block_k of a config 128. Errors: TypeError or
-    ValueError naming the argument, before any launch.
+    (above 128 H is read again for S); bits: packed keep mask int32 [M, ceil(K / 32)], with ``draw``
+    to be filled by the launch, for ranks that it can hold (:func:`fits`); scale must include
+    1 / (1 - p). ``copy``: room for H in fp8, which is written in place of H, for which None
+    is returned then; K is a multiple of 128, and block_k of a config 128. ``inner``: (S [M, r],
+    B [K, r]) of gate's and up's adapter, S in gate's dtype, B in it or fp32, where G and U are
+    without S Bᵀ, which is added; r is at most 64. Errors: TypeError or ValueError naming the
+    argument, before any launch.
     """
     gate, up = check(gate, up, act)
+    inner = mlp_low_rank.check(inner, gate, up, ADDED_RANK)
     M, K = gate.shape
     if a is None and bits is not None:
         raise ValueError("bits is given without a; allowed: a mask for the adapter that reads H")
     if a is not None:
         checks.ranks("a", [a])
         [a] = checks.adapters("a", [a], [(None, K)], "gate has K columns", gate.dtype)
+    if draw is not None:
+        masks_to_fill([bits], draw, [] if a is None else [a.shape[0]])
     [words] = checks.masks(bits, 1, M, K)
-    checks.device(gate=gate, up=up, a=a, bits=words, copy=copy)
+    checks.device(
+        gate=gate,
+        up=up,
+        a=a,
+        bits=words,
+        copy=copy,
+        inner=[t for pair in inner for t in pair or ()],
+    )
     arch = arch_of(gate.device)
     fp8_rows.check("copy", copy, (M, K), arch)
     fused = a is None or fits(a.shape[0])
@@ -276,9 +335,9 @@ def mlp(
         config = default_config(M, K, r, arch, gate.element_size(), copied)
     if h is None or a is None or s is None or fused:
         fp8_rows.check_width("config.block_k", config.block_k, copy)
-        launches = plan_mlp(gate, up, act, h, a, words, scale, s, config, copy)
+        launches = plan_mlp(gate, up, act, h, a, words, scale, s, config, copy, inner, draw)
     else:
-        launches = plan_mlp(gate, up, act, h, None, None, 1.0, None, config)
+        launches = plan_mlp(gate, up, act, h, None, None, 1.0, None, config, None, inner)
         ranks, size, copied = [a.shape[0]], h.element_size(), copy is not None
         shrink_config = default_shrink_config(M, K, ranks, arch, size, copied=copied)
         launches += plan_shrink(h, [a], [words], [scale], s, shrink_config, copy=copy)

@@ -11,20 +11,22 @@ A program owns a strip of columns and walks down the rows, so the sums over rows
 its registers. dS is a sum over strips: each writes an fp32 part of it, and a second kernel adds the
 parts in fixed order (no atomics). Where that would cost more than other passes over dG, dU and H,
 :func:`ways` says so, and :func:`.shrink.shrink` or :func:`.grad_a.grad_a` makes the rest. Where the
-base product takes dG and dU in fp8, the pass writes these (:mod:`.fp8_rows`).
+base product takes dG and dU in fp8, the pass writes these (:mod:`.fp8_rows`); and where the
+products of G, U and dH were in fp8, it adds their low-rank parts (:mod:`.mlp_low_rank`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from . import checks, fp8_rows
+from . import checks, fp8_rows, mlp_low_rank
 from .common import (
     INTERPRET,
     Arch,
@@ -47,6 +49,7 @@ from .grad_a import plan_grad_a
 from .launching import planned
 from .mlp import both
 from .mlp_arguments import MlpGrads, MlpMember, check, check_members, check_outs
+from .mlp_low_rank import left_rows, plus, right_columns
 from .reduce import plan_sum, sums_last
 from .shrink import default_config as default_shrink_config
 from .shrink import plan_shrink
@@ -69,6 +72,11 @@ def ways(r: int, itemsize: int, arch: Arch) -> Ways:
     """
     sums = itemsize == 2 and r <= (128 if arch.warpgroups else 32)
     return Ways(sums and r <= PART_RANK, sums)
+
+
+def adds(r: int, itemsize: int, arch: Arch) -> bool:
+    """True where the pass can add low-rank parts of ranks up to r to G, U and dH."""
+    return all(ways(r, itemsize, arch))
 
 
 @dataclass(frozen=True)
@@ -138,9 +146,9 @@ def _mlp_grad_kernel(
     dh, gate, up, dgate, dup, h, Bs, Ss, ds_outs, db_outs, scales, ranks,
     b_k_strides, b_r_strides, s_strides, ds, da_out, words, R, ds_stride, WORDS,
     M, K, M_PART, dh_stride, gate_stride, up_stride, dgate_stride, dup_stride, h_stride,
-    qs, q_scales, q_strides, q_scales_strides,
+    qs, q_scales, q_strides, q_scales_strides, a, a_r_stride, a_k_stride,
     ACT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr, ONCE: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr, ONCE: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     strip, part = tl.program_id(0), tl.program_id(1)
     k0 = strip * BLOCK_K
@@ -163,6 +171,11 @@ def _mlp_grad_kernel(
             )
         bs = bs + (cast(b, dh.dtype.element_ty),)
     da = zero
+    a_strip = zero  # [BLOCK_R, BLOCK_K]
+    if a is not None:
+        a_strip = right_columns(
+            a, a_r_stride, a_k_stride, R, k64, k_ok, dh.dtype.element_ty, BLOCK_R
+        )
     first = part * M_PART
     last = tl.minimum(first + M_PART, M)
     # the number of stages stands here because a loop without products is not pipelined otherwise
@@ -173,11 +186,27 @@ def _mlp_grad_kernel(
         ok = row_ok[:, None] & k_ok[None, :]  # [BLOCK_M, BLOCK_K]
         g = tl.load(gate + row64[:, None] * gate_stride + k[None, :], mask=ok, other=0.0)
         d = tl.load(dh + row64[:, None] * dh_stride + k[None, :], mask=ok, other=0.0)
+        if a is not None:
+            left = left_rows(ds, ds_stride, R, row64, row_ok, BLOCK_R)
+            if words is None:
+                d = plus(d, left, a_strip, PRECISION)
+            else:
+                keep = keep_tile(words, row, row_ok, k0, WORDS, BLOCK_M, BLOCK_K)
+                low = dot(left, a_strip, tl.zeros((BLOCK_M, BLOCK_K), tl.float32), PRECISION)
+                d = cast(d.to(tl.float32) + tl.where(keep, low, 0.0), d.dtype)
+        if ADD:
+            if Bs[0] is not None:
+                left = left_rows(Ss[0], s_strides[0], ranks[0], row64, row_ok, BLOCK_R)
+                g = plus(g, left, bs[0], PRECISION)  # type: ignore[misc]
         value, slope = both(g.to(tl.float32), ACT)  # each [BLOCK_M, BLOCK_K]
         # rounded where the separate operations round
         value = cast(value, g.dtype)
         if up is not None:
             u = tl.load(up + row64[:, None] * up_stride + k[None, :], mask=ok, other=0.0)
+            if ADD:
+                if Bs[1] is not None:
+                    left = left_rows(Ss[1], s_strides[1], ranks[1], row64, row_ok, BLOCK_R)
+                    u = plus(u, left, bs[1], PRECISION)  # type: ignore[misc]
             u32, d32 = u.to(tl.float32), d.to(tl.float32)  # each [BLOCK_M, BLOCK_K]
             du = cast(d32 * value.to(tl.float32), g.dtype)
             if dup is not None:
@@ -268,10 +297,13 @@ def plan_mlp_grad(
     config: MlpGradConfig,
     arch: Arch,
     copies: Sequence[Fp8Rows | None] = (None, None),
+    a: torch.Tensor | None = None,
+    add: bool = False,
 ) -> list[Launch]:
     """Launches that fill ``out``, whose ``da`` needs ``ds`` [M, r] of down; arguments are checked.
 
-    ``copies`` have room for dG and dU in fp8; ``out`` may lack dG and dU then.
+    ``copies`` have room for dG and dU in fp8; ``out`` may lack dG and dU then. With ``a`` [r, K] of
+    down dH has no low-rank part yet, and with ``add`` G and U have none.
 
     What the one pass does not take is made by ``shrink`` (dS) and ``grad_a`` (dB, dA).
     """
@@ -300,6 +332,7 @@ def plan_mlp_grad(
         row_stride(dh), row_stride(gate), 0 if up is None else row_stride(up),
         *(0 if t is None else row_stride(t) for t in (out.dgate, out.dup, h)),
         *zip(*map(fp8_rows.arguments, copies), strict=True),
+        a, 0 if a is None else a.stride(0), 0 if a is None else a.stride(1),
     )  # fmt: skip
     block_r = padded(max([1, *ranks, down]) if sums else 1)
     # 64 rows are what instructions that read operands from shared memory take, in fewer registers
@@ -307,6 +340,7 @@ def plan_mlp_grad(
     meta = dict(
         ACT=act, BLOCK_M=config.block_m, BLOCK_K=config.block_k, BLOCK_R=block_r,
         PRECISION=precision(dh.dtype), STAGES=config.num_stages, ONCE=block_r < 64,
+        ADD=add,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     launches = [Launch(_mlp_grad_kernel, (strips, split), args, meta)]
@@ -364,6 +398,8 @@ def mlp_grad(
     *,
     outs: tuple[torch.Tensor, torch.Tensor | None] | None = None,
     copies: tuple[Fp8Rows, Fp8Rows | None] | None = None,
+    a: torch.Tensor | None = None,
+    add: bool = False,
     da_dtype: torch.dtype = torch.float32,
     config: MlpGradConfig | None = None,
 ) -> MlpGrads:
@@ -377,7 +413,10 @@ def mlp_grad(
     go, [M, K] with unit strides along rows, such as two halves of one matrix; new ones by default.
     ``copies``: room for dG and dU in fp8, which are written in place of dG and dU; these are None
     then, but where dS or dB is made of them. K is a multiple of 128 and block_k of a config 128.
-    Errors: TypeError or ValueError naming the argument, before any launch.
+    ``a`` [r, K] of down, fp32 or gate's dtype, any strides: dh is without mask (dS A), which is
+    added; ``add``: gate and up are without the S Bᵀ of their members, which must have S. Both only
+    where :func:`adds` says so. Errors: TypeError or ValueError naming the argument, before any
+    launch.
     """
     gate, up = check(gate, up, act)
     M, K = gate.shape
@@ -390,6 +429,7 @@ def mlp_grad(
         [ds] = checks.low_rank("ds", [ds], M, gate.dtype, "gate has M rows")
     [words] = checks.masks(bits, 1, M, K)
     arch = arch_of(dh.device)
+    a = mlp_low_rank.check_grad(a, add, members, ds, gate, partial(adds, arch=arch))
     rooms: tuple[Fp8Rows | None, Fp8Rows | None] = copies or (None, None)
     if copies is not None and (rooms[1] is None) != (up is None):
         raise ValueError("copies[1] is given without up, or up without it; allowed: both")
@@ -401,7 +441,7 @@ def mlp_grad(
     if copies is None or (held and not all(ways(r, dh.element_size(), arch))):
         dgate, dup = check_outs(outs, gate, up)
     checks.device(
-        dh=dh, gate=gate, up=up, ds=ds, bits=words, outs=[dgate, dup],
+        dh=dh, gate=gate, up=up, ds=ds, a=a, bits=words, outs=[dgate, dup],
         copies=[t for copy in rooms if copy is not None for t in copy],
         b=[None if m is None else m.b for m in members],
         s=[None if m is None else m.s for m in members],
@@ -426,6 +466,8 @@ def mlp_grad(
         config = default_config(M, K, r, arch, size, words is not None, copied)
     for copy in rooms:
         fp8_rows.check_width("config.block_k", config.block_k, copy)
-    for launch in plan_mlp_grad(dh, gate, up, act, members, ds, words, out, config, arch, rooms):
+    for launch in plan_mlp_grad(
+        dh, gate, up, act, members, ds, words, out, config, arch, rooms, a, add
+    ):
         launch.run()
     return out

@@ -82,11 +82,11 @@ def test_the_case_is_of_gpus_that_multiply_with_block_scales(
 @pytest.mark.slow
 @pytest.mark.parametrize("p", ["", " p=0.1"])
 def test_the_modelled_layer(p: str) -> None:
-    """On an H200 it takes three quarters of the frozen bf16 layer's time, on an H100 not quite."""
+    """It takes three quarters of the frozen bf16 layer's time at most, on an H100 hardly less."""
     found = [timed.timed(f"layer fp8{p}", gpu) for gpu in ("H200", "H100")]
     judged = [v for v in timed.verdicts(found) if v.text.startswith("layer on an fp8 base")]
-    assert [v.met for v in judged] == [True, False]
-    assert 0.75 < judged[1].value < 0.79  # docs/goals.md says what binds there
+    assert [v.met for v in judged] == [True, True]
+    assert judged[1].value > 0.74  # docs/goals.md says what binds there
     rows = [row for row in tables("docs/goals.md")["Quantised bases"] if row[1] == (p[3:] or "0")]
     for t, v, quoted in zip(found, judged, rows, strict=True):
         ways = [t.us(name) for name in list(t.case.providers)[2:]]

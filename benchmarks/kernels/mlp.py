@@ -13,6 +13,7 @@ from peftkern.kernels.common import Arch, Launch
 from ..gpu.contest import SCALE, RaceCase
 from .entry import (
     BF16,
+    DRAW,
     FP8_PRODUCTS,
     FP32,
     INT32,
@@ -33,35 +34,60 @@ from .entry import (
     room,
     tag,
 )  # fmt: skip
-from .traffic import Facts, Traffic, copied, copy_operations, nbytes, unit_of
+from .traffic import (
+    Facts,
+    Traffic,
+    copied,
+    copy_operations,
+    mask_operations,
+    nbytes,
+    total,
+    unit_of,
+)
 
 WIDE = 14336  # inner width of Llama-8B's MLP
 
 
 def _traffic(f: Facts) -> Traffic:
     gate, a, words, (blocks, _) = f["gate"], f["a"], f["words"], f["grid"]
-    read = nbytes(gate) + nbytes(f["up"]) + nbytes(words)
+    parts = f["grid"][1]
+    drawn, seed = nbytes(words) if f["DIGITS"] else 0, nbytes(f["seed_ptr"])
+    read = nbytes(gate) + nbytes(f["up"]) + nbytes(words) - drawn
+    left, right = total(f["Ls"]), total(f["Rs"]) + nbytes(a)
+    ranks = sum(f["l_ranks"]) + (0 if a is None else f["R"])
     return Traffic(
         "mlp", 1,
-        read=read + nbytes(a),
-        written=nbytes(f["h"]) + nbytes(f["s"]) + copied(f),
-        flops=0 if a is None else 2 * f["M"] * f["K"] * f["R"],
+        read=read + left + right + seed,
+        written=nbytes(f["h"]) + nbytes(f["s"]) + drawn + copied(f),
+        flops=2 * f["M"] * f["K"] * ranks,
         unit=unit_of(gate.dtype),
-        requested=read + nbytes(a) * blocks,
+        requested=read + left * parts + right * blocks + seed * parts * blocks,
     )  # fmt: skip
+
+
+def _operations(f: Facts) -> int:
+    return copy_operations(f) + mask_operations({**f, "words": (f["words"],)})
 
 
 def launches(
     m: int, k: int, r: int, act: str, masked: bool, config: mlp.MlpConfig, *,
-    up: bool = True, dtype: Any = BF16, adapter: Any = FP32, fp8: bool = False,
+    up: bool = True, dtype: Any = BF16, adapter: Any = FP32, fp8: bool = False, added: bool = False,
+    drawn: bool = False,
 ) -> list[Launch]:  # fmt: skip
-    """The launches of one call on meta tensors; r is 0 without an adapter; H is fp8, or as G."""
+    """The launches of one call on meta tensors; r is 0 without an adapter; H is fp8, or as G.
+
+    ``added``: the low-rank parts of G and U are added too; ``drawn``: the mask is drawn.
+    """
     a = meta(r, k, dtype=adapter) if r else None
     words = meta(m, -(-k // 32), dtype=INT32) if masked else None
     gate, h, s = (meta(m, c, dtype=dtype) for c in (k, k, r))
     other = meta(m, k, dtype=dtype) if up else None
     copy, h = (room(m, k), None) if fp8 else (None, h)
-    return mlp.plan_mlp(gate, other, act, h, a, words, 1.0, s if r else None, config, copy)
+    pair = (meta(m, r, dtype=dtype), meta(k, r, dtype=adapter)) if added else None
+    return mlp.plan_mlp(
+        gate, other, act, h, a, words, 1.0, s if r else None, config, copy, (pair, pair),
+        DRAW if drawn else None,
+    )  # fmt: skip
 
 
 def _cases(arch: Arch) -> Iterator[Case]:
@@ -77,12 +103,17 @@ def _cases(arch: Arch) -> Iterator[Case]:
         what = f"{act}{'' if up else ' alone'} {tag(r, masked=masked, dtype=dtype)}"
         plan = launches(m, WIDE, r, act, masked, config, up=up, dtype=dtype)
         yield from named(f"mlp M{m} {what}", plan)
-    for r, masked in (
-        ((16, True), (16, False), (0, False)) if arch.capability == FP8_PRODUCTS else ()
+    for r, masked, added in (
+        ((16, True, True), (16, False, True), (16, True, False), (0, False, False))
+        if arch.capability == FP8_PRODUCTS
+        else ()
     ):
         config = mlp.default_config(M, WIDE, r, arch, copied=True)
-        plan = launches(M, WIDE, r, "silu", masked, config, fp8=True)
-        yield from named(f"mlp with fp8 M{M} silu {tag(r, masked=masked)}", plan)
+        plan = launches(
+            M, WIDE, r, "silu", masked, config, fp8=True, added=added, drawn=masked and added
+        )
+        what = " and low-rank parts" if added else ""
+        yield from named(f"mlp with fp8{what} M{M} silu {tag(r, masked=masked)}", plan)
 
 
 def _race_cases(b: Bucket) -> Iterator[RaceCase]:
@@ -130,6 +161,11 @@ def _sanitize(o: Operands) -> Iterator[tuple[str, list[Tensor]]]:
     gate, copy = o(o.M, 256), fp8_rows.empty(o.M, 256, o.x.device)
     mlp.mlp(gate, gate, "silu", copy=copy)
     yield "mlp with fp8", [copy.q.float(), copy.scales]
+    pair = o(o.M, 5), o(256, 5, dtype=FP32)
+    mlp.mlp(gate, gate, "silu", copy=copy, inner=(pair, pair))
+    mlp.mlp(gate, gate, "silu", o(3, 256), 2.0, o.words.new_empty(o.M, 8), draw=DRAW, copy=copy)  # type: ignore[union-attr]
+    yield "mlp with fp8 and a drawn mask", [copy.q.float(), copy.scales]
+    yield "mlp with fp8 and low-rank parts", [copy.q.float(), copy.scales]
 
 
 def _counted(o: Operands) -> Iterator[Callable[[], Any]]:
@@ -139,7 +175,7 @@ def _counted(o: Operands) -> Iterator[Callable[[], Any]]:
 
 ENTRY = KernelEntry(
     traffic={"_mlp_kernel": _traffic},
-    timing={"_mlp_kernel": Timing(integers=copy_operations)},
+    timing={"_mlp_kernel": Timing(integers=_operations)},
     cases=_cases,
     ops={"mlp": Raced("mlp", _race_cases, _candidates, _contest, _plan)},
     sanitize=_sanitize,

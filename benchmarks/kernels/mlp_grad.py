@@ -49,7 +49,10 @@ def _traffic(f: Facts) -> Traffic:
     ranks = f["R"] if f["da_out"] is not None else 0
     for b, ds, db, r in zip(f["Bs"], f["ds_outs"], f["db_outs"], f["ranks"], strict=True):
         columns += nbytes(b) if ds is not None else 0
-        ranks += r * ((ds is not None) + (db is not None))
+        ranks += r * ((ds is not None) + (db is not None) + f["ADD"])
+    if f["a"] is not None:  # dS is counted above
+        columns += nbytes(f["a"])
+        ranks += f["R"]
     outs = (f["dgate"], f["dup"], f["h"], *f["ds_outs"], *f["db_outs"], f["da_out"])
     return Traffic(
         "mlp_grad", 1,
@@ -64,9 +67,12 @@ def _traffic(f: Facts) -> Traffic:
 def launches(
     m: int, k: int, r: int, act: str, masked: bool, config: mlp_grad.MlpGradConfig, arch: Arch, *,
     adapters: tuple[bool, bool, bool] = ALL, up: bool = True,
-    dtype: torch.dtype = BF16, adapter: torch.dtype = FP32, fp8: bool = False,
+    dtype: torch.dtype = BF16, adapter: torch.dtype = FP32, fp8: bool = False, added: bool = False,
 ) -> list[Launch]:  # fmt: skip
-    """The launches of one call on meta tensors; ``adapters`` says which of the three have one."""
+    """The launches of one call on meta tensors; ``adapters`` says which of the three have one.
+
+    ``added``: the low-rank parts of dH, G and U are added too.
+    """
     dh, gate, dgate = (meta(m, k, dtype=dtype) for _ in range(3))
     other, dup = (meta(m, k, dtype=dtype) if up else None for _ in range(2))
     members = [
@@ -88,8 +94,9 @@ def launches(
         meta(r, k, dtype=adapter) if adapters[2] else None,
     )  # fmt: skip
     return mlp_grad.plan_mlp_grad(
-        dh, gate, other, act, members, ds, words, out, config, arch, copies
-    )
+        dh, gate, other, act, members, ds, words, out, config, arch, copies,
+        meta(r, k, dtype=adapter) if added else None, added,
+    )  # fmt: skip
 
 
 def _cases(arch: Arch) -> Iterator[Case]:
@@ -111,12 +118,15 @@ def _cases(arch: Arch) -> Iterator[Case]:
         )
         name = f"mlp_grad M{m} {act}{'' if up else ' alone'} {who}"
         yield from named(f"{name} {tag(r, masked=masked, dtype=dtype)}", plan)
-    for r, masked in (
-        ((16, True), (16, False), (64, True)) if arch.capability == FP8_PRODUCTS else ()
+    for r, masked, added in (
+        ((16, True, True), (16, False, True), (16, True, False), (64, True, False))
+        if arch.capability == FP8_PRODUCTS
+        else ()
     ):
         config = mlp_grad.default_config(M, WIDE, r, arch, 2, masked, copied=True)
-        plan = launches(M, WIDE, r, "silu", masked, config, arch, fp8=True)
-        yield from named(f"mlp_grad with fp8 M{M} silu {tag(r, masked=masked)}", plan)
+        plan = launches(M, WIDE, r, "silu", masked, config, arch, fp8=True, added=added)
+        what = " and low-rank parts" if added else ""
+        yield from named(f"mlp_grad with fp8{what} M{M} silu {tag(r, masked=masked)}", plan)
 
 
 def _race_cases(b: Bucket) -> Iterator[RaceCase]:
@@ -181,6 +191,13 @@ def _sanitize(o: Operands) -> Iterator[tuple[str, list[Tensor]]]:
     copies = whole.columns(0, 256), whole.columns(256, 512)
     mlp_grad.mlp_grad(wide, wide, wide, "silu", copies=copies)
     yield "mlp_grad with fp8", [whole.q.float(), whole.scales]
+    pairs = [(o(256, 5, dtype=FP32), o(o.M, 5)) for _ in range(2)]
+    low, a = o(o.M, 5), o(5, 256, dtype=FP32)
+    mlp_grad.mlp_grad(
+        wide, wide, wide, "silu", [MlpMember(b, s, 2.0) for b, s in pairs], low,
+        copies=copies, a=a, add=True,
+    )  # fmt: skip
+    yield "mlp_grad with fp8 and low-rank parts", [whole.q.float(), whole.scales]
 
 
 def _counted(o: Operands) -> Iterator[Callable[[], Any]]:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..utils.private import is_grad_batch
 from . import mlp_torch, torch_backend
-from .mlp_parts import Grads, Member
+from .mlp_parts import NONE, Grads, Lows, Member
 from .projection import Plain, PlainGrad, Projection, ProjectionGrad
 
 ENV = "PEFTKERN_BACKEND"
@@ -76,7 +76,14 @@ class Middle(Protocol):
     """A module that computes an MLP's middle; functions are as in :mod:`.mlp_torch`."""
 
     def forward(
-        self, gate: Tensor, up: Tensor | None, act: str, down: Projection | Plain, /
+        self,
+        gate: Tensor,
+        up: Tensor | None,
+        act: str,
+        down: Projection | Plain,
+        /,
+        *,
+        inner: Lows = NONE,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]: ...
 
     def backward(

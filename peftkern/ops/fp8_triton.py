@@ -32,10 +32,17 @@ def forward(
     scales: list[float],
     words: list[Tensor | None],
     drawn: Any,
+    apart: bool = False,
 ) -> tuple[Tensor, list[Tensor]]:
-    """(S [M, sum r], Y_i of each projection) of x [M, K], which is quantised once."""
+    """(S [M, sum r], Y_i of each projection) of x [M, K], which is quantised once.
+
+    ``apart``: Y_i without S_i B_iᵀ and bias.
+    """
     copy = fp8_rows.empty(*x.shape, x.device)
     s = shrink(x, [m.A for m in members], scales, words, draw=drawn, copy=copy)
+    if apart:
+        ws = [fp8_copies.weight(m.weight) for m in members]
+        return s, [fp8_products.product_of(copy.q, copy.scales, w, s.dtype) for w in ws]
     columns = s.split([m.A.shape[0] for m in members], 1)
     return s, [product(copy, m, c) for m, c in zip(members, columns, strict=True)]
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from ..utils.private import is_grad_batch, unsafe_view
-from . import autocast, fp8_copies
+from . import autocast, fp8_copies, mlp_apart
 from . import backend as _backend
 from .apart import apart
 from .bases.weight import dense
@@ -48,13 +48,21 @@ def _outputs(x: Tensor, parts: list[Part]) -> list[tuple[Tensor, Tensor | None, 
     ]
 
 
-def _run(x: Tensor, parts: list[Part], act: str, packed: bool) -> tuple[list[Any], Tensor]:
-    """([(output, S, mask) of each part of x [M, K]; None for down's output], Y)."""
+def _run(x: Tensor, parts: list[Part], act: str, packed: bool) -> tuple[list[Any], Tensor, bool]:
+    """([(output, S, mask) of each part of x [M, K]; None for down's output], Y, apart).
+
+    ``apart``: the outputs of gate and up are without their low-rank parts.
+    """
     *inner, down = parts
-    done: list[Any] = list(_outputs(x, inner))
+    apart = None if packed else mlp_apart.outputs(x, inner, act, down)
+    done: list[Any] = list(_outputs(x, inner) if apart is None else apart)
     gate, up = _gate_and_up([y for y, _, _ in done], packed)
-    y, s, bits = _backend.middle().forward(gate, up, act, down)
-    return [*done, (None, s, bits)], y
+    more: Any = {}
+    if apart is not None:
+        pairs = [(s, part.tensors[3]) for (_, s, _), part in zip(done, inner, strict=True)]
+        more = {"inner": (*pairs, None)[:2]}
+    y, s, bits = _backend.middle().forward(gate, up, act, down, **more)
+    return [*done, (None, s, bits)], y, apart is not None
 
 
 class _LoraMLP(torch.autograd.Function):
@@ -66,11 +74,12 @@ class _LoraMLP(torch.autograd.Function):
         groups = [tensors[i : i + PER_PART] for i in range(0, len(tensors), PER_PART)]
         parts = [_part(t, own) for t, own in zip(groups, settings, strict=True)]
         x2 = x.reshape(-1, x.shape[-1])
-        done, y = _run(x2, parts, act, packed)
+        done, y, ctx.apart = _run(x2, parts, act, packed)
         saved: list[Tensor | None] = [x]
         for i, (made, part) in enumerate(zip(done, parts, strict=True)):
-            needs_b = ctx.needs_input_grad[2 + PER_PART * i + 3]
-            saved += [*part.tensors, made[0], made[1] if needs_b else None, made[2]]
+            needs_s = ctx.needs_input_grad[2 + PER_PART * i + 3]
+            needs_s = needs_s or (ctx.apart and part is not parts[-1])
+            saved += [*part.tensors, made[0], made[1] if needs_s else None, made[2]]
         ctx.save_for_backward(*saved)
         ctx.how = how
         return y if x.dim() == 2 else unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
@@ -95,7 +104,8 @@ class _LoraMLP(torch.autograd.Function):
             behind = ProjectionGrad(
                 dy2, down.w, down.A, down.B, s, bits, down.scale, down.p, needs_a, needs_b
             )
-        members = _members(inner, [row[5] for row in rows[:-1]], packed, gate.shape[1])
+        shrunk = [row[5] for row in rows[:-1]]
+        members = _members(inner, shrunk, packed, gate.shape[1], ctx.apart)
         copied = needs[0] and _quantised_behind(inner, packed, needs)
         made, db_down = _backend.middle(dy).backward(gate, up, act, behind, members, copied)
         grads: list[Tensor | None] = [None] * len(needs)
@@ -117,7 +127,7 @@ def _gate_and_up(outputs: list[Tensor], packed: bool) -> tuple[Tensor, Tensor | 
 
 
 def _members(
-    inner: list[Part], shrunk: list[Tensor | None], packed: bool, width: int
+    inner: list[Part], shrunk: list[Tensor | None], packed: bool, width: int, apart: bool
 ) -> tuple[Member | None, Member | None]:
     """The adapters of G and of U; of a packed part the halves of its B."""
     found: list[Member | None] = []
@@ -126,7 +136,7 @@ def _members(
             found += [None, None] if packed else [None]
             continue
         halves = (part.B[:width], part.B[width:]) if packed else (part.B,)
-        found += [Member(B, s, part.scale / (1.0 - part.p)) for B in halves]
+        found += [Member(B, s, part.scale / (1.0 - part.p), apart) for B in halves]
     return found[0], found[1] if len(found) > 1 else None
 
 
@@ -303,7 +313,7 @@ def lora_mlp(
             return lora_linear(h, *last)
         y = base_linear(h.reshape(-1, h.shape[-1]), last.w, last.bias)
         return y.view(*h.shape[:-1], y.shape[-1])
-    _, y = _run(x.reshape(-1, x.shape[-1]), parts, act, packed)
+    _, y, _ = _run(x.reshape(-1, x.shape[-1]), parts, act, packed)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 

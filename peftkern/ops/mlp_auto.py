@@ -15,21 +15,22 @@ from ..kernels.tuning import Key
 from . import auto_backend, choices, mlp_kernels, mlp_torch, sampled_mlp
 from .auto_backend import _decide, _foreign, _known
 from .device import on_its_device
-from .mlp_parts import Grads, Member
+from .mlp_parts import NONE, Grads, Lows, Member, lows_of
 from .projection import Plain, PlainGrad, Projection, ProjectionGrad
 from .tuned import key_of
 
 
 @on_its_device
 def forward(
-    gate: Tensor, up: Tensor | None, act: str, down: Projection | Plain
+    gate: Tensor, up: Tensor | None, act: str, down: Projection | Plain, *, inner: Lows = NONE
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(Y [M, N], S [M, r], packed mask) of down."""
+    """(Y [M, N], S [M, r], packed mask) of down; ``inner``: what G and U are without."""
     if _foreign(gate):
-        return mlp_torch.forward(gate, up, act, down)
+        return mlp_torch.forward(gate, up, act, down, inner=inner)
     adapters = [down.A] if isinstance(down, Projection) else []
     if auto_backend.in_fp8("mlp_forward", gate, [down.w], adapters):
-        return mlp_kernels.forward(gate, up, act, down)
+        return mlp_kernels.forward(gate, up, act, down, inner=inner)
+    gate, up = mlp_torch.completed(gate, up, inner)
     (K, n), p, adapter = down.w.shape, 0.0, gate.dtype
     r = 0
     if isinstance(down, Projection):
@@ -69,6 +70,8 @@ def backward(
     adapters = [down.A] if isinstance(down, ProjectionGrad) else []
     if auto_backend.in_fp8("mlp_backward", gate, [down.w], adapters):
         return mlp_kernels.backward(gate, up, act, down, members, copied)
+    gate, up = mlp_torch.completed(gate, up, lows_of(members))
+    members = tuple([None if m is None else m._replace(apart=False) for m in members])  # type: ignore[assignment]
     (K, n), adapter, r, mask, what = down.w.shape, gate.dtype, 0, False, _words(act, up)
     if isinstance(down, ProjectionGrad):
         adapter, r, mask = down.A.dtype, down.A.shape[0], down.bits is not None

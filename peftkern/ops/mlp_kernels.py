@@ -11,9 +11,10 @@ from typing import Any
 from torch import Tensor
 
 from ..kernels.expand import expand, low_rank_grad_input
+from ..kernels.mlp import fits
 from . import fp8_copies, fp8_triton, masks, mlp_torch, mlp_triton, triton_backend, tuned
 from .device import on_its_device
-from .mlp_parts import Grads, Member, Shrink, ShrinkGrad
+from .mlp_parts import NONE, Grads, Lows, Member, Shrink, ShrinkGrad, lows_of
 from .notes import note_once
 from .projection import Plain, PlainGrad, Projection, ProjectionGrad
 from .quantised_triton import base_linear, base_product
@@ -26,6 +27,14 @@ def _taken(gate: Tensor, act: str, adapters: list[Tensor]) -> bool:
     return reason is None
 
 
+def _completed(gate: Tensor, up: Tensor | None, inner: Lows) -> tuple[Tensor, Tensor | None]:
+    """G and U with the low-rank parts that they are without, in passes of their own."""
+    first, second = inner
+    if first is not None:
+        gate = expand(*first, add=gate)
+    return gate, up if second is None else expand(*second, add=up)
+
+
 @on_its_device
 def forward(
     gate: Tensor,
@@ -33,24 +42,52 @@ def forward(
     act: str,
     down: Projection | Plain,
     words: list[Tensor | None] | None = None,
+    *,
+    inner: Lows = NONE,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(Y [M, N], S [M, r], packed mask) of down; ``words`` has its mask if it is drawn already."""
+    """(Y [M, N], S [M, r], packed mask) of down; ``words`` has its mask if it is drawn already.
+
+    ``inner``: what G and U are without.
+    """
     if not _taken(gate, act, [down.A] if isinstance(down, Projection) else []):
-        return mlp_torch.forward(gate, up, act, down, words)
+        return mlp_torch.forward(gate, up, act, down, words, inner)
+    if isinstance(down, Plain) or fp8_copies.order([down.weight]) != fp8_copies.ORDER:
+        gate, up, inner = *_completed(gate, up, inner), NONE
     if isinstance(down, Plain):
         h, _ = mlp_triton.activate(gate, up, act, None)
         return base_linear(h, down.w, down.bias), None, None
+    if fp8_copies.order([down.weight]) == fp8_copies.ORDER:
+        low, bits, copy = _in_fp8(gate, up, act, down, words, inner)
+        return fp8_triton.product(copy, down, low), low, bits
     [bits] = masks.words_of(gate, [down.p]) if words is None else words
     shrink = Shrink(down.A, down.scale / (1.0 - down.p), bits)
-    if fp8_copies.order([down.weight]) == fp8_copies.ORDER:
-        copy, low = mlp_triton.activate_fp8(gate, up, act, shrink)
-        return fp8_triton.product(copy, down, low), low, bits
     h, s = mlp_triton.activate(gate, up, act, shrink)
     assert s is not None
     N, r = down.B.shape
     config = tuned.config("expand", gate, down.A.dtype, N, 0, r)
     y: Tensor = base_product(h, down.w, expand(s, down.B, down.bias, config=config))
     return y, s, bits
+
+
+def _in_fp8(
+    gate: Tensor,
+    up: Any,
+    act: str,
+    down: Projection,
+    words: list[Tensor | None] | None,
+    inner: Lows,
+) -> tuple[Tensor, Tensor | None, Any]:
+    """(S [M, r] of down, its mask, H in fp8); the pass that makes them draws the mask if it can."""
+    draw = None
+    if words is None:
+        found = [] if up is None else [up]
+        facts = ("mlp", act, *(t.dtype for t in (gate, *found, down.A)), down.A.shape)
+        facts += tuple(None if low is None else (low[1].dtype, low[1].shape) for low in inner)
+        words, draw = masks.to_draw(gate, [down.p], fits(down.A.shape[0]), facts)
+    [bits] = words
+    shrink = Shrink(down.A, down.scale / (1.0 - down.p), bits, draw)
+    copy, low = mlp_triton.activate_fp8(gate, up, act, shrink, inner)
+    return low, bits, copy
 
 
 @on_its_device
@@ -71,12 +108,23 @@ def backward(
         behind.append(down.A)
     if not _taken(gate, act, behind):
         return mlp_torch.backward(gate, up, act, down, members)
+    ranks = [m.B.shape[1] for m in members if m is not None]
+    ranks += [down.A.shape[0]] if isinstance(down, ProjectionGrad) else []
+    adds = copied and bool(ranks) and mlp_triton.adds(gate, ranks)
+    if not adds:
+        gate, up = _completed(gate, up, lows_of(members))
+        first, second = [None if m is None else m._replace(apart=False) for m in members]
+        members = first, second
     if isinstance(down, PlainGrad):
         dh = base_product(down.dy, down.w.t())
         return mlp_triton.activate_grad(dh, gate, up, act, None, members, copied), None
     if fp8_copies.order([down.w]) == fp8_copies.ORDER:
         copies = fp8_triton.rooms([down])
         [ds], [db] = triton_backend.over_dy([down], [None], copies)
+        if adds and down.needs_a:
+            dh = fp8_triton.grad_input([down], copies, ds.dtype)
+            inside = ShrinkGrad(ds, down.bits, down.A.dtype)
+            return mlp_triton.activate_grad(dh, gate, up, act, inside, members, copied, down.A), db
         dh = fp8_triton.grad_x([down], copies, [ds])
     else:
         [ds], [db] = triton_backend.over_dy([down], [triton_backend.config_over_dy(down)])

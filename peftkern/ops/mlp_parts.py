@@ -15,12 +15,14 @@ from torch import Tensor
 class Shrink(NamedTuple):
     """Down's adapter in the forward: S = factor * (mask H) Aᵀ.
 
-    A [r, I] fp32 or the activation's dtype; factor: scale / (1 - p); bits: the mask, or None.
+    A [r, I] fp32 or the activation's dtype; factor: scale / (1 - p); bits: the mask, or None;
+    draw: what the kernel draws it from (kernels.bits.Draw), or None.
     """
 
     A: Tensor
     factor: float
     bits: Tensor | None
+    draw: Any = None
 
 
 class ShrinkGrad(NamedTuple):
@@ -38,12 +40,27 @@ class Member(NamedTuple):
     """The adapter of gate or of up in the backward: dS = factor * dG B and dB = dGᵀ S.
 
     B [I, r] fp32 or the activation's dtype, whose dtype dB gets; s [M, r] in the activation's
-    dtype, or None if dB is not wanted.
+    dtype, or None if dB is not wanted. ``apart``: G (or U) is without S Bᵀ, and s is there.
     """
 
     B: Tensor
     s: Tensor | None
     factor: float
+    apart: bool = False
+
+
+Low = tuple[Tensor, Tensor]  # S [M, r] and B [I, r] of an adapter whose S Bᵀ is not in G or U yet
+Lows = tuple[Low | None, Low | None]  # of gate and of up
+NONE: Lows = (None, None)
+
+
+def lows_of(members: tuple[Member | None, Member | None]) -> Lows:
+    """What G and U are without, by the members of a backward."""
+
+    def low(m: Member | None) -> Low | None:
+        return (m.s, m.B) if m is not None and m.apart and m.s is not None else None
+
+    return low(members[0]), low(members[1])
 
 
 class Grads(NamedTuple):

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from torch.nn import functional as F
 from ..utils.private import is_grad_batch, outputs_are_kept
 from . import torch_backend
 from .bits import unpack_bits
-from .mlp_parts import Grads, Member, Shrink, ShrinkGrad
+from .mlp_parts import NONE, Grads, Lows, Member, Shrink, ShrinkGrad, lows_of
 from .projection import Plain, PlainGrad, Projection, ProjectionGrad
 from .torch_backend import _add_low_rank, _over_dy
 from .torch_products import base_linear, base_product, in_dtype, low_rank_dtype, mm_to, scaled_mm
@@ -131,14 +132,31 @@ def _of_member(dy: Tensor, m: Member) -> tuple[Tensor, Tensor | None]:
     return scaled_mm(dyl, in_dtype(low, m.B), m.factor), db
 
 
+def completed(gate: Tensor, up: Tensor | None, inner: Lows) -> tuple[Tensor, Tensor | None]:
+    """G and U with the low-rank parts that they are without, new where there are any."""
+
+    def plus(y: Tensor | None, low: Any) -> Any:
+        if y is None or low is None:
+            return y
+        s, B = low
+        return torch.addmm(y, s, B.t().to(y.dtype))
+
+    return plus(gate, inner[0]), plus(up, inner[1])
+
+
 def forward(
     gate: Tensor,
     up: Tensor | None,
     act: str,
     down: Projection | Plain,
     words: list[Tensor | None] | None = None,
+    inner: Lows = NONE,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(Y [M, N], S [M, r], packed mask) of down; ``words`` has its mask if it is drawn already."""
+    """(Y [M, N], S [M, r], packed mask) of down; ``words`` has its mask if it is drawn already.
+
+    ``inner``: what G and U are without.
+    """
+    gate, up = completed(gate, up, inner)
     h = hidden(gate, up, act)
     if isinstance(down, Plain):
         return base_linear(h, down.w, down.bias), None, None
@@ -158,6 +176,7 @@ def backward(
 
     ``copied``, that dG and dU in fp8 would do, changes nothing here.
     """
+    gate, up = completed(gate, up, lows_of(members))
     if isinstance(down, PlainGrad):
         dh = base_product(down.dy, down.w.t())
         return _activate_grad(dh, gate, up, act, None, members), None

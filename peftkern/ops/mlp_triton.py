@@ -13,13 +13,15 @@ import torch
 from torch import Tensor
 
 from ..kernels import fp8_rows
+from ..kernels.common import arch_of
 from ..kernels.fp8_rows import Fp8Rows
 from ..kernels.mlp import mlp
 from ..kernels.mlp_arguments import ACTIVATIONS, MlpMember
+from ..kernels.mlp_grad import adds as mlp_grad_adds
 from ..kernels.mlp_grad import mlp_grad
 from . import tuned
 from .device import on_its_device
-from .mlp_parts import Grads, Member, Shrink, ShrinkGrad
+from .mlp_parts import NONE, Grads, Lows, Member, Shrink, ShrinkGrad
 from .triton_backend import refusal
 
 
@@ -52,10 +54,13 @@ def activate(
 
 
 @on_its_device
-def activate_fp8(gate: Tensor, up: Tensor | None, act: str, down: Shrink) -> tuple[Fp8Rows, Tensor]:
-    """(H [M, I] in fp8 alone, S [M, r] of down's adapter)."""
+def activate_fp8(
+    gate: Tensor, up: Tensor | None, act: str, down: Shrink, inner: Lows = NONE
+) -> tuple[Fp8Rows, Tensor]:
+    """(H [M, I] in fp8 alone, S [M, r] of down's adapter); ``inner``: what G and U are without."""
     copy = fp8_rows.empty(*gate.shape, gate.device)
-    _, s = mlp(gate, up, act, down.A, down.factor, down.bits, copy=copy)
+    A, factor, bits, draw = down
+    _, s = mlp(gate, up, act, A, factor, bits, draw=draw, copy=copy, inner=inner)
     assert s is not None
     return copy, s
 
@@ -69,11 +74,13 @@ def activate_grad(
     down: ShrinkGrad | None,
     members: tuple[Member | None, Member | None],
     copied: bool = False,
+    a: Tensor | None = None,
 ) -> Grads:
     """The gradients of :func:`activate`, and dS and dB of gate's and up's adapters.
 
     dG and dU are the halves of one matrix [M, 2 I] where G and U are. ``copied``: they are written
-    in fp8, and as numbers only where those are read again.
+    in fp8, and as numbers only where those are read again. ``a``: A of down, where dH is without
+    its low-rank part. That, and what G and U are without, the kernel adds (:func:`adds`).
     """
     found = [m for m in members if m is not None]
     ranks = [m.B.shape[1] for m in found] + ([] if down is None else [down.ds.shape[1]])
@@ -90,6 +97,8 @@ def activate_grad(
         None if down is None else down.bits,
         outs=None if up is None or copied else _halves(gate, up),
         copies=rooms,
+        a=a,
+        add=any(m.apart for m in found),
         da_dtype=torch.float32 if down is None else down.dtype,
         config=None if copied else _config(
             "mlp_grad", gate, adapter, max(ranks, default=0), masked
@@ -102,6 +111,12 @@ def activate_grad(
         dup = None if up is None else dgate
     low, sums = (out.ds[0], out.ds[1]), (out.db[0], out.db[1])
     return Grads(dgate, dup, out.da, low, sums, rooms or (None, None))
+
+
+def adds(gate: Tensor, ranks: list[int]) -> bool:
+    """True where the kernels' passes add low-rank parts of these ranks to G, U and dH."""
+    found: bool = mlp_grad_adds(max(ranks), gate.element_size(), arch_of(gate.device))
+    return found
 
 
 def _config(op: str, gate: Tensor, adapter: torch.dtype, r: int, masked: bool) -> Any:

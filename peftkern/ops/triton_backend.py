@@ -119,11 +119,13 @@ def forward(
     members: list[Projection],
     words: list[Tensor | None] | None = None,
     how: str | None = None,
+    apart: bool = False,
 ) -> list[tuple[Tensor, Tensor, Tensor | None]]:
     """(Y_i, S_i, mask_i) of projections of one x [M, K], which is read once for all S_i.
 
     The masks are ``words`` if given, else drawn, where possible by the kernel that makes S; ``how``
-    is one of ``PRODUCTS``.
+    is one of ``PRODUCTS``. ``apart``: Y_i are without S_i B_iᵀ, for callers that have asked
+    :func:`.mlp_apart.outputs`.
     """
     As, Bs, ps, scales, biases, masked = [], [], [], [], [], False
     for _, bias, A, B, scale, p, _ in members:  # one loop: a list of each would cost more
@@ -156,7 +158,7 @@ def forward(
         ys = [base_product(x, m.w, y) for y, m in zip(ys, members, strict=True)]
         return list(zip(ys, _columns(s, As), words, strict=True))
     if way.order == fp8_copies.ORDER:
-        s, ys = fp8_triton.forward(x, members, scales, words, drawn)
+        s, ys = fp8_triton.forward(x, members, scales, words, drawn, apart)
         return list(zip(ys, _columns(s, As), words, strict=True))
     done = []
     parts = _columns(shrink(x, As, scales, words, draw=drawn, config=way.first), As)

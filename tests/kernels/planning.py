@@ -136,6 +136,19 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[[], Any]]] = {
         mlp, lambda: (drawn(M, 128), drawn(M, 128), "silu", low(R, 128), 0.5,
                       dict(copy=fp8_rows.empty(M, 128, CPU))),
     ),
+    "mlp with fp8, low-rank parts and a drawn mask": (
+        mlp, lambda: (drawn(M, 128), drawn(M, 128), "silu", low(R, 128), 0.5,
+                      torch.zeros(M, 4, dtype=torch.int32),
+                      dict(copy=fp8_rows.empty(M, 128, CPU), draw=Draw(0.1, 7),
+                           inner=((drawn(M, R), low(128, R)), None))),
+    ),
+    "mlp gradients with fp8 and low-rank parts": (
+        mlp_grad,
+        lambda: (drawn(M, 128), drawn(M, 128), drawn(M, 128), "silu",
+                 [MlpMember(low(128, R), drawn(M, R), 0.5), None], drawn(M, 8),
+                 dict(copies=(fp8_rows.empty(M, 128, CPU), fp8_rows.empty(M, 128, CPU)),
+                      a=low(8, 128), add=True)),
+    ),
     "mlp gradients with fp8": (
         mlp_grad,
         lambda: (drawn(M, 128), drawn(M, 128), drawn(M, 128), "silu",

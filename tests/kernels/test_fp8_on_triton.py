@@ -16,7 +16,11 @@ from peftkern.ops import (
     auto_backend,
     choices,
     fp8_copies,
+    fp8_triton,
     lora_mlp,
+    mlp_apart,
+    mlp_torch,
+    mlp_triton,
     torch_backend,
     triton_backend,
     tuned,
@@ -26,7 +30,8 @@ from peftkern.ops.bases import fp8_numbers, fp8_products
 from peftkern.ops.bases.formats import as_weight, read
 from peftkern.ops.bases.fp8_linear import Fp8Linear
 from peftkern.ops.bits import unpack_bits
-from peftkern.ops.projection import Projection, ProjectionGrad
+from peftkern.ops.mlp_parts import Member
+from peftkern.ops.projection import Plain, Projection, ProjectionGrad
 from tests.closeness import assert_as_good_as_torch
 from tests.kernels.oracle import matrix
 
@@ -242,3 +247,80 @@ def test_explain_says_who_quantises(backend: str, r: int, words: str, products: 
     with ops_backend.use_backend(backend):
         [row] = peftkern.explain(adapted)
     assert row.reason.endswith(words)
+
+
+@pytest.mark.parametrize("behind", ["kernels", "no dX"])
+def test_gate_and_up_get_their_low_rank_parts_where_they_are_read(
+    behind: str, products: Any, no_pass: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit what passes over G, U and dH alone give, whoever computes the backward."""
+    x = matrix(M, 128, BF16, seed=0)
+    gate, up = (member(x, 256, r, 0.3, False) for r in (4, 16))
+    down = member(matrix(M, 256, BF16, seed=1), 128, 5, 0.3, False)
+    parts = [m._replace(A=m.A.requires_grad_(), B=m.B.requires_grad_()) for m in (gate, up, down)]
+    leaves = [t for m in parts for t in (m.A, m.B)]
+    if behind != "no dX":
+        leaves.append(x.requires_grad_())
+    dy = matrix(M, 128, BF16, seed=5)
+    passes: list[str] = []
+    for name in ("expand", "low_rank_grad_input"):
+        own = getattr(fp8_triton, name)
+
+        def counted(*args: Any, own: Any = own, name: str = name, **more: Any) -> Any:
+            passes.append(name)
+            return own(*args, **more)
+
+        monkeypatch.setattr(fp8_triton, name, counted)
+
+    def step() -> list[Tensor]:
+        passes.clear()
+        torch.manual_seed(3)
+        y = lora_mlp.lora_mlp(x, *parts, "silu")
+        return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
+
+    with ops_backend.use_backend("triton"):
+        ours = step()
+        # Y's: nothing is added behind that product, and without dX the gradients are not in fp8
+        assert passes == ["expand", *(["low_rank_grad_input"] if behind == "no dX" else [])]
+        monkeypatch.setattr(mlp_apart, "outputs", lambda *_: None)
+        monkeypatch.setattr(mlp_triton, "adds", lambda *_: False)
+        apart = step()
+    assert passes[:3] == ["expand"] * 3
+    for a, b in zip(ours, apart, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_torchs_operations_add_the_low_rank_parts_that_were_left() -> None:
+    gate, up, dy = (matrix(9, 40, FP32, seed=i) for i in range(3))
+    down = Projection(
+        torch.randn(6, 40), None, torch.randn(3, 40), torch.randn(6, 3), 1.0, 0.0, False
+    )
+    s, B = matrix(9, 4, FP32, seed=4), matrix(40, 4, FP32, seed=5)
+    whole = gate + s @ B.T
+    found = mlp_torch.forward(gate, up, "silu", down, inner=((s, B), None))
+    for a, b in zip(found[:2], mlp_torch.forward(whole, up, "silu", down)[:2], strict=True):
+        torch.testing.assert_close(a, b)
+    behind = ProjectionGrad(dy[:, :6], down.w, down.A, down.B, found[1], None, 1.0, 0.0, True, True)
+    results = [
+        mlp_torch.backward(g, up, "silu", behind, (Member(B, s, 1.0, apart), None))[0]
+        for g, apart in ((gate, True), (whole, False))
+    ]
+    for a, b in zip(results[0][:3], results[1][:3], strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_linear_with_a_bias_or_a_large_rank_has_its_own_pass(
+    products: Any, no_pass: None
+) -> None:
+    x = matrix(M, 128, BF16, seed=0)
+    down = member(matrix(M, 256, BF16, seed=1), 128, 5, 0.0, False)
+    plain, bias, large = (
+        member(x, 256, r, 0.0, with_bias) for r, with_bias in ((4, False), (4, True), (24, False))
+    )
+    with ops_backend.use_backend("triton"):
+        assert mlp_apart.outputs(x, [plain, plain], "silu", down) is not None
+        for inner in ([plain, bias], [large, plain], [plain, Plain(plain.weight, None, False)]):
+            assert mlp_apart.outputs(x, inner, "silu", down) is None  # type: ignore[arg-type]
+        assert mlp_apart.outputs(x, [plain], "silu", Plain(down.weight, None, False)) is None
+    with ops_backend.use_backend("torch"):
+        assert mlp_apart.outputs(x, [plain, plain], "silu", down) is None

@@ -11,7 +11,7 @@ from torch import Tensor
 from peftkern.kernels import fp8_rows, grad_sb, mlp, mlp_grad, reference, shrink
 from peftkern.kernels.bits import Draw, dropout_bits, pack_bits
 from peftkern.kernels.common import Arch
-from peftkern.kernels.expand import low_rank_grad_input
+from peftkern.kernels.expand import expand, low_rank_grad_input
 from peftkern.kernels.fp8_rows import Fp8Rows
 from peftkern.kernels.mlp_arguments import MlpMember
 from peftkern.ops.bases import fp8_products
@@ -201,3 +201,96 @@ def test_an_mlps_gradients_are_written_in_fp8_side_by_side(r: int) -> None:
     mlp_grad.mlp_grad(dh, gate, None, "gelu", members[:1] + [None], copies=(alone, None))
     assert plain.dgate is not None
     assert_torchs(alone, plain.dgate)
+
+
+@pytest.mark.parametrize("both", [True, False])
+def test_an_mlps_pass_adds_the_low_rank_parts_of_what_it_reads(both: bool) -> None:
+    """The bits of a pass over the sums G + S Bᵀ and U + S Bᵀ, rounded as ``expand`` rounds them."""
+    bases = [matrix(21, 256, BF16, seed=i, offset=1) for i in range(2)]
+    pairs: list[Any] = [
+        (matrix(21, r, BF16, seed=2 + r), matrix(256, r, FP32, seed=3 + r)) for r in (5, 16)
+    ]
+    if not both:
+        pairs[1] = None
+    a, words = matrix(7, 256, FP32, seed=2), pack_bits(keep_mask(21, 256, 0))
+    sums = [
+        base if pair is None else expand(*pair, add=base)
+        for base, pair in zip(bases, pairs, strict=True)
+    ]
+    config = mlp.MlpConfig(32, 128, 2)
+    found = []
+    for (gate, up), inner in ((bases, pairs), (sums, (None, None))):
+        copy = fp8_rows.empty(21, 256, gate.device)
+        _, s = mlp.mlp(gate, up, "silu", a, 2.0, words, copy=copy, inner=inner, config=config)
+        found += [copy.q.float(), copy.scales, s]
+    for one, other in zip(found[:3], found[3:], strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_an_mlps_gradients_are_of_sums_with_low_rank_parts(masked: bool) -> None:
+    bases = [matrix(40, 256, BF16, seed=i, offset=1) for i in range(3)]
+    ranks = (5, 16)
+    members: list[Any] = [
+        MlpMember(matrix(256, r, FP32, seed=4 + r), matrix(40, r, BF16, seed=6 + r), 1.5)
+        for r in ranks
+    ]
+    ds, a = matrix(40, 7, BF16, seed=1), matrix(7, 256, FP32, seed=2)
+    words = pack_bits(keep_mask(40, 256, 0)) if masked else None
+    config = mlp_grad.MlpGradConfig(32, 128, 2)
+    sums = [low_rank_grad_input([ds], [a], words, add=bases[0])]
+    sums += [expand(m.s, m.b, add=base) for m, base in zip(members, bases[1:], strict=True)]
+    found = []
+    for (dh, gate, up), more in ((bases, {"a": a, "add": True}), (sums, {})):
+        whole = fp8_rows.empty(40, 512, dh.device)
+        copies = whole.columns(0, 256), whole.columns(256, 512)
+        out = mlp_grad.mlp_grad(
+            dh, gate, up, "silu", members, ds, words, copies=copies, config=config, **more
+        )
+        found.append([whole.q.float(), whole.scales, *out.ds, *out.db, out.da])
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_bad_low_rank_parts() -> None:
+    gate, a = torch.zeros(4, 128), torch.zeros(3, 128)
+    pair = (torch.zeros(4, 3), torch.zeros(128, 3))
+    low, high = torch.zeros(4, 3), torch.zeros(4, 65)
+    member = MlpMember(torch.zeros(128, 3), None, 1.0)
+    for call, match in (
+        (lambda: mlp.mlp(gate, gate, inner=[pair]), "inner has 1 entries"),  # type: ignore[list-item]
+        (lambda: mlp.mlp(gate, None, inner=[pair, pair]), r"inner\[1\] is given without up"),
+        (
+            lambda: mlp.mlp(gate, None, inner=[(high, torch.zeros(128, 65)), None]),
+            "rank 65; allowed",
+        ),
+        (
+            lambda: mlp.mlp(gate, None, inner=[(low[:2], pair[1]), None]),
+            r"inner\[0\]\[0\] has shape",
+        ),
+        (lambda: mlp_grad.mlp_grad(gate, gate, gate, ds=low, a=a), "allowed: up to 16 in two"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            call()
+    gate, a, low = gate.to(BF16), a.to(BF16), low.to(BF16)
+    for more, match in (
+        ({"a": a}, "a is given without ds"),
+        ({"a": a[:2], "ds": low}, r"a\[0\] has shape"),
+        ({"add": True, "members": (member, None)}, "a member has no s"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            mlp_grad.mlp_grad(gate, gate, gate, **more)  # type: ignore[arg-type]
+
+
+def test_an_mlps_pass_draws_the_mask_of_what_it_makes() -> None:
+    gate, up = matrix(21, 256, BF16, seed=0), matrix(21, 256, BF16, seed=1)
+    a, config = matrix(7, 256, FP32, seed=2), mlp.MlpConfig(32, 128, 2)
+    words = dropout_bits(21, 256, 0.3, 7, device=gate.device)
+    plain = mlp.mlp(gate, up, "silu", a, 2.0, words, config=config)
+    drawn = torch.full_like(words, -1)
+    found = mlp.mlp(gate, up, "silu", a, 2.0, drawn, draw=Draw(0.3, 7), config=config)
+    assert torch.equal(drawn, words)
+    for one, other in zip(found, plain, strict=True):
+        assert one is not None and other is not None and torch.equal(one, other)
+    with pytest.raises(ValueError, match="draw is given, and As have ranks"):
+        mlp.mlp(gate, up, "silu", matrix(150, 256, FP32, seed=3), 2.0, drawn, draw=Draw(0.3, 7))
