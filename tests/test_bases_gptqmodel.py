@@ -178,6 +178,21 @@ def test_a_model_of_them_is_fused_and_trains_as_by_their_own_forward(kind: Any) 
             assert (t - owner[name]).norm() < 0.03 * owner[name].norm(), name
 
 
+def test_a_model_that_transformers_loaded_as_gptq_is_merged() -> None:
+    base = llama(lambda m: layer(m, *KINDS[4]))
+    base.quantization_method = "gptq"  # for which HF PEFT refuses
+    more: Any = dict(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    model: Any = peftkern.get_peft_model(base, peftkern.LoraConfig(**more)).train()
+    x = torch.randint(0, 64, (2, 9))
+    with torch.no_grad():
+        before = model(input_ids=x).logits
+        with pytest.warns(peftkern.PeftWarning, match="into 4 quantised weights"):
+            model.merge_adapter()
+        assert not torch.equal(model(input_ids=x).logits, before)
+        model.unmerge_adapter()
+        assert torch.equal(model(input_ids=x).logits, before)
+
+
 def test_what_a_scale_cannot_hold_is_refused_and_nothing_changes() -> None:
     made = layer(nn.Linear(128, 64), "TorchLinear")
     held = {name: t.clone() for name, t in made._buffers.items() if t is not None}

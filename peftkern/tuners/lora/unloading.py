@@ -50,13 +50,15 @@ class ModelMerging:
             raise ValueError("Cannot merge LORA layers when base model layers are replicated")
 
     def _check_gptq(self) -> None:
-        for layer in self._tuner_layers():
-            base = layer.get_base_layer()
-            if is_packed(base) and (reason := repack.why_not(base)) is not None:
-                raise ValueError(
-                    f"Cannot merge LORA layers when the model is gptq quantized: {reason}. "
-                    "`merge_and_unload(dequantize=True)` merges into dense weights."
-                )
+        bases = [layer.get_base_layer() for layer in self._tuner_layers()]
+        reasons = [repack.why_not(base) for base in bases if is_packed(base)]
+        refused = next((reason for reason in reasons if reason is not None), None)
+        if refused is not None or not reasons:
+            raise ValueError(
+                "Cannot merge LORA layers when the model is gptq quantized"
+                + (f": {refused}." if refused else ": none of these layers is.")
+                + " `merge_and_unload(dequantize=True)` merges into dense weights."
+            )
 
     def _tuner_layers(self) -> list[Any]:
         return [m for m in all_modules(self.model) if isinstance(m, BaseTunerLayer)]
