@@ -23,7 +23,7 @@ from ..kernels.grad_xa import fits, grad_xa
 from ..kernels.shrink import shrink
 from . import fp8_copies
 from .bases import fp8_products
-from .projection import Projection, ProjectionGrad
+from .projection import Plain, Projection, ProjectionGrad
 
 
 def forward(
@@ -52,6 +52,12 @@ def product(copy: Fp8Rows, m: Projection, s: Tensor) -> Tensor:
     y = fp8_products.product_of(copy.q, copy.scales, fp8_copies.weight(m.weight), s.dtype)
     found: Tensor = expand(s, m.B, m.bias, add=y)
     return found
+
+
+def plain(copy: Fp8Rows, part: Plain, dtype: torch.dtype) -> Tensor:
+    """Y [M, N] in ``dtype`` of a linear without an adapter, of X in fp8."""
+    y: Tensor = fp8_products.product_of(copy.q, copy.scales, fp8_copies.weight(part.weight), dtype)
+    return y if part.bias is None else y.add_(part.bias)
 
 
 def backward_order(

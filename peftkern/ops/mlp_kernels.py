@@ -54,6 +54,9 @@ def forward(
     if isinstance(down, Plain) or fp8_copies.order([down.weight]) != fp8_copies.ORDER:
         gate, up, inner = *_completed(gate, up, inner), NONE
     if isinstance(down, Plain):
+        if fp8_copies.order([down.weight]) == fp8_copies.ORDER:
+            copy, _ = mlp_triton.activate_fp8(gate, up, act, None)
+            return fp8_triton.plain(copy, down, gate.dtype), None, None
         h, _ = mlp_triton.activate(gate, up, act, None)
         return base_linear(h, down.w, down.bias), None, None
     if fp8_copies.order([down.weight]) == fp8_copies.ORDER:
@@ -87,6 +90,7 @@ def _in_fp8(
     [bits] = words
     shrink = Shrink(down.A, down.scale / (1.0 - down.p), bits, draw)
     copy, low = mlp_triton.activate_fp8(gate, up, act, shrink, inner)
+    assert low is not None
     return low, bits, copy
 
 

@@ -55,13 +55,15 @@ def activate(
 
 @on_its_device
 def activate_fp8(
-    gate: Tensor, up: Tensor | None, act: str, down: Shrink, inner: Lows = NONE
-) -> tuple[Fp8Rows, Tensor]:
-    """(H [M, I] in fp8 alone, S [M, r] of down's adapter); ``inner``: what G and U are without."""
+    gate: Tensor, up: Tensor | None, act: str, down: Shrink | None, inner: Lows = NONE
+) -> tuple[Fp8Rows, Tensor | None]:
+    """(H [M, I] in fp8 alone, S [M, r] of down's adapter or None).
+
+    ``inner``: what G and U are without.
+    """
     copy = fp8_rows.empty(*gate.shape, gate.device)
-    A, factor, bits, draw = down
+    A, factor, bits, draw = (None, 1.0, None, None) if down is None else down
     _, s = mlp(gate, up, act, A, factor, bits, draw=draw, copy=copy, inner=inner)
-    assert s is not None
     return copy, s
 
 

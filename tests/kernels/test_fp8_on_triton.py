@@ -19,6 +19,7 @@ from peftkern.ops import (
     fp8_triton,
     lora_mlp,
     mlp_apart,
+    mlp_kernels,
     mlp_torch,
     mlp_triton,
     torch_backend,
@@ -307,6 +308,19 @@ def test_torchs_operations_add_the_low_rank_parts_that_were_left() -> None:
     ]
     for a, b in zip(results[0][:3], results[1][:3], strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_h_is_in_fp8_alone_where_down_has_no_adapter(
+    with_bias: bool, products: Any, no_pass: None
+) -> None:
+    gate, up = (matrix(M, 256, BF16, seed=i) for i in range(2))
+    down = member(gate, 128, 5, 0.0, with_bias)
+    plain = Plain(down.weight, down.bias, False)
+    y, s, bits = mlp_kernels.forward(gate, up, "silu", plain)
+    assert s is None and bits is None and products == [(M, 256, 128)]
+    silent = down._replace(B=torch.zeros_like(down.B))
+    assert torch.equal(y, mlp_kernels.forward(gate, up, "silu", silent)[0])
 
 
 def test_a_linear_with_a_bias_or_a_large_rank_has_its_own_pass(
