@@ -54,7 +54,9 @@ def test_a_method_trains_and_goes_on(
 def test_classifying_tokens_with_a_prompt(folder: Path, tmp_path: Path) -> None:
     data = {"model": str(folder / "bert"), "data": str(folder / "tok.jsonl"), "task": "token_cls"}
     made = settings(folder, tmp_path / "out", method="prompt", steps=2, **NO_LAYERS, **data)
-    assert 0 <= train(made)["after"]["accuracy"] <= 1
+    record = train(made)
+    assert 0 <= record["after"]["accuracy"] <= 1
+    assert record["runs_as"] == "20 virtual tokens before the input"
 
 
 def test_parameters_are_targets(folder: Path, tmp_path: Path, capsys: Any) -> None:

@@ -178,7 +178,7 @@ def test_configurations_of_deepspeed_that_are_refused(
         file.write_bytes(content if isinstance(content, bytes) else content.encode())
     lacks, more = more.get("lacks"), {k: v for k, v in more.items() if k != "lacks"}
     monkeypatch.setattr(
-        "peftkern.cli.train.find_spec", lambda name: None if name == lacks else name
+        "peftkern.cli.checks.find_spec", lambda name: None if name == lacks else name
     )
     settings = TrainSettings("model", "data", str(tmp_path / "out"), deepspeed=str(file), **more)
     with pytest.raises(UserError, match=said):

@@ -12,8 +12,10 @@ from safetensors.torch import load_file
 
 from peftkern.cli import modelio, resume
 from peftkern.cli.app import run
+from peftkern.cli.checks import refuse_trl
 from peftkern.cli.data import read_data
 from peftkern.cli.errors import UserError
+from peftkern.cli.ranks import Ranks
 from peftkern.cli.train import train
 from tests.closeness import assert_same_number
 from tests.command import command, losses, make_folder, settings
@@ -149,3 +151,8 @@ def test_what_does_not_go_with_trl_is_refused_by_name(
     error = capsys.readouterr().err
     assert error.startswith(f"peftkern: {said}") and error.count("\n") == 1
     assert not out.exists()
+
+
+def test_trl_runs_in_one_process(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--trainer sft runs in one process; --trainer transform"):
+        refuse_trl(settings(folder, tmp_path, trainer="sft"), Ranks(0, 2))

@@ -240,8 +240,10 @@ def _run(
 
 def _runs_as(model: Any) -> str:
     """What the adapted layers run as: the summary of ``peftkern.explain``."""
-    said = str(explain(model)).splitlines()
-    return next(line for line in said if " adapted layers: " in line)
+    rows = explain(model)
+    if not rows:  # a prompt is in no layer
+        return f"{model.active_peft_config.num_virtual_tokens} virtual tokens before the input"
+    return next(line for line in str(rows).splitlines() if " adapted layers: " in line)
 
 
 def _progress(console: Console) -> Progress:
