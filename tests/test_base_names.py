@@ -14,7 +14,13 @@ import torch
 import transformers as tf
 
 import peftkern
-from peftkern.files.base_names import is_place, name_for_file, name_from_file, public_name
+from peftkern.files.base_names import (
+    is_place,
+    name_for_file,
+    name_from_file,
+    public_name,
+    written_to_be_moved,
+)
 from tests.closeness import assert_same_number
 from tests.gguf_files import write_llama
 from tests.tiny import fill, inputs, make
@@ -45,6 +51,15 @@ def test_a_name_in_a_file_is_seen_from_the_file(tmp_path: Path) -> None:
     assert Path(found).samefile(tmp_path / "base")
     for name in ("owner/name", "../elsewhere", "/a/b"):
         assert name_from_file(name, tmp_path / "adapter") == name
+
+
+def test_a_file_that_will_be_moved_names_what_is_right_there(tmp_path: Path) -> None:
+    base = str(tmp_path / "base")
+    with written_to_be_moved(tmp_path / "out" / "partial", tmp_path / "out"):
+        found = name_for_file(base, tmp_path / "out" / "partial" / "step-1")
+        assert found == "../../base"
+        assert name_for_file(base, tmp_path / "other") == "../base"
+    assert name_for_file(base, tmp_path / "out" / "partial" / "step-1") == "../../../base"
 
 
 def adapted(folder: Path, **settings: Any) -> Any:

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_callback import PrinterCallback
 
+from ..files.base_names import written_to_be_moved
 from ..utils.private import leave_out_of_ddp
 from ..utils.undo import in_mode
 from . import resume, shards
@@ -123,7 +124,8 @@ class AdapterFiles(Trainer):  # type: ignore[misc]  # transformers is not read
             self._ranks.meet()  # every process writes its part of the optimizer
         self._run_dir = str(partial)
         try:
-            super()._save_checkpoint(model, trial)
+            with written_to_be_moved(partial, out):
+                super()._save_checkpoint(model, trial)
         finally:
             self._run_dir = None
         if not self._ranks.first:

@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 # the settings of a configuration, or of a dict in it, that may be a path
 _PATHS = ("base_model_name_or_path", "tokenizer_name_or_path", "cache_file", "covariance_file")
 _SNAPSHOT = re.compile(r"models--([^/\\]+?)--([^/\\]+)[/\\]snapshots[/\\][^/\\]+[/\\]?$")
+
+_MOVED: ContextVar[tuple[str, str] | None] = ContextVar("moved", default=None)
+
+
+@contextlib.contextmanager
+def written_to_be_moved(
+    here: str | os.PathLike[str], there: str | os.PathLike[str]
+) -> Iterator[None]:
+    """A context in which files in ``here`` get the names that are right in ``there``.
+
+    What is inside the folder ``here`` will have the same place inside ``there``.
+    """
+    token = _MOVED.set((os.path.realpath(here), os.path.realpath(there)))
+    try:
+        yield
+    finally:
+        _MOVED.reset(token)
 
 
 def name_for_file(name: str, folder: str | os.PathLike[str]) -> str:
@@ -24,6 +43,9 @@ def name_for_file(name: str, folder: str | os.PathLike[str]) -> str:
     if not is_place(name):
         return name
     place, here = os.path.realpath(name), os.path.realpath(folder)
+    moved = _MOVED.get()
+    if moved is not None and (here + os.sep).startswith(moved[0] + os.sep):
+        here = moved[1] + here[len(moved[0]) :]
     try:
         above = os.path.commonpath([place, here])
     except ValueError:  # other drives
