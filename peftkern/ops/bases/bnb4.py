@@ -182,7 +182,7 @@ def read(module: Any) -> Found | str:
     repacked = getattr(state, "packing_format_for_cpu", False)
     why = _mismatch(module, bits, state)
     stored = getattr(weight, "quant_storage", bits.dtype)
-    if why is None and bits.dtype != stored:
+    if why is None and bits.dtype != stored and bits.is_floating_point():  # repacked: uint8
         why = Unusable(
             f"its 4-bit weight is packed in {stored}, and a cast of the model (`.to(dtype)`, "
             f"`.half()`) has made it {bits.dtype}, so that its bits are lost: load it again, or "
