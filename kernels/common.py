@@ -13,8 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .fp32 import tf32
 from .recording import start
+from .switches import short_sums, tf32
 
 # True when this process runs kernels in Triton's CPU interpreter (TRITON_INTERPRET=1 at import).
 INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
@@ -136,6 +136,14 @@ class Launch(NamedTuple):
 def precision(dtype: torch.dtype) -> str:
     """The ``input_precision`` of products: "tf32" for fp32 if torch allows it, else "ieee"."""
     return "tf32" if dtype == torch.float32 and tf32() else "ieee"
+
+
+def parts_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of parts of a product in ``dtype`` that are added later: fp32, or fp16 for bf16.
+
+    fp16 keeps 11 digits where bf16's result keeps 8, and has a scale for each row of a tile.
+    """
+    return torch.float16 if dtype == torch.bfloat16 and short_sums() else torch.float32
 
 
 def rank_end(ranks: Sequence[int], block_r: int) -> int | tl.constexpr:

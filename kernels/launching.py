@@ -30,9 +30,9 @@ import triton
 from torch import Tensor
 from triton.runtime import driver
 
-from .fp32 import tf32
 from .kinds import Call, Unplanned, kind_of, read
 from .recording import own, record
+from .switches import settings
 
 log = logging.getLogger("peftkern")
 
@@ -85,7 +85,7 @@ _compilation = triton.knobs.compilation
 # what a cache holds for a kind without a plan
 _SEEN = "one call has run"
 _NEVER = "it cannot be planned"
-_ASKS = "its plans are under longer keys, with torch's setting for TF32"
+_ASKS = "its plans are under longer keys, with torch's settings for products"
 _caches: list[dict[Any, Any]] = []
 
 
@@ -154,7 +154,7 @@ def planned(*scales: str, seeds: Sequence[str] = ()) -> Callable[[F], F]:
                 return function(*args, **kwargs)
             asking = plan is _ASKS
             if asking:
-                key = (key, tf32())
+                key = (key, settings())
                 plan = plans.get(key)
             if plan is None:
                 result = function(*args, **kwargs)
@@ -173,7 +173,7 @@ def planned(*scales: str, seeds: Sequence[str] = ()) -> Callable[[F], F]:
                 plans[key] = _NEVER
             elif done.asks and not asking:
                 plans[key] = _ASKS
-                plans[key, tf32()] = done.plan
+                plans[key, settings()] = done.plan
             else:
                 plans[key] = done.plan
             return done.result

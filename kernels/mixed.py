@@ -10,9 +10,11 @@ of Y adds S B_iᵀ for the adapters that its rows name, their ranks side by side
 Where tiles of Y fill the device, the second launch makes them whole: it streams X and W, and waits
 for S at the end. For few rows there are too few tiles, and narrow ones would read X once for each.
 Then tiles are wide, and K is split: the first launch leaves parts of X Wᵀ beside those of S, and
-the second, which waits for them, adds them in their order. On sm_90 and later the second launch is
-a dependent one: its programs start while the first launch runs. The first launch is an ordinary
-one, as the work before it may have written W or X.
+the second, which waits for them, adds them in their order. Parts are fp32; for bf16 they are fp16,
+with a power of two for each row of a tile, unless torch's switch is off
+(``torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction``). On sm_90 and later the
+second launch is a dependent one: its programs start while the first launch runs. The first launch
+is an ordinary one, as the work before it may have written W or X.
 
 Only the output and scratch memory are allocated and nothing syncs, so the launches can be captured
 in a CUDA graph and ``index`` can be rewritten between replays; a value out of range counts as -1.
@@ -37,6 +39,7 @@ from .common import (
     device_function,
     dot,
     next_pow2,
+    parts_dtype,
     precision,
     row_stride,
     starts_early,
@@ -81,16 +84,33 @@ def product(
     return acc
 
 
+@device_function
+def shortened(acc):
+    """(acc [M, N] in fp16, factors [M]): row m of acc is about factors[m] times that of the first.
+
+    The factor is the power of two with which the row's largest finite number fills 15 bits. A row's
+    numbers below 2**-29 of it lose digits; infinite ones and NaN stay.
+    """
+    size = tl.abs(acc)  # [M, N]
+    largest = tl.max(tl.where(size < float("inf"), size, 0.0), 1)  # [M]
+    exponent = tl.maximum(largest.to(tl.int32, bitcast=True) >> 23, 15)  # [M], biased by 127
+    up = ((268 - exponent) << 23).to(tl.float32, bitcast=True)  # [M]
+    return (acc * up[:, None]).to(tl.float16), ((exponent - 14) << 23).to(tl.float32, bitcast=True)
+
+
 @triton.jit(do_not_specialize=["M", "T", "L", "samples", "LOW_SPLITS", "CHUNKS", "LOW_PROGRAMS"])
 def _parts_kernel(
-    parts, w, low, table, x, As, Bs, index, ranks, a_strides, b_strides, scales,
+    parts, factors, w, low, table, x, As, Bs, index, ranks, a_strides, b_strides, scales,
     M, N, K, T, L, samples, x_stride, w_n_stride, w_k_stride, width,
     K_PART, LOW_PART, LOW_SPLITS, CHUNKS, LOW_PROGRAMS,
     P: tl.constexpr, SAMPLES: tl.constexpr, ALIGNED: tl.constexpr, EARLY: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_S: tl.constexpr, LOW_K: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Parts of S in the first LOW_PROGRAMS programs, parts [splits, M, N] of X Wᵀ in the others."""
+    """Parts of S in the first LOW_PROGRAMS programs, parts [splits, M, N] of X Wᵀ in the others.
+
+    ``factors`` [splits, tiles of N, M] fp32 if the parts are fp16, else None.
+    """
     if EARLY:  # the programs of the next launch may start, and wait for this grid's end
         tl.extra.cuda.gdc_launch_dependents()
     pid = tl.program_id(0)
@@ -104,8 +124,9 @@ def _parts_kernel(
         pid -= LOW_PROGRAMS
         tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
         part = pid // (tiles_m * tiles_n)
+        tile_n = pid // tiles_m % tiles_n
         row = pid % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
-        col = pid // tiles_m % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+        col = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
         row_ok, col_ok = row < M, col < N  # [BLOCK_M], [BLOCK_N]
         first = part * K_PART
         acc = product(
@@ -113,13 +134,17 @@ def _parts_kernel(
             x_stride, w_n_stride, w_k_stride, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
         )  # fmt: skip
         out = parts + (part.to(tl.int64) * M + row.to(tl.int64)[:, None]) * N + col[None, :]
+        if factors is not None:
+            acc, factor = shortened(acc)
+            at = factors + (part * tiles_n + tile_n).to(tl.int64) * M + row  # [BLOCK_M]
+            tl.store(at, factor, mask=row_ok)
         tl.store(out, acc, mask=row_ok[:, None] & col_ok[None, :])
 
 
 @triton.jit(do_not_specialize=["M", "T", "L"])
 def _finish_kernel(
-    y, parts, low, table, b, bias, index, M, N, T, L, width,
-    P: tl.constexpr, SPLITS: tl.constexpr, LOW_SPLITS: tl.constexpr,
+    y, parts, factors, low, table, b, bias, index, M, N, T, L, width,
+    P: tl.constexpr, SPLITS: tl.constexpr, PART_N: tl.constexpr, LOW_SPLITS: tl.constexpr,
     B_ALIGNED: tl.constexpr, EARLY: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -136,8 +161,16 @@ def _finish_kernel(
     if EARLY:
         tl.extra.cuda.gdc_wait()
     part = parts + at
+    if factors is not None:  # those of the tile of PART_N columns that has this one
+        tiles_n = tl.cdiv(N, PART_N)
+        tile_n = tl.program_id(0) // tiles_m * BLOCK_N // PART_N
+        factor = factors + tile_n.to(tl.int64) * M + row  # [BLOCK_M]
     for _ in tl.static_range(SPLITS):
-        acc += tl.load(part, mask=ok, other=0.0)
+        here = tl.load(part, mask=ok, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_N]
+        if factors is not None:
+            here *= tl.load(factor, mask=row_ok, other=0.0)[:, None]
+            factor += tiles_n.to(tl.int64) * M
+        acc += here
         part += M.to(tl.int64) * N
     acc = add_updates(
         acc, low, table, b, adapters, row, col, col_ok, M, width,
@@ -246,19 +279,24 @@ def plan_mixed(
     strides = (row_stride(x), w.stride(0), w.stride(1))
     tiles_m, tiles_n = cdiv(M, c.block_m), cdiv(N, c.block_n)
     if splits > 1:
-        parts = y.new_empty((splits, M, N), dtype=torch.float32)
+        dtype = parts_dtype(x.dtype)
+        parts = y.new_empty((splits, M, N), dtype=dtype)
+        factors = None
+        if dtype != torch.float32:
+            factors = y.new_empty((splits, tiles_n, M), dtype=torch.float32)
+        finish_n = min(c.finish_n, c.block_n)  # so that it is of one tile
         first = Launch(
             _parts_kernel, (lows + tiles_m * tiles_n * splits,),
-            (parts, w, *operands, M, N, K, T, L, samples, *strides, width,
+            (parts, factors, w, *operands, M, N, K, T, L, samples, *strides, width,
              k_part, low_part, low_splits, chunks, lows),
             sort | shape | dict(BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k,
                                 LOW_K=c.low_k),
         )  # fmt: skip
         last = Launch(
-            _finish_kernel, (tiles_m * cdiv(N, c.finish_n),),
-            (y, parts, low, table, some_b, bias, index, M, N, T, L, width),
+            _finish_kernel, (tiles_m * cdiv(N, finish_n),),
+            (y, parts, factors, low, table, some_b, bias, index, M, N, T, L, width),
             tile | wait | dependent
-            | dict(SPLITS=splits, BLOCK_N=c.finish_n, num_warps=8, num_stages=1),
+            | dict(SPLITS=splits, PART_N=c.block_n, BLOCK_N=finish_n, num_warps=8, num_stages=1),
         )  # fmt: skip
         return [first, last]
     segments = Launch(
@@ -360,6 +398,7 @@ def mixed(
             config = default_config(
                 M, N, K, M // index.shape[0], ranks, arch,
                 itemsize=x.element_size(), adapter_itemsize=wide,
+                part_itemsize=parts_dtype(x.dtype).itemsize,
                 aligned=rows_aligned(x, *(a for a in As if a is not None)),
             )  # fmt: skip
         for launch in plan_mixed(y, x, w, As, Bs, scales, index.contiguous(), bias, config, arch):

@@ -19,7 +19,7 @@ from torch.nn import Parameter
 from torch.overrides import TorchFunctionMode
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import fp32
+from . import switches
 from .kinds import Call, Unplanned, halves
 from .plans import Allocation, Filled, Named, Run, Start, View, write
 
@@ -59,7 +59,7 @@ class Recorded(NamedTuple):
     result: Any  # of the call
     plan: Run | None
     why: str  # the reason that there is no plan
-    asks: bool  # True: torch's setting for TF32 was read
+    asks: bool  # True: one of torch's settings for products was read
 
 
 class _Watched(TorchFunctionMode):
@@ -279,7 +279,7 @@ def record(
         _other(v, flag, inputs, marks) for v, flag in zip(args, changing.values(), strict=False)
     ]
     named = {k: _other(v, changing.get(k), inputs, marks) for k, v in kwargs.items()}
-    first, why, asked = _Recorder(starts=False), "", fp32.asked
+    first, why, asked = _Recorder(starts=False), "", switches.asked
     watched = _Watched(inputs)
     origins = Origins(watched.origin, {(type(v), v): i for i, v in enumerate(marks)})
     plans: list[Filled] = []
@@ -293,7 +293,7 @@ def record(
     except Exception as e:  # the call itself tells whether it is at fault
         why = f"{e}" if type(e) is Unplanned else f"{type(e).__name__}: {e}"
     allocations = watched.allocations
-    asks = fp32.asked != asked
+    asks = switches.asked != asked
     shapes = [(launch.kernel, launch.grid, launch.meta) for launch in first.launches]
     given = watched = origins = first = inputs = others = named = None  # type: ignore[assignment]
 

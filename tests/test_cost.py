@@ -303,17 +303,17 @@ def test_mixed_traffic_by_hand() -> None:
     )
     split = dataclasses.replace(config, split_k=2, block_k=64, finish_n=32)
     parts, finish = mixed.plan_mixed(y, x, w, As, Bs, [1.0] * 3, index, None, split, ARCH)
-    p = 2 * 4 * 32 * 64
+    p, factors = 2 * 2 * 32 * 64, 2 * 2 * 4 * 32  # fp16, and an fp32 factor for a tile's row
     assert parts.grid == (8 + 2 * 4,)
     assert byte_counts(parts) == (
         8192 + 16384 + 16 + 28 * 256,
-        p + s + 3 * 24,
+        p + factors + s + 3 * 24,
         2 * 8192 + 2 * 16384 + 8192 + (28 + 16) * 256 + 8 * 2 * 16,
     )
     assert byte_counts(finish) == (
-        p + s + 3 * 16 * 128 + 16 + 3 * 24,
+        p + factors + s + 3 * 16 * 128 + 16 + 3 * 24,
         4096,
-        p + 2 * (s + 2 * 3 * 24 + 4 * 32) + 2 * 3 * 16 * 128,
+        p + factors + 2 * (s + 2 * 3 * 24 + 4 * 32) + 2 * 3 * 16 * 128,
     )
 
 

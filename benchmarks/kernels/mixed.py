@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from peftkern.kernels import mixed, reference
-from peftkern.kernels.common import Arch, Launch, next_pow2, padded
+from peftkern.kernels.common import Arch, Launch, next_pow2, padded, parts_dtype
 from peftkern.kernels.mixed_config import MixedConfig, default_config, most_tiles
 
 from ..gpu.contest import SCALE, RaceCase
@@ -74,7 +74,7 @@ def _parts(f: Facts) -> Traffic:
     base = Traffic(
         "parts", 1,
         read=nbytes(x) + nbytes(w),
-        written=nbytes(f["parts"]),
+        written=nbytes(f["parts"]) + nbytes(f["factors"]),
         flops=2 * M * N * K,
         unit=unit_of(x.dtype),
         requested=tiles_n * nbytes(x) + tiles_m * nbytes(w),
@@ -113,11 +113,14 @@ def _updates(f: Facts, tiles_m: int, tiles_n: int) -> Traffic:
 
 
 def _finish(f: Facts) -> Traffic:
-    parts = f["SPLITS"] * 4 * f["M"] * f["N"]
-    found = _updates(f, cdiv(f["M"], f["BLOCK_M"]), cdiv(f["N"], f["BLOCK_N"]))
+    tiles_n = cdiv(f["N"], f["BLOCK_N"])
+    parts, factors = nbytes(f["parts"]), nbytes(f["factors"])
+    found = _updates(f, cdiv(f["M"], f["BLOCK_M"]), tiles_n)
+    # a tile reads the factors of its rows, which some tiles side by side share
+    again = tiles_n * f["SPLITS"] * f["M"] * 4 if factors else 0
     return found._replace(
-        name="finish", read=found.read + parts, unit=unit_of(f["y"].dtype),
-        requested=found.requested + parts,
+        name="finish", read=found.read + parts + factors, unit=unit_of(f["y"].dtype),
+        requested=found.requested + parts + again,
     )  # fmt: skip
 
 
@@ -140,6 +143,7 @@ def _cases(arch: Arch) -> Iterator[Case]:
         (16, 16, (16,), BF16, FP32),
         (16, 16, (8, 16, 32, 64), BF16, FP32),
         (16, 16, (16,) * 8, BF16, BF16),
+        (16, 16, (16,) * 8, BF16, FP32),
         (16, 16, (16,) * 2, BF16, FP32),
         (16, 16, (5, 12), BF16, FP32),  # rows of B are no multiple of 16 bytes
         (16, 16, (3, 5, 20, 33), BF16, BF16),
@@ -188,6 +192,7 @@ def _launches(
     config = default_config(
         m, N, K, m // samples, [a.shape[0] for a in As], arch,
         itemsize=x.element_size(), adapter_itemsize=As[0].element_size(),
+        part_itemsize=parts_dtype(x.dtype).itemsize,
         aligned=mixed.rows_aligned(x, *As),
     )  # fmt: skip
     y, index = meta(m, N, dtype=x.dtype), meta(samples, dtype=INT32)
@@ -201,7 +206,8 @@ def _race_cases(b: Bucket) -> Iterator[RaceCase]:
 
 def _candidates(case: RaceCase) -> list[Any]:
     names = "block_n block_k split_k low_split finish_n num_warps num_stages"
-    rows = [(256, 64, 8, 2, 64, 4, 3), (256, 64, 8, 2, 64, 8, 3), (256, 64, 16, 2, 64, 4, 3),
+    rows = [(512, 64, 8, 2, 64, 8, 3), (256, 64, 8, 2, 64, 4, 3),
+            (256, 64, 8, 2, 64, 8, 3), (256, 64, 16, 2, 64, 4, 3),
             (128, 128, 4, 2, 64, 4, 3), (128, 64, 8, 4, 32, 4, 4), (128, 128, 8, 1, 128, 4, 2),
             (64, 128, 4, 2, 64, 4, 4), (64, 128, 2, 4, 32, 4, 4), (32, 128, 2, 4, 32, 4, 4),
             (32, 256, 1, 4, 64, 4, 4), (16, 256, 1, 4, 64, 4, 4)]  # fmt: skip

@@ -139,13 +139,9 @@ EXEMPTIONS: tuple[Exemption, ...] = (
         for kernel in ("mixed._finish_kernel", "mixed._product_kernel")
     ),
     Exemption(
-        "mixed, X in 8 bytes", "width", "mixed._parts_kernel", r"sm_(86|89|120) mixed M(1|16) ",
-        "with 100 KB of shared memory a step has 32 columns of 16 rows of X, 8 bytes for a thread",
-    ),
-    Exemption(
-        "mixed, S beside a wave", "waves", "mixed._parts_kernel", "sm_100 mixed M(48|256) ",
-        "the product alone is one wave; the programs for S come first, are short, and fewer than "
-        "the worst case's for most indices",
+        "mixed, X in 8 bytes", "width", "mixed._parts_kernel", r"mixed M(1|16) ",
+        "a step has 32 or 64 columns of 16 rows of X, fewer than 16 bytes for a thread, beside "
+        "32 times as much of W; a program for S has wider ones",
     ),
     Exemption(
         "segments in the worst case", "waves", "mixed_segments._segment_kernel", "L8 r128",

@@ -17,7 +17,6 @@ from ..kernels.checks import DTYPES, MAX_RANK
 from ..kernels.common import INTERPRET, arch_of, next_pow2
 from ..kernels.decode import MAX_ROWS, decode_group
 from ..kernels.expand import expand, low_rank_grad_input
-from ..kernels.fp32 import tf32
 from ..kernels.gemm import fused_grad_input, fused_linear
 from ..kernels.grad_a import grad_a
 from ..kernels.grad_sb import grad_sb_group
@@ -28,6 +27,7 @@ from ..kernels.mixed import mixed as _mixed
 from ..kernels.shrink import draws, shrink
 from ..kernels.shrink_expand import fits as shrink_expand_fits
 from ..kernels.shrink_expand import shrink_expand
+from ..kernels.switches import tf32
 from . import fp8_copies, fp8_triton, quantised_triton, torch_backend, tuned
 from .device import on_its_device
 from .masks import draw as draw

@@ -27,8 +27,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernels.fp32 import tf32
 from ..kernels.registry import config_class
+from ..kernels.switches import tf32
 from ..kernels.tuning import FOLDER, WHOLE, Entry, Key, Table, bucket, load, path_for
 from . import device
 from .notes import note_once

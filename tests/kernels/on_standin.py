@@ -257,6 +257,22 @@ def check_the_tf32_switch_is_read() -> None:
         torch.backends.cuda.matmul.fp32_precision = before
 
 
+def check_the_switch_for_short_sums_is_read() -> None:
+    matmul, (function, make) = torch.backends.cuda.matmul, CALLS["mixed in parts"]
+    try:
+        for _ in range(2):
+            for setting, dtype in ((True, "*fp16"), (False, "*fp32")):
+                matmul.allow_bf16_reduced_precision_reduction = setting
+                for _ in range(3):
+                    args = make()
+                    assert now(function, args) == as_written(function, args)
+                with mock.patch.object(Launch, "run", not_run):
+                    _, heard = outcome(function, args)
+                assert heard[0].kernel.src.signature["parts"] == dtype
+    finally:
+        matmul.allow_bf16_reduced_precision_reduction = True
+
+
 def check_settings_of_triton_decide_too() -> None:
     function, make = CALLS["expand"]
     settle(function, make)

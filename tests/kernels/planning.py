@@ -37,6 +37,7 @@ from peftkern.kernels.grad_a import grad_a
 from peftkern.kernels.grad_sb import grad_sb, grad_sb_group
 from peftkern.kernels.grad_xa import grad_xa
 from peftkern.kernels.mixed import mixed
+from peftkern.kernels.mixed_config import MixedConfig
 from peftkern.kernels.mlp import mlp
 from peftkern.kernels.mlp_arguments import MlpMember
 from peftkern.kernels.mlp_grad import mlp_grad
@@ -214,6 +215,11 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[[], Any]]] = {
     "mixed": (mixed, lambda: (drawn(6, K), drawn(N, K), [low(R, K), None, low(8, K)],
                               [low(N, R), None, low(N, 8)], [0.5, 0.0, 2.0],
                               torch.tensor([0, 2, -1], dtype=torch.int32))),
+    "mixed in parts": (
+        mixed, lambda: (drawn(6, 512), drawn(N, 512), [low(R, 512)], [low(N, R)], [0.5],
+                        torch.tensor([0, -1, 0], dtype=torch.int32),
+                        dict(config=MixedConfig(split_k=2))),
+    ),
     "experts": (
         experts_gemm, lambda: (drawn(M // 2, K), routed(), drawn(4, N, K), drawn(M, R),
                                [low(4, N, R)],

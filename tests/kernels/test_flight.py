@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.cost.gpus import GPUS
 from benchmarks.kernels.entry import BF16, FP32, Adapters, meta
-from peftkern.kernels import flight, grad_a, grad_sb, grad_xa, shrink, shrink_expand
+from peftkern.kernels import flight, grad_a, grad_sb, grad_xa, mixed_config, shrink, shrink_expand
 from peftkern.kernels.common import Arch, cdiv
 
 SHARE = 0.8  # of the bandwidth, which needs this share of bandwidth times latency on the way
@@ -93,6 +93,17 @@ def test_bytes_on_the_way_and_programs_at_the_shapes_of_the_goals(plan, M, K, g,
         pytest.skip("adapters of this rank fill registers and shared memory")
     # a masked X passes through registers before its product
     assert_enough(name, *plan(M, K, g, arch), late=int(g.masked and plan in (shrinks, updates)))
+
+
+@pytest.mark.parametrize("name", GPU_NAMES)
+def test_few_rows_of_a_mixed_batch_need_no_more_programs(name):
+    """W alone is enough for the memory's whole speed; these are fewer than multiprocessors."""
+    arch = Arch(*GPUS[name].arch)
+    c = mixed_config.default_config(16, 4096, 4096, 1, (16,) * 8, arch, part_itemsize=2)
+    programs = cdiv(4096, c.block_n) * c.split_k
+    assert 0.4 * arch.sms <= programs < arch.sms
+    on_the_way = programs * (c.num_stages - 1) * c.block_n * c.block_k * 2
+    assert on_the_way >= flight.needed(arch)
 
 
 def test_fp32_has_half_the_elements_on_the_way():

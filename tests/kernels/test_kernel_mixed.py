@@ -112,6 +112,62 @@ def test_an_adapter_without_weights_here():
     check([0, 0], 3, 40, 35, (0,))
 
 
+@pytest.mark.parametrize("config", [SMALL, SPLIT], ids=["whole", "split"])
+def test_rows_of_any_size_lose_nothing_in_parts(config):
+    """Parts of bf16 are fp16, whose range is far smaller: each row of a tile has its own factor."""
+    size = 2.0 ** torch.tensor([120, 40, 17, 0, -20, -60, -110, -125])[:, None]
+    x = (matrix(8, 100, torch.float32, seed=0) * size).bfloat16()
+    x[3] = 0
+    w = matrix(41, 100, torch.bfloat16, seed=1, scale=0.2)
+    As, Bs, scales = adapters((4,), 100, 41, torch.float32)
+    index = [0, -1] * 4
+    out = mixed.mixed(x, w, As, Bs, scales, chosen(index), config=config)
+    exact, want = reference.mixed(x, w, As, Bs, scales, index), plain(x, w, As, Bs, scales, index)
+    for i in range(8):
+        assert_as_good_as_torch(out[i] / size[i], want[i] / size[i], exact[i] / size[i].double())
+
+
+@pytest.mark.parametrize("value", [NAN, float("inf")])
+def test_a_column_that_is_not_finite_is_alone_in_parts(value):
+    x, w = matrix(5, 100, torch.bfloat16, seed=0), matrix(41, 100, torch.bfloat16, seed=1)
+    sound = [mixed.mixed(x, w, [None], [None], [1.0], chosen([-1] * 5), config=SPLIT)]
+    w[7, 50] = value
+    out = mixed.mixed(x, w, [None], [None], [1.0], chosen([-1] * 5), config=SPLIT)
+    assert not out[:, 7].isfinite().any()
+    others = [i for i in range(41) if i != 7]
+    exact = reference.linear(x, w[others])
+    assert_as_good_as_torch(out[:, others], x @ w[others].T, exact)
+    assert sound[0].isfinite().all()
+
+
+def test_parts_are_short_in_bf16_if_torch_allows_it():
+    """And they cost no digit that bf16 keeps: the results hardly differ."""
+    matmul = torch.backends.cuda.matmul
+
+    def run(dtype):
+        x, w = matrix(16, 512, dtype, seed=0), matrix(64, 512, dtype, seed=1, scale=0.2)
+        As, Bs, scales = adapters((4,), 512, 64, torch.float32)
+        y, index = torch.empty(16, 64, dtype=dtype), chosen([0] * 16)
+        config = dataclasses.replace(SPLIT, split_k=8, block_n=32)
+        launches = mixed.plan_mixed(y, x, w, As, Bs, scales, index, None, config, H100)
+        for launch in launches:
+            launch.run()
+        parts, factors = launches[0].args[:2]
+        return parts.dtype, None if factors is None else tuple(factors.shape), y
+
+    assert run(torch.float32)[:2] == run(torch.float16)[:2] == (torch.float32, None)
+    *kinds, short = run(torch.bfloat16)
+    assert kinds == [torch.float16, (8, 2, 16)]
+    try:
+        matmul.allow_bf16_reduced_precision_reduction = False
+        *kinds, whole = run(torch.bfloat16)
+    finally:
+        matmul.allow_bf16_reduced_precision_reduction = True
+    assert kinds == [torch.float32, None]
+    assert (short != whole).sum() <= whole.numel() // 4
+    assert (short - whole).abs().max() <= 2 * torch.finfo(torch.bfloat16).eps * whole.abs().max()
+
+
 def test_weights_and_rows_that_are_slices_and_conv1d():
     check([0, 1, -1], 5, 65, 34, (4, 9), conv1d=True, offset=1, bias=True)
     check([0, 1, -1], 5, 65, 34, (4, 9), torch.float16, torch.float16, offset=3)
@@ -319,7 +375,8 @@ def test_empty():
 
 
 def test_every_config_fits_its_device():
-    for arch in (common.Arch(108, 80, 101376), H100):
+    # 64 KB: AMD's MI300
+    for arch in (common.Arch(108, 80, 101376), H100, common.Arch(304, 80, 65536)):
         for M, T in ((1, 1), (16, 1), (64, 1), (256, 1), (300, 1), (8192, 1), (8192, 1024)):
             for ranks in ((1,), (16,) * 8, (256,) * 64):
                 for N, size in itertools.product((1024, 4096, 14336), (2, 4)):
@@ -327,7 +384,10 @@ def test_every_config_fits_its_device():
                     assert c.shared_bytes(size, 4) <= arch.shared
                     assert c.block_m >= min(M, 64)
                     programs = -(-M // c.block_m) * -(-N // c.block_n) * c.split_k
-                    assert 4 * programs >= 3 * arch.sms or N == 1024
+                    if M <= 16 and size == 2:
+                        assert programs >= min(64, 7 * arch.sms // 16)
+                    else:
+                        assert 4 * programs >= 3 * arch.sms or N == 1024
 
 
 def test_bad_arguments_are_named():

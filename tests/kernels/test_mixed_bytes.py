@@ -5,6 +5,8 @@ load of every program, masked lanes left out and repeats included, which is what
 asked for. No GPU's counters have been read.
 """
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -17,15 +19,19 @@ H200 = common.Arch(132, 90, 232448)
 BF16, FP32 = torch.bfloat16, torch.float32
 
 
-def counted(M, N, K, ranks, index, low=BF16):
-    """(bytes of each operand, bytes loaded of each and of scratch memory, bytes by the rule)."""
-    tensors = {"x": torch.zeros(M, K, dtype=BF16), "w": torch.zeros(N, K, dtype=BF16)}
-    tensors |= {f"A{i}": torch.zeros(r, K, dtype=low) for i, r in enumerate(ranks)}
-    tensors |= {f"B{i}": torch.zeros(N, r, dtype=low) for i, r in enumerate(ranks)}
-    tensors["index"] = torch.tensor(index, dtype=torch.int32)
+def planned(M, N, K, ranks, index, low=BF16, device="cpu"):
+    """(operands, launches)."""
+    kept = {"dtype": BF16, "device": device}
+    tensors = {"x": torch.zeros(M, K, **kept), "w": torch.zeros(N, K, **kept)}
+    kept["dtype"] = low
+    tensors |= {f"A{i}": torch.zeros(r, K, **kept) for i, r in enumerate(ranks)}
+    tensors |= {f"B{i}": torch.zeros(N, r, **kept) for i, r in enumerate(ranks)}
+    tensors["index"] = torch.tensor(index, dtype=torch.int32, device=device)
     As, Bs = ([tensors[f"{n}{i}"] for i in range(len(ranks))] for n in "AB")
-    config = default_config(M, N, K, M // len(index), ranks, H200, adapter_itemsize=low.itemsize)
-    y = torch.empty(M, N, dtype=BF16)
+    config = default_config(
+        M, N, K, M // len(index), ranks, H200, adapter_itemsize=low.itemsize, part_itemsize=2
+    )
+    y = torch.empty(M, N, dtype=BF16, device=device)
     launches = mixed.plan_mixed(
         y,
         tensors["x"],
@@ -38,6 +44,12 @@ def counted(M, N, K, ranks, index, low=BF16):
         config,
         H200,
     )
+    return tensors, launches
+
+
+def counted(M, N, K, ranks, index, low=BF16):
+    """(bytes of each operand, bytes loaded of each and of scratch memory, bytes by the rule)."""
+    tensors, launches = planned(M, N, K, ranks, index, low)
     with loads(tensors) as found:
         for launch in launches:
             launch.run()
@@ -52,21 +64,35 @@ def once(sizes, found, names):
 
 @pytest.mark.long
 def test_16_rows_and_8_adapters_load_at_most_a_fifth_beside_w():
-    """docs/goals.md's shape, 4096 x 4096, r = 16 in bf16, two rows of each adapter."""
-    sizes, found, ruled = counted(16, 4096, 4096, (16,) * 8, [i % 8 for i in range(16)])
+    """docs/goals.md's shape, 4096 x 4096, r = 16 in fp32 on bf16, two rows of each adapter."""
+    sizes, found, ruled = counted(16, 4096, 4096, (16,) * 8, [i % 8 for i in range(16)], FP32)
     once(sizes, found, [name for name in sizes if name[0] in "wAB"])
     assert sum(found.values()) == ruled
     assert ruled <= 1.2 * sizes["w"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("r", "low"), [(16, FP32), (64, BF16)], ids=str)
+@pytest.mark.parametrize(("r", "low"), [(16, BF16), (64, BF16), (64, FP32)], ids=str)
 def test_larger_adapters_load_little_more_than_each_operand_once(r, low):
-    """A and B alone are 0.125 and 0.25 of W here, so that these are part of the measure."""
+    """A and B alone are up to 0.5 of W here, so that these are part of the measure."""
     sizes, found, ruled = counted(16, 4096, 4096, (r,) * 8, [i % 8 for i in range(16)], low)
     once(sizes, found, [name for name in sizes if name[0] in "wAB"])
     assert sum(found.values()) == ruled
-    assert ruled <= 1.2 * sum(sizes.values())
+    assert ruled <= 1.08 * sum(sizes.values())
+
+
+def test_the_table_of_the_docs_is_the_rule():
+    """Which the two tests above hold against what programs load."""
+    text = (Path(__file__).parents[2] / "docs/kernels.md").read_text()
+    for name, low in (("float32", FP32), ("bf16", BF16)):
+        shares, once_each = [], []
+        for r in (8, 16, 32, 64):
+            tensors, launches = planned(16, 4096, 4096, (r,) * 8, range(16), low, "meta")
+            w = tensors["w"].nbytes
+            shares.append(sum(traffic(launch).requested for launch in launches) / w)
+            once_each.append(sum(t.nbytes for t in tensors.values()) / w)
+        row = " | ".join(f"{share:.3f}" for share in shares + once_each)
+        assert f"| {name} | {row} |" in text
 
 
 def test_each_a_is_read_once_for_64_rows_and_not_at_all_without_rows():
