@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from .llama import MEDIUM, SMALL, Shape, build, tokens, trio
+from .llama import MEDIUM, SMALL, TINY, Shape, build, tokens, trio
 from .measure import BARE, OURS, PEFT, Work, check_equal
 
 BATCH, LENGTH = 2, 128
@@ -21,11 +21,20 @@ def test_step(compare: Callable[..., Any], shape: Shape, p: float) -> None:
     measure(compare, trio(build(shape), "all-linear", p), shape, f"{shape}, dropout {p}")
 
 
+@pytest.mark.parametrize("p", [0.0, 0.1], ids="p{}".format)
+def test_tiny_step(compare: Callable[..., Any], p: float) -> None:
+    """The host's time of each call counts here: no product takes longer than 0.1 ms."""
+    models = trio(build(TINY), "all-linear", p)
+    measure(compare, models, TINY, f"{TINY}, dropout {p}", 0.95, 101, (1, 96))
+
+
 class Steps:
     """Training steps of a bare model and adapted ones on equal tokens, by provider."""
 
-    def __init__(self, models: dict[str, Any], shape: Shape) -> None:
-        self.models, self.ids = models, tokens(shape, BATCH, LENGTH)
+    def __init__(
+        self, models: dict[str, Any], shape: Shape, size: tuple[int, int] = (BATCH, LENGTH)
+    ) -> None:
+        self.models, self.ids = models, tokens(shape, *size)
         # the bare model has nothing to train, so its floor is the gradient of its embeddings, which
         # passes through every layer
         embedded = models[BARE].get_input_embeddings()(self.ids).detach()
@@ -55,9 +64,10 @@ def measure(
     row: str,
     target: float = 1.0,
     rounds: int | None = None,
+    size: tuple[int, int] = (BATCH, LENGTH),
 ) -> Steps:
     """Check the losses and gradients of adapted models against each other, then time a step."""
-    steps = Steps(models, shape)
+    steps = Steps(models, shape, size)
     losses = {}
     for name in (PEFT, OURS):
         steps.forget(name)
@@ -77,6 +87,6 @@ def measure(
         {name: Work(partial(steps.step, name), partial(steps.forget, name)) for name in models},
         target=target,
         rounds=rounds or (21 if shape is SMALL else 15),
-        note=f"batch {BATCH} x {LENGTH}, all-linear, r=8; bare: gradient of the embeddings",
+        note=f"batch {size[0]} x {size[1]}, all-linear, r=8; bare: gradient of the embeddings",
     )
     return steps

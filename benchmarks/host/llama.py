@@ -29,7 +29,7 @@ LIBRARIES: dict[str, Any] = {PEFT: peft, OURS: peftkern}
 
 @dataclass(frozen=True)
 class Shape:
-    """A decoder; ``hidden`` is a multiple of 256."""
+    """A decoder; ``hidden`` is a multiple of 256, or 128."""
 
     name: str
     hidden: int
@@ -43,7 +43,7 @@ class Shape:
             intermediate_size=self.hidden * 7 // 2,
             num_hidden_layers=self.layers,
             num_attention_heads=self.hidden // HEAD,
-            num_key_value_heads=self.hidden // HEAD // 4,
+            num_key_value_heads=max(1, self.hidden // HEAD // 4),
             max_position_embeddings=2048,
             tie_word_embeddings=False,
             bos_token_id=1,
@@ -55,6 +55,7 @@ class Shape:
         return f"{self.name} {self.hidden}x{self.layers}"
 
 
+TINY = Shape("tiny", hidden=128, layers=2, vocab=512)
 SMALL = Shape("small", hidden=256, layers=4, vocab=2048)
 MEDIUM = Shape("medium", hidden=512, layers=8, vocab=8192)
 DEEP = Shape("deep", hidden=256, layers=32, vocab=2048)

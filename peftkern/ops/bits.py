@@ -43,5 +43,6 @@ def unpack_bits(words: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
     """The mask [M, columns] as 0 and 1 of ``dtype``, from int32 words [M, ceil(columns / 32)]."""
     index = words.view(torch.uint8).to(torch.int32)  # [M, 4 · words]
     # embedding copies whole rows of eight, several times faster than advanced indexing on a CPU
-    mask = torch.nn.functional.embedding(index, _table(dtype, words.device))  # [M, 4 · words, 8]
-    return mask.view(words.shape[0], 32 * words.shape[1])[:, :columns]
+    mask = torch.embedding(_table(dtype, words.device), index)  # [M, 4 · words, 8]
+    mask = mask.view(words.shape[0], 32 * words.shape[1])
+    return mask if mask.shape[1] == columns else mask[:, :columns]

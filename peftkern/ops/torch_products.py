@@ -43,6 +43,8 @@ def scaled_mm(a: Tensor, b: Tensor, alpha: float) -> Tensor:
     if a.is_cpu:
         # MKL is several times faster with the small r as rows than as columns; the result is a
         # transposed view, which later products take without a copy
+        if alpha == 1.0:  # small products take a third less time so
+            return torch.mm(b.t(), a.t()).t()
         out = a.new_empty((b.shape[1], a.shape[0]))
         return torch.addmm(out, b.t(), a.t(), beta=0, alpha=alpha).t()
     out = a.new_empty((a.shape[0], b.shape[1]))
@@ -53,7 +55,7 @@ def mm_to(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """a b in ``dtype``, without rounding to a narrower one in between."""
     if a.dtype != dtype and a.is_cuda and dtype == torch.float32:
         return torch.mm(a, b, out_dtype=torch.float32)
-    a, b = a.to(dtype), b.to(dtype)
+    a, b = in_dtype(dtype, a), in_dtype(dtype, b)
     if a.is_cpu and b.shape[1] < a.shape[0]:  # as in scaled_mm
         return torch.mm(b.t(), a.t()).t().contiguous()
     return torch.mm(a, b)
