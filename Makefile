@@ -12,7 +12,8 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo quick test test-all test-cpus test-versions test-wheel bench gpu docs lint \
+.PHONY: help setup demo quick test test-all test-cpus test-versions test-wheel \
+	test-distributed bench gpu docs lint \
 	clean FORCE
 
 VENV ?= .venv
@@ -44,6 +45,7 @@ help:
 	@echo "make test-cpus the numeric tests under every instruction set of this processor"
 	@echo "make test-versions  the same on the oldest versions, the CUDA target's and the newest"
 	@echo "make test-wheel the quick tests on an installed wheel, made of a source distribution"
+	@echo "make test-distributed  every test of several processes, with DeepSpeed"
 	@echo "make bench     peftkern, HF PEFT and bare layers side by side"
 	@echo "make gpu       on a CUDA machine: tests, sanitizer, race, benchmarks (docs/gpu.md)"
 	@echo "make docs      the documentation as a site: site/index.html"
@@ -85,6 +87,14 @@ test-versions: $(READY)
 # An environment for this run alone; no network.
 test-wheel: $(READY)
 	$(PY) -m tests.machines.wheel -n $(JOBS) $(ARGS)
+
+# DeepSpeed comes when it is first asked for: a source distribution, whose set-up imports torch.
+test-distributed: $(VENV)/.distributed
+	$(PY) -m tests.machines.distributed $(ARGS)
+
+$(VENV)/.distributed: $(READY)
+	DS_BUILD_OPS=0 $(PIP) install -q -c constraints.txt --no-build-isolation -e ".[distributed]"
+	@touch $@
 
 bench: $(READY)
 	HF_HUB_OFFLINE=1 $(PY) -m pytest benchmarks/host --benchmark-only --benchmark-quiet $(ARGS)

@@ -14,7 +14,7 @@ from tests.closeness import assert_as_good_as_torch, assert_same_number
 from tests.ranks import NEEDS_GLOO
 from tests.sharded import Case
 
-pytestmark = NEEDS_GLOO
+pytestmark = [NEEDS_GLOO, pytest.mark.filterwarnings("ignore:`lora_bias=True`:UserWarning")]
 
 Found = list[dict[Any, Any]]  # {case: what was found} of each process
 

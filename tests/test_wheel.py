@@ -234,8 +234,8 @@ def test_what_is_imported_is_declared_and_nothing_else() -> None:
     of_demo = [p for p in of_command if p.is_relative_to(command / "demo")]
     library = third_party({*PACKAGE_FILES, *KERNEL_FILES} - {*of_command})
     # `fuse` works on HF PEFT's layers: whoever has some has HF PEFT. GGUF files, and bitsandbytes'
-    # optimizers, are asked for by name
-    asked = {"peft", "liger_kernel", "gguf", "bitsandbytes"}
+    # optimizers, are asked for by name; DeepSpeed is imported where it has divided the weights
+    asked = {"peft", "liger_kernel", "gguf", "bitsandbytes", "deepspeed"}
     assert library - asked == named(project["dependencies"])
     assert extras["liger"] == {"liger-kernel"}
     # Trainer imports accelerate; a model in GGUF, as the demo's is, needs what reads it

@@ -12,6 +12,7 @@ from torch import nn
 from ..utils.handing import HERE, TokenNames, hand_over
 from ..utils.module_tree import get_submodules, set_layer_requires_grad
 from ..utils.places import ends_with_words, further_names, outside_of, replace
+from ..utils.zero3 import gathered
 
 # modules that hold others and have no forward of their own
 CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
@@ -126,7 +127,8 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         """Give the adapter a copy of the original module, if it has none."""
         self._adapters.add(adapter_name)
         if adapter_name not in self.modules_to_save:
-            self.modules_to_save[adapter_name] = copy.deepcopy(self.original_module)
+            with gathered(self.original_module.parameters()):
+                self.modules_to_save[adapter_name] = copy.deepcopy(self.original_module)
         self.original_module.requires_grad_(False)
         self.modules_to_save[adapter_name].requires_grad_(adapter_name in self.active_adapters)
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ...configs.lora import LoraConfig
 from ...ops.notes import logger, note_new
 from ...utils.gathering import shares_weights
+from ...utils.zero3 import gathered, whole_shape
 from ..base_layer import BaseTunerLayer
 from .frozen import Frozen
 from .linear_kinds import features, is_linear_kind
@@ -40,7 +41,7 @@ def in_out_features(base: Any) -> tuple[int, int] | tuple[None, None]:
     if isinstance(base, nn.MultiheadAttention):
         return base.embed_dim, 3 * base.embed_dim
     if hasattr(base, "nf"):  # Conv1D: weight is [K, N]
-        k, n = base.weight.shape
+        k, n = whole_shape(base.weight)
         return k, n
     if is_linear_kind(base):
         return features(base)
@@ -244,7 +245,9 @@ class LoraLayer(Merging, Frozen, BaseTunerLayer):
         self.lora_dropout._modules[adapter_name] = dropout
         if adapter_name in self.frozen_peft_weight_names:
             del self.frozen_peft_weight_names[adapter_name]
-        with torch.no_grad():
+        starts = isinstance(config.init_name, str)
+        read = self.get_base_layer().parameters() if starts or variant is not None else ()
+        with torch.no_grad(), gathered(read, changes=starts):
             place = self._adapter_placement(autocast_dtype, meta)
             self._make_weights(adapter_name, r, config, place, trainable)
             old: Any = self.lora_variant.pop(adapter_name, None)

@@ -18,6 +18,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from ...configs.lora import LoraConfig
 from ...ops.bases.formats import is_packed
 from ...utils.undo import in_mode, unchanged_on_error
+from ...utils.zero3 import whole_shape
 from .inits.calibration import has_content, linear_targets, load_tensors, model_device, save_tensors
 from .inits.residual import Start, minus_product
 from .ranks import rank_and_alpha
@@ -45,7 +46,8 @@ def check_eigens(base: Any, r: int) -> None:
         raise ValueError(
             "`eigens` attribute not found for layer, please run `preprocess_corda` first."
         )
-    n, k = base.weight.shape if isinstance(base, nn.Linear) else base.weight.shape[::-1]
+    shape = whole_shape(base.weight)
+    n, k = shape if isinstance(base, nn.Linear) else shape[::-1]
     sizes = {"U": (eigens.U_WC, (n, r)), "S": (eigens.S_WC, (r,)), "V": (eigens.V_WC, (k, r))}
     for name, (matrix, size) in sizes.items():
         if not matrix.isfinite().all():

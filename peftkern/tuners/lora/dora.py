@@ -26,7 +26,7 @@ from ...ops.tracing import is_compiling, is_tracing
 from ...utils.gathering import held_in, is_whole
 from ...utils.private import convolve
 from ...utils.shards import frozen
-from .plan import has_whole_weight, is_hooked
+from .plan import calls_more, has_whole_weight
 from .variant import LoraVariant
 
 # True: layers in eval mode keep their norms from one call to the next; see DoraCaching
@@ -250,7 +250,7 @@ class DoraLinearVariant(DoraVariant, setting="use_dora", layers=("linear",)):
             type(m) is nn.Linear
             and has_whole_weight(m)
             and held_in(m, "bias") is None
-            and not is_hooked(m)
+            and not calls_more(m)
             for m in (A, B)
         ):
             return super().norms(layer, adapter)

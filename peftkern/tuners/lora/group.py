@@ -29,6 +29,7 @@ from ...ops import backend as _backend
 from ...ops.bases.weight import BaseWeight
 from ...ops.lora_group import lora_group, lora_group_infer
 from ...ops.projection import Projection
+from ...utils.zero3 import is_gathered_alone
 from ..base_layer import walk
 from .ran import reason_of
 
@@ -120,6 +121,8 @@ class Group:
         ]
         if not others:
             return ""
+        if is_gathered_alone(layer):
+            return f"; not grouped with {', '.join(others)}: DeepSpeed gathers each by itself"
         if self.off:
             return f"; not grouped with {', '.join(others)}: their inputs differ"
         rows = 0 if self.apart else _backend.active.group_rows
@@ -202,7 +205,9 @@ class Group:
         """The calls for x of the members that can be fused, ``call`` of member ``index`` first."""
         calls = {index: call}
         for i, other in enumerate(self.layers):
-            if i != index and (found := other.fused_call(x)) is not None:
+            if i == index or is_gathered_alone(other):
+                continue
+            if (found := other.fused_call(x)) is not None:
                 calls[i] = Projection(*found)
         return calls
 

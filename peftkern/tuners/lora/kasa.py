@@ -19,6 +19,7 @@ from torch.nn.parameter import Parameter
 from ...ops import autocast
 from ...ops.lora import lora_linear
 from ...utils.shards import put_data
+from ...utils.zero3 import whole_shape
 from .inits.residual import Start, note
 from .variant import LoraVariant
 
@@ -111,7 +112,7 @@ class KasaLinearVariant(LoraVariant, setting="kasa_config", layers=("linear",)):
                 f"KaSA takes the singular values of the weight, and that of a "
                 f"{type(base).__name__} is {weight.dtype}; allowed: floating point"
             )
-        k = min(weight.shape)
+        k = min(whole_shape(weight))
         if r >= k:  # no singular value of the weight would be left
             raise ValueError(
                 f"KaSA requires `r` ({r}) to be smaller than min(in_features, out_features) ({k}) "

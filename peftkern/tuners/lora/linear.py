@@ -28,11 +28,20 @@ from ...utils.private import (
     jit_is_tracing,
     transforms_active,
 )
+from ...utils.zero3 import gather_for, is_gathered_alone
 from . import inits
 from .base import NOTHING, LoraLayer
 from .group import Group
 from .inits.random import of_linear, placed
-from .plan import Plan, base_reason, base_weight, has_whole_weight, is_hooked, weight_layout
+from .plan import (
+    Plan,
+    base_reason,
+    base_weight,
+    calls_more,
+    has_whole_weight,
+    is_hooked,
+    weight_layout,
+)
 from .ran import FUSED
 from .row_adapters import IN_TRANSFORM, AdapterNames, Held, forward_mixed
 from .variant import make_ready, take_kwargs
@@ -146,6 +155,7 @@ class Linear(nn.Module, LoraLayer):
             or transforms_active()
             or forward_level() >= 0
             or jit_is_tracing()  # takes a third of the time of torch.jit.is_tracing
+            or (plan.divided and not plan.gather(self))
         ):
             return None
         if plan.quantised:
@@ -223,6 +233,10 @@ class Linear(nn.Module, LoraLayer):
         base: Any = self.base_layer
         a: Any = self.lora_A[name]
         b: Any = self.lora_B[name]
+        if is_gathered_alone(self):
+            held = [p for module in (base, a, b) for p in module.parameters()]
+            if is_compiling() or not gather_for(self, held):
+                return None
         drop: Any = self.lora_dropout[name]
         p = drop.p if drop.training and isinstance(drop, nn.Dropout) else 0.0
         if (
@@ -366,7 +380,7 @@ class Linear(nn.Module, LoraLayer):
             if not plain and not has_whole_weight(module):
                 found = type(getattr(module, "weight", None)).__name__
                 return f"the weight of {what} is a {found}, not a plain Parameter"
-            if is_hooked(module):
+            if calls_more(module):
                 return f"{what} has hooks or an overridden forward"
         if any(GLOBAL_HOOKS):
             return "torch has global module hooks"
@@ -383,7 +397,7 @@ class Linear(nn.Module, LoraLayer):
             return f"dtypes: lora_A {low}, lora_B {B.weight.dtype}"
         if type(self.lora_dropout[name]) not in (nn.Dropout, nn.Identity):
             return f"dropout is a {type(self.lora_dropout[name]).__name__}"
-        if is_hooked(self.lora_dropout[name]):
+        if calls_more(self.lora_dropout[name]):
             return "lora_dropout has hooks"
         return None
 

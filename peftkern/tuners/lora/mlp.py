@@ -26,11 +26,12 @@ from ...ops.notes import logger, note_once
 from ...ops.projection import Plain, Projection
 from ...utils.gathering import shares_weights
 from ...utils.handing import HERE
+from ...utils.zero3 import gather_for, is_gathered_alone
 from ..base_layer import walk
 from .linear import Linear
 from .mlp_formula import Formula, formula_of
 from .parallel import ParallelLinear
-from .plan import base_reason, base_weight, is_hooked, weight_layout
+from .plan import base_reason, base_weight, calls_more, is_hooked, weight_layout
 from .ran import BLOCK, UNTOLD, in_parts
 
 _TRANSFORMERS = {
@@ -125,9 +126,9 @@ def _class_of(base: Any) -> Any:
 
 def _extends(base: Any) -> bool:
     """True when a subclass can be made and nothing but torch and Python takes note of it."""
-    return type(base) in (type, ABCMeta) and not any(
-        "__init_subclass__" in cls.__dict__ for cls in base.__mro__[:-1]
-    )
+    # DeepSpeed leaves one in nn.Module, which does nothing once the model has been built
+    own = (cls for cls in base.__mro__ if cls not in (nn.Module, object))
+    return type(base) in (type, ABCMeta) and not any("__init_subclass__" in c.__dict__ for c in own)
 
 
 def _new(base: Any, *args: Any) -> Any:
@@ -194,16 +195,18 @@ def _parts(module: Any, x: Tensor, formula: Formula) -> tuple[Any, ...] | None:
     """
     children = module.__dict__["_modules"]
     act = children.get(formula.act)
-    if act is None or HERE.blocks or is_hooked(act):
+    if act is None or HERE.blocks or calls_more(act):
         return None
     name = activation_name(act)
     if name is None:
+        return None
+    if is_gathered_alone(module) and not _gather(module):
         return None
     parts: list[Part] = []
     adapted, drops, inside = 0, False, x.requires_grad
     for of in formula.linears:
         layer = children.get(of)
-        if layer is None or is_hooked(layer):
+        if layer is None or calls_more(layer):
             return None
         if layer.__class__.forward is Linear.forward:
             call = layer.fused_call(x)
@@ -224,6 +227,11 @@ def _parts(module: Any, x: Tensor, formula: Formula) -> tuple[Any, ...] | None:
         return None
     up = parts[1] if formula.up is not None else None
     return parts[0], up, parts[-1], name, formula.packed
+
+
+def _gather(module: Any) -> bool:
+    """True when the weights that ZeRO-3 divides are whole in this call of an MLP."""
+    return why_separate(module) is None and gather_for(module, module.parameters())
 
 
 def _plain(layer: Any, x: Tensor) -> Plain | None:
@@ -272,11 +280,11 @@ def why_separate(module: Any) -> str | None:
     act = children.get(formula.act)
     if act is None or activation_name(act) is None:
         return f"the activation {type(act).__name__} is not known"
-    if is_hooked(act):
+    if calls_more(act):
         return f"{formula.act} has hooks or an overridden forward"
     for name in formula.linears:
         layer: Any = children.get(name)
-        if layer is None or is_hooked(layer):
+        if layer is None or calls_more(layer):
             return f"{name} has hooks or an overridden forward"
         reason = _lora_reason(layer) if _is_lora(layer) else _plain_reason(layer)
         if reason is not None:

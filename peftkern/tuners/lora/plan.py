@@ -10,6 +10,7 @@ from ...ops.bases.formats import Unusable, as_weight, checked, is_owners_forward
 from ...ops.bases.weight import BaseWeight
 from ...utils.gathering import held_in, is_gathered
 from ...utils.private import GLOBAL_HOOKS, HookCounter
+from ...utils.zero3 import gather_for, has_only_its_hooks
 
 if TYPE_CHECKING:
     from .linear import Linear
@@ -57,6 +58,15 @@ def is_hooked(module: nn.Module) -> bool:
         or module._backward_pre_hooks
         or ("forward" in module.__dict__ and not is_owners_forward(module))
     )
+
+
+def calls_more(module: nn.Module) -> bool:
+    """:func:`is_hooked`, but False for ZeRO-3's hooks where an operation can do without them.
+
+    Of a quantised layer it gathers more than the parameters that are known here.
+    """
+    quantised = reader_of(module) is not None
+    return is_hooked(module) and (quantised or not has_only_its_hooks(module))
 
 
 def base_weight(base: Any, x: Tensor) -> tuple[BaseWeight, Tensor | None] | None:
@@ -138,6 +148,7 @@ class Plan:
     hooks_seen: int
     transposed: bool
     quantised: bool  # True: the weight is read by its format
+    divided: bool  # True: ZeRO-3 hooks the modules
 
     @classmethod
     def of(cls, layer: Linear) -> Plan | None:
@@ -183,7 +194,7 @@ class Plan:
         stores = (layer.lora_A, layer.lora_B, layer.lora_dropout)
         classes = (base.__class__, nn.Linear, nn.Linear)
         plan.found = (active, base, *stores, plan.a, plan.b, plan.drop, *classes, None)
-        plan.hooks_seen = -1
+        plan.hooks_seen, plan.divided = -1, False
         plan.hooks = GLOBAL_HOOKS + tuple(hooks for m in modules for hooks in hook_dicts(m))
         return plan
 
@@ -201,16 +212,28 @@ class Plan:
         return (held[0], held_in(self.base, "bias"), *held[1:])
 
     def is_hooked(self) -> bool:
-        """True when one of the modules has a hook, or torch has global hooks.
+        """True when one of the modules has a hook but for ZeRO-3's, or torch has global hooks.
 
         To be asked when a hook was registered since ``hooks_seen``: every registration takes a new
         number, and reading twenty dicts costs as much as a product of one row.
         """
         number = HookCounter.next_id
+        self.divided = False
         if any(self.hooks):
-            return True
+            modules = (self.base, self.a, self.b, self.drop)
+            if any(GLOBAL_HOOKS) or any(map(calls_more, modules)):
+                return True
+            self.divided = True
+            # it has put dicts of its own in their place
+            params = (self.base._parameters, self.a._parameters, self.b._parameters)
+            self.base_params, self.a_params, self.b_params = params
         self.hooks_seen = number
         return False
+
+    def gather(self, layer: nn.Module) -> bool:
+        """True when the weights that ZeRO-3 divides are whole in this call of the layer."""
+        held = (*self.base_params.values(), self.a_params["weight"], self.b_params["weight"])
+        return gather_for(layer, held)
 
     def holds(self, state: dict[str, Any]) -> bool:
         """True when the layer with this ``__dict__`` still has the plan's modules."""

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from ...ops.tracing import is_recording
 from ...utils.versions import CACHE_LENGTHS, cache_of, parameters_of
+from ...utils.zero3 import whole_shape
 from .families import Family, at
 from .masks import MaskSpec
 from .state import PrefixState
@@ -98,7 +99,7 @@ def _room(family: Family, stack: PreTrainedModel) -> int | None:
     weight: Any = getattr(table, "weight", None)
     if weight is None:  # positions are computed
         return None
-    rows = int(weight.shape[0]) - int(getattr(table, "offset", 0))
+    rows = whole_shape(weight)[0] - int(getattr(table, "offset", 0))
     if family.positions == "tokens":
         rows -= stack.config.pad_token_id + 1  # positions begin after the padding token's
     return rows

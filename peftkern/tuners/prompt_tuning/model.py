@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ...configs.prompt_tuning import PromptTuningConfig, PromptTuningInit
 from ...utils.collectives import from_first_rank
 from ...utils.gathering import is_shard
+from ...utils.zero3 import gathered
 from ..prompting.encoder import BasePromptEncoder
 
 
@@ -55,7 +56,7 @@ def _vectors(word_embeddings: nn.Module, ids: Tensor) -> Tensor:
     if is_shard(weight := getattr(word_embeddings, "weight", None)):
         # every rank looks the same tokens up, of which each has a part
         ids = from_first_rank(ids, weight.device_mesh.get_group())  # type: ignore[union-attr]
-    with torch.no_grad():
+    with torch.no_grad(), gathered(word_embeddings.parameters()):
         return word_embeddings(ids).clone().float()  # on meta if the vectors are not loaded yet
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from ...utils.module_tree import get_submodules
 from ...utils.places import ends_with_words, replace
 from ...utils.tied import input_embedding_name, modules_tied_to_embedding, plain_name
+from ...utils.zero3 import whole_shape
 from ..base_layer import BaseTunerLayer
 from .wrapper import TrainableTokensWrapper, check_wrappable
 
@@ -135,7 +136,7 @@ def _check(model: nn.Module, target: Target, adapted: Sequence[str]) -> None:
         )
     check_wrappable(module)
     weight: Any = module.weight
-    rows = weight.shape[0]
+    rows = whole_shape(weight)[0]
     bad = [
         i
         for i in target.indices

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...ops.tracing import is_tracing
+from ...utils.zero3 import gathered, whole_shape
 from .._buffer_dict import BufferDict
 from ..base_layer import BaseTunerLayer
 
@@ -71,7 +72,7 @@ class TrainableTokensLayer(nn.Module, BaseTunerLayer):
                 base_layer.embedding_dim,
             )
         else:
-            self.out_features, self.in_features = self.base_layer.weight.shape
+            self.out_features, self.in_features = whole_shape(self.base_layer.weight)
 
     @property
     def tied_adapter(self) -> TrainableTokensLayer | None:
@@ -94,8 +95,10 @@ class TrainableTokensLayer(nn.Module, BaseTunerLayer):
         """
         if self.tied_adapter is not None:
             return
-        weight = self.base_layer.weight.detach()
-        rows = weight[torch.tensor(list(token_indices), dtype=torch.long, device=weight.device)]
+        weight = self.base_layer.weight
+        index = torch.tensor(list(token_indices), dtype=torch.long, device=weight.device)
+        with gathered([weight]):
+            rows = weight.detach()[index]
         if autocast_dtype and rows.dtype in (torch.float16, torch.bfloat16):
             rows = rows.float()
         self.token_indices[adapter_name] = list(token_indices)
@@ -155,7 +158,7 @@ class TrainableTokensLayer(nn.Module, BaseTunerLayer):
     def _look_up(self, names: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor]:
         indices = [i for name in names for i in self.token_indices[name]]
         index = torch.tensor(indices, dtype=torch.long, device=device)
-        V = self.base_layer.weight.shape[0]
+        V = whole_shape(self.base_layer.weight)[0]
         place = torch.full((V,), len(indices), dtype=torch.long, device=device)
         place[index] = torch.arange(len(indices), device=device)
         return index, place

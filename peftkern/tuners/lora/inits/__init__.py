@@ -14,6 +14,7 @@ import torch
 from ....configs.lora import LoraConfig
 from ....ops.bases import repack
 from ....ops.bases.formats import is_packed, numbers
+from ....utils.zero3 import whole_shape
 from ..corda import check_eigens, corda
 from ..loraga import GRADIENT, lora_ga
 from ..variant import register, variants_asked
@@ -109,6 +110,7 @@ def check(key: str, base: Any, r: int, config: LoraConfig) -> None:
         _check_quantised(key, base, r, str(name))
         return
     weight = base.weight
+    shape = whole_shape(weight)
     if name in WRONG_DTYPE and weight.dtype not in HALF_OR_SINGLE:
         raise TypeError(WRONG_DTYPE[name].format(dtype=weight.dtype))
     if name == "loftq" and not weight.is_floating_point():
@@ -124,10 +126,10 @@ def check(key: str, base: Any, r: int, config: LoraConfig) -> None:
             "which is on the meta device"
         )
     if name == "mica":
-        _check_rank_of_mica(key, base, r, weight.shape)
-    if "_niter_" in str(config.init_name) and r > min(weight.shape):
+        _check_rank_of_mica(key, base, r, shape)
+    if "_niter_" in str(config.init_name) and r > min(shape):
         raise ValueError(
-            f"init_lora_weights={config.init_lora_weights!r} finds at most {min(weight.shape)} "
+            f"init_lora_weights={config.init_lora_weights!r} finds at most {min(shape)} "
             f"singular values of `{key}`, and the rank is {r}"
         )
     if name in ("olora", "loftq") and hasattr(base, "nf"):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ....ops.bases import repack
 from ....ops.bases.formats import is_packed
 from ....utils.shards import put_data
+from ....utils.zero3 import gathered
 
 HALF_OR_SINGLE = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -110,7 +111,7 @@ def note(weight: Tensor | PackedWeight, start: Start, at_once: bool = False) -> 
         if isinstance(weight, PackedWeight):
             repack.write(weight.base, start.new_base(weight.detach()))
         else:
-            put_data(weight, start.new_base(weight.data))
+            _put(weight, start.new_base)
     elif at_once:
         _change(weight, start)
     else:
@@ -123,9 +124,17 @@ def _change(weight: Tensor | PackedWeight, start: Start) -> None:
         before, _ = repack.write(weight.base, start.new_base(weight.detach()))
         _HERE.made.append((weight, start, before))
         return
-    new = start.new_base(weight.data)
-    _HERE.made.append((weight, start, weight.data if start.undo is None else None))
-    put_data(weight, new)
+    _HERE.made.append((weight, start, _put(weight, start.new_base, start.undo is None)))
+
+
+def _put(
+    weight: Tensor, new: Callable[[Tensor], Tensor] | Tensor, keeps: bool = False
+) -> Tensor | None:
+    """Give a weight the value that ``new`` is or makes of the old one, which ``keeps`` returns."""
+    with gathered([weight], changes=True):
+        old = weight.data
+        put_data(weight, new(old) if callable(new) else new)
+    return old if keeps else None
 
 
 @contextmanager
@@ -153,7 +162,7 @@ def collect() -> Iterator[Callable[[], None]]:
             if isinstance(weight, PackedWeight):
                 old.put(weight.base)
                 continue
-            put_data(weight, old if start.undo is None else start.undo(weight.data))
+            _put(weight, start.undo or old)
         raise
     else:
         if outer is not None:  # an error in the outer block must undo these too
