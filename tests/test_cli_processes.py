@@ -38,6 +38,12 @@ NEWER = pytest.mark.skipif(
 EQUAL = {"steps": 4, "save_every": 8, "eval_split": 0.17, "lora_dropout": 0.0, "batch_size": 2}
 CLASSES = {"task": "seq_cls", "eval_split": 0.3}
 CHECKPOINTED = {**EQUAL, "gradient_checkpointing": True}
+# what `--fsdp` divides besides float32 weights
+DIVIDED = {
+    "bf16": {"gradient_checkpointing": True},
+    "fp8": {"load_in": "fp8"},
+    "4bit": {"load_in": "4bit"},
+}
 KILLS = {
     "the other one in a pass": [1, "pass", 7],
     "the other one in a save": [1, "save", 2],
@@ -70,6 +76,11 @@ def ran(folder: Path) -> dict[str, Any]:
         "whole, fsdp": of("whole, fsdp", fsdp=True),
         "again": of("whole"),
         "fp8": of("fp8", load_in="fp8", steps=2),
+        **{
+            f"{way}, {n}": of(f"{way}, {n}", fsdp=way == "fsdp", bf16=True, steps=2, **more)
+            for n, more in DIVIDED.items()
+            for way in ("ddp", "fsdp")
+        },
         "other settings": of("whole", lr=0.5),
         "no data": of("none", data="nowhere.jsonl"),
         "no rank": of("none", lora_r=0),
@@ -191,6 +202,18 @@ def test_a_base_in_fp8_is_not_sent_around(folder: Path, ran: Any) -> None:
     # gloo sends no fp8; DistributedDataParallel would send all that is frozen
     assert [process["code"] for process in ran["fp8"]] == [0, 0], ran["fp8"]
     assert len(losses(record(folder, "fp8"))) == 2
+
+
+@NEWER
+@pytest.mark.parametrize("name", DIVIDED)
+def test_fsdp_divides_narrow_and_quantised_bases(name: str, folder: Path, ran: Any) -> None:
+    found = []
+    for run in (f"ddp, {name}", f"fsdp, {name}"):
+        assert [process["code"] for process in ran[run]] == [0, 0], ran[run]
+        found.append(losses(record(folder, run)))
+    whole, divided = found
+    # the first forward is that of the whole weights, bit for bit; gradients are summed otherwise
+    assert divided[0] == whole[0] and len(divided) == 2 and divided[1] != divided[0]
 
 
 def test_fsdp_in_one_process_is_refused(folder: Path, capsys: Any) -> None:
