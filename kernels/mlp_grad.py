@@ -119,11 +119,15 @@ def default_config(
         """Waves of programs, each as long as its part of M, and the parts' share of all bytes."""
         return cdiv(strips * split, slots) * slots / split + 2.4 * r * strips * split / M
 
+    tallest, stages = 32, 3
+    if arch.capability == 90 and copied and masked and r > 32:
+        tallest, stages = 16, 5  # with 32 rows Triton 3.9 spills; as many rows are on the way
     return MlpGradConfig(
-        block_m=min(32, max(16, next_pow2(M))),
+        block_m=min(tallest, max(16, next_pow2(M))),
         block_k=block_k,
         split_m=min(range(1, max(1, min(8, M // 256)) + 1), key=cost),
         num_warps=warps,
+        num_stages=stages,
     )
 
 

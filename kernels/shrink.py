@@ -115,7 +115,9 @@ def steps(
         most = 12 if block_m == 32 else most  # of smaller tiles more are needed
     elif wide and held > 32 and arch.blackwell and block_m == 64:
         most = 4  # five spill there
-    block_k = width or ((256 if block_m * held <= 256 else 128) if wide else 64)
+    narrow = arch.capability == 120 and masked and itemsize == 4 and block_m * held == 1024
+    block_k = width or (32 if narrow else 0)  # 64 spill there (Triton 3.9)
+    block_k = block_k or ((256 if block_m * held <= 256 else 128) if wide else 64)
     beside = block_k * held * 4 + block_m * block_k // 8  # A in fp32, and mask words
     late = int((masked or width is not None) and arch.shared > 160_000)
     tile = block_m * block_k * itemsize

@@ -66,7 +66,7 @@ EXEMPTIONS: tuple[Exemption, ...] = (
     ),
     Exemption(
         "waves of a quantised W", "waves", "decode_quantised._decode_quantised_kernel",
-        r"sm_100 decode_quantised M1 .*gate,up|sm_90 decode_quantised M16 .*gate,up",
+        r"sm_100 decode_quantised M1 .*(gate,up|nested)|sm_90 decode_quantised M(1|16) .*gate,up",
         "registers hold two or three programs at a time; a tile of another height would read X "
         "more often, or fill fewer multiprocessors",
     ),
