@@ -188,6 +188,8 @@ def _tile(
     """(block_n, split_k) that read the fewest bytes, of those with enough programs."""
     enough = min(FEW_PROGRAMS, 7 * arch.sms // 16) if few else cdiv(3 * arch.sms, 4)  # programs
     widest = 64 if exact or not aligned else 512 if few else 256 if block_m == 16 else 128
+    if arch.capability == 120:
+        widest = min(widest, 256)  # 512 spill there (Triton 3.9)
     while 2 * 32 * (block_m + widest) * itemsize > arch.shared:  # two stages of the smallest step
         widest //= 2
     tiles_m = cdiv(M, block_m)
