@@ -65,6 +65,7 @@ def test_what_is_wrong_names_file_and_line(tmp_path: Path, text: str, said: str)
     assert str(error.value).startswith(f"--config {tmp_path / 'run.yaml'}{said}")
 
 
+@pytest.mark.long
 def test_every_run_writes_the_file_that_repeats_it(
     folder: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -35,6 +35,7 @@ def reference(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return out, train(settings(folder, out, steps=8, **CONSTANT))
 
 
+@pytest.mark.long
 def test_a_finished_run_goes_on(
     folder: Path, tmp_path: Path, reference: Any, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -73,6 +74,7 @@ def stop_at(name: str) -> Any:
     return rotate
 
 
+@pytest.mark.long
 def test_the_schedule_is_that_of_the_longer_run(folder: Path, tmp_path: Path) -> None:
     rates = []
     for name, lengths in (("at once", [6]), ("in two", [3, 6])):

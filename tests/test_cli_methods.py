@@ -30,6 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_folder(tmp_path_factory.mktemp("methods"), ("llama", "bert"))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method, model, given, config", METHODS)
 def test_a_method_trains_and_goes_on(
     folder: Path, tmp_path: Path, method: str, model: str, given: Any, config: Any

@@ -45,6 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.long
 def test_sft_is_the_same_training(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -67,6 +68,7 @@ def test_sft_is_the_same_training(
     assert yaml.safe_load((tmp_path / "sft" / "run.yaml").read_text())["trainer"] == "sft"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("data", ["texts", "chats"])
 def test_dpo_learns_what_is_preferred_and_goes_on(
     folder: Path, tmp_path: Path, capsys: Any, data: str
