@@ -97,7 +97,8 @@ $(VENV)/.distributed: $(READY)
 	@touch $@
 
 bench: $(READY)
-	HF_HUB_OFFLINE=1 $(PY) -m pytest benchmarks/host --benchmark-only --benchmark-quiet $(ARGS)
+	HF_HUB_OFFLINE=1 $(PY) -m pytest benchmarks/host --benchmark-only --benchmark-quiet \
+		--report bench-report.html $(ARGS)
 
 # No environment, no install, no network: the machine's own python3 with torch and triton in it
 # (or PYTHON=), and this checkout. PART=first, or headline|tests|sanitizer|counters|race|linear|group|layer|e2e|decode|prefix|experts|quantised|all

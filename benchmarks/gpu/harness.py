@@ -206,6 +206,8 @@ def _run_parts(
             _write_table(store)
         bad = bad or any(r.get("outcome") in ("failed", "error") for r in store.rows)
     print("\n".join(gpu_report.report(contents)), flush=True)
+    if (page := gpu_report.write_page(contents, folder)) is not None:
+        print(f"written: {page}", flush=True)
     return 1 if bad or any(gpu_report.wrong(d["rows"]) for d in contents) else 0
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ LEGEND = (
     "its backends, named under 'by'; '/ PEFT': against PEFT's faster form. A provider whose",
     "numbers are off is not timed.",
 )
+DRY = "A dry run: the clock is fake, no time or ratio here means anything."
 HEADINGS = (
     "case", "floor", "plain", "PEFT bf16", "PEFT fp32", "best peer", "peftkern",
     "by", "/ PEFT", "/ plain", "kept MB",
@@ -276,7 +278,7 @@ def report(contents: list[dict[str, Any]]) -> list[str]:
     rows: list[dict[str, Any]] = []
     gpu = contents[0].get("gpu", {}).get("name", "unknown") if contents else "unknown"
     if any(data.get("dry") for data in contents):
-        lines.append("A dry run: the clock is fake, no time or ratio below means anything.")
+        lines.append(DRY)
     for data in contents:
         part = data["part"]
         own = [r for r in data["rows"] if r.get("part") == part]
@@ -302,6 +304,42 @@ def report(contents: list[dict[str, Any]]) -> list[str]:
     if off := wrong(measured):
         lines += ["", "== wrong, failed or hung", *off]
     return lines
+
+
+def write_page(contents: list[dict[str, Any]], folder: Path) -> Path | None:
+    """Write report.html, the page of ``peftkern bench``, of all timed rows; None without them.
+
+    A row's "PEFT" is HF PEFT's faster form, its "peftkern" the best of our backends.
+    """
+    rows = []
+    for row in (r for data in contents for r in data["rows"]):
+        ours, theirs = best(row, OWN), best(row, (PEFT_BF16, PEFT_FP32, LOOP))
+        if ours is None:
+            continue
+        values = {"peftkern": ours[1] * 1e-6}
+        if theirs is not None:
+            values["PEFT"] = theirs[1] * 1e-6
+        if (plain := us(row, PLAIN)) is not None:
+            values["bare"] = plain * 1e-6
+        others = {n: t for n in (PEFT_COMPILED, JOINED, BNB, OWNER, *PEERS) if (t := us(row, n))}
+        values |= {name: time * 1e-6 for name, time in others.items()}
+        rows.append({"row": row["key"], "unit": "s", "values": values, "note": f"by {ours[0]}"})
+    if not rows or find_spec("matplotlib") is None:
+        return None
+    from peftkern.cli.bench.page import render
+    from peftkern.files.atomic import write_text_atomically
+
+    gpu = contents[0].get("gpu", {})
+    dry = any(data.get("dry") for data in contents)
+    page = {
+        "title": f"make gpu: peftkern beside HF PEFT on {gpu.get('name', 'an unknown GPU')}",
+        "what": DRY if dry else "",
+        "machine": {k: v for k, v in gpu.items() if isinstance(v, str | int | float)},
+        "rows": rows,
+    }
+    path = folder / "report.html"
+    write_text_atomically(path, render(page))
+    return path
 
 
 def main(argv: list[str] | None = None) -> int:

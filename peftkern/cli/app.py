@@ -20,6 +20,7 @@ from .after_settings import (
     InspectSettings,
     MergeSettings,
 )
+from .bench.settings import BenchSettings
 from .demo.settings import DemoSettings
 from .errors import CommandError, UserError, first_line
 from .options import takes
@@ -96,6 +97,21 @@ def demo_command(settings: DemoSettings) -> None:
     from .demo.run import demo
 
     demo(settings)
+
+
+@app.command("bench")
+@takes(BenchSettings)
+def bench_command(settings: BenchSettings) -> None:
+    """Measure peftkern beside HF PEFT on your model and machine, and write report.html.
+
+    Training steps with and without dropout, their memory, answers, mixed batches: all take turns,
+    round by round. Liger is measured too where it is installed, on a GPU.
+    """
+    settings.validate()
+    _refuse_several_processes("bench")
+    from .bench.run import bench
+
+    bench(settings)
 
 
 @app.command("tune")
