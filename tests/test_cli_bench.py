@@ -104,17 +104,7 @@ def test_the_command(tmp_path):
     sizes = "--rounds 3 --length 8 --new-tokens 2 --adapters 2 --threads 1"
     args = ["--model", "model", "--out", "out", *sizes.split()]
     done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "peftkern",
-            "bench",
-            "--model",
-            "model",
-            "--out",
-            "out",
-            *sizes.split(),
-        ],
+        [sys.executable, "-m", "peftkern", "bench", *args],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(Path(peftkern.__file__).parents[1])},
         capture_output=True,
