@@ -86,6 +86,9 @@ if TYPE_CHECKING:
     )
     from .tuners.prefix_tuning import PrefixEncoder as PrefixEncoder
     from .tuners.prefix_tuning import PrefixTuningConfig as PrefixTuningConfig
+    from .tuners.preparing import cast_mixed_precision_params as cast_mixed_precision_params
+    from .tuners.preparing import prepare_model_for_kbit_training as prepare_model_for_kbit_training
+    from .tuners.preparing import shift_tokens_right as shift_tokens_right
     from .tuners.prompt_tuning import PromptEmbedding as PromptEmbedding
     from .tuners.prompt_tuning import PromptTuningConfig as PromptTuningConfig
     from .tuners.prompt_tuning import PromptTuningInit as PromptTuningInit
@@ -106,9 +109,6 @@ if TYPE_CHECKING:
     from .utils.other import ModulesToSaveWrapper as ModulesToSaveWrapper
     from .utils.peft_types import PeftType as PeftType
     from .utils.peft_types import TaskType as TaskType
-    from .utils.preparing import cast_mixed_precision_params as cast_mixed_precision_params
-    from .utils.preparing import prepare_model_for_kbit_training as prepare_model_for_kbit_training
-    from .utils.preparing import shift_tokens_right as shift_tokens_right
     from .utils.warning import PeftWarning as PeftWarning
 
 _WHERE = {
@@ -160,7 +160,7 @@ _WHERE = {
     ".utils.loftq_utils": "replace_lora_weights_loftq",
     ".utils.other": "ModulesToSaveWrapper",
     ".utils.peft_types": "PeftType TaskType",
-    ".utils.preparing": (
+    ".tuners.preparing": (
         "cast_mixed_precision_params prepare_model_for_kbit_training shift_tokens_right"
     ),
     ".checkpoint.base_weights": "get_base_model_state_dict set_base_model_state_dict",

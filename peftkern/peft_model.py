@@ -17,6 +17,7 @@ from .tuners.base_layer import BaseTunerLayer
 from .tuners.base_tuner import BaseTuner
 from .tuners.lora.alora import get_alora_offsets_for_forward, get_alora_offsets_for_generate
 from .tuners.modules_to_save import AuxiliaryTrainingWrapper, _set_adapter
+from .tuners.preparing import shift_tokens_right
 from .tuners.registry import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from .tuners.trainable_tokens.wrapper import TrainableTokensWrapper
 from .utils.constants import (
@@ -30,7 +31,6 @@ from .utils.integrations import init_empty_weights
 from .utils.module_tree import batch_size as _get_batch_size
 from .utils.module_tree import id_tensor_storage
 from .utils.peft_types import PeftType, TaskType
-from .utils.preparing import shift_tokens_right
 
 __all__ = [
     "AuxiliaryTrainingWrapper",

@@ -20,6 +20,7 @@ from .model import PeftModel
 from .ops.notes import note_once
 from .tuners.tuner import Decoding
 from .utils.graphs import Graph, why_no_graph
+from .utils.private import attention_name, keeps_other_state
 from .utils.versions import cache_name
 
 _LONGEST = 4096  # tokens, where nobody says how long texts may get
@@ -363,7 +364,7 @@ def _check_decoder(base: Any) -> None:
             f"{name} is no decoder with a cache of keys and values, which a runner needs; "
             "generate() runs it"
         )
-    if getattr(base, "_is_stateful", False):
+    if keeps_other_state(base):
         raise NotImplementedError(
             f"{name} keeps a state other than keys and values; generate() runs it"
         )
@@ -388,7 +389,7 @@ def _why_not_static(base: Any) -> str | None:
     kinds = set(getattr(base.config.get_text_config(decoder=True), "layer_types", None) or ())
     if kinds - {"full_attention"}:
         return f"layers of several kinds ({', '.join(sorted(kinds))}) need a mask each"
-    how = base.config._attn_implementation
+    how = attention_name(base.config)
     if how not in ("sdpa", "eager"):
         return f"attn_implementation={how!r}; allowed: sdpa, eager"
     layer = StaticCache(config=base.config, max_cache_len=1).layers[0]

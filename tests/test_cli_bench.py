@@ -103,10 +103,11 @@ def test_the_command(tmp_path):
     make("llama").save_pretrained(tmp_path / "model")
     sizes = "--rounds 3 --length 8 --new-tokens 2 --adapters 2 --threads 1"
     args = ["--model", "model", "--out", "out", *sizes.split()]
+    outside = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     done = subprocess.run(
         [sys.executable, "-m", "peftkern", "bench", *args],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(Path(peftkern.__file__).parents[1])},
+        env={**outside, "PYTHONPATH": str(Path(peftkern.__file__).parents[1])},
         capture_output=True,
         text=True,
     )

@@ -543,6 +543,8 @@ NOT_THEIRS = {
     "_autocast_dtype", "_breaks_seen", "_noted_mixed", "_noted_reason", "_peft_loraga_grad",
     "_peftkern_prefix", "_peftkern_prefix_slot", "_lora_kasa_truncation_deferred",
     "_custom_modules", "_get_kasa_loss", "_get_monteclora_loss",  # names of HF PEFT
+    "_last_lr",  # of a scheduler's state, which is in every checkpoint
+    "_hf_peft", "_per_", "_B",
     "_bundled", "_pydatetime", "_pydecimal", "_pyio", "_strptime", "_threading_local",
     "_niter_", "_token_id", "_token_index", "_g", "_orig",
     "_replace", "_fields", "_asdict", "_make",  # of named tuples

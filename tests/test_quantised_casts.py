@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import peftkern
 from peftkern.ops.bases.fp8_numbers import is_cast
-from peftkern.utils.preparing import cast_mixed_precision_params
+from peftkern.tuners.preparing import cast_mixed_precision_params
 from tests.quantised_models import quanto
 from tests.quantised_zoo import LAYERS
 

@@ -81,15 +81,17 @@ WORDS = {
     "bdlora|blockdiagonal": "bdlora",
     "velora": "velora",
     "monteclora": "monteclora",
-    "alora": "alora",
+    "(?<!q)alora": "alora",
 }
 # HF PEFT's addresses, and those of the package, where names are listed
 LISTS = {"__init__.py", "tuners/__init__.py", "tuners/lora/__init__.py", "tuners/lora/config.py"}
 LISTS |= {"tuners/lora/variants.py", "helpers.py", "peft_model.py"}
+# which adapters servers read, and what is shown of a saved one, by their settings
+LISTS |= {"checkpoint/serving.py", "checkpoint/inspecting.py"}
 LISTS |= {"utils/private_names.py"}  # whose register says for whom a name is
 OTHERS = {
     # a warning of a setting beside a task type, which both stand in the configuration
-    "alora": {"configs/lora_checks.py"},
+    "(?<!q)alora": {"configs/lora_checks.py"},
 }
 
 

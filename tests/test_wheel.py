@@ -243,6 +243,7 @@ def test_what_is_imported_is_declared_and_nothing_else() -> None:
     # matplotlib, without which there is no report.html. Jinja comes with torch, YAML with
     # transformers
     by_name = {"deepspeed", "trl", "datasets", "pyarrow", "matplotlib", "jinja2", "yaml"}
+    by_name |= {"pytest", "peft"}  # of bench, whose suite is pytest's
     needed = third_party({*of_command} - {*of_demo}) - (library - {"gguf"}) - by_name
     assert needed | {"accelerate"} == extras["cli"] | {"gguf"} == {*EXTRA, "gguf"}
     # what transformers' tokenizers import, and the demo's peer

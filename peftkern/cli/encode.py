@@ -15,7 +15,7 @@ import torch
 from .chat import IGNORE, encode_turns, has_template
 from .errors import UserError
 from .forms import DPO, Record
-from .preferences import encode_pair
+from .pairs import encode_pair
 
 Example = dict[str, Any]
 

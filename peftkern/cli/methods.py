@@ -99,7 +99,7 @@ def applies(settings: TrainSettings, name: str) -> bool:
 
 def make_config(settings: TrainSettings) -> Any:
     """The configuration of the adapter; a UserError when a value cannot be."""
-    import peftkern
+    from .. import tuners
 
     method = METHODS[settings.method]
     values = {argument: getattr(settings, name) for name, argument in method.takes.items()}
@@ -112,7 +112,7 @@ def make_config(settings: TrainSettings) -> Any:
         values |= {"prompt_tuning_init": "TEXT", "tokenizer_name_or_path": settings.model}
     values |= method.fixed
     try:
-        return getattr(peftkern, method.config)(task_type=settings.task.upper(), **values)
+        return getattr(tuners, method.config)(task_type=settings.task.upper(), **values)
     except ValueError as error:
         raise UserError(f"--method {settings.method}: {first_line(error)}") from error
 

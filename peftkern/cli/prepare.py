@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from ..utils.private import attention_name
 from .chat import has_template, how_marked, read_template
 from .data import Dataset, split_records
 from .encode import Example, encode
@@ -76,7 +77,7 @@ def prepare_data(
 def look_across(model: Any, console: Console) -> None:
     """Say it when examples of a packed row see each other."""
     if sees_across(model):
-        how = getattr(model.config, "_attn_implementation", None)
+        how = attention_name(model.config)
         console.print(
             f"[yellow]--packing: the attention of this model ({how}) sees the earlier examples of "
             "a row[/yellow]"

@@ -18,13 +18,11 @@ from collections.abc import Sequence
 from functools import cache
 from itertools import chain, groupby, repeat
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..tuners.lora.row_adapters import AdapterNames
+from ..tuners.wrapped import Adapted
 from ..utils.handing import TokenNames
-
-if TYPE_CHECKING:
-    from .base import PeftModel
 
 NAME = "adapter_name"  # a request's keyword
 # settings under which a step would run with the adapters of an earlier one
@@ -43,7 +41,7 @@ class BatchedGeneration:
     """The doors of continuous batching, for a ``PeftModel`` that generates text."""
 
     def generate_batch(
-        self: Any,
+        self: Adapted,
         inputs: list[list[int]],
         *args: Any,
         adapter_names: Sequence[str] | None = None,
@@ -72,7 +70,7 @@ class BatchedGeneration:
         _base_of(self, adapter_names)
         return _host(self, adapter_names).generate_batch(inputs, *args, **kwargs)
 
-    def init_continuous_batching(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def init_continuous_batching(self: Adapted, *args: Any, **kwargs: Any) -> Any:
         """transformers' manager of requests, whose requests may name their adapters.
 
         ``add_request(tokens, adapter_name="a")`` and ``add_requests(list_of_tokens,
@@ -83,12 +81,12 @@ class BatchedGeneration:
         """
         return _host(self, None).init_continuous_batching(*args, **kwargs)
 
-    def continuous_batching_context_manager(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def continuous_batching_context_manager(self: Adapted, *args: Any, **kwargs: Any) -> Any:
         """transformers' context of a started manager; see :meth:`init_continuous_batching`."""
         return _host(self, None).continuous_batching_context_manager(*args, **kwargs)
 
 
-def _base_of(host: PeftModel, names: Sequence[str] | None = None) -> Any:
+def _base_of(host: Adapted, names: Sequence[str] | None = None) -> Any:
     """The transformers model, when its continuous batching can run it with its adapters.
 
     ``names``: as of :meth:`~peftkern.tuners.tuner.Tuner.check_requests`.
@@ -111,7 +109,7 @@ def _check_count(names: Sequence[str], inputs: Sequence[Any]) -> None:
         )
 
 
-def _host(model: PeftModel, names: Sequence[str] | None) -> Any:
+def _host(model: Adapted, names: Sequence[str] | None) -> Any:
     """The model's continuous batching, with managers whose requests may name adapters.
 
     ``names``: the adapters of the requests that come first, all together.
@@ -159,7 +157,7 @@ def _settings(config: Any, generation_config: Any) -> Any:
     return found
 
 
-def _adopt(manager: Any, model: PeftModel, names: Sequence[str] | None) -> Any:
+def _adopt(manager: Any, model: Adapted, names: Sequence[str] | None) -> Any:
     """The manager, whose requests can name adapters from now on."""
     base: Any = type(manager)
     kind = _manager_class(base)
@@ -225,7 +223,7 @@ class _Requests:
         return ids
 
 
-def _active(model: PeftModel) -> str:
+def _active(model: Adapted) -> str:
     """The name of the adapter that a request without one takes."""
     if not model.has_active_enabled_adapter:
         return "__base__"
@@ -241,42 +239,42 @@ def _active(model: PeftModel) -> str:
 class _NamedModel:
     """The model as a manager calls it: the tokens of each request take its adapter."""
 
-    def __init__(self, model: PeftModel, manager: Any) -> None:
+    def __init__(self, model: Adapted, manager: Any) -> None:
         known: dict[Any, TokenNames] = {}
-        self.__dict__.update(_model=model, _manager=manager, _known=known)
+        self.__dict__.update(adapted=model, manager=manager, known=known)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._model.get_base_model(), name)
+        return getattr(self.adapted.get_base_model(), name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self._model.get_base_model(), name, value)
+        setattr(self.adapted.get_base_model(), name, value)
 
     def __delattr__(self, name: str) -> None:
-        delattr(self._model.get_base_model(), name)
+        delattr(self.adapted.get_base_model(), name)
 
     def __call__(self, **batch: Any) -> Any:
-        model: Any = self._model
+        model: Any = self.adapted
         base = model.get_base_model()
         parts = tuple(
             (r.state.logit_processor_kwargs.get(NAME, "__base__"), r.query_length, r.has_new_token)
-            for r in self._manager.batch_processor.inputs_and_outputs.requests_in_batch
+            for r in self.manager.batch_processor.inputs_and_outputs.requests_in_batch
         )
         if {name for name, _, _ in parts} == {_only_active(model)}:
             return base(**batch)  # no layer needs to be told
-        names = self._known.get(parts)
+        names = self.known.get(parts)
         if names is None:
-            if len(self._known) >= _KEPT:
-                self._known.clear()
+            if len(self.known) >= _KEPT:
+                self.known.clear()
             each = AdapterNames(chain.from_iterable(repeat(n, count) for n, count, _ in parts))
             kept = [name for name, _, new in parts if new]
             # one place for each request; the last ones stay at token 0, and nobody reads them
             kept += each[:1] * (len(parts) - len(kept))
-            names = self._known[parts] = TokenNames(each, AdapterNames(kept))
+            names = self.known[parts] = TokenNames(each, AdapterNames(kept))
         with model.base_model.handing_tokens(names):
             return base(**batch)
 
 
-def _only_active(model: PeftModel) -> str | None:
+def _only_active(model: Adapted) -> str | None:
     """The adapter with which a call without names would compute; None if there are several."""
     if not model.has_active_enabled_adapter:
         return "__base__"

@@ -9,6 +9,11 @@ from ..tuners.modules_to_save import (
     find_modules_to_save,
     wrap_modules_to_save,
 )
+from ..tuners.preparing import (
+    cast_mixed_precision_params,
+    prepare_model_for_kbit_training,
+    shift_tokens_right,
+)
 from ..tuners.trainable_tokens import TrainableTokensWrapper
 from .constants import (
     CONFIG_NAME,
@@ -36,11 +41,6 @@ from .module_tree import input_embeddings_name as _get_input_embeddings_name
 from .module_tree import is_valid_match as _is_valid_match
 from .module_tree import no_split_modules as _get_no_split_modules
 from .module_tree import set_layer_requires_grad as _set_layer_requires_grad
-from .preparing import (
-    cast_mixed_precision_params,
-    prepare_model_for_kbit_training,
-    shift_tokens_right,
-)
 from .tied import modules_tied_to_embedding as _get_module_names_tied_with_embedding
 
 __all__ = [

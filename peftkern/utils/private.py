@@ -314,6 +314,11 @@ def attention_name(config: Any) -> str | None:
     return name
 
 
+def keeps_other_state(model: Any) -> bool:
+    """True when a model keeps a state between calls other than keys and values."""
+    return bool(getattr(model, "_is_stateful", False))
+
+
 def set_attention(config: Any, name: str | None) -> None:
     """Make models with this configuration, but not with its sub-configurations, call ``name``."""
     config._attn_implementation_internal = name

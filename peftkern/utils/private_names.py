@@ -275,6 +275,12 @@ REGISTER = (
     ),
     Private(
         "transformers",
+        "PreTrainedModel._is_stateful",
+        "a runner's steps rest on a cache of keys and values; no public name tells another state",
+        "nothing: such a model is taken for one without another state",
+    ),
+    Private(
+        "transformers",
         "PreTrainedConfig._attn_implementation_internal",
         "sets it for one configuration: the public way changes those within it, and checks a list",
         "injecting a prefix raises PrivateNameError",

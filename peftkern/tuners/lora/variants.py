@@ -24,6 +24,7 @@ from ...tuners.lora.variant_registry import (
 )
 from ...utils.module_tree import transpose
 from .._buffer_dict import BufferDict
+from .arrow import ArrowLoraLinearLayer
 from .base import LoraLayer
 from .conv import Conv1d, Conv2d, Conv3d, _ConvNd
 from .embedding import Embedding
@@ -38,6 +39,7 @@ from .velora import (
 
 __all__ = [
     "ArrowLinearVariant",
+    "ArrowLoraLinearLayer",
     "ALoraLinearVariant",
     "BdLoraConfig",
     "BdLoraLinearVariant",

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-import peftkern
 from peftkern.cli.bench.contest import Contest, Step
 from peftkern.cli.bench.measure import BARE, OURS, PEFT, allocated, kept_bytes
+from peftkern.running import runner
 
 Agree = Callable[[str, Any, Any], None]
 
@@ -85,7 +85,7 @@ def bench_decoding(compare: Any, contest: Contest, agree: Agree, which: str) -> 
         which, f"answer of {n} tokens, by peftkern.runner"
     )
     if which == "runner":
-        run = peftkern.runner(models[OURS])
+        run = runner(models[OURS])
         calls[OURS] = partial(run.generate, ids, None, n, eos_token_id=[])
     works = {name: contest.work(call) for name, call in calls.items()}
     note = f"batch 1, prompt of {s.length}, {s.target_modules}, r={s.lora_r}"

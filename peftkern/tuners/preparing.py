@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ..ops.bases import experts
 from ..ops.bases.formats import is_packed
-from .private import fsdp_has_run
-from .shards import put_data
+from ..utils.private import fsdp_has_run
+from ..utils.shards import put_data
 
 # quantisations with packed weights, which cannot be cast
 _QUANTISED = ("gptq", "aqlm", "eetq", "hqq", "torchao")
