@@ -8,7 +8,7 @@ import importlib.util
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -170,6 +170,10 @@ PROBES: dict[str, Callable[[], Any]] = {
     ),
     "conversion_mapping._MODEL_TO_CONVERSION_PATTERN": private.conversion_families,
     "PreTrainedModel._keep_in_fp32_modules": lambda: kept_wide() == ["wo"],
+    "PreTrainedModel._is_stateful": lambda: (
+        at("transformers.PreTrainedModel._is_stateful") in (0, 1)
+        and private.keeps_other_state(SimpleNamespace(_is_stateful=True))
+    ),
     "PreTrainedModel._no_split_modules": lambda: model_declares(private.NO_SPLIT),
     "PreTrainedModel._tied_weights_keys": lambda: model_declares(private.TIED),
     # transformers 5 has it no longer; HF PEFT reads it, for models with code of their own
