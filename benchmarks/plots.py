@@ -32,7 +32,7 @@ SUBJECTS = {
     "memory": ("Bytes", r"bytes |peak "),
     "merging": ("Merging", r"merge"),
     "adapters": ("Adding, switching, loading", r"add_|set_|disable_|inject|from_pretrained|load_"),
-    "decoding": ("Decoding, and calls without gradients", r"decode|.*no grad"),
+    "decoding": ("Decoding, and calls without gradients", r"decode|runner|\d+ requests|.*no grad"),
     "training": ("Training", r""),
 }
 SCALES = {
