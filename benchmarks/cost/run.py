@@ -3,13 +3,14 @@
     python -m benchmarks.cost [--gpu H100] [--M 8192 --K 4096 --N 4096 --r 16] [--json]
     python -m benchmarks.cost --time [--gpu H200 ...] [--case linear decode ...] [--json]
     python -m benchmarks.cost --base nf4 [fp8 ...] [--time] [--gpu H100 H200] [--json]
+    python -m benchmarks.cost --fsdp [--gpu H100] [--M 8192] [--r 16] [--json]
 
 There are three cases, forward and backward, with dropout 0 and 0.1 and bf16 activations: one LoRA
 linear, three projections of one X, and one Llama-8B layer with an adapter on every linear (in its
 own widths, for M tokens). ``--case experts`` are the experts of two mixtures, in their own sizes
 and without dropout (:mod:`.experts`), and ``--case prefix`` is a prefix inside attention
 (:mod:`.prefix`). ``--base`` counts the linears of a Llama-8B layer on a quantised base
-(:mod:`.quantised`).
+(:mod:`.quantised`), ``--fsdp`` what 8 ranks gather of a Llama-70B layer (:mod:`.sharded`).
 
 HF PEFT's and peftkern's real modules run on tensors without data (:mod:`.count`); Triton launches
 report their traffic from their grids (:mod:`benchmarks.kernels`). Times are rooflines: lower bounds
@@ -38,7 +39,7 @@ from ..gpu.packed import BASES
 from ..kernels.traffic import Traffic
 from . import experts as cost_experts
 from . import prefix as cost_prefix
-from . import quantised_tables, timed, timed_cases
+from . import quantised_tables, sharded, timed, timed_cases
 from .cases import CASES, FP32, PROVIDERS, Provider, Shape, measure
 from .count import Count
 from .gpus import GPUS, Gpu, microseconds
@@ -289,6 +290,21 @@ def _bases(
     return _modelled(parser, options, lambda: quantised_tables.modelled(bases, gpus))
 
 
+def _fsdp(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
+    """The command with ``--fsdp``."""
+    if options.case or options.base or options.time or options.launches:
+        parser.error("argument --fsdp: it is one table; allowed: --gpu --M --r --json")
+    names = options.gpu or ["H100"]
+    if len(names) > 1:
+        parser.error(f"argument --gpu: {' '.join(names)}; allowed with --fsdp: one")
+    rows = sharded.table(options.r, options.M, names[0])
+    if options.json:
+        print(json.dumps({"counted": "not measured", "rows": rows}))
+    else:
+        print("\n".join(sharded.lines(rows, options.r, options.M, names[0])))
+    return 0
+
+
 def _modelled(
     parser: argparse.ArgumentParser, options: argparse.Namespace, make: Callable[[], Any]
 ) -> int:
@@ -323,12 +339,15 @@ def main(argv: list[str] | None = None) -> int:
     choices = list(dict.fromkeys([*every, *modelled]))
     parser.add_argument("--case", nargs="+", choices=choices, help="default: all")
     parser.add_argument("--base", nargs="+", choices=BASES, help="quantised bases instead")
+    parser.add_argument("--fsdp", action="store_true", help="bytes gathered by FSDP2 instead")
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     parser.add_argument("--launches", action="store_true", help="with --json: list every launch")
     options = parser.parse_args(argv)
     if options.r > MAX_RANK:
         parser.error(f"argument --r: {options.r}; allowed: 1 to {MAX_RANK}, what the kernels take")
     shape = Shape(options.M, options.K, options.N, options.r)
+    if options.fsdp:
+        return _fsdp(parser, options)
     if options.base:
         return _bases(parser, options, shape, options.base)
     chosen = options.case or (modelled if options.time else every)
