@@ -85,6 +85,7 @@ class Runner:
         tokens = self.stream(input_ids, attention_mask, max_new_tokens, **settings)
         return torch.cat([input_ids, *(t[:, None] for t in tokens)], 1)
 
+    @torch.no_grad()  # what is prepared and recorded here; each step says it for itself
     def stream(
         self,
         input_ids: Tensor,

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import copy
+import inspect
 
 import pytest
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
 import peftkern
+from peftkern.tuners.lora.row_adapters import AdapterNames
+from peftkern.utils.handing import TokenNames
 from tests.field import quietly, randomize
 from tests.tiny import make
 
 NEW = 4
 PAGE = 4  # tokens
+# its name since transformers 5.17, or the one before
+PAGE_SIZE = next(
+    name
+    for name in ("page_size", "block_size")
+    if name in inspect.signature(ContinuousBatchingConfig).parameters
+)
 LORA = {"task_type": "CAUSAL_LM", "target_modules": "all-linear"}
 _EXPERTS = {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj"]}
 # a family and what its adapters "a" and "b" have beyond LORA
@@ -56,7 +65,7 @@ def model_of(kind: str) -> peftkern.PeftModel:
 
 def settings(**more):
     return ContinuousBatchingConfig(
-        **{"num_blocks": 64, "page_size": PAGE, "max_batch_tokens": 16, **more}
+        **{"num_blocks": 64, PAGE_SIZE: PAGE, "max_batch_tokens": 16, **more}
     )
 
 
@@ -223,3 +232,28 @@ def test_a_layer_that_mixes_tokens_is_named(model):
     model.add_adapter("c", peftkern.LoraConfig(r=2, target_modules=["mixer"]))
     with pytest.raises(NotImplementedError, match=r"mixer \(Conv1d\) takes the tokens of a sample"):
         run(model, adapter_names=["a", "b", "a"])
+
+
+@pytest.mark.parametrize("kind", ["head", "trained"])
+def test_a_head_gets_the_adapters_of_the_tokens_it_is_given(kind):
+    """Also where they are as many as all tokens: one for each request, b's a piece of a prompt.
+
+    The place that b's request has among the logits stays at token 0, as transformers leaves it.
+    """
+    model = model_of(kind)
+    names = TokenNames(AdapterNames(["a", "b", "__base__"]), AdapterNames(["a", "__base__", "a"]))
+    ids, rows = torch.tensor([[3, 5, 4]]), torch.tensor([0, 2, 0])
+    alone = [model(input_ids=ids[:, i : i + 1], adapter_names=[names.each[i]]) for i in range(3)]
+    want = torch.cat([out.logits[0] for out in alone])
+    row = {
+        "input_ids": ids,
+        "position_ids": torch.zeros_like(ids),
+        "attention_mask": torch.eye(3, dtype=torch.bool)[None, None],  # each token is a text
+    }
+    base = model.get_base_model()
+    with model.base_model.handing_tokens(names, head_takes_kept=True):
+        some = base(**row, logits_to_keep=rows).logits[0]
+    with model.base_model.handing_tokens(names, head_takes_kept=False):
+        full = base(**row).logits[0]
+    torch.testing.assert_close(some, want[rows], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(full, want, rtol=1e-12, atol=1e-12)

@@ -94,6 +94,7 @@ class Recorded:
 
     def __init__(self, run, device):
         type(self).made += 1
+        assert not torch.is_grad_enabled()  # else each replay would be a step of one endless graph
         with NothingWaits():
             for _ in range(3):
                 run()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -76,7 +77,9 @@ def test_requests(compare: Callable[..., Any], shape: Shape) -> None:
         return [row[longest:][:n].tolist() for row, n in zip(out, wanted, strict=True)]
 
     settings = GenerationConfig(**greedy, eos_token_id=-1)
-    sizes = ContinuousBatchingConfig(num_blocks=128, page_size=16, max_batch_tokens=256)
+    known = inspect.signature(ContinuousBatchingConfig).parameters
+    page = "page_size" if "page_size" in known else "block_size"  # before transformers 5.17
+    sizes = ContinuousBatchingConfig(num_blocks=128, max_batch_tokens=256, **{page: 16})
 
     def batched(model: Any) -> list[list[int]]:
         begun = model.continuous_batching_context_manager(

@@ -270,7 +270,8 @@ class _NamedModel:
             # one place for each request; the last ones stay at token 0, and nobody reads them
             kept += each[:1] * (len(parts) - len(kept))
             names = self.known[parts] = TokenNames(each, AdapterNames(kept))
-        with model.base_model.handing_tokens(names):
+        # a model that is not told which logits to keep computes all, and transformers takes some
+        with model.base_model.handing_tokens(names, "logits_to_keep" in batch):
             return base(**batch)
 
 

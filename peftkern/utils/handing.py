@@ -56,6 +56,14 @@ class TokenNames:
     def __init__(self, each: Sequence[str], kept: Sequence[str]) -> None:
         self.each, self.kept = each, kept
 
+    def for_head(self) -> TokenNames:
+        """The same names for a layer that computes logits.
+
+        A count alone cannot tell the two lists apart where they are as long as each other: a step
+        of one token for each request, some of them pieces of prompts that go on.
+        """
+        return TokenNames(self.kept, self.each)
+
     def of(self, count: int) -> Sequence[str]:
         """The names of a layer's ``count`` tokens.
 

@@ -367,9 +367,21 @@ class LoraModel(ModelMerging, Weighted, Starts, VariantMethods, BaseTuner):
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
 
-    def handing_tokens(self, names: TokenNames) -> AbstractContextManager[None]:
-        """A context in which each token of a batch in one row uses its own adapter."""
-        return handing(dict.fromkeys(self.adapter_layers(), names))
+    def handing_tokens(
+        self, names: TokenNames, head_takes_kept: bool
+    ) -> AbstractContextManager[None]:
+        """A context in which each token of a batch in one row uses its own adapter.
+
+        Args:
+            names: the names of the tokens.
+            head_takes_kept: the model calls its head on the tokens alone that have logits.
+        """
+        handed = dict.fromkeys(self.adapter_layers(), names)
+        if head_takes_kept:
+            head = self.model.get_output_embeddings()
+            in_head = set() if head is None else set(head.modules())
+            handed |= dict.fromkeys(handed.keys() & in_head, names.for_head())
+        return handing(handed)
 
 
 def _has_adapters(modules: list[Any]) -> bool:
