@@ -378,7 +378,8 @@ class LoraModel(ModelMerging, Weighted, Starts, VariantMethods, BaseTuner):
         """
         handed = dict.fromkeys(self.adapter_layers(), names)
         if head_takes_kept:
-            head = self.model.get_output_embeddings()
+            base: Any = self.model
+            head = base.get_output_embeddings()
             in_head = set() if head is None else set(head.modules())
             handed |= dict.fromkeys(handed.keys() & in_head, names.for_head())
         return handing(handed)
