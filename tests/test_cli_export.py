@@ -273,6 +273,8 @@ def test_merged_is_the_adapted_model(place: Path, tmp_path: Path) -> None:
         assert run([*command, "--adapter", str(place / "patterns"), "--out", str(out)]) == 0
         assert_same_number(logits(base_model(out)), logits(loaded(place, "patterns")))
         assert tf.AutoTokenizer.from_pretrained(out).vocab_size > 0
+        readers = {path.stat().st_mode & 0o666 for path in out.iterdir()}
+        assert readers == {out.stat().st_mode & 0o666}  # those of the umask, weights too
     assert run(["merge", "--adapter", str(place / "plain"), "--out", str(out)]) == 2
 
 

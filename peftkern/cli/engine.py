@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_callback import PrinterCallback
 
+from ..files.atomic import write_atomically
 from ..files.base_names import written_to_be_moved
 from ..utils.private import leave_out_of_ddp
 from ..utils.undo import in_mode
@@ -146,7 +147,8 @@ class AdapterFiles(Trainer):  # type: ignore[misc]  # transformers is not read
             folder = output_dir or self.args.output_dir
             save_adapter(self.model, folder, trained if sharded else None)
             if networks and trained is not None:
-                save_file({n: t.contiguous() for n, t in trained.items()}, Path(folder, NETWORK))
+                tensors = {n: t.contiguous() for n, t in trained.items()}
+                write_atomically(Path(folder, NETWORK), lambda tmp: save_file(tensors, tmp))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self._sharded:

@@ -13,6 +13,7 @@ from .after_settings import InspectSettings
 from .errors import UserError
 
 _FEW = 8  # layers in the table without --all
+_WIDE = 200  # characters of a line that no terminal shows
 
 
 def inspect(path: str, settings: InspectSettings, console: Console | None = None) -> dict[str, Any]:
@@ -25,6 +26,8 @@ def inspect(path: str, settings: InspectSettings, console: Console | None = None
         print(as_json(found))
         return found
     console = console or Console()
+    if not console.is_terminal:  # a file or another program has lines of any length
+        console.width = max(console.width, _WIDE)
     console.print(_head(found))
     if found["layers"]:
         console.print(_layers(found["layers"], settings.all))
@@ -41,7 +44,7 @@ def inspect(path: str, settings: InspectSettings, console: Console | None = None
 
 def _table(title: str, *columns: str) -> Table:
     style = {"title_justify": "left", "title_style": "bold", "caption_justify": "left"}
-    table = Table(title=title, box=box.SIMPLE_HEAD, **style)  # type: ignore[arg-type]
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), **style)  # type: ignore[arg-type]
     for column in columns:
         words = column in ("", "layer", "tensor", "dtype", "program", "why")
         table.add_column(

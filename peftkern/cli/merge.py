@@ -42,7 +42,7 @@ def merge(settings: MergeSettings, console: Console | None = None) -> Path:
     merged = merged_model(model, opened, weights, settings.dtype)
     whole_folder(out, lambda place: _save(merged, tokenizer, place))
     size = sum(p.stat().st_size for p in out.iterdir())
-    console.print(f"{out}: {len(opened.adapters)} merged, {size / 2**20:.1f} MiB")
+    console.print(f"{out}: {_many(len(opened.adapters))} merged, {size / 2**20:.1f} MiB")
     return out
 
 
@@ -60,6 +60,10 @@ def weights_of(given: str | None, opened: Opened) -> list[float]:
             "--adapter"
         )
     return weights
+
+
+def _many(adapters: int) -> str:
+    return f"{adapters} adapter" + "s" * (adapters != 1)
 
 
 def merged_model(model: Any, opened: Opened, weights: list[float], dtype: str | None) -> Any:
@@ -102,6 +106,11 @@ def whole_folder(out: Path, write: Callable[[Path], object]) -> None:
     try:
         partial.mkdir(parents=True)
         write(partial)
+        # safetensors' files are private; a server often runs as another user
+        mode = partial.stat().st_mode & 0o666
+        for path in partial.iterdir():
+            if path.is_file():
+                path.chmod(mode)
         if out.exists():
             out.rmdir()
         os.replace(partial, out)
