@@ -237,7 +237,7 @@ def test_saving_tells_once_what_servers_do_not_read(
         new = caplog.messages[count:]
         assert len(new) == (said is not None) and all("\n" not in line for line in new)
         assert said is None or said in new[0]
-    assert "vLLM 0.33 and SGLang" in caplog.messages[0] and "merged" in caplog.messages[0]
+    assert "vLLM 0.33 and SGLang" in caplog.messages[0] and "peftkern merge" in caplog.messages[0]
     assert "vLLM" not in caplog.messages[1] and "peftkern export" in caplog.messages[1]
     config = peftkern.LoraConfig(target_modules=["q_proj"], use_dora=True)  # no task that is served
     peftkern.get_peft_model(base_model(place / "base"), config).save_pretrained(tmp_path / "none")
@@ -324,4 +324,4 @@ def test_virtual_tokens_are_not_merged(place: Path, tmp_path: Path, capsys: Any)
     config = peftkern.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     peftkern.get_peft_model(base_model(place / "base"), config).save_pretrained(tmp_path / "p")
     assert run(["merge", "--adapter", str(tmp_path / "p"), "--out", str(tmp_path / "out")]) == 2
-    assert "virtual tokens" in capsys.readouterr().err
+    assert "virtual tokens (PROMPT_TUNING)" in capsys.readouterr().err

@@ -197,5 +197,5 @@ def refused_by_servers(adapter: Adapter) -> str | None:
         return None
     said = [f"{' and '.join(names)}: {reason}" for reason, names in by_reason.items()]
     mended = all(not refusals(target, adapter, mended=False) for target in ("vllm", "sglang"))
-    how = "`peftkern export` writes what they read" if mended else "merged weights are for them"
-    return f"not read, or read wrongly, by {'; '.join(said)}. {how}."
+    command, what = ("export", "what they read") if mended else ("merge", "weights for them")
+    return f"not read, or read wrongly, by {'; '.join(said)}. `peftkern {command}` writes {what}."

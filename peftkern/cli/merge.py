@@ -32,8 +32,8 @@ def merge(settings: MergeSettings, console: Console | None = None) -> Path:
     for name, config in opened.configs.items():
         if config.is_prompt_learning:
             raise UserError(
-                f"--adapter {opened.adapters[name]}: virtual tokens ({config.peft_type}) cannot be "
-                "merged into weights"
+                f"--adapter {opened.adapters[name]}: virtual tokens ({config.peft_type.value}) "
+                "cannot be merged into weights"
             )
     usual = None if settings.load_in else "auto"
     dtype = dtype_of(settings.dtype, settings.cpu, usual)
