@@ -28,6 +28,7 @@ from .settings import PLACE, TrainSettings
 from .tune_settings import TuneSettings
 
 app = typer.Typer(
+    rich_markup_mode="markdown",
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -64,20 +65,19 @@ def train_command(
         ),
     ] = True,
 ) -> None:
-    """Train a LoRA adapter on your own text.
+    """Train an adapter (LoRA, DoRA, a prefix or prompt) on your own text.
 
-    The same command goes on where a killed run stopped. torchrun and accelerate launch start it in
-    several processes: an optimizer step sees --batch-size x --grad-accumulation x processes
-    examples. An example in --data has the fields:
+    The same command goes on where a killed run stopped. torchrun and accelerate
+    launch start it in several processes. An example in --data has the fields:
 
-    - causal_lm: "text", or "prompt" and "completion" (texts or turns), or "messages" (turns of role
-    and content), or "conversations" (of from and value), or "instruction", "output" ("input")
+    - causal_lm: text; or prompt, completion; or messages (role, content); or
+    conversations (from, value); or instruction, output
 
-    - seq_cls: "text", "label"
+    - seq_cls: text, label
 
-    - token_cls: "tokens", "labels"
+    - token_cls: tokens, labels
 
-    - seq_2_seq_lm: "prompt", "completion"
+    - seq_2_seq_lm: prompt, completion
     """
     settings.validate()  # before torch and transformers are loaded
     from .train import train
