@@ -118,9 +118,10 @@ def test_adapters_of_layers_that_are_not_shared_out(rest: Ran) -> None:
 
 
 @pytest.mark.slow
-def test_compiled_layers_are_one_graph(rest: Ran) -> None:
-    for far in rest.of("compiled"):
-        assert len(far) == 8 and max(far.values()) < 1e-13, far
+@pytest.mark.parametrize(("name", "numbers"), [("compiled", 8), ("compiled DoRA", 10)])
+def test_compiled_layers_are_one_graph(name: str, numbers: int, rest: Ran) -> None:
+    for far in rest.of(name):
+        assert len(far) == numbers and max(far.values()) < 1e-13, far
 
 
 def test_explain_says_how_a_layer_is_shared_out(headline: Ran) -> None:
@@ -129,6 +130,12 @@ def test_explain_says_how_a_layer_is_shared_out(headline: Ran) -> None:
         assert any(s.endswith(f"tensor parallel over 2 ranks: {plan}") for s in said), said
     assert any("trains as one operation with k_proj, v_proj;" in s for s in said), said
     assert any("with its MLP: gate_proj: ranks share it out" in s for s in said), said
+
+
+def test_explain_says_how_dora_runs(headline: Ran) -> None:
+    said = headline.of("DoRA")[0]["runs as"]
+    for plan in ("colwise", "rowwise"):
+        assert f"DoRA: one operation; tensor parallel over 2 ranks: {plan}" in said, said
 
 
 def test_a_backward_sums_what_siblings_read_once(headline: Ran) -> None:
@@ -141,7 +148,7 @@ def test_a_backward_sums_what_siblings_read_once(headline: Ran) -> None:
 @pytest.mark.parametrize(
     ("what", "words"),
     [
-        ("DoRA", "`model.layers.0.self_attn.o_proj` has the plan 'rowwise', and use_dora"),
+        ("KaSA", "`model.layers.0.self_attn.o_proj` has the plan 'rowwise', and kasa_config is"),
         ("PiSSA", "`model.layers.0.self_attn.o_proj` has the plan 'rowwise', and init_lora"),
         ("modules_to_save", "`lm_head` has the plan 'colwise_gather_output', and a module"),
         ("tokens", "`model.embed_tokens` has the plan 'embedding_rowwise', and `trainable_tok"),

@@ -48,6 +48,31 @@ CASES: dict[str, dict[str, Any]] = {
         "target_modules": ["embed_tokens"],
         "plan": {"model.embed_tokens": "embedding_colwise"},
     },
+    "DoRA": {"target_modules": [*ATTENTION, *MLP, "embed_tokens"], "use_dora": True},
+    "DoRA with dropout": {
+        "target_modules": [*ATTENTION, *MLP],
+        "use_dora": True,
+        "lora_dropout": 0.3,
+    },
+    "DoRA of whole inputs": {"target_modules": MLP, "plan": WHOLE, "use_dora": True},
+    "DoRA with dropout of whole inputs": {
+        "target_modules": MLP,
+        "plan": WHOLE,
+        "use_dora": True,
+        "lora_dropout": 0.3,
+    },
+    "two of DoRA": {"target_modules": ATTENTION + MLP, "use_dora": True, "two": True},
+    "two of DoRA of whole inputs": {
+        "target_modules": MLP,
+        "plan": WHOLE,
+        "use_dora": True,
+        "two": True,
+    },
+    "DoRA of an embedding by columns": {
+        "target_modules": ["embed_tokens"],
+        "plan": {"model.embed_tokens": "embedding_colwise"},
+        "use_dora": True,
+    },
     "older names": {
         "target_modules": MLP,
         "plan": {name: _OLDER[style] for name, style in WHOLE.items()},
@@ -66,7 +91,7 @@ PROMPTS: dict[str, Any] = {
 }
 # what is refused, each with the settings that ask for it
 REFUSED: dict[str, dict[str, Any]] = {
-    "DoRA": {"target_modules": ["o_proj"], "use_dora": True},
+    "KaSA": {"target_modules": ["o_proj"], "kasa_config": peftkern.KasaConfig()},
     "PiSSA": {"target_modules": ["o_proj"], "init_lora_weights": "pissa"},
     "modules_to_save": {"target_modules": ["o_proj"], "modules_to_save": ["lm_head"]},
     "tokens": {"target_modules": ["o_proj"], "trainable_token_indices": [1, 2]},
@@ -324,9 +349,9 @@ def _failed_save(rank: int, folder: Path) -> str:
     return ""
 
 
-def _compiled(rank: int, folder: Path) -> dict[str, float]:
+def _compiled(rank: int, folder: Path, **more: Any) -> dict[str, float]:
     """How far a compiled layer's output and gradients are from the same layer's."""
-    model = peftkern.get_peft_model(llama(folder / "llama", True), config_of(ALL))
+    model = peftkern.get_peft_model(llama(folder / "llama", True), config_of({**ALL, **more}))
     layers = model.base_model.model.model.layers[0].self_attn
     far = {}
     for name, K in (("q_proj", 32), ("o_proj", 16)):
@@ -345,13 +370,22 @@ def _compiled(rank: int, folder: Path) -> dict[str, float]:
 
 REST: dict[str, Any] = {
     "compiled": _compiled,
+    "compiled DoRA": lambda rank, folder: _compiled(rank, folder, use_dora=True),
     "routed": routed,
     "life": lambda rank, folder: life(folder, rank, folder / "life shared"),
     "refused": _refused,
     "failed save": _failed_save,
 }
 # the cases of `make test`; the others are slow
-HEADLINE = ("all layers", "dropout", "head and embedding", "prefix", "refused", "failed save")
+HEADLINE = (
+    "all layers",
+    "dropout",
+    "DoRA",
+    "head and embedding",
+    "prefix",
+    "refused",
+    "failed save",
+)
 
 
 def _run(rank: int, folder: Path, names: list[str]) -> dict[str, Any]:

@@ -134,6 +134,20 @@ def with_part(shard: Any, part: Tensor) -> Tensor:
     return _Layout.of(shard).around(part)
 
 
+def from_part(part: Tensor, mesh: Any, size: int | None = None) -> Tensor:
+    """A DTensor of a vector of which each rank has a part, or the whole; nothing is sent.
+
+    Args:
+        part: this rank's part, cut as :func:`span` says; or the same vector on each rank.
+        mesh: a mesh of one dimension.
+        size: the number of elements of all parts; None: ``part`` is the whole.
+    """
+    from torch.distributed.tensor import Replicate, Shard
+
+    placement = Replicate() if size is None else Shard(0)
+    return _Layout(mesh, [placement], *_dense((len(part) if size is None else size,))).around(part)
+
+
 def span(size: int, mesh: Any) -> tuple[int, int]:
     """(start, stop) of this rank's part of a dimension, as DTensors are cut: like torch.chunk."""
     part = -(-size // mesh.size())
@@ -148,6 +162,11 @@ def own_columns(x: Tensor, mesh: Any) -> Tensor:
     """
     start, stop = span(x.shape[-1], mesh)
     return with_summed_grad(x, mesh.get_group())[..., start:stop]
+
+
+def norms_of_all(norms: Tensor, group: Any) -> Tensor:
+    """‖v‖ of vectors of which each rank has a part, from the norms of the parts."""
+    return _sum(norms.square(), group).sqrt_()
 
 
 def all_columns(y: Tensor, size: int, mesh: Any) -> Tensor:

@@ -195,13 +195,17 @@ class DoraVariant(LoraVariant):
     def gain(self, layer: Any, adapter: str) -> Tensor:
         """m / norm, in the norms' shape, with a gradient to m alone."""
         norms = self.norms(layer, adapter)
-        return gain(magnitude_of(layer, adapter).view(norms.shape), norms)
+        return gain(self.magnitude(layer, adapter).view(norms.shape), norms)
+
+    def magnitude(self, layer: Any, adapter: str) -> Tensor:
+        """The adapter's m, with its graph."""
+        return magnitude_of(layer, adapter)
 
     def merged_weight(self, layer: Any, adapter: str, weight: Tensor, base: Tensor) -> Tensor:
         _, A, B = self.weights(layer, adapter)
         A, B = A.to(weight.device), B.to(weight.device)
         norms = self.computed_norms(base, A, B, layer.scaling[adapter], layer)
-        magnitude = magnitude_of(layer, adapter).view(norms.shape)
+        magnitude = self.magnitude(layer, adapter).view(norms.shape)
         factor = self.over(layer, gain(magnitude.to(norms), norms), weight)
         return factor * self.updated(weight, A, B, layer.scaling[adapter], layer)
 

@@ -47,6 +47,7 @@ from .embedding import Embedding
 from .group import Group
 from .linear import SCALING_IS_A_TENSOR, Linear, _dtypes_fit
 from .plan import hook_dicts, is_hooked
+from .variant import LoraVariant, select, table_of
 
 
 class LocalWeight:
@@ -95,6 +96,7 @@ class Parallel:
     base_layer: Any
     lora_B: Any
     plan_name: str
+    variant_kind: str  # the key of its variants' table
 
     @property
     def mesh(self) -> Any:
@@ -103,6 +105,13 @@ class Parallel:
 
     def describe_sharing(self) -> str:
         return f"; tensor parallel over {self.mesh.size()} ranks: {self.plan_name}"
+
+    @property
+    def lora_variants(self) -> dict[tuple[str, ...], type[LoraVariant] | None]:
+        return table_of(self.variant_kind)
+
+    def resolve_lora_variant(self, *, config: Any, **kwargs: Any) -> LoraVariant | None:
+        return select(self.lora_variants, self.variant_kind, config)
 
     def _merge_target(self) -> tuple[Any, str]:
         return LocalWeight(self.base_layer), "weight"
@@ -137,6 +146,8 @@ class ParallelLinear(Parallel, Linear):
     ``lora_A[name].weight`` [r, K] and ``lora_B[name].weight`` [N, r] are DTensors. X and Y are
     plain tensors, whole or this rank's columns of them, as the plan has it.
     """
+
+    variant_kind = "parallel linear"
 
     def __init__(self, base_layer: nn.Module, plan_name: str, **kwargs: Any) -> None:
         self.__dict__["plan_name"] = plan_name  # _make_weights reads it
@@ -215,25 +226,38 @@ class ParallelLinear(Parallel, Linear):
     def leave(self, y: Tensor) -> Tensor:
         """The layer's output, from this rank's part."""
         if self.style.dim == 0:
-            return all_columns(y, self.out_features, self.mesh) if self.style.whole_output else y
+            return self.as_output(y)
         y = summed(y, self.mesh.get_group())
         return y if self.base_layer.bias is None else y + local(self.base_layer.bias).to(y.dtype)
 
     def _update(self, name: str, x: Tensor) -> Tensor:
         A: Any = self.lora_A[name]
-        B: Any = self.lora_B[name]
         if not autocast.is_on(x):
             x = self._cast_input_dtype(x, A.weight.dtype)
+        return self.low_rank(name, self._dropped(name, x)) * self.scaling[name]
+
+    def low_rank(self, name: str, x: Tensor) -> Tensor:
+        """B A x of an x with dropout, as the plan has the layer's input and output."""
         group, columns = self.mesh.get_group(), self.style.dim == 0
-        x = self._dropped(name, x)
         if not columns and self.style.whole_input:
             x = own_columns(x, self.mesh)
-        s = _called(A, x)
+        s = _called(self.lora_A[name], x)
         s = with_summed_grad(s, group) if columns else summed(s, group)
-        update = _called(B, s) * self.scaling[name]
-        if columns and self.style.whole_output:
-            update = all_columns(update, self.out_features, self.mesh)
-        return update
+        return self.as_output(_called(self.lora_B[name], s))
+
+    def base_product(self, x: Tensor) -> Tensor:
+        """x Wᵀ of an x with dropout, as the plan has the layer's input and output."""
+        weight = local(self.base_layer.weight).to(x.dtype)
+        if self.style.dim == 0:
+            return self.as_output(linear(with_summed_grad(x, self.mesh.get_group()), weight))
+        x = own_columns(x, self.mesh) if self.style.whole_input else x
+        return summed(linear(x, weight), self.mesh.get_group())
+
+    def as_output(self, y: Tensor) -> Tensor:
+        """What the layer gives of which this rank has y: its columns, or all of it already."""
+        if self.style.dim == 0 and self.style.whole_output:
+            return all_columns(y, self.out_features, self.mesh)
+        return y
 
     def _dropped(self, name: str, x: Tensor) -> Tensor:
         """x with dropout; where it is a part of the columns, with this part of the whole mask.
@@ -314,6 +338,8 @@ class ParallelEmbedding(Parallel, Embedding):
     Its output is whole on every rank, so the update needs no collective.
     ``lora_embedding_A[name]`` [r, V] and ``lora_embedding_B[name]`` [D, r] are DTensors.
     """
+
+    variant_kind = "parallel embedding"
 
     def __init__(self, base_layer: nn.Module, plan_name: str, **kwargs: Any) -> None:
         self.__dict__["plan_name"] = plan_name  # _make_weights reads it

@@ -91,7 +91,7 @@ class ParallelTargets:
             )
         if custom is not None:
             return f"a {custom.__name__} of `_register_custom_module` does not follow it"
-        if asked := settings_asked(config):
+        if asked := [name for name in settings_asked(config) if name != "use_dora"]:
             return f"{', '.join(asked)} is not supported on a sharded layer"
         if config.init_name not in _DRAWN:
             return (

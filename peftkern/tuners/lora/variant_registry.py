@@ -22,6 +22,7 @@ from .dora import (
 from .dora_parameter import DoraParameterVariant
 from .kasa import KasaLinearVariant
 from .monteclora import MontecloraLinearVariant
+from .parallel_dora import ParallelDoraEmbedding, ParallelDoraLinear
 from .qalora import QALoraLinearVariant
 from .variant import LoraVariant
 from .velora import VeloraLinearVariant
@@ -40,6 +41,8 @@ __all__ = [
     "KasaLinearVariant",
     "LoraVariant",
     "MontecloraLinearVariant",
+    "ParallelDoraEmbedding",
+    "ParallelDoraLinear",
     "QALoraLinearVariant",
     "VeloraLinearVariant",
     "calculate_alora_offsets",
