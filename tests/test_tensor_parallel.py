@@ -149,7 +149,7 @@ def test_a_backward_sums_what_siblings_read_once(headline: Ran) -> None:
     ("what", "words"),
     [
         ("KaSA", "`model.layers.0.self_attn.o_proj` has the plan 'rowwise', and kasa_config is"),
-        ("PiSSA", "`model.layers.0.self_attn.o_proj` has the plan 'rowwise', and init_lora"),
+        ("CorDA", "`model.layers.0.self_attn.o_proj` has the plan 'rowwise', and init_lora"),
         ("modules_to_save", "`lm_head` has the plan 'colwise_gather_output', and a module"),
         ("tokens", "`model.embed_tokens` has the plan 'embedding_rowwise', and `trainable_tok"),
         ("replication", "`layer_replication` cannot copy"),
@@ -160,6 +160,18 @@ def test_a_backward_sums_what_siblings_read_once(headline: Ran) -> None:
 def test_what_cannot_be_followed_is_refused_by_name(what: str, words: str, headline: Ran) -> None:
     for refused in headline.of("refused"):
         assert words in refused[what]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", tp.STARTS)
+def test_starts_from_the_weight_are_those_of_one_process(start: str, rest: Ran) -> None:
+    assert [of_rank[start] for of_rank in rest.of("starts")] == [[], []]
+
+
+@pytest.mark.slow
+def test_eva_takes_factors_that_one_process_has_computed(rest: Ran) -> None:
+    for said, equal in rest.of("given factors"):
+        assert "`get_eva_state_dict` in one process" in said and equal
 
 
 def test_weights_that_are_sharded_without_dtensors_are_refused() -> None:

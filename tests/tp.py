@@ -92,7 +92,7 @@ PROMPTS: dict[str, Any] = {
 # what is refused, each with the settings that ask for it
 REFUSED: dict[str, dict[str, Any]] = {
     "KaSA": {"target_modules": ["o_proj"], "kasa_config": peftkern.KasaConfig()},
-    "PiSSA": {"target_modules": ["o_proj"], "init_lora_weights": "pissa"},
+    "CorDA": {"target_modules": ["o_proj"], "init_lora_weights": "corda"},
     "modules_to_save": {"target_modules": ["o_proj"], "modules_to_save": ["lm_head"]},
     "tokens": {"target_modules": ["o_proj"], "trainable_token_indices": [1, 2]},
     "replication": {"target_modules": ["o_proj"], "layer_replication": [[0, 2], [1, 2]]},
@@ -122,14 +122,14 @@ def save_llama(folder: Path, tied: bool = False) -> None:
     model.save_pretrained(folder)
 
 
-def llama(folder: Path, shared: bool, plan: Any = None) -> Any:
+def llama(folder: Path, shared: bool, plan: Any = None, dtype: torch.dtype = torch.float64) -> Any:
     """The saved Llama, in this process alone or shared out over all."""
     how: dict[str, Any] = {}
     if shared:
         from transformers.distributed import DistributedConfig
 
         how["distributed_config"] = DistributedConfig(tp_plan=plan or "auto", tp_size=RANKS)
-    return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float64, **how)
+    return LlamaForCausalLM.from_pretrained(folder, dtype=dtype, **how)
 
 
 def loss_of(model: Any, ids: Tensor) -> Tensor:
@@ -368,7 +368,56 @@ def _compiled(rank: int, folder: Path, **more: Any) -> dict[str, float]:
     return far
 
 
+STARTS: dict[str, dict[str, Any]] = {
+    "pissa": {},
+    "pissa_niter_2": {},
+    "olora": {},
+    "loftq": {"loftq_config": peftkern.LoftQConfig(loftq_bits=4, loftq_iter=2)},
+}
+
+
+def _starts(rank: int, folder: Path) -> dict[str, list[str]]:
+    """{start: names of weights that differ from those of a model that is not shared out}.
+
+    The ranks draw other numbers, of which the first one's are taken.
+    """
+    found = {}
+    for init, more in STARTS.items():
+        case = {"target_modules": ATTENTION + MLP, "init_lora_weights": init, **more}
+        weights = []
+        for shared in (True, False):
+            base = llama(folder / "llama", shared, dtype=torch.float32)
+            torch.manual_seed(1 + rank if shared else 1)
+            model = peftkern.get_peft_model(base, config_of(case))
+            weights.append({n: whole(p) for n, p in model.named_parameters()})
+        ours, alone = weights
+        assert ours.keys() == alone.keys()
+        found[init] = [n for n in alone if not torch.equal(ours[n], alone[n])]
+    return found
+
+
+def _given_factors(rank: int, folder: Path) -> tuple[str, bool]:
+    """(the error of EVA's pass over data, True when a rank has the factors that EVA was given)."""
+    case = {"target_modules": ["q_proj", "o_proj"], "init_lora_weights": "eva"}
+    model = peftkern.get_peft_model(
+        llama(folder / "llama", True), config_of({**case, "eva_config": peftkern.EvaConfig()})
+    )
+    said = ""
+    try:
+        peftkern.initialize_lora_eva_weights(model, [{"input_ids": torch.ones(1, 4).long()}])
+    except ValueError as error:
+        said = str(error)
+    layers = {n: m for n, m in model.named_modules() if n.endswith(("q_proj", "o_proj"))}
+    draws = torch.Generator().manual_seed(0)
+    given = {n: torch.randn(3, 32, generator=draws, dtype=torch.float64) for n in layers}
+    peftkern.initialize_lora_eva_weights(model, eva_state_dict=given)
+    equal = [torch.equal(whole(m.lora_A["default"].weight), given[n]) for n, m in layers.items()]
+    return said, all(equal)
+
+
 REST: dict[str, Any] = {
+    "given factors": _given_factors,
+    "starts": _starts,
     "compiled": _compiled,
     "compiled DoRA": lambda rank, folder: _compiled(rank, folder, use_dora=True),
     "routed": routed,

@@ -20,8 +20,10 @@ from torch import Tensor, nn
 from ...configs.lora import LoraConfig
 from ...utils.constants import MIN_TARGET_MODULES_FOR_OPTIMIZATION
 from ...utils.module_tree import get_submodules
+from ...utils.shards import part_like
 from ...utils.undo import in_mode
 from ..target_names import _find_minimal_target_modules
+from ..tensor_parallel import tensor_parallel
 from .attention import MultiheadAttention
 from .base import LoraLayer
 from .conv import _ConvNd
@@ -72,8 +74,14 @@ def get_eva_state_dict(
 
     Raises:
         ValueError: no batch, no configuration, a layer that is never called, or batches with too
-            few rows.
+            few rows; ranks share the model's layers out.
     """
+    if tensor_parallel(model) is not None:
+        raise ValueError(
+            "Tensor parallelism: EVA needs the whole inputs of layers that ranks share out. Call "
+            "`get_eva_state_dict` in one process, and give `initialize_lora_eva_weights` its "
+            "result as `eva_state_dict`. Nothing was changed."
+        )
     adapted = hasattr(model, "peft_config")
     if peft_config is None:
         if not adapted:
@@ -191,7 +199,8 @@ def _load(
             weight: Any = module.lora_A[adapter].weight  # type: ignore[attr-defined]
             if new != r or weight.is_meta:
                 _renew(module, adapter, new, alpha, eva)
-            module.lora_A[adapter].weight.copy_(value)  # type: ignore[attr-defined]
+            weight = module.lora_A[adapter].weight  # type: ignore[attr-defined]
+            weight.copy_(part_like(weight, value.to(weight.dtype)))
             kept.append(short)
         else:
             _renew(module, adapter, r, alpha, plain)

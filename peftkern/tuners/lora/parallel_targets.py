@@ -20,11 +20,13 @@ from ..tensor_parallel import (
     refusal,
     shared_part,
 )
+from .loraga import GRADIENT
 from .parallel import ParallelEmbedding, ParallelLinear
 from .variant import settings_asked
 
-# starts that are drawn, and not computed from the base weight
-_DRAWN = (True, False, "gaussian", "orthogonal")
+# starts that are drawn ("eva" is given its factors later), and those that every rank computes from
+# the whole weight
+_STARTS = (True, False, "gaussian", "eva", "orthogonal", "pissa", "olora", "loftq")
 
 
 class ParallelTargets:
@@ -93,10 +95,13 @@ class ParallelTargets:
             return f"a {custom.__name__} of `_register_custom_module` does not follow it"
         if asked := [name for name in settings_asked(config) if name != "use_dora"]:
             return f"{', '.join(asked)} is not supported on a sharded layer"
-        if config.init_name not in _DRAWN:
+        init: Any = config.init_name
+        plain = init == "lora_ga" and not hasattr(base, GRADIENT)  # as when an adapter is loaded
+        if not plain and init not in _STARTS and not str(init).startswith("pissa_niter_"):
             return (
-                f"init_lora_weights={config.init_lora_weights!r} computes with the whole weight; "
-                "a sharded layer takes True, False, 'gaussian' and 'orthogonal'"
+                f"init_lora_weights={config.init_lora_weights!r} computes with more than the whole "
+                "weight; a sharded layer takes True, False, 'gaussian', 'eva', 'orthogonal', "
+                "'pissa', 'pissa_niter_[number of iters]', 'olora' and 'loftq'"
             )
         return None
 

@@ -14,13 +14,23 @@ import torch
 from ....configs.lora import LoraConfig
 from ....ops.bases import repack
 from ....ops.bases.formats import is_packed, numbers
+from ....utils.gathering import is_shard
 from ....utils.zero3 import whole_shape
 from ..corda import check_eigens, corda
 from ..loraga import GRADIENT, lora_ga
 from ..variant import register, variants_asked
 from .decomposed import mica, olora, orthogonal, pissa
 from .loftq import check_settings, loftq
-from .residual import HALF_OR_SINGLE, PackedWeight, Start, collect, note, stored, weight_of
+from .residual import (
+    HALF_OR_SINGLE,
+    PackedWeight,
+    Start,
+    collect,
+    note,
+    same_on_ranks,
+    stored,
+    weight_of,
+)
 
 __all__ = ["check", "collect", "drawn_as", "start"]
 
@@ -200,6 +210,8 @@ def start(layer: Any, adapter: str, config: LoraConfig) -> None:
     if found is None:
         return
     place = weight_of(base)
+    if is_shard(place):
+        found = same_on_ranks(found, place)
     dtype = torch.float32 if isinstance(place, PackedWeight) else stored(place.dtype)
     if isinstance(base, torch.nn.Embedding):
         stores = (layer.lora_embedding_A, layer.lora_embedding_B)

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from ....ops.bases import repack
 from ....ops.bases.formats import is_packed
-from ....utils.shards import put_data
+from ....utils.collectives import from_first_rank
+from ....utils.gathering import is_shard
+from ....utils.shards import part_like, put_data, whole
 from ....utils.zero3 import gathered
 
 HALF_OR_SINGLE = (torch.float32, torch.float16, torch.bfloat16)
@@ -57,12 +59,14 @@ class Start:
 
     ``new_base`` is a function from the old weight, as it is stored, to the new one; None when the
     weight does not change. ``undo`` is its inverse up to rounding, None when there is none.
+    ``of`` makes the same start from other factors, where they are all that it is made of.
     """
 
     A: Tensor
     B: Tensor
     new_base: Callable[[Tensor], Tensor] | None = None
     undo: Callable[[Tensor], Tensor] | None = None
+    of: Callable[[Tensor, Tensor], Start] | None = None
 
 
 def minus_product(A: Tensor, B: Tensor, scaling: float, transposed: bool = False) -> Start:
@@ -73,7 +77,29 @@ def minus_product(A: Tensor, B: Tensor, scaling: float, transposed: bool = False
         wide = weight.to(torch.float32)
         return (wide - sign * (delta.T if transposed else delta)).to(weight.dtype)
 
-    return Start(A, B, lambda weight: change(weight, 1.0), lambda weight: change(weight, -1.0))
+    return Start(
+        A,
+        B,
+        lambda weight: change(weight, 1.0),
+        lambda weight: change(weight, -1.0),
+        lambda A, B: minus_product(A, B, scaling, transposed),
+    )
+
+
+def same_on_ranks(start: Start, weight: Any) -> Start:
+    """The first rank's start, on every rank that has a part of ``weight``, a DTensor.
+
+    A decomposition may be another on another device, and some are drawn.
+    """
+    group = weight.device_mesh.get_group()
+    A, B = (from_first_rank(factor, group) for factor in (start.A, start.B))
+    if start.new_base is None:
+        return Start(A, B)
+    if start.of is not None:
+        return start.of(A, B)
+    value = from_first_rank(start.new_base(whole(weight)), group)
+    own = part_like(weight, value)  # the whole is not kept
+    return Start(A, B, lambda _: own)
 
 
 class _Injection(threading.local):
@@ -95,8 +121,11 @@ def _same(a: Tensor | PackedWeight, b: Tensor | PackedWeight) -> bool:
 
 
 def current(weight: Tensor | PackedWeight) -> Tensor:
-    """The value of a base weight after the waiting changes; two layers may share the weight."""
-    value = weight.detach()
+    """The value of a base weight after the waiting changes; two layers may share the weight.
+
+    Of a DTensor, the whole value: all ranks must call.
+    """
+    value = whole(weight) if isinstance(weight, Tensor) else weight.detach()
     for changed, start in _HERE.waiting or ():
         if _same(changed, weight) and start.new_base is not None:
             value = start.new_base(value)
@@ -133,8 +162,17 @@ def _put(
     """Give a weight the value that ``new`` is or makes of the old one, which ``keeps`` returns."""
     with gathered([weight], changes=True):
         old = weight.data
-        put_data(weight, new(old) if callable(new) else new)
+        if is_shard(weight):  # it is written to in place
+            old = old.clone() if keeps else old
+            put_data(weight, _part_of(weight, new(whole(weight))) if callable(new) else new)
+        else:
+            put_data(weight, new(old) if callable(new) else new)
     return old if keeps else None
+
+
+def _part_of(weight: Tensor, value: Tensor) -> Tensor:
+    """This rank's part of a whole value of ``weight``; a DTensor is one already."""
+    return value if is_shard(value) else part_like(weight, value)
 
 
 @contextmanager
