@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -12,15 +13,22 @@ import pytest
 import torch
 
 import peftkern
+from peftkern.cli import figures
 from peftkern.cli.app import run
-from peftkern.cli.bench.contest import Contest, Step
+from peftkern.cli.bench import peers, rows
+from peftkern.cli.bench.base import base_of
+from peftkern.cli.bench.contest import Answer, Contest, Step
 from peftkern.cli.bench.host import Host
-from peftkern.cli.bench.measure import BARE, OURS, PEFT
+from peftkern.cli.bench.measure import BARE, OURS, PEFT, Work, interleave
 from peftkern.cli.bench.page import losses, render, verdict
+from peftkern.cli.bench.remote import PeerGone
 from peftkern.cli.bench.settings import BenchSettings
+from peftkern.cli.bench.worker import Worker
+from peftkern.cli.errors import RunError
 from tests.tiny import make
 
 CPU = torch.device("cpu")
+TINY = {"batch_size": 2, "length": 5, "lora_r": 2, "new_tokens": 2}
 
 
 def contest_of(**changes):
@@ -82,9 +90,11 @@ def test_the_verdict_names_losses():
     )
     assert verdict(rows[:1]) == "peftkern / HF PEFT: step 0.90. It loses none."
     assert verdict([]) == "nothing was measured"
+    assert verdict([], failed=["mixed"]) == "nothing was measured. Failed: mixed."
+    assert verdict(rows[:1], failed={"mixed": "why"}).endswith("It loses none. Failed: mixed.")
 
 
-def test_the_page():
+def test_the_page(monkeypatch):
     content = {
         "title": "a <model>",
         "rows": [row("step", 0.9, 1.0, bare=0.5), row("a & b", 1.5, 1.0)],
@@ -95,6 +105,134 @@ def test_the_page():
     for part in ("a &lt;model&gt;", "a &amp; b", "data:image/svg+xml", "Unsloth", "torch 2"):
         assert part in page
     assert "1.50 of HF PEFT" in page and "http" not in page.replace("http-equiv", "")
+    assert 'class="verdict ok"' in page
+    failed = render({**content, "failed": {"decode": "out of <memory>"}})
+    assert 'class="verdict bad"' in failed and "out of &lt;memory&gt;" in failed
+    monkeypatch.setattr(figures, "find_spec", lambda name: None)
+    without = render(content)
+    assert "<img" not in without and "a &amp; b" in without
+
+
+def plain(contest, dropout):
+    """HF PEFT's model, as a library in a process of its own would make it."""
+    return contest.adapted("peft", dropout)
+
+
+def off(contest, dropout):
+    """A model that computes something else; what it prints is no answer."""
+    print("not JSON")
+    model = contest.adapted("peft", dropout)
+    model.get_base_model().lm_head.weight.data *= 2
+    return model
+
+
+def ends(contest, dropout):
+    print("the device is gone", file=sys.stderr)
+    os._exit(3)
+
+
+PLACED = "peftkern.cli.bench.contest.PEERS"
+OTHERS = {
+    name: peers.Peer("torch", f"{__name__}:{name}", needs_gpu=False)
+    for name in ("plain", "off", "ends")
+}
+
+
+def test_a_library_in_a_process_of_its_own_does_the_same_work(tmp_path, monkeypatch):
+    settings = BenchSettings(**TINY, dtype="float32")
+    monkeypatch.setattr(peers, "PEERS", {})
+    monkeypatch.setattr(PLACED, {})
+    worker = Worker()
+    setup = {"settings": vars(settings), "device": "cpu", "threads": torch.get_num_threads()}
+    assert worker.answer({"name": "plain", **OTHERS["plain"]._asdict(), **setup}) == {}
+    contest = Contest(base_of(settings), settings, CPU)
+    try:
+        for dropout in (0.0, 0.5):
+            step = Step(contest, dropout)
+            weights = contest._weights()
+            said = worker.answer({"do": "step", "dropout": dropout, "weights": weights})
+            assert said == {"loss": contest.loss(PEFT)}
+            assert worker.answer({"do": "memory"})["kept"] == step.memory(PEFT)[0]
+            mine, theirs = (s.works[n] for s, n in ((worker._chosen, "plain"), (step, PEFT)))
+            torch.testing.assert_close(mine.run(*mine.prepare()), theirs.run(*theirs.prepare()))
+        said = worker.answer({"do": "answer", "new_tokens": 2, "weights": contest._weights()})
+        made = worker._chosen.works["plain"].run()
+        assert made.shape == (1, 7) and min(worker.answer({"do": "round", "calls": 2}).values()) > 0
+    finally:
+        gc.enable()
+        gc.unfreeze()
+        contest.__exit__()
+
+
+@pytest.mark.slow
+def test_other_libraries_take_turns_in_processes_of_their_own(monkeypatch):
+    monkeypatch.setattr(peers, "PEERS", OTHERS)
+    monkeypatch.setattr(PLACED, OTHERS)
+    settings = BenchSettings(**TINY)
+    with Contest(base_of(settings), settings, CPU) as contest:
+        assert contest.missing == {}
+        step = Step(contest, 0.5)
+        assert list(step.works) == [BARE, PEFT, OURS, "plain"]
+        apart = contest.missing.pop("off")
+        assert apart.startswith("its loss differs from HF PEFT's by ")
+        assert contest.missing == {
+            "ends": "its process ended: the device is gone",
+        }
+        contest.missing["off"] = apart
+        samples = interleave(step.works, rounds=2, warmup=0)
+        assert min(samples["plain"].wall + samples["plain"].cpu) > 0
+        # the same model on the same data keeps the same bytes
+        assert contest.memory_of_others()["plain"][0] == step.memory(PEFT)[0]
+        answer = Answer(contest, 2)
+        answer.works["plain"].run()
+        process = contest._remotes["plain"]._process
+        process.kill()
+        process.wait()
+        assert list(Step(contest, 0.0).works) == [BARE, PEFT, OURS]
+        assert contest.missing["plain"].startswith("its process ended")
+    assert contest._remotes == {}
+
+
+def test_a_library_that_fails_in_a_round_leaves_the_row():
+    from peftkern.cli.bench.suite.bench_model import timed
+
+    contest, rows_made = contest_of(), []
+
+    def compare(name, works, **more):
+        for work in works.values():
+            work.run()
+        rows_made.append(list(works))
+
+    def fails():
+        raise PeerGone("X", "out of memory")
+
+    works = {PEFT: Work(lambda: None), "X": Work(fails), OURS: Work(lambda: None)}
+    timed(compare, contest, "a row", works, "")
+    assert rows_made == [[PEFT, OURS]] and contest.missing["X"] == "out of memory"
+
+
+def test_libraries_that_are_missing_say_why(monkeypatch):
+    found = peers.missing_peers(CPU)
+    assert list(found) == list(peers.PEERS)
+    monkeypatch.setattr(peers, "find_spec", lambda name: None)
+    assert peers.missing_peers(CPU)["Unsloth"] == "unsloth is not installed"
+    monkeypatch.setattr(peers, "find_spec", lambda name: name)
+    assert peers.missing_peers(CPU) == dict.fromkeys(peers.PEERS, "its kernels need a GPU")
+    assert peers.missing_peers(torch.device("cuda")) == {}
+
+
+def test_liger_without_a_patch_for_the_family_is_an_error_of_its_own():
+    contest = contest_of()
+    contest.base.config.model_type = "strange"
+    with pytest.raises(RunError, match="liger-kernel has nothing for strange"):
+        peers.with_liger(contest, 0.0)
+
+
+def test_the_gpu_is_named_where_it_is_used(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    assert rows.machine()["gpu"] == "a GPU"
+    assert rows.machine(gpu=False)["gpu"] is None
 
 
 @pytest.mark.long

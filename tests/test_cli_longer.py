@@ -138,13 +138,14 @@ def test_padding_is_not_counted() -> None:
     assert token_count({"attention_mask": torch.tensor([[1, 1, 0], [1, 1, 1]])}) == 5
 
 
-def test_a_report_needs_matplotlib(
+def test_a_report_without_matplotlib_has_no_plots(
     folder: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("peftkern.cli.report.find_spec", lambda name: None)
+    monkeypatch.setattr("peftkern.cli.figures.find_spec", lambda name: None)
     train(settings(folder, tmp_path / "out", steps=1, report=True))
-    assert "report.html needs the package 'matplotlib': pip" in capsys.readouterr().out
-    assert not (tmp_path / "out" / resume.REPORT).exists()
+    assert "report.html has no plots without 'matplotlib': pip" in capsys.readouterr().out
+    page = (tmp_path / "out" / resume.REPORT).read_text()
+    assert "<img" not in page and "The training" not in page and "lora_r" in page
 
 
 def test_reports_to_what_is_not_there(

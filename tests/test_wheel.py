@@ -240,10 +240,11 @@ def test_what_is_imported_is_declared_and_nothing_else() -> None:
     assert extras["liger"] == {"liger-kernel"}
     # Trainer imports accelerate; a model in GGUF, as the demo's is, needs what reads it
     # What options ask for by name: DeepSpeed, TRL, datasets (with pyarrow; a .parquet file does),
-    # matplotlib, without which there is no report.html. Jinja comes with torch, YAML with
+    # matplotlib, without which report.html has no plots. Jinja comes with torch, YAML with
     # transformers
     by_name = {"deepspeed", "trl", "datasets", "pyarrow", "matplotlib", "jinja2", "yaml"}
-    by_name |= {"pytest", "peft"}  # of bench, whose suite is pytest's
+    # of bench, whose suite is pytest's, and what it measures where it is installed
+    by_name |= {"pytest", "peft", "unsloth", "lorafusion"}
     needed = third_party({*of_command} - {*of_demo}) - (library - {"gguf"}) - by_name
     assert needed | {"accelerate"} == extras["cli"] | {"gguf"} == {*EXTRA, "gguf"}
     # what transformers' tokenizers import, and the demo's peer

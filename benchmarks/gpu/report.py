@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -309,7 +308,8 @@ def report(contents: list[dict[str, Any]]) -> list[str]:
 def write_page(contents: list[dict[str, Any]], folder: Path) -> Path | None:
     """Write report.html, the page of ``peftkern bench``, of all timed rows; None without them.
 
-    A row's "PEFT" is HF PEFT's faster form, its "peftkern" the best of our backends.
+    A row's "PEFT" is HF PEFT's faster form, its "peftkern" the best of our backends. What was
+    wrong, failed or hung stands there by name.
     """
     rows = []
     for row in (r for data in contents for r in data["rows"]):
@@ -324,11 +324,12 @@ def write_page(contents: list[dict[str, Any]], folder: Path) -> Path | None:
         others = {n: t for n in (PEFT_COMPILED, JOINED, BNB, OWNER, *PEERS) if (t := us(row, n))}
         values |= {name: time * 1e-6 for name, time in others.items()}
         rows.append({"row": row["key"], "unit": "s", "values": values, "note": f"by {ours[0]}"})
-    if not rows or find_spec("matplotlib") is None:
+    if not rows:
         return None
     from peftkern.cli.bench.page import render
     from peftkern.files.atomic import write_text_atomically
 
+    off = wrong([row for data in contents for row in data["rows"]])
     gpu = contents[0].get("gpu", {})
     dry = any(data.get("dry") for data in contents)
     page = {
@@ -336,6 +337,7 @@ def write_page(contents: list[dict[str, Any]], folder: Path) -> Path | None:
         "what": DRY if dry else "",
         "machine": {k: v for k, v in gpu.items() if isinstance(v, str | int | float)},
         "rows": rows,
+        "failed": dict(line.partition(": ")[::2] for line in off),
     }
     path = folder / "report.html"
     write_text_atomically(path, render(page))

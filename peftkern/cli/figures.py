@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import base64
 import io
+from importlib.util import find_spec
 from typing import Any
 
 INK, GRID = "#334155", "#e2e8f0"
+
+
+def can_draw() -> bool:
+    """True where matplotlib is installed."""
+    return find_spec("matplotlib") is not None
 
 
 def whole_numbers(axis: Any) -> None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from html import escape
-from importlib.util import find_spec
 from typing import Any
 
 from rich.console import Console
 
-from .figures import encode, figure, whole_numbers
+from .figures import can_draw, encode, figure, whole_numbers
 from .pages import definitions, image, page, shown_as_cards
 from .settings import TrainSettings
 
@@ -35,18 +34,17 @@ def report_of(
 ) -> str | None:
     """The page about a finished run, from its record and Trainer's log.
 
-    None when the settings ask for none, or without matplotlib, which is said.
+    None when the settings ask for none. Without matplotlib it has no plots, which is said.
     """
     if not settings.report:
         return None
-    if find_spec("matplotlib") is None:
-        console.print("report.html needs the package 'matplotlib': pip install matplotlib")
-        return None
+    if not can_draw():
+        console.print("report.html has no plots without 'matplotlib': pip install matplotlib")
     return render(settings, record, log)
 
 
 def render(settings: TrainSettings, record: dict[str, Any], log: list[dict[str, Any]]) -> str:
-    """The page as HTML, with its plots inside."""
+    """The page as HTML, with its plots inside where they can be drawn."""
     cards = []
     if record["after"] is not None and record["before"] is not None:
         for name, after in record["after"].items():
@@ -56,13 +54,15 @@ def render(settings: TrainSettings, record: dict[str, Any], log: list[dict[str, 
     cards.append((f"{record['peak_mib']:,.0f} MiB", "peak memory above the model"))
     options = {name: str(value) for name, value in settings.options().items()}
     told = {"peak memory": record["peak_is"], "steps": str(record["steps"])}
+    plots = ""
+    if can_draw():
+        drawn = image(curves(log), "loss, learning rate and speed by steps")
+        plots = f"<section><h2>The training</h2>{drawn}\n</section>\n"
     return page(
         f"{settings.method} on {settings.model}",
         f"""<p class="soft">{escape(record["runs_as"])}</p>
 {shown_as_cards(cards)}
-<section><h2>The training</h2>{image(curves(log), "loss, learning rate and speed by steps")}
-</section>
-<section><h2>The run</h2>{definitions(told)}</section>
+{plots}<section><h2>The run</h2>{definitions(told)}</section>
 <section><h2>The options</h2>{definitions(options)}</section>""",
     )
 

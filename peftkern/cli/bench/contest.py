@@ -7,22 +7,28 @@ import importlib
 import warnings
 from collections.abc import Callable
 from functools import partial
-from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import UserError, first_line
-from .measure import BARE, OURS, PEFT, Work
+from .measure import BARE, OURS, PEFT, Work, allocated, kept_bytes
+from .peers import PEERS, missing_peers
+from .remote import PeerGone, Remote
 from .settings import BenchSettings
 
-LIGER = "PEFT and Liger"
+# how far apart the libraries' numbers may be, of the largest: rounding is in another order
+APART = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 TASK = "CAUSAL_LM"
 
 
 class Contest:
     """The base model, and models of each library on its weights.
+
+    The other libraries (:mod:`.peers`) run in processes of their own, which end with the contest.
 
     Attributes:
         missing: {a peer: the reason that it is not measured}.
@@ -34,6 +40,19 @@ class Contest:
         self.missing = missing_peers(device)
         self._made: dict[float, dict[str, Any]] = {}
         self.vocabulary = self.base.get_input_embeddings().num_embeddings
+        self._remotes: dict[str, Remote] = {}
+        self._folder: TemporaryDirectory[str] | None = None
+
+    def __enter__(self) -> Contest:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for remote in self._remotes.values():
+            remote.close()
+        self._remotes.clear()
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
 
     def tokens(self, batch: int, length: int) -> Tensor:
         """Drawn token ids [batch, length], int64, the same at every call."""
@@ -49,17 +68,14 @@ class Contest:
         return self._made[dropout]
 
     def _make(self, dropout: float) -> dict[str, Any]:
-        found = {BARE: self.base, PEFT: self._adapted("peft", dropout)}
+        found = {BARE: self.base, PEFT: self.adapted("peft", dropout)}
         weights = draw(found[PEFT])
-        found[OURS] = self._adapted("peftkern", dropout)
+        found[OURS] = self.adapted("peftkern", dropout)
         load(found[OURS], weights)
-        if LIGER not in self.missing:
-            found[LIGER] = self._adapted("peft", dropout)
-            load(found[LIGER], weights)
-            _apply_liger(found[LIGER].get_base_model())
         return found
 
-    def _adapted(self, library: str, dropout: float) -> Any:
+    def adapted(self, library: str, dropout: float) -> Any:
+        """A model of ``library`` ("peft" or "peftkern") on the base's weights, as it starts."""
         lib = importlib.import_module(library)
         settings = self.settings
         targets: Any = settings.target_modules
@@ -90,6 +106,74 @@ class Contest:
         load(models[OURS], draw(models[PEFT]))
         return {name: model.eval() for name, model in models.items()}
 
+    def loss(self, name: str) -> float:
+        """The loss of one provider's model without dropout."""
+        ids = self.tokens(self.settings.batch_size, self.settings.length)
+        with torch.no_grad():
+            out = self.models(*self._made)[name].eval()(input_ids=ids, labels=ids, use_cache=False)
+        return float(out.loss)
+
+    def others(self, what: str, **request: Any) -> dict[str, Work]:
+        """The work of the libraries in processes of their own.
+
+        One that fails, or computes another loss than HF PEFT, is ``missing`` from then on.
+        """
+        works = {}
+        for name in [n for n in PEERS if n not in self.missing]:
+            try:
+                said = self._remote(name).ask(do=what, weights=self._weights(), **request)
+                expected = self.loss(PEFT)
+                apart = abs(said["loss"] - expected) / abs(expected)
+                if not apart <= APART[self.settings.dtype]:
+                    raise PeerGone(name, f"its loss differs from HF PEFT's by {apart:.1e}")
+                works[name] = self._remote(name).work()
+            except PeerGone as gone:
+                self.drop(gone)
+        return works
+
+    def memory_of_others(self) -> dict[str, tuple[float, float]]:
+        """{name: :meth:`Step.memory`} of those whose step was asked for last."""
+        found = {}
+        for name, remote in list(self._remotes.items()):
+            try:
+                said = remote.ask(do="memory")
+                found[name] = said["kept"], said["peak"]
+            except PeerGone as gone:
+                self.drop(gone)
+        return found
+
+    def drop(self, gone: PeerGone) -> None:
+        """Measure a library no more, and say why."""
+        self.missing[gone.name] = gone.reason
+        remote = self._remotes.pop(gone.name, None)
+        if remote is not None:
+            remote.close()
+
+    def _remote(self, name: str) -> Remote:
+        if name not in self._remotes:
+            setup = {
+                "settings": vars(self.settings),
+                "device": str(self.device),
+                "threads": torch.get_num_threads(),
+            }
+            self._remotes[name] = Remote(name, PEERS[name], setup, self._place())
+        return self._remotes[name]
+
+    def _place(self) -> Path:
+        if self._folder is None:
+            self._folder = TemporaryDirectory(prefix="peftkern-bench-")
+        return Path(self._folder.name)
+
+    def _weights(self) -> str:
+        """A file with A and B of the models as they are now."""
+        from safetensors.torch import save_file
+
+        path = self._place() / "adapter.safetensors"
+        model = self.models(*self._made)[PEFT]
+        tensors = {n: p.detach() for n, p in model.named_parameters() if "lora_" in n}
+        save_file(tensors, path)
+        return str(path)
+
     def work(self, run: Callable[..., Any], prepare: Any = None) -> Work:
         """The work of ``run``, which is over when the device has done it."""
         if self.device.type != "cuda":
@@ -103,12 +187,44 @@ class Contest:
         return Work(waits, prepare)
 
 
+class Alone(Contest):
+    """The model of one other library, in its own process.
+
+    ``weights`` is the file that A and B come from.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        build: Callable[[Contest, float], Any],
+        base: Any,
+        settings: BenchSettings,
+        device: torch.device,
+    ) -> None:
+        super().__init__(base, settings, device)
+        self.name, self.weights = name, ""
+        self.missing = dict.fromkeys(PEERS, "")
+        self._build = build
+
+    def renew(self, weights: str) -> None:
+        """Take A and B from this file from now on."""
+        self.weights = weights
+        self._made.clear()
+
+    def _make(self, dropout: float) -> dict[str, Any]:
+        from safetensors.torch import load_file
+
+        model = self._build(self, dropout)
+        load(model, load_file(self.weights, device=str(self.device)))
+        return {self.name: model}
+
+
 class Step:
     """A training step, forward and backward, on the models of a contest."""
 
     def __init__(self, contest: Contest, dropout: float) -> None:
         settings = contest.settings
-        self.models = contest.models(dropout)
+        self.contest, self.models = contest, contest.models(dropout)
         self.ids = contest.tokens(settings.batch_size, settings.length)
         # the frozen model has nothing to train: its floor is the gradient of its embeddings
         embedded = contest.base.get_input_embeddings()(self.ids).detach()
@@ -116,6 +232,13 @@ class Step:
         self.works = {
             n: contest.work(partial(self.run, n), partial(self.forget, n)) for n in self.models
         }
+        self.works |= contest.others("step", dropout=dropout)
+        self.ready()
+
+    def ready(self) -> None:
+        """Put the models into training mode."""
+        for model in self.models.values():
+            model.train()
 
     def loss(self, name: str) -> Tensor:
         """The loss of one provider's model."""
@@ -135,6 +258,53 @@ class Step:
         self.models[name].train().zero_grad()
         torch.manual_seed(3)
         return ()
+
+    def memory(self, name: str) -> tuple[float, float]:
+        """(bytes kept for the backward, most bytes at once beyond the weights) of a step."""
+        own = [*self.contest.base.parameters(), self.embedded, *self.models[name].parameters()]
+        self.forget(name)
+        self.run(name)  # what the first step alone needs (workspaces, tuned kernels) is no part
+        self.forget(name)
+        kept = kept_bytes(partial(self.loss, name), own)
+        self.forget(name)
+        return float(kept), float(self._peak(name))
+
+    def _peak(self, name: str) -> int:
+        device = self.contest.device
+        if device.type != "cuda":
+            return allocated(partial(self.run, name))[1]
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        self.run(name)
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+
+
+class Answer:
+    """An answer of ``new_tokens`` by greedy ``generate``, on the models of a contest."""
+
+    def __init__(self, contest: Contest, new_tokens: int | None = None) -> None:
+        settings = contest.settings
+        n = settings.new_tokens if new_tokens is None else new_tokens
+        self.models, self.ids = contest.models(), contest.tokens(1, settings.length)
+        how = {
+            "max_new_tokens": n,
+            "min_new_tokens": n,
+            "do_sample": False,
+            "attention_mask": torch.ones_like(self.ids),
+        }
+        self.works = {
+            name: contest.work(partial(model.generate, input_ids=self.ids, **how))
+            for name, model in self.models.items()
+        }
+        self.works |= contest.others("answer", new_tokens=n)
+        self.ready()
+
+    def ready(self) -> None:
+        """Put the models into evaluation mode."""
+        for model in self.models.values():
+            model.eval()
 
 
 def _plain(config: Any) -> dict[str, Any]:
@@ -161,29 +331,3 @@ def load(model: nn.Module, weights: dict[str, Tensor]) -> None:
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(weights[name])
-
-
-def missing_peers(device: torch.device) -> dict[str, str]:
-    """{peer: the reason that it is not measured here}."""
-    found = {}
-    if find_spec("liger_kernel") is None:
-        found[LIGER] = "liger-kernel is not installed"
-    elif device.type != "cuda":
-        found[LIGER] = "its kernels need a GPU"
-    for name, package in (("Unsloth", "unsloth"), ("LoRAFusion", "lorafusion")):
-        if find_spec(package) is None:
-            found[name] = f"{package} is not installed"
-        elif device.type != "cuda":
-            found[name] = "its kernels need a GPU"
-        else:
-            found[name] = "it takes the place of parts of transformers for the whole process"
-    return found
-
-
-def _apply_liger(model: Any) -> None:
-    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
-
-    apply = MODEL_TYPE_TO_APPLY_LIGER_FN.get(model.config.model_type)
-    if apply is None:
-        raise UserError(f"liger-kernel has nothing for {model.config.model_type}")
-    apply(model=model)

@@ -9,11 +9,8 @@ import pytest
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from .contest import Contest
+from .contest import APART, Contest
 from .plugin import RESULTS
-
-# how far apart the libraries' numbers may be, of the largest: rounding is in another order
-_APART = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 
 
 class Host:
@@ -42,7 +39,7 @@ class Host:
     @pytest.fixture
     def agree(self) -> Callable[[str, Any, Any], None]:
         """A function that notes a difference between ours and theirs beyond rounding."""
-        limit = _APART[self._contest.settings.dtype]
+        limit = APART[self._contest.settings.dtype]
 
         def check(what: str, ours: Any, theirs: Any) -> None:
             ours, theirs = ours.detach().double(), theirs.detach().double()

@@ -29,12 +29,14 @@ class Work:
     """The work of one provider in a round, of which only ``run`` is timed.
 
     ``prepare`` returns the arguments of ``run``; the result of ``run`` is kept alive until the
-    clock has stopped, and then passed to ``cleanup``.
+    clock has stopped, and then passed to ``cleanup``. Work that is done in another process has
+    ``timed`` instead, which does a number of calls there and returns their :func:`time_round`.
     """
 
     run: Callable[..., Any]
     prepare: Callable[[], tuple[Any, ...]] | None = None
     cleanup: Callable[[Any], Any] | None = None
+    timed: Callable[[int], tuple[float, float]] | None = None
 
 
 @dataclass
@@ -160,7 +162,7 @@ def interleave(
         for i in range(-warmup, rounds):
             first = i % len(names)
             for name in names[first:] + names[:first]:
-                wall, cpu = _round(works[name], calls)
+                wall, cpu = time_round(works[name], calls)
                 if i >= 0:
                     samples[name].wall.append(wall / calls)
                     samples[name].cpu.append(cpu / calls)
@@ -172,8 +174,10 @@ def interleave(
     return samples
 
 
-def _round(work: Work, calls: int) -> tuple[float, float]:
+def time_round(work: Work, calls: int) -> tuple[float, float]:
     """(wall, CPU) seconds of ``calls`` calls."""
+    if work.timed is not None:
+        return work.timed(calls)
     run = work.run
     args = work.prepare() if work.prepare is not None else ()
     out: Any = None

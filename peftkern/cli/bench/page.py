@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
 
@@ -42,34 +43,44 @@ def losses(rows: list[dict[str, Any]]) -> list[tuple[str, str, float]]:
     return found
 
 
-def verdict(rows: list[dict[str, Any]], wrong: list[str] = []) -> str:  # noqa: B006
-    """One line: peftkern's shares of HF PEFT's time and bytes, and where it loses."""
+def verdict(
+    rows: list[dict[str, Any]], wrong: Sequence[str] = (), failed: Iterable[str] = ()
+) -> str:
+    """One line: peftkern's shares of HF PEFT's time and bytes, where it loses, and what failed."""
     if wrong:
         return "the numbers of peftkern and HF PEFT differ: " + "; ".join(wrong)
     shares = [(row["row"], ratio) for row in rows if (ratio := ratio_of(row)) is not None]
+    broken = f" Failed: {'; '.join(failed)}." if failed else ""
     if not shares:
-        return "nothing was measured"
+        return f"nothing was measured.{broken}" if broken else "nothing was measured"
     told = ", ".join(f"{name} {ratio:.2f}" for name, ratio in shares)
     lost = losses(rows)
     behind = "; ".join(f"{n} ({r:.2f} of {_NAMES.get(rival, rival)})" for n, rival, r in lost)
-    return f"peftkern / HF PEFT: {told}. " + (f"It loses: {behind}." if lost else "It loses none.")
+    worst = f"It loses: {behind}." if lost else "It loses none."
+    return f"peftkern / HF PEFT: {told}. {worst}{broken}"
 
 
 def render(content: dict[str, Any]) -> str:
-    """The page about ``content``: {"title", "rows", "machine", "work", "missing", "wrong"}."""
+    """The page about ``content``.
+
+    Its keys: "title", "rows", and may be "what", "machine", "work", "missing", "wrong" and
+    "failed", {what failed: why}. Without matplotlib the page has no plot.
+    """
     rows = content["rows"]
-    wrong = content.get("wrong") or []
-    kind = "bad" if wrong else "ok"
+    wrong, failed = content.get("wrong") or [], content.get("failed") or {}
+    kind = "bad" if wrong or failed else "ok"
     body = [
         f'<p class="soft">{escape(content.get("what", ""))}</p>',
-        f'<div class="verdict {kind}">{escape(verdict(rows, wrong))}</div>',
+        f'<div class="verdict {kind}">{escape(verdict(rows, wrong, failed))}</div>',
     ]
-    if any(ratio_of(row) is not None for row in rows):
+    if figures.can_draw() and any(ratio_of(row) is not None for row in rows):
         image = pages.image(bars(rows), "peftkern's share of HF PEFT's time and bytes")
         body.append(
             f"<section><h2>peftkern / HF PEFT</h2>{image}<p><small>{_HOW}</small></p></section>"
         )
     body.append(f'<section><h2>In numbers</h2><div class="scroll">{_table(rows)}</div></section>')
+    if failed:
+        body.append(f"<section><h2>Failed</h2>{pages.definitions(failed)}</section>")
     if missing := content.get("missing"):
         body.append(f"<section><h2>Not measured</h2>{pages.definitions(missing)}</section>")
     facts = {**_texts(content.get("work", {})), **_texts(content.get("machine", {}))}

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import sys
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ import torch
 from .measure import OURS, PROVIDERS, Result, quantiles
 
 _HEADINGS = ("row", *PROVIDERS, "ratio", "paired", "CPU", "floor", "target", "")
+_PEERS = ("liger-kernel", "unsloth", "lorafusion")
 _SCALES = {
     "s": ((1.0, "s"), (1e-3, "ms"), (1e-6, "us")),
     "B": ((2.0**20, "MiB"), (2.0**10, "KiB"), (1.0, "B")),
@@ -81,20 +83,30 @@ def explain(results: list[Result]) -> list[str]:
     return lines
 
 
-def machine() -> dict[str, Any]:
-    """Facts of the machine and the code: processor, GPU, threads, versions."""
+def machine(gpu: bool = True) -> dict[str, Any]:
+    """Facts of the machine and the code: processor, GPU (if ``gpu``), threads, versions."""
+    on_gpu = gpu and torch.cuda.is_available()
     return {
         "cpu": _cpu_model(),
         "cpus": _cpus(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu": torch.cuda.get_device_name() if on_gpu else None,
         "threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "load": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
         "system": platform.platform(),
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
+        "versions": _versions("torch", "transformers", "peft", *_PEERS),
         "peftkern": _our_version(),
     }
+
+
+def _versions(*names: str) -> dict[str, str]:
+    """{package: its version} of those that are installed."""
+    found = {}
+    for name in names:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def _our_version() -> str:

@@ -15,7 +15,8 @@ import torch
 
 from ...files.atomic import write_text_atomically
 from ..errors import RunError, UserError
-from ..modelio import hush_transformers, load_model, locate_model
+from ..figures import can_draw
+from ..modelio import hush_transformers
 from ..ranks import on_cpu
 from .settings import BenchSettings
 
@@ -23,7 +24,6 @@ _NEEDED = {
     "peft": "peft",
     "pytest": "pytest",
     "pytest_benchmark": "pytest-benchmark",
-    "matplotlib": "matplotlib",
 }
 SUITE = Path(__file__).parent / "suite" / "bench_model.py"
 
@@ -50,7 +50,9 @@ def bench(settings: BenchSettings) -> dict[str, Any]:
 
     write_text_atomically(out / "results.json", json.dumps(content, indent=1) + "\n")
     write_text_atomically(out / "report.html", render(content))
-    print(verdict(content["rows"], content["wrong"]))
+    print(verdict(content["rows"], content["wrong"], content["failed"]))
+    if not can_draw():
+        print("report.html has no plot without 'matplotlib': pip install matplotlib")
     print(f"written: {out / 'report.html'}, {out / 'results.json'}")
     if content["failed"]:
         raise RunError("; ".join(f"{name}: {why}" for name, why in content["failed"].items()))
@@ -62,6 +64,7 @@ def bench(settings: BenchSettings) -> dict[str, Any]:
 def _measured(settings: BenchSettings) -> dict[str, Any]:
     import pytest
 
+    from .base import base_of
     from .contest import Contest
     from .host import Host
     from .rows import machine
@@ -69,7 +72,7 @@ def _measured(settings: BenchSettings) -> dict[str, Any]:
     device = torch.device(
         "cuda" if torch.cuda.is_available() and not on_cpu(settings.cpu) else "cpu"
     )
-    contest = Contest(_base(settings).to(device), settings, device)
+    contest = Contest(base_of(settings).to(device), settings, device)
     host = Host(contest)
     words = io.StringIO()
     args = [
@@ -79,43 +82,21 @@ def _measured(settings: BenchSettings) -> dict[str, Any]:
         "-o", "python_files=bench_*.py", "-o", "python_functions=bench_*",
         "-k", " or ".join(f"bench_{part}" for part in settings.parts),
     ]  # fmt: skip
-    with contextlib.redirect_stdout(words):
+    with contest, contextlib.redirect_stdout(words):
         code = pytest.main(args, plugins=[host])
     if code not in (0, 1) or not (host.rows or host.failed):
         raise RunError(f"the suite did not run: {words.getvalue().strip()[-500:]}")
     now = datetime.datetime.now(datetime.UTC).replace(microsecond=0)
     model = settings.model or "a random Llama, 256 wide with 4 layers"
+    name = Path(model).resolve().name if settings.model else model
     return {
-        "title": f"peftkern beside HF PEFT: {Path(model).name if settings.model else model}",
+        "title": f"peftkern beside HF PEFT: {name}",
         "what": f"{model}, {settings.dtype}, on {device.type}; {now:%Y-%m-%d %H:%M} UTC",
         "date": now.isoformat(),
-        "machine": machine(),
+        "machine": machine(gpu=device.type == "cuda"),
         "work": {k: v for k, v in vars(settings).items() if k not in ("out", "model")},
         "missing": contest.missing,
         "wrong": host.wrong,
         "failed": host.failed,
         "rows": [row.as_json() for row in host.rows if row.name != "training step for memory"],
     }
-
-
-def _base(settings: BenchSettings) -> Any:
-    dtype = getattr(torch, settings.dtype)
-    if settings.model is not None:
-        return load_model(*_placed(settings), dtype=dtype)
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    sizes = {
-        "hidden_size": 256,
-        "intermediate_size": 896,
-        "num_hidden_layers": 4,
-        "vocab_size": 2048,
-    }
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 1, "max_position_embeddings": 2048}
-    tokens = {"bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
-    return LlamaForCausalLM(LlamaConfig(**sizes, **heads, **tokens)).to(dtype)
-
-
-def _placed(settings: BenchSettings) -> tuple[str, str, str | None]:
-    folder, gguf_file = locate_model(settings.model or "", settings.gguf_file)
-    return folder, "causal_lm", gguf_file
