@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 import peftkern
-from peftkern.tuners.lora import Linear, adding, restore
+from peftkern.tuners.lora import Linear, adding, restore, unloading
 from peftkern.tuners.lora.adding import Sum
 from peftkern.tuners.lora.exact_product import ExactProduct
 from peftkern.tuners.lora.restore import KeptCopy, KeptSum
@@ -576,3 +576,26 @@ def test_prompts_have_nothing_to_merge():
         for how in ("merge_adapter", "unmerge_adapter", "merge_and_unload", "unload"):
             with pytest.raises(AttributeError, match=how):
                 getattr(model, how)()
+
+
+def test_merging_walks_a_model_twice_and_never_fails_to_find_a_hook():
+    """The modules' walks and failed look-ups took as long as a small layer's arithmetic."""
+    config = peftkern.LoraConfig(target_modules="all-linear")
+    model, walks, missed = peftkern.get_peft_model(make("llama"), config), [], []
+    found, of = unloading.all_modules, nn.Module.__getattr__
+
+    def walk(root):
+        walks.append(root)
+        return found(root)
+
+    def look(module, name):
+        missed.append(name)
+        return of(module, name)
+
+    with (
+        mock.patch.object(unloading, "all_modules", walk),
+        mock.patch.object(nn.Module, "__getattr__", look),
+    ):
+        model.merge_adapter()
+    assert len(walks) == 2  # for adapter layers, and for modules that train in full
+    assert missed and "_hf_hook" not in missed

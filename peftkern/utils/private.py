@@ -470,7 +470,8 @@ def compressed_forward(module: Any) -> Any:
 
 def hook_of(module: Any) -> Any:
     """The hook that accelerate put on a module, or None."""
-    return getattr(module, "_hf_hook", None)
+    # not getattr: for a module without hook torch raises and catches an error
+    return module.__dict__.get("_hf_hook")
 
 
 def forward_of(module: Any) -> Callable[..., Any]:

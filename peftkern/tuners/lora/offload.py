@@ -17,6 +17,8 @@ from ..base_layer import all_modules
 
 def offloading(module: Any) -> list[Any]:
     """The hooks by which accelerate keeps the module's weights in host memory or on disk."""
+    if hook_of(module) is None:
+        return []
     return [one for one in _hooks(module) if getattr(one, "offload", False)]
 
 

@@ -36,12 +36,17 @@ class ModelMerging:
     peft_config: dict[str, Any]
     targeted_module_names: list[str]
 
-    def _check_merge_allowed(self, in_place: bool = True, dense: bool = False) -> None:
+    def _check_merge_allowed(
+        self, in_place: bool = True, dense: bool = False, layers: list[Any] | None = None
+    ) -> None:
         """Raise a ValueError when adapters cannot be merged.
 
-        With ``in_place``, warn when tied weights are adapted, as they stay tied.
+        With ``in_place``, warn when tied weights are adapted, as they stay tied. ``layers`` are the
+        model's adapter layers where the caller has them already.
         """
-        adapted = Parting(self.model).adapted(self._tuner_layers()) if in_place else []
+        adapted = []
+        if in_place:
+            adapted = Parting(self.model).adapted(layers or self._tuner_layers())
         if adapted:
             warnings.warn(TIED.format(adapted), stacklevel=4)
         if getattr(self.model, "quantization_method", None) == "gptq" and not dense:
@@ -101,9 +106,9 @@ class ModelMerging:
 
         After an error only the layers that were merged before are merged.
         """
-        self._check_merge_allowed()
-        self._check_names(adapter_names)
         layers = self._tuner_layers()
+        self._check_merge_allowed(layers=layers)
+        self._check_names(adapter_names)
         copies = self._choose_copies(adapter_names, safe_merge)
         before = [(layer, len(layer.merged_adapters)) for layer in layers]
         try:
