@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from ..tuners.lora.base import LoraLayer
+from ..utils.peft_types import PeftType
 from .after_settings import MergeSettings
 from .errors import UserError, first_line
 from .modelio import hush_transformers
@@ -31,9 +32,10 @@ def merge(settings: MergeSettings, console: Console | None = None) -> Path:
     weights = weights_of(settings.weights, opened)
     for name, config in opened.configs.items():
         if config.is_prompt_learning:
+            method = PeftType(config.peft_type).value
             raise UserError(
-                f"--adapter {opened.adapters[name]}: virtual tokens ({config.peft_type.value}) "
-                "cannot be merged into weights"
+                f"--adapter {opened.adapters[name]}: virtual tokens ({method}) cannot be merged "
+                "into weights"
             )
     usual = None if settings.load_in else "auto"
     dtype = dtype_of(settings.dtype, settings.cpu, usual)
