@@ -150,10 +150,13 @@ def test_a_backward_sums_what_siblings_read_once(headline: Ran) -> None:
     [
         ("KaSA", "`model.layers.0.self_attn.o_proj` has the plan 'rowwise', and kasa_config is"),
         ("CorDA", "`model.layers.0.self_attn.o_proj` has the plan 'rowwise', and init_lora"),
-        ("modules_to_save", "`lm_head` has the plan 'colwise_gather_output', and a module"),
         ("tokens", "`model.embed_tokens` has the plan 'embedding_rowwise', and `trainable_tok"),
         ("replication", "`layer_replication` cannot copy"),
         ("experts", "`model.layers.0.mlp.experts.down_proj` has the plan 'rowwise', and `target_p"),
+        (
+            "experts in full",
+            "`model.layers.0.mlp.experts` has the plan 'moe_tp_experts', and a mod",
+        ),
         ("prefix", "`model.layers.*.self_attn.k_proj` has the plan 'rowwise_split_input', and a"),
     ],
 )

@@ -73,6 +73,11 @@ CASES: dict[str, dict[str, Any]] = {
         "plan": {"model.embed_tokens": "embedding_colwise"},
         "use_dora": True,
     },
+    "modules in full": {
+        "target_modules": ["q_proj", "o_proj", "up_proj"],
+        "modules_to_save": ["lm_head", "embed_tokens", "v_proj", "down_proj"],
+    },
+    "a block in full": {"target_modules": ["q_proj"], "modules_to_save": ["mlp"]},
     "older names": {
         "target_modules": MLP,
         "plan": {name: _OLDER[style] for name, style in WHOLE.items()},
@@ -93,7 +98,6 @@ PROMPTS: dict[str, Any] = {
 REFUSED: dict[str, dict[str, Any]] = {
     "KaSA": {"target_modules": ["o_proj"], "kasa_config": peftkern.KasaConfig()},
     "CorDA": {"target_modules": ["o_proj"], "init_lora_weights": "corda"},
-    "modules_to_save": {"target_modules": ["o_proj"], "modules_to_save": ["lm_head"]},
     "tokens": {"target_modules": ["o_proj"], "trainable_token_indices": [1, 2]},
     "replication": {"target_modules": ["o_proj"], "layer_replication": [[0, 2], [1, 2]]},
 }
@@ -283,11 +287,15 @@ def _refused(rank: int, folder: Path) -> dict[str, str]:
             found[name] = str(error)
         assert {n: id(m) for n, m in model.named_modules()} == before, name
     mixture = mixture_of(folder, True)
-    settings = {"target_modules": [], "target_parameters": ["experts.down_proj"]}
-    try:
-        peftkern.get_peft_model(mixture, peftkern.LoraConfig(**settings))
-    except ValueError as error:
-        found["experts"] = str(error)
+    asked: dict[str, dict[str, Any]] = {
+        "experts": {"target_modules": [], "target_parameters": ["experts.down_proj"]},
+        "experts in full": {"target_modules": ["o_proj"], "modules_to_save": ["mlp"]},
+    }
+    for name, settings in asked.items():
+        try:
+            peftkern.get_peft_model(mixture, peftkern.LoraConfig(**settings))
+        except ValueError as error:
+            found[name] = str(error)
     plan = {"model.layers.*.self_attn.k_proj": "rowwise_split_input"}
     try:
         peftkern.get_peft_model(llama(folder / "llama", True, plan), PROMPTS["prefix"]())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from ..utils.handing import HERE, TokenNames, hand_over
 from ..utils.module_tree import get_submodules, set_layer_requires_grad
 from ..utils.places import ends_with_words, further_names, outside_of, replace
 from ..utils.zero3 import gathered
+from .tensor_parallel import copied
 
 # modules that hold others and have no forward of their own
 CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
@@ -128,7 +128,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         self._adapters.add(adapter_name)
         if adapter_name not in self.modules_to_save:
             with gathered(self.original_module.parameters()):
-                self.modules_to_save[adapter_name] = copy.deepcopy(self.original_module)
+                self.modules_to_save[adapter_name] = copied(self.original_module)
         self.original_module.requires_grad_(False)
         self.modules_to_save[adapter_name].requires_grad_(adapter_name in self.active_adapters)
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from copy import deepcopy
+from inspect import getclosurevars
 from typing import Any, NamedTuple
 
 import torch
@@ -103,18 +105,72 @@ def refusal(key: str, plan: str | None, reason: str) -> ValueError:
     return ValueError(f"Tensor parallelism: `{key}` {has}, and {reason}. Nothing was changed.")
 
 
+class Installed(NamedTuple):
+    """What has put a sharded module's ``forward`` there: a style of transformers, and a mesh."""
+
+    style: Any
+    mesh: Any
+
+
+def installed(module: nn.Module) -> Installed | None:
+    """What makes the same ``forward`` for a copy of ``module``; None when that is not known.
+
+    transformers' forward is a function that holds its style, the mesh and the forward within.
+    """
+    held = getclosurevars(module.__dict__["forward"]).nonlocals if of_transformers(module) else {}
+    style, mesh, within = (held.get(name) for name in ("self", "mesh", "original_forward"))
+    own = getattr(within, "__func__", None) is type(module).forward
+    if not own or mesh is None or not hasattr(style, "install_forward"):
+        return None
+    return Installed(style, mesh)
+
+
+def copied(module: nn.Module) -> nn.Module:
+    """A deep copy of a module; what ranks share out in it is shared out in the copy too.
+
+    :func:`check_copied` has refused modules of which no copy can be made.
+    """
+    # deepcopy of a DTensor ends in "invalid python storage"
+    parts = {p: p.detach().clone() for p in module.parameters() if is_shard(p)}
+    memo: dict[int, Any] = {
+        id(p): nn.Parameter(part, requires_grad=p.requires_grad) for p, part in parts.items()
+    }
+    found = deepcopy(module, memo)
+    for old, new in zip(module.modules(), found.modules(), strict=True):
+        if of_transformers(old) and (how := installed(old)) is not None:
+            del new.__dict__["forward"]  # it is the original's
+            how.style.install_forward(new, how.mesh)
+    return found
+
+
+def _not_copied(module: nn.Module) -> str | None:
+    """The name of the first module in ``module`` ("" for itself) that `copied` cannot copy."""
+    for name, part in module.named_modules():
+        replaced = "forward" in part.__dict__
+        shards: list[Any] = [p for p in part._parameters.values() if is_shard(p)]
+        plain = all(
+            p.device_mesh.ndim == 1 and type(place).__name__ in ("Shard", "Replicate")
+            for p in shards
+            for place in p.placements
+        )
+        if not plain or (replaced and installed(part) is None):
+            return name
+    return None
+
+
 def check_copied(model: nn.Module, plan: TensorParallel | None, keys: Iterable[str]) -> None:
-    """Refuse modules to train in full that ranks share out.
+    """Refuse modules to train in full that ranks share out in a way which no copy can have.
 
     Raises:
         ValueError: one of the modules named ``keys`` is or holds such a one.
     """
     for key in () if plan is None else keys:
-        inside = shared_part(model.get_submodule(key))
+        module = model.get_submodule(key)
+        inside = None if shared_part(module) is None else _not_copied(module)
         if inside is not None:
             at = f"{key}.{inside}" if inside else key
             assert plan is not None
-            reason = "a module that trains in full cannot be a copy of one that ranks share out"
+            reason = "a module that trains in full cannot be a copy of one that is shared out so"
             raise refusal(at, plan.of(at), reason)
 
 

@@ -117,7 +117,7 @@ class ParallelTargets:
         """
         if self.plan is None:
             return
-        check_copied(self.model, self.plan, (*whole, *extra.saved))
+        check_copied(self.model, self.plan, whole)
         for target in extra.tokens:
             if shared_part(self.model.get_submodule(target.key)) is not None:
                 reason = "`trainable_token_indices` reads whole embeddings alone"
@@ -128,9 +128,9 @@ class ParallelTargets:
             if parameter is None or is_shard(parameter):
                 reason = "`target_parameters` takes whole parameters alone"
                 raise refusal(target.key, self.plan.of(target.key), reason)
-        for key in extra.tied:
+        for key in (*extra.tied, *extra.saved):
             if shared_part(self.model.get_submodule(key)) is not None:
-                reason = "`ensure_weight_tying` ties adapters of whole layers alone"
+                reason = "`ensure_weight_tying` ties whole layers alone"
                 raise refusal(key, self.plan.of(key), reason)
 
 
