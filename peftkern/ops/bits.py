@@ -27,9 +27,8 @@ def pack_bits(keep: Tensor) -> Tensor:
     if padded != columns:
         keep = torch.nn.functional.pad(keep, (0, padded - columns))
     lanes = keep.contiguous().view(torch.int64)  # [M, padded / 8]
-    # shifted in place: a second temporary as large as the mask costs more than the shift itself
-    top = (lanes * _GATHER).bitwise_right_shift_(56)
-    return top.to(torch.uint8).view(torch.int32).view(rows, padded // 32)
+    # not in place: a selective checkpoint may keep the product, and refuses one that was changed
+    return (lanes * _GATHER >> 56).to(torch.uint8).view(torch.int32).view(rows, padded // 32)
 
 
 def _table(dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -305,7 +305,8 @@ def told(args: Any, result: Any, heard: list[Started]) -> list[Any]:
     An address that is not one of the call's tensors is of a new tensor: these are numbered as they
     appear. Triton's dispatch passes tensors where a plan passes addresses.
     """
-    inputs = [(t.data_ptr(), t.data_ptr() + t.untyped_storage().nbytes()) for t in tensors_in(args)]
+    storages = [t.untyped_storage() for t in tensors_in(args)]
+    inputs = [(s.data_ptr(), s.data_ptr() + s.nbytes()) for s in storages]
     new: list[int] = []
 
     def address(at: int) -> Any:
