@@ -157,6 +157,15 @@ def test_a_backward_sums_what_siblings_read_once(headline: Ran) -> None:
             "experts in full",
             "`model.layers.0.mlp.experts` has the plan 'moe_tp_experts', and a mod",
         ),
+        (
+            "FSDP too",
+            "`model.layers.0.self_attn.o_proj` has the plan 'rowwise', and its weight is sharded "
+            "over 2 dimension(s) of ranks",
+        ),
+        (
+            "FSDP too, in full",
+            "`model.layers.0.mlp.gate_proj` has the plan 'colwise', and a module",
+        ),
         ("prefix", "`model.layers.*.self_attn.k_proj` has the plan 'rowwise_split_input', and a"),
     ],
 )

@@ -15,6 +15,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import peftkern
@@ -100,6 +101,11 @@ REFUSED: dict[str, dict[str, Any]] = {
     "CorDA": {"target_modules": ["o_proj"], "init_lora_weights": "corda"},
     "tokens": {"target_modules": ["o_proj"], "trainable_token_indices": [1, 2]},
     "replication": {"target_modules": ["o_proj"], "layer_replication": [[0, 2], [1, 2]]},
+}
+# and of a model that FSDP has divided too
+DIVIDED: dict[str, dict[str, Any]] = {
+    "FSDP too": {"target_modules": ["embed_tokens", "o_proj"]},
+    "FSDP too, in full": {"target_modules": ["embed_tokens"], "modules_to_save": ["mlp"]},
 }
 _OWN = ("tied", "plan", "two", "reentrant")
 
@@ -301,7 +307,26 @@ def _refused(rank: int, folder: Path) -> dict[str, str]:
         peftkern.get_peft_model(llama(folder / "llama", True, plan), PROMPTS["prefix"]())
     except ValueError as error:
         found["prefix"] = str(error)
+    divided = divided_again(folder)
+    before = {n: id(m) for n, m in divided.named_modules()}
+    for name, settings in DIVIDED.items():
+        try:
+            peftkern.get_peft_model(divided, peftkern.LoraConfig(**settings))
+        except ValueError as error:
+            found[name] = str(error)
+        assert {n: id(m) for n, m in divided.named_modules()} == before, name
     return found
+
+
+def divided_again(folder: Path) -> Any:
+    """The Llama shared out by tensor parallelism, of which FSDP2 has divided each layer too."""
+    from torch.distributed.fsdp import fully_shard
+
+    model = llama(folder / "llama", True)
+    mesh = init_device_mesh("cpu", (1, RANKS), mesh_dim_names=("fsdp", "tp"))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh["fsdp"])
+    return model
 
 
 def mixture_of(folder: Path, shared: bool) -> Any:
