@@ -166,6 +166,7 @@ def test_a_backward_sums_what_siblings_read_once(headline: Ran) -> None:
             "FSDP too, in full",
             "`model.layers.0.mlp.gate_proj` has the plan 'colwise', and a module",
         ),
+        ("three heads", "`model.layers.0.self_attn.q_proj` has the plan 'colwise', and 2 ranks"),
         ("prefix", "`model.layers.*.self_attn.k_proj` has the plan 'rowwise_split_input', and a"),
     ],
 )

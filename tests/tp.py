@@ -110,16 +110,16 @@ DIVIDED: dict[str, dict[str, Any]] = {
 _OWN = ("tied", "plan", "two", "reentrant")
 
 
-def save_llama(folder: Path, tied: bool = False) -> None:
-    """A Llama with sizes that the ranks cannot share out evenly, but for its heads."""
+def save_llama(folder: Path, tied: bool = False, heads: int = 4) -> None:
+    """A Llama with sizes that the ranks cannot share out evenly, but for its 4 heads of 8."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=61,
-        hidden_size=32,
+        hidden_size=8 * heads,
         intermediate_size=45,
         num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        num_attention_heads=heads,
+        num_key_value_heads=1 if heads % 2 else 2,
         max_position_embeddings=32,
         attention_bias=True,
         mlp_bias=True,
@@ -307,6 +307,13 @@ def _refused(rank: int, folder: Path) -> dict[str, str]:
         peftkern.get_peft_model(llama(folder / "llama", True, plan), PROMPTS["prefix"]())
     except ValueError as error:
         found["prefix"] = str(error)
+    uneven = llama(folder / "three heads", True)
+    before = {n: id(m) for n, m in uneven.named_modules()}
+    try:
+        peftkern.get_peft_model(uneven, peftkern.LoraConfig(target_modules=["q_proj"]))
+    except ValueError as error:
+        found["three heads"] = str(error)
+    assert {n: id(m) for n, m in uneven.named_modules()} == before
     divided = divided_again(folder)
     before = {n: id(m) for n, m in divided.named_modules()}
     for name, settings in DIVIDED.items():
@@ -487,6 +494,7 @@ def _run(rank: int, folder: Path, names: list[str]) -> dict[str, Any]:
 def main(folder: Path, names: list[str]) -> None:
     save_llama(folder / "llama")
     save_llama(folder / "tied", tied=True)
+    save_llama(folder / "three heads", heads=3)
     save_mixture(folder / "mixture")
     fork(folder, RANKS, lambda rank: _run(rank, folder, names))
 

@@ -218,6 +218,40 @@ def own_heads(heads: int, model: Any) -> int:
     return heads // mesh.size()
 
 
+# projections that transformers' attention cuts into heads, and the setting with their number
+_HEADS = {
+    "q_proj": "num_attention_heads",
+    "k_proj": "num_key_value_heads",
+    "v_proj": "num_key_value_heads",
+}
+
+
+def check_heads(model: nn.Module, plan: TensorParallel | None) -> None:
+    """Refuse attention of which a rank gets a part of a head: its own forward would fail.
+
+    Raises:
+        ValueError: the ranks cannot share out the heads of a ``colwise`` projection.
+    """
+    for name, attention in () if plan is None else model.named_modules():
+        head_dim = getattr(attention, "head_dim", None)
+        if not isinstance(head_dim, int):
+            continue
+        for child, setting in _HEADS.items():
+            base: Any = attention._modules.get(child)
+            heads = getattr(getattr(attention, "config", None), setting, None)
+            if type(base) is not nn.Linear or not is_shard(base.weight):
+                continue
+            # other sizes are cut in other ways
+            if not isinstance(heads, int) or heads * head_dim != base.out_features:
+                continue
+            weight: Any = base.weight
+            ranks, key = weight.device_mesh.size(-1), f"{name}.{child}"  # FSDP's are others
+            assert plan is not None
+            if plan.of(key) == "colwise" and heads % ranks:
+                reason = f"{ranks} ranks cannot share out its {heads} heads"
+                raise refusal(key, "colwise", reason)
+
+
 @torch.no_grad()
 def same_on_all_ranks(tensors: Iterable[Tensor], model: nn.Module) -> None:
     """Give each rank the first rank's values of plain tensors that a sharded model gets.

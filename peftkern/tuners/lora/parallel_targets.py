@@ -17,6 +17,7 @@ from ..tensor_parallel import (
     STYLES,
     TensorParallel,
     check_copied,
+    check_heads,
     refusal,
     shared_part,
 )
@@ -40,6 +41,7 @@ class ParallelTargets:
 
     def __init__(self, plan: TensorParallel | None, model: nn.Module, config: LoraConfig) -> None:
         self.plan, self.model, self.config = plan, model, config
+        check_heads(model, plan)
         if plan is not None and config.layer_replication:
             raise ValueError(
                 "`layer_replication` cannot copy layers that tensor parallelism has sharded: "
