@@ -103,7 +103,7 @@ def default_config(
     return GemmConfig(
         block_m,
         64 if masked and group > 1 else 128,
-        32 if arch.shared < 160_000 else 64,
+        32 if arch.shared < 160_000 and arch.capability < 120 else 64,
         tma=arch.capability >= 90,
         num_warps=8 if block_m == 128 else 4,
     )

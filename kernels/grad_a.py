@@ -77,13 +77,14 @@ def default_config(
     if tight and 48 < held <= 64:
         block_k, split = 64, max(1, min(arch.sms // cdiv(K, 64), cdiv(M, 256)))
     small = arch.blackwell and held <= 32  # Triton 3.9 spills these on four warps, 3.6 larger on 8
+    lean = block_k == 32 and arch.shared < 160_000  # Triton 3.9 spills these on eight warps
     block_m = 128 if block_k == 32 else 64
     beside = block_m * itemsize * held + len(ranks) * block_m * block_k // 8
     return GradAConfig(
         block_m=block_m,
         block_k=block_k,
         split_m=split,
-        num_warps=8 if held > 64 or (block_k == 32 and (tight or small)) else 4,
+        num_warps=8 if (held > 64 and not lean) or (block_k == 32 and (tight or small)) else 4,
         num_stages=stages(
             arch,
             cdiv(K, block_k) * split,

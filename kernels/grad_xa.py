@@ -75,7 +75,7 @@ def default_config(
     if (tall and arch.shared > 160_000) or (own and held <= 32):
         block_m = 128
     many = programs > arch.sms
-    exact = arch.capability == 80 or (arch.blackwell and not many)
+    exact = arch.capability in (80, 120) or (arch.blackwell and not many)
     full = held > 64 or (itemsize == 4 and exact)
     num_warps = 8 if alone or own or full else 4
     resident = 2 if many and (num_warps == 4 or not arch.warpgroups) else 1

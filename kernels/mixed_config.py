@@ -150,8 +150,8 @@ def _default(
     most = 16 if exact else 32 if block_m == 128 else 64 if block_m == 64 else 128
     finish_n = FINISH_N if aligned else 32
     if block_m == 128 and any(r * adapter_itemsize % 16 for r in ranks):
-        # rows of B read one element at a time spill on sm_90 (Triton 3.9) and sm_120 (3.6)
-        most, finish_n = 16, 32
+        # rows of B read one element at a time spill on sm_89, sm_90 (Triton 3.9) and sm_120 (3.6)
+        most, finish_n = 16, 16 if arch.capability == 89 else 32
     if block_m == 128 and split == 1 and not arch.warpgroups:  # operands are in registers, too
         most = 16
     block_l = min(lanes, most)

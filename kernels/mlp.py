@@ -67,19 +67,27 @@ def fits(r: int) -> bool:
 
 
 def default_config(
-    M: int, K: int, r: int, arch: Arch, itemsize: int = 2, copied: bool = False
+    M: int,
+    K: int,
+    r: int,
+    arch: Arch,
+    itemsize: int = 2,
+    copied: bool = False,
+    crowded: bool = False,
 ) -> MlpConfig:
     """A config with as many programs as fit the device; r is 0 without an adapter.
 
     Exponentials and roundings take about as long as the copies, so there must be many warps. K is
     split for them, into parts of at least 512, because partials of S are small. With an fp8 copy
-    (``copied``) tiles are as wide as what shares a scale.
+    (``copied``) tiles are as wide as what shares a scale. ``crowded``: beside it are a mask and
+    low-rank parts of G and U.
     """
     # Fewer rows where 64 spill, or where on sm_100 they would make the product one of tcgen05,
     # whose operands pass through registers.
     small = arch.blackwell or arch.shared <= 160_000 or itemsize == 4
     tall = 32 if r == 0 or (r <= 32 and small) or (r > 64 and not arch.warpgroups) else 64
-    block_m = min(32 if copied else tall, max(16, next_pow2(M)))
+    rows = 16 if crowded else 32  # with 32 Triton 3.9 spills there
+    block_m = min(rows if copied else tall, max(16, next_pow2(M)))
     warps = 8 if r > 32 or copied else 4
     slots = arch.sms * (16 // warps)
     return MlpConfig(
@@ -332,7 +340,8 @@ def mlp(
     if config is None:
         r = a.shape[0] if a is not None and fused else 0
         copied = copy is not None and fused
-        config = default_config(M, K, r, arch, gate.element_size(), copied)
+        crowded = words is not None and any(pair is not None for pair in inner)
+        config = default_config(M, K, r, arch, gate.element_size(), copied, crowded)
     if h is None or a is None or s is None or fused:
         fp8_rows.check_width("config.block_k", config.block_k, copy)
         launches = plan_mlp(gate, up, act, h, a, words, scale, s, config, copy, inner, draw)

@@ -108,8 +108,8 @@ def default_config(
     low, sums = ways(r, itemsize, arch)
     block_k = 128 if low or not sums or copied else 64
     warps = 8
-    if low and r and arch.warpgroups and not masked:
-        warps = 16  # with a mask, and on sm_80, they spill
+    if low and r and arch.warpgroups and not masked and not copied:
+        warps = 16  # with a mask or an fp8 copy, and on sm_80, they spill
     elif sums and r > PART_RANK and not arch.warpgroups:
         warps = 4  # with 8 the assembler keeps to 128 registers on sm_120, and spills
     slots = arch.sms * (1 if r > 64 or (low and r) else 2)  # programs that fit, by registers

@@ -49,7 +49,9 @@ class AttendConfig:
         checks.blocks(self, block_m=self.block_m, block_n=self.block_n)
 
 
-def default_config(D: int, arch: Arch, itemsize: int = 2, hidden: bool = False) -> AttendConfig:
+def default_config(
+    D: int, arch: Arch, itemsize: int = 2, hidden: bool = False, causal: bool = False
+) -> AttendConfig:
     """A config with the largest tiles that fit.
 
     The accumulator [block_m, D] must stay in registers, and keys and values in flight in shared
@@ -61,8 +63,12 @@ def default_config(D: int, arch: Arch, itemsize: int = 2, hidden: bool = False) 
     if D <= 64:
         if hidden and arch.blackwell:  # 64 keys spill there (Triton 3.9)
             return AttendConfig(128, 32, 8, 5)
+        if causal and not hidden and not arch.warpgroups:  # 32 keys spill there (Triton 3.9)
+            return AttendConfig(128, 16, 4, 3)
         return AttendConfig(128, 64 if arch.warpgroups else 32, 8 if arch.blackwell else 4, 3)
     if D <= 128:
+        if hidden and arch.capability == 120:  # 32 keys spill there (Triton 3.9)
+            return AttendConfig(128, 16, 8, 4)
         return AttendConfig(128, 64 if roomy else 32, 8, 3)
     if arch.warpgroups:
         return AttendConfig(128, 32, 8, 2)
@@ -292,7 +298,9 @@ def attend(
     o, lse = problem.rows_like_q(), q.new_empty(q.shape[:3], dtype=torch.float32)
     if o.numel():
         hidden = keep is not None or window is not None
-        config = config or default_config(q.shape[3], arch_of(q.device), q.element_size(), hidden)
+        config = config or default_config(
+            q.shape[3], arch_of(q.device), q.element_size(), hidden, causal
+        )
         for launch in plan_attend(problem, o, lse, config):
             launch.run()
     return o, lse

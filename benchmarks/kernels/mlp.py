@@ -108,7 +108,7 @@ def _cases(arch: Arch) -> Iterator[Case]:
         if arch.capability == FP8_PRODUCTS
         else ()
     ):
-        config = mlp.default_config(M, WIDE, r, arch, copied=True)
+        config = mlp.default_config(M, WIDE, r, arch, copied=True, crowded=masked and added)
         plan = launches(
             M, WIDE, r, "silu", masked, config, fp8=True, added=added, drawn=masked and added
         )

@@ -31,7 +31,7 @@ def launches(x: prefix_tile.Problem, arch: Arch) -> list[Launch]:
     """The launches with the default config."""
     B, H, _, T, _, _, D = x.sizes
     hidden = x.keep is not None or x.window is not None
-    config = prefix_attention.default_config(D, arch, x.q.element_size(), hidden)
+    config = prefix_attention.default_config(D, arch, x.q.element_size(), hidden, x.causal)
     return prefix_attention.plan_attend(x, x.rows_like_q(), meta(B, H, T, dtype=FP32), config)
 
 
