@@ -97,10 +97,12 @@ def default_config(
         block_m //= 2
     programs = experts * cdiv(columns, block_c)
     loads = stages(arch, programs, *step(block_m), resident=2) - 1
+    # on eight warps a masked strip of large ranks spills on sm_80 (Triton 3.9)
+    lean = arch.capability == 80 and masked and held > 64 and block_c <= 64
     return ExpertsGradConfig(
         block_m=block_m,
         block_c=block_c,
-        num_warps=8 if block_c * held > 4096 or block_c > 64 else 4,
+        num_warps=8 if (block_c * held > 4096 and not lean) or block_c > 64 else 4,
         num_stages=1 + loads * (2 if indirect else 1),
     )
 
