@@ -43,6 +43,8 @@ from .shrink import LAUNCH_RANK, drawn_in, masks_to_fill, plan_shrink
 from .shrink import default_config as default_shrink_config
 
 ADDED_RANK = 64  # of gate's and up's low-rank parts that the pass adds
+# of a pass that writes an fp8 copy, with a mask and low-rank parts; fewer rows read A more often
+_SPILLS_WITH_32 = tuple(int(part) for part in triton.__version__.split(".")[:2]) > (3, 6)
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def default_config(
     # whose operands pass through registers.
     small = arch.blackwell or arch.shared <= 160_000 or itemsize == 4
     tall = 32 if r == 0 or (r <= 32 and small) or (r > 64 and not arch.warpgroups) else 64
-    rows = 16 if crowded else 32  # with 32 Triton 3.9 spills there
+    rows = 16 if crowded and _SPILLS_WITH_32 else 32
     block_m = min(rows if copied else tall, max(16, next_pow2(M)))
     warps = 8 if r > 32 or copied else 4
     slots = arch.sms * (16 // warps)

@@ -65,6 +65,7 @@ def _chosen(name: str) -> Any:
         ("experts' dA, r=128 on sm_80", {"block_c": 64, "num_warps": 4}),
     ],
 )
-def test_config(name: str, wanted: dict[str, int]) -> None:
+def test_config(name: str, wanted: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mlp, "_SPILLS_WITH_32", True)  # Triton 3.6 does not
     found = _chosen(name)
     assert {key: getattr(found, key) for key in wanted} == wanted
