@@ -60,6 +60,7 @@ def _join(folder: Path, ranks: int, rank: int) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     store = dist.FileStore(str(folder / "store"), ranks)
     limit = datetime.timedelta(seconds=60)
+    store.set_timeout(limit)  # as torch does with a store that it makes itself
     dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=limit)
 
 

@@ -25,6 +25,7 @@ from .batching import BatchedGeneration
 from .prompt_names import PromptNames
 from .status import AdapterStatus
 from .two_libraries import apart, joined
+from .wrapping import note_class, watch_wrappers
 
 
 def _new(cls: Any) -> Any:
@@ -115,6 +116,7 @@ class PeftModel(
     @__class__.setter
     def __class__(self, cls: type) -> None:
         vars(object)["__class__"].__set__(self, apart(cls, type(self)))
+        note_class(self)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _new, (type(self),), self.__dict__
@@ -318,6 +320,8 @@ class PeftModel(
         """
         self.tuner.delete(self, adapter_name)
 
+
+watch_wrappers()
 
 if TYPE_CHECKING:
     _: type[Adapted] = PeftModel  # for the type checker: PeftModel has all that mixins use

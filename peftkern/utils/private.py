@@ -262,6 +262,14 @@ def bartlett(wishart: Any) -> Tensor:
     return drawn
 
 
+def default_store() -> Any:
+    """The store in which the processes of the default group found each other; None without one."""
+    from torch.distributed import distributed_c10d
+
+    find = getattr(distributed_c10d, "_get_default_store", None)
+    return None if find is None else find()
+
+
 # parts that torch.compile, FSDP and torch's checkpoint_wrapper add to the names of weights
 COMPILED = "_orig_mod."
 FSDP = "_fsdp_wrapped_module."

@@ -249,6 +249,13 @@ REGISTER = (
     ),
     Private(
         "torch",
+        "distributed.distributed_c10d._get_default_store",
+        "the store in which processes found each other; notes on their adapters go through it, as "
+        "they wait for nobody",
+        "ranks with different adapters are not told of it before a collective fails",
+    ),
+    Private(
+        "torch",
         "distributed.fsdp.FSDPModule._get_fsdp_state",
         "whether FSDP2 has run a module (its state's `_is_root`): from then on it gathers from "
         "memory that a cast of the parameters does not reach",

@@ -22,6 +22,7 @@ TABLE = ROOT / "docs" / "distributed.md"
 # {row: the files whose tests it counts}
 ROWS = {
     "DDP, FSDP2, FSDP1": ("test_sharded", "test_shards"),
+    "ranks that differ, or die": ("test_agreement",),
     "experts under DDP": ("test_experts_ddp",),
     "quantised bases under FSDP": ("test_fsdp_quantised",),
     "ZeRO-2, ZeRO-3": ("test_zero",),
