@@ -7,19 +7,25 @@ the errors that they got.
 from __future__ import annotations
 
 import logging
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import nn
 
 import peftkern
 from peftkern.model import wrapping
-from tests import models, ranks
+from tests import dying, models, ranks, tp
 from tests.sharded import FP64, WAYS
 
 RANKS = 2
+# transformers shards weights as DTensors since 5.17; no older one than this was tried
+TRIED = Version(transformers.__version__) >= Version("5.23")
 SHOWN = ("ddp", "fsdp2, layers", "fsdp2, root", "fsdp1, layers", "fsdp1, our policy, flat")
 _LORA: dict[str, Any] = {"r": 4, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
 # {what differs: (the first rank's settings, the second's, what the error says)}
@@ -125,7 +131,50 @@ def alone(rank: int) -> None:
             model.eval()(input_ids=torch.arange(4).view(1, 4))
 
 
-def run(rank: int) -> dict[Any, Any]:
+def parallel(rank: int, folder: Path) -> dict[Any, str]:
+    """The errors of adapters that differ under tensor parallelism, and of saves that do.
+
+    Each is raised before anything is changed, sent or written.
+    """
+    found: dict[Any, str] = {}
+    base = tp.llama(folder / "llama", True)
+    before = {n: id(m) for n, m in base.named_modules()}
+
+    def tried(what: str, act: Callable[[], Any]) -> None:
+        try:
+            act()
+            found["parallel", what] = ""
+        except (ValueError, RuntimeError) as error:
+            found["parallel", what] = f"{type(error).__name__}: {error}"
+
+    def add(name: str = "default", **settings: Any) -> None:
+        peftkern.get_peft_model(base, peftkern.LoraConfig(**{**_LORA, **settings}), name)
+
+    prompt: Any = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 2 + rank}
+    tried("scale", lambda: add(lora_alpha=8 * (rank + 1)))
+    tried("name", lambda: add(f"of {rank}"))
+    # the second rank asks for what cannot be had
+    tried("refused", lambda: add(target_modules=["q_proj"] if rank == 0 else ["nothing"]))
+    tried("prompt", lambda: peftkern.get_peft_model(base, peftkern.PrefixTuningConfig(**prompt)))
+    assert {n: id(m) for n, m in base.named_modules()} == before
+    model = peftkern.get_peft_model(base, peftkern.LoraConfig(**_LORA))
+    other = {"lora_alpha": 8 * (rank + 1)}
+    tried("added", lambda: model.add_adapter("other", peftkern.LoraConfig(**{**_LORA, **other})))
+    assert list(model.peft_config) == ["default"]
+
+    def save(**how: Any) -> None:
+        model.save_pretrained(folder / "saved", **how)
+
+    tried("saved", save)
+    written = sorted(path.name for path in (folder / "saved").iterdir())
+    tried("unknown", lambda: save(selected_adapters=None if rank == 0 else ["nobody"]))
+    model.peft_config["default"].lora_alpha += rank  # a user may edit it
+    tried("edited", save)
+    assert sorted(path.name for path in (folder / "saved").iterdir()) == written
+    return found
+
+
+def run(rank: int, folder: Path) -> dict[Any, Any]:
     logging.disable(logging.WARNING)  # of FSDP1 on a CPU
     found: dict[Any, Any] = {}
     for way, what in CASES:
@@ -133,8 +182,14 @@ def run(rank: int) -> dict[Any, Any]:
     alone(rank)
     for way in SHOWN:  # the group is as good as before
         found[way, "same"] = error_of(way, {"folder": f"on rank {rank}"})
-    return found
+    return found | (parallel(rank, folder) if TRIED else {})
 
 
 if __name__ == "__main__":
-    ranks.fork(Path(sys.argv[1]), RANKS, run)
+    folder = Path(sys.argv[1])
+    tp.save_llama(folder / "llama")
+    together = os.fork()
+    if together == 0:
+        ranks.fork(folder, RANKS, lambda rank: run(rank, folder))
+    dying.run(folder)
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(together, 0)[1]))

@@ -30,10 +30,11 @@ def whole(t: Any) -> Tensor:
     return (t.full_tensor() if hasattr(t, "full_tensor") else t).detach().clone()
 
 
-def fork(folder: Path, ranks: int, run: Callable[[int], Any]) -> NoReturn:
+def fork(folder: Path, ranks: int, run: Callable[[int], Any], seconds: int = 60) -> NoReturn:
     """Run ``run(rank)`` in ``ranks`` processes of one gloo group, and end this one.
 
-    What it returns is saved in the folder. The status is that of the process that failed worst.
+    What ``run`` returns is saved in the folder. The status is that of the process that failed
+    worst. ``seconds`` is the time-out of the group.
     """
     children = []
     for rank in range(ranks):
@@ -42,7 +43,7 @@ def fork(folder: Path, ranks: int, run: Callable[[int], Any]) -> NoReturn:
             status = 1
             try:
                 torch.set_num_threads(1)  # torch 2.11's pool of threads does not outlive a fork
-                _join(folder, ranks, rank)
+                _join(folder, ranks, rank, seconds)
                 torch.save(run(rank), _file(folder, rank))
                 dist.destroy_process_group()
                 status = 0
@@ -56,10 +57,10 @@ def fork(folder: Path, ranks: int, run: Callable[[int], Any]) -> NoReturn:
     sys.exit(max(map(abs, failed)))
 
 
-def _join(folder: Path, ranks: int, rank: int) -> None:
+def _join(folder: Path, ranks: int, rank: int, seconds: int) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     store = dist.FileStore(str(folder / "store"), ranks)
-    limit = datetime.timedelta(seconds=60)
+    limit = datetime.timedelta(seconds=seconds)
     store.set_timeout(limit)  # as torch does with a store that it makes itself
     dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=limit)
 

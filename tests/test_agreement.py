@@ -2,21 +2,38 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
+import torch
 from torch import nn
 
 import peftkern
 from peftkern.tuners.agreement import of_model
-from tests import agreement
+from tests import agreement, dying
 from tests.ranks import NEEDS_GLOO, results
 
 
+class Ran(NamedTuple):
+    ranks: list[Any]  # {(way, what differs): error} of each
+    dead: dict[str, Any]  # {when a rank died: (the other's error, the numbers in the folder)}
+
+
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
     folder = tmp_path_factory.mktemp("agreement")
-    return results("tests.agreement", folder, agreement.RANKS)
+    ranks = results("tests.agreement", folder, agreement.RANKS)
+    return Ran(ranks, torch.load(folder / "dying.pt"))
+
+
+@pytest.fixture
+def found(ran: Ran) -> list[Any]:
+    return ran.ranks
+
+
+@pytest.fixture
+def dead(ran: Ran) -> dict[str, Any]:
+    return ran.dead
 
 
 @NEEDS_GLOO
@@ -38,6 +55,45 @@ def test_ranks_that_differ_all_raise_one_error(what: str, found: list[Any]) -> N
 @pytest.mark.parametrize("way", agreement.SHOWN)
 def test_ranks_that_agree_train_and_are_asked_once(way: str, found: list[Any]) -> None:
     assert [of_rank[way, "same"] for of_rank in found] == ["", ""]
+
+
+# {what differs: what both ranks say; or the first, of what the second has refused}
+PARALLEL = {
+    "scale": "`lora_alpha` of 'default': 8 on rank 0, 16 on rank 1",
+    "name": "the adapters: ['of 0'] on rank 0, ['of 1'] on rank 1",
+    "prompt": "`num_virtual_tokens` of 'default': 2 on rank 0, 3 on rank 1",
+    "added": "`lora_alpha` of 'other': 8 on rank 0, 16 on rank 1",
+    "edited": "`lora_alpha` of 'default': 8 on rank 0, 9 on rank 1",
+    "refused": "rank 1 has failed: NoMatchingPeftModuleError: Target modules {'nothing'} not",
+    "unknown": "rank 1 has failed: ValueError: You passed an invalid `selected_adapters`",
+}
+
+
+@NEEDS_GLOO
+@pytest.mark.long
+@pytest.mark.skipif(not agreement.TRIED, reason="this transformers was not tried")
+@pytest.mark.parametrize("what", PARALLEL)
+def test_tensor_parallel_ranks_that_differ_all_raise(what: str, found: list[Any]) -> None:
+    first, second = (of_rank["parallel", what] for of_rank in found)
+    save = what in ("edited", "unknown")
+    place = "`save_pretrained` of a model that" if save else "tensor parallelism over 2 ranks"
+    assert first.startswith(f"ValueError: {place}") and PARALLEL[what] in first, first
+    if " has failed: " in first:
+        assert second and second in first + "." and "rank 1" not in second
+    else:
+        assert second == first
+    assert [of_rank["parallel", "saved"] for of_rank in found] == ["", ""]
+
+
+@NEEDS_GLOO
+@pytest.mark.long
+@pytest.mark.parametrize("when", dying.DYING)
+def test_a_rank_that_dies_in_a_save_leaves_the_last_one(when: str, dead: dict[str, Any]) -> None:
+    said, there = dead[when]
+    assert said.startswith("RuntimeError: `save_pretrained` of a model that processes share out")
+    assert dying.DYING[when][2] in said
+    assert there == {1.0}
+    assert dead[dying.NEXT] == ("", {3.0})
 
 
 def test_a_note_has_the_same_words_in_every_process() -> None:

@@ -15,15 +15,13 @@ from ..files.hub import split_hub_kwargs
 from ..tuners.base_tuner import BaseTuner
 from ..tuners.checks import check_adapter_name, check_model
 from ..tuners.lora.inits import collect
-from ..tuners.tensor_parallel import tensor_parallel
 from ..tuners.wrapped import Adapted
 from ..utils.module_tree import checkpoints_activations, training_modules
 from ..utils.private import RENAMED
 from ..utils.undo import remember_requires_grad, unchanged_on_error
 from .card import create_or_update_model_card
 from .loading import LoadResult, check_keys, check_shapes, fill, match_weights
-from .shards import by_one, sharing
-from .slots import adapter_slots, clean
+from .shards import by_one, meet_to_save, refuse_together, saved_by_all, told_of_the_lost
 from .state_dicts import (
     check_named,
     check_whole,
@@ -63,6 +61,23 @@ def _fill(
         check_shapes(match)
     change_base_weights()
     return fill(model, match, adapter_name, ignore, assign)
+
+
+def _names_to_save(
+    model: Any, folder: str | os.PathLike[str], selected: list[str] | None
+) -> list[str]:
+    """The adapters to save; a ValueError for unknown ones, or for a folder that is a file."""
+    if os.path.isfile(folder):
+        raise ValueError(f"Provided path ({folder}) should be a directory, not a file")
+    names = list(model.peft_config) if selected is None else list(selected)
+    if unknown := [n for n in names if n not in model.peft_config]:
+        raise ValueError(
+            "You passed an invalid `selected_adapters` arguments, current supported adapter "
+            f"names are {list(model.peft_config)} - got {unknown}."
+        )
+    for name in names:
+        check_adapter_name(name)  # it becomes a folder's name; users may edit `peft_config`
+    return names
 
 
 class AdapterFiles:
@@ -115,62 +130,57 @@ class AdapterFiles:
 
         Raises:
             ValueError: the folder is a file, an adapter is unknown, ``state_dict`` lacks tensors of
-                an adapter, or tensors are empty, as those of a sharded model are. Nothing is
+                an adapter, or tensors are empty, as those of a sharded model are. Of a model that
+                processes share out: these have different adapters, or one has refused. Nothing is
                 written then.
+            RuntimeError: of such a model, another process has not come within the group's time-out,
+                has ended, or has failed to write. The folder holds the last complete save.
         """
         assert isinstance(self, nn.Module)
-        if os.path.isfile(save_directory):
-            raise ValueError(f"Provided path ({save_directory}) should be a directory, not a file")
-        names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
-        if unknown := [n for n in names if n not in self.peft_config]:
-            raise ValueError(
-                "You passed an invalid `selected_adapters` arguments, current supported adapter "
-                f"names are {list(self.peft_config)} - got {unknown}."
-            )
-        for name in names:
-            check_adapter_name(name)  # it becomes a folder's name; users may edit `peft_config`
         given = kwargs.get("state_dict")
+        try:
+            names = _names_to_save(self, save_directory, selected_adapters)
+        except ValueError as error:
+            refuse_together(self, given, error)
+            raise
         tensors: dict[str, dict[str, Tensor]] = {}
-        slots = [slot for name in names for slot in adapter_slots(self, name)]
-        if given is None:
-            shared = sharing(slot.tensor for slot in slots)
-        else:  # accelerate gives one process alone the base model's shards beside whole adapters
-            own = {key for slot in slots for key in (*slot.model_keys, slot.key)}
-            shared = sharing(value for key, value in given.items() if clean(key) in own)
-        shared = shared or tensor_parallel(self) is not None
-        if not (is_main_process or shared):
-            # this process may have only parts of tensors; with FSDP all processes must gather
-            for _ in names if given is None else ():
-                state_dict_of(self)
-        elif given is not None and len(names) > 1:
-            check_named(self, given, names)
-        for name in names if is_main_process or shared else ():  # all gather what they share
-            tensors[name] = get_peft_model_state_dict(
-                self, given, name, save_embedding_layers=save_embedding_layers
-            )
-            check_whole(tensors[name], name, given is not None)
-        if isinstance(self.base_model, AdapterFiles) and selected_adapters is None:
-            # a prompt on top of LoRA adapters, which may train too and are saved as well
-            inner = kwargs | {"is_main_process": is_main_process}
-            if given is not None:
-                inner["state_dict"] = {
-                    key.removeprefix("base_model."): value
-                    for key, value in given.items()
-                    if key.startswith("base_model.")
-                }
-            below: Any = self.base_model
-            below.save_pretrained(
-                save_directory, safe_serialization, None, save_embedding_layers, **inner
-            )
+        shared = saved_by_all(self, given, names)
+        if shared:
+            meet_to_save(self, names, given is not None)
+        start_folder = path_initial_model_for_weight_conversion
 
         def write() -> None:
             write_adapters(self, save_directory, names, tensors, safe_serialization, start_folder)
 
-        start_folder = path_initial_model_for_weight_conversion
-        if shared:
-            by_one(write, is_main_process)
-        elif is_main_process:
-            write()
+        with told_of_the_lost(save_directory) if shared else nullcontext():
+            if not (is_main_process or shared):
+                # this process may have only parts of tensors; with FSDP all processes must gather
+                for _ in names if given is None else ():
+                    state_dict_of(self)
+            elif given is not None and len(names) > 1:
+                check_named(self, given, names)
+            for name in names if is_main_process or shared else ():  # all gather what they share
+                tensors[name] = get_peft_model_state_dict(
+                    self, given, name, save_embedding_layers=save_embedding_layers
+                )
+                check_whole(tensors[name], name, given is not None)
+            if isinstance(self.base_model, AdapterFiles) and selected_adapters is None:
+                # a prompt on top of LoRA adapters, which may train too and are saved as well
+                inner = kwargs | {"is_main_process": is_main_process}
+                if given is not None:
+                    inner["state_dict"] = {
+                        key.removeprefix("base_model."): value
+                        for key, value in given.items()
+                        if key.startswith("base_model.")
+                    }
+                below: Any = self.base_model
+                below.save_pretrained(
+                    save_directory, safe_serialization, None, save_embedding_layers, **inner
+                )
+            if shared:
+                by_one(write, is_main_process)
+            elif is_main_process:
+                write()
 
     @classmethod
     def from_pretrained(

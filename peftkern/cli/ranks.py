@@ -197,11 +197,9 @@ def lost(error: BaseException) -> bool:
     """True for an error of torch's communication: another process is gone, or does not answer."""
     if not in_group():
         return False
-    if isinstance(error, sys.modules["torch.distributed"].DistError):
-        return True
-    # gloo's errors have no class of their own
-    words = ("gloo", "Connection closed by peer", "Connection reset by peer")
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    from ..utils.notes import is_lost
+
+    return is_lost(error)
 
 
 def in_group() -> bool:

@@ -17,6 +17,7 @@ from ..utils.notes import Note, exchange, time_out
 from ..utils.private import WRAPPERS
 from .base_layer import BaseTunerLayer, all_modules, walk
 from .modules_to_save import AuxiliaryTrainingWrapper
+from .tensor_parallel import ranks_of
 from .wrapped import Wrapped
 
 T = TypeVar("T")
@@ -70,13 +71,19 @@ def _configs(model: nn.Module) -> Iterator[tuple[Mapping[str, Any], list[str] | 
         yield injected, None
 
 
-def of_model(model: nn.Module, shapes: bool = True, names: Sequence[str] | None = None) -> Note:
+def of_model(
+    model: nn.Module,
+    shapes: bool = True,
+    names: Sequence[str] | None = None,
+    training: bool = True,
+) -> Note:
     """A note of the adapters in ``model``: names, configurations, layers, what trains.
 
     Args:
         model: a model, or what is around it.
         shapes: False where ranks may have parts of different sizes.
         names: the adapters to speak of; None: all.
+        training: False leaves out which adapters are active, and what trains.
     """
     methods: dict[str, str] = {}
     fields: dict[str, str] = {}
@@ -100,21 +107,18 @@ def of_model(model: nn.Module, shapes: bool = True, names: Sequence[str] | None 
             held = asked(layer._get_available_adapters())
             found.update(held)
             layers[f"the adapters in `{_clean(key)}`"] = _plain(held)
-    note = {ADAPTERS: {"the adapters": _plain(sorted(found))}}
+    note: dict[str, dict[str, str]] = {ADAPTERS: {"the adapters": _plain(sorted(found))}}
     if not found:
         return note
-    trained = {
-        f"what trains of `{_clean(key)}`": str(tuple(p.shape)) if shapes else "all"
-        for key, p in model.named_parameters()
-        if p.requires_grad
-    }
-    return note | {
-        "methods": methods,
-        "configurations": fields,
-        "active": active,
-        "layers": layers,
-        "trained": trained,
-    }
+    note |= {"methods": methods, "configurations": fields, "layers": layers}
+    if training:
+        trained = {
+            f"what trains of `{_clean(key)}`": str(tuple(p.shape)) if shapes else "all"
+            for key, p in model.named_parameters()
+            if p.requires_grad
+        }
+        note |= {"active": active, "trained": trained}
+    return note
 
 
 def _clean(name: str) -> str:
@@ -152,9 +156,8 @@ def compare(
     there = {rank: said for rank, said in found.items() if said is not None}
     for rank, said in there.items():
         if _ERROR in said:
-            raise ValueError(
-                f"{what}: rank {rank} has failed: {said[_ERROR][_ERROR]}. Nothing was changed"
-            )
+            words = said[_ERROR][_ERROR].rstrip(".")
+            raise ValueError(f"{what}: rank {rank} has failed: {words}. Nothing was changed")
     first = next(iter(there))
     for rank, said in there.items():
         if said != there[first]:
@@ -196,6 +199,11 @@ def group_of(tensor: Any) -> list[int]:
     return [int(rank) for rank in tensor.device_mesh.mesh.flatten().tolist()]
 
 
+def refuse(place: str, ranks: Sequence[int], error: Exception) -> None:
+    """Leave a note that this rank has failed before it could come to ``place``."""
+    exchange(place, ranks, {_ERROR: {_ERROR: f"{type(error).__name__}: {error}"}}, 0.0)
+
+
 def together(
     place: str,
     what: str,
@@ -211,7 +219,36 @@ def together(
     try:
         done = work()
     except Exception as error:
-        exchange(place, ranks, {_ERROR: {_ERROR: f"{type(error).__name__}: {error}"}}, 0.0)
+        refuse(place, ranks, error)
         raise
     compare(place, what, ranks, note(done))
     return done
+
+
+def added(
+    model: nn.Module, configs: Mapping[str, Any], adapter_name: str, checks: Callable[[], T]
+) -> T:
+    """``checks()``, all that comes before a new adapter changes ``model``.
+
+    Under tensor parallelism the ranks then compare it, as they send each other its tensors.
+
+    Args:
+        model: the model that gets the adapter.
+        configs: {adapter: configuration}, the new one's included.
+        adapter_name: the new one.
+        checks: what raises when the adapter is refused.
+    """
+    ranks = ranks_of(model)
+    if len(ranks) < 2:
+        return checks()
+
+    def note(_: T) -> Note:
+        config = configs[adapter_name]
+        return {
+            ADAPTERS: {"the adapters": _plain(sorted(configs))},
+            "methods": {f"the method of {adapter_name!r}": _plain(config.peft_type)},
+            "configurations": of_config(config, adapter_name),
+        }
+
+    what = f"tensor parallelism over {len(ranks)} ranks"
+    return together("tensor parallelism", what, ranks, checks, note)

@@ -252,18 +252,31 @@ def check_heads(model: nn.Module, plan: TensorParallel | None) -> None:
                 raise refusal(key, "colwise", reason)
 
 
+def _group(model: nn.Module) -> Any:
+    """The group of the ranks that tensor parallelism has shared ``model`` out to; None without."""
+    if tensor_parallel(model) is None:
+        return None
+    mesh: Any = next((p.device_mesh for p in model.parameters() if is_shard(p)), None)  # type: ignore
+    if mesh is None:
+        return None
+    return mesh.get_group() if mesh.ndim == 1 else mesh.get_group("tp")
+
+
+def ranks_of(model: nn.Module) -> list[int]:
+    """The global ranks that tensor parallelism has shared ``model`` out to; [] without it."""
+    group = _group(model)
+    return [] if group is None else torch.distributed.get_process_group_ranks(group)
+
+
 @torch.no_grad()
 def same_on_all_ranks(tensors: Iterable[Tensor], model: nn.Module) -> None:
     """Give each rank the first rank's values of plain tensors that a sharded model gets.
 
     Nothing happens for other models than those that tensor parallelism has sharded.
     """
-    if tensor_parallel(model) is None:
+    group = _group(model)
+    if group is None:
         return
-    mesh: Any = next((p.device_mesh for p in model.parameters() if is_shard(p)), None)  # type: ignore
-    if mesh is None:
-        return
-    group = mesh.get_group() if mesh.ndim == 1 else mesh.get_group("tp")
     for tensor in tensors:
         if not (is_shard(tensor) or tensor.is_meta):
             tensor.data.copy_(from_first_rank(tensor.data, group))

@@ -87,3 +87,12 @@ def _wait(store: Any, keys: dict[int, str], limit: float) -> set[int]:
         time.sleep(pause)
         pause = min(2 * pause, _LONGEST_PAUSE)
     return set()
+
+
+def is_lost(error: BaseException) -> bool:
+    """True for an error of torch's communication: another process is gone, or does not answer."""
+    if isinstance(error, torch.distributed.DistError):
+        return True
+    # gloo's errors have no class of their own
+    words = ("gloo", "Connection closed by peer", "Connection reset by peer")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)

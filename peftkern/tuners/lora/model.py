@@ -19,6 +19,7 @@ from ...utils.places import further_names, places_of
 from ...utils.private import COMPILED
 from ...utils.tied import modules_tied_to_embedding
 from ...utils.undo import remember_requires_grad
+from ..agreement import added
 from ..base_layer import BaseTunerLayer, walk
 from ..base_tuner import BaseTuner
 from ..modules_to_save import (
@@ -181,7 +182,12 @@ class LoraModel(ModelMerging, Weighted, Starts, VariantMethods, BaseTuner):
         low_cpu_mem_usage: bool,
         state_dict: dict[str, Tensor] | None,
     ) -> None:
-        sites, saved, extra = self._check(model, config, adapter_name, state_dict)
+        sites, saved, extra = added(
+            model,
+            self.peft_config,
+            adapter_name,
+            lambda: self._check(model, config, adapter_name, state_dict),
+        )
         put_flags_back = remember_requires_grad(model)
         there = list(self.adapter_layers())
         try:

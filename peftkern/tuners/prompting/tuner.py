@@ -21,6 +21,7 @@ from ...configs.prompt_learning import PromptLearningConfig
 from ...utils.module_tree import get_submodules
 from ...utils.places import replace
 from ...utils.undo import remember_requires_grad
+from ..agreement import added
 from ..base_layer import as_names
 from ..modules_to_save import (
     CONTAINERS,
@@ -140,11 +141,14 @@ class PromptTuner(Prompts):
             )
         words = word_embeddings(host)
         draft = copy.copy(config)
-        draft.__dict__.update(infer_sizes(config, base, words))
-        room = Room(base, decoder=isinstance(config, PrefixTuningConfig))
-        room.check(draft.num_virtual_tokens, 1)
-        heads = self._heads_of(host, draft)
-        encoder = _make_encoder(draft, words)
+
+        def prepared() -> tuple[Room, list[str], Any]:
+            draft.__dict__.update(infer_sizes(config, base, words))
+            room = Room(base, decoder=isinstance(config, PrefixTuningConfig))
+            room.check(draft.num_virtual_tokens, 1)
+            return room, self._heads_of(host, draft), _make_encoder(draft, words)
+
+        room, heads, encoder = added(base, self.peft_config, adapter_name, prepared)
         place = next((base if words is None else words).parameters()).device
         if place.type != "meta":  # on the embeddings' device, as the prompt is joined to them
             encoder.to(place)
