@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from .model import PeftModelForTokenClassification as PeftModelForTokenClassification
     from .model.status import get_layer_status as get_layer_status
     from .model.status import get_model_status as get_model_status
+    from .model.wrapping import check_ranks as check_ranks
     from .ops.backend import use_backend as use_backend
     from .ops.lora import lora_linear as lora_linear
     from .quantising import quantize_base as quantize_base
@@ -150,6 +151,7 @@ _WHERE = {
     ".tuners.prompt_tuning": "PromptEmbedding PromptTuningConfig PromptTuningInit",
     ".quantising": "quantize_base set_base_compute",
     ".running": "Runner runner",
+    ".model.wrapping": "check_ranks",
     ".model.status": "get_layer_status get_model_status",
     ".utils.constants": (
         "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING "

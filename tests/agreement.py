@@ -26,7 +26,14 @@ from tests.sharded import FP64, WAYS
 RANKS = 2
 # transformers shards weights as DTensors since 5.17; no older one than this was tried
 TRIED = Version(transformers.__version__) >= Version("5.23")
-SHOWN = ("ddp", "fsdp2, layers", "fsdp2, root", "fsdp1, layers", "fsdp1, our policy, flat")
+SHOWN = (
+    "check_ranks",
+    "ddp",
+    "fsdp2, layers",
+    "fsdp2, root",
+    "fsdp1, layers",
+    "fsdp1, our policy, flat",
+)
 _LORA: dict[str, Any] = {"r": 4, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
 # {what differs: (the first rank's settings, the second's, what the error says)}
 DIFFERENT: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
@@ -102,7 +109,11 @@ def step(model: Any) -> None:
 def error_of(way: str, settings: dict[str, Any]) -> str:
     """The error of a first step, or "": then the next ones are done as well."""
     try:
-        model = WAYS[way](model_of(settings).train())
+        model = model_of(settings).train()
+        if way == "check_ranks":
+            peftkern.check_ranks(model)
+        else:
+            model = WAYS[way](model)
         step(model)
     except (ValueError, RuntimeError) as error:
         return f"{type(error).__name__}: {error}"

@@ -77,6 +77,14 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+# with fewer rows than ranks: FSDP2 leaves a rank without any
+UNEVEN: dict[str, tuple[str, dict[str, Any]]] = {
+    "lora of rank 1": ("LoraConfig", {**_ALL, "r": 1}),
+    "dora of rank 1": ("LoraConfig", {**_ALL, "r": 1, "use_dora": True}),
+    "one token": ("PromptTuningConfig", {"num_virtual_tokens": 1}),
+}
+
+
 class Case(NamedTuple):
     """A method and a way of sharding."""
 
@@ -234,6 +242,9 @@ HEADLINE = [
     Case("prompt", "fsdp2, leaves"),
     Case("prompt", "fsdp1, our policy, flat"),
     Case("p-tuning", "fsdp2, layers"),
+    Case("lora of rank 1", "fsdp2, layers"),
+    Case("dora of rank 1", "fsdp2, leaves"),
+    Case("one token", "fsdp2, leaves"),
 ]
 # saved without a state dict: FSDP2's shards are gathered
 SAVED = [
@@ -242,6 +253,7 @@ SAVED = [
     Case("prefix", "fsdp2, layers"),
     Case("prefix network", "fsdp2, layers"),
     Case("p-tuning", "fsdp2, leaves"),
+    Case("dora of rank 1", "fsdp2, layers"),
 ]
 HEADLINE_REFUSED = [Case("experts", "fsdp2, leaves"), Case("experts", "fsdp1, layers")]
 
@@ -252,9 +264,9 @@ HEADLINE_REFUSED = [Case("experts", "fsdp2, leaves"), Case("experts", "fsdp1, la
 def adapted(method: str, library: str = "peftkern", dtype: torch.dtype = FP64) -> Any:
     """The model with an adapter of this method, whose weights are drawn, in training mode."""
     of = LIBRARIES[library]
-    name, settings = METHODS[method]
-    settings = {} if name == "LoraConfig" else {"num_virtual_tokens": 3, **settings}
-    config = getattr(of, name)(task_type="CAUSAL_LM", **{**settings, **METHODS[method][1]})
+    name, settings = {**METHODS, **UNEVEN}[method]
+    tokens = {} if name == "LoraConfig" else {"num_virtual_tokens": 3}
+    config = getattr(of, name)(task_type="CAUSAL_LM", **{**tokens, **settings})
     base = models.build("qwen3_moe" if method == "experts" else "llama")
     model = of.get_peft_model(base, config).train()
     drawn = torch.Generator().manual_seed(3)

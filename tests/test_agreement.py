@@ -43,10 +43,11 @@ def test_ranks_that_differ_all_raise_one_error(what: str, found: list[Any]) -> N
     words = agreement.DIFFERENT[what][2]
     ways = [way for way, case in agreement.CASES if case == what]
     for way in ways:
-        wrapper = "DistributedDataParallel" if way == "ddp" else "FSDP"
+        named = {"ddp": "DistributedDataParallel over 2 ranks", "check_ranks": way}
         first, second = (of_rank[way, what] for of_rank in found)
         assert first == second
-        assert first.startswith(f"ValueError: {wrapper} over 2 ranks: ranks 0 and 1 have"), first
+        place = named.get(way, "FSDP over 2 ranks")
+        assert first.startswith(f"ValueError: {place}: ranks 0 and 1 have different"), first
         assert words in first
 
 
@@ -108,4 +109,5 @@ def test_a_note_has_the_same_words_in_every_process() -> None:
     one, other = note({"b", "a"}), note(["a", "b"])
     assert one == other and " at 0x" not in str(one)
     assert one["configurations"]["`target_modules` of 'default'"] == "['a', 'b']"
+    peftkern.check_ranks(nn.Linear(2, 2))  # there is no group
     assert of_model(nn.Linear(2, 2)) == {"adapters": {"the adapters": "[]"}}

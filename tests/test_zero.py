@@ -106,3 +106,9 @@ def test_files_are_those_of_one_process(method: str, stage: int, files: list[Any
         for of_rank in files:
             assert "deepspeed.zero.GatheredParameters" in of_rank[f"{method} 3"]
             assert not (files[0]["folder"] / f"{method} 3 never").exists()
+
+
+def test_ranks_that_differ_all_raise_before_weights_are_gathered(files: list[Any]) -> None:
+    first, second = (of_rank["unlike"] for of_rank in files)
+    assert first == second
+    assert first.startswith("ZeRO-3 over 2 ranks") and "`lora_alpha` of 'default': 8 on" in first

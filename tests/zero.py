@@ -256,11 +256,24 @@ def saved(method: str, stage: int, rank: int, folder: Path) -> str:
     return said
 
 
+def unlike(rank: int) -> str:
+    """The error of a first forward where the ranks have adapters of unlike scales."""
+    model = sharded.adapted("lora", dtype=FP32)
+    model.peft_config["default"].lora_alpha += rank
+    engine = engine_of(model, Case("lora", "zero3"))
+    try:
+        engine(input_ids=torch.arange(4).view(1, 4))
+        return "nothing"
+    except ValueError as error:
+        return str(error)
+
+
 def files(rank: int, folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for start in STARTS:
         settings = settings_of(Case("", "zero3"))
         found[start] = started(divided_base("llama", settings, folder), start)
+    found["unlike"] = unlike(rank)
     for method in SAVED:
         for stage in (2, 3):
             found[f"{method} {stage}"] = saved(method, stage, rank, folder)

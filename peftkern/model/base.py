@@ -21,11 +21,12 @@ from ..tuners.tuner import Tuner
 from ..tuners.wrapped import Adapted, Wrapped
 from ..utils.module_tree import checkpoints_activations
 from ..utils.peft_types import PeftType, TaskType
+from ..utils.zero3 import is_gathered_alone
 from .batching import BatchedGeneration
 from .prompt_names import PromptNames
 from .status import AdapterStatus
 from .two_libraries import apart, joined
-from .wrapping import note_class, watch_wrappers
+from .wrapping import compare_under_zero, note_class, watch_wrappers
 
 
 def _new(cls: Any) -> Any:
@@ -232,6 +233,8 @@ class PeftModel(
         model. ``adapter_names``, a list of B names, selects an adapter for each row of the batch
         ("__base__" for none).
         """
+        if is_gathered_alone(self):
+            compare_under_zero(self)
         if self.forward_args:
             if len(args) > len(self.forward_args):
                 raise TypeError(

@@ -15,6 +15,7 @@ from torch import nn
 
 from ..utils.notes import Note, exchange, time_out
 from ..utils.private import WRAPPERS
+from ..utils.zero3 import whole_shape
 from .base_layer import BaseTunerLayer, all_modules, walk
 from .modules_to_save import AuxiliaryTrainingWrapper
 from .tensor_parallel import ranks_of
@@ -113,7 +114,7 @@ def of_model(
     note |= {"methods": methods, "configurations": fields, "layers": layers}
     if training:
         trained = {
-            f"what trains of `{_clean(key)}`": str(tuple(p.shape)) if shapes else "all"
+            f"what trains of `{_clean(key)}`": str(tuple(whole_shape(p))) if shapes else "all"
             for key, p in model.named_parameters()
             if p.requires_grad
         }
